@@ -1,0 +1,189 @@
+"""Multi-head attention in its three uses (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
+
+    queries (B, Tq, D), keys and values (B, Tk, D) -> heads (B, H, T, Dh) -> scores -> softmax -> mix -> (B, Tq, D)
+
+Shapes: B sequences; Tq, Tk query and key positions; D = config.hidden_size; H heads; Dh = D / H.
+A mask is True (or 0.0) where a query may look, False (or a large negative number) where it may not.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION_SCORES = ("dot_product", "additive")
+
+# On a CPU in bf16 two batched matrix products beat torch's flash kernel while the score table fits the cache
+# (1.4x at 30 x 30, equal near 128 x 128; see benchmarks/).
+SMALL_SCORE_TABLE = 128 * 128
+
+
+def explicit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention that forms its probabilities (equation 1), as an attention function of transformers' interface.
+
+    It serves the "eager" backend, additive scores, and small shapes on a CPU; it reads the mask of either of
+    transformers' "eager" and "sdpa" forms.
+
+    Args:
+        module: the `MultiHeadAttention` that calls; its ``scores`` method gives the raw scores.
+        query: (B, H, Tq, Dh); key, value: (B, H, Tk, Dh).
+        attention_mask: broadcastable to (B, H, Tq, Tk), bool or additive; None means everything may be seen, but
+            for a causal module's own rule.
+
+    Returns:
+        mixed values (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
+    """
+    scores = module.scores(query, key, scaling)  # (B, H, Tq, Tk)
+    query_length, key_length = scores.shape[-2:]
+    causal = module.is_causal if is_causal is None else is_causal
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    elif causal and query_length > 1:
+        # Aligned at the first key, as torch's `is_causal`: a static cache may hold empty slots behind the last query.
+        future = torch.ones(query_length, key_length, dtype=torch.bool, device=scores.device).triu_(1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1)
+    if dropout and module.training:
+        mixed = nn.functional.dropout(probabilities, dropout) @ value
+    else:
+        mixed = probabilities @ value
+    return mixed.transpose(1, 2), probabilities  # (B, Tq, H, Dh)
+
+
+@contextmanager
+def eager_attention(config: PreTrainedConfig, wanted: bool | None = True) -> Iterator[None]:
+    """Use the eager backend inside the block if ``wanted``: it alone can return attention maps.
+
+    Masks are built from ``config`` too, so the whole forward stands inside the block.
+    """
+    chosen = config._attn_implementation
+    if not wanted or chosen == "eager":
+        yield
+        return
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
+
+
+class MultiHeadAttention(nn.Module):
+    """H attention heads side by side; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
+
+    Args:
+        config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``.
+        is_causal: a query sees no later key, as in the decoder's self-attention.
+        layer_idx: number of the layer in its stack, the key into a cache.
+    """
+
+    def __init__(self, config: PreTrainedConfig, is_causal: bool = False, layer_idx: int | None = None):
+        super().__init__()
+        self.config = config
+        self.is_causal = is_causal
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.attention_score == "additive":
+            # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
+            self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
+
+    def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """Raw scores before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
+        if self.config.attention_score == "additive":
+            joint = torch.tanh(query[:, :, :, None] + key[:, :, None])  # (B, H, Tq, Tk, Dh)
+            return torch.einsum("bhqkd,hd->bhqk", joint, self.score_vector)
+        # Scaling the queries costs less than scaling the larger score table.
+        return (query * scaling) @ key.transpose(2, 3)
+
+    def attention_function(self, query: Tensor, key: Tensor) -> Callable:
+        """The attention function for these queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
+        chosen = self.config._attn_implementation
+        if self.config.attention_score == "additive":
+            if chosen not in ("eager", "sdpa"):
+                raise ValueError(f'attention_score="additive" runs with attn_implementation="eager", got "{chosen}"')
+            return explicit_attention
+        if (
+            chosen == "sdpa"
+            and query.dtype == torch.bfloat16
+            and query.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and query.shape[2] * key.shape[2] <= SMALL_SCORE_TABLE
+        ):
+            return explicit_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(chosen, explicit_attention)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: (B, Tq, D), the queries' source, and the keys' unless ``memory`` is given.
+            memory: (B, Tk, D), the encoder's output (cross-attention).
+            attention_mask: in the form of the chosen backend.
+            past_key_values: grows by Tq keys here; for cross-attention, filled once and then reused.
+
+        Returns:
+            (B, Tq, D), and the probabilities (B, H, Tq, Tk) or None where the backend does not form them.
+        """
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, Tq, Dh)
+        key, value = self.keys_and_values(hidden_states, memory, past_key_values)  # (B, H, Tk, Dh)
+        mixed, probabilities = self.attention_function(query, key)(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            is_causal=self.is_causal,
+            **kwargs,
+        )  # (B, Tq, H, Dh)
+        return self.out_proj(mixed.reshape(*hidden_states.shape[:2], -1)), probabilities
+
+    def keys_and_values(
+        self, hidden_states: Tensor, memory: Tensor | None, past: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, Tk, Dh) of this call, from and into the cache where there is one."""
+        crossing = memory is not None
+        cache = past
+        if isinstance(past, EncoderDecoderCache):
+            cache = past.cross_attention_cache if crossing else past.self_attention_cache
+            if crossing and past.is_updated.get(self.layer_idx):
+                layer = cache.layers[self.layer_idx]
+                return layer.keys, layer.values
+        source = memory if crossing else hidden_states
+        shape = (*source.shape[:2], -1, self.head_dim)
+        key = self.k_proj(source).view(shape).transpose(1, 2)
+        value = self.v_proj(source).view(shape).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            if crossing and isinstance(past, EncoderDecoderCache):
+                past.is_updated[self.layer_idx] = True
+        return key, value

@@ -1,0 +1,109 @@
+"""The layers that encoders and decoders stack (Vaswani et al. 2017, figure 1; pre-norm: Xiong et al. 2020).
+
+    encoder block: x -> self-attention -> feed-forward
+    decoder block: x -> masked self-attention -> cross-attention over the encoder's output -> feed-forward
+
+Each sublayer f stands in a residual: post-norm ``norm(x + f(x))`` (the paper), pre-norm ``x + f(norm(x))``.
+
+Shapes: B sequences; T target, S source positions; D = config.hidden_size; F = config.intermediate_size.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import MultiHeadAttention
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between, the same at every position (section 3.3, equation 2)."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), through (B, T, F)."""
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+
+
+class Residual(nn.Module):
+    """The wrapping of a sublayer: dropout, residual sum and layer norm, in post- or pre-norm order."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if self.norm_first:
+            return hidden_states + self.dropout(sublayer(self.norm(hidden_states)))
+        return self.norm(hidden_states + self.dropout(sublayer(hidden_states)))
+
+
+class EncoderBlock(GradientCheckpointingLayer):
+    """One of the N layers at the left of figure 1."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.self_attn = MultiHeadAttention(config, layer_idx=layer_idx)
+        self.self_attn_residual = Residual(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_residual = Residual(config)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """(B, S, D) -> (B, S, D); the mask is in the form of the attention backend."""
+
+        def attend(states: Tensor) -> Tensor:
+            return self.self_attn(states, attention_mask=attention_mask, **kwargs)[0]
+
+        hidden_states = self.self_attn_residual(hidden_states, attend)
+        return self.feed_forward_residual(hidden_states, self.feed_forward)
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """One of the N layers at the right of figure 1.
+
+    Args:
+        is_causal: False for a decoder that sees its whole input at once (non-autoregressive).
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, is_causal: bool = True):
+        super().__init__()
+        self.self_attn = MultiHeadAttention(config, is_causal=is_causal, layer_idx=layer_idx)
+        self.self_attn_residual = Residual(config)
+        self.cross_attn = MultiHeadAttention(config, layer_idx=layer_idx)
+        self.cross_attn_residual = Residual(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_residual = Residual(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: Tensor,
+        attention_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the form of the attention backend."""
+
+        def attend(states: Tensor) -> Tensor:
+            return self.self_attn(states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)[0]
+
+        def attend_to_memory(states: Tensor) -> Tensor:
+            return self.cross_attn(
+                states, memory, attention_mask=memory_mask, past_key_values=past_key_values, **kwargs
+            )[0]
+
+        hidden_states = self.self_attn_residual(hidden_states, attend)
+        hidden_states = self.cross_attn_residual(hidden_states, attend_to_memory)
+        return self.feed_forward_residual(hidden_states, self.feed_forward)

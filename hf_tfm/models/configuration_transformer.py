@@ -1,0 +1,165 @@
+"""Configuration of the encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from .travel import TravellingConfig
+
+# Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, section 4.2).
+SIZES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_encoder_layers": 4,
+        "num_decoder_layers": 4,
+        "dropout": 0.3,
+    },
+    "base": {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dropout": 0.1,
+    },
+    "big": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_encoder_layers": 6,
+        "num_decoder_layers": 6,
+        "dropout": 0.3,
+    },
+}
+
+CHOICES = {
+    "position_embedding_type": ("sinusoidal", "learned"),
+    "attention_score": ("dot_product", "additive"),
+    "decoding": ("autoregressive", "mask_predict"),
+}
+
+
+@strict
+class TfmTransformerConfig(TravellingConfig):
+    """What defines a `TfmTransformerModel`. The defaults are the paper's base model.
+
+    Args:
+        vocab_size: tokens in the vocabulary that source and target share.
+        hidden_size: features a position, the paper's d_model; a multiple of ``num_attention_heads``.
+        intermediate_size: width inside the feed-forward layers, d_ff.
+        num_attention_heads: heads of every attention, h.
+        num_encoder_layers: blocks of the encoder, N.
+        num_decoder_layers: blocks of the decoder, N.
+        hidden_act: activation of the feed-forward layers; the paper's is "relu".
+        norm_first: layer norm before each sublayer (pre-norm) instead of after the sum (post-norm, the paper).
+        layer_norm_eps: added to the variance in layer norms.
+        position_embedding_type: "sinusoidal" (any length) or "learned" (up to ``max_position_embeddings``).
+        max_position_embeddings: positions in the table.
+        attention_score: "dot_product" (the paper) or "additive" (Bahdanau et al. 2015; eager only).
+        decoding: "autoregressive" (left to right), or "mask_predict" (all tokens at once, then refined;
+            Ghazvininejad et al. 2019, arXiv:1904.09324).
+        max_length_offset: "mask_predict" only: the predicted target length is within this many tokens of the source's.
+        dropout: on embeddings and on every sublayer's output, P_drop.
+        attention_dropout: on attention probabilities.
+        activation_dropout: inside the feed-forward layers.
+        label_smoothing: of the loss that ``forward(labels=...)`` returns, epsilon_ls.
+        scale_embedding: multiply embeddings by sqrt(hidden_size) (section 3.4).
+        initializer_factor: scales the initial weights.
+        tie_word_embeddings: source, target and output embeddings are one matrix (section 3.4).
+        mask_token_id: "mask_predict" only: the token that stands for one still to be predicted.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    model_type = "tfm_transformer"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {
+        "d_model": "hidden_size",
+        "num_hidden_layers": "num_decoder_layers",
+        "encoder_layers": "num_encoder_layers",
+    }
+    auto_classes: ClassVar = {
+        "AutoConfig": "configuration_transformer.TfmTransformerConfig",
+        "AutoModel": "modeling_transformer.TfmTransformerModel",
+        "AutoModelForSeq2SeqLM": "modeling_transformer.TfmTransformerForConditionalGeneration",
+    }
+    base_model_tp_plan: ClassVar = {
+        "encoder.layers.*.self_attn.q_proj": "colwise",
+        "encoder.layers.*.self_attn.k_proj": "colwise",
+        "encoder.layers.*.self_attn.v_proj": "colwise",
+        "encoder.layers.*.self_attn.out_proj": "rowwise",
+        "encoder.layers.*.feed_forward.up_proj": "colwise",
+        "encoder.layers.*.feed_forward.down_proj": "rowwise",
+        "decoder.layers.*.self_attn.q_proj": "colwise",
+        "decoder.layers.*.self_attn.k_proj": "colwise",
+        "decoder.layers.*.self_attn.v_proj": "colwise",
+        "decoder.layers.*.self_attn.out_proj": "rowwise",
+        "decoder.layers.*.cross_attn.q_proj": "colwise",
+        "decoder.layers.*.cross_attn.k_proj": "colwise",
+        "decoder.layers.*.cross_attn.v_proj": "colwise",
+        "decoder.layers.*.cross_attn.out_proj": "rowwise",
+        "decoder.layers.*.feed_forward.up_proj": "colwise",
+        "decoder.layers.*.feed_forward.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 37000
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    hidden_act: str = "relu"
+    norm_first: bool = False
+    layer_norm_eps: float = 1e-5
+    position_embedding_type: str = "sinusoidal"
+    max_position_embeddings: int = 1024
+    attention_score: str = "dot_product"
+    decoding: str = "autoregressive"
+    max_length_offset: int = 64
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    label_smoothing: float | int = 0.1
+    scale_embedding: bool = True
+    initializer_factor: float | int = 1.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    mask_token_id: int | None = 4
+    decoder_start_token_id: int | None = 1
+
+    @classmethod
+    def of_size(cls, size: str, **fields) -> "TfmTransformerConfig":
+        """The configuration of a named size, "tiny", "base" or "big", with ``fields`` changed.
+
+        Raises:
+            ValueError: the size is not known.
+        """
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
+        return cls(**{**SIZES[size], **fields})
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.decoding == "mask_predict" and self.mask_token_id is None:
+            raise ValueError('decoding="mask_predict" needs mask_token_id, got None')

@@ -1,0 +1,110 @@
+"""Label-smoothed cross-entropy straight from hidden states, without holding the logits (Szegedy et al. 2015, section 7).
+
+    hidden (N, D) -> a chunk of rows at a time: logits (n, V) -> loss and its gradient -> forgotten
+
+A vocabulary of V = 37,000 makes the logits the largest tensor of a translation step; here they exist for one chunk
+only, and the gradients of hidden states and weight are formed in the same pass.
+
+Shapes: N positions; D hidden size; V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = 1 << 22  # logits held at once; about 16 MB in float32
+
+
+def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum over the labelled positions of ``(1 - e) * -log p[label] + e * mean_v(-log p[v])``.
+
+    Args:
+        logits: (N, V).
+        labels: (N,) int64; `IGNORE_INDEX` marks a position without a label.
+        label_smoothing: e, in [0, 1).
+
+    Returns:
+        Scalar float32, a sum: divide by the number of labels for the usual mean.
+    """
+    return nn.functional.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="sum"
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward forms the gradients chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, dtype: torch.dtype):
+        vocabulary = len(weight)
+        matrix = weight.to(dtype)  # (V, D)
+        rows = hidden.to(dtype)  # (N, D)
+        with_gradient = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = max(16, CHUNK_ELEMENTS // vocabulary)
+        for start in range(0, len(rows), chunk):
+            part, label = rows[start : start + chunk], labels[start : start + chunk]
+            labelled = (label != IGNORE_INDEX)[:, None]  # (n, 1)
+            target = label.clamp_min(0)[:, None]  # (n, 1)
+            scores = (part @ matrix.t()).float()  # (n, V)
+            log_sum = scores.logsumexp(dim=1, keepdim=True)  # (n, 1)
+            term = log_sum - (1.0 - label_smoothing) * scores.gather(1, target)
+            if label_smoothing:
+                term = term - label_smoothing * scores.mean(dim=1, keepdim=True)
+            loss += torch.where(labelled, term, 0.0).sum()
+            if not with_gradient:
+                continue
+            # d loss / d scores = softmax - e / V - (1 - e) at the label; zero where there is no label.
+            gradient = scores.sub_(log_sum).exp_()
+            if label_smoothing:
+                gradient -= label_smoothing / vocabulary
+            gradient.scatter_add_(1, target, torch.full_like(term, label_smoothing - 1.0))
+            gradient = (gradient * labelled).to(dtype) if dtype != torch.float32 else gradient.mul_(labelled)
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = gradient @ matrix
+            if grad_weight is not None:
+                if dtype == grad_weight.dtype:
+                    grad_weight.addmm_(gradient.t(), part)
+                else:
+                    grad_weight += gradient.t() @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_loss,
+            None if grad_weight is None else grad_weight * grad_loss,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """`label_smoothed_cross_entropy` of ``hidden @ weight.T``, without the logits.
+
+    Matrix products run in the autocast dtype where autocast is on, sums and softmax in float32.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), the output embedding.
+        labels: (N,) int64; `IGNORE_INDEX` marks a position without a label.
+        label_smoothing: e, in [0, 1).
+
+    Returns:
+        Scalar float32, a sum over the labelled positions.
+
+    Raises:
+        ValueError: hidden and labels differ in length.
+    """
+    if len(hidden) != len(labels):
+        raise ValueError(f"hidden has {len(hidden)} rows but labels has {len(labels)}")
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, dtype)

@@ -1,0 +1,158 @@
+"""Non-autoregressive decoding by predicting masked tokens (Ghazvininejad et al. 2019, arXiv:1904.09324).
+
+    training: a random number of target tokens is masked; the decoder, which sees both sides, predicts them
+    decoding: length from the encoder -> all tokens masked -> predict all -> mask the least sure again -> ... -> done
+
+Shapes: B sentences; S source, T target positions; D = config.hidden_size; V = config.vocab_size; L length candidates.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .cross_entropy import IGNORE_INDEX
+
+
+def mask_targets(
+    labels: Tensor, config: PreTrainedConfig, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask a uniform random number of each target's tokens, at least one (section 3.1).
+
+    Args:
+        labels: (B, T), `IGNORE_INDEX` after the end of a sentence.
+        noise: (B, T + 1) uniform scores in [0, 1); the first column draws how many, the rest which. Default: torch's
+            global generator.
+
+    Returns:
+        decoder inputs (B, T), labels that keep only the masked tokens (B, T), attention mask (B, T) of ones and zeros.
+    """
+    B, T = labels.shape
+    if noise is None:
+        noise = torch.rand(B, T + 1, device=labels.device)
+    real = labels != IGNORE_INDEX
+    lengths = real.sum(dim=1)  # (B,)
+    count = 1 + (noise[:, 0] * lengths).long().clamp(max=lengths - 1)  # (B,), uniform on 1..length
+    rank = noise[:, 1:].masked_fill(~real, 2.0).argsort(dim=1).argsort(dim=1)  # (B, T)
+    masked = (rank < count[:, None]) & real
+    inputs = labels.masked_fill(~real, config.pad_token_id).masked_fill(masked, config.mask_token_id)
+    return inputs, labels.masked_fill(~masked, IGNORE_INDEX), real.long()
+
+
+class LengthHead(nn.Module):
+    """Predicts the target's length as an offset from the source's (section 3.2).
+
+    The paper reads it from a special token put before the source; here from the mean of the encoder's output, which
+    needs no change of the input.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.max_offset = config.max_length_offset
+        self.output = nn.Linear(config.hidden_size, 2 * self.max_offset + 1)
+
+    def forward(self, memory: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Memory (B, S, D) under a mask (B, S) -> logits (B, 2 * max_offset + 1) and source lengths (B,)."""
+        if attention_mask is None:
+            attention_mask = memory.new_ones(memory.shape[:2])
+        weight = attention_mask[..., None].to(memory.dtype)
+        lengths = attention_mask.sum(dim=1)
+        mean = (memory * weight).sum(dim=1) / lengths[:, None].to(memory.dtype)  # (B, D)
+        return self.output(mean), lengths.long()
+
+    def loss(
+        self, memory: Tensor, attention_mask: Tensor | None, hidden: Tensor, target_mask: Tensor | None
+    ) -> Tensor:
+        """Cross-entropy of the target lengths, summed over sentences; a sentence without target tokens counts not."""
+        if target_mask is None:
+            target_mask = hidden.new_ones(hidden.shape[:2])
+        logits, source_lengths = self(memory, attention_mask)
+        target_lengths = target_mask.sum(dim=1).long()  # (B,)
+        offset = (target_lengths - source_lengths).clamp(-self.max_offset, self.max_offset) + self.max_offset
+        offset = offset.masked_fill(target_lengths == 0, IGNORE_INDEX)
+        return nn.functional.cross_entropy(logits.float(), offset, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    def candidates(self, memory: Tensor, attention_mask: Tensor | None, count: int, longest: int) -> Tensor:
+        """The ``count`` likeliest target lengths, in [1, longest]: (B, L)."""
+        logits, source_lengths = self(memory, attention_mask)
+        offsets = logits.topk(min(count, logits.shape[1]), dim=1).indices - self.max_offset  # (B, L)
+        return (source_lengths[:, None] + offsets).clamp(1, longest)
+
+
+def mask_predict(
+    model: nn.Module,
+    inputs: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    iterations: int = 10,
+    length_candidates: int = 5,
+    max_length: int | None = None,
+    generation_config: GenerationConfig | None = None,
+    **unknown,
+) -> Tensor:
+    """Decode all tokens at once and refine the least sure ones (algorithm of section 3.3, lengths of section 3.4).
+
+    Args:
+        model: a `TfmTransformerForConditionalGeneration` with ``decoding="mask_predict"``.
+        inputs: (B, S) source ids, also as ``input_ids``.
+        attention_mask: (B, S).
+        iterations: passes of the decoder, at least 1; 1 is purely parallel, the paper's best is 10.
+        length_candidates: target lengths tried at the same time; the one of the best mean log-probability wins.
+        max_length: upper bound of the target length, in tokens; default, the generation config's.
+
+    Returns:
+        (B, 1 + T) ids: the start token, the sentence, padding, as transformers' `generate` gives them.
+
+    Raises:
+        ValueError: there is no source, a number is below 1, or an argument belongs to autoregressive decoding only.
+    """
+    # What evaluation code passes to every model and that means nothing here is taken; a real choice is refused.
+    neutral = {"num_beams": 1, "do_sample": False, "use_cache": None, "synced_gpus": None}
+    refused = [name for name, value in unknown.items() if name not in neutral or value not in (neutral[name], None)]
+    refused = [name for name in refused if name != "use_cache"]
+    if refused:
+        raise ValueError(
+            f'{", ".join(refused)}: not an option of decoding="mask_predict" (it has iterations, '
+            "length_candidates, max_length)"
+        )
+    source = inputs if inputs is not None else input_ids
+    if source is None:
+        raise ValueError("mask_predict needs inputs or input_ids of shape (B, S), got None")
+    if iterations < 1 or length_candidates < 1:
+        raise ValueError(f"iterations and length_candidates must be at least 1, got {iterations}, {length_candidates}")
+    config = model.config
+    if max_length is None:
+        defaults = generation_config or model.generation_config
+        max_length = defaults.max_length or config.max_position_embeddings
+    memory = model.get_encoder()(input_ids=source, attention_mask=attention_mask).last_hidden_state  # (B, S, D)
+    lengths = model.length_head.candidates(memory, attention_mask, length_candidates, max_length - 1)  # (B, L)
+    B, L = lengths.shape
+    T = int(lengths.max())
+    lengths = lengths.flatten()  # (B * L,)
+    memory = memory.repeat_interleave(L, dim=0)
+    memory_mask = None if attention_mask is None else attention_mask.repeat_interleave(L, dim=0)
+    real = torch.arange(T, device=source.device) < lengths[:, None]  # (B * L, T)
+    tokens = torch.where(real, config.mask_token_id, config.pad_token_id)
+    sure = torch.zeros(B * L, T, device=source.device)  # log-probabilities of the tokens
+    masked = real
+    for step in range(iterations):
+        hidden = model.get_decoder()(
+            input_ids=tokens,
+            attention_mask=real.long(),
+            encoder_hidden_states=memory,
+            encoder_attention_mask=memory_mask,
+        ).last_hidden_state
+        logits = model.lm_head(hidden).float()  # (B * L, T, V)
+        logits[..., [config.pad_token_id, config.mask_token_id]] = -torch.inf
+        best, token = logits.log_softmax(dim=-1).max(dim=-1)  # (B * L, T)
+        tokens = torch.where(masked, token, tokens)
+        sure = torch.where(masked, best, sure)
+        # Linear decay: after pass t of n, (n - t) / n of the tokens are masked again.
+        count = lengths * (iterations - 1 - step) // iterations
+        rank = sure.masked_fill(~real, torch.inf).argsort(dim=1).argsort(dim=1)
+        masked = (rank < count[:, None]) & real
+        if step + 1 < iterations:
+            tokens = tokens.masked_fill(masked, config.mask_token_id)
+    score = (sure * real).sum(dim=1) / lengths  # (B * L,)
+    choice = score.view(B, L).argmax(dim=1) + torch.arange(B, device=source.device) * L
+    start = tokens.new_full((B, 1), config.decoder_start_token_id)
+    return torch.cat([start, tokens[choice]], dim=1)

@@ -1,0 +1,448 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762, figure 1).
+
+    source ids (B, S) -> embed + positions -> encoder blocks -> memory (B, S, D)
+    target ids (B, T) -> embed + positions -> decoder blocks over the memory -> (B, T, D) -> logits (B, T, V)
+
+Shapes: B sentences; S source, T target positions; D = config.hidden_size; V = config.vocab_size; H heads.
+Attention masks that users give are (B, S) or (B, T), 1 = a token, 0 = padding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import MultiHeadAttention, eager_attention
+from .blocks import DecoderBlock, EncoderBlock
+from .configuration_transformer import TfmTransformerConfig
+from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .mask_predict import LengthHead, mask_predict, mask_targets
+from .positions import SinusoidalPositions, positions_1d
+
+
+def shift_right(labels: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """Decoder inputs for teacher forcing: the start token, then all labels but the last; (B, T) -> (B, T)."""
+    start = labels.new_full((len(labels), 1), decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, pad_token_id)], dim=1)
+
+
+@dataclass
+class TfmTransformerLMOutput(Seq2SeqLMOutput):
+    """`Seq2SeqLMOutput` with the parts of the loss.
+
+    Args:
+        token_loss: scalar, cross-entropy of the target tokens; all of ``loss`` for an autoregressive model.
+        length_loss: scalar, cross-entropy of the target length (``decoding="mask_predict"``).
+    """
+
+    token_loss: Tensor | None = None
+    length_loss: Tensor | None = None
+
+
+class TfmTransformerPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier uniform for matrices, N(0, 1/D) for embeddings, so that scaled embeddings have variance 1."""
+        factor = self.config.initializer_factor
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight, gain=factor)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=factor * self.config.hidden_size**-0.5)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SinusoidalPositions):
+            init.copy_(module.table, module.compute())
+        elif isinstance(module, MultiHeadAttention) and self.config.attention_score == "additive":
+            init.normal_(module.score_vector, std=factor * module.scaling)
+
+
+class Embedding(nn.Module):
+    """Token embedding times sqrt(D), plus position, then dropout (sections 3.4, 3.5 and 5.4)."""
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = positions_1d(
+            config.position_embedding_type, config.max_position_embeddings, config.hidden_size
+        )
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, offset: int | Tensor = 0
+    ) -> Tensor:
+        """Embed ids (B, T), or take embeddings (B, T, D) as given, at positions from ``offset`` on: (B, T, D).
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.tokens(input_ids)
+        length = inputs_embeds.shape[1]
+        positions = torch.arange(length, device=inputs_embeds.device) + offset
+        # A static cache counts on the device; reading that count back would stall it.
+        end = offset + length if isinstance(offset, int) else None
+        return self.dropout(inputs_embeds * self.scale + self.positions(positions, end).to(inputs_embeds.dtype))
+
+
+class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
+    """Figure 1, left: source ids (B, S) -> memory (B, S, D)."""
+
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.num_encoder_layers))
+        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Encode ``input_ids`` (B, S), or ``inputs_embeds`` (B, S, D), under ``attention_mask`` (B, S).
+
+        Returns:
+            ``last_hidden_state`` (B, S, D); on request ``hidden_states``, N + 1 of (B, S, D), and ``attentions``,
+            N of (B, H, S, S).
+        """
+        hidden_states = self.embedding(input_ids, inputs_embeds)  # (B, S, D)
+        with eager_attention(self.config, wants_maps(self.config, kwargs)):
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
+    """Figure 1, right: target ids (B, T) and memory (B, S, D) -> (B, T, D)."""
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DecoderBlock,
+        "attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.is_causal = config.decoding == "autoregressive"
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(DecoderBlock(config, i, self.is_causal) for i in range(config.num_decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decode ``input_ids`` (B, T) over ``encoder_hidden_states`` (B, S, D).
+
+        Args:
+            attention_mask: (B, cached + T).
+            encoder_attention_mask: (B, S).
+            past_key_values: keys and values of earlier tokens and of the memory; grows by T tokens.
+
+        Returns:
+            ``last_hidden_state`` (B, T, D), ``past_key_values``; on request ``hidden_states``, ``attentions``
+            N of (B, H, T, cached + T) and ``cross_attentions`` N of (B, H, T, S).
+
+        Raises:
+            ValueError: there is no ``encoder_hidden_states``.
+        """
+        if encoder_hidden_states is None:
+            raise ValueError("the decoder needs encoder_hidden_states of shape (B, S, D), got None")
+        if not self.is_causal:
+            past_key_values = None  # every token sees every other one, so nothing of an earlier call stays valid
+        elif use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
+        with eager_attention(self.config, wants_maps(self.config, kwargs)):
+            if self.is_causal:
+                own = past_key_values
+                if isinstance(own, EncoderDecoderCache):
+                    own = own.self_attention_cache
+                mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=own)
+            else:
+                mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+            memory_mask = create_bidirectional_mask(
+                self.config, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            )
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states,
+                    encoder_hidden_states,
+                    mask,
+                    memory_mask=memory_mask,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def wants_maps(config: TfmTransformerConfig, kwargs: dict) -> bool:
+    """Whether a call asks for attention maps, by argument or by configuration."""
+    asked = kwargs.get("output_attentions")
+    return bool(config.output_attentions if asked is None else asked) or bool(kwargs.get("output_cross_attentions"))
+
+
+class TfmTransformerModel(TfmTransformerPreTrainedModel):
+    """Encoder and decoder without an output layer."""
+
+    _auto_class = "AutoModel"
+    _tied_weights_keys = {  # noqa: RUF012
+        "encoder.embedding.tokens.weight": "shared.weight",
+        "decoder.embedding.tokens.weight": "shared.weight",
+    }
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = TfmTransformerEncoder(config)
+        self.decoder = TfmTransformerDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.shared = value
+        self.encoder.set_input_embeddings(value)
+        self.decoder.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> Seq2SeqModelOutput:
+        """Encode, then decode.
+
+        Args:
+            input_ids: (B, S), or ``inputs_embeds`` (B, S, D).
+            attention_mask: (B, S).
+            decoder_input_ids: (B, T), or ``decoder_inputs_embeds`` (B, T, D).
+            decoder_attention_mask: (B, cached + T).
+            encoder_outputs: of an earlier call, instead of the source.
+            past_key_values: see `TfmTransformerDecoder.forward`.
+
+        Returns:
+            ``last_hidden_state`` (B, T, D), ``encoder_last_hidden_state`` (B, S, D), and what was asked for.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        decoded = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, GenerationMixin):
+    """The Transformer with its output layer: translation and any other text-to-text task."""
+
+    _auto_class = "AutoModelForSeq2SeqLM"
+    _tied_weights_keys = {  # noqa: RUF012
+        "model.encoder.embedding.tokens.weight": "model.shared.weight",
+        "model.decoder.embedding.tokens.weight": "model.shared.weight",
+        "lm_head.weight": "model.shared.weight",
+    }
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.model = TfmTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.length_head = LengthHead(config) if config.decoding == "mask_predict" else None
+        self.post_init()
+
+    def get_encoder(self, *args, **kwargs) -> TfmTransformerEncoder:
+        return self.model.encoder
+
+    def get_decoder(self) -> TfmTransformerDecoder:
+        return self.model.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """(B, T) -> (B, T); transformers' data collators call it."""
+        return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
+        **kwargs,
+    ) -> TfmTransformerLMOutput:
+        """Predict target tokens; with ``labels``, also their label-smoothed loss.
+
+        Args:
+            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted. Without decoder inputs, an autoregressive
+                model takes the labels shifted by one, and a mask-predict model the labels with a random share masked.
+            num_items_in_batch: what the sum of token losses is divided by; default, the number of labels.
+                The length loss is divided by the number of sentences then, and not at all otherwise.
+            return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
+
+        Returns:
+            ``loss`` scalar, its parts, ``logits`` (B, T, V) or None, and what `TfmTransformerModel` returns.
+        """
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                if self.config.decoding == "mask_predict":
+                    decoder_input_ids, labels, decoder_attention_mask = mask_targets(labels, self.config)
+                else:
+                    decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, T, D)
+        logits = self.lm_head(hidden) if return_logits else None  # (B, T, V)
+        loss = token_loss = length_loss = None
+        if labels is not None:
+            token_loss = self.token_loss(hidden, logits, labels, num_items_in_batch)
+            loss = token_loss
+            if self.length_head is not None:
+                length_loss = self.length_head.loss(
+                    outputs.encoder_last_hidden_state, attention_mask, hidden, decoder_attention_mask
+                )
+                if num_items_in_batch is None:
+                    length_loss = length_loss / len(hidden)
+                loss = token_loss + length_loss
+        return TfmTransformerLMOutput(
+            loss=loss,
+            logits=logits,
+            token_loss=token_loss,
+            length_loss=length_loss,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+    def token_loss(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, items: int | Tensor | None) -> Tensor:
+        """Label-smoothed cross-entropy of (B, T) labels, from logits (B, T, V) or else from states (B, T, D)."""
+        labels = labels.reshape(-1)
+        smoothing = self.config.label_smoothing
+        if logits is None:
+            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels, smoothing)
+        else:
+            total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels, smoothing)
+        return total / ((labels != IGNORE_INDEX).sum() if items is None else items)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """As transformers' `generate`; a mask-predict model decodes with `mask_predict` and takes its arguments."""
+        if self.config.decoding == "mask_predict":
+            return mask_predict(self, inputs, **kwargs)
+        return super().generate(inputs, **kwargs)
