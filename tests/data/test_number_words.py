@@ -1,0 +1,118 @@
+"""The embedded number-words data set."""
+
+import hashlib
+import json
+import random
+
+import pytest
+from num2words import num2words
+
+from hf_tfm.data.number_words import LIMIT, draw_numbers, number_words, spell
+
+# Of seed 0 with 300, 20 and 30 rows.
+CONTENT = "9560ce2749b987d0090eb47cb9c4fe581ee064469a8bc5e05653bfd9c213f9d2"
+
+
+def content_hash(splits) -> str:
+    rows = {name: split.to_list() for name, split in splits.items()}
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "german"),
+    [
+        (0, "zero", "null"),
+        (1, "one", "eins"),
+        (16, "sixteen", "sechzehn"),
+        (21, "twenty-one", "einundzwanzig"),
+        (30, "thirty", "dreißig"),
+        (77, "seventy-seven", "siebenundsiebzig"),
+        (101, "one hundred and one", "einhunderteins"),
+        (1000, "one thousand", "eintausend"),
+        (1001, "one thousand and one", "eintausendeins"),
+        (6016, "six thousand and sixteen", "sechstausendsechzehn"),
+        (21000, "twenty-one thousand", "einundzwanzigtausend"),
+        (101_000, "one hundred and one thousand", "einhunderteintausend"),
+        (
+            301_101,
+            "three hundred and one thousand, one hundred and one",
+            "dreihunderteintausendeinhunderteins",
+        ),
+        (
+            999_912,
+            "nine hundred and ninety-nine thousand, nine hundred and twelve",
+            "neunhundertneunundneunzigtausendneunhundertzwölf",
+        ),
+    ],
+)
+def test_words(number, english, german):
+    assert spell(number) == {"en": english, "de": german}
+
+
+def test_spelling_in_two_parts_is_that_of_num2words():
+    for number in random.Random(0).sample(range(LIMIT), 300) + list(range(0, LIMIT, 7919)):
+        german = num2words(number, lang="de").replace("einstausend", "eintausend")
+        assert spell(number) == {"en": num2words(number, lang="en"), "de": german}
+
+
+@pytest.mark.parametrize("number", [-1, LIMIT])
+def test_a_number_out_of_range_is_refused(number):
+    with pytest.raises(ValueError, match=rf"number must be in \[0, 1000000\), got {number}"):
+        spell(number)
+
+
+def test_splits_share_no_number_and_rows_match_their_number():
+    splits = number_words(seed=3, train=3000, validation=100, test=200)
+    numbers = [number for split in splits.values() for number in split["number"]]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3000, "validation": 100, "test": 200}
+    assert len(set(numbers)) == len(numbers) == 3300
+    assert 0 in splits["train"]["number"]
+    assert all(row["translation"] == spell(row["number"]) for split in splits.values() for row in split)
+    sentences = {row["translation"]["de"] for row in splits["train"]}
+    assert not sentences & {row["translation"]["de"] for row in splits["test"]}
+
+
+def test_the_seed_alone_decides_the_content():
+    first = number_words(seed=0, train=300, validation=20, test=30)
+    again = number_words(seed=0, train=300, validation=20, test=30)
+    other = number_words(seed=1, train=300, validation=20, test=30)
+    assert content_hash(first) == content_hash(again) == CONTENT
+    assert content_hash(other) != CONTENT
+    # The data set's own fingerprint, which a model card quotes, is a function of the content too.
+    assert first["train"]._fingerprint == again["train"]._fingerprint != other["train"]._fingerprint
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_zero_is_a_training_row(seed):
+    splits = number_words(seed=seed, train=1, validation=1, test=2)
+    assert splits["train"]["number"][:] == [0]
+    assert 0 not in splits["validation"]["number"][:] + splits["test"]["number"][:]
+
+
+def test_every_order_of_magnitude_is_present():
+    numbers = draw_numbers(seed=0, count=20_000)
+    counts = [((numbers >= 10**digits) & (numbers < 10 ** (digits + 1))).sum() for digits in range(6)]
+    assert counts[:2] == [9, 90]
+    assert counts[2] > 850
+    assert min(counts[3:]) > 4000
+    # Not the k smallest: long numbers spread over their whole range.
+    assert numbers.max() > 990_000
+
+
+def test_all_numbers_can_be_drawn():
+    numbers = draw_numbers(seed=0, count=LIMIT)
+    assert sorted(numbers.tolist()) == list(range(LIMIT))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train": LIMIT, "validation": 1, "test": 0}, "must be at most 1000000, the numbers there are, got 1000001"),
+        ({"train": 0}, "train must be at least 1, got 0"),
+        ({"test": -1}, "test must be at least 0, got -1"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^32\), got -1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        number_words(**arguments)
