@@ -1,0 +1,183 @@
+"""Convert a trained model into another library's class and back, with proof that both compute the same.
+
+source folder -> configuration and weights under the other names -> saved, loaded again, compared -> output folder
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .conversion import Conversion
+from .marian import MARIAN
+from .parity import CERTIFICATE, compare, provenance, weight_hashes
+
+CONVERSIONS = (MARIAN,)
+OURS = "tfm"
+TARGETS = (*(conversion.name for conversion in CONVERSIONS), OURS)
+
+# What a tokenizer is saved as, byte-pair and SentencePiece alike.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "target_vocab.json",
+    "*.spm",
+)
+
+
+def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict:
+    """Write ``source`` as a model of another class, with a parity certificate beside it.
+
+    Both models are run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they
+    agree.
+
+    Args:
+        source: folder of a saved model, or its id on the Hub.
+        to: "marian" for transformers' `MarianMTModel`, which loads without this package or remote code; "tfm" for
+            our own class.
+        output_dir: folder to make; it may exist if it is empty.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Returns:
+        The certificate, as in ``parity_certificate.json``: ``source`` and ``target`` (class and sha256 of each weight
+        file), ``max_abs_difference``, ``max_abs_logit``, ``tolerance``, ``greedy_tokens_equal``, ``tokenizer_equal``
+        (None without a tokenizer), ``inputs``, ``versions``, ``date``.
+
+    Raises:
+        ValueError: ``to`` is unknown or already the class of the source; the target cannot express the source; or the
+            two models differ.
+        FileExistsError: ``output_dir`` is a file, or a folder that is not empty.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
+    folder = local_folder(source, revision)
+    conversion = find_conversion(folder, to)
+    origin = load(source_class(conversion, to), folder)
+    target = converted(conversion, origin, to)
+
+    # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
+    nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary:
+        work = Path(temporary) / "model"
+        target.save_pretrained(work)
+        copy_tokenizer(folder, work)
+        certificate = {
+            "source": {
+                # Of a local folder the name only: certificates travel, and paths say things about their machine.
+                "model": folder.resolve().name if Path(source).is_dir() else str(source),
+                "revision": None if Path(source).is_dir() else folder.name,
+                "class": type(origin).__name__,
+                "weights": weight_hashes(folder),
+            },
+            "target": {"class": type(target).__name__, "weights": weight_hashes(work)},
+            # Both loaded anew: a bfloat16 model has rounded its position table, and `.float()` would not undo that.
+            **compare(load(type(origin), folder, torch.float32), load(type(target), work, torch.float32)),
+            "tokenizer_equal": same_tokenizer(folder, work),
+            **provenance(),
+        }
+        (work / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        if output_dir.exists():
+            output_dir.rmdir()
+        work.rename(output_dir)
+    return certificate
+
+
+def local_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder of a saved model, downloaded where ``source`` is an id on the Hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    ignored = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.py"]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, ignore_patterns=ignored))
+    except HFValidationError as error:
+        raise ValueError(f"source {source} is neither a folder nor an id on the Hub") from error
+
+
+def find_conversion(folder: Path, to: str) -> Conversion:
+    """The conversion of the model in ``folder`` to the class named ``to``."""
+    if to not in TARGETS:
+        raise ValueError(f'to must be one of {", ".join(TARGETS)}, got "{to}"')
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"source {folder} is not a saved model: it has no config.json")
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    for conversion in CONVERSIONS:
+        wanted = source_class(conversion, to).config_class.model_type
+        if to in (conversion.name, OURS) and model_type == wanted:
+            return conversion
+    raise ValueError(f'no conversion of a model of type "{model_type}" to "{to}"')
+
+
+def source_class(conversion: Conversion, to: str) -> type[PreTrainedModel]:
+    """The class that a conversion to ``to`` starts from."""
+    return conversion.theirs if to == OURS else conversion.ours
+
+
+def load(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model in ``folder``, by default in the dtype it is saved in, with every weight accounted for."""
+    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(problem):
+            raise ValueError(f"{folder} is not a whole {model_class.__name__}: {problem} {sorted(report[problem])}")
+    return model
+
+
+def converted(conversion: Conversion, origin: PreTrainedModel, to: str) -> PreTrainedModel:
+    """The model ``origin`` as the class named ``to``: same weights in the same dtype, same generation settings."""
+    if to == OURS:
+        config = conversion.to_ours(origin.config)
+        weights = conversion.weights_to_ours(origin, config)
+        target = conversion.ours(config)
+    else:
+        config = conversion.to_theirs(origin.config)
+        weights = conversion.weights_to_theirs(origin)
+        target = conversion.theirs(config)
+    target = target.to(origin.dtype)
+    expected = set(target.state_dict())
+    if to != OURS:
+        expected -= {*conversion.zero_in_theirs, *conversion.computed_in_theirs}
+    if weights.keys() != expected:
+        raise ValueError(f"the name table does not fit the target: {sorted(weights.keys() ^ expected)}")
+    with torch.no_grad():
+        own = target.state_dict()
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+    target.generation_config = copy.deepcopy(origin.generation_config)
+    return target
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, byte for byte."""
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+
+
+def same_tokenizer(source: Path, target: Path) -> bool | None:
+    """Whether both folders load as the same tokenizer; None where there is none.
+
+    Raises:
+        ValueError: they differ, for instance because the target's model type brings a tokenizer class of its own.
+    """
+    if not (source / "tokenizer_config.json").is_file():
+        return None
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
+    if type(before) is not type(after) or before.get_vocab() != after.get_vocab():
+        raise ValueError(
+            f"the tokenizer of {source} is a {type(before).__name__}, but beside the converted model it loads as a "
+            f"{type(after).__name__} with {len(after)} tokens"
+        )
+    return True

@@ -1,0 +1,77 @@
+"""What the Hub's tests share: tiny models, a tiny tokenizer, and processes that start from nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+TEXT = ["one two three four five", "eins zwei drei vier fünf", "twenty-one is einundzwanzig"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of about 300 tokens that ends each text with </s>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    pad, bos, eos, unknown, mask = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unknown, mask_token=mask
+    )
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel, seed: int = 0, std: float = 0.4) -> PreTrainedModel:
+    """Draw every trained weight anew, also biases and layer norms, so that no two parts are alike by default."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=std, generator=generator)
+    return model.eval()
+
+
+BLOCK_PACKAGE = '''
+import sys
+
+class Blocked:
+    """Makes this process one where the package is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_tfm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+'''
+
+
+def run_python(code: str, folder: Path, environment: dict[str, str], without_package: bool = False) -> dict:
+    """Run ``code`` in a new process in ``folder``; it prints its result as JSON in the last line.
+
+    Args:
+        environment: changes to this process's environment.
+        without_package: let every import of hf_tfm fail.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    script = folder / ("clean.py" if without_package else "script.py")
+    script.write_text((BLOCK_PACKAGE if without_package else "") + code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
