@@ -12,8 +12,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Translation, Value
 from num2words import num2words
 
-# Numbers run from 0 to LIMIT - 1: below a million, German writes a number as one lower-case word.
-LIMIT = 1_000_000
+# Below a million, German writes a number as one lower-case word. Zero is left out: its word occurs in no other number,
+# and one row among thousands does not teach it.
+LARGEST = 999_999
 FEATURES = Features({"number": Value("int64"), "translation": Translation(languages=["en", "de"])})
 
 
@@ -30,13 +31,13 @@ def spell(number: int) -> dict[str, str]:
     Thousands and rest are spelled apart and remembered, which makes a data set 10 times faster than num2words alone.
 
     Args:
-        number: 0 to 999,999.
+        number: 1 to 999,999.
 
     Raises:
         ValueError: the number is outside this range.
     """
-    if not 0 <= number < LIMIT:
-        raise ValueError(f"number must be in [0, {LIMIT}), got {number}")
+    if not 1 <= number <= LARGEST:
+        raise ValueError(f"number must be in [1, {LARGEST}], got {number}")
     rest = number % 1000
     thousands = number - rest
     if not thousands or not rest:
@@ -53,30 +54,28 @@ def draw_numbers(seed: int, count: int) -> np.ndarray:
 
     A number n is drawn with weight 1 / n: the ``count`` smallest of E * n are taken, E exponential (Efraimidis and
     Spirakis 2006, doi:10.1016/j.ipl.2005.11.003). Nearly all short numbers are among 20,000 drawn this way; uniform
-    draws would have 20 below 1,000. Zero has an infinite weight.
+    draws would have 20 below 1,000.
 
     Args:
         seed: 0 to 2^32 - 1; a seed gives the same numbers on every machine.
-        count: at most 1,000,000.
+        count: at most 999,999.
 
     Returns:
         (count,) int64.
     """
     # numpy keeps the stream of this generator frozen between versions, which it does not promise for default_rng.
     random = np.random.RandomState(seed)
-    numbers = np.arange(LIMIT)
-    keys = random.standard_exponential(LIMIT) * numbers
+    numbers = np.arange(1, LARGEST + 1)
+    keys = random.standard_exponential(LARGEST) * numbers
     return random.permutation(numbers[np.argsort(keys, kind="stable")[:count]])
 
 
 def number_words(seed: int = 0, train: int = 20_000, validation: int = 500, test: int = 1_000) -> DatasetDict:
     """Generate the data set; no number stands in two splits.
 
-    Zero is always a training row: its word occurs in no other number, so nothing else could teach it.
-
     Args:
         seed: 0 to 2^32 - 1; draws and splits the numbers.
-        train: rows of the training split, at least 1.
+        train: rows of the training split.
         validation: rows of the validation split.
         test: rows of the test split.
 
@@ -85,22 +84,18 @@ def number_words(seed: int = 0, train: int = 20_000, validation: int = 500, test
         ({"en": words, "de": words}).
 
     Raises:
-        ValueError: a size or the seed is out of range, or there are more rows than the 1,000,000 numbers.
+        ValueError: a size or the seed is out of range, or there are more rows than the 999,999 numbers.
     """
     sizes = {"train": train, "validation": validation, "test": test}
     for name, size in sizes.items():
-        least = 1 if name == "train" else 0
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
     total = sum(sizes.values())
-    if total > LIMIT:
-        raise ValueError(f"train + validation + test must be at most {LIMIT}, the numbers there are, got {total}")
+    if total > LARGEST:
+        raise ValueError(f"train + validation + test must be at most {LARGEST}, the numbers there are, got {total}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}")
     numbers = draw_numbers(seed, total)
-    zero = np.flatnonzero(numbers == 0)[0]
-    if zero >= train:
-        numbers[[0, zero]] = numbers[[zero, 0]]
     splits, start = DatasetDict(), 0
     for name, size in sizes.items():
         chosen = numbers[start : start + size].tolist()
