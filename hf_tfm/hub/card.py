@@ -1,0 +1,290 @@
+"""The model card: README.md of a run's folder, filled from its `RunRecord`, so that no number is typed by hand.
+
+RunRecord + config.json + history.jsonl -> README.md, training_curve.png, .eval_results/<data set>.yaml
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from ..registration import FAMILIES
+from .curve import CURVE, write_curve
+from .results import RunRecord, read_history
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+CARD = "README.md"
+EVAL_RESULTS = ".eval_results"
+UNKNOWN = "unknown"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# What follows loading, by the Auto class that loads the model.
+AFTER_LOADING = {
+    "AutoModelForSeq2SeqLM": """
+
+inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs)
+print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
+}
+
+
+def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None = None) -> Path:
+    """Write the card of the model in ``output_dir``, with its training curve and its scores in the Hub's formats.
+
+    Args:
+        output_dir: folder of a run, with config.json and, for the curve, history.jsonl. README.md there is replaced.
+        record: of the run.
+        model_id: what the usage example loads; default, the folder's name.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+    """
+    output_dir = Path(output_dir)
+    config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    model_id = model_id or output_dir.resolve().name
+    title = model_id.split("/")[-1]
+    curve = write_curve(output_dir, read_history(output_dir), title)
+    card = ModelCard.from_template(
+        metadata(record, title),
+        template_path=str(TEMPLATE),
+        title=title,
+        summary=summary(record),
+        usage=usage(config, model_id),
+        data=table(data_rows(record)),
+        scores=table(score_rows(record), ("split", "metric", "value", "signature")),
+        training=table(training_rows(record)),
+        curve=CURVE if curve else None,
+        command=record.command,
+        # By way of JSON, so that tuples and paths come out as plain YAML.
+        arguments=yaml.safe_dump(json.loads(json.dumps(record.arguments, default=str)), sort_keys=False).strip(),
+        versions=table(record.versions.items(), ("package", "version")),
+        hardware=table(
+            (name.replace("_gb", " (GB)").replace("_", " "), known(v)) for name, v in record.hardware.items()
+        ),
+        licence=licence(record, config),
+    )
+    card.save(output_dir / CARD)
+    write_eval_results(output_dir, record)
+    return output_dir / CARD
+
+
+def metadata(record: RunRecord, title: str) -> ModelCardData:
+    """The YAML block at the top, by which the Hub finds and lists the model."""
+    data, dataset = record.data, hub_dataset(record)
+    results = [
+        EvalResult(
+            task_type=record.task,
+            dataset_type=dataset or dataset_name(record),
+            dataset_name=dataset_name(record),
+            dataset_config=data.get("name"),
+            dataset_split=metric["split"],
+            dataset_revision=data.get("revision"),
+            metric_type=metric["name"],
+            metric_name=metric["name"],
+            metric_value=metric["value"],
+            metric_args={"signature": metric["signature"]} if metric.get("signature") else None,
+        )
+        for metric in record.metrics
+    ]
+    base = record.base_model
+    return ModelCardData(
+        model_name=title,
+        language=languages(record),
+        license=record.arguments.get("license") or UNKNOWN,
+        library_name="transformers",
+        pipeline_tag=record.task,
+        base_model=base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None,
+        datasets=[dataset] if dataset else None,
+        metrics=list(dict.fromkeys(metric["name"] for metric in record.metrics)) or None,
+        tags=["hf-tfm", record.model_type, record.task],
+        eval_results=results,
+    )
+
+
+def hub_dataset(record: RunRecord) -> str | None:
+    """The id of a data set of the Hub; None for one that is local or generated."""
+    path, revision = record.data["path"], record.data.get("revision")
+    if revision or (HUB_ID.fullmatch(path) and not Path(path).exists()):
+        return path
+    return None
+
+
+def dataset_name(record: RunRecord) -> str:
+    """A data set's name: its id on the Hub, or the last part of a local path."""
+    return hub_dataset(record) or Path(record.data["path"]).name
+
+
+def languages(record: RunRecord) -> list[str] | None:
+    """The languages of a text pair, where both columns are named for one, as in "translation.en"."""
+    columns = [record.data.get(f"{side}_column") or "" for side in ("source", "target")]
+    codes = [column.split(".")[-1] for column in columns]
+    return codes if all(re.fullmatch("[a-z]{2}", code) for code in codes) else None
+
+
+def summary(record: RunRecord) -> str:
+    """One sentence: what it is, how large, from what, for what."""
+    pair = languages(record)
+    task = record.task + (f" from {pair[0]} to {pair[1]}" if pair else "")
+    origin = f"trained further from `{record.base_model}`" if record.base_model else "trained from scratch"
+    return (
+        f"A `{record.model_type}` model with {record.parameters:,} parameters, {origin} for {task} "
+        f"on {dataset_name(record)}, with hf-tfm {record.versions.get('hf-tfm', UNKNOWN)}."
+    )
+
+
+def usage(config: dict[str, Any], model_id: str) -> str:
+    """Code that loads and uses this very model: what its config.json says decides."""
+    auto_class = loading_class(config)
+    carried = "auto_map" in config
+    trust = ", trust_remote_code=True" if carried else ""
+    ours = config["model_type"] in {family.model_type for family in FAMILIES}
+    code = "\n".join(
+        [
+            *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
+            f"from transformers import {auto_class}, AutoTokenizer",
+            "",
+            f'model_id = "{model_id}"',
+            f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})",
+            f"model = {auto_class}.from_pretrained(model_id{trust})",
+        ]
+    )
+    text = f"```python\n{code}{AFTER_LOADING.get(auto_class, '')}\n```"
+    if not carried:
+        return text
+    return (
+        f"The model's code comes with its weights, so transformers is all it needs:\n\n{text}\n\n"
+        "Where hf-tfm is installed, `import hf_tfm` takes the place of `trust_remote_code=True`, and the installed "
+        "code runs:\n\n"
+        f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
+        f"model = {auto_class}.from_pretrained(model_id)\n```"
+    )
+
+
+def loading_class(config: dict[str, Any]) -> str:
+    """The Auto class for the architecture that was saved."""
+    families = {family.model_type: family.auto_classes for family in FAMILIES}
+    classes = config.get("auto_map") or families.get(config["model_type"], {})
+    architecture = (config.get("architectures") or [""])[0]
+    for auto_class, path in classes.items():
+        if path.split(".")[-1] == architecture:
+            return auto_class
+    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModel"
+
+
+def data_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """The table of task and data."""
+    data, dataset = record.data, hub_dataset(record)
+    fingerprint = data.get("fingerprint")
+    if isinstance(fingerprint, dict):
+        fingerprint = ", ".join(f"{split} `{known(value)}`" for split, value in fingerprint.items())
+    elif fingerprint:
+        fingerprint = f"`{fingerprint}`"
+    columns = [data[f"{side}_column"] for side in ("source", "target") if data.get(f"{side}_column")]
+    rows = ", ".join(
+        f"{split} {'not counted' if count is None else f'{count:,}'}" for split, count in data.get("rows", {}).items()
+    )
+    return [
+        ("task", record.task),
+        ("data set", f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else dataset_name(record)),
+        ("configuration", data.get("name") or "none"),
+        ("revision", known(data.get("revision")) if dataset else "none: not a data set of the Hub"),
+        ("fingerprint", fingerprint or UNKNOWN),
+        ("columns", " to ".join(f"`{column}`" for column in columns) or UNKNOWN),
+        ("rows", rows or UNKNOWN),
+        ("licence", known(data.get("license"))),
+    ]
+
+
+def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """The table of scores."""
+    return [
+        (m["split"], m["name"], number(m["value"]), f"`{m['signature']}`" if m.get("signature") else "none")
+        for m in record.metrics
+    ]
+
+
+def training_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """The table of what training took."""
+    training = record.training
+    skipped = training.get("skipped_steps")
+    speed, best = training.get("items_per_second"), training.get("best")
+    return [
+        ("started", record.started),
+        ("finished", record.finished),
+        ("training time", f"{timedelta(seconds=round(training['seconds']))}, without set-up and evaluation"),
+        (
+            "steps",
+            f"{training['steps']:,}" + (f", of which {skipped:,} skipped (gradient not finite)" if skipped else ""),
+        ),
+        ("epochs", number(training["epochs"])),
+        ("speed", f"{speed:,.0f} {training.get('item') or 'items'} per second" if speed else UNKNOWN),
+        ("best evaluation", ", ".join(f"{k} {number(v)}" for k, v in best.items()) if best else UNKNOWN),
+        ("saved weights", known(training.get("weights"))),
+    ]
+
+
+def licence(record: RunRecord, config: dict[str, Any]) -> str:
+    """Who may use what; what nobody said is unknown."""
+    lines = [
+        f"- Weights: {record.arguments.get('license') or 'unknown; the run names no licence for them'}.",
+        f"- Training data: {record.data.get('license') or 'unknown; the run names no licence for it'}.",
+    ]
+    if "auto_map" in config:
+        lines.append("- Code of the model (the Python files of this repository): Apache-2.0, from hf-tfm.")
+    return "\n".join(lines)
+
+
+def write_eval_results(output_dir: Path, record: RunRecord) -> Path | None:
+    """Write the scores as ``.eval_results/<data set>.yaml``, which the Hub gathers by data set.
+
+    The format names data sets by their id on the Hub; of another data set no file is written.
+    """
+    dataset = hub_dataset(record)
+    if dataset is None or not record.metrics:
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id="_".join(filter(None, (record.data.get("name"), metric["split"], metric["name"]))),
+            value=metric["value"],
+            dataset_revision=record.data.get("revision"),
+            date=record.finished,
+            notes=metric.get("signature"),
+        )
+        for metric in record.metrics
+    ]
+    path = output_dir / EVAL_RESULTS / f"{dataset.replace('/', '--')}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def table(rows: Iterable[tuple], header: tuple[str, ...] = ("", "")) -> str:
+    """A Markdown table; "" without rows."""
+    lines = [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
+    ]
+    if not lines:
+        return ""
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
+
+
+def known(value: Any) -> str:
+    """The value in words, None as unknown."""
+    return UNKNOWN if value is None else str(value)
+
+
+def number(value: Any) -> str:
+    """A number with four significant digits, whole ones in full; anything else as it is."""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else known(value)
