@@ -1,0 +1,274 @@
+"""Batches of equal cost, in an order that depends on nothing but (seed, epoch, sample index).
+
+    lengths of all samples -> one list of indices per optimizer step -> a part for each rank -> micro-batches
+
+A *step* is what one optimizer step learns from, over all ranks. Ranks and micro-batches only cut it into pieces, so
+another number of either changes neither the samples of a step nor the order of steps.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+Example = dict[str, Any]
+Steps = list[list[int]]
+
+
+def rng(*key: int) -> np.random.Generator:
+    """A random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Sort samples so that neighbours are alike on every side.
+
+    The last side is sorted; within each of its lengths the other side runs up and down in turn, so that it does not
+    jump where the length changes.
+
+    Args:
+        lengths: (N, sides) lengths in tokens, say of source and target.
+        order: (N,) a permutation that decides between equals.
+
+    Returns:
+        (N,) indices.
+    """
+    last = lengths[order, -1]
+    first = lengths[order, 0]
+    rank = np.unique(last, return_inverse=True)[1]
+    return order[np.lexsort((np.where(rank % 2, -first, first), last))]
+
+
+def cut(order: Sequence[int], lengths: np.ndarray, max_tokens: int, max_samples: int | None = None) -> Steps:
+    """Cut an ordered list into runs of at most ``max_tokens`` padded tokens on the longer side."""
+    runs: Steps = []
+    run: list[int] = []
+    longest = 0
+    for index in order:
+        length = int(lengths[index].max())
+        full = max_samples is not None and len(run) >= max_samples
+        if run and (full or (len(run) + 1) * max(longest, length) > max_tokens):
+            runs.append(run)
+            run, longest = [], 0
+        run.append(int(index))
+        longest = max(longest, length)
+    if run:
+        runs.append(run)
+    return runs
+
+
+class TokenBudgetSampler:
+    """Steps of about equal cost: at most ``max_tokens`` padded tokens on the longer of source and target side.
+
+    Args:
+        lengths: (N,) or (N, sides) tokens of each sample.
+        max_tokens: the budget of a step, in padded tokens (fairseq's ``--max-tokens``, summed over ranks).
+        seed: with the epoch, decides the order.
+        shuffle: False keeps the steps in order of length, for evaluation.
+        max_samples: upper bound of samples in a step.
+
+    Raises:
+        ValueError: a sample alone exceeds the budget, or there are no samples.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, max_tokens: int, seed: int = 0, shuffle: bool = True, max_samples: int | None = None
+    ):
+        lengths = np.asarray(lengths)
+        self.lengths = lengths[:, None] if lengths.ndim == 1 else lengths
+        self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
+        if len(self.lengths) == 0:
+            raise ValueError("there are no samples to batch")
+        longest = int(self.lengths.max())
+        if longest > max_tokens:
+            raise ValueError(
+                f"max_tokens must be at least the longest sample, got {max_tokens} for sample "
+                f"{int(self.lengths.max(axis=1).argmax())} of {longest} tokens"
+            )
+
+    def steps(self, epoch: int) -> Steps:
+        """The steps of an epoch, each a list of sample indices sorted by length."""
+        count = len(self.lengths)
+        random = rng(self.seed, epoch)
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        steps = cut(two_sided_order(self.lengths, order), self.lengths, self.max_tokens, self.max_samples)
+        return [steps[i] for i in random.permutation(len(steps))] if self.shuffle else steps
+
+
+def padding_waste(steps: Steps, lengths: np.ndarray) -> float:
+    """Share of padded tokens that are padding, over all sides, if each step is padded to its longest samples."""
+    padded = sum(len(step) * lengths[step].max(axis=0).sum() for step in steps)
+    return 1.0 - lengths[[i for step in steps for i in step]].sum() / padded
+
+
+def part_of_rank(step: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
+    """The contiguous part of a step that a rank computes; neighbours in length stay together."""
+    bounds = [round(len(step) * r / world_size) for r in (rank, rank + 1)]
+    return step[bounds[0] : bounds[1]]
+
+
+class StepLoader:
+    """The steps of an epoch as this rank's lists of micro-batches.
+
+    Args:
+        examples: the data set.
+        sampler: gives ``steps(epoch)``.
+        collate: ``collate(examples, indices, epoch, hidden)`` -> batch; a hidden batch must count for nothing. It is
+            asked for where a step has fewer samples than there are ranks.
+        micro_batch_tokens: upper bound of padded tokens in a micro-batch; None computes a rank's part at once.
+        rank, world_size: this process and the number of processes.
+        num_workers: processes that prepare batches; their number never changes a batch.
+        pin_memory: for faster copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset | Sequence[Example],
+        sampler: TokenBudgetSampler,
+        collate: Callable[..., Any],
+        micro_batch_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.examples, self.sampler, self.collate = examples, sampler, collate
+        self.micro_batch_tokens, self.rank, self.world_size = micro_batch_tokens, rank, world_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Optimizer steps in an epoch; may differ by a few from epoch to epoch."""
+        return len(self.sampler.steps(epoch))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+        """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
+        steps = self.sampler.steps(epoch)
+        return iter(_loader(_StepDataset(self, steps, epoch), range(start, len(steps)), self))
+
+    def micro_batches(self, step: list[int], epoch: int) -> list[Any]:
+        """Collate this rank's part of a step.
+
+        Every rank gets the same number of micro-batches, since sharded models exchange weights in each; hidden ones
+        fill up.
+        """
+        budget = self.micro_batch_tokens
+        parts = [part_of_rank(step, rank, self.world_size) for rank in range(self.world_size)]
+        runs = [cut(part, self.sampler.lengths, budget) if budget else [part] * bool(part) for part in parts]
+        mine = runs[self.rank]
+        batches = [self.collate(fetch(self.examples, run), run, epoch, False) for run in mine]
+        for _ in range(max(map(len, runs)) - len(mine)):
+            batches.append(self.collate(fetch(self.examples, step[:1]), step[:1], epoch, True))
+        return batches
+
+
+def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:
+    """Several examples at once, by torch's ``__getitems__`` where the data set has it (much faster for `datasets`)."""
+    if hasattr(examples, "__getitems__"):
+        return examples.__getitems__(indices)
+    return [examples[i] for i in indices]
+
+
+class _StepDataset(Dataset):
+    """Item i: this rank's micro-batches of step i."""
+
+    def __init__(self, loader: StepLoader, steps: Steps, epoch: int):
+        self.loader, self.steps, self.number = loader, steps, epoch
+
+    def __getitem__(self, i: int) -> list[Any]:
+        return self.loader.micro_batches(self.steps[i], self.number)
+
+
+def _loader(dataset: Dataset, sampler: Iterable[int] | None, owner: "StepLoader | StreamLoader") -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=owner.num_workers,
+        pin_memory=owner.pin_memory,
+        # Its own generator: a loader otherwise draws from torch's global one, and a resumed run would then differ.
+        generator=torch.Generator(),
+    )
+
+
+class StreamLoader:
+    """`StepLoader` for a stream: samples are gathered into pools, and each pool is batched like a small data set.
+
+    Every rank reads the whole stream and keeps its part, so the samples of a step depend on the stream alone.
+
+    Args:
+        stream: examples; iterated again for every epoch.
+        measure: example -> lengths of its sides.
+        pool_samples: samples sorted and shuffled together.
+    """
+
+    def __init__(
+        self,
+        stream: Iterable[Example],
+        measure: Callable[[Example], Sequence[int]],
+        max_tokens: int,
+        collate: Callable[..., Any],
+        seed: int = 0,
+        pool_samples: int = 20_000,
+        micro_batch_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.stream, self.measure, self.max_tokens, self.collate, self.seed = (
+            stream,
+            measure,
+            max_tokens,
+            collate,
+            seed,
+        )
+        self.pool_samples, self.micro_batch_tokens = pool_samples, micro_batch_tokens
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.num_workers = min(1, num_workers)  # a second worker would read the same stream again
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+        """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
+        return iter(_loader(_StreamDataset(self, epoch, start), None, self))
+
+    def pools(self) -> Iterator[tuple[int, list[Example]]]:
+        """(index of the first sample, samples) of each pool."""
+        pool: list[Example] = []
+        first = 0
+        for example in self.stream:
+            pool.append(example)
+            if len(pool) == self.pool_samples:
+                yield first, pool
+                first, pool = first + len(pool), []
+        if pool:
+            yield first, pool
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
+        """See `epoch`; earlier steps are read and left out, which costs reading but no collating."""
+        number = 0
+        for first, pool in self.pools():
+            lengths = np.array([self.measure(example) for example in pool])
+            sampler = TokenBudgetSampler(lengths, self.max_tokens, int(rng(self.seed, first).integers(2**32)))
+            inner = StepLoader(
+                pool,
+                sampler,
+                lambda examples, indices, e, hidden, first=first: self.collate(
+                    examples, [first + i for i in indices], e, hidden
+                ),
+                self.micro_batch_tokens,
+                self.rank,
+                self.world_size,
+            )
+            for step in sampler.steps(epoch):
+                if number >= start:
+                    yield inner.micro_batches(step, epoch)
+                number += 1
+
+
+class _StreamDataset(IterableDataset):
+    def __init__(self, loader: StreamLoader, epoch: int, start: int):
+        self.loader, self.number, self.start = loader, epoch, start
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self.loader.steps(self.number, self.start)

@@ -1,0 +1,204 @@
+"""Text pairs from any data set, and the joint subword tokenizer of source and target.
+
+load_dataset(...) -> {"source", "target"} strings -> byte-pair encoding -> {"input_ids", "labels"}
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNK, MASK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")  # ids 0 to 4
+EMBEDDED = ("number-words",)
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_splits(
+    dataset: str,
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: str | list[str] | dict[str, str] | None = None,
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load every split of a data set.
+
+    Args:
+        dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
+            json, jsonl, csv or parquet file, or "number-words", the generated set of the quickstart.
+        name: configuration of the data set.
+        revision: commit, tag or branch on the Hub.
+        data_files: files by split, for a builder name such as "parquet".
+        streaming: read rows as they come instead of the whole set first.
+
+    Raises:
+        ValueError: the data set cannot be found, or does not fit the options.
+    """
+    if dataset in EMBEDDED:
+        if streaming or name or revision or data_files:
+            raise ValueError(f'dataset "{dataset}" is generated: it takes no name, revision, data_files or streaming')
+        from .number_words import number_words
+
+        return number_words()
+    if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
+        dataset, data_files = builder, dataset
+    try:
+        return datasets.load_dataset(dataset, name, revision=revision, data_files=data_files, streaming=streaming)
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
+
+
+def take_split(splits: dict, split: str, argument: str):
+    """One split by name.
+
+    Raises:
+        ValueError: there is no such split; the error names those there are.
+    """
+    if split not in splits:
+        raise ValueError(f'{argument} "{split}" is not a split of the data set; it has {", ".join(splits)}')
+    return splits[split]
+
+
+def text_pairs(rows, source_column: str, target_column: str):
+    """Rows with the two texts alone, as ``source`` and ``target``.
+
+    Args:
+        rows: a `datasets` split, streamed or not.
+        source_column: a column, a dotted path into one, or a language in a column named "translation".
+        target_column: the same.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+
+    show_progress_of(rows)
+
+    def pick(row: Mapping, path: str) -> str:
+        value = row
+        for key in path.split("."):
+            if isinstance(value, Mapping) and key not in value and "translation" in value:
+                value = value["translation"]  # `datasets`' own feature for text pairs: a column of languages
+            if not isinstance(value, Mapping) or key not in value:
+                raise ValueError(f'column "{path}" not found in the row {str(dict(row))[:300]}')
+            value = value[key]
+        if not isinstance(value, str):
+            raise ValueError(f'column "{path}" must hold text, got {type(value).__name__}')
+        return value
+
+    return rows.map(
+        lambda row: {"source": pick(row, source_column), "target": pick(row, target_column)},
+        remove_columns=rows.column_names or list(next(iter(rows))),
+    )
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """A hash of the rows' content, the same wherever and however they are stored."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(sorted(rows.column_names)).iter(1000):
+        digest.update(repr(batch).encode())
+    return digest.hexdigest()[:16]
+
+
+def show_progress_of(rows) -> None:
+    """Show `datasets`' progress bars for large data alone."""
+    if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+
+
+def describe(rows) -> dict[str, str | int | None]:
+    """Fingerprint and number of rows of a split; a stream has neither."""
+    if isinstance(rows, datasets.IterableDataset):
+        return {"fingerprint": "stream", "rows": None}
+    return {"fingerprint": fingerprint(rows), "rows": len(rows)}
+
+
+def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
+    """All rows of a stream, in memory."""
+    return datasets.Dataset.from_list(list(rows))
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
+    """Train a joint byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes, so nothing is unknown.
+
+    Args:
+        texts: sentences of both sides.
+        vocab_size: tokens, the special ones and 256 bytes among them; fewer come of a small corpus.
+        lowercase: lower-case everything.
+
+    Returns:
+        A tokenizer that ends every sentence with ``</s>``.
+
+    Raises:
+        ValueError: ``vocab_size`` is too small for the bytes.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    steps = [normalizers.NFC()] + ([normalizers.Lowercase()] if lowercase else [])
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        mask_token=MASK,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    """``source`` and ``target`` texts -> ``input_ids`` and ``labels``, each with its end token.
+
+    Pairs with a side longer than ``max_length`` tokens are left out.
+    """
+
+    def tokenize(batch: dict) -> dict:
+        return {
+            "input_ids": tokenizer(batch["source"])["input_ids"],
+            "labels": tokenizer(batch["target"])["input_ids"],
+        }
+
+    def short(batch: dict) -> list[bool]:
+        pairs = zip(batch["input_ids"], batch["labels"], strict=True)
+        return [max(len(source), len(target)) <= max_length for source, target in pairs]
+
+    show_progress_of(rows)
+    # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    rows = rows.map(tokenize, batched=True, remove_columns=["source", "target"]).filter(short, batched=True)
+    return rows if isinstance(rows, datasets.IterableDataset) else rows.flatten_indices()
+
+
+def pair_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """(N, 2) tokens of source and target."""
+    return np.stack([pc.list_value_length(rows.data.column(c)).to_numpy() for c in ("input_ids", "labels")], axis=1)
+
+
+def pair_length(example: dict) -> tuple[int, int]:
+    """Tokens of source and target of one example."""
+    return len(example["input_ids"]), len(example["labels"])

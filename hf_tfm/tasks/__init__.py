@@ -1,0 +1,1 @@
+"""What one step of each task computes: collate, count, losses."""

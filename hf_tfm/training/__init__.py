@@ -1,0 +1,6 @@
+"""One training loop for every recipe, and what it needs: arguments, optimizer, checkpoints."""
+
+from .arguments import TrainingArguments
+from .loop import evaluate, train, train_step
+
+__all__ = ["TrainingArguments", "evaluate", "train", "train_step"]

@@ -1,0 +1,173 @@
+"""The knobs that every recipe shares."""
+
+import ast
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """How long, how fast and how safely to train.
+
+    Args:
+        output_dir: where the model, its card, checkpoints and logs go.
+        overwrite_output_dir: start afresh in a folder that holds another run; what is there is deleted.
+        seed: of weights, order of data, dropout and masks.
+        num_epochs: passes over the training data; or give num_steps.
+        num_steps: optimizer steps; takes the place of num_epochs.
+        batch_tokens: padded tokens, on the longer side, of one optimizer step over all processes.
+        micro_batch_tokens: padded tokens that one process computes at once; less memory, the same result.
+        num_workers: processes that prepare batches, beside each training process.
+        optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam).
+        learning_rate: the highest of the schedule.
+        schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear or constant, each after a warm-up.
+        warmup_steps: steps of linear rise from 0.
+        adam_betas: decay rates of the moments.
+        adam_epsilon: added to the root of the second moment.
+        weight_decay: of matrices; biases and norms have none.
+        max_grad_norm: gradients are scaled down to this norm; 0 turns it off.
+        precision: no (float32), bf16 or fp16 autocast.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: compile the model (pays on GPUs).
+        ema_decay: decay of an exponential moving average of the weights; 0 turns it off.
+        average_checkpoints: number of last checkpoints that final_weights "average" takes the mean of.
+        final_weights: which weights are saved in the end.
+        eval_steps: steps between evaluations; default, once an epoch.
+        save_steps: steps between checkpoints; default, with every evaluation.
+        log_steps: steps between log lines.
+        best_metric: what "best" and early stopping look at: loss, or a metric of the task (higher is better then).
+        patience: evaluations without a better best_metric before the run stops; 0 never stops.
+        keep_checkpoints: last checkpoints kept, beside the best and those to be averaged.
+        max_nonfinite_steps: the run ends after this many steps in a row whose gradient is not finite.
+        trackers: experiment trackers: tensorboard, wandb, trackio.
+        run_name: name of the run in trackers; default, the output folder's.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a value is outside its range, or two do not fit each other.
+    """
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    num_epochs: float | None = None
+    num_steps: int | None = None
+    batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
+    num_workers: int = 0
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
+    warmup_steps: int = 1000
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_epsilon: float = 1e-9
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    ema_decay: float = 0.0
+    average_checkpoints: int = 0
+    final_weights: Literal["last", "best", "average", "ema"] = "best"
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    log_steps: int = 50
+    best_metric: str = "loss"
+    patience: int = 0
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 5
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    run_name: str | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError(
+                f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}"
+            )
+        for name, lowest in {
+            "batch_tokens": 1,
+            "micro_batch_tokens": 1,
+            "num_workers": 0,
+            "num_steps": 1,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "log_steps": 1,
+            "warmup_steps": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+            "average_checkpoints": 0,
+            "patience": 0,
+            "keep_checkpoints": 1,
+            "max_nonfinite_steps": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        for name in ("learning_rate", "adam_epsilon", "num_epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, value in {
+            "ema_decay": self.ema_decay,
+            **{f"adam_betas[{i}]": b for i, b in enumerate(self.adam_betas)},
+        }.items():
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.final_weights == "ema" and not self.ema_decay:
+            raise ValueError('final_weights="ema" needs ema_decay above 0, got 0')
+        if self.final_weights == "average" and self.average_checkpoints < 1:
+            raise ValueError(f'final_weights="average" needs average_checkpoints, got {self.average_checkpoints}')
+
+
+def parse_arguments(kind: type, recipe: Path, argv: list[str] | None = None):
+    """Command line and YAML -> a dataclass of knobs.
+
+    ``--config`` takes a file or the name of one of the recipe's presets; what stands after it overrides it.
+    ``--print_config`` prints the result instead of running it.
+
+    Args:
+        kind: the recipe's dataclass.
+        recipe: the recipe's file; its presets are in ``presets/<recipe>/`` beside it.
+        argv: the command line; default, the process's.
+
+    Raises:
+        SystemExit: a key is unknown or a value has the wrong type; the message names it.
+    """
+    parser = ArgumentParser(prog=f"hf-tfm run {recipe.stem}", description=recipe_summary(recipe))
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
+    parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
+    words = list(sys.argv[1:] if argv is None else argv)
+    presets = recipe.parent / "presets" / recipe.stem
+    for i, word in enumerate(words):
+        name = word.removeprefix("--config=") if word.startswith("--config=") else None
+        if word == "--config" and i + 1 < len(words):
+            words[i + 1] = preset_path(words[i + 1], presets, parser)
+        elif name:
+            words[i] = "--config=" + preset_path(name, presets, parser)
+    values = parser.parse_args(words)
+    values.pop("config")
+    try:
+        return kind(**values.as_dict())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def preset_path(name: str, presets: Path, parser: ArgumentParser) -> str:
+    """The file of a preset, or ``name`` itself where it is a file."""
+    if Path(name).is_file():
+        return name
+    file = presets / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
+        parser.error(f'--config "{name}" is neither a file nor a preset; presets: {known}')
+    return str(file)
+
+
+def recipe_summary(recipe: Path) -> str:
+    """The first paragraph of a recipe's docstring."""
+    return ast.get_docstring(ast.parse(recipe.read_text())).split("\n\n")[0]

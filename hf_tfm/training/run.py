@@ -1,0 +1,171 @@
+"""The frame around `train`: an accelerator, a folder that belongs to the run, and in the end a model with its card."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from ..hub.card import write_card
+from ..hub.results import RunRecord, collect_versions, describe_hardware
+from . import state as states
+from .arguments import TrainingArguments
+from .loop import Task, TrainingResult
+
+# Knobs that change nothing about the weights of a given step: a run may go on with others.
+FREE = set(
+    """
+    output_dir overwrite_output_dir run_name trackers progress num_workers micro_batch_tokens gradient_checkpointing
+    log_steps eval_steps save_steps patience keep_checkpoints average_checkpoints final_weights best_metric
+    max_nonfinite_steps test_splits metrics num_beams length_penalty iterations license
+    """.split()
+)
+
+
+def start_accelerator(args: TrainingArguments) -> Accelerator:
+    """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher."""
+    return Accelerator(
+        mixed_precision=args.precision,
+        log_with=list(args.trackers) or None,
+        project_dir=args.output_dir,
+        # Buffers are fixed tables here; sending them round at every forward would be waste.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        step_scheduler_with_optimizer=False,
+    )
+
+
+@dataclass
+class Run:
+    """A run and its folder; see `open_run`."""
+
+    accelerator: Accelerator
+    args: TrainingArguments
+    task_name: str
+    data: dict[str, Any]
+    started: str
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def once(self, name: str, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
+        """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume."""
+        folder = self.output_dir / name
+        if self.accelerator.is_main_process and not folder.is_dir():
+            part = folder.with_name(f".part-{name}")
+            with states.explain_write_errors(folder):
+                make().save_pretrained(part)
+                part.replace(folder)
+        self.accelerator.wait_for_everyone()
+        return load(folder)
+
+    def stopped(self, result: TrainingResult) -> int:
+        """Say how to go on; the exit status."""
+        self.accelerator.print(
+            f"asked to stop: state saved at step {result.progress.step} in {self.output_dir}; the same command goes on"
+        )
+        self.accelerator.end_training()
+        return 0
+
+
+def open_run(accelerator: Accelerator, args: TrainingArguments, task_name: str, data: dict[str, Any]) -> Run:
+    """Claim ``args.output_dir``, for a new run or to go on with the same one, and start the trackers.
+
+    Args:
+        data: fingerprint and number of rows of every split: {split: {"fingerprint", "rows"}}.
+
+    Raises:
+        ValueError: the folder holds another run or other files.
+    """
+    free = FREE | ({"num_steps", "num_epochs"} if args.schedule in ("inverse_sqrt", "constant") else set())
+    knobs = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    identity = {"task": task_name, **knobs, "data": {name: split["fingerprint"] for name, split in data.items()}}
+    if accelerator.is_main_process:
+        again = states.claim(Path(args.output_dir), identity, args.overwrite_output_dir)
+        saved = states.checkpoints(Path(args.output_dir))
+        if again and saved:
+            accelerator.print(f"going on from {saved[-1]}")
+    accelerator.wait_for_everyone()
+    if args.trackers:
+        name = args.run_name or Path(args.output_dir).name
+        options = {kind: {"name": name} for kind in args.trackers if kind in ("wandb", "trackio")}
+        flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
+        accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
+    return Run(accelerator, args, task_name, data, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def finish(
+    run: Run,
+    model: nn.Module,
+    processor: Any,
+    task: Task,
+    result: TrainingResult,
+    metrics: list[dict[str, Any]],
+    data: dict[str, Any],
+) -> RunRecord:
+    """Save model, processor, results.json and card in the run's folder; print the results.
+
+    Args:
+        processor: the tokenizer or image processor that belongs to the model.
+        metrics: rows of name, value, split and signature.
+        data: what the card says of the data: path, name, revision, license, columns.
+    """
+    accelerator, args, progress = run.accelerator, run.args, result.progress
+    record = RunRecord(
+        task=run.task_name,
+        model_type=model.config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        base_model=getattr(args, "init_from", None),
+        data={
+            **data,
+            "fingerprint": {name: split["fingerprint"] for name, split in run.data.items()},
+            "rows": {name: split["rows"] for name, split in run.data.items()},
+        },
+        arguments=dataclasses.asdict(args),
+        command=shlex.join(["hf-tfm", "run", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        metrics=metrics,
+        training={
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "seconds": round(progress.seconds, 1),
+            "items_per_second": round(progress.items / max(progress.seconds, 1e-9), 1),
+            "item": task.item,
+            "skipped_steps": progress.skipped,
+            "best": {"metric": args.best_metric, "value": progress.best, "step": progress.best_step},
+            "weights": args.final_weights,
+        },
+        versions=collect_versions(),
+        hardware=describe_hardware(),
+        started=run.started,
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    if accelerator.is_main_process:
+        with states.explain_write_errors(run.output_dir):
+            model.save_pretrained(run.output_dir)
+            processor.save_pretrained(run.output_dir)
+            states.write_json(run.output_dir / "results.json", record.to_dict())
+            write_card(run.output_dir, record)
+    accelerator.wait_for_everyone()
+    print_table(accelerator, record)
+    accelerator.end_training()
+    return record
+
+
+def print_table(accelerator: Accelerator, record: RunRecord) -> None:
+    """The results as a table on the main process."""
+    rows = [(m["split"], m["name"], f"{m['value']:.2f}") for m in record.metrics]
+    minutes = record.training["seconds"] / 60
+    rows += [
+        ("train", "minutes", f"{minutes:.1f}"),
+        ("train", f"{record.training['item']}/s", f"{record.training['items_per_second']:.0f}"),
+    ]
+    width = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        accelerator.print(f"  {row[0]:<{width[0]}}  {row[1]:<{width[1]}}  {row[2]:>{width[2]}}")
