@@ -56,7 +56,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         metadata(record, title),
         template_path=str(TEMPLATE),
         title=title,
-        summary=summary(record),
+        summary=summary(record, config),
         usage=usage(config, model_id),
         data=table(data_rows(record)),
         scores=table(score_rows(record), ("split", "metric", "value", "signature")),
@@ -129,15 +129,21 @@ def languages(record: RunRecord) -> list[str] | None:
     return codes if all(re.fullmatch("[a-z]{2}", code) for code in codes) else None
 
 
-def summary(record: RunRecord) -> str:
-    """One sentence: what it is, how large, from what, for what."""
+def summary(record: RunRecord, config: dict[str, Any]) -> str:
+    """In a sentence or two: what it is, how large, from what, for what."""
     pair = languages(record)
     task = record.task + (f" from {pair[0]} to {pair[1]}" if pair else "")
     origin = f"trained further from `{record.base_model}`" if record.base_model else "trained from scratch"
-    return (
+    text = (
         f"A `{record.model_type}` model with {record.parameters:,} parameters, {origin} for {task} "
         f"on {dataset_name(record)}, with hf-tfm {record.versions.get('hf-tfm', UNKNOWN)}."
     )
+    if config["model_type"] != record.model_type:
+        text += (
+            f" It was then converted to transformers' `{config['model_type']}`; parity_certificate.json shows that "
+            "both compute the same."
+        )
+    return text
 
 
 def usage(config: dict[str, Any], model_id: str) -> str:

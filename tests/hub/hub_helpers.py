@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 TEXT = ["one two three four five", "eins zwei drei vier fünf", "twenty-one is einundzwanzig"]
@@ -39,6 +46,30 @@ def randomize(model: PreTrainedModel, seed: int = 0, std: float = 0.4) -> PreTra
         if parameter.requires_grad:
             parameter.normal_(std=std, generator=generator)
     return model.eval()
+
+
+@torch.no_grad()
+def outputs(repo: str) -> dict:
+    """What the Auto classes make of a repository or folder, as JSON that keeps every bit of a number."""
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    base = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained(repo, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+    inputs = tokenizer(TEXT[:2], padding=True, return_tensors="pt", return_token_type_ids=False)
+    # With one thread sums are formed in one order.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {
+            "classes": [type(part).__name__ for part in (config, base, model)],
+            "fast": tokenizer.is_fast,
+            "input_ids": inputs["input_ids"].tolist(),
+            "states": base(**inputs, decoder_input_ids=inputs["input_ids"]).last_hidden_state.tolist(),
+            "logits": model(**inputs, decoder_input_ids=inputs["input_ids"]).logits.tolist(),
+            "generated": model.generate(**inputs, max_new_tokens=8).tolist(),
+        }
+    finally:
+        torch.set_num_threads(threads)
 
 
 BLOCK_PACKAGE = '''

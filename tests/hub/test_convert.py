@@ -8,11 +8,14 @@ import pytest
 import torch
 from hub_helpers import randomize, run_python, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, MarianConfig, MarianMTModel
+from test_card import RECORD, write_history
+from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedConfig
 
 import hf_tfm.hub.convert as convert_module
+import hf_tfm.hub.convert.marian as tables
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
 from hf_tfm.hub.convert import MARIAN, convert
+from hf_tfm.hub.results import RunRecord
 
 TINY = {
     "vocab_size": 300,
@@ -22,12 +25,26 @@ TINY = {
     "num_encoder_layers": 2,
     "num_decoder_layers": 1,
     "max_position_embeddings": 64,
+    "dropout": 0.2,
+    "attention_dropout": 0.15,
+    "activation_dropout": 0.05,
+    "pad_token_id": 3,
+    "bos_token_id": 4,
+    "eos_token_id": 5,
+    "decoder_start_token_id": 6,
 }
 SIZES = [
     TINY,
     {**TINY, "num_encoder_layers": 1, "num_decoder_layers": 3, "hidden_act": "gelu", "scale_embedding": False},
     {**TINY, "hidden_size": 40, "intermediate_size": 16, "num_attention_heads": 2, "hidden_act": "swish"},
 ]
+
+
+def own_fields(config_class) -> set[str]:
+    """The fields that a configuration class adds to `PreTrainedConfig`."""
+    return {field.name for field in dataclasses.fields(config_class)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }
 
 
 def ours(**fields) -> TfmTransformerForConditionalGeneration:
@@ -80,6 +97,15 @@ def test_the_name_table_leaves_no_key_over(fields):
     theirs = MarianMTModel(MARIAN.to_theirs(config)).state_dict().keys()
     assert {*table.values(), *MARIAN.zero_in_theirs, *MARIAN.computed_in_theirs} == theirs
     assert len(set(table.values())) == len(table)
+
+
+def test_every_field_of_both_configurations_is_accounted_for():
+    """A field added to either class must be given a place in the tables, or be refused."""
+    settled = {*tables.FIELDS, *tables.OURS_FIXED, *tables.OURS_CARRIED}
+    assert own_fields(TfmTransformerConfig) - settled == set()
+    settled = {name for pair in tables.FIELDS.values() for name in pair}
+    settled |= {*tables.THEIRS_FIXED, *tables.THEIRS_CARRIED, "forced_eos_token_id"}  # the last: see to_marian
+    assert own_fields(MarianConfig) - settled == set()
 
 
 @pytest.mark.parametrize("fields", SIZES)
@@ -183,6 +209,20 @@ def test_certificate(tmp_path):
     assert len(set(certificate["inputs"]["source_lengths"])) > 2, "several lengths, so padding is in the check"
     assert certificate["versions"]["torch"] == torch.__version__.split("+")[0]
     assert str(tmp_path) not in json.dumps(certificate), "a certificate travels: no paths of this machine"
+
+
+def test_the_card_of_a_converted_model_is_true_for_it(tmp_path):
+    ours().save_pretrained(tmp_path / "ours")
+    RunRecord.from_dict(RECORD).save(tmp_path / "ours")
+    write_history(tmp_path / "ours")
+    convert(tmp_path / "ours", "marian", tmp_path / "shipped")
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "It was then converted to transformers' `marian`" in card
+    assert 'model_id = "shipped"' in card
+    assert "trust_remote_code" not in card and "hf_tfm" not in card
+    assert "| test | bleu_lowercase | 41.02 |" in card
+    assert (tmp_path / "shipped" / "training_curve.png").is_file()
+    assert RunRecord.load(tmp_path / "shipped").to_dict() == RECORD
 
 
 @pytest.mark.parametrize(

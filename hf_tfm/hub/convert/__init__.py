@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..card import write_card
+from ..results import HISTORY, RESULTS, RunRecord
 from .conversion import Conversion
 from .marian import MARIAN
 from .parity import CERTIFICATE, compare, provenance, weight_hashes
@@ -40,7 +42,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     """Write ``source`` as a model of another class, with a parity certificate beside it.
 
     Both models are run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they
-    agree.
+    agree. Tokenizer files are copied; the record of the run that trained the model too, and its card written anew.
 
     Args:
         source: folder of a saved model, or its id on the Hub.
@@ -87,6 +89,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
             "tokenizer_equal": same_tokenizer(folder, work),
             **provenance(),
         }
+        copy_record(folder, work, output_dir.absolute().name)
         (work / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         if output_dir.exists():
@@ -164,6 +167,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, target / path.name)
+
+
+def copy_record(source: Path, target: Path, name: str) -> None:
+    """Copy what is known of the training run, where there is a record, and write the card of the new model."""
+    if not (source / RESULTS).is_file():
+        return
+    for file in (RESULTS, HISTORY):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
+    write_card(target, RunRecord.load(source), model_id=name)
 
 
 def same_tokenizer(source: Path, target: Path) -> bool | None:

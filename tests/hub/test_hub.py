@@ -1,0 +1,253 @@
+"""Push to a Hub over HTTP, then load in processes that know nothing: the model, its tokenizer, its code, its card."""
+
+import hashlib
+import json
+import re
+import urllib.error
+import urllib.request
+
+import pytest
+from hub_helpers import outputs, randomize, run_python, tiny_tokenizer
+from server import TOKEN, HubServer
+from test_card import RECORD, write_history
+
+import hf_tfm
+from hf_tfm.hub.card import write_card
+from hf_tfm.hub.push import push
+from hf_tfm.hub.results import RunRecord
+
+# In a process of its own, as huggingface_hub reads HF_ENDPOINT when it is imported.
+PUSH = """
+import json
+import torch
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from huggingface_hub.errors import HfHubHTTPError
+
+import hf_tfm
+from hf_tfm.hub.push import push
+
+commit = push("run", "user/run", private=True, commit_message="A run")
+again = push("run", "user/run")
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("run"), AutoTokenizer.from_pretrained("run")
+model.push_to_hub("user/plain")
+tokenizer.push_to_hub("user/plain")
+hf_tfm.carry_code(False)
+model.push_to_hub("user/no-code")
+hf_tfm.carry_code(True)
+
+try:
+    push("run", "user/denied", token="hf_wrong")
+    denied = None
+except HfHubHTTPError as error:
+    denied = error.response.status_code
+
+rows = [{"en": f"number {i}", "de": f"Nummer {i}"} for i in range(20)]
+Dataset.from_list(rows).to_parquet("data/train-00000-of-00001.parquet")
+Dataset.from_list(rows[:5]).to_parquet("data/test-00000-of-00001.parquet")
+api = HfApi()
+api.create_repo("user/pairs", repo_type="dataset")
+api.upload_folder(repo_id="user/pairs", repo_type="dataset", folder_path="data", path_in_repo="data")
+pairs = load_dataset("user/pairs")
+streamed = list(load_dataset("user/pairs", split="train", streaming=True))
+
+print(json.dumps({
+    "commit": commit.oid,
+    "again": again.oid,
+    "denied": denied,
+    "splits": {name: len(split) for name, split in pairs.items()},
+    "rows_equal": list(pairs["train"]) == rows and streamed == rows,
+}))
+"""
+
+LOAD = """
+import contextlib
+import io
+import json
+from hub_helpers import outputs
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+try:
+    import hf_tfm
+    raise SystemExit("the package is importable")
+except ModuleNotFoundError:
+    pass
+found = {repo: outputs(repo) for repo in ("user/run", "user/plain")}
+AutoModelForSeq2SeqLM.from_pretrained("user/run", trust_remote_code=True).push_to_hub("user/again")
+AutoTokenizer.from_pretrained("user/run", trust_remote_code=True).push_to_hub("user/again")
+found["user/again"] = outputs("user/again")
+try:
+    AutoModel.from_pretrained("user/no-code", trust_remote_code=True)
+    no_code = "loaded"
+except ValueError as error:
+    no_code = str(error)
+printed = io.StringIO()
+with contextlib.redirect_stdout(printed):
+    exec(open("usage.py").read(), {})
+print(json.dumps({**found, "no_code": no_code, "usage": printed.getvalue()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """One process pushes, another one that lacks the package loads; what both saw, and the server."""
+    folder = tmp_path_factory.mktemp("hub")
+    run = folder / "run"
+    config = hf_tfm.TfmTransformerConfig.of_size(
+        "tiny", vocab_size=300, hidden_size=16, intermediate_size=32, num_encoder_layers=2, num_decoder_layers=2
+    )
+    model, tokenizer = randomize(hf_tfm.TfmTransformerForConditionalGeneration(config)), tiny_tokenizer()
+    model.save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    write_history(run)
+    record = RunRecord.from_dict(RECORD)
+    record.save(run)
+    write_card(run, record)
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"not to be pushed")
+    (run / "history.jsonl.part").write_text("not to be pushed")
+    with HubServer() as hub:
+        pushed = run_python(PUSH, folder, hub.environment(folder / "home-1"))
+        card = hub.repositories["models/user/run"].files["README.md"].content.decode()
+        clean = folder / "clean"
+        clean.mkdir()
+        (clean / "usage.py").write_text(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1])
+        before = len(hub.requests)
+        loaded = run_python(LOAD, clean, hub.environment(folder / "home-2"), without_package=True)
+        yield {"hub": hub, "run": run, "pushed": pushed, "loaded": loaded, "requests": hub.requests[before:]}
+
+
+@pytest.fixture(scope="module")
+def expected(story):
+    """The outputs of the model that was pushed, computed here."""
+    return outputs(str(story["run"]))
+
+
+@pytest.mark.parametrize("repo", ["user/run", "user/plain", "user/again"])
+def test_loads_bit_equal_without_the_package(story, expected, repo):
+    assert story["loaded"][repo] == expected
+
+
+def test_pushed_again_it_carries_its_own_code(story):
+    files = story["hub"].repositories["models/user/again"].files
+    assert json.loads(files["config.json"].content)["auto_map"] == hf_tfm.TfmTransformerConfig.auto_classes
+    for path in story["run"].glob("*.py"):
+        assert files[path.name].content == path.read_bytes()
+
+
+def test_every_auto_class_gives_its_class(expected):
+    assert expected["classes"] == [
+        "TfmTransformerConfig",
+        "TfmTransformerModel",
+        "TfmTransformerForConditionalGeneration",
+    ]
+    assert expected["fast"]
+
+
+def test_weights_go_by_lfs_and_text_as_regular_files(story):
+    files = story["hub"].repositories["models/user/run"].files
+    by_lfs = {path for path, file in files.items() if file.lfs}
+    assert by_lfs == {"model.safetensors", "training_curve.png"}
+    assert files["model.safetensors"].content == (story["run"] / "model.safetensors").read_bytes()
+    sha256 = files["model.safetensors"].sha256
+    requests = story["hub"].requests
+    assert ("PUT", f"/lfs/{sha256}") in requests
+    assert ("POST", "/lfs/verify") in requests
+    assert ("GET", f"/lfs/{sha256}") in story["requests"], "the weights were downloaded from the LFS store"
+
+
+def test_push_takes_the_model_and_its_papers_alone(story):
+    repository = story["hub"].repositories["models/user/run"]
+    assert repository.files.keys() == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "results.json",
+        "history.jsonl",
+        "training_curve.png",
+        ".eval_results/user--sentences.yaml",
+        *(path.name for path in story["run"].glob("*.py")),
+    }
+    assert "modeling_transformer.py" in repository.files
+    assert repository.private
+    assert story["pushed"]["commit"] == story["pushed"]["again"] == repository.head, "nothing new, no commit"
+
+
+def test_the_cards_example_names_the_repository_and_runs(story):
+    card = story["hub"].repositories["models/user/run"].files["README.md"].content.decode()
+    assert 'model_id = "user/run"' in card
+    assert story["loaded"]["usage"].startswith("[")
+
+
+def test_code_stays_at_home_when_told_so(story):
+    files = story["hub"].repositories["models/user/no-code"].files
+    assert not [path for path in files if path.endswith(".py")]
+    assert "auto_map" not in json.loads(files["config.json"].content)
+    assert "tfm_transformer" in story["loaded"]["no_code"], "an error that names the model type"
+    assert "auto_map" in json.loads(story["hub"].repositories["models/user/plain"].files["config.json"].content)
+
+
+def test_a_wrong_token_is_refused(story):
+    assert story["pushed"]["denied"] == 401
+    assert "models/user/denied" not in story["hub"].repositories
+
+
+def test_data_sets_load_over_http(story):
+    assert story["pushed"]["splits"] == {"train": 20, "test": 5}
+    assert story["pushed"]["rows_equal"]
+
+
+def test_the_server_checks_what_it_is_sent():
+    """The other tests prove something only because this server does not take just anything."""
+
+    def status(method: str, url: str, content: bytes = b"", token: str | None = None) -> int:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(url, data=content, method=method, headers=headers)
+        try:
+            return opener.open(request).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    good = hashlib.sha256(b"weights").hexdigest()
+    batch = {"operation": "upload", "transfers": ["basic"], "objects": [{"oid": good, "size": 7}]}
+    lines = [{"key": "header", "value": {"summary": "x"}}]
+    lines += [{"key": "lfsFile", "value": {"path": "w.bin", "algo": "sha256", "oid": good, "size": 7}}]
+    commit = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with HubServer() as hub:
+        create, api = f"{hub.url}/api/repos/create", f"{hub.url}/api/models/user/name"
+        new = json.dumps({"name": "name", "organization": "user", "visibility": "private"}).encode()
+        assert status("POST", create, new) == 401
+        assert status("POST", create, new, TOKEN) == 200
+        assert status("POST", create, new, TOKEN) == 409
+        assert (status("GET", api), status("GET", api, token=TOKEN)) == (404, 200)
+        assert status("POST", f"{api}/commit/main", commit, TOKEN) == 400, "the object was not uploaded"
+        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weights") == 403, "nor announced"
+        assert (
+            status("POST", f"{hub.url}/user/name.git/info/lfs/objects/batch", json.dumps(batch).encode(), TOKEN) == 200
+        )
+        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weighty") == 400, "another sha256"
+        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weights", TOKEN) == 400, "the token leaked"
+        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weights") == 200
+        assert status("POST", f"{api}/commit/main", commit, TOKEN) == 200
+        assert hub.repositories["models/user/name"].files["w.bin"].lfs
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        push(tmp_path / "missing", "user/name")
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        push(tmp_path, "user/name")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"it has no weights \(\*\.safetensors\)"):
+        push(tmp_path, "user/name")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+        push(tmp_path, "user/name")
