@@ -1,5 +1,6 @@
 """What the Hub's tests share: tiny models, a tiny tokenizer, and processes that start from nothing."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -94,12 +95,15 @@ def run_python(code: str, folder: Path, environment: dict[str, str], without_pac
         without_package: let every import of hf_tfm fail.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    # The package that is tested here, should another one be installed.
+    package = Path(importlib.util.find_spec("hf_tfm").origin).parents[1]
+    path = os.pathsep.join([str(Path(__file__).parent), str(package)])
     script = folder / ("clean.py" if without_package else "script.py")
     script.write_text((BLOCK_PACKAGE if without_package else "") + code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=folder,
-        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment},
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=300,
