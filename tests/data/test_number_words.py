@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from num2words import num2words
 from hf_tfm.data.number_words import LARGEST, draw_numbers, number_words, spell
 
 # Of seed 0 with 300, 20 and 30 rows.
-CONTENT = "567b2c72dd81bd582234c42870d9e329f5e8682f3b0d48e2f26d7c2a5f3cde0a"
+CONTENT = "959750573226f47e4674cfa410bbd5c154b9530f7a2fb655e182465d68adf383"
 
 
 def content_hash(splits) -> str:
@@ -78,6 +79,17 @@ def test_the_seed_alone_decides_the_content():
     assert content_hash(other) != CONTENT
     # The data set's own fingerprint, which a model card quotes, is a function of the content too.
     assert first["train"]._fingerprint == again["train"]._fingerprint != other["train"]._fingerprint
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_below_100_are_training_rows(seed):
+    splits = number_words(seed=seed, train=2000, validation=50, test=100)
+    numbers = splits["train"]["number"][:]
+    assert sum(number < 100 for number in numbers) > 85
+    assert min(splits["validation"]["number"][:] + splits["test"]["number"][:]) >= 100
+    # The other rows are in no order, so every split has numbers of every size.
+    later = [math.log10(number) for number in numbers if number >= 100]
+    assert abs(sum(later[:900]) - sum(later[-900:])) < 0.2 * 900
 
 
 def test_every_order_of_magnitude_is_present():
