@@ -54,7 +54,7 @@ class Grid:
         cell = max(self.cell, 1.2 / max(Q, K))
         self.panel_width, self.panel_height = K * cell, Q * cell
         self.grid_width, self.grid_height = C * (self.panel_width + GAP) - GAP, R * (self.panel_height + GAP) - GAP
-        self.left = 0.75 + LETTER * self.font * max(map(len, self.queries))
+        self.left = 0.85 + LETTER * self.font * max(map(len, self.queries))
         self.bottom = 0.4 + LETTER * self.font * max(map(len, self.keys))
         self.width = max(self.left + self.grid_width + 0.9, 5.0)
         letters = int(self.width / (LETTER * SMALL)) - 4
@@ -103,7 +103,7 @@ class Grid:
         labels = {"fontsize": self.font, "parse_math": False}  # a dollar sign is no formula
         if column == 0:
             ax.set_yticks(range(Q), self.queries, va="center_baseline", **labels)
-            ax.set_ylabel(self.rows[row], fontsize=SMALL)
+            ax.set_ylabel(self.rows[row], fontsize=SMALL, labelpad=8)
         if row == R - 1:
             ax.set_xticks(range(K), self.keys, rotation=90, **labels)
         if row == 0:
