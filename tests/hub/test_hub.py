@@ -26,6 +26,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_tfm
+from hf_tfm.hub.convert import convert
 from hf_tfm.hub.push import push
 
 commit = push("run", "user/run", private=True, commit_message="A run")
@@ -33,6 +34,8 @@ again = push("run", "user/run")
 model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("run"), AutoTokenizer.from_pretrained("run")
 model.push_to_hub("user/plain")
 tokenizer.push_to_hub("user/plain")
+certificate = convert("user/run", "marian", "stock")
+push("stock", "user/stock")
 hf_tfm.carry_code(False)
 model.push_to_hub("user/no-code")
 hf_tfm.carry_code(True)
@@ -56,6 +59,7 @@ print(json.dumps({
     "commit": commit.oid,
     "again": again.oid,
     "denied": denied,
+    "certificate": certificate["source"],
     "splits": {name: len(split) for name, split in pairs.items()},
     "rows_equal": list(pairs["train"]) == rows and streamed == rows,
 }))
@@ -65,7 +69,7 @@ LOAD = """
 import contextlib
 import io
 import json
-from hub_helpers import outputs
+from hub_helpers import TEXT, outputs
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 try:
@@ -77,6 +81,9 @@ found = {repo: outputs(repo) for repo in ("user/run", "user/plain")}
 AutoModelForSeq2SeqLM.from_pretrained("user/run", trust_remote_code=True).push_to_hub("user/again")
 AutoTokenizer.from_pretrained("user/run", trust_remote_code=True).push_to_hub("user/again")
 found["user/again"] = outputs("user/again")
+stock, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("user/stock"), AutoTokenizer.from_pretrained("user/stock")
+inputs = tokenizer(TEXT[:2], padding=True, return_tensors="pt", return_token_type_ids=False)
+converted = [type(stock).__name__, stock.generate(**inputs, max_new_tokens=8).tolist()]
 try:
     AutoModel.from_pretrained("user/no-code", trust_remote_code=True)
     no_code = "loaded"
@@ -85,7 +92,7 @@ except ValueError as error:
 printed = io.StringIO()
 with contextlib.redirect_stdout(printed):
     exec(open("usage.py").read(), {})
-print(json.dumps({**found, "no_code": no_code, "usage": printed.getvalue()}))
+print(json.dumps({**found, "converted": converted, "no_code": no_code, "usage": printed.getvalue()}))
 """
 
 
@@ -182,6 +189,13 @@ def test_the_cards_example_names_the_repository_and_runs(story):
     card = story["hub"].repositories["models/user/run"].files["README.md"].content.decode()
     assert 'model_id = "user/run"' in card
     assert story["loaded"]["usage"].startswith("[")
+
+
+def test_converted_from_the_hub_it_ships_as_a_stock_class(story, expected):
+    assert story["pushed"]["certificate"]["model"] == "user/run"
+    assert story["pushed"]["certificate"]["revision"] == story["pushed"]["commit"]
+    assert not [path for path in story["hub"].repositories["models/user/stock"].files if path.endswith(".py")]
+    assert story["loaded"]["converted"] == ["MarianMTModel", expected["generated"]]
 
 
 def test_code_stays_at_home_when_told_so(story):
