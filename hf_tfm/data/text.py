@@ -145,7 +145,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool = Fal
     steps = [normalizers.NFC()] + ([normalizers.Lowercase()] if lowercase else [])
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    # Words carry their leading space; the first one's is not part of the text.
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(

@@ -20,13 +20,12 @@ from .arguments import TrainingArguments
 from .loop import Task, TrainingResult
 
 # Knobs that change nothing about the weights of a given step: a run may go on with others.
-FREE = set(
-    """
-    output_dir overwrite_output_dir run_name trackers progress num_workers micro_batch_tokens gradient_checkpointing
-    log_steps eval_steps save_steps patience keep_checkpoints average_checkpoints final_weights best_metric
-    max_nonfinite_steps test_splits metrics num_beams length_penalty iterations license
-    """.split()
-)
+FREE = {
+    *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
+    *("num_workers", "micro_batch_tokens", "gradient_checkpointing", "max_nonfinite_steps"),
+    *("eval_steps", "save_steps", "patience", "best_metric", "keep_checkpoints", "average_checkpoints"),
+    *("final_weights", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
+}
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:

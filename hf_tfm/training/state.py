@@ -38,7 +38,7 @@ from torch.optim.swa_utils import AveragedModel
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -152,7 +152,7 @@ def save_checkpoint(
                 state = {
                     "progress": asdict(progress),
                     "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-                    "optimizer": {name: value for name, value in moments.items() if not torch.is_tensor(value)},
+                    "optimizer": moments["param_groups"],
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
                 }
                 (part / "state.json").write_text(json.dumps(state))
@@ -187,9 +187,15 @@ def load_checkpoint(
     if ema is not None:
         load_weights(ema.module, folder / "ema.safetensors")
         ema.n_averaged.fill_(progress.step)
-    moments = load_file(folder / "optimizer.safetensors") | state["optimizer"]
-    set_optimizer_state_dict(model, inner(optimizer), moments, options=FULL)
-    schedule.load_state_dict(state["schedule"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        weight, key = name.rsplit(".", 1)
+        moments.setdefault(weight, {})[key] = value
+    set_optimizer_state_dict(
+        model, inner(optimizer), {"state": moments, "param_groups": state["optimizer"]}, options=FULL
+    )
+    # LambdaLR keeps its functions where the state says None.
+    schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(inner(optimizer).param_groups)})
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     return progress

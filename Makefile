@@ -1,0 +1,31 @@
+# Two commands do all the set-up on a machine with only python, pip and make: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow lint bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+quickstart: $(VENV)/.installed  ## train, evaluate, save, reload and look at a small translation model
+	$(BIN)/hf-tfm quickstart
+
+test: $(VENV)/.installed  ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed  ## the longer proofs alone
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed  ## speed against the peers; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .ci-venv build dist *.egg-info .pytest_cache .ruff_cache

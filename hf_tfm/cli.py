@@ -1,0 +1,119 @@
+"""The command line: hf-tfm run | evaluate | convert | push | show | quickstart.
+
+hf-tfm COMMAND --help tells each one's options.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from jsonargparse import CLI
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: inside an installed package, or beside it in the repository."""
+    here = Path(__file__).parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def run(recipe: str, argv: list[str]) -> None:
+    """Run a recipe by name, with its own options."""
+    known = sorted(path.stem for path in recipes_folder().glob("*.py"))
+    if recipe not in known:
+        sys.exit(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}')
+    file = str(recipes_folder() / f"{recipe}.py")
+    sys.argv = [file, *argv]
+    runpy.run_path(file, run_name="__main__")
+
+
+def show_attention(
+    model: str,
+    text: str,
+    target: str | None = None,
+    output_dir: str = "attention",
+    layers: list[int] | None = None,
+    heads: list[int] | None = None,
+) -> None:
+    """Draw encoder, decoder and cross attention of a translation model, per layer and head.
+
+    Args:
+        model: folder or Hub id.
+        text: the source sentence.
+        target: its translation; default, the model's own.
+        output_dir: folder for the pictures.
+        layers: numbers of the layers to draw; default, all.
+        heads: numbers of the heads to draw; default, all.
+    """
+    from .evaluation import load_seq2seq
+    from .viz.attention import attention_maps, plot_attention
+
+    loaded, tokenizer = load_seq2seq(model)
+    maps = attention_maps(loaded, tokenizer, text, target)
+    for path in plot_attention(maps, output_dir, layers=layers, heads=heads):
+        print(path)
+
+
+def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
+    """Write a model as another library's class, or back, with a parity certificate beside it.
+
+    Args:
+        model: folder or Hub id.
+        to: marian (transformers' own class, which needs no remote code) or tfm.
+        output_dir: folder to make.
+        revision: branch, tag or commit on the Hub.
+    """
+    from .hub.convert import convert as convert_model
+
+    certificate = convert_model(model, to, output_dir, revision)
+    difference, tolerance = certificate["max_abs_difference"], certificate["tolerance"]
+    print(f"{output_dir}: largest difference of logits {difference:.2g} (tolerance {tolerance:.2g})")
+
+
+def push(folder: str, repo_id: str, private: bool = False) -> None:
+    """Upload a run's folder to the Hub: model, code, tokenizer, card and results.
+
+    Args:
+        folder: of a run.
+        repo_id: user/name.
+        private: make a new repository private.
+    """
+    from .hub.push import push as push_folder
+
+    print(push_folder(folder, repo_id, private).commit_url)
+
+
+def quickstart(output_dir: str = "runs/quickstart") -> None:
+    """Train a small translation model on generated number words, look at it, and load it in a fresh process.
+
+    Args:
+        output_dir: folder of the run.
+    """
+    from .quickstart import quickstart as start
+
+    start(output_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point ``hf-tfm``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:
+        if len(argv) < 2 or argv[1] in ("-h", "--help"):
+            names = "\n  ".join(sorted(path.stem for path in recipes_folder().glob("*.py")))
+            sys.exit(
+                f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\nhf-tfm run RECIPE --help tells more"
+            )
+        run(argv[1], argv[2:])
+        return
+    # Imported here, so that `hf-tfm run --help` need not wait for torch.
+    from .evaluation import evaluate_translation
+
+    commands = {
+        "evaluate": evaluate_translation,
+        "convert": convert,
+        "push": push,
+        "show": {"attention": show_attention},
+        "quickstart": quickstart,
+    }
+    result = CLI(commands, args=argv, prog="hf-tfm", as_positional=True)
+    for row in result["metrics"] if isinstance(result, dict) else ():
+        print(f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}")

@@ -1,0 +1,100 @@
+"""Score a saved model, or one on the Hub, on any split of any data set."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from .data import text
+from .hub.results import collect_versions
+from .tasks.translation import score, translate
+
+
+def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: bool = False):
+    """Model and tokenizer of a folder or a Hub id, on the best device there is."""
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(model, **options)
+    return loaded.to(Accelerator().device).eval(), tokenizer
+
+
+def evaluate_translation(
+    model: str,
+    dataset: str,
+    split: str = "test",
+    dataset_name: str | None = None,
+    dataset_revision: str | None = None,
+    source_column: str = "en",
+    target_column: str = "de",
+    metrics: Sequence[str] = ("bleu", "bleu_lowercase", "chrf"),
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    iterations: int | None = None,
+    max_samples: int | None = None,
+    batch_tokens: int = 4096,
+    precision: str = "no",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    output: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Translate a split and score the translations.
+
+    Args:
+        model: folder or Hub id of a sequence-to-sequence model, ours or any other, with its tokenizer.
+        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        split: of the data set.
+        dataset_name: configuration of the data set.
+        dataset_revision: commit, tag or branch of the data set on the Hub.
+        source_column: column of the source text, a dotted path, or a language in a column "translation".
+        target_column: of the reference translation.
+        metrics: bleu, bleu_lowercase, chrf, exact_match.
+        num_beams: default, as saved with the model.
+        length_penalty: default, as saved with the model.
+        iterations: refinement passes of a mask-predict model.
+        max_samples: score only the first rows.
+        batch_tokens: padded source tokens times beams in a batch.
+        precision: no (float32) or bf16 autocast.
+        revision: commit, tag or branch of the model on the Hub.
+        trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
+        output: also write the result, with all translations, to this JSON file.
+        progress: show a progress bar.
+
+    Returns:
+        ``metrics``, rows of name, value, split and signature; model, dataset, rows and versions.
+
+    Raises:
+        ValueError: split, column or metric is not known.
+    """
+    if precision not in ("no", "bf16"):
+        raise ValueError(f'precision must be "no" or "bf16", got "{precision}"')
+    splits = text.load_splits(dataset, dataset_name, dataset_revision)
+    rows = text.text_pairs(text.take_split(splits, split, "split"), source_column, target_column)
+    if max_samples:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    loaded, tokenizer = load_seq2seq(model, revision, trust_remote_code)
+    options = {"num_beams": num_beams, "length_penalty": length_penalty, "iterations": iterations}
+    generation = {name: value for name, value in options.items() if value is not None}
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        said = translate(loaded, tokenizer, rows["source"], None, generation, batch_tokens, progress)
+    result = {
+        "model": model,
+        "dataset": dataset,
+        "split": split,
+        "fingerprint": text.fingerprint(rows),
+        "rows": len(rows),
+        "generation": generation,
+        "metrics": [{**row, "split": split} for row in score(said, rows["target"], metrics)],
+        "versions": collect_versions(),
+    }
+    if output:
+        pairs = [
+            {"source": s, "target": t, "translation": p}
+            for s, t, p in zip(rows["source"], rows["target"], said, strict=True)
+        ]
+        Path(output).write_text(json.dumps({**result, "translations": pairs}, indent=2, ensure_ascii=False) + "\n")
+    return result
