@@ -1,0 +1,16 @@
+"""python -m benchmarks [NAME [options]]: one benchmark, or all with their defaults."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from jsonargparse import CLI
+
+NAMES = ("padding_waste", "label_smoothing", "translation_training", "translation_generation")
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:2] or list(NAMES)
+    if unknown := set(chosen) - set(NAMES):
+        sys.exit(f"there is no benchmark {unknown.pop()} in {Path(__file__).parent}; there are {', '.join(NAMES)}")
+    for name in chosen:
+        CLI(importlib.import_module(f"benchmarks.{name}").main, args=sys.argv[2:])

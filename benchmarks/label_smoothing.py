@@ -1,0 +1,99 @@
+"""Label-smoothed loss over a large vocabulary: time, extra memory and gradients against transformers' LabelSmoother.
+
+python -m benchmarks label_smoothing
+
+Both start from hidden states and the output matrix and end with the gradients of both.
+"""
+
+import multiprocessing
+import resource
+import statistics
+
+import torch
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_tfm.models.cross_entropy import linear_cross_entropy
+
+from . import common
+
+
+def inputs(tokens: int, vocab_size: int, hidden_size: int):
+    """Hidden states (N, D), output matrix (V, D) and labels (N,)."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size).requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size) * hidden_size**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(vocab_size, (tokens,))
+
+
+def ours(hidden, weight, labels):
+    (linear_cross_entropy(hidden, weight, labels, 0.1) / len(labels)).backward()
+
+
+def label_smoother(hidden, weight, labels):
+    # The tokens stand in one row, as a batch of one sentence.
+    LabelSmoother(epsilon=0.1)({"logits": (hidden @ weight.t())[None]}, labels[None]).backward()
+
+
+CONTESTANTS = {"ours": ours, "label_smoother": label_smoother}
+
+
+def peak_megabytes(name: str, sizes: tuple[int, int, int], answer) -> None:
+    """How far the process's memory grows above the inputs and their gradients, in MB."""
+    torch.set_num_threads(1)
+    hidden, weight, labels = inputs(*sizes)
+    hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
+    small = inputs(64, 1000, sizes[2])
+    CONTESTANTS[name](*small)  # the libraries' own buffers are not counted
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    CONTESTANTS[name](hidden, weight, labels)
+    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, rounds: int = 7) -> None:
+    """Measure and write benchmarks/results/label_smoothing.json.
+
+    Args:
+        tokens: N, target tokens of a step.
+        vocab_size: V.
+        hidden_size: D.
+        rounds: timed rounds; medians are reported.
+    """
+    sizes = (tokens, vocab_size, hidden_size)
+    hidden, weight, labels = inputs(*sizes)
+    gradients = {}
+    for name, contestant in CONTESTANTS.items():
+        hidden.grad = weight.grad = None
+        contestant(hidden, weight, labels)
+        gradients[name] = hidden.grad, weight.grad
+    difference = max(float((a - b).abs().max()) for a, b in zip(*gradients.values(), strict=True))
+    largest = max(float(g.abs().max()) for g in gradients["label_smoother"])
+
+    def work(contestant):
+        def once(number: int) -> int:
+            hidden.grad = weight.grad = None
+            contestant(hidden, weight, labels)
+            return tokens
+
+        return once
+
+    rates = common.interleaved({name: work(c) for name, c in CONTESTANTS.items()}, rounds)
+    memory = {}
+    context = multiprocessing.get_context("spawn")
+    for name in CONTESTANTS:
+        answer = context.Queue()
+        process = context.Process(target=peak_megabytes, args=(name, sizes, answer))
+        process.start()
+        memory[name] = round(answer.get(), 1)
+        process.join()
+    results = {
+        "tokens": tokens,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "milliseconds": {name: round(1e3 * tokens / statistics.median(r), 1) for name, r in rates.items()},
+        "speed_ratio": round(common.ratio(rates, "ours", "label_smoother"), 2),
+        "extra_megabytes": memory,
+        "memory_ratio": round(memory["ours"] / memory["label_smoother"], 3),
+        "max_abs_gradient_difference": difference,
+        "max_abs_gradient": largest,
+    }
+    common.write("label_smoothing", results)
