@@ -6,8 +6,8 @@ Shapes: B sequences; Tq, Tk query and key positions; D = config.hidden_size; H h
 A mask is True (or 0.0) where a query may look, False (or a large negative number) where it may not.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -66,21 +66,11 @@ def explicit_attention(
     return mixed.transpose(1, 2), probabilities  # (B, Tq, H, Dh)
 
 
-@contextmanager
-def eager_attention(config: PreTrainedConfig, wanted: bool | None = True) -> Iterator[None]:
-    """Use the eager backend inside the block if ``wanted``: it alone can return attention maps.
-
-    Masks are built from ``config`` too, so the whole forward stands inside the block.
-    """
-    chosen = config._attn_implementation
-    if not wanted or chosen == "eager":
-        yield
-        return
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = chosen
+def eager_view(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A shallow copy of ``config`` that asks for the eager backend, to build masks in the form it reads."""
+    view = copy.copy(config)
+    view._attn_implementation = "eager"
+    return view
 
 
 class MultiHeadAttention(nn.Module):
@@ -99,28 +89,31 @@ class MultiHeadAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
+        self.additive = config.attention_score == "additive"
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        if config.attention_score == "additive":
+        if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
             self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Raw scores before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
-        if self.config.attention_score == "additive":
+        if self.additive:
             joint = torch.tanh(query[:, :, :, None] + key[:, :, None])  # (B, H, Tq, Tk, Dh)
             return torch.einsum("bhqkd,hd->bhqk", joint, self.score_vector)
         # Scaling the queries costs less than scaling the larger score table.
         return (query * scaling) @ key.transpose(2, 3)
 
-    def attention_function(self, query: Tensor, key: Tensor) -> Callable:
+    def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
         """The attention function for these queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
         chosen = self.config._attn_implementation
-        if self.config.attention_score == "additive":
+        if self.additive:
             if chosen not in ("eager", "sdpa"):
                 raise ValueError(f'attention_score="additive" runs with attn_implementation="eager", got "{chosen}"')
+            return explicit_attention
+        if output_attentions:
             return explicit_attention
         if (
             chosen == "sdpa"
@@ -138,23 +131,30 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        output_attentions: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: (B, Tq, D), the queries' source, and the keys' unless ``memory`` is given.
-            memory: (B, Tk, D), the encoder's output (cross-attention).
-            attention_mask: in the form of the chosen backend.
+            memory: (B, Tk, D), the encoder's output (cross-attention); (B / n, Tk, D) when n rows of hidden states in
+                turn share one row of memory, as the beams of a sentence do.
+            attention_mask: in the form of the chosen backend; of the eager one with ``output_attentions``.
             past_key_values: grows by Tq keys here; for cross-attention, filled once and then reused.
+            output_attentions: form the probabilities, whatever the backend.
 
         Returns:
             (B, Tq, D), and the probabilities (B, H, Tq, Tk) or None where the backend does not form them.
         """
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, Tq, Dh)
+        B, Tq = hidden_states.shape[:2]
+        query = self.q_proj(hidden_states)  # (B, Tq, D)
+        shared = memory is not None and len(memory) != B
+        if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
+            query = query.reshape(len(memory), -1, query.shape[-1])
+        query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
         key, value = self.keys_and_values(hidden_states, memory, past_key_values)  # (B, H, Tk, Dh)
-        mixed, probabilities = self.attention_function(query, key)(
+        mixed, probabilities = self.attention_function(query, key, output_attentions)(
             self,
             query,
             key,
@@ -165,7 +165,9 @@ class MultiHeadAttention(nn.Module):
             is_causal=self.is_causal,
             **kwargs,
         )  # (B, Tq, H, Dh)
-        return self.out_proj(mixed.reshape(*hidden_states.shape[:2], -1)), probabilities
+        if shared and probabilities is not None:
+            probabilities = probabilities.unflatten(2, (-1, Tq)).transpose(1, 2).flatten(0, 1)
+        return self.out_proj(mixed.reshape(B, Tq, -1)), probabilities
 
     def keys_and_values(
         self, hidden_states: Tensor, memory: Tensor | None, past: Cache | None

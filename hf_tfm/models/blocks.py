@@ -94,7 +94,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> Tensor:
-        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the form of the attention backend."""
+        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the attention backend's form."""
 
         def attend(states: Tensor) -> Tensor:
             return self.self_attn(states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)[0]

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from .travel import TravellingConfig
 
-# Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, section 4.2).
+# Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, sec. 4.2).
 SIZES = {
     "tiny": {
         "hidden_size": 128,
@@ -87,22 +87,24 @@ class TfmTransformerConfig(TravellingConfig):
         "AutoModelForSeq2SeqLM": "modeling_transformer.TfmTransformerForConditionalGeneration",
     }
     base_model_tp_plan: ClassVar = {
-        "encoder.layers.*.self_attn.q_proj": "colwise",
-        "encoder.layers.*.self_attn.k_proj": "colwise",
-        "encoder.layers.*.self_attn.v_proj": "colwise",
-        "encoder.layers.*.self_attn.out_proj": "rowwise",
-        "encoder.layers.*.feed_forward.up_proj": "colwise",
-        "encoder.layers.*.feed_forward.down_proj": "rowwise",
-        "decoder.layers.*.self_attn.q_proj": "colwise",
-        "decoder.layers.*.self_attn.k_proj": "colwise",
-        "decoder.layers.*.self_attn.v_proj": "colwise",
-        "decoder.layers.*.self_attn.out_proj": "rowwise",
-        "decoder.layers.*.cross_attn.q_proj": "colwise",
-        "decoder.layers.*.cross_attn.k_proj": "colwise",
-        "decoder.layers.*.cross_attn.v_proj": "colwise",
-        "decoder.layers.*.cross_attn.out_proj": "rowwise",
-        "decoder.layers.*.feed_forward.up_proj": "colwise",
-        "decoder.layers.*.feed_forward.down_proj": "rowwise",
+        "shared": "embedding_rowwise",
+        "encoder.embedding.tokens": "embedding_rowwise",
+        "decoder.embedding.tokens": "embedding_rowwise",
+        **{
+            f"{name}.{projection}": "rowwise" if projection in ("out_proj", "down_proj") else "colwise"
+            for name, projections in {
+                "encoder.layers.*.self_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+                "encoder.layers.*.feed_forward": ("up_proj", "down_proj"),
+                "decoder.layers.*.self_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+                "decoder.layers.*.cross_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+                "decoder.layers.*.feed_forward": ("up_proj", "down_proj"),
+            }.items()
+            for projection in projections
+        },
+    }
+    base_model_fsdp_plan: ClassVar = {
+        "encoder.layers.*": "free_full_weight",
+        "decoder.layers.*": "free_full_weight",
     }
 
     vocab_size: int = 37000

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
@@ -24,10 +24,11 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import MultiHeadAttention, eager_attention
+from .attention import MultiHeadAttention, eager_view
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_transformer import TfmTransformerConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .generation import SharedMemoryGenerationMixin
 from .mask_predict import LengthHead, mask_predict, mask_targets
 from .positions import SinusoidalPositions, positions_1d
 
@@ -80,7 +81,7 @@ class TfmTransformerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SinusoidalPositions):
             init.copy_(module.table, module.compute())
-        elif isinstance(module, MultiHeadAttention) and self.config.attention_score == "additive":
+        elif isinstance(module, MultiHeadAttention) and module.additive:
             init.normal_(module.score_vector, std=factor * module.scaling)
 
 
@@ -128,6 +129,7 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+        self.tp_plan = self.fsdp_plan = None  # the plans in the config name the parts of the whole model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.tokens
@@ -151,10 +153,13 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
             N of (B, H, S, S).
         """
         hidden_states = self.embedding(input_ids, inputs_embeds)  # (B, S, D)
-        with eager_attention(self.config, wants_maps(self.config, kwargs)):
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-            for layer in self.layers:
-                hidden_states = layer(hidden_states, mask, **kwargs)
+        config = self.config
+        kwargs["output_attentions"] = wants_maps(config, kwargs)
+        if kwargs["output_attentions"]:
+            config = eager_view(config)
+        mask = create_bidirectional_mask(config, hidden_states, attention_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -175,6 +180,7 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+        self.tp_plan = self.fsdp_plan = None  # the plans in the config name the parts of the whole model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.tokens
@@ -217,27 +223,33 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
-        with eager_attention(self.config, wants_maps(self.config, kwargs)):
-            if self.is_causal:
-                own = past_key_values
-                if isinstance(own, EncoderDecoderCache):
-                    own = own.self_attention_cache
-                mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=own)
-            else:
-                mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-            memory_mask = create_bidirectional_mask(
-                self.config, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+        config = self.config
+        kwargs["output_attentions"] = wants_maps(config, kwargs)
+        if kwargs["output_attentions"]:
+            config = eager_view(config)
+        if self.is_causal:
+            own = past_key_values
+            if isinstance(own, EncoderDecoderCache):
+                own = own.self_attention_cache
+            mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=own)
+        else:
+            mask = create_bidirectional_mask(config, hidden_states, attention_mask)
+        queries = hidden_states
+        if len(encoder_hidden_states) != len(hidden_states):
+            queries = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        memory_mask = create_bidirectional_mask(
+            config, queries, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                mask,
+                memory_mask=memory_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
             )
-            for layer in self.layers:
-                hidden_states = layer(
-                    hidden_states,
-                    encoder_hidden_states,
-                    mask,
-                    memory_mask=memory_mask,
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    **kwargs,
-                )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
@@ -328,10 +340,11 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
         )
 
 
-class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, GenerationMixin):
+class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, SharedMemoryGenerationMixin):
     """The Transformer with its output layer: translation and any other text-to-text task."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {  # noqa: RUF012
         "model.encoder.embedding.tokens.weight": "model.shared.weight",
         "model.decoder.embedding.tokens.weight": "model.shared.weight",
@@ -434,6 +447,8 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Gene
         """Label-smoothed cross-entropy of (B, T) labels, from logits (B, T, V) or else from states (B, T, D)."""
         labels = labels.reshape(-1)
         smoothing = self.config.label_smoothing
+        if logits is None and hasattr(self.lm_head.weight, "device_mesh"):
+            logits = self.lm_head(hidden)  # tensor parallel: only the module can multiply by its share of the weight
         if logits is None:
             total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels, smoothing)
         else:
