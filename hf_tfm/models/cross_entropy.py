@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
-CHUNK_ELEMENTS = 1 << 22  # logits held at once; about 16 MB in float32
+# Positions whose logits are held at once. On a CPU 256 rows of a 10,000-word vocabulary just fit its cache, and more
+# rows would mean fewer passes over the weight's gradient; a GPU wants larger matrices.
+CHUNK_ROWS = {"cpu": 256, "other": 1024}
 
 
 def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -43,45 +45,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = max(16, CHUNK_ELEMENTS // vocabulary)
+        chunk = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"])
         for start in range(0, len(rows), chunk):
             part, label = rows[start : start + chunk], labels[start : start + chunk]
             labelled = (label != IGNORE_INDEX)[:, None]  # (n, 1)
             target = label.clamp_min(0)[:, None]  # (n, 1)
             scores = (part @ matrix.t()).float()  # (n, V)
-            log_sum = scores.logsumexp(dim=1, keepdim=True)  # (n, 1)
-            term = log_sum - (1.0 - label_smoothing) * scores.gather(1, target)
+            term = (label_smoothing - 1.0) * scores.gather(1, target)  # (n, 1)
             if label_smoothing:
                 term = term - label_smoothing * scores.mean(dim=1, keepdim=True)
-            loss += torch.where(labelled, term, 0.0).sum()
+            top = scores.amax(dim=1, keepdim=True)
+            powers = scores.sub_(top).exp_()  # (n, V), in place: one pass of exp serves loss and gradient
+            total = powers.sum(dim=1, keepdim=True)
+            loss += torch.where(labelled, term + top + total.log(), 0.0).sum()
             if not with_gradient:
                 continue
             # d loss / d scores = softmax - e / V - (1 - e) at the label; zero where there is no label.
-            gradient = scores.sub_(log_sum).exp_()
+            gradient = powers.mul_(labelled / total)
             if label_smoothing:
-                gradient -= label_smoothing / vocabulary
-            gradient.scatter_add_(1, target, torch.full_like(term, label_smoothing - 1.0))
-            gradient = (gradient * labelled).to(dtype) if dtype != torch.float32 else gradient.mul_(labelled)
+                gradient.sub_(labelled * (label_smoothing / vocabulary))
+            gradient.scatter_add_(1, target, labelled * (label_smoothing - 1.0))
+            gradient = gradient.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = gradient @ matrix
-            if grad_weight is not None:
-                if dtype == grad_weight.dtype:
-                    grad_weight.addmm_(gradient.t(), part)
-                else:
-                    grad_weight += gradient.t() @ part
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_weight is None:
+                continue
+            if dtype == grad_weight.dtype:
+                grad_weight.addmm_(gradient.t(), part)
+            else:
+                grad_weight += gradient.t() @ part
+        ctx.gradients = grad_hidden, grad_weight
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss,
-            None if grad_weight is None else grad_weight * grad_loss,
-            None,
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of linear_cross_entropy are formed in its forward, for one backward")
+        # Scaled in place, to hold the weight's gradient once; so they are given away here.
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
