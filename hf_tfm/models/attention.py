@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_SCORES = ("dot_product", "additive")
@@ -71,6 +72,25 @@ def eager_view(config: PreTrainedConfig) -> PreTrainedConfig:
     view = copy.copy(config)
     view._attn_implementation = "eager"
     return view
+
+
+def padding_mask(
+    config: PreTrainedConfig, queries: Tensor, attention_mask: Tensor | None, memory: Tensor | None = None
+) -> Tensor | None:
+    """Padding (B, Tk), 1 = a token, in the form of the backend, for attention that looks both ways.
+
+    transformers' helper first looks whether anything is masked, which makes a GPU wait in every forward. The two
+    common backends also take one row a sentence, True where there is a token, and need not know.
+
+    Args:
+        queries: (B, Tq, D) hidden states that attend, or (n B, T, D) when n rows share a row of memory.
+        memory: (B, Tk, D) when they attend to it and not to themselves.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2 and config._attn_implementation in ("eager", "sdpa"):
+        return attention_mask[:, None, None].to(queries.device, torch.bool)  # (B, 1, 1, Tk)
+    if memory is not None and len(memory) != len(queries):
+        queries = queries.reshape(len(memory), -1, queries.shape[-1])
+    return create_bidirectional_mask(config, queries, attention_mask, encoder_hidden_states=memory)
 
 
 class MultiHeadAttention(nn.Module):

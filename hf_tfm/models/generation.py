@@ -67,9 +67,6 @@ def greedy(
     output = ids.new_full((B, max_length), pad_token_id)
     output[:, :start] = ids
     memory = encoder_outputs.last_hidden_state  # (R, S, D)
-    if attention_mask is not None and model.config._attn_implementation in ("eager", "sdpa"):
-        # (R, 1, 1, S), the form these backends use, so that it is not built again for every token.
-        attention_mask = attention_mask[:, None, None].bool()
     rows = torch.arange(B, device=ids.device)  # (R,) their places in the output
     running = torch.ones(B, dtype=torch.bool, device=ids.device)  # (R,)
     for step in range(start, max_length):

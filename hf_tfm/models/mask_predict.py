@@ -53,18 +53,18 @@ class LengthHead(nn.Module):
     def forward(self, memory: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Memory (B, S, D) under a mask (B, S) -> logits (B, 2 * max_offset + 1) and source lengths (B,)."""
         if attention_mask is None:
-            attention_mask = memory.new_ones(memory.shape[:2])
+            attention_mask = torch.ones(memory.shape[:2], dtype=torch.long, device=memory.device)
         weight = attention_mask[..., None].to(memory.dtype)
-        lengths = attention_mask.sum(dim=1)
-        mean = (memory * weight).sum(dim=1) / lengths[:, None].to(memory.dtype)  # (B, D)
-        return self.output(mean), lengths.long()
+        lengths = attention_mask.sum(dim=1).long()  # (B,), counted as integers: bfloat16 ends at 256
+        mean = (memory * weight).sum(dim=1) / lengths.clamp_min(1)[:, None].to(memory.dtype)  # (B, D)
+        return self.output(mean), lengths
 
     def loss(
         self, memory: Tensor, attention_mask: Tensor | None, hidden: Tensor, target_mask: Tensor | None
     ) -> Tensor:
         """Cross-entropy of the target lengths, summed over sentences; a sentence without target tokens counts not."""
         if target_mask is None:
-            target_mask = hidden.new_ones(hidden.shape[:2])
+            target_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits, source_lengths = self(memory, attention_mask)
         target_lengths = target_mask.sum(dim=1).long()  # (B,)
         offset = (target_lengths - source_lengths).clamp(-self.max_offset, self.max_offset) + self.max_offset
@@ -86,6 +86,7 @@ def mask_predict(
     iterations: int = 10,
     length_candidates: int = 5,
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
     generation_config: GenerationConfig | None = None,
     **unknown,
 ) -> Tensor:
@@ -94,65 +95,88 @@ def mask_predict(
     Args:
         model: a `TfmTransformerForConditionalGeneration` with ``decoding="mask_predict"``.
         inputs: (B, S) source ids, also as ``input_ids``.
-        attention_mask: (B, S).
+        attention_mask: (B, S); default, everything but padding tokens.
         iterations: passes of the decoder, at least 1; 1 is purely parallel, the paper's best is 10.
         length_candidates: target lengths tried at the same time; the one of the best mean log-probability wins.
-        max_length: upper bound of the target length, in tokens; default, the generation config's.
+        max_length: upper bound of the length of the result, in tokens; default, the generation config's.
+        max_new_tokens: the same without the start token; it goes before ``max_length``.
 
     Returns:
         (B, 1 + T) ids: the start token, the sentence, padding, as transformers' `generate` gives them.
 
     Raises:
-        ValueError: there is no source, a number is below 1, or an argument belongs to autoregressive decoding only.
+        ValueError: there is no source, a number is too small, or an argument belongs to autoregressive decoding only.
     """
-    # What evaluation code passes to every model and that means nothing here is taken; a real choice is refused.
-    neutral = {"num_beams": 1, "do_sample": False, "use_cache": None, "synced_gpus": None}
-    refused = [name for name, value in unknown.items() if name not in neutral or value not in (neutral[name], None)]
-    refused = [name for name in refused if name != "use_cache"]
+    # Evaluation code passes these to every model, and these values of them ask for nothing else than what happens here.
+    neutral = {"num_beams": (1,), "do_sample": (False,), "use_cache": (True, False), "synced_gpus": (False,)}
+    refused = [name for name, value in unknown.items() if value is not None and value not in neutral.get(name, ())]
     if refused:
         raise ValueError(
             f'{", ".join(refused)}: not an option of decoding="mask_predict" (it has iterations, '
-            "length_candidates, max_length)"
+            "length_candidates, max_length, max_new_tokens)"
         )
     source = inputs if inputs is not None else input_ids
     if source is None:
         raise ValueError("mask_predict needs inputs or input_ids of shape (B, S), got None")
-    if iterations < 1 or length_candidates < 1:
-        raise ValueError(f"iterations and length_candidates must be at least 1, got {iterations}, {length_candidates}")
     config = model.config
-    if max_length is None:
-        defaults = generation_config or model.generation_config
-        max_length = defaults.max_length or config.max_position_embeddings
+    defaults = generation_config or model.generation_config
+    if max_new_tokens is None and max_length is None:
+        max_new_tokens, max_length = defaults.max_new_tokens, defaults.max_length or config.max_position_embeddings
+    if max_new_tokens is None:
+        max_new_tokens = max_length - 1
+    for name, value in [
+        ("iterations", iterations),
+        ("length_candidates", length_candidates),
+        ("max_new_tokens (or max_length - 1)", max_new_tokens),
+    ]:
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if attention_mask is None:
+        attention_mask = (source != config.pad_token_id).long()
     memory = model.get_encoder()(input_ids=source, attention_mask=attention_mask).last_hidden_state  # (B, S, D)
-    lengths = model.length_head.candidates(memory, attention_mask, length_candidates, max_length - 1)  # (B, L)
+    lengths = model.length_head.candidates(memory, attention_mask, length_candidates, max_new_tokens)  # (B, L)
     B, L = lengths.shape
-    T = int(lengths.max())
-    lengths = lengths.flatten()  # (B * L,)
-    memory = memory.repeat_interleave(L, dim=0)
-    memory_mask = None if attention_mask is None else attention_mask.repeat_interleave(L, dim=0)
-    real = torch.arange(T, device=source.device) < lengths[:, None]  # (B * L, T)
+    tokens, sure = refine(model, memory, attention_mask, lengths.flatten(), iterations)  # (B * L, T)
+    score = sure.sum(dim=1) / lengths.flatten()  # (B * L,)
+    choice = score.view(B, L).argmax(dim=1) + torch.arange(B, device=source.device) * L
+    start = tokens.new_full((B, 1), config.decoder_start_token_id)
+    return torch.cat([start, tokens[choice]], dim=1)
+
+
+def refine(
+    model: nn.Module, memory: Tensor, memory_mask: Tensor, lengths: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Predict all tokens of targets of known lengths, then the least sure again, fewer each time (section 3.3).
+
+    Args:
+        memory: (B, S, D), under ``memory_mask`` (B, S).
+        lengths: (B * L,); L targets in turn share a row of memory.
+
+    Returns:
+        tokens (B * L, T), padded, and their log-probabilities (B * L, T), 0 for padding.
+    """
+    config = model.config
+    real = torch.arange(int(lengths.max()), device=memory.device) < lengths[:, None]  # (B * L, T)
     tokens = torch.where(real, config.mask_token_id, config.pad_token_id)
-    sure = torch.zeros(B * L, T, device=source.device)  # log-probabilities of the tokens
+    sure = torch.zeros(tokens.shape, device=memory.device)
     masked = real
     for step in range(iterations):
         hidden = model.get_decoder()(
             input_ids=tokens,
-            attention_mask=real.long(),
+            attention_mask=real,
             encoder_hidden_states=memory,
             encoder_attention_mask=memory_mask,
         ).last_hidden_state
         logits = model.lm_head(hidden).float()  # (B * L, T, V)
-        logits[..., [config.pad_token_id, config.mask_token_id]] = -torch.inf
-        best, token = logits.log_softmax(dim=-1).max(dim=-1)  # (B * L, T)
+        logits[..., config.pad_token_id] = -torch.inf
+        logits[..., config.mask_token_id] = -torch.inf
+        best, token = logits.max(dim=-1)  # (B * L, T)
         tokens = torch.where(masked, token, tokens)
-        sure = torch.where(masked, best, sure)
+        sure = torch.where(masked, best - logits.logsumexp(dim=-1), sure)
         # Linear decay: after pass t of n, (n - t) / n of the tokens are masked again.
         count = lengths * (iterations - 1 - step) // iterations
         rank = sure.masked_fill(~real, torch.inf).argsort(dim=1).argsort(dim=1)
         masked = (rank < count[:, None]) & real
         if step + 1 < iterations:
             tokens = tokens.masked_fill(masked, config.mask_token_id)
-    score = (sure * real).sum(dim=1) / lengths  # (B * L,)
-    choice = score.view(B, L).argmax(dim=1) + torch.arange(B, device=source.device) * L
-    start = tokens.new_full((B, 1), config.decoder_start_token_id)
-    return torch.cat([start, tokens[choice]], dim=1)
+    return tokens, sure

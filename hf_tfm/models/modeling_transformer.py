@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import MultiHeadAttention, eager_view
+from .attention import MultiHeadAttention, eager_view, padding_mask
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_transformer import TfmTransformerConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
@@ -111,7 +111,6 @@ class Embedding(nn.Module):
             inputs_embeds = self.tokens(input_ids)
         length = inputs_embeds.shape[1]
         positions = torch.arange(length, device=inputs_embeds.device) + offset
-        # A static cache counts on the device; reading that count back would stall it.
         end = offset + length if isinstance(offset, int) else None
         return self.dropout(inputs_embeds * self.scale + self.positions(positions, end).to(inputs_embeds.dtype))
 
@@ -157,7 +156,7 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
         kwargs["output_attentions"] = wants_maps(config, kwargs)
         if kwargs["output_attentions"]:
             config = eager_view(config)
-        mask = create_bidirectional_mask(config, hidden_states, attention_mask)
+        mask = padding_mask(config, hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
@@ -222,6 +221,8 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
+            seen = int(seen)  # a static cache counts on its device: free to read on a CPU, a stall elsewhere
         hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
         config = self.config
         kwargs["output_attentions"] = wants_maps(config, kwargs)
@@ -233,13 +234,8 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
                 own = own.self_attention_cache
             mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=own)
         else:
-            mask = create_bidirectional_mask(config, hidden_states, attention_mask)
-        queries = hidden_states
-        if len(encoder_hidden_states) != len(hidden_states):
-            queries = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
-        memory_mask = create_bidirectional_mask(
-            config, queries, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
-        )
+            mask = padding_mask(config, hidden_states, attention_mask)
+        memory_mask = padding_mask(config, hidden_states, encoder_attention_mask, encoder_hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -390,8 +386,9 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         Args:
             labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted. Without decoder inputs, an autoregressive
                 model takes the labels shifted by one, and a mask-predict model the labels with a random share masked.
-            num_items_in_batch: what the sum of token losses is divided by; default, the number of labels.
-                The length loss is divided by the number of sentences then, and not at all otherwise.
+            num_items_in_batch: what the sum of token losses is divided by, the labels of all parts of a batch that is
+                fed in parts; default, the number of labels here. ``length_loss`` is the mean over sentences by
+                default, and their sum otherwise.
             return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
 
         Returns:
@@ -426,9 +423,12 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
                 length_loss = self.length_head.loss(
                     outputs.encoder_last_hidden_state, attention_mask, hidden, decoder_attention_mask
                 )
+                mean = length_loss / len(hidden)
                 if num_items_in_batch is None:
-                    length_loss = length_loss / len(hidden)
-                loss = token_loss + length_loss
+                    length_loss = mean
+                # In a batch of several parts each counts by its share of the tokens, so that the parts' losses add up.
+                share = 1 if num_items_in_batch is None else (labels != IGNORE_INDEX).sum() / num_items_in_batch
+                loss = token_loss + mean * share
         return TfmTransformerLMOutput(
             loss=loss,
             logits=logits,

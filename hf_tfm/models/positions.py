@@ -46,7 +46,7 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, positions: Tensor, length: int | None = None) -> Tensor:
         """Embed ``positions`` (T,), the largest below ``length`` when that is known: (T, D)."""
-        if length is not None and length > self.length:
+        if length is None or length > self.length:
             return sinusoidal(positions, self.dim).to(self.table.dtype)
         return nn.functional.embedding(positions, self.table)
 
