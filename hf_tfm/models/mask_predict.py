@@ -107,7 +107,7 @@ def mask_predict(
     Raises:
         ValueError: there is no source, a number is too small, or an argument belongs to autoregressive decoding only.
     """
-    # Evaluation code passes these to every model, and these values of them ask for nothing else than what happens here.
+    # Evaluation code passes these to every model; with these values they ask for nothing else than what happens here.
     neutral = {"num_beams": (1,), "do_sample": (False,), "use_cache": (True, False), "synced_gpus": (False,)}
     refused = [name for name, value in unknown.items() if value is not None and value not in neutral.get(name, ())]
     if refused:
