@@ -1,0 +1,129 @@
+"""Write benchmarks/README.md from the results files: python -m benchmarks report. A test holds the two together."""
+
+import json
+from pathlib import Path
+
+from .common import RESULTS
+
+README = Path(__file__).parent / "README.md"
+HEAD = """# Benchmarks
+
+Made by `python -m benchmarks report` from the files in `results/`. `make bench` measures everything anew;
+`python -m benchmarks NAME --help` tells the options of one. Contestants take turns in one process; figures are medians,
+ratios are medians of ratios of neighbouring runs.
+"""
+
+
+def load(name: str) -> dict | None:
+    """A results file, if it was measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(results: dict) -> str:
+    """One line on where and how a result was measured."""
+    hardware, versions = results["hardware"], results["versions"]
+    device = hardware.get("device") or hardware.get("cpu")
+    return (
+        f"{device}, {results['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}: "
+        f"`{results['command']}`"
+    )
+
+
+def training(results: dict) -> str:
+    """Training speed of translation."""
+    rates = [
+        (size, name, rate)
+        for size, of_size in results["sizes"].items()
+        for name, rate in of_size["target_tokens_per_second"].items()
+    ]
+    ratios = [(size, name, r) for size, of_size in results["sizes"].items() for name, r in of_size["ratios"].items()]
+    floors = [
+        (size, precision, floor["matmul_gflops"], floor["mflop_per_target_token"], f"{floor['share']:.0%}")
+        for size, of_size in results["sizes"].items()
+        for precision, floor in of_size["share_of_floor"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Training: real target tokens per second",
+            "`marian_random` is transformers' Marian with Trainer's LabelSmoother and AdamW on random batches of "
+            f"{results['batch_size']}; `marian_sorted` the same on our batches sorted by both sides.",
+            machine(results),
+            table(("size", "contestant", "tokens/s"), rates),
+            table(("size", "ratio", "times"), ratios),
+            "Share of the floor: linear-layer FLOPs of real tokens, at the machine's measured matrix-product rate.",
+            table(("size", "precision", "GFLOP/s", "MFLOP a target token", "reached"), floors),
+        ]
+    )
+
+
+def generation(results: dict) -> str:
+    """Generation speed against Marian."""
+    rows = [
+        (name, r["ours_sentences_per_second"], r["marian_sentences_per_second"], r["ratio"], r["identical_tokens"])
+        for name, r in results["results"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Generation: sentences per second",
+            f"Same weights in both; {results['new_tokens']} new tokens a sentence.",
+            machine(results),
+            table(("setting", "ours", "Marian", "times", "identical tokens"), rows),
+        ]
+    )
+
+
+def label_smoothing(results: dict) -> str:
+    """The large-vocabulary loss."""
+    rows = [
+        ("time (ms)", *results["milliseconds"].values(), results["speed_ratio"]),
+        ("extra memory (MB)", *results["extra_megabytes"].values(), results["memory_ratio"]),
+    ]
+    return "\n\n".join(
+        [
+            "## Label-smoothed loss over a large vocabulary",
+            f"{results['tokens']:,} positions, {results['vocab_size']:,} words, {results['hidden_size']} features, "
+            "forward and backward with the output layer. Largest difference of gradients: "
+            f"{results['max_abs_gradient_difference']:.1e} (largest gradient {results['max_abs_gradient']:.1e}).",
+            machine(results),
+            table(("", "ours", "LabelSmoother", "times"), rows),
+        ]
+    )
+
+
+def padding(results: dict) -> str:
+    """Padding by way of batching."""
+    rows = [(name, f"{share:.1%}") for name, share in results["waste"].items()]
+    return "\n\n".join(
+        [
+            "## Padding: share of tokens that are padding, both sides",
+            machine(results),
+            table(("batches", "padding"), rows),
+        ]
+    )
+
+
+SECTIONS = {
+    "translation_training": training,
+    "translation_generation": generation,
+    "label_smoothing": label_smoothing,
+    "padding_waste": padding,
+}
+
+
+def text() -> str:
+    """The whole page."""
+    parts = [render(results) for name, render in SECTIONS.items() if (results := load(name))]
+    return "\n\n".join([HEAD.strip(), *parts]) + "\n"
+
+
+def main() -> None:
+    """Write benchmarks/README.md."""
+    README.write_text(text())
+    print(README)
