@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 
 from .travel import TravellingConfig
 
@@ -38,6 +39,16 @@ CHOICES = {
     "position_embedding_type": ("sinusoidal", "learned"),
     "attention_score": ("dot_product", "additive"),
     "decoding": ("autoregressive", "mask_predict"),
+}
+LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_attention_heads": 1,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "max_position_embeddings": 1,
+    "max_length_offset": 0,
 }
 
 
@@ -152,9 +163,11 @@ class TfmTransformerConfig(TravellingConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f'hidden_act must be one of {", ".join(ACT2FN)}, got "{self.hidden_act}"')
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
@@ -163,5 +176,10 @@ class TfmTransformerConfig(TravellingConfig):
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.decoding == "mask_predict" and self.mask_token_id is None:
-            raise ValueError('decoding="mask_predict" needs mask_token_id, got None')
+        if self.decoding == "mask_predict":
+            if self.mask_token_id is None:
+                raise ValueError('decoding="mask_predict" needs mask_token_id, got None')
+            if not 0 <= self.mask_token_id < self.vocab_size:
+                raise ValueError(
+                    f"mask_token_id must be in [0, vocab_size = {self.vocab_size}), got {self.mask_token_id}"
+                )

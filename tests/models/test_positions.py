@@ -1,0 +1,98 @@
+"""Positions: the paper's formula, any length or a clear refusal, and positions that follow a cache."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import largest_difference, tiny_batch, tiny_model
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+from hf_tfm.models.positions import LearnedPositions, SinusoidalPositions, positions_1d, sinusoidal
+
+
+@pytest.mark.parametrize("dim", [8, 10, 7])
+def test_the_papers_formula_up_to_the_order_of_features(dim):
+    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(...); ours has the sines first."""
+    paper = torch.empty(50, dim, dtype=torch.float64)
+    for position in range(50):
+        for feature in range(dim):
+            angle = position / 10000 ** (2 * (feature // 2) / dim)
+            paper[position, feature] = math.cos(angle) if feature % 2 else math.sin(angle)
+    order = [*range(0, dim, 2), *range(1, dim, 2)]
+    torch.testing.assert_close(sinusoidal(torch.arange(50), dim).double(), paper[:, order], rtol=0, atol=1e-7)
+
+
+def test_late_positions_are_exact():
+    position = 20_000
+    expected = [math.sin(position / 10000 ** (2 * i / 16)) for i in range(8)]
+    assert sinusoidal(torch.tensor([position]), 16)[0, :8].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_sinusoidal_positions_go_beyond_their_table():
+    short, long = SinusoidalPositions(10, 16), SinusoidalPositions(30, 16)
+    positions = torch.arange(25)
+    assert torch.equal(short(positions, 25), long(positions, 25))
+    assert torch.equal(short(positions), long(positions))
+    assert torch.equal(short(positions[:10], 10), short.table)
+
+
+def test_learned_positions_refuse_what_they_have_not_learned():
+    positions = LearnedPositions(10, 16)
+    assert positions(torch.arange(10), 10).shape == (10, 16)
+    with pytest.raises(ValueError, match=r"reaches position 10, .* max_position_embeddings - 1 = 9"):
+        positions(torch.arange(11), 11)
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match='must be "sinusoidal" or "learned", got "rotary"'):
+        positions_1d("rotary", 10, 16)
+
+
+def test_a_model_refuses_or_takes_long_input():
+    batch = tiny_batch(source=12)
+    short = tiny_model(max_position_embeddings=5)
+    assert largest_difference(short(**batch).logits, tiny_model(max_position_embeddings=50)(**batch).logits) == 0
+    with pytest.raises(ValueError, match="reaches position 11"):
+        tiny_model(position_embedding_type="learned", max_position_embeddings=5)(**batch)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_learned_positions_refuse_too_long_a_cache(static):
+    model = tiny_model(position_embedding_type="learned", max_position_embeddings=7)
+    source = tiny_batch()["input_ids"]
+
+    def cache():
+        return StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache()
+
+    past = EncoderDecoderCache(cache(), cache())
+    step = {"input_ids": source, "past_key_values": past, "use_cache": True}
+    for _ in range(7):
+        model(**step, decoder_input_ids=source[:, :1])
+    with pytest.raises(ValueError, match="reaches position 7"):
+        model(**step, decoder_input_ids=source[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_position_matters_and_the_same_token_elsewhere_differs(kind):
+    model = tiny_model(position_embedding_type=kind)
+    ids = torch.full((1, 6), 9)
+    hidden = model.get_encoder()(input_ids=ids).last_hidden_state[0]
+    assert torch.pdist(hidden).min() > 1e-3
+
+
+def test_both_stacks_start_at_position_0():
+    model = tiny_model(scale_embedding=False)
+    embedding = model.get_encoder().embedding
+    ids = torch.tensor([[9, 9]])
+    expected = embedding.tokens.weight[[9, 9]] + sinusoidal(torch.arange(2), 32)
+    torch.testing.assert_close(embedding(ids)[0], expected)
+    torch.testing.assert_close(
+        embedding(ids, offset=3)[0], expected - sinusoidal(torch.arange(2), 32) + sinusoidal(torch.tensor([3, 4]), 32)
+    )
+
+
+def test_tables_are_no_parameters_and_are_not_saved():
+    model = tiny_model()
+    assert not any("positions" in name for name in model.state_dict())
+    assert isinstance(tiny_model(position_embedding_type="learned").get_encoder().embedding.positions, nn.Embedding)

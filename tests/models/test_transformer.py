@@ -1,0 +1,282 @@
+"""What the encoder-decoder promises, beyond what transformers' own suite looks at."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import largest_difference, tiny_batch, tiny_config, tiny_model
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_tfm import TfmTransformerForConditionalGeneration, TfmTransformerModel
+from hf_tfm.models.cross_entropy import IGNORE_INDEX
+from hf_tfm.models.modeling_transformer import shift_right
+
+NORM_ORDERS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+
+
+def with_labels(batch: dict, **more) -> dict:
+    labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels, **more}
+
+
+@NORM_ORDERS
+@pytest.mark.parametrize(
+    "fields", [{}, {"attention_score": "additive"}, {"position_embedding_type": "learned"}], ids=str
+)
+def test_a_later_token_never_changes_an_earlier_output(norm_first, fields):
+    model, batch = tiny_model(norm_first=norm_first, **fields), tiny_batch(target=8)
+    del batch["decoder_attention_mask"]
+    changed = copy.deepcopy(batch)
+    changed["decoder_input_ids"][:, 5] = (changed["decoder_input_ids"][:, 5] + 1) % 48
+    before, after = model(**batch).logits, model(**changed).logits
+    assert largest_difference(before[:, :5], after[:, :5]) == 0
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(dim=(1, 2)).min() > 1e-3, "later outputs must change"
+
+
+def test_mask_predict_sees_both_sides():
+    model, batch = tiny_model(decoding="mask_predict"), tiny_batch(target=8)
+    changed = copy.deepcopy(batch)
+    changed["decoder_input_ids"][0, 7] = 5
+    assert largest_difference(model(**batch).logits[0, :7], model(**changed).logits[0, :7]) > 1e-4
+
+
+@NORM_ORDERS
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+def test_padding_changes_nothing(norm_first, decoding):
+    model, batch = tiny_model(norm_first=norm_first, decoding=decoding), tiny_batch(rows=5, source=9, target=7)
+    padded = model(**batch).logits
+    for row in range(5):
+        S, T = batch["attention_mask"][row].sum(), batch["decoder_attention_mask"][row].sum()
+        alone = model(
+            input_ids=batch["input_ids"][row, None, :S], decoder_input_ids=batch["decoder_input_ids"][row, None, :T]
+        ).logits
+        assert largest_difference(padded[row, None, :T], alone) < 1e-5
+
+
+def test_what_stands_under_padding_does_not_matter():
+    model, batch = tiny_model(), tiny_batch()
+    other = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 33)}
+    assert largest_difference(model(**batch).logits, model(**other).logits) < 1e-6
+    assert largest_difference(model(**batch).logits, model(**{**other, "attention_mask": None}).logits) > 1e-3
+
+
+def test_embeddings_are_scaled():
+    """sqrt(32) times the token's row; it stands out against unscaled positions, and the switch turns it off."""
+    ids = torch.tensor([[7, 8]])
+    scaled, plain = tiny_model().get_encoder().embedding, tiny_model(scale_embedding=False).get_encoder().embedding
+    torch.testing.assert_close(scaled(ids) - plain(ids), scaled.tokens(ids) * (32**0.5 - 1))
+
+
+def test_fresh_embeddings_have_variance_1_when_scaled():
+    torch.manual_seed(0)
+    model = TfmTransformerModel(tiny_config(vocab_size=2000))
+    assert (model.shared.weight * 32**0.5).std().item() == pytest.approx(1.0, abs=0.02)
+
+
+def is_tied(model: TfmTransformerForConditionalGeneration) -> bool:
+    weights = {
+        model.model.shared.weight,
+        model.get_encoder().embedding.tokens.weight,
+        model.get_decoder().embedding.tokens.weight,
+        model.lm_head.weight,
+    }
+    return len(weights) == 1
+
+
+def test_weights_stay_tied(tmp_path):
+    model = tiny_model()
+    assert is_tied(model)
+    model.save_pretrained(tmp_path / "a")
+    loaded = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path / "a")
+    assert is_tied(loaded) and largest_difference(loaded.lm_head.weight, model.lm_head.weight) == 0
+    loaded.resize_token_embeddings(60)
+    assert is_tied(loaded) and loaded.config.vocab_size == 60
+    loaded.save_pretrained(tmp_path / "b")
+    again = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path / "b")
+    assert is_tied(again) and again.lm_head.weight.shape == (60, 32)
+    batch = tiny_batch()
+    assert largest_difference(again.eval()(**batch).logits[..., :48], model(**batch).logits) < 1e-6
+
+
+def test_weights_can_be_untied(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    assert model.lm_head.weight is not model.model.shared.weight
+    nn.init.normal_(model.get_decoder().embedding.tokens.weight)
+    nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    loaded = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert largest_difference(loaded(**tiny_batch()).logits, model(**tiny_batch()).logits) == 0
+
+
+def test_base_and_head_load_each_others_checkpoints(tmp_path):
+    model, batch = tiny_model(), tiny_batch()
+    model.save_pretrained(tmp_path / "head")
+    base = TfmTransformerModel.from_pretrained(tmp_path / "head").eval()
+    hidden = base(**batch).last_hidden_state
+    assert largest_difference(model.lm_head(hidden), model(**batch).logits) == 0
+    base.save_pretrained(tmp_path / "base")
+    again = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    assert largest_difference(again(**batch).logits, model(**batch).logits) == 0
+
+
+@NORM_ORDERS
+def test_hidden_states(norm_first):
+    model, batch = tiny_model(norm_first=norm_first), tiny_batch()
+    output = model(**batch, output_hidden_states=True)
+    assert [tuple(state.shape) for state in output.encoder_hidden_states] == [(4, 7, 32)] * 3
+    assert [tuple(state.shape) for state in output.decoder_hidden_states] == [(4, 6, 32)] * 3
+    embedded = model.get_encoder().embedding(batch["input_ids"])
+    assert largest_difference(output.encoder_hidden_states[0], embedded) == 0
+    assert largest_difference(output.encoder_hidden_states[-1], output.encoder_last_hidden_state) == 0
+    assert largest_difference(model.lm_head(output.decoder_hidden_states[-1]), output.logits) == 0
+
+
+@NORM_ORDERS
+def test_pre_norm_ends_with_a_norm_and_post_norm_already_did(norm_first):
+    model = tiny_model(norm_first=norm_first)
+    for stack in (model.get_encoder(), model.get_decoder()):
+        assert isinstance(stack.norm, nn.LayerNorm if norm_first else nn.Identity)
+    for stack in (model.get_encoder(), model.get_decoder()):
+        for module in stack.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight), nn.init.zeros_(module.bias)
+    memory = model.get_encoder()(input_ids=tiny_batch()["input_ids"]).last_hidden_state
+    torch.testing.assert_close(memory.mean(-1), torch.zeros(4, 7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(memory.std(-1, unbiased=False), torch.ones(4, 7), rtol=0, atol=1e-3)
+
+
+def gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+def test_gradient_checkpointing(decoding, maps, reentrant):
+    batch = tiny_batch()
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(decoding=decoding).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        labels = batch["decoder_input_ids"]
+        output = model(**batch, labels=labels, output_attentions=maps)
+        assert len(output.cross_attentions or ()) == (2 if maps else 0)
+        output.loss.backward()
+        found.append(gradients(model))
+    assert found[0].abs().max() > 1e-3 and largest_difference(*found) < 1e-6
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_loss(return_logits):
+    """Label-smoothed cross-entropy of the labels, teacher forced, as torch computes it."""
+    model, batch = tiny_model(label_smoothing=0.2), with_labels(tiny_batch())
+    output = model(**batch, return_logits=return_logits)
+    inputs = shift_right(batch["labels"], 0, 1)
+    assert inputs[:, 0].eq(1).all() and torch.equal(inputs[0, 1:], batch["labels"][0, :-1]) and inputs.min() >= 0
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=inputs
+    ).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.2)
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert output.token_loss is output.loss and output.length_loss is None
+    assert (output.logits is None) == (not return_logits)
+    assert output.past_key_values is None
+
+
+def test_loss_of_a_batch_in_parts_adds_up():
+    """What Trainer does with ``num_items_in_batch`` under gradient accumulation."""
+    for decoding in ("autoregressive", "mask_predict"):
+        model = tiny_model(decoding=decoding)
+        batch = tiny_batch()
+        batch["labels"] = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
+        whole = model(**batch)
+        items = (batch["labels"] != IGNORE_INDEX).sum()
+        parts = [
+            model(**{k: v[part] for k, v in batch.items()}, num_items_in_batch=items)
+            for part in (slice(0, 2), slice(2, 4))
+        ]
+        assert sum(part.token_loss for part in parts).item() == pytest.approx(whole.token_loss.item(), abs=1e-5)
+        if decoding == "autoregressive":
+            assert sum(part.loss for part in parts).item() == pytest.approx(whole.loss.item(), abs=1e-5)
+        else:
+            lengths = sum(part.length_loss for part in parts).item() / 4
+            assert lengths == pytest.approx(whole.length_loss.item(), abs=1e-5)
+            # Parts count by their tokens, so this is a weighted mean: near the plain one, not twice as large.
+            assert 0.5 < sum(part.loss for part in parts).item() / whole.loss.item() < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+def test_half_precision(dtype, decoding):
+    model, batch = tiny_model(decoding=decoding), with_labels(tiny_batch())
+    torch.manual_seed(0)
+    expected = model(**batch).loss
+    torch.manual_seed(0)
+    half = copy.deepcopy(model).to(dtype)(**batch).loss
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_autocast(norm_first, decoding):
+    model = tiny_model(decoding=decoding, norm_first=norm_first).train()
+    batch = with_labels(tiny_batch(), return_logits=False)
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(**batch)
+        output.loss.backward()
+        losses.append((output.loss.item(), gradients(model)))
+    (expected, exact), (got, rounded) = losses
+    assert got == pytest.approx(expected, rel=0.02) and exact.dtype == rounded.dtype == torch.float32
+    assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+def test_lengths_are_counted_exactly_in_bfloat16():
+    """bfloat16 ends counting at 256; a source of 300 tokens must still be 300 tokens long."""
+    head = tiny_model(decoding="mask_predict").bfloat16().length_head
+    _, lengths = head(torch.zeros(1, 300, 32, dtype=torch.bfloat16), None)
+    assert lengths.tolist() == [300]
+
+
+def test_inputs_are_checked():
+    model, batch = tiny_model(), tiny_batch()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model.get_encoder()()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(**batch, inputs_embeds=torch.zeros(4, 7, 32))
+    with pytest.raises(ValueError, match="needs encoder_hidden_states"):
+        model.get_decoder()(input_ids=batch["decoder_input_ids"])
+
+
+def test_embeddings_and_encoder_outputs_instead_of_ids():
+    model, batch = tiny_model(), tiny_batch()
+    expected = model(**batch).logits
+    table = model.get_input_embeddings()
+    embedded = {
+        "inputs_embeds": table(batch["input_ids"]),
+        "decoder_inputs_embeds": table(batch["decoder_input_ids"]),
+        "attention_mask": batch["attention_mask"],
+        "decoder_attention_mask": batch["decoder_attention_mask"],
+    }
+    assert largest_difference(model(**embedded).logits, expected) == 0
+    memory = model.get_encoder()(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    rest = {name: value for name, value in batch.items() if name != "input_ids"}
+    for outputs in (BaseModelOutput(last_hidden_state=memory), (memory,)):
+        assert largest_difference(model(**rest, encoder_outputs=outputs).logits, expected) == 0
+
+
+def test_parallel_plans_name_real_parts():
+    model = tiny_model()
+    modules = {name for name, _ in model.named_modules()}
+    for plan in (model.tp_plan, model.fsdp_plan):
+        assert plan
+        for pattern in plan:
+            assert pattern.replace("*", "1") in modules, pattern
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    planned = {pattern.replace("*", str(layer)) for pattern in model.tp_plan for layer in range(2)}
+    assert linears <= planned

@@ -1,0 +1,53 @@
+"""Small random models and batches that the model tests share."""
+
+import torch
+from torch import Tensor
+
+from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+}
+
+
+def tiny_config(**fields) -> TfmTransformerConfig:
+    return TfmTransformerConfig(**{**TINY, **fields})
+
+
+def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
+    """A model in evaluation mode whose every weight is random: fresh biases are 0 and would hide mistakes."""
+    torch.manual_seed(seed)
+    model = TfmTransformerForConditionalGeneration(tiny_config(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_batch(
+    rows: int = 4, source: int = 7, target: int = 6, vocab_size: int = 48, seed: int = 0
+) -> dict[str, Tensor]:
+    """Ids (B, S) and (B, T) under masks of different lengths, the first row full; ids are 5 and more."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {}
+    for prefix, length in (("", source), ("decoder_", target)):
+        ids = torch.randint(5, vocab_size, (rows, length), generator=generator)
+        lengths = torch.randint(2, length + 1, (rows, 1), generator=generator)
+        lengths[0] = length
+        mask = (torch.arange(length) < lengths).long()
+        batch[f"{prefix}input_ids"] = ids.masked_fill(mask == 0, 0)
+        batch[f"{prefix}attention_mask"] = mask
+    return batch
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return (a - b).abs().max().item()
