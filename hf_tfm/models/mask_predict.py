@@ -71,11 +71,13 @@ class LengthHead(nn.Module):
         offset = offset.masked_fill(target_lengths == 0, IGNORE_INDEX)
         return nn.functional.cross_entropy(logits.float(), offset, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    def candidates(self, memory: Tensor, attention_mask: Tensor | None, count: int, longest: int) -> Tensor:
-        """The ``count`` likeliest target lengths, in [1, longest]: (B, L)."""
+    def candidates(
+        self, memory: Tensor, attention_mask: Tensor | None, count: int, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """The ``count`` likeliest target lengths, in [1, longest], and their log-probabilities: both (B, L)."""
         logits, source_lengths = self(memory, attention_mask)
-        offsets = logits.topk(min(count, logits.shape[1]), dim=1).indices - self.max_offset  # (B, L)
-        return (source_lengths[:, None] + offsets).clamp(1, longest)
+        best = logits.float().log_softmax(dim=1).topk(min(count, logits.shape[1]), dim=1)
+        return (source_lengths[:, None] + best.indices - self.max_offset).clamp(1, longest), best.values
 
 
 def mask_predict(
@@ -97,7 +99,8 @@ def mask_predict(
         inputs: (B, S) source ids, also as ``input_ids``.
         attention_mask: (B, S); default, everything but padding tokens.
         iterations: passes of the decoder, at least 1; 1 is purely parallel, the paper's best is 10.
-        length_candidates: target lengths tried at the same time; the one of the best mean log-probability wins.
+        length_candidates: target lengths tried at the same time; the one of the best log-probability (length and
+            tokens) a token wins.
         max_length: upper bound of the length of the result, in tokens; default, the generation config's.
         max_new_tokens: the same without the start token; it goes before ``max_length``.
 
@@ -134,11 +137,12 @@ def mask_predict(
     if attention_mask is None:
         attention_mask = (source != config.pad_token_id).long()
     memory = model.get_encoder()(input_ids=source, attention_mask=attention_mask).last_hidden_state  # (B, S, D)
-    lengths = model.length_head.candidates(memory, attention_mask, length_candidates, max_new_tokens)  # (B, L)
+    lengths, sure_of_length = model.length_head.candidates(memory, attention_mask, length_candidates, max_new_tokens)
     B, L = lengths.shape
     tokens, sure = refine(model, memory, attention_mask, lengths.flatten(), iterations)  # (B * L, T)
-    score = sure.sum(dim=1) / lengths.flatten()  # (B * L,)
-    choice = score.view(B, L).argmax(dim=1) + torch.arange(B, device=source.device) * L
+    # The paper averages over the tokens alone; then a length known to be wrong wins where its tokens come easy.
+    score = (sure.sum(dim=1).view(B, L) + sure_of_length) / lengths  # (B, L)
+    choice = score.argmax(dim=1) + torch.arange(B, device=source.device) * L
     start = tokens.new_full((B, 1), config.decoder_start_token_id)
     return torch.cat([start, tokens[choice]], dim=1)
 

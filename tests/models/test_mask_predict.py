@@ -93,9 +93,12 @@ def test_length_candidates():
         head.output.weight.zero_()
         head.output.bias.copy_(torch.tensor([0.0, 3.0, 9.0, 5.0, 7.0]))  # offsets -2 to 2; likeliest 0, 2, 1
     memory, mask = torch.zeros(2, 4, 32), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    assert head.candidates(memory, mask, 3, 100).tolist() == [[4, 6, 5], [1, 3, 2]]
-    assert head.candidates(memory, mask, 99, 100).shape == (2, 5)
-    assert head.candidates(memory, mask, 5, 4).tolist() == [[4, 4, 4, 3, 2], [1, 3, 2, 1, 1]], "in [1, longest]"
+    lengths, log_p = head.candidates(memory, mask, 3, 100)
+    assert lengths.tolist() == [[4, 6, 5], [1, 3, 2]]
+    torch.testing.assert_close(log_p[0], head.output.bias.log_softmax(0)[[2, 4, 3]])
+    assert head.candidates(memory, mask, 99, 100)[0].shape == (2, 5)
+    lengths, _ = head.candidates(memory, mask, 5, 4)
+    assert lengths.tolist() == [[4, 4, 4, 3, 2], [1, 3, 2, 1, 1]], "in [1, longest]"
 
 
 @pytest.mark.parametrize("iterations", [1, 4, 10])
@@ -110,7 +113,8 @@ def test_decoding(iterations, candidates):
     assert len(calls) == iterations and len(calls[0]) == 4 * candidates
     assert ids[:, 0].eq(START).all() and not ids.eq(MASK).any()
     lengths = (ids[:, 1:] != PAD).sum(1)
-    allowed = model.length_head.candidates(model.get_encoder()(**batch)[0], batch["attention_mask"], candidates, 39)
+    memory = model.get_encoder()(**batch).last_hidden_state
+    allowed, _ = model.length_head.candidates(memory, batch["attention_mask"], candidates, 39)
     assert all(length in row for length, row in zip(lengths, allowed, strict=True))
     for row, length in zip(ids[:, 1:], lengths, strict=True):
         assert row[:length].ne(PAD).all() and row[length:].eq(PAD).all()
