@@ -88,8 +88,8 @@ def padding_mask(
     """
     if attention_mask is not None and attention_mask.ndim == 2 and config._attn_implementation in ("eager", "sdpa"):
         return attention_mask[:, None, None].to(queries.device, torch.bool)  # (B, 1, 1, Tk)
-    if memory is not None and len(memory) != len(queries):
-        queries = queries.reshape(len(memory), -1, queries.shape[-1])
+    if memory is not None and memory.shape[0] != queries.shape[0]:
+        queries = queries.reshape(memory.shape[0], -1, queries.shape[-1])
     return create_bidirectional_mask(config, queries, attention_mask, encoder_hidden_states=memory)
 
 
@@ -169,9 +169,9 @@ class MultiHeadAttention(nn.Module):
         """
         B, Tq = hidden_states.shape[:2]
         query = self.q_proj(hidden_states)  # (B, Tq, D)
-        shared = memory is not None and len(memory) != B
+        shared = memory is not None and memory.shape[0] != B
         if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
-            query = query.reshape(len(memory), -1, query.shape[-1])
+            query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
         key, value = self.keys_and_values(hidden_states, memory, past_key_values)  # (B, H, Tk, Dh)
         mixed, probabilities = self.attention_function(query, key, output_attentions)(

@@ -35,7 +35,7 @@ from .positions import SinusoidalPositions, positions_1d
 
 def shift_right(labels: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
     """Decoder inputs for teacher forcing: the start token, then all labels but the last; (B, T) -> (B, T)."""
-    start = labels.new_full((len(labels), 1), decoder_start_token_id)
+    start = labels.new_full((labels.shape[0], 1), decoder_start_token_id)
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, pad_token_id)], dim=1)
 
 
@@ -423,7 +423,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
                 length_loss = self.length_head.loss(
                     outputs.encoder_last_hidden_state, attention_mask, hidden, decoder_attention_mask
                 )
-                mean = length_loss / len(hidden)
+                mean = length_loss / hidden.shape[0]
                 if num_items_in_batch is None:
                     length_loss = mean
                 # In a batch of several parts each counts by its share of the tokens, so that the parts' losses add up.

@@ -142,9 +142,12 @@ def test_additive_score_against_loops(batch):
     assert largest_difference(model(**batch).logits, tiny_model()(**batch).logits) > 1e-3
 
 
-def test_additive_score_refuses_kernels_without_it(batch):
-    with pytest.raises(ValueError, match=r'attention_score="additive" runs with .*"eager", got "flex_attention"'):
-        with_backend("flex_attention", attention_score="additive")(**batch)
+@pytest.mark.parametrize("backend", ["flex_attention", "flash_attention_2"])
+def test_additive_score_refuses_kernels_without_it(backend):
+    attention = MultiHeadAttention(tiny_config(attention_score="additive"))
+    attention.config._attn_implementation = backend
+    with pytest.raises(ValueError, match=rf'attention_score="additive" runs with .*"eager", got "{backend}"'):
+        attention(torch.randn(1, 3, 32))
 
 
 def test_additive_parameters_are_initialised_also_where_a_checkpoint_has_none(tmp_path):

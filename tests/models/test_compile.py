@@ -1,0 +1,84 @@
+"""torch.compile without graph breaks, and torch.export."""
+
+import pytest
+import torch
+from tiny_models import largest_difference, tiny_batch, tiny_model
+from transformers import CompileConfig
+
+from hf_tfm.models.cross_entropy import IGNORE_INDEX
+
+LEARNED = {"norm_first": True, "position_embedding_type": "learned"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, {}),
+        ({}, {"output_attentions": True, "output_hidden_states": True}),
+        (LEARNED, {}),
+        ({"attention_score": "additive"}, {}),
+    ],
+    ids=str,
+)
+def test_forward_compiles_in_one_graph(fields, asked):
+    """The graph alone, run by torch as it is: what would break it does so here, in a second."""
+    model, batch = tiny_model(**fields), tiny_batch()
+    expected = model(**batch, **asked)  # first, as transformers installs its hooks for outputs in an uncompiled call
+    output = torch.compile(model, fullgraph=True, backend="eager")(**batch, **asked)
+    assert largest_difference(output.logits, expected.logits) < 1e-6
+    assert (output.cross_attentions is not None) == ("output_attentions" in asked)
+
+
+@pytest.mark.parametrize(("decoding", "return_logits"), [("autoregressive", True), ("mask_predict", False)])
+def test_training_compiles_in_one_graph(decoding, return_logits):
+    model, batch = tiny_model(decoding=decoding), tiny_batch()
+    batch["labels"] = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = run(**batch, return_logits=return_logits).loss
+        loss.backward()
+        found.append(torch.cat([loss[None], *(parameter.grad.flatten() for parameter in model.parameters())]))
+    assert largest_difference(*found) < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_forward_compiled_for_real():
+    model, batch = tiny_model(), tiny_batch()
+    assert largest_difference(torch.compile(model, fullgraph=True)(**batch).logits, model(**batch).logits) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 3])
+def test_compiled_decoding_gives_the_same_tokens(beams):
+    """The decoding step as one graph, over a static cache; on a CPU transformers compiles only when told so."""
+    model, batch = tiny_model(tie_word_embeddings=False), tiny_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wished = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams}
+    expected = model.generate(**inputs, **wished)
+    config = CompileConfig(fullgraph=True)
+    config._compile_all_devices = True
+    compiled = model.generate(**inputs, **wished, cache_implementation="static", compile_config=config)
+    assert torch.equal(compiled, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, LEARNED, {"decoding": "mask_predict"}], ids=str)
+def test_export(fields):
+    """One graph for any number of sentences and any lengths."""
+    model, batch = tiny_model(**fields), tiny_batch(rows=3, source=7, target=6)
+    B, S, T = torch.export.Dim("B", min=2), torch.export.Dim("S", min=2, max=30), torch.export.Dim("T", min=2, max=30)
+    shapes = {name: {0: B, 1: T if name.startswith("decoder") else S} for name in batch}
+    inputs = {**batch, "use_cache": False}
+    program = torch.export.export(model, (), inputs, dynamic_shapes={**shapes, "use_cache": None}, strict=False)
+    for other in (batch, tiny_batch(rows=5, source=11, target=4, seed=1)):
+        exported = program.module()(**other, use_cache=False).logits
+        assert largest_difference(exported, model(**other).logits) < 1e-5

@@ -1,0 +1,77 @@
+"""A model from scratch learns to reverse a word of digits; one with a planted mistake does not."""
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from torch import nn
+
+from hf_tfm import TfmTransformerForConditionalGeneration
+from hf_tfm.models.cross_entropy import IGNORE_INDEX
+
+PAD, EOS, FIRST_DIGIT, LONGEST = 0, 2, 5, 5
+
+
+def words(rows: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random words of 2 to `LONGEST` digits, and as labels the same words backwards and EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, LONGEST + 1, (rows, 1), generator=generator)
+    digits = torch.randint(FIRST_DIGIT, FIRST_DIGIT + 10, (rows, LONGEST), generator=generator)
+    place = torch.arange(LONGEST + 1)
+    backwards = digits.gather(1, (lengths - 1 - place).clamp_min(0).clamp_max(LONGEST - 1))
+    labels = backwards.masked_fill(place == lengths, EOS).masked_fill(place > lengths, IGNORE_INDEX)
+    mask = place[:-1] < lengths
+    return {"input_ids": digits.masked_fill(~mask, PAD), "attention_mask": mask.long(), "labels": labels}
+
+
+def trained(steps: int, plant=lambda model: None, **fields) -> TfmTransformerForConditionalGeneration:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 16, "hidden_size": 48, "max_length_offset": 4, "label_smoothing": 0.0, **fields}
+    model = TfmTransformerForConditionalGeneration(tiny_config(**fields))
+    plant(model)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**words(32, seed=1000 + step)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def accuracy(model: TfmTransformerForConditionalGeneration) -> float:
+    """Share of right tokens, each in its place, on 200 words that training did not draw."""
+    batch = words(200, seed=1)
+    labels = batch.pop("labels")
+    got = model.generate(**batch, max_length=LONGEST + 2)[:, 1:]
+    got = nn.functional.pad(got, (0, labels.shape[1] - got.shape[1]))
+    real = labels != IGNORE_INDEX
+    return (got[real] == labels[real]).float().mean().item()
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize(("decoding", "steps"), [("autoregressive", 270), ("mask_predict", 340)])
+def test_a_model_learns(decoding, steps, norm_first):
+    assert accuracy(trained(steps, decoding=decoding, norm_first=norm_first)) > 0.95
+
+
+def test_without_a_causal_mask_the_loss_is_low_and_nothing_is_learned():
+    """What the test above would see if the decoder looked ahead: it copies the answer, and cannot do without it."""
+
+    def look_ahead(model, sees_all: bool = True):
+        for layer in model.get_decoder().layers:
+            layer.self_attn.is_causal = not sees_all
+        model.get_decoder().is_causal = not sees_all
+
+    model = trained(200, plant=look_ahead)
+    assert model(**words(200, seed=1)).loss < 0.1
+    look_ahead(model, sees_all=False)
+    assert accuracy(model) < 0.5
+
+
+def test_without_positions_nothing_is_learned():
+    def forget(model):
+        for stack in (model.get_encoder(), model.get_decoder()):
+            stack.embedding.positions.table.zero_()
+
+    assert accuracy(trained(150, plant=forget)) < 0.6
