@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from jsonargparse import CLI
+from jsonargparse import auto_cli
 
 
 def recipes_folder() -> Path:
@@ -114,6 +114,13 @@ def main(argv: list[str] | None = None) -> None:
         "show": {"attention": show_attention},
         "quickstart": quickstart,
     }
-    result = CLI(commands, args=argv, prog="hf-tfm", as_positional=True)
+    try:
+        result = auto_cli(commands, args=argv, prog="hf-tfm", as_positional=True, allow_abbrev=False)
+    except (ValueError, OSError) as error:  # what a user got wrong; anything else is a fault of ours, with its trace
+        sys.exit(f"hf-tfm {' '.join(argv[:1])}: {error}")
     for row in result["metrics"] if isinstance(result, dict) else ():
         print(f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from .data import text
 from .hub.results import collect_versions
-from .tasks.translation import score, translate
+from .tasks.translation import check_metrics, score, translate
 
 
 def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -28,6 +28,7 @@ def evaluate_translation(
     split: str = "test",
     dataset_name: str | None = None,
     dataset_revision: str | None = None,
+    data_files: dict[str, str | list[str]] | None = None,
     source_column: str = "en",
     target_column: str = "de",
     metrics: Sequence[str] = ("bleu", "bleu_lowercase", "chrf"),
@@ -50,6 +51,7 @@ def evaluate_translation(
         split: of the data set.
         dataset_name: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
+        data_files: files by split, where dataset is a format such as "parquet".
         source_column: column of the source text, a dotted path, or a language in a column "translation".
         target_column: of the reference translation.
         metrics: bleu, bleu_lowercase, chrf, exact_match.
@@ -68,13 +70,20 @@ def evaluate_translation(
         ``metrics``, rows of name, value, split and signature; model, dataset, rows and versions.
 
     Raises:
-        ValueError: split, column or metric is not known.
+        ValueError: split, column or metric is not known, or a number is too small.
+        FileNotFoundError: the folder of ``output`` does not exist.
     """
+    check_metrics(metrics)
     if precision not in ("no", "bf16"):
         raise ValueError(f'precision must be "no" or "bf16", got "{precision}"')
-    splits = text.load_splits(dataset, dataset_name, dataset_revision)
+    for name, value in {"num_beams": num_beams, "iterations": iterations, "max_samples": max_samples}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output}: there is no folder {Path(output).parent}")
+    splits = text.load_splits(dataset, dataset_name, dataset_revision, data_files)
     rows = text.text_pairs(text.take_split(splits, split, "split"), source_column, target_column)
-    if max_samples:
+    if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     loaded, tokenizer = load_seq2seq(model, revision, trust_remote_code)
     options = {"num_beams": num_beams, "length_penalty": length_penalty, "iterations": iterations}

@@ -9,15 +9,18 @@ Presets with their cost and expected numbers: recipes/presets/translation_train/
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
-import hf_tfm
 from hf_tfm.data import text
 from hf_tfm.data.batching import StepLoader, StreamLoader, TokenBudgetSampler
-from hf_tfm.tasks.translation import TranslationTask, generation_config, score, translate
+from hf_tfm.data.source import describe_source
+from hf_tfm.tasks import translation
+from hf_tfm.tasks.translation import TranslationTask, score, translate
 from hf_tfm.training import TrainingArguments, evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.run import finish, open_run, start_accelerator
@@ -41,21 +44,21 @@ class TranslationArguments(TrainingArguments):
         max_length: training pairs with a longer side, in tokens, are left out; translations end there.
         tokenizer: folder or Hub id of a ready tokenizer; default, a byte-pair encoding is trained on the data.
         vocab_size: of the tokenizer that is trained.
-        lowercase: lower-case all text, source and target.
-        size: tiny, base or big (see TfmTransformerConfig).
+        lowercase: the tokenizer that is trained lower-cases all text, source and target.
+        size: see TfmTransformerConfig.
         model: fields of TfmTransformerConfig that differ from the size's.
         init_from: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and model.
         num_beams: of the final translations; 1 is greedy.
         length_penalty: exponent of the length that beam scores are divided by.
         iterations: refinement passes of a mask-predict model.
-        metrics: of the final translations: bleu, bleu_lowercase, chrf, exact_match.
+        metrics: of the final translations.
         license: licence of the model, for its card.
     """
 
     dataset: str
     dataset_name: str | None = None
     dataset_revision: str | None = None
-    data_files: dict[str, str] | None = None
+    data_files: dict[str, str | list[str]] | None = None
     streaming: bool = False
     source_column: str = "en"
     target_column: str = "de"
@@ -66,93 +69,112 @@ class TranslationArguments(TrainingArguments):
     tokenizer: str | None = None
     vocab_size: int = 10_000
     lowercase: bool = False
-    size: str = "tiny"
+    size: Literal["tiny", "base", "big"] = "tiny"
     model: dict[str, int | float | bool | str] = field(default_factory=dict)
     init_from: str | None = None
     num_beams: int = 5
     length_penalty: float = 1.0
     iterations: int = 10
-    metrics: list[str] = field(default_factory=lambda: ["bleu", "bleu_lowercase", "chrf"])
+    metrics: list[Literal["bleu", "bleu_lowercase", "chrf", "exact_match"]] = field(
+        default_factory=lambda: ["bleu", "bleu_lowercase", "chrf"]
+    )
     license: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.streaming and self.num_steps is None:
-            raise ValueError("streaming needs num_steps: the length of a stream is not known")
+        self.check_range(at_least_1="max_length vocab_size num_beams iterations")
+        if self.best_metric != "loss":
+            translation.check_metrics([self.best_metric], "best_metric, if not loss,")
+        if self.streaming:
+            if self.num_steps is None:
+                raise ValueError("streaming needs num_steps: the length of a stream is not known")
+            if self.train_split in (self.validation_split, *self.test_splits):
+                raise ValueError(f'streaming: train_split "{self.train_split}" cannot be scored too')
+            budget = min(self.batch_tokens, self.micro_batch_tokens or self.batch_tokens)
+            if self.max_length > budget:
+                raise ValueError(f"max_length must be at most the {budget} tokens of a batch, got {self.max_length}")
         if self.init_from and (self.model or self.tokenizer):
             raise ValueError("init_from brings its own model and tokenizer: give no model or tokenizer beside it")
+        if self.lowercase and (self.init_from or self.tokenizer):
+            raise ValueError("lowercase is for a tokenizer that is trained: give none, and no init_from, beside it")
+        if not self.init_from:
+            translation.check_positions(translation.build_config(self.size, self.model), self.max_length)
+
+
+def load_pairs(args: TranslationArguments) -> dict:
+    """{split: text pairs} of every split that is used."""
+    splits = text.load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
+    knobs = {**dict.fromkeys(args.test_splits, "test_splits"), args.validation_split: "validation_split"}
+    pairs = {}
+    for name, knob in {**knobs, args.train_split: "train_split"}.items():
+        rows = text.text_pairs(text.take_split(splits, name, knob), args.source_column, args.target_column)
+        pairs[name] = text.gather(rows) if args.streaming and knob != "train_split" else rows
+    return pairs
+
+
+def describe_data(args: TranslationArguments, pairs: dict) -> dict:
+    """What the results file and the card say of the data."""
+    return {
+        "path": args.dataset,
+        "name": args.dataset_name,
+        **describe_source(args.dataset, args.dataset_revision),
+        "source_column": args.source_column,
+        "target_column": args.target_column,
+        **text.describe(pairs),
+    }
+
+
+def load_tokenizer(args: TranslationArguments, pairs: dict):
+    """The tokenizer that is named, or one trained on the data."""
+    if ready := args.tokenizer or args.init_from:
+        return AutoTokenizer.from_pretrained(ready)
+    return text.train_tokenizer(text.sentences(pairs[args.train_split]), args.vocab_size, args.lowercase)
 
 
 def build_model(args: TranslationArguments, tokenizer):
     """The model to train, with weights drawn from the seed or taken from ``init_from``."""
     set_seed(args.seed)
     if args.init_from:
-        return AutoModelForSeq2SeqLM.from_pretrained(args.init_from)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "mask")}
-    known = hf_tfm.TfmTransformerConfig.__dataclass_fields__
-    if unknown := sorted(set(args.model) - set(known)):
-        raise ValueError(f"model.{unknown[0]} is not a field of TfmTransformerConfig")
-    fields = {**ids, "decoder_start_token_id": ids["bos_token_id"], "vocab_size": len(tokenizer), **args.model}
-    return AutoModelForSeq2SeqLM.from_config(hf_tfm.TfmTransformerConfig.of_size(args.size, **fields))
+        model = translation.load_translator(args.init_from, tokenizer)
+    else:
+        model = AutoModelForSeq2SeqLM.from_config(translation.build_config(args.size, args.model, tokenizer))
+    translation.check_positions(model.config, args.max_length)
+    if model.config.position_embedding_type == "learned":
+        tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are cut
+    model.generation_config = translation.generation_config(
+        model.config, args.num_beams, args.length_penalty, args.max_length
+    )
+    return model
 
 
-def describe_data(args: TranslationArguments) -> dict[str, str | None]:
-    """What the card says of the data."""
-    return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        "revision": args.dataset_revision,
-        "source_column": args.source_column,
-        "target_column": args.target_column,
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(TranslationArguments, Path(__file__), argv)
     accelerator = start_accelerator(args)
-    splits = text.load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
-    names = {args.train_split: "train_split", args.validation_split: "validation_split"}
-    names |= {name: "test_splits" for name in args.test_splits}
-    pairs = {
-        name: text.text_pairs(text.take_split(splits, name, knob), args.source_column, args.target_column)
-        for name, knob in names.items()
-    }
-    if args.streaming:
-        pairs = {k: v if k == args.train_split else text.gather(v) for k, v in pairs.items()}
-    run = open_run(accelerator, args, "translation", {name: text.describe(rows) for name, rows in pairs.items()})
-
-    def make_tokenizer():
-        if args.tokenizer or args.init_from:
-            return AutoTokenizer.from_pretrained(args.tokenizer or args.init_from)
-        rows = pairs[args.train_split]
-        texts = (text for row in rows for text in (row["source"], row["target"]))
-        return text.train_tokenizer(texts, args.vocab_size, args.lowercase)
-
-    tokenizer = run.once("tokenizer", make_tokenizer, AutoTokenizer.from_pretrained)
+    pairs = load_pairs(args)
+    run = open_run(accelerator, args, "translation", describe_data(args, pairs), Path(__file__).stem, argv)
+    tokenizer = run.once("tokenizer", lambda: load_tokenizer(args, pairs), AutoTokenizer.from_pretrained)
     model = build_model(args, tokenizer)
-    task = TranslationTask(model.config, tokenizer, args.seed)
-    placement = {
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
+    task = TranslationTask(model.config, args.seed)
+    generation = {"iterations": args.iterations} if task.masked else {}
 
-    def loader(split: str, training: bool) -> StepLoader | StreamLoader:
+    def loader(split: str, learning: bool) -> StepLoader | StreamLoader:
         rows = text.tokenize_pairs(pairs[split], tokenizer, args.max_length)
-        if training:
-            placement.update(num_workers=args.num_workers, micro_batch_tokens=args.micro_batch_tokens)
-        if training and args.streaming:
+        placement = {
+            "micro_batch_tokens": args.micro_batch_tokens,
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "num_workers": args.num_workers if learning else 0,
+            "pin_memory": accelerator.device.type == "cuda",
+        }
+        if learning and args.streaming:
             return StreamLoader(rows, text.pair_length, args.batch_tokens, task.collate, args.seed, **placement)
-        sampler = TokenBudgetSampler(text.pair_lengths(rows), args.batch_tokens, args.seed, shuffle=training)
+        sampler = TokenBudgetSampler(text.pair_lengths(rows), args.batch_tokens, args.seed, shuffle=learning)
         return StepLoader(rows, sampler, task.collate, **placement)
 
-    validation = loader(args.validation_split, False)
-    training = loader(args.train_split, True)
-    per_epoch = None if args.streaming else training.steps_per_epoch()
+    training, validation = loader(args.train_split, True), loader(args.validation_split, False)
+    per_epoch = training.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    model.generation_config = generation_config(model.config, args.num_beams, args.length_penalty, args.max_length)
-
-    generation = {"iterations": args.iterations} if task.masked else {}
 
     def score_validation(trained) -> dict[str, float]:
         values = evaluate(accelerator, task, trained, validation)
@@ -162,25 +184,16 @@ def main(argv: list[str] | None = None) -> int:
             values[args.best_metric] = score(said, rows["target"], [args.best_metric])[0]["value"]
         return values
 
-    result = train(
-        accelerator,
-        task,
-        model,
-        training,
-        args,
-        num_steps,
-        args.eval_steps or per_epoch or num_steps,
-        score_validation,
-    )
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    result = train(accelerator, task, model, training, args, num_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
-    model.eval()
     metrics = []
     for split in args.test_splits:
         rows = pairs[split]
         said = translate(model, tokenizer, rows["source"], accelerator, generation, progress=args.progress)
         metrics += [{**row, "split": split} for row in score(said, rows["target"], args.metrics)]
-    finish(run, model, tokenizer, task, result, metrics, describe_data(args))
+    finish(run, model.eval(), tokenizer, task, result, metrics)
     return 0
 
 

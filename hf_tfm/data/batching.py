@@ -6,6 +6,8 @@ A *step* is what one optimizer step learns from, over all ranks. Ranks and micro
 another number of either changes neither the samples of a step nor the order of steps.
 """
 
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -41,19 +43,25 @@ def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
     return order[np.lexsort((np.where(rank % 2, -first, first), last))]
 
 
-def cut(order: Sequence[int], lengths: np.ndarray, max_tokens: int, max_samples: int | None = None) -> Steps:
-    """Cut an ordered list into runs of at most ``max_tokens`` padded tokens on the longer side."""
+def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples: int | None = None) -> Steps:
+    """Cut an ordered list into runs of at most ``max_tokens`` padded tokens on the longer side.
+
+    Args:
+        order: indices of samples, none longer than ``max_tokens``.
+        longest: (N,) tokens on the longer side of each sample.
+        max_samples: upper bound of samples in a run.
+    """
+    indices = np.asarray(order, dtype=np.int64)
     runs: Steps = []
     run: list[int] = []
-    longest = 0
-    for index in order:
-        length = int(lengths[index].max())
+    widest = 0
+    for index, length in zip(indices.tolist(), longest[indices].tolist(), strict=True):
         full = max_samples is not None and len(run) >= max_samples
-        if run and (full or (len(run) + 1) * max(longest, length) > max_tokens):
+        if run and (full or (len(run) + 1) * max(widest, length) > max_tokens):
             runs.append(run)
-            run, longest = [], 0
-        run.append(int(index))
-        longest = max(longest, length)
+            run, widest = [], 0
+        run.append(index)
+        widest = max(widest, length)
     if run:
         runs.append(run)
     return runs
@@ -78,14 +86,19 @@ class TokenBudgetSampler:
     ):
         lengths = np.asarray(lengths)
         self.lengths = lengths[:, None] if lengths.ndim == 1 else lengths
-        self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
         if len(self.lengths) == 0:
             raise ValueError("there are no samples to batch")
-        longest = int(self.lengths.max())
-        if longest > max_tokens:
+        self.longest = self.lengths.max(axis=1)
+        self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
+        self.check_budget("max_tokens", max_tokens)
+
+    def check_budget(self, name: str, tokens: int) -> None:
+        """Refuse a budget, called ``name``, that is too small for a sample."""
+        worst = int(self.longest.argmax())
+        if self.longest[worst] > tokens:
             raise ValueError(
-                f"max_tokens must be at least the longest sample, got {max_tokens} for sample "
-                f"{int(self.lengths.max(axis=1).argmax())} of {longest} tokens"
+                f"{name} must be at least the longest sample, got {tokens} for sample {worst} of "
+                f"{self.longest[worst]} tokens"
             )
 
     def steps(self, epoch: int) -> Steps:
@@ -93,7 +106,7 @@ class TokenBudgetSampler:
         count = len(self.lengths)
         random = rng(self.seed, epoch)
         order = random.permutation(count) if self.shuffle else np.arange(count)
-        steps = cut(two_sided_order(self.lengths, order), self.lengths, self.max_tokens, self.max_samples)
+        steps = cut(two_sided_order(self.lengths, order), self.longest, self.max_tokens, self.max_samples)
         return [steps[i] for i in random.permutation(len(steps))] if self.shuffle else steps
 
 
@@ -121,6 +134,10 @@ class StepLoader:
         rank, world_size: this process and the number of processes.
         num_workers: processes that prepare batches; their number never changes a batch.
         pin_memory: for faster copies to a GPU.
+        first_index: of the examples, where they are a piece of something longer; ``collate`` is given indices there.
+
+    Raises:
+        ValueError: a sample alone exceeds ``micro_batch_tokens``.
     """
 
     def __init__(
@@ -133,10 +150,13 @@ class StepLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        first_index: int = 0,
     ):
         self.examples, self.sampler, self.collate = examples, sampler, collate
         self.micro_batch_tokens, self.rank, self.world_size = micro_batch_tokens, rank, world_size
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.first_index = num_workers, pin_memory, first_index
+        if micro_batch_tokens is not None:
+            sampler.check_budget("micro_batch_tokens", micro_batch_tokens)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Optimizer steps in an epoch; may differ by a few from epoch to epoch."""
@@ -153,14 +173,22 @@ class StepLoader:
         Every rank gets the same number of micro-batches, since sharded models exchange weights in each; hidden ones
         fill up.
         """
-        budget = self.micro_batch_tokens
-        parts = [part_of_rank(step, rank, self.world_size) for rank in range(self.world_size)]
-        runs = [cut(part, self.sampler.lengths, budget) if budget else [part] * bool(part) for part in parts]
+        runs = [self.runs(part_of_rank(step, rank, self.world_size)) for rank in range(self.world_size)]
         mine = runs[self.rank]
-        batches = [self.collate(fetch(self.examples, run), run, epoch, False) for run in mine]
-        for _ in range(max(map(len, runs)) - len(mine)):
-            batches.append(self.collate(fetch(self.examples, step[:1]), step[:1], epoch, True))
-        return batches
+        filling = [step[:1]] * (max(map(len, runs)) - len(mine))
+        return [self.batch(run, epoch, hidden=False) for run in mine] + [
+            self.batch(run, epoch, hidden=True) for run in filling
+        ]
+
+    def runs(self, part: Sequence[int]) -> Steps:
+        """The micro-batches of a rank's part of a step, as indices."""
+        if self.micro_batch_tokens is None:
+            return [list(part)] if len(part) else []
+        return cut(part, self.sampler.longest, self.micro_batch_tokens)
+
+    def batch(self, run: list[int], epoch: int, hidden: bool) -> Any:
+        """Collate some examples."""
+        return self.collate(fetch(self.examples, run), [self.first_index + i for i in run], epoch, hidden)
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:
@@ -187,9 +215,17 @@ def _loader(dataset: Dataset, sampler: Iterable[int] | None, owner: "StepLoader 
         sampler=sampler,
         num_workers=owner.num_workers,
         pin_memory=owner.pin_memory,
+        worker_init_fn=_start_worker,
         # Its own generator: a loader otherwise draws from torch's global one, and a resumed run would then differ.
         generator=torch.Generator(),
     )
+
+
+def _start_worker(_: int) -> None:
+    # A cluster's SIGTERM goes to every process of a job; the training process still needs batches to end its step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A fork of a process whose tokenizer has used threads has none of them, and would wait for them for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class StreamLoader:
@@ -217,16 +253,14 @@ class StreamLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        self.stream, self.measure, self.max_tokens, self.collate, self.seed = (
-            stream,
-            measure,
-            max_tokens,
-            collate,
-            seed,
-        )
-        self.pool_samples, self.micro_batch_tokens = pool_samples, micro_batch_tokens
+        self.stream, self.measure, self.max_tokens, self.collate = stream, measure, max_tokens, collate
+        self.seed, self.pool_samples, self.micro_batch_tokens = seed, pool_samples, micro_batch_tokens
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self.num_workers = min(1, num_workers)  # a second worker would read the same stream again
+
+    def steps_per_epoch(self, epoch: int = 0) -> None:
+        """None: a stream does not tell its length."""
+        return None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
@@ -250,19 +284,11 @@ class StreamLoader:
         for first, pool in self.pools():
             lengths = np.array([self.measure(example) for example in pool])
             sampler = TokenBudgetSampler(lengths, self.max_tokens, int(rng(self.seed, first).integers(2**32)))
-            inner = StepLoader(
-                pool,
-                sampler,
-                lambda examples, indices, e, hidden, first=first: self.collate(
-                    examples, [first + i for i in indices], e, hidden
-                ),
-                self.micro_batch_tokens,
-                self.rank,
-                self.world_size,
-            )
+            placement = self.micro_batch_tokens, self.rank, self.world_size
+            loader = StepLoader(pool, sampler, self.collate, *placement, first_index=first)
             for step in sampler.steps(epoch):
                 if number >= start:
-                    yield inner.micro_batches(step, epoch)
+                    yield loader.micro_batches(step, epoch)
                 number += 1
 
 

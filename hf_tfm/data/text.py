@@ -5,8 +5,9 @@ load_dataset(...) -> {"source", "target"} strings -> byte-pair encoding -> {"inp
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +24,7 @@ def load_splits(
     dataset: str,
     name: str | None = None,
     revision: str | None = None,
-    data_files: str | list[str] | dict[str, str] | None = None,
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None,
     streaming: bool = False,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load every split of a data set.
@@ -46,10 +47,12 @@ def load_splits(
 
         return number_words()
     if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
+        if data_files:
+            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
         dataset, data_files = builder, dataset
     try:
         return datasets.load_dataset(dataset, name, revision=revision, data_files=data_files, streaming=streaming)
-    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+    except OSError as error:  # also what `datasets` raises where it finds nothing, or has no network
         raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
 
 
@@ -73,27 +76,62 @@ def text_pairs(rows, source_column: str, target_column: str):
         target_column: the same.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: there are no rows, there is no such column, or a value in it is not text.
     """
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("the data set has no rows")
+    paths = {
+        "source": column_path(first, source_column, "source_column"),
+        "target": column_path(first, target_column, "target_column"),
+    }
+
+    def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
+        return {side: texts_at(batch, indices, path) for side, path in paths.items()}
 
     show_progress_of(rows)
+    return rows.map(pick, batched=True, with_indices=True, remove_columns=list(first))
 
-    def pick(row: Mapping, path: str) -> str:
+
+def column_path(row: Mapping, name: str, argument: str) -> list[str]:
+    """The keys that lead to a text of a row.
+
+    Raises:
+        ValueError: they lead nowhere; the error names the columns there are.
+    """
+    # "translation" is `datasets`' own feature for text pairs: a column of languages.
+    for path in ([name], name.split("."), ["translation", name]):
         value = row
-        for key in path.split("."):
-            if isinstance(value, Mapping) and key not in value and "translation" in value:
-                value = value["translation"]  # `datasets`' own feature for text pairs: a column of languages
+        for key in path:
             if not isinstance(value, Mapping) or key not in value:
-                raise ValueError(f'column "{path}" not found in the row {str(dict(row))[:300]}')
+                break
             value = value[key]
-        if not isinstance(value, str):
-            raise ValueError(f'column "{path}" must hold text, got {type(value).__name__}')
-        return value
+        else:
+            return path
+    raise ValueError(f'{argument} "{name}" is not a column of the data set; it has {", ".join(leaves(row))}')
 
-    return rows.map(
-        lambda row: {"source": pick(row, source_column), "target": pick(row, target_column)},
-        remove_columns=rows.column_names or list(next(iter(rows))),
-    )
+
+def leaves(row: Mapping, prefix: str = "") -> list[str]:
+    """The columns of a row, as dotted paths."""
+    names = []
+    for key, value in row.items():
+        names += leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return names
+
+
+def texts_at(batch: Mapping[str, list], indices: list[int], path: list[str]) -> list[str]:
+    """The texts of a batch of rows that ``path`` leads to.
+
+    Raises:
+        ValueError: one is not text; the error names the row.
+    """
+    values = batch[path[0]]
+    for key in path[1:]:
+        values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
+    for index, value in zip(indices, values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f'column "{".".join(path)}" must hold text, got {value!r} in row {index}')
+    return values
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
@@ -104,6 +142,15 @@ def fingerprint(rows: datasets.Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``fingerprint`` and ``rows`` by split; of a stream, which is not read for it, "stream" and None."""
+    streams = {name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)}
+    return {
+        "fingerprint": {name: "stream" if name in streams else fingerprint(rows) for name, rows in splits.items()},
+        "rows": {name: None if name in streams else len(rows) for name, rows in splits.items()},
+    }
+
+
 def show_progress_of(rows) -> None:
     """Show `datasets`' progress bars for large data alone."""
     if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
@@ -112,19 +159,19 @@ def show_progress_of(rows) -> None:
         datasets.disable_progress_bars()
 
 
-def describe(rows) -> dict[str, str | int | None]:
-    """Fingerprint and number of rows of a split; a stream has neither."""
-    if isinstance(rows, datasets.IterableDataset):
-        return {"fingerprint": "stream", "rows": None}
-    return {"fingerprint": fingerprint(rows), "rows": len(rows)}
-
-
 def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
     """All rows of a stream, in memory."""
     return datasets.Dataset.from_list(list(rows))
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
+def sentences(rows) -> Iterator[str]:
+    """All texts of both sides of text pairs."""
+    for batch in rows.iter(1000):
+        yield from batch["source"]
+        yield from batch["target"]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
     """Train a joint byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes, so nothing is unknown.
 
     Args:

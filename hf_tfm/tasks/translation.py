@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import TokenBudgetSampler, part_of_rank, rng
 from ..metrics import Bleu, Chrf, ExactMatch
+from ..models import TfmTransformerConfig
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.mask_predict import mask_targets
 from ..models.modeling_transformer import shift_right
@@ -39,15 +41,14 @@ class TranslationTask:
 
     Args:
         config: of the model.
-        tokenizer: of both sides.
         seed: of the masks a mask-predict model trains on.
     """
 
     item = "target tokens"
     term = "token"
 
-    def __init__(self, config, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+    def __init__(self, config: TfmTransformerConfig, seed: int = 0):
+        self.config, self.seed = config, seed
         self.masked = config.decoding == "mask_predict"
 
     def collate(self, examples: list[dict[str, Any]], indices: list[int], epoch: int, hidden: bool = False) -> Batch:
@@ -86,6 +87,91 @@ class TranslationTask:
         return losses
 
 
+def build_config(
+    size: str, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None
+) -> TfmTransformerConfig:
+    """The configuration of a new translation model.
+
+    Args:
+        size: see `TfmTransformerConfig.of_size`.
+        fields: that differ from the size's.
+        tokenizer: gives the vocabulary and its special tokens; None to check the rest before there is one.
+
+    Raises:
+        ValueError: a field is unknown or has no such value, or the tokenizer lacks a token.
+    """
+    # What a tokenizer decides, and what makes it another kind of model, is no choice.
+    taken = {"is_encoder_decoder", *(name for name in TfmTransformerConfig.__dataclass_fields__ if "token_id" in name)}
+    for name in fields:
+        if name not in TfmTransformerConfig.__dataclass_fields__ or name in taken:
+            raise ValueError(f"model.{name} is not a field of TfmTransformerConfig that can be chosen")
+    given = {}
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "mask")}
+        start = ids["pad_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
+        given = {"vocab_size": len(tokenizer), **ids, "decoder_start_token_id": start}
+    try:
+        config = TfmTransformerConfig.of_size(size, **{**given, **fields})
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error}") from error
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}"
+        )
+    return config
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot mark padding, or where a sentence ends.
+
+    Raises:
+        ValueError: it says what is missing.
+    """
+    for name in ("pad", "eos"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no {name}_token')
+    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ValueError(f'tokenizer "{tokenizer.name_or_path}" does not end a text with its eos_token')
+
+
+def load_translator(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A translation model to train further, of a folder or a Hub id.
+
+    Raises:
+        ValueError: it is of another kind, or the tokenizer does not belong to it.
+    """
+    model = AutoModelForSeq2SeqLM.from_pretrained(name)
+    if model.config.model_type != TfmTransformerConfig.model_type:
+        raise ValueError(
+            f'init_from "{name}" is a {model.config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '
+            "first, hf-tfm convert --to tfm"
+        )
+    check_tokenizer(tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f'init_from "{name}" has {model.config.vocab_size} tokens, and its tokenizer more, {len(tokenizer)}'
+        )
+    for token in ("pad", "eos"):
+        ours, theirs = getattr(model.config, f"{token}_token_id"), getattr(tokenizer, f"{token}_token_id")
+        if theirs not in (ours if isinstance(ours, list) else [ours]):
+            raise ValueError(f'init_from "{name}": {token}_token_id is {ours} in the model, {theirs} in the tokenizer')
+    return model
+
+
+def check_positions(config: TfmTransformerConfig, max_length: int) -> None:
+    """Refuse learned positions that end before the longest text.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    if config.position_embedding_type == "learned" and config.max_position_embeddings < max_length:
+        raise ValueError(
+            "max_length must be at most max_position_embeddings of a model with learned positions, got "
+            f"{max_length} and {config.max_position_embeddings}"
+        )
+
+
 @torch.inference_mode()
 def translate(
     model: nn.Module,
@@ -100,14 +186,22 @@ def translate(
 
     Args:
         model: any sequence-to-sequence model with ``generate``.
+        tokenizer: a source longer than its ``model_max_length`` is cut there.
+        accelerator: tells the ranks apart; None where there is one.
         generation: arguments of ``generate``, such as ``num_beams`` and ``length_penalty``; ``max_length`` is lowered
             to the longest source of a batch plus `EXTRA_LENGTH`.
         batch_tokens: padded source tokens times beams in a batch.
     """
     generation = dict(generation or {})
     max_length = generation.pop("max_length", None) or model.generation_config.max_length or 512
-    ids = tokenizer(list(texts))["input_ids"]
-    beams = generation.get("num_beams") or generation.get("length_candidates") or 1
+    if not len(texts):
+        return []
+    # Most tokenizers have no limit, which is a number near 10^30; asked to cut there, they warn.
+    limit = {"truncation": True} if tokenizer.model_max_length < 10**9 else {}
+    ids = tokenizer(list(texts), **limit)["input_ids"]
+    beams = (
+        generation.get("length_candidates") or generation.get("num_beams") or model.generation_config.num_beams or 1
+    )
     lengths = np.array([len(row) for row in ids])
     sampler = TokenBudgetSampler(lengths, max(batch_tokens // beams, int(lengths.max())), shuffle=False)
     steps = sampler.steps(0)
@@ -153,16 +247,26 @@ METRICS: dict[str, Callable[[], Any]] = {
 }
 
 
+def check_metrics(names: Sequence[str], argument: str = "metrics") -> None:
+    """Refuse a metric that is not known, before time is spent on translations.
+
+    Raises:
+        ValueError: it names the metrics there are.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f'{argument} must be among {", ".join(METRICS)}, got "{name}"')
+
+
 def score(predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of ``name``, ``value`` and ``signature`` for each metric asked for.
 
     Raises:
-        ValueError: a metric is not known.
+        ValueError: a metric is not known, or there is nothing to score.
     """
+    check_metrics(metrics)
     rows = []
     for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f'metric "{name}" is not known; there are {", ".join(METRICS)}')
         result = METRICS[name]().compute(predictions=list(predictions), references=list(references))
         value = result[name.split("_lowercase")[0]]
         rows.append({"name": name, "value": float(value), "signature": result.get("signature")})

@@ -1,7 +1,8 @@
 """The knobs that every recipe shares."""
 
 import ast
-import sys
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,10 +16,11 @@ class TrainingArguments:
 
     Args:
         output_dir: where the model, its card, checkpoints and logs go.
-        overwrite_output_dir: start afresh in a folder that holds another run; what is there is deleted.
+        overwrite_output_dir: delete another run, one with other data or knobs, that the folder holds; this run itself
+            goes on.
         seed: of weights, order of data, dropout and masks.
         num_epochs: passes over the training data; or give num_steps.
-        num_steps: optimizer steps; takes the place of num_epochs.
+        num_steps: optimizer steps; takes the place of num_epochs, which is then null.
         batch_tokens: padded tokens, on the longer side, of one optimizer step over all processes.
         micro_batch_tokens: padded tokens that one process computes at once; less memory, the same result.
         num_workers: processes that prepare batches, beside each training process.
@@ -42,10 +44,11 @@ class TrainingArguments:
         best_metric: what "best" and early stopping look at: loss, or a metric of the task (higher is better then).
         patience: evaluations without a better best_metric before the run stops; 0 never stops.
         keep_checkpoints: last checkpoints kept, beside the best and those to be averaged.
-        max_nonfinite_steps: the run ends after this many steps in a row whose gradient is not finite.
+        max_nonfinite_steps: the run ends after this many steps in a row whose gradient is not finite; fp16, which
+            searches its loss scale that way, has 16 more.
         trackers: experiment trackers: tensorboard, wandb, trackio.
         run_name: name of the run in trackers; default, the output folder's.
-        progress: show a progress bar.
+        progress: show a progress bar; without it, log lines are printed.
 
     Raises:
         ValueError: a value is outside its range, or two do not fit each other.
@@ -87,44 +90,48 @@ class TrainingArguments:
     def __post_init__(self):
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(
-                f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}"
+                f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}; "
+                "null takes back what a preset gives"
             )
-        for name, lowest in {
-            "batch_tokens": 1,
-            "micro_batch_tokens": 1,
-            "num_workers": 0,
-            "num_steps": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "log_steps": 1,
-            "warmup_steps": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "average_checkpoints": 0,
-            "patience": 0,
-            "keep_checkpoints": 1,
-            "max_nonfinite_steps": 1,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        for name in ("learning_rate", "adam_epsilon", "num_epochs"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name, value in {
-            "ema_decay": self.ema_decay,
-            **{f"adam_betas[{i}]": b for i, b in enumerate(self.adam_betas)},
-        }.items():
+        self.check_range(
+            at_least_0="seed num_workers warmup_steps weight_decay max_grad_norm average_checkpoints patience",
+            at_least_1="num_steps batch_tokens micro_batch_tokens eval_steps save_steps log_steps keep_checkpoints "
+            "max_nonfinite_steps",
+            above_0="num_epochs learning_rate adam_epsilon",
+        )
+        for name, value in (("ema_decay", self.ema_decay), *(("adam_betas", beta) for beta in self.adam_betas)):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         if self.final_weights == "ema" and not self.ema_decay:
             raise ValueError('final_weights="ema" needs ema_decay above 0, got 0')
         if self.final_weights == "average" and self.average_checkpoints < 1:
             raise ValueError(f'final_weights="average" needs average_checkpoints, got {self.average_checkpoints}')
+        for name in self.trackers:
+            # accelerate would leave out a tracker that is not installed without a word.
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"trackers: {name} is not installed")
+
+    def check_range(self, at_least_0: str = "", at_least_1: str = "", above_0: str = "") -> None:
+        """Check numbers against their lower bounds; None is none.
+
+        Args:
+            at_least_0, at_least_1, above_0: names of knobs, with spaces between.
+
+        Raises:
+            ValueError: a value is too small, or not a number.
+        """
+        for names, limit, fits in (
+            (at_least_0, "at least 0", lambda value: value >= 0),
+            (at_least_1, "at least 1", lambda value: value >= 1),
+            (above_0, "above 0", lambda value: value > 0),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{name} must be {limit}, got {value}")
 
 
-def parse_arguments(kind: type, recipe: Path, argv: list[str] | None = None):
+def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
     """Command line and YAML -> a dataclass of knobs.
 
     ``--config`` takes a file or the name of one of the recipe's presets; what stands after it overrides it.
@@ -133,22 +140,27 @@ def parse_arguments(kind: type, recipe: Path, argv: list[str] | None = None):
     Args:
         kind: the recipe's dataclass.
         recipe: the recipe's file; its presets are in ``presets/<recipe>/`` beside it.
-        argv: the command line; default, the process's.
+        argv: the command line, without the program.
 
     Raises:
-        SystemExit: a key is unknown or a value has the wrong type; the message names it.
+        SystemExit: a key is unknown or a value is not one it may have; the message names it.
     """
-    parser = ArgumentParser(prog=f"hf-tfm run {recipe.stem}", description=recipe_summary(recipe))
+    name = f"hf-tfm run {recipe.stem}"
+    parser = ArgumentParser(
+        prog=name,
+        usage=f"{name} [--config PRESET or FILE] [--KNOB VALUE ...]",
+        description=recipe_summary(recipe),
+        allow_abbrev=False,  # a mistyped knob must not pass for another
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
-    words = list(sys.argv[1:] if argv is None else argv)
     presets = recipe.parent / "presets" / recipe.stem
+    words = list(argv)
     for i, word in enumerate(words):
-        name = word.removeprefix("--config=") if word.startswith("--config=") else None
-        if word == "--config" and i + 1 < len(words):
+        if word.startswith("--config="):
+            words[i] = "--config=" + preset_path(word.removeprefix("--config="), presets, parser)
+        elif word == "--config" and i + 1 < len(words):
             words[i + 1] = preset_path(words[i + 1], presets, parser)
-        elif name:
-            words[i] = "--config=" + preset_path(name, presets, parser)
     values = parser.parse_args(words)
     values.pop("config")
     try:

@@ -7,9 +7,7 @@ the first backward, and each sum of losses is divided once. So a step is the sam
 micro-batches and ranks.
 """
 
-import signal
-import threading
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,16 +19,21 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
+from . import folder as folders
 from . import state as states
 from .arguments import TrainingArguments
+from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
-from .state import History, Progress
+from .state import Progress
+from .stop import StopRequest
 
-# Reading a number back makes the host wait for the device: on an accelerator the loop looks only this often at
-# whether gradients were finite and whether a rank was asked to stop.
-CHECK_STEPS = 10
+# Reading a number back makes the host wait for the device: on an accelerator the loop looks only after so many
+# micro-batches whether gradients were finite and whether a rank was asked to stop.
+LOOK_MICRO_BATCHES = 10
+
+# fp16's loss scale starts at 2^16 and halves at every overflow: so many in a row are its search, not a divergence.
+SCALE_SEARCH_STEPS = 16
 
 
 class Task(Protocol):
@@ -49,9 +52,15 @@ class Task(Protocol):
 
 
 class Loader(Protocol):
-    """Where steps come from: this rank's micro-batches of every step of an epoch, from step ``start`` on."""
+    """Where steps come from.
+
+    ``epoch(epoch, start)`` gives this rank's micro-batches of every step of an epoch, from step ``start`` on, equally
+    many on every rank; ``steps_per_epoch(epoch)`` the number of steps, or None where it is not known.
+    """
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]: ...
+
+    def steps_per_epoch(self, epoch: int = 0) -> int | None: ...
 
 
 @dataclass
@@ -152,37 +161,17 @@ class TrainingResult:
 
     Args:
         progress: where it stands.
-        history: the rows of history.jsonl.
+        epochs: passes over the training data; of a stream, whole ones.
         stopped: it was asked to stop (SIGTERM) and has saved its state; the same command goes on.
     """
 
     progress: Progress
-    history: list[dict[str, Any]]
+    epochs: float
     stopped: bool
 
 
-class StopRequest:
-    """Notices SIGTERM, a cluster's notice that the job ends soon; the loop then saves and returns."""
-
-    def __init__(self):
-        self.set = False
-
-    def __enter__(self) -> "StopRequest":
-        self.main_thread = threading.current_thread() is threading.main_thread()
-        if self.main_thread:  # Python delivers signals nowhere else
-            self.before = signal.signal(signal.SIGTERM, self.notice)
-        return self
-
-    def notice(self, *_: Any) -> None:
-        self.set = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.main_thread:
-            signal.signal(signal.SIGTERM, self.before)
-
-
 class _Run:
-    """One run of `train`: its objects, and what happens at the end of a step."""
+    """One run of `train`: its objects, and what happens in and after a step."""
 
     def __init__(
         self, accelerator: Accelerator, task: Task, model: nn.Module, args: TrainingArguments, num_steps: int
@@ -198,31 +187,29 @@ class _Run:
         self.schedule = build_schedule(optimizer, args, num_steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
-        self.progress = Progress()
         self.keep = max(args.keep_checkpoints, args.average_checkpoints)
         if accelerator.is_main_process:
-            states.require_room(self.output_dir, model, self.keep + 1, self.ema is not None)
-        saved = states.checkpoints(self.output_dir)
-        if saved:
+            states.clean(self.output_dir)
+            to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # with the best and the next
+            folders.require_room(self.output_dir, model, to_come, self.ema is not None)
+        accelerator.wait_for_everyone()
+        self.progress = Progress()
+        if saved := states.checkpoints(self.output_dir):
             self.progress = states.load_checkpoint(
                 accelerator, saved[-1], self.model, self.optimizer, self.schedule, self.ema
             )
-        accelerator.wait_for_everyone()
-        self.history = History(self.output_dir, self.progress.step) if accelerator.is_main_process else None
-        self.window = {name: self.tensor(value) for name, value in self.progress.window.items()}
-        self.streak = self.tensor(0.0)  # steps in a row that were not finite
-        self.skipped = self.tensor(float(self.progress.skipped))
-        self.items = self.tensor(float(self.progress.items))
-        self.clock = time.perf_counter()
+        self.saved_step = self.progress.step
+        self.monitor = Monitor(accelerator, args, num_steps, self.progress, task.item)
+        self.unseen = 0  # micro-batches since the last look
+        self.stopped = False
 
-    def tensor(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or evaluations have not become better for long enough."""
+        return self.progress.step >= self.num_steps or 0 < self.args.patience <= self.progress.waited
 
-    def add(self, name: str, value: Tensor) -> None:
-        self.window[name] = self.window.get(name, 0) + value.double()
-
-    def step(self, micro_batches: list[Any], stop: bool) -> Tensor:
-        """Train on one step; returns on how many ranks a stop was asked for."""
+    def step(self, micro_batches: list[Any], stop: bool) -> None:
+        """Train on one step; ``stop``: this rank was asked to stop."""
         states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
         counts, stops = global_counts(self.accelerator, self.task, micro_batches, stop)
         result = train_step(
@@ -231,113 +218,71 @@ class _Run:
         self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.plain)
-        bad = ~torch.isfinite(result.gradient_norm)
-        self.streak = (self.streak + 1) * bad
-        self.skipped += bad
-        for term, loss in result.losses.items():
-            self.add(f"loss/{term}", loss.where(~bad, 0.0))
-        self.add("gradient_norm", result.gradient_norm.where(~bad, 0.0))
-        self.add("items", result.counts[self.task.term])
-        self.items += result.counts[self.task.term]
-        self.add("steps", ~bad)
+        self.monitor.add(result.losses, result.gradient_norm, result.counts[self.task.term])
         self.progress.step += 1
         self.progress.step_in_epoch += 1
-        return stops
+        self.unseen += len(micro_batches)
+        on_host = self.accelerator.device.type == "cpu"
+        if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.finished:
+            self.unseen = 0
+            self.check_finite()
+            self.stopped = bool(stops.item())
+        if self.accelerator.num_processes == 1:
+            self.stopped = stop
 
     def check_finite(self) -> None:
-        if self.streak.item() >= self.args.max_nonfinite_steps:
+        """Raise once too many gradients in a row were not finite."""
+        limit = self.args.max_nonfinite_steps + (SCALE_SEARCH_STEPS if self.accelerator.scaler else 0)
+        streak = int(self.monitor.streak.item())
+        if streak >= limit:
             raise FloatingPointError(
-                f"the gradient was not finite in {int(self.streak)} steps in a row, up to step {self.progress.step} "
+                f"the gradient was not finite in {streak} steps in a row, up to step {self.progress.step} "
                 f"(max_nonfinite_steps={self.args.max_nonfinite_steps}): lower learning_rate, raise warmup_steps, set "
                 "max_grad_norm, or use another precision. The weights are those before the first of these steps"
             )
 
-    def log(self, bar: tqdm) -> None:
-        """Write the means since the last log line."""
-        window = {name: value.item() for name, value in self.window.items()}
-        losses = {n: v for n, v in window.items() if n.startswith("loss/")}
-        if self.accelerator.num_processes > 1:
-            reduced = self.accelerator.reduce({name: self.tensor(v) for name, v in losses.items()}, "mean")
-            losses = {name: value.item() for name, value in reduced.items()}
-        steps = max(window["steps"], 1.0)
-        seconds = self.stop_clock()
-        row = {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
-            "loss": sum(losses.values()) / steps,
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "gradient_norm": window["gradient_norm"] / steps,
-            "skipped": int(self.skipped.item()),
-            "items_per_second": window["items"] / seconds,
-        }
-        if len(losses) > 1:
-            row |= {name: value / steps for name, value in losses.items()}
-        self.window = {}
-        self.write(row, bar)
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['items_per_second']:.0f} {self.task.item}/s")
+    def end_of_step(self, score: Callable[[nn.Module], dict[str, float]], eval_steps: int) -> None:
+        """Log, evaluate and save where it is time to."""
+        step, args = self.progress.step, self.args
+        last = step == self.num_steps
+        if step % args.log_steps == 0 or last:
+            self.monitor.log(self.schedule.get_last_lr()[0])
+        better = (step % eval_steps == 0 or last) and self.evaluate(score)
+        if better or step % (args.save_steps or eval_steps) == 0 or self.finished:
+            self.save()
 
-    def stop_clock(self) -> float:
-        """Seconds of training since the clock was last started; starts it again."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.clock
-        self.progress.seconds += seconds
-        self.clock = time.perf_counter()
-        return seconds
-
-    def write(self, row: dict[str, Any], bar: tqdm) -> None:
-        if self.history is not None:
-            self.history.add(row)
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-        numbers |= {f"evaluation/{k}": v for k, v in row.get("evaluation", {}).items()}
-        self.accelerator.log(numbers, step=row["step"])
-
-    def evaluate(self, score: Callable[[nn.Module], dict[str, float]], bar: tqdm) -> bool:
+    def evaluate(self, score: Callable[[nn.Module], dict[str, float]]) -> bool:
         """Evaluate, and say whether best_metric is better than ever."""
-        self.stop_clock()
-        shipped = self.ema.module if self.args.final_weights == "ema" else self.plain
-        scores = score(shipped)
-        self.write({"step": self.progress.step, "epoch": self.progress.epoch, "evaluation": scores}, bar)
-        name = self.args.best_metric
+        with self.monitor.paused():
+            scores = score(self.ema.module if self.args.final_weights == "ema" else self.plain)
+        name, progress = self.args.best_metric, self.progress
+        self.monitor.write({"step": progress.step, "epoch": progress.epoch, "evaluation": scores})
         if name not in scores:
             raise ValueError(f'best_metric "{name}" is not evaluated; there are {", ".join(scores)}')
-        progress, value = self.progress, scores[name]
-        better = progress.best is None or (value < progress.best if name == "loss" else value > progress.best)
+        value = scores[name]
+        better = not math.isnan(value) and (
+            progress.best is None or (value < progress.best if name == "loss" else value > progress.best)
+        )
         if better:
             progress.best, progress.best_step, progress.waited = value, progress.step, 0
         else:
             progress.waited += 1
-        if self.accelerator.is_main_process:
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
-            bar.write(f"step {progress.step}: {shown}" + (" (best)" if better else ""))
-        self.clock = time.perf_counter()
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+        self.monitor.say(f"step {progress.step}: {shown}" + (" (best)" if better else ""))
         return better
 
     def save(self) -> None:
-        self.stop_clock()
-        self.progress.window = {name: value.item() for name, value in self.window.items()}
-        self.progress.skipped, self.progress.items = int(self.skipped.item()), int(self.items.item())
-        states.save_checkpoint(
-            self.accelerator, self.output_dir, self.progress, self.model, self.optimizer, self.schedule, self.ema
-        )
-        if self.accelerator.is_main_process:
-            states.rotate(self.output_dir, self.keep, self.progress.best_step)
-        self.clock = time.perf_counter()
-
-    def end_of_step(self, score: Callable[[nn.Module], dict[str, float]], eval_steps: int, bar: tqdm) -> None:
-        """Log, evaluate and save where it is time to."""
-        step, args = self.progress.step, self.args
-        last = step == self.num_steps
-        if self.accelerator.device.type == "cpu" or step % CHECK_STEPS == 0 or last:
-            self.check_finite()
-        if step % args.log_steps == 0 or last:
-            self.log(bar)
-        better = (step % eval_steps == 0 or last) and self.evaluate(score, bar)
-        if args.patience and self.progress.waited >= args.patience:
-            self.progress.finished = True
-        self.progress.finished |= last
-        if better or step % (args.save_steps or eval_steps) == 0 or self.progress.finished:
-            self.save()
+        """Write a checkpoint, unless there is one of this step."""
+        if self.saved_step == self.progress.step:
+            return
+        self.monitor.record()
+        with self.monitor.paused():
+            states.save_checkpoint(
+                self.accelerator, self.output_dir, self.progress, self.model, self.optimizer, self.schedule, self.ema
+            )
+            if self.accelerator.is_main_process:
+                states.rotate(self.output_dir, self.keep, self.progress.best_step)
+        self.saved_step = self.progress.step
 
 
 def train(
@@ -352,7 +297,8 @@ def train(
 ) -> TrainingResult:
     """Train until ``num_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
 
-    In the end the model holds the weights ``args.final_weights`` names.
+    SIGTERM ends the run after the step that is under way, and after the evaluation if one is. In the end the model
+    holds the weights ``args.final_weights`` names, and computes in their own precision.
 
     Args:
         num_steps: optimizer steps of the whole run; the schedule's length.
@@ -362,47 +308,40 @@ def train(
     Raises:
         FloatingPointError: too many steps in a row had a gradient that is not finite.
         OSError: a checkpoint could not be written.
+        ValueError: the checkpoint is of another model, or the loader gives no step.
     """
     run = _Run(accelerator, task, model, args, num_steps)
-    progress, stopped = run.progress, False
+    progress = run.progress
     run.model.train()
-    bar = tqdm(
-        total=num_steps,
-        initial=progress.step,
-        desc="train",
-        unit="step",
-        disable=not (accelerator.is_main_process and args.progress),
-        dynamic_ncols=True,
-    )
-    with StopRequest() as request, bar:
-        while not (progress.finished or stopped):
+    with StopRequest() as request, run.monitor.bar as bar:
+        while not (run.finished or run.stopped):
             for micro_batches in loader.epoch(progress.epoch, progress.step_in_epoch):
-                stops = run.step(micro_batches, request.set)
-                run.end_of_step(score, eval_steps, bar)
+                run.step(micro_batches, request.set)
+                run.end_of_step(score, eval_steps)
                 bar.update()
-                if accelerator.num_processes == 1 or progress.step % CHECK_STEPS == 0:
-                    stopped = bool(stops.item())
-                if progress.finished or stopped:
+                if run.finished or run.stopped:
                     break
             else:
                 if progress.step_in_epoch == 0:
                     raise ValueError("the training data gave no step")
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-    if stopped and not progress.finished:
+    stopped = not run.finished
+    if stopped:
         run.save()
-    elif not stopped or progress.finished:
+    else:
+        accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # takes autocast off the model
         take_final_weights(run)
-    rows = run.history.rows if run.history else []
-    return TrainingResult(progress, rows, stopped and not progress.finished)
+    steps = loader.steps_per_epoch(progress.epoch)
+    return TrainingResult(progress, progress.epoch + (progress.step_in_epoch / steps if steps else 0.0), stopped)
 
 
 def take_final_weights(run: _Run) -> None:
     """Put the weights that the run ships into its model."""
-    args, output_dir = run.args, run.output_dir
-    if args.final_weights == "best":
-        states.load_weights(
-            run.plain, states.checkpoint_path(output_dir, run.progress.best_step) / "model.safetensors"
-        )
+    args, output_dir, best_step = run.args, run.output_dir, run.progress.best_step
+    if args.final_weights == "best" and best_step is None:
+        run.monitor.say(f"no evaluation gave a {args.best_metric} that is a number: the last weights are taken")
+    elif args.final_weights == "best":
+        states.load_weights(run.plain, states.checkpoint_path(output_dir, best_step) / states.MODEL_FILE)
     elif args.final_weights == "average":
         states.set_weights(run.plain, average_weights(states.checkpoints(output_dir)[-args.average_checkpoints :]))
     elif args.final_weights == "ema":

@@ -1,9 +1,9 @@
 """The frame around `train`: an accelerator, a folder that belongs to the run, and in the end a model with its card."""
 
 import dataclasses
+import os
 import shlex
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,15 +15,16 @@ from torch import nn
 
 from ..hub.card import write_card
 from ..hub.results import RunRecord, collect_versions, describe_hardware
-from . import state as states
 from .arguments import TrainingArguments
+from .folder import claim, explain_write_errors
 from .loop import Task, TrainingResult
+from .state import checkpoints
 
-# Knobs that change nothing about the weights of a given step: a run may go on with others.
+# Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
 FREE = {
     *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
     *("num_workers", "micro_batch_tokens", "gradient_checkpointing", "max_nonfinite_steps"),
-    *("eval_steps", "save_steps", "patience", "best_metric", "keep_checkpoints", "average_checkpoints"),
+    *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
     *("final_weights", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
 }
 
@@ -46,8 +47,9 @@ class Run:
 
     accelerator: Accelerator
     args: TrainingArguments
-    task_name: str
+    task: str
     data: dict[str, Any]
+    command: str
     started: str
 
     @property
@@ -58,10 +60,11 @@ class Run:
         """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume."""
         folder = self.output_dir / name
         if self.accelerator.is_main_process and not folder.is_dir():
+            made = make()
             part = folder.with_name(f".part-{name}")
-            with states.explain_write_errors(folder):
-                make().save_pretrained(part)
-                part.replace(folder)
+            with explain_write_errors(folder):
+                made.save_pretrained(part)
+                part.rename(folder)
         self.accelerator.wait_for_everyone()
         return load(folder)
 
@@ -74,22 +77,31 @@ class Run:
         return 0
 
 
-def open_run(accelerator: Accelerator, args: TrainingArguments, task_name: str, data: dict[str, Any]) -> Run:
+def open_run(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    task: str,
+    data: dict[str, Any],
+    recipe: str,
+    argv: Sequence[str],
+) -> Run:
     """Claim ``args.output_dir``, for a new run or to go on with the same one, and start the trackers.
 
     Args:
-        data: fingerprint and number of rows of every split: {split: {"fingerprint", "rows"}}.
+        task: what the model is trained for, as the Hub calls it, say "translation".
+        data: see `hub.results.Data`; its ``fingerprint`` is part of what makes this run itself.
+        recipe, argv: the recipe's name and the words of its command line.
 
     Raises:
         ValueError: the folder holds another run or other files.
+        WriteError: the folder cannot be written.
     """
     free = FREE | ({"num_steps", "num_epochs"} if args.schedule in ("inverse_sqrt", "constant") else set())
     knobs = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    identity = {"task": task_name, **knobs, "data": {name: split["fingerprint"] for name, split in data.items()}}
     if accelerator.is_main_process:
-        again = states.claim(Path(args.output_dir), identity, args.overwrite_output_dir)
-        saved = states.checkpoints(Path(args.output_dir))
-        if again and saved:
+        identity = {"task": task, **knobs, "data": data["fingerprint"]}
+        again = claim(Path(args.output_dir), identity, args.overwrite_output_dir)
+        if again and (saved := checkpoints(Path(args.output_dir))):
             accelerator.print(f"going on from {saved[-1]}")
     accelerator.wait_for_everyone()
     if args.trackers:
@@ -97,42 +109,49 @@ def open_run(accelerator: Accelerator, args: TrainingArguments, task_name: str, 
         options = {kind: {"name": name} for kind in args.trackers if kind in ("wandb", "trackio")}
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
         accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
-    return Run(accelerator, args, task_name, data, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    return Run(accelerator, args, task, data, repeat_command(accelerator.num_processes, recipe, argv), now())
+
+
+def repeat_command(processes: int, recipe: str, argv: Sequence[str]) -> str:
+    """The line that runs a recipe again, on as many processes."""
+    words = ["run", recipe, *argv]
+    if processes == 1:
+        return shlex.join(["hf-tfm", *words])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    size = ["--nnodes", str(processes // local)] * (local < processes) + ["--nproc_per_node", str(local)]
+    return shlex.join(["python", "-m", "torch.distributed.run", *size, "-m", "hf_tfm.cli", *words])
+
+
+def now() -> str:
+    """Date and time, ISO 8601 with time zone."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def finish(
-    run: Run,
-    model: nn.Module,
-    processor: Any,
-    task: Task,
-    result: TrainingResult,
-    metrics: list[dict[str, Any]],
-    data: dict[str, Any],
+    run: Run, model: nn.Module, processor: Any, task: Task, result: TrainingResult, metrics: list[dict[str, Any]]
 ) -> RunRecord:
     """Save model, processor, results.json and card in the run's folder; print the results.
 
     Args:
         processor: the tokenizer or image processor that belongs to the model.
         metrics: rows of name, value, split and signature.
-        data: what the card says of the data: path, name, revision, license, columns.
+
+    Raises:
+        WriteError: something could not be written.
     """
     accelerator, args, progress = run.accelerator, run.args, result.progress
     record = RunRecord(
-        task=run.task_name,
+        task=run.task,
         model_type=model.config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         base_model=getattr(args, "init_from", None),
-        data={
-            **data,
-            "fingerprint": {name: split["fingerprint"] for name, split in run.data.items()},
-            "rows": {name: split["rows"] for name, split in run.data.items()},
-        },
+        data=run.data,
         arguments=dataclasses.asdict(args),
-        command=shlex.join(["hf-tfm", "run", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        command=run.command,
         metrics=metrics,
         training={
             "steps": progress.step,
-            "epochs": progress.epoch,
+            "epochs": round(result.epochs, 3),
             "seconds": round(progress.seconds, 1),
             "items_per_second": round(progress.items / max(progress.seconds, 1e-9), 1),
             "item": task.item,
@@ -141,15 +160,15 @@ def finish(
             "weights": args.final_weights,
         },
         versions=collect_versions(),
-        hardware=describe_hardware(),
+        hardware=describe_hardware(accelerator.device, accelerator.num_processes),
         started=run.started,
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        finished=now(),
     )
     if accelerator.is_main_process:
-        with states.explain_write_errors(run.output_dir):
+        with explain_write_errors(run.output_dir):
             model.save_pretrained(run.output_dir)
             processor.save_pretrained(run.output_dir)
-            states.write_json(run.output_dir / "results.json", record.to_dict())
+            record.save(run.output_dir)
             write_card(run.output_dir, record)
     accelerator.wait_for_everyone()
     print_table(accelerator, record)

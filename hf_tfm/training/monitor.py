@@ -1,0 +1,132 @@
+"""What a run says while it trains: a progress bar, log lines in history.jsonl, and the same in trackers.
+
+result of a step -> sums on the device -> every log_steps: means -> history.jsonl, trackers, terminal
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .arguments import TrainingArguments
+from .folder import History
+from .state import Progress
+
+
+class Monitor:
+    """Counts steps, items and time, and writes them down.
+
+    Sums stay on the device between log lines, where reading them would make the host wait.
+
+    Args:
+        progress: of the run; read here, and written by `record` and when time is counted.
+        item: what is counted, say "target tokens".
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: TrainingArguments, num_steps: int, progress: Progress, item: str
+    ):
+        self.accelerator, self.num_steps, self.progress, self.item = accelerator, num_steps, progress, item
+        self.history = History(Path(args.output_dir), progress.step) if accelerator.is_main_process else None
+        self.window = {name: self.tensor(value) for name, value in progress.window.items()}
+        self.items = self.tensor(progress.items)
+        self.skipped = self.tensor(progress.skipped)
+        self.streak = self.tensor(progress.streak)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=progress.step,
+            desc="train",
+            unit="step",
+            disable=not (accelerator.is_main_process and args.progress),
+            dynamic_ncols=True,
+        )
+        self.clock = time.perf_counter()
+
+    def tensor(self, value: float | Tensor) -> Tensor:
+        """A number as a scalar on the device, in float64 where there is one."""
+        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        return torch.as_tensor(value, dtype=kind, device=self.accelerator.device)
+
+    def add(self, losses: dict[str, Tensor], gradient_norm: Tensor, items: Tensor) -> None:
+        """Count a step; one whose gradient is not finite counts as skipped, and nothing was learned from its items."""
+        good = torch.isfinite(gradient_norm)
+        numbers = {f"loss/{term}": loss for term, loss in losses.items()}
+        for name, value in {**numbers, "gradient_norm": gradient_norm, "steps": good}.items():
+            self.window[name] = self.window.get(name, 0) + self.tensor(value).where(good, 0.0)
+        self.window["items"] = self.window.get("items", 0) + self.tensor(items)
+        self.items += self.tensor(items).where(good, 0.0)
+        self.skipped += ~good
+        self.streak = (self.streak + 1) * ~good
+
+    def record(self) -> None:
+        """Bring ``progress`` up to date."""
+        self.count_time()
+        self.progress.window = {name: value.item() for name, value in self.window.items()}
+        self.progress.items = int(self.items.item())
+        self.progress.skipped = int(self.skipped.item())
+        self.progress.streak = int(self.streak.item())
+
+    def count_time(self) -> None:
+        """Add the time since the last call to the training time."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time in here is not training time."""
+        self.count_time()
+        yield
+        self.clock = time.perf_counter()
+
+    def log(self, learning_rate: float) -> None:
+        """Write a line with the means since the last one."""
+        self.count_time()
+        progress = self.progress
+        window = {name: value.item() for name, value in self.window.items()}
+        losses = {name: value for name, value in window.items() if name.startswith("loss/")}
+        if self.accelerator.num_processes > 1:
+            reduced = self.accelerator.reduce({name: self.tensor(v) for name, v in losses.items()}, "mean")
+            losses = {name: value.item() for name, value in reduced.items()}
+        steps = max(window["steps"], 1.0)
+        seconds = max(progress.seconds - progress.logged_seconds, 1e-9)
+        row = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "loss": sum(losses.values()) / steps,
+            "learning_rate": learning_rate,
+            "gradient_norm": window["gradient_norm"] / steps,
+            "skipped": int(self.skipped.item()),
+            "items_per_second": window["items"] / seconds,
+        }
+        if len(losses) > 1:
+            row |= {name: value / steps for name, value in losses.items()}
+        self.window, progress.logged_seconds = {}, progress.seconds
+        self.write(row)
+        speed = f"loss {row['loss']:.3f}, {row['items_per_second']:.0f} {self.item}/s"
+        self.bar.set_postfix_str(speed)
+        if self.bar.disable:  # a log file has no bar; the line says as much
+            left = progress.seconds / progress.step * (self.num_steps - progress.step)
+            self.say(f"step {progress.step} of {self.num_steps}: {speed}, {timedelta(seconds=round(left))} left")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row to history.jsonl and send it to the trackers."""
+        if self.history is not None:
+            self.history.add(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        numbers |= {f"evaluation/{k}": v for k, v in row.get("evaluation", {}).items()}
+        self.accelerator.log(numbers, step=row["step"])
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, on the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)

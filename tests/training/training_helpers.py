@@ -1,0 +1,183 @@
+"""What the tests of the engine share: a tiny model, tiny data, and processes that may be killed."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+
+from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+from hf_tfm.data.batching import StepLoader, TokenBudgetSampler
+from hf_tfm.tasks.translation import TranslationTask
+from hf_tfm.training import TrainingArguments, evaluate, train
+from hf_tfm.training.run import start_accelerator
+from hf_tfm.training.state import full_weights
+
+VOCABULARY = 40
+# A key's bias moves all scores of a query alike, so its gradient is rounding noise; a large epsilon keeps Adam from
+# dividing that noise by itself, which would make equal runs differ.
+KNOBS = {"num_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "log_steps": 3, "adam_epsilon": 1e-6}
+
+
+def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
+    """One block a side, random weights, no dropout unless told so."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    depth = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dropout": 0.0}
+    return TfmTransformerForConditionalGeneration(
+        TfmTransformerConfig(**{**sizes, **depth, "vocab_size": VOCABULARY, **fields})
+    )
+
+
+def pairs(count: int = 50, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Random sentences of 3 to 12 tokens; the target is the source, reversed and a little shorter."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for length in random.integers(3, 13, count):
+        source = random.integers(5, VOCABULARY, length).tolist()
+        rows.append({"input_ids": [*source, 2], "labels": [*source[: max(2, length - 2)][::-1], 2]})
+    return rows
+
+
+def tiny_loader(rows: list, task: TranslationTask, args: TrainingArguments, accelerator: Accelerator) -> StepLoader:
+    """Shuffled steps of ``rows`` for this rank."""
+    lengths = np.array([[len(row["input_ids"]), len(row["labels"])] for row in rows])
+    sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed)
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    return StepLoader(rows, sampler, task.collate, args.micro_batch_tokens, num_workers=args.num_workers, **place)
+
+
+def fresh_accelerator(args: TrainingArguments | None = None) -> Accelerator:
+    """An accelerator as of a new process."""
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return start_accelerator(args or arguments("."))
+
+
+def arguments(folder: Path | str, **knobs) -> TrainingArguments:
+    """Knobs of a short run."""
+    return TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+
+
+class FaultyLoader:
+    """A loader in front of which something happens to this process: {number of steps it gave: event}."""
+
+    def __init__(self, loader: StepLoader, events: dict[int, str]):
+        self.loader, self.events, self.given = loader, events, 0
+        self.steps_per_epoch = loader.steps_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+        for step in self.loader.epoch(epoch, start):
+            if event := self.events.get(self.given):
+                # A job's notice goes to all its processes, the loader's workers among them.
+                (os.killpg if event == "SIGTERM" else os.kill)(os.getpid(), getattr(signal, event))
+            self.given += 1
+            yield step
+
+
+class FaultyTask(TranslationTask):
+    """A task some of whose losses are not finite: those of the steps with these numbers (counted by `losses`)."""
+
+    def __init__(self, config: TfmTransformerConfig, bad: dict[int, float]):
+        super().__init__(config)
+        self.bad, self.done = bad, 0
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = super().losses(model, batch)
+        if model.training:
+            if self.done in self.bad:
+                losses["token"] = losses["token"] * self.bad[self.done]
+            self.done += 1
+        return losses
+
+
+def run_training(
+    args: TrainingArguments,
+    model: TfmTransformerForConditionalGeneration | None = None,
+    events: dict[int, str] | None = None,
+    bad: dict[int, float] | None = None,
+    rows: list | None = None,
+    eval_steps: int = 5,
+    accelerator: Accelerator | None = None,
+) -> tuple[Any, TfmTransformerForConditionalGeneration]:
+    """Train a tiny model with the real `train`; returns its result and the model."""
+    accelerator = accelerator or fresh_accelerator(args)
+    model = model or tiny_model(args.seed)
+    task = FaultyTask(model.config, bad) if bad else TranslationTask(model.config, args.seed)
+    rows = rows or pairs()
+    held_out = tiny_loader(pairs(20, seed=1), task, arguments(args.output_dir), accelerator)
+
+    def score(trained) -> dict[str, float]:
+        return evaluate(accelerator, task, trained, held_out)
+
+    loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {})
+    return train(accelerator, task, model, loader, args, args.num_steps, args.eval_steps or eval_steps, score), model
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """A hash of every bit of some tensors."""
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        total.update(name.encode() + weights[name].detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of history.jsonl, less what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]
+
+
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest absolute difference of two sets of weights."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
+    """What a process of `start` does."""
+    os.setpgrp()
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a process started by hand
+    args = TrainingArguments(**knobs)
+    result, model = run_training(args, tiny_model(args.seed, **fields), **options)
+    content = {"weights": digest(full_weights(model)), "stopped": result.stopped, "step": result.progress.step}
+    Path(report).write_text(json.dumps(content))
+
+
+def start(
+    args: TrainingArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
+) -> tuple[int, dict[str, Any] | None]:
+    """Train in a process of its own, forked from a server that has imported everything once.
+
+    Args:
+        fields: of the model's configuration.
+        options: see `run_training`.
+
+    Returns:
+        The exit code, negative for a signal, and what the run reports if it came to its end.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # Before Python 3.13 the server looks for what it is to import on its own path alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    report = Path(args.output_dir).with_suffix(".json")
+    report.unlink(missing_ok=True)
+    process = context.Process(target=child, args=(str(report), asdict(args), fields or {}, options))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the run did not end within {timeout} s")
+    return process.exitcode, json.loads(report.read_text()) if report.is_file() else None
