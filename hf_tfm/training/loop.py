@@ -105,11 +105,18 @@ def train_step(
     A step whose gradient is not finite changes nothing; on the device's own word, without the host waiting for it.
 
     Args:
-        model, optimizer: prepared by the accelerator; the optimizer fused Adam or AdamW.
+        model, optimizer: prepared by the accelerator; the optimizer with ``fused=True``.
         micro_batches: this rank's, at least one (a rank without samples gives one that counts for nothing).
         max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
         counts: as `global_counts` gives them, where they are known already.
+
+    Raises:
+        ValueError: the optimizer is not a fused one, which alone can leave out a step on the device's word.
     """
+    if not states.inner(optimizer).defaults.get("fused"):
+        raise ValueError(
+            f"optimizer must be made with fused=True, got {type(states.inner(optimizer)).__name__} without"
+        )
     if counts is None:
         counts, _ = global_counts(accelerator, task, micro_batches)
     losses = {term: torch.zeros((), device=accelerator.device) for term in counts}

@@ -30,8 +30,12 @@ FREE = {
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
-    """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher."""
-    return Accelerator(
+    """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher.
+
+    Raises:
+        ValueError: the device does not know the precision.
+    """
+    accelerator = Accelerator(
         mixed_precision=args.precision,
         log_with=list(args.trackers) or None,
         project_dir=args.output_dir,
@@ -39,6 +43,9 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         step_scheduler_with_optimizer=False,
     )
+    if args.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would take float32 without a word
+        raise ValueError('precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
+    return accelerator
 
 
 @dataclass

@@ -1,30 +1,174 @@
 """Stop a run anywhere, start it again with the same command: nothing differs from a run that was never stopped."""
 
+import json
+import random
+
+import numpy as np
 import pytest
-from training_helpers import arguments, history, start
+import torch
+from training_helpers import arguments, digest, history, run_training, start, tiny_model
+
+from hf_tfm.training.state import checkpoints, full_weights, seed_step
 
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.1}
-
-
-def uninterrupted(folder, fields=DROPOUT, **knobs):
-    code, report = start(arguments(folder, **knobs), fields)
-    assert code == 0
-    return report["weights"], history(folder)
+STEPS = 24  # two epochs and a half, of 9 or 10 steps
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights and history of a run of 24 steps, about 2.5 epochs, that was left alone."""
-    return uninterrupted(tmp_path_factory.mktemp("whole") / "run", num_steps=24, ema_decay=0.9)
+    """Weights and history of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, report = start(arguments(folder, num_steps=STEPS, ema_decay=0.9), DROPOUT)
+    assert (code, report["step"]) == (0, STEPS)
+    return report["weights"], history(folder)
+
+
+def run_args(folder, **knobs):
+    return arguments(folder, num_steps=STEPS, ema_decay=0.9, **knobs)
+
+
+def assert_same(folder, report, whole):
+    assert history(folder) == whole[1]
+    assert report["weights"] == whole[0]
+    assert sorted(p.name[:5] for p in (folder / "checkpoints").iterdir()) == ["step-"] * 2
+
+
+def test_whole_run_evaluates_and_logs_in_between(whole):
+    assert [row["step"] for row in whole[1] if "evaluation" in row] == [5, 10, 15, 20, 24]
+    assert [row["step"] for row in whole[1] if "loss" in row] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert {row["epoch"] for row in whole[1]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(0, 0), (0, 1), (2, 2)])
+def test_killed_in_any_epoch(tmp_path, whole, workers, seed):
+    draw = random.Random(seed)
+    args = run_args(tmp_path / "run", num_workers=workers)
+    for step in (draw.randint(1, 7), draw.randint(20, 23)):  # in epoch 0 and in epoch 2
+        assert start(args, DROPOUT, events={step: "SIGKILL"}) == (-9, None)
+    code, report = start(args, DROPOUT)
+    assert code == 0
+    assert_same(tmp_path / "run", report, whole)
+
+
+@pytest.mark.parametrize(
+    ("deadly", "left"),
+    [
+        (("hf_tfm.training.state.sync", 9), ".part-step-00000010"),  # before the second checkpoint is renamed
+        (("shutil.rmtree", 5), ".old-step-00000005"),  # while the first is deleted
+    ],
+)
+def test_killed_while_a_checkpoint_is_written_or_deleted(tmp_path, whole, deadly, left):
+    args = run_args(tmp_path / "run")
+    assert start(args, DROPOUT, deadly=deadly) == (-9, None)
+    assert (tmp_path / "run" / "checkpoints" / left).is_dir()
+    code, report = start(args, DROPOUT)
+    assert code == 0
+    assert_same(tmp_path / "run", report, whole)
+
+
+def test_half_written_files_are_not_picked_up(tmp_path, whole):
+    folder = tmp_path / "run"
+    args = run_args(folder)
+    start(args, DROPOUT, events={12: "SIGKILL"})
+    for name in (".part-step-00000015", "step-00000020"):  # a whole one has a state.json
+        half = folder / "checkpoints" / name
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"\0" * 100)
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
+    assert [path.name for path in checkpoints(folder)] == ["step-00000005", "step-00000010"]
+    code, report = start(args, DROPOUT)
+    assert code == 0
+    assert_same(folder, report, whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_started_again(tmp_path, whole, workers):
-    args = arguments(tmp_path / "run", num_steps=24, ema_decay=0.9, num_workers=workers)
-    for steps in (7, 9):
-        code, report = start(args, DROPOUT, events={steps: "SIGKILL"})
-        assert (code, report) == (-9, None)
-    code, report = start(args, DROPOUT)
+def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
+    args = run_args(tmp_path / "run", num_workers=workers)
+    code, report = start(args, DROPOUT, events={12: "SIGTERM"})
     assert code == 0
-    assert history(tmp_path / "run") == whole[1]
-    assert report["weights"] == whole[0]
+    assert (report["stopped"], report["step"]) == (True, 13)  # the step under way is finished
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000013"
+    code, report = start(args, DROPOUT)
+    assert (code, report["stopped"]) == (0, False)
+    assert_same(tmp_path / "run", report, whole)
+
+
+def test_ctrl_c_leaves_things_as_they_are(tmp_path, whole):
+    args = run_args(tmp_path / "run")
+    code, report = start(args, DROPOUT, events={12: "SIGINT"})
+    assert code not in (0, -9)
+    assert report is None
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000010"
+    _, report = start(args, DROPOUT)
+    assert_same(tmp_path / "run", report, whole)
+
+
+def test_mask_predict_repeats_its_masks(tmp_path):
+    fields = {**DROPOUT, "decoding": "mask_predict"}
+    reports = []
+    for name, events in (("whole", {}), ("killed", {8: "SIGKILL"}), ("killed", {})):
+        args = arguments(tmp_path / name, num_workers=len(events))
+        reports.append(start(args, fields, events=events)[1])
+    assert reports[1] is None
+    assert reports[2] == reports[0]
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    args = arguments(tmp_path / "run")
+    _, first = run_training(args)
+    rows = history(tmp_path / "run")
+    result, again = run_training(args, events={step: "SIGKILL" for step in range(99)})  # no step is taken
+    assert (result.progress.step, result.stopped) == (12, False)
+    assert digest(full_weights(again)) == digest(full_weights(first))
+    assert history(tmp_path / "run") == rows
+
+
+def test_more_steps_go_on_from_the_end(tmp_path):
+    knobs = {"schedule": "constant", "final_weights": "last"}
+    run_training(arguments(tmp_path / "longer", num_steps=10, **knobs))
+    result, longer = run_training(arguments(tmp_path / "longer", num_steps=20, **knobs))
+    _, whole = run_training(arguments(tmp_path / "whole", num_steps=20, **knobs))
+    assert result.progress.step == 20
+    assert digest(full_weights(longer)) == digest(full_weights(whole))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run_training(arguments(tmp_path / "run", num_steps=5))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for fields in (
+        {"hidden_size": 32},
+        {"num_encoder_layers": 2},
+        {"norm_first": False, "attention_score": "additive"},
+    ):
+        with pytest.raises(ValueError, match="is of another model"):
+            run_training(arguments(tmp_path / "run", num_steps=10), tiny_model(**fields))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_checkpoint_is_json_and_safetensors(tmp_path):
+    run_training(arguments(tmp_path / "run", num_steps=5, ema_decay=0.9))
+    (folder,) = checkpoints(tmp_path / "run")
+    names = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert json.loads((folder / "state.json").read_text())["progress"]["step"] == 5
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
+    def draw(*key):
+        seed_step(*key)
+        return (torch.rand(2).tolist(), np.random.rand(), random.random())
+
+    first = draw(0, 5, 0)
+    torch.rand(100)
+    assert draw(0, 5, 0) == first
+    others = [draw(1, 5, 0), draw(0, 6, 0), draw(0, 5, 1)]
+    assert all(mine != yours for other in others for mine, yours in zip(first, other, strict=True))
+
+
+def test_the_run_is_not_trivially_equal(whole, tmp_path):
+    """Another seed, or no dropout, gives other weights: the comparisons above can fail."""
+    for knobs, fields in (({"seed": 1}, DROPOUT), ({}, {})):
+        _, report = start(run_args(tmp_path / f"run{len(fields)}", **knobs), fields)
+        assert report["weights"] != whole[0]

@@ -1,10 +1,14 @@
 """What the tests of the engine share: a tiny model, tiny data, and processes that may be killed."""
 
 import hashlib
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +28,9 @@ from hf_tfm.training.run import start_accelerator
 from hf_tfm.training.state import full_weights
 
 VOCABULARY = 40
-# A key's bias moves all scores of a query alike, so its gradient is rounding noise; a large epsilon keeps Adam from
-# dividing that noise by itself, which would make equal runs differ.
-KNOBS = {"num_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "log_steps": 3, "adam_epsilon": 1e-6}
+# The bias of keys moves all scores of a query alike, so it changes nothing and its gradient is rounding noise. Adam
+# divides that noise by its own size; a large epsilon keeps it small, so that every weight of equal runs is comparable.
+KNOBS = {"num_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "log_steps": 3, "adam_epsilon": 1e-4}
 
 
 def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
@@ -71,18 +75,19 @@ def arguments(folder: Path | str, **knobs) -> TrainingArguments:
 
 
 class FaultyLoader:
-    """A loader in front of which something happens to this process: {number of steps it gave: event}."""
+    """A loader in front of which something happens to this process: {number of the step: signal}."""
 
     def __init__(self, loader: StepLoader, events: dict[int, str]):
-        self.loader, self.events, self.given = loader, events, 0
+        self.loader, self.events = loader, events
         self.steps_per_epoch = loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
-        for step in self.loader.epoch(epoch, start):
-            if event := self.events.get(self.given):
-                # A job's notice goes to all its processes, the loader's workers among them.
-                (os.killpg if event == "SIGTERM" else os.kill)(os.getpid(), getattr(signal, event))
-            self.given += 1
+        first = sum(map(self.loader.steps_per_epoch, range(epoch))) + start
+        for number, step in enumerate(self.loader.epoch(epoch, start), start=first):
+            if event := self.events.get(number):
+                # A cluster tells all processes of a job to end, the loader's workers among them.
+                whom = os.killpg if event == "SIGTERM" and os.getpgrp() == os.getpid() else os.kill
+                whom(os.getpid(), getattr(signal, event))
             yield step
 
 
@@ -145,13 +150,35 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
+def kill_at_call(path: str, number: int) -> None:
+    """Have this process killed at the ``number``-th call of a function, given as "module.function"."""
+    module, name = path.rsplit(".", 1)
+    owner = importlib.import_module(module)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
 def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
     """What a process of `start` does."""
     os.setpgrp()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a process started by hand
+    if deadly := options.pop("deadly", None):
+        kill_at_call(*deadly)
+    if limit := options.pop("file_limit", None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     args = TrainingArguments(**knobs)
-    result, model = run_training(args, tiny_model(args.seed, **fields), **options)
+    try:
+        result, model = run_training(args, tiny_model(args.seed, **fields), **options)
+    except OSError as error:
+        Path(report).write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        sys.exit(3)
     content = {"weights": digest(full_weights(model)), "stopped": result.stopped, "step": result.progress.step}
     Path(report).write_text(json.dumps(content))
 
@@ -163,7 +190,8 @@ def start(
 
     Args:
         fields: of the model's configuration.
-        options: see `run_training`.
+        options: see `run_training`; also ``deadly``, arguments of `kill_at_call`, and ``file_limit``, the largest size
+            of a file in bytes, which stands in for a full disk.
 
     Returns:
         The exit code, negative for a signal, and what the run reports if it came to its end.

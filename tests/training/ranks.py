@@ -1,0 +1,55 @@
+"""What each of two processes does in test_ranks.py: several runs, one after the other.
+
+python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from training_helpers import arguments, fresh_accelerator, run_training, tiny_model
+
+from hf_tfm.training.state import full_weights
+
+# name -> knobs and model fields; all are compared with the same run on one process.
+EQUAL = {
+    "plain": ({}, {}),
+    "micro_batches": ({"micro_batch_tokens": 20, "num_workers": 1}, {}),
+    "one_sample_a_step": ({"batch_tokens": 13}, {}),  # less than there are processes
+    "mask_predict": ({"micro_batch_tokens": 30}, {"decoding": "mask_predict"}),
+    "ema": ({"ema_decay": 0.8, "final_weights": "ema", "max_grad_norm": 0.5}, {}),
+    "checkpointing": ({"gradient_checkpointing": True}, {"norm_first": True}),
+}
+# Runs that one process began and two go on with, and the other way round.
+RESUMED = {"from_one": {}, "from_two": {}}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = fresh_accelerator(arguments(folder))
+    assert accelerator.num_processes == 2
+    reports = {}
+
+    def run(name: str, fields: dict, **knobs) -> None:
+        stop = knobs.pop("events", {})
+        result, model = run_training(
+            arguments(folder / name, **knobs), tiny_model(**fields), stop, accelerator=accelerator
+        )
+        weights = full_weights(model)
+        if accelerator.is_main_process:
+            save_file(weights, folder / f"{name}.safetensors")
+        reports[name] = [result.progress.step, result.stopped, result.progress.items]
+
+    for name, (knobs, fields) in EQUAL.items():
+        run(name, fields, **knobs)
+    run("from_one", {"dropout": 0.2})
+    # Only the second process is told to stop.
+    run("from_two", {}, events={8: "SIGTERM"} if accelerator.process_index == 1 else {})
+    (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(reports))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

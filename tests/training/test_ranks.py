@@ -1,0 +1,75 @@
+"""Two processes train as one does: the same weights, the same counts, and each goes on with the other's checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import EQUAL
+from safetensors.torch import load_file
+from training_helpers import arguments, difference, history, run_training, tiny_model
+
+from hf_tfm.training.state import checkpoints, full_weights
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two gloo processes wrote to; one run in it was begun by one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_training(arguments(folder / "from_one"), tiny_model(dropout=0.2), {7: "SIGTERM"})
+    script = Path(__file__).with_name("ranks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done
+
+
+def reports(folder):
+    first, second = (json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize("name", list(EQUAL))
+def test_same_weights_as_one_process(tmp_path, two, name):
+    knobs, fields = EQUAL[name]
+    result, model = run_training(arguments(tmp_path / "run", **knobs), tiny_model(**fields))
+    assert difference(load_file(two[0] / f"{name}.safetensors"), full_weights(model)) < 1e-6
+    assert reports(two[0])[name] == [result.progress.step, False, result.progress.items]
+    assert difference(full_weights(model), full_weights(tiny_model(**fields))) > 1e-3
+    for mine, theirs in zip(history(tmp_path / "run"), history(two[0] / name), strict=True):
+        assert theirs.pop("evaluation", None) == pytest.approx(mine.pop("evaluation", None), rel=1e-4)
+        assert theirs == pytest.approx(mine, rel=1e-4)
+
+
+def test_two_go_on_with_the_checkpoint_of_one(two):
+    folder = two[0] / "from_one"
+    assert reports(two[0])["from_one"][:2] == [12, False]
+    assert checkpoints(folder)[-1].name == "step-00000012"
+    losses = {row["step"]: row["loss"] for row in history(folder) if "loss" in row}
+    assert list(losses) == [3, 6, 9, 12]
+    assert losses[12] < losses[3]
+
+
+def test_all_stop_when_one_is_asked_to_and_one_goes_on_with_their_checkpoint(tmp_path, two):
+    folder = two[0] / "from_two"
+    assert reports(two[0])["from_two"][:2] == [9, True]
+    assert checkpoints(folder)[-1].name == "step-00000009"
+    result, model = run_training(arguments(folder))
+    _, whole = run_training(arguments(tmp_path / "whole"))
+    assert (result.progress.step, result.stopped) == (12, False)
+    assert difference(full_weights(model), full_weights(whole)) < 1e-6  # there is no dropout in it
+
+
+def test_only_the_main_process_speaks(two):
+    _, done = two
+    runs = len(EQUAL) + 2
+    assert done.stdout.count("step 12 of 12: loss") == runs - 1  # one was stopped
+    assert "train:" not in done.stdout + done.stderr
