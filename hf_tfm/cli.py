@@ -5,9 +5,11 @@ hf-tfm COMMAND --help tells each one's options.
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from jsonargparse import auto_cli
+import docstring_parser
+from jsonargparse import ArgumentParser
 
 
 def recipes_folder() -> Path:
@@ -107,19 +109,60 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here, so that `hf-tfm run --help` need not wait for torch.
     from .evaluation import evaluate_translation
 
+    # What each command is about stands first, without a name; everything else is an option.
     commands = {
-        "evaluate": evaluate_translation,
-        "convert": convert,
-        "push": push,
-        "show": {"attention": show_attention},
-        "quickstart": quickstart,
+        "evaluate": (evaluate_translation, "model"),
+        "convert": (convert, "model"),
+        "push": (push, "folder", "repo_id"),
+        "show": {"attention": (show_attention, "model")},
+        "quickstart": (quickstart,),
     }
+    parser = ArgumentParser(prog="hf-tfm", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    functions = add_commands(parser, commands)
+    values = parser.parse_args(argv)
+    path = [values.command]
+    chosen = values[values.command]
+    while "command" in chosen:
+        path.append(chosen.command)
+        chosen = chosen[chosen.command]
     try:
-        result = auto_cli(commands, args=argv, prog="hf-tfm", as_positional=True, allow_abbrev=False)
+        result = functions[tuple(path)](**chosen.as_dict())
     except (ValueError, OSError) as error:  # what a user got wrong; anything else is a fault of ours, with its trace
-        sys.exit(f"hf-tfm {' '.join(argv[:1])}: {error}")
+        sys.exit(f"hf-tfm {' '.join(path)}: {error}")
     for row in result["metrics"] if isinstance(result, dict) else ():
         print(f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}")
+
+
+def add_commands(
+    parser: ArgumentParser, commands: dict, path: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], Callable]:
+    """Give a parser a command for each function, with options from its signature and docstring.
+
+    Args:
+        commands: name -> (function, its positional arguments ...), or another such dict.
+        path: commands before these.
+
+    Returns:
+        The functions by path of commands.
+    """
+    functions: dict[tuple[str, ...], Callable] = {}
+    group = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, entry in commands.items():
+        if isinstance(entry, dict):
+            sub = ArgumentParser(description=f"{name}: {', '.join(entry)}", allow_abbrev=False)
+            group.add_subcommand(name, sub, help=sub.description)
+            functions |= add_commands(sub, entry, (*path, name))
+        else:
+            function, *positional = entry
+            document = docstring_parser.parse(function.__doc__)
+            about = {argument.arg_name: argument.description for argument in document.params}
+            sub = ArgumentParser(description=document.short_description, allow_abbrev=False)
+            for argument in positional:
+                sub.add_argument(argument, type=str, help=about[argument])
+            sub.add_function_arguments(function, skip=set(positional), fail_untyped=True)
+            group.add_subcommand(name, sub, help=sub.description)
+            functions[(*path, name)] = function
+    return functions
 
 
 if __name__ == "__main__":
