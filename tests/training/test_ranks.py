@@ -45,7 +45,7 @@ def test_same_weights_as_one_process(tmp_path, two, name):
     assert reports(two[0])[name] == [result.progress.step, False, result.progress.items]
     assert difference(full_weights(model), full_weights(tiny_model(**fields))) > 1e-3
     for mine, theirs in zip(history(tmp_path / "run"), history(two[0] / name), strict=True):
-        assert theirs.pop("evaluation", None) == pytest.approx(mine.pop("evaluation", None), rel=1e-4)
+        assert theirs.pop("evaluation", {}) == pytest.approx(mine.pop("evaluation", {}), rel=1e-4)
         assert theirs == pytest.approx(mine, rel=1e-4)
 
 

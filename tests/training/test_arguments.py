@@ -1,0 +1,158 @@
+"""The knobs: read from YAML and the command line, checked, and printed again."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_tfm.training import TrainingArguments
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.run import FREE, repeat_command
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "translation_train.py"
+
+
+@dataclass(kw_only=True)
+class Knobs(TrainingArguments):
+    """Knobs of a recipe.
+
+    Args:
+        model: fields.
+    """
+
+    model: dict[str, int | float | bool | str] | None = None
+
+
+def parse(*argv):
+    return parse_arguments(Knobs, RECIPE, argv)
+
+
+def refused(capsys, *argv):
+    """What is said of a command line that is refused."""
+    with pytest.raises(SystemExit) as caught:
+        parse("--output_dir", "o", *argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_yaml_and_overrides(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: there\nnum_steps: 5\nadam_betas: [0.8, 0.9]\nmodel: {dropout: 0.1}\n")
+    args = parse("--config", str(file), "--num_steps", "7", "--model.hidden_size", "64")
+    assert (args.output_dir, args.num_steps, args.adam_betas) == ("there", 7, (0.8, 0.9))
+    assert args.model == {"dropout": 0.1, "hidden_size": 64}
+    assert parse(f"--config={file}", "--seed=3").seed == 3
+
+
+def test_null_takes_back_what_a_file_gives(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: there\nnum_epochs: 5\n")
+    args = parse("--config", str(file), "--num_epochs", "null", "--num_steps", "7")
+    assert (args.num_epochs, args.num_steps) == (None, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--learning_rat", "1"], "learning_rat"),  # not an abbreviation of learning_rate
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--batch_tokens", "1.5"], "batch_tokens"),
+        (["--schedule", "cosin"], "schedule"),
+        (["--trackers", "[mlflow]"], "trackers"),
+        (["--adam_betas", "[0.9]"], "adam_betas"),
+        (["--num_steps", "3", "--num_epochs", "3"], "exactly one of num_epochs and num_steps, got 3.0 and 3"),
+        ([], "exactly one of num_epochs and num_steps, got None and None"),
+        (["--num_steps", "3", "--config", "nope"], "neither a file nor a preset; presets: multi30k_tiny, quickstart"),
+    ],
+)
+def test_errors_name_the_key(capsys, words, named):
+    said = refused(capsys, *words)
+    assert named in said.splitlines()[-1] + said.splitlines()[-2]
+    assert len(said) < 800  # not the usage of forty knobs
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("learning_rat: 1", "learning_rat"), ("learning_rate: fast", "learning_rate"), ("model: 3", "model")],
+)
+def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"num_steps: 4\n{text}\n")
+    assert named in refused(capsys, "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"seed": -1},
+        {"num_workers": -1},
+        {"batch_tokens": 0},
+        {"micro_batch_tokens": 0},
+        {"num_steps": 0},
+        {"eval_steps": 0},
+        {"save_steps": 0},
+        {"log_steps": 0},
+        {"warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": -1.0},
+        {"average_checkpoints": -1},
+        {"keep_checkpoints": 0},
+        {"patience": -1},
+        {"max_nonfinite_steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"adam_epsilon": 0.0},
+        {"ema_decay": 1.0},
+        {"adam_betas": (0.9, 1.0)},
+        {"final_weights": "ema"},
+        {"final_weights": "average"},
+    ],
+)
+def test_values_out_of_range(knobs):
+    (name,) = knobs
+    with pytest.raises(ValueError, match=name):
+        TrainingArguments(output_dir="o", **{"num_steps": 1, **knobs})
+
+
+def test_epochs_out_of_range():
+    with pytest.raises(ValueError, match="num_epochs must be above 0, got 0"):
+        TrainingArguments(output_dir="o", num_epochs=0)
+
+
+def test_printed_config_is_a_config(tmp_path, capsys):
+    words = ["--output_dir", "o", "--num_steps", "3", "--learning_rate", "1e-4", "--model.dropout", "0.2"]
+    with pytest.raises(SystemExit) as caught:
+        parse(*words, "--print_config")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert {field.name for field in fields(Knobs)} == set(yaml.safe_load(printed))
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed)
+    assert parse("--config", str(file)) == parse(*words)
+
+
+def test_help_tells_every_knob(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert "Train a Transformer to translate" in said
+    for field in fields(TrainingArguments):
+        assert f"--{field.name}" in said
+
+
+def test_knobs_that_a_run_may_change_exist():
+    from runpy import run_path
+
+    recipe = run_path(str(RECIPE))["TranslationArguments"]
+    assert {field.name for field in fields(recipe)} >= FREE
+
+
+def test_command_that_repeats_a_run(monkeypatch):
+    argv = ["--config", "my file.yaml", "--seed", "1"]
+    assert repeat_command(1, "r", argv) == "hf-tfm run r --config 'my file.yaml' --seed 1"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launcher = "python -m torch.distributed.run"
+    assert repeat_command(4, "r", []) == f"{launcher} --nproc_per_node 4 -m hf_tfm.cli run r"
+    assert repeat_command(8, "r", []) == f"{launcher} --nnodes 2 --nproc_per_node 4 -m hf_tfm.cli run r"

@@ -1,0 +1,165 @@
+"""What a run says while it trains: rows in history.jsonl, trackers, and the terminal."""
+
+import importlib.util
+import json
+import time
+
+import pytest
+import torch
+from training_helpers import arguments, fresh_accelerator, pairs, run_training, start, tiny_loader, tiny_model
+
+from hf_tfm.tasks.translation import TranslationTask
+from hf_tfm.training import TrainingArguments, train
+from hf_tfm.training.monitor import Monitor
+from hf_tfm.training.run import open_run
+from hf_tfm.training.state import Progress, checkpoints
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def monitor(folder, progress=None, **knobs):
+    args = arguments(folder, **knobs)
+    return Monitor(fresh_accelerator(args), args, 10, progress or Progress(), "target tokens")
+
+
+def numbers(*values):
+    return [torch.tensor(value) for value in values]
+
+
+def test_a_row_holds_means_and_leaves_out_what_was_skipped(tmp_path):
+    it = monitor(tmp_path)
+    for loss, norm, items in ((4.0, 1.0, 10), (float("nan"), float("nan"), 20), (2.0, 3.0, 30)):
+        it.progress.step += 1
+        it.add(dict(zip(("token", "length"), numbers(loss, loss / 2), strict=True)), *numbers(norm, items))
+    it.log(0.5)
+    (row,) = rows_of(tmp_path)
+    assert row.pop("items_per_second") > 0
+    assert row == {
+        "step": 3,
+        "epoch": 0,
+        "loss": 4.5,
+        "loss/token": 3.0,
+        "loss/length": 1.5,
+        "learning_rate": 0.5,
+        "gradient_norm": 2.0,
+        "skipped": 1,
+    }
+    it.record()
+    assert (it.progress.items, it.progress.skipped, it.progress.streak) == (40, 1, 0)
+    it.add({"token": torch.tensor(6.0)}, *numbers(1.0, 10))
+    it.log(0.5)
+    assert rows_of(tmp_path)[1]["loss"] == 6.0  # a new window
+
+
+def test_speed_counts_training_time_alone(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 50.0, 53.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    it = monitor(tmp_path)  # 0
+    it.progress.step = 1
+    with it.paused():  # 2, then an evaluation until 50
+        pass
+    it.add({"token": torch.tensor(1.0)}, *numbers(1.0, 100))
+    it.log(0.1)  # 53
+    assert it.progress.seconds == 5.0
+    assert rows_of(tmp_path)[0]["items_per_second"] == pytest.approx(20.0)
+
+
+def test_a_window_outlives_a_restart_to_the_last_bit(tmp_path):
+    it = monitor(tmp_path)
+    for loss in (8.248904705047607, 0.1):
+        it.add({"token": torch.tensor(loss, dtype=torch.float64)}, *numbers(1.0, 10))
+    it.record()
+    progress = Progress(**json.loads(json.dumps(vars(it.progress))))
+    again = monitor(tmp_path, progress)
+    assert {name: value.item() for name, value in again.window.items()} == it.progress.window
+
+
+def test_history_of_a_run(tmp_path):
+    args = arguments(tmp_path / "run", log_steps=5, eval_steps=4)
+    result, _ = run_training(args)
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [5, 10, 12]
+    assert [row["step"] for row in rows if "evaluation" in row] == [4, 8, 12]
+    assert [row["learning_rate"] for row in rows if row["step"] == 12 and "loss" in row] == [
+        pytest.approx(args.learning_rate * (4 / 12) ** 0.5)
+    ]
+    assert result.epochs == 1.5  # of 8 steps each
+
+
+def test_log_steps_beyond_the_end_give_the_last_line(tmp_path):
+    run_training(arguments(tmp_path / "run", log_steps=1000, num_steps=3))
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [3]
+
+
+def test_epochs_are_passes_over_the_data(tmp_path):
+    args = arguments(tmp_path / "run")
+    accelerator, model = fresh_accelerator(args), tiny_model()
+    task = TranslationTask(model.config)
+    loader = tiny_loader(pairs(), task, args, accelerator)
+    steps = [loader.steps_per_epoch(epoch) for epoch in range(3)]
+    args.num_steps = steps[0] + steps[1] + steps[2] // 2
+    result = train(accelerator, task, model, loader, args, args.num_steps, 99, lambda _: {"loss": 1.0})
+    assert result.epochs == pytest.approx(2 + (steps[2] // 2) / steps[2])
+
+
+def test_without_progress_there_are_lines_but_no_bar(tmp_path, capsys):
+    run_training(arguments(tmp_path / "run"))
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("step 3 of 12: loss ")
+    assert "target tokens/s, 0:00:0" in said.out  # speed, and the time left
+    assert "step 5: loss 4.155 (best)" in said.out
+
+
+def test_with_progress_there_is_a_bar_but_no_log_line(tmp_path, capsys):
+    args = arguments(tmp_path / "run")
+    args.progress = True
+    run_training(args)
+    said = capsys.readouterr()
+    assert "train: 100%" in said.err and "12/12" in said.err and "target tokens/s" in said.err
+    assert "of 12: loss" not in said.out
+    assert "step 5: loss 4.155 (best)" in said.out
+
+
+def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
+    run_training(arguments(tmp_path / "run"), events={6: "SIGTERM"})
+    capsys.readouterr()
+    args = arguments(tmp_path / "run")
+    args.progress = True
+    run_training(args)
+    assert "7/12" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = TrainingArguments(**{**vars(arguments(tmp_path / "run")), "trackers": ["tensorboard"]})
+    accelerator = fresh_accelerator(args)
+    open_run(accelerator, args, "translation", {"fingerprint": {"train": "x"}}, "recipe", [])
+    run_training(args, accelerator=accelerator)
+    accelerator.end_training()
+    (file,) = (tmp_path / "run").rglob("*tfevents*.0")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    rows = rows_of(tmp_path / "run")
+    for row in rows:
+        row |= {f"evaluation/{name}": value for name, value in row.pop("evaluation", {}).items()}
+    for name in ("loss", "learning_rate", "evaluation/loss"):
+        expected = {row["step"]: row[name] for row in rows if name in row}
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="trackers: trackio is not installed"):
+        arguments(".", trackers=["trackio"])
+
+
+def test_a_failing_write_of_the_history_ends_the_run(tmp_path):
+    code, report = start(arguments(tmp_path / "run", log_steps=1), file_limit=300)
+    assert code == 3
+    assert report["error"].startswith("WriteError: could not write") and "history.jsonl" in report["error"]
+    assert checkpoints(tmp_path / "run") == []

@@ -1,0 +1,244 @@
+"""Optimizer, schedules and averaged weights against their formulas; and which weights a run ships."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import arguments, difference, fresh_accelerator, history, pairs, run_training, tiny_model
+
+from hf_tfm.tasks.translation import TranslationTask
+from hf_tfm.training import train
+from hf_tfm.training.loop import Loader
+from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, parameter_groups
+from hf_tfm.training.state import checkpoints, full_weights
+
+WARMUP, STEPS, PEAK = 40, 200, 3e-3
+
+
+def rates(schedule):
+    """The learning rate of each step."""
+    args = arguments(".", schedule=schedule, warmup_steps=WARMUP, num_steps=STEPS, learning_rate=PEAK)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), args)
+    schedule = build_schedule(optimizer, args, STEPS)
+    found = []
+    for _ in range(STEPS):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def closed_form(schedule, step):
+    if step < WARMUP:
+        return PEAK * step / WARMUP
+    done = (step - WARMUP) / (STEPS - WARMUP)
+    return {
+        "inverse_sqrt": PEAK * math.sqrt(WARMUP / step),
+        "cosine": PEAK * 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": PEAK * (1 - done),
+        "constant": PEAK,
+    }[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "cosine", "linear", "constant"])
+def test_schedule(schedule):
+    assert rates(schedule) == pytest.approx([closed_form(schedule, step) for step in range(STEPS)], abs=1e-9)
+
+
+def test_inverse_sqrt_is_the_paper_s():
+    """Equation 3: d^-0.5 * min(step^-0.5, step * warmup^-1.5); its peak is d^-0.5 * warmup^-0.5."""
+    d = 512
+    scale = PEAK / (d**-0.5 * WARMUP**-0.5)
+    paper = [scale * d**-0.5 * min(step**-0.5, step * WARMUP**-1.5) for step in range(1, STEPS)]
+    assert rates("inverse_sqrt")[1:] == pytest.approx(paper, rel=1e-6)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = tiny_model()
+    model.model.encoder.layers[0].requires_grad_(False)
+    decaying, free = parameter_groups(model, 0.1)
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [{names[id(p)] for p in group["params"]} for group in (decaying, free)]
+    assert all(name.endswith("bias") or "norm" in name for name in found[1])
+    assert not any(name.endswith("bias") or "norm" in name for name in found[0])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert found[0] | found[1] == trained
+    assert not any("encoder.layers.0" in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_optimizer_is_the_kind_asked_for(kind):
+    """One step from zero moments: Adam moves by the rate against the gradient's sign, AdamW also decays."""
+    weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    model = torch.nn.Module()
+    model.weight = weight
+    args = arguments(".", optimizer=kind, learning_rate=0.1, weight_decay=0.5, adam_epsilon=1e-12)
+    optimizer = build_optimizer(model, args)
+    weight.grad = torch.tensor([[3.0]])
+    optimizer.step()
+    decayed = 2.0 * (1 - 0.1 * 0.5) if kind == "adamw" else 2.0
+    assert weight.item() == pytest.approx(decayed - 0.1, abs=1e-6)
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+
+
+def test_ema_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = build_ema(model, 0.9)
+    expected = None
+    for value in (1.0, 2.0, 5.0, -3.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update_parameters(model)
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+        assert ema.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_average_is_the_mean(tmp_path):
+    run_training(arguments(tmp_path / "run", save_steps=2, keep_checkpoints=4))
+    folders = checkpoints(tmp_path / "run")[-3:]
+    stacks = [load_file(folder / "model.safetensors") for folder in folders]
+    mean = {name: torch.stack([weights[name] for weights in stacks]).mean(dim=0) for name in stacks[0]}
+    assert difference(average_weights(folders), mean) < 1e-6
+    assert difference(average_weights(folders), stacks[-1]) > 1e-4
+    with pytest.raises(ValueError, match="no checkpoints"):
+        average_weights([])
+
+
+def ended(folder, **knobs):
+    """A run that saves every 2 steps and evaluates every 4, and what it ships."""
+    args = arguments(folder, save_steps=2, eval_steps=4, learning_rate=0.03, **knobs)
+    result, model = run_training(args)
+    return result.progress, full_weights(model)
+
+
+def weights_of(folder, step, name="model"):
+    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def test_last_weights(tmp_path):
+    _, shipped = ended(tmp_path / "run", final_weights="last")
+    assert difference(shipped, weights_of(tmp_path / "run", 12)) == 0.0
+
+
+def test_averaged_weights(tmp_path):
+    _, shipped = ended(tmp_path / "run", final_weights="average", average_checkpoints=3)
+    stacks = [weights_of(tmp_path / "run", step) for step in (8, 10, 12)]
+    mean = {name: torch.stack([weights[name] for weights in stacks]).mean(dim=0) for name in shipped}
+    assert difference(shipped, mean) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
+    folder, knobs = tmp_path / "run", {"ema_decay": 0.9, "precision": precision}
+    _, shipped = ended(folder, final_weights="ema", **knobs)
+    assert difference(shipped, weights_of(folder, 12, "ema")) == 0.0
+    assert difference(shipped, weights_of(folder, 12)) > 1e-3
+    ended(tmp_path / "last", final_weights="last", **knobs)
+    scores = [
+        [row["evaluation"]["loss"] for row in history(path) if "evaluation" in row]
+        for path in (folder, tmp_path / "last")
+    ]
+    assert all(one != two for one, two in zip(*scores, strict=True))
+
+
+def scripted(folder, scores, **knobs):
+    """A run of steps with evaluations whose results are given; returns its progress and what it ships."""
+    args = arguments(folder, num_steps=len(scores), eval_steps=1, log_steps=100, learning_rate=0.03, **knobs)
+    accelerator, model = fresh_accelerator(args), tiny_model()
+    task, values = TranslationTask(model.config), iter(scores)
+    rows = pairs(3)
+
+    class Same(Loader):
+        def epoch(self, epoch, start=0):
+            while True:
+                yield [task.collate(rows, [0, 1, 2], epoch)]
+
+        def steps_per_epoch(self, epoch=0):
+            return None
+
+    def score(_):
+        return {"loss": 1.0, args.best_metric: next(values)}
+
+    result = train(accelerator, task, model, Same(), args, args.num_steps, args.eval_steps, score)
+    return result.progress, full_weights(model)
+
+
+def test_best_weights_by_loss_are_kept_and_shipped(tmp_path):
+    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 4.0, 4.0, 3.0, 3.5])
+    assert (progress.best, progress.best_step, progress.step) == (3.0, 2, 6)  # equal is not better
+    assert difference(shipped, weights_of(tmp_path / "run", 2)) == 0.0
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path / "run")] == [2, 5, 6]
+
+
+def test_best_weights_by_another_metric_are_the_highest(tmp_path):
+    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 9.0, 4.0, 8.0, 3.5], best_metric="bleu")
+    assert (progress.best, progress.best_step) == (9.0, 3)
+    assert difference(shipped, weights_of(tmp_path / "run", 3)) == 0.0
+
+
+def test_patience_ends_the_run_early(tmp_path):
+    scores = [5.0, 3.0, 4.0, 2.9, 4.0, 3.5, 3.0, 1.0]
+    progress, shipped = scripted(tmp_path / "run", scores, patience=3)
+    assert (progress.step, progress.best_step, progress.waited) == (7, 4, 3)
+    assert difference(shipped, weights_of(tmp_path / "run", 4)) == 0.0
+    progress, _ = scripted(tmp_path / "patient", scores, patience=0)
+    assert (progress.step, progress.best_step) == (8, 8)
+
+
+def test_more_patience_goes_on(tmp_path):
+    scripted(tmp_path / "run", [3.0, 4.0, 4.0, 4.0, 4.0, 4.0], patience=2)
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
+    progress, _ = scripted(tmp_path / "run", [4.0, 2.0, 4.0, 4.0, 4.0, 4.0], patience=4)
+    assert (progress.step, progress.best_step) == (6, 5)
+
+
+def test_evaluations_that_are_no_numbers(tmp_path, capsys):
+    nan = float("nan")
+    progress, _ = scripted(tmp_path / "some", [nan, 4.0, nan, 5.0])
+    assert (progress.best, progress.best_step) == (4.0, 2)
+    progress, shipped = scripted(tmp_path / "none", [nan] * 3)
+    assert (progress.best, progress.best_step) == (None, None)
+    assert difference(shipped, weights_of(tmp_path / "none", 3)) == 0.0
+    assert "the last weights are taken" in capsys.readouterr().out
+
+
+def test_a_best_metric_that_is_not_evaluated(tmp_path):
+    with pytest.raises(ValueError, match='best_metric "bleu" is not evaluated; there are loss'):
+        run_training(arguments(tmp_path / "run", best_metric="bleu"))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "kept"),
+    [
+        ({"keep_checkpoints": 1}, [12]),
+        ({"keep_checkpoints": 3}, [8, 10, 12]),
+        ({"keep_checkpoints": 1, "average_checkpoints": 4}, [6, 8, 10, 12]),
+    ],
+)
+def test_rotation(tmp_path, knobs, kept):
+    progress, _ = ended(tmp_path / "run", **knobs)
+    steps = {int(path.name[5:]) for path in checkpoints(tmp_path / "run")}
+    assert steps == {*kept, progress.best_step}
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == len(steps)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
+    found = []
+    for enabled in (False, True):
+        args = arguments(tmp_path / str(enabled), gradient_checkpointing=enabled)
+        _, model = run_training(args, tiny_model(dropout=0.2))
+        assert model.is_gradient_checkpointing is enabled
+        found.append(full_weights(model))
+    assert difference(*found) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_weights(tmp_path):
+    found = [
+        full_weights(run_training(arguments(tmp_path / str(enabled), compile=enabled))[1]) for enabled in (False, True)
+    ]
+    assert difference(*found) < 1e-5
