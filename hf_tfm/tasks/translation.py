@@ -83,7 +83,8 @@ class TranslationTask:
         output = model(**batch, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.token_loss}
         if self.masked:
-            losses["length"] = output.length_loss
+            # A hidden batch still has lengths: without its target mask, attention would have nothing to look at.
+            losses["length"] = output.length_loss * (batch["labels"] != IGNORE_INDEX).any()
         return losses
 
 

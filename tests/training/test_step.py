@@ -92,15 +92,17 @@ def test_loss_is_the_model_s_own_mean():
     assert result.counts["token"] == sum(len(row["labels"]) for row in ROWS)
 
 
-def test_hidden_batch_counts_for_nothing():
-    model = tiny_model()
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+def test_hidden_batch_counts_for_nothing(decoding):
+    model = tiny_model(decoding=decoding)
     task = TranslationTask(model.config)
     hidden = task.collate(ROWS[:1], [0], epoch=0, hidden=True)
-    assert task.count(hidden) == {"token": 0}
-    loss = task.losses(model, hidden)["token"]
-    loss.backward()
-    assert loss.item() == 0.0
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert set(task.count(hidden).values()) == {0}
+    losses = task.losses(model, hidden)
+    assert losses.keys() == task.count(hidden).keys()
+    sum(losses.values()).backward()
+    assert all(loss.item() == 0.0 for loss in losses.values())
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())  # each takes part in the exchange
 
 
 def test_norm_is_reported_before_clipping():
