@@ -1,9 +1,10 @@
-"""Label-smoothed cross-entropy straight from hidden states, without holding the logits (Szegedy et al. 2015, section 7).
+"""Label-smoothed cross-entropy straight from hidden states, without holding the logits (Szegedy et al. 2015).
 
     hidden (N, D) -> a chunk of rows at a time: logits (n, V) -> loss and its gradient -> forgotten
 
 A vocabulary of V = 37,000 makes the logits the largest tensor of a translation step; here they exist for one chunk
-only, and the gradients of hidden states and weight are formed in the same pass.
+only, and the gradients of hidden states and weight are formed in the same pass. Label smoothing: arXiv:1512.00567,
+section 7.
 
 Shapes: N positions; D hidden size; V vocabulary.
 """
