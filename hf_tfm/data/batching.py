@@ -25,10 +25,10 @@ def rng(*key: int) -> np.random.Generator:
 
 
 def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Sort samples so that neighbours are alike on every side.
+    """Sort samples so that neighbours are alike on both sides.
 
-    The last side is sorted; within each of its lengths the other side runs up and down in turn, so that it does not
-    jump where the length changes.
+    By the longer side, which the budget counts; among equals by how much longer the first side is than the last, up
+    and down in turn, so that neither side jumps where the longer one grows.
 
     Args:
         lengths: (N, sides) lengths in tokens, say of source and target.
@@ -37,10 +37,10 @@ def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
     Returns:
         (N,) indices.
     """
-    last = lengths[order, -1]
-    first = lengths[order, 0]
-    rank = np.unique(last, return_inverse=True)[1]
-    return order[np.lexsort((np.where(rank % 2, -first, first), last))]
+    longest = lengths[order].max(axis=1)
+    difference = lengths[order, 0] - lengths[order, -1]
+    rank = np.unique(longest, return_inverse=True)[1]
+    return order[np.lexsort((np.where(rank % 2, -difference, difference), longest))]
 
 
 def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples: int | None = None) -> Steps:
