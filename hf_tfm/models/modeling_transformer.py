@@ -128,7 +128,7 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-        self.tp_plan = self.fsdp_plan = None  # the plans in the config name the parts of the whole model
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.tokens
@@ -179,7 +179,7 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-        self.tp_plan = self.fsdp_plan = None  # the plans in the config name the parts of the whole model
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.tokens

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from tiny_models import largest_difference, tiny_batch, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_tfm.models.generation as generation
+from hf_tfm.models.generation import SharedMemoryGenerationMixin
 
 KINDS = pytest.mark.parametrize(
     "fields",
@@ -136,9 +137,17 @@ def test_greedy_with_a_prefix_and_up_to_the_last_token():
 
 def all_own(model):
     """The same weights with transformers' steps of generation: a row of memory for each hypothesis."""
+
+    class Stock(type(model)):
+        def _expand_inputs_for_generation(self, **inputs):
+            return super(SharedMemoryGenerationMixin, self)._expand_inputs_for_generation(**inputs)
+
+        def _reorder_cache(self, past_key_values, beam_idx):
+            past_key_values.reorder_cache(beam_idx)
+            return past_key_values
+
     stock = copy.deepcopy(model)
-    stock._expand_inputs_for_generation = GenerationMixin._expand_inputs_for_generation.__get__(stock)
-    stock._reorder_cache = lambda past, index: past.reorder_cache(index) or past
+    stock.__class__ = Stock
     return stock
 
 

@@ -125,6 +125,21 @@ def test_decoding(iterations, candidates):
         assert torch.equal((call == MASK).sum(1), expected)
 
 
+def test_a_length_counts_by_its_probability():
+    """Sure of its length, a model ends there, whatever candidates are tried beside it; unsure, tokens decide."""
+    model, batch = masked_model(), source()
+    found = []
+    for offset in range(1, 5):
+        with torch.no_grad():
+            model.length_head.output.bias.fill_(0.0)[4 + offset] = 1e4
+        found.append((model.generate(**batch, length_candidates=9) != PAD).sum(1) - 1)
+    expected = batch["attention_mask"].sum(1) + torch.arange(1, 5)[:, None]
+    assert torch.equal(torch.stack(found), expected)
+    with torch.no_grad():
+        model.length_head.output.weight.zero_(), model.length_head.output.bias.zero_()
+    assert not torch.equal((model.generate(**batch, length_candidates=9) != PAD).sum(1) - 1, expected[-1])
+
+
 @torch.no_grad()
 def test_refinement_by_hand():
     """Algorithm of section 3.3 for one sentence, in its shortest form."""
