@@ -11,20 +11,41 @@ Shapes: B sentences; R of them still running; S source, T target positions; D = 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
-from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 # Looking who has ended makes a GPU wait, and leaving rows out copies their cache: not worth it at every token.
 STEPS_BETWEEN_CHECKS = 4
+# These look at one row at a time and do not count rows, so they may be shown fewer of them.
+ROW_BY_ROW = {
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+}
 
 
 def greedy_suits(
     config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList, inputs: dict
 ) -> bool:
-    """Whether `greedy` gives what `generate` was asked for: just the ids, scores as they are, an end by EOS."""
+    """Whether `greedy` gives what `generate` was asked for: just the ids, an end by EOS, no look across rows."""
     cache = inputs.get("past_key_values")
     return (
-        not (config.do_sample or config.return_dict_in_generate or config.is_assistant or len(processors))
+        not (config.do_sample or config.return_dict_in_generate or config.is_assistant)
+        and {type(processor) for processor in processors} <= ROW_BY_ROW
         and {type(criterion) for criterion in criteria} == {EosTokenCriteria, MaxLengthCriteria}
         and config.prefill_chunk_size is None
         and inputs.keys() <= {"past_key_values", "encoder_outputs", "attention_mask", "use_cache"}
@@ -38,6 +59,7 @@ def greedy_suits(
 def greedy(
     model: nn.Module,
     ids: Tensor,
+    processors: LogitsProcessorList,
     eos_token_id: Tensor,
     pad_token_id: int,
     max_length: int,
@@ -53,6 +75,7 @@ def greedy(
     Args:
         model: a `TfmTransformerForConditionalGeneration`.
         ids: (B, T) the start token, or a longer prefix.
+        processors: change the scores of the next token, row by row.
         eos_token_id: (n,) the tokens that end a sentence.
         pad_token_id: fills a row after its end.
         max_length: upper bound of the length of the result.
@@ -77,7 +100,10 @@ def greedy(
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        token = outputs.logits[:, -1].argmax(dim=-1).masked_fill(~running, pad_token_id)  # (R,)
+        scores = outputs.logits[:, -1]  # (R, V)
+        if processors:
+            scores = processors(output[rows, :step], scores.float())
+        token = scores.argmax(dim=-1).masked_fill(~running, pad_token_id)  # (R,)
         output[rows, step] = token
         running = running & ~torch.isin(token, eos_token_id)
         ids = token[:, None]
@@ -136,4 +162,5 @@ class SharedMemoryGenerationMixin(GenerationMixin):
                 **inputs,
             )
         eos_token_id, pad_token_id = generation_config._eos_token_tensor, int(generation_config._pad_token_tensor)
-        return greedy(self, input_ids, eos_token_id, pad_token_id, generation_config.max_length, **inputs)
+        limit = generation_config.max_length
+        return greedy(self, input_ids, logits_processor, eos_token_id, pad_token_id, limit, **inputs)

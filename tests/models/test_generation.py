@@ -106,9 +106,31 @@ def test_greedy_leaves_finished_sentences_out(monkeypatch):
 @pytest.mark.parametrize(
     "asked",
     [
+        {"min_new_tokens": 5},
+        {"min_length": 4},
+        {"repetition_penalty": 2.5},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[38], [20, 18]]},
+        {"forced_eos_token_id": 9},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_changes_the_scores_works_on_fewer_rows_too(asked, monkeypatch):
+    model, batch = lively_model(), source(rows=12)
+    plain = model.generate(**batch, max_new_tokens=12)
+    got = model.generate(**batch, max_new_tokens=12, **asked)
+    assert got.shape != plain.shape or not torch.equal(got, plain)
+    monkeypatch.setattr(generation, "greedy_suits", lambda *_: False)
+    assert torch.equal(got, model.generate(**batch, max_new_tokens=12, **asked))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
         {"do_sample": True},
         {"return_dict_in_generate": True},
-        {"repetition_penalty": 1.3},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+        {"logits_processor": [lambda ids, scores: scores]},
         {"stopping_criteria": [lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)]},
         {"cache_implementation": "static"},
         {"use_cache": False},
