@@ -1,0 +1,97 @@
+"""What the recipes' tests share: small data on disk, a tiny model, and ways to start a recipe."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+
+from hf_tfm.data.number_words import spell
+from hf_tfm.hub.results import RunRecord
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "translation_train.py"
+TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
+
+
+def write_data(folder: Path, changes: dict[int, dict[str, str]] | None = None) -> Path:
+    """Number words as parquet: 90 training, 15 validation and 10 test rows; some may be changed by number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [spell(37 * i + 1) for i in range(115)]
+    for number, row in (changes or {}).items():
+        rows[number] = row
+    for split, part in {"train": rows[:90], "validation": rows[90:105], "test": rows[105:]}.items():
+        Dataset.from_list(part).to_parquet(str(folder / f"{split}.parquet"))
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Number words\n")
+    return folder
+
+
+def words(data: Path, output_dir: Path, **knobs) -> list[str]:
+    """The command line of a short run."""
+    given = {
+        "dataset": data,
+        "output_dir": output_dir,
+        "num_steps": 2,
+        "batch_tokens": 400,
+        "max_length": 100,
+        "vocab_size": 300,
+        "warmup_steps": 2,
+        "test_splits": "[test]",
+        "num_beams": 2,
+        "progress": "false",
+        **({} if "init_from" in knobs else {"model": TINY}),
+        **knobs,
+    }
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def fresh_state() -> None:
+    """Forget what accelerate remembers of an earlier run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_recipe(*argv: str) -> int:
+    """Run the recipe in this process; returns its exit status."""
+    fresh_state()
+    return runpy.run_path(str(RECIPE))["main"](list(argv))
+
+
+def record(folder: Path) -> RunRecord:
+    """The checked content of results.json."""
+    return RunRecord.load(folder)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For processes: one thread, no accelerator."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **changes}
+
+
+def start_process(*command: str, **changes: str) -> subprocess.Popen:
+    """Start a Python command, "-m module ..." or "file ...", in the repository's folder; in another environment."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish_process(process: subprocess.Popen, expected: int = 0) -> str:
+    """Wait for a process; returns what it said."""
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == expected, said[-4000:]
+    return said
+
+
+def history(folder: Path) -> list[dict]:
+    """The rows of history.jsonl, less what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]

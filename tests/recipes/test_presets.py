@@ -1,0 +1,78 @@
+"""Every preset and launch file is one that parses, and says where its numbers are from."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from hf_tfm.models.configuration_transformer import SIZES
+from hf_tfm.tasks.translation import METRICS, build_config
+from hf_tfm.training.arguments import parse_arguments
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PRESETS = sorted(RECIPES.glob("presets/*/*.yaml"))
+LAUNCH = sorted(RECIPES.glob("launch/*.yaml"))
+
+
+def arguments_of(recipe):
+    """The dataclass of a recipe's knobs."""
+    return runpy.run_path(str(recipe))["TranslationArguments"]
+
+
+def test_every_recipe_has_presets():
+    recipes = {path.stem for path in RECIPES.glob("*.py")}
+    assert {path.parent.name for path in PRESETS} == recipes
+    assert {path.stem for path in PRESETS} == {"quickstart", "multi30k_tiny", "wmt14_base", "wmt14_big"}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_preset_parses(preset):
+    recipe = RECIPES / f"{preset.parent.name}.py"
+    kind = arguments_of(recipe)
+    by_name = parse_arguments(kind, recipe, ["--config", preset.stem])
+    assert by_name == parse_arguments(kind, recipe, ["--config", str(preset)])
+    content = yaml.safe_load(preset.read_text())
+    written = dataclasses.asdict(by_name)
+    assert {key: list(v) if isinstance(v := written[key], tuple) else v for key in content} == content
+    assert by_name.output_dir == f"runs/{preset.stem}"
+    assert preset.read_text().startswith("# ")  # what it is, its cost, its expected number
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("wmt14_base", 65e6), ("wmt14_big", 213e6)])
+def test_papers_presets_have_the_papers_sizes(name, parameters):
+    """Table 3 of Vaswani et al. 2017, in millions."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    content = yaml.safe_load((RECIPES / "presets" / "translation_train" / f"{name}.yaml").read_text())
+    config = build_config(content["size"], {**content.get("model", {}), "vocab_size": content["vocab_size"]})
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.03)
+    peak = config.hidden_size**-0.5 * content["warmup_steps"] ** -0.5  # equation 3
+    assert content["learning_rate"] == pytest.approx(peak, rel=0.01)
+
+
+def test_choices_are_those_there_are():
+    hints = get_type_hints(arguments_of(RECIPES / "translation_train.py"))
+    (metric,) = get_args(hints["metrics"])
+    assert set(get_args(metric)) == set(METRICS)
+    assert set(get_args(hints["size"])) == set(SIZES)
+
+
+@pytest.mark.parametrize("file", LAUNCH, ids=lambda path: path.stem)
+def test_launch_file_is_accelerate_s(file):
+    config = load_config_from_file(str(file))
+    assert isinstance(config, ClusterConfig)
+    content = yaml.safe_load(file.read_text())
+    assert all(getattr(config, name) == value for name, value in content.items() if name != "distributed_type")
+    assert config.distributed_type.value == content["distributed_type"]
+
+
+def test_launch_files_name_their_command():
+    for file in LAUNCH:
+        assert file.read_text().startswith(f"# accelerate launch --config_file recipes/launch/{file.name} ")

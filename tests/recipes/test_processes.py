@@ -1,0 +1,115 @@
+"""The recipe as people start it: as a script, by hf-tfm run, accelerate and torchrun; killed, stopped, resumed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_helpers import ROOT, finish_process, history, record, run_recipe, start_process, words, write_data
+from safetensors.torch import load_file
+from server import TOKEN, HubServer
+
+KNOBS = {"num_steps": 60, "save_steps": 5, "eval_steps": 20, "log_steps": 7, "learning_rate": 0.01, "num_workers": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that was left alone, in this process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_recipe(*words(data, folder, **KNOBS))
+    return folder
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until a run has saved a checkpoint of ``step`` or later."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if any(int(path.name[5:]) >= step for path in (folder / "checkpoints").glob("step-*")):
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"no checkpoint of step {step} in {folder}")
+
+
+def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
+    argv = words(data, tmp_path / "run", **KNOBS)
+    script = str(ROOT / "recipes" / "translation_train.py")
+
+    process = start_process(script, *argv)
+    wait_for_step(tmp_path / "run", 10)
+    process.kill()
+    finish_process(process, expected=-signal.SIGKILL)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+    process = start_process("-m", "hf_tfm.cli", "run", "translation_train", *argv)
+    wait_for_step(tmp_path / "run", 30)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = finish_process(process, expected=0)
+    assert "going on from" in said
+    assert "asked to stop: state saved at step" in said and "the same command goes on" in said
+    assert not (tmp_path / "run" / "results.json").exists()
+
+    config = str(ROOT / "recipes" / "launch" / "cpu.yaml")
+    process = start_process("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
+    assert "going on from" in finish_process(process)
+    assert history(tmp_path / "run") == history(whole)
+    assert record(tmp_path / "run").metrics == record(whole).metrics
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_two_processes(data, whole, tmp_path):
+    """They begin where one process stopped, make one folder, and translate the test set together."""
+    knobs = {**KNOBS, "num_steps": 60, "adam_epsilon": 1e-4}
+    argv = words(data, tmp_path / "run", **knobs)
+    run_recipe(*words(data, tmp_path / "one", **knobs))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
+    said = finish_process(start_process(*launcher, *argv))
+    results, alone = record(tmp_path / "run"), record(tmp_path / "one")
+    assert said.count("  test   bleu ") == 1  # one process speaks
+    assert results.hardware["count"] == 2
+    assert results.command.startswith("python -m torch.distributed.run --nproc_per_node 2 -m hf_tfm.cli run ")
+    assert results.training["steps"] == 60 and results.training["epochs"] == alone.training["epochs"]
+    losses = [
+        [row["evaluation"]["loss"] for row in history(tmp_path / name) if "evaluation" in row]
+        for name in ("run", "one")
+    ]
+    # Dropout is drawn on each process for itself, so losses are alike and not equal.
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert [row["name"] for row in results.metrics] == [row["name"] for row in alone.metrics]
+
+
+# In a process of its own, as huggingface_hub reads its settings when it is imported.
+HUB_RUN = """
+import sys
+from huggingface_hub import HfApi
+
+helpers, data, *argv = sys.argv[1:]
+sys.path.insert(0, helpers)
+from recipe_helpers import run_recipe
+
+api = HfApi()
+api.create_repo("user/numbers", repo_type="dataset")
+commit = api.upload_folder(repo_id="user/numbers", repo_type="dataset", folder_path=data)
+assert run_recipe(*argv) == 0
+print(commit.oid)
+"""
+
+
+def test_data_of_the_hub_has_its_commit_and_licence(data, tmp_path):
+    argv = [str(Path(__file__).parent), str(data), *words("user/numbers", tmp_path / "run")]
+    with HubServer() as hub:
+        place = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        process = start_process("-c", HUB_RUN, *argv, **place, HF_HUB_DISABLE_XET="1")
+        commit = finish_process(process).splitlines()[-1]
+    found = record(tmp_path / "run").data
+    assert (found["path"], found["revision"], found["license"]) == ("user/numbers", commit, "cc0-1.0")
+    assert found["rows"]["train"] == 90
+    assert commit in (tmp_path / "run" / "README.md").read_text()

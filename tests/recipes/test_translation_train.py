@@ -1,0 +1,306 @@
+"""The translation recipe: every kind of model and data for two steps, its results, and what it refuses at once."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from recipe_helpers import TINY, fresh_state, record, run_recipe, words, write_data
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_tfm import cli
+from hf_tfm.hub.results import read_history
+
+LONG = {"en": "one hundred and one " * 40, "de": "einhunderteins"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A finished run of 30 steps, and its command line."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    argv = words(data, folder, num_steps=30, eval_steps=10, log_steps=10, license="apache-2.0", learning_rate=0.01)
+    assert run_recipe(*argv) == 0
+    return folder, argv
+
+
+VARIANTS = {
+    "post_norm": {},
+    "pre_norm_learned_gelu": {
+        "model": TINY[:-1] + ", norm_first: true, position_embedding_type: learned, max_position_embeddings: 100, "
+        "hidden_act: gelu}",
+    },
+    "additive": {"model": TINY[:-1] + ", attention_score: additive}", "num_workers": 1},
+    "mask_predict": {"model": TINY[:-1] + ", decoding: mask_predict}", "iterations": 2, "micro_batch_tokens": 200},
+    "streaming": {"streaming": "true", "num_workers": 1},
+    "bf16": {"precision": "bf16", "best_metric": "chrf", "eval_steps": 1},
+    "epochs": {"num_steps": "null", "num_epochs": 0.4, "ema_decay": 0.5, "final_weights": "ema", "lowercase": "true"},
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_two_steps(tmp_path, name):
+    # One test sentence is longer than learned positions reach.
+    data = write_data(tmp_path / "pairs", {105: LONG})
+    assert run_recipe(*words(data, tmp_path / "run", **VARIANTS[name])) == 0
+    results = record(tmp_path / "run")
+    assert results.training["steps"] == 2
+    assert [(row["split"], row["name"]) for row in results.metrics] == [
+        ("test", metric) for metric in ("bleu", "bleu_lowercase", "chrf")
+    ]
+    fresh_state()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").eval()
+    assert model.generate(**tokenizer(["one"], return_tensors="pt")).shape[0] == 1
+    for file in ("README.md", "generation_config.json", "modeling_transformer.py", "training_curve.png"):
+        assert (tmp_path / "run" / file).is_file()
+
+
+def test_results_are_complete(trained, data):
+    folder, argv = trained
+    results = record(folder)
+    assert results.task == "translation"
+    assert results.model_type == "tfm_transformer"
+    assert results.parameters == sum(p.numel() for p in AutoModelForSeq2SeqLM.from_pretrained(folder).parameters())
+    assert results.base_model is None
+    fingerprints = results.data.pop("fingerprint")
+    assert set(fingerprints) == {"train", "validation", "test"}
+    assert len(set(fingerprints.values())) == 3
+    assert results.data == {
+        "path": str(data),
+        "name": None,
+        "revision": None,
+        "license": "cc0-1.0",
+        "source_column": "en",
+        "target_column": "de",
+        "rows": {"train": 90, "validation": 15, "test": 10},
+    }
+    assert results.arguments["num_steps"] == 30 and results.arguments["license"] == "apache-2.0"
+    assert results.command == shlex.join(["hf-tfm", "run", "translation_train", *argv])
+    training = results.training
+    assert training["steps"] == 30
+    # 90 rows make 4 or 5 steps of 400 tokens, so 30 steps are between 6 and 8 passes.
+    assert 6 < training["epochs"] < 8 and training["epochs"] != round(training["epochs"])
+    assert training["item"] == "target tokens" and training["items_per_second"] > 0
+    assert training["best"]["metric"] == "loss" and training["best"]["step"] in (10, 20, 30)
+    assert training["skipped_steps"] == 0 and training["weights"] == "best"
+    assert results.hardware["device"] == "cpu" and results.hardware["count"] == 1
+    assert {"python", "torch", "transformers", "hf-tfm"} <= results.versions.keys()
+    losses = {row["step"]: row["loss"] for row in read_history(folder) if "loss" in row}
+    assert list(losses) == [10, 20, 30]
+    assert losses[30] < losses[10]
+
+
+def test_its_own_command_repeats_a_run(trained):
+    folder, _ = trained
+    before = record(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    fresh_state()
+    program, *argv = shlex.split(before.command)
+    assert program == "hf-tfm"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 0
+    after = record(folder)
+    assert after.metrics == before.metrics
+    assert after.training == before.training
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_scores_are_those_of_the_saved_model(trained, data):
+    folder, _ = trained
+    from hf_tfm.evaluation import evaluate_translation
+
+    fresh_state()
+    again = evaluate_translation(str(folder), str(data), "test", progress=False)
+    assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(folder).metrics]
+
+
+def test_bf16_is_scored_as_saved_too(data, tmp_path):
+    """Autocast ends with training: whoever loads the model gets the figures of results.json."""
+    from hf_tfm.evaluation import evaluate_translation
+
+    run_recipe(*words(data, tmp_path / "run", precision="bf16", num_steps=20, learning_rate=0.01))
+    fresh_state()
+    again = evaluate_translation(str(tmp_path / "run"), str(data), "test", progress=False)
+    assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(tmp_path / "run").metrics]
+
+
+def test_going_on_from_a_saved_model(trained, data, tmp_path):
+    folder, _ = trained
+    run_recipe(*words(data, tmp_path / "run", init_from=folder, learning_rate=1e-9))
+    results = record(tmp_path / "run")
+    assert results.base_model == str(folder)
+    models = [AutoModelForSeq2SeqLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "run")]
+    assert max((models[0][name] - models[1][name]).abs().max() for name in models[0]) < 1e-6
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
+def copy_of(folder, to, model=None, **config):
+    """A saved model, with another weight table or other fields in its config."""
+    model = model or AutoModelForSeq2SeqLM.from_pretrained(folder)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(to)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    return to
+
+
+def test_a_start_that_does_not_fit(trained, data, tmp_path):
+    from transformers import MarianConfig, MarianMTModel
+
+    folder, _ = trained
+    small = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    small.resize_token_embeddings(280)
+    tiny = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "pad_token_id": 0}
+    marian = MarianMTModel(MarianConfig(vocab_size=300, **tiny, **heads))
+    cases = {
+        "is a marian, not a tfm_transformer": copy_of(folder, tmp_path / "marian", marian),
+        "has 280 tokens, and its tokenizer more, 300": copy_of(folder, tmp_path / "small", small),
+        "pad_token_id is 7 in the model, 0 in the tokenizer": copy_of(folder, tmp_path / "pad", pad_token_id=7),
+    }
+    for number, (message, start) in enumerate(cases.items()):
+        with pytest.raises(ValueError, match=message):
+            run_recipe(*words(data, tmp_path / f"run{number}", init_from=start))
+        assert not (tmp_path / f"run{number}" / "checkpoints").exists()
+
+
+def test_a_tokenizer_that_does_not_fit(trained, data, tmp_path):
+    folder, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="does not end a text with its eos_token"):
+        run_recipe(*words(data, tmp_path / "run", tokenizer=tmp_path / "endless"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token=None)
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    with pytest.raises(ValueError, match="has no pad_token"):
+        run_recipe(*words(data, tmp_path / "other", tokenizer=tmp_path / "unpadded"))
+
+
+def test_a_ready_tokenizer(trained, data, tmp_path):
+    folder, _ = trained
+    model = TINY[:-1] + ", vocab_size: 320}"  # room beyond the tokenizer's 300 is allowed
+    run_recipe(*words(data, tmp_path / "run", tokenizer=folder, model=model))
+    assert AutoConfig.from_pretrained(tmp_path / "run").vocab_size == 320
+    with pytest.raises(ValueError, match="vocab_size must be at least the tokenizer's 300 tokens, got 100"):
+        run_recipe(*words(data, tmp_path / "less", tokenizer=folder, model=TINY[:-1] + ", vocab_size: 100}"))
+
+
+def test_changed_data_or_knobs_are_another_run(trained, data, tmp_path):
+    folder, argv = trained
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for more, named in (
+        (["--seed", "1"], "seed: 0 there, 1 now"),
+        (["--learning_rate", "0.02"], "learning_rate: 0.01 there, 0.02 now"),
+        (["--target_column", "en"], "target_column: 'de' there, 'en' now"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another run .*{named}"):
+            run_recipe(*argv, *more)
+    content = {path: path.read_bytes() for path in data.iterdir()}
+    write_data(data, {3: {"en": "changed", "de": "geändert"}})
+    try:
+        with pytest.raises(ValueError, match=r"holds another run .*data: "):
+            run_recipe(*argv)
+    finally:
+        for path, value in content.items():
+            path.write_bytes(value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_overwriting_another_run(data, tmp_path):
+    run_recipe(*words(data, tmp_path / "run"))
+    run_recipe(*words(data, tmp_path / "run", seed=1, overwrite_output_dir="true"))
+    assert record(tmp_path / "run").arguments["seed"] == 1
+
+
+# --- what is refused before anything is trained
+
+
+def said(capsys, *argv):
+    """The message of a command line that is refused by the parser."""
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(*argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"model": "{hidden: 3}"}, "model.hidden is not a field of TfmTransformerConfig"),
+        (
+            {"model": "{pad_token_id: 3}"},
+            "model.pad_token_id is not a field of TfmTransformerConfig that can be chosen",
+        ),
+        ({"model": "{dropout: a lot}"}, "dropout"),
+        ({"model": "{dropout: 1.5}"}, "dropout must be in [0, 1), got 1.5"),
+        ({"model": "{hidden_size: 30, num_attention_heads: 4}"}, "hidden_size must be a multiple"),
+        ({"model": "{hidden_act: nope}"}, "hidden_act"),
+        (
+            {"model": "{position_embedding_type: learned, max_position_embeddings: 64}"},
+            "max_length must be at most max_position_embeddings of a model with learned positions, got 100 and 64",
+        ),
+        ({"size": "huge"}, "size"),
+        ({"metrics": "[bluster]"}, "metrics"),
+        ({"best_metric": "bluster"}, "best_metric"),
+        ({"num_epochs": 3}, "exactly one of num_epochs and num_steps"),
+        ({"num_beams": 0}, "num_beams must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
+        ({"streaming": "true", "validation_split": "train"}, 'train_split "train" cannot be scored too'),
+        ({"streaming": "true", "batch_tokens": 50}, "max_length must be at most the 50 tokens of a batch, got 100"),
+        ({"init_from": "x", "tokenizer": "y"}, "init_from brings its own model and tokenizer"),
+        ({"tokenizer": "y", "lowercase": "true"}, "lowercase is for a tokenizer that is trained"),
+    ],
+)
+def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
+    message = said(capsys, *words(data, tmp_path / "run", **knobs))
+    assert named in message.replace("\n", " ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        (
+            {"test_splits": "[tset]"},
+            'test_splits "tset" is not a split of the data set; it has train, validation, test',
+        ),
+        ({"validation_split": "valid"}, 'validation_split "valid" is not a split'),
+        ({"source_column": "fr"}, 'source_column "fr" is not a column of the data set; it has en, de'),
+        ({"dataset": "/nowhere/at/all"}, "cannot be loaded"),
+        ({"vocab_size": 100}, "vocab_size must be at least 261"),
+        ({"max_length": 3}, "there are no samples"),
+        ({"batch_tokens": 20}, "max_tokens must be at least the longest sample, got 20"),
+        ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the longest sample, got 20"),
+        ({"precision": "fp16"}, "fp16"),
+    ],
+)
+def test_data_that_does_not_fit(tmp_path, data, knobs, named):
+    with pytest.raises(ValueError) as caught:
+        run_recipe(*words(data, tmp_path / "run", **knobs))
+    assert named in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_bad_split_leaves_no_folder(tmp_path, data):
+    with pytest.raises(ValueError, match="is not a split"):
+        run_recipe(*words(data, tmp_path / "run", test_splits="[tset]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_printed_config_runs(tmp_path, data, capsys):
+    argv = words(data, tmp_path / "run", model=TINY)
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(*argv, "--print_config")
+    assert ended.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert run_recipe("--config", str(tmp_path / "printed.yaml")) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["training"]["steps"] == 2
