@@ -19,7 +19,12 @@ def recipes_folder() -> Path:
 
 
 def run(recipe: str, argv: list[str]) -> None:
-    """Run a recipe by name, with its own options."""
+    """Run a recipe by name, with its own options: hf-tfm run RECIPE --help.
+
+    Args:
+        recipe: name of a file in recipes/.
+        argv: its command line.
+    """
     known = sorted(path.stem for path in recipes_folder().glob("*.py"))
     if recipe not in known:
         sys.exit(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}')
@@ -106,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
             )
         run(argv[1], argv[2:])
         return
-    # Imported here, so that `hf-tfm run --help` need not wait for torch.
     from .evaluation import evaluate_translation
 
     # What each command is about stands first, without a name; everything else is an option.
     commands = {
+        "run": (run, "recipe"),  # listed here; what follows the recipe's name is the recipe's own to read
         "evaluate": (evaluate_translation, "model"),
         "convert": (convert, "model"),
         "push": (push, "folder", "repo_id"),

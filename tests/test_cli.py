@@ -1,0 +1,214 @@
+"""The command line, as people call it: main(argv) in this process."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, MarianMTModel
+
+from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration, cli, quickstart
+from hf_tfm.data import text
+from hf_tfm.data.number_words import spell
+
+ROWS = [spell(41 * i + 1) for i in range(30)]
+
+
+def hf_tfm(*argv: str):
+    """Run a command; what accelerate remembers of an earlier one is forgotten."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    cli.main([str(word) for word in argv])
+
+
+def refused(*argv: str) -> str:
+    """The message of a command that fails."""
+    with pytest.raises(SystemExit) as ended:
+        hf_tfm(*argv)
+    assert ended.value.code not in (0, None)
+    return str(ended.value.code)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in {"train": ROWS, "test": ROWS[:7]}.items():
+        DatasetDict({name: Dataset.from_list(rows)})[name].to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def save_model(folder, **fields):
+    """A tiny random model with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = text.train_tokenizer((row[side] for row in ROWS for side in ("en", "de")), 280)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    depth = {"num_encoder_layers": 2, "num_decoder_layers": 1}
+    config = TfmTransformerConfig(vocab_size=len(tokenizer), **sizes, **depth, **fields)
+    model = TfmTransformerForConditionalGeneration(config)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model.generation_config = GenerationConfig(max_length=20, **ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+# --- evaluate
+
+
+def test_evaluate(model, data, tmp_path, capsys):
+    file = tmp_path / "scores.json"
+    options = ("--metrics", "[bleu,bleu_lowercase,chrf,exact_match]", "--output", file, "--progress", "false")
+    hf_tfm("evaluate", model, "--dataset", data, "--split", "test", *options)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines] == [["test", n] for n in ("bleu", "bleu_lowercase", "chrf", "exact_match")]
+    assert "version:" in lines[0][3]  # the signature
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["metrics"]] == [line[1] for line in lines]
+    assert result["rows"] == len(result["translations"]) == 7
+    assert result["translations"][0]["source"] == ROWS[0]["en"]
+    assert result["fingerprint"] == text.fingerprint(text.text_pairs(text.load_splits(str(data))["test"], "en", "de"))
+    loaded, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    output = loaded.generate(**tokenizer([ROWS[3]["en"]], return_tensors="pt"), max_length=20)
+    assert result["translations"][3]["translation"] == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--num_beams", "2", "--length_penalty", "0.6"), ("--precision", "bf16"), ("--max_samples", "2")],
+)
+def test_evaluate_options(model, data, tmp_path, capsys, options):
+    file = tmp_path / "scores.json"
+    hf_tfm("evaluate", model, "--dataset", data, "--progress", "false", "--output", file, *options)
+    result = json.loads(file.read_text())
+    assert result["rows"] == (2 if "--max_samples" in options else 7)
+    assert result["generation"] == ({"num_beams": 2, "length_penalty": 0.6} if "--num_beams" in options else {})
+
+
+def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
+    """A file by format, a mask-predict model with its own option, and transformers' Marian."""
+    masked = save_model(tmp_path / "masked", decoding="mask_predict")
+    files = json.dumps({"held_out": str(data / "test.parquet")})
+    where = ("--dataset", "parquet", "--data_files", files, "--split", "held_out", "--progress", "false")
+    hf_tfm("evaluate", masked, *where, "--iterations", "2")
+    hf_tfm("convert", model, "--to", "marian", "--output_dir", tmp_path / "marian")
+    hf_tfm("evaluate", tmp_path / "marian", *where)
+    assert capsys.readouterr().out.count("held_out  bleu ") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--split", "tset"), 'split "tset" is not a split of the data set; it has train, test'),
+        (("--metrics", "[bluster]"), "metrics must be among bleu, bleu_lowercase, chrf, exact_match"),
+        (("--source_column", "fr"), 'source_column "fr" is not a column of the data set; it has en, de'),
+        (("--precision", "fp8"), 'precision must be "no" or "bf16", got "fp8"'),
+        (("--num_beams", "0"), "num_beams must be at least 1, got 0"),
+        (("--max_samples", "-1"), "max_samples must be at least 1, got -1"),
+        (("--output", "/nowhere/scores.json"), "there is no folder /nowhere"),
+        (("--dataset", "/nowhere"), "cannot be loaded"),
+    ],
+)
+def test_evaluate_errors(model, data, options, named, monkeypatch):
+    monkeypatch.setattr("hf_tfm.evaluation.translate", None)  # it is never reached
+    said = refused("evaluate", model, "--dataset", data, *options)
+    assert said.startswith("hf-tfm evaluate: ")
+    assert named in said
+
+
+def test_evaluate_a_model_that_is_not_there(data):
+    assert "nowhere" in refused("evaluate", "/nowhere", "--dataset", data)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("evaluate", "m", "--spli", "test"), "spli"),  # no abbreviations
+        (("evaluate", "m"), "dataset"),
+        (("evaluate", "m", "--dataset", "d", "--batch_tokens", "many"), "batch_tokens"),
+        (("fly",), "fly"),
+        ((), "{run,evaluate,convert,push,show,quickstart}"),
+    ],
+)
+def test_parser_errors_name_the_word(words, named, capsys):
+    assert refused(*words) == "2"
+    assert named in capsys.readouterr().err
+
+
+# --- the other commands
+
+
+def test_show_attention(model, tmp_path, capsys):
+    hf_tfm("show", "attention", model, "--text", ROWS[3]["en"], "--output_dir", tmp_path / "maps", "--layers", "[0]")
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 3  # encoder, decoder, cross
+    for path in paths:
+        with open(path, "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_convert_there_and_back(model, tmp_path, capsys):
+    hf_tfm("convert", model, "--to", "marian", "--output_dir", tmp_path / "marian")
+    assert "largest difference of logits" in capsys.readouterr().out
+    assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "marian"), MarianMTModel)
+    hf_tfm("convert", tmp_path / "marian", "--to", "tfm", "--output_dir", tmp_path / "back")
+    one, two = (AutoModelForSeq2SeqLM.from_pretrained(path).state_dict() for path in (model, tmp_path / "back"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_convert_and_push_errors(model, tmp_path):
+    assert "bert" in refused("convert", model, "--to", "bert", "--output_dir", tmp_path / "x")
+    assert "does not exist" in refused("push", tmp_path / "nothing", "user/name")
+    assert "is not a saved model" in refused("push", tmp_path, "user/name")
+
+
+def test_run_lists_recipes():
+    for words in (("run",), ("run", "--help")):
+        assert "translation_train" in refused(*words)
+    assert 'there is no recipe "fly"; there are translation_train' in refused("run", "fly")
+
+
+def test_run_passes_words_on(capsys):
+    with pytest.raises(SystemExit) as ended:
+        hf_tfm("run", "translation_train", "--config", "quickstart", "--seed", "5", "--print_config")
+    assert ended.value.code == 0
+    assert "\nseed: 5\n" in capsys.readouterr().out
+
+
+def test_a_fault_of_ours_keeps_its_trace(model, data, monkeypatch):
+    def broken(*args, **kwargs):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr("hf_tfm.evaluation.translate", broken)
+    with pytest.raises(TypeError, match="a fault"):
+        hf_tfm("evaluate", model, "--dataset", data)
+
+
+def test_quickstart(tmp_path, monkeypatch, capfd):
+    """All it does, with a smaller model trained for a moment."""
+    tiny = "{hidden_size: 16, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
+    small = ["--model", tiny, "--num_steps", "2", "--batch_tokens", "4096", "--precision", "no", "--progress", "false"]
+
+    def brief(recipe, argv):
+        cli.run(recipe, [*argv, *small, "--max_length", "30", "--test_splits", "[validation]"])
+
+    monkeypatch.setattr(quickstart, "run", brief)
+    hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
+    said = capfd.readouterr().out
+    assert "loaded in a fresh process" in said
+    for sentence in quickstart.SENTENCES:
+        assert f"  {sentence} -> " in said
+    folder = tmp_path / "quickstart"
+    for file in ("cross_attention.png", "results.json", "README.md", "model.safetensors", "tokenizer.json"):
+        assert (folder / file).is_file()
+    names = {row["name"] for row in json.loads((folder / "results.json").read_text())["metrics"]}
+    assert names == {"exact_match", "chrf"}
+    AutoTokenizer.from_pretrained(folder)
+    (folder / "modeling_transformer.py").write_text("raise ImportError('broken')")
+    with pytest.raises(RuntimeError, match="does not load in a fresh process"):
+        quickstart.translate_in_fresh_process(folder, ["one"])
