@@ -132,7 +132,7 @@ def test_evaluate_a_model_that_is_not_there(data):
         (("evaluate", "m"), "dataset"),
         (("evaluate", "m", "--dataset", "d", "--batch_tokens", "many"), "batch_tokens"),
         (("fly",), "fly"),
-        ((), "{run,evaluate,convert,push,show,quickstart}"),
+        ((), "one of {run,evaluate,convert,push,show"),
     ],
 )
 def test_parser_errors_name_the_word(words, named, capsys):
