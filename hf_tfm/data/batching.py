@@ -90,6 +90,7 @@ class TokenBudgetSampler:
             raise ValueError("there are no samples to batch")
         self.longest = self.lengths.max(axis=1)
         self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
+        self.last: tuple[int | None, Steps] = (None, [])  # the epoch made last
         self.check_budget("max_tokens", max_tokens)
 
     def check_budget(self, name: str, tokens: int) -> None:
@@ -103,6 +104,12 @@ class TokenBudgetSampler:
 
     def steps(self, epoch: int) -> Steps:
         """The steps of an epoch, each a list of sample indices sorted by length."""
+        if self.last[0] != epoch:
+            self.last = epoch, self.make_steps(epoch)
+        return self.last[1]
+
+    def make_steps(self, epoch: int) -> Steps:
+        """See `steps`; of millions of samples this takes seconds."""
         count = len(self.lengths)
         random = rng(self.seed, epoch)
         order = random.permutation(count) if self.shuffle else np.arange(count)

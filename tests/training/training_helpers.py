@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -85,9 +86,12 @@ class FaultyLoader:
         first = sum(map(self.loader.steps_per_epoch, range(epoch))) + start
         for number, step in enumerate(self.loader.epoch(epoch, start), start=first):
             if event := self.events.get(number):
-                # A cluster tells all processes of a job to end, the loader's workers among them.
-                whom = os.killpg if event == "SIGTERM" and os.getpgrp() == os.getpid() else os.kill
-                whom(os.getpid(), getattr(signal, event))
+                if event == "SIGTERM" and os.getpgrp() == os.getpid():
+                    # A cluster tells all processes of a job to end, the loader's workers among them; and it is
+                    # another process that does, which workers take to heart more than a word of their parent.
+                    subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
+                else:
+                    os.kill(os.getpid(), getattr(signal, event))
             yield step
 
 
