@@ -17,7 +17,8 @@ from ..hub.card import write_card
 from ..hub.results import RunRecord, collect_versions, describe_hardware
 from .arguments import TrainingArguments
 from .folder import claim, explain_write_errors
-from .loop import Task, TrainingResult
+from .loop import Task
+from .session import TrainingResult
 from .state import checkpoints
 
 # Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.

@@ -94,6 +94,19 @@ def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
     assert_same(tmp_path / "run", report, whole)
 
 
+def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
+    knobs = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "keep_checkpoints": 1}
+    reports = []
+    for name, stops in (("whole", ()), ("stopped", (6, 8, 10))):
+        args = arguments(tmp_path / name, **knobs)
+        for step in stops:  # after steps 7, 9 and 11, between those that are saved
+            assert start(args, events={step: "SIGTERM"})[1]["stopped"]
+        reports.append(start(args)[1])
+        steps = [path.name[-2:] for path in checkpoints(tmp_path / name)]
+        assert steps == ["08", "10", "12"]
+    assert reports[0]["weights"] == reports[1]["weights"]
+
+
 def test_ctrl_c_leaves_things_as_they_are(tmp_path, whole):
     args = run_args(tmp_path / "run")
     code, report = start(args, DROPOUT, events={12: "SIGINT"})

@@ -20,8 +20,8 @@ from training_helpers import (
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import evaluate, train, train_step
-from hf_tfm.training.loop import LOOK_MICRO_BATCHES
 from hf_tfm.training.optim import build_optimizer
+from hf_tfm.training.session import LOOK_MICRO_BATCHES
 from hf_tfm.training.state import full_weights, inner
 
 ROWS = sorted(pairs(8), key=lambda row: len(row["labels"]))
