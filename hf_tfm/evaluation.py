@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from .data import text
@@ -19,7 +19,7 @@ def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: boo
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(model, **options)
-    return loaded.to(Accelerator().device).eval(), tokenizer
+    return loaded.to(PartialState().device).eval(), tokenizer
 
 
 def evaluate_translation(

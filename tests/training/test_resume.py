@@ -16,11 +16,16 @@ STEPS = 24  # two epochs and a half, of 9 or 10 steps
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights and history of a run that was left alone."""
+    """Weights, history and checkpoints of a run that was left alone."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     code, report = start(arguments(folder, num_steps=STEPS, ema_decay=0.9), DROPOUT)
     assert (code, report["step"]) == (0, STEPS)
-    return report["weights"], history(folder)
+    return report["weights"], history(folder), tensors(folder)
+
+
+def tensors(folder):
+    """The last checkpoint's weights, moments and moving average, byte by byte."""
+    return {path.name: path.read_bytes() for path in checkpoints(folder)[-1].glob("*.safetensors")}
 
 
 def run_args(folder, **knobs):
@@ -30,6 +35,7 @@ def run_args(folder, **knobs):
 def assert_same(folder, report, whole):
     assert history(folder) == whole[1]
     assert report["weights"] == whole[0]
+    assert tensors(folder) == whole[2]
     assert sorted(p.name[:5] for p in (folder / "checkpoints").iterdir()) == ["step-"] * 2
 
 
