@@ -1,0 +1,226 @@
+"""Encoder and decoder stacks of the Transformer (Vaswani et al. 2017, figure 1): embedding, N blocks, final norm.
+
+Shapes: B sentences; S source, T target positions; D = config.hidden_size; H heads. Attention masks that users give are
+(B, S) or (B, T), 1 = a token, 0 = padding.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import MultiHeadAttention, eager_view, padding_mask
+from .blocks import DecoderBlock, EncoderBlock
+from .configuration_transformer import TfmTransformerConfig
+from .positions import SinusoidalPositions, positions_1d
+
+
+class TfmTransformerPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier uniform for matrices, N(0, 1/D) for embeddings, so that scaled embeddings have variance 1."""
+        factor = self.config.initializer_factor
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight, gain=factor)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=factor * self.config.hidden_size**-0.5)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SinusoidalPositions):
+            init.copy_(module.table, module.compute())
+        elif isinstance(module, MultiHeadAttention) and module.additive:
+            init.normal_(module.score_vector, std=factor * module.scaling)
+
+
+class Embedding(nn.Module):
+    """Token embedding times sqrt(D), plus position, then dropout (sections 3.4, 3.5 and 5.4)."""
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = positions_1d(
+            config.position_embedding_type, config.max_position_embeddings, config.hidden_size
+        )
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, offset: int | Tensor = 0
+    ) -> Tensor:
+        """Embed ids (B, T), or take embeddings (B, T, D) as given, at positions from ``offset`` on: (B, T, D).
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.tokens(input_ids)
+        length = inputs_embeds.shape[1]
+        positions = torch.arange(length, device=inputs_embeds.device) + offset
+        end = offset + length if isinstance(offset, int) else None
+        return self.dropout(inputs_embeds * self.scale + self.positions(positions, end).to(inputs_embeds.dtype))
+
+
+class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
+    """Figure 1, left: source ids (B, S) -> memory (B, S, D)."""
+
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.num_encoder_layers))
+        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """Encode ``input_ids`` (B, S), or ``inputs_embeds`` (B, S, D), under ``attention_mask`` (B, S).
+
+        Returns:
+            ``last_hidden_state`` (B, S, D); on request ``hidden_states``, N + 1 of (B, S, D), and ``attentions``,
+            N of (B, H, S, S).
+        """
+        hidden_states = self.embedding(input_ids, inputs_embeds)  # (B, S, D)
+        config = self.config
+        kwargs["output_attentions"] = wants_maps(config, kwargs)
+        if kwargs["output_attentions"]:
+            config = eager_view(config)
+        mask = padding_mask(config, hidden_states, attention_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
+    """Figure 1, right: target ids (B, T) and memory (B, S, D) -> (B, T, D)."""
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DecoderBlock,
+        "attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config)
+        self.is_causal = config.decoding == "autoregressive"
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(DecoderBlock(config, i, self.is_causal) for i in range(config.num_decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decode ``input_ids`` (B, T) over ``encoder_hidden_states`` (B, S, D).
+
+        Args:
+            attention_mask: (B, cached + T).
+            encoder_attention_mask: (B, S).
+            past_key_values: keys and values of earlier tokens and of the memory; grows by T tokens.
+
+        Returns:
+            ``last_hidden_state`` (B, T, D), ``past_key_values``; on request ``hidden_states``, ``attentions``
+            N of (B, H, T, cached + T) and ``cross_attentions`` N of (B, H, T, S).
+
+        Raises:
+            ValueError: there is no ``encoder_hidden_states``.
+        """
+        if encoder_hidden_states is None:
+            raise ValueError("the decoder needs encoder_hidden_states of shape (B, S, D), got None")
+        if not self.is_causal:
+            past_key_values = None  # every token sees every other one, so nothing of an earlier call stays valid
+        elif use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
+            seen = int(seen)  # a static cache counts on its device: free to read on a CPU, a stall elsewhere
+        hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
+        config = self.config
+        kwargs["output_attentions"] = wants_maps(config, kwargs)
+        if kwargs["output_attentions"]:
+            config = eager_view(config)
+        if self.is_causal:
+            own = past_key_values
+            if isinstance(own, EncoderDecoderCache):
+                own = own.self_attention_cache
+            mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=own)
+        else:
+            mask = padding_mask(config, hidden_states, attention_mask)
+        memory_mask = padding_mask(config, hidden_states, encoder_attention_mask, encoder_hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                mask,
+                memory_mask=memory_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def wants_maps(config: TfmTransformerConfig, kwargs: dict) -> bool:
+    """Whether a call asks for attention maps, by argument or by configuration."""
+    asked = kwargs.get("output_attentions")
+    return bool(config.output_attentions if asked is None else asked) or bool(kwargs.get("output_cross_attentions"))
