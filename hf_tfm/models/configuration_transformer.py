@@ -79,6 +79,7 @@ class TfmTransformerConfig(TravellingConfig):
         scale_embedding: multiply embeddings by sqrt(hidden_size) (section 3.4).
         initializer_factor: scales the initial weights.
         tie_word_embeddings: source, target and output embeddings are one matrix (section 3.4).
+        output_bias: a learned bias on the logits, one number a token; the paper has none.
         mask_token_id: "mask_predict" only: the token that stands for one still to be predicted.
 
     Raises:
@@ -139,6 +140,7 @@ class TfmTransformerConfig(TravellingConfig):
     scale_embedding: bool = True
     initializer_factor: float | int = 1.0
     tie_word_embeddings: bool = True
+    output_bias: bool = False
     use_cache: bool = True
     is_encoder_decoder: bool = True
     pad_token_id: int | None = 0

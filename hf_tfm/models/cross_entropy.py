@@ -3,8 +3,8 @@
     hidden (N, D) -> a chunk of rows at a time: logits (n, V) -> loss and its gradient -> forgotten
 
 A vocabulary of V = 37,000 makes the logits the largest tensor of a translation step; here they exist for one chunk
-only, and the gradients of hidden states and weight are formed in the same pass. Label smoothing: arXiv:1512.00567,
-section 7.
+only, and the gradients of hidden states, weight and bias are formed in the same pass. Label smoothing:
+arXiv:1512.00567, section 7.
 
 Shapes: N positions; D hidden size; V vocabulary.
 """
@@ -38,20 +38,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Forward forms the gradients chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, dtype: torch.dtype):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        label_smoothing: float,
+        dtype: torch.dtype,
+    ):
         vocabulary = len(weight)
         matrix = weight.to(dtype)  # (V, D)
+        offset = None if bias is None else bias.to(dtype)  # (V,)
         rows = hidden.to(dtype)  # (N, D)
-        with_gradient = any(ctx.needs_input_grad[:2])
+        with_gradient = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"])
         for start in range(0, len(rows), chunk):
             part, label = rows[start : start + chunk], labels[start : start + chunk]
             labelled = (label != IGNORE_INDEX)[:, None]  # (n, 1)
             target = label.clamp_min(0)[:, None]  # (n, 1)
-            scores = (part @ matrix.t()).float()  # (n, V)
+            scores = nn.functional.linear(part, matrix, offset).float()  # (n, V)
             term = (label_smoothing - 1.0) * scores.gather(1, target)  # (n, 1)
             if label_smoothing:
                 term = term - label_smoothing * scores.mean(dim=1, keepdim=True)
@@ -66,6 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if label_smoothing:
                 gradient.sub_(labelled * (label_smoothing / vocabulary))
             gradient.scatter_add_(1, target, labelled * (label_smoothing - 1.0))
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
             gradient = gradient.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = gradient @ matrix
@@ -75,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(gradient.t(), part)
             else:
                 grad_weight += gradient.t() @ part
-        ctx.gradients = grad_hidden, grad_weight
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
         return loss
 
     @staticmethod
@@ -87,8 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`label_smoothed_cross_entropy` of ``hidden @ weight.T``, without the logits.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
+    """`label_smoothed_cross_entropy` of ``hidden @ weight.T + bias``, without the logits.
 
     Matrix products run in the autocast dtype where autocast is on, sums and softmax in float32.
 
@@ -97,6 +111,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
         weight: (V, D), the output embedding.
         labels: (N,) int64; `IGNORE_INDEX` marks a position without a label.
         label_smoothing: e, in [0, 1).
+        bias: (V,), one number a token; default, none.
 
     Returns:
         Scalar float32, a sum over the labelled positions.
@@ -110,4 +125,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, label_smoothing, dtype)

@@ -134,7 +134,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
     def __init__(self, config: TfmTransformerConfig):
         super().__init__(config)
         self.model = TfmTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.length_head = LengthHead(config) if config.decoding == "mask_predict" else None
         self.post_init()
 
@@ -234,7 +234,8 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         if logits is None and hasattr(self.lm_head.weight, "device_mesh"):
             logits = self.lm_head(hidden)  # tensor parallel: only the module can multiply by its share of the weight
         if logits is None:
-            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels, smoothing)
+            head = self.lm_head
+            total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, smoothing, head.bias)
         else:
             total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels, smoothing)
         return total / ((labels != IGNORE_INDEX).sum() if items is None else items)

@@ -20,8 +20,8 @@ def problem(monkeypatch):
     return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), labels
 
 
-def by_torch(hidden, weight, labels, smoothing):
-    return nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum", label_smoothing=smoothing)
+def by_torch(hidden, weight, labels, smoothing, bias=0.0):
+    return nn.functional.cross_entropy(hidden @ weight.T + bias, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def gradients(loss, *inputs):
@@ -52,6 +52,23 @@ def test_linear_path_equals_torch(smoothing, scale, problem):
     got = scale * linear_cross_entropy(hidden, weight, labels, smoothing)
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, theirs in zip(gradients(got, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("hidden", "weight"), ("bias",)], ids=str)
+def test_a_bias_equals_torch(smoothing, frozen, problem):
+    """Loss and gradients with a bias, also where only some gradients are asked for."""
+    hidden, weight, labels = problem
+    inputs = {"hidden": hidden, "weight": weight, "bias": torch.randn(V, requires_grad=True)}
+    inputs |= {name: inputs[name].detach() for name in frozen}
+    hidden, weight, bias = inputs.values()
+    expected = 0.37 * by_torch(hidden, weight, labels, smoothing, bias)
+    got = 0.37 * linear_cross_entropy(hidden, weight, labels, smoothing, bias)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert abs(got.item() - 0.37 * linear_cross_entropy(hidden, weight, labels, smoothing).item()) > 0.1
+    wanted = [value for value in inputs.values() if value.requires_grad]
+    for ours, theirs in zip(gradients(got, *wanted), gradients(expected, *wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -117,25 +134,27 @@ def test_without_gradients(problem):
 def test_bfloat16_autocast(problem):
     """Matrix products in bfloat16, the rest in float32: as close as torch's own autocast gets."""
     hidden, weight, labels = problem
-    exact = by_torch(hidden, weight, labels, 0.1)
+    bias = torch.randn(V, requires_grad=True)
+    exact = by_torch(hidden, weight, labels, 0.1, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, labels, 0.1)
-        torchs = by_torch(hidden, weight, labels, 0.1)
+        ours = linear_cross_entropy(hidden, weight, labels, 0.1, bias)
+        torchs = by_torch(hidden, weight, labels, 0.1, bias)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(exact.item(), rel=1e-2)
     for exactly, got, reference in zip(
-        *(gradients(loss, hidden, weight) for loss in (exact, ours, torchs)), strict=True
+        *(gradients(loss, hidden, weight, bias) for loss in (exact, ours, torchs)), strict=True
     ):
         assert got.dtype == torch.float32
         assert (got - exactly).norm() < 1.5 * (reference - exactly).norm() < 0.05 * exactly.norm()
 
 
 def test_bfloat16_weights(problem):
-    hidden, weight = (value.detach().bfloat16().requires_grad_() for value in problem[:2])
-    loss = linear_cross_entropy(hidden, weight, problem[2], 0.1)
-    expected = by_torch(hidden.float(), weight.float(), problem[2], 0.1)
+    inputs = (*problem[:2], torch.randn(V))
+    hidden, weight, bias = (value.detach().bfloat16().requires_grad_() for value in inputs)
+    loss = linear_cross_entropy(hidden, weight, problem[2], 0.1, bias)
+    expected = by_torch(hidden.float(), weight.float(), problem[2], 0.1, bias.float())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
-    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients(loss, hidden, weight))
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients(loss, hidden, weight, bias))
 
 
 def test_lengths_are_compared(problem):

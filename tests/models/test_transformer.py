@@ -99,6 +99,54 @@ def test_weights_stay_tied(tmp_path):
     assert largest_difference(again.eval()(**batch).logits[..., :48], model(**batch).logits) < 1e-6
 
 
+def test_an_output_bias_starts_at_zero_and_learns(tmp_path):
+    torch.manual_seed(0)
+    model = TfmTransformerForConditionalGeneration(tiny_config(output_bias=True, label_smoothing=0.0))
+    assert model.lm_head.bias.eq(0).all() and tiny_model().lm_head.bias is None
+    batch = with_labels(tiny_batch(), return_logits=False)
+    optimizer = torch.optim.SGD([model.lm_head.bias], lr=1.0)
+    before = model(**batch).loss
+    before.backward()
+    optimizer.step()
+    assert model(**batch).loss.item() < before.item() - 0.01
+    model.save_pretrained(tmp_path)
+    loaded = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.bias, model.lm_head.bias) and loaded.lm_head.bias.abs().max() > 0.01
+    assert is_tied(loaded)
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
+def test_an_output_bias_is_in_everything(decoding):
+    """In logits, in the loss with and without them, and in what is generated: a large bias decides alone."""
+    model, batch = tiny_model(output_bias=True, decoding=decoding), tiny_batch()
+    labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
+    output = model(**batch, labels=labels)
+    fused = model(**batch, labels=labels, return_logits=False).loss
+    assert fused.item() == pytest.approx(output.loss.item(), abs=1e-5)
+    plain = output.logits - model.lm_head.bias
+    nn.init.zeros_(model.lm_head.bias)
+    torch.testing.assert_close(model(**batch).logits, plain)
+    assert model(**batch, labels=labels).loss.item() != pytest.approx(output.loss.item(), abs=1e-3)
+    with torch.no_grad():
+        model.lm_head.bias[11] = 100.0
+    generated = model.generate(input_ids=batch["input_ids"], max_new_tokens=4)[:, 1:]
+    assert generated[generated != model.config.pad_token_id].eq(11).all() and generated.eq(11).any(dim=1).all()
+
+
+def test_an_output_bias_is_resized_with_the_tied_embeddings(tmp_path):
+    model, batch = tiny_model(output_bias=True), tiny_batch()
+    expected, bias = model(**batch).logits, model.lm_head.bias.detach().clone()
+    for size in (60, 50):
+        model.resize_token_embeddings(size)
+        assert is_tied(model) and model.lm_head.bias.shape == (size,) and model.lm_head.out_features == size
+        assert torch.equal(model.lm_head.bias[:48], bias)
+    model.save_pretrained(tmp_path)
+    loaded = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for one in (model, loaded):
+        assert largest_difference(one(**batch).logits[..., :48], expected) < 1e-6
+    assert loaded(**with_labels(batch, return_logits=False)).loss.isfinite()
+
+
 def test_weights_can_be_untied(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     assert model.lm_head.weight is not model.model.shared.weight

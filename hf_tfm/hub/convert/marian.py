@@ -39,6 +39,7 @@ OURS_FIXED = {
     "attention_score": "dot_product",
     "decoding": "autoregressive",
     "tie_word_embeddings": True,
+    "output_bias": False,
     "is_encoder_decoder": True,
 }
 THEIRS_FIXED = {
