@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
-# Positions whose logits are held at once. On a CPU 256 rows of a 10,000-word vocabulary just fit its cache, and more
-# rows would mean fewer passes over the weight's gradient; a GPU wants larger matrices.
-CHUNK_ROWS = {"cpu": 256, "other": 1024}
+# Positions whose logits are held at once: matrix products of fewer rows are slower, more rows take more memory.
+CHUNK_ROWS = {"cpu": 512, "other": 1024}
 
 
 def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -34,8 +33,31 @@ def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing
     )
 
 
+def sharp_loss_(scores: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """The loss of each row but for the uniform part, ``log sum exp scores - (1 - e) * scores[target]``.
+
+    Args:
+        scores: (n, V) float32; becomes its own gradient in place, ``softmax - (1 - e) * onehot``.
+        target: (n, 1) int64.
+
+    Returns:
+        (n, 1) float32.
+    """
+    top = scores.amax(dim=1, keepdim=True)
+    at_target = scores.gather(1, target)
+    torch.softmax(scores, dim=1, out=scores)
+    log_total = top - scores.amax(dim=1, keepdim=True).log()  # the greatest probability is exp(top - log_total)
+    scores.scatter_add_(1, target, torch.full_like(top, label_smoothing - 1.0))
+    return log_total - (1.0 - label_smoothing) * at_target
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward forms the gradients chunk by chunk; backward only scales them."""
+    """Forward forms the gradients chunk by chunk; backward only scales them.
+
+    The gradient of a labelled row's loss by its logits is ``softmax - (1 - e) * onehot - e / V``. Its last term is the
+    same for every token, so it never touches a row of V numbers: it adds ``-e * mean of weight`` to a row's gradient
+    and ``-e / V * sum of rows`` to every token's.
+    """
 
     @staticmethod
     def forward(
@@ -47,46 +69,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         dtype: torch.dtype,
     ):
-        vocabulary = len(weight)
+        labelled = (labels != IGNORE_INDEX)[:, None]  # (N, 1)
+        target = labels.clamp_min(0)[:, None]  # (N, 1)
+        rows = torch.where(labelled, hidden, 0.0).to(dtype)  # (N, D), zero where there is no label
         matrix = weight.to(dtype)  # (V, D)
         offset = None if bias is None else bias.to(dtype)  # (V,)
-        rows = hidden.to(dtype)  # (N, D)
-        with_gradient = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        mean_weight = matrix.mean(dim=0, dtype=torch.float32)  # (D,)
+        mean_scores = (rows.float() @ mean_weight)[:, None]  # (N, 1)
+        if bias is not None:
+            mean_scores += bias.float().mean()
+        share = -label_smoothing / len(weight)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = grad_bias = None
+        if needs_weight:
+            grad_weight = rows.sum(dim=0, dtype=torch.float32).mul_(share).to(weight.dtype).expand_as(weight).clone()
+        if needs_bias:
+            grad_bias = (labelled.sum() * share).to(bias.dtype).expand_as(bias).clone()
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"])
-        for start in range(0, len(rows), chunk):
-            part, label = rows[start : start + chunk], labels[start : start + chunk]
-            labelled = (label != IGNORE_INDEX)[:, None]  # (n, 1)
-            target = label.clamp_min(0)[:, None]  # (n, 1)
-            scores = nn.functional.linear(part, matrix, offset).float()  # (n, V)
-            term = (label_smoothing - 1.0) * scores.gather(1, target)  # (n, 1)
-            if label_smoothing:
-                term = term - label_smoothing * scores.mean(dim=1, keepdim=True)
-            top = scores.amax(dim=1, keepdim=True)
-            powers = scores.sub_(top).exp_()  # (n, V), in place: one pass of exp serves loss and gradient
-            total = powers.sum(dim=1, keepdim=True)
-            loss += torch.where(labelled, term + top + total.log(), 0.0).sum()
-            if not with_gradient:
+        # Two buffers, one in float32, serve all chunks: fresh memory of this size costs more than what is done in it.
+        chunk = min(len(rows), CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"]))
+        products = rows.new_empty(chunk, len(weight))
+        scores = products if dtype == torch.float32 else products.to(torch.float32)
+        for start in range(0, len(rows), max(chunk, 1)):
+            here = slice(start, start + chunk)
+            part, seen = rows[here], labelled[here]
+            product, score = products[: len(part)], scores[: len(part)]  # (n, V)
+            torch.mm(part, matrix.t(), out=product)
+            if offset is not None:
+                product += offset
+            if dtype != torch.float32:
+                score.copy_(product)
+            sharp = sharp_loss_(score, target[here], label_smoothing)
+            loss += torch.where(seen, sharp - label_smoothing * mean_scores[here], 0.0).sum()
+            if not any(ctx.needs_input_grad[:3]):
                 continue
-            # d loss / d scores = softmax - e / V - (1 - e) at the label; zero where there is no label.
-            gradient = powers.mul_(labelled / total)
-            if label_smoothing:
-                gradient.sub_(labelled * (label_smoothing / vocabulary))
-            gradient.scatter_add_(1, target, labelled * (label_smoothing - 1.0))
-            if grad_bias is not None:
-                grad_bias += gradient.sum(dim=0)
-            gradient = gradient.to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = gradient @ matrix
-            if grad_weight is None:
-                continue
-            if dtype == grad_weight.dtype:
-                grad_weight.addmm_(gradient.t(), part)
-            else:
-                grad_weight += gradient.t() @ part
+            if dtype != torch.float32:
+                product.copy_(score)
+            if needs_hidden:
+                grad_hidden[here] = torch.where(seen, product @ matrix - label_smoothing * mean_weight, 0.0)
+            if needs_weight and dtype == weight.dtype:
+                grad_weight.addmm_(product.t(), part)
+            elif needs_weight:
+                grad_weight += product.t() @ part
+            if needs_bias:
+                grad_bias += torch.where(seen, score, 0.0).sum(dim=0)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return loss
 
