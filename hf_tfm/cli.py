@@ -65,7 +65,8 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
 
     Args:
         model: folder or Hub id.
-        to: marian (transformers' own class, which needs no remote code) or tfm.
+        to: one of transformers' own classes, which need no remote code: marian for a post-norm model, pegasus for a
+            pre-norm one; or back: tfm.
         output_dir: folder to make.
         revision: branch, tag or commit on the Hub.
     """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, MarianMTModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration, cli, quickstart
 from hf_tfm.data import text
@@ -152,11 +152,13 @@ def test_show_attention(model, tmp_path, capsys):
             assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_convert_there_and_back(model, tmp_path, capsys):
-    hf_tfm("convert", model, "--to", "marian", "--output_dir", tmp_path / "marian")
+@pytest.mark.parametrize(("to", "norm_first"), [("marian", False), ("pegasus", True)])
+def test_convert_there_and_back(to, norm_first, tmp_path, capsys):
+    model = save_model(tmp_path / "model", norm_first=norm_first)
+    hf_tfm("convert", model, "--to", to, "--output_dir", tmp_path / to)
     assert "largest difference of logits" in capsys.readouterr().out
-    assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "marian"), MarianMTModel)
-    hf_tfm("convert", tmp_path / "marian", "--to", "tfm", "--output_dir", tmp_path / "back")
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / to).config.model_type == to
+    hf_tfm("convert", tmp_path / to, "--to", "tfm", "--output_dir", tmp_path / "back")
     one, two = (AutoModelForSeq2SeqLM.from_pretrained(path).state_dict() for path in (model, tmp_path / "back"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

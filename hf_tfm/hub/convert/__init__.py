@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..card import write_card
 from ..results import HISTORY, RESULTS, RunRecord
 from .conversion import Conversion
-from .marian import MARIAN
+from .marian_pegasus import MARIAN, PEGASUS
 from .parity import CERTIFICATE, compare, provenance, weight_hashes
 
-CONVERSIONS = (MARIAN,)
+CONVERSIONS = (MARIAN, PEGASUS)
 OURS = "tfm"
 TARGETS = (*(conversion.name for conversion in CONVERSIONS), OURS)
 
@@ -46,7 +46,8 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
 
     Args:
         source: folder of a saved model, or its id on the Hub.
-        to: "marian" for transformers' `MarianMTModel`, which loads without this package or remote code; "tfm" for
+        to: "marian" for transformers' `MarianMTModel` (post-norm) or "pegasus" for its
+            `PegasusForConditionalGeneration` (pre-norm), which load without this package or remote code; "tfm" for
             our own class.
         output_dir: folder to make; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
@@ -66,14 +67,14 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
     folder = local_folder(source, revision)
     conversion = find_conversion(folder, to)
-    origin = load(source_class(conversion, to), folder)
+    origin = load(source_class(conversion, to), folder, may_lack=conversion.computed_in_theirs)
     target = converted(conversion, origin, to)
 
     # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
     nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary:
         work = Path(temporary) / "model"
-        target.save_pretrained(work)
+        save(target, work, conversion.computed_in_theirs)
         copy_tokenizer(folder, work)
         certificate = {
             "source": {
@@ -85,7 +86,10 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
             },
             "target": {"class": type(target).__name__, "weights": weight_hashes(work)},
             # Both loaded anew: a bfloat16 model has rounded its position table, and `.float()` would not undo that.
-            **compare(load(type(origin), folder, torch.float32), load(type(target), work, torch.float32)),
+            **compare(
+                load(type(origin), folder, torch.float32, may_lack=conversion.computed_in_theirs),
+                load(type(target), work, torch.float32),
+            ),
             "tokenizer_equal": same_tokenizer(folder, work),
             **provenance(),
         }
@@ -129,19 +133,38 @@ def source_class(conversion: Conversion, to: str) -> type[PreTrainedModel]:
     return conversion.theirs if to == OURS else conversion.ours
 
 
-def load(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The model in ``folder``, by default in the dtype it is saved in, with every weight accounted for."""
+def load(
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    may_lack: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """The model in ``folder``, by default in the dtype it is saved in, with every weight accounted for.
+
+    Args:
+        may_lack: weights that the class computes where the file does not hold them.
+    """
     model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    report["missing_keys"] = set(report["missing_keys"]) - set(may_lack)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise ValueError(f"{folder} is not a whole {model_class.__name__}: {problem} {sorted(report[problem])}")
     return model
 
 
+def save(model: PreTrainedModel, folder: Path, computed: tuple[str, ...]) -> None:
+    """Save ``model``; the weights that its class computes in float32, so that loading it in any dtype is exact."""
+    weights = model.state_dict()
+    if model.dtype != torch.float32 and weights.keys() >= set(computed):
+        fresh = type(model)(model.config).state_dict()
+        weights.update({name: fresh[name] for name in computed})
+    model.save_pretrained(folder, state_dict=weights)
+
+
 def converted(conversion: Conversion, origin: PreTrainedModel, to: str) -> PreTrainedModel:
     """The model ``origin`` as the class named ``to``: same weights in the same dtype, same generation settings."""
     if to == OURS:
-        config = conversion.to_ours(origin.config)
+        config = conversion.to_ours(origin)
         weights = conversion.weights_to_ours(origin, config)
         target = conversion.ours(config)
     else:
@@ -149,15 +172,16 @@ def converted(conversion: Conversion, origin: PreTrainedModel, to: str) -> PreTr
         weights = conversion.weights_to_theirs(origin)
         target = conversion.theirs(config)
     target = target.to(origin.dtype)
-    expected = set(target.state_dict())
-    if to != OURS:
-        expected -= {*conversion.zero_in_theirs, *conversion.computed_in_theirs}
-    if weights.keys() != expected:
-        raise ValueError(f"the name table does not fit the target: {sorted(weights.keys() ^ expected)}")
+    own = target.state_dict()
+    only_theirs = {*conversion.zero_in_theirs, *conversion.computed_in_theirs} - weights.keys()
+    if weights.keys() != own.keys() - only_theirs:
+        raise ValueError(
+            f"the name table does not fit the target: {sorted(weights.keys() ^ (own.keys() - only_theirs))}"
+        )
     with torch.no_grad():
-        own = target.state_dict()
         for name, weight in weights.items():
-            own[name].copy_(weight)
+            # Some classes keep a vector as a matrix of one row.
+            own[name].copy_(weight.reshape(own[name].shape))
     target.generation_config = copy.deepcopy(origin.generation_config)
     return target
 

@@ -23,8 +23,8 @@ class Conversion:
         theirs: the class of the other library.
         names: our configuration -> {our weight name: their weight name}, all of ours, each to another.
         to_theirs: our configuration -> theirs; ValueError names a field that cannot be expressed.
-        to_ours: the reverse.
-        zero_in_theirs: weights that only they have, which must be zero.
+        to_ours: their model -> our configuration; the model, because some of it shows in the weights alone.
+        zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
         computed_in_theirs: weights that only they have, fixed by their class.
     """
 
@@ -33,7 +33,7 @@ class Conversion:
     theirs: type[PreTrainedModel]
     names: Callable[[PreTrainedConfig], dict[str, str]]
     to_theirs: Callable[[PreTrainedConfig], PreTrainedConfig]
-    to_ours: Callable[[PreTrainedConfig], PreTrainedConfig]
+    to_ours: Callable[[PreTrainedModel], PreTrainedConfig]
     zero_in_theirs: tuple[str, ...] = ()
     computed_in_theirs: tuple[str, ...] = ()
 
@@ -49,16 +49,11 @@ class Conversion:
         """Weights of their ``model`` under our names; ``config`` is ours.
 
         Raises:
-            ValueError: a weight of the model is not in the table or the reverse, or one we have no place for is not
-                zero.
+            ValueError: a weight of the model is not in the table, or the reverse.
         """
-        weights = model.state_dict()
-        for name in self.zero_in_theirs:
-            if weights.pop(name).any():
-                raise ValueError(f"{self.ours.__name__} has no {name}, which is not zero in this model")
-        for name in self.computed_in_theirs:
-            weights.pop(name)
-        return rename(weights, {theirs: ours for ours, theirs in self.names(config).items()})
+        table = {theirs: ours for ours, theirs in self.names(config).items()}
+        only_theirs = {*self.zero_in_theirs, *self.computed_in_theirs} - table.keys()
+        return rename({name: w for name, w in model.state_dict().items() if name not in only_theirs}, table)
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
