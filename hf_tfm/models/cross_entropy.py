@@ -95,9 +95,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             here = slice(start, start + chunk)
             part, seen = rows[here], labelled[here]
             product, score = products[: len(part)], scores[: len(part)]  # (n, V)
-            torch.mm(part, matrix.t(), out=product)
-            if offset is not None:
-                product += offset
+            if offset is None:
+                torch.mm(part, matrix.t(), out=product)
+            else:
+                torch.addmm(offset, part, matrix.t(), out=product)
             if dtype != torch.float32:
                 score.copy_(product)
             sharp = sharp_loss_(score, target[here], label_smoothing)
@@ -113,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif needs_weight:
                 grad_weight += product.t() @ part
             if needs_bias:
-                grad_bias += torch.where(seen, score, 0.0).sum(dim=0)
+                grad_bias += score.t() @ seen[:, 0].float()
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return loss
 
