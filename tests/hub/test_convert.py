@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedConfig,
 )
 
-import hf_tfm.hub.convert as convert_module
 import hf_tfm.hub.convert.marian_pegasus as tables
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
 from hf_tfm.hub.convert import MARIAN, PEGASUS, convert
@@ -293,99 +292,3 @@ def test_the_card_of_a_converted_model_is_true_for_it(tmp_path):
     assert "| test | bleu_lowercase | 41.02 |" in card
     assert (tmp_path / "shipped" / "training_curve.png").is_file()
     assert RunRecord.load(tmp_path / "shipped").to_dict() == RECORD
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"position_embedding_type": "learned"}, "position_embedding_type='learned'"),
-        ({"attention_score": "additive"}, "attention_score='additive'"),
-        ({"decoding": "mask_predict"}, "decoding='mask_predict'"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ({"decoder_start_token_id": None}, "decoder_start_token_id=None"),
-    ],
-)
-def test_what_they_cannot_express_is_refused(tmp_path, fields, message, to):
-    ours(to, **fields).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"{to} cannot express {message}"):
-        convert(tmp_path / "ours", to, tmp_path / to)
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-@pytest.mark.parametrize(("norm_first", "to", "other"), [(True, "marian", "pegasus"), (False, "pegasus", "marian")])
-def test_the_other_order_of_norms_is_refused_and_its_class_named(tmp_path, norm_first, to, other):
-    ours(norm_first=norm_first).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"{to} cannot express norm_first={norm_first}: convert to {other}"):
-        convert(tmp_path / "ours", to, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-    convert(tmp_path / "ours", other, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("to", "fields", "message"),
-    [
-        ("marian", {"decoder_ffn_dim": 16}, "decoder_ffn_dim=16"),
-        ("pegasus", {"decoder_attention_heads": 2}, "decoder_attention_heads=2"),
-        (
-            "marian",
-            {"decoder_vocab_size": 400, "share_encoder_decoder_embeddings": False},
-            "share_encoder_decoder_embeddings",
-        ),
-        ("pegasus", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ("marian", {"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
-    ],
-)
-def test_what_we_cannot_express_is_refused(tmp_path, to, fields, message):
-    stock(to, **fields).save_pretrained(tmp_path / to)
-    with pytest.raises(ValueError, match=message):
-        convert(tmp_path / to, "tfm", tmp_path / "ours")
-    assert [path.name for path in tmp_path.iterdir()] == [to]
-
-
-def test_a_difference_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
-    def swapped(config):
-        """Encoder queries as keys and keys as queries of the first layer: same shapes, another function."""
-        table = MARIAN.names(config)
-        query, key = (f"model.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qk")
-        table[query], table[key] = table[key], table[query]
-        return table
-
-    monkeypatch.setattr(convert_module, "CONVERSIONS", (dataclasses.replace(MARIAN, names=swapped),))
-    ours().save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="logits differ by"):
-        convert(tmp_path / "ours", "marian", tmp_path / "deep" / "marian")
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-def test_an_incomplete_checkpoint_is_refused(tmp_path):
-    ours().save_pretrained(tmp_path / "ours")
-    path = tmp_path / "ours" / "model.safetensors"
-    weights = load_file(path)
-    weights.pop("model.encoder.layers.1.feed_forward.up_proj.bias")
-    save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing_keys.*layers\.1\.feed_forward\.up_proj\.bias"):
-        convert(tmp_path / "ours", "marian", tmp_path / "marian")
-
-
-def test_arguments_are_checked(tmp_path):
-    ours().save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match='to must be one of marian, pegasus, tfm, got "bart"'):
-        convert(tmp_path / "ours", "bart", tmp_path / "out")
-    with pytest.raises(ValueError, match='no conversion of a model of type "tfm_transformer" to "tfm"'):
-        convert(tmp_path / "ours", "tfm", tmp_path / "out")
-    stock("pegasus").save_pretrained(tmp_path / "pegasus")
-    with pytest.raises(ValueError, match='no conversion of a model of type "pegasus" to "marian"'):
-        convert(tmp_path / "pegasus", "marian", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        convert(tmp_path, "marian", tmp_path / "out")
-    with pytest.raises(ValueError, match="neither a folder nor an id on the Hub"):
-        convert(tmp_path / "missing", "marian", tmp_path / "out")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(FileExistsError, match="not an empty folder"):
-        convert(tmp_path / "ours", "marian", tmp_path / "full")
-    (tmp_path / "empty").mkdir()
-    convert(tmp_path / "ours", "marian", tmp_path / "empty")
-    assert (tmp_path / "empty" / "parity_certificate.json").is_file()
