@@ -8,7 +8,10 @@ Three contestants of one size, in turn on the same machine, in float32 and bf16 
   ours            our model, `train_step`, on those batches
 """
 
+import statistics
+
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.optim import AdamW
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -29,7 +32,7 @@ def main(
     precisions: tuple[str, ...] = ("no", "bf16"),
     vocab_size: int = 10_000,
     batch_size: int = 64,
-    batches: int = 10,
+    batches: int = 4,
     rounds: int = 5,
 ) -> None:
     """Measure and write benchmarks/results/translation_training.json.
@@ -66,6 +69,7 @@ def main(
 
 def contestants(config, task, rows, random, ordered, precision: str, batches: int) -> dict:
     """The three contestants at one precision, each a function that trains on one round's batches."""
+    AcceleratorState._reset_state()  # one process may else have one precision only; prepared models keep theirs
 
     def collated(plan, number: int):
         chosen = peers.spread(plan, batches, number)
@@ -115,8 +119,6 @@ def label(precision: str) -> str:
 
 def report(config, rates: dict[str, list[float]], precisions, source_per_target: float) -> dict:
     """Medians, the ratios that matter, and the share of the floor."""
-    import statistics
-
     out: dict = {"target_tokens_per_second": {name: round(statistics.median(r)) for name, r in rates.items()}}
     out["ratios"] = {}
     out["share_of_floor"] = {}
