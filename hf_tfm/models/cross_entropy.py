@@ -78,14 +78,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mean_scores = (rows.float() @ mean_weight)[:, None]  # (N, 1)
         if bias is not None:
             mean_scores += bias.float().mean()
-        share = -label_smoothing / len(weight)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        share = -label_smoothing / len(weight)  # what the uniform part adds for each row; the chunks add the rest
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         if needs_weight:
-            grad_weight = rows.sum(dim=0, dtype=torch.float32).mul_(share).to(weight.dtype).expand_as(weight).clone()
+            grad_weight = (rows.sum(dim=0, dtype=torch.float32) * share).to(weight.dtype).repeat(len(weight), 1)
         if needs_bias:
-            grad_bias = (labelled.sum() * share).to(bias.dtype).expand_as(bias).clone()
+            grad_bias = (labelled.sum() * share).to(bias.dtype).repeat(len(bias))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # Two buffers, one in float32, serve all chunks: fresh memory of this size costs more than what is done in it.
         chunk = min(len(rows), CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"]))
