@@ -5,6 +5,7 @@ Shapes: B sentences; S source, T target positions; D = config.hidden_size; H hea
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,13 @@ class Embedding(nn.Module):
         return self.dropout(inputs_embeds * self.scale + self.positions(positions, end).to(inputs_embeds.dtype))
 
 
-class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
-    """Figure 1, left: source ids (B, S) -> memory (B, S, D)."""
+class TfmTransformerStack(TfmTransformerPreTrainedModel):
+    """What encoder and decoder have in common: an embedding, N blocks, and a last norm after pre-norm blocks."""
 
-    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
-
-    def __init__(self, config: TfmTransformerConfig):
+    def __init__(self, config: TfmTransformerConfig, blocks: Iterable[nn.Module]):
         super().__init__(config)
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.num_encoder_layers))
+        self.layers = nn.ModuleList(blocks)
         # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
@@ -104,6 +103,15 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding.tokens = value
+
+
+class TfmTransformerEncoder(TfmTransformerStack):
+    """Figure 1, left: source ids (B, S) -> memory (B, S, D)."""
+
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    def __init__(self, config: TfmTransformerConfig):
+        super().__init__(config, (EncoderBlock(config, i) for i in range(config.num_encoder_layers)))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -131,7 +139,7 @@ class TfmTransformerEncoder(TfmTransformerPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
-class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
+class TfmTransformerDecoder(TfmTransformerStack):
     """Figure 1, right: target ids (B, T) and memory (B, S, D) -> (B, T, D)."""
 
     _can_record_outputs = {  # noqa: RUF012
@@ -141,20 +149,9 @@ class TfmTransformerDecoder(TfmTransformerPreTrainedModel):
     }
 
     def __init__(self, config: TfmTransformerConfig):
-        super().__init__(config)
-        self.is_causal = config.decoding == "autoregressive"
-        self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(DecoderBlock(config, i, self.is_causal) for i in range(config.num_decoder_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
-        self.gradient_checkpointing = False
-        self.post_init()
-        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding.tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding.tokens = value
+        causal = config.decoding == "autoregressive"
+        super().__init__(config, (DecoderBlock(config, i, causal) for i in range(config.num_decoder_layers)))
+        self.is_causal = causal
 
     @merge_with_config_defaults
     @capture_outputs
