@@ -3,14 +3,32 @@
 Importing this package registers its configurations and models with transformers' Auto classes.
 """
 
-from .models import TfmTransformerConfig, TfmTransformerForConditionalGeneration, TfmTransformerModel
+from .models import (
+    TfmMAEConfig,
+    TfmMAEForPreTraining,
+    TfmMAEModel,
+    TfmTransformerConfig,
+    TfmTransformerForConditionalGeneration,
+    TfmTransformerModel,
+    TfmViTBackbone,
+    TfmViTConfig,
+    TfmViTForImageClassification,
+    TfmViTModel,
+)
 from .registration import carry_code, register
 
 __version__ = "0.1.0"
 __all__ = [
+    "TfmMAEConfig",
+    "TfmMAEForPreTraining",
+    "TfmMAEModel",
     "TfmTransformerConfig",
     "TfmTransformerForConditionalGeneration",
     "TfmTransformerModel",
+    "TfmViTBackbone",
+    "TfmViTConfig",
+    "TfmViTForImageClassification",
+    "TfmViTModel",
     "carry_code",
     "register",
 ]

@@ -6,7 +6,7 @@ import transformers
 
 from . import models
 
-FAMILIES = (models.TfmTransformerConfig,)
+FAMILIES = (models.TfmTransformerConfig, models.TfmViTConfig, models.TfmMAEConfig)
 
 
 def classes(config_class: type) -> dict[str, type]:

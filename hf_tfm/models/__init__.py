@@ -1,7 +1,22 @@
 """The models. Every file here may travel to the Hub beside the weights, so it imports only its siblings, torch and
 transformers, in the form ``from .file import Name``."""
 
+from .configuration_mae import TfmMAEConfig
 from .configuration_transformer import TfmTransformerConfig
+from .configuration_vit import TfmViTConfig
+from .modeling_mae import TfmMAEForPreTraining, TfmMAEModel
 from .modeling_transformer import TfmTransformerForConditionalGeneration, TfmTransformerModel
+from .modeling_vit import TfmViTBackbone, TfmViTForImageClassification, TfmViTModel
 
-__all__ = ["TfmTransformerConfig", "TfmTransformerForConditionalGeneration", "TfmTransformerModel"]
+__all__ = [
+    "TfmMAEConfig",
+    "TfmMAEForPreTraining",
+    "TfmMAEModel",
+    "TfmTransformerConfig",
+    "TfmTransformerForConditionalGeneration",
+    "TfmTransformerModel",
+    "TfmViTBackbone",
+    "TfmViTConfig",
+    "TfmViTForImageClassification",
+    "TfmViTModel",
+]

@@ -74,6 +74,12 @@ def eager_view(config: PreTrainedConfig) -> PreTrainedConfig:
     return view
 
 
+def wants_maps(config: PreTrainedConfig, kwargs: dict) -> bool:
+    """Whether a call asks for attention maps, by argument or by configuration."""
+    asked = kwargs.get("output_attentions")
+    return bool(config.output_attentions if asked is None else asked) or bool(kwargs.get("output_cross_attentions"))
+
+
 def padding_mask(
     config: PreTrainedConfig, queries: Tensor, attention_mask: Tensor | None, memory: Tensor | None = None
 ) -> Tensor | None:
@@ -97,7 +103,8 @@ class MultiHeadAttention(nn.Module):
     """H attention heads side by side; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
 
     Args:
-        config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``.
+        config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``;
+            ``qkv_bias=False`` leaves out the biases of queries, keys and values.
         is_causal: a query sees no later key, as in the decoder's self-attention.
         layer_idx: number of the layer in its stack, the key into a cache.
     """
@@ -110,9 +117,10 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.additive = config.attention_score == "additive"
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        bias = getattr(config, "qkv_bias", True)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.

@@ -3,7 +3,7 @@
     encoder block: x -> self-attention -> feed-forward
     decoder block: x -> masked self-attention -> cross-attention over the encoder's output -> feed-forward
 
-Each sublayer f stands in a residual: post-norm ``norm(x + f(x))`` (the paper), pre-norm ``x + f(norm(x))``.
+Each sublayer f stands in a residual: post-norm ``norm(x + f(x))`` (the paper), pre-norm ``x + f(norm(x))`` (ViT).
 
 Shapes: B sequences; T target, S source positions; D = config.hidden_size; F = config.intermediate_size.
 """
@@ -33,31 +33,58 @@ class FeedForward(nn.Module):
         return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
 
 
-class Residual(nn.Module):
-    """The wrapping of a sublayer: dropout, residual sum and layer norm, in post- or pre-norm order."""
+class DropPath(nn.Module):
+    """Stochastic depth: some samples of a batch skip a residual branch (Huang et al. 2016, arXiv:1603.09382).
 
-    def __init__(self, config: PreTrainedConfig):
+    Args:
+        rate: probability that a sample loses the branch, in [0, 1); those that keep it are scaled by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if not self.training or not self.rate:
+            return branch
+        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1.0 - self.rate)
+        return branch * (keep / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class Residual(nn.Module):
+    """The wrapping of a sublayer: dropout, drop path, residual sum and layer norm, in post- or pre-norm order."""
+
+    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0):
         super().__init__()
         self.norm_first = config.norm_first
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         if self.norm_first:
-            return hidden_states + self.dropout(sublayer(self.norm(hidden_states)))
-        return self.norm(hidden_states + self.dropout(sublayer(hidden_states)))
+            return hidden_states + self.drop_path(self.dropout(sublayer(self.norm(hidden_states))))
+        return self.norm(hidden_states + self.drop_path(self.dropout(sublayer(hidden_states))))
 
 
 class EncoderBlock(GradientCheckpointingLayer):
-    """One of the N layers at the left of figure 1."""
+    """One of the N layers at the left of figure 1.
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None):
+    Args:
+        drop_path: see `DropPath`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None, drop_path: float = 0.0):
         super().__init__()
         self.self_attn = MultiHeadAttention(config, layer_idx=layer_idx)
-        self.self_attn_residual = Residual(config)
+        self.self_attn_residual = Residual(config, drop_path)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_residual = Residual(config)
+        self.feed_forward_residual = Residual(config, drop_path)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """(B, S, D) -> (B, S, D); the mask is in the form of the attention backend."""

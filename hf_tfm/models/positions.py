@@ -80,3 +80,25 @@ def positions_1d(kind: str, length: int, dim: int) -> nn.Module:
     if kind == "learned":
         return LearnedPositions(length, dim)
     raise ValueError(f'position_embedding_type must be "sinusoidal" or "learned", got "{kind}"')
+
+
+def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
+    """Fixed positions of a grid: half of the features say where in a row, the other half in which row.
+
+    In the order of the MAE authors' released weights, column before row, each as sines then cosines (He et al. 2021,
+    arXiv:2111.06377, appendix A.1). Wavelengths as in `sinusoidal`.
+
+    Args:
+        rows, columns: of the grid.
+        dim: D, a multiple of 4.
+
+    Returns:
+        (rows * columns, D) float32, row by row.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"the hidden size must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
+    across, down = (sinusoidal(torch.arange(count), dim // 2) for count in (columns, rows))
+    return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, dim=0)], dim=1)

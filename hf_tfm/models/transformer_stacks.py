@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import MultiHeadAttention, eager_view, padding_mask
+from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_transformer import TfmTransformerConfig
 from .positions import SinusoidalPositions, positions_1d
@@ -215,9 +215,3 @@ class TfmTransformerDecoder(TfmTransformerStack):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
-
-
-def wants_maps(config: TfmTransformerConfig, kwargs: dict) -> bool:
-    """Whether a call asks for attention maps, by argument or by configuration."""
-    asked = kwargs.get("output_attentions")
-    return bool(config.output_attentions if asked is None else asked) or bool(kwargs.get("output_cross_attentions"))

@@ -1,0 +1,194 @@
+"""Configuration of the Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+
+from .patches import patch_grid, sides
+from .travel import TravellingConfig
+
+# Base, large and huge: table 1 of the paper (huge with patches of 14). Tiny and small: Touvron et al. 2021
+# (DeiT, arXiv:2012.12877), table 1.
+SIZES = {
+    "tiny": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "huge": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+
+SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
+LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+
+
+def require_at_least(config, names, least: int = 1) -> None:
+    """Refuse a configuration in which a field of ``names`` is below ``least``."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
+def require_choice(config, name: str, choices) -> None:
+    """Refuse a configuration in which the field ``name`` is none of ``choices``."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(config, name)}"')
+
+
+def require_multiple(config, name: str, of: int, reason: str) -> None:
+    """Refuse a configuration in which the field ``name`` is no multiple of a number that comes from ``reason``."""
+    if getattr(config, name) % of:
+        raise ValueError(f"{name} must be a multiple of {of} for {reason}, got {getattr(config, name)}")
+
+
+def require_share(config, names) -> None:
+    """Refuse a configuration in which a field of ``names`` is outside [0, 1)."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+@strict
+class ImageEncoderConfig(TravellingConfig):
+    """What every Vision Transformer encoder has; `TfmViTConfig` and `TfmMAEConfig` add to it.
+
+    Args:
+        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: blocks, L.
+        num_attention_heads: heads of every attention.
+        intermediate_size: width inside the MLPs.
+        hidden_act: activation of the MLPs.
+        hidden_dropout_prob: on tokens after positions were added and on every sublayer's output.
+        attention_probs_dropout_prob: on attention probabilities.
+        activation_dropout: inside the MLPs.
+        drop_path_rate: of the last block; that of earlier ones grows linearly from 0 (stochastic depth).
+        initializer_range: standard deviation of initial weights.
+        layer_norm_eps: added to the variance in layer norms.
+        image_size: pixels, one number or (height, width), of the images that positions are for.
+        patch_size: pixels, one number or (height, width); with a ``backbone``, cells of its feature map.
+        num_channels: of the images.
+        qkv_bias: whether queries, keys and values have a bias.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    base_model_tp_plan: ClassVar = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
+    # Part of every Vision Transformer; the blocks ask for them.
+    norm_first: ClassVar = True
+    attention_score: ClassVar = "dot_product"
+    # What a family may make a field.
+    position_embedding_type: ClassVar = "sincos_2d"
+    backbone: ClassVar = None
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+
+    @classmethod
+    def of_size(cls, size: str, **fields):
+        """The configuration of a named size, "tiny" to "huge", with ``fields`` changed.
+
+        Raises:
+            ValueError: the size is not known.
+        """
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
+        return cls(**{**SIZES[size], **fields})
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_choice(self, "hidden_act", ACT2FN)
+        require_at_least(self, LEAST_1)
+        require_share(self, SHARES)
+        require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        parts = {"learned_2d": 2, "sincos_2d": 4}.get(self.position_embedding_type, 1)
+        require_multiple(self, "hidden_size", parts, f'position_embedding_type="{self.position_embedding_type}"')
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            if (not isinstance(size, int) and len(size) != 2) or min(sides(size)) < 1:
+                raise ValueError(f"{name} must be a number or a (height, width) pair of pixels, got {size}")
+        if self.backbone is None:
+            patch_grid(*sides(self.image_size), self.patch_size, "image_size")
+
+
+@strict
+class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
+    """What defines a `TfmViTModel`. The defaults are the paper's ViT-B/16.
+
+    Args:
+        position_embedding_type: "learned" (one vector a patch, the paper), "learned_2d" (half a vector a row and half
+            a column; appendix D.4) or "sincos_2d" (fixed).
+        pooling: what stands for the image: the "cls" token, or the "mean" of the patches, normed after pooling.
+        representation_layer: a linear layer with an activation before the classifier, as in the paper's pre-training.
+        pooler_output_size: features of the representation; default, hidden_size.
+        pooler_act: its activation.
+        backbone: name of a timm model whose feature map takes the place of the pixels (the paper's hybrid).
+        backbone_out_index: which of its feature maps.
+
+    The other fields are those of `ImageEncoderConfig`; ``out_features`` and ``out_indices`` are for `TfmViTBackbone`.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    model_type = "tfm_vit"
+    auto_classes: ClassVar = {
+        "AutoConfig": "configuration_vit.TfmViTConfig",
+        "AutoModel": "modeling_vit.TfmViTModel",
+        "AutoModelForImageClassification": "modeling_vit.TfmViTForImageClassification",
+        "AutoBackbone": "modeling_vit.TfmViTBackbone",
+    }
+
+    position_embedding_type: str = "learned"
+    pooling: str = "cls"
+    representation_layer: bool = False
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+    backbone: str | None = None
+    backbone_out_index: int = -1
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.pooler_output_size = self.pooler_output_size or self.hidden_size
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """See `ImageEncoderConfig`."""
+        require_choice(self, "position_embedding_type", ("learned", "learned_2d", "sincos_2d"))
+        require_choice(self, "pooling", ("cls", "mean"))
+        require_choice(self, "pooler_act", ACT2FN)
+        super().validate_architecture()

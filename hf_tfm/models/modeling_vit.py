@@ -1,0 +1,311 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929, figure 1).
+
+    pixels (B, C, H, W) -> patches (B, N, D) + positions -> [class] + N tokens -> pre-norm blocks -> (B, 1 + N, D)
+    -> class token or mean of patches (B, D) -> logits (B, labels)
+
+Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hidden_size; A heads.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import MultiHeadAttention, wants_maps
+from .backbones import TimmFeatures
+from .blocks import EncoderBlock
+from .configuration_vit import TfmViTConfig
+from .patches import PatchEmbedding, patch_grid, patchify, resize_grid, sides
+from .positions import sincos_2d
+
+# Checkpoints name the blocks as those of transformers' own ViT do, so that either class loads the other's weights:
+# (name in a file, name in the model), in this order when loading.
+NATIVE_NAMES = (
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.attention\.query\.", "self_attn.q_proj."),
+    (r"attention\.attention\.key\.", "self_attn.k_proj."),
+    (r"attention\.attention\.value\.", "self_attn.v_proj."),
+    (r"attention\.output\.dense\.", "self_attn.out_proj."),
+    (r"intermediate\.dense\.", "feed_forward.up_proj."),
+    (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"layernorm_before\.", "self_attn_residual.norm."),
+    (r"layernorm_after\.", "feed_forward_residual.norm."),
+)
+
+
+def register_native_names(class_name: str) -> None:
+    """Let the model called ``class_name`` load and save weights under transformers' names."""
+    mapping = [WeightRenaming(source, target) for source, target in NATIVE_NAMES]
+    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+
+
+def drop_path_rates(config: TfmViTConfig) -> list[float]:
+    """The rate of each block, from 0 in the first to ``drop_path_rate`` in the last."""
+    last = max(config.num_hidden_layers - 1, 1)
+    return [config.drop_path_rate * i / last for i in range(config.num_hidden_layers)]
+
+
+def encoder_blocks(config: TfmViTConfig) -> nn.ModuleList:
+    """The L blocks of equations 2 and 3."""
+    return nn.ModuleList(EncoderBlock(config, i, rate) for i, rate in enumerate(drop_path_rates(config)))
+
+
+class TfmViTEmbeddings(nn.Module):
+    """Patches as tokens with their positions, and the [class] token before them (equation 1)."""
+
+    def __init__(self, config: TfmViTConfig):
+        super().__init__()
+        self.backbone = None
+        channels, grid = config.num_channels, sides(config.image_size)
+        if config.backbone is not None:
+            self.backbone = TimmFeatures(config.backbone, channels, config.backbone_out_index)
+            channels, grid = self.backbone.channels, self.backbone.grid(*grid)
+        self.grid = patch_grid(*grid, config.patch_size, "image_size")
+        self.kind = config.position_embedding_type
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = PatchEmbedding(channels, config.patch_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        rows, columns = self.grid
+        table = torch.zeros(1, 1 + rows * columns, config.hidden_size)
+        if self.kind == "learned":
+            self.position_embeddings = nn.Parameter(table)
+        elif self.kind == "sincos_2d":
+            # Fixed, and yet in the file: transformers' ViTMAE reads it there.
+            self.register_buffer("position_embeddings", self.fixed_positions())
+        else:
+            self.row_embeddings = nn.Parameter(torch.zeros(rows, config.hidden_size // 2))
+            self.column_embeddings = nn.Parameter(torch.zeros(columns, config.hidden_size // 2))
+
+    def fixed_positions(self) -> Tensor:
+        """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, D)."""
+        return nn.functional.pad(sincos_2d(*self.grid, self.cls_token.shape[-1]), (0, 0, 1, 0))[None]
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor | float, Tensor]:
+        """Positions of the [class] token (1, 1, D), or 0, and of the patches of a grid (1, N, D)."""
+        if self.kind == "learned_2d":
+            rows, columns = self.row_embeddings, self.column_embeddings
+            across = columns.expand(len(rows), -1, -1)
+            down = rows[:, None].expand(-1, len(columns), -1)
+            return 0.0, resize_grid(torch.cat([across, down], dim=-1).flatten(0, 1)[None], self.grid, grid)
+        return self.position_embeddings[:, :1], resize_grid(self.position_embeddings[:, 1:], self.grid, grid)
+
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Embed images.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            interpolate_pos_encoding: False refuses images of another size than the configuration's; by default their
+                positions are resized.
+            keep: (B, K) int64, the patches to embed, in this order; default, all in theirs.
+
+        Returns:
+            (B, 1 + K, D), K = N by default.
+
+        Raises:
+            ValueError: the images do not fit the model.
+        """
+        features = pixel_values if self.backbone is None else self.backbone(pixel_values)
+        grid = self.patch_embeddings.check(features)
+        if interpolate_pos_encoding is False and grid != self.grid:
+            raise ValueError(
+                f"pixel_values make {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
+                f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
+            )
+        patches = patchify(features, self.patch_embeddings.patch_size)  # (B, N, P P C)
+        first, positions = self.positions(grid)
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, K, P P C)
+            positions = positions[0][keep]  # (B, K, D)
+        tokens = self.patch_embeddings(patches) + positions
+        cls_token = (self.cls_token + first).expand(len(tokens), -1, -1)
+        return self.dropout(torch.cat([cls_token.to(tokens.dtype), tokens], dim=1))
+
+
+class TfmViTPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmViTConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TfmViTEmbeddings", "EncoderBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal of ``initializer_range``, as DeiT; zeros for biases."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TimmFeatures):
+            module.initialize()
+        elif isinstance(module, TfmViTEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            if module.kind == "learned":
+                init.trunc_normal_(module.position_embeddings, std=std)
+            elif module.kind == "sincos_2d":
+                init.copy_(module.position_embeddings, module.fixed_positions())
+            else:
+                init.trunc_normal_(module.row_embeddings, std=std)
+                init.trunc_normal_(module.column_embeddings, std=std)
+
+
+class TfmViTPooler(nn.Module):
+    """The representation layer: a linear layer with an activation (section 3.1)."""
+
+    def __init__(self, config: TfmViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, pooler_output_size)."""
+        return self.activation(self.dense(features))
+
+
+class TfmViTModel(TfmViTPreTrainedModel):
+    """The encoder, without a classifier.
+
+    Args:
+        add_pooling_layer: put the representation layer on what stands for the image.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TfmViTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = TfmViTEmbeddings(config)
+        self.layers = encoder_blocks(config)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # A mean is normed after pooling, and nothing before it (MAE's fine-tuning; He et al. 2021, appendix A.1).
+        self.layernorm = norm if config.pooling == "cls" else nn.Identity()
+        self.fc_norm = norm if config.pooling == "mean" else None
+        self.pooler = TfmViTPooler(config) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def pool(self, hidden_states: Tensor) -> Tensor:
+        """What stands for the image: (B, 1 + N, D) -> (B, D), or the features of the representation layer."""
+        features = hidden_states[:, 0] if self.fc_norm is None else self.fc_norm(hidden_states[:, 1:].mean(dim=1))
+        return features if self.pooler is None else self.pooler(features)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode images (B, C, H, W) of any height and width that the patch divides.
+
+        Args:
+            interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
+
+        Returns:
+            ``last_hidden_state`` (B, 1 + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
+            ``hidden_states``, L + 1 of (B, 1 + N, D), and ``attentions``, L of (B, A, 1 + N, 1 + N).
+        """
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, None, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pool(hidden_states))
+
+
+class TfmViTForImageClassification(TfmViTPreTrainedModel):
+    """The Vision Transformer with a linear classifier."""
+
+    _auto_class = "AutoModelForImageClassification"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  a masked autoencoder's; its encoder is taken
+
+    def __init__(self, config: TfmViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = TfmViTModel(config, add_pooling_layer=config.representation_layer)
+        features = config.pooler_output_size if config.representation_layer else config.hidden_size
+        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """Classify images (B, C, H, W).
+
+        Args:
+            labels: (B,) int64 for single-label classification, or (B, labels) probabilities when ``problem_type`` says
+                so (mixup); else as transformers' `ViTForImageClassification`.
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, labels); on request what `TfmViTModel` gives.
+        """
+        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)  # (B, labels)
+        loss = None
+        if labels is not None:
+            single = self.config.problem_type == "single_label_classification"
+            if single and labels.is_floating_point():
+                loss = nn.functional.cross_entropy(logits, labels.to(logits.device))
+            else:
+                loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
+    """The encoder as a backbone: feature maps of chosen blocks, for detection and segmentation heads."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: TfmViTConfig):
+        super().__init__(config)
+        self.vit = TfmViTModel(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """Feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), normed."""
+        kwargs["output_hidden_states"] = True
+        outputs = self.vit(pixel_values, **kwargs)
+        embeddings = self.vit.embeddings
+        height, width = pixel_values.shape[2:]
+        if embeddings.backbone is not None:
+            height, width = embeddings.backbone.grid(height, width)
+        grid = patch_grid(height, width, self.config.patch_size)
+        maps = [
+            self.vit.layernorm(states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        ]
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+register_native_names("TfmViTModel")

@@ -1,0 +1,118 @@
+"""Images as sequences of patches, and back (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1).
+
+    pixels (B, C, H, W) -> patches (B, N, P P C) -> linear -> tokens (B, N, D)
+
+Shapes: B images; C channels; H, W pixels; P patch side (Ph x Pw where the sides differ); N = (H / Ph)(W / Pw) patches,
+row by row; D hidden size.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+Size = int | Sequence[int]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def patch_grid(height: int, width: int, patch_size: Size, argument: str = "pixel_values") -> tuple[int, int]:
+    """Rows and columns of patches in an image.
+
+    Raises:
+        ValueError: the patch does not divide the image.
+    """
+    patch_height, patch_width = sides(patch_size)
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"{argument} must be a multiple of the patch in height and width, got {height} x {width} for patches of "
+            f"{patch_height} x {patch_width}"
+        )
+    return height // patch_height, width // patch_width
+
+
+def patchify(pixel_values: Tensor, patch_size: Size) -> Tensor:
+    """Cut images into patches; in a patch row by row, the channels of a pixel side by side.
+
+    Args:
+        pixel_values: (B, C, H, W).
+
+    Returns:
+        (B, N, P P C).
+    """
+    B, C, H, W = pixel_values.shape
+    rows, columns = patch_grid(H, W, patch_size)
+    height, width = sides(patch_size)
+    patches = pixel_values.view(B, C, rows, height, columns, width)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, height * width * C)
+
+
+def unpatchify(patches: Tensor, patch_size: Size, image_size: Size) -> Tensor:
+    """The reverse of `patchify`: (B, N, P P C) -> (B, C, H, W) of the given size in pixels.
+
+    Raises:
+        ValueError: there are more or fewer patches than the image has.
+    """
+    height, width = sides(patch_size)
+    rows, columns = patch_grid(*sides(image_size), patch_size, "image_size")
+    B, N, features = patches.shape
+    if rows * columns != N:
+        raise ValueError(f"an image of {rows} x {columns} patches has {rows * columns} of them, got {N}")
+    C = features // (height * width)
+    pixels = patches.view(B, rows, columns, height, width, C).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(B, C, rows * height, columns * width)
+
+
+def resize_grid(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of one vector a patch to another grid, for images of another size (section 3.2).
+
+    Args:
+        table: (1, rows * columns, D), row by row.
+        grid: its (rows, columns).
+        new_grid: the (rows, columns) wanted.
+
+    Returns:
+        (1, new rows * new columns, D).
+    """
+    if grid == new_grid:
+        return table
+    plane = table.view(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    plane = nn.functional.interpolate(plane.float(), size=new_grid, mode="bicubic", align_corners=False)
+    return plane.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """A linear layer over each patch (equation 1).
+
+    Its weight has the shape of the convolution that does the same, (D, C, Ph, Pw), as checkpoints have it.
+
+    Args:
+        num_channels: C.
+        patch_size: P.
+        hidden_size: D.
+    """
+
+    def __init__(self, num_channels: int, patch_size: Size, hidden_size: int):
+        super().__init__()
+        self.patch_size = sides(patch_size)
+        self.projection = nn.Conv2d(num_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, P P C), see `patchify` -> (B, N, D)."""
+        weight = self.projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P P C)
+        return nn.functional.linear(patches.to(weight.dtype), weight, self.projection.bias)
+
+    def check(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in images (B, C, H, W).
+
+        Raises:
+            ValueError: the images have another number of channels, or the patch does not divide them.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.projection.in_channels:
+            raise ValueError(
+                f"pixel_values must have shape (B, {self.projection.in_channels}, H, W), got "
+                f"{tuple(pixel_values.shape)}"
+            )
+        return patch_grid(*pixel_values.shape[2:], self.patch_size)
