@@ -3,6 +3,7 @@
 hf-tfm COMMAND --help tells each one's options.
 """
 
+import inspect
 import runpy
 import sys
 from collections.abc import Callable
@@ -35,29 +36,78 @@ def run(recipe: str, argv: list[str]) -> None:
 
 def show_attention(
     model: str,
-    text: str,
+    image: str | None = None,
+    text: str | None = None,
     target: str | None = None,
+    query: str | None = None,
     output_dir: str = "attention",
     layers: list[int] | None = None,
     heads: list[int] | None = None,
 ) -> None:
-    """Draw encoder, decoder and cross attention of a translation model, per layer and head.
+    """Draw where a model looks, per layer and head: an image model on an image, a translation model on a text.
 
     Args:
         model: folder or Hub id.
-        text: the source sentence.
+        image: for an image model: a file, or dataset:split:index; drawn with attention rollout.
+        text: for a translation model: the source sentence.
         target: its translation; default, the model's own.
+        query: who looks at the image, class (the [class] token) or mean (of patches); default, what the model pools.
         output_dir: folder for the pictures.
         layers: numbers of the layers to draw; default, all.
         heads: numbers of the heads to draw; default, all.
     """
-    from .evaluation import load_seq2seq
-    from .viz.attention import attention_maps, plot_attention
+    from .viz import attention, image_maps, images
 
-    loaded, tokenizer = load_seq2seq(model)
-    maps = attention_maps(loaded, tokenizer, text, target)
-    for path in plot_attention(maps, output_dir, layers=layers, heads=heads):
+    if (image is None) == (text is None):
+        raise ValueError("an image model needs an IMAGE, a translation model a --text: give one of them")
+    if text is not None:
+        from .evaluation import load_seq2seq
+
+        if query is not None:
+            raise ValueError(f'query is for an image, and here is a text; got "{query}"')
+        maps = attention.attention_maps(*load_seq2seq(model), text, target)
+        paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
+    else:
+        if target is not None:
+            raise ValueError(f'target is for a text, and here is an image; got "{target}"')
+        read, loaded, processor = images.read_image(image), images.load_encoder(model), images.load_processor(model)
+        maps = image_maps.image_attention_maps(loaded, processor, read, query)
+        paths = image_maps.plot_image_attention(maps, output_dir, layers=layers, heads=heads)
+    for path in paths:
         print(path)
+
+
+def show_reconstruction(
+    model: str, images: list[str], mask_ratio: float | None = None, seed: int = 0, output: str = "reconstruction.png"
+) -> None:
+    """Draw images as a masked autoencoder reconstructs them: original, masked, reconstructed, a row for each.
+
+    Args:
+        model: folder or Hub id of a masked autoencoder.
+        images: files, or dataset:split:index.
+        mask_ratio: share of patches hidden; default, the model's.
+        seed: of which patches are hidden.
+        output: PNG file.
+    """
+    from .viz.images import load_autoencoder, load_processor, read_image
+    from .viz.reconstruction import plot_reconstructions, reconstruct_images
+
+    read, loaded = [read_image(image) for image in images], load_autoencoder(model)
+    found = reconstruct_images(loaded, load_processor(model), read, mask_ratio, seed)
+    print(plot_reconstructions(loaded, found, output))
+
+
+def show_positions(model: str, output: str = "positions.png") -> None:
+    """Draw how alike the position embeddings of an image model are, each patch's against all.
+
+    Args:
+        model: folder or Hub id.
+        output: PNG file.
+    """
+    from .viz.images import load_encoder
+    from .viz.positions import plot_positions
+
+    print(plot_positions(load_encoder(model), output))
 
 
 def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
@@ -120,7 +170,11 @@ def main(argv: list[str] | None = None) -> None:
         "evaluate": (evaluate_translation, "model"),
         "convert": (convert, "model"),
         "push": (push, "folder", "repo_id"),
-        "show": {"attention": (show_attention, "model")},
+        "show": {
+            "attention": (show_attention, "model", "image"),
+            "positions": (show_positions, "model"),
+            "reconstruction": (show_reconstruction, "model", "images"),
+        },
         "quickstart": (quickstart,),
     }
     parser = ArgumentParser(prog="hf-tfm", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -163,8 +217,11 @@ def add_commands(
             document = docstring_parser.parse(function.__doc__)
             about = {argument.arg_name: argument.description for argument in document.params}
             sub = ArgumentParser(description=document.short_description, allow_abbrev=False)
+            parameters = inspect.signature(function).parameters
             for argument in positional:
-                sub.add_argument(argument, type=str, help=about[argument])
+                many = {"nargs": "+"} if parameters[argument].annotation == list[str] else {}
+                optional = {} if parameters[argument].default is inspect.Parameter.empty else {"nargs": "?"}
+                sub.add_argument(argument, type=str, help=about[argument], **many, **optional)
             sub.add_function_arguments(function, skip=set(positional), fail_untyped=True)
             group.add_subcommand(name, sub, help=sub.description)
             functions[(*path, name)] = function

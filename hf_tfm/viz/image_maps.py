@@ -1,0 +1,182 @@
+"""Where an image model looked: attention of each head over the image, and attention rollout.
+
+    PIL image -> pixel values -> one forward pass with maps -> the row of one query over the patches -> PNG
+
+Shapes: L layers; H heads; N = rows x columns patches; T tokens, those before the patches, such as [class], among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import forming_maps, pick
+from .images import (
+    MASKED_AUTOENCODERS,
+    NamedImage,
+    enlarge,
+    mask_ratio_of,
+    name_of,
+    pixels,
+    require_image_model,
+    size_option,
+    visible,
+)
+from .mosaic import Mosaic
+from .rollout import attention_rollout
+
+QUERIES = {"class": "the [class] token", "mean": "the mean of patches"}
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """Where a model looked on one image.
+
+    Args:
+        model: its name.
+        name: of the image.
+        image: (H, W, 3) float32 in [0, 1], the image as the model reads it.
+        query: who looks: "class", the [class] token, or "mean", the mean over all patches.
+        heads: (L, H, rows, columns) float32, attention to each patch; what went to other tokens is missing to 1.
+        rollout: (rows, columns) float32, what of each patch reaches the query after the last layer.
+        prediction: the class predicted with its probability, for a classifier.
+    """
+
+    model: str
+    name: str
+    image: np.ndarray
+    query: str
+    heads: np.ndarray
+    rollout: np.ndarray
+    prediction: str | None = None
+
+
+@torch.no_grad()
+def image_attention_maps(
+    model: PreTrainedModel, processor: Any, image: NamedImage, query: str | None = None
+) -> ImageMaps:
+    """Run a model on one image and keep where it looked.
+
+    A masked autoencoder sees the whole image here.
+
+    Args:
+        model: one of image patches, such as `TfmViTForImageClassification`, `TfmMAEModel` or `ViTModel`, with any
+            attention backend. It is evaluated without dropout, and left as it was.
+        processor: of the model.
+        image: what `read_image` gives.
+        query: "class" or "mean"; default, what the model makes its prediction from.
+
+    Raises:
+        ValueError: the model has no patches, no such query or no maps of all its tokens, or the patch does not divide
+            the image.
+    """
+    require_image_model(model.config, type(model).__name__)
+    if query is None:
+        query = "mean" if getattr(model.config, "pooling", "cls") == "mean" else "class"
+    if query not in QUERIES:
+        raise ValueError(f'query must be {" or ".join(QUERIES)}, got "{query}"')
+    pixel_values, grid = pixels(model, processor, image.image)
+    with forming_maps(model):
+        outputs = forward_whole(model, pixel_values, grid[0] * grid[1])
+    attentions = outputs.attentions
+    before = attentions[0].shape[-1] - grid[0] * grid[1]  # tokens before the patches
+    if before < 0 or len({maps.shape for maps in attentions}) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has no attention between all patches of an image: its first map is "
+            f"{tuple(attentions[0].shape)} for {grid[0] * grid[1]} patches"
+        )
+    if query == "class" and not before:
+        raise ValueError(f'{type(model).__name__} has no [class] token: query must be "mean"')
+
+    def over_image(maps: Tensor) -> np.ndarray:  # (..., T, T) -> (..., rows, columns)
+        row = maps[..., 0, :] if query == "class" else maps[..., before:, :].mean(dim=-2)
+        return row[..., before:].unflatten(-1, grid).float().cpu().numpy()
+
+    return ImageMaps(
+        model=name_of(model),
+        name=image.name,
+        image=visible(processor, pixel_values),
+        query=query,
+        heads=over_image(torch.cat(list(attentions))),
+        rollout=over_image(attention_rollout(attentions)[0]),
+        prediction=prediction(model, outputs),
+    )
+
+
+def forward_whole(model: PreTrainedModel, pixel_values: Tensor, patches: int) -> Any:
+    """One pass over (1, C, H, W) with maps; of a masked autoencoder with every patch visible and in its place."""
+    options = {"output_attentions": True, **size_option(model, pixel_values)}
+    if model.config.model_type not in MASKED_AUTOENCODERS:
+        return model(pixel_values, **options)
+    order = torch.arange(patches, device=pixel_values.device)[None] / patches
+    with mask_ratio_of(model, 0.0):
+        return model(pixel_values, noise=order, **options)
+
+
+def prediction(model: PreTrainedModel, outputs: Any) -> str | None:
+    """The likeliest class of a classifier's output, with its probability."""
+    if not type(model).__name__.endswith("ForImageClassification"):
+        return None
+    probability, label = outputs.logits[0].float().softmax(dim=-1).max(dim=-1)
+    return f"{model.config.id2label[label.item()]} ({probability:.0%})"
+
+
+def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A map (rows, columns) in [0, 1] in colour over an image (H, W, 3) in grey."""
+    colour = matplotlib.colormaps["inferno"](enlarge(weights, image))[..., :3]
+    return 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colour
+
+
+def scaled(weights: np.ndarray) -> np.ndarray:
+    """A map with its largest value at 1."""
+    return weights / max(weights.max(), 1e-12)
+
+
+def plot_image_attention(
+    maps: ImageMaps,
+    output_dir: str | Path,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> list[Path]:
+    """Draw attention of each head over the image, and attention rollout.
+
+    Args:
+        maps: what `image_attention_maps` returned.
+        output_dir: folder; gets ``heads.png``, a row for a layer and a column for a head, and ``rollout.png``.
+        layers: layers of ``heads.png``, counted from 0; default all. Rollout is always through all.
+        heads: heads of ``heads.png``, counted from 0; default all.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: a layer or head does not exist, or a picture would be too large.
+    """
+    chosen_layers = pick(layers, maps.heads.shape[0], "layers")
+    chosen_heads = pick(heads, maps.heads.shape[1], "heads")
+    about = f"{maps.name}, predicted: {maps.prediction}" if maps.prediction else maps.name
+    each = "each map scaled to its largest value"
+    per_head = Mosaic(
+        [[overlay(maps.image, scaled(maps.heads[layer, head])) for head in chosen_heads] for layer in chosen_layers],
+        rows=[f"layer {layer}" for layer in chosen_layers],
+        columns=[f"head {head}" for head in chosen_heads],
+        title=[f"{maps.model}: attention of {QUERIES[maps.query]}, {each}", about],
+        side=1.1,
+    )
+    rollout = scaled(maps.rollout)
+    weighted = maps.image * enlarge(rollout, maps.image)[..., None]
+    rolled = Mosaic(
+        [[maps.image, overlay(maps.image, rollout), weighted]],
+        rows=[""],
+        columns=["image", "rollout", "image times rollout"],
+        title=[f"{maps.model}: attention rollout of {QUERIES[maps.query]}", about],
+        side=2.4,
+    )
+    folder = Path(output_dir)
+    return [per_head.save(folder / "heads.png"), rolled.save(folder / "rollout.png")]

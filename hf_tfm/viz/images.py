@@ -1,0 +1,181 @@
+"""Image models and their images: load both, and turn what the model reads back into what people see.
+
+path or "dataset:split:index" -> PIL image -> the model's own processor -> pixel values -> (H, W, 3) in [0, 1]
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ..data.text import load_splits, take_split
+from ..models.patches import patch_grid
+
+MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
+DATASET_ROW = re.compile(r"(?P<dataset>.+):(?P<split>[\w.-]+):(?P<index>-?\d+)")
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """An image, and what a picture calls it."""
+
+    name: str
+    image: Image.Image
+
+
+def require_image_model(config: PreTrainedConfig, model: str) -> None:
+    """Refuse a model that does not cut images into patches."""
+    if getattr(config, "patch_size", None) is None or getattr(config, "image_size", None) is None:
+        raise ValueError(
+            f'"{model}" is a {config.model_type} model: pictures of images are for models of image patches, such as '
+            "tfm_vit, tfm_mae, vit and vit_mae"
+        )
+
+
+def load_encoder(model: str) -> PreTrainedModel:
+    """An image model of a folder or a Hub id: with its classifier if it has one, else the encoder alone.
+
+    Raises:
+        ValueError: it is no model of image patches.
+    """
+    config = AutoConfig.from_pretrained(model)
+    require_image_model(config, model)
+    classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    return (AutoModelForImageClassification if classifies else AutoModel).from_pretrained(model).eval()
+
+
+def load_autoencoder(model: str) -> PreTrainedModel:
+    """A masked autoencoder with its decoder, ours or transformers'.
+
+    Raises:
+        ValueError: it is another kind of model, or its decoder was not saved.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type not in MASKED_AUTOENCODERS:
+        raise ValueError(
+            f'"{model}" is a {config.model_type} model: reconstructions are for masked autoencoders, '
+            f"{' and '.join(MASKED_AUTOENCODERS)}"
+        )
+    loaded, report = AutoModelForPreTraining.from_pretrained(model, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f'"{model}" has no weights for {missing[0]} and {len(missing) - 1} more: it is an encoder alone'
+        )
+    return loaded.eval()
+
+
+def load_processor(model: str):
+    """The image processor saved with a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f'"{model}" has no image processor (preprocessor_config.json), so size, mean and deviation of its images '
+            "are not known: save the one it was trained with beside the weights, such as "
+            f'ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained("{model}")'
+        ) from error
+
+
+def read_image(where: str) -> NamedImage:
+    """Read an image file, or an image of a data set.
+
+    Args:
+        where: a path, or "dataset:split:index" with a data set that `load_splits` takes.
+
+    Raises:
+        ValueError: there is no such file, data set, split or row, or it is no image.
+    """
+    path = Path(where)
+    if path.is_file():
+        try:
+            return NamedImage(path.name, ImageOps.exif_transpose(Image.open(path)))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f'"{where}" cannot be read as an image: {error}') from error
+    row = DATASET_ROW.fullmatch(where)
+    if row is None:
+        raise ValueError(
+            f'there is no image "{where}": it must be a file, or a row of a data set, dataset:split:index'
+        )
+    dataset, split, index = row["dataset"], row["split"], int(row["index"])
+    rows = take_split(load_splits(dataset), split, "split")
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f'data set "{dataset}" has no column of images; it has {", ".join(rows.column_names)}')
+    if not -len(rows) <= index < len(rows):
+        raise ValueError(f'index must be from 0 to {len(rows) - 1} for split "{split}" of "{dataset}", got {index}')
+    return NamedImage(f"{Path(dataset).name} {split} {index}", rows[index][columns[0]])
+
+
+def pixels(model: PreTrainedModel, processor: Any, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    """What a model reads of an image, (1, C, H, W) on its device, and the (rows, columns) of its patches.
+
+    Raises:
+        ValueError: the patch does not divide the image that the processor gives, or it is neither grey nor RGB.
+    """
+    if model.config.num_channels not in (1, 3):
+        raise ValueError(f"num_channels must be 1 or 3 for a picture, got {model.config.num_channels}")
+    image = image.convert("L" if model.config.num_channels == 1 else "RGB")
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+    return pixel_values, patch_grid(*pixel_values.shape[2:], model.config.patch_size, "the image after its processor")
+
+
+def size_option(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:
+    """The argument with which a model takes an image of another size than its own; ours needs none."""
+    size = model.config.image_size
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    return {} if tuple(pixel_values.shape[2:]) == own else {"interpolate_pos_encoding": True}
+
+
+def visible(processor: Any, pixel_values: Tensor) -> np.ndarray:
+    """Pixel values (1, C, H, W) in the scale a processor gives -> (H, W, 3) float32 in [0, 1]."""
+    image = pixel_values[0].detach().float().cpu().permute(1, 2, 0)  # (H, W, C)
+    if processor.do_normalize:
+        image = image * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+    image = image / (255 * processor.rescale_factor if processor.do_rescale else 255)
+    return image.clamp(0, 1).expand(-1, -1, 3).numpy().astype(np.float32)
+
+
+def enlarge(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A value a patch (rows, columns) as a value a pixel of an image (H, W, 3): (H, W)."""
+    height, width = (pixels // patches for pixels, patches in zip(image.shape, values.shape, strict=False))
+    return values.repeat(height, axis=0).repeat(width, axis=1)
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What a picture calls a model: its folder's name, its Hub id, or its class."""
+    name = str(model.config._name_or_path or type(model).__name__)
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+@contextmanager
+def mask_ratio_of(model: PreTrainedModel, mask_ratio: float | None) -> Iterator[float]:
+    """Inside the block a masked autoencoder hides another share of patches; None leaves it."""
+    before = model.config.mask_ratio
+    if mask_ratio is not None and not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+    model.config.mask_ratio = before if mask_ratio is None else mask_ratio
+    try:
+        yield model.config.mask_ratio
+    finally:
+        model.config.mask_ratio = before

@@ -1,0 +1,116 @@
+"""What a masked autoencoder makes of images (He et al. 2021, arXiv:2111.06377, figure 2).
+
+PIL image -> pixel values -> hide patches -> prediction -> back to the scale of pixels -> (H, W, 3) -> PNG
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..models.modeling_mae import TfmMAEForPreTraining
+from .images import MASKED_AUTOENCODERS, NamedImage, enlarge, mask_ratio_of, name_of, pixels, size_option, visible
+from .mosaic import Mosaic
+
+GREY = 0.5  # of hidden patches
+COLUMNS = ("original", "masked", "reconstructed", "reconstructed + visible")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One image, as the model reads it, and what it made of it. Images are (H, W, 3) float32 in [0, 1].
+
+    Args:
+        name: of the image.
+        original: the image.
+        masked: with hidden patches in grey.
+        reconstructed: the prediction for every patch.
+        pasted: the prediction where patches were hidden, the image where they were visible.
+        mask: (rows, columns) bool, True = hidden.
+    """
+
+    name: str
+    original: np.ndarray
+    masked: np.ndarray
+    reconstructed: np.ndarray
+    pasted: np.ndarray
+    mask: np.ndarray
+
+
+@torch.no_grad()
+def reconstruct_images(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Sequence[NamedImage],
+    mask_ratio: float | None = None,
+    seed: int = 0,
+) -> list[Reconstruction]:
+    """Hide patches of images and let a model reconstruct them.
+
+    With ``norm_pix_loss`` the model predicts each patch normalised; it gets back mean and deviation of the true patch,
+    as in the paper's figures. Without this, the prediction looks like noise.
+
+    Args:
+        model: a `TfmMAEForPreTraining` or transformers' `ViTMAEForPreTraining`. It is left as it was.
+        processor: of the model.
+        images: what `read_image` gives.
+        mask_ratio: share of patches hidden, in [0, 1); default, the model's.
+        seed: of which patches are hidden; the same for the same images.
+
+    Raises:
+        ValueError: the model is no masked autoencoder, ``mask_ratio`` is outside its range, or the patch does not
+            divide an image.
+    """
+    if model.config.model_type not in MASKED_AUTOENCODERS or not hasattr(model, "decoder"):
+        raise ValueError(f"model must be a masked autoencoder with its decoder, got {type(model).__name__}")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    training = model.training
+    model.eval()
+    with mask_ratio_of(model, mask_ratio):
+        for image in images:
+            pixel_values, (rows, columns) = pixels(model, processor, image.image)
+            noise = torch.rand(1, rows * columns, generator=generator).to(model.device)
+            outputs = model(pixel_values, noise=noise, **size_option(model, pixel_values))
+            # Of its model this reads the configuration alone, so that it serves transformers' class too.
+            predicted, pasted = (
+                TfmMAEForPreTraining.reconstruct(model, pixel_values, outputs.logits, mask)
+                for mask in (torch.ones_like(outputs.mask), outputs.mask)
+            )
+            original = visible(processor, pixel_values)
+            mask = outputs.mask.bool().view(rows, columns).cpu().numpy()
+            found.append(
+                Reconstruction(
+                    name=image.name,
+                    original=original,
+                    masked=np.where(enlarge(mask, original)[..., None], np.float32(GREY), original),
+                    reconstructed=visible(processor, predicted),
+                    pasted=visible(processor, pasted),
+                    mask=mask,
+                )
+            )
+    model.train(training)
+    return found
+
+
+def plot_reconstructions(
+    model: PreTrainedModel, reconstructions: Sequence[Reconstruction], output: str | Path
+) -> Path:
+    """Draw original, masked, reconstructed, and reconstructed with the visible patches, a row for each image.
+
+    Args:
+        model: named in the title.
+        reconstructions: what `reconstruct_images` returned.
+        output: the ".png" file.
+    """
+    share = np.mean([one.mask.mean() for one in reconstructions])
+    title = [f"{name_of(model)}: {share:.0%} of patches hidden"]
+    if model.config.norm_pix_loss:
+        title.append("normalised predictions, shown with mean and deviation of the true patch")
+    panels = [[one.original, one.masked, one.reconstructed, one.pasted] for one in reconstructions]
+    names = [one.name for one in reconstructions]
+    return Mosaic(panels, rows=names, columns=list(COLUMNS), title=title).save(output)
