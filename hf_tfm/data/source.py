@@ -1,25 +1,108 @@
-"""Where a data set came from: the commit that was loaded, and the licence its card states."""
+"""Data sets of any kind: loading their splits, the commit that was loaded, and the licence the card states."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import datasets
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
-from .text import EMBEDDED
-
 CARD = "README.md"
+EMBEDDED = ("number-words", "digits")
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_splits(
+    dataset: str,
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None,
+    streaming: bool = False,
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load every split of a data set.
+
+    Args:
+        dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
+            json, jsonl, csv or parquet file, or one of the embedded sets "number-words" and "digits".
+        name: configuration of the data set.
+        revision: commit, tag or branch on the Hub.
+        data_files: files by split, for a builder name such as "parquet".
+        streaming: read rows as they come instead of the whole set first.
+
+    Raises:
+        ValueError: the data set cannot be found, or does not fit the options.
+    """
+    if dataset in EMBEDDED:
+        if streaming or name or revision or data_files:
+            raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision, data_files or streaming')
+        return embedded(dataset)
+    if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
+        if data_files:
+            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
+        dataset, data_files = builder, dataset
+    try:
+        return datasets.load_dataset(dataset, name, revision=revision, data_files=data_files, streaming=streaming)
+    except OSError as error:  # also what `datasets` raises where it finds nothing, or has no network
+        raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
+
+
+def embedded(dataset: str) -> datasets.DatasetDict:
+    """One of the data sets `EMBEDDED` names; each needs a library of its own, and no download."""
+    if dataset == "digits":
+        from .digits import digits
+
+        return digits()
+    from .number_words import number_words
+
+    return number_words()
+
+
+def take_split(splits: dict, split: str, argument: str):
+    """One split by name.
+
+    Raises:
+        ValueError: there is no such split; the error names those there are.
+    """
+    if split not in splits:
+        raise ValueError(f'{argument} "{split}" is not a split of the data set; it has {", ".join(splits)}')
+    return splits[split]
+
+
+def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
+    """All rows of a stream, in memory."""
+    return datasets.Dataset.from_list(list(rows))
+
+
+def show_progress_of(rows) -> None:
+    """Show `datasets`' progress bars for large data alone."""
+    if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+
+
+def describe_rows(
+    splits: Mapping[str, Any], fingerprint: Callable[[datasets.Dataset], str]
+) -> dict[str, dict[str, Any]]:
+    """``fingerprint`` of the content and ``rows`` by split; of a stream, which is not read, "stream" and None."""
+    streams = {name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)}
+    return {
+        "fingerprint": {name: "stream" if name in streams else fingerprint(rows) for name, rows in splits.items()},
+        "rows": {name: None if name in streams else len(rows) for name, rows in splits.items()},
+    }
 
 
 def describe_source(dataset: str, revision: str | None = None) -> dict[str, str | None]:
     """Commit and licence of a data set; None for what does not exist or, without a network, is not known.
 
     Args:
-        dataset: as for `text.load_splits`.
+        dataset: as for `load_splits`.
         revision: commit, tag or branch on the Hub.
 
     Returns:
         ``revision``, the commit that ``revision`` or the newest version stands for, and ``license`` by its short name.
     """
-    if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # generated, local, or a format's name
+    if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # embedded, local, or a format's name
         card = Path(dataset) / CARD
         return {"revision": None, "license": licence(card) if card.is_file() else None}
     try:

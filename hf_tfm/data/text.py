@@ -6,7 +6,6 @@ load_dataset(...) -> {"source", "target"} strings -> byte-pair encoding -> {"inp
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,56 +14,12 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .source import describe_rows, show_progress_of
+from .source import gather as gather  # part of what recipes need of texts, like the next two
+from .source import load_splits as load_splits
+from .source import take_split as take_split
+
 PAD, BOS, EOS, UNK, MASK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")  # ids 0 to 4
-EMBEDDED = ("number-words",)
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_splits(
-    dataset: str,
-    name: str | None = None,
-    revision: str | None = None,
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None,
-    streaming: bool = False,
-) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load every split of a data set.
-
-    Args:
-        dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
-            json, jsonl, csv or parquet file, or "number-words", the generated set of the quickstart.
-        name: configuration of the data set.
-        revision: commit, tag or branch on the Hub.
-        data_files: files by split, for a builder name such as "parquet".
-        streaming: read rows as they come instead of the whole set first.
-
-    Raises:
-        ValueError: the data set cannot be found, or does not fit the options.
-    """
-    if dataset in EMBEDDED:
-        if streaming or name or revision or data_files:
-            raise ValueError(f'dataset "{dataset}" is generated: it takes no name, revision, data_files or streaming')
-        from .number_words import number_words
-
-        return number_words()
-    if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
-        if data_files:
-            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
-        dataset, data_files = builder, dataset
-    try:
-        return datasets.load_dataset(dataset, name, revision=revision, data_files=data_files, streaming=streaming)
-    except OSError as error:  # also what `datasets` raises where it finds nothing, or has no network
-        raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
-
-
-def take_split(splits: dict, split: str, argument: str):
-    """One split by name.
-
-    Raises:
-        ValueError: there is no such split; the error names those there are.
-    """
-    if split not in splits:
-        raise ValueError(f'{argument} "{split}" is not a split of the data set; it has {", ".join(splits)}')
-    return splits[split]
 
 
 def text_pairs(rows, source_column: str, target_column: str):
@@ -143,25 +98,8 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 
 def describe(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``fingerprint`` and ``rows`` by split; of a stream, which is not read for it, "stream" and None."""
-    streams = {name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)}
-    return {
-        "fingerprint": {name: "stream" if name in streams else fingerprint(rows) for name, rows in splits.items()},
-        "rows": {name: None if name in streams else len(rows) for name, rows in splits.items()},
-    }
-
-
-def show_progress_of(rows) -> None:
-    """Show `datasets`' progress bars for large data alone."""
-    if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
-        datasets.enable_progress_bars()
-    else:
-        datasets.disable_progress_bars()
-
-
-def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
-    """All rows of a stream, in memory."""
-    return datasets.Dataset.from_list(list(rows))
+    """`describe_rows` with the `fingerprint` of texts."""
+    return describe_rows(splits, fingerprint)
 
 
 def sentences(rows) -> Iterator[str]:

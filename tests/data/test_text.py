@@ -75,7 +75,7 @@ def test_number_words():
     ("arguments", "message"),
     [
         (("no/such/folder",), '"no/such/folder" cannot be loaded'),
-        (("number-words", "config"), "is generated: it takes no name"),
+        (("number-words", "config"), "is embedded: it takes no name"),
         (("number-words", None, None, None, True), "it takes no name, revision, data_files or streaming"),
     ],
 )
