@@ -6,10 +6,11 @@ A *step* is what one optimizer step learns from, over all ranks. Ranks and micro
 another number of either changes neither the samples of a step nor the order of steps.
 """
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 Example = dict[str, Any]
 Steps = list[list[int]]
+
+
+# A sample that comes several times in an epoch has the numbers index, index + COPY, index + 2 * COPY ...: the same
+# data with other chances, since those follow the number.
+COPY = 2**40
 
 
 def rng(*key: int) -> np.random.Generator:
@@ -81,6 +87,8 @@ class TokenBudgetSampler:
         ValueError: a sample alone exceeds the budget, or there are no samples.
     """
 
+    unit = 1
+
     def __init__(
         self, lengths: np.ndarray, max_tokens: int, seed: int = 0, shuffle: bool = True, max_samples: int | None = None
     ):
@@ -102,6 +110,10 @@ class TokenBudgetSampler:
                 f"{self.longest[worst]} tokens"
             )
 
+    def cut(self, part: Sequence[int], tokens: int) -> Steps:
+        """A part of a step as runs of at most ``tokens`` padded tokens."""
+        return cut(part, self.longest, tokens)
+
     def steps(self, epoch: int) -> Steps:
         """The steps of an epoch, each a list of sample indices sorted by length."""
         if self.last[0] != epoch:
@@ -117,15 +129,31 @@ class TokenBudgetSampler:
         return [steps[i] for i in random.permutation(len(steps))] if self.shuffle else steps
 
 
+class Sampler(Protocol):
+    """What a loader needs to know of a sampler; `TokenBudgetSampler` and `equal_batches.BatchSampler` are ones.
+
+    ``steps(epoch)`` gives lists of sample numbers; ``cut`` the micro-batches of a rank's part of one, where
+    ``check_budget`` refuses a size, called ``name``; ``unit`` neighbours always stay together.
+    """
+
+    unit: int
+
+    def steps(self, epoch: int) -> Steps: ...
+
+    def cut(self, part: Sequence[int], size: int) -> Steps: ...
+
+    def check_budget(self, name: str, size: int) -> None: ...
+
+
 def padding_waste(steps: Steps, lengths: np.ndarray) -> float:
     """Share of padded tokens that are padding, over all sides, if each step is padded to its longest samples."""
     padded = sum(len(step) * lengths[step].max(axis=0).sum() for step in steps)
     return 1.0 - lengths[[i for step in steps for i in step]].sum() / padded
 
 
-def part_of_rank(step: Sequence[Any], rank: int, world_size: int) -> Sequence[Any]:
-    """The contiguous part of a step that a rank computes; neighbours in length stay together."""
-    bounds = [round(len(step) * r / world_size) for r in (rank, rank + 1)]
+def part_of_rank(step: Sequence[Any], rank: int, world_size: int, unit: int = 1) -> Sequence[Any]:
+    """The contiguous part of a step that a rank computes: whole units; neighbours in length stay together."""
+    bounds = [round(math.ceil(len(step) / unit) * r / world_size) * unit for r in (rank, rank + 1)]
     return step[bounds[0] : bounds[1]]
 
 
@@ -137,20 +165,21 @@ class StepLoader:
         sampler: gives ``steps(epoch)``.
         collate: ``collate(examples, indices, epoch, hidden)`` -> batch; a hidden batch must count for nothing. It is
             asked for where a step has fewer samples than there are ranks.
-        micro_batch_tokens: upper bound of padded tokens in a micro-batch; None computes a rank's part at once.
+        micro_batch_tokens: upper bound of a micro-batch, in padded tokens or what else the sampler counts; None
+            computes a rank's part at once.
         rank, world_size: this process and the number of processes.
         num_workers: processes that prepare batches; their number never changes a batch.
         pin_memory: for faster copies to a GPU.
         first_index: of the examples, where they are a piece of something longer; ``collate`` is given indices there.
 
     Raises:
-        ValueError: a sample alone exceeds ``micro_batch_tokens``.
+        ValueError: ``micro_batch_tokens`` does not fit the samples.
     """
 
     def __init__(
         self,
         examples: Dataset | Sequence[Example],
-        sampler: TokenBudgetSampler,
+        sampler: Sampler,
         collate: Callable[..., Any],
         micro_batch_tokens: int | None = None,
         rank: int = 0,
@@ -180,7 +209,9 @@ class StepLoader:
         Every rank gets the same number of micro-batches, since sharded models exchange weights in each; hidden ones
         fill up.
         """
-        runs = [self.runs(part_of_rank(step, rank, self.world_size)) for rank in range(self.world_size)]
+        runs = [
+            self.runs(part_of_rank(step, rank, self.world_size, self.sampler.unit)) for rank in range(self.world_size)
+        ]
         mine = runs[self.rank]
         filling = [step[:1]] * (max(map(len, runs)) - len(mine))
         return [self.batch(run, epoch, hidden=False) for run in mine] + [
@@ -191,11 +222,13 @@ class StepLoader:
         """The micro-batches of a rank's part of a step, as indices."""
         if self.micro_batch_tokens is None:
             return [list(part)] if len(part) else []
-        return cut(part, self.sampler.longest, self.micro_batch_tokens)
+        return self.sampler.cut(part, self.micro_batch_tokens)
 
     def batch(self, run: list[int], epoch: int, hidden: bool) -> Any:
         """Collate some examples."""
-        return self.collate(fetch(self.examples, run), [self.first_index + i for i in run], epoch, hidden)
+        return self.collate(
+            fetch(self.examples, [i % COPY for i in run]), [self.first_index + i for i in run], epoch, hidden
+        )
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:
@@ -285,12 +318,16 @@ class StreamLoader:
         if pool:
             yield first, pool
 
+    def sampler(self, pool: list[Example], seed: int) -> Sampler:
+        """How a pool is batched."""
+        lengths = np.array([self.measure(example) for example in pool])
+        return TokenBudgetSampler(lengths, self.max_tokens, seed)
+
     def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
         """See `epoch`; earlier steps are read and left out, which costs reading but no collating."""
         number = 0
         for first, pool in self.pools():
-            lengths = np.array([self.measure(example) for example in pool])
-            sampler = TokenBudgetSampler(lengths, self.max_tokens, int(rng(self.seed, first).integers(2**32)))
+            sampler = self.sampler(pool, int(rng(self.seed, first).integers(2**32)))
             placement = self.micro_batch_tokens, self.rank, self.world_size
             loader = StepLoader(pool, sampler, self.collate, *placement, first_index=first)
             for step in sampler.steps(epoch):

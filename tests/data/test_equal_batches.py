@@ -1,0 +1,94 @@
+"""Batches of equally many samples: every sample once, pairs and copies where they belong, any number of ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from hf_tfm.data.batching import COPY, StepLoader
+from hf_tfm.data.equal_batches import BatchSampler
+
+
+def collate(rows, indices, epoch, hidden):
+    return {"rows": rows, "indices": indices, "epoch": epoch, "hidden": hidden}
+
+
+def steps_of(count, batch_size, micro=None, rank=0, world_size=1, **options):
+    """The micro-batches of an epoch, by step."""
+    sampler = BatchSampler(count, batch_size, **options)
+    return list(StepLoader(list(range(count)), sampler, collate, micro, rank, world_size).epoch(1))
+
+
+def visible(micro_batches):
+    return [index for batch in micro_batches if not batch["hidden"] for index in batch["indices"]]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_sample_once_in_steps_of_equal_size(shuffle):
+    sampler = BatchSampler(23, 5, shuffle=shuffle)
+    for epoch in range(3):
+        steps = sampler.steps(epoch)
+        assert list(map(len, steps)) == [5, 5, 5, 5, 3]
+        assert sorted(itertools.chain(*steps)) == list(range(23))
+        assert (list(itertools.chain(*steps)) == list(range(23))) == (not shuffle)
+    assert list(map(len, BatchSampler(23, 5, drop_last=True).steps(0))) == [5, 5, 5, 5]
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    sampler = BatchSampler(50, 8, seed=1)
+    first = sampler.steps(3)
+    np.random.seed(7)
+    sampler.steps(0)
+    assert sampler.steps(3) == first == BatchSampler(50, 8, seed=1).steps(3)
+    assert first not in (sampler.steps(4), BatchSampler(50, 8, seed=2).steps(3))
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro", [None, 2, 4])
+def test_ranks_and_micro_batches_only_cut(world_size, micro, unit):
+    """Every sample once over all ranks, in the same order, as many micro-batches on each, pairs together."""
+    whole = [visible(step) for step in steps_of(23, 6, unit=unit)]
+    ranks = [steps_of(23, 6, micro, rank, world_size, unit=unit) for rank in range(world_size)]
+    for number, expected in enumerate(whole):
+        parts = [steps[number] for steps in ranks]
+        assert list(itertools.chain(*map(visible, parts))) == expected
+        assert len({len(part) for part in parts}) == 1
+        for batch in itertools.chain(*parts):
+            if not batch["hidden"]:
+                assert micro is None or len(batch["indices"]) <= micro
+                assert expected.index(batch["indices"][0]) % unit == 0
+
+
+def test_copies_are_the_same_rows_under_other_numbers():
+    steps = steps_of(40, 8, repeats=3, unit=2)
+    assert list(map(len, (visible(step) for step in steps))) == [8] * 5  # as many steps as without copies
+    seen = []
+    for (batch,) in steps:
+        assert batch["rows"] == [i % COPY for i in batch["indices"]]
+        assert len(set(batch["indices"])) == 8
+        rows = batch["rows"]
+        assert sorted(rows.count(row) for row in set(rows)) == [2, 3, 3]
+        assert all(a != b for a, b in zip(rows[::2], rows[1::2], strict=True))  # no pair of copies
+        seen += set(rows)
+    assert len(seen) == len(set(seen)) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"count": 0}, "there are no samples"),
+        ({"batch_size": 11, "drop_last": True}, "batch_size must be at most the 10 samples with drop_last, got 11"),
+        ({"batch_size": 5, "unit": 2}, "batch_size must be a multiple of 2, .*, got 5"),
+        ({"repeats": 3, "shuffle": False}, "repeats=3 leaves samples out"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        BatchSampler(**{"count": 10, "batch_size": 4, **options})
+
+
+def test_a_micro_batch_must_not_part_a_pair():
+    with pytest.raises(ValueError, match=r"micro_batch_tokens must be a multiple of 2, .*, got 3"):
+        StepLoader(list(range(8)), BatchSampler(8, 4, unit=2), collate, micro_batch_tokens=3)
