@@ -3,12 +3,8 @@
 pixels (B, C, H, W) -> feature map (B, F, H / s, W / s), s the stride of the chosen stage
 """
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import is_timm_available
-
-if is_timm_available():
-    import timm
 
 
 class TimmFeatures(nn.Module):
@@ -27,9 +23,13 @@ class TimmFeatures(nn.Module):
         super().__init__()
         if not is_timm_available():
             raise ImportError(f'backbone="{name}" needs timm: pip install timm')
+        if is_timm_available():  # here and in this form, since the import is slow and the file travels
+            import timm
         self.body = timm.create_model(
             name, features_only=True, out_indices=(out_index,), pretrained=False, in_chans=num_channels
         )
+        for module in self.body.modules():
+            module.of_timm = True  # for `reset`: transformers hands over modules one by one, without their names
         self.channels = self.body.feature_info.channels()[-1]
         self.stride = self.body.feature_info.reduction()[-1]
 
@@ -41,9 +41,10 @@ class TimmFeatures(nn.Module):
         """Height and width of the feature map of an image."""
         return -(-height // self.stride), -(-width // self.stride)
 
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Draw new weights: those of torch's own layers, by their own rules."""
-        for module in self.body.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+
+def reset(module: nn.Module) -> bool:
+    """Draw new weights by torch's own rule if the module is part of a timm model; whether it is."""
+    of_timm = getattr(module, "of_timm", False)
+    if of_timm and hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    return of_timm

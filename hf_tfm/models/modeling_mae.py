@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput, ViTMAEModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -129,7 +131,7 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         pixel_values: Tensor,
         noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ViTMAEModelOutput:
         """Encode a random part of the patches of images (B, C, H, W).
 
@@ -202,7 +204,7 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         pixel_values: Tensor,
         noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ViTMAEForPreTrainingOutput:
         """Reconstruct images (B, C, H, W) from a random part of their patches.
 

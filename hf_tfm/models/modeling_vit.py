@@ -14,11 +14,13 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MultiHeadAttention, wants_maps
-from .backbones import TimmFeatures
+from .backbones import TimmFeatures, reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .patches import PatchEmbedding, patch_grid, patchify, resize_grid, sides
@@ -86,13 +88,14 @@ class TfmViTEmbeddings(nn.Module):
         """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, D)."""
         return nn.functional.pad(sincos_2d(*self.grid, self.cls_token.shape[-1]), (0, 0, 1, 0))[None]
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor | float, Tensor]:
-        """Positions of the [class] token (1, 1, D), or 0, and of the patches of a grid (1, N, D)."""
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
         if self.kind == "learned_2d":
             rows, columns = self.row_embeddings, self.column_embeddings
             across = columns.expand(len(rows), -1, -1)
             down = rows[:, None].expand(-1, len(columns), -1)
-            return 0.0, resize_grid(torch.cat([across, down], dim=-1).flatten(0, 1)[None], self.grid, grid)
+            table = torch.cat([across, down], dim=-1).flatten(0, 1)[None]
+            return torch.zeros_like(self.cls_token), resize_grid(table, self.grid, grid)
         return self.position_embeddings[:, :1], resize_grid(self.position_embeddings[:, 1:], self.grid, grid)
 
     def forward(
@@ -120,7 +123,8 @@ class TfmViTEmbeddings(nn.Module):
                 f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
             )
         patches = patchify(features, self.patch_embeddings.patch_size)  # (B, N, P P C)
-        first, positions = self.positions(grid)
+        # A fixed table stays float32 in a checkpoint loaded in half precision.
+        first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid))
         if keep is not None:
             patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, K, P P C)
             positions = positions[0][keep]  # (B, K, D)
@@ -150,6 +154,8 @@ class TfmViTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normal of ``initializer_range``, as DeiT; zeros for biases."""
         std = self.config.initializer_range
+        if reset(module):
+            return
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
@@ -157,8 +163,6 @@ class TfmViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, TimmFeatures):
-            module.initialize()
         elif isinstance(module, TfmViTEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             if module.kind == "learned":
@@ -212,7 +216,7 @@ class TfmViTModel(TfmViTPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """Encode images (B, C, H, W) of any height and width that the patch divides.
 
@@ -229,6 +233,24 @@ class TfmViTModel(TfmViTPreTrainedModel):
             hidden_states = layer(hidden_states, None, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pool(hidden_states))
+
+
+def soft_label_loss(
+    labels: Tensor,
+    logits: Tensor,
+    config: TfmViTConfig,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> Tensor:
+    """Cross-entropy against probabilities, as mixup makes them; the arguments are those of transformers' losses.
+
+    Args:
+        labels, logits: (B, labels).
+        num_items_in_batch: entries of the labels in all micro-batches of a step, as Trainer counts them; their sum of
+            losses is then the mean over the step. By default, the mean over these B images.
+    """
+    images = len(labels) if num_items_in_batch is None else num_items_in_batch / config.num_labels
+    return nn.functional.cross_entropy(logits.float(), labels.to(logits.device).float(), reduction="sum") / images
 
 
 class TfmViTForImageClassification(TfmViTPreTrainedModel):
@@ -251,7 +273,7 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classify images (B, C, H, W).
 
@@ -266,11 +288,9 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)  # (B, labels)
         loss = None
         if labels is not None:
-            single = self.config.problem_type == "single_label_classification"
-            if single and labels.is_floating_point():
-                loss = nn.functional.cross_entropy(logits, labels.to(logits.device))
-            else:
-                loss = self.loss_function(labels, logits, self.config, **kwargs)
+            soft = self.config.problem_type == "single_label_classification" and labels.is_floating_point()
+            compute = soft_label_loss if soft else self.loss_function
+            loss = compute(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -289,8 +309,8 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
-        """Feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), normed."""
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), under the final norm."""
         kwargs["output_hidden_states"] = True
         outputs = self.vit(pixel_values, **kwargs)
         embeddings = self.vit.embeddings
@@ -298,8 +318,9 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
         if embeddings.backbone is not None:
             height, width = embeddings.backbone.grid(height, width)
         grid = patch_grid(height, width, self.config.patch_size)
+        norm = self.vit.layernorm if self.vit.fc_norm is None else self.vit.fc_norm
         maps = [
-            self.vit.layernorm(states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            norm(states)[:, 1:].transpose(1, 2).unflatten(2, grid)
             for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         ]

@@ -53,13 +53,15 @@ def unpatchify(patches: Tensor, patch_size: Size, image_size: Size) -> Tensor:
     """The reverse of `patchify`: (B, N, P P C) -> (B, C, H, W) of the given size in pixels.
 
     Raises:
-        ValueError: there are more or fewer patches than the image has.
+        ValueError: there are more or fewer patches than the image has, or a patch is no whole number of channels.
     """
     height, width = sides(patch_size)
     rows, columns = patch_grid(*sides(image_size), patch_size, "image_size")
     B, N, features = patches.shape
     if rows * columns != N:
         raise ValueError(f"an image of {rows} x {columns} patches has {rows * columns} of them, got {N}")
+    if features % (height * width):
+        raise ValueError(f"patches must have a multiple of {height * width} features (patch_size), got {features}")
     C = features // (height * width)
     pixels = patches.view(B, rows, columns, height, width, C).permute(0, 5, 1, 3, 2, 4)
     return pixels.reshape(B, C, rows * height, columns * width)
