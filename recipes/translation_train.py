@@ -21,13 +21,13 @@ from hf_tfm.data.batching import StepLoader, StreamLoader, TokenBudgetSampler
 from hf_tfm.data.source import describe_source
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
-from hf_tfm.training import TrainingArguments, evaluate, train
+from hf_tfm.training import TokenArguments, evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
 
 @dataclass(kw_only=True)
-class TranslationArguments(TrainingArguments):
+class TranslationArguments(TokenArguments):
     """Knobs of translation training.
 
     Args:

@@ -1,4 +1,4 @@
-"""Files that travel to the Hub import only what is there: siblings, torch, transformers, timm, the standard library."""
+"""Files that travel to the Hub import only siblings, torch, transformers, timm and the standard library."""
 
 import ast
 import re

@@ -21,16 +21,16 @@ class TrainingArguments:
         seed: of weights, order of data, dropout and masks.
         num_epochs: passes over the training data; or give num_steps.
         num_steps: optimizer steps; takes the place of num_epochs, which is then null.
-        batch_tokens: padded tokens, on the longer side, of one optimizer step over all processes.
-        micro_batch_tokens: padded tokens that one process computes at once; less memory, the same result.
         num_workers: processes that prepare batches, beside each training process.
-        optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam).
+        optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam), or stochastic gradient descent (sgd).
         learning_rate: the highest of the schedule.
+        layer_decay: each layer learns this much slower than the one above it (Clark et al. 2020); 1 is no difference.
         schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear or constant, each after a warm-up.
         warmup_steps: steps of linear rise from 0.
         adam_betas: decay rates of the moments.
         adam_epsilon: added to the root of the second moment.
-        weight_decay: of matrices; biases and norms have none.
+        momentum: of sgd.
+        weight_decay: of weight matrices; biases, norms, positions and single tokens have none.
         max_grad_norm: gradients are scaled down to this norm; 0 turns it off.
         precision: no (float32), bf16 or fp16 autocast.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -59,15 +59,15 @@ class TrainingArguments:
     seed: int = 0
     num_epochs: float | None = None
     num_steps: int | None = None
-    batch_tokens: int = 4096
-    micro_batch_tokens: int | None = None
     num_workers: int = 0
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
+    layer_decay: float = 1.0
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     warmup_steps: int = 1000
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-9
+    momentum: float = 0.9
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -95,11 +95,11 @@ class TrainingArguments:
             )
         self.check_range(
             at_least_0="seed num_workers warmup_steps weight_decay max_grad_norm average_checkpoints patience",
-            at_least_1="num_steps batch_tokens micro_batch_tokens eval_steps save_steps log_steps keep_checkpoints "
-            "max_nonfinite_steps",
-            above_0="num_epochs learning_rate adam_epsilon",
+            at_least_1="num_steps eval_steps save_steps log_steps keep_checkpoints max_nonfinite_steps",
+            above_0="num_epochs learning_rate adam_epsilon layer_decay",
         )
-        for name, value in (("ema_decay", self.ema_decay), *(("adam_betas", beta) for beta in self.adam_betas)):
+        below_1 = [("adam_betas", beta) for beta in self.adam_betas]
+        for name, value in (("ema_decay", self.ema_decay), ("momentum", self.momentum), *below_1):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         if self.final_weights == "ema" and not self.ema_decay:
@@ -129,6 +129,72 @@ class TrainingArguments:
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+@dataclass(kw_only=True)
+class TokenArguments(TrainingArguments):
+    """Training on batches of about equally many tokens.
+
+    Args:
+        batch_tokens: padded tokens, on the longer side, of one optimizer step over all processes.
+        micro_batch_tokens: padded tokens that one process computes at once; less memory, the same result.
+
+    The others are those of `TrainingArguments`.
+    """
+
+    batch_tokens: int = 4096
+    micro_batch_tokens: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(at_least_1="batch_tokens micro_batch_tokens")
+
+
+@dataclass(kw_only=True)
+class ImageArguments(TrainingArguments):
+    """Training on batches of equally many images.
+
+    Args:
+        batch_size: images of one optimizer step over all processes.
+        micro_batch_size: images that one process computes at once; less memory, the same result.
+        learning_rate: the highest of the schedule; default, from base_learning_rate.
+        base_learning_rate: the learning rate for 256 images a step: learning_rate = base * batch_size / 256
+            (Goyal et al. 2017, arXiv:1706.02677).
+        warmup_epochs: takes the place of warmup_steps.
+
+    The others are those of `TrainingArguments`.
+
+    Raises:
+        ValueError: a value is outside its range, or two do not fit each other.
+    """
+
+    batch_size: int = 256
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    base_learning_rate: float | None = None
+    warmup_epochs: float | None = None
+
+    def __post_init__(self):
+        if (self.learning_rate is None) == (self.base_learning_rate is None):
+            raise ValueError(
+                f"give exactly one of learning_rate and base_learning_rate, got {self.learning_rate} and "
+                f"{self.base_learning_rate}; null takes back what a preset gives"
+            )
+        self.check_range(
+            at_least_0="warmup_epochs", at_least_1="batch_size micro_batch_size", above_0="base_learning_rate"
+        )
+        super().__post_init__()
+
+    def settle(self, steps_per_epoch: int) -> str:
+        """Work out learning_rate and warmup_steps; returns a line that says what they are."""
+        if self.warmup_epochs is not None:
+            self.warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        line = f"warm-up {self.warmup_steps} steps of {steps_per_epoch} an epoch"
+        if self.base_learning_rate is None:
+            return f"learning rate {self.learning_rate:g}; {line}"
+        self.learning_rate = self.base_learning_rate * self.batch_size / 256
+        base = f"{self.base_learning_rate:g} x {self.batch_size} images / 256"
+        return f"learning rate {self.learning_rate:g} = {base}; {line}"
 
 
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):

@@ -1,5 +1,7 @@
 """Optimizer, learning-rate schedule, and weights averaged over training."""
 
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -20,20 +22,37 @@ SCHEDULES = {
 }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, which decay, and vectors (biases, norms), which do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def height(name: str) -> float:
+    """How high the parameter called ``name`` stands: 0 embeddings; 1, 2, ... blocks; infinity what is above."""
+    if block := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+        return 1 + int(block[1])
+    return 0 if "embedding" in name else math.inf
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
+    """Parameters by weight decay and learning rate.
+
+    Matrices of layers decay; vectors (biases, norms), positions and single tokens do not. With ``layer_decay`` d, of N
+    blocks, what stands above them has the full rate, block i of 1..N that times ``d ** (N + 1 - i)``, and embeddings
+    ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    heights = {name: height(name) for name, _ in named}
+    top = 1 + max((h for h in heights.values() if h < math.inf), default=0)
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in named:
+        decays = parameter.ndim >= 2 and name.endswith("weight")
+        scale = args.layer_decay ** (top - min(heights[name], top))
+        groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)
+    return [{"params": own, "weight_decay": decay, "lr": rate} for (decay, rate), own in groups.items()]
 
 
 def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
-    """Fused Adam or AdamW: one kernel, and it can leave out a step on the device's own word (see `train_step`)."""
+    """A fused optimizer: one kernel, and it can leave out a step on the device's own word (see `train_step`)."""
+    groups = parameter_groups(model, args)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum, fused=True)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    groups = parameter_groups(model, args.weight_decay)
     return kind(groups, lr=args.learning_rate, betas=tuple(args.adam_betas), eps=args.adam_epsilon, fused=True)
 
 

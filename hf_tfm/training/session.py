@@ -122,7 +122,7 @@ class Session:
         step, args = self.progress.step, self.args
         last = step == self.num_steps
         if step % args.log_steps == 0 or last:
-            self.monitor.log(self.schedule.get_last_lr()[0])
+            self.monitor.log(max(self.schedule.get_last_lr()))
         better = (step % eval_steps == 0 or last) and self.evaluate(score)
         if better or step % (args.save_steps or eval_steps) == 0 or self.finished:
             self.save()

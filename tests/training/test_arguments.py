@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_tfm.training import TrainingArguments
+from hf_tfm.training import ImageArguments, TokenArguments
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.run import FREE, repeat_command
 
@@ -14,7 +14,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "translation_train.py"
 
 
 @dataclass(kw_only=True)
-class Knobs(TrainingArguments):
+class Knobs(TokenArguments):
     """Knobs of a recipe.
 
     Args:
@@ -112,12 +112,12 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
 def test_values_out_of_range(knobs):
     (name,) = knobs
     with pytest.raises(ValueError, match=name):
-        TrainingArguments(output_dir="o", **{"num_steps": 1, **knobs})
+        TokenArguments(output_dir="o", **{"num_steps": 1, **knobs})
 
 
 def test_epochs_out_of_range():
     with pytest.raises(ValueError, match="num_epochs must be above 0, got 0"):
-        TrainingArguments(output_dir="o", num_epochs=0)
+        TokenArguments(output_dir="o", num_epochs=0)
 
 
 def test_printed_config_is_a_config(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_help_tells_every_knob(capsys):
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert "Train a Transformer to translate" in said
-    for field in fields(TrainingArguments):
+    for field in fields(TokenArguments):
         assert f"--{field.name}" in said
 
 
@@ -146,7 +146,7 @@ def test_knobs_that_a_run_may_change_exist():
     from runpy import run_path
 
     recipe = run_path(str(RECIPE))["TranslationArguments"]
-    assert {field.name for field in fields(recipe)} >= FREE
+    assert {field.name for kind in (recipe, ImageArguments) for field in fields(kind)} >= FREE
 
 
 def test_command_that_repeats_a_run(monkeypatch):
@@ -156,3 +156,36 @@ def test_command_that_repeats_a_run(monkeypatch):
     launcher = "python -m torch.distributed.run"
     assert repeat_command(4, "r", []) == f"{launcher} --nproc_per_node 4 -m hf_tfm.cli run r"
     assert repeat_command(8, "r", []) == f"{launcher} --nnodes 2 --nproc_per_node 4 -m hf_tfm.cli run r"
+
+
+def image_arguments(**knobs) -> ImageArguments:
+    return ImageArguments(output_dir="o", num_steps=10, **knobs)
+
+
+def test_the_learning_rate_of_images_follows_the_batch():
+    """MAE's fine-tuning: base rate 5e-4 at 1024 images, 5 epochs of warm-up."""
+    args = image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5)
+    line = args.settle(steps_per_epoch=1251)
+    assert args.learning_rate == pytest.approx(2e-3) and args.warmup_steps == 6255
+    assert line == "learning rate 0.002 = 0.0005 x 1024 images / 256; warm-up 6255 steps of 1251 an epoch"
+    args = image_arguments(learning_rate=0.1, warmup_steps=7)
+    assert args.settle(100) == "learning rate 0.1; warm-up 7 steps of 100 an epoch"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({}, "exactly one of learning_rate and base_learning_rate, got None and None"),
+        ({"learning_rate": 0.1, "base_learning_rate": 0.1}, "exactly one of learning_rate and base_learning_rate"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"base_learning_rate": -1.0}, "base_learning_rate must be above 0, got -1.0"),
+        ({"learning_rate": 0.1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.1, "micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.1, "warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
+        ({"learning_rate": 0.1, "layer_decay": 0.0}, "layer_decay must be above 0, got 0.0"),
+        ({"learning_rate": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_image_arguments_out_of_range(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        image_arguments(**knobs)

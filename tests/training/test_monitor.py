@@ -9,7 +9,7 @@ import torch
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, start, tiny_loader, tiny_model
 
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training import TrainingArguments, train
+from hf_tfm.training import TokenArguments, train
 from hf_tfm.training.monitor import Monitor
 from hf_tfm.training.run import open_run
 from hf_tfm.training.state import Progress, checkpoints
@@ -136,7 +136,7 @@ def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = TrainingArguments(**{**vars(arguments(tmp_path / "run")), "trackers": ["tensorboard"]})
+    args = TokenArguments(**{**vars(arguments(tmp_path / "run")), "trackers": ["tensorboard"]})
     accelerator = fresh_accelerator(args)
     open_run(accelerator, args, "translation", {"fingerprint": {"train": "x"}}, "recipe", [])
     run_training(args, accelerator=accelerator)

@@ -1,12 +1,14 @@
 """Optimizer, schedules and averaged weights against their formulas; and which weights a run ships."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_helpers import arguments, difference, fresh_accelerator, history, pairs, run_training, tiny_model
 
+from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import train
 from hf_tfm.training.loop import Loader
@@ -14,6 +16,7 @@ from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, b
 from hf_tfm.training.state import checkpoints, full_weights
 
 WARMUP, STEPS, PEAK = 40, 200, 3e-3
+TINY_VIT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def rates(schedule):
@@ -57,7 +60,7 @@ def test_inverse_sqrt_is_the_paper_s():
 def test_matrices_decay_and_vectors_do_not():
     model = tiny_model()
     model.model.encoder.layers[0].requires_grad_(False)
-    decaying, free = parameter_groups(model, 0.1)
+    decaying, free = parameter_groups(model, arguments(".", weight_decay=0.1))
     assert (decaying["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     found = [{names[id(p)] for p in group["params"]} for group in (decaying, free)]
@@ -66,6 +69,68 @@ def test_matrices_decay_and_vectors_do_not():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert found[0] | found[1] == trained
     assert not any("encoder.layers.0" in name for name in trained)
+
+
+def test_positions_and_single_tokens_do_not_decay():
+    config = TfmViTConfig(image_size=8, patch_size=4, **TINY_VIT)
+    model = TfmViTForImageClassification(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, arguments(".", weight_decay=0.1))
+    free = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= free
+    assert "vit.embeddings.patch_embeddings.projection.weight" not in free and "classifier.weight" not in free
+
+
+def test_layers_learn_slower_the_lower_they_stand():
+    """Embeddings, 3 blocks, and what is above: rates d^4, d^3, d^2, d, 1 of the highest."""
+    model = TfmViTForImageClassification(TfmViTConfig(image_size=8, patch_size=4, **TINY_VIT))
+    args = arguments(".", layer_decay=0.5, learning_rate=1.6, weight_decay=0.1)
+    optimizer = build_optimizer(model, args)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rate[id(p)] for name, p in model.named_parameters()}
+    assert len(rate) == len(found)
+    expected = {
+        "embeddings": 0.1,
+        "layers.0": 0.2,
+        "layers.1": 0.4,
+        "layers.2": 0.8,
+        "layernorm": 1.6,
+        "classifier": 1.6,
+    }
+    for part, value in expected.items():
+        own = {found[name] for name in found if f".{part}." in f".{name}"}
+        assert list(own) == pytest.approx([value]), part
+    schedule = build_schedule(optimizer, args, 100)
+    optimizer.step()
+    for _ in range(args.warmup_steps):
+        schedule.step()
+    assert max(schedule.get_last_lr()) == pytest.approx(1.6) and min(schedule.get_last_lr()) == pytest.approx(0.1)
+
+
+def test_sgd_with_momentum_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    model = torch.nn.Module()
+    model.weight = weight
+    optimizer = build_optimizer(model, arguments(".", optimizer="sgd", learning_rate=0.1, momentum=0.5))
+    value, velocity = 2.0, 0.0
+    for gradient in (3.0, -1.0, 2.0):
+        weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        velocity = 0.5 * velocity + gradient
+        value -= 0.1 * velocity
+        assert weight.item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("knobs", [{"optimizer": "sgd"}, {"layer_decay": 0.7}])
+def test_a_resumed_run_is_bit_equal(tmp_path, knobs):
+    """The state of other optimizers and of many groups comes back whole."""
+    _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **knobs))
+    args = arguments(tmp_path / "part", save_steps=4, learning_rate=0.01, **knobs)
+    run_training(args)
+    for folder in checkpoints(tmp_path / "part")[1:]:
+        shutil.rmtree(folder)
+    _, again = run_training(args)
+    assert difference(full_weights(whole), full_weights(again)) == 0.0
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])

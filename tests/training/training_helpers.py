@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
 from hf_tfm.data.batching import StepLoader, TokenBudgetSampler
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training import TrainingArguments, evaluate, train
+from hf_tfm.training import TokenArguments, evaluate, train
 from hf_tfm.training.run import start_accelerator
 from hf_tfm.training.state import full_weights
 
@@ -54,7 +54,7 @@ def pairs(count: int = 50, seed: int = 0) -> list[dict[str, list[int]]]:
     return rows
 
 
-def tiny_loader(rows: list, task: TranslationTask, args: TrainingArguments, accelerator: Accelerator) -> StepLoader:
+def tiny_loader(rows: list, task: TranslationTask, args: TokenArguments, accelerator: Accelerator) -> StepLoader:
     """Shuffled steps of ``rows`` for this rank."""
     lengths = np.array([[len(row["input_ids"]), len(row["labels"])] for row in rows])
     sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed)
@@ -62,7 +62,7 @@ def tiny_loader(rows: list, task: TranslationTask, args: TrainingArguments, acce
     return StepLoader(rows, sampler, task.collate, args.micro_batch_tokens, num_workers=args.num_workers, **place)
 
 
-def fresh_accelerator(args: TrainingArguments | None = None) -> Accelerator:
+def fresh_accelerator(args: TokenArguments | None = None) -> Accelerator:
     """An accelerator as of a new process."""
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -70,9 +70,9 @@ def fresh_accelerator(args: TrainingArguments | None = None) -> Accelerator:
     return start_accelerator(args or arguments("."))
 
 
-def arguments(folder: Path | str, **knobs) -> TrainingArguments:
+def arguments(folder: Path | str, **knobs) -> TokenArguments:
     """Knobs of a short run."""
-    return TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+    return TokenArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
 
 
 class FaultyLoader:
@@ -112,7 +112,7 @@ class FaultyTask(TranslationTask):
 
 
 def run_training(
-    args: TrainingArguments,
+    args: TokenArguments,
     model: TfmTransformerForConditionalGeneration | None = None,
     events: dict[int, str] | None = None,
     bad: dict[int, float] | None = None,
@@ -177,7 +177,7 @@ def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: d
         kill_at_call(*deadly)
     if limit := options.pop("file_limit", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    args = TrainingArguments(**knobs)
+    args = TokenArguments(**knobs)
     try:
         result, model = run_training(args, tiny_model(args.seed, **fields), **options)
     except OSError as error:
@@ -188,7 +188,7 @@ def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: d
 
 
 def start(
-    args: TrainingArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
+    args: TokenArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
 ) -> tuple[int, dict[str, Any] | None]:
     """Train in a process of its own, forked from a server that has imported everything once.
 
