@@ -65,6 +65,7 @@ def show_attention(
 
         if query is not None:
             raise ValueError(f'query is for an image, and here is a text; got "{query}"')
+        images.require_text_model(model)
         maps = attention.attention_maps(*load_seq2seq(model), text, target)
         paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
     else:

@@ -1,14 +1,27 @@
 """The command line, as people call it: main(argv) in this process."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from matplotlib.image import imread
+from PIL import Image
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, ViTImageProcessor
 
-from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration, cli, quickstart
+from hf_tfm import (
+    TfmMAEConfig,
+    TfmMAEForPreTraining,
+    TfmTransformerConfig,
+    TfmTransformerForConditionalGeneration,
+    TfmViTConfig,
+    TfmViTForImageClassification,
+    cli,
+    quickstart,
+)
 from hf_tfm.data import text
 from hf_tfm.data.number_words import spell
 
@@ -150,6 +163,91 @@ def test_show_attention(model, tmp_path, capsys):
     for path in paths:
         with open(path, "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def image_models(tmp_path_factory):
+    """A tiny classifier and a masked autoencoder with their image processor, two photos, and a data set of them."""
+    folder = tmp_path_factory.mktemp("images")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes |= {"image_size": 16, "patch_size": 4}
+    decoder = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    decoder = {f"decoder_{name}": value for name, value in decoder.items()}
+    TfmViTForImageClassification(TfmViTConfig(**sizes)).save_pretrained(folder / "vit")
+    TfmMAEForPreTraining(TfmMAEConfig(**sizes, **decoder)).save_pretrained(folder / "mae")
+    for name in ("vit", "mae"):
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / name)
+    photos = [Image.fromarray(np.full((20, 20, 3), shade, dtype=np.uint8)) for shade in (60, 190)]
+    for number, photo in enumerate(photos):
+        photo.save(folder / f"{number}.png")
+    Dataset.from_list([{"image": photo} for photo in photos]).to_parquet(folder / "rows" / "test.parquet")
+    return folder
+
+
+def pictures(capsys) -> list[tuple[int, ...]]:
+    """Shapes of the pictures a command has named, one a line."""
+    return [imread(path).shape for path in capsys.readouterr().out.split()]
+
+
+@pytest.mark.parametrize("name", ["vit", "mae"])
+def test_show_attention_over_an_image(name, image_models, tmp_path, capsys):
+    where = ("--output_dir", tmp_path / "maps")
+    hf_tfm("show", "attention", image_models / name, image_models / "0.png", *where, "--layers", "[-1]")
+    short, _ = pictures(capsys)
+    hf_tfm("show", "attention", image_models / name, f"{image_models / 'rows'}:test:1", *where, "--query", "mean")
+    tall, _ = pictures(capsys)
+    assert short[0] < tall[0]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["heads.png", "rollout.png"]
+
+
+def test_show_reconstruction(image_models, tmp_path, capsys):
+    file = tmp_path / "new" / "picture.png"
+    images = (image_models / "0.png", f"{image_models / 'rows'}:test:1")
+    heights = []
+    for count in (1, 2):
+        options = ("--mask_ratio", "0.5", "--seed", "3", "--output", file)
+        hf_tfm("show", "reconstruction", image_models / "mae", *images[:count], *options)
+        ((height, *_),) = pictures(capsys)
+        heights.append(height)
+    assert heights[1] > 1.5 * heights[0]
+
+
+def test_show_positions(image_models, tmp_path, capsys):
+    for name in ("vit", "mae"):
+        hf_tfm("show", "positions", image_models / name, "--output", tmp_path / f"{name}.png")
+    assert len(pictures(capsys)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("attention {0}/vit", "an image model needs an IMAGE, a translation model a --text: give one of them"),
+        ("attention {0}/vit {0}/0.png --text a", "give one of them"),
+        ("attention {0}/vit {0}/0.png --target a", 'target is for a text, and here is an image; got "a"'),
+        ("attention {1} --text a --query mean", 'query is for an image, and here is a text; got "mean"'),
+        ("attention {1} {0}/0.png", "is a tfm_transformer model: pictures of images are for models of image patches"),
+        ("attention {0}/vit --text a", "is a tfm_vit model, and a text is for a translation model"),
+        ("attention {0}/vit {0}/2.png", '2.png": it must be a file, or a row of a data set, dataset:split:index'),
+        ("attention {0}/vit {0}/rows:test:2", 'index must be from 0 to 1 for split "test"'),
+        ("attention {0}/vit {0}/0.png --query cls", 'query must be class or mean, got "cls"'),
+        ("attention {0}/vit {0}/0.png --layers [2]", "layers must be one or more of 0 to 1, got [2]"),
+        ("reconstruction {0}/vit {0}/0.png", "is a tfm_vit model: reconstructions are for masked autoencoders"),
+        ("reconstruction {0}/mae {0}/0.png --mask_ratio 1", "mask_ratio must be in [0, 1), got 1"),
+        ("reconstruction {0}/mae {0}/0.png --output {0}/picture.txt", 'output must be a ".png" file'),
+        ("positions {0}/vit --output {0}/picture.txt", 'output must be a ".png" file'),
+        ("positions {1}", "is a tfm_transformer model: pictures of images are for models of image patches"),
+    ],
+)
+def test_show_errors(words, named, image_models, model):
+    said = refused("show", *words.format(image_models, model).split())
+    assert said.startswith(f"hf-tfm show {words.split()[0]}: ")
+    assert named in said
+
+
+def test_show_needs_the_image_processor(image_models, tmp_path):
+    shutil.copytree(image_models / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    assert "has no image processor" in refused("show", "attention", tmp_path / "vit", image_models / "0.png")
 
 
 @pytest.mark.parametrize(("to", "norm_first"), [("marian", False), ("pegasus", True)])

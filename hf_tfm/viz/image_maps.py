@@ -128,9 +128,11 @@ def prediction(model: PreTrainedModel, outputs: Any) -> str | None:
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A map (rows, columns) in [0, 1] in colour over an image (H, W, 3) in grey."""
-    colour = matplotlib.colormaps["inferno"](enlarge(weights, image))[..., :3]
-    return 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colour
+    """A map (rows, columns) in [0, 1] as colour over an image (H, W, 3) in grey, which it covers where it is high."""
+    weights = enlarge(weights, image)
+    colour = matplotlib.colormaps["autumn"](weights)[..., :3]
+    cover = 0.9 * weights[..., None]
+    return (1 - cover) * 0.4 * image.mean(axis=-1, keepdims=True) + cover * colour
 
 
 def scaled(weights: np.ndarray) -> np.ndarray:

@@ -49,16 +49,25 @@ def require_image_model(config: PreTrainedConfig, model: str) -> None:
         )
 
 
+def require_text_model(model: str) -> None:
+    """Refuse the folder or Hub id of a model that reads no text pairs."""
+    config = AutoConfig.from_pretrained(model)
+    if not config.is_encoder_decoder:
+        raise ValueError(f'"{model}" is a {config.model_type} model, and a text is for a translation model')
+
+
 def load_encoder(model: str) -> PreTrainedModel:
-    """An image model of a folder or a Hub id: with its classifier if it has one, else the encoder alone.
+    """An image model of a folder or a Hub id: with its classifier or decoder if it has one.
 
     Raises:
         ValueError: it is no model of image patches.
     """
     config = AutoConfig.from_pretrained(model)
     require_image_model(config, model)
-    classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    return (AutoModelForImageClassification if classifies else AutoModel).from_pretrained(model).eval()
+    heads = {"ForImageClassification": AutoModelForImageClassification, "ForPreTraining": AutoModelForPreTraining}
+    saved = "".join(config.architectures or ())
+    auto = next((auto for head, auto in heads.items() if saved.endswith(head)), AutoModel)
+    return auto.from_pretrained(model).eval()
 
 
 def load_autoencoder(model: str) -> PreTrainedModel:

@@ -85,11 +85,21 @@ class Mosaic:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG file, in a folder made if need be."""
-        path = Path(path)
-        figure = self.draw()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-        return path
+        return save(self.draw(), path)
+
+
+def save(figure: Figure, output: str | Path) -> Path:
+    """Write a picture as a PNG file, in a folder made if need be.
+
+    Raises:
+        ValueError: the file has another ending.
+    """
+    path = Path(output)
+    if path.suffix != ".png":
+        raise ValueError(f'output must be a ".png" file, got "{output}"')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
 
 
 def shorten(name: str, letters: int) -> str:

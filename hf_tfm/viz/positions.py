@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from ..models.patches import patch_grid, sides
 from .grid import DPI, SMALL
 from .images import MASKED_AUTOENCODERS, name_of, require_image_model
+from .mosaic import save
+
+SPACE = 4  # between maps, in pixels
 
 
 @torch.no_grad()
@@ -55,30 +58,28 @@ def plot_positions(model: PreTrainedModel, output: str | Path) -> Path:
     Raises:
         ValueError: see `position_similarity`.
     """
-    output = Path(output)
-    figure = draw(position_similarity(model), [f"{name_of(model)}: position embedding similarity", kind(model)])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
-    return output
+    title = [f"{name_of(model)}: position embedding similarity", kind(model)]
+    return save(draw(position_similarity(model), title), output)
 
 
 def kind(model: PreTrainedModel) -> str:
     """How the positions came about."""
     if model.config.model_type in MASKED_AUTOENCODERS:
         return "fixed positions"
-    learned = {"learned_2d": "learned by row and column", "sincos_2d": "fixed"}
-    return f"{learned.get(getattr(model.config, 'position_embedding_type', ''), 'learned')} positions"
+    kinds = {"learned_2d": "positions learned by row and column", "sincos_2d": "fixed positions"}
+    return kinds.get(getattr(model.config, "position_embedding_type", ""), "learned positions")
 
 
 def draw(similarity: np.ndarray, title: list[str]) -> Figure:
     """The picture of (R, C, R, C) similarities: maps side by side in the order of their patches, on one scale."""
     R, C, _, _ = similarity.shape
-    # All maps in one array, a cell of nothing between them: a grid of 32 x 32 would be a thousand axes.
-    spaced = np.full((R, C, R + 1, C + 1), np.nan, np.float32)
-    spaced[:, :, :R, :C] = similarity
-    plane = spaced.transpose(0, 2, 1, 3).reshape(R * (R + 1), C * (C + 1))[:-1, :-1]
-    cell = max(1, round(480 / max(plane.shape)))  # in whole pixels, so that all are alike
-    height, width = (cell * count / DPI for count in plane.shape)
+    # All maps in one array of pixels, nothing between them: a grid of 32 x 32 would be a thousand axes.
+    cell = max(1, round(560 / max(R, C) ** 2))
+    down, across = R * cell + SPACE, C * cell + SPACE  # from a map to the next
+    plane = np.full((R, C, down, across), np.nan, np.float32)
+    plane[:, :, :-SPACE, :-SPACE] = similarity.repeat(cell, axis=2).repeat(cell, axis=3)
+    plane = plane.transpose(0, 2, 1, 3).reshape(R * down, C * across)[:-SPACE, :-SPACE]
+    height, width = (count / DPI for count in plane.shape)
     left, bottom, top, right = 0.65, 0.55, 0.6, 0.95
     total_width, total_height = left + width + right, bottom + height + top
     figure = Figure(figsize=(total_width, total_height), dpi=DPI)
@@ -87,10 +88,10 @@ def draw(similarity: np.ndarray, title: list[str]) -> Figure:
         return x / total_width, y / total_height, w / total_width, h / total_height
 
     ax = figure.add_axes(place(left, bottom, width, height))
-    image = ax.imshow(plane, vmin=-1, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    for count, axis, name in ((R, ax.yaxis, "patch row"), (C, ax.xaxis, "patch column")):
+    image = ax.imshow(plane, vmin=similarity.min(), vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    for count, step, axis, name in ((R, down, ax.yaxis, "patch row"), (C, across, ax.xaxis, "patch column")):
         shown = range(0, count, -(-count // 16))
-        axis.set_ticks([i * (count + 1) + (count - 1) / 2 for i in shown], [str(i + 1) for i in shown], fontsize=8)
+        axis.set_ticks([(i + 0.5) * step - SPACE / 2 - 0.5 for i in shown], [str(i + 1) for i in shown], fontsize=8)
         axis.set_label_text(name, fontsize=SMALL)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -108,7 +108,7 @@ def plot_reconstructions(
         output: the ".png" file.
     """
     share = np.mean([one.mask.mean() for one in reconstructions])
-    title = [f"{name_of(model)}: {share:.0%} of patches hidden"]
+    title = [f"{name_of(model)}: {share:.0%} of patches hidden; the prediction of visible ones is not trained"]
     if model.config.norm_pix_loss:
         title.append("normalised predictions, shown with mean and deviation of the true patch")
     panels = [[one.original, one.masked, one.reconstructed, one.pasted] for one in reconstructions]
