@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..data.text import load_splits, take_split
+from ..data.source import load_splits, take_split
 from ..models.patches import patch_grid
 
 MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")

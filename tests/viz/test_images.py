@@ -8,6 +8,7 @@ from image_models import image_model, image_processor, photo
 from PIL import Image
 
 from hf_tfm import TfmMAEModel
+from hf_tfm.data.digits import digits
 from hf_tfm.viz import read_image
 from hf_tfm.viz.images import enlarge, load_autoencoder, load_encoder, load_processor, pixels, visible
 
@@ -38,6 +39,12 @@ def test_a_row_of_a_data_set(rows, index, row):
     read = read_image(f"{rows[0]}:test:{index}")
     assert read.name == f"{rows[0].name} test {index}"
     np.testing.assert_array_equal(np.asarray(read.image), np.asarray(photo(seed=row).image))
+
+
+def test_a_row_of_an_embedded_data_set():
+    read = read_image("digits:validation:7")
+    assert read.name == "digits validation 7"
+    np.testing.assert_array_equal(np.asarray(read.image), np.asarray(digits()["validation"][7]["image"]))
 
 
 @pytest.mark.parametrize(
