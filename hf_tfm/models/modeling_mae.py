@@ -92,6 +92,7 @@ class TfmMAEPreTrainedModel(TfmViTPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmMAEConfig
+    _no_split_modules = ["TfmViTEmbeddings", "EncoderBlock", "TfmMAEDecoder"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
