@@ -5,24 +5,28 @@ Make one from its class, ``Bleu(lowercase=True)``, or by name, ``evaluate.load(p
 
 from pathlib import Path
 
+from .accuracy import Accuracy
 from .bleu import Bleu
 from .chrf import Chrf
 from .exact_match import ExactMatch
+from .real_accuracy import RealAccuracy
 
-__all__ = ["METRICS", "Bleu", "Chrf", "ExactMatch", "path"]
+__all__ = ["CLASS_METRICS", "METRICS", "Accuracy", "Bleu", "Chrf", "ExactMatch", "RealAccuracy", "path"]
 
 METRICS = {"bleu": Bleu, "chrf": Chrf, "exact_match": ExactMatch}
+CLASS_METRICS = {"accuracy": Accuracy, "real_accuracy": RealAccuracy}
 
 
 def path(name: str) -> str:
     """The script of a metric, for `evaluate.load`.
 
     Args:
-        name: "bleu", "chrf" or "exact_match".
+        name: one of `METRICS`, which are of texts, or of `CLASS_METRICS`, of image classification.
 
     Raises:
         ValueError: there is no such metric.
     """
-    if name not in METRICS:
-        raise ValueError(f'name must be one of {", ".join(METRICS)}, got "{name}"')
+    known = METRICS | CLASS_METRICS
+    if name not in known:
+        raise ValueError(f'name must be one of {", ".join(known)}, got "{name}"')
     return str(Path(__file__).with_name(f"{name}.py"))

@@ -1,14 +1,16 @@
-"""What the text metrics share: checked input, sentences kept in memory, references in sacrebleu's order.
+"""What the text metrics share: checked input, references in sacrebleu's order.
 
 predictions [N], references [N] or [N][R] -> checked [N][R] -> R streams of N -> score
 """
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import datasets
 import evaluate
+
+from hf_tfm.metrics.base import OfflineMetric
 
 INPUTS = """
 Args:
@@ -31,42 +33,12 @@ def check_text(value, argument: str) -> str:
     return value
 
 
-class TextMetric(evaluate.Metric, ABC):
-    """An `evaluate.Metric` that compares sentences with one or more references each.
-
-    A lone process keeps its sentences in memory, so it leaves no cache or lock file and collides with no other.
-    Several processes meet in files, as `evaluate` arranges it: process 0 returns the result of all, the others None.
-
-    Args:
-        kwargs: those of `evaluate.Metric`; ``keep_in_memory`` follows from ``num_process``.
-
-    Raises:
-        ValueError: an option is unknown, or ``num_process`` is above 1 and there is no ``experiment_id``.
-    """
-
-    source: str  # where the metric is defined
-
-    def __init__(self, **kwargs):
-        # evaluate.Metric swallows what it does not know.
-        known = inspect.signature(evaluate.Metric).parameters
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: not an option of {type(self).__name__}")
-        processes = kwargs.get("num_process", 1)
-        if processes == 1:
-            kwargs["keep_in_memory"] = True
-        elif kwargs.get("experiment_id") is None:
-            # Under evaluate's fixed default two runs on one machine can mix their sentences.
-            raise ValueError(f"num_process={processes} needs an experiment_id, the same in all processes of a run")
-        super().__init__(**kwargs)
+class TextMetric(OfflineMetric):
+    """An `OfflineMetric` that compares sentences with one or more references each."""
 
     @abstractmethod
     def score(self, predictions: list[str], references: list[list[str]]) -> dict:
         """Score N predictions against R streams of N references each, the order sacrebleu takes."""
-
-    def add(self, *, prediction: str | None = None, reference: str | Sequence[str] | None = None) -> None:
-        """Add one prediction and its reference or references."""
-        self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Sequence | None = None, references: Sequence | None = None) -> None:
         """Add N predictions and their references.
@@ -85,24 +57,6 @@ class TextMetric(evaluate.Metric, ABC):
             texts = [references[i]] if isinstance(references[i], str) else sentences(references[i], f"references[{i}]")
             references[i] = [check_text(text, f"references[{i}][{j}]") for j, text in enumerate(texts)]
         super().add_batch(predictions=predictions, references=references)
-
-    def compute(
-        self, *, predictions: Sequence | None = None, references: Sequence | None = None, **options
-    ) -> dict | None:
-        """Score what was added, and ``predictions`` with ``references`` if given; then start anew.
-
-        Returns:
-            the result, or None in a process other than 0.
-
-        Raises:
-            ValueError: there is nothing to score, predictions differ in their number of references, or an option is
-                given here instead of to the constructor.
-        """
-        if options:
-            raise ValueError(f"{', '.join(options)}: give options to {type(self).__name__}(...) or evaluate.load(...)")
-        if predictions is None and references is None and self.writer is None:
-            predictions, references = [], []  # the share of a process that has seen no sentence
-        return super().compute(predictions=predictions, references=references)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
