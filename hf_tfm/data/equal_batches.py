@@ -1,10 +1,11 @@
 """Batches of equally many samples, in an order that depends on nothing but (seed, epoch)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from .batching import COPY, Steps, rng
+from .batching import COPY, Example, Steps, StreamLoader, rng
 
 
 class BatchSampler:
@@ -78,3 +79,38 @@ class BatchSampler:
             step = order[first + places % different] + places // different * COPY
             steps.append(step.tolist())
         return steps
+
+
+def one(example: Example) -> tuple[int]:
+    """What a sample counts in a budget of samples."""
+    return (1,)
+
+
+class EqualStreamLoader(StreamLoader):
+    """Steps of equally many samples of a stream; only its last one may have fewer.
+
+    Args:
+        stream: examples; iterated again for every epoch.
+        batch_size, seed, repeats, unit: see `BatchSampler`.
+        pool_samples: samples shuffled together, held in memory; rounded up to whole steps.
+        placement: see `StreamLoader`.
+    """
+
+    def __init__(
+        self,
+        stream: Iterable[Example],
+        batch_size: int,
+        collate: Callable[..., Any],
+        seed: int = 0,
+        pool_samples: int = 2048,
+        repeats: int = 1,
+        unit: int = 1,
+        **placement: Any,
+    ):
+        pool_samples = -(-pool_samples // batch_size) * batch_size
+        super().__init__(stream, one, batch_size, collate, seed, pool_samples, **placement)
+        self.options = {"repeats": repeats, "unit": unit}
+
+    def sampler(self, pool: list[Example], seed: int) -> BatchSampler:
+        """See `StreamLoader`."""
+        return BatchSampler(len(pool), self.max_tokens, seed, **self.options)

@@ -1,0 +1,72 @@
+"""Masked image modelling: what one training step of a masked autoencoder computes (He et al. 2021, section 3).
+
+uint8 images + noise (B, N) -> hide all but K of N patches -> sum over hidden patches of the mean squared error
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from ..data.augment import Augmentation
+from ..data.batching import rng
+from ..models import TfmMAEConfig
+from ..models.modeling_mae import num_visible
+from ..models.patches import patch_grid
+from .images import Batch, ImageTask
+
+
+class MaskedImageTask(ImageTask):
+    """Reconstruction of hidden patches.
+
+    Which patches of a sample are hidden follows from (seed, epoch, index) alone; in evaluation the epoch is always 0,
+    so every evaluation hides the same.
+
+    Args:
+        config: of the model.
+        processor: of the model; it gives the size of images, which need not be the configuration's.
+        augmentation, seed: see `ImageTask`.
+
+    Raises:
+        ValueError: the patch does not divide the processor's images, or nothing is hidden.
+    """
+
+    term = "patch"
+
+    def __init__(
+        self,
+        config: TfmMAEConfig,
+        processor: BaseImageProcessor,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(processor, augmentation, seed)
+        rows, columns = patch_grid(*self.pixels.size, config.patch_size, "the processor's size")
+        self.patches = rows * columns
+        self.hidden = self.patches - num_visible(self.patches, config.mask_ratio)
+        if not self.hidden:
+            raise ValueError(f"mask_ratio={config.mask_ratio} hides none of {self.patches} patches")
+
+    def targets(
+        self,
+        examples: list[dict[str, Any]],
+        indices: list[int],
+        places: list[int],
+        epoch: int,
+        count: int,
+        training: bool,
+    ) -> Batch:
+        """``noise`` (B, N) float32, which decides what is hidden."""
+        noise = [rng(self.seed, epoch, index).random(self.patches, dtype=np.float32) for index in indices]
+        return {"noise": torch.from_numpy(np.stack(noise))}
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """Hidden patches."""
+        return {"patch": batch["images"] * self.hidden}
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The mean squared error of a patch's pixels, summed over hidden patches."""
+        output = model(pixel_values=self.pixels.scale(batch["pixel_values"]), noise=batch["noise"])
+        return {"patch": output.loss * self.count(batch)["patch"]}

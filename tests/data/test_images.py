@@ -1,0 +1,278 @@
+"""Images from any data set: columns, labels, decoding like PIL, and images that cannot be read."""
+
+import csv
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import PIL.ImageOps
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+
+from hf_tfm.data.images import (
+    BadImage,
+    WatchedLoader,
+    decode,
+    encoded,
+    fingerprint,
+    image_rows,
+    label_ids,
+    label_names,
+)
+from hf_tfm.data.source import load_splits
+
+CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
+
+
+def picture(seed=0, height=48, width=40):
+    """An image of large random squares, which JPEG keeps well."""
+    squares = np.random.default_rng(seed).integers(0, 256, (6, 5, 3))
+    big = np.kron(squares, np.ones((8, 8, 1))).astype(np.uint8)
+    return PILImage.fromarray(big).resize((width, height), PILImage.Resampling.NEAREST)
+
+
+def encode(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation=6):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def transparent(image):
+    image = image.copy()
+    image.putalpha(PILImage.fromarray(np.random.default_rng(1).integers(0, 256, (48, 40)).astype(np.uint8)))
+    return image
+
+
+KINDS = {
+    "jpeg": encode(picture(), "JPEG"),
+    "progressive": encode(picture(), "JPEG", progressive=True),
+    "grey jpeg": encode(picture().convert("L"), "JPEG"),
+    "cmyk jpeg": encode(picture().convert("CMYK"), "JPEG"),
+    "turned jpeg": encode(picture(), "JPEG", exif=turned()),
+    "turned png": encode(picture(), "PNG", exif=turned()),
+    "png": encode(picture(), "PNG"),
+    "grey png": encode(picture().convert("L"), "PNG"),
+    "bilevel png": encode(picture().convert("1"), "PNG"),
+    "alpha png": encode(transparent(picture()), "PNG"),
+    "palette png": encode(picture().quantize(16), "PNG", transparency=3),
+    "webp": encode(picture(), "WEBP", lossless=True),
+    "animated gif": encode(picture().quantize(16), "GIF", save_all=True, append_images=[picture(1).quantize(16)]),
+    "bmp": encode(picture(), "BMP"),
+    "tiff": encode(picture(), "TIFF"),
+}
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_format_and_mode_is_what_pil_makes_of_it(kind):
+    image = decode(KINDS[kind])
+    with PILImage.open(io.BytesIO(KINDS[kind])) as file:
+        expected = np.array(PIL.ImageOps.exif_transpose(file).convert("RGB")).transpose(2, 0, 1)
+    assert image.dtype == torch.uint8 and image.shape == ((3, 40, 48) if "turned" in kind else (3, 48, 40))
+    np.testing.assert_array_equal(image.numpy(), expected)
+
+
+def test_sixteen_bits_of_grey_become_eight():
+    grey = np.array(picture().convert("L"))
+    image = decode(encode(PILImage.fromarray(grey.astype(np.uint16) * 257), "PNG"))
+    np.testing.assert_array_equal(image.numpy(), np.stack([grey] * 3))
+
+
+def test_bytes_paths_dicts_and_pil_images_are_the_same_image(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(KINDS["png"])
+    expected = decode(KINDS["png"])
+    given = [str(path), path.as_uri(), {"bytes": None, "path": str(path)}, {"bytes": KINDS["png"], "path": "gone.png"}]
+    for value in [*given, picture()]:
+        assert torch.equal(decode(value), expected)
+
+
+def damaged():
+    jpeg, png = KINDS["jpeg"], KINDS["png"]
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 255
+    return {
+        "truncated jpeg": jpeg[: len(jpeg) // 2],
+        "jpeg without its end": jpeg[:-20],
+        "truncated png": png[:-60],
+        "png with a wrong byte": bytes(flipped),
+        "nothing": b"",
+        "no image": b"GET / HTTP/1.1" * 20,
+    }
+
+
+@pytest.mark.parametrize("kind", list(damaged()))
+def test_damaged_images_are_refused(kind):
+    with pytest.raises(BadImage, match="Error"):
+        decode(damaged()[kind])
+
+
+@pytest.mark.parametrize("value", [None, 3, "no/such/file.png", {"bytes": None, "path": None}])
+def test_what_is_no_image_is_refused(value):
+    with pytest.raises(BadImage):
+        decode(value)
+
+
+def test_numbers_without_a_range_are_refused():
+    with pytest.raises(BadImage, match='mode "F"'):
+        decode(PILImage.fromarray(np.ones((4, 4), np.float32)))
+
+
+# --- columns and labels
+
+PICTURES = [picture(i) for i in range(6)]
+LABELS = [0, 1, 2, 0, 1, 2]
+NAMES = ["cat", "dog", "bird"]
+
+
+def memory(**columns):
+    return Dataset.from_dict({"img": PICTURES, **columns}, features=None).cast_column("img", Image())
+
+
+def folder(tmp_path):
+    for index, (image, label) in enumerate(zip(PICTURES, LABELS, strict=True)):
+        place = tmp_path / "folder" / "train" / NAMES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{index}.png")
+    return str(tmp_path / "folder")
+
+
+def pixels(rows):
+    """The images of rows, in an order of their own."""
+    return sorted(decode(row["image"]).numpy().tobytes() for row in rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_imagefolder_and_parquet_are_the_same_images(tmp_path, streaming):
+    from_folder = load_splits(folder(tmp_path), streaming=streaming)["train"]
+    memory(label=LABELS).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    from_parquet = load_splits(str(tmp_path / "data"), streaming=streaming)["train"]
+    expected = sorted(np.array(image).transpose(2, 0, 1).tobytes() for image in PICTURES)
+    for rows in (image_rows(from_folder), image_rows(from_parquet)):
+        assert pixels(rows) == expected
+        assert set(next(iter(rows))) == {"image", "label"}
+    rows = image_rows(from_folder)
+    ids = label_ids(rows, ["dog", "bird", "cat"])  # in the order of the model, not of the data set
+    assert label_names(rows) == ["bird", "cat", "dog"]
+    for row in rows:
+        name = Path(row["image"]["path"]).parent.name
+        assert ids[row["label"]] == ["dog", "bird", "cat"].index(name)
+
+
+def test_columns_of_paths_and_bytes(tmp_path):
+    folder(tmp_path)
+    files = sorted((tmp_path / "folder").rglob("*.png"))
+    with (tmp_path / "list.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class"])
+        writer.writerows([str(path), path.parent.name] for path in files)
+    by_path = image_rows(load_splits(str(tmp_path / "list.csv"))["train"], "path", "class")
+    by_bytes = image_rows(Dataset.from_dict({"raw": [p.read_bytes() for p in files], "label": LABELS}), "raw")
+    assert pixels(by_path) == pixels(by_bytes)
+    assert label_names(by_path) == ["bird", "cat", "dog"]
+    assert label_ids(by_path, NAMES)["bird"] == 2
+
+
+def test_labels_of_every_kind():
+    numbers = image_rows(memory(label=[10, 20, 30, 10, 20, -1]))
+    assert label_names(numbers) == ["10", "20", "30"]  # -1 is no class
+    assert label_ids(numbers, ["10", "20", "30"])[20] == 1
+    strings = image_rows(memory(label=["b", "a", None, "b", "a", "b"]))
+    assert label_names(strings) == ["a", "b"]
+    classes = image_rows(memory(label=LABELS).cast_column("label", ClassLabel(names=NAMES)))
+    assert label_names(classes) == NAMES
+    assert label_ids(classes, NAMES) == {0: 0, 1: 1, 2: 2}
+    with pytest.raises(ValueError, match='label "cat" is not a class of the model; it has dog, bird'):
+        label_ids(classes, ["dog", "bird"])
+    with pytest.raises(ValueError, match="labels must be integers or strings"):
+        label_names(image_rows(memory(label=[0.5, 1.0, 2.0, 1.0, 1.0, 1.0])))
+    with pytest.raises(ValueError, match="labels of a stream must be a ClassLabel"):
+        label_names(image_rows(memory(label=LABELS).to_iterable_dataset()))
+
+
+def test_a_stream_that_does_not_tell_its_columns():
+    stream = IterableDataset.from_generator(lambda: ({"image": p, "label": i} for i, p in enumerate(PICTURES)))
+    assert stream.features is None
+    rows = list(image_rows(stream))
+    assert [row["label"] for row in rows] == list(range(6))
+    assert torch.equal(decode(rows[3]["image"]), decode(PICTURES[3]))
+
+
+def test_columns_are_found_or_named():
+    rows = memory(fine=LABELS, coarse=LABELS)
+    with pytest.raises(ValueError, match=r"label_column must name a column, .*; the data set has img, fine, coarse"):
+        image_rows(rows)
+    assert set(image_rows(rows, labelled=False).column_names) == {"image"}
+    assert set(image_rows(rows, label_column="coarse").column_names) == {"image", "label"}
+    with pytest.raises(ValueError, match='image_column "picture" is not a column of the data set; it has img'):
+        image_rows(rows, "picture")
+    with pytest.raises(ValueError, match='image_column "fine" must hold images, their bytes or their paths'):
+        image_rows(rows, "fine", "coarse")
+    with pytest.raises(ValueError, match="the data set has no rows"):
+        image_rows(rows.select([]))
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    rows = image_rows(memory(label=LABELS))
+    again = image_rows(memory(label=LABELS).cast_column("img", Image()))
+    others = [
+        image_rows(memory(label=LABELS[::-1])),
+        rows.select(range(5)),
+        image_rows(Dataset.from_dict({"img": PICTURES[::-1], "label": LABELS}).cast_column("img", Image())),
+    ]
+    assert fingerprint(rows) == fingerprint(again)
+    assert len({fingerprint(rows), *map(fingerprint, others)}) == 4
+    gone = Dataset.from_dict({"image": [str(tmp_path / "gone.png")]}, features=Features(image=Value("string")))
+    assert fingerprint(image_rows(gone, labelled=False))  # an image that cannot be read is no error here
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="needs shared/data/cifar10")
+def test_cifar10():
+    rows = image_rows(load_splits(str(CIFAR10))["test"])
+    assert label_names(rows)[:2] == ["airplane", "automobile"]
+    assert decode(rows[0]["image"]).shape == (3, 32, 32)
+    assert encoded(rows[0]["image"])[:2] == b"\xff\xd8"
+
+
+# --- images that cannot be read
+
+
+class Loader:
+    """Two steps of two micro-batches; images 3 and 2^40 + 5 of the data set are bad."""
+
+    def steps_per_epoch(self, epoch=0):
+        return 2
+
+    def epoch(self, epoch, start=0):
+        steps = [[{"bad": []}, {"bad": [(3, "a.png: broken")]}], [{"bad": [(2**40 + 5, "no image")]}, {"bad": []}]]
+        return iter(steps[start:])
+
+
+def test_bad_images_are_told_once_and_taken_out_of_the_batch(caplog):
+    loader = WatchedLoader(Loader(), max_bad_images=2)
+    with caplog.at_level(logging.WARNING):
+        for epoch in range(3):
+            assert list(loader.epoch(epoch)) == [[{}, {}], [{}, {}]]
+    assert caplog.messages == ["image 3 is left out: a.png: broken", "image 5 is left out: no image"]
+    assert loader.bad == {3: "a.png: broken", 5: "no image"}
+    assert loader.steps_per_epoch() == 2 and list(loader.epoch(0, start=1)) == [[{}, {}]]
+
+
+def test_too_many_bad_images_end_the_run():
+    epoch = WatchedLoader(Loader(), max_bad_images=1).epoch(0)
+    next(epoch)
+    with pytest.raises(ValueError, match=r"max_bad_images=1 allows:\n  image 3: a.png: broken\n  image 5: no image"):
+        next(epoch)
+    with pytest.raises(ValueError, match="max_bad_images must be at least 0, got -1"):
+        WatchedLoader(Loader(), -1)
