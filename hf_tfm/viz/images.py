@@ -146,7 +146,9 @@ def pixels(model: PreTrainedModel, processor: Any, image: Image.Image) -> tuple[
         raise ValueError(f"num_channels must be 1 or 3 for a picture, got {model.config.num_channels}")
     image = image.convert("L" if model.config.num_channels == 1 else "RGB")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    return pixel_values, patch_grid(*pixel_values.shape[2:], model.config.patch_size, "the image after its processor")
+    backbone = getattr(getattr(model.base_model, "embeddings", None), "backbone", None)  # its cells make the patches
+    size = pixel_values.shape[2:] if backbone is None else backbone.grid(*pixel_values.shape[2:])
+    return pixel_values, patch_grid(*size, model.config.patch_size, "the image after its processor")
 
 
 def size_option(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:
@@ -167,8 +169,8 @@ def visible(processor: Any, pixel_values: Tensor) -> np.ndarray:
 
 def enlarge(values: np.ndarray, image: np.ndarray) -> np.ndarray:
     """A value a patch (rows, columns) as a value a pixel of an image (H, W, 3): (H, W)."""
-    height, width = (pixels // patches for pixels, patches in zip(image.shape, values.shape, strict=False))
-    return values.repeat(height, axis=0).repeat(width, axis=1)
+    rows, columns = (np.arange(size) * n // size for size, n in zip(image.shape, values.shape, strict=False))
+    return values[rows][:, columns]
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -68,33 +68,37 @@ def reconstruct_images(
     if model.config.model_type not in MASKED_AUTOENCODERS or not hasattr(model, "decoder"):
         raise ValueError(f"model must be a masked autoencoder with its decoder, got {type(model).__name__}")
     generator = torch.Generator().manual_seed(seed)
-    found = []
     training = model.training
     model.eval()
-    with mask_ratio_of(model, mask_ratio):
-        for image in images:
-            pixel_values, (rows, columns) = pixels(model, processor, image.image)
-            noise = torch.rand(1, rows * columns, generator=generator).to(model.device)
-            outputs = model(pixel_values, noise=noise, **size_option(model, pixel_values))
-            # Of its model this reads the configuration alone, so that it serves transformers' class too.
-            predicted, pasted = (
-                TfmMAEForPreTraining.reconstruct(model, pixel_values, outputs.logits, mask)
-                for mask in (torch.ones_like(outputs.mask), outputs.mask)
-            )
-            original = visible(processor, pixel_values)
-            mask = outputs.mask.bool().view(rows, columns).cpu().numpy()
-            found.append(
-                Reconstruction(
-                    name=image.name,
-                    original=original,
-                    masked=np.where(enlarge(mask, original)[..., None], np.float32(GREY), original),
-                    reconstructed=visible(processor, predicted),
-                    pasted=visible(processor, pasted),
-                    mask=mask,
-                )
-            )
-    model.train(training)
-    return found
+    try:
+        with mask_ratio_of(model, mask_ratio):
+            return [reconstruct(model, processor, image, generator) for image in images]
+    finally:
+        model.train(training)
+
+
+def reconstruct(
+    model: PreTrainedModel, processor: Any, image: NamedImage, generator: torch.Generator
+) -> Reconstruction:
+    """One image of `reconstruct_images`."""
+    pixel_values, (rows, columns) = pixels(model, processor, image.image)
+    noise = torch.rand(1, rows * columns, generator=generator).to(model.device)
+    outputs = model(pixel_values, noise=noise, **size_option(model, pixel_values))
+    # Of its model this reads the configuration alone, so that it serves transformers' class too.
+    predicted, pasted = (
+        TfmMAEForPreTraining.reconstruct(model, pixel_values, outputs.logits, mask)
+        for mask in (torch.ones_like(outputs.mask), outputs.mask)
+    )
+    original = visible(processor, pixel_values)
+    mask = outputs.mask.bool().view(rows, columns).cpu().numpy()
+    return Reconstruction(
+        name=image.name,
+        original=original,
+        masked=np.where(enlarge(mask, original)[..., None], np.float32(GREY), original),
+        reconstructed=visible(processor, predicted),
+        pasted=visible(processor, pasted),
+        mask=mask,
+    )
 
 
 def plot_reconstructions(

@@ -68,6 +68,13 @@ def test_images_of_another_shape_keep_it(name):
     assert (maps.heads.shape, maps.rollout.shape) == ((3, 2, 3, 6), (3, 6))
 
 
+def test_patches_of_a_hybrid_are_cells_of_its_feature_map():
+    model = image_model("vit", image_size=[64, 96], backbone="resnet10t", backbone_out_index=2)  # stride 8
+    maps = image_attention_maps(model, image_processor(), photo(64, 90))
+    assert maps.heads.shape == (3, 2, 2, 3)
+    assert overlay(maps.image, maps.rollout).shape == (64, 90, 3)
+
+
 def test_the_query_is_what_the_model_pools():
     assert image_attention_maps(image_model("vit"), image_processor(), photo()).query == "class"
     assert image_attention_maps(image_model("vit", pooling="mean"), image_processor(), photo()).query == "mean"
