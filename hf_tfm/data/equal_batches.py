@@ -52,6 +52,7 @@ class BatchSampler:
 
     def check_budget(self, name: str, samples: int) -> None:
         """Refuse a number of samples, called ``name``, that would part neighbours."""
+        name = name.replace("tokens", "size")  # as the knobs of images call it
         if samples % self.unit:
             raise ValueError(f"{name} must be a multiple of {self.unit}, so that pairs stay together, got {samples}")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_tfm.data.batching import COPY, StepLoader
-from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader
 
 
 def collate(rows, indices, epoch, hidden):
@@ -90,5 +90,39 @@ def test_errors(options, message):
 
 
 def test_a_micro_batch_must_not_part_a_pair():
-    with pytest.raises(ValueError, match=r"micro_batch_tokens must be a multiple of 2, .*, got 3"):
+    with pytest.raises(ValueError, match=r"micro_batch_size must be a multiple of 2, .*, got 3"):
         StepLoader(list(range(8)), BatchSampler(8, 4, unit=2), collate, micro_batch_tokens=3)
+
+
+# --- streams
+
+
+def stream_of(count, batch_size, epoch=0, start=0, **options):
+    """The micro-batches of a stream of the numbers below ``count``, by step."""
+    return list(EqualStreamLoader(range(count), batch_size, collate, **options).epoch(epoch, start))
+
+
+def test_a_stream_gives_every_sample_once_in_equal_steps():
+    first = stream_of(23, 4, pool_samples=6)  # pools of 8, the next multiple
+    assert [len(visible(step)) for step in first] == [4, 4, 4, 4, 4, 3]
+    numbers = [visible(step) for step in first]
+    assert sorted(itertools.chain(*numbers)) == list(range(23)) != list(itertools.chain(*numbers))
+    for pool in (0, 1):  # two steps each
+        assert sorted(numbers[2 * pool] + numbers[2 * pool + 1]) == list(range(8 * pool, 8 * pool + 8))
+    assert all(batch["rows"] == batch["indices"] for step in first for batch in step)
+    assert stream_of(23, 4, pool_samples=6, start=2) == first[2:]
+    assert stream_of(23, 4, pool_samples=6, num_workers=1) == first
+    assert stream_of(23, 4, epoch=1, pool_samples=6) != first
+
+
+def test_ranks_of_a_stream_share_its_steps():
+    whole = [visible(step) for step in stream_of(23, 6, unit=2)]
+    ranks = [stream_of(23, 6, unit=2, rank=rank, world_size=2, micro_batch_tokens=2) for rank in range(2)]
+    for number, expected in enumerate(whole):
+        assert list(itertools.chain(*(visible(steps[number]) for steps in ranks))) == expected
+
+
+def test_copies_in_a_stream_keep_numbers_of_their_own():
+    for (batch,) in stream_of(16, 4, pool_samples=8, repeats=2):
+        assert batch["rows"] == [i % COPY for i in batch["indices"]]
+        assert len(set(batch["rows"])) == 2 and len(set(batch["indices"])) == 4
