@@ -146,7 +146,7 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         """
         rows, columns = self.embeddings.patch_embeddings.check(pixel_values)
         keep, mask, restore = random_masking(
-            len(pixel_values), rows * columns, self.config.mask_ratio, noise, pixel_values.device
+            pixel_values.shape[0], rows * columns, self.config.mask_ratio, noise, pixel_values.device
         )
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, keep)  # (B, 1 + K, D)

@@ -129,7 +129,7 @@ class TfmViTEmbeddings(nn.Module):
             patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, K, P P C)
             positions = positions[0][keep]  # (B, K, D)
         tokens = self.patch_embeddings(patches) + positions
-        cls_token = (self.cls_token + first).expand(len(tokens), -1, -1)
+        cls_token = (self.cls_token + first).expand(tokens.shape[0], -1, -1)
         return self.dropout(torch.cat([cls_token.to(tokens.dtype), tokens], dim=1))
 
 
@@ -249,7 +249,7 @@ def soft_label_loss(
         num_items_in_batch: entries of the labels in all micro-batches of a step, as Trainer counts them; their sum of
             losses is then the mean over the step. By default, the mean over these B images.
     """
-    images = len(labels) if num_items_in_batch is None else num_items_in_batch / config.num_labels
+    images = labels.shape[0] if num_items_in_batch is None else num_items_in_batch / config.num_labels
     return nn.functional.cross_entropy(logits.float(), labels.to(logits.device).float(), reduction="sum") / images
 
 
