@@ -48,8 +48,6 @@ def test_maps_are_those_of_the_model(name, query):
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backend_gives_the_same_maps_and_is_put_back(name, backend):
-    if name == "native_mae" and backend == "flex_attention":
-        pytest.skip("transformers' ViTMAE has no flex attention")
     expected = image_attention_maps(image_model(name), image_processor(), photo())
     model = image_model(name)
     model.set_attn_implementation(backend)
