@@ -1,0 +1,60 @@
+"""What each of two processes does in test_image_ranks.py: python -m torch.distributed.run ... image_ranks.py FOLDER"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from image_tasks import CASES, classification, evaluation_loader, examples, tiny_vit, training_loader
+from safetensors.torch import save_file
+
+from hf_tfm.data.images import WatchedLoader
+from hf_tfm.tasks.classification import predict
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+from hf_tfm.training.state import full_weights
+
+BAD = (4, 9)
+
+
+def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[str, torch.Tensor]:
+    """The weights after an epoch of two steps."""
+    make, build = CASES[name]
+    task = make()
+    # A large epsilon keeps rounding noise of gradients that are truly 0 small.
+    args = TrainingArguments(output_dir=".", num_steps=2, adam_epsilon=1e-4, warmup_steps=0)
+    model = build()
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    prepared.train()
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    for step in WatchedLoader(training_loader(task, examples(bad=BAD), micro=micro, **place)).epoch(0):
+        train_step(accelerator, task, prepared, optimizer, step)
+    return full_weights(model)
+
+
+def prediction(accelerator: Accelerator, count: int) -> list:
+    """What `predict` says of some images, as lists."""
+    task = classification()
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = WatchedLoader(evaluation_loader(task, examples(count, bad=BAD), **place))
+    found = predict(accelerator, task, tiny_vit(), loader)
+    return [found.indices.tolist(), found.labels.tolist(), found.top.tolist(), found.loss]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for name in CASES:
+        for micro in (None, 2):
+            weights = train_steps(accelerator, name, micro)
+            if accelerator.is_main_process:
+                save_file(weights, folder / f"{name}-{micro}.safetensors")
+    report = [prediction(accelerator, count) for count in (11, 1)]  # of one image, the second process has none
+    (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(report))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

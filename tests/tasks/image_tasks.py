@@ -1,0 +1,113 @@
+"""What the tests of image tasks share: a few images, some of them broken, tiny models and loaders."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.data.augment import Augmentation, Mixing
+from hf_tfm.data.batching import StepLoader
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.tasks.classification import ClassificationTask
+from hf_tfm.tasks.images import image_processor
+from hf_tfm.tasks.masked_image import MaskedImageTask
+
+TINY = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_intermediate_size": 24,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+}
+CLASSES = 5
+PROCESSOR = image_processor(16, resize=20)
+AUGMENTATION = Augmentation(scale=(0.3, 1.0), rand_augment=1, erasing=0.3)
+MIXING = Mixing(mixup=0.8, cutmix=1.0, probability=0.9)
+
+
+def picture(index: int) -> bytes:
+    """A JPEG of soft blobs, 28 x 24."""
+    small = np.random.default_rng(index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((28, 24), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return file.getvalue()
+
+
+def examples(count: int = 12, bad: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """Images with labels 0 to 4, stored as "a" to "e"; those of ``bad`` are cut off."""
+    rows = []
+    for index in range(count):
+        data = picture(index)
+        data = data[:100] if index in bad else data
+        rows.append({"image": {"bytes": data, "path": f"{index}.jpg"}, "label": "abcde"[index % CLASSES]})
+    return rows
+
+
+def classification(augmentation=AUGMENTATION, mixing=MIXING, label_smoothing=0.1, seed=0) -> ClassificationTask:
+    ids = {name: i for i, name in enumerate("abcde")}
+    return ClassificationTask(PROCESSOR, ids, augmentation, mixing, label_smoothing, seed)
+
+
+def masked(augmentation=AUGMENTATION, seed=0, **fields) -> MaskedImageTask:
+    return MaskedImageTask(mae_config(**fields), PROCESSOR, augmentation, seed)
+
+
+def mae_config(**fields) -> TfmMAEConfig:
+    return TfmMAEConfig(**{**TINY, **DECODER, **fields})
+
+
+def scramble(model: torch.nn.Module) -> torch.nn.Module:
+    """Larger weights than fresh ones, which leave a model almost linear."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def tiny_vit(seed: int = 0) -> TfmViTForImageClassification:
+    torch.manual_seed(seed)
+    return scramble(TfmViTForImageClassification(TfmViTConfig(**TINY, num_labels=CLASSES)))
+
+
+def tiny_mae(seed: int = 0, **fields) -> TfmMAEForPreTraining:
+    torch.manual_seed(seed)
+    return scramble(TfmMAEForPreTraining(mae_config(**fields)))
+
+
+CASES = {"classification": (classification, tiny_vit), "masked": (masked, tiny_mae)}
+
+
+def training_loader(
+    task, rows, batch_size=6, micro=None, rank=0, world_size=1, num_workers=0, **options
+) -> StepLoader:
+    """Shuffled steps with augmentation, pairs kept together."""
+    sampler = BatchSampler(len(rows), batch_size, seed=1, unit=2, **options)
+    return StepLoader(rows, sampler, task.collate_training, micro, rank, world_size, num_workers)
+
+
+def evaluation_loader(task, rows, batch_size=4, rank=0, world_size=1) -> StepLoader:
+    sampler = BatchSampler(len(rows), batch_size, shuffle=False)
+    return StepLoader(rows, sampler, task.collate, rank=rank, world_size=world_size)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two batches, or lists of them, are the same to the last bit."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second

@@ -1,0 +1,51 @@
+"""Two processes train on images, and classify them, as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from image_ranks import BAD, prediction, train_steps
+from image_tasks import CASES
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two gloo processes wrote to, and what they said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("image_ranks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stderr
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("name", list(CASES))
+def test_same_weights_as_one_process(two, accelerator, name, micro):
+    mine, theirs = train_steps(accelerator, name, None), load_file(two[0] / f"{name}-{micro}.safetensors")
+    fresh = CASES[name][1]().state_dict()
+    assert max((mine[key] - theirs[key]).abs().max().item() for key in mine) < 1e-6
+    assert max((mine[key] - fresh[key]).abs().max().item() for key in mine) > 1e-4
+
+
+def test_same_predictions_as_one_process(two, accelerator):
+    reports = [json.loads((two[0] / f"report{rank}.json").read_text()) for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    for found, count in zip(reports[0], (11, 1), strict=True):
+        *mine, loss = prediction(accelerator, count)
+        assert found[:3] == mine and found[3] == pytest.approx(loss, rel=1e-5)
+        assert found[0] == [i for i in range(count) if i not in BAD]
+
+
+def test_bad_images_are_told_by_the_process_that_met_them(two):
+    for index in BAD:
+        assert f"image {index} is left out: {index}.jpg: OSError" in two[1]
