@@ -17,6 +17,7 @@ class TimmFeatures(nn.Module):
 
     Raises:
         ImportError: timm is not installed.
+        ValueError: timm has no model of this name.
     """
 
     def __init__(self, name: str, num_channels: int = 3, out_index: int = -1):
@@ -25,6 +26,8 @@ class TimmFeatures(nn.Module):
             raise ImportError(f'backbone="{name}" needs timm: pip install timm')
         if is_timm_available():  # here and in this form, since the import is slow and the file travels
             import timm
+        if not timm.is_model(name):
+            raise ValueError(f'backbone must be the name of a timm model (see timm.list_models()), got "{name}"')
         self.body = timm.create_model(
             name, features_only=True, out_indices=(out_index,), pretrained=False, in_chans=num_channels
         )
