@@ -115,17 +115,18 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     """Write a model as another library's class, or back, with a parity certificate beside it.
 
     Args:
-        model: folder or Hub id.
-        to: one of transformers' own classes, which need no remote code: marian for a post-norm model, pegasus for a
-            pre-norm one; or back: tfm.
+        model: folder or Hub id, or a .pth file of the masked autoencoder's authors.
+        to: a class that needs no remote code: transformers' marian (post-norm) or pegasus (pre-norm) for a translation
+            model, transformers' vit or timm for a classifier, transformers' vit_mae or the names of mae_authors for a
+            masked autoencoder; or back: tfm.
         output_dir: folder to make.
         revision: branch, tag or commit on the Hub.
     """
     from .hub.convert import convert as convert_model
 
     certificate = convert_model(model, to, output_dir, revision)
-    difference, tolerance = certificate["max_abs_difference"], certificate["tolerance"]
-    print(f"{output_dir}: largest difference of logits {difference:.2g} (tolerance {tolerance:.2g})")
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in certificate["differences"].items())
+    print(f"{output_dir}: largest difference of {differences} (tolerance {certificate['tolerance']:.2g})")
 
 
 def push(folder: str, repo_id: str, private: bool = False) -> None:

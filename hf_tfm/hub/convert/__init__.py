@@ -5,57 +5,55 @@ source folder -> configuration and weights under the other names -> saved, loade
 
 import copy
 import json
-import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoTokenizer, PreTrainedModel
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..card import write_card
-from ..results import HISTORY, RESULTS, RunRecord
+from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
+from .mae import VIT_MAE, VIT_MAE_MODEL
+from .mae_authors import AUTHORS, AUTHORS_ENCODER, unpack
 from .marian_pegasus import MARIAN, PEGASUS
 from .parity import CERTIFICATE, compare, provenance, weight_hashes
+from .timm_vit import TIMM
+from .vit import VIT, VIT_MODEL
 
-CONVERSIONS = (MARIAN, PEGASUS)
+CONVERSIONS = (MARIAN, PEGASUS, VIT, VIT_MODEL, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER)
 OURS = "tfm"
-TARGETS = (*(conversion.name for conversion in CONVERSIONS), OURS)
-
-# What a tokenizer is saved as, byte-pair and SentencePiece alike.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "target_vocab.json",
-    "*.spm",
-)
+TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
+# Of a model without a representation layer, which its configuration does not tell.
+POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict:
     """Write ``source`` as a model of another class, with a parity certificate beside it.
 
     Both models are run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they
-    agree. Tokenizer files are copied; the record of the run that trained the model too, and its card written anew.
+    agree. Files of tokenizer and image processor are copied; the record of the run that trained the model too, and its
+    card written anew.
 
     Args:
-        source: folder of a saved model, or its id on the Hub.
-        to: "marian" for transformers' `MarianMTModel` (post-norm) or "pegasus" for its
-            `PegasusForConditionalGeneration` (pre-norm), which load without this package or remote code; "tfm" for
-            our own class.
+        source: folder of a saved model, its id on the Hub, or a file ``*.pth`` of the authors of the masked
+            autoencoder.
+        to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
+            (post-norm), "pegasus" for its `PegasusForConditionalGeneration` (pre-norm), "vit" for its
+            `ViTForImageClassification` or `ViTModel`, "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
+            "timm" for timm's `VisionTransformer`; "mae_authors" for a file with the names of the masked
+            autoencoder's authors; "tfm" for our own class.
         output_dir: folder to make; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
 
     Returns:
         The certificate, as in ``parity_certificate.json``: ``source`` and ``target`` (class and sha256 of each weight
-        file), ``max_abs_difference``, ``max_abs_logit``, ``tolerance``, ``greedy_tokens_equal``, ``tokenizer_equal``
-        (None without a tokenizer), ``inputs``, ``versions``, ``date``.
+        file), what `compare` finds, ``tokenizer_equal`` (None without a tokenizer), ``versions``, ``date``.
 
     Raises:
         ValueError: ``to`` is unknown or already the class of the source; the target cannot express the source; or the
@@ -65,31 +63,29 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
-    folder = local_folder(source, revision)
-    conversion = find_conversion(folder, to)
-    origin = load(source_class(conversion, to), folder, may_lack=conversion.computed_in_theirs)
-    target = converted(conversion, origin, to)
-
     # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
     nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary:
         work = Path(temporary) / "model"
-        save(target, work, conversion.computed_in_theirs)
-        copy_tokenizer(folder, work)
+        files = Path(source) if Path(source).is_file() else local_folder(source, revision)
+        folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
+        conversion = find_conversion(folder, to)
+        # In float32, so that nothing is rounded on the way; then in the dtype it was saved in.
+        origin = load(conversion, to != OURS, folder)
+        target = converted(conversion, origin, to, saved_dtype(folder))
+        save(conversion, target, work)
+        copy_files(folder, work, TOKENIZER_FILES)
+        carry_processor(conversion, folder, work, to == OURS)
         certificate = {
             "source": {
                 # Of a local folder the name only: certificates travel, and paths say things about their machine.
-                "model": folder.resolve().name if Path(source).is_dir() else str(source),
-                "revision": None if Path(source).is_dir() else folder.name,
+                "model": files.resolve().name if Path(source).exists() else str(source),
+                "revision": None if Path(source).exists() else folder.name,
                 "class": type(origin).__name__,
-                "weights": weight_hashes(folder),
+                "weights": weight_hashes(files),
             },
             "target": {"class": type(target).__name__, "weights": weight_hashes(work)},
-            # Both loaded anew: a bfloat16 model has rounded its position table, and `.float()` would not undo that.
-            **compare(
-                load(type(origin), folder, torch.float32, may_lack=conversion.computed_in_theirs),
-                load(type(target), work, torch.float32),
-            ),
+            **compare(origin, load(conversion, to == OURS, work), (target if to == OURS else origin).config),
             "tokenizer_equal": same_tokenizer(folder, work),
             **provenance(),
         }
@@ -120,31 +116,67 @@ def find_conversion(folder: Path, to: str) -> Conversion:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"source {folder} is not a saved model: it has no config.json")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    for conversion in CONVERSIONS:
-        wanted = source_class(conversion, to).config_class.model_type
-        if to in (conversion.name, OURS) and model_type == wanted:
-            return conversion
-    raise ValueError(f'no conversion of a model of type "{model_type}" to "{to}"')
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # A folder of timm names no type, but one of its architectures.
+    model_type = config.get("model_type", "timm" if "architecture" in config else None)
+    class_name = (config.get("architectures") or [None])[0]
+    fitting = {
+        source_class(conversion, to).__name__: conversion
+        for conversion in CONVERSIONS
+        if to in (conversion.name, OURS) and source_type(conversion, to) == model_type
+    }
+    if not fitting:
+        raise ValueError(f'no conversion of a model of type "{model_type}" to "{to}"')
+    if class_name in fitting:
+        return fitting[class_name]
+    if len(fitting) > 1 and class_name is not None:
+        raise ValueError(f'no conversion of a {class_name} to "{to}", only of {", ".join(fitting)}')
+    return next(iter(fitting.values()))
 
 
-def source_class(conversion: Conversion, to: str) -> type[PreTrainedModel]:
+def source_class(conversion: Conversion, to: str) -> type[nn.Module]:
     """The class that a conversion to ``to`` starts from."""
     return conversion.theirs if to == OURS else conversion.ours
 
 
-def load(
-    model_class: type[PreTrainedModel],
-    folder: Path,
-    dtype: torch.dtype | str = "auto",
-    may_lack: tuple[str, ...] = (),
+def source_type(conversion: Conversion, to: str) -> str:
+    """The model type in config.json of what a conversion to ``to`` starts from."""
+    config_class = getattr(source_class(conversion, to), "config_class", None)
+    return config_class.model_type if config_class else conversion.name
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights in ``folder``; of pickled ones, what config.json says."""
+    counts = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+    if counts:
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(counts.most_common(1)[0][0], torch.float32)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def load(conversion: Conversion, ours: bool, folder: Path) -> nn.Module:
+    """The model in ``folder``, ours or theirs, in float32."""
+    if not ours and conversion.read:
+        return conversion.read(folder)
+    model_class = conversion.ours if ours else conversion.theirs
+    return load_whole(model_class, folder, may_lack=conversion.computed_in_theirs)
+
+
+def load_whole(
+    model_class: type[PreTrainedModel], folder: Path, may_lack: tuple[str, ...] = (), **options: Any
 ) -> PreTrainedModel:
-    """The model in ``folder``, by default in the dtype it is saved in, with every weight accounted for.
+    """The model in ``folder``, in float32, with every weight accounted for.
 
     Args:
         may_lack: weights that the class computes where the file does not hold them.
+        options: of `from_pretrained`.
     """
-    model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    if set(report["missing_keys"]) == POOLER:
+        return load_whole(model_class, folder, may_lack, add_pooling_layer=False, **options)
     report["missing_keys"] = set(report["missing_keys"]) - set(may_lack)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
@@ -152,26 +184,39 @@ def load(
     return model
 
 
-def save(model: PreTrainedModel, folder: Path, computed: tuple[str, ...]) -> None:
-    """Save ``model``; the weights that its class computes in float32, so that loading it in any dtype is exact."""
-    weights = model.state_dict()
-    if model.dtype != torch.float32 and weights.keys() >= set(computed):
-        fresh = type(model)(model.config).state_dict()
-        weights.update({name: fresh[name] for name in computed})
-    model.save_pretrained(folder, state_dict=weights)
-
-
-def converted(conversion: Conversion, origin: PreTrainedModel, to: str) -> PreTrainedModel:
-    """The model ``origin`` as the class named ``to``: same weights in the same dtype, same generation settings."""
-    if to == OURS:
-        config = conversion.to_ours(origin)
-        weights = conversion.weights_to_ours(origin, config)
-        target = conversion.ours(config)
+def save(conversion: Conversion, model: nn.Module, folder: Path) -> None:
+    """Save ``model``, ours or theirs."""
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
     else:
-        config = conversion.to_theirs(origin.config)
-        weights = conversion.weights_to_theirs(origin)
-        target = conversion.theirs(config)
-    target = target.to(origin.dtype)
+        conversion.write(model, folder)
+
+
+def carry_processor(conversion: Conversion, source: Path, target: Path, to_ours: bool) -> None:
+    """Say beside the converted model how images are prepared for it, where the source says that."""
+    copy_files(source, target, PROCESSOR_FILES)
+    if conversion.carry_processor:
+        conversion.carry_processor(source, target, to_ours)
+
+
+def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model ``origin`` as the class named ``to``: same weights, bit for bit, same generation settings.
+
+    Args:
+        dtype: for weights that lose nothing by it; default, that of ``origin``.
+    """
+    dtype = dtype or next(origin.parameters()).dtype
+    to_ours = to == OURS
+    if conversion.prepare and not to_ours:
+        origin = conversion.prepare(origin)
+    config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
+    if conversion.names is None:
+        target = reread(origin, conversion.ours if to_ours else conversion.theirs, config)
+        return round_without_loss(target, dtype)
+    if to_ours:
+        weights, target = conversion.weights_to_ours(origin, config), conversion.ours(config)
+    else:
+        weights, target = conversion.weights_to_theirs(origin), (conversion.build or conversion.theirs)(config)
     own = target.state_dict()
     only_theirs = {*conversion.zero_in_theirs, *conversion.computed_in_theirs} - weights.keys()
     if weights.keys() != own.keys() - only_theirs:
@@ -182,39 +227,23 @@ def converted(conversion: Conversion, origin: PreTrainedModel, to: str) -> PreTr
         for name, weight in weights.items():
             # Some classes keep a vector as a matrix of one row.
             own[name].copy_(weight.reshape(own[name].shape))
-    target.generation_config = copy.deepcopy(origin.generation_config)
-    return target
+    if getattr(origin, "generation_config", None) is not None:
+        target.generation_config = copy.deepcopy(origin.generation_config)
+    return round_without_loss(target, dtype)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, byte for byte."""
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, target / path.name)
+def reread(origin: PreTrainedModel, target_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model ``origin`` as another class that reads the same files, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        origin.save_pretrained(folder)
+        return load_whole(target_class, Path(folder), config=config)
 
 
-def copy_record(source: Path, target: Path, name: str) -> None:
-    """Copy what is known of the training run, where there is a record, and write the card of the new model."""
-    if not (source / RESULTS).is_file():
-        return
-    for file in (RESULTS, HISTORY):
-        if (source / file).is_file():
-            shutil.copyfile(source / file, target / file)
-    write_card(target, RunRecord.load(source), model_id=name)
-
-
-def same_tokenizer(source: Path, target: Path) -> bool | None:
-    """Whether both folders load as the same tokenizer; None where there is none.
-
-    Raises:
-        ValueError: they differ, for instance because the target's model type brings a tokenizer class of its own.
-    """
-    if not (source / "tokenizer_config.json").is_file():
-        return None
-    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
-    if type(before) is not type(after) or before.get_vocab() != after.get_vocab():
-        raise ValueError(
-            f"the tokenizer of {source} is a {type(before).__name__}, but beside the converted model it loads as a "
-            f"{type(after).__name__} with {len(after)} tokens"
-        )
-    return True
+@torch.no_grad()
+def round_without_loss(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` in ``dtype``, but for position tables that are kept more exactly than the weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        rounded = tensor.to(dtype)
+        if tensor.is_floating_point() and torch.equal(rounded.to(tensor.dtype), tensor):
+            tensor.data = rounded
+    return model

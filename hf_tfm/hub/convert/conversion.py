@@ -2,15 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def refuse(target: str, field: str, value: Any, needed: Any) -> NoReturn:
     """Say that ``target`` cannot express ``field=value``."""
     raise ValueError(f"{target} cannot express {field}={value!r}: it needs {needed!r}")
+
+
+def require_fixed(target: str, config: Any, fixed: dict[str, Any]) -> None:
+    """Refuse a configuration in which a field has another value than the one that ``target`` can express."""
+    for field, value in fixed.items():
+        if getattr(config, field) != value:
+            refuse(target, field, getattr(config, field), value)
 
 
 @dataclass(frozen=True)
@@ -21,21 +30,33 @@ class Conversion:
         name: what a user calls the other side, as in ``--to marian``.
         ours: our class.
         theirs: the class of the other library.
-        names: our configuration -> {our weight name: their weight name}, all of ours, each to another.
         to_theirs: our configuration -> theirs; ValueError names a field that cannot be expressed.
         to_ours: their model -> our configuration; the model, because some of it shows in the weights alone.
+        names: our configuration -> {our weight name: their weight name}, all of ours. Several of ours may go to one of
+            theirs, which holds them one below the other (a fused projection). None where either class reads the
+            other's files.
+        prepare: our model -> the same function in the form that they have.
         zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
         computed_in_theirs: weights that only they have, fixed by their class.
+        build, read, write: how theirs is made of a configuration, read from a folder, written to a folder, where it is
+            not a class of transformers.
+        carry_processor: (source folder, target folder, to_ours) -> None, says how images are prepared; None where
+            both sides read the same file.
     """
 
     name: str
     ours: type[PreTrainedModel]
-    theirs: type[PreTrainedModel]
-    names: Callable[[PreTrainedConfig], dict[str, str]]
-    to_theirs: Callable[[PreTrainedConfig], PreTrainedConfig]
-    to_ours: Callable[[PreTrainedModel], PreTrainedConfig]
+    theirs: type[nn.Module]
+    to_theirs: Callable[[PreTrainedConfig], Any]
+    to_ours: Callable[[Any], PreTrainedConfig]
+    names: Callable[[PreTrainedConfig], dict[str, str]] | None = None
+    prepare: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     zero_in_theirs: tuple[str, ...] = ()
     computed_in_theirs: tuple[str, ...] = ()
+    build: Callable[[Any], nn.Module] | None = None
+    read: Callable[[Path], nn.Module] | None = None
+    write: Callable[[nn.Module, Path], None] | None = None
+    carry_processor: Callable[[Path, Path, bool], None] | None = None
 
     def weights_to_theirs(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Weights of our ``model`` under their names.
@@ -43,28 +64,42 @@ class Conversion:
         Raises:
             ValueError: a weight of the model is not in the table, or the reverse.
         """
-        return rename(model.state_dict(), self.names(model.config))
+        weights, names = model.state_dict(), self.names(model.config)
+        require_same(weights.keys(), names.keys())
+        return {
+            theirs: weights[ours[0]] if len(ours) == 1 else torch.cat([weights[name] for name in ours])
+            for theirs, ours in grouped(names).items()
+        }
 
-    def weights_to_ours(self, model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Tensor]:
+    def weights_to_ours(self, model: nn.Module, config: PreTrainedConfig) -> dict[str, Tensor]:
         """Weights of their ``model`` under our names; ``config`` is ours.
 
         Raises:
             ValueError: a weight of the model is not in the table, or the reverse.
         """
-        table = {theirs: ours for ours, theirs in self.names(config).items()}
-        only_theirs = {*self.zero_in_theirs, *self.computed_in_theirs} - table.keys()
-        return rename({name: w for name, w in model.state_dict().items() if name not in only_theirs}, table)
+        groups = grouped(self.names(config))
+        only_theirs = {*self.zero_in_theirs, *self.computed_in_theirs} - groups.keys()
+        weights = {name: weight for name, weight in model.state_dict().items() if name not in only_theirs}
+        require_same(weights.keys(), groups.keys())
+        return {
+            name: part
+            for theirs, ours in groups.items()
+            for name, part in zip(ours, weights[theirs].chunk(len(ours)), strict=True)
+        }
 
 
-def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """``weights`` under the names that ``names`` gives, {old: new}.
+def grouped(names: dict[str, str]) -> dict[str, list[str]]:
+    """{ours: theirs} the other way round: {theirs: [ours, ...]}, in the order of the table."""
+    groups: dict[str, list[str]] = {}
+    for ours, theirs in names.items():
+        groups.setdefault(theirs, []).append(ours)
+    return groups
 
-    Raises:
-        ValueError: the two do not name the same weights.
-    """
-    if weights.keys() != names.keys():
+
+def require_same(weights, names) -> None:
+    """Refuse a table that does not name the weights of the model, all of them and no others."""
+    if weights != names:
         raise ValueError(
-            f"the name table does not fit the model: not in the table {sorted(weights.keys() - names.keys())}, "
-            f"not in the model {sorted(names.keys() - weights.keys())}"
+            f"the name table does not fit the model: not in the table {sorted(weights - names)}, "
+            f"not in the model {sorted(names - weights)}"
         )
-    return {names[name]: weight for name, weight in weights.items()}

@@ -7,14 +7,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...models.patches import patch_grid, sides
 
 CERTIFICATE = "parity_certificate.json"
 SEED = 0
 SOURCE_LENGTHS = (1, 7, 19, 32)
 TARGET_LENGTHS = (3, 1, 24, 11)
 NEW_TOKENS = 24
+IMAGES = 3
+OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "loss", "mask")  # those of both models are compared
 TOLERANCE = 1e-5  # for logits up to LOGIT_SCALE; float32 rounding grows in proportion beyond
 LOGIT_SCALE = 10.0
 
@@ -42,34 +46,93 @@ def fixed_inputs(vocab_size: int, pad: int, limit: int) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def compare(source: PreTrainedModel, target: PreTrainedModel) -> dict:
-    """Run two sequence-to-sequence models on the fixed inputs, and generate greedily with both.
+def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The inputs of every check of a vision model: images (B, C, H, W) of its size, with what masks them."""
+    generator = torch.Generator().manual_seed(SEED)
+    height, width = sides(config.image_size)
+    images = torch.randn(IMAGES, config.num_channels, height, width, generator=generator)
+    if not hasattr(config, "mask_ratio"):
+        return {"pixel_values": images}
+    rows, columns = patch_grid(height, width, config.patch_size)
+    return {"pixel_values": images, "noise": torch.rand(IMAGES, rows * columns, generator=generator)}
+
+
+def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> dict:
+    """Run two models on the fixed inputs; of two that generate text, compare that too.
 
     Args:
-        source, target: models in float32 on one device, with the same vocabulary.
+        source, target: models in float32 on one device, of the same architecture.
+        config: that of the one which is ours.
 
     Returns:
-        ``max_abs_difference`` of the logits, ``max_abs_logit``, ``tolerance``, ``greedy_tokens_equal`` and the
-        ``inputs`` in words.
+        ``max_abs_difference`` of the main output, logits where there are any, with ``max_abs_output`` and
+        ``tolerance``; ``differences`` of every output; for text ``greedy_tokens_equal``; the ``inputs`` in words.
 
     Raises:
-        ValueError: the logits differ by more than the tolerance, or the generated tokens differ.
+        ValueError: an output differs by more than the tolerance, or the generated tokens differ.
     """
-    config = source.config
-    limit = config.max_position_embeddings
-    inputs = fixed_inputs(config.vocab_size, config.pad_token_id, limit)
-    ours, theirs = source.eval()(**inputs).logits, target.eval()(**inputs).logits  # (B, T, V)
-    largest = ours.abs().max().item()
-    difference = (ours - theirs).abs().max().item()
-    tolerance = TOLERANCE * max(1.0, largest / LOGIT_SCALE)
-    # `not <=`, so that a NaN fails too.
-    if not difference <= tolerance:
-        raise ValueError(
-            f"the converted model is not the same function: logits differ by {difference:.3g}, the tolerance is "
-            f"{tolerance:.3g} for logits up to {largest:.3g}"
-        )
-    new_tokens = min(NEW_TOKENS, limit)
+    if hasattr(config, "image_size"):
+        inputs = fixed_images(config)
+        shapes = {name: list(value.shape) for name, value in inputs.items()}
+        return {**compare_outputs(source, target, inputs), "inputs": described(source, shapes)}
+    inputs = fixed_inputs(config.vocab_size, config.pad_token_id, config.max_position_embeddings)
+    new_tokens = min(NEW_TOKENS, config.max_position_embeddings)
+    lengths = {
+        "source_lengths": inputs["attention_mask"].sum(1).tolist(),
+        "target_lengths": inputs["decoder_attention_mask"].sum(1).tolist(),
+        "new_tokens": new_tokens,
+    }
+    return {
+        **compare_outputs(source, target, inputs),
+        "greedy_tokens_equal": compare_generated(source, target, inputs, new_tokens),
+        "inputs": described(source, lengths),
+    }
+
+
+def described(model: nn.Module, inputs: dict) -> dict:
+    """What the certificate says of the inputs."""
+    return {"seed": SEED, **inputs, "dtype": "float32", "device": next(model.parameters()).device.type}
+
+
+@torch.no_grad()
+def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict:
+    """Differences of all outputs that both models have; see `compare`."""
+    found, differences = [], {}
+    for model in (source.eval(), target.eval()):
+        # Images by position, as the first argument has another name in timm.
+        output = model(*inputs.values()) if "pixel_values" in inputs else model(**inputs)
+        found.append({"logits": output} if isinstance(output, Tensor) else output)
+    main = {}
+    for name in (name for name in OUTPUTS if all(output.get(name) is not None for output in found)):
+        ours, theirs = (output[name] for output in found)
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"the converted model is not the same function: {name} of shape {tuple(ours.shape)} became "
+                f"{tuple(theirs.shape)}"
+            )
+        largest = ours.abs().max().item()
+        difference = (ours - theirs).abs().max().item()
+        tolerance = TOLERANCE * max(1.0, largest / LOGIT_SCALE)
+        # `not <=`, so that a NaN fails too.
+        if not difference <= tolerance:
+            raise ValueError(
+                f"the converted model is not the same function: {name} differ by {difference:.3g}, the tolerance is "
+                f"{tolerance:.3g} for {name} up to {largest:.3g}"
+            )
+        main = main or {"max_abs_difference": difference, "max_abs_output": largest, "tolerance": tolerance}
+        differences[name] = difference
+    return {**main, "differences": differences}
+
+
+@torch.no_grad()
+def compare_generated(
+    source: PreTrainedModel, target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int
+) -> bool:
+    """True: both generate the same tokens, greedily.
+
+    Raises:
+        ValueError: they differ.
+    """
     generated = [
         model.generate(
             input_ids=inputs["input_ids"],
@@ -83,32 +146,19 @@ def compare(source: PreTrainedModel, target: PreTrainedModel) -> dict:
     ]
     if not torch.equal(*generated):
         raise ValueError("the converted model generates other tokens than its source")
-    return {
-        "max_abs_difference": difference,
-        "max_abs_logit": largest,
-        "tolerance": tolerance,
-        "greedy_tokens_equal": True,
-        "inputs": {
-            "seed": SEED,
-            "source_lengths": inputs["attention_mask"].sum(1).tolist(),
-            "target_lengths": inputs["decoder_attention_mask"].sum(1).tolist(),
-            "new_tokens": new_tokens,
-            "dtype": "float32",
-            "device": ours.device.type,
-        },
-    }
+    return True
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """sha256 in hex of each weight file in ``folder``, by file name."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+def weight_hashes(path: Path) -> dict[str, str]:
+    """sha256 in hex of each weight file in the folder ``path``, or of that one file, by file name."""
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     hashes = {}
-    for path in files:
+    for weights in [path] if path.is_file() else files:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with weights.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-        hashes[path.name] = digest.hexdigest()
+        hashes[weights.name] = digest.hexdigest()
     return hashes
 
 
@@ -117,7 +167,7 @@ def provenance() -> dict:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "hf-tfm")},
+            **{package: version(package) for package in ("torch", "transformers", "timm", "hf-tfm")},
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
