@@ -6,7 +6,10 @@ from pathlib import Path
 
 from jsonargparse import CLI
 
-NAMES = ("padding_waste", "label_smoothing", "translation_training", "translation_generation", "report")
+NAMES = (
+    *("padding_waste", "label_smoothing", "translation_training", "translation_generation", "image_loading"),
+    "report",
+)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:2] or list(NAMES)

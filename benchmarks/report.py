@@ -111,11 +111,31 @@ def padding(results: dict) -> str:
     )
 
 
+def image_loading(results: dict) -> str:
+    """Reading and augmenting images."""
+    rows = [
+        (name, *r["images_per_second"].values(), *r["ratios"].values(), r.get("kilobytes", ""))
+        for name, r in results["results"].items()
+    ]
+    workers = f"{results['num_workers']} worker processes" if results["num_workers"] else "one thread, no workers"
+    return "\n\n".join(
+        [
+            "## Image loading: images per second",
+            "JPEG files in memory to normalised float32 batches on the host; uint8 leaves scaling to the device. The "
+            f"peer is PIL with torchvision's v1 transforms in torch's DataLoader; {workers}, torchvision "
+            f"{results['torchvision']}.",
+            machine(results),
+            table(("images", "ours", "ours, uint8", "PIL pipeline", "times", "times, uint8", "kB a file"), rows),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
     "label_smoothing": label_smoothing,
     "padding_waste": padding,
+    "image_loading": image_loading,
 }
 
 

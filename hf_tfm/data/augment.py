@@ -5,15 +5,17 @@
 What happens to a sample is a pure function of (seed, epoch, sample index): see `seeded`, `Mixing`.
 """
 
+import hashlib
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from .batching import rng
 
@@ -25,12 +27,17 @@ MAGNITUDES = 11
 def seeded() -> Iterator[Callable[..., None]]:
     """Gives ``seed(*key)``, which seeds torch's CPU generator, torchvision's source; afterwards it is as before.
 
-    ``torch.manual_seed`` would do the same 100 times slower: it seeds every device.
+    A key is integers of at most 64 bits. ``torch.manual_seed`` would do the same 100 times slower: it seeds every
+    device.
     """
     with torch.random.fork_rng(devices=[]):
-        yield lambda *key: torch.default_generator.manual_seed(
-            int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-        )
+        yield lambda *key: torch.default_generator.manual_seed(hash_key(*key))
+
+
+def hash_key(*key: int) -> int:
+    """64 bits that depend on every bit of a key of integers, in a microsecond; the same on every machine."""
+    packed = struct.pack(f"<{len(key)}q", *key)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,7 @@ class Augmentation:
         if self.crop == "resized":
             steps.append(v2.RandomResizedCrop(size, self.scale, self.ratio, interpolation, antialias=True))
         elif self.crop == "pad":
-            steps += [v2.Resize(size, interpolation, antialias=True), v2.RandomCrop(size, self.padding)]
+            steps.append(PadAndCrop(size, self.padding, interpolation))
         else:
             steps.append(fixed)
         if self.flip:
@@ -112,6 +119,25 @@ class Augmentation:
         if self.erasing:
             steps.append(NoiseErasing(self.erasing, mean, std))
         return v2.Compose(steps)
+
+
+class PadAndCrop:
+    """`v2.RandomCrop` with ``padding``, of images resized to ``size`` where they are not, in half its time.
+
+    Of an image of 32 x 32 its checks are most of the work.
+    """
+
+    def __init__(self, size: tuple[int, int], padding: int, interpolation: InterpolationMode):
+        self.size, self.padding, self.interpolation = size, padding, interpolation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, h, w) -> uint8 (3, H, W)."""
+        height, width = self.size
+        if image.shape[-2:] != self.size:
+            image = functional.resize(image, list(self.size), self.interpolation, antialias=True)
+        top, left = torch.randint(0, 2 * self.padding + 1, (2,)).tolist()
+        image = torch.nn.functional.pad(image, [self.padding] * 4)
+        return image[:, top : top + height, left : left + width]
 
 
 class NoiseErasing(v2.RandomErasing):

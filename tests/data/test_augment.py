@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode
 
-from hf_tfm.data.augment import Augmentation, Mixing, mix, partners, seeded
+from hf_tfm.data.augment import Augmentation, Mixing, hash_key, mix, partners, seeded
 
 SIZE, MEAN, STD = (24, 32), [120.0, 110.0, 100.0], [60.0, 55.0, 50.0]
 IMAGE = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 30, 50), dtype=np.uint8))
@@ -48,6 +48,12 @@ def test_a_picture_is_a_pure_function_of_its_key(options):
     different = {image.numpy().tobytes() for image in first}
     assert len(different) == 2 if options == {"crop": "none"} else len(different) > 10
     assert not torch.equal(drawn(change, 2, 0, 0), first[0]) or options == {"crop": "none"}
+
+
+def test_keys_are_hashed_alike_everywhere():
+    assert hash_key(0, 1, 2) == 8901564848246840783
+    keys = [(seed, epoch, index) for seed in range(4) for epoch in range(4) for index in (0, 1, 2, 2**40, 2**40 + 1)]
+    assert len({hash_key(*key) for key in keys}) == len(keys)
 
 
 def test_drawing_leaves_the_global_generator_alone():
