@@ -34,7 +34,7 @@ from hf_tfm import (
     TfmViTForImageClassification,
     TfmViTModel,
 )
-from hf_tfm.hub.convert import CONVERSIONS, convert
+from hf_tfm.hub.convert import CONVERSIONS, convert, parity
 from hf_tfm.models.positions import sincos_2d
 
 # Our class, theirs, its configuration, fields.
@@ -218,3 +218,14 @@ def test_dtype_and_bits_are_kept(tmp_path, conversion, dtype):
     convert(tmp_path / "theirs", "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     assert str(tmp_path) not in json.dumps(certificate)
+
+
+def test_float64_decides_where_float32_is_in_doubt(tmp_path, monkeypatch):
+    """Rounding of a deep model can exceed the tolerance; a wrong weight does so in float64 too."""
+    ours(hidden_size=128, intermediate_size=512, image_size=64, patch_size=16).save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(parity, "TOLERANCE", 1e-12)
+    certificate = convert(tmp_path / "ours", "timm", tmp_path / "timm")
+    assert certificate["inputs"]["dtype"] == "float64"
+    assert 0 < certificate["max_abs_difference"] < 1e-12
+    monkeypatch.setattr(parity, "TOLERANCE", 1e-5)
+    assert convert(tmp_path / "ours", "timm", tmp_path / "again")["inputs"]["dtype"] == "float32"

@@ -90,38 +90,63 @@ def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> d
 
 
 def described(model: nn.Module, inputs: dict) -> dict:
-    """What the certificate says of the inputs."""
-    return {"seed": SEED, **inputs, "dtype": "float32", "device": next(model.parameters()).device.type}
+    """What the certificate says of the inputs, and of the precision it took."""
+    parameter = next(model.parameters())
+    return {"seed": SEED, **inputs, "dtype": str(parameter.dtype).split(".")[1], "device": parameter.device.type}
+
+
+def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict:
+    """Differences of all outputs that both models have; see `compare`.
+
+    In float32; where that leaves a doubt, as the rounding of a deep model may, both go to float64 and are run again.
+    """
+    found = differences(source, target, inputs)
+    if not all(within_tolerance(*pair) for pair in found.values()):
+        precise = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        found = differences(source.double(), target.double(), precise)
+    for name, (difference, largest) in found.items():
+        if not within_tolerance(difference, largest):
+            raise ValueError(
+                f"the converted model is not the same function: {name} differ by {difference:.3g}, the tolerance is "
+                f"{tolerance_for(largest):.3g} for {name} up to {largest:.3g}"
+            )
+    difference, largest = next(iter(found.values()))
+    return {
+        "max_abs_difference": difference,
+        "max_abs_output": largest,
+        "tolerance": tolerance_for(largest),
+        "differences": {name: pair[0] for name, pair in found.items()},
+    }
+
+
+def tolerance_for(largest: float) -> float:
+    """How far values up to ``largest`` may differ."""
+    return TOLERANCE * max(1.0, largest / LOGIT_SCALE)
+
+
+def within_tolerance(difference: float, largest: float) -> bool:
+    """Whether the difference is one of rounding; not if it is a NaN."""
+    return difference <= tolerance_for(largest)
 
 
 @torch.no_grad()
-def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict:
-    """Differences of all outputs that both models have; see `compare`."""
-    found, differences = [], {}
+def differences(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """(largest difference, largest value) of each output that both models have."""
+    outputs = []
     for model in (source.eval(), target.eval()):
         # Images by position, as the first argument has another name in timm.
         output = model(*inputs.values()) if "pixel_values" in inputs else model(**inputs)
-        found.append({"logits": output} if isinstance(output, Tensor) else output)
-    main = {}
-    for name in (name for name in OUTPUTS if all(output.get(name) is not None for output in found)):
-        ours, theirs = (output[name] for output in found)
+        outputs.append({"logits": output} if isinstance(output, Tensor) else output)
+    found = {}
+    for name in (name for name in OUTPUTS if all(output.get(name) is not None for output in outputs)):
+        ours, theirs = (output[name] for output in outputs)
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"the converted model is not the same function: {name} of shape {tuple(ours.shape)} became "
                 f"{tuple(theirs.shape)}"
             )
-        largest = ours.abs().max().item()
-        difference = (ours - theirs).abs().max().item()
-        tolerance = TOLERANCE * max(1.0, largest / LOGIT_SCALE)
-        # `not <=`, so that a NaN fails too.
-        if not difference <= tolerance:
-            raise ValueError(
-                f"the converted model is not the same function: {name} differ by {difference:.3g}, the tolerance is "
-                f"{tolerance:.3g} for {name} up to {largest:.3g}"
-            )
-        main = main or {"max_abs_difference": difference, "max_abs_output": largest, "tolerance": tolerance}
-        differences[name] = difference
-    return {**main, "differences": differences}
+        found[name] = ((ours - theirs).abs().max().item(), ours.abs().max().item())
+    return found
 
 
 @torch.no_grad()
