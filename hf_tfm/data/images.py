@@ -44,10 +44,11 @@ def image_rows(rows, image_column: str | None = None, label_column: str | None =
     Raises:
         ValueError: there are no rows, or no such column.
     """
-    first = next(iter(rows.take(1)), None)
-    if first is None:
+    features = rows.features
+    if isinstance(rows, datasets.Dataset) and not len(rows):
         raise ValueError("the data set has no rows")
-    features = rows.features or dict.fromkeys(first)
+    if features is None:  # a stream that has to be read for its columns; else nothing is, for images may be broken
+        features = dict.fromkeys(next(iter(rows), {}))
     names = {find_column(features, image_column, "image_column", Image, IMAGE): IMAGE}
     if labelled:
         names[find_column(features, label_column, "label_column", ClassLabel, LABEL)] = LABEL

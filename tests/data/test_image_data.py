@@ -209,6 +209,15 @@ def test_a_stream_that_does_not_tell_its_columns():
     assert torch.equal(decode(rows[3]["image"]), decode(PICTURES[3]))
 
 
+def test_a_broken_first_image_breaks_nothing_else():
+    rows = Dataset.from_dict({"img": [b"no image", KINDS["png"]], "label": [0, 1]}).cast_column("img", Image())
+    for source in (rows, rows.to_iterable_dataset()):
+        broken, whole = image_rows(source)
+        with pytest.raises(BadImage):
+            decode(broken["image"])
+        assert torch.equal(decode(whole["image"]), decode(KINDS["png"]))
+
+
 def test_columns_are_found_or_named():
     rows = memory(fine=LABELS, coarse=LABELS)
     with pytest.raises(ValueError, match=r"label_column must name a column, .*; the data set has img, fine, coarse"):

@@ -1,6 +1,7 @@
 """Image tasks: one step is one batch however it is cut, samples look the same wherever they are made."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -116,6 +117,12 @@ def test_workers_resume_and_neighbours_change_no_sample(name):
     assert len(alone) == 12
     for (batch,) in first:
         assert all(torch.equal(alone[int(i)], x) for i, x in zip(batch["indices"], batch["pixel_values"], strict=True))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_tasks_travel_to_workers_that_are_not_forked(name):
+    task = pickle.loads(pickle.dumps(CASES[name][0]()))
+    assert equal(*(t.collate_training(examples(2), [0, 1], 0) for t in (task, CASES[name][0]())))
 
 
 def test_seed_epoch_and_copy_change_a_sample():
