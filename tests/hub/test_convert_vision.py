@@ -17,6 +17,7 @@ from convert_helpers import (
 )
 from hub_helpers import randomize, run_python
 from safetensors.torch import load_file, save_file
+from test_card import RECORD
 from test_convert import assert_same_weights
 from transformers import (
     ViTConfig,
@@ -35,6 +36,7 @@ from hf_tfm import (
     TfmViTModel,
 )
 from hf_tfm.hub.convert import CONVERSIONS, convert, parity
+from hf_tfm.hub.results import RunRecord
 from hf_tfm.models.positions import sincos_2d
 
 # Our class, theirs, its configuration, fields.
@@ -229,3 +231,12 @@ def test_float64_decides_where_float32_is_in_doubt(tmp_path, monkeypatch):
     assert 0 < certificate["max_abs_difference"] < 1e-12
     monkeypatch.setattr(parity, "TOLERANCE", 1e-5)
     assert convert(tmp_path / "ours", "timm", tmp_path / "again")["inputs"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("to", "carded"), [("vit", True), ("timm", False)])
+def test_the_record_of_the_run_goes_along(tmp_path, to, carded):
+    ours().save_pretrained(tmp_path / "ours")
+    RunRecord.from_dict({**RECORD, "model_type": "tfm_vit"}).save(tmp_path / "ours")
+    convert(tmp_path / "ours", to, tmp_path / to)
+    assert RunRecord.load(tmp_path / to) == RunRecord.load(tmp_path / "ours")
+    assert (tmp_path / to / "README.md").is_file() is carded

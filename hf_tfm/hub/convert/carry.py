@@ -1,9 +1,10 @@
 """What goes along with a converted model: its tokenizer or image processor, and the record of its training."""
 
+import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from ..card import write_card
 from ..results import HISTORY, RESULTS, RunRecord
@@ -33,13 +34,18 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def copy_record(source: Path, target: Path, name: str) -> None:
-    """Copy what is known of the training run, where there is a record, and write the card of the new model."""
+    """Copy what is known of the training run, where there is a record, and write the card of the new model.
+
+    The card shows how transformers loads the model, so there is none for a folder of another library.
+    """
     if not (source / RESULTS).is_file():
         return
     for file in (RESULTS, HISTORY):
         if (source / file).is_file():
             shutil.copyfile(source / file, target / file)
-    write_card(target, RunRecord.load(source), model_id=name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") in CONFIG_MAPPING:
+        write_card(target, RunRecord.load(source), model_id=name)
 
 
 def same_tokenizer(source: Path, target: Path) -> bool | None:
