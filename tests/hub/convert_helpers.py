@@ -40,7 +40,14 @@ def ours(model_class=TfmViTForImageClassification, **fields):
 def timm_vit(**arguments):
     """A random small model of timm."""
     arguments = {"depth": 2, "img_size": 64, "num_classes": 7, **arguments}
-    return randomize(timm.create_model("vit_tiny_patch16_224", **arguments), std=0.2)
+    model = randomize(timm.create_model("vit_tiny_patch16_224", **arguments), std=0.2)
+    model.arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
+    return model
+
+
+def save_timm(model, folder):
+    """Save a model of `timm_vit` as timm does; its older releases want the arguments said again."""
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=model.arguments)
 
 
 @torch.no_grad()

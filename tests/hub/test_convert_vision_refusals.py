@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from convert_helpers import authors_weights, ours, timm_vit
+from convert_helpers import authors_weights, ours, save_timm, timm_vit
 from safetensors.torch import load_file, save_file
 
 from hf_tfm import (
@@ -58,7 +58,7 @@ def test_what_they_cannot_express_is_refused(tmp_path, to, fields, message):
     ],
 )
 def test_what_we_cannot_express_of_timm_is_refused(tmp_path, arguments, message):
-    timm.models.save_for_hf(timm_vit(**arguments), tmp_path / "timm", safe_serialization=True)
+    save_timm(timm_vit(**arguments), tmp_path / "timm")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "timm", "tfm", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["timm"]
@@ -82,7 +82,7 @@ def test_other_sources_are_refused(tmp_path):
 
 @pytest.mark.parametrize("lost", ["blocks.1.attn.qkv.weight", "head.bias"])
 def test_an_incomplete_folder_of_timm_is_refused(tmp_path, lost):
-    timm.models.save_for_hf(timm_vit(), tmp_path / "timm", safe_serialization=True)
+    save_timm(timm_vit(), tmp_path / "timm")
     path = tmp_path / "timm" / "model.safetensors"
     weights = load_file(path)
     weights.pop(lost)
