@@ -1,0 +1,99 @@
+"""From scratch on scikit-learn's handwritten digits: both models learn, and do not where a mistake is planted."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.models.modeling_mae import normalize_patches
+from hf_tfm.models.patches import patchify
+
+TRAIN = 1500  # of 1797 images; those after it are for the test
+SIZES = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
+ENCODER = {"num_hidden_layers": 2, "num_attention_heads": 4}
+MAE = {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "decoder_hidden_size": 32,
+    "decoder_intermediate_size": 64,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "mask_ratio": 0.25,
+}
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images (1797, 1, 8, 8) with mean 0 and variance 1, and their labels (1797,)."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None]
+    return (images - images.mean()) / images.std(), torch.tensor(data.target)
+
+
+def fit(model: nn.Module, steps: int, lr: float, images: Tensor, **more: Tensor) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(0, TRAIN, (64,), generator=generator)
+        optimizer.zero_grad()
+        model(images[rows], **{name: value[rows] for name, value in more.items()}).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def classifier_accuracy(steps: int, forget_positions: bool = False, **fields) -> float:
+    images, labels = digits()
+    torch.manual_seed(0)
+    model = TfmViTForImageClassification(TfmViTConfig(**SIZES, **ENCODER, num_labels=10, **fields))
+    if forget_positions:
+        model.vit.embeddings.positions = lambda grid: (torch.zeros(1, 1, 32), torch.zeros(1, 16, 32))
+    with torch.enable_grad():
+        fit(model, steps, 5e-3, images, labels=labels)
+    return (model(images[TRAIN:]).logits.argmax(dim=-1) == labels[TRAIN:]).float().mean().item()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"position_embedding_type": "learned"}, {"position_embedding_type": "learned_2d", "pooling": "mean"}],
+    ids=str,
+)
+def test_a_classifier_learns_digits(fields):
+    assert classifier_accuracy(450, **fields) > 0.75
+
+
+def test_without_positions_it_learns_little():
+    """A bag of patches of 2 x 2 pixels still tells some digits apart."""
+    assert classifier_accuracy(450, forget_positions=True) < 0.6
+
+
+def masked_losses(steps: int, forget_positions: bool = False, **fields) -> tuple[float, float, float]:
+    """Loss on images that training did not see; the variance of its targets; the loss of the mean image there."""
+    images, _ = digits()
+    torch.manual_seed(0)
+    model = TfmMAEForPreTraining(TfmMAEConfig(**SIZES, **MAE, **fields))
+    if forget_positions:
+        model.decoder.decoder_pos_embed.zero_()
+    fit(model, steps, 1e-2, images)
+    targets = patchify(images, 2)
+    if model.config.norm_pix_loss:
+        targets = normalize_patches(targets)[0]
+    mean_image = (targets[TRAIN:] - targets[:TRAIN].mean(dim=0)).square().mean()
+    with torch.no_grad():
+        loss = model(images[TRAIN:].repeat(4, 1, 1, 1)).loss  # four random masks of each
+    return loss.item(), targets[TRAIN:].var().item(), mean_image.item()
+
+
+@pytest.mark.parametrize(("normalised", "steps"), [(False, 700), (True, 400)])
+def test_a_masked_autoencoder_learns_digits(normalised, steps):
+    """It must do better than the mean image, which positions alone would give: it uses what it sees."""
+    loss, variance, mean_image = masked_losses(steps, norm_pix_loss=normalised)
+    assert loss < 0.75 * variance and loss < 0.9 * mean_image
+
+
+def test_without_positions_in_the_decoder_it_learns_nothing():
+    """All hidden patches of an image then get one prediction."""
+    loss, variance, mean_image = masked_losses(150, forget_positions=True)
+    assert loss > 0.8 * variance and loss > 1.5 * mean_image
