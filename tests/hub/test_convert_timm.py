@@ -10,6 +10,7 @@ from test_convert import assert_same_weights
 from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageClassification,
     ViTImageProcessor,
 )
 
@@ -53,7 +54,11 @@ def test_ours_to_timm_and_back(tmp_path, pooling):
     convert(tmp_path / "ours", "timm", tmp_path / "timm")
     read = timm_reads(tmp_path / "timm")
     assert read.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
-    assert_equal_answers(answers(read, (3, 32, 32)), answers(model, (3, 32, 32)))
+    expected = answers(model, (3, 32, 32))
+    assert_equal_answers(answers(read, (3, 32, 32)), expected)
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path / "timm")
+    assert type(wrapped).__name__ == "TimmWrapperForImageClassification" and wrapped.config.id2label[2] == "owl"
+    assert_equal_answers(answers(wrapped, (3, 32, 32)), expected)
     convert(tmp_path / "timm", "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "back")

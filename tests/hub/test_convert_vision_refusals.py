@@ -75,6 +75,9 @@ def test_other_sources_are_refused(tmp_path):
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"is not a file of the masked autoencoder's authors: it holds \['layer"):
         convert(tmp_path / "other.pth", "tfm", tmp_path / "out")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth is not a file of weights alone"):
+        convert(tmp_path / "text.pth", "tfm", tmp_path / "out")
     torch.save({"model": authors_weights(ours(TfmMAEForPreTraining))}, tmp_path / "small.pth")
     with pytest.raises(ValueError, match="number of heads is not known for a hidden_size of 32"):
         convert(tmp_path / "small.pth", "tfm", tmp_path / "out")

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import ClassVar
 
 import torch
@@ -170,8 +171,11 @@ def unpack(path: Path, folder: Path) -> Path:
         ValueError: the file holds something else, or its number of heads is not known.
     """
     # Checkpoints of a training hold its command line too.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a file of weights alone: {error}") from error
     weights = checkpoint.get("model", checkpoint)
     if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
         raise ValueError(f"{path} is not a file of the masked autoencoder's authors: it holds {list(weights)[:5]}")
