@@ -6,8 +6,8 @@ Shapes: B sequences; Tq, Tk query and key positions; D = config.hidden_size; H h
 A mask is True (or 0.0) where a query may look, False (or a large negative number) where it may not.
 """
 
-import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +67,30 @@ def explicit_attention(
     return mixed.transpose(1, 2), probabilities  # (B, Tq, H, Dh)
 
 
-def eager_view(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A shallow copy of ``config`` that asks for the eager backend, to build masks in the form it reads."""
-    view = copy.copy(config)
-    view._attn_implementation = "eager"
-    return view
+class ConfigView:
+    """A configuration of which some fields read differently; all else follows the original.
+
+    A view and not a copy, so that a later change, say of the attention backend, reaches it too.
+
+    Args:
+        config: the original.
+        fields: names and values that differ.
+    """
+
+    def __init__(self, config: PreTrainedConfig, **fields: Any):
+        self.original = config
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "original":  # while it is copied there is no original yet
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+
+def eager_view(config: PreTrainedConfig) -> ConfigView:
+    """``config`` asking for the eager backend, to build masks in the form that backend reads."""
+    return ConfigView(config, _attn_implementation="eager")
 
 
 def wants_maps(config: PreTrainedConfig, kwargs: dict) -> bool:

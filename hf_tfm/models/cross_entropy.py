@@ -33,22 +33,22 @@ def label_smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing
     )
 
 
-def sharp_loss_(scores: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+def sharp_loss(scores: Tensor, target: Tensor, label_smoothing: float, in_place: bool) -> tuple[Tensor, Tensor]:
     """The loss of each row but for the uniform part, ``log sum exp scores - (1 - e) * scores[target]``.
 
     Args:
-        scores: (n, V) float32; becomes its own gradient in place, ``softmax - (1 - e) * onehot``.
+        scores: (n, V) float32; the gradient takes their place in memory with ``in_place``.
         target: (n, 1) int64.
 
     Returns:
-        (n, 1) float32.
+        loss (n, 1) float32, and its gradient by the scores, ``softmax - (1 - e) * onehot``, (n, V).
     """
     top = scores.amax(dim=1, keepdim=True)
     at_target = scores.gather(1, target)
-    torch.softmax(scores, dim=1, out=scores)
-    log_total = top - scores.amax(dim=1, keepdim=True).log()  # the greatest probability is exp(top - log_total)
-    scores.scatter_add_(1, target, torch.full_like(top, label_smoothing - 1.0))
-    return log_total - (1.0 - label_smoothing) * at_target
+    gradient = torch.softmax(scores, dim=1, out=scores if in_place else None)
+    log_total = top - gradient.amax(dim=1, keepdim=True).log()  # the greatest probability is exp(top - log_total)
+    gradient.scatter_add_(1, target, torch.full_like(top, label_smoothing - 1.0))
+    return log_total - (1.0 - label_smoothing) * at_target, gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -87,43 +87,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_bias:
             grad_bias = (labelled.sum() * share).to(bias.dtype).repeat(len(bias))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = max(1, min(len(rows), CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"])))
         # Two buffers, one in float32, serve all chunks: fresh memory of this size costs more than what is done in it.
-        chunk = min(len(rows), CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"]))
-        products = rows.new_empty(chunk, len(weight))
-        scores = products if dtype == torch.float32 else products.to(torch.float32)
-        for start in range(0, len(rows), max(chunk, 1)):
+        # A compiled graph plans its own memory.
+        reuse = not torch.compiler.is_compiling()
+        products = rows.new_empty(chunk, len(weight)) if reuse else None
+        wide = products.to(torch.float32) if reuse else None  # the same memory where products are float32
+        for start in range(0, len(rows), chunk):
             here = slice(start, start + chunk)
             part, seen = rows[here], labelled[here]
-            product, score = products[: len(part)], scores[: len(part)]  # (n, V)
+            product = products[: len(part)] if reuse else None  # (n, V)
             if offset is None:
-                torch.mm(part, matrix.t(), out=product)
+                product = torch.mm(part, matrix.t(), out=product)
             else:
-                torch.addmm(offset, part, matrix.t(), out=product)
-            if dtype != torch.float32:
-                score.copy_(product)
-            sharp = sharp_loss_(score, target[here], label_smoothing)
-            loss += torch.where(seen, sharp - label_smoothing * mean_scores[here], 0.0).sum()
+                product = torch.addmm(offset, part, matrix.t(), out=product)
+            score = wide[: len(part)].copy_(product) if reuse and dtype != torch.float32 else product.float()
+            sharp, gradient = sharp_loss(score, target[here], label_smoothing, in_place=reuse)
+            # Not in place: of an output changed in place torch 2.11 compiles a gradient of zero.
+            loss = loss + torch.where(seen, sharp - label_smoothing * mean_scores[here], 0.0).sum()
             if not any(ctx.needs_input_grad[:3]):
                 continue
-            if dtype != torch.float32:
-                product.copy_(score)
+            rounded = product.copy_(gradient) if reuse and dtype != torch.float32 else gradient.to(dtype)
             if needs_hidden:
-                grad_hidden[here] = torch.where(seen, product @ matrix - label_smoothing * mean_weight, 0.0)
+                grad_hidden[here] = torch.where(seen, rounded @ matrix - label_smoothing * mean_weight, 0.0)
             if needs_weight and dtype == weight.dtype:
-                grad_weight.addmm_(product.t(), part)
+                grad_weight.addmm_(rounded.t(), part)
             elif needs_weight:
-                grad_weight += product.t() @ part
+                grad_weight += rounded.t() @ part
             if needs_bias:
-                grad_bias += score.t() @ seen[:, 0].float()
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
+                grad_bias += gradient.t() @ seen[:, 0].float()
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of linear_cross_entropy are formed in its forward, for one backward")
-        # Scaled in place, to hold the weight's gradient once; so they are given away here.
-        gradients, ctx.gradients = ctx.gradients, None
+        # Scaled in place, to hold the weight's gradient once; a second backward finds that out and raises.
+        gradients = ctx.saved_tensors
         return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 

@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import wants_maps
+from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
 from .modeling_vit import TfmViTEmbeddings, TfmViTPreTrainedModel, encoder_blocks, register_native_names
@@ -70,22 +70,10 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (patches - mean) / deviation, mean, deviation
 
 
-class DecoderView:
-    """The configuration as the decoder's blocks read it: ``hidden_size`` is ``decoder_hidden_size`` and so on.
-
-    A view and not a copy, so that a change of attention backend reaches the decoder too.
-    """
-
-    def __init__(self, config: TfmMAEConfig):
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "config":  # while it is copied there is no config yet
-            raise AttributeError(name)
-        decoder = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
-        if name == "drop_path_rate":
-            return 0.0
-        return getattr(self.config, f"decoder_{name}" if name in decoder else name)
+def decoder_view(config: TfmMAEConfig) -> ConfigView:
+    """The configuration as the decoder's blocks read it: ``hidden_size`` is ``decoder_hidden_size`` and so on."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return ConfigView(config, drop_path_rate=0.0, **{name: getattr(config, f"decoder_{name}") for name in names})
 
 
 class TfmMAEPreTrainedModel(TfmViTPreTrainedModel):
@@ -160,7 +148,7 @@ class TfmMAEDecoder(nn.Module):
 
     def __init__(self, config: TfmMAEConfig, grid: tuple[int, int]):
         super().__init__()
-        view = DecoderView(config)
+        view = decoder_view(config)
         height, width = sides(config.patch_size)
         self.grid = grid
         self.decoder_embed = nn.Linear(config.hidden_size, view.hidden_size)

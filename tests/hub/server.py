@@ -64,7 +64,9 @@ class HubServer:
             ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler,), {"hub": self}))
             for handler in (Handler, StorageHandler)
         ]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        hub, storage = (server.server_port for server in self.servers)
+        # Another host too: huggingface_hub 1.33 keeps the token from another host, 2.x also from another port.
+        self.url, self.storage_url = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.expected_sizes: dict[str, int] = {}
