@@ -172,7 +172,7 @@ def test_copies(copied):
     twin = copied(model)
     assert torch.equal(twin(images, noise=noise).logits, model(images, noise=noise).logits)
     view = twin.decoder.decoder_layers[0].self_attn.config
-    assert view.config is twin.config, "the copy's decoder follows the copy"
+    assert view.original is twin.config, "the copy's decoder follows the copy"
     twin.set_attn_implementation("eager")
     assert view._attn_implementation == "eager"
     assert model.decoder.decoder_layers[0].self_attn.config._attn_implementation == "sdpa"
