@@ -73,7 +73,7 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def decoder_view(config: TfmMAEConfig) -> ConfigView:
     """The configuration as the decoder's blocks read it: ``hidden_size`` is ``decoder_hidden_size`` and so on."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return ConfigView(config, drop_path_rate=0.0, **{name: getattr(config, f"decoder_{name}") for name in names})
+    return ConfigView(config, **{name: getattr(config, f"decoder_{name}") for name in names})
 
 
 class TfmMAEPreTrainedModel(TfmViTPreTrainedModel):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import largest_difference
 from tiny_vision import gradients, scramble, tiny_images, tiny_mae, tiny_mae_config, tiny_noise
 from torch import nn
@@ -238,6 +239,19 @@ def test_base_and_whole_load_each_others_files(tmp_path):
     assert info["missing_keys"] and all(name.startswith("decoder.") for name in info["missing_keys"])
     assert torch.equal(again.decoder.decoder_pos_embed, model.decoder.decoder_pos_embed)
     assert scramble(again)(images).loss.isfinite()
+
+
+def test_fixed_positions_are_computed_where_a_file_has_none(tmp_path):
+    """transformers builds the model without memory at first, and would leave what is not in the file undefined."""
+    model = tiny_mae()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: value for name, value in load_file(file).items() if "pos" not in name}
+    save_file(weights, file, metadata={"format": "pt"})
+    loaded, info = TfmMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
+    images, noise = tiny_images(), tiny_noise()
+    assert torch.equal(loaded.eval()(images, noise=noise).logits, model(images, noise=noise).logits)
 
 
 @pytest.mark.parametrize(
