@@ -24,7 +24,18 @@ UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # What follows loading, by the Auto class that loads the model.
+OPEN_IMAGE = """
+
+from PIL import Image
+
+inputs = processor(images=Image.open("..."), return_tensors="pt")"""
 AFTER_LOADING = {
+    "AutoModelForImageClassification": f"""{OPEN_IMAGE}
+logits = model(**inputs).logits
+print(model.config.id2label[logits.argmax(-1).item()])""",
+    "AutoModelForPreTraining": f"""{OPEN_IMAGE}
+outputs = model(**inputs)
+print(outputs.loss, outputs.mask)""",
     "AutoModelForSeq2SeqLM": """
 
 inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -151,14 +162,16 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     auto_class = loading_class(config)
     carried = "auto_map" in config
     trust = ", trust_remote_code=True" if carried else ""
+    name, processor = ("processor", "AutoImageProcessor") if "patch_size" in config else ("tokenizer", "AutoTokenizer")
+    first, second = sorted((auto_class, processor))
     ours = config["model_type"] in {family.model_type for family in FAMILIES}
     code = "\n".join(
         [
             *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
-            f"from transformers import {auto_class}, AutoTokenizer",
+            f"from transformers import {first}, {second}",
             "",
             f'model_id = "{model_id}"',
-            f"tokenizer = AutoTokenizer.from_pretrained(model_id{trust})",
+            f"{name} = {processor}.from_pretrained(model_id{trust})",
             f"model = {auto_class}.from_pretrained(model_id{trust})",
         ]
     )
@@ -193,7 +206,8 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         fingerprint = ", ".join(f"{split} `{known(value)}`" for split, value in fingerprint.items())
     elif fingerprint:
         fingerprint = f"`{fingerprint}`"
-    columns = [data[f"{side}_column"] for side in ("source", "target") if data.get(f"{side}_column")]
+    sides = ("source", "target", "image", "label")
+    columns = [data[f"{side}_column"] for side in sides if data.get(f"{side}_column")]
     rows = ", ".join(
         f"{split} {'not counted' if count is None else f'{count:,}'}" for split, count in data.get("rows", {}).items()
     )

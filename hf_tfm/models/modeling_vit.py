@@ -6,6 +6,8 @@
 Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hidden_size; A heads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -87,6 +89,22 @@ class TfmViTEmbeddings(nn.Module):
     def fixed_positions(self) -> Tensor:
         """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, D)."""
         return nn.functional.pad(sincos_2d(*self.grid, self.cls_token.shape[-1]), (0, 0, 1, 0))[None]
+
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Resize the positions once and for all to (rows, columns) of patches (section 3.2)."""
+        if self.kind == "learned_2d":
+            for name, old, new in zip(("row_embeddings", "column_embeddings"), self.grid, grid, strict=True):
+                resized = resize_grid(getattr(self, name)[None], (old, 1), (new, 1))[0]
+                setattr(self, name, nn.Parameter(resized.clone()))
+            self.grid = grid
+            return
+        first, patches = self.positions(grid)
+        self.grid = grid
+        if self.kind == "learned":
+            self.position_embeddings = nn.Parameter(torch.cat([first, patches], dim=1))
+        else:
+            self.position_embeddings = self.fixed_positions().to(self.position_embeddings)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
@@ -207,6 +225,18 @@ class TfmViTModel(TfmViTPreTrainedModel):
         self.pooler = TfmViTPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_image_size(self, image_size: int | Sequence[int]) -> None:
+        """Make the model one for images of another size in pixels, to fine-tune it there: positions are resized.
+
+        Raises:
+            ValueError: the patch does not divide the images.
+        """
+        height, width = sides(image_size)
+        if self.embeddings.backbone is not None:
+            height, width = self.embeddings.backbone.grid(height, width)
+        self.embeddings.set_grid(patch_grid(height, width, self.config.patch_size, "image_size"))
+        self.config.image_size = image_size
 
     def pool(self, hidden_states: Tensor) -> Tensor:
         """What stands for the image: (B, 1 + N, D) -> (B, D), or the features of the representation layer."""

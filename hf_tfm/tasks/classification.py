@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor
 
 from ..data.augment import Augmentation, Mixing, mix, partners
 from ..data.images import LABEL
+from ..metrics import Accuracy
 from ..training.loop import Loader
 from .images import Batch, ImageTask
 
@@ -126,6 +127,12 @@ class Predictions:
     labels: np.ndarray
     top: np.ndarray
     loss: float
+
+
+def score(found: Predictions) -> list[dict[str, Any]]:
+    """Scores of predictions as rows of name, value in [0, 1] and signature, which is None."""
+    values = Accuracy().compute(predictions=found.top.tolist(), references=found.labels.tolist())
+    return [{"name": name, "value": value, "signature": None} for name, value in values.items()]
 
 
 @torch.inference_mode()

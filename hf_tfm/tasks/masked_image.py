@@ -33,6 +33,7 @@ class MaskedImageTask(ImageTask):
         ValueError: the patch does not divide the processor's images, or nothing is hidden.
     """
 
+    item = "hidden patches"
     term = "patch"
 
     def __init__(

@@ -3,7 +3,7 @@
 import ast
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +88,10 @@ class TrainingArguments:
     progress: bool = True
 
     def __post_init__(self):
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if is_dataclass(knob.type) and isinstance(value, dict):  # a group of knobs, as YAML has it
+                setattr(self, knob.name, knob.type(**value))
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(
                 f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}; "

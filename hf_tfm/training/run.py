@@ -186,7 +186,7 @@ def finish(
 
 def print_table(accelerator: Accelerator, record: RunRecord) -> None:
     """The results as a table on the main process."""
-    rows = [(m["split"], m["name"], f"{m['value']:.2f}") for m in record.metrics]
+    rows = [(m["split"], m["name"], f"{m['value']:.4g}") for m in record.metrics]
     minutes = record.training["seconds"] / 60
     rows += [
         ("train", "minutes", f"{minutes:.1f}"),

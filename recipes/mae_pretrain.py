@@ -1,0 +1,81 @@
+"""Pretrain a masked autoencoder on images alone (He et al. 2021, arXiv:2111.06377).
+
+    hf-tfm run mae_pretrain --config quickstart                         about 1 minute on 2 CPU cores
+    hf-tfm run mae_pretrain --config cifar10 --dataset DATA --output_dir runs/cifar10-mae
+    accelerate launch recipes/mae_pretrain.py --config imagenet_base    as many GPUs as the launcher finds
+
+The encoder is fine-tuned with image_classification_train --init_from. Presets with their cost and expected numbers:
+recipes/presets/mae_pretrain/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoImageProcessor, set_seed
+
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
+from hf_tfm.tasks.masked_image import MaskedImageTask
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.image_run import ImageRunArguments, describe, image_loader, load_rows, new_processor
+from hf_tfm.training.run import finish, open_run, start_accelerator
+
+
+@dataclass(kw_only=True)
+class PretrainArguments(ImageRunArguments):
+    """Knobs of masked-autoencoder pretraining: those of `ImageRunArguments`.
+
+    ``model`` takes, among others, patch_size, mask_ratio, norm_pix_loss and the decoder's sizes.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        build_config(self)
+
+
+def build_config(args: PretrainArguments) -> TfmMAEConfig:
+    """The configuration of a new model."""
+    return TfmMAEConfig.of_size(args.size, image_size=args.image_size, **args.model)
+
+
+def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
+    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
+    set_seed(args.seed)
+    if args.init_from:
+        return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    return TfmMAEForPreTraining(build_config(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(PretrainArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    rows = load_rows(args, [], labelled=False)
+    run = open_run(accelerator, args, "image-feature-extraction", describe(args, rows), Path(__file__).stem, argv)
+    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
+    model = build_model(args)
+    task = MaskedImageTask(model.config, processor, args.augmentation, args.seed)
+    learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True)
+    held_out = args.validation_split or "holdout"
+    validation = image_loader(args, accelerator, task, rows[held_out], learning=False)
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    accelerator.print(args.settle(per_epoch or num_steps))
+
+    def score(trained) -> dict[str, float]:
+        return evaluate(accelerator, task, trained, validation)
+
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    result = train(accelerator, task, model, learning, args, num_steps, eval_steps, score)
+    if result.stopped:
+        return run.stopped(result)
+    metrics = [{"name": "reconstruction_loss", "value": score(model)["loss"], "split": held_out}]
+    finish(run, model.eval(), processor, task, result, metrics)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
