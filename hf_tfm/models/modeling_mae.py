@@ -22,7 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
-from .modeling_vit import TfmViTEmbeddings, TfmViTPreTrainedModel, encoder_blocks, register_native_names
+from .image_embeddings import TfmViTEmbeddings
+from .modeling_vit import TfmViTPreTrainedModel, encoder_blocks, register_native_names
 from .patches import patchify, resize_grid, sides, unpatchify
 from .positions import sincos_2d
 
@@ -104,6 +105,7 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
     """The encoder: a Vision Transformer that sees the visible patches alone (section 3, "MAE encoder")."""
 
     _auto_class = "AutoModel"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  of the whole autoencoder
 
     def __init__(self, config: TfmMAEConfig):
         super().__init__(config)

@@ -22,11 +22,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MultiHeadAttention, wants_maps
-from .backbones import TimmFeatures, reset
+from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
-from .patches import PatchEmbedding, patch_grid, patchify, resize_grid, sides
-from .positions import sincos_2d
+from .image_embeddings import TfmViTEmbeddings
+from .patches import patch_grid, sides
 
 # Checkpoints name the blocks as those of transformers' own ViT do, so that either class loads the other's weights:
 # (name in a file, name in the model), in this order when loading.
@@ -58,97 +58,6 @@ def drop_path_rates(config: TfmViTConfig) -> list[float]:
 def encoder_blocks(config: TfmViTConfig) -> nn.ModuleList:
     """The L blocks of equations 2 and 3."""
     return nn.ModuleList(EncoderBlock(config, i, rate) for i, rate in enumerate(drop_path_rates(config)))
-
-
-class TfmViTEmbeddings(nn.Module):
-    """Patches as tokens with their positions, and the [class] token before them (equation 1)."""
-
-    def __init__(self, config: TfmViTConfig):
-        super().__init__()
-        self.backbone = None
-        channels, grid = config.num_channels, sides(config.image_size)
-        if config.backbone is not None:
-            self.backbone = TimmFeatures(config.backbone, channels, config.backbone_out_index)
-            channels, grid = self.backbone.channels, self.backbone.grid(*grid)
-        self.grid = patch_grid(*grid, config.patch_size, "image_size")
-        self.kind = config.position_embedding_type
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.patch_embeddings = PatchEmbedding(channels, config.patch_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        rows, columns = self.grid
-        table = torch.zeros(1, 1 + rows * columns, config.hidden_size)
-        if self.kind == "learned":
-            self.position_embeddings = nn.Parameter(table)
-        elif self.kind == "sincos_2d":
-            # Fixed, and yet in the file: transformers' ViTMAE reads it there.
-            self.register_buffer("position_embeddings", self.fixed_positions())
-        else:
-            self.row_embeddings = nn.Parameter(torch.zeros(rows, config.hidden_size // 2))
-            self.column_embeddings = nn.Parameter(torch.zeros(columns, config.hidden_size // 2))
-
-    def fixed_positions(self) -> Tensor:
-        """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, D)."""
-        return nn.functional.pad(sincos_2d(*self.grid, self.cls_token.shape[-1]), (0, 0, 1, 0))[None]
-
-    @torch.no_grad()
-    def set_grid(self, grid: tuple[int, int]) -> None:
-        """Resize the positions once and for all to (rows, columns) of patches (section 3.2)."""
-        if self.kind == "learned_2d":
-            for name, old, new in zip(("row_embeddings", "column_embeddings"), self.grid, grid, strict=True):
-                resized = resize_grid(getattr(self, name)[None], (old, 1), (new, 1))[0]
-                setattr(self, name, nn.Parameter(resized.clone()))
-            self.grid = grid
-            return
-        first, patches = self.positions(grid)
-        self.grid = grid
-        if self.kind == "learned":
-            self.position_embeddings = nn.Parameter(torch.cat([first, patches], dim=1))
-        else:
-            self.position_embeddings = self.fixed_positions().to(self.position_embeddings)
-
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
-        if self.kind == "learned_2d":
-            rows, columns = self.row_embeddings, self.column_embeddings
-            across = columns.expand(len(rows), -1, -1)
-            down = rows[:, None].expand(-1, len(columns), -1)
-            table = torch.cat([across, down], dim=-1).flatten(0, 1)[None]
-            return torch.zeros_like(self.cls_token), resize_grid(table, self.grid, grid)
-        return self.position_embeddings[:, :1], resize_grid(self.position_embeddings[:, 1:], self.grid, grid)
-
-    def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, keep: Tensor | None = None
-    ) -> Tensor:
-        """Embed images.
-
-        Args:
-            pixel_values: (B, C, H, W).
-            interpolate_pos_encoding: False refuses images of another size than the configuration's; by default their
-                positions are resized.
-            keep: (B, K) int64, the patches to embed, in this order; default, all in theirs.
-
-        Returns:
-            (B, 1 + K, D), K = N by default.
-
-        Raises:
-            ValueError: the images do not fit the model.
-        """
-        features = pixel_values if self.backbone is None else self.backbone(pixel_values)
-        grid = self.patch_embeddings.check(features)
-        if interpolate_pos_encoding is False and grid != self.grid:
-            raise ValueError(
-                f"pixel_values make {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
-                f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
-            )
-        patches = patchify(features, self.patch_embeddings.patch_size)  # (B, N, P P C)
-        # A fixed table stays float32 in a checkpoint loaded in half precision.
-        first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid))
-        if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, K, P P C)
-            positions = positions[0][keep]  # (B, K, D)
-        tokens = self.patch_embeddings(patches) + positions
-        cls_token = (self.cls_token + first).expand(tokens.shape[0], -1, -1)
-        return self.dropout(torch.cat([cls_token.to(tokens.dtype), tokens], dim=1))
 
 
 class TfmViTPreTrainedModel(PreTrainedModel):

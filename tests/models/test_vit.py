@@ -300,3 +300,25 @@ def test_bad_images_are_refused():
 def test_the_hybrids_grid_is_that_of_the_feature_map():
     assert tiny_vit_config(**HYBRID).backbone == "resnet18"
     assert math.prod(tiny_encoder(**HYBRID).embeddings.grid) == 4
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d"])
+def test_positions_resized_once_are_those_resized_in_every_forward(kind):
+    """Learned tables: the same function at the new size. Fixed ones are computed anew, as a model of that size has."""
+    model = tiny_vit(position_embedding_type=kind)
+    images = torch.randn(2, 3, 24, 48)
+    expected = model(images).logits
+    model.vit.set_image_size((24, 48))
+    again = tiny_vit(position_embedding_type=kind, image_size=(24, 48))
+    shapes = {name: value.shape for name, value in again.state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert model.config.image_size == (24, 48)
+    if kind == "sincos_2d":
+        table = again.vit.embeddings.position_embeddings
+        assert torch.equal(model.vit.embeddings.position_embeddings, table)
+    elif kind == "learned":
+        torch.testing.assert_close(model(images, interpolate_pos_encoding=False).logits, expected)
+    trained = {name for name, _ in model.named_parameters()}
+    assert ("vit.embeddings.position_embeddings" in trained) == (kind == "learned")
+    with pytest.raises(ValueError, match="image_size must be a multiple of the patch"):
+        model.vit.set_image_size(25)
