@@ -130,12 +130,37 @@ def image_loading(results: dict) -> str:
     )
 
 
+def vision(results: dict) -> str:
+    """Training and inference speed of image models."""
+    models = results["models"].items()
+    rates = [(model, name, rate) for model, r in models for name, rate in r["images_per_second"].items()]
+    ratios = [(model, name, ratio) for model, r in models for name, ratio in r["ratios"].items()]
+    floors = [
+        (model, precision, floor["matmul_gflops"], floor["gflop_per_image"], f"{floor['share']:.0%}")
+        for model, r in models
+        for precision, floor in r["share_of_floor"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Vision: images per second",
+            f"Batches of {results['batch_size']} random images of {results['image_size']} pixels, patches of 16, "
+            f"three quarters masked in pretraining{', compiled' if results['compile'] else ''}.",
+            machine(results),
+            table(("model", "contestant", "images/s"), rates),
+            table(("model", "ratio", "times"), ratios),
+            "Share of the floor: FLOPs of layers and attention, at the machine's measured matrix-product rate.",
+            table(("model", "precision", "GFLOP/s", "GFLOP an image", "reached"), floors),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
     "label_smoothing": label_smoothing,
     "padding_waste": padding,
     "image_loading": image_loading,
+    "vision_training": vision,
 }
 
 

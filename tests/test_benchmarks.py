@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, peers, report
-from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+from benchmarks import common, peers, report, vision_training
+from hf_tfm import (
+    TfmMAEConfig,
+    TfmMAEForPreTraining,
+    TfmTransformerConfig,
+    TfmTransformerForConditionalGeneration,
+    TfmViTConfig,
+    TfmViTForImageClassification,
+)
 
 
 def test_page_is_made_from_the_results():
@@ -43,3 +50,20 @@ def test_flops_count_every_linear_layer():
     products = counter.get_flop_counts()["Global"]
     linear = sum(value for op, value in products.items() if "mm" in str(op) and "bmm" not in str(op))
     assert 3 * linear == peers.training_flops(config, 1, 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_vision_flops_count_every_product(masked):
+    """Of a small model, by torch's own count of its forward; the patch embedding and the head are in it."""
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    if masked:
+        decoder = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24}
+        config = TfmMAEConfig(**shape, **decoder, num_hidden_layers=2, decoder_num_hidden_layers=1)
+        model = TfmMAEForPreTraining(config)
+    else:
+        config = TfmViTConfig(**shape, num_hidden_layers=2, num_labels=vision_training.CLASSES)
+        model = TfmViTForImageClassification(config)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert 3 * counter.get_total_flops() == vision_training.training_flops(config, 16, masked)

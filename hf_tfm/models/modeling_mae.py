@@ -175,7 +175,7 @@ class TfmMAEDecoder(nn.Module):
         tokens = torch.cat([states[:, :1] + first, tokens + positions], dim=1).to(states.dtype)
         for layer in self.decoder_layers:
             tokens = layer(tokens, None)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        return self.decoder_pred(self.decoder_norm(tokens[:, 1:]))
 
 
 class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
