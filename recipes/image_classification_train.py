@@ -19,8 +19,9 @@ from transformers import AutoImageProcessor, set_seed
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.augment import Mixing
 from hf_tfm.data.images import label_ids, label_names
+from hf_tfm.models.configuration_vit import SHARES
 from hf_tfm.tasks.classification import ClassificationTask, predict, score
-from hf_tfm.tasks.linear_probe import freeze_for_probing
+from hf_tfm.tasks.linear_probe import prepare_probe
 from hf_tfm.training import train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import ImageRunArguments, describe, image_loader, load_rows, new_processor
@@ -35,7 +36,8 @@ class ClassificationArguments(ImageRunArguments):
         test_splits: splits that are only scored, in the end.
         label_smoothing: share of the target that is spread over all classes.
         mixing: mixup and CutMix, see `Mixing`.
-        linear_probe: train a linear classifier on the frozen features of init_from, behind a batch norm.
+        linear_probe: train a linear classifier on the frozen features of init_from, behind a batch norm; dropout and
+            drop path are off.
 
     The others are those of `ImageRunArguments`; ``model`` takes, among others, patch_size, pooling, drop_path_rate.
     """
@@ -53,6 +55,8 @@ class ClassificationArguments(ImageRunArguments):
             raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
         if self.linear_probe and not self.init_from:
             raise ValueError("linear_probe needs init_from: features of random weights say nothing")
+        if self.linear_probe and self.layer_decay != 1.0:
+            raise ValueError(f"linear_probe trains one layer alone: layer_decay must be 1, got {self.layer_decay}")
         if not self.init_from:
             TfmViTConfig.of_size(self.size, image_size=self.image_size, **self.model)
 
@@ -64,12 +68,11 @@ def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForIma
     if not args.init_from:
         config = TfmViTConfig.of_size(args.size, image_size=args.image_size, **labels, **args.model)
         return TfmViTForImageClassification(config)
+    still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
     model = TfmViTForImageClassification.from_pretrained(
-        args.init_from, ignore_mismatched_sizes=True, **labels, **args.model
+        args.init_from, ignore_mismatched_sizes=True, **labels, **{**still, **args.model}
     )
     model.vit.set_image_size(args.image_size)
-    if args.linear_probe:
-        freeze_for_probing(model)
     return model
 
 
@@ -91,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unit = 1 if task.mixing is None else 2
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True, unit=unit)
     held_out = args.validation_split or "holdout"
+    if args.linear_probe:
+        prepare_probe(accelerator, task, model, learning, args.batch_size)
     tests = {s: image_loader(args, accelerator, task_of(s), rows[s], learning=False) for s in args.test_splits}
     validation = image_loader(args, accelerator, task_of(held_out), rows[held_out], learning=False)
     per_epoch = learning.steps_per_epoch()

@@ -33,7 +33,8 @@ class PretrainArguments(ImageRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        build_config(self)
+        if not self.init_from:
+            build_config(self)
 
 
 def build_config(args: PretrainArguments) -> TfmMAEConfig:

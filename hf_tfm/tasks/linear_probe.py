@@ -1,20 +1,45 @@
-"""Linear probing: a linear classifier on the features of a frozen encoder (He et al. 2021, appendix A.1)."""
+"""Linear probing: a linear classifier on the features of a frozen encoder (He et al. 2021, appendix A.1).
+
+features (B, D), measured once over training images -> normalised by that mean and variance -> linear layer
+"""
+
+import math
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+
+from ..training.loop import Loader
+from .classification import ClassificationTask
+
+STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a deviation of that of all images
 
 
 class ProbeHead(nn.Module):
     """Batch norm without parameters, then a linear layer; once trained, both fold into one linear layer.
 
+    The norm's statistics do not change, in training either: an encoder that is frozen gives features whose mean and
+    variance can be measured beforehand. Those of each batch, which the authors take, would make a step depend on how
+    it is cut into micro-batches and ranks.
+
     Args:
         linear: the classifier to train; features in, classes out.
+        mean, variance: (D,) of the features.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, mean: Tensor, variance: Tensor):
         super().__init__()
-        self.norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6)
+        self.norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6).to(linear.weight.device).eval()
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(variance)
         self.linear = linear
+
+    def train(self, mode: bool = True) -> "ProbeHead":
+        """See `nn.Module.train`; the norm stays in eval mode."""
+        super().train(mode)
+        self.norm.eval()
+        return self
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, classes)."""
@@ -22,7 +47,7 @@ class ProbeHead(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
-        """The linear layer that computes what this head does in eval mode."""
+        """The linear layer that computes what this head does."""
         scale = (self.norm.running_var + self.norm.eps).rsqrt()  # (D,)
         folded = nn.Linear(self.linear.in_features, self.linear.out_features).to(self.linear.weight)
         folded.weight.copy_(self.linear.weight * scale)
@@ -30,8 +55,53 @@ class ProbeHead(nn.Module):
         return folded
 
 
-def freeze_for_probing(model: nn.Module) -> None:
-    """Freeze an image classifier but for its head, and put batch norm before that."""
+@torch.no_grad()
+def measure_features(
+    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, num_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (D,) of what the classifier of a model gets, equal on all ranks; float64, on the CPU.
+
+    Args:
+        model: on the device, without dropout; not prepared.
+        loader: of training images, as they are changed and mixed in training.
+        num_steps: steps of the loader's first epoch that are looked at.
+
+    Raises:
+        ValueError: no image of them can be read.
+    """
+    classifier, model.classifier = model.classifier, nn.Identity()
+    count, sums = 0, torch.zeros(2, classifier.in_features, dtype=torch.float64)
+    for _, micro_batches in zip(range(num_steps), loader.epoch(0), strict=False):
+        for batch in micro_batches:
+            if not batch["images"]:
+                continue
+            with accelerator.autocast():
+                features = task.logits(model, send_to_device(batch, accelerator.device))  # (B, D)
+            features = features.float().cpu().double()
+            sums += torch.stack([features.sum(dim=0), features.square().sum(dim=0)])
+            count += len(features)
+    model.classifier = classifier
+    if accelerator.num_processes > 1:
+        parts = gather_object([(count, sums)])
+        count, sums = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    if not count:
+        raise ValueError("no training image can be read")
+    mean, square = sums / count
+    return mean, (square - mean.square()).clamp_min(0.0)
+
+
+def prepare_probe(
+    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, batch_size: int
+) -> None:
+    """Freeze an image classifier but for its head, and put batch norm before that.
+
+    Args:
+        task, model, loader: see `measure_features`.
+        batch_size: images of a step.
+    """
+    model.to(accelerator.device)
+    steps = min(math.ceil(STATISTICS_IMAGES / batch_size), loader.steps_per_epoch() or math.inf)
+    mean, variance = measure_features(accelerator, task, model.eval(), loader, steps)
     model.requires_grad_(False)
-    model.classifier = ProbeHead(model.classifier)
-    model.classifier.requires_grad_(True)
+    model.classifier = ProbeHead(model.classifier, mean, variance)
+    model.classifier.linear.requires_grad_(True)

@@ -41,7 +41,7 @@ class ImageRunArguments(ImageArguments):
         augmentation: see `Augmentation`.
         repeats: copies of a sample in a step, each changed in its own way.
         init_from: folder or Hub id of a model to go on from, with its image processor.
-        size: see the model's configuration.
+        size: of a new model, see its configuration; a model of init_from has its own.
         model: fields of the configuration that differ from the size's, or from init_from's.
         license: licence of the model, for its card.
 
@@ -84,6 +84,10 @@ class ImageRunArguments(ImageArguments):
                 raise ValueError("streaming needs num_steps: the length of a stream is not known")
             if self.holdout is not None or self.max_train_samples is not None:
                 raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
+            if self.warmup_epochs is not None:
+                raise ValueError(
+                    "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
+                )
 
 
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:

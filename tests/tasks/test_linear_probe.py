@@ -1,0 +1,108 @@
+"""Linear probing: statistics that do not depend on how steps are cut, a head that folds, an encoder that stays."""
+
+import copy
+
+import pytest
+import torch
+from image_tasks import classification, examples, tiny_vit, training_loader
+from torch import nn
+
+from hf_tfm.data.images import WatchedLoader
+from hf_tfm.tasks.linear_probe import ProbeHead, measure_features, prepare_probe
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+
+
+def loader_of(task, micro=None, bad=()):
+    return WatchedLoader(training_loader(task, examples(12, bad=bad), micro=micro), max_bad_images=12)
+
+
+def head() -> ProbeHead:
+    torch.manual_seed(0)
+    return ProbeHead(nn.Linear(6, 3), mean=torch.randn(6), variance=torch.rand(6) + 0.1)
+
+
+def test_folded_head_computes_the_same():
+    probe = head()
+    features = 3.0 * torch.randn(50, 6) + 1.0
+    folded = probe.fold()
+    assert type(folded) is nn.Linear
+    assert (folded(features) - probe(features)).abs().max() < 1e-5
+    assert (folded(features) - probe.linear(features)).abs().max() > 0.1  # the norm does something
+
+
+def test_head_is_batch_norm_with_those_statistics():
+    probe, features = head(), torch.randn(50, 6)
+    scaled = (features - probe.norm.running_mean) / (probe.norm.running_var + 1e-6).sqrt()
+    assert torch.allclose(probe(features), probe.linear(scaled), atol=1e-5)
+
+
+def test_training_leaves_the_statistics_alone():
+    probe = head().train()
+    before = copy.deepcopy(probe.norm.state_dict())
+    whole = probe(features := torch.randn(8, 6))
+    assert torch.allclose(whole, torch.cat([probe(features[:1]), probe(features[1:])]), atol=1e-6)
+    assert probe.training and all(torch.equal(before[name], value) for name, value in probe.norm.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [(), (4, 9)])
+def test_statistics_are_those_of_all_features(accelerator, bad):
+    """Of the images as training changes and mixes them, those that cannot be read left out."""
+    task, model = classification(), tiny_vit().eval()
+    mean, variance = measure_features(accelerator, task, model, loader_of(task, bad=bad), num_steps=2)
+    model.classifier = nn.Identity()
+    with torch.no_grad():
+        batches = [batch for step in loader_of(task, bad=bad).epoch(0) for batch in step]
+        features = torch.cat([task.logits(model, batch) for batch in batches]).double()
+    assert len(features) == 12 - len(bad)
+    assert torch.allclose(mean, features.mean(dim=0), atol=1e-6)
+    assert torch.allclose(variance, features.var(dim=0, unbiased=False), atol=1e-6)
+
+
+def test_statistics_do_not_depend_on_micro_batches(accelerator):
+    task, model = classification(), tiny_vit().eval()
+    one = measure_features(accelerator, task, model, loader_of(task), 2)
+    other = measure_features(accelerator, task, model, loader_of(task, micro=2), 2)
+    assert isinstance(model.classifier, nn.Linear)
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_only_as_many_steps_as_asked_for(accelerator):
+    task, model = classification(), tiny_vit().eval()
+    first, _ = measure_features(accelerator, task, model, loader_of(task), num_steps=1)
+    both, _ = measure_features(accelerator, task, model, loader_of(task), num_steps=2)
+    assert (first - both).abs().max() > 1e-4
+
+
+def test_no_image_can_be_read(accelerator):
+    task = classification()
+    with pytest.raises(ValueError, match="no training image can be read"):
+        measure_features(accelerator, task, tiny_vit(), loader_of(task, bad=range(12)), 2)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_only_the_linear_layer_learns(accelerator, micro):
+    task, model = classification(), tiny_vit()
+    prepare_probe(accelerator, task, model, loader_of(task), batch_size=6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = TrainingArguments(output_dir=".", num_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    prepared.train()
+    for step in loader_of(task, micro=micro).epoch(0):
+        train_step(accelerator, task, prepared, optimizer, step)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert moved == {"classifier.linear.weight", "classifier.linear.bias"}
+
+
+def test_micro_batches_equal_one_batch(accelerator):
+    results = []
+    for micro in (None, 2):
+        task, model = classification(), tiny_vit()
+        prepare_probe(accelerator, task, model, loader_of(task, micro=micro), batch_size=6)
+        args = TrainingArguments(output_dir=".", num_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
+        optimizer = build_optimizer(model, args)
+        for step in loader_of(task, micro=micro).epoch(0):
+            train_step(accelerator, task, model.train(), optimizer, step)
+        results.append(model.classifier.fold().weight.detach())
+    assert (results[0] - results[1]).abs().max() < 1e-6
