@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
-quickstart: $(VENV)/.installed  ## train, evaluate, save, reload and look at a small translation model
+quickstart: $(VENV)/.installed  ## train, evaluate, save, reload, compare and look at small models
 	$(BIN)/hf-tfm quickstart
 
 test: $(VENV)/.installed  ## the test suite

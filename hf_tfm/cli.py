@@ -6,7 +6,7 @@ hf-tfm COMMAND --help tells each one's options.
 import inspect
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import docstring_parser
@@ -143,10 +143,10 @@ def push(folder: str, repo_id: str, private: bool = False) -> None:
 
 
 def quickstart(output_dir: str = "runs/quickstart") -> None:
-    """Train a small translation model on generated number words, look at it, and load it in a fresh process.
+    """Train a translator of number words and classifiers of digits, load and compare them, and look at them.
 
     Args:
-        output_dir: folder of the run.
+        output_dir: folder of the translation run; those of the image runs have its name with an ending.
     """
     from .quickstart import quickstart as start
 
@@ -164,12 +164,12 @@ def main(argv: list[str] | None = None) -> None:
             )
         run(argv[1], argv[2:])
         return
-    from .evaluation import evaluate_translation
+    from .evaluation import KINDS, evaluate, lines
 
     # What each command is about stands first, without a name; everything else is an option.
     commands = {
         "run": (run, "recipe"),  # listed here; what follows the recipe's name is the recipe's own to read
-        "evaluate": (evaluate_translation, "model"),
+        "evaluate": (evaluate, "model"),
         "convert": (convert, "model"),
         "push": (push, "folder", "repo_id"),
         "show": {
@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         "quickstart": (quickstart,),
     }
     parser = ArgumentParser(prog="hf-tfm", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    functions = add_commands(parser, commands)
-    values = parser.parse_args(argv)
+    functions = add_commands(parser, commands, kinds={evaluate: KINDS})
+    values = parser.parse_args(argv, defaults=False)  # what is not given, each function knows itself
     path = [values.command]
     chosen = values[values.command]
     while "command" in chosen:
@@ -191,18 +191,22 @@ def main(argv: list[str] | None = None) -> None:
         result = functions[tuple(path)](**chosen.as_dict())
     except (ValueError, OSError) as error:  # what a user got wrong; anything else is a fault of ours, with its trace
         sys.exit(f"hf-tfm {' '.join(path)}: {error}")
-    for row in result["metrics"] if isinstance(result, dict) else ():
-        print(f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}")
+    for line in lines(result) if isinstance(result, dict) else ():
+        print(line)
 
 
 def add_commands(
-    parser: ArgumentParser, commands: dict, path: tuple[str, ...] = ()
+    parser: ArgumentParser,
+    commands: dict,
+    path: tuple[str, ...] = (),
+    kinds: Mapping[Callable, Mapping[str, Callable]] | None = None,
 ) -> dict[tuple[str, ...], Callable]:
     """Give a parser a command for each function, with options from its signature and docstring.
 
     Args:
         commands: name -> (function, its positional arguments ...), or another such dict.
         path: commands before these.
+        kinds: for a function that calls one of several, those by name: their options are its own.
 
     Returns:
         The functions by path of commands.
@@ -213,7 +217,7 @@ def add_commands(
         if isinstance(entry, dict):
             sub = ArgumentParser(description=f"{name}: {', '.join(entry)}", allow_abbrev=False)
             group.add_subcommand(name, sub, help=sub.description)
-            functions |= add_commands(sub, entry, (*path, name))
+            functions |= add_commands(sub, entry, (*path, name), kinds)
         else:
             function, *positional = entry
             document = docstring_parser.parse(function.__doc__)
@@ -224,10 +228,34 @@ def add_commands(
                 many = {"nargs": "+"} if parameters[argument].annotation == list[str] else {}
                 optional = {} if parameters[argument].default is inspect.Parameter.empty else {"nargs": "?"}
                 sub.add_argument(argument, type=str, help=about[argument], **many, **optional)
-            sub.add_function_arguments(function, skip=set(positional), fail_untyped=True)
+            if function in (kinds or {}):
+                add_options_of_kinds(sub, kinds[function], set(positional))
+            else:
+                sub.add_function_arguments(function, skip=set(positional), fail_untyped=True)
             group.add_subcommand(name, sub, help=sub.description)
             functions[(*path, name)] = function
     return functions
+
+
+def add_options_of_kinds(parser: ArgumentParser, kinds: Mapping[str, Callable], skip: set[str]) -> None:
+    """Give a parser the options of several functions, grouped by who takes them.
+
+    Args:
+        kinds: functions by name; what the first that takes an option says of it is its help.
+        skip: arguments to leave out.
+    """
+    takers: dict[str, list[str]] = {}
+    for kind, function in kinds.items():
+        for name in inspect.signature(function).parameters:
+            takers.setdefault(name, []).append(kind)
+    groups: dict[str, set[str]] = {}
+    for name, kind in takers.items():
+        groups.setdefault("all models" if len(kind) == len(kinds) else " and ".join(kind), set()).add(name)
+    for title, names in groups.items():
+        function = kinds[takers[next(iter(names))][0]]
+        others = set(inspect.signature(function).parameters) - names
+        group = parser.add_argument_group(title)
+        group.add_function_arguments(function, as_group=False, skip=others | skip, fail_untyped=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart: train a small translation model on generated data, load it in a fresh process, look at it."""
+"""The quickstart: small models on data that needs no download, loaded in a fresh process, compared and looked at."""
 
 import json
 import subprocess
@@ -9,8 +9,13 @@ from pathlib import Path
 from .cli import run
 from .evaluation import load_seq2seq
 from .viz.attention import attention_maps, plot_alignment
+from .viz.image_maps import image_attention_maps, plot_image_attention
+from .viz.images import load_autoencoder, load_encoder, load_processor, read_image
+from .viz.reconstruction import plot_reconstructions, reconstruct_images
 
 SENTENCES = ["twenty-one", "nine hundred and eighty-four", "seventy-three thousand, five hundred and sixty-two"]
+
+DIGITS = [f"digits:test:{row}" for row in range(4)]
 
 # What a user of the saved model types where this package is not installed: Auto classes and nothing of ours.
 FRESH_PROCESS = """
@@ -42,20 +47,53 @@ def translate_in_fresh_process(folder: Path, sentences: list[str]) -> list[str]:
     return translations
 
 
-def quickstart(output_dir: str) -> None:
-    """Train, evaluate and save; load again in a fresh process; translate; draw where the decoder looked."""
-    folder = Path(output_dir)
-    start = time.perf_counter()
+def train(recipe: str, folder: Path, *options: str) -> dict[str, float]:
+    """Run a recipe's quickstart preset; returns {"split metric": value}."""
     try:
-        run("translation_train", ["--config", "quickstart", "--output_dir", output_dir])
+        run(recipe, ["--config", "quickstart", "--output_dir", str(folder), *options])
     except SystemExit as end:
         # A recipe ends with its exit status; one that was asked to stop has no model to show yet.
         if end.code or not (folder / "results.json").is_file():
             raise
+    rows = json.loads((folder / "results.json").read_text())["metrics"]
+    return {f"{row['split']} {row['name']}": row["value"] for row in rows}
+
+
+def quickstart(output_dir: str) -> None:
+    """Train a translator, and image classifiers with and without pretraining; reload, translate, draw.
+
+    Args:
+        output_dir: folder of the translation run; those of the image runs have its name with an ending.
+    """
+    folder = Path(output_dir)
+    start = time.perf_counter()
+    found = {"translation": train("translation_train", folder)}
     print("\nloaded in a fresh process, with AutoModelForSeq2SeqLM and the code saved beside the weights:")
     for sentence, translation in zip(SENTENCES, translate_in_fresh_process(folder, SENTENCES), strict=True):
         print(f"  {sentence} -> {translation}")
     model, tokenizer = load_seq2seq(output_dir)
-    picture = plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")
-    print(f"\nwhere the decoder looked: {picture}\nfigures: {folder / 'results.json'}\ncard: {folder / 'README.md'}")
-    print(f"done in {time.perf_counter() - start:.0f} s")
+    pictures = [plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")]
+
+    mae, tuned, scratch = (folder.with_name(f"{folder.name}-{end}") for end in ("mae", "finetuned", "scratch"))
+    print("\na masked autoencoder on handwritten digits, fine-tuned, and the same classifier from scratch:")
+    found["masked autoencoder"] = train("mae_pretrain", mae)
+    found["fine-tuned from it"] = train("image_classification_train", tuned, "--init_from", str(mae))
+    found["from scratch"] = train("image_classification_train", scratch)
+    digits = [read_image(image) for image in DIGITS]
+    autoencoder = load_autoencoder(str(mae))
+    rebuilt = reconstruct_images(autoencoder, load_processor(str(mae)), digits)
+    pictures.append(plot_reconstructions(autoencoder, rebuilt, mae / "reconstruction.png"))
+    maps = image_attention_maps(load_encoder(str(tuned)), load_processor(str(tuned)), digits[0])
+    pictures += plot_image_attention(maps, tuned / "attention")
+
+    print()
+    width = max(len(name) for name in found)
+    for name, scores in found.items():
+        shown = ", ".join(f"{score} {value:.4g}" for score, value in scores.items())
+        print(f"  {name:<{width}}  {shown}")
+    for title, paths in (
+        ("figures", [f / "results.json" for f in (folder, mae, tuned, scratch)]),
+        ("pictures", pictures),
+    ):
+        print(f"{title}: {', '.join(str(path) for path in paths)}")
+    print(f"card: {folder / 'README.md'}\ndone in {time.perf_counter() - start:.0f} s")

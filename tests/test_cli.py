@@ -128,7 +128,7 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch):
-    monkeypatch.setattr("hf_tfm.evaluation.translate", None)  # it is never reached
+    monkeypatch.setattr("hf_tfm.evaluation.translation.translate", None)  # it is never reached
     said = refused("evaluate", model, "--dataset", data, *options)
     assert said.startswith("hf-tfm evaluate: ")
     assert named in said
@@ -284,18 +284,25 @@ def test_a_fault_of_ours_keeps_its_trace(model, data, monkeypatch):
     def broken(*args, **kwargs):
         raise TypeError("a fault")
 
-    monkeypatch.setattr("hf_tfm.evaluation.translate", broken)
+    monkeypatch.setattr("hf_tfm.evaluation.translation.translate", broken)
     with pytest.raises(TypeError, match="a fault"):
         hf_tfm("evaluate", model, "--dataset", data)
 
 
 def test_quickstart(tmp_path, monkeypatch, capfd):
-    """All it does, with a smaller model trained for a moment."""
+    """All it does, with smaller models trained for a moment."""
     tiny = "{hidden_size: 16, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
-    small = ["--model", tiny, "--num_steps", "2", "--batch_tokens", "4096", "--precision", "no", "--progress", "false"]
+    text = ["--model", tiny, "--batch_tokens", "4096", "--max_length", "30", "--test_splits", "[validation]"]
+    images = [
+        "--num_epochs",
+        "null",
+        "--model",
+        "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
+    ]
 
     def brief(recipe, argv):
-        cli.run(recipe, [*argv, *small, "--max_length", "30", "--test_splits", "[validation]"])
+        small = text if recipe == "translation_train" else images
+        cli.run(recipe, [*argv, *small, "--num_steps", "2", "--precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", brief)
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
@@ -303,9 +310,13 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     assert "loaded in a fresh process" in said
     for sentence in quickstart.SENTENCES:
         assert f"  {sentence} -> " in said
+    for row in ("translation ", "masked autoencoder", "fine-tuned from it", "from scratch"):
+        assert f"  {row}" in said
     folder = tmp_path / "quickstart"
     for file in ("cross_attention.png", "results.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (folder / file).is_file()
+    for file in ("mae/reconstruction.png", "finetuned/attention/rollout.png", "scratch/results.json"):
+        assert (tmp_path / f"quickstart-{file}").is_file()
     names = {row["name"] for row in json.loads((folder / "results.json").read_text())["metrics"]}
     assert names == {"exact_match", "chrf"}
     AutoTokenizer.from_pretrained(folder)
