@@ -1,17 +1,16 @@
-"""Score a saved model, or one on the Hub, on any split of any data set."""
+"""Score a translation model on any split of any data set."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from .data import text
-from .hub.results import collect_versions
-from .tasks.translation import check_metrics, score, translate
+from ..data import text
+from ..hub.results import collect_versions
+from ..tasks.translation import check_metrics, score, translate
+from .results import check_options, write
 
 
 def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: bool = False):
@@ -47,7 +46,7 @@ def evaluate_translation(
 
     Args:
         model: folder or Hub id of a sequence-to-sequence model, ours or any other, with its tokenizer.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, "number-words" or "digits".
         split: of the data set.
         dataset_name: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
@@ -63,7 +62,7 @@ def evaluate_translation(
         precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
-        output: also write the result, with all translations, to this JSON file.
+        output: also write the result, with the answer to every row, to this JSON file.
         progress: show a progress bar.
 
     Returns:
@@ -74,13 +73,7 @@ def evaluate_translation(
         FileNotFoundError: the folder of ``output`` does not exist.
     """
     check_metrics(metrics)
-    if precision not in ("no", "bf16"):
-        raise ValueError(f'precision must be "no" or "bf16", got "{precision}"')
-    for name, value in {"num_beams": num_beams, "iterations": iterations, "max_samples": max_samples}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if output and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output}: there is no folder {Path(output).parent}")
+    check_options(precision, output, num_beams=num_beams, iterations=iterations, max_samples=max_samples)
     splits = text.load_splits(dataset, dataset_name, dataset_revision, data_files)
     rows = text.text_pairs(text.take_split(splits, split, "split"), source_column, target_column)
     if max_samples is not None:
@@ -105,5 +98,5 @@ def evaluate_translation(
             {"source": s, "target": t, "translation": p}
             for s, t, p in zip(rows["source"], rows["target"], said, strict=True)
         ]
-        Path(output).write_text(json.dumps({**result, "translations": pairs}, indent=2, ensure_ascii=False) + "\n")
+        write({**result, "translations": pairs}, output)
     return result

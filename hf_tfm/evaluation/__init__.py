@@ -1,0 +1,90 @@
+"""Score a saved model, or one on the Hub, on any split of any data set: hf-tfm evaluate.
+
+config.json -> the kind of model -> the function of `KINDS` that scores it
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .classification import evaluate_classification
+from .masked_image import evaluate_masked_autoencoder
+from .translation import evaluate_translation, load_seq2seq
+
+__all__ = [
+    "KINDS",
+    "evaluate",
+    "evaluate_classification",
+    "evaluate_masked_autoencoder",
+    "evaluate_translation",
+    "lines",
+    "load_seq2seq",
+]
+
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "translation models": evaluate_translation,
+    "image classifiers": evaluate_classification,
+    "masked autoencoders": evaluate_masked_autoencoder,
+}
+MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
+
+
+def evaluate(model: str, **options: Any) -> dict[str, Any]:
+    """Score a translation model, an image classifier or a masked autoencoder on a split of a data set.
+
+    Args:
+        model: folder or Hub id, of ours or of transformers'; its config.json tells the kind.
+        options: of the function that scores this kind, see `KINDS`.
+
+    Returns:
+        What that function does.
+
+    Raises:
+        ValueError: the model is of another kind, or an option is for another kind.
+    """
+    where = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    kind = kind_of(AutoConfig.from_pretrained(model, **where), model)
+    takes = {name: set(inspect.signature(function).parameters) for name, function in KINDS.items()}
+    for option in options:
+        if option not in takes[kind]:
+            others = " and ".join(name for name in KINDS if option in takes[name])
+            reason = f"is for {others}" if others else "is no option of evaluate"
+            raise ValueError(f'{option} {reason}; "{model}" is one of the {kind}')
+    return KINDS[kind](model, **options)
+
+
+def kind_of(config: PreTrainedConfig, model: str) -> str:
+    """Which of `KINDS` a model is, by the class it was saved as.
+
+    Raises:
+        ValueError: none of them.
+    """
+    saved = ", ".join(config.architectures or ())
+    if "ForImageClassification" in saved or config.model_type == "timm_wrapper":
+        return "image classifiers"
+    if config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in saved:
+        return "masked autoencoders"
+    if config.is_encoder_decoder:
+        return "translation models"
+    raise ValueError(
+        f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, and evaluate is for '
+        f"{', '.join(KINDS)}"
+    )
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """A result as people read it, a line for each score and figure."""
+    said = [
+        f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
+        for row in result["metrics"]
+    ]
+    if "images" in result:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in result["left_out"].items())
+        speed = result["throughput"]
+        said.append(f"{result['images']} images; left out: {left_out}")
+        said.append(
+            f"images/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with reading and resizing"
+        )
+    return said

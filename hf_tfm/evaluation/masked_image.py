@@ -1,0 +1,85 @@
+"""Score a masked autoencoder on any split of any data set."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForPreTraining
+
+from ..tasks.masked_image import MaskedImageTask
+from ..training.loop import evaluate
+from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
+from .results import check_options, describe, metric, write
+
+
+def evaluate_masked_autoencoder(
+    model: str,
+    dataset: str,
+    split: str = "test",
+    dataset_name: str | None = None,
+    dataset_revision: str | None = None,
+    data_files: dict[str, str | list[str]] | None = None,
+    image_column: str | None = None,
+    seed: int = 0,
+    max_samples: int | None = None,
+    max_bad_images: int = 10,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    precision: str = "no",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    output: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Reconstruct the images of a split and score the hidden patches.
+
+    Args:
+        model: folder or Hub id of a masked autoencoder, ours or transformers', with its image processor.
+        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, "number-words" or "digits".
+        split: of the data set.
+        dataset_name: configuration of the data set.
+        dataset_revision: commit, tag or branch of the data set on the Hub.
+        data_files: files by split, where dataset is a format such as "parquet".
+        image_column: images, their bytes or paths; default, the only column of images.
+        seed: of which patches are hidden; the same for a sample in every evaluation.
+        max_samples: score only the first rows.
+        max_bad_images: images that cannot be read are reported and left out, up to so many.
+        batch_size: images in a batch.
+        num_workers: processes that read images.
+        precision: no (float32) or bf16 autocast.
+        revision: commit, tag or branch of the model on the Hub.
+        trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
+        output: also write the result to this JSON file.
+        progress: show a progress bar.
+
+    Returns:
+        ``metrics`` with reconstruction_loss, the mean squared error of hidden patches in the model's own scale; the
+        rest as of `evaluate_classification`.
+
+    Raises:
+        ValueError: split, column or option is not known, or a number is too small.
+        FileNotFoundError: the folder of ``output`` does not exist.
+    """
+    check_options(precision, output, max_samples=max_samples, batch_size=batch_size)
+    where = (dataset, split, dataset_name, dataset_revision, data_files)
+    rows = first(read_split(*where, image_column, labelled=False), max_samples)
+    accelerator = one_process()
+    loaded, processor = load_image_model(AutoModelForPreTraining, model, revision, trust_remote_code)
+    loaded = loaded.to(accelerator.device)
+    task = MaskedImageTask(loaded.config, processor, seed=seed)
+    on_gpu = accelerator.device.type == "cuda"
+    loader = EvaluationLoader(rows, task, batch_size, num_workers, max_bad_images, on_gpu, progress)
+    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with Stopwatch(loaded) as watch, bf16:
+        loss = evaluate(accelerator, task, loaded, loader)["loss"]
+    images = len(rows) - len(loader.bad)
+    if not images:
+        raise ValueError("the data set has no image that can be read")
+    result = {
+        **describe(model, dataset, split, rows, [metric("reconstruction_loss", loss, split)]),
+        "images": images,
+        "left_out": {"unreadable": len(loader.bad)},
+        "throughput": watch.throughput(images),
+    }
+    if output:
+        write({**result, "unreadable": loader.bad}, output)
+    return result

@@ -1,0 +1,190 @@
+"""What evaluations of image models read: the model with its processor, the images, and how fast both go."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers.image_utils import PILImageResampling, SizeDict
+
+from ..data.batching import StepLoader
+from ..data.equal_batches import BatchSampler
+from ..data.images import WatchedLoader, image_rows
+from ..data.source import load_splits, take_split
+from ..tasks.images import ImageTask, Pixels
+
+
+def load_image_model(
+    auto_class: Any, model: str, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
+    """Model and image processor of a folder or a Hub id; the processor as `ImageTask` takes one.
+
+    Raises:
+        ValueError: some weights or the processor were not saved, or images have other channels than RGB.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loaded, report = auto_class.from_pretrained(model, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f'"{model}" has no weights for {", ".join(missing[:3])}: its scores would be those of chance')
+    if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
+        raise ValueError(f'num_channels of "{model}" must be 3, as images are read as RGB, got {channels}')
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, **options)
+    except OSError as error:
+        raise ValueError(f'"{model}" has no image processor (preprocessor_config.json): save it there too') from error
+    return loaded.eval(), suitable(processor)
+
+
+class WholeProcessor:
+    """Any image processor, as `Pixels` reads one: all that it does counts as resizing, and no scale is left.
+
+    Args:
+        processor: one of transformers', or one that came with a model.
+
+    Raises:
+        ValueError: its images have no fixed size.
+    """
+
+    backend, resample, crop_size = "torchvision", PILImageResampling.BICUBIC, None
+    do_resize, do_center_crop, do_rescale, do_normalize = True, False, False, False
+
+    def __init__(self, processor: BaseImageProcessor):
+        self.processor = processor
+        shapes = {tuple(self.resize(torch.zeros(3, *size, dtype=torch.uint8)).shape[-2:]) for size in SHAPES}
+        if len(shapes) > 1:
+            raise ValueError(f"{type(processor).__name__} must give images of a fixed size, got {sorted(shapes)}")
+        height, width = shapes.pop()
+        self.size = SizeDict(height=height, width=width)
+
+    def resize(self, image: Tensor, *_: Any) -> Tensor:
+        """uint8 (3, h, w) -> float32 (3, H, W), as the model reads it."""
+        return torch.as_tensor(self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+
+SHAPES = ((53, 67), (67, 53))  # of images to try a processor with
+
+
+def suitable(processor: BaseImageProcessor) -> Any:
+    """The processor where `Pixels` can do its work in two halves, and otherwise `WholeProcessor`."""
+    image = torch.arange(3 * 53 * 67).remainder(251).byte().view(3, *SHAPES[0])
+    whole = WholeProcessor(processor)
+    try:
+        halves = Pixels(processor)
+        seen = halves.scale(halves.resize(image)[None])[0]
+    except (AttributeError, TypeError, ValueError):  # it has other methods, or fields with another meaning
+        return whole
+    expected = whole.resize(image)
+    return processor if seen.shape == expected.shape and torch.allclose(seen, expected, atol=1e-4) else whole
+
+
+def read_split(
+    dataset: str,
+    split: str,
+    dataset_name: str | None,
+    dataset_revision: str | None,
+    data_files: dict[str, str | list[str]] | None,
+    image_column: str | None,
+    label_column: str | None = None,
+    labelled: bool = True,
+) -> datasets.Dataset:
+    """A split as `image_rows`."""
+    splits = load_splits(dataset, dataset_name, dataset_revision, data_files)
+    return image_rows(take_split(splits, split, "split"), image_column, label_column, labelled)
+
+
+def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
+    """The first ``max_samples`` rows, or all."""
+    return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+
+
+class EvaluationLoader(WatchedLoader):
+    """All images once, in order, with a progress bar.
+
+    Args:
+        max_bad_images: see `WatchedLoader`.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        task: ImageTask,
+        batch_size: int,
+        num_workers: int,
+        max_bad_images: int,
+        pin_memory: bool,
+        progress: bool,
+    ):
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        sampler = BatchSampler(len(rows), batch_size, shuffle=False)
+        loader = StepLoader(rows, sampler, task.collate, num_workers=num_workers, pin_memory=pin_memory)
+        super().__init__(loader, max_bad_images)
+        self.progress = progress
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """See `StepLoader`."""
+        steps = super().epoch(epoch, start)
+        yield from tqdm(steps, total=self.steps_per_epoch(), unit="batch", disable=not self.progress)
+
+
+class Stopwatch:
+    """Images a second of a model alone and of all that is done inside the block.
+
+    A model's first pass, in which kernels are chosen and memory is found, counts for it only where there is no other.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.passes = model, []
+
+    def __enter__(self) -> "Stopwatch":
+        self.hooks = [
+            self.model.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.model.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+        for hook in self.hooks:
+            hook.remove()
+
+    def now(self) -> float:
+        """The time when the device has done what it was told so far."""
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.model.device)
+        return time.perf_counter()
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The model begins."""
+        self.began = self.now()
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """The model has ended."""
+        self.passes.append((len(kwargs["pixel_values"]), self.now() - self.began))
+
+    def throughput(self, images: int) -> dict[str, float]:
+        """Images a second: ``model`` alone, and ``whole`` with reading and resizing.
+
+        Args:
+            images: that were read.
+        """
+        counts, seconds = zip(*(self.passes[1:] or self.passes), strict=True)
+        return {"model": sum(counts) / sum(seconds), "whole": images / self.seconds}
+
+
+def one_process() -> Accelerator:
+    """The device.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"evaluate runs in one process, got {accelerator.num_processes}")
+    return accelerator
