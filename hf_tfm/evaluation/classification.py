@@ -98,10 +98,11 @@ def evaluate_classification(
         "images": len(found.indices),
         "left_out": {"unreadable": len(loader.bad), "unlabelled": unlabelled},
         "match_labels": matched,
+        "precision": precision,
         "throughput": watch.throughput(len(found.indices)),
     }
     if confusion:
-        draw_confusion(found, names, f"{Path(model).name}: {dataset}, {split}", confusion)
+        draw_confusion(found, names, f"{Path(model).name}: {Path(dataset).name}, {split}", confusion)
     if output:
         write({**result, "unreadable": loader.bad, "predictions": named(found, names)}, output)
     return result
@@ -131,7 +132,8 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
                 f"labels must be numbers of the model's classes, 0 to {len(names) - 1}; the data set also has "
                 f"{some(beyond)}"
             )
-        return "number", {number: number for number in range(len(names))}
+        numbers = range(len(names))
+        return "number", {number: number for number in numbers} | {str(number): number for number in numbers}
     if unknown := [name for name in stored if name not in set(names)]:
         rest = some([name for name in names if name not in set(stored)]) or "none"
         raise ValueError(

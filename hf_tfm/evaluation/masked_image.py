@@ -78,6 +78,8 @@ def evaluate_masked_autoencoder(
         **describe(model, dataset, split, rows, [metric("reconstruction_loss", loss, split)]),
         "images": images,
         "left_out": {"unreadable": len(loader.bad)},
+        "seed": seed,
+        "precision": precision,
         "throughput": watch.throughput(images),
     }
     if output:
