@@ -24,7 +24,15 @@ from hf_tfm.tasks.classification import ClassificationTask, predict, score
 from hf_tfm.tasks.linear_probe import prepare_probe
 from hf_tfm.training import train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import ImageRunArguments, describe, image_loader, load_rows, new_processor
+from hf_tfm.training.image_run import (
+    ImageRunArguments,
+    check_fields,
+    describe,
+    image_loader,
+    load_rows,
+    new_config,
+    new_processor,
+)
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
 
@@ -57,8 +65,9 @@ class ClassificationArguments(ImageRunArguments):
             raise ValueError("linear_probe needs init_from: features of random weights say nothing")
         if self.linear_probe and self.layer_decay != 1.0:
             raise ValueError(f"linear_probe trains one layer alone: layer_decay must be 1, got {self.layer_decay}")
+        check_fields(TfmViTConfig, self.model)
         if not self.init_from:
-            TfmViTConfig.of_size(self.size, image_size=self.image_size, **self.model)
+            new_config(TfmViTConfig, self)
 
 
 def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForImageClassification:
@@ -66,8 +75,7 @@ def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForIma
     set_seed(args.seed)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if not args.init_from:
-        config = TfmViTConfig.of_size(args.size, image_size=args.image_size, **labels, **args.model)
-        return TfmViTForImageClassification(config)
+        return TfmViTForImageClassification(new_config(TfmViTConfig, args, **labels))
     still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
     model = TfmViTForImageClassification.from_pretrained(
         args.init_from, ignore_mismatched_sizes=True, **labels, **{**still, **args.model}

@@ -20,7 +20,15 @@ from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import ImageRunArguments, describe, image_loader, load_rows, new_processor
+from hf_tfm.training.image_run import (
+    ImageRunArguments,
+    check_fields,
+    describe,
+    image_loader,
+    load_rows,
+    new_config,
+    new_processor,
+)
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
 
@@ -33,13 +41,9 @@ class PretrainArguments(ImageRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(TfmMAEConfig, self.model)
         if not self.init_from:
-            build_config(self)
-
-
-def build_config(args: PretrainArguments) -> TfmMAEConfig:
-    """The configuration of a new model."""
-    return TfmMAEConfig.of_size(args.size, image_size=args.image_size, **args.model)
+            new_config(TfmMAEConfig, self)
 
 
 def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
@@ -47,7 +51,7 @@ def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
     set_seed(args.seed)
     if args.init_from:
         return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
-    return TfmMAEForPreTraining(build_config(args))
+    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

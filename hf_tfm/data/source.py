@@ -69,8 +69,8 @@ def take_split(splits: dict, split: str, argument: str):
 
 
 def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
-    """All rows of a stream, in memory."""
-    return datasets.Dataset.from_list(list(rows))
+    """All rows of a stream, in memory, with the features the stream states."""
+    return datasets.Dataset.from_list(list(rows), features=rows.features)
 
 
 def show_progress_of(rows) -> None:

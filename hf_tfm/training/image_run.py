@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoImageProcessor, BaseImageProcessor
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
@@ -13,6 +14,7 @@ from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler, EqualStreamLoader
 from ..data.images import WatchedLoader
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
+from ..models.configuration_vit import ImageEncoderConfig
 from ..tasks.images import ImageTask, image_processor
 from .arguments import ImageArguments
 
@@ -88,6 +90,31 @@ class ImageRunArguments(ImageArguments):
                 raise ValueError(
                     "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
                 )
+
+
+def check_fields(kind: type[ImageEncoderConfig], fields: dict[str, Any]) -> None:
+    """Refuse fields of a configuration that it does not have, or that are not the user's choice.
+
+    Raises:
+        ValueError: there is one; transformers would take it without a word.
+    """
+    inherited = PreTrainedConfig.__dataclass_fields__.keys()
+    taken = {*inherited, "image_size", "num_channels"}  # the size is a knob of its own; images are read as RGB
+    for name in fields:
+        if name not in kind.__dataclass_fields__ or name in taken or name.startswith("_"):
+            raise ValueError(f"model.{name} is not a field of {kind.__name__} that can be chosen")
+
+
+def new_config(kind: type[ImageEncoderConfig], args: ImageRunArguments, **fields: Any) -> ImageEncoderConfig:
+    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data decides.
+
+    Raises:
+        ValueError: a field of ``args.model`` is unknown, or a value is out of range.
+    """
+    try:
+        return kind.of_size(args.size, image_size=args.image_size, **args.model, **fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error}") from error
 
 
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:
