@@ -1,0 +1,120 @@
+"""Knobs of the recipes on images that do not fit are told before a step is made; presets fit each other."""
+
+import re
+
+import pytest
+import yaml
+from recipe_helpers import ROOT
+from vision_recipes import classify, pretrain, run, write_images
+
+from hf_tfm import TfmMAEConfig, TfmViTConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "parquet")
+
+
+BOTH = ["mae_pretrain", "image_classification_train"]
+CLASSIFY = BOTH[1:]
+MISFITS = {
+    "two splits": (BOTH, {"holdout": 3}, "exactly one of validation_split and holdout, got validation and 3"),
+    "no splits": (
+        BOTH,
+        {"validation_split": "null"},
+        "exactly one of validation_split and holdout, got None and None",
+    ),
+    "two rates": (BOTH, {"base_learning_rate": 0.1}, "exactly one of learning_rate and base_learning_rate"),
+    "two lengths": (BOTH, {"num_epochs": 1}, "exactly one of num_epochs and num_steps, got 1.0 and 3"),
+    "endless": (BOTH, {"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
+    "epochs of a stream": (
+        BOTH,
+        {"streaming": "true", "warmup_epochs": 1},
+        "streaming needs warmup_steps, not warmup",
+    ),
+    "part of a stream": (BOTH, {"streaming": "true", "max_train_samples": 5}, "give no holdout and no max_train"),
+    "repeats": (BOTH, {"repeats": 0}, "repeats must be at least 1, got 0"),
+    "bad images": (BOTH, {"max_bad_images": -1}, "max_bad_images must be at least 0, got -1"),
+    "field": (BOTH, {"model": "{mask_ration: 0.5}"}, "model.mask_ration is not a field of Tfm"),
+    "field of its own": (BOTH, {"model": "{image_size: 32}"}, "model.image_size is not a field of Tfm"),
+    "head": (BOTH, {"model": "{num_attention_heads: 5}"}, "hidden_size must be a multiple of 5"),
+    "patch": (BOTH, {"image_size": 18}, "image_size"),
+    "size": (BOTH, {"size": "giant"}, 'size must be one of tiny, small, base, large, huge, got "giant"'),
+    "crop": (BOTH, {"augmentation": "{crop: middle}"}, "crop"),
+    "smoothing": (CLASSIFY, {"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
+    "metric": (CLASSIFY, {"best_metric": "bleu"}, 'best_metric must be "loss" or "accuracy", got "bleu"'),
+    "probe": (CLASSIFY, {"linear_probe": "true"}, "linear_probe needs init_from"),
+    "probe decay": (CLASSIFY, {"linear_probe": "true", "layer_decay": 0.5, "init_from": "x"}, "layer_decay must be 1"),
+    "mixing": (CLASSIFY, {"mixing": "{mixup: -1}"}, "mixup must be at least 0, got -1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs", "message"),
+    [(recipe, knobs, message) for recipes, knobs, message in MISFITS.values() for recipe in recipes],
+    ids=[f"{name}-{recipe}" for name, (recipes, *_) in MISFITS.items() for recipe in recipes],
+)
+def test_knobs_that_do_not_fit(recipe, knobs, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(recipe, data, tmp_path / "run", **knobs)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+UNFIT_FOR_THE_DATA = {
+    "holdout": (BOTH, {"validation_split": "null", "holdout": 24}, "holdout must be below the 24 images of train"),
+    "split": (BOTH, {"validation_split": "dev"}, 'validation_split "dev" is not a split of the data set; it has'),
+    "image column": (BOTH, {"image_column": "photo"}, 'image_column "photo" is not a column of the data set'),
+    "label column": (CLASSIFY, {"label_column": "kind"}, 'label_column "kind" is not a column of the data set'),
+    "test split": (CLASSIFY, {"test_splits": "[best]"}, 'test_splits "best" is not a split of the data set'),
+    "pairs": (CLASSIFY, {"mixing": "{mixup: 1}", "batch_size": 7}, "batch_size must be a multiple of 2"),
+    "pairs apart": (CLASSIFY, {"mixing": "{mixup: 1}", "micro_batch_size": 3}, "micro_batch_size must be a multiple"),
+    "resize": (BOTH, {"resize": 8}, "resize must be at least the size 16, got 8"),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs", "message"),
+    [(recipe, knobs, message) for recipes, knobs, message in UNFIT_FOR_THE_DATA.values() for recipe in recipes],
+    ids=[f"{name}-{recipe}" for name, (recipes, *_) in UNFIT_FOR_THE_DATA.items() for recipe in recipes],
+)
+def test_knobs_that_do_not_fit_the_data(recipe, knobs, message, data, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(recipe, data, tmp_path / "run", **knobs)
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+
+
+def test_an_image_size_that_the_pretrained_patch_does_not_divide(data, tmp_path):
+    mae = pretrain(data, tmp_path / "mae", num_steps=1)
+    with pytest.raises(ValueError, match="image_size"):
+        classify(data, tmp_path / "run", init_from=mae, image_size=18, model="{}")
+
+
+def test_presets_of_cifar10_fit_each_other():
+    """Fine-tuning and from scratch differ in where weights come from and how fast layers learn, in nothing else."""
+    scratch, tuned = (preset("image_classification_train", name) for name in ("cifar10", "cifar10_finetune"))
+    other = {key for key in scratch.keys() | tuned.keys() if scratch.get(key) != tuned.get(key)}
+    assert other == {"init_from", "layer_decay", "output_dir", "size", "model"}
+    pretrained = preset("mae_pretrain", "cifar10")
+    assert tuned["init_from"] == pretrained["output_dir"]
+    shared = {"dataset", "image_size", "mean", "std", "holdout", "validation_split"}
+    assert all(pretrained[key] == scratch[key] == tuned[key] for key in shared)
+    mine = TfmViTConfig.of_size(scratch["size"], image_size=32, **scratch["model"])
+    theirs = TfmMAEConfig.of_size(pretrained["size"], image_size=32, **pretrained["model"])
+    for name in ("patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    assert all(getattr(mine, name) == value for name, value in tuned["model"].items())
+
+
+@pytest.mark.parametrize("name", ["mae_finetune", "mae_linear_probe"])
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_presets_of_imagenet_go_on_from_each_other(name, size):
+    later, earlier = preset("image_classification_train", f"{name}_{size}"), preset("mae_pretrain", f"imagenet_{size}")
+    assert later["init_from"] == earlier["output_dir"]
+    assert all(later[key] == earlier[key] for key in ("dataset", "image_size", "resize"))
+
+
+def preset(recipe: str, name: str) -> dict:
+    """The content of a preset."""
+    return yaml.safe_load((ROOT / "recipes" / "presets" / recipe / f"{name}.yaml").read_text())

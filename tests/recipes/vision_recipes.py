@@ -1,0 +1,127 @@
+"""What the tests of the recipes on images share: a few images on disk, short runs, and what a run left."""
+
+import io
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from recipe_helpers import ROOT, fresh_state, record
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+CLASSES = ["ant", "bee", "cat"]
+SPLITS = {"train": 24, "validation": 9, "test": 7}
+ENCODER = "patch_size: 4, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
+DECODER = (
+    "decoder_hidden_size: 16, decoder_intermediate_size: 32, decoder_num_hidden_layers: 1, "
+    "decoder_num_attention_heads: 2"
+)
+VIT, MAE = f"{{{ENCODER}, drop_path_rate: 0.0}}", f"{{{ENCODER}, {DECODER}}}"
+
+
+def picture(number: int) -> bytes:
+    """A PNG of 18 x 20 pixels; its class, number % 3, shows in its colour."""
+    noise = np.random.default_rng(number).integers(0, 160, (20, 18, 3))
+    noise[..., number % 3] += 90
+    file = io.BytesIO()
+    Image.fromarray(noise.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def numbers_of(split: str) -> list[int]:
+    """The images of a split, by class, as a folder of images has them."""
+    start = {"train": 0, "validation": 24, "test": 33}[split]
+    return sorted(range(start, start + SPLITS[split]), key=lambda number: (number % 3, number))
+
+
+def write_images(folder: Path, bad: tuple[int, ...] = ()) -> Path:
+    """Parquet of 24 training, 9 validation and 7 test images; the training images in the rows ``bad`` are cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASSES)})
+    for split in SPLITS:
+        rows = []
+        for row, number in enumerate(numbers_of(split)):
+            data = picture(number)
+            data = data[:60] if split == "train" and row in bad else data
+            rows.append({"image": {"bytes": data, "path": None}, "label": number % 3})
+        Dataset.from_list(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Noise\n")
+    return folder
+
+
+def write_imagefolder(folder: Path) -> Path:
+    """The same images as files."""
+    for split in SPLITS:
+        for number in numbers_of(split):
+            place = folder / split / CLASSES[number % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:03}.png").write_bytes(picture(number))
+    return folder
+
+
+def words(recipe: str, data: Path, output_dir: Path, **knobs) -> list[str]:
+    """The command line of a short run; a knob that is None is left out."""
+    given = {
+        "dataset": data,
+        "output_dir": output_dir,
+        "image_size": 16,
+        "num_steps": 3,
+        "warmup_steps": 1,
+        "schedule": "cosine",
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "size": "tiny",
+        "progress": "false",
+        "final_weights": "last",
+        **({"test_splits": "[test]"} if recipe == "image_classification_train" else {}),
+        **({} if "init_from" in knobs else {"model": VIT if recipe == "image_classification_train" else MAE}),
+        **knobs,
+    }
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def run(recipe: str, data: Path, output_dir: Path, **knobs) -> Path:
+    """Run a recipe in this process; returns its folder."""
+    fresh_state()
+    script = str(ROOT / "recipes" / f"{recipe}.py")
+    assert runpy.run_path(script)["main"](words(recipe, data, output_dir, **knobs)) == 0
+    return output_dir
+
+
+def classify(data: Path, output_dir: Path, **knobs) -> Path:
+    return run("image_classification_train", data, output_dir, **knobs)
+
+
+def pretrain(data: Path, output_dir: Path, **knobs) -> Path:
+    return run("mae_pretrain", data, output_dir, **knobs)
+
+
+def scores(folder: Path, split: str) -> dict[str, float]:
+    """What results.json says of a split."""
+    return {row["name"]: row["value"] for row in record(folder).metrics if row["split"] == split}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest difference of two models' weights."""
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    return max((mine[name].float() - theirs[name].float()).abs().max().item() for name in mine)
+
+
+def accuracy(folder: Path, data: Path, split: str) -> float:
+    """Top-1 of a saved model and its saved processor, through transformers alone."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rows = load_dataset(str(data), split=split)
+    with torch.no_grad():
+        logits = model(**processor([row["image"] for row in rows], return_tensors="pt")).logits
+    names = [model.config.id2label[i] for i in logits.argmax(dim=-1).tolist()]
+    return sum(name == CLASSES[row["label"]] for name, row in zip(names, rows, strict=True)) / len(rows)
