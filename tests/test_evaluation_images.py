@@ -20,6 +20,7 @@ from transformers import (
     ConvNextForImageClassification,
     ConvNextImageProcessor,
     MobileViTImageProcessor,
+    TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -40,6 +41,7 @@ from hf_tfm.data.batching import rng
 from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
 from hf_tfm.evaluation import reading as reading_module
 from hf_tfm.evaluation.reading import Stopwatch, WholeProcessor, suitable
+from hf_tfm.hub.convert import convert
 from hf_tfm.tasks.images import Pixels
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
@@ -95,8 +97,11 @@ def models(tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("models"), labels_of(NAMES)
     convnext = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], initializer_range=0.5, **names)
     half = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.5)  # its resizing is its own
+    tfm = save_model(folder / "tfm", TfmViTForImageClassification, TfmViTConfig(**SIZES, **names))
+    convert(tfm, "timm", str(folder / "timm"))  # timm's kind of configuration, which names no class
     return {
-        "tfm": save_model(folder / "tfm", TfmViTForImageClassification, TfmViTConfig(**SIZES, **names)),
+        "tfm": tfm,
+        "timm": str(folder / "timm"),
         "vit": save_model(folder / "vit", ViTForImageClassification, ViTConfig(**SIZES, **names)),
         "convnext": save_model(folder / "convnext", ConvNextForImageClassification, convnext, half),
         "mae": save_model(folder / "mae", TfmMAEForPreTraining, TfmMAEConfig(**SIZES, **DECODER)),
@@ -122,7 +127,7 @@ def values(result) -> dict[str, float]:
 # --- classifiers
 
 
-@pytest.mark.parametrize("name", ["tfm", "vit", "convnext"])
+@pytest.mark.parametrize("name", ["tfm", "vit", "convnext", "timm"])
 def test_scores_are_those_of_the_model_called_by_hand(name, models, data, tmp_path):
     top = ranked(models[name])
     file = tmp_path / "result.json"
@@ -155,6 +160,16 @@ def test_bf16_computes_in_bf16(models, data, monkeypatch):
         seen.clear()
         assert evaluate(models["tfm"], dataset=data, precision=precision, **QUIET)["precision"] == precision
         assert seen == {expected}
+
+
+def test_weights_stored_in_half_precision(models, data, tmp_path):
+    AutoModelForImageClassification.from_pretrained(models["tfm"]).to(torch.bfloat16).save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(models["tfm"]).save_pretrained(tmp_path)
+    whole = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "whole")
+    AutoImageProcessor.from_pretrained(models["tfm"]).save_pretrained(tmp_path / "whole")
+    one, two = (evaluate(str(folder), dataset=data, **QUIET) for folder in (tmp_path, tmp_path / "whole"))
+    assert one["metrics"] == two["metrics"]
 
 
 def test_the_first_rows(models, data):
@@ -309,6 +324,7 @@ def test_reconstruction_loss_is_that_of_the_model_called_by_hand(name, models, d
         (ViTImageProcessor(size={"height": 16, "width": 16}, do_rescale=False), False),
         (ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=0.8), True),
         (MobileViTImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}), True),  # BGR
+        (TimmWrapperImageProcessor({"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3}), True),
     ],
 )
 def test_images_are_what_the_processor_makes_of_them(processor, whole):
@@ -316,7 +332,7 @@ def test_images_are_what_the_processor_makes_of_them(processor, whole):
     assert isinstance(found, WholeProcessor) == whole
     image = torch.from_numpy(np.array(photos()[0])).permute(2, 0, 1)
     halves = Pixels(found)
-    expected = processor(images=image, return_tensors="pt")["pixel_values"]
+    expected = processor(images=photos()[0], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(halves.scale(halves.resize(image)[None]), expected, atol=1e-4, rtol=1e-4)
     assert halves.size == (16, 16)
 

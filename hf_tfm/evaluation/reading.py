@@ -8,6 +8,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling, SizeDict
@@ -22,13 +23,14 @@ from ..tasks.images import ImageTask, Pixels
 def load_image_model(
     auto_class: Any, model: str, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
-    """Model and image processor of a folder or a Hub id; the processor as `ImageTask` takes one.
+    """Model, in float32, and image processor of a folder or a Hub id; the processor as `ImageTask` takes one.
 
     Raises:
         ValueError: some weights or the processor were not saved, or images have other channels than RGB.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded, report = auto_class.from_pretrained(model, output_loading_info=True, **options)
+    # Weights may be stored in half precision; `precision` alone says what is computed in it.
+    loaded, report = auto_class.from_pretrained(model, output_loading_info=True, dtype=torch.float32, **options)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f'"{model}" has no weights for {", ".join(missing[:3])}: its scores would be those of chance')
     if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
@@ -63,7 +65,8 @@ class WholeProcessor:
 
     def resize(self, image: Tensor, *_: Any) -> Tensor:
         """uint8 (3, h, w) -> float32 (3, H, W), as the model reads it."""
-        return torch.as_tensor(self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+        picture = to_pil_image(image)  # timm's processor would not take a tensor of uint8; all take pictures
+        return torch.as_tensor(self.processor(images=picture, return_tensors="pt")["pixel_values"][0])
 
 
 SHAPES = ((53, 67), (67, 53))  # of images to try a processor with
