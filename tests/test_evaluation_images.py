@@ -1,6 +1,7 @@
 """hf-tfm evaluate on image models: against the models called by hand, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -383,8 +384,16 @@ def test_errors(name, options, named, models, data):
 def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    (tmp_path / "detr").mkdir()
+    detr = {"model_type": "detr", "is_encoder_decoder": True, "architectures": ["DetrForObjectDetection"]}
+    (tmp_path / "detr" / "config.json").write_text(json.dumps(detr))
     headless = save_model(tmp_path / "headless", TfmViTModel, TfmViTConfig(**SIZES))
-    for model, saved in ((tmp_path / "bert", "BertForMaskedLM"), (headless, "TfmViTModel")):
+    kinds = {
+        tmp_path / "bert": "BertForMaskedLM",
+        tmp_path / "detr": "DetrForObjectDetection",
+        headless: "TfmViTModel",
+    }
+    for model, saved in kinds.items():
         with pytest.raises(ValueError, match=f"saved as {saved}, and evaluate is for translation models, image"):
             evaluate(str(model), dataset=data)
     with pytest.raises(ValueError, match="no weights for classifier"):
@@ -397,6 +406,14 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     grey = save_model(tmp_path / "grey", TfmViTForImageClassification, TfmViTConfig(**SIZES, num_channels=1))
     with pytest.raises(ValueError, match=r"num_channels of .* must be 3"):
         evaluate(grey, dataset=data)
+
+
+def test_several_processes_are_refused(models, data, monkeypatch):
+    """Each would score everything, and write the same files."""
+    monkeypatch.setattr(reading_module, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    for name in ("tfm", "mae"):
+        with pytest.raises(ValueError, match="evaluate runs in one process, got 2"):
+            evaluate(models[name], dataset=data, **QUIET)
 
 
 # --- the command

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from .classification import evaluate_classification
 from .masked_image import evaluate_masked_autoencoder
@@ -66,7 +66,9 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
         return "image classifiers"
     if config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in saved:
         return "masked autoencoders"
-    if config.is_encoder_decoder:
+    remote = getattr(config, "auto_map", None) or {}
+    # is_encoder_decoder does not tell: DETR's configuration says so of itself.
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or "AutoModelForSeq2SeqLM" in remote:
         return "translation models"
     raise ValueError(
         f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, and evaluate is for '
