@@ -77,9 +77,12 @@ def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForIma
     if not args.init_from:
         return TfmViTForImageClassification(new_config(TfmViTConfig, args, **labels))
     still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
-    model = TfmViTForImageClassification.from_pretrained(
-        args.init_from, ignore_mismatched_sizes=True, **labels, **{**still, **args.model}
+    fields = {**labels, **still, **args.model}
+    model, report = TfmViTForImageClassification.from_pretrained(
+        args.init_from, ignore_mismatched_sizes=True, output_loading_info=True, **fields
     )
+    if odd := sorted(name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")):
+        raise ValueError(f"model: the weights of init_from {args.init_from} do not fit it: {', '.join(odd)}")
     model.vit.set_image_size(args.image_size)
     return model
 

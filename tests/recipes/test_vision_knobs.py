@@ -91,6 +91,12 @@ def test_an_image_size_that_the_pretrained_patch_does_not_divide(data, tmp_path)
         classify(data, tmp_path / "run", init_from=mae, image_size=18, model="{}")
 
 
+def test_an_encoder_of_other_sizes_is_not_drawn_anew_in_silence(data, tmp_path):
+    mae = pretrain(data, tmp_path / "mae", num_steps=1)
+    with pytest.raises(ValueError, match=r"do not fit it: .*patch_embeddings.projection.weight"):
+        classify(data, tmp_path / "run", init_from=mae, model="{patch_size: 8}")
+
+
 def test_presets_of_cifar10_fit_each_other():
     """Fine-tuning and from scratch differ in where weights come from and how fast layers learn, in nothing else."""
     scratch, tuned = (preset("image_classification_train", name) for name in ("cifar10", "cifar10_finetune"))
