@@ -32,6 +32,7 @@ def main(
     dataset: str = "bentrevett/multi30k",
     split: str = "test_2016_flickr",
     source_column: str = "en",
+    target_column: str = "de",
     batches: int = 4,
 ) -> None:
     """Measure and write benchmarks/results/translation_generation.json.
@@ -46,7 +47,7 @@ def main(
         new_tokens: tokens that each of their translations gets.
         rounds: timed rounds; medians are reported.
         model: folder or Hub id of a trained model, timed on real sentences too.
-        dataset, split, source_column: where those come from.
+        dataset, split, source_column, target_column: where those come from.
         batches: of them, at even distances in length.
     """
     results: dict = {}
@@ -68,7 +69,7 @@ def main(
         measure(f"{size}, equal lengths", ours, partial(random_batches, source_length, vocab_size), options)
     if model:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        sources = text.load_splits(dataset)[split][source_column]
+        sources = text.text_pairs(text.load_splits(dataset)[split], source_column, target_column)["source"]
         trained = AutoModelForSeq2SeqLM.from_pretrained(model)
         measure("trained, real sentences", trained, partial(real_batches, sources, tokenizer, batches), {})
     common.write(
