@@ -1,5 +1,5 @@
-"""The models. Every file here may travel to the Hub beside the weights, so it imports only its siblings, torch and
-transformers, in the form ``from .file import Name``."""
+"""The models. Every file here may travel to the Hub beside the weights, so it imports only its siblings, torch,
+transformers and timm; siblings in the form ``from .file import Name``."""
 
 from .configuration_mae import TfmMAEConfig
 from .configuration_transformer import TfmTransformerConfig

@@ -3,35 +3,37 @@
 import json
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel
+from evaluation_helpers import (
+    COUNT,
+    LABELS,
+    NAMES,
+    QUIET,
+    SIZES,
+    photos,
+    ranked,
+    save_model,
+    save_rows,
+    values,
+)
 from matplotlib.image import imread
-from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     BertConfig,
     BertForMaskedLM,
-    ConvNextConfig,
-    ConvNextForImageClassification,
     ConvNextImageProcessor,
     MobileViTImageProcessor,
     TimmWrapperImageProcessor,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
 )
 
 from hf_tfm import (
     TfmMAEConfig,
-    TfmMAEForPreTraining,
     TfmMAEModel,
     TfmViTConfig,
     TfmViTForImageClassification,
@@ -42,90 +44,7 @@ from hf_tfm.data.batching import rng
 from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
 from hf_tfm.evaluation import reading as reading_module
 from hf_tfm.evaluation.reading import Stopwatch, WholeProcessor, suitable
-from hf_tfm.hub.convert import convert
 from hf_tfm.tasks.images import Pixels
-
-NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
-COUNT = 23
-TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES = {**TINY, "image_size": 16, "patch_size": 4, "initializer_range": 0.5}
-DECODER = {f"decoder_{name}": value for name, value in TINY.items()}
-QUIET = {"progress": False, "batch_size": 5}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def photos() -> list[Image.Image]:
-    draw = np.random.RandomState(0)
-    return [Image.fromarray(draw.randint(0, 256, (20, 18 + i % 3, 3), dtype=np.uint8)) for i in range(COUNT)]
-
-
-LABELS = np.random.RandomState(1).randint(0, len(NAMES), COUNT).tolist()
-
-
-def save_rows(folder, labels, feature, images=None) -> str:
-    """A data set of one split, test."""
-    rows = {"image": photos() if images is None else images, "label": labels}
-    features = Features({"image": datasets.Image(), "label": feature})
-    folder.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(rows, features).to_parquet(folder / "test.parquet")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_rows(tmp_path_factory.mktemp("data"), LABELS, ClassLabel(names=NAMES))
-
-
-def save_model(folder, model_class, config, processor=None) -> str:
-    torch.manual_seed(0)
-    model_class(config).save_pretrained(folder)
-    (processor or ViTImageProcessor(size={"height": 16, "width": 16})).save_pretrained(folder)
-    return str(folder)
-
-
-def labels_of(names) -> dict:
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of tiny random models by name."""
-    folder, names = tmp_path_factory.mktemp("models"), labels_of(NAMES)
-    convnext = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], initializer_range=0.5, **names)
-    half = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.5)  # its resizing is its own
-    tfm = save_model(folder / "tfm", TfmViTForImageClassification, TfmViTConfig(**SIZES, **names))
-    convert(tfm, "timm", str(folder / "timm"))  # timm's kind of configuration, which names no class
-    return {
-        "tfm": tfm,
-        "timm": str(folder / "timm"),
-        "vit": save_model(folder / "vit", ViTForImageClassification, ViTConfig(**SIZES, **names)),
-        "convnext": save_model(folder / "convnext", ConvNextForImageClassification, convnext, half),
-        "mae": save_model(folder / "mae", TfmMAEForPreTraining, TfmMAEConfig(**SIZES, **DECODER)),
-        "vit_mae": save_model(folder / "vit_mae", ViTMAEForPreTraining, ViTMAEConfig(**SIZES, **DECODER)),
-    }
-
-
-def ranked(model: str) -> np.ndarray:
-    """(N, classes), best first, by the model's own processor and one image at a time."""
-    loaded, processor = (
-        AutoModelForImageClassification.from_pretrained(model),
-        AutoImageProcessor.from_pretrained(model),
-    )
-    with torch.inference_mode():
-        logits = [loaded.eval()(**processor(images=photo, return_tensors="pt")).logits[0] for photo in photos()]
-    return torch.stack(logits).argsort(descending=True).numpy()
-
-
-def values(result) -> dict[str, float]:
-    return {row["name"]: row["value"] for row in result["metrics"]}
-
-
-# --- classifiers
 
 
 @pytest.mark.parametrize("name", ["tfm", "vit", "convnext", "timm"])
@@ -194,83 +113,6 @@ def test_figures_are_those_of_the_training_run(tmp_path):
 
 
 # --- labels and classes
-
-
-def test_classes_are_matched_by_name(models, data, tmp_path):
-    """The same labels in a data set that counts its classes in another order, and lacks one, or stores text."""
-    expected = evaluate(models["tfm"], dataset=data, max_samples=9, **QUIET)["metrics"]
-    other = [name for name in sorted(NAMES, reverse=True) if name in {NAMES[label] for label in LABELS}]
-    turned = save_rows(tmp_path / "a", [other.index(NAMES[label]) for label in LABELS], ClassLabel(names=other))
-    text = save_rows(tmp_path / "b", [NAMES[label] for label in LABELS], Value("string"))
-    for where in (turned, text):
-        result = evaluate(models["tfm"], dataset=where, max_samples=9, **QUIET)
-        assert (result["metrics"], result["match_labels"]) == (expected, "name")
-
-
-def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_path):
-    names = ["ant", "bee", "cat", "dog", "elk", "fly"]
-    other = save_rows(tmp_path / "a", LABELS, ClassLabel(names=names))
-    with pytest.raises(ValueError, match=r"the data set alone has elk, fly; the model alone has eel, fox\. .*number"):
-        evaluate(models["tfm"], dataset=other, **QUIET)
-    numbers = save_rows(tmp_path / "b", LABELS, Value("int64"))
-    with pytest.raises(ValueError, match="the data set alone has 0, 1, 2"):
-        evaluate(models["tfm"], dataset=numbers, **QUIET)
-    expected = evaluate(models["tfm"], dataset=data, **QUIET)["metrics"]
-    for where in (other, numbers):
-        result = evaluate(models["tfm"], dataset=where, match_labels="number", **QUIET)
-        assert (result["metrics"], result["match_labels"]) == (expected, "number")
-    more = save_rows(tmp_path / "c", LABELS, ClassLabel(names=[*names, "gnu"]))
-    with pytest.raises(ValueError, match="0 to 5; the data set also has 6"):
-        evaluate(models["tfm"], dataset=more, match_labels="number", **QUIET)
-
-
-def test_a_model_without_names_is_matched_by_number(data, tmp_path):
-    model = save_model(tmp_path / "m", TfmViTForImageClassification, TfmViTConfig(**SIZES, num_labels=6))
-    result = evaluate(model, dataset=data, **QUIET)
-    assert result["match_labels"] == "number"
-    assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == LABELS)
-
-
-def test_two_classes_of_one_name_are_refused(data, tmp_path):
-    config = TfmViTConfig(**SIZES, id2label=dict(enumerate([*NAMES, "cat"])), label2id={"cat": 2})
-    model = save_model(tmp_path / "m", TfmViTForImageClassification, config)
-    with pytest.raises(ValueError, match=r"several classes called cat: .*number"):
-        evaluate(model, dataset=data, **QUIET)
-
-
-def test_real_labels(models, data, tmp_path):
-    """An image is right where the prediction is among its labels; those without labels count for nothing."""
-    first = ranked(models["tfm"])[:, 0].tolist()
-    lists = [[] if i % 5 == 0 else [(c + 1) % 6] if i % 5 == 1 else [(c + 2) % 6, c] for i, c in enumerate(first)]
-    file = tmp_path / "real.json"
-    file.write_text(json.dumps(lists))
-    result = evaluate(models["tfm"], dataset=data, real_labels=str(file), **QUIET)
-    counted = [i for i in range(COUNT) if i % 5]
-    assert values(result)["real_accuracy"] == np.mean([i % 5 > 1 for i in counted])
-    assert set(values(result)) == {"accuracy", "top5_accuracy", "real_accuracy"}
-    counted = [i for i in range(8) if i % 5]
-    short = evaluate(models["tfm"], dataset=data, real_labels=str(file), max_samples=8, **QUIET)
-    assert values(short)["real_accuracy"] == np.mean([i % 5 > 1 for i in counted])
-    # They are numbers of the data set's labels, whatever the model calls those.
-    turned = save_rows(tmp_path / "a", [5 - label for label in LABELS], ClassLabel(names=NAMES[::-1]))
-    file.write_text(json.dumps([[5 - label for label in labels] for labels in lists]))
-    assert evaluate(models["tfm"], dataset=turned, real_labels=str(file), **QUIET)["metrics"] == result["metrics"]
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ([[0]] * 3, f"a list for each of the {COUNT} images, got 3"),
-        ({"0": [1]}, "must hold a list of lists"),
-        ([0] * COUNT, "must hold a list of lists"),
-        ([[0]] * (COUNT - 1) + [[6]], f"6 of image {COUNT - 1} is not a label of the data set"),
-    ],
-)
-def test_real_labels_that_do_not_fit(content, named, models, data, tmp_path):
-    file = tmp_path / "real.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=named):
-        evaluate(models["tfm"], dataset=data, real_labels=str(file), **QUIET)
 
 
 def test_images_without_label_or_content_are_left_out(models, tmp_path):

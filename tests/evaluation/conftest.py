@@ -1,0 +1,5 @@
+"""The fixtures of these tests."""
+
+from evaluation_helpers import data, fresh_accelerator, models
+
+__all__ = ["data", "fresh_accelerator", "models"]
