@@ -111,14 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     validation = image_loader(args, accelerator, task_of(held_out), rows[held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    accelerator.print(args.settle(per_epoch or num_steps))
+    settled, line = args.settle(per_epoch or num_steps)
+    accelerator.print(line)
 
     def score_validation(trained) -> dict[str, float]:
         found = predict(accelerator, task, trained, validation)
         return {"loss": found.loss, "accuracy": score(found)[0]["value"]}
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, learning, args, num_steps, eval_steps, score_validation)
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
     if args.linear_probe:

@@ -68,13 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     validation = image_loader(args, accelerator, task, rows[held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    accelerator.print(args.settle(per_epoch or num_steps))
+    settled, line = args.settle(per_epoch or num_steps)
+    accelerator.print(line)
 
     def score(trained) -> dict[str, float]:
         return evaluate(accelerator, task, trained, validation)
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, learning, args, num_steps, eval_steps, score)
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score)
     if result.stopped:
         return run.stopped(result)
     metrics = [{"name": "reconstruction_loss", "value": score(model)["loss"], "split": held_out}]

@@ -3,7 +3,7 @@
 import ast
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -189,16 +189,22 @@ class ImageArguments(TrainingArguments):
         )
         super().__post_init__()
 
-    def settle(self, steps_per_epoch: int) -> str:
-        """Work out learning_rate and warmup_steps; returns a line that says what they are."""
+    def settle(self, steps_per_epoch: int) -> tuple["ImageArguments", str]:
+        """Work out the learning rate and the warm-up.
+
+        Returns:
+            These knobs with ``learning_rate`` and ``warmup_steps`` alone, for the optimizer; this object stays as it
+            was given, for the record. And a line that says what they are.
+        """
+        rate, steps, base = self.learning_rate, self.warmup_steps, ""
+        if self.base_learning_rate is not None:
+            rate = self.base_learning_rate * self.batch_size / 256
+            base = f" = {self.base_learning_rate:g} x {self.batch_size} images / 256"
         if self.warmup_epochs is not None:
-            self.warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        line = f"warm-up {self.warmup_steps} steps of {steps_per_epoch} an epoch"
-        if self.base_learning_rate is None:
-            return f"learning rate {self.learning_rate:g}; {line}"
-        self.learning_rate = self.base_learning_rate * self.batch_size / 256
-        base = f"{self.base_learning_rate:g} x {self.batch_size} images / 256"
-        return f"learning rate {self.learning_rate:g} = {base}; {line}"
+            steps = round(self.warmup_epochs * steps_per_epoch)
+        line = f"learning rate {rate:g}{base}; warm-up {steps} steps of {steps_per_epoch} an epoch"
+        settled = {"learning_rate": rate, "base_learning_rate": None, "warmup_steps": steps, "warmup_epochs": None}
+        return replace(self, **settled), line
 
 
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from hf_tfm.data.number_words import spell
 from hf_tfm.hub.results import RunRecord
+from hf_tfm.training import TrainingArguments
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "translation_train.py"
@@ -64,6 +65,13 @@ def run_recipe(*argv: str) -> int:
 def record(folder: Path) -> RunRecord:
     """The checked content of results.json."""
     return RunRecord.load(folder)
+
+
+def arguments_of(recipe: Path) -> type[TrainingArguments]:
+    """The dataclass of a recipe's knobs, the one it defines."""
+    kinds = [kind for kind in runpy.run_path(str(recipe)).values() if isinstance(kind, type)]
+    (own,) = [k for k in kinds if issubclass(k, TrainingArguments) and k.__module__ == "<run_path>"]
+    return own
 
 
 def environment(**changes: str) -> dict[str, str]:

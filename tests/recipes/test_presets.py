@@ -2,29 +2,21 @@
 
 import dataclasses
 import json
-import runpy
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from recipe_helpers import arguments_of
 
 from hf_tfm.models.configuration_transformer import SIZES
 from hf_tfm.tasks.translation import METRICS, build_config
-from hf_tfm.training import TrainingArguments
 from hf_tfm.training.arguments import parse_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRESETS = sorted(RECIPES.glob("presets/*/*.yaml"))
 LAUNCH = sorted(RECIPES.glob("launch/*.yaml"))
-
-
-def arguments_of(recipe):
-    """The dataclass of a recipe's knobs, the one it defines."""
-    kinds = [kind for kind in runpy.run_path(str(recipe)).values() if isinstance(kind, type)]
-    (own,) = [k for k in kinds if issubclass(k, TrainingArguments) and k.__module__ == "<run_path>"]
-    return own
 
 
 def test_every_recipe_has_presets():

@@ -1,12 +1,13 @@
 """The recipes on images, run as people run them: masked-autoencoder pretraining, classification, linear probe."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import load_dataset
-from recipe_helpers import ROOT, finish_process, fresh_state, history, record, start_process
+from recipe_helpers import ROOT, arguments_of, finish_process, fresh_state, history, record, start_process
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 from vision_recipes import (
@@ -28,6 +29,7 @@ from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, image_rows
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
+from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import ImageRunArguments, load_rows
 
 
@@ -190,6 +192,19 @@ def test_base_learning_rate_and_warm_up_are_told(data, tmp_path, capsys):
     assert "learning rate 0.005 = 0.16 x 8 images / 256; warm-up 6 steps of 3 an epoch" in capsys.readouterr().out
     rates = [row["learning_rate"] for row in history(folder) if "learning_rate" in row]
     assert rates and max(rates) <= 0.005
+
+
+@pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
+def test_stored_arguments_are_a_config(recipe, data, tmp_path):
+    """What results.json and the card hold are the knobs as they were given, and so runs again."""
+    given = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 1}
+    folder = run(recipe, data, tmp_path / "run", **given)
+    file = tmp_path / "arguments.yaml"
+    file.write_text(json.dumps(record(folder).arguments))
+    script = ROOT / "recipes" / f"{recipe}.py"
+    kind = arguments_of(script)
+    again = parse_arguments(kind, script, ["--config", str(file)])
+    assert again == parse_arguments(kind, script, words(recipe, data, folder, **given))
 
 
 def test_bad_images_are_left_out_and_told(tmp_path, caplog):

@@ -165,11 +165,12 @@ def image_arguments(**knobs) -> ImageArguments:
 def test_the_learning_rate_of_images_follows_the_batch():
     """MAE's fine-tuning: base rate 5e-4 at 1024 images, 5 epochs of warm-up."""
     args = image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5)
-    line = args.settle(steps_per_epoch=1251)
-    assert args.learning_rate == pytest.approx(2e-3) and args.warmup_steps == 6255
+    settled, line = args.settle(steps_per_epoch=1251)
+    assert settled.learning_rate == pytest.approx(2e-3) and settled.warmup_steps == 6255
     assert line == "learning rate 0.002 = 0.0005 x 1024 images / 256; warm-up 6255 steps of 1251 an epoch"
+    assert args == image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5), "as it was given"
     args = image_arguments(learning_rate=0.1, warmup_steps=7)
-    assert args.settle(100) == "learning rate 0.1; warm-up 7 steps of 100 an epoch"
+    assert args.settle(100) == (args, "learning rate 0.1; warm-up 7 steps of 100 an epoch")
 
 
 @pytest.mark.parametrize(
