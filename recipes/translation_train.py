@@ -17,8 +17,9 @@ from typing import Literal
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_tfm.data import text
-from hf_tfm.data.batching import StepLoader, StreamLoader, TokenBudgetSampler
+from hf_tfm.data.batching import StepLoader, TokenBudgetSampler
 from hf_tfm.data.source import describe_source
+from hf_tfm.data.stream import StreamLoader
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
 from hf_tfm.training import TokenArguments, evaluate, train

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 Example = dict[str, Any]
 Steps = list[list[int]]
@@ -201,7 +201,8 @@ class StepLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
         steps = self.sampler.steps(epoch)
-        return iter(_loader(_StepDataset(self, steps, epoch), range(start, len(steps)), self))
+        order = range(start, len(steps))
+        return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
 
     def micro_batches(self, step: list[int], epoch: int) -> list[Any]:
         """Collate this rank's part of a step.
@@ -248,13 +249,16 @@ class _StepDataset(Dataset):
         return self.loader.micro_batches(self.steps[i], self.number)
 
 
-def _loader(dataset: Dataset, sampler: Iterable[int] | None, owner: "StepLoader | StreamLoader") -> DataLoader:
+def worker_loader(
+    steps: Dataset, order: Iterable[int] | None = None, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """torch's loader over the finished steps of a data set, in an order or as a stream has them."""
     return DataLoader(
-        dataset,
+        steps,
         batch_size=None,
-        sampler=sampler,
-        num_workers=owner.num_workers,
-        pin_memory=owner.pin_memory,
+        sampler=order,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         # Its own generator: a loader otherwise draws from torch's global one, and a resumed run would then differ.
         generator=torch.Generator(),
@@ -266,79 +270,3 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A fork of a process whose tokenizer has used threads has none of them, and would wait for them for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-class StreamLoader:
-    """`StepLoader` for a stream: samples are gathered into pools, and each pool is batched like a small data set.
-
-    Every rank reads the whole stream and keeps its part, so the samples of a step depend on the stream alone.
-
-    Args:
-        stream: examples; iterated again for every epoch.
-        measure: example -> lengths of its sides.
-        pool_samples: samples sorted and shuffled together.
-    """
-
-    def __init__(
-        self,
-        stream: Iterable[Example],
-        measure: Callable[[Example], Sequence[int]],
-        max_tokens: int,
-        collate: Callable[..., Any],
-        seed: int = 0,
-        pool_samples: int = 20_000,
-        micro_batch_tokens: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ):
-        self.stream, self.measure, self.max_tokens, self.collate = stream, measure, max_tokens, collate
-        self.seed, self.pool_samples, self.micro_batch_tokens = seed, pool_samples, micro_batch_tokens
-        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
-        self.num_workers = min(1, num_workers)  # a second worker would read the same stream again
-
-    def steps_per_epoch(self, epoch: int = 0) -> None:
-        """None: a stream does not tell its length."""
-        return None
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
-        """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
-        return iter(_loader(_StreamDataset(self, epoch, start), None, self))
-
-    def pools(self) -> Iterator[tuple[int, list[Example]]]:
-        """(index of the first sample, samples) of each pool."""
-        pool: list[Example] = []
-        first = 0
-        for example in self.stream:
-            pool.append(example)
-            if len(pool) == self.pool_samples:
-                yield first, pool
-                first, pool = first + len(pool), []
-        if pool:
-            yield first, pool
-
-    def sampler(self, pool: list[Example], seed: int) -> Sampler:
-        """How a pool is batched."""
-        lengths = np.array([self.measure(example) for example in pool])
-        return TokenBudgetSampler(lengths, self.max_tokens, seed)
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
-        """See `epoch`; earlier steps are read and left out, which costs reading but no collating."""
-        number = 0
-        for first, pool in self.pools():
-            sampler = self.sampler(pool, int(rng(self.seed, first).integers(2**32)))
-            placement = self.micro_batch_tokens, self.rank, self.world_size
-            loader = StepLoader(pool, sampler, self.collate, *placement, first_index=first)
-            for step in sampler.steps(epoch):
-                if number >= start:
-                    yield loader.micro_batches(step, epoch)
-                number += 1
-
-
-class _StreamDataset(IterableDataset):
-    def __init__(self, loader: StreamLoader, epoch: int, start: int):
-        self.loader, self.number, self.start = loader, epoch, start
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self.loader.steps(self.number, self.start)

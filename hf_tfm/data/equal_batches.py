@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .batching import COPY, Example, Steps, StreamLoader, rng
+from .batching import COPY, Example, Steps, rng
+from .stream import StreamLoader
 
 
 class BatchSampler:

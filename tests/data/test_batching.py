@@ -12,7 +12,6 @@ from torch.utils.data import IterableDataset
 from hf_tfm.data import text
 from hf_tfm.data.batching import (
     StepLoader,
-    StreamLoader,
     TokenBudgetSampler,
     cut,
     padding_waste,
@@ -20,6 +19,7 @@ from hf_tfm.data.batching import (
     rng,
     two_sided_order,
 )
+from hf_tfm.data.stream import StreamLoader
 
 MULTI30K = Path(__file__).parents[3] / "shared" / "data" / "multi30k-en-de"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "padding_waste.json"
