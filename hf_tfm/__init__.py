@@ -4,6 +4,10 @@ Importing this package registers its configurations and models with transformers
 """
 
 from .models import (
+    TfmDetrConfig,
+    TfmDetrForObjectDetection,
+    TfmDetrForPanopticSegmentation,
+    TfmDetrModel,
     TfmMAEConfig,
     TfmMAEForPreTraining,
     TfmMAEModel,
@@ -19,6 +23,10 @@ from .registration import carry_code, register
 
 __version__ = "0.1.0"
 __all__ = [
+    "TfmDetrConfig",
+    "TfmDetrForObjectDetection",
+    "TfmDetrForPanopticSegmentation",
+    "TfmDetrModel",
     "TfmMAEConfig",
     "TfmMAEForPreTraining",
     "TfmMAEModel",

@@ -6,7 +6,7 @@ import transformers
 
 from . import models
 
-FAMILIES = (models.TfmTransformerConfig, models.TfmViTConfig, models.TfmMAEConfig)
+FAMILIES = (models.TfmTransformerConfig, models.TfmViTConfig, models.TfmMAEConfig, models.TfmDetrConfig)
 
 
 def classes(config_class: type) -> dict[str, type]:

@@ -118,6 +118,11 @@ def padding_mask(
     return create_bidirectional_mask(config, queries, attention_mask, encoder_hidden_states=memory)
 
 
+def placed(states: Tensor, positions: Tensor | None) -> Tensor:
+    """States with their positions added, where there are any."""
+    return states if positions is None else states + positions
+
+
 class MultiHeadAttention(nn.Module):
     """H attention heads side by side; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
 
@@ -179,6 +184,8 @@ class MultiHeadAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -190,17 +197,19 @@ class MultiHeadAttention(nn.Module):
             attention_mask: in the form of the chosen backend; of the eager one with ``output_attentions``.
             past_key_values: grows by Tq keys here; for cross-attention, filled once and then reused.
             output_attentions: form the probabilities, whatever the backend.
+            query_positions, key_positions: added to what queries, or keys, are made of and not to the values' source,
+                broadcastable to it (Carion et al. 2020, figure 10).
 
         Returns:
             (B, Tq, D), and the probabilities (B, H, Tq, Tk) or None where the backend does not form them.
         """
         B, Tq = hidden_states.shape[:2]
-        query = self.q_proj(hidden_states)  # (B, Tq, D)
+        query = self.q_proj(placed(hidden_states, query_positions))  # (B, Tq, D)
         shared = memory is not None and memory.shape[0] != B
         if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
             query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
-        key, value = self.keys_and_values(hidden_states, memory, past_key_values)  # (B, H, Tk, Dh)
+        key, value = self.keys_and_values(hidden_states, memory, past_key_values, key_positions)  # (B, H, Tk, Dh)
         mixed, probabilities = self.attention_function(query, key, output_attentions)(
             self,
             query,
@@ -217,7 +226,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(mixed.reshape(B, Tq, -1)), probabilities
 
     def keys_and_values(
-        self, hidden_states: Tensor, memory: Tensor | None, past: Cache | None
+        self, hidden_states: Tensor, memory: Tensor | None, past: Cache | None, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, Tk, Dh) of this call, from and into the cache where there is one."""
         crossing = memory is not None
@@ -229,7 +238,7 @@ class MultiHeadAttention(nn.Module):
                 return layer.keys, layer.values
         source = memory if crossing else hidden_states
         shape = (*source.shape[:2], -1, self.head_dim)
-        key = self.k_proj(source).view(shape).transpose(1, 2)
+        key = self.k_proj(placed(source, positions)).view(shape).transpose(1, 2)
         value = self.v_proj(source).view(shape).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

@@ -1,26 +1,164 @@
 """Feature maps of timm's models, as the stem of a Transformer (hybrid ViT; DETR).
 
-pixels (B, C, H, W) -> feature map (B, F, H / s, W / s), s the stride of the chosen stage
+pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), s the stride of a stage
 """
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import initialization as init
 from transformers.utils import is_timm_available
+
+NORMS = ("batch", "frozen", "group")
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and affine parameters are fixed (Carion et al. 2020, appendix A.4).
+
+    Where it follows a convolution directly, `fold` moves its scale into the convolution's weights: the feature map is
+    then read and written once less, in the forward and in the backward pass.
+
+    Args:
+        channels: F.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps, self.folded = eps, False
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        """Make it the identity."""
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
+        init.zeros_(self.running_mean)
+        init.ones_(self.running_var)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What it multiplies by and adds: (F,) each."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F, h, w) -> (B, F, h, w)."""
+        if self.folded:
+            return features
+        scale, shift = self.scale_and_shift()
+        return features * scale[:, None, None] + shift[:, None, None]
+
+
+class FrozenBatchNormAct(FrozenBatchNorm):
+    """The same with what timm's `BatchNormAct2d` does after it: dropout and an activation."""
+
+    def __init__(self, channels: int, eps: float, drop: nn.Module, act: nn.Module):
+        super().__init__(channels, eps)
+        self.drop, self.act = drop, act
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F, h, w) -> (B, F, h, w)."""
+        return self.act(self.drop(super().forward(features)))
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution that also does the work of the frozen norm behind it; its own weights stay as they are."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, F, h', w')."""
+        scale, shift = self.norm.scale_and_shift()
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        return self._conv_forward(features, self.weight * scale[:, None, None, None], shift)
+
+
+def fold(convolution: nn.Conv2d, norm: FrozenBatchNorm) -> None:
+    """Let ``convolution`` do the work of the ``norm`` behind it, which becomes the identity."""
+    convolution.__class__ = FoldedConv2d
+    # Not through nn.Module, which would take the norm for a part of the convolution and list its buffers twice.
+    object.__setattr__(convolution, "norm", norm)
+    norm.folded = True
+
+
+class _FoldTracer(fx.Tracer):
+    """Sees convolutions and frozen norms as wholes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | FrozenBatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_norms(body: nn.Module) -> None:
+    """Fold every frozen norm that reads a plain convolution which nothing else reads; none if ``body`` hides that."""
+    try:
+        graph = _FoldTracer().trace(body)
+    except Exception:  # whatever a model's own code raises when it is run on symbols
+        return
+    modules = dict(body.named_modules())
+    for node in graph.nodes:
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(norm, FrozenBatchNorm) and node.args[0].op == "call_module" and len(node.args[0].users) == 1:
+            convolution = modules[node.args[0].target]
+            if type(convolution) is nn.Conv2d:
+                fold(convolution, norm)
+
+
+def convert_norms(module: nn.Module, kind: str) -> None:
+    """Replace every batch norm below ``module``.
+
+    Args:
+        kind: "frozen", see `FrozenBatchNorm`, or "group", group norm with up to 32 groups (Wu and He 2018,
+            arXiv:1803.08494), which also works for small batches; "batch" leaves them.
+    """
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and kind != "batch":
+            setattr(module, name, frozen(child) if kind == "frozen" else grouped(child))
+        else:
+            convert_norms(child, kind)
+
+
+def frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm:
+    """A batch norm, or timm's one with an activation, with its statistics fixed."""
+    if hasattr(norm, "act"):
+        return FrozenBatchNormAct(norm.num_features, norm.eps, norm.drop, norm.act)
+    return FrozenBatchNorm(norm.num_features, norm.eps)
+
+
+def grouped(norm: nn.BatchNorm2d) -> nn.Module:
+    """Group norm in the place of a batch norm, with its activation if it has one."""
+    groups = next(n for n in range(min(32, norm.num_features), 0, -1) if norm.num_features % n == 0)
+    new = nn.GroupNorm(groups, norm.num_features)
+    return nn.Sequential(new, norm.drop, norm.act) if hasattr(norm, "act") else new
 
 
 class TimmFeatures(nn.Module):
-    """One feature map of a timm model with random weights; a checkpoint brings its own.
+    """Feature maps of a timm model with random weights; a checkpoint brings its own.
 
     Args:
         name: of the timm model.
         num_channels: of the images.
-        out_index: which of its feature maps, by timm's ``out_indices``.
+        out_indices: which of its feature maps, as timm counts them.
+        norm: "batch", as the model has it, or what `convert_norms` makes of it.
+        frozen_stages: the stem and this many stages do not learn; no gradient flows into them. 0 freezes nothing.
+            A stage halves the size of the feature map; the first of a ResNet is at a quarter of the image's.
+        output_stride: of the last feature map, reached by dilation where the model would go below; default, its own.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm has no model of this name.
+        ValueError: timm has no model of this name, it has no such feature maps, or it cannot be frozen in stages.
     """
 
-    def __init__(self, name: str, num_channels: int = 3, out_index: int = -1):
+    def __init__(
+        self,
+        name: str,
+        num_channels: int = 3,
+        out_indices: Sequence[int] = (-1,),
+        norm: str = "batch",
+        frozen_stages: int = 0,
+        output_stride: int | None = None,
+    ):
         super().__init__()
         if not is_timm_available():
             raise ImportError(f'backbone="{name}" needs timm: pip install timm')
@@ -28,20 +166,51 @@ class TimmFeatures(nn.Module):
             import timm
         if not timm.is_model(name):
             raise ValueError(f'backbone must be the name of a timm model (see timm.list_models()), got "{name}"')
-        self.body = timm.create_model(
-            name, features_only=True, out_indices=(out_index,), pretrained=False, in_chans=num_channels
-        )
+        options = {} if output_stride is None else {"output_stride": output_stride}
+        self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
+        self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
+        convert_norms(self.body, norm)
+        if norm == "frozen":
+            fold_norms(self.body)
         for module in self.body.modules():
             module.of_timm = True  # for `reset`: transformers hands over modules one by one, without their names
-        self.channels = self.body.feature_info.channels()[-1]
+        self.channels = self.body.feature_info.channels()
         self.stride = self.body.feature_info.reduction()[-1]
+        self.frozen_stages = frozen_stages
+        self.freeze()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, F, ceil(H / s), ceil(W / s))."""
-        return self.body(pixel_values)[-1]
+    def freeze(self) -> None:
+        """Take the gradient off the frozen stages."""
+        stages, info = self.frozen_stages, self.body.feature_info.info
+        if not stages:
+            return
+        strides = sorted({entry["reduction"] for entry in info if entry["reduction"] >= 4})
+        if stages > len(strides):
+            raise ValueError(f"backbone_frozen_stages must be at most {len(strides)} for {self.name}, got {stages}")
+        last = next(e["module"] for e in reversed(info) if e["reduction"] <= strides[stages - 1])
+        named = list(self.body.named_parameters())
+        inside = [
+            i for i, (name, _) in enumerate(named) if name.startswith((f"{last}.", last.replace(".", "_") + "."))
+        ]
+        if not inside:
+            raise ValueError(f"backbone {self.name} has no stages that could be frozen: use backbone_frozen_stages=0")
+        for _, parameter in named[: inside[-1] + 1]:
+            parameter.requires_grad_(False)
+
+    def load_pretrained(self) -> None:
+        """Take the weights that timm has for this model, from the Hub where they are not in its cache."""
+        import timm
+
+        weights = timm.create_model(self.name, features_only=True, pretrained=True, **self.options).state_dict()
+        kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+        self.body.load_state_dict(kept)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> maps (B, F, ceil(H / s), ceil(W / s)), one for each of ``out_indices``."""
+        return self.body(pixel_values)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the feature map of an image."""
+        """Height and width of the last feature map of an image."""
         return -(-height // self.stride), -(-width // self.stride)
 
 

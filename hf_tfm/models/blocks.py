@@ -86,11 +86,22 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config, drop_path)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """(B, S, D) -> (B, S, D); the mask is in the form of the attention backend."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D); the mask is in the form of the attention backend.
+
+        Args:
+            positions: added to queries and keys here, for a stack whose input does not hold them.
+        """
+        place = {"query_positions": positions, "key_positions": positions}
 
         def attend(states: Tensor) -> Tensor:
-            return self.self_attn(states, attention_mask=attention_mask, **kwargs)[0]
+            return self.self_attn(states, attention_mask=attention_mask, **place, **kwargs)[0]
 
         hidden_states = self.self_attn_residual(hidden_states, attend)
         return self.feed_forward_residual(hidden_states, self.feed_forward)
@@ -119,17 +130,25 @@ class DecoderBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        positions: Tensor | None = None,
+        memory_positions: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the attention backend's form."""
+        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the attention backend's form.
+
+        Args:
+            positions, memory_positions: added here to queries, and to keys, for a stack whose input does not hold
+                them.
+        """
+        kwargs["past_key_values"] = past_key_values
+        place = {"query_positions": positions, "key_positions": positions}
+        place_in_memory = {"query_positions": positions, "key_positions": memory_positions}
 
         def attend(states: Tensor) -> Tensor:
-            return self.self_attn(states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)[0]
+            return self.self_attn(states, attention_mask=attention_mask, **place, **kwargs)[0]
 
         def attend_to_memory(states: Tensor) -> Tensor:
-            return self.cross_attn(
-                states, memory, attention_mask=memory_mask, past_key_values=past_key_values, **kwargs
-            )[0]
+            return self.cross_attn(states, memory, attention_mask=memory_mask, **place_in_memory, **kwargs)[0]
 
         hidden_states = self.self_attn_residual(hidden_states, attend)
         hidden_states = self.cross_attn_residual(hidden_states, attend_to_memory)

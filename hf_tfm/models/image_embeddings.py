@@ -22,8 +22,8 @@ class TfmViTEmbeddings(nn.Module):
         self.backbone = None
         channels, grid = config.num_channels, sides(config.image_size)
         if config.backbone is not None:
-            self.backbone = TimmFeatures(config.backbone, channels, config.backbone_out_index)
-            channels, grid = self.backbone.channels, self.backbone.grid(*grid)
+            self.backbone = TimmFeatures(config.backbone, channels, (config.backbone_out_index,))
+            channels, grid = self.backbone.channels[-1], self.backbone.grid(*grid)
         self.grid = patch_grid(*grid, config.patch_size, "image_size")
         self.kind = config.position_embedding_type
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -87,7 +87,7 @@ class TfmViTEmbeddings(nn.Module):
         Raises:
             ValueError: the images do not fit the model.
         """
-        features = pixel_values if self.backbone is None else self.backbone(pixel_values)
+        features = pixel_values if self.backbone is None else self.backbone(pixel_values)[-1]
         grid = self.patch_embeddings.check(features)
         if interpolate_pos_encoding is False and grid != self.grid:
             raise ValueError(

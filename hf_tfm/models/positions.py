@@ -3,6 +3,8 @@
 Shapes: T positions; D = hidden size.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -102,3 +104,59 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
         raise ValueError(f"the hidden size must be a multiple of 4 for 2-D sine-cosine positions, got {dim}")
     across, down = (sinusoidal(torch.arange(count), dim // 2) for count in (columns, rows))
     return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, dim=0)], dim=1)
+
+
+def sine_2d(mask: Tensor, dim: int) -> Tensor:
+    """Fixed positions of the cells of padded images, each coordinate scaled to 2 pi over the image without its padding
+    (Carion et al. 2020, arXiv:2005.12872, appendix A.4; Parmar et al. 2018, arXiv:1802.05751).
+
+    Half of the features say in which row, then half where in it, sine and cosine in turn, as in the authors' released
+    weights.
+
+    Args:
+        mask: (B, rows, columns) bool, True where there is image; padding is below and to the right.
+        dim: D, a multiple of 4.
+
+    Returns:
+        (B, rows * columns, D) float32, row by row.
+    """
+    half = dim // 2
+    wavelengths = 10000.0 ** (torch.arange(0, half, 2, device=mask.device) / half)  # (D / 4,)
+    parts = []
+    for axis in (1, 2):
+        places = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, ...
+        extent = places.narrow(axis, places.shape[axis] - 1, 1)
+        angles = (places / (extent + 1e-6) * (2 * math.pi))[..., None] / wavelengths
+        parts.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2))  # (B, rows, columns, D / 2)
+    return torch.cat(parts, dim=-1).flatten(1, 2)
+
+
+class LearnedPositions2D(nn.Module):
+    """One learned vector a row and one a column (Carion et al. 2020, table 3, "learned at input").
+
+    Args:
+        dim: D, even.
+        length: rows, and columns, there are; a larger feature map is refused.
+    """
+
+    def __init__(self, dim: int, length: int = 50):
+        super().__init__()
+        self.row_embeddings = nn.Embedding(length, dim // 2)
+        self.column_embeddings = nn.Embedding(length, dim // 2)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """(B, rows, columns) -> (1, rows * columns, D), the column's half first.
+
+        Raises:
+            ValueError: there are more rows or columns than vectors.
+        """
+        rows, columns = mask.shape[1:]
+        length = self.row_embeddings.num_embeddings
+        if max(rows, columns) > length:
+            raise ValueError(
+                f"the feature map has {rows} x {columns} cells, but learned positions end at {length}: use smaller "
+                f'images or position_embedding_type="sine"'
+            )
+        across = self.column_embeddings.weight[:columns].expand(rows, -1, -1)
+        down = self.row_embeddings.weight[:rows, None].expand(-1, columns, -1)
+        return torch.cat([across, down], dim=-1).flatten(0, 1)[None]

@@ -27,7 +27,7 @@ def stem_of(model: TfmViTForImageClassification) -> dict[str, Tensor]:
 def test_the_hybrid_reads_a_feature_map():
     model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)
     embeddings = model.vit.embeddings
-    features = embeddings.backbone(images)
+    features = embeddings.backbone(images)[-1]
     assert features.shape == (2, 512, 2, 2) and embeddings.grid == (2, 2)
     _, positions = embeddings.positions((2, 2))
     tokens = features.flatten(2).transpose(1, 2) @ embeddings.patch_embeddings.projection.weight.flatten(1).T
@@ -39,9 +39,9 @@ def test_the_hybrid_reads_a_feature_map():
 @pytest.mark.parametrize(("index", "channels", "stride"), [(-1, 512, 32), (-2, 256, 16)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 90)], ids=str)
 def test_the_grid_foretells_the_feature_map(index, channels, stride, size):
-    features = TimmFeatures("resnet18", 1, index)
-    assert (features.channels, features.stride) == (channels, stride)
-    assert features.eval()(tiny_images(1, *size, channels=1)).shape == (1, channels, *features.grid(*size))
+    features = TimmFeatures("resnet18", 1, (index,))
+    assert (features.channels, features.stride) == ([channels], stride)
+    assert features.eval()(tiny_images(1, *size, channels=1))[-1].shape == (1, channels, *features.grid(*size))
 
 
 def test_another_feature_map_with_larger_patches():

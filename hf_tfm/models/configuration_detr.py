@@ -1,0 +1,163 @@
+"""Configuration of DETR (Carion et al. 2020, arXiv:2005.12872)."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+
+from .travel import TravellingConfig
+
+NORMS = ("frozen", "batch", "group")
+POSITIONS = ("sine", "learned")
+WEIGHTS = (
+    "class_cost",
+    "bbox_cost",
+    "giou_cost",
+    "bbox_loss_coefficient",
+    "giou_loss_coefficient",
+    "mask_loss_coefficient",
+    "dice_loss_coefficient",
+)
+
+
+@strict
+class TfmDetrConfig(TravellingConfig):
+    """What defines a `TfmDetrForObjectDetection`. The defaults are the paper's DETR with a ResNet-50.
+
+    Names are those of transformers' `DetrConfig`. Unlike there, dropout also works inside attention and feed-forward
+    layers and auxiliary losses are on, as in the paper and the authors' code.
+
+    Args:
+        backbone: name of a timm model whose feature maps are read.
+        backbone_norm: what its batch norms become: "frozen" (statistics and affine parameters fixed, for pretrained
+            weights), "batch" (as they are) or "group" (for training from scratch with few images a batch).
+        backbone_frozen_stages: its stem and this many stages do not learn: 1 in the paper; 0 for random weights.
+        dilation: the last stage keeps the size of the feature map (DC5).
+        num_channels: of the images.
+        num_queries: objects that can be found in an image.
+        d_model: features a token, D; a multiple of 4 and of the numbers of heads.
+        encoder_layers, decoder_layers: blocks.
+        encoder_attention_heads, decoder_attention_heads: heads of every attention.
+        encoder_ffn_dim, decoder_ffn_dim: width inside the feed-forward layers.
+        activation_function: of the feed-forward layers.
+        dropout: on every sublayer's output.
+        attention_dropout: on attention probabilities.
+        activation_dropout: inside the feed-forward layers.
+        norm_first: pre-norm blocks instead of post-norm ones.
+        layer_norm_eps: added to the variance in layer norms.
+        position_embedding_type: "sine" (fixed) or "learned" positions of the feature map.
+        init_std: standard deviation of initial embeddings.
+        init_xavier_std: gain of the Xavier initialisation.
+        auxiliary_loss: every decoder layer's predictions are learned from, not the last one's alone.
+        class_cost, bbox_cost, giou_cost: weights in the matching cost.
+        bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights in the
+            loss; that of the classes is 1.
+        eos_coefficient: weight of queries without an object in the class loss.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    model_type = "tfm_detr"
+    auto_classes: ClassVar = {
+        "AutoConfig": "configuration_detr.TfmDetrConfig",
+        "AutoModel": "modeling_detr.TfmDetrModel",
+        "AutoModelForObjectDetection": "modeling_detr.TfmDetrForObjectDetection",
+        "AutoModelForUniversalSegmentation": "modeling_detr.TfmDetrForPanopticSegmentation",
+        "AutoModelForImageSegmentation": "modeling_detr.TfmDetrForPanopticSegmentation",
+    }
+    attribute_map: ClassVar = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+        "intermediate_size": "encoder_ffn_dim",
+        "hidden_act": "activation_function",
+    }
+    attention_score: ClassVar = "dot_product"  # part of every DETR; the blocks ask for it
+
+    backbone: str = "resnet50"
+    backbone_norm: str = "frozen"
+    backbone_frozen_stages: int = 1
+    dilation: bool = False
+    num_channels: int = 3
+    num_queries: int = 100
+    d_model: int = 256
+    encoder_layers: int = 6
+    encoder_attention_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    decoder_layers: int = 6
+    decoder_attention_heads: int = 8
+    decoder_ffn_dim: int = 2048
+    activation_function: str = "relu"
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    norm_first: bool = False
+    layer_norm_eps: float = 1e-5
+    position_embedding_type: str = "sine"
+    init_std: float = 0.02
+    init_xavier_std: float | int = 1.0
+    auxiliary_loss: bool = True
+    class_cost: float | int = 1
+    bbox_cost: float | int = 5
+    giou_cost: float | int = 2
+    bbox_loss_coefficient: float | int = 5
+    giou_loss_coefficient: float | int = 2
+    mask_loss_coefficient: float | int = 1
+    dice_loss_coefficient: float | int = 1
+    eos_coefficient: float = 0.1
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs):
+        if (native := kwargs.pop("backbone_config", None)) is not None:
+            self.backbone, self.dilation = timm_name(native), dilated(native) or self.dilation
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        for name, choices in (
+            ("backbone_norm", NORMS),
+            ("position_embedding_type", POSITIONS),
+            ("activation_function", ACT2FN),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
+        for name in (
+            *("num_channels", "num_queries", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim"),
+            *("decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % getattr(self, name):
+                raise ValueError(f"d_model must be a multiple of {name} = {getattr(self, name)}, got {self.d_model}")
+        if self.d_model % 4:
+            raise ValueError(f"d_model must be a multiple of 4 for positions in two directions, got {self.d_model}")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in (*WEIGHTS, "backbone_frozen_stages"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0.0 < self.eos_coefficient <= 1.0:
+            raise ValueError(f"eos_coefficient must be in (0, 1], got {self.eos_coefficient}")
+        if self.class_cost == self.bbox_cost == self.giou_cost == 0:
+            raise ValueError("class_cost, bbox_cost and giou_cost must not all be 0: nothing would decide a match")
+
+
+def timm_name(backbone: Any) -> str:
+    """The timm model that the ``backbone_config`` of transformers' `DetrConfig` names.
+
+    Raises:
+        ValueError: it is of another library.
+    """
+    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
+    if fields.get("model_type") != "timm_backbone":
+        raise ValueError(f"backbone_config must be a timm_backbone, got {fields.get('model_type')}")
+    return fields["backbone"]
+
+
+def dilated(backbone: Any) -> bool:
+    """Whether a ``backbone_config`` keeps the size of the last feature map."""
+    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
+    return fields.get("output_stride") == 16

@@ -1,0 +1,195 @@
+"""The parts of DETR between pixels and heads (Carion et al. 2020, arXiv:2005.12872, figures 2 and 10).
+
+    pixels (B, C, H, W) -> feature maps -> 1 x 1 projection (B, D, h, w) -> encoder (B, N, D)
+    object queries (Q, D) + memory (B, N, D) -> decoder, every layer's output (L, B, Q, D)
+
+Shapes: B images; H, W pixels; h, w cells of the last feature map, N = h w of them, row by row; D = config.d_model;
+Q = config.num_queries; L = config.decoder_layers. A pixel mask is 1 where there is image, 0 in padding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.detr.modeling_detr import DetrDecoderOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import ConfigView, MultiHeadAttention, eager_view, padding_mask, wants_maps
+from .backbones import TimmFeatures, reset
+from .blocks import DecoderBlock, EncoderBlock
+from .configuration_detr import TfmDetrConfig
+from .positions import LearnedPositions2D
+
+# Checkpoints name weights as those of transformers' own DETR do, so that either class loads the other's:
+# (name in a file, name in the model), in this order when loading.
+NATIVE_NAMES = (
+    (r"backbone\.conv_encoder\.model\.", "backbone.body."),
+    (r"self_attn_layer_norm\.", "self_attn_residual.norm."),
+    (r"encoder_attn_layer_norm\.", "cross_attn_residual.norm."),
+    (r"encoder_attn\.(q|k|v|out)_proj\.", r"cross_attn.\1_proj."),
+    (r"(layers\.\d+)\.fc1\.", r"\1.feed_forward.up_proj."),
+    (r"(layers\.\d+)\.fc2\.", r"\1.feed_forward.down_proj."),
+    (r"final_layer_norm\.", "feed_forward_residual.norm."),
+)
+
+
+def register_native_names(class_name: str, names: tuple[tuple[str, str], ...] = NATIVE_NAMES) -> None:
+    """Let the model called ``class_name`` load and save weights under transformers' names."""
+    mapping = [WeightRenaming(source, target) for source, target in names]
+    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+
+
+class ImageFeatures(NamedTuple):
+    """What the Transformer reads of images.
+
+    Args:
+        maps: feature maps of the backbone (B, F, h', w'), the largest first.
+        projected: the last one, projected: (B, D, h, w).
+        positions: of its cells: (B, N, D), or (1, N, D) where there is no padding.
+        mask: its cells: (B, N) bool, True = image; None where there is no padding.
+    """
+
+    maps: list[Tensor]
+    projected: Tensor
+    positions: Tensor
+    mask: Tensor | None
+
+
+class TfmDetrPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmDetrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TimmFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Checkpoints of batch norms count batches; a frozen one does not.
+    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the backbone's frozen stages stay frozen, which loading forgets there (5.23)."""
+        found = super().from_pretrained(*args, **kwargs)
+        for module in (found[0] if isinstance(found, tuple) else found).modules():
+            if isinstance(module, TimmFeatures):
+                module.freeze()
+        return found
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier uniform for the Transformer's matrices, as the authors; N(0, 1) for object queries."""
+        if reset(module):
+            return
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=1)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, LearnedPositions2D):
+            init.uniform_(module.row_embeddings.weight)
+            init.uniform_(module.column_embeddings.weight)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class TfmDetrEncoder(TfmDetrPreTrainedModel):
+    """Figure 10, left: cells of the feature map (B, N, D) -> memory (B, N, D)."""
+
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    def __init__(self, config: TfmDetrConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.encoder_layers))
+        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
+        """Encode cells (B, N, D) under a mask (B, N), with ``positions`` added at every attention."""
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
+        config = eager_view(self.config) if kwargs["output_attentions"] else self.config
+        mask = padding_mask(config, inputs_embeds, attention_mask)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, positions=positions, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
+
+
+class TfmDetrDecoder(TfmDetrPreTrainedModel):
+    """Figure 10, right: object queries look at each other and at the memory (B, N, D)."""
+
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DecoderBlock,
+        "attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MultiHeadAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: TfmDetrConfig):
+        super().__init__(config)
+        view = ConfigView(
+            config, num_attention_heads=config.decoder_attention_heads, intermediate_size=config.decoder_ffn_dim
+        )
+        self.layers = nn.ModuleList(DecoderBlock(view, i, is_causal=False) for i in range(config.decoder_layers))
+        self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        memory_positions: Tensor | None = None,
+        **kwargs,
+    ) -> DetrDecoderOutput:
+        """Decode queries (B, Q, D) over the memory (B, N, D).
+
+        Args:
+            encoder_attention_mask: (B, N).
+            positions: of the queries, (1, Q, D): the learned object queries.
+            memory_positions: of the memory.
+
+        Returns:
+            ``intermediate_hidden_states`` (L, B, Q, D), every layer's output under the last norm;
+            ``last_hidden_state`` (B, Q, D), the last of them.
+        """
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
+        config = eager_view(self.config) if kwargs["output_attentions"] else self.config
+        memory_mask = padding_mask(config, inputs_embeds, encoder_attention_mask, encoder_hidden_states)
+        hidden_states, outputs = inputs_embeds, []
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                memory_mask=memory_mask,
+                positions=positions,
+                memory_positions=memory_positions,
+                **kwargs,
+            )
+            outputs.append(hidden_states)
+        if not self.config.auxiliary_loss:
+            outputs = outputs[-1:]
+        # transformers' DETR feeds the normed states to the next layer where auxiliary losses are on (5.23); the paper
+        # and the authors do not.
+        intermediate = self.layernorm(torch.stack(outputs))
+        return DetrDecoderOutput(last_hidden_state=intermediate[-1], intermediate_hidden_states=intermediate)

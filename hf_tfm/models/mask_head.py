@@ -1,0 +1,108 @@
+"""The mask head of panoptic DETR (Carion et al. 2020, arXiv:2005.12872, section 4.4, figure 8).
+
+    object queries (B, Q, D), memory (B, N, D) -> attention maps (B, Q, A, h, w)
+    maps of n queries + features of their images -> convolutions, enlarged along the backbone's maps -> (n, H/4, W/4)
+
+Shapes: B images; Q queries, n chosen ones; N = h w cells of the last feature map; D = config.d_model; A heads.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class BoxAttention(nn.Module):
+    """How much each query looks at each cell, with no values mixed: one softmax over heads and cells together.
+
+    Args:
+        hidden_size: D.
+        num_heads: A.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scaling = (hidden_size // num_heads) ** -0.5
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, Q, D), (B, N, D) -> (B, Q, A, N); ``mask`` (B, N) is True where there is image."""
+        query = (self.q_proj(queries) * self.scaling).unflatten(-1, (self.num_heads, -1))  # (B, Q, A, Dh)
+        key = self.k_proj(memory).unflatten(-1, (self.num_heads, -1))  # (B, N, A, Dh)
+        scores = torch.einsum("bqad,bnad->bqan", query, key)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        return scores.flatten(2).softmax(dim=-1).view_as(scores)
+
+
+class ConvBlock(nn.Module):
+    """3 x 3 convolution, group norm, activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, activation: str):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = nn.GroupNorm(min(8, out_channels), out_channels)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, C, h, w) -> (n, C', h, w)."""
+        return self.activation(self.norm(self.conv(features)))
+
+
+class Enlarge(nn.Module):
+    """One step of the feature pyramid: enlarge, add a larger map of the backbone, refine (Lin et al. 2017)."""
+
+    def __init__(self, map_channels: int, in_channels: int, out_channels: int, activation: str):
+        super().__init__()
+        self.adapter = nn.Conv2d(map_channels, in_channels, kernel_size=1)
+        self.refine = ConvBlock(in_channels, out_channels, activation)
+
+    def forward(self, features: Tensor, feature_map: Tensor, images: Tensor) -> Tensor:
+        """(n, C, h, w) and maps (B, F, h', w') of images, ``images`` (n,) saying whose -> (n, C / 2, h', w')."""
+        larger = self.adapter(feature_map)  # once an image, not once a query
+        enlarged = nn.functional.interpolate(features, size=larger.shape[-2:], mode="nearest")
+        return self.refine(enlarged + larger[images])
+
+
+class MaskHead(nn.Module):
+    """Mask logits of chosen queries.
+
+    Args:
+        hidden_size: D, a multiple of 16.
+        num_heads: A; D + A must be a multiple of 8.
+        map_channels: F of the backbone's maps but the last, the smallest of these first.
+        activation: after every norm.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, map_channels: list[int], activation: str):
+        super().__init__()
+        self.hidden_size = hidden_size
+        widths = [hidden_size // 2 ** (i + 1) for i in range(len(map_channels) + 1)]
+        self.first = ConvBlock(hidden_size + num_heads, hidden_size + num_heads, activation)
+        self.second = ConvBlock(hidden_size + num_heads, widths[0], activation)
+        steps = zip(map_channels, widths, widths[1:], strict=False)
+        self.steps = nn.ModuleList(Enlarge(channels, *step, activation) for channels, *step in steps)
+        self.last = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+
+    def forward(self, projected: Tensor, attention: Tensor, maps: list[Tensor], images: Tensor) -> Tensor:
+        """Masks of n queries.
+
+        Args:
+            projected: (B, D, h, w).
+            attention: (n, A, h, w).
+            maps: of the backbone but the last, the largest first, (B, F, h', w').
+            images: (n,) int64, the image of each query.
+
+        Returns:
+            (n, H', W'), as large as the first of ``maps``.
+        """
+        # The authors convolve [features, attention] of every query; the features' part is the same for all queries of
+        # an image, and a convolution is linear: once an image is enough.
+        first, D = self.first, self.hidden_size
+        shared = nn.functional.conv2d(projected, first.conv.weight[:, :D], first.conv.bias, padding=1)
+        own = nn.functional.conv2d(attention, first.conv.weight[:, D:], padding=1)
+        states = self.second(first.activation(first.norm(shared[images] + own)))
+        for step, feature_map in zip(self.steps, reversed(maps), strict=True):
+            states = step(states, feature_map, images)
+        return self.last(states)[:, 0]

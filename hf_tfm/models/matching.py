@@ -1,0 +1,144 @@
+"""Which prediction answers for which object: the matching cost and the assignment of least cost
+(Carion et al. 2020, arXiv:2005.12872, section 3.1).
+
+    predictions of all layers and images, padded objects -> cost (L, B, Q, M) -> host -> query of each object (L, B, M)
+
+Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image, the others padded; C classes.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import is_scipy_available, logging
+
+from .boxes import cxcywh_to_xyxy, generalized_iou
+
+logger = logging.get_logger(__name__)
+
+NEVER = 1e6  # the cost of a pair that is no number, far above any other
+
+
+class Objects(NamedTuple):
+    """The objects of a batch, padded to those of the fullest image.
+
+    Args:
+        classes: (B, M) int64.
+        boxes: (B, M, 4) cxcywh in [0, 1].
+        counts: objects of each image, on the host.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+    counts: list[int]
+
+
+def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.device) -> Objects:
+    """Labels of each image, ``class_labels`` (n,) and ``boxes`` (n, 4), as one batch.
+
+    Raises:
+        ValueError: an image's boxes are not (n, 4) for its n classes.
+    """
+    for i, label in enumerate(labels):
+        count = len(label["class_labels"])
+        if label["boxes"].shape != (count, 4):
+            raise ValueError(
+                f"labels[{i}]['boxes'] must have shape {(count, 4)}, one box for each of its class_labels, got "
+                f"{tuple(label['boxes'].shape)}"
+            )
+    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(device)
+    boxes = pad_sequence([label["boxes"] for label in labels], batch_first=True).to(device, torch.float32)
+    if device.type == "cpu" and classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
+        raise ValueError(
+            f"class_labels must be in [0, {num_labels}), the model's num_labels, got {int(classes.min())} to "
+            f"{int(classes.max())}"
+        )
+    return Objects(classes, boxes, [len(label["class_labels"]) for label in labels])
+
+
+@torch.no_grad()
+def matching_cost(
+    logits: Tensor, boxes: Tensor, objects: Objects, class_cost: float, bbox_cost: float, giou_cost: float
+) -> Tensor:
+    """What it costs that a query answers for an object: ``-p(class) + L1 + (-GIoU)``, weighted (section 3.1).
+
+    Args:
+        logits: (L, B, Q, C + 1).
+        boxes: (L, B, Q, 4) cxcywh.
+        class_cost, bbox_cost, giou_cost: the weights.
+
+    Returns:
+        (L, B, Q, M) float32; of padding, meaningless.
+    """
+    classes = objects.classes[None, :, None].expand(*logits.shape[:3], -1)  # (L, B, Q, M)
+    cost = logits.float().softmax(-1).gather(-1, classes).mul_(-class_cost)
+    ours, theirs = boxes.float()[:, :, :, None], objects.boxes[None, :, None]
+    cost += bbox_cost * (ours - theirs).abs().sum(-1)
+    cost -= giou_cost * generalized_iou(cxcywh_to_xyxy(ours), cxcywh_to_xyxy(theirs))
+    return cost
+
+
+def assign(cost: Tensor, counts: list[int]) -> np.ndarray:
+    """The assignment of objects to queries with the least cost, of every layer and image (equation 1).
+
+    One copy to the host for all of them. Costs that are no numbers are taken as very high, and reported.
+
+    Args:
+        cost: (L, B, Q, M).
+        counts: objects of each image.
+
+    Returns:
+        (L, B, M) int64: the query of each object; Q for padding, and for objects that found none, where an image has
+        more of them than there are queries.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    if not is_scipy_available():
+        raise ImportError("matching predictions to objects needs scipy: pip install scipy")
+    if is_scipy_available():  # here and in this form, since the file travels
+        from scipy.optimize import linear_sum_assignment
+
+    L, _, Q, M = cost.shape
+    host = cost.cpu().numpy()
+    queries = np.full((L, len(counts), M), Q)
+    if not np.isfinite(host).all():
+        real = np.concatenate([host[:, i, :, :count].ravel() for i, count in enumerate(counts)])
+        logger.warning(f"{np.count_nonzero(~np.isfinite(real))} of {real.size} matching costs are not finite")
+        host = np.nan_to_num(host, nan=NEVER, posinf=NEVER, neginf=NEVER)
+    for layer in range(L):
+        for image, count in enumerate(counts):
+            chosen, matched = linear_sum_assignment(host[layer, image, :, :count])
+            queries[layer, image, matched] = chosen
+    return queries
+
+
+class Matching(NamedTuple):
+    """Which query answers for which object.
+
+    Args:
+        objects: of the batch.
+        queries: (L, B, M) int64, see `assign`, on the device.
+        on_host: the same on the host.
+    """
+
+    objects: Objects
+    queries: Tensor
+    on_host: np.ndarray
+
+
+def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
+    """Match predictions of all layers to the objects of a batch.
+
+    Args:
+        logits: (L, B, Q, C + 1).
+        boxes: (L, B, Q, 4) cxcywh.
+        labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
+        config: has ``num_labels`` and the weights of the cost.
+    """
+    objects = pad_objects(labels, config.num_labels, logits.device)
+    cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
+    queries = assign(cost, objects.counts)
+    return Matching(objects, torch.from_numpy(queries).to(logits.device, non_blocking=True), queries)

@@ -1,0 +1,341 @@
+"""DETR: object detection as set prediction, and panoptic segmentation (Carion et al. 2020, arXiv:2005.12872).
+
+    pixels (B, C, H, W) -> backbone -> encoder -> memory (B, N, D)
+    object queries (Q, D) -> decoder -> (L, B, Q, D) -> class logits (B, Q, C + 1), boxes (B, Q, 4)
+    -> attention maps over the memory -> mask logits (B, Q, H / 4, W / 4)
+
+Shapes: B images; H, W pixels; N cells of the last feature map; D = config.d_model; Q = config.num_queries;
+L = config.decoder_layers; C = config.num_labels, class C is "no object". Boxes are cxcywh in shares of the image
+without its padding. A pixel mask is 1 where there is image, 0 in padding.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.detr.modeling_detr import (
+    DetrModelOutput,
+    DetrObjectDetectionOutput,
+    DetrSegmentationOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .backbones import TimmFeatures
+from .configuration_detr import TfmDetrConfig
+from .detr_stacks import (
+    ImageFeatures,
+    TfmDetrDecoder,
+    TfmDetrEncoder,
+    TfmDetrPreTrainedModel,
+    register_native_names,
+)
+from .mask_head import BoxAttention, MaskHead
+from .matching import Matching, match
+from .positions import LearnedPositions2D, sine_2d
+from .set_loss import by_layer, mask_losses, normalizers, set_losses, target_masks, term_weights
+
+Labels = list[dict[str, Tensor]]
+
+
+class TfmDetrModel(TfmDetrPreTrainedModel):
+    """Backbone, encoder and decoder, without heads."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TfmDetrConfig):
+        super().__init__(config)
+        self.backbone = TimmFeatures(
+            config.backbone,
+            config.num_channels,
+            (-4, -3, -2, -1),
+            config.backbone_norm,
+            config.backbone_frozen_stages,
+            16 if config.dilation else None,
+        )
+        self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)
+        if config.position_embedding_type == "learned":
+            self.position_embedding = LearnedPositions2D(config.d_model)
+        self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
+        self.encoder = TfmDetrEncoder(config)
+        self.decoder = TfmDetrDecoder(config)
+        self.post_init()
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
+        """What the Transformer reads of images (B, C, H, W) with a mask (B, H, W).
+
+        Raises:
+            ValueError: the images have another number of channels, or the mask another size.
+        """
+        B, C, H, W = pixel_values.shape
+        if self.config.num_channels != C:
+            raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {C}")
+        if pixel_mask is not None and pixel_mask.shape != (B, H, W):
+            raise ValueError(f"pixel_mask must have shape {(B, H, W)}, got {tuple(pixel_mask.shape)}")
+        # Channels last is how convolutions like their input best.
+        maps = self.backbone(pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        projected = self.input_projection(maps[-1])
+        size = maps[-1].shape[2:]
+        if pixel_mask is None:
+            mask = torch.ones(1, *size, dtype=torch.bool, device=pixel_values.device)
+        else:
+            mask = nn.functional.interpolate(pixel_mask[None].float(), size=size)[0].bool()  # (B, h, w)
+        if self.config.position_embedding_type == "learned":
+            positions = self.position_embedding(mask)
+        else:
+            positions = sine_2d(mask, self.config.d_model)
+        return ImageFeatures(
+            maps, projected, positions.to(projected.dtype), None if pixel_mask is None else mask.flatten(1)
+        )
+
+    def transform(self, features: ImageFeatures, **kwargs) -> DetrModelOutput:
+        """Encoder and decoder."""
+        encoded = self.encoder(
+            features.projected.flatten(2).transpose(1, 2), features.mask, features.positions, **kwargs
+        )
+        memory = encoded.last_hidden_state
+        queries = self.query_position_embeddings.weight[None].to(memory.dtype)  # (1, Q, D)
+        decoded = self.decoder(
+            torch.zeros_like(queries).expand(memory.shape[0], -1, -1),
+            memory,
+            features.mask,
+            positions=queries,
+            memory_positions=features.positions,
+            **kwargs,
+        )
+        return DetrModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=memory,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            intermediate_hidden_states=decoded.intermediate_hidden_states,
+        )
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> DetrModelOutput:
+        """Read images (B, C, H, W), with ``pixel_mask`` (B, H, W) where some are padded.
+
+        Returns:
+            ``last_hidden_state`` (B, Q, D); ``intermediate_hidden_states`` (L, B, Q, D), or (1, B, Q, D) without
+            auxiliary losses; ``encoder_last_hidden_state`` (B, N, D); on request hidden states and attentions.
+        """
+        return self.transform(self.features(pixel_values, pixel_mask), **kwargs)
+
+
+class BoxPredictor(nn.Module):
+    """Three linear layers with ReLU between (section 3.2, "Prediction feed-forward networks")."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, width) for width in (hidden_size, hidden_size, 4))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., D) -> boxes (..., 4) cxcywh in (0, 1)."""
+        for layer in self.layers[:-1]:
+            states = layer(states).relu()
+        return self.layers[-1](states).sigmoid()
+
+
+class TfmDetrForObjectDetection(TfmDetrPreTrainedModel):
+    """DETR with its heads for classes and boxes, shared by all decoder layers."""
+
+    _auto_class = "AutoModelForObjectDetection"
+
+    def __init__(self, config: TfmDetrConfig):
+        super().__init__(config)
+        self.model = TfmDetrModel(config)
+        self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels + 1)
+        self.bbox_predictor = BoxPredictor(config.d_model)
+        self.post_init()
+
+    def heads(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, B, Q, D) -> logits (L, B, Q, C + 1), boxes (L, B, Q, 4)."""
+        return self.class_labels_classifier(states), self.bbox_predictor(states)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Labels | None = None,
+        num_items_in_batch: dict[str, float] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DetrObjectDetectionOutput:
+        """Find objects in images (B, C, H, W).
+
+        Args:
+            pixel_mask: (B, H, W), where some images are padded.
+            labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
+            num_items_in_batch: what each term's sum is divided by, see `set_loss.normalizers`; default, the items of
+                this batch. A loop that cuts a step into micro-batches or ranks gives those of the whole step.
+
+        Returns:
+            ``logits`` (B, Q, C + 1); ``pred_boxes`` (B, Q, 4); with labels ``loss``, ``loss_dict`` (terms of the last
+            layer, and of the others with their number behind the name) and, with auxiliary losses,
+            ``auxiliary_outputs``, the predictions of the other layers; on request hidden states and attentions.
+        """
+        outputs = self.model(pixel_values, pixel_mask, **kwargs)
+        logits, boxes = self.heads(outputs.intermediate_hidden_states)
+        loss = loss_dict = None
+        if labels is not None:
+            matching = match(logits, boxes, labels, self.config)
+            terms = set_losses(logits, boxes, matching, self.config)
+            loss, loss_dict = total_loss(terms, matching, self.config, num_items_in_batch)
+        return DetrObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits[-1],
+            pred_boxes=boxes[-1],
+            auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
+            **shared_outputs(outputs),
+        )
+
+
+class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
+    """DETR with a mask for each query: things and stuff alike (section 4.4).
+
+    A checkpoint of `TfmDetrForObjectDetection` loads into it; `freeze_detector` then makes the mask head the only part
+    that learns, as in the paper.
+    """
+
+    _auto_class = "AutoModelForUniversalSegmentation"
+    base_model_prefix = "detr"
+
+    def __init__(self, config: TfmDetrConfig):
+        super().__init__(config)
+        heads = config.encoder_attention_heads
+        if config.d_model % 16 or (config.d_model + heads) % 8:
+            raise ValueError(
+                f"the mask head needs a d_model that is a multiple of 16 and, with encoder_attention_heads added, of "
+                f"8, got {config.d_model} and {heads}"
+            )
+        self.detr = TfmDetrForObjectDetection(config)
+        channels = self.detr.model.backbone.channels[-2::-1]
+        self.bbox_attention = BoxAttention(config.d_model, heads)
+        self.mask_head = MaskHead(config.d_model, heads, channels, config.activation_function)
+        self.post_init()
+
+    def freeze_detector(self) -> None:
+        """Let nothing learn but the mask head."""
+        self.detr.requires_grad_(False)
+
+    def masks(self, features: ImageFeatures, outputs: DetrModelOutput, images: Tensor, queries: Tensor) -> Tensor:
+        """Mask logits (n, h, w) of n queries, given by their image and number, (n,) each."""
+        size = features.projected.shape[2:]
+        maps = self.bbox_attention(outputs.last_hidden_state, outputs.encoder_last_hidden_state, features.mask)
+        return self.mask_head(
+            features.projected, maps[images, queries].unflatten(-1, size), list(features.maps[:-1]), images
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Labels | None = None,
+        num_items_in_batch: dict[str, float] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DetrSegmentationOutput:
+        """Find objects in images (B, C, H, W), and their masks.
+
+        Args:
+            pixel_mask, num_items_in_batch: see `TfmDetrForObjectDetection.forward`.
+            labels: as there, and of each image ``masks`` (n, H, W) of 0 and 1, without padding or padded like it.
+
+        Returns:
+            as there, and ``pred_masks`` (B, Q, H / 4, W / 4); in training with labels None, since only the masks that
+            the loss looks at are computed then.
+        """
+        model = self.detr.model
+        features = model.features(pixel_values, pixel_mask)
+        outputs = model.transform(features, **kwargs)
+        logits, boxes = self.detr.heads(outputs.intermediate_hidden_states)
+        B, Q = boxes.shape[1:3]
+        loss = loss_dict = pred_masks = None
+        if labels is None or not self.training:
+            images = torch.arange(B, device=boxes.device).repeat_interleave(Q)
+            queries = torch.arange(Q, device=boxes.device).repeat(B)
+            pred_masks = self.masks(features, outputs, images, queries).unflatten(0, (B, Q))
+        if labels is not None:
+            matching = match(logits, boxes, labels, self.config)
+            terms = set_losses(logits, boxes, matching, self.config)
+            images, queries, objects = matched_pairs(matching, Q)
+            found = self.masks(features, outputs, images, queries) if self.training else pred_masks[images, queries]
+            targets = target_masks(labels, pixel_values.shape[2:], boxes.device)[objects]
+            terms |= mask_losses(found, targets)
+            loss, loss_dict = total_loss(terms, matching, self.config, num_items_in_batch)
+        return DetrSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits[-1],
+            pred_boxes=boxes[-1],
+            pred_masks=pred_masks,
+            auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
+            **shared_outputs(outputs),
+        )
+
+
+def total_loss(
+    terms: dict[str, Tensor], matching: Matching, config: TfmDetrConfig, items: dict[str, float] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all terms and layers, and each of them, divided by their items."""
+    items = items or normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
+    terms = {name: values / items[name] for name, values in terms.items()}
+    weights = term_weights(config)
+    loss = sum(weights[name] * values.sum() for name, values in terms.items() if name in weights)
+    return loss, by_layer(terms)
+
+
+def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:
+    """Predictions of all decoder layers but the last, where there are any."""
+    pairs = zip(logits[:-1], boxes[:-1], strict=True)
+    return [{"logits": own, "pred_boxes": box} for own, box in pairs] or None
+
+
+def shared_outputs(outputs: DetrModelOutput) -> dict[str, Tensor]:
+    """What the outputs of the heads repeat of the model's."""
+    return {name: outputs.get(name) for name in outputs if name != "intermediate_hidden_states"}
+
+
+def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and query of every matched object of the last layer, and its number among all objects: (n,) each."""
+    device, counts = matching.queries.device, matching.objects.counts
+    images, queries, objects = [], [], []
+    first = 0
+    for image, count in enumerate(counts):
+        for i, query in enumerate(matching.on_host[-1, image, :count].tolist()):
+            if query < num_queries:
+                images.append(image)
+                queries.append(query)
+                objects.append(first + i)
+        first += count
+    pairs = torch.tensor([images, queries, objects], dtype=torch.int64).to(device, non_blocking=True)
+    return pairs[0], pairs[1], pairs[2]
+
+
+register_native_names("TfmDetrModel")
+register_native_names(
+    "TfmDetrForPanopticSegmentation",
+    (
+        (r"bbox_attention\.q_linear\.", "bbox_attention.q_proj."),
+        (r"bbox_attention\.k_linear\.", "bbox_attention.k_proj."),
+        (r"mask_head\.lay1\.", "mask_head.first.conv."),
+        (r"mask_head\.gn1\.", "mask_head.first.norm."),
+        (r"mask_head\.lay2\.", "mask_head.second.conv."),
+        (r"mask_head\.gn2\.", "mask_head.second.norm."),
+        (r"mask_head\.adapter1\.", "mask_head.steps.0.adapter."),
+        (r"mask_head\.lay3\.", "mask_head.steps.0.refine.conv."),
+        (r"mask_head\.gn3\.", "mask_head.steps.0.refine.norm."),
+        (r"mask_head\.adapter2\.", "mask_head.steps.1.adapter."),
+        (r"mask_head\.lay4\.", "mask_head.steps.1.refine.conv."),
+        (r"mask_head\.gn4\.", "mask_head.steps.1.refine.norm."),
+        (r"mask_head\.adapter3\.", "mask_head.steps.2.adapter."),
+        (r"mask_head\.lay5\.", "mask_head.steps.2.refine.conv."),
+        (r"mask_head\.gn5\.", "mask_head.steps.2.refine.norm."),
+        (r"mask_head\.out_lay\.", "mask_head.last."),
+    ),
+)

@@ -1,0 +1,159 @@
+"""The loss over matched pairs of queries and objects (Carion et al. 2020, arXiv:2005.12872, section 3.1, equation 2;
+masks: section 4.4).
+
+    logits, boxes of all layers, labels -> assignment -> {term: sum over items of each layer}
+
+Every term is a sum, so that a loop can divide by the items of a whole step: class terms by the weight of all queries
+(`query_weight`), box and mask terms by the number of objects.
+
+Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image; C classes; h, w of mask logits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .boxes import cxcywh_to_xyxy, generalized_iou
+from .matching import Matching, Objects
+
+
+def query_weight(counts: list[int], num_queries: int, eos_coefficient: float) -> float:
+    """Weight of all queries of some images in the class loss: 1 with an object, ``eos_coefficient`` without."""
+    matched = sum(min(count, num_queries) for count in counts)
+    return matched + eos_coefficient * (num_queries * len(counts) - matched)
+
+
+def class_loss(logits: Tensor, queries: Tensor, objects: Objects, eos_coefficient: float) -> Tensor:
+    """Weighted cross-entropy of every query: (L,).
+
+    Args:
+        logits: (L, B, Q, C + 1), the last for "no object".
+        queries: (L, B, M), see `assign`.
+    """
+    L, B, Q, classes = logits.shape
+    nothing = classes - 1
+    target = objects.classes.new_full((L, B, Q + 1), nothing)  # the last place takes what has no query
+    target = target.scatter(2, queries, objects.classes.expand(L, -1, -1))[:, :, :Q]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(L, -1)
+    return (loss * torch.where(target == nothing, eos_coefficient, 1.0).view(L, -1)).sum(dim=1)
+
+
+def box_losses(boxes: Tensor, queries: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
+    """Sums of the L1 distance and of 1 - GIoU over matched pairs: (L,) each.
+
+    Args:
+        boxes: (L, B, Q, 4) cxcywh.
+        queries: (L, B, M), see `assign`.
+    """
+    Q = boxes.shape[2]
+    matched = queries < Q
+    found = boxes.gather(2, queries.clamp_max(Q - 1)[..., None].expand(-1, -1, -1, 4))  # (L, B, M, 4)
+    distance = (found - objects.boxes).abs().sum(-1)
+    overlap = generalized_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(objects.boxes))
+    return (distance * matched).sum((1, 2)), ((1.0 - overlap) * matched).sum((1, 2))
+
+
+@torch.no_grad()
+def cardinality_error(logits: Tensor, counts: list[int]) -> Tensor:
+    """How far the number of queries that see an object is off, summed over images (to look at; no gradient): (L,)."""
+    seen = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # (L, B)
+    return (seen - torch.tensor(counts, device=seen.device)).abs().float().sum(1)
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of masks, the mean over the pixels of each (Lin et al. 2017, arXiv:1708.02002, equation 5): (n,).
+
+    Args:
+        logits, targets: (n, pixels); targets 0 or 1.
+    """
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    wrong = (logits.sigmoid() - targets).abs()  # 1 - p of the true side
+    return (loss * wrong**gamma * (alpha * targets + (1 - alpha) * (1 - targets))).mean(-1)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 - the Dice coefficient of masks, both sides with 1 added (Milletari et al. 2016, arXiv:1606.04797): (n,).
+
+    Args:
+        logits, targets: (n, pixels); targets 0 or 1.
+    """
+    found = logits.sigmoid()
+    return 1.0 - (2.0 * (found * targets).sum(-1) + 1.0) / (found.sum(-1) + targets.sum(-1) + 1.0)
+
+
+def target_masks(labels: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Masks of the objects of all images, one after the other, padded below and right: (n, H, W) float32."""
+    padded = []
+    for label in labels:
+        masks = label["masks"].to(device, torch.float32)
+        padded.append(nn.functional.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])))
+    return torch.cat(padded)
+
+
+def mask_losses(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Sums of focal and Dice loss over masks, the logits enlarged to their targets: {term: (1,)}.
+
+    Args:
+        logits: (n, h, w).
+        targets: (n, H, W).
+    """
+    size = targets.shape[-2:]
+    enlarged = nn.functional.interpolate(logits.float()[:, None], size=size, mode="bilinear", align_corners=False)
+    enlarged, targets = enlarged.flatten(1), targets.flatten(1)
+    return {
+        "loss_mask": focal_loss(enlarged, targets).sum()[None],
+        "loss_dice": dice_loss(enlarged, targets).sum()[None],
+    }
+
+
+def set_losses(logits: Tensor, boxes: Tensor, matching: Matching, config: Any) -> dict[str, Tensor]:
+    """Sums of every term but those of masks, of every layer, in float32: {term: (L,)}.
+
+    Args:
+        logits: (L, B, Q, C + 1).
+        boxes: (L, B, Q, 4) cxcywh.
+        config: has ``eos_coefficient``.
+    """
+    logits, objects = logits.float(), matching.objects
+    distance, overlap = box_losses(boxes.float(), matching.queries, objects)
+    return {
+        "loss_ce": class_loss(logits, matching.queries, objects, config.eos_coefficient),
+        "loss_bbox": distance,
+        "loss_giou": overlap,
+        "cardinality_error": cardinality_error(logits, objects.counts),
+    }
+
+
+def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> dict[str, float]:
+    """What the sums of `set_losses` and `mask_losses` are divided by, from the objects of each image: {term: items}.
+
+    Boxes and masks by the number of objects, at least 1.
+    """
+    objects = float(max(sum(counts), 1))
+    terms = dict.fromkeys(("loss_bbox", "loss_giou", "loss_mask", "loss_dice"), objects)
+    return {
+        "loss_ce": query_weight(counts, num_queries, eos_coefficient),
+        "cardinality_error": float(len(counts)),
+        **terms,
+    }
+
+
+def term_weights(config: Any) -> dict[str, float]:
+    """How much every term counts in the loss (equation 2)."""
+    return {
+        "loss_ce": 1.0,
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+        "loss_mask": config.mask_loss_coefficient,
+        "loss_dice": config.dice_loss_coefficient,
+    }
+
+
+def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{term: (L,)} as transformers' DETR names them: the last layer's as they are, the others with their number."""
+    named = {}
+    for name, values in terms.items():
+        named[name] = values[-1]
+        named |= {f"{name}_{i}": value for i, value in enumerate(values[:-1])}
+    return named
