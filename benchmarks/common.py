@@ -1,11 +1,14 @@
-"""What every benchmark shares: interleaved timing, the machine's matrix-product rate, and the results file."""
+"""What every benchmark shares: interleaved timing, memory, the machine's matrix-product rate, and the results file."""
 
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +42,26 @@ def interleaved(variants: dict[str, Callable[[int], float]], rounds: int) -> dic
 def ratio(rates: dict[str, list[float]], ours: str, peer: str) -> float:
     """Median over the rounds of ours / peer, each pair measured one after the other."""
     return statistics.median(a / b for a, b in zip(rates[ours], rates[peer], strict=True))
+
+
+def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
+    """What ``work`` returns in a process that has done nothing before; both go there by pickle."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def peak_growth(work: Callable[[], Any]) -> float:
+    """By how many MB this process's memory grows, at most, while ``work`` runs; Linux alone tells."""
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (highest) of this process, in MB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6  # the system's "kB" are 1024 bytes
 
 
 def matmul_rate(dtype: torch.dtype, rows: int = 1024, width: int = 1024, seconds: float = 1.0) -> float:

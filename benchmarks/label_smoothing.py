@@ -6,10 +6,8 @@ Both start from hidden states and the output matrix and end with the gradients o
 products.
 """
 
-import multiprocessing
 import statistics
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers.trainer_pt_utils import LabelSmoother
@@ -47,23 +45,14 @@ def matrix_products(hidden, weight, labels):
 CONTESTANTS = {"ours": ours, "label_smoother": label_smoother}
 
 
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (highest) of this process, in MB; Linux alone tells."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1e3
-
-
-def peak_megabytes(name: str, sizes: tuple[int, int, int], answer) -> None:
+def peak_megabytes(name: str, sizes: tuple[int, int, int]) -> float:
     """How far the process's memory grows above the inputs and their gradients, in MB."""
     torch.set_num_threads(1)
     hidden, weight, labels = inputs(*sizes)
     hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
     small = inputs(64, 1000, sizes[2])
     CONTESTANTS[name](*small)  # the libraries' own buffers are not counted
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
-    before = resident("VmRSS")
-    CONTESTANTS[name](hidden, weight, labels)
-    answer.put(resident("VmHWM") - before)
+    return common.peak_growth(lambda: CONTESTANTS[name](hidden, weight, labels))
 
 
 def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, rounds: int = 7) -> None:
@@ -84,14 +73,7 @@ def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, r
         gradients[name] = hidden.grad, weight.grad
     difference = max(float((a - b).abs().max()) for a, b in zip(*gradients.values(), strict=True))
     largest = max(float(g.abs().max()) for g in gradients["label_smoother"])
-    memory = {}
-    context = multiprocessing.get_context("spawn")
-    for name in CONTESTANTS:
-        answer = context.Queue()
-        process = context.Process(target=peak_megabytes, args=(name, sizes, answer))
-        process.start()
-        memory[name] = round(answer.get(), 1)
-        process.join()
+    memory = {name: round(common.in_fresh_process(peak_megabytes, name, sizes), 1) for name in CONTESTANTS}
     results = {
         "tokens": tokens,
         "vocab_size": vocab_size,

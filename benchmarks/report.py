@@ -1,6 +1,7 @@
 """Write benchmarks/README.md from the results files: python -m benchmarks report. A test holds the two together."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from .common import RESULTS
@@ -29,7 +30,7 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
 def machine(results: dict) -> str:
     """One line on where and how a result was measured."""
     hardware, versions = results["hardware"], results["versions"]
-    device = hardware.get("device") or hardware.get("cpu")
+    device = hardware.get("gpu") or hardware.get("device") or hardware.get("cpu")
     return (
         f"{device}, {results['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}: "
         f"`{results['command']}`"
@@ -131,27 +132,38 @@ def image_loading(results: dict) -> str:
 
 
 def vision(results: dict) -> str:
-    """Training and inference speed of image models."""
+    """Training and inference speed, and training memory, of image models."""
     models = results["models"].items()
-    rates = [(model, name, rate) for model, r in models for name, rate in r["images_per_second"].items()]
-    ratios = [(model, name, ratio) for model, r in models for name, ratio in r["ratios"].items()]
+
+    def rows(field: str, show: Callable[[float], str] = str) -> list[tuple]:
+        return [(model, name, show(value)) for model, r in models for name, value in r.get(field, {}).items()]
+
     floors = [
         (model, precision, floor["matmul_gflops"], floor["gflop_per_image"], f"{floor['share']:.0%}")
         for model, r in models
         for precision, floor in r["share_of_floor"].items()
     ]
-    return "\n\n".join(
-        [
-            "## Vision: images per second",
-            f"Batches of {results['batch_size']} random images of {results['image_size']} pixels, patches of 16, "
-            f"three quarters masked in pretraining{', compiled' if results['compile'] else ''}.",
-            machine(results),
-            table(("model", "contestant", "images/s"), rates),
-            table(("model", "ratio", "times"), ratios),
-            "Share of the floor: FLOPs of layers and attention, at the machine's measured matrix-product rate.",
-            table(("model", "precision", "GFLOP/s", "GFLOP an image", "reached"), floors),
+    parts = [
+        "## Vision: images per second",
+        f"Batches of {results['batch_size']} random images of {results['image_size']} pixels, three quarters masked "
+        f"in pretraining{', compiled' if results['compile'] else ''}.",
+        machine(results),
+        table(("model", "contestant", "images/s"), rows("images_per_second")),
+        table(("model", "ratio", "times"), rows("ratios")),
+        "Share of the floor: FLOPs of layers and attention, at the machine's measured matrix-product rate.",
+        table(("model", "precision", "GFLOP/s", "GFLOP an image", "reached"), floors),
+    ]
+    if used := rows("mfu", "{:.0%}".format):
+        parts += [
+            "MFU: the same FLOPs as a share of the GPU's bf16 rate by its data sheet.",
+            table(("model", "contestant", "MFU"), used),
         ]
-    )
+    if memory := rows("peak_megabytes", "{:,}".format):
+        parts += [
+            "Peak memory of training, on a CPU the growth of the process: weights, gradients, moments, activations.",
+            table(("model", "contestant", "MB"), memory),
+        ]
+    return "\n\n".join(parts)
 
 
 SECTIONS = {

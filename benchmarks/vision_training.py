@@ -3,95 +3,75 @@
 python -m benchmarks vision_training [--mae_authors DIR]
 
 Training steps (forward, backward, AdamW) and inference on random images, contestants in turn, fp32 and bf16 autocast.
-Peers step as their users write it, `torch.optim.AdamW` with its defaults in a plain loop; ours is `train_step`.
+Peers step as their users write it, `torch.optim.AdamW` with its defaults in a plain loop; ours is `train_step`. Memory
+is that of two training steps, each contestant in a process of its own.
 """
 
 import statistics
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForImageClassification
-from hf_tfm.models.configuration_vit import SIZES
-from hf_tfm.models.modeling_mae import num_visible
-from hf_tfm.models.positions import sincos_2d
+from hf_tfm import TfmMAEConfig, TfmViTConfig
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
 from . import common, peers
+from .vision_peers import CLASSES, Forward, Images, autoencoders, classifiers, training_flops
 
-CLASSES = 1000
-
-
-class Images:
-    """The task of a batch {"x": pixels} for `train_step`: a loss that the model gives itself, or of random labels."""
-
-    item = term = "image"
-
-    def __init__(self, classes: bool):
-        self.classes = classes
-
-    def count(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        return {"image": len(batch["x"])}
-
-    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.classes:
-            logits = model(pixel_values=batch["x"]).logits.float()
-            return {"image": nn.functional.cross_entropy(logits, batch["y"], reduction="sum")}
-        return {"image": model(pixel_values=batch["x"]).loss * len(batch["x"])}
+# Dense bf16 TFLOP/s by NVIDIA's data sheets, by a part of the device's name; the first that fits.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
 
 
-def native_mae(size: str, image_size: int) -> ViTMAEForPreTraining:
-    """transformers' masked autoencoder, its position tables filled (in 5.23 they start as zeros)."""
-    model = ViTMAEForPreTraining(ViTMAEConfig(**SIZES[size], image_size=image_size))
-    side = image_size // model.config.patch_size
-    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
-        table.data[:, 1:] = sincos_2d(side, side, table.shape[-1])
-    return model
+@dataclass(frozen=True)
+class Setting:
+    """What contestants do: classification ("vit") or pretraining ("mae") at one size, on the same random images."""
+
+    kind: str
+    size: str
+    image_size: int
+    batch_size: int
+    compile: bool
+    mae_authors: str | None
+
+    def contestants(self) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
+        """See `classifiers` and `autoencoders`."""
+        if self.kind == "vit":
+            return classifiers(self.size, self.image_size)
+        return autoencoders(self.size, self.image_size, self.mae_authors)
+
+    def batch(self) -> dict[str, Tensor]:
+        """Pixels ``x`` (B, 3, H, W) and labels ``y`` (B,)."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
+        return {"x": images, "y": torch.randint(CLASSES, (self.batch_size,), device=device)}
+
+    def prepare(self, name: str, batch: dict[str, Tensor], precision: str) -> tuple[nn.Module, Callable[[], None]]:
+        """The model of a contestant, and a function that makes one training step."""
+        make, forward = self.contestants()[name]
+        model = make().to(batch["x"].device).train()
+        model = torch.compile(model) if self.compile else model
+        return model, trainer(name, model, forward, batch, precision, self.kind == "vit")
+
+    def flops(self) -> float:
+        """See `training_flops`."""
+        config = (TfmViTConfig if self.kind == "vit" else TfmMAEConfig).of_size(self.size, image_size=self.image_size)
+        return training_flops(config, (self.image_size // config.patch_size) ** 2, self.kind == "mae")
 
 
-def authors_mae(folder: str, size: str) -> nn.Module:
-    """The authors' model, from a copy of facebookresearch/mae made to run with today's timm and numpy."""
-    sys.path.insert(0, folder)
-    import models_mae
-
-    return getattr(models_mae, f"mae_vit_{size}_patch{SIZES[size].get('patch_size', 16)}")(norm_pix_loss=False)
-
-
-def classifiers(size: str, image_size: int) -> dict[str, tuple[nn.Module, Callable]]:
-    """Contestants in classification: model, and (model, pixels) -> logits."""
-    shape = {**SIZES[size], "image_size": image_size, "num_labels": CLASSES}
-    return {
-        "ours": (TfmViTForImageClassification(TfmViTConfig(**shape)), lambda m, x: m(pixel_values=x).logits),
-        "transformers": (ViTForImageClassification(ViTConfig(**shape)), lambda m, x: m(pixel_values=x).logits),
-        "timm": (timm.create_model(f"vit_{size}_patch16_224", img_size=image_size), lambda m, x: m(x)),
-    }
-
-
-def autoencoders(size: str, image_size: int, authors: str | None) -> dict[str, tuple[nn.Module, Callable]]:
-    """Contestants in masked-autoencoder pretraining: model, and (model, pixels) -> mean loss."""
-    config = TfmMAEConfig.of_size(size, image_size=image_size)
-    found = {
-        "ours": (TfmMAEForPreTraining(config), lambda m, x: m(pixel_values=x).loss),
-        "transformers": (native_mae(size, image_size), lambda m, x: m(pixel_values=x).loss),
-    }
-    if authors:
-        found["authors"] = (authors_mae(authors, size), lambda m, x: m(x, mask_ratio=0.75)[0])
-    return found
-
-
-def trainer(name: str, model: nn.Module, forward: Callable, batch: dict[str, Tensor], precision: str, classes: bool):
+def trainer(
+    name: str, model: nn.Module, forward: Forward, batch: dict[str, Tensor], precision: str, classes: bool
+) -> Callable[[], None]:
     """A function that makes one training step of a contestant."""
-    accelerator = Accelerator(mixed_precision=precision)
-    model.train()
     if name == "ours":
+        AcceleratorState._reset_state()  # one process may else have one precision only
+        accelerator = Accelerator(mixed_precision=precision)
         args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4, weight_decay=0.05)
         prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
         return lambda: train_step(accelerator, Images(classes), prepared, optimizer, [batch])
@@ -109,20 +89,22 @@ def trainer(name: str, model: nn.Module, forward: Callable, batch: dict[str, Ten
     return step
 
 
-def training_flops(config: TfmViTConfig | TfmMAEConfig, tokens: int, masked: bool) -> float:
-    """Linear-layer and attention FLOPs of a training step on one image: forward, and twice that backward."""
+def peak_megabytes(setting: Setting, name: str, precision: str) -> float:
+    """Memory of a contestant in training, in MB: weights, gradients, moments and activations.
 
-    def blocks(depth: int, width: int, inner: int, length: int) -> float:
-        return depth * length * (4 * width * width + 2 * width * inner + 2 * length * width)
+    The first step makes the moments, the second has them from its start. On a GPU it is what torch allocates, on a CPU
+    how far this process grows.
+    """
 
-    D, patch = config.hidden_size, config.patch_size**2 * config.num_channels
-    if not masked:
-        shape = config.num_hidden_layers, D, config.intermediate_size
-        return 6 * (tokens * patch * D + blocks(*shape, tokens + 1) + D * CLASSES)
-    visible, E = num_visible(tokens, config.mask_ratio), config.decoder_hidden_size
-    encoder = visible * patch * D + blocks(config.num_hidden_layers, D, config.intermediate_size, visible + 1)
-    decoder = blocks(config.decoder_num_hidden_layers, E, config.decoder_intermediate_size, tokens + 1)
-    return 6 * (encoder + (visible + 1) * D * E + decoder + tokens * E * patch)
+    def work() -> None:
+        _, step = setting.prepare(name, setting.batch(), precision)
+        step()
+        step()
+
+    if not torch.cuda.is_available():
+        return common.peak_growth(work)
+    work()
+    return torch.cuda.max_memory_allocated() / 1e6
 
 
 def main(
@@ -134,13 +116,15 @@ def main(
     steps: int = 1,
     rounds: int = 5,
     inference: bool = True,
+    memory: bool = True,
     compile: bool = False,
     mae_authors: str | None = None,
+    peak_tflops: float | None = None,
 ) -> None:
     """Measure and write benchmarks/results/vision_training.json.
 
     Args:
-        vit: sizes of the Vision Transformer, patches of 16.
+        vit: sizes of the Vision Transformer.
         mae: sizes of the masked autoencoder, 75 % masked.
         precisions: no (float32) and bf16.
         batch_size: images in a step.
@@ -148,37 +132,58 @@ def main(
         steps: steps in a round.
         rounds: timed rounds; medians are reported.
         inference: also time inference of the classifiers.
+        memory: also measure the memory of training.
         compile: compile every contestant.
         mae_authors: folder of a copy of facebookresearch/mae that runs with this torch and timm.
+        peak_tflops: dense bf16 rate of the GPU, which MFU is a share of; default, its data sheet's where known.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    batch = {"x": images, "y": torch.randint(CLASSES, (batch_size,), device=device)}
-    tokens = (image_size // 16) ** 2
-    results = {}
-    plan = [("vit", size, partial(classifiers, size, image_size)) for size in vit]
-    plan += [("mae", size, partial(autoencoders, size, image_size, mae_authors)) for size in mae]
-    for kind, size, make in plan:
-        variants: dict[str, Callable[[int], float]] = {}
-        for precision in precisions:
-            AcceleratorState._reset_state()  # one process may else have one precision only
-            for name, (model, forward) in make().items():
-                model = torch.compile(model.to(device)) if compile else model.to(device)
-                step = trainer(name, model, forward, batch, precision, kind == "vit")
-                label = f"{name} {'fp32' if precision == 'no' else precision}"
-                variants[f"train {label}"] = partial(repeated, step, steps, batch_size)
-                if inference and kind == "vit":
-                    run = partial(infer, model, forward, images, precision == "bf16")
-                    variants[f"infer {label}"] = partial(repeated, run, steps, batch_size)
-        rates = common.interleaved(variants, rounds)
-        config = (TfmViTConfig if kind == "vit" else TfmMAEConfig).of_size(size, image_size=image_size)
-        results[f"{kind} {size}"] = report(rates, precisions, training_flops(config, tokens, kind == "mae"))
-        print(f"{kind} {size}", results[f"{kind} {size}"], flush=True)
+    peak = (peak_tflops or data_sheet_tflops()) * 1e12
+    models = {}
+    for kind, size in [("vit", size) for size in vit] + [("mae", size) for size in mae]:
+        setting = Setting(kind, size, image_size, batch_size, compile, mae_authors)
+        megabytes = measure_memory(setting, precisions) if memory else {}
+        rates = measure_rates(setting, precisions, steps, rounds, inference and kind == "vit")
+        models[f"{kind} {size}"] = {**report(rates, precisions, setting.flops(), peak), "peak_megabytes": megabytes}
+        print(f"{kind} {size}", models[f"{kind} {size}"], flush=True)
     common.write(
         "vision_training",
-        {"batch_size": batch_size, "image_size": image_size, "rounds": rounds, "compile": compile, "models": results},
+        {"batch_size": batch_size, "image_size": image_size, "rounds": rounds, "compile": compile, "models": models},
     )
+
+
+def data_sheet_tflops() -> float:
+    """Dense bf16 TFLOP/s of the GPU in use; 0 where there is none, or none that is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def label(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
+
+
+def measure_memory(setting: Setting, precisions: tuple[str, ...]) -> dict[str, int]:
+    """Peak memory of every contestant, each in a process of its own."""
+    return {
+        f"train {name} {label(precision)}": round(common.in_fresh_process(peak_megabytes, setting, name, precision))
+        for precision in precisions
+        for name in setting.contestants()
+    }
+
+
+def measure_rates(
+    setting: Setting, precisions: tuple[str, ...], steps: int, rounds: int, inference: bool
+) -> dict[str, list[float]]:
+    """Images per second of every contestant in each round."""
+    variants: dict[str, Callable[[int], float]] = {}
+    batch = setting.batch()
+    for precision in precisions:
+        for name, (_, forward) in setting.contestants().items():
+            model, step = setting.prepare(name, batch, precision)
+            variants[f"train {name} {label(precision)}"] = partial(repeated, step, steps, setting.batch_size)
+            if inference:
+                run = partial(infer, model, forward, batch["x"], precision == "bf16")
+                variants[f"infer {name} {label(precision)}"] = partial(repeated, run, steps, setting.batch_size)
+    return common.interleaved(variants, rounds)
 
 
 def repeated(work: Callable[[], None], steps: int, batch_size: int, number: int) -> int:
@@ -196,15 +201,24 @@ def infer(model: nn.Module, forward: Callable, images: Tensor, bf16: bool) -> No
     model.train()
 
 
-def report(rates: dict[str, list[float]], precisions, flops: float) -> dict:
-    """Medians, our ratios to each peer, and the share of the floor our training reaches."""
+def report(rates: dict[str, list[float]], precisions: tuple[str, ...], flops: float, peak: float) -> dict:
+    """Medians, our ratios to each peer, and the share of the floor our training reaches.
+
+    Args:
+        flops: of a training step, by image.
+        peak: FLOP/s of the device in bf16, which ``mfu`` is a share of (Chowdhery et al. 2022, arXiv:2204.02311,
+            appendix B); 0 leaves that out.
+    """
     out: dict = {
         "images_per_second": {name: round(statistics.median(r), 2) for name, r in rates.items()},
         "ratios": {},
         "share_of_floor": {},
+        "mfu": {},
     }
     for name in rates:
         doing, who, precision = name.split()
+        if peak and (doing, precision) == ("train", "bf16"):
+            out["mfu"][name] = round(statistics.median(rates[name]) * flops / peak, 3)
         if who != "ours":
             out["ratios"][f"{doing}: ours / {who}, {precision}"] = round(
                 common.ratio(rates, f"{doing} ours {precision}", name), 2
@@ -213,12 +227,12 @@ def report(rates: dict[str, list[float]], precisions, flops: float) -> dict:
                 out["ratios"][f"{doing}: ours bf16 / {who} fp32"] = round(
                     common.ratio(rates, f"{doing} ours bf16", name), 2
                 )
+    side = 8192 if torch.cuda.is_available() else 1024  # a GPU is idle for most of a small product
     for precision in precisions:
-        label = "fp32" if precision == "no" else precision
-        rate = common.matmul_rate(peers.dtype_of(precision))
-        out["share_of_floor"][label] = {
+        rate = common.matmul_rate(peers.dtype_of(precision), side, side)
+        out["share_of_floor"][label(precision)] = {
             "matmul_gflops": round(rate / 1e9),
             "gflop_per_image": round(flops / 1e9, 1),
-            "share": round(statistics.median(rates[f"train ours {label}"]) * flops / rate, 3),
+            "share": round(statistics.median(rates[f"train ours {label(precision)}"]) * flops / rate, 3),
         }
     return out
