@@ -8,25 +8,41 @@ from pathlib import Path
 from .accuracy import Accuracy
 from .bleu import Bleu
 from .chrf import Chrf
+from .coco_ap import CocoAP
 from .exact_match import ExactMatch
+from .panoptic_quality import PanopticQuality
 from .real_accuracy import RealAccuracy
 
-__all__ = ["CLASS_METRICS", "METRICS", "Accuracy", "Bleu", "Chrf", "ExactMatch", "RealAccuracy", "path"]
+__all__ = [
+    "CLASS_METRICS",
+    "DETECTION_METRICS",
+    "METRICS",
+    "Accuracy",
+    "Bleu",
+    "Chrf",
+    "CocoAP",
+    "ExactMatch",
+    "PanopticQuality",
+    "RealAccuracy",
+    "path",
+]
 
 METRICS = {"bleu": Bleu, "chrf": Chrf, "exact_match": ExactMatch}
 CLASS_METRICS = {"accuracy": Accuracy, "real_accuracy": RealAccuracy}
+DETECTION_METRICS = {"coco_ap": CocoAP, "panoptic_quality": PanopticQuality}
 
 
 def path(name: str) -> str:
     """The script of a metric, for `evaluate.load`.
 
     Args:
-        name: one of `METRICS`, which are of texts, or of `CLASS_METRICS`, of image classification.
+        name: one of `METRICS`, which are of texts, of `CLASS_METRICS`, of image classification, or of
+            `DETECTION_METRICS`, of detection and segmentation.
 
     Raises:
         ValueError: there is no such metric.
     """
-    known = METRICS | CLASS_METRICS
+    known = METRICS | CLASS_METRICS | DETECTION_METRICS
     if name not in known:
         raise ValueError(f'name must be one of {", ".join(known)}, got "{name}"')
     return str(Path(__file__).with_name(f"{name}.py"))
