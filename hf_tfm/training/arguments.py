@@ -25,7 +25,11 @@ class TrainingArguments:
         optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam), or stochastic gradient descent (sgd).
         learning_rate: the highest of the schedule.
         layer_decay: each layer learns this much slower than the one above it (Clark et al. 2020); 1 is no difference.
-        schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear or constant, each after a warm-up.
+        rate_factors: parts of the model by a piece of their weights' names, and what their learning rate is multiplied
+            by, say {backbone: 0.1}.
+        schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear, constant, or step (constant, and a
+            tenth from drop_after on), each after a warm-up.
+        drop_after: share of the steps after which the step schedule drops.
         warmup_steps: steps of linear rise from 0.
         adam_betas: decay rates of the moments.
         adam_epsilon: added to the root of the second moment.
@@ -63,7 +67,9 @@ class TrainingArguments:
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     layer_decay: float = 1.0
-    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant", "step"] = "inverse_sqrt"
+    drop_after: float = 2 / 3
     warmup_steps: int = 1000
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-9
@@ -102,8 +108,12 @@ class TrainingArguments:
             at_least_1="num_steps eval_steps save_steps log_steps keep_checkpoints max_nonfinite_steps",
             above_0="num_epochs learning_rate adam_epsilon layer_decay",
         )
+        for part, factor in self.rate_factors.items():
+            if not factor > 0.0:
+                raise ValueError(f"rate_factors must be above 0, got {factor} for {part}")
         below_1 = [("adam_betas", beta) for beta in self.adam_betas]
-        for name, value in (("ema_decay", self.ema_decay), ("momentum", self.momentum), *below_1):
+        shares = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "drop_after")]
+        for name, value in (*shares, *below_1):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         if self.final_weights == "ema" and not self.ema_decay:

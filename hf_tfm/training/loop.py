@@ -24,14 +24,14 @@ from .state import inner
 class Task(Protocol):
     """What the loop needs to know of a task.
 
-    ``count(batch)`` -> {term: items}, from the targets alone; ``losses(model, batch)`` -> {term: sum over items}.
-    ``term`` names the main term, ``item`` what it counts.
+    ``count(batch)`` -> {term: items, or their weight}, from the targets alone; ``losses(model, batch)`` -> {term: sum
+    over items}. ``term`` names what throughput is counted in, a term with or without a loss; ``item`` is its plural.
     """
 
     item: str
     term: str
 
-    def count(self, batch: Any) -> dict[str, int]: ...
+    def count(self, batch: Any) -> dict[str, float]: ...
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]: ...
 
@@ -67,13 +67,18 @@ def global_counts(
     accelerator: Accelerator, task: Task, micro_batches: Sequence[Any], flag: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Items of each term over all micro-batches and ranks; and on how many ranks ``flag`` is set."""
-    totals: dict[str, int] = {}
+    totals: dict[str, float] = {}
     for batch in micro_batches:
         for term, count in task.count(batch).items():
             totals[term] = totals.get(term, 0) + count
     numbers = torch.tensor([*totals.values(), int(flag)]).to(accelerator.device, non_blocking=True)
     numbers = accelerator.reduce(numbers, "sum")
     return dict(zip(totals, numbers[:-1], strict=True)), numbers[-1]
+
+
+def mean(total: Tensor, count: Tensor) -> Tensor:
+    """``total / count``; of nothing, the total."""
+    return total / count.where(count != 0, 1)
 
 
 def train_step(
@@ -102,19 +107,17 @@ def train_step(
         raise ValueError(f"optimizer must be made with fused=True, got {type(inner(optimizer)).__name__} without")
     if counts is None:
         counts, _ = global_counts(accelerator, task, micro_batches)
-    losses = {term: torch.zeros((), device=accelerator.device) for term in counts}
+    losses: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         last = i == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             sums = task.losses(model, batch)
             # Data-parallel training averages gradients over ranks; the sums need adding up.
-            means = {
-                term: value * accelerator.num_processes / counts[term].clamp_min(1) for term, value in sums.items()
-            }
+            means = {term: mean(value * accelerator.num_processes, counts[term]) for term, value in sums.items()}
             accelerator.backward(sum(means.values()))
         for term, value in means.items():
-            losses[term] += value.detach()
+            losses[term] = losses.get(term, 0) + value.detach()
     limit = max_grad_norm or torch.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     if accelerator.scaler is None:  # a loss scaler makes the same check itself
@@ -128,7 +131,7 @@ def train_step(
 def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loader) -> dict[str, float]:
     """Mean of each loss term over a data set, exact over uneven ranks; ``loss`` is their sum."""
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     training = model.training
     model.eval()
     for micro_batches in loader.epoch(0):
@@ -141,5 +144,5 @@ def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loa
     totals = accelerator.reduce(
         {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}
     )
-    means = {term: (total / count.clamp_min(1)).item() for term, (total, count) in totals.items()}
+    means = {term: mean(total, count).item() for term, (total, count) in totals.items()}
     return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}

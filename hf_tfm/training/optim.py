@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
 from .arguments import TrainingArguments
 
-SCHEDULES = {
+SCHEDULES = {  # those of transformers
     "inverse_sqrt": "inverse_sqrt",
     "cosine": "cosine",
     "linear": "linear",
@@ -34,15 +34,21 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
 
     Matrices of layers decay; vectors (biases, norms), positions and single tokens do not. With ``layer_decay`` d, of N
     blocks, what stands above them has the full rate, block i of 1..N that times ``d ** (N + 1 - i)``, and embeddings
-    ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9).
+    ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9). ``rate_factors`` come on top.
+
+    Raises:
+        ValueError: a part of ``rate_factors`` is in no weight's name.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heights = {name: height(name) for name, _ in named}
     top = 1 + max((h for h in heights.values() if h < math.inf), default=0)
     groups: dict[tuple[float, float], list] = {}
+    if unknown := [part for part in args.rate_factors if not any(part in name for name in heights)]:
+        raise ValueError(f"rate_factors: no weight that learns has {unknown[0]} in its name")
     for name, parameter in named:
         decays = parameter.ndim >= 2 and name.endswith("weight")
         scale = args.layer_decay ** (top - min(heights[name], top))
+        scale *= math.prod(factor for part, factor in args.rate_factors.items() if part in name)
         groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)
     return [{"params": own, "weight_decay": decay, "lr": rate} for (decay, rate), own in groups.items()]
 
@@ -57,8 +63,15 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, args: TrainingArguments, num_steps: int) -> LRScheduler:
-    """transformers' schedules; they scale ``learning_rate``, which is their highest value."""
-    return get_scheduler(SCHEDULES[args.schedule], optimizer, args.warmup_steps, num_steps)
+    """The schedules of ``args.schedule``; they scale ``learning_rate``, which is their highest value."""
+    if args.schedule != "step":
+        return get_scheduler(SCHEDULES[args.schedule], optimizer, args.warmup_steps, num_steps)
+
+    def factor(step: int) -> float:
+        rise = min(step / args.warmup_steps, 1.0) if args.warmup_steps else 1.0
+        return rise * (0.1 if step >= round(args.drop_after * num_steps) else 1.0)
+
+    return LambdaLR(optimizer, factor)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -41,10 +41,11 @@ def closed_form(schedule, step):
         "cosine": PEAK * 0.5 * (1 + math.cos(math.pi * done)),
         "linear": PEAK * (1 - done),
         "constant": PEAK,
+        "step": PEAK * (0.1 if step >= 133 else 1.0),
     }[schedule]
 
 
-@pytest.mark.parametrize("schedule", ["inverse_sqrt", "cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "cosine", "linear", "constant", "step"])
 def test_schedule(schedule):
     assert rates(schedule) == pytest.approx([closed_form(schedule, step) for step in range(STEPS)], abs=1e-9)
 
@@ -55,6 +56,20 @@ def test_inverse_sqrt_is_the_paper_s():
     scale = PEAK / (d**-0.5 * WARMUP**-0.5)
     paper = [scale * d**-0.5 * min(step**-0.5, step * WARMUP**-1.5) for step in range(1, STEPS)]
     assert rates("inverse_sqrt")[1:] == pytest.approx(paper, rel=1e-6)
+
+
+def test_parts_learn_at_their_own_rate():
+    model = TfmViTForImageClassification(TfmViTConfig(**TINY_VIT, image_size=16, patch_size=8))
+    args = arguments(".", learning_rate=0.5, rate_factors={"embeddings": 0.1, "patch": 0.5})
+    found = {p: group["lr"] for group in parameter_groups(model, args) for p in group["params"]}
+    rates = {name: found[p] for name, p in model.named_parameters()}
+    assert rates["vit.embeddings.cls_token"] == pytest.approx(0.05)
+    assert rates["vit.embeddings.patch_embeddings.projection.weight"] == pytest.approx(0.025), "factors multiply"
+    assert rates["classifier.weight"] == 0.5
+    with pytest.raises(ValueError, match=r"rate_factors: no weight that learns has backbone in its name"):
+        parameter_groups(model, arguments(".", rate_factors={"backbone": 0.1}))
+    with pytest.raises(ValueError, match=r"rate_factors must be above 0, got 0.0 for classifier"):
+        arguments(".", rate_factors={"classifier": 0.0})
 
 
 def test_matrices_decay_and_vectors_do_not():
