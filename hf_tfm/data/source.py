@@ -7,8 +7,10 @@ from typing import Any
 import datasets
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
+from .annotation_folders import annotation_reader
+
 CARD = "README.md"
-EMBEDDED = ("number-words", "digits")
+EMBEDDED = ("number-words", "digits", "digit-scenes")
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -23,7 +25,8 @@ def load_splits(
 
     Args:
         dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
-            json, jsonl, csv or parquet file, or one of the embedded sets "number-words" and "digits".
+            json, jsonl, csv or parquet file, a folder with annotations as COCO, Roboflow or Pascal VOC have them (see
+            `coco` and `voc`), or one of the embedded sets "number-words", "digits" and "digit-scenes".
         name: configuration of the data set.
         revision: commit, tag or branch on the Hub.
         data_files: files by split, for a builder name such as "parquet".
@@ -36,6 +39,13 @@ def load_splits(
         if streaming or name or revision or data_files:
             raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision, data_files or streaming')
         return embedded(dataset)
+    if reader := annotation_reader(Path(dataset)):
+        if streaming or name or revision or data_files:
+            raise ValueError(
+                f"dataset {dataset} is a folder of images with annotations: it takes no name, revision, data_files or "
+                "streaming"
+            )
+        return reader(Path(dataset))
     if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
         if data_files:
             raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
@@ -52,6 +62,10 @@ def embedded(dataset: str) -> datasets.DatasetDict:
         from .digits import digits
 
         return digits()
+    if dataset == "digit-scenes":
+        from .digit_scenes import digit_scenes
+
+        return digit_scenes()
     from .number_words import number_words
 
     return number_words()

@@ -1,0 +1,260 @@
+"""Objects in images from any data set, in one form, and their categories by name.
+
+    image, objects                  -> flat arrays -> `check_boxes`                  -> `scene_rows`
+    image, panoptic, segments_info  -> flat arrays -> categories by COCO's ids       -> `panoptic_rows`
+
+Rows have ``image`` (encoded, see `images`), ``image_id`` (int64), ``width`` and ``height`` (of the upright image), and
+
+    objects        list of bbox [x, y, w, h] in pixels, category 0..N-1 (a ClassLabel), area, iscrowd, and, where masks
+                   are asked for, segmentation (see `run_lengths`)
+  or
+    panoptic       PNG of segment ids, id = R + 256 G + 65536 B, and
+    segments_info  list of id, category 0..N-1 (a ClassLabel), area, iscrowd
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Features, List, Value
+
+from . import images
+from .arrow_lists import FlatList, nest, subfields, whole
+from .box_checks import BoxFormat, BoxReport, Problem, check_boxes
+from .image_sizes import image_sizes
+from .images import IMAGE, image_rows
+from .run_lengths import ARROW_TYPE, FEATURE, run_lengths
+
+OBJECTS, SEGMENTS = "objects", "segments_info"
+BOX_FIELDS = ("bbox", "bboxes", "boxes")
+CATEGORY_FIELDS = ("category", "categories", "category_id", "label", "labels")
+
+
+def scene_rows(
+    rows: datasets.Dataset,
+    image_column: str | None = None,
+    objects_column: str | None = None,
+    masks: bool = False,
+    box_format: BoxFormat | None = None,
+    strict: bool = True,
+) -> tuple[datasets.Dataset, BoxReport]:
+    """Rows with ``objects``: boxes checked and categories numbered; images are not decoded.
+
+    Args:
+        rows: a `datasets` split with a list of structs, or a struct of lists, for each image. Categories are a
+            ClassLabel, integers with or without gaps, or strings.
+        image_column: see `image_rows`.
+        objects_column: default, the only column with boxes in it.
+        masks: keep outlines too; objects without one are left out.
+        box_format: what the boxes are; default, x, y, width and height in pixels.
+        strict: refuse boxes of another format, and log what was clipped or left out; otherwise the report alone tells.
+
+    Returns:
+        the rows, and what was found in the boxes.
+
+    Raises:
+        ValueError: the rows are none or a stream, a column or field is missing or of the wrong kind, or boxes are not
+            what they are said to be.
+    """
+    pictures, ids, sizes = picture_rows(rows, image_column)
+    found = FlatList.of(rows, find_objects(rows.features, objects_column))
+    place = found.rows()
+    boxes = found.fours(found.find(BOX_FIELDS))
+    xywh, good, report = check_boxes(boxes, sizes[place], ids[place], len(rows), box_format or BoxFormat())
+    names, categories = number_categories(found)
+    good = leave_out(report, "without a category", good, categories < 0, ids[place])
+    outlines = None
+    if masks:
+        outlines = outlines_of(found, sizes[place])
+        good = leave_out(report, "without an outline", good, np.array([o is None for o in outlines], bool), ids[place])
+    if strict:
+        report.require_format()
+        report.log()
+    area = found.numbers("area", np.nan)
+    area = np.where(np.isfinite(area) & (area > 0), area, xywh[:, 2] * xywh[:, 3])
+    fields = {
+        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(xywh[good].ravel(), pa.float32()), 4),
+        "category": pa.array(categories[good]),
+        "area": pa.array(area[good], pa.float32()),
+        "iscrowd": pa.array(found.numbers("iscrowd", 0.0)[good] > 0),
+    }
+    kinds = {
+        "bbox": List(Value("float32"), length=4),
+        "category": ClassLabel(names=names),
+        "area": Value("float32"),
+        "iscrowd": Value("bool"),
+    }
+    if outlines is not None:
+        fields["segmentation"] = pa.array([outlines[i] for i in np.flatnonzero(good)], ARROW_TYPE)
+        kinds["segmentation"] = FEATURE
+    objects = nest(fields, np.bincount(place[good], minlength=len(rows)))
+    return assemble([pictures], ids, sizes, OBJECTS, objects, kinds), report
+
+
+def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
+    """Which good elements are not bad, the others noted in a report."""
+    out = good & bad
+    if out.any():
+        report.dropped[name] = Problem(int(out.sum()), int(image_ids[out.argmax()]))
+    return good & ~bad
+
+
+def picture_rows(rows: datasets.Dataset, image_column: str | None) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
+    """The images of rows, their ids (N,) and their sizes (N, 2), height and width in pixels; 0 where unreadable.
+
+    Ids are the column "image_id" where it holds distinct integers, else the rows' numbers. Sizes are the columns
+    "height" and "width" where they are full, else read from the images' headers.
+
+    Raises:
+        ValueError: the rows are a stream, or none, or have no images.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError("objects in images cannot be read as a stream: batches by shape need every size first")
+    pictures = image_rows(rows, image_column, labelled=False)
+    ids = integers(rows, "image_id")
+    if ids is None or len(np.unique(ids)) < len(ids):
+        ids = np.arange(len(rows))
+    columns = [integers(rows, name) for name in ("height", "width")]
+    if any(column is None or column.min() < 1 for column in columns):
+        return pictures, ids, image_sizes(pictures)
+    return pictures, ids, np.stack(columns, axis=1)
+
+
+def integers(rows: datasets.Dataset, column: str) -> np.ndarray | None:
+    """A column of integers without gaps, (N,) int64; None where there is no such column."""
+    if column not in rows.column_names:
+        return None
+    values = whole(rows, column)
+    return values.to_numpy().astype(np.int64) if pa.types.is_integer(values.type) and not values.null_count else None
+
+
+def find_objects(features: Features, name: str | None) -> str:
+    """The column called ``name``; without one, the only one with boxes.
+
+    Raises:
+        ValueError: there is none, or several; the error names the columns there are.
+    """
+    columns = ", ".join(features)
+    if name is not None:
+        if name not in features:
+            raise ValueError(f'objects_column "{name}" is not a column of the data set; it has {columns}')
+        if not subfields(features[name]):
+            raise ValueError(f'objects_column "{name}" must hold lists of objects, got {features[name]}')
+        return name
+    # A panoptic data set has boxes in segments_info as well.
+    found = [c for c in features if c != SEGMENTS and set(BOX_FIELDS) & subfields(features[c]).keys()]
+    if len(found) != 1:
+        raise ValueError(
+            f"objects_column must name a column, since not one alone has boxes; the data set has {columns}"
+        )
+    return found[0]
+
+
+def number_categories(found: FlatList) -> tuple[list[str], np.ndarray]:
+    """The names of categories, and each object's category as a place among them, -1 where it has none.
+
+    Names are a ClassLabel's own; otherwise the values there are, sorted.
+
+    Raises:
+        ValueError: categories are neither integers nor strings.
+    """
+    field = found.find(CATEGORY_FIELDS)
+    values, kind = found.fields[field], found.kinds[field]
+    if isinstance(kind, ClassLabel):
+        return list(kind.names), pc.fill_null(values, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    if pa.types.is_integer(values.type):
+        values = pc.if_else(pc.greater_equal(values, 0), values, pa.scalar(None, values.type))
+    elif not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise ValueError(f'column "{found.column}" must hold integers or strings as {field}, got {values.type}')
+    there = sorted(value for value in pc.unique(values).to_pylist() if value is not None)
+    places = pc.index_in(values, pa.array(there, values.type))
+    return [str(value) for value in there], pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def outlines_of(found: FlatList, sizes: np.ndarray) -> list[dict[str, Any] | None]:
+    """The run lengths of every object.
+
+    Raises:
+        ValueError: there is no field of outlines, or an outline has an unknown form; the error names the row.
+    """
+    if "segmentation" not in found.fields:
+        raise ValueError(
+            f'masks need a field segmentation in column "{found.column}"; it has {", ".join(found.fields)}'
+        )
+    outlines: list[dict[str, Any] | None] = []
+    for row, outline, size in zip(found.rows(), found.fields["segmentation"].to_pylist(), sizes.tolist(), strict=True):
+        try:
+            outlines.append(run_lengths(outline, *size) if min(size) else None)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+    return outlines
+
+
+def assemble(
+    parts: list[datasets.Dataset],
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    column: str,
+    elements: pa.ListArray,
+    kinds: Mapping[str, Any],
+) -> datasets.Dataset:
+    """Rows of ``parts``' columns, which stay where they are stored, beside new ones in memory."""
+    features = Features(
+        {"image_id": Value("int64"), "width": Value("int32"), "height": Value("int32"), column: List(dict(kinds))}
+    )
+    table = pa.table(
+        {
+            "image_id": pa.array(ids, pa.int64()),
+            "width": pa.array(sizes[:, 1], pa.int32()),
+            "height": pa.array(sizes[:, 0], pa.int32()),
+            column: elements,
+        }
+    )
+    notes = datasets.Dataset(table.cast(features.arrow_schema), info=datasets.DatasetInfo(features=features))
+    return datasets.concatenate_datasets([*parts, notes], axis=1)
+
+
+def class_names(rows: datasets.Dataset) -> list[str]:
+    """The names of the categories of `scene_rows` or `panoptic_rows`, in order: a model's ``id2label``."""
+    return list(category_field(rows).names)
+
+
+def category_field(rows: datasets.Dataset) -> ClassLabel:
+    """The feature that names categories."""
+    return subfields(rows.features[SEGMENTS if SEGMENTS in rows.features else OBJECTS])["category"]
+
+
+def category_ids(rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
+    """From a category of `scene_rows` or `panoptic_rows` to its place in ``names``, a model's classes.
+
+    Args:
+        names: of `class_names` of the training data, or a model's ``id2label`` in order.
+
+    Raises:
+        ValueError: a category is not among the names; the error names both.
+    """
+    places = {name: place for place, name in enumerate(names)}
+    own = class_names(rows)
+    if unknown := [name for name in own if name not in places]:
+        raise ValueError(
+            f"{len(unknown)} of {len(own)} categories are not classes of the model, the first is "
+            f'"{unknown[0]}"; it has {", ".join(names)}'
+        )
+    return [places[name] for name in own]
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """A hash of the number of rows, their objects or segments, and 1,000 images; see `images.fingerprint`."""
+    digest = hashlib.sha256(images.fingerprint(rows.select_columns([IMAGE])).encode())
+    found = FlatList.of(rows, SEGMENTS if SEGMENTS in rows.features else OBJECTS)
+    digest.update(found.counts.tobytes())
+    digest.update(repr(class_names(rows)).encode())
+    for name in ("bbox", "id", "category", "area", "iscrowd"):
+        if name in found.fields:
+            values = found.fours(name) if name == "bbox" else found.numbers(name, 0.0)
+            digest.update(values.tobytes())
+    return digest.hexdigest()[:16]

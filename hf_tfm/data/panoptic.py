@@ -1,0 +1,161 @@
+"""Panoptic segmentation from any data set: every pixel belongs to a segment, and a segment to a category.
+
+    image, panoptic, segments_info + categories by COCO's ids -> `panoptic_rows` -> (h, w) segment ids
+
+A panoptic map is a PNG whose colours are segment ids, id = R + 256 G + 65536 B; 0 belongs to none (Kirillov et al.
+2019, arXiv:1801.00868, and COCO's format).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Image, Value
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+
+from .arrow_lists import FlatList, nest, whole
+from .coco import load_json
+from .detection import SEGMENTS, assemble, picture_rows
+from .images import decode, is_encoded
+from .source import EMBEDDED
+
+log = logging.getLogger(__name__)
+
+PANOPTIC = "panoptic"
+CATEGORIES_FILE = "panoptic_categories.json"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A category as COCO's JSON has it; a thing can be counted, stuff cannot."""
+
+    id: int
+    name: str
+    isthing: bool
+
+
+def read_categories(entries: Any, source: str) -> list[Category]:
+    """Categories of a JSON file, in order of their ids.
+
+    Args:
+        entries: list of {id, name, isthing}.
+        source: what errors call the file.
+
+    Raises:
+        ValueError: a field is missing, or two categories have the same id or name.
+    """
+    try:
+        categories = [Category(int(entry["id"]), str(entry["name"]), bool(entry["isthing"])) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} must hold categories with id, name and isthing: {error!r}") from error
+    for key in ("id", "name"):
+        values = [getattr(category, key) for category in categories]
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{source} has two categories with {key} {twice[0]}")
+    return sorted(categories, key=lambda category: category.id)
+
+
+def panoptic_categories(dataset: str, revision: str | None = None) -> list[Category]:
+    """The categories of a data set's panoptic maps.
+
+    Args:
+        dataset: as for `load_splits`. Categories are those of COCO's annotations/panoptic_*.json, or of a file
+            panoptic_categories.json beside the data: a list of {id, name, isthing}.
+        revision: commit, tag or branch on the Hub.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if dataset in EMBEDDED:
+        from . import digit_scenes
+
+        if dataset == "digit-scenes":
+            return digit_scenes.CATEGORIES
+        raise ValueError(f'dataset "{dataset}" has no panoptic maps')
+    folder = Path(dataset)
+    if files := sorted(folder.glob("annotations/panoptic_*.json")):
+        found = [read_categories(load_json(file).get("categories"), str(file)) for file in files]
+        for file, categories in zip(files, found, strict=True):
+            if categories != found[0]:
+                raise ValueError(f"{file} has other categories than {files[0]}")
+        return found[0]
+    file = folder / CATEGORIES_FILE
+    if not file.is_file():
+        if folder.exists() or "/" not in dataset:
+            raise ValueError(f"{file} is missing: a list of id, name and isthing of each panoptic category")
+        try:
+            file = Path(hf_hub_download(dataset, CATEGORIES_FILE, repo_type="dataset", revision=revision))
+        except OSError as error:
+            raise ValueError(f'dataset "{dataset}" has no {CATEGORIES_FILE}: {error}') from error
+    return read_categories(load_json(file), str(file))
+
+
+def panoptic_rows(
+    rows: datasets.Dataset,
+    categories: Sequence[Category],
+    image_column: str | None = None,
+    panoptic_column: str = PANOPTIC,
+    segments_column: str = SEGMENTS,
+) -> datasets.Dataset:
+    """Rows with ``panoptic`` and ``segments_info``; images without a map are left out, and counted in the log.
+
+    Args:
+        rows: a `datasets` split; segments have ``category_id``, as the categories have it.
+        categories: see `panoptic_categories`; their order becomes 0..N-1.
+
+    Raises:
+        ValueError: the rows are none or a stream, a column or field is missing, or a category is unknown.
+    """
+    for name, argument in ((panoptic_column, "panoptic_column"), (segments_column, "segments_column")):
+        if name not in rows.features:
+            raise ValueError(
+                f'{argument} "{name}" is not a column of the data set; it has {", ".join(rows.column_names)}'
+            )
+    kind = rows.features[panoptic_column]
+    if not (isinstance(kind, Image) or is_encoded(kind)):
+        raise ValueError(f'panoptic_column "{panoptic_column}" must hold images, got {kind}')
+    pictures, ids, sizes = picture_rows(rows, image_column)
+    maps = rows.select_columns([panoptic_column]).rename_columns(
+        {panoptic_column: PANOPTIC} if panoptic_column != PANOPTIC else {}
+    )
+    maps = maps.cast_column(PANOPTIC, Image(decode=False))
+    found = FlatList.of(rows, segments_column)
+    values = {c.id: place for place, c in enumerate(categories)}
+    stored = found.numbers(found.find(("category_id", "category")), -1.0).astype(np.int64)
+    if unknown := sorted(set(np.unique(stored).tolist()) - values.keys()):
+        raise ValueError(f"category_id {unknown[0]} in {segments_column} is not one of the {len(values)} categories")
+    fields = {
+        "id": pa.array(found.numbers(found.find(("id",)), -1.0).astype(np.int64)),
+        "category": pa.array([values[value] for value in stored.tolist()], pa.int64()),
+        "area": pa.array(found.numbers("area", 0.0), pa.float32()),
+        "iscrowd": pa.array(found.numbers("iscrowd", 0.0) > 0),
+    }
+    kinds = {
+        "id": Value("int64"),
+        "category": ClassLabel(names=[c.name for c in categories]),
+        "area": Value("float32"),
+        "iscrowd": Value("bool"),
+    }
+    whole_rows = assemble([pictures, maps], ids, sizes, SEGMENTS, nest(fields, found.counts), kinds)
+    there = np.flatnonzero((found.counts > 0) & whole(maps, PANOPTIC).is_valid().to_numpy(zero_copy_only=False))
+    if not len(there):
+        raise ValueError(f"none of the {len(rows)} images has a panoptic map")
+    if len(there) < len(rows):
+        log.warning("%d of %d images have no panoptic map and are left out", len(rows) - len(there), len(rows))
+    return whole_rows.select(there)
+
+
+def decode_segments(value: Any) -> Tensor:
+    """The segment ids of a panoptic PNG, int32 (h, w).
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    red, green, blue = decode(value).int()
+    return red + 256 * green + 65536 * blue
