@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     validation = image_loader(args, accelerator, task_of(held_out), rows[held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch or num_steps)
+    settled, line = args.settle(per_epoch)
     accelerator.print(line)
 
     def score_validation(trained) -> dict[str, float]:

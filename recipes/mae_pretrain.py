@@ -41,6 +41,8 @@ class PretrainArguments(ImageRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.best_metric != "loss":
+            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
         check_fields(TfmMAEConfig, self.model)
         if not self.init_from:
             new_config(TfmMAEConfig, self)
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     validation = image_loader(args, accelerator, task, rows[held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch or num_steps)
+    settled, line = args.settle(per_epoch)
     accelerator.print(line)
 
     def score(trained) -> dict[str, float]:

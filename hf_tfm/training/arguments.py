@@ -199,8 +199,11 @@ class ImageArguments(TrainingArguments):
         )
         super().__post_init__()
 
-    def settle(self, steps_per_epoch: int) -> tuple["ImageArguments", str]:
+    def settle(self, steps_per_epoch: int | None) -> tuple["ImageArguments", str]:
         """Work out the learning rate and the warm-up.
+
+        Args:
+            steps_per_epoch: None where it is not known; warmup_epochs needs it.
 
         Returns:
             These knobs with ``learning_rate`` and ``warmup_steps`` alone, for the optimizer; this object stays as it
@@ -212,7 +215,8 @@ class ImageArguments(TrainingArguments):
             base = f" = {self.base_learning_rate:g} x {self.batch_size} images / 256"
         if self.warmup_epochs is not None:
             steps = round(self.warmup_epochs * steps_per_epoch)
-        line = f"learning rate {rate:g}{base}; warm-up {steps} steps of {steps_per_epoch} an epoch"
+        line = f"learning rate {rate:g}{base}; warm-up {steps} steps"
+        line += f" of {steps_per_epoch} an epoch" if steps_per_epoch else ""
         settled = {"learning_rate": rate, "base_learning_rate": None, "warmup_steps": steps, "warmup_epochs": None}
         return replace(self, **settled), line
 

@@ -43,6 +43,7 @@ MISFITS = {
     "crop": (BOTH, {"augmentation": "{crop: middle}"}, "crop"),
     "smoothing": (CLASSIFY, {"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
     "metric": (CLASSIFY, {"best_metric": "bleu"}, 'best_metric must be "loss" or "accuracy", got "bleu"'),
+    "metric of labels": (BOTH[:1], {"best_metric": "accuracy"}, 'best_metric must be "loss", got "accuracy"'),
     "probe": (CLASSIFY, {"linear_probe": "true"}, "linear_probe needs init_from"),
     "probe decay": (CLASSIFY, {"linear_probe": "true", "layer_decay": 0.5, "init_from": "x"}, "layer_decay must be 1"),
     "mixing": (CLASSIFY, {"mixing": "{mixup: -1}"}, "mixup must be at least 0, got -1"),

@@ -171,6 +171,7 @@ def test_the_learning_rate_of_images_follows_the_batch():
     assert args == image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5), "as it was given"
     args = image_arguments(learning_rate=0.1, warmup_steps=7)
     assert args.settle(100) == (args, "learning rate 0.1; warm-up 7 steps of 100 an epoch")
+    assert args.settle(None) == (args, "learning rate 0.1; warm-up 7 steps"), "of a stream"
 
 
 @pytest.mark.parametrize(
