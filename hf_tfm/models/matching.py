@@ -39,16 +39,19 @@ def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.
     """Labels of each image, ``class_labels`` (n,) and ``boxes`` (n, 4), as one batch.
 
     Raises:
-        ValueError: an image's boxes are not (n, 4) for its n classes.
+        ValueError: an image has no classes or boxes, its boxes are not (n, 4) for its n classes, or, where labels can
+            be read without waiting for a GPU, a class does not exist.
     """
     for i, label in enumerate(labels):
+        if not {"class_labels", "boxes"} <= label.keys():
+            raise ValueError(f"labels[{i}] must have class_labels and boxes, got {', '.join(label) or 'nothing'}")
         count = len(label["class_labels"])
         if label["boxes"].shape != (count, 4):
             raise ValueError(
                 f"labels[{i}]['boxes'] must have shape {(count, 4)}, one box for each of its class_labels, got "
                 f"{tuple(label['boxes'].shape)}"
             )
-    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(device)
+    classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(device, torch.int64)
     boxes = pad_sequence([label["boxes"] for label in labels], batch_first=True).to(device, torch.float32)
     if device.type == "cpu" and classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
         raise ValueError(
@@ -106,7 +109,8 @@ def assign(cost: Tensor, counts: list[int]) -> np.ndarray:
     queries = np.full((L, len(counts), M), Q)
     if not np.isfinite(host).all():
         real = np.concatenate([host[:, i, :, :count].ravel() for i, count in enumerate(counts)])
-        logger.warning(f"{np.count_nonzero(~np.isfinite(real))} of {real.size} matching costs are not finite")
+        if bad := np.count_nonzero(~np.isfinite(real)):
+            logger.warning(f"{bad} of {real.size} matching costs are not finite")
         host = np.nan_to_num(host, nan=NEVER, posinf=NEVER, neginf=NEVER)
     for layer in range(L):
         for image, count in enumerate(counts):
@@ -137,7 +141,12 @@ def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config
         boxes: (L, B, Q, 4) cxcywh.
         labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
         config: has ``num_labels`` and the weights of the cost.
+
+    Raises:
+        ValueError: there are labels of more or fewer images, or they are not as they should be, see `pad_objects`.
     """
+    if len(labels) != logits.shape[1]:
+        raise ValueError(f"labels must be of {logits.shape[1]} images, got {len(labels)}")
     objects = pad_objects(labels, config.num_labels, logits.device)
     cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
     queries = assign(cost, objects.counts)

@@ -265,7 +265,9 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
             terms = set_losses(logits, boxes, matching, self.config)
             images, queries, objects = matched_pairs(matching, Q)
             found = self.masks(features, outputs, images, queries) if self.training else pred_masks[images, queries]
-            targets = target_masks(labels, pixel_values.shape[2:], boxes.device)[objects]
+            targets = target_masks(labels, tuple(pixel_values.shape[2:]), matching.objects.counts, boxes.device)[
+                objects
+            ]
             terms |= mask_losses(found, targets)
             loss, loss_dict = total_loss(terms, matching, self.config, num_items_in_batch)
         return DetrSegmentationOutput(

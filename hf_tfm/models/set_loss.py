@@ -82,10 +82,28 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return 1.0 - (2.0 * (found * targets).sum(-1) + 1.0) / (found.sum(-1) + targets.sum(-1) + 1.0)
 
 
-def target_masks(labels: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device) -> Tensor:
-    """Masks of the objects of all images, one after the other, padded below and right: (n, H, W) float32."""
+def target_masks(
+    labels: list[dict[str, Tensor]], size: tuple[int, int], counts: list[int], device: torch.device
+) -> Tensor:
+    """Masks of the objects of all images, one after the other, padded below and right: (n, H, W) float32.
+
+    Args:
+        size: H and W of the images.
+        counts: objects of each image.
+
+    Raises:
+        ValueError: an image has no masks, one for each object of it is not what it has, or they exceed the images.
+    """
     padded = []
-    for label in labels:
+    for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        if "masks" not in label:
+            raise ValueError(f"labels[{i}] must have masks, got {', '.join(label) or 'nothing'}")
+        shape = tuple(label["masks"].shape)
+        if len(shape) != 3 or shape[0] != count or shape[1] > size[0] or shape[2] > size[1]:
+            raise ValueError(
+                f"labels[{i}]['masks'] must have shape ({count}, H, W), one for each object and at most {size[0]} x "
+                f"{size[1]}, got {shape}"
+            )
         masks = label["masks"].to(device, torch.float32)
         padded.append(nn.functional.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2])))
     return torch.cat(padded)

@@ -1,0 +1,391 @@
+"""Matching and the loss over matched pairs, against a slow reference in plain Python, one image and pair at a time."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from tiny_detr import tiny_detr_config, tiny_labels
+from tiny_models import largest_difference
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_tfm.models.matching import NEVER, assign, match, matching_cost, pad_objects
+from hf_tfm.models.set_loss import (
+    box_losses,
+    by_layer,
+    cardinality_error,
+    class_loss,
+    dice_loss,
+    focal_loss,
+    mask_losses,
+    normalizers,
+    query_weight,
+    set_losses,
+    target_masks,
+    term_weights,
+)
+
+CONFIG = tiny_detr_config(class_cost=1.5, bbox_cost=4, giou_cost=2.5, eos_coefficient=0.2)
+COUNTS = pytest.mark.parametrize(
+    "counts", [(3, 1, 2), (0, 4, 0), (0, 0, 0), (9, 2, 7), (1, 1, 1)], ids=lambda counts: "-".join(map(str, counts))
+)
+
+
+def predictions(images: int = 3, layers: int = 2, queries: int = 7, classes: int = 5, seed: int = 1):
+    """Random logits (L, B, Q, C + 1) and boxes (L, B, Q, 4), both with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(layers, images, queries, classes + 1, generator=generator)
+    boxes = 0.1 + 0.6 * torch.rand(layers, images, queries, 4, generator=generator)
+    return logits.requires_grad_(), boxes.requires_grad_()
+
+
+def plain_giou(one: list[float], other: list[float]) -> float:
+    """Of two boxes cxcywh with area."""
+    sides = []
+    for axis in (0, 1):
+        (a, b), (c, d) = ((box[axis] - box[axis + 2] / 2, box[axis] + box[axis + 2] / 2) for box in (one, other))
+        sides.append((b - a, d - c, max(0.0, min(b, d) - max(a, c)), max(b, d) - min(a, c)))
+    first, second, overlap, hull = (x * y for x, y in zip(*sides, strict=True))
+    union = first + second - overlap
+    return overlap / union - (hull - union) / hull
+
+
+def plain_cost(logits: Tensor, boxes: Tensor, label: dict[str, Tensor], config) -> np.ndarray:
+    """Of one image: (Q, n)."""
+    cost = np.zeros((len(logits), len(label["boxes"])))
+    for query, (scores, box) in enumerate(zip(logits.tolist(), boxes.tolist(), strict=True)):
+        total = sum(math.exp(score) for score in scores)
+        for i, (name, target) in enumerate(zip(label["class_labels"].tolist(), label["boxes"].tolist(), strict=True)):
+            distance = sum(abs(x - y) for x, y in zip(box, target, strict=True))
+            cost[query, i] = (
+                -config.class_cost * math.exp(scores[name]) / total
+                + config.bbox_cost * distance
+                - config.giou_cost * plain_giou(box, target)
+            )
+    return cost
+
+
+def plain_losses(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config) -> dict[str, list[float]]:
+    """Sums of every term of every layer."""
+    terms = {name: [] for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")}
+    for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
+        sums = dict.fromkeys(terms, 0.0)
+        for scores, found, label in zip(layer_logits, layer_boxes, labels, strict=True):
+            pairs = dict(zip(*linear_sum_assignment(plain_cost(scores, found, label, config)), strict=True))
+            seen = 0
+            for query, row in enumerate(scores.tolist()):
+                target = label["class_labels"][pairs[query]].item() if query in pairs else len(row) - 1
+                log_probability = row[target] - math.log(sum(math.exp(score) for score in row))
+                sums["loss_ce"] -= log_probability * (1.0 if query in pairs else config.eos_coefficient)
+                seen += max(row) != row[-1]
+            for query, i in pairs.items():
+                box, true = found[query].tolist(), label["boxes"][i].tolist()
+                sums["loss_bbox"] += sum(abs(x - y) for x, y in zip(box, true, strict=True))
+                sums["loss_giou"] += 1 - plain_giou(box, true)
+            sums["cardinality_error"] += abs(seen - len(label["boxes"]))
+        for name, value in sums.items():
+            terms[name].append(value)
+    return terms
+
+
+@COUNTS
+def test_cost_and_assignment_of_every_layer_and_image(counts):
+    (logits, boxes), labels = predictions(), tiny_labels(counts)
+    objects = pad_objects(labels, 5, logits.device)
+    assert objects.counts == list(counts) and objects.boxes.shape == (3, max(counts), 4)
+    cost = matching_cost(logits, boxes, objects, CONFIG.class_cost, CONFIG.bbox_cost, CONFIG.giou_cost)
+    assert cost.shape == (2, 3, 7, max(counts)) and cost.dtype == torch.float32 and not cost.requires_grad
+    queries = assign(cost, objects.counts)
+    assert queries.shape == (2, 3, max(counts)) and queries.dtype == np.int64
+    for layer, image in itertools.product(range(2), range(3)):
+        count = counts[image]
+        expected = plain_cost(logits[layer, image], boxes[layer, image], labels[image], CONFIG)
+        assert cost[layer, image, :, :count].numpy() == pytest.approx(expected, abs=1e-5)
+        chosen, places = linear_sum_assignment(expected)
+        own = np.full(max(counts), 7)
+        own[places] = chosen
+        assert queries[layer, image].tolist() == own.tolist()
+        assert (queries[layer, image] < 7).sum() == min(count, 7), "no object is left out while there are queries"
+
+
+def test_the_assignment_is_the_cheapest_there_is():
+    """All of them tried, so that the reference above does not lean on scipy alone."""
+    cost = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    queries = assign(cost, [4, 3])
+    for layer, (image, count) in itertools.product(range(3), enumerate((4, 3))):
+        table = cost[layer, image].tolist()
+        best = min(
+            itertools.permutations(range(6), count), key=lambda way: sum(table[q][i] for i, q in enumerate(way))
+        )
+        assert tuple(queries[layer, image, :count]) == best
+
+
+def test_ties():
+    """Each object gets a query of its own, and the cost of a match is as low as it can be."""
+    queries = assign(torch.zeros(1, 2, 7, 4), [4, 2])
+    assert len(set(queries[0, 0])) == 4 and len(set(queries[0, 1, :2])) == 2 and (queries[0, 1, 2:] == 7).all()
+    alike = tiny_labels((1,))[0]
+    label = {name: value.repeat(3, *[1] * (value.ndim - 1)) for name, value in alike.items()}
+    logits, boxes = predictions(1)
+    matching = match(logits, boxes, [label], CONFIG)
+    expected = plain_cost(logits[0, 0], boxes[0, 0], label, CONFIG)[:, 0]
+    assert sorted(matching.on_host[0, 0]) == sorted(np.argsort(expected)[:3])
+
+
+@COUNTS
+def test_losses_of_every_layer(counts):
+    (logits, boxes), labels = predictions(), tiny_labels(counts)
+    terms = set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)
+    expected = plain_losses(logits, boxes, labels, CONFIG)
+    assert terms.keys() == expected.keys()
+    for name, values in expected.items():
+        assert terms[name].tolist() == pytest.approx(values, rel=1e-5, abs=1e-5), name
+    sum(terms[name].sum() for name in ("loss_ce", "loss_bbox", "loss_giou")).backward()
+    assert logits.grad.isfinite().all() and boxes.grad.isfinite().all() and (logits.grad != 0).all()
+    matched = (boxes.grad != 0).any(-1).sum(-1)  # (L, B)
+    assert matched.tolist() == [[min(count, 7) for count in counts]] * 2, "no gradient but at matched queries"
+
+
+def test_gradients():
+    logits, boxes = (x.detach().double().requires_grad_() for x in predictions(queries=4))
+    labels = tiny_labels((2, 0, 3))
+    matching = match(logits, boxes, labels, CONFIG)
+    objects = matching.objects._replace(boxes=matching.objects.boxes.double())
+
+    def losses(logits, boxes):
+        return class_loss(logits, matching.queries, objects, 0.2), *box_losses(boxes, matching.queries, objects)
+
+    assert torch.autograd.gradcheck(losses, (logits, boxes))
+
+
+def test_what_the_sums_are_divided_by():
+    """The class loss is the weighted mean that torch's cross-entropy gives, as in the authors' code."""
+    (logits, boxes), labels = predictions(layers=1), tiny_labels((3, 0, 9))
+    matching = match(logits, boxes, labels, CONFIG)
+    items = normalizers([3, 0, 9], 7, 0.2)
+    assert items["loss_ce"] == query_weight([3, 0, 9], 7, 0.2) == pytest.approx(10 + 0.2 * 11)
+    assert items["cardinality_error"] == 3 and items["loss_bbox"] == items["loss_mask"] == 12
+    assert normalizers([0, 0], 7, 0.2)["loss_giou"] == 1, "no division by zero"
+    target = torch.full((3, 7), 5)
+    for image, label in enumerate(labels):
+        for query, name in zip(matching.on_host[0, image], label["class_labels"], strict=False):
+            if query < 7:
+                target[image, query] = name
+    weight = torch.tensor([1.0] * 5 + [0.2])
+    expected = nn.functional.cross_entropy(logits[0].flatten(0, 1), target.flatten(), weight)
+    found = set_losses(logits, boxes, matching, CONFIG)["loss_ce"] / items["loss_ce"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_names_and_weights():
+    named = by_layer({"loss_ce": torch.tensor([1.0, 2.0, 3.0]), "loss_mask": torch.tensor([4.0])})
+    assert {name: value.item() for name, value in named.items()} == {
+        "loss_ce_0": 1.0,
+        "loss_ce_1": 2.0,
+        "loss_ce": 3.0,
+        "loss_mask": 4.0,
+    }
+    config = tiny_detr_config(bbox_loss_coefficient=3, giou_loss_coefficient=4, mask_loss_coefficient=5)
+    assert term_weights(config) == {
+        "loss_ce": 1,
+        "loss_bbox": 3,
+        "loss_giou": 4,
+        "loss_mask": 5,
+        "loss_dice": 1,
+    }, "what is only looked at has no weight"
+
+
+def test_cardinality_error():
+    logits = torch.full((1, 2, 4, 3), -5.0)
+    logits[..., 2] = 0.0  # nothing seen
+    logits[0, 0, :3, 1] = 5.0  # three objects
+    assert cardinality_error(logits, [1, 2]).tolist() == [2 + 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "where"), [(math.nan, "logits"), (math.inf, "logits"), (math.nan, "boxes"), (math.inf, "boxes")]
+)
+def test_predictions_that_are_no_numbers(value, where, caplog):
+    """They are reported with their count and matched last; all that they do not touch is as without them."""
+    labels = tiny_labels((3, 0, 2))
+    logits, boxes = (x.detach() for x in predictions())
+    expected = plain_losses(logits, boxes, labels, CONFIG)
+    (logits if where == "logits" else boxes)[1, 0, 4] = value  # one query of one image in the last layer
+    matching = match(logits, boxes, labels, CONFIG)
+    assert [record.getMessage() for record in caplog.records] == ["3 of 70 matching costs are not finite"]
+    assert 4 not in matching.on_host[1, 0]
+    terms = set_losses(logits, boxes, matching, CONFIG)
+    for name, values in expected.items():
+        assert terms[name][0].item() == pytest.approx(values[0], rel=1e-5), "the other layer"
+    assert terms["loss_bbox"].isfinite().all() and terms["loss_giou"].isfinite().all()
+    assert terms["loss_ce"].isfinite().tolist() == [True, where == "boxes"]
+
+
+def test_no_report_where_no_object_is_concerned(caplog):
+    logits, boxes = (x.detach() for x in predictions())
+    boxes[0, 1] = math.nan  # of an image without objects
+    match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG)
+    assert not caplog.records
+
+
+def test_when_nothing_is_a_number():
+    logits, boxes = (torch.full_like(x, math.nan) for x in predictions())
+    queries = match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG).on_host
+    assert len(set(queries[0, 0])) == 3 and (queries[:, 1] == 7).all()
+    assert predictions()[0].abs().max() < NEVER
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a GPU wait: numbers read one by one, and tensors copied to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.numbers += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("images", "layers"), [(1, 1), (6, 6)])
+def test_one_copy_to_the_host(images, layers, monkeypatch):
+    """However many layers and images there are. On a CPU the range of the classes is read too."""
+    copies = []
+    for name in ("cpu", "numpy", "tolist", "item"):
+        method = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *args, name=name, method=method: (copies.append(name), method(self, *args))[1]
+        )
+    logits, boxes = predictions(images, layers)
+    labels = tiny_labels((3,) * images)
+    with Waits() as waits:
+        matching = match(logits, boxes, labels, CONFIG)
+        terms = set_losses(logits, boxes, matching, CONFIG)
+        sum(values.sum() for values in terms.values()).backward()
+    assert copies == ["cpu", "numpy"] and waits.numbers == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_waits_of_a_gpu():
+    """At most 5 a step, where the authors' code makes 25."""
+    logits, boxes = (x.detach().cuda().requires_grad_() for x in predictions(6, 6))
+    labels = [{name: value.cuda() for name, value in label.items()} for label in tiny_labels((3, 1, 0, 2, 5, 1))]
+    set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)  # what is set up once
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            terms = set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)
+            sum(values.sum() for values in terms.values()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) <= 5
+
+
+def test_float32_inside_autocast():
+    (logits, boxes), labels = predictions(), tiny_labels()
+    halves = [x.detach().bfloat16() for x in (logits, boxes)]
+    exact = [x.float() for x in halves]
+    expected = set_losses(*exact, match(*exact, labels, CONFIG), CONFIG)
+    masks, targets = torch.randn(4, 6, 6), torch.rand(4, 20, 20).round()
+    expected |= mask_losses(masks.bfloat16().float(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = set_losses(*halves, match(*halves, labels, CONFIG), CONFIG) | mask_losses(masks.bfloat16(), targets)
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], value), name
+
+
+def test_labels_in_half_precision_and_small_integers():
+    """As a loader that casts whole batches, or reads uint8 classes, gives them."""
+    (logits, boxes), labels = predictions(), tiny_labels()
+    small = [
+        {"class_labels": label["class_labels"].to(torch.uint8), "boxes": label["boxes"].half()} for label in labels
+    ]
+    found, expected = (
+        set_losses(logits, boxes, match(logits, boxes, each, CONFIG), CONFIG)["loss_giou"] for each in (small, labels)
+    )
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-2)
+
+
+def bad(labels: list[dict[str, Tensor]], **fields) -> list[dict[str, Tensor]]:
+    return [labels[0], {**labels[1], **fields}, *labels[2:]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (bad(tiny_labels((3, 2, 1)), class_labels=torch.tensor([1, 5])), r"class_labels must be in \[0, 5\).* to 5"),
+        (bad(tiny_labels((3, 2, 1)), class_labels=torch.tensor([-1, 2])), r"class_labels must be .* got -1 to"),
+        (bad(tiny_labels((3, 2, 1)), boxes=torch.rand(2, 5)), r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(2, 5\)"),
+        (bad(tiny_labels((3, 2, 1)), boxes=torch.rand(3, 4)), r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(3, 4\)"),
+        (tiny_labels((3, 2)), "labels must be of 3 images, got 2"),
+        (tiny_labels((3,)), "labels must be of 3 images, got 1"),
+        (tiny_labels((3, 2, 1, 1)), "labels must be of 3 images, got 4"),
+        ([{"class_labels": torch.zeros(1, dtype=torch.int64)}] * 3, r"labels\[0\] must have class_labels and boxes"),
+    ],
+    ids=str,
+)
+def test_bad_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        match(*predictions(), labels, CONFIG)
+
+
+def plain_mask_losses(logits: Tensor, target: Tensor) -> tuple[float, float]:
+    """Focal (alpha 0.25, gamma 2) and Dice loss of one mask, both (pixels,)."""
+    focal = found = both = 0.0
+    for score, true in zip(logits.tolist(), target.tolist(), strict=True):
+        p = 1 / (1 + math.exp(-score))
+        focal -= 0.25 * (1 - p) ** 2 * math.log(p) if true else 0.75 * p**2 * math.log(1 - p)
+        found, both = found + p, both + p * true
+    return focal / len(logits), 1 - (2 * both + 1) / (found + target.sum().item() + 1)
+
+
+def test_losses_of_masks():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 30, generator=generator)
+    targets = torch.rand(4, 30, generator=generator).round()
+    expected = torch.tensor([plain_mask_losses(*pair) for pair in zip(logits, targets, strict=True)])
+    assert largest_difference(focal_loss(logits, targets), expected[:, 0]) < 1e-6
+    assert largest_difference(dice_loss(logits, targets), expected[:, 1]) < 1e-6
+    whole = mask_losses(logits.view(4, 5, 6), targets.view(4, 5, 6))
+    assert whole["loss_mask"].item() == pytest.approx(expected[:, 0].sum().item(), rel=1e-5)
+    assert whole["loss_dice"].item() == pytest.approx(expected[:, 1].sum().item(), rel=1e-5)
+    sure = 30 * (2 * targets - 1)
+    assert focal_loss(sure, targets).max() < 1e-6 and dice_loss(sure, targets).max() < 1e-6
+    assert dice_loss(-sure, targets).min() > 0.9
+
+
+def test_mask_logits_are_enlarged_to_their_targets():
+    logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.rand(2, 16, 24).round()
+    large = nn.functional.interpolate(logits[None], scale_factor=4, mode="bilinear")[0]
+    found, expected = (mask_losses(each, targets)["loss_dice"] for each in (logits, large))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    none = mask_losses(logits[:0], targets[:0])
+    assert none["loss_mask"].tolist() == none["loss_dice"].tolist() == [0.0]
+    sum(none.values()).sum().backward()
+    assert logits.grad.eq(0).all(), "no object, no gradient, and no error"
+
+
+def test_masks_of_all_images_are_padded_below_and_to_the_right():
+    small, whole = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(2, 5, 6)
+    masks = target_masks([{"masks": small}, {"masks": whole[:0]}, {"masks": whole}], (5, 6), [1, 0, 2], small.device)
+    assert masks.shape == (3, 5, 6) and masks.dtype == torch.float32
+    assert masks[0, :3, :4].eq(1).all() and masks[0].sum() == 12 and masks[1:].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([{}], r"labels\[0\] must have masks"),
+        ([{"masks": torch.ones(3, 4, 4)}], r"labels\[0\]\['masks'\] must have shape \(2, H, W\).* got \(3, 4, 4\)"),
+        ([{"masks": torch.ones(2, 16)}], r"labels\[0\]\['masks'\] must have shape \(2, H, W\)"),
+        ([{"masks": torch.ones(2, 4, 9)}], r"at most 8 x 8.* got \(2, 4, 9\)"),
+    ],
+    ids=str,
+)
+def test_bad_masks(labels, message):
+    with pytest.raises(ValueError, match=message):
+        target_masks(labels, (8, 8), [2], torch.device("cpu"))
