@@ -1,0 +1,121 @@
+"""Steps of images of about the same shape, all on one canvas, so that little of a batch is padding.
+
+    sizes -> shape of each image in this epoch, after its crop -> neighbours in shape -> a scale and a canvas a step
+
+Which canvas a step has is decided here, and its images are made elsewhere, by workers that see a few of them: so a
+sample's number carries the canvas, see `number_with_canvas`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .batching import COPY, Steps, rng
+from .equal_batches import BatchSampler
+from .scene_augment import SceneAugmentation, chances, fitted, pick, scaled
+
+SIDE = 2**16  # above the largest height and width of a canvas
+POOL_STEPS = 50  # samples of so many steps, drawn at random, are sorted together
+
+
+def number_with_canvas(row: int, canvas: tuple[int, int]) -> int:
+    """A sample's number: row + COPY * (height * 2^16 + width); the number modulo `COPY` is the row, as everywhere."""
+    return row + COPY * (canvas[0] * SIDE + canvas[1])
+
+
+def split_number(number: int) -> tuple[int, tuple[int, int] | None]:
+    """The row and the canvas of a sample's number; None where it carries none.
+
+    Raises:
+        ValueError: it is the number of a copy, see `BatchSampler`.
+    """
+    place, row = divmod(number, COPY)
+    height, width = divmod(place, SIDE)
+    if place and not (height and width):
+        raise ValueError(f"sample {row} is copy {place}: scenes cannot be repeated in a step")
+    return row, (height, width) if place else None
+
+
+class ShapeSampler(BatchSampler):
+    """Steps of equally many scenes of about the same shape.
+
+    The order is a function of (seed, epoch), and of each scene of its size alone; ranks and micro-batches only cut it.
+    Every scene has every scale equally often, as in the paper; in a step, all have the same.
+
+    Args:
+        sizes: (N, 2) height and width of the images, see `scene_rows`.
+        batch_size: scenes of a step, over all ranks.
+        augmentation: of the training scenes; None keeps them as they are, in order of their shape, for evaluation.
+        seed: with the epoch, decides the order; the same as the task's.
+        drop_last: leave out the scenes, drawn at random, that do not fill a step.
+
+    Raises:
+        ValueError: there are no samples, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        batch_size: int,
+        augmentation: SceneAugmentation | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+    ):
+        super().__init__(len(sizes), batch_size, seed, shuffle=augmentation is not None, drop_last=drop_last)
+        self.sizes = np.maximum(np.asarray(sizes, np.int64), 1)  # an image that cannot be read has none
+        self.augmentation = augmentation
+
+    def make_steps(self, epoch: int) -> Steps:
+        """See `steps`."""
+        if self.augmentation is None:
+            return self.cut(by_shape(self.sizes, np.arange(self.count)).tolist(), self.batch_size)
+        random = rng(self.seed, epoch)
+        order = random.permutation(self.count)
+        if self.drop_last:
+            order = order[: self.count - self.count % self.batch_size]
+        shapes = self.augmentation.crops(self.sizes, chances(self.seed, epoch, 0, self.count))[:, 2:]
+        pool = POOL_STEPS * self.batch_size
+        steps = []
+        for start in range(0, len(order), pool):
+            steps += self.cut(by_shape(shapes, order[start : start + pool]), self.batch_size)
+        shortest = pick(self.augmentation.scales, random.random(len(steps)))
+        return [self.with_canvas(steps[i], shapes, int(shortest[i])) for i in random.permutation(len(steps)).tolist()]
+
+    def with_canvas(self, step: Sequence[int], shapes: np.ndarray, shortest: int) -> list[int]:
+        """The numbers of a step's samples: all on the canvas that the largest need at a scale."""
+        canvas = scaled(shapes[step], shortest, self.augmentation.max_size).max(axis=0)
+        return [number_with_canvas(int(row), (int(canvas[0]), int(canvas[1]))) for row in step]
+
+
+def by_shape(shapes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows from upright to wide; among equals as they come.
+
+    Args:
+        shapes: (N, 2) height and width.
+        rows: (k,) some of them.
+    """
+    return rows[np.argsort(shapes[rows, 1] / shapes[rows, 0], kind="stable")]
+
+
+def padding_share(steps: Steps, sizes: np.ndarray, augmentation: SceneAugmentation, seed: int, epoch: int) -> float:
+    """Share of an epoch's pixels that are padding.
+
+    Args:
+        steps: of any sampler; samples without a canvas have a scale each, and their step pads to the largest.
+        sizes: (N, 2) height and width of the images.
+        seed, epoch: of the steps.
+    """
+    drawn = chances(seed, epoch, 0, len(sizes))
+    shapes = augmentation.crops(sizes, drawn)[:, 2:]
+    own = scaled(shapes, pick(augmentation.scales, drawn[:, -1]), augmentation.max_size)
+    used = padded = 0
+    for step in steps:
+        rows, canvases = zip(*map(split_number, step), strict=True)
+        made = [
+            own[row].tolist() if canvas is None else fitted(tuple(shapes[row].tolist()), canvas)
+            for row, canvas in zip(rows, canvases, strict=True)
+        ]
+        height, width = np.max(made, axis=0) if canvases[0] is None else canvases[0]
+        used += sum(h * w for h, w in made)
+        padded += len(step) * int(height) * int(width)
+    return 1.0 - used / padded

@@ -1,0 +1,156 @@
+"""Steps of scenes of one shape: little padding, every scene once, one canvas a step, any number of ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from hf_tfm.data.batching import COPY, StepLoader
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.scene_augment import SceneAugmentation, chances, fitted, scaled
+from hf_tfm.data.shape_batches import ShapeSampler, number_with_canvas, padding_share, split_number
+
+PAPER = SceneAugmentation()
+
+
+def coco_sizes(count=1000, seed=0):
+    """Sizes like those of COCO: 640 on the longer side, most 4:3 or 3:2, a quarter of them upright."""
+    random = np.random.default_rng(seed)
+    short = random.choice([480, 426, 427, 425, 360, 500, 640], count, p=[0.35, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05])
+    sizes = np.stack([short, np.full(count, 640)], axis=1)
+    upright = random.random(count) < 0.25
+    sizes[upright] = sizes[upright, ::-1]
+    return sizes
+
+
+def rows_of(step):
+    return [split_number(number)[0] for number in step]
+
+
+def canvas_of(step):
+    (canvas,) = {split_number(number)[1] for number in step}
+    return canvas
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 16])
+def test_padding_is_little_where_random_batches_have_much(batch_size):
+    sizes = coco_sizes()
+    ours = ShapeSampler(sizes, batch_size, PAPER, seed=1)
+    random = BatchSampler(len(sizes), batch_size, seed=1)
+    assert padding_share(ours.steps(0), sizes, PAPER, 1, 0) < 0.05
+    assert padding_share(random.steps(0), sizes, PAPER, 1, 0) > {2: 0.15, 8: 0.35, 16: 0.4}[batch_size]
+
+
+def test_padding_share_counts_pixels():
+    """Of two images with a scale each, and on a canvas, by hand."""
+    augmentation = SceneAugmentation(scales=(100,), max_size=400, crop=0.0)
+    sizes = np.array([[50, 100], [100, 50]])
+    assert padding_share([[0, 1]], sizes, augmentation, 0, 0) == pytest.approx(1 - 2 * 100 * 200 / (2 * 200 * 200))
+    step = [number_with_canvas(row, (100, 200)) for row in (0, 1)]
+    assert padding_share([step], sizes, augmentation, 0, 0) == pytest.approx(1 - (100 * 200 + 100 * 50) / 40_000)
+
+
+def test_every_scene_once_in_steps_of_one_canvas():
+    sizes = coco_sizes(103)
+    sampler = ShapeSampler(sizes, 8, PAPER)
+    for epoch in range(3):
+        steps = sampler.steps(epoch)
+        assert sorted(map(len, steps)) == [7] + [8] * 12
+        assert sorted(itertools.chain(*map(rows_of, steps))) == list(range(103))
+        shapes = PAPER.crops(sizes, chances(0, epoch, 0, 103))[:, 2:]
+        for step in steps:
+            canvas, own = canvas_of(step), shapes[rows_of(step)]
+            assert any((scaled(own, scale, 1333).max(axis=0) == canvas).all() for scale in PAPER.scales)
+            for size in own.tolist():
+                height, width = fitted(tuple(size), canvas)
+                assert (height == canvas[0] and width <= canvas[1]) or (width == canvas[1] and height <= canvas[0])
+        assert len({canvas_of(step) for step in steps}) > 5
+
+
+def test_the_shortest_side_is_the_scale_of_the_step():
+    """All but where upright and wide scenes meet in a step, whose canvas some can fill more of."""
+    sizes = coco_sizes(800)
+    shapes = PAPER.crops(sizes, chances(0, 0, 0, 800))[:, 2:]
+    right, counts = 0, dict.fromkeys(PAPER.scales, 0)
+    for step in ShapeSampler(sizes, 4, PAPER).steps(0):
+        made = np.array([fitted(tuple(shapes[row].tolist()), canvas_of(step)) for row in rows_of(step)])
+        scale = min(PAPER.scales, key=lambda s: abs(s - made.min()))
+        right += (np.abs(made.min(axis=1) - scale) <= 1).sum()
+        counts[scale] += len(made)
+    assert right > 780
+    assert min(counts.values()) > 30 and max(counts.values()) < 130  # 73 on average
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    sizes = coco_sizes(50)
+    first = ShapeSampler(sizes, 8, PAPER, seed=1)
+    steps = first.steps(3)
+    np.random.seed(7)
+    first.steps(0)
+    assert first.steps(3) == steps == ShapeSampler(sizes, 8, PAPER, seed=1).steps(3)
+    assert steps not in (first.steps(4), ShapeSampler(sizes, 8, PAPER, seed=2).steps(3))
+
+
+def test_what_does_not_fill_a_step_is_left_out_at_random():
+    sizes = coco_sizes(30)
+    gone = set()
+    for epoch in range(40):
+        steps = ShapeSampler(sizes, 8, PAPER, drop_last=True).steps(epoch)
+        assert list(map(len, steps)) == [8] * 3
+        gone |= set(range(30)) - set(itertools.chain(*map(rows_of, steps)))
+    assert gone == set(range(30))
+
+
+def test_evaluation_goes_by_shape():
+    sizes = np.array([[480, 640], [640, 480], [500, 640], [0, 0], [640, 500]])
+    steps = ShapeSampler(sizes, 2).steps(0)
+    assert steps == [[1, 4], [3, 2], [0]] == ShapeSampler(sizes, 2, seed=5).steps(1)
+
+
+def test_ranks_and_micro_batches_only_cut():
+    sizes, rows = coco_sizes(23), list(range(23))
+    sampler = ShapeSampler(sizes, 6, PAPER)
+
+    def collate(examples, indices, epoch, hidden):
+        assert examples == [number % COPY for number in indices]
+        return [] if hidden else indices
+
+    whole = [step[0] for step in StepLoader(rows, sampler, collate).epoch(1)]
+    assert whole == sampler.steps(1)
+    for world_size in (2, 3):
+        parts = [list(StepLoader(rows, sampler, collate, 2, rank, world_size).epoch(1)) for rank in range(world_size)]
+        for number, expected in enumerate(whole):
+            assert list(itertools.chain(*(batch for part in parts for batch in part[number]))) == expected
+
+
+def test_numbers_carry_row_and_canvas():
+    for row, canvas in ((0, (1, 1)), (COPY - 1, (65535, 65535)), (12345, (800, 1333))):
+        number = number_with_canvas(row, canvas)
+        assert split_number(number) == (row, canvas) and number % COPY == row
+    assert split_number(7) == (7, None)
+    with pytest.raises(ValueError, match="sample 3 is copy 2: scenes cannot be repeated"):
+        split_number(3 + 2 * COPY)
+
+
+def test_sizes_are_those_of_transformers():
+    random = np.random.default_rng(0)
+    sizes = random.integers(20, 1500, (3000, 2))
+    sizes[:50] = 800
+    sizes[50:100, 0] = 800
+    for shortest, longest in ((800, 1333), (480, 1333), (96, 128), (100, 100)):
+        expected = [get_size_with_aspect_ratio(tuple(size), shortest, longest) for size in sizes.tolist()]
+        np.testing.assert_array_equal(scaled(sizes, shortest, longest), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": np.zeros((0, 2))}, "there are no samples"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 11, "drop_last": True}, "batch_size must be at most the 10 samples with drop_last, got 11"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShapeSampler(**{"sizes": coco_sizes(10), "batch_size": 4, "augmentation": PAPER, **options})
