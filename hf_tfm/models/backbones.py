@@ -3,6 +3,7 @@
 pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), s the stride of a stage
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -91,17 +92,22 @@ class _FoldTracer(fx.Tracer):
 
 
 def fold_norms(body: nn.Module) -> None:
-    """Fold every frozen norm that reads a plain convolution which nothing else reads; none if ``body`` hides that."""
+    """Fold every frozen norm that reads a plain convolution which nothing else reads; none if ``body`` hides that.
+
+    Both must run once in a forward pass: what runs twice has two readers, or two sources.
+    """
     try:
         graph = _FoldTracer().trace(body)
     except Exception:  # whatever a model's own code raises when it is run on symbols
         return
-    modules = dict(body.named_modules())
-    for node in graph.nodes:
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(norm, FrozenBatchNorm) and node.args[0].op == "call_module" and len(node.args[0].users) == 1:
-            convolution = modules[node.args[0].target]
-            if type(convolution) is nn.Conv2d:
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    runs = Counter(body.get_submodule(node.target) for node in calls)
+    for node in calls:
+        source = node.args[0]
+        norm = body.get_submodule(node.target)
+        if isinstance(norm, FrozenBatchNorm) and source.op == "call_module" and len(source.users) == 1:
+            convolution = body.get_submodule(source.target)
+            if type(convolution) is nn.Conv2d and runs[convolution] == runs[norm] == 1:
                 fold(convolution, norm)
 
 

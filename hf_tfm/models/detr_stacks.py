@@ -170,8 +170,8 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
             memory_positions: of the memory.
 
         Returns:
-            ``intermediate_hidden_states`` (L, B, Q, D), every layer's output under the last norm;
-            ``last_hidden_state`` (B, Q, D), the last of them.
+            ``last_hidden_state`` (B, Q, D), the last layer's output under the last norm; with auxiliary losses
+            ``intermediate_hidden_states`` (L, B, Q, D), every layer's.
         """
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
@@ -188,7 +188,7 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
             )
             outputs.append(hidden_states)
         if not self.config.auxiliary_loss:
-            outputs = outputs[-1:]
+            return DetrDecoderOutput(last_hidden_state=self.layernorm(hidden_states))
         # transformers' DETR feeds the normed states to the next layer where auxiliary losses are on (5.23); the paper
         # and the authors do not.
         intermediate = self.layernorm(torch.stack(outputs))

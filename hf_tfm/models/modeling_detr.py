@@ -120,8 +120,8 @@ class TfmDetrModel(TfmDetrPreTrainedModel):
         """Read images (B, C, H, W), with ``pixel_mask`` (B, H, W) where some are padded.
 
         Returns:
-            ``last_hidden_state`` (B, Q, D); ``intermediate_hidden_states`` (L, B, Q, D), or (1, B, Q, D) without
-            auxiliary losses; ``encoder_last_hidden_state`` (B, N, D); on request hidden states and attentions.
+            ``last_hidden_state`` (B, Q, D); with auxiliary losses ``intermediate_hidden_states`` (L, B, Q, D);
+            ``encoder_last_hidden_state`` (B, N, D); on request hidden states and attentions.
         """
         return self.transform(self.features(pixel_values, pixel_mask), **kwargs)
 
@@ -152,8 +152,11 @@ class TfmDetrForObjectDetection(TfmDetrPreTrainedModel):
         self.bbox_predictor = BoxPredictor(config.d_model)
         self.post_init()
 
-    def heads(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, B, Q, D) -> logits (L, B, Q, C + 1), boxes (L, B, Q, 4)."""
+    def heads(self, outputs: DetrModelOutput) -> tuple[Tensor, Tensor]:
+        """Logits (L, B, Q, C + 1) and boxes (L, B, Q, 4); without auxiliary losses of the last layer alone, L = 1."""
+        states = outputs.intermediate_hidden_states
+        if states is None:
+            states = outputs.last_hidden_state[None]
         return self.class_labels_classifier(states), self.bbox_predictor(states)
 
     @can_return_tuple
@@ -179,7 +182,7 @@ class TfmDetrForObjectDetection(TfmDetrPreTrainedModel):
             ``auxiliary_outputs``, the predictions of the other layers; on request hidden states and attentions.
         """
         outputs = self.model(pixel_values, pixel_mask, **kwargs)
-        logits, boxes = self.heads(outputs.intermediate_hidden_states)
+        logits, boxes = self.heads(outputs)
         loss = loss_dict = None
         if labels is not None:
             matching = match(logits, boxes, labels, self.config)
@@ -253,7 +256,7 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         model = self.detr.model
         features = model.features(pixel_values, pixel_mask)
         outputs = model.transform(features, **kwargs)
-        logits, boxes = self.detr.heads(outputs.intermediate_hidden_states)
+        logits, boxes = self.detr.heads(outputs)
         B, Q = boxes.shape[1:3]
         loss = loss_dict = pred_masks = None
         if labels is None or not self.training:

@@ -1,0 +1,313 @@
+"""The backbone: what is frozen, what is folded, and how large the published models are."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from tiny_detr import PLAIN, relative_difference, scramble_detr, tiny_detr, tiny_detr_config, tiny_labels, tiny_photos
+from tiny_models import largest_difference
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hf_tfm.models.backbones as backbones
+from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from hf_tfm.models.backbones import FoldedConv2d, FrozenBatchNorm, TimmFeatures, fold_norms
+
+ALL = (-4, -3, -2, -1)
+
+
+def names_of(parameters, prefix: str = "") -> set[str]:
+    return {name.removeprefix(prefix) for name, _ in parameters}
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def note_gradient(kept: list[bool], module: nn.Module, args: tuple, output: Tensor) -> None:
+    kept.append(output.requires_grad)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+@pytest.mark.parametrize("dilation", [False, True])
+def test_stem_and_first_stage_are_frozen(backbone, dilation):
+    """And nothing else: the paper's part (appendix A.4), which transformers 5.23 does not freeze."""
+    with torch.device("meta"):
+        model = TfmDetrForObjectDetection(TfmDetrConfig(backbone=backbone, dilation=dilation))
+    prefix = "model.backbone.body."
+    first = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer1."))
+    }
+    assert frozen_names(model) == first and len(first) == 1 + 3 * 3 + 1
+    # 7 x 7 stem; three bottlenecks of 1 x 1, 3 x 3, 1 x 1, the first from 64 channels, with a projection.
+    bottlenecks = (64 + 256 + 256) * 64 + 3 * 9 * 64 * 64 + 3 * 64 * 256 + 64 * 256
+    parameters = dict(model.named_parameters())
+    assert sum(parameters[name].numel() for name in first) == 7 * 7 * 3 * 64 + bottlenecks == 222_400
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert sum(isinstance(module, FrozenBatchNorm) for module in model.modules()) == {"resnet50": 53}.get(
+        backbone, 104
+    )
+
+
+def test_no_gradient_reaches_what_is_frozen(tmp_path):
+    """Neither there nor after the model was loaded, which forgets in transformers 5.23 that parameters were frozen."""
+    model = tiny_detr(backbone="resnet18", **PLAIN).train()
+    model.save_pretrained(tmp_path)
+    loaded, report = TfmDetrForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    panoptic = TfmDetrForPanopticSegmentation.from_pretrained(tmp_path, encoder_attention_heads=8)
+    assert not report["missing_keys"]
+    frozen = frozen_names(model)
+    assert (
+        frozen == frozen_names(loaded) == names_of([(name, None) for name in frozen_names(panoptic)], "detr.")
+        and "model.backbone.body.layer1.1.conv2.weight" in frozen
+    )
+    assert frozen_names(copy.deepcopy(loaded)) == frozen
+    for each in (model, loaded.train()):
+        kept = []
+        each.model.backbone.body.layer1.register_forward_hook(partial(note_gradient, kept))
+        each(tiny_photos(), labels=tiny_labels()).loss.backward()
+        assert kept == [False], "nothing is kept for a backward pass"
+        for name, parameter in each.named_parameters():
+            assert (parameter.grad is None) == (name in frozen), name
+            # The first query states are zero, so what the first layer's attention makes of them has no gradient, and
+            # a bias of keys shifts all scores of a query alike.
+            if parameter.grad is not None and "decoder.layers.0.self_attn" not in name and "k_proj.bias" not in name:
+                assert parameter.grad.abs().max() > 0, name
+
+
+def test_how_much_is_frozen_is_the_users_choice():
+    counts = []
+    for stages in range(5):
+        features = TimmFeatures("resnet18", 3, ALL, "frozen", stages)
+        frozen = frozen_names(features.body)
+        tops = {name.split(".")[0] for name in frozen}
+        assert tops == ({"conv1", *(f"layer{i + 1}" for i in range(stages))} if stages else set())
+        counts.append(len(frozen))
+    assert counts == sorted(set(counts)) and counts[-1] == len(list(features.body.parameters()))
+    with pytest.raises(ValueError, match="backbone_frozen_stages must be at most 4 for resnet18, got 5"):
+        TimmFeatures("resnet18", 3, ALL, "frozen", 5)
+    with pytest.raises(ValueError, match="hrnet_w18_small has no stages that could be frozen"):
+        TimmFeatures("hrnet_w18_small", 3, ALL, "frozen", 1)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trained"),
+    [
+        ("resnet10t", "layer2"),
+        ("mobilenetv3_small_050", "blocks.1"),
+        ("convnext_atto", "stages_1"),
+        ("densenet121", "features_denseblock2"),
+        ("regnetx_002", "s2"),
+        ("test_efficientnet", "blocks.2"),
+    ],
+)
+def test_the_first_stage_of_other_families(backbone, trained):
+    """Everything that makes the map at a quarter of the image's size, and nothing of the next stage."""
+    body = TimmFeatures(backbone, 3, ALL, "frozen", 1).body
+    names = [name for name, _ in body.named_parameters()]
+    learned = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
+    assert learned and learned == names[-len(learned) :] and len(learned) < len(names)
+    assert any(name.startswith(trained) for name in learned)
+    before = next(i for i, name in enumerate(names) if name.startswith(trained))
+    # Between the stages stand at most a few weights that lead to the next size.
+    assert len(names) - len(learned) >= before - 6 and frozen_names(body) == set(names[: -len(learned)])
+
+
+def test_a_frozen_norm_is_batch_norm_in_evaluation():
+    norm, frozen = nn.BatchNorm2d(6, eps=1e-3), FrozenBatchNorm(6, eps=1e-3)
+    scramble_detr(norm)
+    report = frozen.load_state_dict(norm.state_dict(), strict=False)
+    assert not report.missing_keys and report.unexpected_keys == ["num_batches_tracked"]
+    features = tiny_photos(2, 5, 7, channels=6)
+    assert largest_difference(frozen(features), norm(features)) < 1e-6
+    frozen.train()(features)
+    assert torch.equal(frozen.running_mean, norm.running_mean), "it does not learn statistics"
+    assert not list(frozen.parameters())
+
+
+FAMILIES = {
+    # Of the norms of a family, those behind a convolution of their own.
+    "resnet18": (20, 20),
+    "resnet10t": (14, 14),
+    "densenet121": (121, 59),  # the others read sums and concatenations
+    "regnetx_002": (44, 44),
+    "mobilenetv3_small_050": (34, 34),
+    "convnext_atto": (0, 0),  # has layer norms
+    "test_efficientnet": (12, 12),
+    "test_byobnet": (14, 14),
+    "repvgg_a0": (61, 44),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_changes_nothing(name, monkeypatch):
+    """Maps and gradients of a model with random statistics, folded and not."""
+    torch.manual_seed(0)
+    folded = scramble_detr(TimmFeatures(name, 3, ALL, "frozen", 1))
+    monkeypatch.setattr(backbones, "fold_norms", lambda body: None)
+    plain = TimmFeatures(name, 3, ALL, "frozen", 1).eval()
+    plain.load_state_dict(folded.state_dict())
+    norms = [module for module in folded.modules() if isinstance(module, FrozenBatchNorm)]
+    assert (len(norms), sum(norm.folded for norm in norms)) == FAMILIES[name]
+    assert sum(isinstance(module, FoldedConv2d) for module in folded.modules()) == FAMILIES[name][1]
+    assert not any(isinstance(module, FoldedConv2d) for module in plain.modules())
+    images = tiny_photos(2, 64, 64)
+    for one, other in zip(folded(images), plain(images), strict=True):
+        assert other.std() > 1e-3 and relative_difference(one, other) < 1e-5
+    found = []  # gradients in float64: rounding moves values over the kinks of ReLU
+    for features in (folded.double(), plain.double()):
+        sum(each.square().mean() for each in features(images.double())).backward()
+        found.append({name: p.grad for name, p in features.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for key, expected in found[1].items():
+        assert relative_difference(found[0][key], expected) < 1e-9, key
+
+
+@pytest.mark.slow
+def test_folding_a_model_of_several_resolutions():
+    torch.manual_seed(0)
+    folded = scramble_detr(TimmFeatures("hrnet_w18_small", 3, ALL, "frozen"))
+    plain = copy.deepcopy(folded)
+    for module in plain.modules():
+        if isinstance(module, FoldedConv2d):
+            module.__class__ = nn.Conv2d
+        elif isinstance(module, FrozenBatchNorm):
+            module.folded = False
+    for one, other in zip(folded(tiny_photos(1, 64, 64)), plain(tiny_photos(1, 64, 64)), strict=True):
+        assert relative_difference(one, other) < 1e-5
+
+
+class Odd(nn.Module):
+    """Norms that must not be folded, and one that may."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.read_twice, self.twice, self.own = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.first, self.second, self.third, self.fourth, self.fifth = (FrozenBatchNorm(3) for _ in range(5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        one = self.first(self.shared(features)) + self.second(self.shared(features + 1))  # two norms, one convolution
+        convolved = self.read_twice(features)
+        two = self.third(convolved) + convolved  # something else reads the convolution
+        three = self.fourth(self.twice(features)) + self.fourth(features)  # one norm at two places
+        return one + two + three + self.fifth(self.own(features))
+
+
+def test_what_must_not_be_folded():
+    model = scramble_detr(Odd())
+    images = tiny_photos(2, 4, 4)
+    expected = model(images)
+    fold_norms(model)
+    norms = (model.first, model.second, model.third, model.fourth, model.fifth)
+    assert [norm.folded for norm in norms] == [False] * 4 + [True]
+    assert largest_difference(model(images), expected) < 1e-5
+
+
+def test_a_model_that_hides_its_graph_is_left_alone():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), FrozenBatchNorm(3)
+
+        def forward(self, features):
+            return self.norm(self.conv(features)) if features.mean() > 0 else features
+
+    model = Hidden()
+    fold_norms(model)
+    assert not model.norm.folded and type(model.conv) is nn.Conv2d
+
+
+def test_copies_of_a_folded_model(tmp_path):
+    """A copy must read its own norms, not those of the original."""
+    features, images = tiny_detr(backbone="resnet18").model.backbone, tiny_photos(1)
+    expected = [each.clone() for each in features(images)]
+    keys = set(features.state_dict())
+    assert {key for key in keys if "bn1" in key and "layer1.0" in key} == {
+        f"body.layer1.0.bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")
+    }, "a norm is listed once"
+    other = TimmFeatures("resnet18", 3, ALL, "frozen", 1)
+    other.load_state_dict(features.state_dict())
+    copies = [copy.deepcopy(features), pickle.loads(pickle.dumps(features)), other]
+    with torch.no_grad():
+        for module in features.modules():
+            if isinstance(module, FrozenBatchNorm):
+                module.running_mean.fill_(5.0)
+    assert largest_difference(features(images)[-1], expected[-1]) > 1e-2, "the fold follows later changes"
+    for each in copies:
+        assert set(each.state_dict()) == keys
+        for one, before in zip(each.eval()(images), expected, strict=True):
+            assert torch.equal(one, before)
+
+
+def test_group_norm_and_batch_norm_learn():
+    for kind, norm_class in (("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)):
+        features = TimmFeatures("test_resnet", 3, ALL, kind)
+        norms = [module for module in features.modules() if isinstance(module, norm_class)]
+        assert len(norms) == 15 and not any(isinstance(module, FoldedConv2d) for module in features.modules())
+        images = tiny_photos(2)
+        optimizer = torch.optim.SGD(features.parameters(), lr=0.1)
+        losses = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (features(images)[-1] - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
+    assert all(norm.num_groups == 16 or norm.num_channels % 32 == 0 for norm in norms if hasattr(norm, "num_groups"))
+
+
+def test_group_norm_treats_each_image_alone():
+    """In training too, where batch norm mixes them."""
+    images = tiny_photos()
+    for kind, mixes in (("group", False), ("batch", True)):
+        features = TimmFeatures("test_resnet", 3, ALL, kind).train()
+        assert (relative_difference(features(images)[-1][:1], features(images[:1])[-1]) > 1e-5) == mixes
+
+
+@pytest.mark.parametrize(("backbone", "height", "width"), [("resnet18", 64, 96), ("resnet50", 65, 70)])
+def test_dilation_keeps_the_size_of_the_last_map(backbone, height, width):
+    plain, dilated = (TimmFeatures(backbone, 3, ALL, "frozen", 1, stride).eval() for stride in (None, 16))
+    dilated.load_state_dict(plain.state_dict())  # the same weights, further apart
+    maps, larger = plain(tiny_photos(1, height, width)), dilated(tiny_photos(1, height, width))
+    assert [x.shape for x in maps[:3]] == [x.shape for x in larger[:3]] and (plain.stride, dilated.stride) == (32, 16)
+    assert larger[3].shape[2:] == larger[2].shape[2:] == dilated.grid(height, width)
+    assert maps[3].shape[2:] == plain.grid(height, width) == (-(-height // 32), -(-width // 32))
+
+
+PUBLISHED = {  # table 1 of the paper: parameters in millions, GFLOPs
+    "R50": ({"backbone": "resnet50"}, 41, 86),
+    "DC5": ({"backbone": "resnet50", "dilation": True}, 41, 187),
+    "R101": ({"backbone": "resnet101"}, 60, 152),
+    "DC5-R101": ({"backbone": "resnet101", "dilation": True}, 60, 253),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """Parameters and multiply-adds of table 1.
+
+    The paper averages over the first 100 validation images of COCO, which have 888,477 pixels at the size they are
+    resized to; one image of 800 x 1110 stands for them. Its tool also counts norms and the like, torch's counts
+    convolutions and matrix products alone: hence up to 4 % less here.
+    """
+    fields, millions, gflops = PUBLISHED[name]
+    with torch.device("meta"):
+        model = TfmDetrForObjectDetection(TfmDetrConfig(**fields, num_labels=91)).eval()
+        image = torch.empty(1, 3, 800, 1110)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 0 <= parameters - millions * 1e6 < 0.6e6
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    multiply_adds = counter.get_total_flops() / 2 / 1e9
+    assert 0.96 * gflops < multiply_adds < gflops
+
+
+def test_a_backbone_that_timm_does_not_know():
+    with pytest.raises(ValueError, match=r'backbone must be the name of a timm model .* got "resnet_of_nobody"'):
+        TfmDetrForObjectDetection(tiny_detr_config(backbone="resnet_of_nobody"))
