@@ -15,6 +15,8 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .dropout import dropout as drop
+
 ATTENTION_SCORES = ("dot_product", "additive")
 
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel while the score table fits the cache
@@ -60,11 +62,8 @@ def explicit_attention(
         future = torch.ones(query_length, key_length, dtype=torch.bool, device=scores.device).triu_(1)
         scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1)
-    if dropout and module.training:
-        mixed = nn.functional.dropout(probabilities, dropout) @ value
-    else:
-        mixed = probabilities @ value
-    return mixed.transpose(1, 2), probabilities  # (B, Tq, H, Dh)
+    kept = drop(probabilities, dropout) if dropout and module.training else probabilities
+    return (kept @ value).transpose(1, 2), probabilities  # (B, Tq, H, Dh)
 
 
 class ConfigView:
@@ -167,14 +166,12 @@ class MultiHeadAttention(nn.Module):
             return explicit_attention
         if output_attentions:
             return explicit_attention
-        if (
-            chosen == "sdpa"
-            and query.dtype == torch.bfloat16
-            and query.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and query.shape[2] * key.shape[2] <= SMALL_SCORE_TABLE
-        ):
-            return explicit_attention
+        if chosen == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            # torch has no kernel there that drops, and would form the probabilities too, more slowly.
+            drops = self.training and self.config.attention_dropout > 0.0
+            small = query.dtype == torch.bfloat16 and query.shape[2] * key.shape[2] <= SMALL_SCORE_TABLE
+            if drops or small:
+                return explicit_attention
         return ALL_ATTENTION_FUNCTIONS.get_interface(chosen, explicit_attention)
 
     def forward(

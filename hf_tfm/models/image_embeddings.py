@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .backbones import TimmFeatures
 from .configuration_vit import ImageEncoderConfig
+from .dropout import Dropout
 from .patches import PatchEmbedding, patch_grid, patchify, resize_grid, sides
 from .positions import sincos_2d
 
@@ -28,7 +29,7 @@ class TfmViTEmbeddings(nn.Module):
         self.kind = config.position_embedding_type
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embeddings = PatchEmbedding(channels, config.patch_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         rows, columns = self.grid
         table = torch.zeros(1, 1 + rows * columns, config.hidden_size)
         if self.kind == "learned":

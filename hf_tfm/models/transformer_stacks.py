@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_transformer import TfmTransformerConfig
+from .dropout import Dropout
 from .positions import SinusoidalPositions, positions_1d
 
 
@@ -65,7 +66,7 @@ class Embedding(nn.Module):
             config.position_embedding_type, config.max_position_embeddings, config.hidden_size
         )
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, offset: int | Tensor = 0
