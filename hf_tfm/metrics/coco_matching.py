@@ -127,6 +127,8 @@ def accumulate(scores: np.ndarray, flags: np.ndarray, objects: np.ndarray) -> tu
     Returns:
         precision (A, T, R) and recall (A, T); NaN where there are no objects.
     """
+    order = np.argsort(-scores, kind="stable")  # they are sorted anyway, but memory is then read in order
+    scores, flags = scores[order], flags[order]
     bits = np.unpackbits(flags, axis=1, count=BITS).reshape(-1, *FLAGS).view(bool)
     thresholds = len(IOU_THRESHOLDS)
     precision = np.full((len(objects), thresholds, len(RECALL_THRESHOLDS)), np.nan)
@@ -135,7 +137,7 @@ def accumulate(scores: np.ndarray, flags: np.ndarray, objects: np.ndarray) -> tu
         matched, ignored = bits[:, :, a].transpose(1, 2, 0).reshape(2, -1)  # (T D) each
         evaluation = compiled.ImageEvaluation.__new__(compiled.ImageEvaluation)
         evaluation.__setstate__(
-            (matched.astype(int).tolist(), [], scores.tolist(), [False] * int(objects[a]), ignored.tolist(), [])
+            (matched.tolist(), [], scores.tolist(), [False] * int(objects[a]), ignored.tolist(), [])
         )
         # All images as one, for no limit on detections is left to apply.
         parameters = SimpleNamespace(
