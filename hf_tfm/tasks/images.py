@@ -57,16 +57,14 @@ def image_processor(
     return ViTImageProcessor(size={"shortest_edge": resize}, do_center_crop=True, crop_size=crop, **shared)
 
 
-class Pixels:
-    """An image processor in two halves: resizing on the host, in uint8, and the model's scale on the device.
-
-    Both together are the processor itself; `size` is (H, W), `mean` and `std` are those of pixels in [0, 255].
+class Scale:
+    """The model's scale of pixels, (x - mean) / std; `mean` and `std` are those of pixels in [0, 255].
 
     Args:
         processor: one of transformers' torchvision ones.
 
     Raises:
-        ValueError: it is another, or its images have no fixed size.
+        ValueError: it is another, or resizes in a way that uint8 tensors cannot.
     """
 
     def __init__(self, processor: BaseImageProcessor):
@@ -74,26 +72,15 @@ class Pixels:
             raise ValueError(
                 f"processor must be one of transformers' torchvision ones, got {type(processor).__name__}"
             )
-        self.processor = processor
-        fixed = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
-        if fixed is None or not (fixed.height and fixed.width):
-            raise ValueError(f"processor must give images of a fixed height and width, got size {processor.size}")
         if processor.resample not in INTERPOLATION:
             raise ValueError(f"processor.resample must be nearest, bilinear or bicubic, got {processor.resample}")
-        self.size = (fixed.height, fixed.width)
+        self.processor = processor
         self.interpolation = INTERPOLATION[processor.resample]
         white = 1.0 / processor.rescale_factor if processor.do_rescale else 1.0
         mean = processor.image_mean if processor.do_normalize else [0.0] * 3
         std = processor.image_std if processor.do_normalize else [1.0] * 3
         self.mean, self.std = [m * white for m in mean], [s * white for s in std]
         self.constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def resize(self, image: Tensor) -> Tensor:
-        """What the processor makes of an image before it scales it: uint8 (3, h, w) -> uint8 (3, H, W)."""
-        processor = self.processor
-        if processor.do_resize:
-            image = processor.resize(image, processor.size, processor.resample)
-        return processor.center_crop(image, processor.crop_size) if processor.do_center_crop else image
 
     def scale(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32, as the model reads them."""
@@ -104,6 +91,33 @@ class Pixels:
             )
         mean, std = self.constants[device]
         return pixels.float().sub_(mean).div_(std)  # in place: fresh memory costs a CPU more than the arithmetic
+
+
+class Pixels(Scale):
+    """An image processor in two halves: resizing on the host, in uint8, and the model's scale on the device.
+
+    Both together are the processor itself; `size` is (H, W).
+
+    Args:
+        processor: see `Scale`.
+
+    Raises:
+        ValueError: its images have no fixed size; and see `Scale`.
+    """
+
+    def __init__(self, processor: BaseImageProcessor):
+        super().__init__(processor)
+        fixed = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
+        if fixed is None or not (fixed.height and fixed.width):
+            raise ValueError(f"processor must give images of a fixed height and width, got size {processor.size}")
+        self.size = (fixed.height, fixed.width)
+
+    def resize(self, image: Tensor) -> Tensor:
+        """What the processor makes of an image before it scales it: uint8 (3, h, w) -> uint8 (3, H, W)."""
+        processor = self.processor
+        if processor.do_resize:
+            image = processor.resize(image, processor.size, processor.resample)
+        return processor.center_crop(image, processor.crop_size) if processor.do_center_crop else image
 
 
 class ImageTask:

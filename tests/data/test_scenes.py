@@ -104,6 +104,20 @@ def test_a_crop_without_masks_goes_by_boxes():
         part.object_masks()
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["masks", "segments"])
+def test_an_object_without_a_pixel_in_a_crop_goes(segments):
+    """Of a diagonal line, the box covers the corners and the line does not."""
+    line = torch.eye(40, dtype=torch.int32)
+    ids = torch.tensor([1], dtype=torch.int32) if segments else None
+    masks = Mask(line[None] if segments else line[None] > 0)
+    empty = empty_scene((40, 40))
+    boxes = boxes_like(torch.tensor([[0.0, 0, 40, 40]]), (40, 40))
+    scene = Scene(empty.image, boxes, torch.tensor([5]), torch.tensor([40.0]), torch.tensor([False]), masks, ids)
+    assert scene.crop(0, 0, 20, 20).labels.tolist() == [5]
+    corner = scene.crop(0, 20, 20, 20)
+    assert corner.labels.tolist() == [] and corner.object_masks().shape == (0, 20, 20)
+
+
 def test_areas_follow_the_scale():
     scene = painted()
     np.testing.assert_allclose(scene.resize(180, 240).area, 4 * scene.area)
