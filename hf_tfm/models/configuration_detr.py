@@ -7,6 +7,39 @@ from transformers.activations import ACT2FN
 
 from .travel import TravellingConfig
 
+# "base" is the paper's. The others are ours, for small images and training from scratch: group norm, nothing frozen,
+# and in "tiny" a finer feature map.
+SIZES = {
+    "tiny": {
+        "backbone": "resnet10t",
+        "backbone_norm": "group",
+        "backbone_frozen_stages": 0,
+        "dilation": True,
+        "num_queries": 25,
+        "d_model": 128,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 512,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 512,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
+    "small": {
+        "backbone": "resnet18",
+        "backbone_norm": "group",
+        "backbone_frozen_stages": 0,
+        "num_queries": 100,
+        "d_model": 192,
+        "encoder_layers": 3,
+        "encoder_ffn_dim": 768,
+        "decoder_layers": 4,
+        "decoder_ffn_dim": 768,
+    },
+    "base": {},
+}
 NORMS = ("frozen", "batch", "group")
 POSITIONS = ("sine", "learned")
 WEIGHTS = (
@@ -46,13 +79,14 @@ class TfmDetrConfig(TravellingConfig):
         norm_first: pre-norm blocks instead of post-norm ones.
         layer_norm_eps: added to the variance in layer norms.
         position_embedding_type: "sine" (fixed) or "learned" positions of the feature map.
-        init_std: standard deviation of initial embeddings.
         init_xavier_std: gain of the Xavier initialisation.
         auxiliary_loss: every decoder layer's predictions are learned from, not the last one's alone.
         class_cost, bbox_cost, giou_cost: weights in the matching cost.
         bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights in the
             loss; that of the classes is 1.
         eos_coefficient: weight of queries without an object in the class loss.
+        thing_ids: classes that are counted; the others are stuff, of which an image has one segment at most. Default,
+            all are things.
 
     Raises:
         ValueError: a field has the wrong type or a value outside its range.
@@ -95,7 +129,6 @@ class TfmDetrConfig(TravellingConfig):
     norm_first: bool = False
     layer_norm_eps: float = 1e-5
     position_embedding_type: str = "sine"
-    init_std: float = 0.02
     init_xavier_std: float | int = 1.0
     auxiliary_loss: bool = True
     class_cost: float | int = 1
@@ -106,7 +139,19 @@ class TfmDetrConfig(TravellingConfig):
     mask_loss_coefficient: float | int = 1
     dice_loss_coefficient: float | int = 1
     eos_coefficient: float = 0.1
+    thing_ids: list[int] | None = None
     is_encoder_decoder: bool = True
+
+    @classmethod
+    def of_size(cls, size: str, **fields):
+        """The configuration of a named size, "tiny" to "base", with ``fields`` changed.
+
+        Raises:
+            ValueError: the size is not known.
+        """
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
+        return cls(**{**SIZES[size], **fields})
 
     def __post_init__(self, **kwargs):
         if (native := kwargs.pop("backbone_config", None)) is not None:
@@ -139,6 +184,10 @@ class TfmDetrConfig(TravellingConfig):
         for name in (*WEIGHTS, "backbone_frozen_stages"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.thing_ids is not None and not set(self.thing_ids) <= set(range(self.num_labels)):
+            raise ValueError(
+                f"thing_ids must be in [0, {self.num_labels}), the number of labels, got {self.thing_ids}"
+            )
         if not 0.0 < self.eos_coefficient <= 1.0:
             raise ValueError(f"eos_coefficient must be in (0, 1], got {self.eos_coefficient}")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
