@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Image, Value
 from huggingface_hub import hf_hub_download
-from torch import Tensor
 
 from .arrow_lists import FlatList, nest, whole
 from .coco import load_json
@@ -151,11 +150,13 @@ def panoptic_rows(
     return whole_rows.select(there)
 
 
-def decode_segments(value: Any) -> Tensor:
+def decode_segments(value: Any) -> np.ndarray:
     """The segment ids of a panoptic PNG, int32 (h, w).
 
     Raises:
         BadImage: it cannot be read.
     """
-    red, green, blue = decode(value).int()
-    return red + 256 * green + 65536 * blue
+    colours = decode(value).permute(1, 2, 0).numpy()
+    numbers = np.zeros((*colours.shape[:2], 4), np.uint8)
+    numbers[..., :3] = colours
+    return numbers.view("<i4")[..., 0]  # red is the lowest byte

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import find_objects
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import BoundingBoxes, Mask
@@ -35,8 +37,9 @@ class Scene:
         labels: (n,) int64, categories as the rows have them.
         area: (n,) float32, pixels.
         iscrowd: (n,) bool.
-        masks: (n, h, w) bool, or with ``ids`` one map of segment ids, (1, h, w) int32; None without masks.
-        ids: (n,) int32, each object's segment.
+        masks: (n, h, w) bool; or with ``ids`` one map, (1, h, w) uint8 or int32, so that a crop or a resize costs the
+            same for any number of segments; None without masks.
+        ids: (n,) the numbers of the objects in the map, from 1 on; 0 belongs to none.
     """
 
     image: ImageTensor
@@ -53,16 +56,24 @@ class Scene:
         height, width = self.image.shape[-2:]
         return height, width
 
-    def object_masks(self) -> Tensor:
-        """A mask for each object, (n, h, w) bool.
+    def object_masks(self, canvas: tuple[int, int] | None = None) -> Tensor:
+        """A mask for each object, (n, h, w) bool, or (n, H, W) on a larger canvas, False below and to the right.
 
         Raises:
             ValueError: the scene was read without masks.
         """
         if self.masks is None:
             raise ValueError("the scene was read without masks")
+        height, width = canvas or self.size
+        masks = pad(self.masks.as_subclass(Tensor), [0, width - self.size[1], 0, height - self.size[0]])
+        return masks if self.ids is None else masks == self.ids[:, None, None].to(masks.dtype)
+
+    def seen(self) -> Tensor:
+        """Which objects have a pixel in their mask, (n,) bool."""
         masks = self.masks.as_subclass(Tensor)
-        return masks if self.ids is None else masks == self.ids[:, None, None]
+        if self.ids is None:
+            return masks.flatten(1).any(dim=1)
+        return torch.bincount(masks.flatten(), minlength=256)[self.ids.long()] > 0
 
     def keep(self, which: Tensor) -> "Scene":
         """The scene with some of its objects; ``which`` (n,) bool."""
@@ -94,7 +105,7 @@ class Scene:
         )
         left_over = (after >= before.clamp_max(THINNEST)).all(dim=1)
         if masks is not None:
-            left_over &= scene.object_masks().flatten(1).any(dim=1)
+            left_over &= scene.seen()
         return scene.keep(left_over)
 
     def flip(self) -> "Scene":
@@ -123,13 +134,12 @@ class Scene:
 
 
 def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:
-    """(k, h, w) bool or int32 -> (k, height, width) of the same type, by the pixel whose centre is nearest.
+    """(k, h, w) bool, uint8 or int32 -> (k, height, width) of the same type, by the pixel whose centre is nearest.
 
     `functional.resize` of a `Mask` has another rule, by which masks move against their image.
     """
-    numbers = masks.to(torch.uint8) if masks.dtype == torch.bool else masks.float()  # ids are below 2^24: exact
-    nearest = InterpolationMode.NEAREST_EXACT
-    return functional.resize_image(numbers, [height, width], nearest).to(masks.dtype)
+    numbers = masks.view(torch.uint8) if masks.dtype == torch.bool else masks
+    return functional.resize_image(numbers, [height, width], InterpolationMode.NEAREST_EXACT).to(masks.dtype)
 
 
 def boxes_like(xyxy: Tensor, size: tuple[int, int]) -> BoundingBoxes:
@@ -195,31 +205,24 @@ def read_segments(row: Mapping[str, Any], image: Tensor) -> Scene:
     Boxes hold their segments' last pixels, as those of objects do; the authors' code and transformers' image processor
     end a pixel earlier, so that a segment one pixel wide has an empty box.
     """
-    segments = decode_segments(row[PANOPTIC])
-    if segments.shape != image.shape[-2:]:
-        have, want = tuple(segments.shape), tuple(image.shape[-2:])
+    ids = decode_segments(row[PANOPTIC])
+    if ids.shape != image.shape[-2:]:
+        have, want = tuple(ids.shape), tuple(image.shape[-2:])
         raise BadImage(f"its panoptic map has {have[0]} x {have[1]} pixels, the image {want[0]} x {want[1]}")
-    there = set(np.unique(segments.numpy()).tolist())
-    found = [s for s in row[SEGMENTS] if s["id"] in there]
-    ids = torch.tensor([s["id"] for s in found], dtype=torch.int32)
+    stated = row[SEGMENTS]
+    table = np.zeros(2**24, np.uint8 if len(stated) < 256 else np.int32)  # from ids to numbers; mostly never touched
+    table[[s["id"] for s in stated]] = np.arange(1, len(stated) + 1)
+    numbers = table[ids]
+    places = find_objects(numbers, len(stated))  # (rows, columns) of each, or None
+    found = [(k + 1, s, place) for k, (s, place) in enumerate(zip(stated, places, strict=True)) if place is not None]
+    boxes = [(x.start, y.start, x.stop, y.stop) for _, _, (y, x) in found]
     size = tuple(image.shape[-2:])
     return Scene(
         ImageTensor(image),
-        boxes_like(mask_boxes(segments == ids[:, None, None]), size),
-        torch.tensor([s["category"] for s in found], dtype=torch.int64),
-        torch.tensor([s["area"] for s in found], dtype=torch.float32),
-        torch.tensor([s["iscrowd"] for s in found], dtype=torch.bool),
-        Mask(segments[None]),
-        ids,
+        boxes_like(torch.tensor(boxes, dtype=torch.float32), size),
+        torch.tensor([s["category"] for _, s, _ in found], dtype=torch.int64),
+        torch.tensor([s["area"] for _, s, _ in found], dtype=torch.float32),
+        torch.tensor([s["iscrowd"] for _, s, _ in found], dtype=torch.bool),
+        Mask(torch.from_numpy(numbers)[None]),
+        torch.tensor([number for number, _, _ in found], dtype=torch.int32),
     )
-
-
-def mask_boxes(masks: Tensor) -> Tensor:
-    """The boxes of masks, none of them empty: (n, h, w) bool -> (n, 4) float32 left, top, right, bottom."""
-    ends = []
-    for lines in (masks.any(dim=1), masks.any(dim=2)):  # columns (n, w), rows (n, h)
-        first = lines.int().argmax(dim=1)
-        last = lines.shape[1] - lines.flip(1).int().argmax(dim=1)
-        ends.append((first, last))
-    (left, right), (top, bottom) = ends
-    return torch.stack([left, top, right, bottom], dim=1).float()

@@ -137,7 +137,7 @@ class SceneTask:
         self, examples: list[dict[str, Any]], indices: list[int], epoch: int, hidden: bool, training: bool
     ) -> Batch:
         """See `collate`."""
-        scenes, labels, references, rows, bad = [], [], [], [], []
+        scenes, sources, references, bad = [], [], [], []
         canvas = None
         with seeded() as seed:
             for example, number in zip(examples, indices, strict=True):
@@ -152,24 +152,27 @@ class SceneTask:
                 if training and self.augmentation is not None:
                     seed(self.seed, epoch, row)
                     drawn, canvas = chances(self.seed, epoch, row)[0], place
-                    scene = self.augmentation(original, drawn, canvas, self.pixels.interpolation)
+                    scenes.append(self.augmentation(original, drawn, canvas, self.pixels.interpolation))
                 else:
-                    scene = self.pixels.resize(original)
+                    scenes.append(self.pixels.resize(original))
+                sources.append((row, example["image_id"], original.size))
                 if not training:
                     references.append(self.reference(original, example))
-                scenes.append(scene)
-                labels.append(self.targets(scene, original.size, example["image_id"]))
-                rows.append(row)
         count = len(scenes)
         if not scenes:
-            scenes, rows = [empty_scene(PLACEHOLDER)], [split_number(indices[0])[0]]
-            labels = [self.targets(scenes[0], PLACEHOLDER, examples[0]["image_id"])]
-        batch = pad(scenes, labels, canvas or tuple(np.max([scene.size for scene in scenes], axis=0).tolist()))
-        batch |= {"images": count, "indices": torch.tensor(rows), "bad": bad}
+            scenes = [empty_scene(PLACEHOLDER)]
+            sources = [(split_number(indices[0])[0], examples[0]["image_id"], PLACEHOLDER)]
+        canvas = canvas or tuple(np.max([scene.size for scene in scenes], axis=0).tolist())
+        pixels, mask = pad_images(scenes, canvas)
+        targets = [self.targets(scene, canvas, *of) for scene, (_, *of) in zip(scenes, sources, strict=True)]
+        batch = {"pixel_values": pixels, "pixel_mask": mask, "labels": targets, "images": count, "bad": bad}
+        batch["indices"] = torch.tensor([row for row, *_ in sources])
         return batch if training else batch | {"references": references}
 
-    def targets(self, scene: Scene, orig_size: tuple[int, int], image_id: int) -> dict[str, Tensor]:
-        """What a model is to find in a scene; see `collate`. Masks are not padded yet."""
+    def targets(
+        self, scene: Scene, canvas: tuple[int, int], image_id: int, orig_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """What a model is to find in a scene; see `collate`."""
         size = scene.size
         scene = scene.keep(~scene.iscrowd)
         first, last = scene.boxes.as_subclass(Tensor).split(2, dim=1)
@@ -183,7 +186,7 @@ class SceneTask:
             "orig_size": torch.tensor(orig_size),
             "size": torch.tensor(size),
         }
-        return target | ({"masks": scene.object_masks()} if self.masks else {})
+        return target | ({"masks": scene.object_masks(canvas)} if self.masks else {})
 
     def reference(self, scene: Scene, example: dict[str, Any]) -> dict[str, Any]:
         """What a scene's predictions are compared with; see `collate`."""
@@ -206,16 +209,12 @@ class SceneTask:
         return reference
 
 
-def pad(scenes: list[Scene], labels: list[dict[str, Tensor]], canvas: tuple[int, int]) -> Batch:
-    """Images, and the masks among their labels, on canvases of zeros."""
+def pad_images(scenes: list[Scene], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images on canvases of zeros, uint8 (B, 3, H, W), and where they are, (B, H, W) bool."""
     pixels = torch.zeros(len(scenes), 3, *canvas, dtype=torch.uint8)
     mask = torch.zeros(len(scenes), *canvas, dtype=torch.bool)
-    for i, (scene, own) in enumerate(zip(scenes, labels, strict=True)):
+    for i, scene in enumerate(scenes):
         height, width = scene.size
         pixels[i, :, :height, :width] = scene.image
         mask[i, :height, :width] = True
-        if "masks" in own:
-            masks = torch.zeros(len(own["masks"]), *canvas, dtype=torch.bool)
-            masks[:, :height, :width] = own["masks"]
-            own["masks"] = masks
-    return {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
+    return pixels, mask

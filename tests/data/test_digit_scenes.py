@@ -35,7 +35,7 @@ def test_boxes_outlines_and_segments_are_of_the_same_pixels(scenes):
     assert report.kept == report.boxes and not list(report.lines())
     assert class_names(objects) == THINGS and class_names(segments) == THINGS + STUFF
     for one, other in zip(objects, segments, strict=True):
-        ids = decode_segments(other["panoptic"]).numpy()
+        ids = decode_segments(other["panoptic"])
         assert set(np.unique(ids)) == {s["id"] for s in other["segments_info"]}  # every pixel belongs to a segment
         assert [s["area"] for s in other["segments_info"]] == [(ids == s["id"]).sum() for s in other["segments_info"]]
         things = [s for s in other["segments_info"] if s["category"] < len(THINGS)]

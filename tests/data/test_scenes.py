@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from annotated_images import OBJECTS, SIZES, colours, picture, segment_map
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
@@ -11,9 +12,14 @@ from torchvision.tv_tensors import Mask
 from hf_tfm.data import run_lengths
 from hf_tfm.data.images import BadImage
 from hf_tfm.data.scene_augment import CHANCES, CROP, FLIP, SceneAugmentation, chances, fitted, scaled
-from hf_tfm.data.scenes import Scene, boxes_like, empty_scene, mask_boxes, read_scene
+from hf_tfm.data.scenes import Scene, boxes_like, empty_scene, read_scene
 
 NEAREST = InterpolationMode.NEAREST_EXACT
+
+
+def mask_boxes(masks):
+    """The boxes of masks, their last pixels in them."""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def painted(seed=0, segments=False, count=6, size=(90, 120)) -> Scene:
