@@ -1,0 +1,69 @@
+"""How much of a batch of scenes is padding, by the way batches are made.
+
+python -m benchmarks detection_padding --dataset DATA
+
+The paper's augmentation (Carion et al. 2020, appendix A.4), an epoch of images with the sizes of a real data set:
+  random            batches in random order, a scale for each image, as the authors' code makes them
+  orientation       upright and wide images apart, as detectron2 and torchvision's reference do, and one scale a batch
+  ours              neighbours in shape after the crop, one scale and canvas a batch
+"""
+
+import numpy as np
+
+from hf_tfm.data.batching import rng
+from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.scene_augment import SceneAugmentation, chances, pick, scaled
+from hf_tfm.data.shape_batches import ShapeSampler, padding_share
+from hf_tfm.data.source import load_splits
+
+from . import common
+
+SEED = EPOCH = 0
+
+
+def image_sizes(dataset: str) -> np.ndarray:
+    """(N, 2) height and width of all images of a data set."""
+    splits = [scene_rows(rows)[0] for rows in load_splits(dataset).values()]
+    return np.concatenate([np.stack([rows["height"], rows["width"]], axis=1) for rows in splits])
+
+
+def by_orientation(sizes: np.ndarray, batch_size: int, augmentation: SceneAugmentation) -> float:
+    """Padding of batches of images that are all upright or all wide before the crop, with one scale a batch."""
+    random = rng(SEED, EPOCH)
+    order = random.permutation(len(sizes))
+    upright = sizes[order, 0] > sizes[order, 1]
+    shapes = augmentation.crops(sizes, chances(SEED, EPOCH, 0, len(sizes)))[:, 2:]
+    used = padded = 0
+    for group in (order[upright], order[~upright]):
+        for start in range(0, len(group), batch_size):
+            scale = int(pick(augmentation.scales, random.random()))
+            made = scaled(shapes[group[start : start + batch_size]], scale, augmentation.max_size)
+            used += int(made.prod(axis=1).sum())
+            padded += len(made) * int(made.max(axis=0).prod())
+    return 1.0 - used / padded
+
+
+def main(dataset: str = "rishitdagli/cppe-5", images: int = 8192, batch_sizes: tuple[int, ...] = (2, 8, 16)) -> None:
+    """Measure and write benchmarks/results/detection_padding.json.
+
+    Args:
+        dataset: with objects in images; a Hub id or a local folder.
+        images: of an epoch, their sizes drawn from those of the data set.
+        batch_sizes: images of a batch.
+    """
+    real = image_sizes(dataset)
+    sizes = real[np.random.default_rng(SEED).integers(len(real), size=images)]
+    augmentation = SceneAugmentation()
+    shares = {}
+    for batch_size in batch_sizes:
+        random = BatchSampler(images, batch_size, SEED).steps(EPOCH)
+        ours = ShapeSampler(sizes, batch_size, augmentation, SEED).steps(EPOCH)
+        shares[str(batch_size)] = {
+            "random": padding_share(random, sizes, augmentation, SEED, EPOCH),
+            "orientation, one scale": by_orientation(sizes, batch_size, augmentation),
+            "ours": padding_share(ours, sizes, augmentation, SEED, EPOCH),
+        }
+    common.write(
+        "detection_padding", {"dataset": dataset, "real_sizes": len(real), "images": images, "padding": shares}
+    )
