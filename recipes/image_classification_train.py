@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoImageProcessor, set_seed
+from transformers import AutoConfig, AutoImageProcessor, set_seed
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.augment import Mixing
@@ -28,6 +28,7 @@ from hf_tfm.training.image_run import (
     ImageRunArguments,
     check_fields,
     describe,
+    fresh_head,
     image_loader,
     load_rows,
     new_config,
@@ -67,7 +68,7 @@ class ClassificationArguments(ImageRunArguments):
             raise ValueError(f"linear_probe trains one layer alone: layer_decay must be 1, got {self.layer_decay}")
         check_fields(TfmViTConfig, self.model)
         if not self.init_from:
-            new_config(TfmViTConfig, self)
+            new_config(TfmViTConfig, self, image_size=self.image_size)
 
 
 def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForImageClassification:
@@ -75,14 +76,17 @@ def build_model(args: ClassificationArguments, names: list[str]) -> TfmViTForIma
     set_seed(args.seed)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if not args.init_from:
-        return TfmViTForImageClassification(new_config(TfmViTConfig, args, **labels))
+        return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=args.image_size, **labels))
     still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
     fields = {**labels, **still, **args.model}
+    earlier = AutoConfig.from_pretrained(args.init_from)
     model, report = TfmViTForImageClassification.from_pretrained(
         args.init_from, ignore_mismatched_sizes=True, output_loading_info=True, **fields
     )
     if odd := sorted(name for name, *_ in report["mismatched_keys"] if not name.startswith("classifier.")):
         raise ValueError(f"model: the weights of init_from {args.init_from} do not fit it: {', '.join(odd)}")
+    if len(names) == earlier.num_labels and earlier.id2label != labels["id2label"] and not report["missing_keys"]:
+        fresh_head(model, "classifier")  # as many classes, but others
     model.vit.set_image_size(args.image_size)
     return model
 
@@ -104,11 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = task_of(args.train_split)
     unit = 1 if task.mixing is None else 2
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True, unit=unit)
-    held_out = args.validation_split or "holdout"
     if args.linear_probe:
         prepare_probe(accelerator, task, model, learning, args.batch_size)
     tests = {s: image_loader(args, accelerator, task_of(s), rows[s], learning=False) for s in args.test_splits}
-    validation = image_loader(args, accelerator, task_of(held_out), rows[held_out], learning=False)
+    validation = image_loader(args, accelerator, task_of(args.held_out), rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
     settled, line = args.settle(per_epoch)
@@ -125,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.linear_probe:
         model.classifier = model.classifier.fold()
     metrics = []
-    for split, loader in {held_out: validation, **tests}.items():
+    for split, loader in {args.held_out: validation, **tests}.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, model, loader))]
     finish(run, model.eval(), processor, task, result, metrics)
     return 0

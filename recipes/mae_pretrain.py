@@ -45,7 +45,7 @@ class PretrainArguments(ImageRunArguments):
             raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
         check_fields(TfmMAEConfig, self.model)
         if not self.init_from:
-            new_config(TfmMAEConfig, self)
+            new_config(TfmMAEConfig, self, image_size=self.image_size)
 
 
 def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
@@ -53,7 +53,7 @@ def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
     set_seed(args.seed)
     if args.init_from:
         return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
-    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args))
+    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=args.image_size))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build_model(args)
     task = MaskedImageTask(model.config, processor, args.augmentation, args.seed)
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True)
-    held_out = args.validation_split or "holdout"
-    validation = image_loader(args, accelerator, task, rows[held_out], learning=False)
+    validation = image_loader(args, accelerator, task, rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
     settled, line = args.settle(per_epoch)
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score)
     if result.stopped:
         return run.stopped(result)
-    metrics = [{"name": "reconstruction_loss", "value": score(model)["loss"], "split": held_out}]
+    metrics = [{"name": "reconstruction_loss", "value": score(model)["loss"], "split": args.held_out}]
     finish(run, model.eval(), processor, task, result, metrics)
     return 0
 

@@ -1,11 +1,14 @@
 """What the recipes on images share: the knobs of data and pictures, and their loaders."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from torch import nn
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
@@ -14,34 +17,27 @@ from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler, EqualStreamLoader
 from ..data.images import WatchedLoader
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
-from ..models.configuration_vit import ImageEncoderConfig
 from ..tasks.images import ImageTask, image_processor
 from .arguments import ImageArguments
 
 
 @dataclass(kw_only=True)
-class ImageRunArguments(ImageArguments):
-    """Knobs of data and pictures.
+class PictureArguments(ImageArguments):
+    """Knobs of data, and of the model that reads it.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, with a column of images, or "digits".
+        dataset: what `datasets.load_dataset` takes, with a column of images, or an embedded data set.
         dataset_name: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "imagefolder" or "parquet".
-        streaming: read the training split as it comes; needs num_steps.
         image_column: images, their bytes or paths; default, the only column of images.
-        label_column: a ClassLabel, integers or strings; default, the only ClassLabel or "label".
         train_split: split to learn from.
         validation_split: split that decides which weights are best.
         holdout: so many images of the training split, drawn at random, are the validation split where that is null.
         max_train_samples: learn from the first of the training images only, after they were shuffled by the seed.
         max_bad_images: images that cannot be read are reported and left out, up to so many.
-        image_size: pixels of the model's images.
-        resize: evaluation resizes the shorter edge to this and cuts out the centre; default, it resizes to image_size.
         mean: of the channels, of pixels in [0, 1]; default, that of init_from, or of ImageNet.
         std: their standard deviation; the same default.
-        augmentation: see `Augmentation`.
-        repeats: copies of a sample in a step, each changed in its own way.
         init_from: folder or Hub id of a model to go on from, with its image processor.
         size: of a new model, see its configuration; a model of init_from has its own.
         model: fields of the configuration that differ from the size's, or from init_from's.
@@ -54,20 +50,14 @@ class ImageRunArguments(ImageArguments):
     dataset_name: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
-    streaming: bool = False
     image_column: str | None = None
-    label_column: str | None = None
     train_split: str = "train"
     validation_split: str | None = "validation"
     holdout: int | None = None
     max_train_samples: int | None = None
     max_bad_images: int = 10
-    image_size: int | tuple[int, int] = 224
-    resize: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    repeats: int = 1
     init_from: str | None = None
     size: str = "base"
     model: dict[str, int | float | bool | str | tuple[int, int] | None] = field(default_factory=dict)
@@ -75,12 +65,44 @@ class ImageRunArguments(ImageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_0="max_bad_images", at_least_1="holdout max_train_samples repeats")
+        self.check_range(at_least_0="max_bad_images", at_least_1="holdout max_train_samples")
         if (self.validation_split is None) == (self.holdout is None):
             raise ValueError(
                 f"give exactly one of validation_split and holdout, got {self.validation_split} and {self.holdout}; "
                 "null takes back what a preset gives"
             )
+
+    @property
+    def held_out(self) -> str:
+        """The name of the split that decides which weights are best."""
+        return self.validation_split or "holdout"
+
+
+@dataclass(kw_only=True)
+class ImageRunArguments(PictureArguments):
+    """Knobs of images of one size, and their labels.
+
+    Args:
+        streaming: read the training split as it comes; needs num_steps.
+        label_column: a ClassLabel, integers or strings; default, the only ClassLabel or "label".
+        image_size: pixels of the model's images.
+        resize: evaluation resizes the shorter edge to this and cuts out the centre; default, it resizes to image_size.
+        augmentation: see `Augmentation`.
+        repeats: copies of a sample in a step, each changed in its own way.
+
+    The others are those of `PictureArguments`.
+    """
+
+    streaming: bool = False
+    label_column: str | None = None
+    image_size: int | tuple[int, int] = 224
+    resize: int | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    repeats: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(at_least_1="repeats")
         if self.streaming:
             if self.num_steps is None:
                 raise ValueError("streaming needs num_steps: the length of a stream is not known")
@@ -92,38 +114,68 @@ class ImageRunArguments(ImageArguments):
                 )
 
 
-def check_fields(kind: type[ImageEncoderConfig], fields: dict[str, Any]) -> None:
+def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: Iterable[str] = ("image_size",)) -> None:
     """Refuse fields of a configuration that it does not have, or that are not the user's choice.
+
+    Args:
+        taken: fields that knobs of their own or the data decide.
 
     Raises:
         ValueError: there is one; transformers would take it without a word.
     """
     inherited = PreTrainedConfig.__dataclass_fields__.keys()
-    taken = {*inherited, "image_size", "num_channels"}  # the size is a knob of its own; images are read as RGB
+    taken = {*inherited, *taken, "num_channels"}  # images are read as RGB
     for name in fields:
         if name not in kind.__dataclass_fields__ or name in taken or name.startswith("_"):
             raise ValueError(f"model.{name} is not a field of {kind.__name__} that can be chosen")
 
 
-def new_config(kind: type[ImageEncoderConfig], args: ImageRunArguments, **fields: Any) -> ImageEncoderConfig:
-    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data decides.
+def new_config(kind: type[PreTrainedConfig], args: PictureArguments, **fields: Any) -> PreTrainedConfig:
+    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data or knobs decide.
 
     Raises:
         ValueError: a field of ``args.model`` is unknown, or a value is out of range.
     """
     try:
-        return kind.of_size(args.size, image_size=args.image_size, **args.model, **fields)
+        return kind.of_size(args.size, **args.model, **fields)
     except StrictDataclassError as error:
         raise ValueError(f"model: {error}") from error
 
 
+def fresh_head(model: PreTrainedModel, name: str) -> str:
+    """Draw the weights of a linear layer anew: its classes are others, though as many. Returns ``name``."""
+    parent, _, own = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = nn.Linear(old.in_features, old.out_features)
+    model._init_weights(new)
+    setattr(model.get_submodule(parent), own, new)
+    return name
+
+
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:
-    """{"train", "validation" and each test split: rows of `image_rows`}; the stated names of splits are the keys."""
+    """Rows of `image_rows` by the name of their split; see `split_rows`."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
 
     def rows_of(name: str, argument: str):
         return images.image_rows(take_split(splits, name, argument), args.image_column, args.label_column, labelled)
 
+    rows = split_rows(args, test_splits, rows_of)
+    if args.streaming:
+        return {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
+    return rows
+
+
+def split_rows(
+    args: PictureArguments, test_splits: list[str], rows_of: Callable[[str, str], datasets.Dataset]
+) -> dict[str, datasets.Dataset]:
+    """The rows of the training split, of what is held out, and of each test split, by the name of the split.
+
+    Args:
+        rows_of: (name of a split, the argument it comes from) -> its rows.
+
+    Raises:
+        ValueError: ``holdout`` is not below the number of training images.
+    """
     train = rows_of(args.train_split, "train_split")
     rows = {}
     if args.holdout is not None:
@@ -140,8 +192,7 @@ def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -
         args.validation_split: "validation_split",
     }.items():
         if name is not None:
-            found = rows_of(name, argument)
-            rows[name] = gather(found) if args.streaming else found
+            rows[name] = rows_of(name, argument)
     return {**rows, args.train_split: train}
 
 
@@ -158,7 +209,12 @@ def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
-    """The image processor of a new run; its scale is what `init_from` was trained on unless the knobs say otherwise.
+    """The image processor of a new run."""
+    return image_processor(args.image_size, args.resize, *new_scale(args))
+
+
+def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a new run's pixels: what `init_from` was trained on unless the knobs say otherwise.
 
     Raises:
         ValueError: ``init_from`` has no image processor, and mean and std are not given.
@@ -170,7 +226,18 @@ def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
         except OSError as error:
             raise ValueError(f"init_from {args.init_from} has no image processor: give mean and std") from error
         mean, std = tuple(earlier.image_mean), tuple(earlier.image_std)
-    return image_processor(args.image_size, args.resize, args.mean or mean, args.std or std)
+    return args.mean or mean, args.std or std
+
+
+def placement(args: PictureArguments, accelerator: Accelerator) -> dict[str, Any]:
+    """What a loader is told of this process."""
+    return {
+        "micro_batch_tokens": args.micro_batch_size,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "num_workers": args.num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
 
 
 def image_loader(
@@ -181,22 +248,15 @@ def image_loader(
     Args:
         unit: neighbours that must stay together, see `BatchSampler`.
     """
-    placement = {
-        "micro_batch_tokens": args.micro_batch_size,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "num_workers": args.num_workers,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
     collate = task.collate_training if learning else task.collate
     if learning and args.streaming:
         loader = EqualStreamLoader(
-            rows, args.batch_size, collate, args.seed, repeats=args.repeats, unit=unit, **placement
+            rows, args.batch_size, collate, args.seed, repeats=args.repeats, unit=unit, **placement(args, accelerator)
         )
     else:
         options = {"shuffle": False}
         if learning:
             options = {"drop_last": len(rows) > args.batch_size, "repeats": args.repeats, "unit": unit}
         sampler = BatchSampler(len(rows), args.batch_size, args.seed, **options)
-        loader = StepLoader(rows, sampler, collate, **placement)
+        loader = StepLoader(rows, sampler, collate, **placement(args, accelerator))
     return WatchedLoader(loader, args.max_bad_images)

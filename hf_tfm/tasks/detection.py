@@ -1,0 +1,174 @@
+"""Detection and panoptic segmentation: what one training step computes, and what a model finds in a data set.
+
+scenes on a canvas -> predictions of all decoder layers -> matched to objects -> sums of class, box and mask terms
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+from transformers.utils import ModelOutput
+
+from ..data.scene_augment import SceneAugmentation
+from ..metrics import CocoAP, PanopticQuality
+from ..metrics.streaming import StreamingMetric
+from ..models import TfmDetrConfig
+from ..models.set_loss import query_weight, term_weights
+from ..training.loop import Loader, mean
+from .images import Batch
+from .scenes import SceneTask
+
+# In the panoptic maps that are scored, a query needs so high a score, as in the authors' code.
+PANOPTIC_THRESHOLD = 0.85
+
+# Terms of the loss by the names that the model gives them.
+TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
+MASK_TERMS = {"mask": "loss_mask", "dice": "loss_dice"}
+
+
+class DetectionTask(SceneTask):
+    """The loss over matched pairs; with ``masks`` also that of their masks.
+
+    Args:
+        config: of the model.
+        processor, ids, augmentation, masks, seed: see `SceneTask`.
+    """
+
+    item = "images"
+    term = "image"
+
+    def __init__(
+        self,
+        config: TfmDetrConfig,
+        processor: BaseImageProcessor,
+        ids: Sequence[int],
+        augmentation: SceneAugmentation | None = None,
+        masks: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__(processor, ids, augmentation, masks, seed)
+        self.config = config
+        self.term_names = TERMS | (MASK_TERMS if masks else {})
+
+    def make_batch(self, *args, **kwargs) -> Batch:
+        """See `SceneTask.collate`; ``padded`` says whether any image is."""
+        batch = super().make_batch(*args, **kwargs)
+        return batch | {"padded": not bool(batch["pixel_mask"].all())}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Images, and what each term of the loss is divided by."""
+        labels = batch["labels"] if batch["images"] else []
+        counts = [len(label["class_labels"]) for label in labels]
+        terms = dict.fromkeys(self.term_names, float(sum(counts)))
+        terms["class"] = query_weight(counts, self.config.num_queries, self.config.eos_coefficient)
+        return {"image": batch["images"], **terms}
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Weighted sums of every term, over all decoder layers."""
+        return self.terms(self.predict(model, batch, learn=True))
+
+    def terms(self, output: ModelOutput) -> dict[str, Tensor]:
+        """The terms of `losses` in an output of `predict`."""
+        if "loss_dict" not in output:  # sharded models exchange weights in every pass: a rank with nothing takes part
+            nothing = sum(0.0 * value.float().sum() for value in output.values() if isinstance(value, Tensor))
+            return dict.fromkeys(self.term_names, nothing)
+        weights = term_weights(self.config)
+
+        def of_all_layers(name: str) -> Tensor:
+            return sum(value for key, value in output.loss_dict.items() if key == name or key.startswith(f"{name}_"))
+
+        return {term: weights[name] * of_all_layers(name) for term, name in self.term_names.items()}
+
+    def predict(self, model: nn.Module, batch: Batch, learn: bool = False) -> ModelOutput:
+        """The model's output for a batch; with ``learn`` and images that count, ``loss_dict`` holds sums."""
+        pixels = self.pixels.scale_padded(batch["pixel_values"], batch["pixel_mask"])
+        mask = batch["pixel_mask"] if batch["padded"] else None
+        if not (learn and batch["images"]):
+            return model(pixel_values=pixels, pixel_mask=mask)
+        whole = dict.fromkeys((*TERMS.values(), *MASK_TERMS.values(), "cardinality_error"), 1.0)
+        return model(pixel_values=pixels, pixel_mask=mask, labels=batch["labels"], num_items_in_batch=whole)
+
+
+def detections(processor: BaseImageProcessor, output: ModelOutput, batch: Batch) -> list[dict[str, Tensor]]:
+    """Every query's box and best class, in pixels of the original images, as `CocoAP` takes them."""
+    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    output = ModelOutput(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
+    return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
+
+
+def panoptic_maps(
+    processor: BaseImageProcessor, output: ModelOutput, batch: Batch, stuff: set[int]
+) -> list[dict[str, Any]]:
+    """A segment for each pixel of the original images, as `PanopticQuality` takes them.
+
+    Args:
+        stuff: the classes of which an image has one segment at most.
+    """
+    maps = []
+    canvas = batch["pixel_values"].shape[2:]
+    for i, label in enumerate(batch["labels"]):
+        # transformers enlarges the masks of the whole canvas, padding and all: here without the padding.
+        masks = output.pred_masks[i : i + 1].float()
+        size = label["size"].tolist()
+        rows, columns = (
+            -(-side * cells // whole) for side, cells, whole in zip(size, masks.shape[2:], canvas, strict=True)
+        )
+        own = ModelOutput(logits=output.logits[i : i + 1].float(), pred_masks=masks[:, :, :rows, :columns])
+        maps += processor.post_process_panoptic_segmentation(
+            own,
+            threshold=PANOPTIC_THRESHOLD,
+            label_ids_to_fuse=stuff,
+            target_sizes=[tuple(label["orig_size"].tolist())],
+        )
+    return maps
+
+
+@torch.inference_mode()
+def score(
+    accelerator: Accelerator, task: DetectionTask, model: nn.Module, loader: Loader, segments: bool = False
+) -> dict[str, Any]:
+    """Mean losses, COCO's average precision and, with ``segments``, panoptic quality over a data set.
+
+    Each rank predicts its share, and all have the result; memory does not grow with pixels.
+
+    Returns:
+        ``loss`` and its terms, what `CocoAP` gives, and, with ``segments``, the scores of `PanopticQuality` but for
+        those of each class.
+    """
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    metrics: list[StreamingMetric] = [CocoAP(class_names=names)]
+    stuff: set[int] = set()
+    if segments:
+        things = task.config.thing_ids or range(len(names))
+        stuff = set(range(len(names))) - set(things)
+        metrics.append(PanopticQuality(class_names=names, thing_ids=sorted(things)))
+    totals: dict[str, Tensor] = {}
+    training = model.training
+    model.eval()
+    for micro_batches in loader.epoch(0):
+        for batch in micro_batches:
+            references = batch.pop("references")
+            batch = send_to_device(batch, accelerator.device)
+            output = task.predict(model, batch, learn=True)
+            counts = task.count(batch)
+            for term, total in task.terms(output).items():
+                pair = torch.stack([total.double(), total.new_tensor(counts[term], dtype=torch.float64)])
+                totals[term] = totals.get(term, 0) + pair
+            if not batch["images"]:
+                continue
+            metrics[0].add_batch(predictions=detections(task.pixels.processor, output, batch), references=references)
+            if segments:
+                maps = panoptic_maps(task.pixels.processor, output, batch, stuff)
+                metrics[1].add_batch(predictions=maps, references=references)
+    model.train(training)
+    means = {term: mean(*total).item() for term, total in accelerator.reduce(totals).items()}
+    found: dict[str, Any] = {"loss": sum(means.values()), **means}
+    for metric in metrics:
+        if accelerator.num_processes > 1:
+            metric.merge(gather_object([metric.state()]))
+        found = {**metric.compute(), **found}  # the classes of boxes come first
+    return found
