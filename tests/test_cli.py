@@ -270,7 +270,7 @@ def test_convert_and_push_errors(model, tmp_path):
 def test_run_lists_recipes():
     for words in (("run",), ("run", "--help")):
         assert "translation_train" in refused(*words)
-    assert 'there is no recipe "fly"; there are image_classification_train' in refused("run", "fly")
+    assert 'there is no recipe "fly"; there are detection_train' in refused("run", "fly")
 
 
 def test_run_passes_words_on(capsys):
