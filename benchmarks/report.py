@@ -166,6 +166,46 @@ def vision(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def detection_evaluation(results: dict) -> str:
+    """Time and memory of average precision."""
+    ours = results["seconds"]["ours"], results["megabytes"]["ours"]
+    rows = [
+        (
+            name,
+            seconds,
+            results["megabytes"][name],
+            f"{seconds / ours[0]:.1f}",
+            f"{results['megabytes'][name] / ours[1]:.1f}",
+        )
+        for name, seconds in results["seconds"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Average precision of detections",
+            f"{results['images']:,} images with {results['detections']} detections and {results['objects']} objects "
+            "each: processor time of one thread from the first batch to the scores, each contestant in a process of "
+            f"its own. Largest difference of AP: {results['max_abs_ap_difference']:.1e}.",
+            machine(results),
+            table(("contestant", "seconds", "MB", "times ours, seconds", "times ours, MB"), rows),
+        ]
+    )
+
+
+def detection_padding(results: dict) -> str:
+    """Padding of scenes by way of batching."""
+    ways = next(iter(results["padding"].values())).keys()
+    rows = [(way, *(f"{shares[way]:.1%}" for shares in results["padding"].values())) for way in ways]
+    return "\n\n".join(
+        [
+            "## Padding: share of pixels that are padding in batches for detection",
+            f"{results['images']:,} images with the sizes of {results['real_sizes']} real ones, changed by DETR's "
+            "augmentation: flip, crop, one of 11 scales. Orientation: upright and wide images apart.",
+            machine(results),
+            table(("batches", *(f"batch {size}" for size in results["padding"])), rows),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -173,6 +213,8 @@ SECTIONS = {
     "padding_waste": padding,
     "image_loading": image_loading,
     "vision_training": vision,
+    "detection_padding": detection_padding,
+    "detection_evaluation": detection_evaluation,
 }
 
 

@@ -96,7 +96,7 @@ class PanopticQuality(StreamingMetric):
         return {"classes": self.match(found, real)}
 
     def match(self, found: Segments, real: Segments) -> np.ndarray:
-        """Rows of the table "classes", one for each class in the image (section 4.1 and 4.4).
+        """Rows of the table "classes", one for each class in the image (sections 4.1 and 4.2).
 
         Shapes: P predicted and G true segments.
         """

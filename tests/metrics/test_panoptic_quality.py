@@ -73,7 +73,7 @@ def pixel_sets(record, label_key, things):
 
 
 def slow_panoptic_quality(scenes, things):
-    """The paper's definition (sections 4.1 to 4.4), one pair of segments after the other."""
+    """The paper's definition (sections 4.1 and 4.2), one pair of segments after the other."""
     sums = {k: [0.0, 0, 0, 0] for k in range(CLASSES)}  # IoU, TP, FP, FN
     for prediction, reference in scenes:
         found, real = pixel_sets(prediction, "label_id", things), pixel_sets(reference, "category_id", things)
