@@ -25,3 +25,12 @@ def test_the_page_tells_how_many_times_ours():
     results |= {"command": "python", "versions": {"torch": "2", "transformers": "5"}, "hardware": {"cpu": "A"}}
     results |= {"seconds": {"ours": 4.0, "peer": 10.0}, "megabytes": {"ours": 20.0, "peer": 500.0}}
     assert "| peer | 10.0 | 500.0 | 2.5 | 25.0 |" in report.detection_evaluation(results)
+
+
+def test_who_is_not_installed_does_not_take_part(monkeypatch):
+    written = {}
+    monkeypatch.setattr(detection_evaluation, "find_spec", lambda name: name == "faster_coco_eval")
+    monkeypatch.setattr(detection_evaluation.common, "in_fresh_process", lambda work, name, *_: (0.5, 2.0, 10.0))
+    monkeypatch.setattr(detection_evaluation.common, "write", lambda name, results: written.update(results))
+    detection_evaluation.main(images=8, detections=4)
+    assert written["seconds"] == {"ours": 2.0} and list(written["libraries"]) == ["faster-coco-eval"]
