@@ -9,32 +9,19 @@ DATA is a folder in COCO's or Pascal VOC's layout, or whatever `load_dataset` re
 with their cost and expected numbers: recipes/presets/detection_train/.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoImageProcessor, set_seed
-
-from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
+from hf_tfm import TfmDetrForObjectDetection
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.source import load_splits, take_split
-from hf_tfm.tasks.detection import score
-from hf_tfm.training import train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import new_config, split_rows
-from hf_tfm.training.run import finish, open_run, start_accelerator
-from hf_tfm.training.scene_run import (
-    SceneRunArguments,
-    describe,
-    labels_of,
-    load_detr,
-    new_processor,
-    scene_loader,
-    scene_task,
-    score_rows,
-)
+from hf_tfm.training.image_run import split_rows
+from hf_tfm.training.run import start_accelerator
+from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
 
 
 @dataclass(kw_only=True)
@@ -65,50 +52,15 @@ def load_rows(args: DetectionArguments) -> dict:
     return split_rows(args, args.test_splits, rows_of)
 
 
-def build_model(args: DetectionArguments, labels: dict) -> TfmDetrForObjectDetection:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
-    set_seed(args.seed)
-    if args.init_from:
-        return load_detr(TfmDetrForObjectDetection, args, labels)
-    model = TfmDetrForObjectDetection(new_config(TfmDetrConfig, args, **labels))
-    if args.pretrained_backbone:
-        model.model.backbone.load_pretrained()
-    return model
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(DetectionArguments, Path(__file__), argv)
     accelerator = start_accelerator(args)
-    rows = load_rows(args)
-    run = open_run(accelerator, args, "object-detection", describe(args, rows), Path(__file__).stem, argv)
-    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
-    model = build_model(args, labels_of(rows[args.train_split]))
-    tasks = {split: scene_task(args, model, processor, part) for split, part in rows.items()}
-    task = tasks[args.train_split]
-    learning = scene_loader(args, accelerator, task, rows[args.train_split], learning=True)
-    held_out = {
-        split: scene_loader(args, accelerator, tasks[split], rows[split], learning=False)
-        for split in (args.held_out, *args.test_splits)
-    }
-    per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
-    accelerator.print(line)
 
-    def score_validation(trained) -> dict[str, float]:
-        found = score(accelerator, tasks[args.held_out], trained, held_out[args.held_out])
-        return {name: found[name] for name in ("loss", "class", "box", "giou", "AP", "AP50")}
+    def build(fields: dict[str, Any]) -> TfmDetrForObjectDetection:
+        return build_detr(TfmDetrForObjectDetection, args, fields)
 
-    eval_steps = args.eval_steps or per_epoch
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
-    if result.stopped:
-        return run.stopped(result)
-    metrics = []
-    for split, loader in held_out.items():
-        metrics += score_rows(score(accelerator, tasks[split], model, loader), split)
-    finish(run, model.eval(), processor, task, result, metrics)
-    return 0
+    return train_scenes(args, accelerator, Path(__file__).stem, argv, load_rows(args), build)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the recipes of detection and panoptic segmentation share: their knobs, rows, loaders, model and scores."""
 
 import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +10,7 @@ import datasets
 import numpy as np
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, BaseImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
 
 from ..data import detection
 from ..data.batching import StepLoader
@@ -18,9 +20,12 @@ from ..data.scene_augment import SceneAugmentation
 from ..data.shape_batches import ShapeSampler
 from ..data.source import describe_rows, describe_source
 from ..models import TfmDetrConfig
-from ..tasks.detection import DetectionTask
+from ..models.backbones import TimmFeatures
+from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, check_fields, fresh_head, new_config, new_scale, placement
+from .run import finish, open_run
+from .session import train
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +101,26 @@ def labels_of(rows: datasets.Dataset) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
-    """The model of ``init_from`` as one for these classes; says which weights are new.
+def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
+    """The model to train, with weights drawn at random or taken from ``init_from``.
 
     Args:
         kind: of the model.
         fields: of the configuration that the data decides.
+    """
+    if args.init_from:
+        return load_detr(kind, args, fields)
+    model = kind(new_config(TfmDetrConfig, args, **fields))
+    if args.pretrained_backbone:
+        next(module for module in model.modules() if isinstance(module, TimmFeatures)).load_pretrained()
+    return model
+
+
+def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
+    """The model of ``init_from`` as one for these classes; says which weights are new.
+
+    Args:
+        kind, fields: see `build_detr`.
 
     Raises:
         ValueError: weights that do not depend on the data do not fit.
@@ -114,7 +133,7 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     if odd := sorted(name for name in new if not any(part in name for part in OF_THE_DATA)):
         raise ValueError(f"model: the weights of init_from {args.init_from} do not fit it: {', '.join(odd)}")
     if len(earlier) == len(fields["id2label"]) and earlier != fields["id2label"]:
-        new.add(fresh_head(model, "class_labels_classifier"))
+        new.add(fresh_head(model, next(n for n, _ in model.named_modules() if n.endswith("class_labels_classifier"))))
     if new := new | set(report["missing_keys"]):
         log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(new)))
     return model
@@ -153,3 +172,53 @@ def score_rows(found: dict[str, Any], split: str) -> list[dict[str, Any]]:
         for name in SCORES
         if name in found and not np.isnan(found[name])
     ]
+
+
+def train_scenes(
+    args: SceneRunArguments,
+    accelerator: Accelerator,
+    recipe: str,
+    argv: Sequence[str],
+    rows: dict[str, datasets.Dataset],
+    build: Callable[[dict[str, Any]], PreTrainedModel],
+    masks: bool = False,
+) -> int:
+    """Train, score and save; the exit status.
+
+    Args:
+        recipe, argv: the recipe's name and the words of its command line.
+        rows: of each split, by its name.
+        build: fields of the configuration that the data decides -> the model to train.
+        masks: whether it learns masks too.
+    """
+    kind = "image-segmentation" if masks else "object-detection"
+    run = open_run(accelerator, args, kind, describe(args, rows), recipe, argv)
+    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
+    set_seed(args.seed)
+    model = build(labels_of(rows[args.train_split]))
+    tasks = {split: scene_task(args, model, processor, part, masks) for split, part in rows.items()}
+    learning = scene_loader(args, accelerator, tasks[args.train_split], rows[args.train_split], learning=True)
+    held_out = {
+        split: scene_loader(args, accelerator, tasks[split], rows[split], learning=False)
+        for split in (args.held_out, *args.test_splits)
+    }
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    settled, line = args.settle(per_epoch)
+    accelerator.print(line)
+
+    def score_split(trained: nn.Module, split: str) -> dict[str, Any]:
+        return score(accelerator, tasks[split], trained, held_out[split], segments=masks)
+
+    def score_validation(trained: nn.Module) -> dict[str, float]:
+        found = score_split(trained, args.held_out)
+        names = ("loss", *tasks[args.held_out].term_names, "AP", "AP50", *(("PQ",) if masks else ()))
+        return {name: found[name] for name in names}
+
+    task, eval_steps = tasks[args.train_split], args.eval_steps or per_epoch
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
+    if result.stopped:
+        return run.stopped(result)
+    metrics = [row for split in held_out for row in score_rows(score_split(model, split), split)]
+    finish(run, model.eval(), processor, task, result, metrics)
+    return 0

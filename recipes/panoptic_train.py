@@ -1,0 +1,80 @@
+"""Train DETR for panoptic segmentation (Carion et al. 2020, arXiv:2005.12872, section 4.4): boxes first, then masks.
+
+    hf-tfm run panoptic_train --config quickstart                       a few minutes on 2 CPU cores
+    hf-tfm run panoptic_train --config coco_boxes --dataset COCO        boxes of things and stuff
+    hf-tfm run panoptic_train --config coco_masks --dataset COCO --init_from runs/coco-panoptic-boxes
+    accelerate launch recipes/panoptic_train.py --config coco_boxes     as many GPUs as the launcher finds
+
+A data set has panoptic maps and their segments, as COCO's folders or columns ``panoptic`` and ``segments_info``, and
+says which categories are things. Presets with their cost and expected numbers: recipes/presets/panoptic_train/.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
+from hf_tfm.data.source import load_splits, take_split
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.image_run import split_rows
+from hf_tfm.training.run import start_accelerator
+from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
+
+
+@dataclass(kw_only=True)
+class PanopticArguments(SceneRunArguments):
+    """Knobs of panoptic segmentation.
+
+    Args:
+        stage: "boxes" trains a detector of things and stuff, "masks" the mask head alone on the detector of
+            init_from, "joint" both at once.
+        panoptic_column: PNGs whose colours are segment ids, R + 256 G + 65536 B.
+        segments_column: list of the segments of each.
+
+    The others are those of `SceneRunArguments`.
+    """
+
+    stage: Literal["boxes", "masks", "joint"] = "joint"
+    panoptic_column: str = "panoptic"
+    segments_column: str = "segments_info"
+
+    def __post_init__(self):
+        super().__post_init__()
+        scores = ("loss", "AP", "AP50") if self.stage == "boxes" else ("loss", "AP", "AP50", "PQ")
+        if self.best_metric not in scores:
+            raise ValueError(f'best_metric must be one of {", ".join(scores)}, got "{self.best_metric}"')
+        if self.stage == "masks" and not self.init_from:
+            raise ValueError('stage "masks" needs init_from, a detector trained with stage "boxes" or "joint"')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(PanopticArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    categories = panoptic_categories(args.dataset, args.dataset_revision)
+
+    def rows_of(name: str, argument: str):
+        rows = take_split(splits, name, argument)
+        return panoptic_rows(rows, categories, args.image_column, args.panoptic_column, args.segments_column)
+
+    def build(fields: dict[str, Any]) -> PreTrainedModel:
+        fields["thing_ids"] = [i for i, category in enumerate(categories) if category.isthing]
+        if args.stage == "boxes":
+            return build_detr(TfmDetrForObjectDetection, args, fields)
+        model = build_detr(TfmDetrForPanopticSegmentation, args, fields)
+        if args.stage == "masks":
+            model.freeze_detector()
+        return model
+
+    rows = split_rows(args, args.test_splits, rows_of)
+    return train_scenes(args, accelerator, Path(__file__).stem, argv, rows, build, masks=args.stage != "boxes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
