@@ -1,0 +1,214 @@
+"""With the same weights DETR computes what transformers' DETR computes, and the two share their files.
+
+Auxiliary losses are off: with them transformers 5.23 feeds layer-normed states into the next decoder layer, which
+neither the paper nor the authors do. Their terms are tested against a slow reference in test_set_loss.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrForSegmentation,
+    DetrModel,
+    PreTrainedModel,
+)
+
+from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
+
+TINY = {
+    "backbone": "test_resnet",
+    "num_queries": 7,
+    "d_model": 32,
+    "encoder_layers": 11,  # layers 1 and 10 must not be taken for each other
+    "decoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "num_labels": 5,
+}
+R50 = {"backbone": "resnet50", "encoder_layers": 2}
+PAIRS = {
+    DetrModel: TfmDetrModel,
+    DetrForObjectDetection: TfmDetrForObjectDetection,
+    DetrForSegmentation: TfmDetrForPanopticSegmentation,
+}
+CASES = pytest.mark.parametrize(
+    ("native_class", "fields"),
+    [
+        (DetrModel, {}),
+        (DetrForObjectDetection, {}),
+        (DetrForObjectDetection, R50),
+        (DetrForObjectDetection, {**R50, "dilation": True}),
+        (DetrForObjectDetection, {"position_embedding_type": "learned", "activation_function": "gelu"}),
+        (DetrForObjectDetection, {"num_channels": 1, "encoder_layers": 1, "decoder_layers": 3}),
+        (DetrForSegmentation, {}),
+        (DetrForSegmentation, R50),
+        (DetrForSegmentation, {"d_model": 64, "backbone": "resnet18", "encoder_attention_heads": 16}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
+)
+
+
+@torch.no_grad()
+def native_model(native_class: type, **fields) -> PreTrainedModel:
+    """A native model in evaluation mode whose every weight is random, statistics of norms too."""
+    torch.manual_seed(0)
+    model = native_class(DetrConfig(**{**TINY, **fields})).eval()
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.2)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.2)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                module.bias.normal_(std=0.2)
+    return model
+
+
+def load(model_class: type, folder: Path) -> PreTrainedModel:
+    """The model in a folder; every weight must be found, and none left over."""
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def inputs_of(model: PreTrainedModel, padded: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images, mask = torch.randn(2, model.config.num_channels, 96, 128, generator=generator), torch.ones(2, 96, 128)
+    if padded:
+        mask[1, 70:] = mask[1, :, 100:] = 0  # inside a cell of the last feature map
+        images = images * mask[:, None]
+    return {"pixel_values": images, "pixel_mask": mask.long()}
+
+
+def targets() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    labels = []
+    for count, size in ((4, (96, 128)), (1, (70, 100))):
+        boxes = torch.rand(count, 4, generator=generator) * 0.5 + 0.1
+        masks = (torch.rand(count, *size, generator=generator) > 0.5).float()
+        classes = torch.randint(5, (count,), generator=generator)
+        labels.append({"class_labels": classes, "boxes": boxes, "masks": masks})
+    return labels
+
+
+OUTPUTS = ("logits", "pred_boxes", "pred_masks", "last_hidden_state", "encoder_last_hidden_state")
+
+
+def assert_same(got, expected, exactly: bool = False) -> None:
+    """The fields that have a name in both, and all hidden states."""
+    names = [name for name in OUTPUTS if expected.get(name) is not None]
+    assert {"last_hidden_state", "encoder_last_hidden_state"} <= set(names)
+    for name in names:
+        assert expected[name].std() > 0.01, f"the comparison of {name} is of something"
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0 if exactly else 5e-5, msg=name)
+    for name in ("encoder_hidden_states", "decoder_hidden_states"):
+        for one, other in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0 if exactly else 5e-5, msg=name)
+
+
+@torch.no_grad()
+@CASES
+def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path):
+    native = native_model(native_class, **fields)
+    native.save_pretrained(tmp_path / "native")
+    ours = load(PAIRS[native_class], tmp_path / "native")
+    for padded in (True, False):
+        inputs = inputs_of(native, padded)
+        assert_same(ours(**inputs, output_hidden_states=True), native(**inputs, output_hidden_states=True))
+
+    ours.save_pretrained(tmp_path / "ours")
+    written, read = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "native"))
+    read = {name: value for name, value in read.items() if not name.endswith("num_batches_tracked")}
+    assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+    (tmp_path / "native" / "config.json").rename(tmp_path / "ours" / "config.json")
+    back = load(native_class, tmp_path / "ours")
+    assert_same(back(**inputs, output_hidden_states=True), native(**inputs, output_hidden_states=True), exactly=True)
+
+
+@torch.no_grad()
+def test_attention_maps_are_the_same(tmp_path):
+    native = native_model(DetrForObjectDetection)
+    native.save_pretrained(tmp_path)
+    native.set_attn_implementation("eager")
+    inputs = inputs_of(native)
+    expected = native(**inputs, output_attentions=True)
+    got = load(TfmDetrForObjectDetection, tmp_path)(**inputs, output_attentions=True)
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        for one, other in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("native_class", "fields"),
+    [
+        (DetrForObjectDetection, {"encoder_layers": 2}),
+        (DetrForObjectDetection, {**R50, "class_cost": 2, "giou_cost": 1, "eos_coefficient": 0.3}),
+        (DetrForSegmentation, {"encoder_layers": 2}),
+        (DetrForSegmentation, {**R50, "mask_loss_coefficient": 3, "dice_loss_coefficient": 2}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
+)
+def test_losses_and_gradients_are_the_same(native_class, fields, tmp_path):
+    """Compared by name, as both classes would write them to a file; in float64, as rounding moves values over the kinks
+    of ReLU."""
+    found = []
+    native = native_model(native_class, **fields)
+    native.save_pretrained(tmp_path)
+    for name, model in (("native", native), ("ours", load(PAIRS[native_class], tmp_path))):
+        model, inputs = model.double(), inputs_of(model)
+        output = model(inputs["pixel_values"].double(), inputs["pixel_mask"], labels=targets())
+        output.loss.backward()
+        learned = {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
+        for parameter in model.parameters():
+            parameter.data = parameter.grad if id(parameter) in learned else torch.zeros_like(parameter)
+        model.save_pretrained(tmp_path / name)
+        found.append((output, load_file(tmp_path / name / "model.safetensors")))
+    (expected, gradients), (got, own) = found
+    assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert got.loss_dict.keys() == expected.loss_dict.keys()
+    for name, term in expected.loss_dict.items():
+        assert got.loss_dict[name].item() == pytest.approx(term.item(), rel=1e-4), name
+    whole = torch.cat([value.flatten() for value in gradients.values()]).norm()
+    compared = 0
+    for name, value in own.items():
+        # transformers freezes no weight of a timm backbone; here the stem and the first stage are.
+        if "running" in name or "num_batches" in name or (".conv_encoder." in name and not value.any()):
+            continue
+        if ".conv_encoder." in name and gradients[name].ndim == 1:
+            continue  # scales and shifts of frozen norms, which no gradient changes on either side
+        difference = (value - gradients[name]).norm()
+        assert difference <= 1e-4 * gradients[name].norm() + 1e-7 * whole, name
+        compared += value.any().item()
+    assert compared > 60, "the comparison is of something"
+
+
+def test_heads_and_bases_read_each_others_files(tmp_path):
+    """A native detector's base into ours, ours into the native base, and a detector into either panoptic model."""
+    native = native_model(DetrForObjectDetection, encoder_layers=1)
+    native.save_pretrained(tmp_path / "native")
+    inputs = inputs_of(native)
+    with torch.no_grad():
+        expected = native.model(**inputs).last_hidden_state
+        logits = native(**inputs).logits
+    ours, info = TfmDetrModel.from_pretrained(tmp_path / "native", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(ours.eval()(**inputs).last_hidden_state, expected, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    back, info = DetrModel.from_pretrained(tmp_path / "ours", config=native.config, output_loading_info=True)
+    assert {name.split(".")[-1] for name in info["missing_keys"]} <= {"num_batches_tracked"}
+    torch.testing.assert_close(back.eval()(**inputs).last_hidden_state, expected, rtol=0, atol=1e-5)
+    panoptic, info = TfmDetrForPanopticSegmentation.from_pretrained(tmp_path / "native", output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"bbox_attention", "mask_head"}
+    torch.testing.assert_close(panoptic.eval()(**inputs).logits, logits, rtol=0, atol=1e-5)
