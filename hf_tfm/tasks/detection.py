@@ -100,13 +100,11 @@ def detections(processor: BaseImageProcessor, output: ModelOutput, batch: Batch)
     return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
 
 
-def panoptic_maps(
-    processor: BaseImageProcessor, output: ModelOutput, batch: Batch, stuff: set[int]
-) -> list[dict[str, Any]]:
+def panoptic_maps(processor: BaseImageProcessor, output: ModelOutput, batch: Batch) -> list[dict[str, Any]]:
     """A segment for each pixel of the original images, as `PanopticQuality` takes them.
 
-    Args:
-        stuff: the classes of which an image has one segment at most.
+    Segments of the same stuff stay apart here: the metric joins them, and transformers gives one id to two classes
+    where it is asked to join (5.23).
     """
     maps = []
     canvas = batch["pixel_values"].shape[2:]
@@ -121,7 +119,7 @@ def panoptic_maps(
         maps += processor.post_process_panoptic_segmentation(
             own,
             threshold=PANOPTIC_THRESHOLD,
-            label_ids_to_fuse=stuff,
+            label_ids_to_fuse=set(),
             target_sizes=[tuple(label["orig_size"].tolist())],
         )
     return maps
@@ -141,11 +139,8 @@ def score(
     """
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     metrics: list[StreamingMetric] = [CocoAP(class_names=names)]
-    stuff: set[int] = set()
     if segments:
-        things = task.config.thing_ids or range(len(names))
-        stuff = set(range(len(names))) - set(things)
-        metrics.append(PanopticQuality(class_names=names, thing_ids=sorted(things)))
+        metrics.append(PanopticQuality(class_names=names, thing_ids=task.config.thing_ids))
     totals: dict[str, Tensor] = {}
     training = model.training
     model.eval()
@@ -162,7 +157,7 @@ def score(
                 continue
             metrics[0].add_batch(predictions=detections(task.pixels.processor, output, batch), references=references)
             if segments:
-                maps = panoptic_maps(task.pixels.processor, output, batch, stuff)
+                maps = panoptic_maps(task.pixels.processor, output, batch)
                 metrics[1].add_batch(predictions=maps, references=references)
     model.train(training)
     means = {term: mean(*total).item() for term, total in accelerator.reduce(totals).items()}
