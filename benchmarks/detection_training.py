@@ -1,0 +1,171 @@
+"""DETR training speed: our model and step against transformers' and the authors', ResNet-50, auxiliary losses on.
+
+python -m benchmarks detection_training [--authors DIR]
+
+Training steps (forward, matching, losses, backward, clipping, AdamW) on random images, contestants in turn, fp32 and
+bf16 autocast. Ours is `train_step`; peers step as their users write it, clipped at 0.1. transformers' model has our
+weights; it freezes no part of a timm backbone (5.23), ours and the authors' freeze the stem and the first stage.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_tfm.models.set_loss import normalizers
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+
+from . import common, peers
+from .detection_peers import Labels, authors_loss, native, ours, scenes
+from .detection_peers import authors as authors_model
+
+
+class Scenes:
+    """The task of a batch {"x", "mask", "labels"} for `train_step`."""
+
+    item = term = "image"
+
+    def count(self, batch: dict[str, Any]) -> dict[str, float]:
+        items = normalizers([len(label["boxes"]) for label in batch["labels"]], 100, 0.1)
+        return {"image": len(batch["x"]), "class": items["loss_ce"], "box": items["loss_bbox"]}
+
+    def losses(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        whole = dict.fromkeys(("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"), 1.0)
+        found = model(batch["x"], batch["mask"], labels=batch["labels"], num_items_in_batch=whole).loss_dict
+
+        def of_all_layers(name: str) -> Tensor:
+            return sum(value for key, value in found.items() if key.startswith(name))
+
+        return {
+            "class": of_all_layers("loss_ce"),
+            "box": 5.0 * of_all_layers("loss_bbox") + 2.0 * of_all_layers("loss_giou"),
+        }
+
+
+def trainer(model: nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Callable[[], None]:
+    """A function that makes one training step of a peer."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=1e-4)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+    return step
+
+
+def our_trainer(batch: dict[str, Any], precision: str, device: str) -> Callable[[], None]:
+    """A function that makes one training step of ours."""
+    AcceleratorState._reset_state()  # one process may else have one precision only
+    accelerator = Accelerator(mixed_precision=precision)
+    model = ours().to(device).train()
+    args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-5, weight_decay=1e-4)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    return lambda: train_step(accelerator, Scenes(), prepared, optimizer, [batch], max_grad_norm=0.1)
+
+
+def contestants(
+    pixels: Tensor, mask: Tensor, labels: Labels, folder: str | None, precision: str
+) -> dict[str, Callable[[], Any]]:
+    """A training step of each."""
+    device = pixels.device.type
+    theirs = native(ours()).to(device).train()
+    found = {
+        "ours": our_trainer({"x": pixels, "mask": mask, "labels": labels}, precision, device),
+        "transformers": trainer(theirs, lambda: theirs(pixels, mask, labels=labels).loss, precision, device),
+    }
+    if folder:
+        model, criterion = authors_model(folder)
+        model, criterion = model.to(device).train(), criterion.to(device).train()
+        loss = partial(authors_loss, model, criterion, pixels, mask, labels)
+        found["authors"] = trainer(model, loss, precision, device)
+    return found
+
+
+def main(
+    precisions: tuple[str, ...] = ("no", "bf16"),
+    batch_size: int = 2,
+    height: int = 800,
+    width: int = 800,
+    objects: int = 20,
+    rounds: int = 3,
+    authors: str | None = None,
+) -> None:
+    """Measure and write benchmarks/results/detection_training.json.
+
+    Args:
+        precisions: no (float32) and bf16.
+        batch_size: images in a step.
+        height, width: pixels.
+        objects: of each image.
+        rounds: timed rounds of one step; medians are reported.
+        authors: folder of a copy of facebookresearch/detr.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pixels, mask, labels = scenes(batch_size, height, width, objects)
+    pixels, mask = pixels.to(device), mask.to(device)
+    labels = [{name: value.to(device) for name, value in label.items()} for label in labels]
+    variants: dict[str, Callable[[int], float]] = {}
+    flops: dict[str, float] = {}
+    for precision in precisions:
+        label = "fp32" if precision == "no" else precision
+        for name, step in contestants(pixels, mask, labels, authors, precision).items():
+            if precision == precisions[0]:
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                flops[name] = counter.get_total_flops()
+            variants[f"{name} {label}"] = partial(one, step, batch_size)
+    rates = common.interleaved(variants, rounds)
+    labels_of = {"no": "fp32", "bf16": "bf16"}
+    common.write(
+        "detection_training",
+        {
+            "batch_size": batch_size,
+            "height": height,
+            "width": width,
+            "objects": objects,
+            "rounds": rounds,
+            "images_per_second": {name: round(statistics.median(r), 3) for name, r in rates.items()},
+            "ratios": ratios(rates),
+            "gflop_a_step": {name: round(value / 1e9) for name, value in flops.items()},
+            "share_of_floor": {
+                labels_of[p]: round(
+                    statistics.median(rates[f"ours {labels_of[p]}"])
+                    / batch_size
+                    * flops["ours"]
+                    / common.matmul_rate(peers.dtype_of(p)),
+                    3,
+                )
+                for p in precisions
+            },
+        },
+    )
+
+
+def one(step: Callable[[], None], batch_size: int, number: int) -> int:
+    """A step; returns its images."""
+    step()
+    return batch_size
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Ours to each peer at the same precision, and ours in bf16 to each peer in float32."""
+    found = {}
+    for name in rates:
+        who, precision = name.split()
+        if who == "ours":
+            continue
+        found[f"ours / {who}, {precision}"] = round(common.ratio(rates, f"ours {precision}", name), 2)
+        if precision == "fp32" and "ours bf16" in rates:
+            found[f"ours bf16 / {who} fp32"] = round(common.ratio(rates, "ours bf16", name), 2)
+    return found
