@@ -6,7 +6,7 @@ hf-tfm COMMAND --help tells each one's options.
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import docstring_parser
@@ -115,10 +115,10 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     """Write a model as another library's class, or back, with a parity certificate beside it.
 
     Args:
-        model: folder or Hub id, or a .pth file of the masked autoencoder's authors.
+        model: folder or Hub id, or a .pth file of the authors of the masked autoencoder or of DETR.
         to: a class that needs no remote code: transformers' marian (post-norm) or pegasus (pre-norm) for a translation
             model, transformers' vit or timm for a classifier, transformers' vit_mae or the names of mae_authors for a
-            masked autoencoder; or back: tfm.
+            masked autoencoder, transformers' detr or the names of detr_authors for a detector; or back: tfm.
         output_dir: folder to make.
         revision: branch, tag or commit on the Hub.
     """
@@ -250,12 +250,17 @@ def add_options_of_kinds(parser: ArgumentParser, kinds: Mapping[str, Callable], 
             takers.setdefault(name, []).append(kind)
     groups: dict[str, set[str]] = {}
     for name, kind in takers.items():
-        groups.setdefault("all models" if len(kind) == len(kinds) else " and ".join(kind), set()).add(name)
+        groups.setdefault("all models" if len(kind) == len(kinds) else enumerated(kind), set()).add(name)
     for title, names in groups.items():
         function = kinds[takers[next(iter(names))][0]]
         others = set(inspect.signature(function).parameters) - names
         group = parser.add_argument_group(title)
         group.add_function_arguments(function, as_group=False, skip=others | skip, fail_untyped=True)
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """Words with commas, and "and" before the last."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 if __name__ == "__main__":

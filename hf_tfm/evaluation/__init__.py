@@ -10,6 +10,8 @@ from typing import Any
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from .classification import evaluate_classification
+from .detection import evaluate_detection
+from .detectors import is_detector
 from .masked_image import evaluate_masked_autoencoder
 from .translation import evaluate_translation, load_seq2seq
 
@@ -17,6 +19,7 @@ __all__ = [
     "KINDS",
     "evaluate",
     "evaluate_classification",
+    "evaluate_detection",
     "evaluate_masked_autoencoder",
     "evaluate_translation",
     "lines",
@@ -26,13 +29,14 @@ __all__ = [
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "translation models": evaluate_translation,
     "image classifiers": evaluate_classification,
+    "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
 }
 MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
 
 def evaluate(model: str, **options: Any) -> dict[str, Any]:
-    """Score a translation model, an image classifier or a masked autoencoder on a split of a data set.
+    """Score a translation model, an image classifier, a detector or a masked autoencoder on a split of a data set.
 
     Args:
         model: folder or Hub id, of ours or of transformers'; its config.json tells the kind.
@@ -64,6 +68,8 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
     saved = ", ".join(config.architectures or ())
     if "ForImageClassification" in saved or config.model_type == "timm_wrapper":
         return "image classifiers"
+    if is_detector(config):
+        return "detectors"
     if config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in saved:
         return "masked autoencoders"
     remote = getattr(config, "auto_map", None) or {}
@@ -82,6 +88,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
         for row in result["metrics"]
     ]
+    if "per_class" in result:
+        said += class_lines(result["per_class"])
     if "images" in result:
         left_out = ", ".join(f"{count} {reason}" for reason, count in result["left_out"].items())
         speed = result["throughput"]
@@ -90,3 +98,16 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"images/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with reading and resizing"
         )
     return said
+
+
+def class_lines(per_class: dict[str, dict[str, float]]) -> list[str]:
+    """The scores of each class as a table; "-" where a class has none."""
+    names = list(dict.fromkeys(name for scores in per_class.values() for name in scores))
+    width = max(map(len, ("class", *per_class)))
+    rows = [("class", names), *((name, [cell(scores.get(n)) for n in names]) for name, scores in per_class.items())]
+    return [" ".join([f"{name:<{width}}", *(f"{value:>7}" for value in values)]) for name, values in rows]
+
+
+def cell(value: float | None) -> str:
+    """A score as the table has it."""
+    return "-" if value is None else f"{value:.3f}"

@@ -18,12 +18,25 @@ from ..data.equal_batches import BatchSampler
 from ..data.images import WatchedLoader, image_rows
 from ..data.source import load_splits, take_split
 from ..tasks.images import ImageTask, Pixels
+from ..tasks.scenes import SceneTask
 
 
 def load_image_model(
     auto_class: Any, model: str, revision: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
     """Model, in float32, and image processor of a folder or a Hub id; the processor as `ImageTask` takes one.
+
+    Raises:
+        ValueError: see `load_with_processor`; or images have no fixed size.
+    """
+    loaded, processor = load_with_processor(auto_class, model, revision, trust_remote_code)
+    return loaded, suitable(processor)
+
+
+def load_with_processor(
+    auto_class: Any, model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Model, in float32, and image processor of a folder or a Hub id.
 
     Raises:
         ValueError: some weights or the processor were not saved, or images have other channels than RGB.
@@ -39,7 +52,7 @@ def load_image_model(
         processor = AutoImageProcessor.from_pretrained(model, **options)
     except OSError as error:
         raise ValueError(f'"{model}" has no image processor (preprocessor_config.json): save it there too') from error
-    return loaded.eval(), suitable(processor)
+    return loaded.eval(), processor
 
 
 class WholeProcessor:
@@ -106,25 +119,28 @@ def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
 
 
 class EvaluationLoader(WatchedLoader):
-    """All images once, in order, with a progress bar.
+    """All images once, with a progress bar; in order, unless a sampler has another.
 
     Args:
+        task: its ``collate`` makes the batches.
         max_bad_images: see `WatchedLoader`.
+        sampler: another order; then ``batch_size`` is the sampler's.
     """
 
     def __init__(
         self,
         rows: datasets.Dataset,
-        task: ImageTask,
+        task: ImageTask | SceneTask,
         batch_size: int,
         num_workers: int,
         max_bad_images: int,
         pin_memory: bool,
         progress: bool,
+        sampler: BatchSampler | None = None,
     ):
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        sampler = BatchSampler(len(rows), batch_size, shuffle=False)
+        sampler = sampler or BatchSampler(len(rows), batch_size, shuffle=False)
         loader = StepLoader(rows, sampler, task.collate, num_workers=num_workers, pin_memory=pin_memory)
         super().__init__(loader, max_bad_images)
         self.progress = progress

@@ -1,6 +1,7 @@
 """What evaluations of several kinds of models share: checks of options, and the result."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ def metric(name: str, value: float, split: str) -> dict[str, Any]:
 
 
 def describe(
-    model: str, dataset: str, split: str, rows: datasets.Dataset, metrics: list[dict[str, Any]]
+    model: str,
+    dataset: str,
+    split: str,
+    rows: datasets.Dataset,
+    metrics: list[dict[str, Any]],
+    fingerprint: Callable[[datasets.Dataset], str] = fingerprint,
 ) -> dict[str, Any]:
-    """What every result of images begins with."""
+    """What every result of images begins with; ``fingerprint`` is that of this kind of rows."""
     found = {"model": model, "dataset": dataset, "split": split, "fingerprint": fingerprint(rows), "rows": len(rows)}
     return {**found, "metrics": metrics, "versions": collect_versions()}
 

@@ -100,11 +100,16 @@ def detections(processor: BaseImageProcessor, output: ModelOutput, batch: Batch)
     return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
 
 
-def panoptic_maps(processor: BaseImageProcessor, output: ModelOutput, batch: Batch) -> list[dict[str, Any]]:
+def panoptic_maps(
+    processor: BaseImageProcessor, output: ModelOutput, batch: Batch, threshold: float = PANOPTIC_THRESHOLD
+) -> list[dict[str, Any]]:
     """A segment for each pixel of the original images, as `PanopticQuality` takes them.
 
     Segments of the same stuff stay apart here: the metric joins them, and transformers gives one id to two classes
     where it is asked to join (5.23).
+
+    Args:
+        threshold: the score that a query needs.
     """
     maps = []
     canvas = batch["pixel_values"].shape[2:]
@@ -118,7 +123,7 @@ def panoptic_maps(processor: BaseImageProcessor, output: ModelOutput, batch: Bat
         own = ModelOutput(logits=output.logits[i : i + 1].float(), pred_masks=masks[:, :, :rows, :columns])
         maps += processor.post_process_panoptic_segmentation(
             own,
-            threshold=PANOPTIC_THRESHOLD,
+            threshold=threshold,
             label_ids_to_fuse=set(),
             target_sizes=[tuple(label["orig_size"].tolist())],
         )

@@ -227,12 +227,12 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
     (tmp_path / "detr").mkdir()
-    detr = {"model_type": "detr", "is_encoder_decoder": True, "architectures": ["DetrForObjectDetection"]}
+    detr = {"model_type": "detr", "is_encoder_decoder": True, "architectures": ["DetrModel"]}
     (tmp_path / "detr" / "config.json").write_text(json.dumps(detr))
     headless = save_model(tmp_path / "headless", TfmViTModel, TfmViTConfig(**SIZES))
     kinds = {
         tmp_path / "bert": "BertForMaskedLM",
-        tmp_path / "detr": "DetrForObjectDetection",
+        tmp_path / "detr": "DetrModel",
         headless: "TfmViTModel",
     }
     for model, saved in kinds.items():
@@ -289,6 +289,7 @@ def test_help_tells_whose_each_option_is(capsys):
             groups.setdefault(group, []).append(line.split()[0].removeprefix("--"))
     assert {"dataset", "split", "precision", "output"} < set(groups["all models"])
     assert {"metrics", "num_beams", "source_column"} < set(groups["translation models"])
-    assert {"batch_size", "image_column"} < set(groups["image classifiers and masked autoencoders"])
-    assert {"confusion", "real_labels", "label_column"} < set(groups["image classifiers"])
+    assert {"batch_size", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
+    assert set(groups["image classifiers"]) == {"confusion", "real_labels", "label_column"}
+    assert set(groups["detectors"]) == {"objects_column", "segments"}
     assert groups["masked autoencoders"] == ["seed"]
