@@ -98,6 +98,69 @@ def show_reconstruction(
     print(plot_reconstructions(loaded, found, output))
 
 
+def show_detections(
+    model: str, images: list[str], threshold: float | None = None, output: str = "detections.png"
+) -> None:
+    """Draw what a detector finds in images: boxes with class and score, or segments where it has masks.
+
+    Args:
+        model: folder or Hub id of a detector, ours or transformers'.
+        images: files, or dataset:split:index.
+        threshold: the least score; default, 0.7 for boxes and 0.85 for segments.
+        output: PNG file.
+    """
+    from .evaluation.detectors import load_detector
+    from .viz.detections import detect, plot_detections
+    from .viz.images import read_image
+
+    read = [read_image(image) for image in images]
+    loaded, processor = load_detector(model)
+    print(plot_detections([detect(loaded, processor, image, threshold) for image in read], output))
+
+
+def show_queries(
+    model: str,
+    image: str | None = None,
+    dataset: str | None = None,
+    split: str = "validation",
+    dataset_name: str | None = None,
+    image_column: str | None = None,
+    max_samples: int = 500,
+    threshold: float = 0.7,
+    queries: list[int] | None = None,
+    output: str = "queries.png",
+) -> None:
+    """Draw what a DETR's object queries do: where they look in an image, or where they put boxes in a data set.
+
+    Args:
+        model: folder or Hub id of a DETR, ours or transformers'.
+        image: a file, or dataset:split:index: cross-attention of each confident query over it.
+        dataset: what `evaluate` takes: centres of each query's boxes in all images, coloured by shape.
+        split: of the data set.
+        dataset_name: configuration of the data set.
+        image_column: images, their bytes or paths; default, the only column of images.
+        max_samples: read only the first images of the data set.
+        threshold: the least score of a query that is drawn over an image.
+        queries: numbers of those drawn of a data set; default, the first 20.
+        output: PNG file.
+    """
+    from .evaluation.detectors import load_detector
+    from .evaluation.reading import first, read_split
+    from .viz import queries as pictures
+    from .viz.images import read_image
+
+    if (image is None) == (dataset is None):
+        raise ValueError("queries are drawn over an IMAGE, or of a --dataset: give one of them")
+    if image is not None:
+        read = read_image(image)
+        print(pictures.plot_queries(pictures.query_maps(*load_detector(model), read, threshold), output))
+        return
+    rows = first(read_split(dataset, split, dataset_name, None, None, image_column, labelled=False), max_samples)
+    boxes = pictures.query_boxes(*load_detector(model), pictures.read_images(rows))
+    title = f"{Path(model).name}: {Path(dataset).name}, {split}"
+    print(pictures.plot_query_slots(boxes, output, title, queries))
+
+
 def show_positions(model: str, output: str = "positions.png") -> None:
     """Draw how alike the position embeddings of an image model are, each patch's against all.
 
@@ -174,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
         "push": (push, "folder", "repo_id"),
         "show": {
             "attention": (show_attention, "model", "image"),
+            "detections": (show_detections, "model", "images"),
             "positions": (show_positions, "model"),
+            "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
         },
         "quickstart": (quickstart,),

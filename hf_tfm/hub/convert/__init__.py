@@ -17,16 +17,23 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .authors_files import unpack
 from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
+from .detr import DETR, DETR_MODEL, DETR_PANOPTIC
+from .detr_authors import DETR_AUTHORS, DETR_AUTHORS_PANOPTIC
 from .mae import VIT_MAE, VIT_MAE_MODEL
-from .mae_authors import AUTHORS, AUTHORS_ENCODER, unpack
+from .mae_authors import AUTHORS, AUTHORS_ENCODER
 from .marian_pegasus import MARIAN, PEGASUS
 from .parity import CERTIFICATE, compare, provenance, weight_hashes
 from .timm_vit import TIMM
 from .vit import VIT, VIT_MODEL
 
-CONVERSIONS = (MARIAN, PEGASUS, VIT, VIT_MODEL, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER)
+CONVERSIONS = (
+    *(MARIAN, PEGASUS),
+    *(VIT, VIT_MODEL, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER),
+    *(DETR, DETR_MODEL, DETR_PANOPTIC, DETR_AUTHORS, DETR_AUTHORS_PANOPTIC),
+)
 OURS = "tfm"
 TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
 # Of a model without a representation layer, which its configuration does not tell.
@@ -42,12 +49,13 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
 
     Args:
         source: folder of a saved model, its id on the Hub, or a file ``*.pth`` of the authors of the masked
-            autoencoder.
+            autoencoder or of DETR.
         to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
             (post-norm), "pegasus" for its `PegasusForConditionalGeneration` (pre-norm), "vit" for its
             `ViTForImageClassification` or `ViTModel`, "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
-            "timm" for timm's `VisionTransformer`; "mae_authors" for a file with the names of the masked
-            autoencoder's authors; "tfm" for our own class.
+            "timm" for timm's `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`,
+            `DetrForSegmentation` or `DetrModel`; "mae_authors" and "detr_authors" for a file with the names of the
+            authors of the masked autoencoder and of DETR; "tfm" for our own class.
         output_dir: folder to make; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
 

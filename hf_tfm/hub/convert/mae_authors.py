@@ -4,18 +4,14 @@ Their files are read by many programs. Nothing of their code is here: the classe
 under those names, after the paper, so that a converted model can be run and compared by parts that are not ours.
 """
 
-import argparse
 import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from safetensors.torch import save_file
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -28,7 +24,7 @@ from ...models.modeling_mae import normalize_patches, random_masking
 from ...models.patches import patchify
 from .conversion import Conversion, refuse, require_fixed
 from .mae import FIELDS, require_same_share, square
-from .timm_vit import EPS, WEIGHTS, block_names, encoder_names, mlp_ratio, to_timm
+from .timm_vit import EPS, block_names, encoder_names, mlp_ratio, to_timm
 from .vit import OURS_CARRIED, translated
 
 DECODER_HEADS = 16  # of every model they published; a file does not tell
@@ -157,37 +153,9 @@ def from_authors(model: AuthorsMAEEncoder) -> TfmMAEConfig:
     return translated(model.config, TfmMAEConfig, FIELDS, OURS_CARRIED)
 
 
-def unpack(path: Path, folder: Path) -> Path:
-    """Write one of the authors' files, ``{"model": weights}``, as a folder that `convert` reads.
-
-    A fine-tuned classifier has timm's names and becomes a folder of timm.
-
-    Args:
-        path: the file; a config.json beside it, as `convert` writes it, tells what the weights do not: heads and
-            ``norm_pix_loss``.
-        folder: to make.
-
-    Raises:
-        ValueError: the file holds something else, or its number of heads is not known.
-    """
-    # Checkpoints of a training hold its command line too.
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a file of weights alone: {error}") from error
-    weights = checkpoint.get("model", checkpoint)
-    if "pos_embed" not in weights or "patch_embed.proj.weight" not in weights:
-        raise ValueError(f"{path} is not a file of the masked autoencoder's authors: it holds {list(weights)[:5]}")
-    told = path.parent / "config.json"
-    if told.is_file():
-        config = json.loads(told.read_text(encoding="utf-8"))
-    else:
-        config = guessed_config(weights, getattr(checkpoint.get("args"), "norm_pix_loss", False))
-    folder.mkdir()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+def is_authors_mae(weights: dict[str, Tensor]) -> bool:
+    """Whether these are weights under their names; a fine-tuned classifier has timm's."""
+    return {"pos_embed", "patch_embed.proj.weight"} <= weights.keys()
 
 
 def guessed_config(weights: dict[str, Tensor], norm_pix_loss: bool) -> dict:

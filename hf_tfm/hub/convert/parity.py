@@ -18,7 +18,9 @@ SOURCE_LENGTHS = (1, 7, 19, 32)
 TARGET_LENGTHS = (3, 1, 24, 11)
 NEW_TOKENS = 24
 IMAGES = 3
-OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "loss", "mask")  # those of both models are compared
+PHOTOS = ((160, 224), (128, 192), (97, 150))  # heights and widths of a padded batch, for models of any size of image
+# Those of both models are compared.
+OUTPUTS = ("logits", "pred_boxes", "pred_masks", "last_hidden_state", "pooler_output", "loss", "mask")
 TOLERANCE = 1e-5  # for logits up to LOGIT_SCALE; float32 rounding grows in proportion beyond
 LOGIT_SCALE = 10.0
 
@@ -57,6 +59,17 @@ def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
     return {"pixel_values": images, "noise": torch.rand(IMAGES, rows * columns, generator=generator)}
 
 
+def fixed_photos(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The inputs of every check of a detector: padded images (B, C, H, W) of different sizes, and their pixel mask."""
+    generator = torch.Generator().manual_seed(SEED)
+    height, width = (max(sizes) for sizes in zip(*PHOTOS, strict=True))
+    mask = torch.zeros(len(PHOTOS), height, width, dtype=torch.int64)
+    for row, (rows, columns) in zip(mask, PHOTOS, strict=True):
+        row[:rows, :columns] = 1
+    images = torch.randn(len(PHOTOS), config.num_channels, height, width, generator=generator)
+    return {"pixel_values": images * mask[:, None], "pixel_mask": mask}
+
+
 def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> dict:
     """Run two models on the fixed inputs; of two that generate text, compare that too.
 
@@ -71,8 +84,8 @@ def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> d
     Raises:
         ValueError: an output differs by more than the tolerance, or the generated tokens differ.
     """
-    if hasattr(config, "image_size"):
-        inputs = fixed_images(config)
+    if hasattr(config, "image_size") or hasattr(config, "num_queries"):
+        inputs = fixed_images(config) if hasattr(config, "image_size") else fixed_photos(config)
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         return {**compare_outputs(source, target, inputs), "inputs": described(source, shapes)}
     inputs = fixed_inputs(config.vocab_size, config.pad_token_id, config.max_position_embeddings)

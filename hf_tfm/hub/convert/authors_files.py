@@ -1,0 +1,50 @@
+"""Files as the authors of the papers publish them, a pickle of ``{"model": weights}``, as folders for `convert`."""
+
+import argparse
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import save_file
+
+from . import detr_authors, mae_authors
+from .timm_vit import WEIGHTS
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    """Write one of the authors' files as a folder with a config.json.
+
+    A fine-tuned classifier of the masked autoencoder's authors has timm's names and becomes a folder of timm.
+
+    Args:
+        path: the file; a config.json beside it, as `convert` writes it, tells what the weights do not: the number of
+            heads, ``norm_pix_loss``, ``dilation``.
+        folder: to make.
+
+    Raises:
+        ValueError: the file holds something else, or what its weights do not tell is not known.
+    """
+    # Checkpoints of a training hold its command line too.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a file of weights alone: {error}") from error
+    weights, arguments = checkpoint.get("model", checkpoint), checkpoint.get("args")
+    mae, detr = mae_authors.is_authors_mae(weights), detr_authors.is_authors_detr(weights)
+    if not mae and not detr:
+        raise ValueError(
+            f"{path} is not a file of the masked autoencoder's authors, nor of DETR's: it holds {list(weights)[:5]}"
+        )
+    told = path.parent / "config.json"
+    if told.is_file():
+        config = json.loads(told.read_text(encoding="utf-8"))
+    elif detr:
+        config = detr_authors.guessed_config(weights, arguments, path)
+    else:
+        config = mae_authors.guessed_config(weights, getattr(arguments, "norm_pix_loss", False))
+    folder.mkdir()
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

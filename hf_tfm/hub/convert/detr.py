@@ -1,0 +1,120 @@
+"""TfmDetr <-> transformers' DETR: one architecture, one file layout, two configurations.
+
+Our weights are saved under the names of transformers' own DETR (`NATIVE_NAMES` in detr_stacks.py), so each class reads
+the other's file, and what is left to convert is the configuration.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel
+
+from ...models import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
+from ...models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
+from ...models.configuration_detr import WEIGHTS, dilated, timm_name
+from .conversion import Conversion, refuse, require_fixed
+from .vit import translated
+
+# Fields of the same name and meaning on both sides.
+FIELDS = (
+    "num_channels",
+    "num_queries",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "activation_function",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "position_embedding_type",
+    "init_xavier_std",
+    "dilation",
+    *WEIGHTS,
+    "eos_coefficient",
+)
+
+# Fields that say nothing about the outputs. They ride along as extra fields of the other configuration, so that a
+# round trip gives back what it took.
+OURS_CARRIED = ("backbone_frozen_stages",)
+THEIRS_CARRIED = ("encoder_layerdrop", "decoder_layerdrop", "init_std")
+
+# With auxiliary losses on, transformers' DETR feeds layer-normed states into the next decoder layer (5.23) and so
+# computes another function than the paper's; our knob for the training rides along under this name.
+CARRIED_AUXILIARY = "tfm_auxiliary_loss"
+EPS = 1e-5  # of all norms there, whatever the timm model has
+
+
+def to_detr(config: TfmDetrConfig) -> DetrConfig:
+    """Our architecture as transformers' configuration.
+
+    Raises:
+        ValueError: a field has a value that `DetrForObjectDetection` cannot express.
+    """
+    require_fixed("detr", config, {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS})
+    # Whole numbers there, and nowhere else.
+    weights = {name: int(getattr(config, name)) for name in WEIGHTS}
+    for name, value in weights.items():
+        if value != getattr(config, name):
+            refuse("detr", name, getattr(config, name), value)
+    with torch.device("meta"):
+        features = TimmFeatures(config.backbone, config.num_channels, (-4, -3, -2, -1), "frozen")
+    for norm in features.modules():
+        if isinstance(norm, FrozenBatchNormAct) or (isinstance(norm, FrozenBatchNorm) and norm.eps != EPS):
+            raise ValueError(
+                f"detr cannot express backbone={config.backbone!r}: when transformers freezes its norms, it drops "
+                f"what follows inside them and adds {EPS} to the variance"
+            )
+    backbone = {
+        "model_type": "timm_backbone",
+        "backbone": config.backbone,
+        "num_channels": config.num_channels,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "out_indices": list(features.body.feature_info.out_indices),
+    }
+    if config.dilation:
+        backbone["output_stride"] = 16
+    carried = {CARRIED_AUXILIARY: config.auxiliary_loss, "auxiliary_loss": False}
+    return translated(
+        config,
+        DetrConfig,
+        FIELDS,
+        (*OURS_CARRIED, *THEIRS_CARRIED),
+        **{**weights, **carried, "backbone_config": backbone},
+    )
+
+
+def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -> TfmDetrConfig:
+    """The architecture of transformers' ``model`` as our configuration.
+
+    Raises:
+        ValueError: a field has a value that `TfmDetrConfig` cannot express.
+    """
+    config = model.config
+    if config.auxiliary_loss:
+        raise ValueError(
+            "a detr with auxiliary_loss=True feeds layer-normed states into the next decoder layer, which the paper's "
+            "does not: set it to false in its config.json if the model was not trained so"
+        )
+    fields: dict[str, Any] = {
+        "backbone": timm_name(config.backbone_config),
+        "dilation": config.dilation or dilated(config.backbone_config),
+        "auxiliary_loss": getattr(config, CARRIED_AUXILIARY, True),
+    }
+    return translated(config, TfmDetrConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED), **fields)
+
+
+DETR = Conversion(
+    name="detr",
+    ours=TfmDetrForObjectDetection,
+    theirs=DetrForObjectDetection,
+    to_theirs=to_detr,
+    to_ours=from_detr,
+)
+DETR_MODEL = replace(DETR, ours=TfmDetrModel, theirs=DetrModel)
+DETR_PANOPTIC = replace(DETR, ours=TfmDetrForPanopticSegmentation, theirs=DetrForSegmentation)
