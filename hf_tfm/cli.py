@@ -1,4 +1,4 @@
-"""The command line: hf-tfm run | evaluate | convert | push | show | quickstart.
+"""The command line: hf-tfm run | evaluate | convert | push | show | doctor | quickstart.
 
 hf-tfm COMMAND --help tells each one's options.
 """
@@ -205,6 +205,20 @@ def push(folder: str, repo_id: str, private: bool = False) -> None:
     print(push_folder(folder, repo_id, private).commit_url)
 
 
+def doctor_detection(argv: list[str]) -> int:
+    """Find out why AP would be 0 before a run starts: hf-tfm doctor detection --help.
+
+    Args:
+        argv: its command line.
+    """
+    from .doctor.detection import main as examine
+
+    try:
+        return examine(argv)
+    except (ValueError, OSError) as error:  # what a user got wrong, as below
+        sys.exit(f"hf-tfm doctor detection: {error}")
+
+
 def quickstart(output_dir: str = "runs/quickstart") -> None:
     """Train a translator of number words and classifiers of digits, load and compare them, and look at them.
 
@@ -227,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         run(argv[1], argv[2:])
         return
+    if argv[:2] == ["doctor", "detection"]:
+        sys.exit(doctor_detection(argv[2:]))
     from .evaluation import KINDS, evaluate, lines
 
     # What each command is about stands first, without a name; everything else is an option.
@@ -242,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
         },
+        "doctor": {"detection": (doctor_detection, "argv")},  # listed here; its words are its own to read
         "quickstart": (quickstart,),
     }
     parser = ArgumentParser(prog="hf-tfm", description=__doc__.split("\n\n")[0], allow_abbrev=False)

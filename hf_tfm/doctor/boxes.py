@@ -1,0 +1,159 @@
+"""Checks of the boxes of a split: their format, what lies outside, what is too small, what is there twice.
+
+A check takes a `Split` and a `Case`, and returns a `Finding` or several; its name is its function's.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..data.box_checks import EVIDENCE, LESS, NEARLY_ALL, check_boxes, inside
+from ..data.scene_augment import scaled
+from .findings import Finding, failed, graded, ok, warning
+from .splits import Case, Split
+
+TOLERATED = 0.01  # share of boxes that may be bad in some way, as a few are in every large data set
+MOSTLY = 0.5
+SMALL = 0.1  # share of objects below a cell of the feature map from which on it is told
+
+
+def box_format(split: Split, case: Case) -> Finding:
+    """The boxes lie in their images as they are read, and not much better in another format."""
+    report = split.report
+    stated, suspected = report.inside
+    if report.suspected is None:
+        return ok(f"{report.boxes} boxes, read as {report.format}; {stated:.1%} lie in their images")
+    finite = np.isfinite(split.boxes).all(axis=1)
+    sizes = split.sizes[split.place]
+    outside = finite & ~inside(report.format.to_corners(split.boxes, sizes), sizes)
+    message = f"as {report.format}, {stated:.0%} of {report.boxes} boxes lie in their images"
+    if report.suspected.relative:
+        outside, message = finite, f"no number of {report.boxes} boxes is above 1.5, and they are read in pixels"
+    return failed(
+        f"{message}; as {report.suspected}, {suspected:.0%} do (limit: {LESS:.0%} more than as they are read)",
+        f"store them as {report.format}; they seem to be {report.suspected}",
+        split.stored_sample(int(outside.argmax())),
+    )
+
+
+def box_axes(split: Split, case: Case) -> Finding:
+    """x stands before y, and width before height; images as wide as high cannot tell."""
+    sizes = split.sizes[split.place]
+    told = np.isfinite(split.boxes).all(axis=1) & (sizes[:, 0] != sizes[:, 1])
+    boxes, sizes = split.boxes[told], sizes[told]
+    if split.report.suspected is not None or not len(boxes):
+        return ok("all images are as wide as high, so nothing can be told" if len(split.boxes) else "no boxes")
+    stated, swapped = (
+        inside(split.report.format.to_corners(numbers, sizes), sizes) for numbers in (boxes, boxes[:, [1, 0, 3, 2]])
+    )
+    message = (
+        f"{stated.mean():.0%} of {len(boxes)} boxes lie in their images, {swapped.mean():.0%} with x and y swapped"
+    )
+    more = swapped.mean() - stated.mean()
+    if swapped.mean() < NEARLY_ALL or more < LESS or (~stated).sum() < EVIDENCE:
+        return ok(message)
+    first = np.flatnonzero(told)[(~stated).argmax()]
+    return failed(
+        f"{message} (limit: {LESS:.0%} more)", "store x before y, and width before height", split.stored_sample(first)
+    )
+
+
+def box_range(split: Split, case: Case) -> Iterator[Finding]:
+    """Boxes have an area, and lie in their images up to a pixel; a run cuts them off there, or leaves them out."""
+    report = split.report
+    if report.suspected is not None:
+        return  # then the format is to blame
+    for action, problems in (("left out", report.dropped), ("cut off at the edge", report.clipped)):
+        for name, problem in problems.items():
+            if name not in ("without a category", "without an outline"):
+                yield graded(
+                    problem.count > TOLERATED * report.boxes,
+                    f"{problem.count} of {report.boxes} boxes are {action}: {name} (limit: {TOLERATED:.0%})",
+                    "mend or delete these boxes; images and annotations may belong to different sizes",
+                    split.stored_sample(first_with(split, name, problem.image_id)),
+                )
+
+
+def first_with(split: Split, name: str, image_id: int) -> int:
+    """The first stored box of an image with a problem of `BoxReport`."""
+    there = np.flatnonzero(split.ids[split.place] == image_id)
+    for k in there.tolist():
+        place = split.place[k : k + 1]
+        *_, report = check_boxes(split.boxes[k : k + 1], split.sizes[place], split.ids[place], 1, split.report.format)
+        if name in report.dropped | report.clipped:
+            return k
+    return int(there[0])
+
+
+def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
+    """No two objects of an image share a box: each takes a query of its own, and both cannot be right."""
+    boxes, rows = np.rint(split.kept.fours("bbox")).astype(np.int64), split.kept.rows()
+    classes = split.kept.numbers("category", 0.0).astype(np.int64)
+    for name, columns in (("of the same class", (rows, classes)), ("of two classes", (rows,))):
+        keys = np.column_stack([*columns, boxes])
+        _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        again = first[group.ravel()] != np.arange(len(keys))
+        if name == "of two classes":
+            again &= classes != classes[first[group.ravel()]]
+        if again.any():
+            yield graded(
+                again.sum() > TOLERATED * len(keys),
+                f"{again.sum()} of {len(keys)} boxes are there twice, {name}, to the pixel (limit: {TOLERATED:.0%})",
+                "delete all but one of them",
+                split.kept_sample(int(again.argmax())),
+            )
+
+
+def tiny_objects(split: Split, case: Case) -> Finding:
+    """Objects are at least as large as a cell of the last feature map, in the size of evaluation."""
+    args = case.args
+    sizes = split.sizes[split.kept.rows()]
+    known = (sizes > 0).all(axis=1)
+    if not known.any():
+        return ok("no boxes")
+    boxes, sizes = split.kept.fours("bbox")[known], sizes[known]
+    larger = scaled(sizes, args.shortest_side, args.longest_side) / sizes
+    sides = np.sqrt((boxes[:, 2:] * larger[:, ::-1]).prod(axis=1))
+    cell = case.model.model.backbone.stride
+    share = (sides < cell).mean()
+    message = (
+        f"{share:.1%} of {len(sides)} objects are smaller than a cell of {cell} x {cell} pixels (limit: {SMALL:.0%}), "
+        f"half are below {np.median(sides):.0f} x {np.median(sides):.0f}, at a shortest side of {args.shortest_side}"
+    )
+    if share <= SMALL:
+        return ok(message)
+    remedy = "raise shortest_side, longest_side and augmentation.scales, set model.dilation, or cut images into tiles"
+    return graded(share > MOSTLY, message, remedy, split.kept_sample(np.flatnonzero(known)[sides.argmin()]))
+
+
+def empty_images(split: Split, case: Case) -> Finding:
+    """Images have objects; a few without are welcome."""
+    empty = split.kept.counts == 0
+    message = f"{empty.sum()} of {len(empty)} images have no objects (limit: {MOSTLY:.0%})"
+    if empty.mean() <= MOSTLY:
+        return ok(message)
+    remedy = "do image_id of the annotations and id of the images fit? Otherwise leave most of these images out"
+    return graded(bool(empty.all()), message, remedy, split.sample(empty.argmax()))
+
+
+def box_count(split: Split, case: Case) -> Finding:
+    """Every object of an image has a query that can find it; and queries are not idle nearly all."""
+    queries, most = case.config.num_queries, split.targets
+    row = int(most.argmax())
+    message = f"at most {most[row]} and on average {most.mean():.1f} objects an image, {queries} queries"
+    if most[row] > queries:
+        over = (most > queries).sum()
+        return failed(
+            f"{message}: {over} images have more, and the rest of their objects cannot be found",
+            f"--model.num_queries {2 * most[row]}",
+            split.sample(row),
+        )
+    return (
+        ok(message)
+        if split is not case.train or 10 * max(most[row], 1) >= queries
+        else warning(
+            f"{message}: nearly all learn that there is nothing (limit: 10 times the fullest image)",
+            f"--model.num_queries {max(10, 2 * most[row])}",
+            split.sample(row),
+        )
+    )

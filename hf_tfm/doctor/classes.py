@@ -1,0 +1,171 @@
+"""Checks of categories: their ids, their names in every split and in a model to go on from, how often they occur."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel
+
+from ..data.detection import CATEGORY_FIELDS
+from .boxes import TOLERATED
+from .findings import Finding, Sample, failed, graded, ok, warning
+from .splits import Case, Split
+
+FEW = 10  # objects of a class below which it is told
+UNEVEN = 100  # times as many objects of one class as of another, from which on it is told
+BACKGROUND = {"background", "__background__", "_background_", "bg", "no object", "no_object", "none", "n/a"}
+
+
+def category_ids(split: Split, case: Case) -> Iterator[Finding]:
+    """Every object has a category, and stored numbers are places in the list of names: 0 to N - 1, without gaps."""
+    names, categories, count = split.names, split.categories, len(split.categories)
+    field = split.found.find(CATEGORY_FIELDS)
+    if (beyond := categories >= len(names)).any():
+        first = int(beyond.argmax())
+        message = f"{beyond.sum()} of {count} objects have category {categories[first]} or another beyond the "
+        message += f"{len(names)} names, whose places are 0 to {len(names) - 1}"
+        shifted = categories.max() == len(names) and not (categories == 0).any()
+        remedy = "ids seem to start at 1: subtract 1" if shifted else "name every category, or mend the ids"
+        yield failed(message, remedy, split.stored_sample(first))
+    if (missing := categories < 0).any():
+        yield graded(
+            missing.sum() > TOLERATED * count,
+            f"{missing.sum()} of {count} objects have no category, or one below 0, and are left out "
+            f"(limit: {TOLERATED:.0%})",
+            "give them one",
+            split.stored_sample(int(missing.argmax())),
+        )
+    declared = isinstance(split.found.kinds[field], ClassLabel)
+    if not declared and pa.types.is_integer(split.found.fields[field].type) and names:
+        ids = [int(name) for name in names]
+        gaps = ids[-1] - ids[0] + 1 - len(ids)
+        if ids != list(range(len(ids))):
+            yield warning(
+                f"ids {ids[0]} to {ids[-1]} with {gaps} gaps are read as classes 0 to {len(ids) - 1}, and the numbers "
+                "are their names",
+                f'make "{field}" a ClassLabel, so that names and order are stored with the data',
+                split.stored_sample(int((categories == 0).argmax())),
+            )
+    if (categories < 0).all() and count:
+        yield failed("no object has a category", f'store one in the field "{field}"', split.stored_sample(0))
+
+
+def class_names(case: Case) -> Iterator[Finding]:
+    """Every split has the classes of the training split, under the same names and in the same order."""
+    ours = case.train.names
+    yield ok(f"{len(ours)} classes: {shortened(ours)}")
+    for split in case.held_out:
+        if unknown := [name for name in split.names if name not in ours]:
+            yield failed(
+                f"{split.name} has {len(unknown)} classes that {case.train.name} does not have, the first is "
+                f'"{unknown[0]}"; a run refuses that',
+                "write the same list of categories, with the same ids, for every split",
+                sample_of(split, split.names.index(unknown[0])),
+            )
+        elif len(split.names) == len(ours) and split.names != ours:
+            place = next(i for i, pair in enumerate(zip(split.names, ours, strict=True)) if pair[0] != pair[1])
+            yield failed(
+                f'class {place} is "{ours[place]}" in {case.train.name} and "{split.names[place]}" in {split.name}: '
+                "the ids of one of them stand for other names",
+                "write the same list of categories, with the same ids, for every split",
+                sample_of(split, place),
+            )
+
+
+def model_classes(case: Case) -> Finding:
+    """The classes of a model to go on from are those of the data, or plainly others."""
+    names = case.train.names
+    if case.earlier is None:
+        return ok(f"a new model gets the {len(names)} classes of the data")
+    theirs = [case.earlier.config.id2label[i] for i in range(case.earlier.config.num_labels)]
+    if theirs == names:
+        return ok(f"the model has the {len(names)} classes of the data, in the same order")
+    shared = {name.lower() for name in theirs} & {name.lower() for name in names}
+    numbers = f"the model has {len(theirs)} classes ({shortened(theirs)}), the data {len(names)} ({shortened(names)})"
+    if len(theirs) == len(names) and shared:
+        place = next(i for i, pair in enumerate(zip(theirs, names, strict=True)) if pair[0] != pair[1])
+        return failed(
+            f'{numbers}: class {place} is "{theirs[place]}" there and "{names[place]}" here, so a run would throw '
+            "the class layer away",
+            "bring the data's categories into the model's order, under its names",
+            sample_of(case.train, place),
+        )
+    return warning(
+        f"{numbers}: the class layer starts anew", "expected where the classes are others; otherwise name them alike"
+    )
+
+
+def sample_of(split: Split, category: int) -> Sample | None:
+    """The first object of a category; None where it has none."""
+    there = split.categories == category
+    return split.stored_sample(int(there.argmax())) if there.any() else None
+
+
+def shortened(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def class_balance(case: Case) -> Iterator[Finding]:
+    """No class is missing, very rare, or a hundred times rarer than another."""
+    split, names = case.train, case.train.names
+    counts = split.class_counts[: len(names)]
+    if not counts.any():
+        yield failed("the training split has no objects", "see empty_images", split.sample(0))
+        return
+    most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max()).argmin())
+    told = f'"{names[most]}" has {counts[most]} objects, "{names[least]}" {counts[least]}'
+    if counts[most] > UNEVEN * counts[least]:
+        yield warning(
+            f"{told} (limit: {UNEVEN} times as many)", "collect more of the rare class, or expect little of it"
+        )
+    else:
+        yield ok(told)
+    if rare := [name for name, count in zip(names, counts, strict=True) if 0 < count < FEW]:
+        yield warning(
+            f"{len(rare)} of {len(names)} classes have fewer than {FEW} objects: {shortened(rare)}",
+            "collect more, or expect little of them",
+            sample_of(split, names.index(rare[0])),
+        )
+
+
+def classes_in_one_split(case: Case) -> Iterator[Finding]:
+    """What is to be found is learned, and what is learned is looked for."""
+    ours = {name for name, count in zip(case.train.names, case.train.class_counts, strict=False) if count}
+    for split in case.held_out:
+        theirs = {name for name, count in zip(split.names, split.class_counts, strict=False) if count}
+        if new := sorted(theirs - ours):
+            yield failed(
+                f"{len(new)} classes have objects in {split.name} and none in {case.train.name}: {shortened(new)}; "
+                "their AP will be 0",
+                "split the images anew, so that every class is in both",
+                sample_of(split, split.names.index(new[0])),
+            )
+        if unseen := [name for name in case.train.names if name in ours - theirs]:
+            yield warning(
+                f"{len(unseen)} classes have no objects in {split.name}: {shortened(unseen)}; AP says nothing of them",
+                "split the images anew, so that every class is in both",
+                sample_of(case.train, case.train.names.index(unseen[0])),
+            )
+    if nowhere := [
+        name for name in case.train.names if not any(name in used(split) for split in case.splits.values())
+    ]:
+        yield warning(
+            f"{len(nowhere)} classes have no objects in any split: {shortened(nowhere)}",
+            "leave them out of the list of categories, unless ids have to stay as they are",
+        )
+
+
+def used(split: Split) -> set[str]:
+    """The names of the classes that have objects."""
+    return {name for name, count in zip(split.names, split.class_counts, strict=False) if count}
+
+
+def background_class(case: Case) -> Finding:
+    """No class stands for "nothing": the model has one of its own."""
+    found = [name for name in case.train.names if name.strip().lower() in BACKGROUND]
+    if not found:
+        return ok("no class stands for nothing")
+    return warning(
+        f'class "{found[0]}" seems to stand for nothing', "leave it out; the model adds a class for no object itself"
+    )

@@ -1,0 +1,121 @@
+"""What a check finds, and how it is told: a line, the sample it was seen in, and the remedy; all of it as JSON too.
+
+check(split, case) -> Finding | several -> named by `findings_of` -> lines of a table, rows of a JSON file
+"""
+
+import inspect
+import itertools
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+WIDTH = 112  # columns of the table
+MARGIN = 30  # columns before a message
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where something was seen.
+
+    Args:
+        image_id: of the image.
+        split: that it is in.
+        box: four numbers as they are stored.
+        file: of the image; None where a data set holds its bytes.
+    """
+
+    image_id: int
+    split: str
+    box: tuple[float, ...] | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"image {self.image_id} of {self.split}"]
+        if self.box is not None:
+            parts.append(f"box [{', '.join(f'{value:g}' for value in self.box)}]")
+        return ", ".join(parts + ([self.file] if self.file else []))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; made by `ok`, `warning`, `failed` and `skipped`.
+
+    Args:
+        level: how bad it is.
+        message: the numbers, and their limit.
+        sample: the first that was seen.
+        remedy: what to do.
+        check, split: the check's name, and the split it looked at; `findings_of` fills them in.
+    """
+
+    level: Literal["ok", "warning", "failed", "skipped"]
+    message: str
+    sample: Sample | None = None
+    remedy: str | None = None
+    check: str = ""
+    split: str | None = None
+
+    def lines(self) -> Iterator[str]:
+        """The rows of a table that tell it."""
+        told = [(f"{self.split}: " if self.split else "") + self.message]
+        told += [f"{name}: {value}" for name, value in (("sample", self.sample), ("remedy", self.remedy)) if value]
+        margin = f"{self.level:<8} {self.check:<{MARGIN - 10}} "
+        for text in told:
+            for line in textwrap.wrap(text, WIDTH - MARGIN, break_long_words=False, break_on_hyphens=False):
+                yield (margin + line).rstrip()
+                margin = " " * MARGIN
+
+
+def ok(message: str) -> Finding:
+    """Nothing to worry about."""
+    return Finding("ok", message)
+
+
+def warning(message: str, remedy: str, sample: Sample | None = None) -> Finding:
+    """Something that may be meant so."""
+    return Finding("warning", message, sample, remedy)
+
+
+def failed(message: str, remedy: str, sample: Sample | None = None) -> Finding:
+    """Something that will cost the run its result."""
+    return Finding("failed", message, sample, remedy)
+
+
+def skipped(message: str) -> Finding:
+    """Something that could not be examined."""
+    return Finding("skipped", message)
+
+
+def graded(bad: bool, *told: Any) -> Finding:
+    """`failed` where it is bad, `warning` otherwise."""
+    return failed(*told) if bad else warning(*told)
+
+
+def findings_of(check: Callable[..., Any], *examined: Any, split: str | None = None) -> Iterator[Finding]:
+    """Run a check and put its name on what it finds, one finding or several; none at all is `ok`."""
+    found = check(*examined)
+    fine = inspect.getdoc(check).partition(";")[0].splitlines()[0].rstrip(".")  # what it says of itself
+    for finding in [found] if isinstance(found, Finding) else list(found) or [ok(fine)]:
+        yield replace(finding, check=check.__name__, split=split)
+
+
+def condensed(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The same with one line of a check for all splits, where each of them is `ok`."""
+    for _, group in itertools.groupby(findings, key=lambda finding: finding.check):
+        several = list(group)
+        if len(several) > 1 and several[0].split and all(finding.level == "ok" for finding in several):
+            others = ", ".join(finding.split for finding in several[1:])
+            yield replace(several[0], message=f"{several[0].message}; {others} as well")
+        else:
+            yield from several
+
+
+def save(findings: Iterable[Finding], file: str, examined: dict[str, Any]) -> None:
+    """Write a report as JSON: ``examined``, ``failed`` (names of checks) and ``findings``."""
+    rows = [asdict(finding) for finding in findings]
+    names = list(dict.fromkeys(row["check"] for row in rows if row["level"] == "failed"))
+    content = {"examined": examined, "failed": names, "findings": rows}
+    Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,148 @@
+"""Checks of the images: whether they can be read, have the stated size, lie on their side, are in two splits."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..data.box_checks import inside
+from ..data.images import IMAGE, BadImage, encoded
+from .findings import Finding, failed, graded, ok, warning
+from .splits import Case, Split
+
+UNKNOWN = -1  # bytes of an image that is not here
+TURNED = 5  # EXIF's orientations from here on lie on their side
+
+
+def looked_at(split: Split) -> str:
+    """How many images were decoded."""
+    return f"{len(split.looks)} of {len(split.rows)} images decoded"
+
+
+def unreadable_images(split: Split, case: Case) -> Finding:
+    """Images can be decoded; a run leaves out up to ``max_bad_images`` of them, and then gives up."""
+    bad = [row for row, look in split.looks.items() if look.error]
+    if not bad:
+        return ok(f"{looked_at(split)}, all can be read")
+    expected = len(bad) * len(split.rows) / len(split.looks)
+    return graded(
+        expected > case.args.max_bad_images,
+        f"{looked_at(split)}, {len(bad)} cannot be read (limit: max_bad_images = {case.args.max_bad_images} of all), "
+        f"the first: {split.looks[bad[0]].error}",
+        "mend or delete these files, with their annotations",
+        split.sample(bad[0]),
+    )
+
+
+def image_size(split: Split, case: Case) -> Finding:
+    """Images have the height and width that their rows state; a run leaves out those that do not."""
+    stated = {row: tuple(split.sizes[row].tolist()) for row in split.looks}
+    others = [row for row, look in split.looks.items() if not look.error and look.size != stated[row]]
+    if not others:
+        return ok(f"{looked_at(split)}, all have the stated size")
+    row = others[0]
+    look = split.looks[row]
+    message = (
+        f"{looked_at(split)}, {len(others)} have another size than stated, the first {look.size[0]} x {look.size[1]}"
+    )
+    message += f" pixels instead of {stated[row][0]} x {stated[row][1]} (height x width)"
+    remedy = "resize neither images nor annotations alone; write each image's own height and width"
+    if look.size == stated[row][::-1]:
+        remedy = "height and width are swapped: write them the other way round"
+        if look.orientation >= TURNED:
+            message += f"; its EXIF orientation {look.orientation} turns it"
+            remedy = "write the images upright, without EXIF orientation, and annotate those; images are read upright"
+    return failed(message, remedy, split.sample(row))
+
+
+def image_orientation(split: Split, case: Case) -> Iterator[Finding]:
+    """Images that a camera turned have boxes of the upright image."""
+    turned = [row for row, look in split.looks.items() if look.orientation > 1]
+    if not turned:
+        yield ok(f"{looked_at(split)}, none has an EXIF orientation")
+        return
+    for row in turned:
+        there = split.place == row
+        height, width = split.looks[row].size
+        upright = np.full((there.sum(), 2), [height, width])
+        corners = split.report.format.to_corners(split.boxes[there], upright)
+        if split.looks[row].orientation < TURNED or inside(corners, upright).all():
+            continue
+        if inside(corners, upright[:, ::-1]).all():
+            k = np.flatnonzero(there)[(~inside(corners, upright)).argmax()]
+            yield failed(
+                f"upright it has {height} x {width} pixels (height x width), and its boxes lie in {width} x {height}",
+                "annotate the images upright, or write them without EXIF orientation",
+                split.stored_sample(int(k)),
+            )
+            return
+    yield warning(
+        f"{looked_at(split)}, {len(turned)} have an EXIF orientation, and are read upright",
+        "make sure that the boxes are those of the upright images",
+        split.sample(turned[0]),
+    )
+
+
+def shared_images(case: Case) -> Iterator[Finding]:
+    """No image of the training split is in another one, byte for byte."""
+    if not case.held_out:
+        yield warning(
+            f"{case.args.held_out} is the training split itself: its AP says nothing of new images",
+            "hold out others: --holdout, or another validation_split",
+        )
+    lengths = {name: byte_lengths(split) for name, split in case.splits.items()}
+    for split in case.held_out:
+        pairs = equal_images(case.train, split, lengths[case.train.name], lengths[split.name])
+        if pairs:
+            yield failed(
+                f"{len(pairs)} of {len(split.rows)} images of {split.name} are in {case.train.name} too, the first as "
+                f"image {case.train.ids[pairs[0][0]]} (limit: 0)",
+                "take them out of one of the splits: scores would be too good",
+                split.sample(pairs[0][1]),
+            )
+        else:
+            yield ok(f"none of {len(split.rows)} images of {split.name} is in {case.train.name}")
+
+
+def byte_lengths(split: Split) -> np.ndarray:
+    """(N,) bytes of each image as it is stored, `UNKNOWN` where that is not here; only sizes of files are read."""
+    found = []
+    for table in split.rows.select_columns([IMAGE]).with_format("arrow").iter(batch_size=1000):
+        values = table.column(IMAGE).combine_chunks()
+        data = path = values
+        if pa.types.is_struct(values.type):
+            data, path = pc.struct_field(values, "bytes"), pc.struct_field(values, "path")
+        if pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type):
+            lengths = pc.fill_null(pc.binary_length(data), UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int64)
+        else:
+            lengths = np.full(len(values), UNKNOWN)
+        for i in np.flatnonzero(lengths == UNKNOWN).tolist():
+            file = path[i].as_py()
+            if isinstance(file, str) and Path(file).is_file():
+                lengths[i] = Path(file).stat().st_size
+        found.append(lengths)
+    return np.concatenate(found)
+
+
+def equal_images(one: Split, other: Split, *lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of rows with the same bytes; only images as long as one of the other split are read."""
+    shared = np.intersect1d(*lengths)
+    shared = shared[shared != UNKNOWN]
+    digests = []
+    for split, own in zip((one, other), lengths, strict=True):
+        rows_of: dict[bytes, list[int]] = defaultdict(list)
+        pictures = split.rows.select_columns([IMAGE])
+        for row in np.flatnonzero(np.isin(own, shared)).tolist():
+            try:
+                rows_of[hashlib.sha256(encoded(pictures[row][IMAGE])).digest()].append(row)
+            except (BadImage, OSError):
+                continue  # another check's matter
+        digests.append(rows_of)
+    return sorted(
+        ((digests[0][key][0], row) for key in digests[0].keys() & digests[1].keys() for row in digests[1][key]),
+        key=lambda pair: pair[1],
+    )

@@ -1,0 +1,89 @@
+"""Checks of the knobs: queries, learning rates, schedule, clipping, losses, against what the paper did.
+
+Paper: Carion et al. 2020, arXiv:2005.12872, section 4 and appendix A.4; the clipping is from the authors' code.
+"""
+
+import math
+from collections.abc import Iterator
+
+from ..training.optim import parameter_groups
+from .findings import Finding, failed, graded, ok, warning
+from .splits import Case
+
+PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH = 1e-4, 1e-5, 64
+FACTOR = 10  # a rate so far from the paper's is told; so far again, it has failed
+PAPER_NORM, LOOSE_NORM = 0.1, 1.0
+FEWEST_STEPS = 500  # a new model needs more than half as many for eight images alone, see `overfit`
+
+
+def learning_rate(case: Case) -> Iterator[Finding]:
+    """The learning rates and the batch fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images a step."""
+    args = case.args
+    settled, _ = args.settle(case.steps_per_epoch)
+    try:
+        groups = parameter_groups(case.model, settled)
+    except ValueError as error:  # a part of rate_factors that is in no weight's name
+        yield failed(str(error), "name a part of the model, say {backbone: 0.1}")
+        return
+    rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    inside = {id(parameter) for parameter in case.model.model.backbone.parameters()} & rate_of.keys()
+    rate = max(rate_of[key] for key in rate_of.keys() - inside)
+    backbone = max((rate_of[key] for key in inside), default=None)
+    linear = PAPER_RATE * args.batch_size / PAPER_BATCH
+    low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR
+    used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
+    used += f"{args.batch_size} images a step by {args.optimizer}"
+    rule = f"the paper's {PAPER_RATE:g} and {PAPER_BACKBONE:g} at {PAPER_BATCH} images are {linear:.2g} and "
+    rule += f"{linear * PAPER_BACKBONE / PAPER_RATE:.2g} by the linear rule"
+    if args.optimizer == "sgd":
+        yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw: DETR hardly learns with sgd")
+    elif low <= rate <= high:
+        yield ok(f"{used}; {rule}")
+    else:
+        yield graded(
+            not low / FACTOR <= rate <= high * FACTOR,
+            f"{used}; {rule} (limits: {low:.2g} to {high:.2g})",
+            f"--learning_rate {max(linear, PAPER_RATE / 4):.1g}",
+        )
+    trained = bool(args.init_from or args.pretrained_backbone)
+    if backbone is not None and trained and backbone > 0.5 * rate:
+        yield warning("the backbone is trained already and learns as fast as the rest", "--rate_factors.backbone 0.1")
+    if backbone is not None and not trained and backbone < 0.5 * rate:
+        yield warning(
+            "the backbone starts from random weights and learns more slowly than the rest", "no rate_factors"
+        )
+
+
+def schedule(case: Case) -> Finding:
+    """The warm-up ends in time, and a new model gets more than a few hundred steps."""
+    args = case.args
+    steps = args.num_steps or math.ceil(args.num_epochs * case.steps_per_epoch)
+    warmup = args.settle(case.steps_per_epoch)[0].warmup_steps
+    message = f"{steps} steps, {steps / case.steps_per_epoch:.3g} epochs of {len(case.train.rows)} images; warm-up "
+    message += f"{warmup} steps"
+    if warmup >= steps:
+        return failed(
+            f"{message}: the learning rate never reaches its height",
+            f"--warmup_steps {steps // 20} or longer training",
+        )
+    if not args.init_from and steps < FEWEST_STEPS:
+        return warning(
+            f"{message} (limit: {FEWEST_STEPS} for a new model)", "train longer, or go on from a trained DETR"
+        )
+    return ok(message)
+
+
+def gradient_clipping(case: Case) -> Finding:
+    """Gradients are scaled down to a small norm: the first steps of a DETR have large ones."""
+    norm = case.args.max_grad_norm
+    if 0 < norm < LOOSE_NORM:
+        return ok(f"max_grad_norm {norm:g}; {PAPER_NORM} in the authors' code")
+    told = f"max_grad_norm {norm:g}" if norm else "max_grad_norm 0, gradients are not clipped"
+    return warning(f"{told} (limit: below {LOOSE_NORM:g})", f"--max_grad_norm {PAPER_NORM}, as in the authors' code")
+
+
+def auxiliary_loss(case: Case) -> Finding:
+    """Every decoder layer's predictions are learned from."""
+    if case.config.auxiliary_loss:
+        return ok(f"every one of {case.config.decoder_layers} decoder layers is learned from")
+    return warning("the last decoder layer alone is learned from", "--model.auxiliary_loss true, as in the paper")

@@ -1,0 +1,190 @@
+"""What is examined: the splits of a data set as they are stored and as a run reads them, the knobs and the model.
+
+load_splits -> objects as stored, flat (`FlatList`) beside `scene_rows` -> `Split`, `Case`
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+
+import datasets
+import numpy as np
+import PIL.Image
+
+from ..data.arrow_lists import FlatList
+from ..data.box_checks import BoxReport
+from ..data.detection import BOX_FIELDS, OBJECTS, find_objects, number_categories, picture_rows, scene_rows
+from ..data.image_sizes import ORIENTATION
+from ..data.images import IMAGE, BadImage, decode, encoded
+from ..data.source import load_splits, take_split
+from ..models import TfmDetrConfig, TfmDetrForObjectDetection
+from ..training.image_run import split_rows
+from ..training.scene_run import SceneRunArguments
+from .findings import Sample
+
+LOOKED_AT = 500  # images of a split, evenly spread, that are decoded
+
+
+@dataclass(frozen=True)
+class Look:
+    """What decoding an image showed.
+
+    Args:
+        size: height and width, upright, in pixels; (0, 0) where it cannot be read.
+        orientation: EXIF's, 1 to 8; 1 is upright as stored, from 5 on it lies on its side.
+        error: why it cannot be read.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    orientation: int = 1
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as it is stored, and as a run reads it.
+
+    Shapes: N images; M objects as stored; K objects that are kept.
+
+    Args:
+        name: of the split.
+        rows: of `scene_rows`.
+        report: of `scene_rows`.
+        found: the objects as stored.
+        ids: (N,) image ids.
+        sizes: (N, 2) height and width that the rows state, or the images' headers where they state none.
+        names: of the categories.
+        categories: (M,) place of each stored object's category among the names, -1 without one.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    report: BoxReport
+    found: FlatList
+    ids: np.ndarray
+    sizes: np.ndarray
+    names: list[str]
+    categories: np.ndarray
+
+    @classmethod
+    def read(cls, name: str, rows: datasets.Dataset, args: SceneRunArguments) -> "Split":
+        """The rows of a split as `load_splits` gives them.
+
+        Raises:
+            ValueError: they cannot be read, see `scene_rows`.
+        """
+        _, ids, sizes = picture_rows(rows, args.image_column)
+        found = FlatList.of(rows, find_objects(rows.features, args.objects_column))
+        scenes, report = scene_rows(rows, args.image_column, args.objects_column, strict=False)
+        return cls(name, scenes, report, found, ids, sizes, *number_categories(found))
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """(M, 4) as stored."""
+        return self.found.fours(self.found.find(BOX_FIELDS))
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """(M,) the row of each stored object."""
+        return self.found.rows()
+
+    @cached_property
+    def kept(self) -> FlatList:
+        """The objects that a run learns from, or is scored on."""
+        return FlatList.of(self.rows, OBJECTS)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(N,) objects of each image that a model is to find: crowds are none."""
+        there = self.kept.numbers("iscrowd", 0.0) == 0
+        return np.bincount(self.kept.rows()[there], minlength=len(self.rows))
+
+    @cached_property
+    def class_counts(self) -> np.ndarray:
+        """Objects of each of the names."""
+        return np.bincount(self.kept.numbers("category", 0.0).astype(np.int64), minlength=len(self.names))
+
+    @cached_property
+    def looks(self) -> dict[int, Look]:
+        """Up to `LOOKED_AT` images, by row."""
+        chosen = np.unique(np.linspace(0, len(self.rows) - 1, min(LOOKED_AT, len(self.rows))).astype(np.int64))
+        pictures = self.rows.select_columns([IMAGE])
+        return {row: look_at(pictures[row][IMAGE]) for row in chosen.tolist()}
+
+    def sample(self, row: int, box: np.ndarray | None = None) -> Sample:
+        """An image, and a box in it."""
+        value = self.rows.select_columns([IMAGE])[int(row)][IMAGE]
+        path = value["path"] if isinstance(value, Mapping) else value
+        numbers = None if box is None else tuple(float(value) for value in box)
+        return Sample(int(self.ids[row]), self.name, numbers, path if isinstance(path, str) else None)
+
+    def stored_sample(self, k: int) -> Sample:
+        """The k-th stored object."""
+        return self.sample(self.place[k], self.boxes[k])
+
+    def kept_sample(self, k: int) -> Sample:
+        """The k-th object that is kept; its box is x, y, width and height in pixels."""
+        return self.sample(self.kept.rows()[k], self.kept.fours("bbox")[k])
+
+
+def look_at(value) -> Look:
+    """Decode an image, see `decode`."""
+    try:
+        data = encoded(value)
+        height, width = decode(data).shape[-2:]
+        with PIL.Image.open(BytesIO(data)) as image:
+            return Look((height, width), image.getexif().get(ORIENTATION, 1))
+    except (BadImage, OSError) as error:
+        return Look(error=str(error))
+
+
+@dataclass
+class Case:
+    """All that is examined.
+
+    Args:
+        args: the knobs of the run.
+        splits: by name.
+        model: the one that would be trained; its backbone has random weights where a download would fill it.
+        earlier: the model of ``init_from`` as it is saved; None without one.
+        missing: weights that it does not have.
+    """
+
+    args: SceneRunArguments
+    splits: dict[str, Split]
+    model: TfmDetrForObjectDetection | None = None
+    earlier: TfmDetrForObjectDetection | None = None
+    missing: set[str] = field(default_factory=set)
+
+    @property
+    def train(self) -> Split:
+        """The split to learn from."""
+        return self.splits[self.args.train_split]
+
+    @property
+    def held_out(self) -> list[Split]:
+        """The other splits."""
+        return [split for split in self.splits.values() if split is not self.train]
+
+    @property
+    def config(self) -> TfmDetrConfig:
+        """Of the model that would be trained."""
+        return self.model.config
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; scenes that do not fill one are left out."""
+        return max(1, len(self.train.rows) // self.args.batch_size)
+
+
+def read_splits(args: SceneRunArguments) -> dict[str, Split]:
+    """The splits that a run uses, its training split first.
+
+    Raises:
+        ValueError: the data set cannot be read.
+    """
+    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    rows = split_rows(args, args.test_splits, lambda name, argument: take_split(splits, name, argument))
+    ordered = sorted(rows, key=lambda name: name != args.train_split)
+    return {name: Split.read(name, rows[name], args) for name in ordered}

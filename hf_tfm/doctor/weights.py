@@ -1,0 +1,83 @@
+"""The model that would be trained, and checks of its weights: what is new, and what is frozen without a training."""
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from ..models import TfmDetrConfig, TfmDetrForObjectDetection
+from ..models.backbones import FrozenBatchNorm
+from ..training.image_run import new_config
+from ..training.scene_run import OF_THE_DATA, labels_of, load_detr
+from .findings import Finding, failed, graded, ok, warning
+from .splits import Case
+
+LARGE_BACKBONE = 10_000_000  # weights that hardly learn from random values on a small data set
+MOSTLY = 0.5
+
+
+def add_model(case: Case) -> None:
+    """Build the model of a case; nothing is downloaded for its backbone.
+
+    Raises:
+        ValueError, OSError: the knobs, or the weights of ``init_from``, do not fit.
+    """
+    args, fields = case.args, labels_of(case.train.rows)
+    kind = TfmDetrForObjectDetection
+    if args.init_from:
+        case.earlier, report = kind.from_pretrained(args.init_from, output_loading_info=True)
+        case.missing = set(report["missing_keys"])
+        set_seed(args.seed)
+        case.model = load_detr(kind, args, fields)
+    else:
+        set_seed(args.seed)
+        case.model = kind(new_config(TfmDetrConfig, args, **fields))
+
+
+def fresh_weights(case: Case) -> Finding:
+    """Which weights start from random values."""
+    sizes = {name: parameter.numel() for name, parameter in case.model.named_parameters()}
+    millions = f"{sum(sizes.values()) / 1e6:.1f} million weights"
+    if case.earlier is None:
+        backbone = sum(parameter.numel() for parameter in case.model.model.backbone.parameters())
+        if case.args.pretrained_backbone:
+            return ok(f"{millions} start anew, less the backbone's {backbone / 1e6:.1f}, which timm has trained")
+        message = f"all {millions} start anew, {backbone / 1e6:.1f} of them the backbone's"
+        if backbone <= LARGE_BACKBONE:
+            return ok(message)
+        return warning(f"{message} (limit: {LARGE_BACKBONE / 1e6:g})", "--pretrained_backbone true, or a smaller one")
+    old, new = case.earlier.state_dict(), case.model.state_dict()
+    kept = {name for name in old.keys() - case.missing if name in new and torch.equal(old[name], new[name])}
+    fresh = [name for name in sizes if name not in kept]
+    share = sum(sizes[name] for name in fresh) / sum(sizes.values())
+    if not fresh:
+        return ok(f"all {millions} are those of {case.args.init_from}")
+    message = f"{share:.2%} of {millions} start anew: {', '.join(sorted({top(name) for name in fresh}))}"
+    if all(any(part in name for part in OF_THE_DATA) for name in fresh):
+        return ok(message)
+    return graded(share > MOSTLY, message, "go on from a detector, with the fields of its configuration")
+
+
+def top(name: str) -> str:
+    """The part of the model that a weight is in."""
+    return ".".join(part for part in name.split(".")[:2] if part not in ("weight", "bias"))
+
+
+def frozen_norms(case: Case) -> Finding:
+    """Frozen norms have the statistics of some data; with none they scale nothing, and never will."""
+    norms = [module for module in case.model.modules() if isinstance(module, FrozenBatchNorm)]
+    if not norms:
+        return ok("no norm is frozen")
+    if case.args.pretrained_backbone:
+        return ok(f"{len(norms)} frozen norms, whose statistics timm has")
+    idle = [norm for norm in norms if is_identity(norm)]
+    if len(idle) < len(norms):
+        return ok(f"{len(norms)} frozen norms with statistics")
+    return failed(
+        f"all {len(norms)} frozen norms have mean 0 and variance 1: the backbone's weights are of no training",
+        "--model.backbone_norm group to train it from random weights, or another init_from",
+    )
+
+
+def is_identity(norm: nn.Module) -> bool:
+    """Whether the statistics are those of no data."""
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
