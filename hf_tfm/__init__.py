@@ -4,6 +4,14 @@ Importing this package registers its configurations and models with transformers
 """
 
 from .models import (
+    TfmBertConfig,
+    TfmBertForMaskedLM,
+    TfmBertForMultipleChoice,
+    TfmBertForPreTraining,
+    TfmBertForQuestionAnswering,
+    TfmBertForSequenceClassification,
+    TfmBertForTokenClassification,
+    TfmBertModel,
     TfmDetrConfig,
     TfmDetrForObjectDetection,
     TfmDetrForPanopticSegmentation,
@@ -23,6 +31,14 @@ from .registration import carry_code, register
 
 __version__ = "0.1.0"
 __all__ = [
+    "TfmBertConfig",
+    "TfmBertForMaskedLM",
+    "TfmBertForMultipleChoice",
+    "TfmBertForPreTraining",
+    "TfmBertForQuestionAnswering",
+    "TfmBertForSequenceClassification",
+    "TfmBertForTokenClassification",
+    "TfmBertModel",
     "TfmDetrConfig",
     "TfmDetrForObjectDetection",
     "TfmDetrForPanopticSegmentation",

@@ -6,7 +6,13 @@ import transformers
 
 from . import models
 
-FAMILIES = (models.TfmTransformerConfig, models.TfmViTConfig, models.TfmMAEConfig, models.TfmDetrConfig)
+FAMILIES = (
+    models.TfmTransformerConfig,
+    models.TfmViTConfig,
+    models.TfmMAEConfig,
+    models.TfmDetrConfig,
+    models.TfmBertConfig,
+)
 
 
 def classes(config_class: type) -> dict[str, type]:

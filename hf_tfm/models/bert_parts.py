@@ -1,0 +1,186 @@
+"""The parts of BERT below its models: embeddings, pooler, and the head that fills in words (Devlin et al. 2019,
+arXiv:1810.04805, figure 2 and section 3.1).
+
+Shapes: B sequences; T tokens; D = config.hidden_size; V = config.vocab_size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+
+from .attention import MultiHeadAttention
+from .blocks import EncoderBlock
+from .configuration_bert import TfmBertConfig
+from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .dropout import Dropout
+
+# Checkpoints name weights as those of transformers' own BERT do, so that either class loads the other's:
+# (name in a file, name in the model), in this order when loading.
+NATIVE_NAMES = (
+    (r"embeddings\.LayerNorm\.", "embeddings.norm."),
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.self\.query\.", "self_attn.q_proj."),
+    (r"attention\.self\.key\.", "self_attn.k_proj."),
+    (r"attention\.self\.value\.", "self_attn.v_proj."),
+    (r"attention\.output\.dense\.", "self_attn.out_proj."),
+    (r"attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
+    (r"intermediate\.dense\.", "feed_forward.up_proj."),
+    (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"(\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
+)
+HEAD_NAMES = (
+    (r"cls\.predictions\.transform\.dense\.", "lm_head.dense."),
+    (r"cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
+    (r"cls\.predictions\.bias", "lm_head.decoder.bias"),
+    (r"cls\.seq_relationship\.", "nsp_head."),
+)
+
+
+def register_native_names(class_name: str, names: tuple[tuple[str, str], ...]) -> None:
+    """Let the model called ``class_name`` load and save weights under transformers' names."""
+    mapping = [WeightRenaming(source, target) for source, target in names]
+    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
+
+
+class TfmBertPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TfmBertEmbeddings", "EncoderBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, ``initializer_range``) for matrices and embeddings, as the authors; zeros for biases."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class TfmBertEmbeddings(nn.Module):
+    """Word, position and segment, summed and normed (figure 2)."""
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T), or word embeddings (B, T, D) -> (B, T, D).
+
+        Args:
+            token_type_ids: (B, T), the segment of each token; default, all the first.
+            position_ids: (B, T) or (1, T); default, 0 to T - 1.
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is too long, or
+                there are segments and the model has none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length, longest = words.shape[1], self.position_embeddings.num_embeddings
+        if position_ids is None:
+            if length > longest:
+                raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
+            position_ids = torch.arange(length, device=words.device)[None]
+        states = words + self.position_embeddings(position_ids)
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = position_ids.new_zeros(1, length)
+            states = states + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.norm(states))
+
+
+class Pooler(nn.Module):
+    """The first token's state through a linear layer and an activation (section 3, "[CLS]")."""
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.pooler]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D)."""
+        return self.activation(self.dense(states[:, 0]))
+
+
+class MaskedLMHead(nn.Module):
+    """A dense layer, norm, and the product with the word embeddings (section 3.1, "Masked LM")."""
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def transform(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., D), what the word embeddings are compared with."""
+        return self.norm(self.activation(self.dense(states)))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.decoder(self.transform(states))
+
+    def loss(self, states: Tensor, labels: Tensor, items: Tensor | int | None, places: Tensor | None) -> Tensor:
+        """Cross-entropy of labels (B, T) from states (B, T, D), without holding logits; the mean, or the sum / items.
+
+        Args:
+            places: (n,) int64, places of the labelled tokens among the B T; default, found here, for which the host
+                waits on a GPU.
+        """
+        states, labels = states.flatten(0, 1), labels.flatten()
+        places = (labels != IGNORE_INDEX).nonzero()[:, 0] if places is None else places
+        # Only these rows: the product with V words is most of the work, and about 15 % of the tokens are masked.
+        total = linear_cross_entropy(
+            self.transform(states[places]), self.decoder.weight, labels[places], 0.0, self.decoder.bias
+        )
+        return total / (max(len(places), 1) if items is None else items)
+
+
+def masked_lm_loss(
+    head: MaskedLMHead,
+    states: Tensor,
+    labels: Tensor | None,
+    items: int | Tensor | None,
+    return_logits: bool,
+    places: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Loss and logits (B, T, V) of states (B, T, D), each where it is wanted."""
+    if not return_logits:
+        return None if labels is None else head.loss(states, labels, items, places), None
+    logits = head(states)
+    if labels is None:
+        return None, logits
+    total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return total / ((labels != IGNORE_INDEX).sum().clamp_min(1) if items is None else items), logits

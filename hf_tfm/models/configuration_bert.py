@@ -1,0 +1,118 @@
+"""Configuration of BERT (Devlin et al. 2019, arXiv:1810.04805) and of the students distilled from it."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+
+from .travel import TravellingConfig
+
+# Base and large: Devlin et al. 2019, section 3. Tiny to medium: Turc et al. 2019 (arXiv:1908.08962), table 1.
+# DistilBERT: Sanh et al. 2019 (arXiv:1910.01108), section 3. TinyBERT: Jiao et al. 2020 (arXiv:1909.10351), 4.2.
+SIZES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "mini": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "medium": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "distilbert": {"num_hidden_layers": 6, "type_vocab_size": 0, "pooler": "none"},
+    "tinybert4": {"hidden_size": 312, "intermediate_size": 1200, "num_hidden_layers": 4, "num_attention_heads": 12},
+    "tinybert6": {"num_hidden_layers": 6},
+}
+POOLERS = ("tanh", "relu", "none")
+SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+
+
+@strict
+class TfmBertConfig(TravellingConfig):
+    """What defines a `TfmBertModel`. The defaults are the paper's BERT-base; names are those of `BertConfig`.
+
+    Args:
+        vocab_size: tokens there are.
+        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: blocks, L.
+        num_attention_heads: heads of every attention.
+        intermediate_size: width inside the feed-forward layers.
+        hidden_act: activation of the feed-forward layers.
+        hidden_dropout_prob: on embeddings and on every sublayer's output.
+        attention_probs_dropout_prob: on attention probabilities.
+        activation_dropout: inside the feed-forward layers.
+        classifier_dropout: before a classifier; default, hidden_dropout_prob.
+        max_position_embeddings: the longest input, in tokens.
+        type_vocab_size: segments an input may have; 0 has no embeddings of segments (DistilBERT).
+        pooler: what the first token's state becomes for a classifier: a linear layer with "tanh" (BERT) or "relu"
+            (DistilBERT's ``pre_classifier``, part of the classifier and not of the model), or "none".
+        initializer_range: standard deviation of initial weights.
+        layer_norm_eps: added to the variance in layer norms.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    model_type = "tfm_bert"
+    auto_classes: ClassVar = {
+        "AutoConfig": "configuration_bert.TfmBertConfig",
+        "AutoModel": "modeling_bert.TfmBertModel",
+        "AutoModelForPreTraining": "modeling_bert.TfmBertForPreTraining",
+        "AutoModelForMaskedLM": "modeling_bert.TfmBertForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_bert.TfmBertForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_bert.TfmBertForTokenClassification",
+        "AutoModelForMultipleChoice": "modeling_bert.TfmBertForMultipleChoice",
+        "AutoModelForQuestionAnswering": "modeling_bert.TfmBertForQuestionAnswering",
+    }
+    attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    # Part of every BERT; the blocks ask for them.
+    norm_first: ClassVar = False
+    attention_score: ClassVar = "dot_product"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    activation_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    pooler: str = "tanh"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    @classmethod
+    def of_size(cls, size: str, **fields):
+        """The configuration of a named size, see `SIZES`, with ``fields`` changed.
+
+        Raises:
+            ValueError: the size is not known.
+        """
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
+        return cls(**{**SIZES[size], **fields})
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        for name, choices in (("hidden_act", ACT2FN), ("pooler", POOLERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
+        for name in (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.type_vocab_size < 0:
+            raise ValueError(f"type_vocab_size must be at least 0, got {self.type_vocab_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, got "
+                f"{self.hidden_size}"
+            )
+        for name in SHARES:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

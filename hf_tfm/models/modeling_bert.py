@@ -1,0 +1,369 @@
+"""BERT, an encoder that is pretrained by filling in masked words (Devlin et al. 2019, arXiv:1810.04805, figures 1, 2).
+
+    ids (B, T) -> words + positions + segments -> norm -> post-norm blocks -> (B, T, D) -> heads
+
+Shapes: B sequences; T tokens; D = config.hidden_size; H heads; V = config.vocab_size; C = config.num_labels. An
+attention mask is 1 for a token, 0 for padding.
+"""
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import eager_view, padding_mask, wants_maps
+from .bert_parts import (
+    HEAD_NAMES,
+    NATIVE_NAMES,
+    MaskedLMHead,
+    Pooler,
+    TfmBertEmbeddings,
+    TfmBertPreTrainedModel,
+    masked_lm_loss,
+    register_native_names,
+)
+from .blocks import EncoderBlock
+from .configuration_bert import TfmBertConfig
+from .dropout import Dropout
+
+
+class TfmBertModel(TfmBertPreTrainedModel):
+    """The encoder.
+
+    Args:
+        add_pooling_layer: put the pooler on the first token's state, where the configuration has one.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TfmBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = TfmBertEmbeddings(config)
+        self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.num_hidden_layers))
+        self.pooler = Pooler(config) if add_pooling_layer and config.pooler != "none" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode ids (B, T), or ``inputs_embeds`` (B, T, D), under ``attention_mask`` (B, T).
+
+        Returns:
+            ``last_hidden_state`` (B, T, D); ``pooler_output`` (B, D) or None; on request ``hidden_states``, L + 1 of
+            (B, T, D), and ``attentions``, L of (B, H, T, T).
+        """
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
+        config = eager_view(self.config) if kwargs["output_attentions"] else self.config
+        mask = padding_mask(config, hidden_states, attention_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, **kwargs)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class TfmBertForMaskedLM(TfmBertPreTrainedModel):
+    """BERT that fills in masked words."""
+
+    _auto_class = "AutoModelForMaskedLM"
+    _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"cls\.predictions\.decoder\.bias", r"nsp_head\.", r"pooler\."]  # noqa: RUF012
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config)
+        self.bert = TfmBertModel(config, add_pooling_layer=False)
+        self.lm_head = MaskedLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
+        label_places: Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Predict tokens; with ``labels``, also their loss.
+
+        Args:
+            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
+            num_items_in_batch: what the sum of losses is divided by; default, the number of labels.
+            return_logits: False computes the loss of the labelled tokens alone, without holding logits.
+            label_places: see `MaskedLMHead.loss`; for ``return_logits=False``.
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, T, V) or None; on request hidden states and attentions.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        states = outputs.last_hidden_state
+        loss, logits = masked_lm_loss(self.lm_head, states, labels, num_items_in_batch, return_logits, label_places)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TfmBertForPreTraining(TfmBertPreTrainedModel):
+    """BERT with both heads of its pretraining: masked words, and whether the second segment follows the first."""
+
+    _auto_class = "AutoModelForPreTraining"
+    _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"cls\.predictions\.decoder\.bias"]  # noqa: RUF012
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config)
+        if config.pooler == "none":
+            raise ValueError('next sentence prediction needs a pooler, got pooler="none": use TfmBertForMaskedLM')
+        self.bert = TfmBertModel(config)
+        self.lm_head = MaskedLMHead(config)
+        self.nsp_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        return_logits: bool = True,
+        label_places: Tensor | None = None,
+        **kwargs,
+    ) -> BertForPreTrainingOutput:
+        """Predict tokens, and whether the segments belong together.
+
+        Args:
+            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
+            next_sentence_label: (B,), 0 where the second segment follows the first, 1 where it is a random one.
+            return_logits, label_places: see `TfmBertForMaskedLM.forward`.
+
+        Returns:
+            ``loss`` scalar, the sum of both, where both labels are given; ``prediction_logits`` (B, T, V) or None;
+            ``seq_relationship_logits`` (B, 2); on request hidden states and attentions.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        states = outputs.last_hidden_state
+        loss, logits = masked_lm_loss(self.lm_head, states, labels, None, return_logits, label_places)
+        follows = self.nsp_head(outputs.pooler_output)  # (B, 2)
+        if next_sentence_label is not None and loss is not None:
+            loss = loss + nn.functional.cross_entropy(follows.float(), next_sentence_label.view(-1))
+        return BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=follows,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TfmBertClassifier(TfmBertPreTrainedModel):
+    """What BERT with a linear classifier has in common: dropout, then a linear layer.
+
+    Args:
+        outputs: numbers the classifier gives.
+        pooled: it reads the pooler's output instead of every token's state.
+    """
+
+    def __init__(self, config: TfmBertConfig, outputs: int, pooled: bool):
+        super().__init__(config)
+        if pooled and config.pooler == "none":
+            raise ValueError('this classifier reads the pooler: give pooler="tanh" or "relu", got "none"')
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.num_labels = config.num_labels
+        self.bert = TfmBertModel(config, add_pooling_layer=pooled)
+        self.dropout = Dropout(rate)
+        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.post_init()
+
+
+class TfmBertForSequenceClassification(TfmBertClassifier):
+    """BERT that classifies a sequence, or a pair of them; with one label, regression (section 4.1)."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config, config.num_labels, pooled=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Classify sequences (B, T); ``labels`` (B,) as transformers' `BertForSequenceClassification` takes them.
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, C); on request hidden states and attentions.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TfmBertForTokenClassification(TfmBertClassifier):
+    """BERT that classifies every token (section 5.3)."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config, config.num_labels, pooled=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Classify tokens (B, T); ``labels`` (B, T), `IGNORE_INDEX` where there is none.
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, T, C); on request hidden states and attentions.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TfmBertForMultipleChoice(TfmBertClassifier):
+    """BERT that scores several endings and takes the best (section 4.4)."""
+
+    _auto_class = "AutoModelForMultipleChoice"
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config, 1, pooled=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        """Choose among n sequences; inputs are (B, n, T), embeddings (B, n, T, D), ``labels`` (B,) the right one.
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, n); on request hidden states and attentions of the B n sequences.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        choices = given.shape[1]
+
+        def flat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.flatten(0, 1)
+
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.bert(*map(flat, inputs), **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
+    """BERT that marks where an answer starts and ends in a text (section 4.2)."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: TfmBertConfig):
+        super().__init__(config)
+        self.bert = TfmBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Mark answers in sequences (B, T); ``start_positions`` and ``end_positions`` (B,), from T on none.
+
+        Returns:
+            ``loss`` scalar, ``start_logits`` and ``end_logits`` (B, T); on request hidden states and attentions.
+        """
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+register_native_names("TfmBertModel", NATIVE_NAMES)
+register_native_names("TfmBertForMaskedLM", HEAD_NAMES)
+register_native_names("TfmBertForPreTraining", HEAD_NAMES)
