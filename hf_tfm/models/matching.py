@@ -151,3 +151,19 @@ def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config
     cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
     queries = assign(cost, objects.counts)
     return Matching(objects, torch.from_numpy(queries).to(logits.device, non_blocking=True), queries)
+
+
+def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and query of every matched object of the last layer, and its number among all objects: (n,) each."""
+    device, counts = matching.queries.device, matching.objects.counts
+    images, queries, objects = [], [], []
+    first = 0
+    for image, count in enumerate(counts):
+        for i, query in enumerate(matching.on_host[-1, image, :count].tolist()):
+            if query < num_queries:
+                images.append(image)
+                queries.append(query)
+                objects.append(first + i)
+        first += count
+    pairs = torch.tensor([images, queries, objects], dtype=torch.int64).to(device, non_blocking=True)
+    return pairs[0], pairs[1], pairs[2]

@@ -9,8 +9,11 @@ L = config.decoder_layers; C = config.num_labels, class C is "no object". Boxes 
 without its padding. A pixel mask is 1 where there is image, 0 in padding.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.models.detr.modeling_detr import (
     DetrModelOutput,
     DetrObjectDetectionOutput,
@@ -30,17 +33,40 @@ from .detr_stacks import (
     register_native_names,
 )
 from .mask_head import BoxAttention, MaskHead
-from .matching import Matching, match
+from .matching import match, matched_pairs
 from .positions import LearnedPositions2D, sine_2d
-from .set_loss import by_layer, mask_losses, normalizers, set_losses, target_masks, term_weights
+from .set_loss import mask_losses, set_losses, target_masks, total_loss
 
 Labels = list[dict[str, Tensor]]
 
 
-class TfmDetrModel(TfmDetrPreTrainedModel):
+class PartOfPanoptic:
+    """A model that loads from a checkpoint of the panoptic one too, whose part it is; transformers' DETR then leaves
+    every weight random (5.23)."""
+
+    part: ClassVar[str]  # its name there
+
+    @classmethod
+    def from_pretrained(cls, source=None, *args, config: PreTrainedConfig | None = None, **kwargs):
+        """As in transformers."""
+        given = {"config": config} if config is not None else {}
+        if isinstance(config, PreTrainedConfig):
+            saved = config.architectures
+        else:
+            saved = cls.config_class.get_config_dict(config or source, **kwargs)[0].get("architectures")
+        if source is None or not {"TfmDetrForPanopticSegmentation", "DetrForSegmentation"} & set(saved or []):
+            return super().from_pretrained(source, *args, **given, **kwargs)
+        found = TfmDetrForPanopticSegmentation.from_pretrained(source, *args, **given, **kwargs)
+        if isinstance(found, tuple):
+            return found[0].get_submodule(cls.part), found[1]
+        return found.get_submodule(cls.part)
+
+
+class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
     """Backbone, encoder and decoder, without heads."""
 
     _auto_class = "AutoModel"
+    part = "detr.model"
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
@@ -140,10 +166,11 @@ class BoxPredictor(nn.Module):
         return self.layers[-1](states).sigmoid()
 
 
-class TfmDetrForObjectDetection(TfmDetrPreTrainedModel):
+class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
     """DETR with its heads for classes and boxes, shared by all decoder layers."""
 
     _auto_class = "AutoModelForObjectDetection"
+    part = "detr"
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
@@ -284,17 +311,6 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         )
 
 
-def total_loss(
-    terms: dict[str, Tensor], matching: Matching, config: TfmDetrConfig, items: dict[str, float] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all terms and layers, and each of them, divided by their items."""
-    items = items or normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
-    terms = {name: values / items[name] for name, values in terms.items()}
-    weights = term_weights(config)
-    loss = sum(weights[name] * values.sum() for name, values in terms.items() if name in weights)
-    return loss, by_layer(terms)
-
-
 def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:
     """Predictions of all decoder layers but the last, where there are any."""
     pairs = zip(logits[:-1], boxes[:-1], strict=True)
@@ -304,22 +320,6 @@ def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:
 def shared_outputs(outputs: DetrModelOutput) -> dict[str, Tensor]:
     """What the outputs of the heads repeat of the model's."""
     return {name: outputs.get(name) for name in outputs if name != "intermediate_hidden_states"}
-
-
-def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image and query of every matched object of the last layer, and its number among all objects: (n,) each."""
-    device, counts = matching.queries.device, matching.objects.counts
-    images, queries, objects = [], [], []
-    first = 0
-    for image, count in enumerate(counts):
-        for i, query in enumerate(matching.on_host[-1, image, :count].tolist()):
-            if query < num_queries:
-                images.append(image)
-                queries.append(query)
-                objects.append(first + i)
-        first += count
-    pairs = torch.tensor([images, queries, objects], dtype=torch.int64).to(device, non_blocking=True)
-    return pairs[0], pairs[1], pairs[2]
 
 
 register_native_names("TfmDetrModel")

@@ -175,3 +175,14 @@ def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
         named[name] = values[-1]
         named |= {f"{name}_{i}": value for i, value in enumerate(values[:-1])}
     return named
+
+
+def total_loss(
+    terms: dict[str, Tensor], matching: Matching, config: Any, items: dict[str, float] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all terms and layers, and each of them, divided by their items."""
+    items = items or normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
+    terms = {name: values / items[name] for name, values in terms.items()}
+    weights = term_weights(config)
+    loss = sum(weights[name] * values.sum() for name, values in terms.items() if name in weights)
+    return loss, by_layer(terms)

@@ -14,7 +14,7 @@ from tiny_detr import (
 from tiny_models import largest_difference
 from torch import Tensor, nn
 
-from hf_tfm import TfmDetrForPanopticSegmentation, TfmDetrModel
+from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
 from hf_tfm.models.positions import sine_2d
 from hf_tfm.models.set_loss import normalizers
 
@@ -302,6 +302,16 @@ def test_a_detector_becomes_a_panoptic_model(tmp_path):
     assert not report["unexpected_keys"]
     images = tiny_photos()
     assert torch.equal(model.eval()(images).logits, detector(images).logits)
+    trained = tiny_panoptic(seed=3)
+    trained.save_pretrained(tmp_path / "panoptic")
+    for model_class, part in ((TfmDetrForObjectDetection, trained.detr), (TfmDetrModel, trained.detr.model)):
+        found, report = model_class.from_pretrained(tmp_path / "panoptic", output_loading_info=True)
+        assert not report["missing_keys"] and type(found) is model_class
+        assert all(torch.equal(value, part.state_dict()[name]) for name, value in found.state_dict().items())
+        found.save_pretrained(tmp_path / "again")
+        again, report = model_class.from_pretrained(tmp_path / "again", output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert again.config.architectures == [model_class.__name__]
     base, report = TfmDetrModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert torch.equal(base.eval()(images).last_hidden_state, detector.model(images).last_hidden_state)
