@@ -1,26 +1,36 @@
 """Pictures of what a model does."""
 
 from .attention import AttentionMaps, attention_maps, plot_alignment, plot_attention
+from .detections import Detections, detect, plot_detections
 from .image_maps import ImageMaps, image_attention_maps, plot_image_attention
 from .images import NamedImage, read_image
 from .positions import plot_positions, position_similarity
+from .queries import QueryMaps, plot_queries, plot_query_slots, query_boxes, query_maps
 from .reconstruction import Reconstruction, plot_reconstructions, reconstruct_images
 from .rollout import attention_rollout
 
 __all__ = [
     "AttentionMaps",
+    "Detections",
     "ImageMaps",
     "NamedImage",
+    "QueryMaps",
     "Reconstruction",
     "attention_maps",
     "attention_rollout",
+    "detect",
     "image_attention_maps",
     "plot_alignment",
     "plot_attention",
+    "plot_detections",
     "plot_image_attention",
     "plot_positions",
+    "plot_queries",
+    "plot_query_slots",
     "plot_reconstructions",
     "position_similarity",
+    "query_boxes",
+    "query_maps",
     "read_image",
     "reconstruct_images",
 ]
