@@ -47,9 +47,9 @@ class PartOfPanoptic:
     part: ClassVar[str]  # its name there
 
     @classmethod
-    def from_pretrained(cls, source=None, *args, config: PreTrainedConfig | None = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, config=None, **kwargs):
         """As in transformers."""
-        given = {"config": config} if config is not None else {}
+        source, given = pretrained_model_name_or_path, {} if config is None else {"config": config}
         if isinstance(config, PreTrainedConfig):
             saved = config.architectures
         else:

@@ -307,6 +307,8 @@ def test_a_detector_becomes_a_panoptic_model(tmp_path):
     for model_class, part in ((TfmDetrForObjectDetection, trained.detr), (TfmDetrModel, trained.detr.model)):
         found, report = model_class.from_pretrained(tmp_path / "panoptic", output_loading_info=True)
         assert not report["missing_keys"] and type(found) is model_class
+        named = model_class.from_pretrained(pretrained_model_name_or_path=tmp_path / "panoptic", config=trained.config)
+        assert type(named) is model_class and torch.equal(next(named.parameters()), next(found.parameters()))
         assert all(torch.equal(value, part.state_dict()[name]) for name, value in found.state_dict().items())
         found.save_pretrained(tmp_path / "again")
         again, report = model_class.from_pretrained(tmp_path / "again", output_loading_info=True)
