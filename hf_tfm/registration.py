@@ -12,6 +12,7 @@ FAMILIES = (
     models.TfmMAEConfig,
     models.TfmDetrConfig,
     models.TfmBertConfig,
+    models.TfmGPTConfig,
 )
 
 

@@ -3,6 +3,7 @@ transformers and timm; siblings in the form ``from .file import Name``."""
 
 from .configuration_bert import TfmBertConfig
 from .configuration_detr import TfmDetrConfig
+from .configuration_gpt import TfmGPTConfig
 from .configuration_mae import TfmMAEConfig
 from .configuration_transformer import TfmTransformerConfig
 from .configuration_vit import TfmViTConfig
@@ -16,6 +17,7 @@ from .modeling_bert import (
     TfmBertModel,
 )
 from .modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
+from .modeling_gpt import TfmGPTForCausalLM, TfmGPTForSequenceClassification, TfmGPTModel
 from .modeling_mae import TfmMAEForPreTraining, TfmMAEModel
 from .modeling_transformer import TfmTransformerForConditionalGeneration, TfmTransformerModel
 from .modeling_vit import TfmViTBackbone, TfmViTForImageClassification, TfmViTModel
@@ -33,6 +35,10 @@ __all__ = [
     "TfmDetrForObjectDetection",
     "TfmDetrForPanopticSegmentation",
     "TfmDetrModel",
+    "TfmGPTConfig",
+    "TfmGPTForCausalLM",
+    "TfmGPTForSequenceClassification",
+    "TfmGPTModel",
     "TfmMAEConfig",
     "TfmMAEForPreTraining",
     "TfmMAEModel",

@@ -74,15 +74,22 @@ class Residual(nn.Module):
 
 
 class EncoderBlock(GradientCheckpointingLayer):
-    """One of the N layers at the left of figure 1.
+    """One of the N layers at the left of figure 1; with ``is_causal``, one of a decoder without an encoder (GPT).
 
     Args:
         drop_path: see `DropPath`.
+        is_causal: a token sees no later one.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int | None = None, drop_path: float = 0.0):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_idx: int | None = None,
+        drop_path: float = 0.0,
+        is_causal: bool = False,
+    ):
         super().__init__()
-        self.self_attn = MultiHeadAttention(config, layer_idx=layer_idx)
+        self.self_attn = MultiHeadAttention(config, is_causal, layer_idx)
         self.self_attn_residual = Residual(config, drop_path)
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config, drop_path)

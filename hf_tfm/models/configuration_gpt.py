@@ -1,0 +1,124 @@
+"""Configuration of GPT (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; 2019,
+"Language Models are Unsupervised Multitask Learners")."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+
+from .travel import TravellingConfig
+
+# GPT-1: Radford et al. 2018, section 4.1. GPT-2: Radford et al. 2019, table 2.
+SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256},
+    "gpt1": {"norm_first": False, "vocab_size": 40478, "max_position_embeddings": 512},
+    "small": {},
+    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "large": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
+}
+# How transformers' `GPT2Config` calls the fields.
+NATIVE_FIELDS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "activation_function": "hidden_act",
+    "resid_pdrop": "hidden_dropout_prob",
+    "attn_pdrop": "attention_probs_dropout_prob",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
+SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+
+
+@strict
+class TfmGPTConfig(TravellingConfig):
+    """What defines a `TfmGPTModel`. The defaults are the smallest GPT-2.
+
+    Args:
+        vocab_size: tokens there are.
+        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: blocks, L.
+        num_attention_heads: heads of every attention.
+        intermediate_size: width inside the feed-forward layers; default, 4 D.
+        hidden_act: activation of the feed-forward layers; "gelu_new" is the authors' approximation of GELU.
+        hidden_dropout_prob: on embeddings and on every sublayer's output.
+        attention_probs_dropout_prob: on attention probabilities.
+        activation_dropout: inside the feed-forward layers.
+        max_position_embeddings: the longest input, in tokens.
+        norm_first: pre-norm blocks and a last norm (GPT-2) instead of post-norm ones (GPT-1).
+        initializer_range: standard deviation of initial weights; those that end a residual branch are smaller by the
+            root of 2 L in pre-norm models (2019, section 2.3).
+        layer_norm_eps: added to the variance in layer norms.
+        use_cache: keep keys and values of earlier tokens in generation.
+
+    Raises:
+        ValueError: a field has the wrong type or a value outside its range.
+    """
+
+    model_type = "tfm_gpt"
+    auto_classes: ClassVar = {
+        "AutoConfig": "configuration_gpt.TfmGPTConfig",
+        "AutoModel": "modeling_gpt.TfmGPTModel",
+        "AutoModelForCausalLM": "modeling_gpt.TfmGPTForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_gpt.TfmGPTForSequenceClassification",
+    }
+    attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    attention_score: ClassVar = "dot_product"  # part of every GPT; the blocks ask for it
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu_new"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    activation_dropout: float | int = 0.0
+    max_position_embeddings: int = 1024
+    norm_first: bool = True
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    @classmethod
+    def of_size(cls, size: str, **fields):
+        """The configuration of a named size, see `SIZES`, with ``fields`` changed.
+
+        Raises:
+            ValueError: the size is not known.
+        """
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
+        return cls(**{**SIZES[size], **fields})
+
+    def __post_init__(self, **kwargs):
+        for native, name in NATIVE_FIELDS.items():
+            if native in kwargs:
+                setattr(self, name, kwargs.pop(native))
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f'hidden_act must be one of {", ".join(ACT2FN)}, got "{self.hidden_act}"')
+        for name in (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, got "
+                f"{self.hidden_size}"
+            )
+        for name in SHARES:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -1,0 +1,303 @@
+"""GPT, a decoder that predicts the next token (Radford et al. 2018, 2019; the blocks: Vaswani et al. 2017, figure 1).
+
+    ids (B, T) -> words + positions -> causal blocks, pre-norm (GPT-2) or post-norm (GPT-1) -> (B, T, D) -> logits
+
+Shapes: B sequences; T tokens; D = config.hidden_size; H heads; V = config.vocab_size; C = config.num_labels. An
+attention mask is 1 for a token, 0 for padding.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Transpose
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import MultiHeadAttention, eager_view, wants_maps
+from .blocks import EncoderBlock
+from .configuration_gpt import TfmGPTConfig
+from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .dropout import Dropout
+
+
+def native_names() -> list:
+    """How weights are called, and shaped, in files of transformers' GPT-2, so that either class loads the other's.
+
+    There one matrix makes queries, keys and values, and matrices stand the other way round.
+    """
+    turned = (
+        (r"attn\.c_proj\.weight", "self_attn.out_proj.weight"),
+        (r"mlp\.c_fc\.weight", "feed_forward.up_proj.weight"),
+        (r"mlp\.c_proj\.weight", "feed_forward.down_proj.weight"),
+    )
+    renamed = (
+        (r"h\.(\d+)\.", r"layers.\1."),
+        (r"attn\.c_proj\.bias", "self_attn.out_proj.bias"),
+        (r"mlp\.c_fc\.bias", "feed_forward.up_proj.bias"),
+        (r"mlp\.c_proj\.bias", "feed_forward.down_proj.bias"),
+        (r"ln_1\.", "self_attn_residual.norm."),
+        (r"ln_2\.", "feed_forward_residual.norm."),
+    )
+    parts = [f"self_attn.{name}_proj" for name in "qkv"]
+    return [
+        *(WeightRenaming(source, target) for source, target in renamed),
+        WeightConverter(
+            r"attn\.c_attn\.weight", [f"{part}.weight" for part in parts], operations=[Transpose(), Chunk(dim=0)]
+        ),
+        WeightConverter(r"attn\.c_attn\.bias", [f"{part}.bias" for part in parts], operations=[Chunk(dim=0)]),
+        *(WeightConverter(source, target, operations=[Transpose()]) for source, target in turned),
+    ]
+
+
+class TfmGPTPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving of the family."""
+
+    config: TfmGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, ``initializer_range``); what a residual branch adds starts smaller in deep pre-norm models."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, EncoderBlock) and self.config.norm_first:
+            small = std / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.self_attn.out_proj.weight, std=small)
+            init.normal_(module.feed_forward.down_proj.weight, std=small)
+
+
+class TfmGPTModel(TfmGPTPreTrainedModel):
+    """The decoder, without a head."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TfmGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(EncoderBlock(config, i, is_causal=True) for i in range(config.num_hidden_layers))
+        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        self.ln_f = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Read ids (B, T), or ``inputs_embeds`` (B, T, D).
+
+        Args:
+            attention_mask: (B, cached + T).
+            position_ids: (B, T) or (1, T); default, those that follow the cached tokens.
+            past_key_values: keys and values of earlier tokens; grows by T.
+
+        Returns:
+            ``last_hidden_state`` (B, T, D), ``past_key_values``; on request ``hidden_states``, L + 1 of (B, T, D), and
+            ``attentions``, L of (B, H, T, cached + T).
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the input is too long.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        words = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            end, longest = seen + words.shape[1], self.config.max_position_embeddings
+            if isinstance(end, int) and end > longest:
+                raise ValueError(f"the input reaches {end} tokens, but max_position_embeddings is {longest}")
+            position_ids = (torch.arange(words.shape[1], device=words.device) + seen)[None]
+        hidden_states = self.drop(words + self.wpe(position_ids))
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
+        config = eager_view(self.config) if kwargs["output_attentions"] else self.config
+        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+def language_loss(
+    hidden: Tensor, logits: Tensor | None, head: nn.Linear, labels: Tensor, items: int | Tensor | None
+) -> Tensor:
+    """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D)."""
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # state t predicts token t + 1
+    if logits is None:
+        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, following)
+    else:
+        total = label_smoothed_cross_entropy(logits.flatten(0, 1), following)
+    return total / ((following != IGNORE_INDEX).sum().clamp_min(1) if items is None else items)
+
+
+class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
+    """GPT with its output layer, tied to the word embeddings."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TfmGPTConfig):
+        super().__init__(config)
+        self.transformer = TfmGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the token after each; with ``labels``, also the loss.
+
+        Args:
+            labels: (B, T), the ids themselves, `IGNORE_INDEX` where nothing is to be predicted.
+            logits_to_keep: logits of so many last tokens, or of the tokens of an index; 0 is all.
+            num_items_in_batch: what the sum of losses is divided by; default, the number of labels.
+            return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, T, V) or None, ``past_key_values``; on request hidden states, attentions.
+        """
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]) if return_logits else None
+        loss = None if labels is None else language_loss(hidden, logits, self.lm_head, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
+    """GPT that classifies a sequence by the state of its last token (2018, section 3.2)."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: TfmGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = TfmGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        language_weight: float = 0.0,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify sequences (B, T) by their last token that is not padding.
+
+        Args:
+            attention_mask: (B, T); without one, ``pad_token_id`` tells which tokens are padding.
+            labels: (B,), as transformers' `GPT2ForSequenceClassification` takes them.
+            language_weight: adds so much of the loss of predicting the sequence's own tokens (2018, equation 5, lambda
+                0.5).
+
+        Returns:
+            ``loss`` scalar, ``logits`` (B, C); on request what `TfmGPTModel` gives.
+
+        Raises:
+            ValueError: ``language_weight`` is given without ``input_ids``.
+        """
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        hidden = outputs.last_hidden_state
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if attention_mask is None:
+            last = hidden[:, -1]
+        else:
+            places = torch.arange(attention_mask.shape[1], device=hidden.device)
+            place = (attention_mask.to(hidden.device) * places).argmax(
+                dim=1
+            )  # of the last token, left- or right-padded
+            last = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
+        logits = self.score(last)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            if language_weight:
+                if input_ids is None:
+                    raise ValueError("language_weight needs input_ids, which the sequence's own tokens are taken from")
+                tokens = input_ids if attention_mask is None else input_ids.where(attention_mask != 0, IGNORE_INDEX)
+                loss = loss + language_weight * language_loss(hidden, None, self.transformer.wte, tokens, None)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+register_checkpoint_conversion_mapping("TfmGPTModel", native_names(), overwrite=True)
