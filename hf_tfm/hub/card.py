@@ -13,35 +13,15 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..registration import FAMILIES
 from .curve import CURVE, write_curve
 from .results import RunRecord, read_history
+from .usage import usage
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
 EVAL_RESULTS = ".eval_results"
 UNKNOWN = "unknown"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-# What follows loading, by the Auto class that loads the model.
-OPEN_IMAGE = """
-
-from PIL import Image
-
-inputs = processor(images=Image.open("..."), return_tensors="pt")"""
-AFTER_LOADING = {
-    "AutoModelForImageClassification": f"""{OPEN_IMAGE}
-logits = model(**inputs).logits
-print(model.config.id2label[logits.argmax(-1).item()])""",
-    "AutoModelForPreTraining": f"""{OPEN_IMAGE}
-outputs = model(**inputs)
-print(outputs.loss, outputs.mask)""",
-    "AutoModelForSeq2SeqLM": """
-
-inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
-outputs = model.generate(**inputs)
-print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
-}
 
 
 def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None = None) -> Path:
@@ -144,9 +124,8 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
     """In a sentence or two: what it is, how large, from what, for what."""
     pair = languages(record)
     task = record.task + (f" from {pair[0]} to {pair[1]}" if pair else "")
-    origin = f"trained further from `{record.base_model}`" if record.base_model else "trained from scratch"
     text = (
-        f"A `{record.model_type}` model with {record.parameters:,} parameters, {origin} for {task} "
+        f"A `{record.model_type}` model with {record.parameters:,} parameters, {origin(record, config)} for {task} "
         f"on {dataset_name(record)}, with hf-tfm {record.versions.get('hf-tfm', UNKNOWN)}."
     )
     if config["model_type"] != record.model_type:
@@ -157,45 +136,14 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
     return text
 
 
-def usage(config: dict[str, Any], model_id: str) -> str:
-    """Code that loads and uses this very model: what its config.json says decides."""
-    auto_class = loading_class(config)
-    carried = "auto_map" in config
-    trust = ", trust_remote_code=True" if carried else ""
-    name, processor = ("processor", "AutoImageProcessor") if "patch_size" in config else ("tokenizer", "AutoTokenizer")
-    first, second = sorted((auto_class, processor))
-    ours = config["model_type"] in {family.model_type for family in FAMILIES}
-    code = "\n".join(
-        [
-            *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
-            f"from transformers import {first}, {second}",
-            "",
-            f'model_id = "{model_id}"',
-            f"{name} = {processor}.from_pretrained(model_id{trust})",
-            f"model = {auto_class}.from_pretrained(model_id{trust})",
-        ]
-    )
-    text = f"```python\n{code}{AFTER_LOADING.get(auto_class, '')}\n```"
-    if not carried:
-        return text
-    return (
-        f"The model's code comes with its weights, so transformers is all it needs:\n\n{text}\n\n"
-        "Where hf-tfm is installed, `import hf_tfm` takes the place of `trust_remote_code=True`, and the installed "
-        "code runs:\n\n"
-        f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
-        f"model = {auto_class}.from_pretrained(model_id)\n```"
-    )
-
-
-def loading_class(config: dict[str, Any]) -> str:
-    """The Auto class for the architecture that was saved."""
-    families = {family.model_type: family.auto_classes for family in FAMILIES}
-    classes = config.get("auto_map") or families.get(config["model_type"], {})
-    architecture = (config.get("architectures") or [""])[0]
-    for auto_class, path in classes.items():
-        if path.split(".")[-1] == architecture:
-            return auto_class
-    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModel"
+def origin(record: RunRecord, config: dict[str, Any]) -> str:
+    """What training began with."""
+    if record.base_model:
+        return f"trained further from `{record.base_model}`"
+    if record.arguments.get("pretrained_backbone"):
+        name = config.get("backbone") or config.get("backbone_config", {}).get("backbone")
+        return f"trained from timm's pretrained `{name}` as its backbone, the rest from scratch,"
+    return "trained from scratch"
 
 
 def data_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -206,7 +154,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         fingerprint = ", ".join(f"{split} `{known(value)}`" for split, value in fingerprint.items())
     elif fingerprint:
         fingerprint = f"`{fingerprint}`"
-    sides = ("source", "target", "image", "label")
+    sides = ("source", "target", "image", "label", "objects", "panoptic")
     columns = [data[f"{side}_column"] for side in sides if data.get(f"{side}_column")]
     rows = ", ".join(
         f"{split} {'not counted' if count is None else f'{count:,}'}" for split, count in data.get("rows", {}).items()

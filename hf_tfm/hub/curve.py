@@ -1,14 +1,16 @@
-"""The picture of a run: losses over steps, and the learning rate below."""
+"""The picture of a run: losses over steps, scores of detection where there are any, and the learning rate below."""
 
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 CURVE = "training_curve.png"
 TRAINING, EVALUATION, RATE = "#4477aa", "#ee6677", "#777777"  # told apart by colour-blind readers too
+SCORES = {"AP": "#aa3377", "AP50": "#ccbb44", "PQ": "#228833"}  # of evaluations, in [0, 1]
 
 
 def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
@@ -16,27 +18,34 @@ def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
 
     Args:
         rows: training rows with ``step``, ``loss`` and ``learning_rate``; evaluation rows with ``step`` and
-            ``evaluation.loss``. Rows without these are left out.
+            ``evaluation.loss``, and any of ``AP``, ``AP50`` and ``PQ``. Rows without these are left out.
 
     Returns:
-        The figure, 8 x 5 inches, or None where no row has a loss.
+        The figure, 8 x 5 inches, with a panel of scores 8 x 7, or None where no row has a loss.
     """
     training = series(rows, "loss")
-    evaluation = series([{"step": row["step"], **row["evaluation"]} for row in rows if "evaluation" in row], "loss")
+    evaluations = [{"step": row["step"], **row["evaluation"]} for row in rows if "evaluation" in row]
+    evaluation = series(evaluations, "loss")
+    scores = {name: points for name in SCORES if (points := series(evaluations, name))}
     rate = series(rows, "learning_rate")
     if not training and not evaluation:
         return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    heights = [4, 3, 1] if scores else [4, 1]
+    figure = Figure(figsize=(8, 7 if scores else 5), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, rates = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    losses, *middle, rates = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     losses.set_title(title)
     losses.set_ylabel("loss")
     for points, label, color in ((training, "training", TRAINING), (evaluation, "evaluation", EVALUATION)):
         if points:
-            # A marker makes a single point visible; hundreds of them would hide the line.
-            marker = "o" if len(points) <= 60 else None
-            losses.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3.5)
+            draw(losses, points, label, color)
     losses.legend(frameon=False)
+    for axes in middle:
+        for name, points in scores.items():
+            draw(axes, points, name, SCORES[name])
+        axes.set_ylabel("score")
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False)
     if rate:
         rates.plot(*zip(*rate, strict=True), color=RATE)
     rates.set_ylabel("learning rate")
@@ -45,10 +54,17 @@ def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
     rates.set_xlabel("step")
     rates.set_xlim(left=0)
     rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    for axes in (losses, rates):
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def draw(axes: Axes, points: list[tuple[int, float]], label: str, color: str) -> None:
+    """A line through points."""
+    # A marker makes a single point visible; hundreds of them would hide the line.
+    marker = "o" if len(points) <= 60 else None
+    axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3.5)
 
 
 def series(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:

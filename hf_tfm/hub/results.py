@@ -50,6 +50,8 @@ class Data(_Data, total=False):
     target_column: str | None
     image_column: str | None
     label_column: str | None
+    objects_column: str | None
+    panoptic_column: str | None
     rows: dict[str, int | None]
 
 

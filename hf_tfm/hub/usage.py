@@ -1,0 +1,102 @@
+"""The usage example of a model card: code that loads and uses this very model.
+
+config.json -> Auto class of the model and of its processor -> Markdown
+"""
+
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+
+from ..registration import FAMILIES
+
+# What follows loading, by the Auto class that loads the model.
+OPEN_IMAGE = """
+
+from PIL import Image
+
+image = Image.open("...").convert("RGB")
+inputs = processor(images=image, return_tensors="pt")"""
+# Asked to fuse stuff, transformers gives one id to segments of two classes (5.23).
+PANOPTIC_MAP = f"""{OPEN_IMAGE}
+outputs = model(**inputs)
+sizes = [(image.height, image.width)]
+found = processor.post_process_panoptic_segmentation(
+    outputs, threshold=0.85, label_ids_to_fuse=set(), target_sizes=sizes
+)[0]
+print(found["segmentation"])  # the id of a segment for each pixel
+for segment in found["segments_info"]:
+    print(segment["id"], model.config.id2label[segment["label_id"]], segment["score"])"""
+AFTER_LOADING = {
+    "AutoModelForImageClassification": f"""{OPEN_IMAGE}
+logits = model(**inputs).logits
+print(model.config.id2label[logits.argmax(-1).item()])""",
+    "AutoModelForPreTraining": f"""{OPEN_IMAGE}
+outputs = model(**inputs)
+print(outputs.loss, outputs.mask)""",
+    "AutoModelForObjectDetection": f"""{OPEN_IMAGE}
+outputs = model(**inputs)
+sizes = [(image.height, image.width)]
+found = processor.post_process_object_detection(outputs, threshold=0.7, target_sizes=sizes)[0]
+for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
+    print(model.config.id2label[label.item()], score.item(), box.tolist())  # left, top, right, bottom in pixels""",
+    "AutoModelForUniversalSegmentation": PANOPTIC_MAP,
+    "AutoModelForImageSegmentation": PANOPTIC_MAP,
+    "AutoModelForSeq2SeqLM": """
+
+inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs)
+print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
+}
+
+# By Auto class, the class of each of transformers' own model types.
+NATIVE_CLASSES = {
+    "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    "AutoModelForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    "AutoModelForUniversalSegmentation": modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+}
+
+
+def usage(config: dict[str, Any], model_id: str) -> str:
+    """Code that loads and uses this very model: what its config.json says decides."""
+    auto_class = loading_class(config)
+    carried = "auto_map" in config
+    trust = ", trust_remote_code=True" if carried else ""
+    of_images = "num_channels" in config
+    name, processor = ("processor", "AutoImageProcessor") if of_images else ("tokenizer", "AutoTokenizer")
+    first, second = sorted((auto_class, processor))
+    ours = config["model_type"] in {family.model_type for family in FAMILIES}
+    code = "\n".join(
+        [
+            *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
+            f"from transformers import {first}, {second}",
+            "",
+            f'model_id = "{model_id}"',
+            f"{name} = {processor}.from_pretrained(model_id{trust})",
+            f"model = {auto_class}.from_pretrained(model_id{trust})",
+        ]
+    )
+    text = f"```python\n{code}{AFTER_LOADING.get(auto_class, '')}\n```"
+    if not carried:
+        return text
+    return (
+        f"The model's code comes with its weights, so transformers is all it needs:\n\n{text}\n\n"
+        "Where hf-tfm is installed, `import hf_tfm` takes the place of `trust_remote_code=True`, and the installed "
+        "code runs:\n\n"
+        f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
+        f"model = {auto_class}.from_pretrained(model_id)\n```"
+    )
+
+
+def loading_class(config: dict[str, Any]) -> str:
+    """The Auto class for the architecture that was saved."""
+    families = {family.model_type: family.auto_classes for family in FAMILIES}
+    classes = config.get("auto_map") or families.get(config["model_type"], {})
+    architecture = (config.get("architectures") or [""])[0]
+    for auto_class, path in classes.items():
+        if path.split(".")[-1] == architecture:
+            return auto_class
+    for auto_class, names in NATIVE_CLASSES.items():
+        if names.get(config["model_type"]) == architecture:
+            return auto_class
+    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModel"
