@@ -191,12 +191,13 @@ class SceneTask:
     def reference(self, scene: Scene, example: dict[str, Any]) -> dict[str, Any]:
         """What a scene's predictions are compared with; see `collate`."""
         classes = self.ids[scene.labels]
+        # Copies: a worker moves tensors of the targets to shared memory, away from under arrays that look into them.
         reference = {
             "image_id": example["image_id"],
-            "boxes": scene.boxes.as_subclass(Tensor).numpy(),
+            "boxes": scene.boxes.as_subclass(Tensor).numpy().copy(),
             "labels": classes.numpy(),
-            "area": scene.area.numpy(),
-            "iscrowd": scene.iscrowd.numpy(),
+            "area": scene.area.numpy().copy(),
+            "iscrowd": scene.iscrowd.numpy().copy(),
         }
         if self.masks:
             reference["masks"] = scene.object_masks().numpy()
