@@ -23,8 +23,8 @@ def box_format(split: Split, case: Case) -> Finding:
     stated, suspected = report.inside
     if report.suspected is None:
         return ok(f"{report.boxes} boxes, read as {report.format}; {stated:.1%} lie in their images")
-    finite = np.isfinite(split.boxes).all(axis=1)
     sizes = split.sizes[split.place]
+    finite = np.isfinite(split.boxes).all(axis=1) & (sizes > 0).all(axis=1)
     outside = finite & ~inside(report.format.to_corners(split.boxes, sizes), sizes)
     message = f"as {report.format}, {stated:.0%} of {report.boxes} boxes lie in their images"
     if report.suspected.relative:
@@ -41,8 +41,10 @@ def box_axes(split: Split, case: Case) -> Finding:
     sizes = split.sizes[split.place]
     told = np.isfinite(split.boxes).all(axis=1) & (sizes[:, 0] != sizes[:, 1])
     boxes, sizes = split.boxes[told], sizes[told]
-    if split.report.suspected is not None or not len(boxes):
-        return ok("all images are as wide as high, so nothing can be told" if len(split.boxes) else "no boxes")
+    if split.report.suspected is not None:
+        return ok("the format is to blame first")
+    if not len(boxes):
+        return ok("no box in an image that is not as wide as high, so nothing can be told")
     stated, swapped = (
         inside(split.report.format.to_corners(numbers, sizes), sizes) for numbers in (boxes, boxes[:, [1, 0, 3, 2]])
     )
@@ -59,7 +61,7 @@ def box_axes(split: Split, case: Case) -> Finding:
 
 
 def box_range(split: Split, case: Case) -> Iterator[Finding]:
-    """Boxes have an area, and lie in their images up to a pixel; a run cuts them off there, or leaves them out."""
+    """Boxes have an area and lie in their images; a run cuts off what does not, or leaves it out."""
     report = split.report
     if report.suspected is not None:
         return  # then the format is to blame
@@ -86,7 +88,7 @@ def first_with(split: Split, name: str, image_id: int) -> int:
 
 
 def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
-    """No two objects of an image share a box: each takes a query of its own, and both cannot be right."""
+    """No two objects of an image share a box; each would take a query of its own."""
     boxes, rows = np.rint(split.kept.fours("bbox")).astype(np.int64), split.kept.rows()
     classes = split.kept.numbers("category", 0.0).astype(np.int64)
     for name, columns in (("of the same class", (rows, classes)), ("of two classes", (rows,))):
@@ -123,7 +125,9 @@ def tiny_objects(split: Split, case: Case) -> Finding:
     if share <= SMALL:
         return ok(message)
     remedy = "raise shortest_side, longest_side and augmentation.scales, set model.dilation, or cut images into tiles"
-    return graded(share > MOSTLY, message, remedy, split.kept_sample(np.flatnonzero(known)[sides.argmin()]))
+    return graded(
+        np.median(sides) < cell / 2, message, remedy, split.kept_sample(np.flatnonzero(known)[sides.argmin()])
+    )
 
 
 def empty_images(split: Split, case: Case) -> Finding:

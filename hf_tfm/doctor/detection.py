@@ -101,6 +101,20 @@ def run_checks(checks: tuple[Callable, ...], case: Case) -> Iterator[Finding]:
             yield from findings_of(check, case)
 
 
+def translate(argv: Sequence[str]) -> list[str]:
+    """The doctor's words for two knobs as the recipe has them: --data is --dataset, --model FOLDER is --init_from."""
+    words: list[str] = []
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        model = value if equals else next(iter(argv[i + 1 : i + 2]), "")
+        if name == "--data":
+            name = "--dataset"
+        elif name == "--model" and not model.lstrip().startswith("{"):  # else fields of a new model
+            name = "--init_from"
+        words.append(name + equals + value)
+    return words
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, list[str]]:
     """The doctor's own options, the knobs of the run, and the words that gave those.
 
@@ -113,29 +127,24 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
         prog="hf-tfm doctor detection",
         usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--KNOB VALUE ...] [options]",
         description="Find out why AP would be 0 before a run of detection_train starts: a minute on two CPU cores.",
-        epilog=f"Knobs are those of hf-tfm run {RECIPE}: give the same words, and what is examined is what would be "
-        f"run. Without --config they are those of the preset {DEFAULTS[False]}, with --model of {DEFAULTS[True]}.",
+        epilog="DATA is the knob dataset, MODEL (a folder or Hub id to go on from) the knob init_from. Knobs are "
+        f"those of hf-tfm run {RECIPE}: give the same words, and what is examined is what would be run. Without "
+        f"--config they are those of the preset {DEFAULTS[False]}, with --model of {DEFAULTS[True]}.",
         allow_abbrev=False,
     )
-    parser.add_argument("--data", help="the knob dataset: a folder, a data set on the Hub, or an embedded one")
-    parser.add_argument("--model", help="the knob init_from: folder or Hub id; or, in braces, the knob model")
     parser.add_argument(
         "--full", action="store_true", help="learn eight images with the run's own model, if it is large"
     )
     parser.add_argument("--quick", action="store_true", help="learn nothing: a few seconds instead of a minute")
     parser.add_argument("--json", help="file to write the report to")
-    own, words = parser.parse_known_args(list(argv))
+    own, words = parser.parse_known_args(translate(argv))
     if own.json and not Path(own.json).parent.is_dir():
         parser.error(f"--json {own.json}: there is no folder {Path(own.json).parent}")
-    if own.data is not None:
-        words += ["--dataset", own.data]
-    if own.model is not None:
-        words += ["--model" if own.model.lstrip().startswith("{") else "--init_from", own.model]
-    if not any(word.partition("=")[0] == "--config" for word in words):
-        if not any(word.partition("=")[0] == "--dataset" for word in words):
+    given = {word.partition("=")[0] for word in words}
+    if "--config" not in given:
+        if "--dataset" not in given:
             parser.error("give --data, or a --config that names a dataset")
-        earlier = any(word.partition("=")[0] == "--init_from" for word in words)
-        words = ["--config", DEFAULTS[earlier], "--validation_split", "validation", *words]
+        words = ["--config", DEFAULTS["--init_from" in given], "--validation_split", "validation", *words]
     recipe = recipes_folder() / f"{RECIPE}.py"
     kind = runpy.run_path(str(recipe))["DetectionArguments"]
     return own, parse_arguments(kind, recipe, words), words
@@ -153,5 +162,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(found, own.json, {"recipe": RECIPE, "words": words})
     names = list(dict.fromkeys(finding.check for finding in found if finding.level == "failed"))
     warnings = sum(finding.level == "warning" for finding in found)
-    print(f"{len(names)} checks failed{': ' if names else ''}{', '.join(names)}; {warnings} warnings")
+    print(f"failed: {', '.join(names) or 'nothing'}; warnings: {warnings}")
     return 1 if names else 0

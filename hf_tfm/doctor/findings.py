@@ -6,6 +6,7 @@ check(split, case) -> Finding | several -> named by `findings_of` -> lines of a 
 import inspect
 import itertools
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -116,6 +117,9 @@ def condensed(findings: Iterable[Finding]) -> Iterator[Finding]:
 def save(findings: Iterable[Finding], file: str, examined: dict[str, Any]) -> None:
     """Write a report as JSON: ``examined``, ``failed`` (names of checks) and ``findings``."""
     rows = [asdict(finding) for finding in findings]
+    for row in rows:
+        if row["sample"] and row["sample"]["box"]:  # JSON has no NaN
+            row["sample"]["box"] = [value if math.isfinite(value) else None for value in row["sample"]["box"]]
     names = list(dict.fromkeys(row["check"] for row in rows if row["level"] == "failed"))
     content = {"examined": examined, "failed": names, "findings": rows}
     Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from ..training.scene_run import OF_THE_DATA, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
-LARGE_BACKBONE = 10_000_000  # weights that hardly learn from random values on a small data set
+LARGE_BACKBONE = 15_000_000  # weights that hardly learn from random values on a small data set
 MOSTLY = 0.5
 
 

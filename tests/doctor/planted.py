@@ -1,0 +1,123 @@
+"""What the doctor's tests share: a small healthy data set to plant faults in, and ways to have it examined."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from hf_tfm.doctor import detection, splits
+from hf_tfm.doctor.findings import Finding
+
+NAMES = ["red", "green", "blue"]
+HEIGHT, WIDTH = 64, 96
+COUNTS = {"train": 24, "validation": 8}
+FIRST_ID = {"train": 100, "validation": 900}
+# A model that is built in no time; the knobs are healthy.
+MODEL = (
+    "{backbone: test_efficientnet, dilation: true, num_queries: 10, d_model: 64, encoder_layers: 1, "
+    "encoder_attention_heads: 8, encoder_ffn_dim: 128, decoder_layers: 2, decoder_attention_heads: 8, "
+    "decoder_ffn_dim: 128"
+)
+KNOBS = {
+    "config": "digits",
+    "data": "planted",
+    "test_splits": "[]",
+    "num_epochs": 2000,
+    "batch_size": 8,
+    "learning_rate": 1e-4,
+    "shortest_side": 64,
+    "longest_side": 96,
+    "precision": "no",
+    "model": MODEL + "}",
+}
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def png(pixels: np.ndarray, **options) -> bytes:
+    """(h, w, 3) uint8 as a file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def scene(split: str, number: int) -> dict[str, Any]:
+    """A row: three rectangles side by side in their classes' colours, on noise."""
+    random = np.random.default_rng([len(split), number])
+    pixels = random.integers(0, 60, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    boxes = []
+    for place, category in enumerate(random.permutation(3).tolist()):
+        left, top = 32 * place + int(random.integers(0, 5)), int(random.integers(0, 18))
+        width, height = int(random.integers(22, 28)), int(random.integers(34, 46))
+        pixels[top : top + height, left : left + width, category] += 180
+        boxes.append({"bbox": [left, top, width, height], "category": category})
+    return {"image": png(pixels), "image_id": FIRST_ID[split] + number, "objects": boxes}
+
+
+def healthy() -> Rows:
+    """The rows of every split; images are bytes, categories places in `NAMES`."""
+    return {split: [scene(split, number) for number in range(count)] for split, count in COUNTS.items()}
+
+
+def boxes_of(rows: Rows, split: str = "train") -> list[dict[str, Any]]:
+    """All objects of a split."""
+    return [o for row in rows[split] for o in row["objects"]]
+
+
+def as_splits(rows: Rows, category: Any = None, names: dict[str, list[str]] | None = None) -> DatasetDict:
+    """Rows as `load_splits` gives them.
+
+    Args:
+        category: feature of categories; default, a ClassLabel.
+        names: of a split's ClassLabel, where they are not `NAMES`.
+    """
+    found = DatasetDict()
+    for split, own in rows.items():
+        kind = category or ClassLabel(names=(names or {}).get(split, NAMES))
+        objects = List({"bbox": List(Value("float32"), length=4), "category": kind})
+        columns = {"image": ImageFeature(), "image_id": Value("int64"), "objects": objects}
+        columns |= {name: Value("int32") for name in ("height", "width") if name in own[0]}
+        table = {name: [row[name] for row in own] for name in columns}
+        table["image"] = [{"bytes": data, "path": None} for data in table["image"]]
+        plain = columns | {"objects": List(objects.feature | {"category": kind if category else Value("int64")})}
+        rows_of_split = Dataset.from_dict(table, features=Features(plain))
+        # As a parquet file has it: `datasets` itself would refuse a category that has no name.
+        found[split] = Dataset(rows_of_split.data, info=DatasetInfo(features=Features(columns)))
+    return found
+
+
+def words(**knobs) -> list[str]:
+    """A command line; a knob that is None is left out."""
+    given = {name: value for name, value in (KNOBS | knobs).items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def examine(monkeypatch, data: DatasetDict, learn: bool = False, full: bool = False, **knobs) -> list[Finding]:
+    """What the doctor finds in some splits; without ``learn``, it learns no images."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setattr(splits, "load_splits", lambda *args: data)
+    _, args, _ = detection.parse(words(**knobs))
+    return list(detection.examine(args, full=full, quick=not learn))
+
+
+def only(findings: list[Finding], check: str, level: str = "failed") -> Finding:
+    """The one finding of a check at a level."""
+    (found,) = [finding for finding in findings if (finding.check, finding.level) == (check, level)]
+    return found
+
+
+def plant(change: Callable[[Rows], None]) -> Rows:
+    """Healthy rows, changed."""
+    rows = healthy()
+    change(rows)
+    return rows
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """(h, w, 3) uint8."""
+    return np.array(Image.open(io.BytesIO(data)))

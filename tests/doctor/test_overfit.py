@@ -1,0 +1,101 @@
+"""Eight images by heart: what is right is learned, what contradicts itself or the loss is not."""
+
+import dataclasses
+
+import pytest
+from planted import MODEL, as_splits, boxes_of, examine, healthy, only, plant
+
+from hf_tfm.doctor import overfit
+from hf_tfm.doctor.detection import parse
+from hf_tfm.doctor.splits import Case, Split, read_splits
+from hf_tfm.doctor.weights import add_model
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """As many steps as healthy images need, and no more."""
+    monkeypatch.setattr(overfit, "STEPS", 120)
+    monkeypatch.setattr(overfit, "FIRST_SCORE", 120)
+
+
+def test_healthy_images_are_learned(monkeypatch, brief):
+    found = only(examine(monkeypatch, as_splits(healthy()), learn=True), "overfit", "ok")
+    assert "on 8 training images after 120 steps, 64 pixels, the model itself" in found.message
+
+
+def test_one_image_under_many_names_is_not(monkeypatch, brief):
+    def planted(rows):
+        for row in rows["train"]:
+            row["image"] = rows["train"][0]["image"]
+
+    found = only(examine(monkeypatch, as_splits(plant(planted)), learn=True), "overfit")
+    assert "limit: AP above 0.9 within 120 steps" in found.message
+    assert found.sample.split == "train" and 100 <= found.sample.image_id < 124
+
+
+def test_a_loss_without_boxes_is_not(monkeypatch, brief):
+    model = MODEL + ", bbox_loss_coefficient: 0, giou_loss_coefficient: 0}"
+    found = only(examine(monkeypatch, as_splits(healthy()), learn=True, model=model), "overfit")
+    assert found.remedy.endswith("the weights of the loss and the knobs of the model")
+
+
+def test_nothing_is_learned_from_broken_data(monkeypatch):
+    def planted(rows):
+        for found in boxes_of(rows):
+            found["category"] += 1
+
+    found = only(examine(monkeypatch, as_splits(plant(planted)), learn=True), "overfit", "skipped")
+    assert found.message == "the data has to be mended first"
+
+
+# --- what is learned, and by what
+
+
+def case_of(monkeypatch, data, **knobs) -> Case:
+    examine(monkeypatch, data)  # `planted` data from here on
+    given = {"config": "digits", "data": "planted", "test_splits": "[]", "model": MODEL + "}"} | knobs
+    _, args, _ = parse([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    case = Case(args, read_splits(args))
+    add_model(case)
+    return case
+
+
+def test_the_easiest_readable_images_are_taken(monkeypatch):
+    def planted(rows):
+        for row in rows["train"][:12]:
+            row["objects"] = row["objects"][:1]
+        rows["train"][1]["objects"][0]["bbox"][2:] = [3, 3]
+        rows["train"][2]["image"] = rows["train"][2]["image"][:90]
+        rows["train"][3]["objects"] = []
+
+    split: Split = case_of(monkeypatch, as_splits(plant(planted))).train
+    chosen = overfit.easiest(split, most=10)
+    assert len(chosen) == 8 and set(chosen) <= {0, *range(4, 12)}
+    assert len(overfit.easiest(split, most=0)) == 0
+    few = plant(lambda rows: rows["train"].__delitem__(slice(3, None)))
+    assert sorted(overfit.easiest(case_of(monkeypatch, as_splits(few)).train, most=10)) == [0, 1, 2]
+
+
+def test_a_stand_in_has_the_losses_of_the_run(monkeypatch):
+    model = MODEL + ", eos_coefficient: 0.3, giou_cost: 7, auxiliary_loss: false, dropout: 0.2}"
+    case = case_of(monkeypatch, as_splits(healthy()), model=model)
+    itself, name = overfit.choose_model(case, full=False)
+    assert name == "the model itself" and itself.config.d_model == 64 and itself.config.dropout == 0
+    monkeypatch.setattr(overfit, "SMALL_MODEL", 1000)
+    small, name = overfit.choose_model(case, full=False)
+    assert name.startswith("a small model in place of 0 million weights")
+    assert (small.config.eos_coefficient, small.config.giou_cost, small.config.auxiliary_loss) == (0.3, 7, False)
+    assert (small.config.d_model, small.config.num_queries, small.config.dropout) == (128, 25, 0)
+    assert small.config.id2label == case.config.id2label
+    assert overfit.choose_model(case, full=True)[0].config.d_model == 64
+
+
+def test_images_are_as_large_as_their_objects_need(monkeypatch):
+    case = case_of(monkeypatch, as_splits(healthy()), shortest_side=800, longest_side=1333)
+    rows = case.train.rows.select(range(4))
+    assert overfit.shortest_side(case, rows, stride=16) == 128
+    tiny = plant(lambda rows: [found["bbox"].__setitem__(slice(2, 4), [2, 2]) for found in boxes_of(rows)])
+    small = case_of(monkeypatch, as_splits(tiny), shortest_side=800, longest_side=1333)
+    assert overfit.shortest_side(small, small.train.rows.select(range(4)), stride=16) == 256
+    small.args = dataclasses.replace(small.args, shortest_side=100, longest_side=200)
+    assert overfit.shortest_side(small, small.train.rows.select(range(4)), stride=16) == 100
