@@ -9,11 +9,12 @@ import numpy as np
 
 from ..data.box_checks import EVIDENCE, LESS, NEARLY_ALL, check_boxes, inside
 from ..data.scene_augment import scaled
-from .findings import Finding, failed, graded, ok, warning
+from .findings import Finding, failed, graded, ok, skipped, warning
 from .splits import Case, Split
 
 TOLERATED = 0.01  # share of boxes that may be bad in some way, as a few are in every large data set
 MOSTLY = 0.5
+MISREAD = skipped("the format is to blame first")
 SMALL = 0.1  # share of objects below a cell of the feature map from which on it is told
 
 
@@ -42,7 +43,7 @@ def box_axes(split: Split, case: Case) -> Finding:
     told = np.isfinite(split.boxes).all(axis=1) & (sizes[:, 0] != sizes[:, 1])
     boxes, sizes = split.boxes[told], sizes[told]
     if split.report.suspected is not None:
-        return ok("the format is to blame first")
+        return MISREAD
     if not len(boxes):
         return ok("no box in an image that is not as wide as high, so nothing can be told")
     stated, swapped = (
@@ -64,7 +65,8 @@ def box_range(split: Split, case: Case) -> Iterator[Finding]:
     """Boxes have an area and lie in their images; a run cuts off what does not, or leaves it out."""
     report = split.report
     if report.suspected is not None:
-        return  # then the format is to blame
+        yield MISREAD
+        return
     for action, problems in (("left out", report.dropped), ("cut off at the edge", report.clipped)):
         for name, problem in problems.items():
             if name not in ("without a category", "without an outline"):
@@ -89,6 +91,9 @@ def first_with(split: Split, name: str, image_id: int) -> int:
 
 def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
     """No two objects of an image share a box; each would take a query of its own."""
+    if split.report.suspected is not None:
+        yield MISREAD
+        return
     boxes, rows = np.rint(split.kept.fours("bbox")).astype(np.int64), split.kept.rows()
     classes = split.kept.numbers("category", 0.0).astype(np.int64)
     for name, columns in (("of the same class", (rows, classes)), ("of two classes", (rows,))):
@@ -108,6 +113,8 @@ def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
 
 def tiny_objects(split: Split, case: Case) -> Finding:
     """Objects are at least as large as a cell of the last feature map, in the size of evaluation."""
+    if split.report.suspected is not None:
+        return MISREAD
     args = case.args
     sizes = split.sizes[split.kept.rows()]
     known = (sizes > 0).all(axis=1)

@@ -225,6 +225,13 @@ def test_the_sample_is_the_box_itself(monkeypatch):
     assert list(found.sample.box) in [box["bbox"] for box in rows["train"][0]["objects"]]
 
 
+def test_of_misread_boxes_the_format_alone_is_told(monkeypatch):
+    found = examine(monkeypatch, as_splits(plant(every_box(to_shares))))
+    assert {finding.check for finding in found if finding.level == "failed"} == {"box_format"}
+    skipped = {finding.check for finding in found if finding.level == "skipped"}
+    assert skipped == {"box_axes", "box_range", "duplicate_boxes", "tiny_objects"}
+
+
 def test_remedies_name_the_mistake(monkeypatch):
     assert "subtract 1" in only(examine(monkeypatch, as_splits(plant(from_1))), "category_ids").remedy
     assert "swapped" in only(examine(monkeypatch, as_splits(plant(stated_size(96, 64)))), "image_size").remedy
