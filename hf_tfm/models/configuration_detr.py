@@ -21,6 +21,7 @@ SIZES = {
         "encoder_ffn_dim": 512,
         "decoder_layers": 3,
         "decoder_ffn_dim": 512,
+        "norm_first": True,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "activation_dropout": 0.0,
