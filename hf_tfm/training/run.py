@@ -26,7 +26,7 @@ FREE = {
     *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
     *("num_workers", "micro_batch_tokens", "micro_batch_size", "gradient_checkpointing", "max_nonfinite_steps"),
     *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
-    *("final_weights", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
+    *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
 }
 
 

@@ -25,12 +25,14 @@ from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, check_fields, fresh_head, new_config, new_scale, placement
 from .run import finish, open_run
+from .scene_pictures import PredictionPictures
 from .session import train
 
 log = logging.getLogger(__name__)
 
 # Weights that depend on the data: on its classes, and on how many objects an image may have.
 OF_THE_DATA = ("class_labels_classifier.", "query_position_embeddings.")
+COLUMNS = ("image_column", "objects_column", "panoptic_column")  # recipes have different ones
 # What is reported of a split, in this order; of a data set without such objects a score is NaN, and left out.
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "PQ", "SQ", "RQ", "PQ_th", "PQ_st")
 
@@ -45,6 +47,7 @@ class SceneRunArguments(PictureArguments):
         longest_side: limit of the longest side there.
         augmentation: see `SceneAugmentation`.
         pretrained_backbone: take timm's weights for the backbone of a new model.
+        num_pictures: validation images drawn with their predictions at every evaluation, see `PredictionPictures`.
 
     The others are those of `PictureArguments`; ``model`` takes, among others, backbone, num_queries, encoder_layers.
     """
@@ -54,10 +57,11 @@ class SceneRunArguments(PictureArguments):
     longest_side: int = 1333
     augmentation: SceneAugmentation = field(default_factory=SceneAugmentation)
     pretrained_backbone: bool = False
+    num_pictures: int = 8
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="shortest_side")
+        self.check_range(at_least_0="num_pictures", at_least_1="shortest_side")
         if self.shortest_side > self.longest_side:
             raise ValueError(
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
@@ -85,7 +89,7 @@ def describe(args: SceneRunArguments, rows: dict[str, datasets.Dataset]) -> dict
         "path": args.dataset,
         "name": args.dataset_name,
         **describe_source(args.dataset, args.dataset_revision),
-        "image_column": args.image_column,
+        **{name: getattr(args, name) for name in COLUMNS if hasattr(args, name)},
         **describe_rows(rows, detection.fingerprint),
     }
 
@@ -216,7 +220,10 @@ def train_scenes(
         return {name: found[name] for name in names}
 
     task, eval_steps = tasks[args.train_split], args.eval_steps or per_epoch
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
+    show = PredictionPictures(
+        accelerator, tasks[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
+    )
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation, show)
     if result.stopped:
         return run.stopped(result)
     metrics = [row for split in held_out for row in score_rows(score_split(model, split), split)]

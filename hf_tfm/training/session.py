@@ -29,6 +29,7 @@ LOOK_MICRO_BATCHES = 10
 SCALE_SEARCH_STEPS = 16
 
 Score = Callable[[nn.Module], dict[str, float]]
+Show = Callable[[nn.Module, int], object]
 
 
 @dataclass
@@ -50,9 +51,16 @@ class Session:
     """One run of `train`: its objects, and what happens in and after a step."""
 
     def __init__(
-        self, accelerator: Accelerator, task: Task, model: nn.Module, args: TrainingArguments, num_steps: int
+        self,
+        accelerator: Accelerator,
+        task: Task,
+        model: nn.Module,
+        args: TrainingArguments,
+        num_steps: int,
+        show: Show | None = None,
     ):
         self.accelerator, self.task, self.args, self.num_steps = accelerator, task, args, num_steps
+        self.show = show
         self.output_dir = Path(args.output_dir)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -129,8 +137,11 @@ class Session:
 
     def evaluate(self, score: Score) -> bool:
         """Evaluate, and say whether best_metric is better than ever."""
+        model = self.ema.module if self.args.final_weights == "ema" else self.plain
         with self.monitor.paused():
-            scores = score(self.ema.module if self.args.final_weights == "ema" else self.plain)
+            scores = score(model)
+            if self.show is not None:
+                self.show(model, self.progress.step)
         name, progress = self.args.best_metric, self.progress
         self.monitor.write({"step": progress.step, "epoch": progress.epoch, "evaluation": scores})
         if name not in scores:
@@ -174,6 +185,7 @@ def train(
     num_steps: int,
     eval_steps: int,
     score: Score,
+    show: Show | None = None,
 ) -> TrainingResult:
     """Train until ``num_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
 
@@ -184,13 +196,14 @@ def train(
         num_steps: optimizer steps of the whole run; the schedule's length.
         eval_steps: steps between evaluations.
         score: model -> {metric: value}, with ``args.best_metric`` among them.
+        show: called with the model and the step at every evaluation, on all processes; it draws a picture, say.
 
     Raises:
         FloatingPointError: too many steps in a row had a gradient that is not finite.
         OSError: a checkpoint could not be written.
         ValueError: the checkpoint is of another model, or the loader gives no step.
     """
-    session = Session(accelerator, task, model, args, num_steps)
+    session = Session(accelerator, task, model, args, num_steps, show)
     progress = session.progress
     session.model.train()
     with StopRequest() as request, session.monitor.bar as bar:

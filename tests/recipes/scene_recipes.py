@@ -1,0 +1,115 @@
+"""What the tests of the recipes on scenes share: digit scenes on disk in several layouts, and short runs."""
+
+import io
+import json
+import runpy
+from pathlib import Path
+
+from datasets import DatasetDict
+from PIL import Image
+from recipe_helpers import ROOT, fresh_state
+
+from hf_tfm.data.digit_scenes import STUFF, THINGS, digit_scenes
+
+SCENES = {"train": 14, "validation": 5, "test": 4}
+# Of random weights, so that nothing is downloaded; without dropout, which each process draws for itself.
+MODEL = (
+    "backbone: test_resnet, dilation: false, num_queries: 9, d_model: 32, encoder_layers: 1, decoder_layers: 2, "
+    "encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+)
+
+
+def scenes() -> DatasetDict:
+    return digit_scenes(seed=1, size=64, **SCENES)
+
+
+def png(value: dict | Image.Image) -> bytes:
+    if isinstance(value, dict):
+        return value["bytes"]
+    file = io.BytesIO()
+    value.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_hub(folder: Path, splits: DatasetDict) -> Path:
+    """Columns as data sets of the Hub have them, as parquet; with panoptic maps and their categories."""
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        rows.to_parquet(str(folder / f"{split}.parquet"))
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# Digit scenes\n")
+    categories = [{"id": i, "name": name, "isthing": name not in STUFF} for i, name in enumerate(THINGS + STUFF)]
+    (folder / "panoptic_categories.json").write_text(json.dumps(categories))
+    return folder
+
+
+def write_coco(folder: Path, splits: DatasetDict) -> Path:
+    """The layout of COCO; category ids have gaps."""
+    for split, rows in splits.items():
+        name = {"validation": "val"}.get(split, split) + "2017"
+        (folder / name).mkdir(parents=True)
+        images, annotations = [], []
+        for number, row in enumerate(rows):
+            (folder / name / f"{number:03}.png").write_bytes(png(row["image"]))
+            images.append({"id": 5 * number, "file_name": f"{number:03}.png", "height": 64, "width": 64})
+            for found in row["objects"]:
+                category = {"category_id": 3 * found["category"] + 1, "image_id": 5 * number}
+                shape = {"bbox": found["bbox"], "area": found["area"], "iscrowd": 0}
+                annotations.append({"id": len(annotations), **category, **shape})
+        categories = [{"id": 3 * i + 1, "name": thing} for i, thing in enumerate(THINGS)]
+        file = folder / "annotations" / f"instances_{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return folder
+
+
+def write_voc(folder: Path, splits: DatasetDict) -> Path:
+    """The layout of Pascal VOC: sides are counted from 1, the last pixel included."""
+    for place in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / place).mkdir(parents=True)
+    for split, rows in splits.items():
+        stems = [f"{split}{number:03}" for number in range(len(rows))]
+        (folder / "ImageSets" / "Main" / f"{split.removesuffix('idation')}.txt").write_text("\n".join(stems))
+        for stem, row in zip(stems, rows, strict=True):
+            (folder / "JPEGImages" / f"{stem}.png").write_bytes(png(row["image"]))
+            objects = ""
+            for found in row["objects"]:
+                x, y, w, h = found["bbox"]
+                sides = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
+                box = "".join(f"<{side}>{value:.0f}</{side}>" for side, value in sides.items())
+                objects += f"<object><name>{found['category']}</name><bndbox>{box}</bndbox></object>"
+            size = "<size><width>64</width><height>64</height></size>"
+            (folder / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    return folder
+
+
+LAYOUTS = {"hub": write_hub, "coco": write_coco, "voc": write_voc}
+
+
+def words(data: Path, output_dir: Path, **knobs) -> list[str]:
+    """The command line of a short run; a knob that is None is left out."""
+    given = {
+        "dataset": data,
+        "output_dir": output_dir,
+        "num_steps": 2,
+        "warmup_steps": 1,
+        "schedule": "cosine",
+        "batch_size": 4,
+        "learning_rate": 0.001,
+        "shortest_side": 64,
+        "longest_side": 96,
+        "augmentation": "{scales: [56, 64, 72], max_size: 90, crop: 0.5, flip: 0.5}",
+        "test_splits": "[test]",
+        "progress": "false",
+        "final_weights": "last",
+        "num_pictures": 2,
+        **({} if "init_from" in knobs else {"size": "tiny", "model": f"{{{MODEL}}}"}),
+        **knobs,
+    }
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def train(data: Path, output_dir: Path, recipe: str = "detection_train", **knobs) -> Path:
+    """Run a recipe in this process; returns its folder."""
+    fresh_state()
+    assert runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](words(data, output_dir, **knobs)) == 0
+    return output_dir

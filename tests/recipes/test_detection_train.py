@@ -1,0 +1,278 @@
+"""The recipe of detection, run as people run it, on small scenes in every layout that it reads."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import ClassLabel
+from matplotlib.image import imread
+from recipe_helpers import ROOT, arguments_of, finish_process, history, record, start_process
+from scene_recipes import LAYOUTS, SCENES, scenes, train, words, write_coco, write_hub
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from vision_recipes import distance, scores, weights
+
+from hf_tfm.evaluation import evaluate
+from hf_tfm.training.arguments import parse_arguments
+
+RECIPE = ROOT / "recipes" / "detection_train.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return scenes()
+
+
+@pytest.fixture(scope="module")
+def data(splits, tmp_path_factory):
+    return write_hub(tmp_path_factory.mktemp("scenes") / "hub", splits)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Six steps with two evaluations."""
+    return train(data, tmp_path_factory.mktemp("trained") / "run", num_steps=6, eval_steps=3)
+
+
+# --- what a run leaves
+
+
+def test_the_run(trained):
+    found = record(trained)
+    assert (found.task, found.model_type, found.base_model) == ("object-detection", "tfm_detr", None)
+    assert found.data["rows"] == SCENES and found.data["license"] == "cc0-1.0"
+    assert found.training["steps"] == 6 and found.training["item"] == "images"
+    assert {row["split"] for row in found.metrics} == {"validation", "test"}
+    assert {"AP", "AP50", "AR100"} <= scores(trained, "test").keys()
+    evaluations = [row["evaluation"] for row in history(trained) if "evaluation" in row]
+    assert [set(e) for e in evaluations] == [{"loss", "class", "box", "giou", "AP", "AP50"}] * 2
+    card = (trained / "README.md").read_text()
+    assert "AutoModelForObjectDetection.from_pretrained" in card and "trained from scratch" in card
+    assert all(f"| {row['split']} | {row['name']} |" in card for row in found.metrics)
+    assert imread(trained / "training_curve.png").shape[:2] == (840, 960), "with a panel of scores"
+
+
+def test_pictures_of_every_evaluation(trained, data, tmp_path):
+    files = sorted(path.name for path in (trained / "predictions").iterdir())
+    assert files == ["step-00000003.png", "step-00000006.png"]
+    assert imread(trained / "predictions" / files[0]).shape[1] > 400
+    other = train(data, tmp_path / "run", num_steps=6, eval_steps=3, num_pictures=0)
+    assert not (other / "predictions").exists()
+    assert distance(trained, other) == 0.0, "they change nothing"
+
+
+def test_what_is_saved_loads_and_scores_the_same(trained, data):
+    model, processor = (
+        AutoModelForObjectDetection.from_pretrained(trained),
+        AutoImageProcessor.from_pretrained(trained),
+    )
+    assert [model.config.id2label[i] for i in range(10)] == [str(digit) for digit in range(10)]
+    assert (processor.size.shortest_edge, processor.size.longest_edge) == (64, 96)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for split in ("validation", "test"):
+        result = evaluate(str(trained), dataset=str(data), split=split, batch_size=4, progress=False)
+        again = {row["name"]: row["value"] for row in result["metrics"]}
+        for name, value in scores(trained, split).items():
+            assert again[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_the_pipeline_runs(trained, splits):
+    found = pipeline("object-detection", model=str(trained), threshold=0.0)(splits["test"][0]["image"])
+    assert len(found) == 9
+    assert all(box["label"] in "0123456789" and set(box["box"]) == {"xmin", "ymin", "xmax", "ymax"} for box in found)
+
+
+def test_stored_arguments_are_a_config(trained, data, tmp_path):
+    """What results.json and the card hold are the knobs as they were given."""
+    file = tmp_path / "arguments.yaml"
+    file.write_text(json.dumps(record(trained).arguments))
+    kind = arguments_of(RECIPE)
+    given = words(data, trained, num_steps=6, eval_steps=3)
+    assert parse_arguments(kind, RECIPE, ["--config", str(file)]) == parse_arguments(kind, RECIPE, given)
+
+
+# --- any source, any cut, any interruption
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc"])
+def test_the_layout_of_the_data_changes_nothing(layout, splits, data, tmp_path):
+    """The same scenes as files of COCO's or Pascal VOC's kind, and as columns of the Hub."""
+    folder = LAYOUTS[layout](tmp_path / layout, splits)
+    one, other = train(data, tmp_path / "hub"), train(folder, tmp_path / "other")
+    assert distance(one, other) == 0.0
+    for split in ("validation", "test"):
+        # VOC knows no areas of objects, by which the other scores tell small from large.
+        assert all(scores(one, split)[name] == scores(other, split)[name] for name in ("AP", "AP50", "AP75", "AR100"))
+
+
+KNOBS = {
+    "plain": {},
+    "parts": {"micro_batch_size": 2, "augmentation": "{scales: [56, 72], max_size: 90, color_jitter: 0.3}"},
+    "ema": {"ema_decay": 0.5, "final_weights": "ema", "max_grad_norm": 0.1},
+}
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("plain", 2), ("parts", 0), ("ema", 0)])
+def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
+    """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
+    knobs = {**KNOBS[kind], "num_steps": 5, "save_steps": 1, "keep_checkpoints": 9, "eval_steps": 5}
+    whole = train(data, tmp_path / "whole", **knobs)
+    part = train(data, tmp_path / "part", num_workers=workers, **knobs)
+    for step in (3, 4, 5):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
+    for name in ("results.json", "model.safetensors", "predictions/step-00000005.png"):
+        (part / name).unlink()
+    capsys.readouterr()
+    train(data, part, num_workers=workers, **knobs)
+    assert "going on from" in capsys.readouterr().out
+    assert distance(whole, part) == 0.0
+    assert record(whole).metrics == record(part).metrics
+    pictures = [(folder / "predictions" / "step-00000005.png").read_bytes() for folder in (whole, part)]
+    assert pictures[0] == pictures[1]
+
+
+def test_knobs_change_the_weights(data, trained, tmp_path):
+    """What the test above resumes does something: no two runs end with equal weights."""
+    runs = [train(data, tmp_path / kind, num_steps=6, eval_steps=6, **knobs) for kind, knobs in KNOBS.items()]
+    assert all(distance(one, other) > 1e-6 for i, one in enumerate(runs) for other in runs[:i])
+
+
+def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
+    """By hf-tfm run in two processes (gloo), which share each step, and in one, a scene at a time."""
+    knobs = {"num_steps": 3, "adam_epsilon": 1e-4}
+    alone = train(data, tmp_path / "alone", **knobs)
+    single = train(data, tmp_path / "single", micro_batch_size=1, **knobs)
+    assert distance(alone, single) < 1e-6
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "detection_train")
+    finish_process(start_process(*launcher, *words(data, tmp_path / "two", **knobs)))
+    assert distance(alone, tmp_path / "two") < 1e-6
+    for mine, theirs in zip(record(alone).metrics, record(tmp_path / "two").metrics, strict=True):
+        assert mine == {**theirs, "value": pytest.approx(theirs["value"], abs=1e-6)}
+    assert record(tmp_path / "two").hardware["count"] == 2
+    pictures = [sorted(path.name for path in (tmp_path / name / "predictions").iterdir()) for name in ("alone", "two")]
+    assert pictures[0] == pictures[1] != []
+
+
+# --- going on from another model
+
+
+def renamed(splits, names):
+    """The scenes with other names of categories."""
+
+    def change(rows):
+        features = rows.features.copy()
+        objects = dict(features["objects"].feature)
+        objects["category"] = ClassLabel(names=names)
+        features["objects"] = type(features["objects"])(objects)
+        return rows.cast(features)
+
+    return type(splits)({split: change(rows) for split, rows in splits.items()})
+
+
+def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_path, caplog):
+    folder = train(data, tmp_path / "run", init_from=trained, learning_rate=1e-6, num_steps=3)
+    assert 0 < distance(trained, folder) < 1e-5
+    assert "start anew" not in caplog.text
+    assert record(folder).base_model == str(trained)
+    assert f"trained further from `{trained}`" in (folder / "README.md").read_text()
+
+
+def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained, splits, tmp_path, caplog):
+    """As many of other names, more, and other queries; all else is kept."""
+    cases = {
+        "names": (splits, [f"digit {i}" for i in range(10)], None),
+        "more": (splits, [str(i) for i in range(12)], None),
+        "queries": (splits, [str(i) for i in range(10)], "{num_queries: 12}"),
+    }
+    old = weights(trained)
+    for case, (source, names, model) in cases.items():
+        caplog.clear()
+        folder = write_hub(tmp_path / f"data-{case}", renamed(source, names))
+        start = {"init_from": trained, "learning_rate": 1e-9, "num_steps": 1, "model": model}
+        new = weights(train(folder, tmp_path / case, **start))
+        moved = {
+            name for name in new if new[name].shape != old[name].shape or (new[name] - old[name]).abs().max() > 1e-6
+        }
+        fresh = "query_position_embeddings.weight" if case == "queries" else "class_labels_classifier"
+        assert moved and all(fresh in name for name in moved), case
+        (told,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+        assert fresh in told
+        config = AutoModelForObjectDetection.from_pretrained(tmp_path / case).config
+        assert [config.id2label[i] for i in range(len(names))] == names
+
+
+def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_path):
+    with pytest.raises(ValueError, match=r"weights of init_from .* do not fit it: .*encoder"):
+        train(data, tmp_path / "run", init_from=trained, model="{encoder_ffn_dim: 48}")
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_categories_that_training_does_not_have_are_refused(splits, tmp_path):
+    folder = write_coco(tmp_path / "data", splits)
+    file = folder / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"name": "9"', '"name": "nine"'))
+    with pytest.raises(ValueError, match='1 of 10 categories are not classes of the model, the first is "nine"'):
+        train(folder, tmp_path / "run")
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+
+
+# --- knobs
+
+MISFITS = {
+    "metric": ({"best_metric": "accuracy"}, 'best_metric must be "loss", "AP" or "AP50", got "accuracy"'),
+    "sides": ({"shortest_side": 100}, "shortest_side must be at most longest_side = 96, got 100"),
+    "field": ({"model": "{num_querys: 9}"}, "model.num_querys is not a field of TfmDetrConfig that can be chosen"),
+    "things": ({"model": "{thing_ids: [0]}"}, "model.thing_ids is not a field of TfmDetrConfig that can be chosen"),
+    "width": ({"model": "{d_model: 30}"}, "d_model must be a multiple of encoder_attention_heads"),
+    "size": ({"size": "giant"}, 'size must be one of tiny, small, base, got "giant"'),
+    "frozen": (
+        {"size": "base", "model": None},
+        'model.backbone_norm "frozen" is for weights that are trained already',
+    ),
+    "norm": ({"pretrained_backbone": "true"}, 'model.backbone_norm must be "frozen" or "batch", got "group"'),
+    "both": (
+        {"init_from": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
+        "init_from brings its own backbone: give no pretrained_backbone beside it",
+    ),
+    "pictures": ({"num_pictures": -1}, "num_pictures must be at least 0, got -1"),
+    "splits": ({"holdout": 3}, "exactly one of validation_split and holdout, got validation and 3"),
+    "crop": ({"augmentation": "{crop: 2.0}"}, "crop must be in [0, 1], got 2.0"),
+    "scales": ({"augmentation": "{scales: []}"}, "scales"),
+    "lengths": ({"num_epochs": 1}, "exactly one of num_epochs and num_steps, got 1.0 and 2"),
+}
+
+
+@pytest.mark.parametrize(("knobs", "message"), MISFITS.values(), ids=list(MISFITS))
+def test_knobs_that_do_not_fit(knobs, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(data, tmp_path / "run", **knobs)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+UNFIT_FOR_THE_DATA = {
+    "split": ({"validation_split": "dev"}, 'validation_split "dev" is not a split of the data set; it has'),
+    "test split": ({"test_splits": "[best]"}, 'test_splits "best" is not a split of the data set'),
+    "objects": ({"objects_column": "things"}, 'objects_column "things" is not a column of the data set; it has'),
+    "image": ({"image_column": "photo"}, 'image_column "photo" is not a column of the data set'),
+    "holdout": ({"validation_split": "null", "holdout": 14}, "holdout must be below the 14 images of train"),
+}
+
+
+@pytest.mark.parametrize(("knobs", "message"), UNFIT_FOR_THE_DATA.values(), ids=list(UNFIT_FOR_THE_DATA))
+def test_knobs_that_do_not_fit_the_data(knobs, message, data, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(data, tmp_path / "run", **knobs)
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
