@@ -12,6 +12,8 @@ from pathlib import Path
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
+
 
 def recipes_folder() -> Path:
     """Where the recipes are: inside an installed package, or beside it in the repository."""
@@ -32,146 +34,6 @@ def run(recipe: str, argv: list[str]) -> None:
     file = str(recipes_folder() / f"{recipe}.py")
     sys.argv = [file, *argv]
     runpy.run_path(file, run_name="__main__")
-
-
-def show_attention(
-    model: str,
-    image: str | None = None,
-    text: str | None = None,
-    target: str | None = None,
-    query: str | None = None,
-    output_dir: str = "attention",
-    layers: list[int] | None = None,
-    heads: list[int] | None = None,
-) -> None:
-    """Draw where a model looks, per layer and head: an image model on an image, a translation model on a text.
-
-    Args:
-        model: folder or Hub id.
-        image: for an image model: a file, or dataset:split:index; drawn with attention rollout.
-        text: for a translation model: the source sentence.
-        target: its translation; default, the model's own.
-        query: who looks at the image, class (the [class] token) or mean (of patches); default, what the model pools.
-        output_dir: folder for the pictures.
-        layers: numbers of the layers to draw; default, all.
-        heads: numbers of the heads to draw; default, all.
-    """
-    from .viz import attention, image_maps, images
-
-    if (image is None) == (text is None):
-        raise ValueError("an image model needs an IMAGE, a translation model a --text: give one of them")
-    if text is not None:
-        from .evaluation import load_seq2seq
-
-        if query is not None:
-            raise ValueError(f'query is for an image, and here is a text; got "{query}"')
-        images.require_text_model(model)
-        maps = attention.attention_maps(*load_seq2seq(model), text, target)
-        paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
-    else:
-        if target is not None:
-            raise ValueError(f'target is for a text, and here is an image; got "{target}"')
-        read, loaded, processor = images.read_image(image), images.load_encoder(model), images.load_processor(model)
-        maps = image_maps.image_attention_maps(loaded, processor, read, query)
-        paths = image_maps.plot_image_attention(maps, output_dir, layers=layers, heads=heads)
-    for path in paths:
-        print(path)
-
-
-def show_reconstruction(
-    model: str, images: list[str], mask_ratio: float | None = None, seed: int = 0, output: str = "reconstruction.png"
-) -> None:
-    """Draw images as a masked autoencoder reconstructs them: original, masked, reconstructed, a row for each.
-
-    Args:
-        model: folder or Hub id of a masked autoencoder.
-        images: files, or dataset:split:index.
-        mask_ratio: share of patches hidden; default, the model's.
-        seed: of which patches are hidden.
-        output: PNG file.
-    """
-    from .viz.images import load_autoencoder, load_processor, read_image
-    from .viz.reconstruction import plot_reconstructions, reconstruct_images
-
-    read, loaded = [read_image(image) for image in images], load_autoencoder(model)
-    found = reconstruct_images(loaded, load_processor(model), read, mask_ratio, seed)
-    print(plot_reconstructions(loaded, found, output))
-
-
-def show_detections(
-    model: str, images: list[str], threshold: float | None = None, output: str = "detections.png"
-) -> None:
-    """Draw what a detector finds in images: boxes with class and score, or segments where it has masks.
-
-    Args:
-        model: folder or Hub id of a detector, ours or transformers'.
-        images: files, or dataset:split:index.
-        threshold: the least score; default, 0.7 for boxes and 0.85 for segments.
-        output: PNG file.
-    """
-    from .evaluation.detectors import load_detector
-    from .viz.detections import detect, plot_detections
-    from .viz.images import read_image
-
-    read = [read_image(image) for image in images]
-    loaded, processor = load_detector(model)
-    print(plot_detections([detect(loaded, processor, image, threshold) for image in read], output))
-
-
-def show_queries(
-    model: str,
-    image: str | None = None,
-    dataset: str | None = None,
-    split: str = "validation",
-    dataset_name: str | None = None,
-    image_column: str | None = None,
-    max_samples: int = 500,
-    threshold: float = 0.7,
-    queries: list[int] | None = None,
-    output: str = "queries.png",
-) -> None:
-    """Draw what a DETR's object queries do: where they look in an image, or where they put boxes in a data set.
-
-    Args:
-        model: folder or Hub id of a DETR, ours or transformers'.
-        image: a file, or dataset:split:index: cross-attention of each confident query over it.
-        dataset: what `evaluate` takes: centres of each query's boxes in all images, coloured by shape.
-        split: of the data set.
-        dataset_name: configuration of the data set.
-        image_column: images, their bytes or paths; default, the only column of images.
-        max_samples: read only the first images of the data set.
-        threshold: the least score of a query that is drawn over an image.
-        queries: numbers of those drawn of a data set; default, the first 20.
-        output: PNG file.
-    """
-    from .evaluation.detectors import load_detector
-    from .evaluation.reading import first, read_split
-    from .viz import queries as pictures
-    from .viz.images import read_image
-
-    if (image is None) == (dataset is None):
-        raise ValueError("queries are drawn over an IMAGE, or of a --dataset: give one of them")
-    if image is not None:
-        read = read_image(image)
-        print(pictures.plot_queries(pictures.query_maps(*load_detector(model), read, threshold), output))
-        return
-    rows = first(read_split(dataset, split, dataset_name, None, None, image_column, labelled=False), max_samples)
-    boxes = pictures.query_boxes(*load_detector(model), pictures.read_images(rows))
-    title = f"{Path(model).name}: {Path(dataset).name}, {split}"
-    print(pictures.plot_query_slots(boxes, output, title, queries))
-
-
-def show_positions(model: str, output: str = "positions.png") -> None:
-    """Draw how alike the position embeddings of an image model are, each patch's against all.
-
-    Args:
-        model: folder or Hub id.
-        output: PNG file.
-    """
-    from .viz.images import load_encoder
-    from .viz.positions import plot_positions
-
-    print(plot_positions(load_encoder(model), output))
 
 
 def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
