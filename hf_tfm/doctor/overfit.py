@@ -29,16 +29,17 @@ from .findings import Finding, failed, ok, skipped
 from .splits import Case, Split, look_at
 
 IMAGES, LIMIT = 8, 0.9  # AP is COCO's, over IoU 0.50 to 0.95
-STEPS, FIRST_SCORE, SCORE_EVERY = 300, 100, 20
+STEPS, FIRST_SCORE, SCORE_EVERY = 300, 60, 20
 # For a width of 128; found with "tiny" on digit scenes. 1.5e-3 does not get there, nor 2e-3 at a norm of 0.1.
 RATE, WIDTH, MAX_GRAD_NORM = 1e-3, 128, 1.0
 SMALL_MODEL = 10_000_000  # weights; a larger one takes more than a minute
 CELLS = (8, 12, 16)  # cells of the feature map along the shortest side, as many as the smallest object needs
-PART_OF_A_CELL = 0.5  # that the side of the smallest object has to be
+PART_OF_A_CELL = 0.25  # that the side of the smallest object has to be
 LONGEST = 4 / 3  # of the shortest side: images of all shapes share one canvas
 PLAIN = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 # The smallest of timm: on blood cells it learns in 0.4 of the time that resnet10t takes, and gets further.
 BACKBONE = "test_efficientnet"
+LEAST_QUERIES = 10  # of a stand-in; twice the objects of the fullest image otherwise, since many queries learn later
 # What a stand-in has of the run's model: all that decides what is learned, nothing of its size.
 SHARED = (*WEIGHTS, "eos_coefficient", "auxiliary_loss", "position_embedding_type", "norm_first")
 
@@ -64,8 +65,13 @@ def easiest(split: Split, most: int) -> list[int]:
     return chosen
 
 
-def choose_model(case: Case, full: bool) -> tuple[TfmDetrForObjectDetection, str]:
-    """The model of the run, or a small one in its place, without dropout; and what to call it."""
+def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDetection, str]:
+    """The model of the run, or a small one in its place, without dropout; and what to call it.
+
+    Args:
+        full: the model of the run, however large.
+        most: objects of an image that is to be learned.
+    """
     args, labels = case.args, labels_of(case.train.rows)
     weights = sum(parameter.numel() for parameter in case.model.parameters())
     set_seed(args.seed)
@@ -73,14 +79,14 @@ def choose_model(case: Case, full: bool) -> tuple[TfmDetrForObjectDetection, str
         plain = dataclasses.replace(args, model={**args.model, **PLAIN})
         return build_detr(TfmDetrForObjectDetection, plain, labels), "the model itself"
     shared = {name: getattr(case.config, name) for name in SHARED}
-    queries = {"num_queries": max(25, min(case.config.num_queries, 2 * int(case.train.targets.max())))}
-    config = TfmDetrConfig.of_size("tiny", backbone=BACKBONE, **labels, **shared, **queries, **PLAIN)
+    queries = max(LEAST_QUERIES, 2 * most)
+    config = TfmDetrConfig.of_size("tiny", backbone=BACKBONE, num_queries=queries, **labels, **shared, **PLAIN)
     name = f"a small model in place of {weights / 1e6:.0f} million weights (--full takes those)"
     return TfmDetrForObjectDetection(config), name
 
 
 def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
-    """Pixels of the shortest side at which the smallest object of some rows is half a cell wide, within bounds."""
+    """Pixels of the shortest side at which the smallest object is a quarter of a cell wide, within bounds."""
     found = [
         np.sqrt(o["bbox"][2] * o["bbox"][3]) / min(row["height"], row["width"])
         for row in rows.select_columns(["objects", "height", "width"])
@@ -151,7 +157,7 @@ def overfit(case: Case, full: bool) -> Finding:
         return skipped("no readable image has objects that the model could find")
     rows = case.train.rows.select(chosen)
     try:
-        model, name = choose_model(case, full)
+        model, name = choose_model(case, full, int(case.train.targets[chosen].max()))
         side = shortest_side(case, rows, model.model.backbone.stride)
         processor = scene_processor(side, round(side * LONGEST), *new_scale(args))
     except (ValueError, OSError) as error:

@@ -79,22 +79,22 @@ def test_the_easiest_readable_images_are_taken(monkeypatch):
 def test_a_stand_in_has_the_losses_of_the_run(monkeypatch):
     model = MODEL + ", eos_coefficient: 0.3, giou_cost: 7, auxiliary_loss: false, dropout: 0.2}"
     case = case_of(monkeypatch, as_splits(healthy()), model=model)
-    itself, name = overfit.choose_model(case, full=False)
+    itself, name = overfit.choose_model(case, full=False, most=3)
     assert name == "the model itself" and itself.config.d_model == 64 and itself.config.dropout == 0
     monkeypatch.setattr(overfit, "SMALL_MODEL", 1000)
-    small, name = overfit.choose_model(case, full=False)
+    small, name = overfit.choose_model(case, full=False, most=8)
     assert name.startswith("a small model in place of 0 million weights")
     assert (small.config.eos_coefficient, small.config.giou_cost, small.config.auxiliary_loss) == (0.3, 7, False)
-    assert (small.config.d_model, small.config.num_queries, small.config.dropout) == (128, 25, 0)
+    assert (small.config.d_model, small.config.num_queries, small.config.dropout) == (128, 16, 0)
     assert small.config.id2label == case.config.id2label
-    assert overfit.choose_model(case, full=True)[0].config.d_model == 64
+    assert overfit.choose_model(case, full=True, most=3)[0].config.d_model == 64
 
 
 def test_images_are_as_large_as_their_objects_need(monkeypatch):
     case = case_of(monkeypatch, as_splits(healthy()), shortest_side=800, longest_side=1333)
     rows = case.train.rows.select(range(4))
     assert overfit.shortest_side(case, rows, stride=16) == 128
-    tiny = plant(lambda rows: [found["bbox"].__setitem__(slice(2, 4), [2, 2]) for found in boxes_of(rows)])
+    tiny = plant(lambda rows: [found["bbox"].__setitem__(slice(2, 4), [1, 1]) for found in boxes_of(rows)])
     small = case_of(monkeypatch, as_splits(tiny), shortest_side=800, longest_side=1333)
     assert overfit.shortest_side(small, small.train.rows.select(range(4)), stride=16) == 256
     small.args = dataclasses.replace(small.args, shortest_side=100, longest_side=200)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import KNOBS, MODEL, NAMES, as_splits, examine, healthy, only
+from planted import KNOBS, MODEL, as_splits, examine, healthy, only
 from safetensors.torch import load_file, save_file
 
 from hf_tfm import TfmDetrForObjectDetection
@@ -160,4 +160,3 @@ def test_a_model_that_is_not_there_is_one_failed_check(tmp_path, monkeypatch):
 def test_a_model_that_does_not_fit_is_found(trained, monkeypatch):
     found = only(go_on(monkeypatch, trained, model="{d_model: 32}"), "model")
     assert "do not fit" in found.message
-    assert NAMES == ["red", "green", "blue"]
