@@ -60,7 +60,7 @@ def train(recipe: str, folder: Path, *options: str) -> dict[str, float]:
 
 
 def quickstart(output_dir: str) -> None:
-    """Train a translator, and image classifiers with and without pretraining; reload, translate, draw.
+    """Train a translator, image classifiers with and without pretraining, and a detector; reload, translate, draw.
 
     Args:
         output_dir: folder of the translation run; those of the image runs have its name with an ending.
@@ -74,7 +74,8 @@ def quickstart(output_dir: str) -> None:
     model, tokenizer = load_seq2seq(output_dir)
     pictures = [plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")]
 
-    mae, tuned, scratch = (folder.with_name(f"{folder.name}-{end}") for end in ("mae", "finetuned", "scratch"))
+    ends = ("mae", "finetuned", "scratch", "detection")
+    mae, tuned, scratch, detector = (folder.with_name(f"{folder.name}-{end}") for end in ends)
     print("\na masked autoencoder on handwritten digits, fine-tuned, and the same classifier from scratch:")
     found["masked autoencoder"] = train("mae_pretrain", mae)
     found["fine-tuned from it"] = train("image_classification_train", tuned, "--init_from", str(mae))
@@ -86,13 +87,17 @@ def quickstart(output_dir: str) -> None:
     maps = image_attention_maps(load_encoder(str(tuned)), load_processor(str(tuned)), digits[0])
     pictures += plot_image_attention(maps, tuned / "attention")
 
+    print("\na detector learns sixteen scenes of digits by heart:")
+    found["detector"] = train("detection_train", detector)
+    pictures.append(max((detector / "predictions").glob("step-*.png")))
+
     print()
     width = max(len(name) for name in found)
     for name, scores in found.items():
         shown = ", ".join(f"{score} {value:.4g}" for score, value in scores.items())
         print(f"  {name:<{width}}  {shown}")
     for title, paths in (
-        ("figures", [f / "results.json" for f in (folder, mae, tuned, scratch)]),
+        ("figures", [f / "results.json" for f in (folder, mae, tuned, scratch, detector)]),
         ("pictures", pictures),
     ):
         print(f"{title}: {', '.join(str(path) for path in paths)}")

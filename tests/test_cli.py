@@ -300,8 +300,10 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     ]
 
+    detection = ["--model", "{d_model: 16, encoder_layers: 1, decoder_layers: 1}", "--warmup_steps", "1"]
+
     def brief(recipe, argv):
-        small = text if recipe == "translation_train" else images
+        small = {"translation_train": text, "detection_train": detection}.get(recipe, images)
         cli.run(recipe, [*argv, *small, "--num_steps", "2", "--precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", brief)
@@ -310,13 +312,14 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     assert "loaded in a fresh process" in said
     for sentence in quickstart.SENTENCES:
         assert f"  {sentence} -> " in said
-    for row in ("translation ", "masked autoencoder", "fine-tuned from it", "from scratch"):
+    for row in ("translation ", "masked autoencoder", "fine-tuned from it", "from scratch", "detector"):
         assert f"  {row}" in said
     folder = tmp_path / "quickstart"
     for file in ("cross_attention.png", "results.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (folder / file).is_file()
     for file in ("mae/reconstruction.png", "finetuned/attention/rollout.png", "scratch/results.json"):
         assert (tmp_path / f"quickstart-{file}").is_file()
+    assert (tmp_path / "quickstart-detection" / "predictions" / "step-00000002.png").is_file()
     names = {row["name"] for row in json.loads((folder / "results.json").read_text())["metrics"]}
     assert names == {"exact_match", "chrf"}
     AutoTokenizer.from_pretrained(folder)
