@@ -87,7 +87,7 @@ class PredictionPictures:
         panels: list[Panel] = []
         above: list[Panel] = []
         for (image, batch), objects in zip(self.scenes, found, strict=True):
-            truth = true_objects(batch["references"][0])
+            truth = true_objects(batch["references"][0], self.task.masks)
             title = f"{len(objects.labels)} found, {len(truth.labels)} true"
             if objects.segments is None:
                 panels.append(objects_panel(title, image, names, objects, truth))
@@ -109,9 +109,10 @@ class PredictionPictures:
                 tracker.log_images({FOLDER: [pixels]}, step=step)
 
 
-def true_objects(reference: dict[str, Any]) -> Objects:
-    """A reference of a task as objects; crowds are left out of boxes."""
-    if "segmentation" in reference:
+def true_objects(reference: dict[str, Any], segments: bool) -> Objects:
+    """A reference of a task as objects, as segments where it has them and they are asked for, else as boxes without
+    crowds."""
+    if segments and "segmentation" in reference:
         return numbered_segments(reference["segmentation"], reference["segments_info"], "category_id")
     single = reference["iscrowd"] == 0
     return Objects(reference["labels"][single], boxes=reference["boxes"][single])
