@@ -209,7 +209,11 @@ def test_a_position_table_more_exact_than_the_weights_stays_so(tmp_path):
         assert_same_weights(tmp_path / "ours", tmp_path / f"{to}-back")
 
 
-@pytest.mark.parametrize("conversion", CONVERSIONS[2:], ids=lambda c: f"{c.name}-{c.ours.__name__}")
+@pytest.mark.parametrize(
+    "conversion",
+    [c for c in CONVERSIONS if c.name in ("vit", "vit_mae", "timm", "mae_authors")],
+    ids=lambda c: f"{c.name}-{c.ours.__name__}",
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dtype_and_bits_are_kept(tmp_path, conversion, dtype):
     ours(conversion.ours).to(dtype).save_pretrained(tmp_path / "ours")
