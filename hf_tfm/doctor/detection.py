@@ -133,7 +133,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--full", action="store_true", help="learn eight images with the run's own model, if it is large"
+        "--full",
+        action="store_true",
+        help="learn eight images with the run's own model, if it is large: for a GPU",
     )
     parser.add_argument("--quick", action="store_true", help="learn nothing: a few seconds instead of a minute")
     parser.add_argument("--json", help="file to write the report to")

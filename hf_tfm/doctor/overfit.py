@@ -25,11 +25,12 @@ from ..tasks.scenes import scene_processor
 from ..training.image_run import new_scale
 from ..training.loop import evaluate, train_step
 from ..training.scene_run import build_detr, labels_of
-from .findings import Finding, failed, ok, skipped
+from .findings import Finding, failed, graded, ok, skipped
 from .splits import Case, Split, look_at
 
 IMAGES, LIMIT = 8, 0.9  # AP is COCO's, over IoU 0.50 to 0.95
 STEPS, FIRST_SCORE, SCORE_EVERY = 300, 60, 20
+MORE_STEPS = 4  # times as many for a new large model: "small" (15 million weights) reached an AP of 0.49 in 300
 # For a width of 128; found with "tiny" on digit scenes. 1.5e-3 does not get there, nor 2e-3 at a norm of 0.1.
 RATE, WIDTH, MAX_GRAD_NORM = 1e-3, 128, 1.0
 SMALL_MODEL = 10_000_000  # weights; a larger one takes more than a minute
@@ -117,16 +118,16 @@ class Lesson:
         sizes = np.stack([rows["height"], rows["width"]], axis=1)
         return StepLoader(rows, ShapeSampler(sizes, IMAGES), self.task.collate)
 
-    def learn(self, rate: float) -> tuple[dict[str, float], int]:
-        """Learn until AP is above `LIMIT`, or for `STEPS` steps; scores and steps."""
+    def learn(self, rate: float, steps: int) -> tuple[dict[str, float], int]:
+        """Learn until AP is above `LIMIT`, or for some steps; scores, and how many steps it took."""
         loader = self.loader(self.rows)
         (batches,) = loader.epoch(0)
         batches = [{name: value for name, value in batch.items() if name != "references"} for batch in batches]
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=1e-4, fused=True)
-        schedule = OneCycleLR(optimizer, rate, total_steps=STEPS, pct_start=0.1)
+        schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
         scores: dict[str, float] = {}
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             self.model.train()
             train_step(self.accelerator, self.task, self.model, optimizer, batches, MAX_GRAD_NORM)
             schedule.step()
@@ -164,16 +165,20 @@ def overfit(case: Case, full: bool) -> Finding:
         return failed(str(error), "see the message")
     accelerator = Accelerator(mixed_precision=args.precision if args.precision == "bf16" else "no")
     task = DetectionTask(model.config, processor, category_ids(rows, class_names(rows)), seed=args.seed)
-    rate = RATE * min(1.0, WIDTH / model.config.d_model) ** 2 * (0.1 if args.init_from else 1.0)
+    large = sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL
+    rate, limit = RATE * min(1.0, WIDTH / model.config.d_model) ** 2, STEPS * (MORE_STEPS if large else 1)
+    if args.init_from:
+        rate, limit = 0.1 * RATE, STEPS
     lesson = Lesson(accelerator, task, accelerator.prepare(model), rows)
-    scores, steps = lesson.learn(rate)
+    scores, steps = lesson.learn(rate, limit)
     message = (
         f"AP {scores['AP']:.3f} and AP50 {scores['AP50']:.3f} on {len(rows)} training images after {steps} steps, "
     )
-    message += f"{side} pixels, {name} (limit: AP above {LIMIT} within {STEPS} steps)"
+    message += f"{side} pixels, {name} (limit: AP above {LIMIT} within {limit} steps)"
     if scores["AP"] > LIMIT:
         return ok(message)
-    return failed(
+    return graded(
+        not large,  # of large models it is not known that healthy images are learned so fast
         f"{message}; the image with the highest loss is named",
         "do the boxes and classes belong to these images? If so, the weights of the loss and the knobs of the model",
         case.train.sample(chosen[lesson.worst()]),

@@ -39,6 +39,13 @@ def test_a_loss_without_boxes_is_not(monkeypatch, brief):
     assert found.remedy.endswith("the weights of the loss and the knobs of the model")
 
 
+def test_of_a_large_model_it_is_only_told(monkeypatch):
+    for name, value in {"SMALL_MODEL": 1000, "STEPS": 2, "MORE_STEPS": 3, "FIRST_SCORE": 6}.items():
+        monkeypatch.setattr(overfit, name, value)
+    found = examine(monkeypatch, as_splits(healthy()), learn=True, full=True)
+    assert "after 6 steps, 64 pixels, the model itself" in only(found, "overfit", "warning").message
+
+
 def test_nothing_is_learned_from_broken_data(monkeypatch):
     def planted(rows):
         for found in boxes_of(rows):
