@@ -51,7 +51,8 @@ def scene_rows(
         objects_column: default, the only column with boxes in it.
         masks: keep outlines too; objects without one are left out.
         box_format: what the boxes are; default, x, y, width and height in pixels.
-        strict: refuse boxes of another format, and log what was clipped or left out; otherwise the report alone tells.
+        strict: refuse boxes of another format and categories without a name, and log what was clipped or left out;
+            otherwise the report alone tells.
 
     Returns:
         the rows, and what was found in the boxes.
@@ -72,6 +73,10 @@ def scene_rows(
         outlines = outlines_of(found, sizes[place])
         good = leave_out(report, "without an outline", good, np.array([o is None for o in outlines], bool), ids[place])
     if strict:
+        if (categories >= len(names)).any():
+            raise ValueError(
+                f'column "{found.column}" has category {categories.max()}, but there are names for {len(names)} alone'
+            )
         report.require_format()
         report.log()
     area = found.numbers("area", np.nan)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from annotated_images import NAMES, OBJECTS, SIZES, expected, picture
-from datasets import ClassLabel, Dataset, Features, Image, List, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Sequence, Value
 
 from hf_tfm.data import run_lengths
 from hf_tfm.data.box_checks import BoxFormat
@@ -196,6 +196,10 @@ def test_fields_that_do_not_fit():
     uneven = Dataset.from_dict({"image": [picture(0)], "objects": [{"bbox": [[1.0, 2, 3, 4]], "category": [0, 1]}]})
     with pytest.raises(ValueError, match='"objects" must have equally many bbox and category in a row, got 1 and 2'):
         scene_rows(uneven)
+    from_1 = hub(Value("int64"), label=lambda c: c + 1)  # as ids of a file that names three classes from 0 on
+    named = Dataset(from_1.data, info=DatasetInfo(features=hub().features))
+    with pytest.raises(ValueError, match='column "objects" has category 3, but there are names for 3 alone'):
+        scene_rows(named)
 
 
 # --- by name
