@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_tfm import TfmDetrForObjectDetection
+from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
@@ -30,11 +31,16 @@ class DetectionArguments(SceneRunArguments):
 
     Args:
         objects_column: list of objects with a box and a category; default, the only column with boxes.
+        box_format: what four numbers stand for: xywh (left, top, width, height), xyxy (left, top, right, bottom) or
+            cxcywh (centre, width, height).
+        relative_boxes: they are shares of the image instead of pixels.
 
     The others are those of `SceneRunArguments`.
     """
 
     objects_column: str | None = None
+    box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    relative_boxes: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,7 +53,8 @@ def load_rows(args: DetectionArguments) -> dict:
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
 
     def rows_of(name: str, argument: str):
-        return scene_rows(take_split(splits, name, argument), args.image_column, args.objects_column)[0]
+        rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)
+        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes)[0]
 
     return split_rows(args, args.test_splits, rows_of)
 

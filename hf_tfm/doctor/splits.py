@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from ..data.arrow_lists import FlatList
-from ..data.box_checks import BoxReport
+from ..data.box_checks import BoxFormat, BoxReport
 from ..data.detection import BOX_FIELDS, OBJECTS, find_objects, number_categories, picture_rows, scene_rows
 from ..data.image_sizes import ORIENTATION
 from ..data.images import IMAGE, BadImage, decode, encoded
@@ -76,7 +76,8 @@ class Split:
         """
         _, ids, sizes = picture_rows(rows, args.image_column)
         found = FlatList.of(rows, find_objects(rows.features, args.objects_column))
-        scenes, report = scene_rows(rows, args.image_column, args.objects_column, strict=False)
+        boxes = BoxFormat(args.box_format, args.relative_boxes)
+        scenes, report = scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, strict=False)
         return cls(name, scenes, report, found, ids, sizes, *number_categories(found))
 
     @cached_property

@@ -276,3 +276,20 @@ def test_knobs_that_do_not_fit_the_data(knobs, message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         train(data, tmp_path / "run", **knobs)
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+
+
+def test_boxes_in_another_format(splits, data, tmp_path):
+    """Corners in shares of the image, said to be so, are the same boxes."""
+
+    def corners(row):
+        for found in row["objects"]:
+            x, y, w, h = found["bbox"]
+            found["bbox"] = [x / 64, y / 64, (x + w) / 64, (y + h) / 64]
+        return row
+
+    other = write_hub(tmp_path / "corners", type(splits)({name: rows.map(corners) for name, rows in splits.items()}))
+    with pytest.raises(ValueError, match='give box_format="xyxy" and relative_boxes=True'):
+        train(other, tmp_path / "refused")
+    again = train(other, tmp_path / "run", box_format="xyxy", relative_boxes="true")
+    before, after = weights(train(data, tmp_path / "plain")), weights(again)
+    assert all(torch.allclose(value, after[name], atol=1e-6) for name, value in before.items())
