@@ -153,7 +153,7 @@ class TimmFeatures(nn.Module):
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm has no model of this name, it has no such feature maps, or it cannot be frozen in stages.
+        ValueError: timm has no model of this name, there is no such norm, or the model cannot be frozen in stages.
     """
 
     def __init__(
@@ -170,6 +170,8 @@ class TimmFeatures(nn.Module):
             raise ImportError(f'backbone="{name}" needs timm: pip install timm')
         if is_timm_available():  # here and in this form, since the import is slow and the file travels
             import timm
+        if norm not in NORMS:
+            raise ValueError(f'norm must be one of {", ".join(NORMS)}, got "{norm}"')
         if not timm.is_model(name):
             raise ValueError(f'backbone must be the name of a timm model (see timm.list_models()), got "{name}"')
         options = {} if output_stride is None else {"output_stride": output_stride}

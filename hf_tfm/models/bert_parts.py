@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 
 from .attention import MultiHeadAttention
 from .blocks import EncoderBlock
@@ -37,12 +36,6 @@ HEAD_NAMES = (
     (r"cls\.predictions\.bias", "lm_head.decoder.bias"),
     (r"cls\.seq_relationship\.", "nsp_head."),
 )
-
-
-def register_native_names(class_name: str, names: tuple[tuple[str, str], ...]) -> None:
-    """Let the model called ``class_name`` load and save weights under transformers' names."""
-    mapping = [WeightRenaming(source, target) for source, target in names]
-    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
 class TfmBertPreTrainedModel(PreTrainedModel):

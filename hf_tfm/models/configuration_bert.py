@@ -42,7 +42,7 @@ class TfmBertConfig(TravellingConfig):
         max_position_embeddings: the longest input, in tokens.
         type_vocab_size: segments an input may have; 0 has no embeddings of segments (DistilBERT).
         pooler: what the first token's state becomes for a classifier: a linear layer with "tanh" (BERT) or "relu"
-            (DistilBERT's ``pre_classifier``, part of the classifier and not of the model), or "none".
+            (what DistilBERT calls ``pre_classifier``), or "none".
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in layer norms.
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.detr.modeling_detr import DetrDecoderOutput
 from transformers.utils.generic import merge_with_config_defaults
@@ -36,12 +35,6 @@ NATIVE_NAMES = (
     (r"(layers\.\d+)\.fc2\.", r"\1.feed_forward.down_proj."),
     (r"final_layer_norm\.", "feed_forward_residual.norm."),
 )
-
-
-def register_native_names(class_name: str, names: tuple[tuple[str, str], ...] = NATIVE_NAMES) -> None:
-    """Let the model called ``class_name`` load and save weights under transformers' names."""
-    mapping = [WeightRenaming(source, target) for source, target in names]
-    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
 class ImageFeatures(NamedTuple):

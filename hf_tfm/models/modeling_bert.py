@@ -28,11 +28,11 @@ from .bert_parts import (
     TfmBertEmbeddings,
     TfmBertPreTrainedModel,
     masked_lm_loss,
-    register_native_names,
 )
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .dropout import Dropout
+from .native_names import register_native_names
 
 
 class TfmBertModel(TfmBertPreTrainedModel):

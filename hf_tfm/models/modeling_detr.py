@@ -26,14 +26,15 @@ from transformers.utils.generic import can_return_tuple
 from .backbones import TimmFeatures
 from .configuration_detr import TfmDetrConfig
 from .detr_stacks import (
+    NATIVE_NAMES,
     ImageFeatures,
     TfmDetrDecoder,
     TfmDetrEncoder,
     TfmDetrPreTrainedModel,
-    register_native_names,
 )
 from .mask_head import BoxAttention, MaskHead
 from .matching import match, matched_pairs
+from .native_names import register_native_names
 from .positions import LearnedPositions2D, sine_2d
 from .set_loss import mask_losses, set_losses, target_masks, total_loss
 
@@ -322,7 +323,7 @@ def shared_outputs(outputs: DetrModelOutput) -> dict[str, Tensor]:
     return {name: outputs.get(name) for name in outputs if name != "intermediate_hidden_states"}
 
 
-register_native_names("TfmDetrModel")
+register_native_names("TfmDetrModel", NATIVE_NAMES)
 register_native_names(
     "TfmDetrForPanopticSegmentation",
     (

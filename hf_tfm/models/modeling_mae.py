@@ -23,7 +23,8 @@ from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
 from .image_embeddings import TfmViTEmbeddings
-from .modeling_vit import TfmViTPreTrainedModel, encoder_blocks, register_native_names
+from .modeling_vit import NATIVE_NAMES, TfmViTPreTrainedModel, encoder_blocks
+from .native_names import register_native_names
 from .patches import patchify, resize_grid, sides, unpatchify
 from .positions import sincos_2d
 
@@ -243,5 +244,5 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         return unpatchify(mixed, self.config.patch_size, pixel_values.shape[2:])
 
 
-register_native_names("TfmMAEModel")
-register_native_names("TfmMAEForPreTraining")
+register_native_names("TfmMAEModel", NATIVE_NAMES)
+register_native_names("TfmMAEForPreTraining", NATIVE_NAMES)

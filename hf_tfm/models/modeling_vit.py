@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -26,6 +25,7 @@ from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .image_embeddings import TfmViTEmbeddings
+from .native_names import register_native_names
 from .patches import patch_grid, sides
 
 # Checkpoints name the blocks as those of transformers' own ViT do, so that either class loads the other's weights:
@@ -41,12 +41,6 @@ NATIVE_NAMES = (
     (r"layernorm_before\.", "self_attn_residual.norm."),
     (r"layernorm_after\.", "feed_forward_residual.norm."),
 )
-
-
-def register_native_names(class_name: str) -> None:
-    """Let the model called ``class_name`` load and save weights under transformers' names."""
-    mapping = [WeightRenaming(source, target) for source, target in NATIVE_NAMES]
-    register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)
 
 
 def drop_path_rates(config: TfmViTConfig) -> list[float]:
@@ -268,4 +262,4 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
         )
 
 
-register_native_names("TfmViTModel")
+register_native_names("TfmViTModel", NATIVE_NAMES)

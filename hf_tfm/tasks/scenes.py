@@ -19,6 +19,7 @@ from ..data.images import IMAGE, BadImage
 from ..data.scene_augment import SceneAugmentation, chances, scaled
 from ..data.scenes import Scene, empty_scene, read_scene
 from ..data.shape_batches import split_number
+from ..models.boxes import xyxy_to_cxcywh
 from .images import Batch, Scale, describe
 
 PLACEHOLDER = (64, 64)  # height and width of an image that counts for nothing
@@ -175,11 +176,10 @@ class SceneTask:
         """What a model is to find in a scene; see `collate`."""
         size = scene.size
         scene = scene.keep(~scene.iscrowd)
-        first, last = scene.boxes.as_subclass(Tensor).split(2, dim=1)
-        sides = torch.tensor([size[1], size[0]], dtype=torch.float32)
+        sides = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
         target = {
             "class_labels": self.ids[scene.labels],
-            "boxes": torch.cat([(first + last) / 2 / sides, (last - first) / sides], dim=1),
+            "boxes": xyxy_to_cxcywh(scene.boxes.as_subclass(Tensor)) / sides,
             "area": scene.area,
             "iscrowd": scene.iscrowd.long(),
             "image_id": torch.tensor([image_id]),
