@@ -169,6 +169,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
         label_places: Tensor | None = None,
         **kwargs,
@@ -178,15 +179,16 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         Args:
             labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
             next_sentence_label: (B,), 0 where the second segment follows the first, 1 where it is a random one.
-            return_logits, label_places: see `TfmBertForMaskedLM.forward`.
+            num_items_in_batch, return_logits, label_places: of the tokens, see `TfmBertForMaskedLM.forward`.
 
         Returns:
-            ``loss`` scalar, the sum of both, where both labels are given; ``prediction_logits`` (B, T, V) or None;
+            ``loss`` scalar, the tokens' and, with ``next_sentence_label``, the segments' too; ``prediction_logits``
+            (B, T, V) or None;
             ``seq_relationship_logits`` (B, 2); on request hidden states and attentions.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state
-        loss, logits = masked_lm_loss(self.lm_head, states, labels, None, return_logits, label_places)
+        loss, logits = masked_lm_loss(self.lm_head, states, labels, num_items_in_batch, return_logits, label_places)
         follows = self.nsp_head(outputs.pooler_output)  # (B, 2)
         if next_sentence_label is not None and loss is not None:
             loss = loss + nn.functional.cross_entropy(follows.float(), next_sentence_label.view(-1))
