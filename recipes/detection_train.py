@@ -20,9 +20,9 @@ from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import split_rows
 from hf_tfm.training.run import start_accelerator
 from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
+from hf_tfm.training.splits import split_rows
 
 
 @dataclass(kw_only=True)

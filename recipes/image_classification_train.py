@@ -25,15 +25,15 @@ from hf_tfm.tasks.linear_probe import prepare_probe
 from hf_tfm.training import train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import (
+    IMAGE_FIELDS,
     ImageRunArguments,
-    check_fields,
     describe,
     fresh_head,
     image_loader,
     load_rows,
-    new_config,
     new_processor,
 )
+from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
 
@@ -66,7 +66,7 @@ class ClassificationArguments(ImageRunArguments):
             raise ValueError("linear_probe needs init_from: features of random weights say nothing")
         if self.linear_probe and self.layer_decay != 1.0:
             raise ValueError(f"linear_probe trains one layer alone: layer_decay must be 1, got {self.layer_decay}")
-        check_fields(TfmViTConfig, self.model)
+        check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
         if not self.init_from:
             new_config(TfmViTConfig, self, image_size=self.image_size)
 

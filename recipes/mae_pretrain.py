@@ -21,14 +21,14 @@ from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import (
+    IMAGE_FIELDS,
     ImageRunArguments,
-    check_fields,
     describe,
     image_loader,
     load_rows,
-    new_config,
     new_processor,
 )
+from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
 
@@ -43,7 +43,7 @@ class PretrainArguments(ImageRunArguments):
         super().__post_init__()
         if self.best_metric != "loss":
             raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
-        check_fields(TfmMAEConfig, self.model)
+        check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
         if not self.init_from:
             new_config(TfmMAEConfig, self, image_size=self.image_size)
 

@@ -21,9 +21,9 @@ from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import split_rows
 from hf_tfm.training.run import start_accelerator
 from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
+from hf_tfm.training.splits import split_rows
 
 
 @dataclass(kw_only=True)

@@ -17,14 +17,13 @@ from typing import Literal
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_tfm.data import text
-from hf_tfm.data.batching import StepLoader, TokenBudgetSampler
 from hf_tfm.data.source import describe_source
-from hf_tfm.data.stream import StreamLoader
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
 from hf_tfm.training import TokenArguments, evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.token_run import check_stream, token_loader
 
 
 @dataclass(kw_only=True)
@@ -87,13 +86,7 @@ class TranslationArguments(TokenArguments):
         if self.best_metric != "loss":
             translation.check_metrics([self.best_metric], "best_metric, if not loss,")
         if self.streaming:
-            if self.num_steps is None:
-                raise ValueError("streaming needs num_steps: the length of a stream is not known")
-            if self.train_split in (self.validation_split, *self.test_splits):
-                raise ValueError(f'streaming: train_split "{self.train_split}" cannot be scored too')
-            budget = min(self.batch_tokens, self.micro_batch_tokens or self.batch_tokens)
-            if self.max_length > budget:
-                raise ValueError(f"max_length must be at most the {budget} tokens of a batch, got {self.max_length}")
+            check_stream(self, self.max_length, (self.validation_split, *self.test_splits))
         if self.init_from and (self.model or self.tokenizer):
             raise ValueError("init_from brings its own model and tokenizer: give no model or tokenizer beside it")
         if self.lowercase and (self.init_from or self.tokenizer):
@@ -159,19 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = TranslationTask(model.config, args.seed)
     generation = {"iterations": args.iterations} if task.masked else {}
 
-    def loader(split: str, learning: bool) -> StepLoader | StreamLoader:
+    def loader(split: str, learning: bool):
         rows = text.tokenize_pairs(pairs[split], tokenizer, args.max_length)
-        placement = {
-            "micro_batch_tokens": args.micro_batch_tokens,
-            "rank": accelerator.process_index,
-            "world_size": accelerator.num_processes,
-            "num_workers": args.num_workers if learning else 0,
-            "pin_memory": accelerator.device.type == "cuda",
-        }
-        if learning and args.streaming:
-            return StreamLoader(rows, text.pair_length, args.batch_tokens, task.collate, args.seed, **placement)
-        sampler = TokenBudgetSampler(text.pair_lengths(rows), args.batch_tokens, args.seed, shuffle=learning)
-        return StepLoader(rows, sampler, task.collate, **placement)
+        return token_loader(args, accelerator, task.collate, rows, text.pair_lengths, text.pair_length, learning)
 
     training, validation = loader(args.train_split, True), loader(args.validation_split, False)
     per_epoch = training.steps_per_epoch()

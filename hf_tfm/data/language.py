@@ -74,10 +74,15 @@ def text_rows(rows, text_column: str | None = None):
     return rows.map(pick, batched=True, with_indices=True, remove_columns=list(first), features=features)
 
 
-def all_texts(rows) -> Iterator[str]:
-    """The texts of `text_rows`."""
-    for batch in rows.iter(1000):
-        yield from batch[TEXT]
+class Texts:
+    """The texts of `text_rows`, as often as they are wanted."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.rows.iter(1000):
+            yield from batch[TEXT]
 
 
 def token_sequences(
@@ -94,9 +99,9 @@ def token_sequences(
 
     Args:
         rows: of `text_rows`.
-        tokenizer: its special tokens stand around a sequence as around a text, [CLS] ... [SEP]. Where none stands
-            before a text, as with a decoder, blocks are cut right through.
-        sequences: "packed", text after text cut into full blocks, with an end token between documents (Liu et al.
+        tokenizer: its special tokens stand around a sequence as around a text, [CLS] ... [SEP]. Where it adds none,
+            as a decoder's, blocks are cut right through.
+        sequences: "packed", text after text cut into full blocks, with an end token after each document (Liu et al.
             2019, arXiv:1907.11692, section 4.2); "rows", a text each, cut off at the end; "pairs", two segments of a
             document, the second in half of the pairs a random one, as ``second`` (where it begins) and ``random`` say
             (Devlin et al. 2019, section 3.1); it is always random after a document of one segment.
@@ -107,8 +112,7 @@ def token_sequences(
         ValueError: the tokenizer has no token that ends a text, or ``max_length`` leaves no room for tokens.
     """
     around = SpecialTokens(tokenizer)
-    whole = sequences == "packed" and not len(around.before)
-    room = max_length - (0 if whole else len(around.before) + len(around.after) * (1 + (sequences == "pairs")))
+    room = max_length - len(around.before) - len(around.after) * (2 if sequences == "pairs" else 1)
     if room < 2:
         raise ValueError(f"max_length must leave room for tokens beside the special ones, got {max_length}")
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32"))}
@@ -119,11 +123,12 @@ def token_sequences(
         texts = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids = [np.array(row, dtype=np.int32) for row in texts["input_ids"] if row]
         if sequences == "rows":
-            return {"input_ids": [around.wrap(row[:room]) for row in ids]}
+            ends = ids if len(around.after) else [np.append(row, np.int32(around.end)) for row in ids]
+            return {"input_ids": [around.wrap(row[:room]) for row in ends]}
         if sequences == "pairs":
             return segment_pairs(ids if documents else join(ids), around, room, rng(seed, indices[0]))
         packed = blocks(ids, around.end if documents else None, room)
-        return {"input_ids": packed if whole else [around.wrap(block) for block in packed]}
+        return {"input_ids": [around.wrap(block) for block in packed]}
 
     show_progress_of(rows)
     # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
@@ -132,10 +137,10 @@ def token_sequences(
 
 
 class SpecialTokens:
-    """The tokens a tokenizer puts before and after a text; `end` is the one that ends it.
+    """The tokens a tokenizer puts before and after a text; `end` is the one that ends a document.
 
     Raises:
-        ValueError: it puts none after a text, and has no end token.
+        ValueError: there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

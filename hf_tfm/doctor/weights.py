@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from ..models import TfmDetrConfig, TfmDetrForObjectDetection
 from ..models.backbones import FrozenBatchNorm
-from ..training.image_run import new_config
+from ..training.model_fields import new_config
 from ..training.scene_run import OF_THE_DATA, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case

@@ -154,7 +154,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         fingerprint = ", ".join(f"{split} `{known(value)}`" for split, value in fingerprint.items())
     elif fingerprint:
         fingerprint = f"`{fingerprint}`"
-    sides = ("source", "target", "image", "label", "objects", "panoptic")
+    sides = ("source", "target", "text", "image", "label", "objects", "panoptic")
     columns = [data[f"{side}_column"] for side in sides if data.get(f"{side}_column")]
     rows = ", ".join(
         f"{split} {'not counted' if count is None else f'{count:,}'}" for split, count in data.get("rows", {}).items()

@@ -48,6 +48,7 @@ class Data(_Data, total=False):
     license: str | None
     source_column: str | None
     target_column: str | None
+    text_column: str | None
     image_column: str | None
     label_column: str | None
     objects_column: str | None

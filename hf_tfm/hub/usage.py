@@ -41,6 +41,16 @@ for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):
     print(model.config.id2label[label.item()], score.item(), box.tolist())  # left, top, right, bottom in pixels""",
     "AutoModelForUniversalSegmentation": PANOPTIC_MAP,
     "AutoModelForImageSegmentation": PANOPTIC_MAP,
+    "AutoModelForMaskedLM": """
+
+inputs = tokenizer(f"... {tokenizer.mask_token} ...", return_tensors="pt")
+logits = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id]
+print(tokenizer.batch_decode(logits.argmax(-1, keepdim=True)))""",
+    "AutoModelForCausalLM": """
+
+inputs = tokenizer("...", add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs, do_sample=True, max_new_tokens=50)
+print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
     "AutoModelForSeq2SeqLM": """
 
 inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -48,8 +58,18 @@ outputs = model.generate(**inputs)
 print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
 }
 
+# A text model's pretraining class predicts masked tokens and whether a second segment follows.
+PRETRAINED_TEXT = """
+
+inputs = tokenizer(f"... {tokenizer.mask_token} ...", "...", return_tensors="pt")
+outputs = model(**inputs)
+print(tokenizer.batch_decode(outputs.prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
+print(outputs.seq_relationship_logits.softmax(-1))  # it follows, it does not"""
+
 # By Auto class, the class of each of transformers' own model types.
 NATIVE_CLASSES = {
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     "AutoModelForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
@@ -76,7 +96,9 @@ def usage(config: dict[str, Any], model_id: str) -> str:
             f"model = {auto_class}.from_pretrained(model_id{trust})",
         ]
     )
-    text = f"```python\n{code}{AFTER_LOADING.get(auto_class, '')}\n```"
+    pretrained_text = auto_class == "AutoModelForPreTraining" and not of_images
+    example = PRETRAINED_TEXT if pretrained_text else AFTER_LOADING.get(auto_class, "")
+    text = f"```python\n{code}{example}\n```"
     if not carried:
         return text
     return (

@@ -5,18 +5,21 @@
 Shapes: B sequences; T tokens; n tokens with a target.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.batching import rng
 from ..data.vocabulary import word_starts
 from ..models.cross_entropy import IGNORE_INDEX
+from ..training.loop import Loader, evaluate
 from .translation import pad
 
 Batch = dict[str, Tensor]
@@ -213,3 +216,30 @@ def require_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
     for name in names:
         if getattr(tokenizer, f"{name}_id") is None:
             raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no {name}')
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuse a tokenizer that does not belong to a model, or sequences that are too long for it.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the model has {config.vocab_size} tokens, and its tokenizer more, {len(tokenizer)}")
+    if max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length must be at most the model's max_position_embeddings = {config.max_position_embeddings}, got "
+            f"{max_length}"
+        )
+
+
+def score(accelerator: Accelerator, task: LanguageTask, model: nn.Module, loader: Loader) -> list[dict[str, Any]]:
+    """Scores of a split as rows of name, value and signature: perplexity, the exponential of a token's mean loss (for
+    a masked model, of the masked tokens), and the loss of each term."""
+    signature = f"masked: {task.mask_share:g}, seed: {task.seed}" if isinstance(task, MaskedLanguageTask) else None
+    losses = evaluate(accelerator, task, model, loader)
+    tokens = losses.get("token", losses["loss"])
+    rows = {"perplexity": math.exp(tokens), "token_loss": tokens}
+    if "pair" in losses:
+        rows["next_sentence_loss"] = losses["pair"]
+    return [{"name": name, "value": value, "signature": signature} for name, value in rows.items()]

@@ -1,14 +1,11 @@
 """What the recipes on images share: the knobs of data and pictures, and their loaders."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
@@ -19,6 +16,9 @@ from ..data.images import WatchedLoader
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
 from ..tasks.images import ImageTask, image_processor
 from .arguments import ImageArguments
+from .splits import check_holdout, split_rows
+
+IMAGE_FIELDS = ("image_size", "num_channels")  # of a configuration: knobs decide them, and images are read as RGB
 
 
 @dataclass(kw_only=True)
@@ -66,11 +66,7 @@ class PictureArguments(ImageArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_range(at_least_0="max_bad_images", at_least_1="holdout max_train_samples")
-        if (self.validation_split is None) == (self.holdout is None):
-            raise ValueError(
-                f"give exactly one of validation_split and holdout, got {self.validation_split} and {self.holdout}; "
-                "null takes back what a preset gives"
-            )
+        check_holdout(self)
 
     @property
     def held_out(self) -> str:
@@ -114,34 +110,6 @@ class ImageRunArguments(PictureArguments):
                 )
 
 
-def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: Iterable[str] = ("image_size",)) -> None:
-    """Refuse fields of a configuration that it does not have, or that are not the user's choice.
-
-    Args:
-        taken: fields that knobs of their own or the data decide.
-
-    Raises:
-        ValueError: there is one; transformers would take it without a word.
-    """
-    inherited = PreTrainedConfig.__dataclass_fields__.keys()
-    taken = {*inherited, *taken, "num_channels"}  # images are read as RGB
-    for name in fields:
-        if name not in kind.__dataclass_fields__ or name in taken or name.startswith("_"):
-            raise ValueError(f"model.{name} is not a field of {kind.__name__} that can be chosen")
-
-
-def new_config(kind: type[PreTrainedConfig], args: PictureArguments, **fields: Any) -> PreTrainedConfig:
-    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data or knobs decide.
-
-    Raises:
-        ValueError: a field of ``args.model`` is unknown, or a value is out of range.
-    """
-    try:
-        return kind.of_size(args.size, **args.model, **fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"model: {error}") from error
-
-
 def fresh_head(model: PreTrainedModel, name: str) -> str:
     """Draw the weights of a linear layer anew: its classes are others, though as many. Returns ``name``."""
     parent, _, own = name.rpartition(".")
@@ -163,37 +131,6 @@ def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -
     if args.streaming:
         return {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
     return rows
-
-
-def split_rows(
-    args: PictureArguments, test_splits: list[str], rows_of: Callable[[str, str], datasets.Dataset]
-) -> dict[str, datasets.Dataset]:
-    """The rows of the training split, of what is held out, and of each test split, by the name of the split.
-
-    Args:
-        rows_of: (name of a split, the argument it comes from) -> its rows.
-
-    Raises:
-        ValueError: ``holdout`` is not below the number of training images.
-    """
-    train = rows_of(args.train_split, "train_split")
-    rows = {}
-    if args.holdout is not None:
-        if args.holdout >= len(train):
-            raise ValueError(
-                f"holdout must be below the {len(train)} images of {args.train_split}, got {args.holdout}"
-            )
-        parts = train.train_test_split(args.holdout, seed=args.seed)
-        train, rows["holdout"] = parts["train"], parts["test"]
-    if args.max_train_samples is not None:
-        train = train.shuffle(args.seed).select(range(min(args.max_train_samples, len(train))))
-    for name, argument in {
-        **dict.fromkeys(test_splits, "test_splits"),
-        args.validation_split: "validation_split",
-    }.items():
-        if name is not None:
-            rows[name] = rows_of(name, argument)
-    return {**rows, args.train_split: train}
 
 
 def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:

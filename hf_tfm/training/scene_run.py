@@ -23,7 +23,8 @@ from ..models import TfmDetrConfig
 from ..models.backbones import TimmFeatures
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
-from .image_run import PictureArguments, check_fields, fresh_head, new_config, new_scale, placement
+from .image_run import PictureArguments, fresh_head, new_scale, placement
+from .model_fields import check_fields, new_config
 from .run import finish, open_run
 from .scene_pictures import PredictionPictures
 from .session import train
@@ -66,7 +67,7 @@ class SceneRunArguments(PictureArguments):
             raise ValueError(
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
-        check_fields(TfmDetrConfig, self.model, taken=("thing_ids",))
+        check_fields(TfmDetrConfig, self.model, taken=("thing_ids", "num_channels"))
         if self.init_from:
             if self.pretrained_backbone:
                 raise ValueError("init_from brings its own backbone: give no pretrained_backbone beside it")

@@ -267,7 +267,7 @@ UNFIT_FOR_THE_DATA = {
     "test split": ({"test_splits": "[best]"}, 'test_splits "best" is not a split of the data set'),
     "objects": ({"objects_column": "things"}, 'objects_column "things" is not a column of the data set; it has'),
     "image": ({"image_column": "photo"}, 'image_column "photo" is not a column of the data set'),
-    "holdout": ({"validation_split": "null", "holdout": 14}, "holdout must be below the 14 images of train"),
+    "holdout": ({"validation_split": "null", "holdout": 14}, "holdout must be below the 14 rows of train"),
 }
 
 

@@ -64,7 +64,7 @@ def test_knobs_that_do_not_fit(recipe, knobs, message, data, tmp_path, capsys):
 
 
 UNFIT_FOR_THE_DATA = {
-    "holdout": (BOTH, {"validation_split": "null", "holdout": 24}, "holdout must be below the 24 images of train"),
+    "holdout": (BOTH, {"validation_split": "null", "holdout": 24}, "holdout must be below the 24 rows of train"),
     "split": (BOTH, {"validation_split": "dev"}, 'validation_split "dev" is not a split of the data set; it has'),
     "image column": (BOTH, {"image_column": "photo"}, 'image_column "photo" is not a column of the data set'),
     "label column": (CLASSIFY, {"label_column": "kind"}, 'label_column "kind" is not a column of the data set'),

@@ -1,0 +1,42 @@
+"""The configuration of a new model, from a run's knobs ``size`` and ``model``."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+
+class SizedArguments(Protocol):
+    """Knobs that describe a new model: a size its configuration knows, and fields that differ from it."""
+
+    size: str
+    model: dict[str, Any]
+
+
+def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: Iterable[str]) -> None:
+    """Refuse fields of a configuration that it does not have, or that are not the user's choice.
+
+    Args:
+        taken: fields that knobs of their own or the data decide.
+
+    Raises:
+        ValueError: there is one; transformers would take it without a word.
+    """
+    inherited = PreTrainedConfig.__dataclass_fields__.keys()
+    taken = {*inherited, *taken}
+    for name in fields:
+        if name not in kind.__dataclass_fields__ or name in taken or name.startswith("_"):
+            raise ValueError(f"model.{name} is not a field of {kind.__name__} that can be chosen")
+
+
+def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any) -> PreTrainedConfig:
+    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data or knobs decide.
+
+    Raises:
+        ValueError: a field of ``args.model`` is unknown, or a value is out of range.
+    """
+    try:
+        return kind.of_size(args.size, **args.model, **fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error}") from error
