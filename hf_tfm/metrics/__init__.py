@@ -10,18 +10,21 @@ from .bleu import Bleu
 from .chrf import Chrf
 from .coco_ap import CocoAP
 from .exact_match import ExactMatch
+from .glue import Glue
 from .panoptic_quality import PanopticQuality
 from .real_accuracy import RealAccuracy
 
 __all__ = [
     "CLASS_METRICS",
     "DETECTION_METRICS",
+    "LABEL_METRICS",
     "METRICS",
     "Accuracy",
     "Bleu",
     "Chrf",
     "CocoAP",
     "ExactMatch",
+    "Glue",
     "PanopticQuality",
     "RealAccuracy",
     "path",
@@ -29,6 +32,7 @@ __all__ = [
 
 METRICS = {"bleu": Bleu, "chrf": Chrf, "exact_match": ExactMatch}
 CLASS_METRICS = {"accuracy": Accuracy, "real_accuracy": RealAccuracy}
+LABEL_METRICS = {"glue": Glue}
 DETECTION_METRICS = {"coco_ap": CocoAP, "panoptic_quality": PanopticQuality}
 
 
@@ -36,13 +40,13 @@ def path(name: str) -> str:
     """The script of a metric, for `evaluate.load`.
 
     Args:
-        name: one of `METRICS`, which are of texts, of `CLASS_METRICS`, of image classification, or of
-            `DETECTION_METRICS`, of detection and segmentation.
+        name: one of `METRICS`, which are of texts, of `CLASS_METRICS`, of image classification, of `LABEL_METRICS`, of
+            labels of texts, or of `DETECTION_METRICS`, of detection and segmentation.
 
     Raises:
         ValueError: there is no such metric.
     """
-    known = METRICS | CLASS_METRICS | DETECTION_METRICS
+    known = METRICS | CLASS_METRICS | LABEL_METRICS | DETECTION_METRICS
     if name not in known:
         raise ValueError(f'name must be one of {", ".join(known)}, got "{name}"')
     return str(Path(__file__).with_name(f"{name}.py"))

@@ -1,0 +1,138 @@
+"""The nine tasks of GLUE: what their texts and labels are, how each is scored, and where a split is found.
+
+Wang et al. 2018, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding"
+(arXiv:1804.07461), table 1 and section 3. Columns, splits and classes are called as in the Hub's nyu-mll/glue.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from .labelled_texts import LABEL, load_texts
+
+HIDDEN = -1  # the label of a text whose label GLUE keeps to itself
+ENTAILMENT = ("entailment", "not_entailment")
+
+
+class MissingData(ValueError):
+    """The data of a task cannot be found."""
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """A row of table 1.
+
+    Args:
+        name: as in the Hub's configurations.
+        title: as in the paper.
+        text_columns: one column of texts, or two.
+        labels: names of the classes by number; none where a number is predicted.
+        metrics: official ones, see `metrics.glue.METRICS`; the first decides which weights are best.
+        validation: splits with labels that no model learns from.
+        test: splits whose labels are hidden.
+    """
+
+    name: str
+    title: str
+    text_columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    validation: tuple[str, ...] = ("validation",)
+    test: tuple[str, ...] = ("test",)
+
+    @property
+    def regression(self) -> bool:
+        """Whether a number is predicted."""
+        return not self.labels
+
+
+_PAIR = ("sentence1", "sentence2")
+TASKS = {
+    task.name: task
+    for task in (
+        GlueTask("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+        GlueTask("sst2", "SST-2", ("sentence",), ("negative", "positive"), ("accuracy",)),
+        GlueTask("mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        GlueTask("stsb", "STS-B", _PAIR, (), ("pearson", "spearman")),
+        GlueTask("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        GlueTask(
+            "mnli",
+            "MNLI",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            validation=("validation_matched", "validation_mismatched"),
+            test=("test_matched", "test_mismatched"),
+        ),
+        GlueTask("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, ("accuracy",)),
+        GlueTask("rte", "RTE", _PAIR, ENTAILMENT, ("accuracy",)),
+        GlueTask("wnli", "WNLI", _PAIR, ENTAILMENT[::-1], ("accuracy",)),
+    )
+}
+
+
+def find_task(name: str) -> GlueTask:
+    """A task by name.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(f'task must be one of {", ".join(TASKS)}, got "{name}"')
+    return TASKS[name]
+
+
+def find_tasks(names: str) -> list[GlueTask]:
+    """Tasks by name.
+
+    Args:
+        names: with commas between, each once, or "glue" for all nine.
+
+    Raises:
+        ValueError: a name is unknown, or there twice.
+    """
+    chosen = list(TASKS) if names.strip() == "glue" else [name.strip() for name in names.split(",")]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"tasks must be named once each, got {names}")
+    return [find_task(name) for name in chosen]
+
+
+def place_of(task: str, dataset: str, name: str | None = None) -> tuple[str, str | None]:
+    """Where a task's data are: ``dataset`` and ``name`` as `load_texts` takes them.
+
+    ``{task}`` in either stands for the task's name, say "data/glue-{task}". A data set called "glue", as the Hub's
+    nyu-mll/glue, has a configuration for each task: it needs no name.
+    """
+    dataset = dataset.replace("{task}", task)
+    if name is None and Path(dataset).name == "glue":
+        name = task
+    return dataset, name and name.replace("{task}", task)
+
+
+def load_task(
+    task: GlueTask,
+    dataset: str,
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: dict[str, str | list[str]] | None = None,
+) -> datasets.DatasetDict:
+    """The splits of a task; see `place_of` and `load_texts`.
+
+    Raises:
+        MissingData: there is no such data set, or no network to fetch it.
+    """
+    try:
+        return load_texts(*place_of(task.name, dataset, name), revision, data_files)
+    except ValueError as error:
+        raise MissingData(str(error)) from error
+
+
+def hide(rows: datasets.Dataset) -> datasets.Dataset:
+    """Numbers in the ``label`` of a split, where `HIDDEN` becomes none: a score, unlike a class, might be -1."""
+
+    def known(values: Sequence[float | None]) -> dict[str, list[float | None]]:
+        return {LABEL: [None if value == HIDDEN else value for value in values]}
+
+    return rows.map(known, batched=True, input_columns=[LABEL])
