@@ -16,23 +16,32 @@ from .configuration_bert import TfmBertConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
 
+
 # Checkpoints name weights as those of transformers' own BERT do, so that either class loads the other's:
 # (name in a file, name in the model), in this order when loading.
+def norm_names(file: str, model: str) -> tuple[tuple[list[str], str], ...]:
+    """Weight and bias of a norm; the second name of each is what files of 2018 say."""
+    return (
+        ([rf"{file}LayerNorm\.weight", rf"{file}LayerNorm\.gamma"], f"{model}norm.weight"),
+        ([rf"{file}LayerNorm\.bias", rf"{file}LayerNorm\.beta"], f"{model}norm.bias"),
+    )
+
+
 NATIVE_NAMES = (
-    (r"embeddings\.LayerNorm\.", "embeddings.norm."),
+    *norm_names(r"embeddings\.", "embeddings."),
     (r"encoder\.layer\.", "layers."),
     (r"attention\.self\.query\.", "self_attn.q_proj."),
     (r"attention\.self\.key\.", "self_attn.k_proj."),
     (r"attention\.self\.value\.", "self_attn.v_proj."),
     (r"attention\.output\.dense\.", "self_attn.out_proj."),
-    (r"attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
+    *norm_names(r"attention\.output\.", "self_attn_residual."),
     (r"intermediate\.dense\.", "feed_forward.up_proj."),
     (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
-    (r"(\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
+    *norm_names(r"(\d+)\.output\.", r"\1.feed_forward_residual."),
 )
 HEAD_NAMES = (
     (r"cls\.predictions\.transform\.dense\.", "lm_head.dense."),
-    (r"cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
+    *norm_names(r"cls\.predictions\.transform\.", "lm_head."),
     (r"cls\.predictions\.bias", "lm_head.decoder.bias"),
     (r"cls\.seq_relationship\.", "nsp_head."),
 )
@@ -45,6 +54,7 @@ class TfmBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TfmBertEmbeddings", "EncoderBlock"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -91,12 +101,12 @@ class TfmBertEmbeddings(nn.Module):
         """Ids (B, T), or word embeddings (B, T, D) -> (B, T, D).
 
         Args:
-            token_type_ids: (B, T), the segment of each token; default, all the first.
+            token_type_ids: (B, T), the segment of each token; default, all the first. A model without segments takes
+                no notice of them, so that a tokenizer need not know.
             position_ids: (B, T) or (1, T); default, 0 to T - 1.
 
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is too long, or
-                there are segments and the model has none.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the input is too long.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -120,7 +130,7 @@ class Pooler(nn.Module):
     def __init__(self, config: TfmBertConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.pooler]
+        self.activation = nn.Sequential(*(ACT2FN[name] for name in config.pooler.split("_")))
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, T, D) -> (B, D)."""

@@ -20,7 +20,7 @@ SIZES = {
     "tinybert4": {"hidden_size": 312, "intermediate_size": 1200, "num_hidden_layers": 4, "num_attention_heads": 12},
     "tinybert6": {"num_hidden_layers": 6},
 }
-POOLERS = ("tanh", "relu", "none")
+POOLERS = ("tanh", "relu", "tanh_relu", "none")
 SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 
 
@@ -41,8 +41,8 @@ class TfmBertConfig(TravellingConfig):
         classifier_dropout: before a classifier; default, hidden_dropout_prob.
         max_position_embeddings: the longest input, in tokens.
         type_vocab_size: segments an input may have; 0 has no embeddings of segments (DistilBERT).
-        pooler: what the first token's state becomes for a classifier: a linear layer with "tanh" (BERT) or "relu"
-            (what DistilBERT calls ``pre_classifier``), or "none".
+        pooler: what the first token's state becomes for a classifier: a linear layer with "tanh" (BERT), "relu" (what
+            DistilBERT calls ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
         initializer_range: standard deviation of initial weights.
         layer_norm_eps: added to the variance in layer norms.
 

@@ -34,6 +34,9 @@ from .configuration_bert import TfmBertConfig
 from .dropout import Dropout
 from .native_names import register_native_names
 
+# What files of transformers may hold and a model with a language head does not read.
+UNREAD = [r"embeddings\.position_ids", r"cls\.predictions\.decoder\.bias"]
+
 
 class TfmBertModel(TfmBertPreTrainedModel):
     """The encoder.
@@ -90,7 +93,7 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"cls\.predictions\.decoder\.bias", r"nsp_head\.", r"pooler\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [*UNREAD, r"nsp_head\.", r"pooler\."]  # noqa: RUF012
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config)
@@ -142,7 +145,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
 
     _auto_class = "AutoModelForPreTraining"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"cls\.predictions\.decoder\.bias"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = UNREAD
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config)

@@ -67,6 +67,7 @@ class TfmGPTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # noqa: RUF012 - causal masks in older files
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

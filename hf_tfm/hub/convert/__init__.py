@@ -6,33 +6,37 @@ source folder -> configuration and weights under the other names -> saved, loade
 import copy
 import json
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .authors_files import unpack
+from .bert import BERT, whole_head
 from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
 from .detr import DETR, DETR_MODEL, DETR_PANOPTIC
 from .detr_authors import DETR_AUTHORS, DETR_AUTHORS_PANOPTIC
+from .distilbert import DISTILBERT
+from .gpt2 import GPT2
 from .mae import VIT_MAE, VIT_MAE_MODEL
 from .mae_authors import AUTHORS, AUTHORS_ENCODER
 from .marian_pegasus import MARIAN, PEGASUS
 from .parity import CERTIFICATE, compare, provenance, weight_hashes
 from .timm_vit import TIMM
+from .tinybert import TINYBERT, is_authors_tinybert, unpack_tinybert
 from .vit import VIT, VIT_MODEL
+from .weight_files import saved_dtype
 
 CONVERSIONS = (
     *(MARIAN, PEGASUS),
     *(VIT, VIT_MODEL, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER),
     *(DETR, DETR_MODEL, DETR_PANOPTIC, DETR_AUTHORS, DETR_AUTHORS_PANOPTIC),
+    *(*BERT, *DISTILBERT, *TINYBERT, *GPT2),
 )
 OURS = "tfm"
 TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
@@ -48,14 +52,15 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     card written anew.
 
     Args:
-        source: folder of a saved model, its id on the Hub, or a file ``*.pth`` of the authors of the masked
-            autoencoder or of DETR.
+        source: folder of a saved model, also of TinyBERT's authors, its id on the Hub, or a file ``*.pth`` of the
+            authors of the masked autoencoder or of DETR.
         to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
             (post-norm), "pegasus" for its `PegasusForConditionalGeneration` (pre-norm), "vit" for its
             `ViTForImageClassification` or `ViTModel`, "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
             "timm" for timm's `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`,
-            `DetrForSegmentation` or `DetrModel`; "mae_authors" and "detr_authors" for a file with the names of the
-            authors of the masked autoencoder and of DETR; "tfm" for our own class.
+            `DetrForSegmentation` or `DetrModel`, "bert", "distilbert" (of a model without segments) and "gpt2" for
+            its model of that name with the same head; "mae_authors", "detr_authors" and "tinybert" for a file with
+            the names of the authors of the masked autoencoder, of DETR and of TinyBERT; "tfm" for our own class.
         output_dir: folder to make; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
 
@@ -77,6 +82,8 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         work = Path(temporary) / "model"
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
         folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
+        if is_authors_tinybert(folder):
+            folder = unpack_tinybert(folder, Path(temporary) / "source")
         conversion = find_conversion(folder, to)
         # In float32, so that nothing is rounded on the way; then in the dtype it was saved in.
         origin = load(conversion, to != OURS, folder)
@@ -127,7 +134,7 @@ def find_conversion(folder: Path, to: str) -> Conversion:
     config = json.loads(path.read_text(encoding="utf-8"))
     # A folder of timm names no type, but one of its architectures.
     model_type = config.get("model_type", "timm" if "architecture" in config else None)
-    class_name = (config.get("architectures") or [None])[0]
+    class_name = whole_head(folder, (config.get("architectures") or [None])[0])
     fitting = {
         source_class(conversion, to).__name__: conversion
         for conversion in CONVERSIONS
@@ -153,39 +160,34 @@ def source_type(conversion: Conversion, to: str) -> str:
     return config_class.model_type if config_class else conversion.name
 
 
-def saved_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in ``folder``; of pickled ones, what config.json says."""
-    counts = Counter()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
-    if counts:
-        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(counts.most_common(1)[0][0], torch.float32)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
 def load(conversion: Conversion, ours: bool, folder: Path) -> nn.Module:
     """The model in ``folder``, ours or theirs, in float32."""
     if not ours and conversion.read:
         return conversion.read(folder)
     model_class = conversion.ours if ours else conversion.theirs
-    return load_whole(model_class, folder, may_lack=conversion.computed_in_theirs)
+    may_hold = () if ours else conversion.unread_by_theirs
+    return load_whole(model_class, folder, conversion.computed_in_theirs, may_hold)
 
 
 def load_whole(
-    model_class: type[PreTrainedModel], folder: Path, may_lack: tuple[str, ...] = (), **options: Any
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    may_lack: tuple[str, ...] = (),
+    may_hold: tuple[str, ...] = (),
+    **options: Any,
 ) -> PreTrainedModel:
     """The model in ``folder``, in float32, with every weight accounted for.
 
     Args:
         may_lack: weights that the class computes where the file does not hold them.
+        may_hold: weights that the file may hold and the class has no use for.
         options: of `from_pretrained`.
     """
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     if set(report["missing_keys"]) == POOLER:
-        return load_whole(model_class, folder, may_lack, add_pooling_layer=False, **options)
+        return load_whole(model_class, folder, may_lack, may_hold, add_pooling_layer=False, **options)
     report["missing_keys"] = set(report["missing_keys"]) - set(may_lack)
+    report["unexpected_keys"] = set(report["unexpected_keys"]) - set(may_hold)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise ValueError(f"{folder} is not a whole {model_class.__name__}: {problem} {sorted(report[problem])}")

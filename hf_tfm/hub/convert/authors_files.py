@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import detr_authors, mae_authors
-from .timm_vit import WEIGHTS
+from .weight_files import WEIGHTS
 
 
 def unpack(path: Path, folder: Path) -> Path:

@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "target_vocab.json",
     "*.spm",

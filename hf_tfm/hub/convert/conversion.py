@@ -22,6 +22,11 @@ def require_fixed(target: str, config: Any, fixed: dict[str, Any]) -> None:
             refuse(target, field, getattr(config, field), value)
 
 
+def carried(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Those of ``fields`` that the configuration has, and says something of: what rides along to the other side."""
+    return {field: getattr(config, field) for field in fields if getattr(config, field, None) is not None}
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Names and configurations of two classes that compute the same.
@@ -38,10 +43,11 @@ class Conversion:
         prepare: our model -> the same function in the form that they have.
         zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
         computed_in_theirs: weights that only they have, fixed by their class.
+        unread_by_theirs: weights that files of theirs may hold and their class has no use for; they are left out.
         build, read, write: how theirs is made of a configuration, read from a folder, written to a folder, where it is
             not a class of transformers.
-        carry_processor: (source folder, target folder, to_ours) -> None, says how images are prepared; None where
-            both sides read the same file.
+        carry_processor: (source folder, target folder, to_ours) -> None, says how images or texts are prepared, and
+            keeps what else only one side has; None where both sides read the same files.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Conversion:
     prepare: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     zero_in_theirs: tuple[str, ...] = ()
     computed_in_theirs: tuple[str, ...] = ()
+    unread_by_theirs: tuple[str, ...] = ()
     build: Callable[[Any], nn.Module] | None = None
     read: Callable[[Path], nn.Module] | None = None
     write: Callable[[nn.Module, Path], None] | None = None

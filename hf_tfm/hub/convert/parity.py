@@ -20,7 +20,10 @@ NEW_TOKENS = 24
 IMAGES = 3
 PHOTOS = ((160, 224), (128, 192), (97, 150))  # heights and widths of a padded batch, for models of any size of image
 # Those of both models are compared.
-OUTPUTS = ("logits", "pred_boxes", "pred_masks", "last_hidden_state", "pooler_output", "loss", "mask")
+OUTPUTS = (
+    *("logits", "prediction_logits", "seq_relationship_logits", "start_logits", "end_logits"),
+    *("pred_boxes", "pred_masks", "last_hidden_state", "pooler_output", "loss", "mask"),
+)
 TOLERANCE = 1e-5  # for logits up to LOGIT_SCALE; float32 rounding grows in proportion beyond
 LOGIT_SCALE = 10.0
 
@@ -46,6 +49,24 @@ def fixed_inputs(vocab_size: int, pad: int, limit: int) -> dict[str, Tensor]:
         "decoder_input_ids": target,
         "decoder_attention_mask": target_mask,
     }
+
+
+def fixed_texts(config: PreTrainedConfig, choices: bool) -> dict[str, Tensor]:
+    """The inputs of every check of a model of one text: four of different lengths, as many segments as it knows.
+
+    Without a token for padding it is one text, since classifiers by the last token could not tell the others' ends.
+
+    Args:
+        choices: the texts are endings to choose among, (1, 4, T) instead of (4, T).
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    pad, limit = config.pad_token_id, config.max_position_embeddings
+    lengths = (max(SOURCE_LENGTHS),) if pad is None else SOURCE_LENGTHS
+    ids, mask = random_batch(tuple(min(n, limit) for n in lengths), config.vocab_size, pad or 0, generator)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0):
+        inputs["token_type_ids"] = torch.randint(config.type_vocab_size, ids.shape, generator=generator)
+    return {name: value[None] for name, value in inputs.items()} if choices else inputs
 
 
 def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -88,6 +109,8 @@ def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> d
         inputs = fixed_images(config) if hasattr(config, "image_size") else fixed_photos(config)
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         return {**compare_outputs(source, target, inputs), "inputs": described(source, shapes)}
+    if not config.is_encoder_decoder:
+        return compare_texts(source, target, config)
     inputs = fixed_inputs(config.vocab_size, config.pad_token_id, config.max_position_embeddings)
     new_tokens = min(NEW_TOKENS, config.max_position_embeddings)
     lengths = {
@@ -100,6 +123,18 @@ def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> d
         "greedy_tokens_equal": compare_generated(source, target, inputs, new_tokens),
         "inputs": described(source, lengths),
     }
+
+
+def compare_texts(source: PreTrainedModel, target: PreTrainedModel, config: PreTrainedConfig) -> dict:
+    """What `compare` finds of models of one text; of those that continue it, the texts padded on the left too."""
+    inputs = fixed_texts(config, choices=type(source).__name__.endswith("ForMultipleChoice"))
+    lengths = {"lengths": inputs["attention_mask"].sum(-1).flatten().tolist()}
+    found = compare_outputs(source, target, inputs)
+    if source.can_generate():
+        prompts = {name: inputs[name][:, : config.max_position_embeddings // 2].flip(1) for name in inputs}
+        lengths["new_tokens"] = min(NEW_TOKENS, config.max_position_embeddings - prompts["input_ids"].shape[1])
+        found["greedy_tokens_equal"] = compare_generated(source, target, prompts, lengths["new_tokens"])
+    return {**found, "inputs": described(source, lengths)}
 
 
 def described(model: nn.Module, inputs: dict) -> dict:

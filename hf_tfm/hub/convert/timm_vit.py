@@ -23,8 +23,8 @@ from ...models.configuration_vit import SIZES, ImageEncoderConfig
 from ...models.patches import sides
 from .conversion import Conversion, refuse, require_fixed
 from .vit import with_learned_positions
+from .weight_files import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 PROCESSOR = "preprocessor_config.json"
 EPS = 1e-6  # of every layer norm; a file of timm cannot say another
 # {our name: timm's}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
 from ...models import TfmViTConfig, TfmViTForImageClassification, TfmViTModel
-from .conversion import Conversion, require_fixed
+from .conversion import Conversion, carried, require_fixed
 
 # Fields of the same name and meaning on both sides.
 ENCODER_FIELDS = (
@@ -41,16 +41,15 @@ THEIRS_CARRIED = ("encoder_stride",)
 
 
 def translated(
-    config: PreTrainedConfig, target: type[PreTrainedConfig], fields: tuple[str, ...], carried: tuple[str, ...], **new
+    config: PreTrainedConfig, target: type[PreTrainedConfig], fields: tuple[str, ...], riding: tuple[str, ...], **new
 ) -> Any:
-    """``config`` as a configuration of the class ``target``: its ``fields``, those of ``carried`` it has, its labels.
+    """``config`` as a configuration of the class ``target``: its ``fields``, those of ``riding`` it has, its labels.
 
     Args:
         new: fields with another value, or only of the target.
     """
     kept = {field: getattr(config, field) for field in (*fields, *LABELS)}
-    kept.update({field: getattr(config, field) for field in carried if hasattr(config, field)})
-    return target(**{**kept, **new})
+    return target(**{**kept, **carried(config, riding), **new})
 
 
 def to_vit(config: TfmViTConfig) -> ViTConfig:

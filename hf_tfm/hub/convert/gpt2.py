@@ -1,0 +1,83 @@
+"""TfmGPT <-> transformers' GPT-2: one architecture, one file layout, two configurations.
+
+Our weights are saved under the names, and in the shapes, of transformers' own GPT-2 (`native_names` in
+modeling_gpt.py), so each class reads the other's file, and what is left to convert is the configuration.
+"""
+
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, PreTrainedModel
+
+from ...models import TfmGPTConfig, TfmGPTForCausalLM, TfmGPTForSequenceClassification, TfmGPTModel
+from ...models.configuration_gpt import NATIVE_FIELDS
+from .conversion import Conversion, carried, refuse, require_fixed
+from .vit import LABELS
+
+STOCK = {
+    TfmGPTModel: GPT2Model,
+    TfmGPTForCausalLM: GPT2LMHeadModel,
+    TfmGPTForSequenceClassification: GPT2ForSequenceClassification,
+}
+# {ours: theirs}
+FIELDS = {
+    **{ours: theirs for theirs, ours in NATIVE_FIELDS.items()},
+    **{
+        field: field
+        for field in (
+            "vocab_size",
+            "initializer_range",
+            "use_cache",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "tie_word_embeddings",
+            *LABELS,
+        )
+    },
+}
+# The one value of a field of theirs that we can express.
+THEIRS_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# Fields that say nothing about the outputs: they ride along.
+OURS_CARRIED = ("activation_dropout",)
+THEIRS_CARRIED = (
+    "reorder_and_upcast_attn",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
+
+
+def to_gpt2(config: TfmGPTConfig) -> GPT2Config:
+    """Our architecture as transformers' configuration.
+
+    Raises:
+        ValueError: a field has a value that `GPT2Model` cannot express.
+    """
+    require_fixed("gpt2", config, {"norm_first": True})
+    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields |= carried(config, (*OURS_CARRIED, *THEIRS_CARRIED))
+    fields["embd_pdrop"] = config.hidden_dropout_prob
+    if config.intermediate_size == 4 * config.hidden_size:
+        fields["n_inner"] = None  # as their files say it
+    return GPT2Config(**fields)
+
+
+def from_gpt2(model: PreTrainedModel) -> TfmGPTConfig:
+    """The architecture of transformers' ``model`` as our configuration.
+
+    Raises:
+        ValueError: a field has a value that `TfmGPTConfig` cannot express.
+    """
+    config, target = model.config, TfmGPTConfig.__name__
+    require_fixed(target, config, THEIRS_FIXED)
+    if config.embd_pdrop != config.resid_pdrop:
+        refuse(target, "embd_pdrop", config.embd_pdrop, f"the value of resid_pdrop, {config.resid_pdrop}")
+    fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
+    fields |= carried(config, (*OURS_CARRIED, *THEIRS_CARRIED))
+    return TfmGPTConfig(**fields)
+
+
+GPT2 = tuple(
+    Conversion(name="gpt2", ours=ours, theirs=theirs, to_theirs=to_gpt2, to_ours=from_gpt2)
+    for ours, theirs in STOCK.items()
+)

@@ -1,0 +1,311 @@
+"""BERT and GPT ship as transformers' classes and under the names of TinyBERT's authors, and come back."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from convert_helpers import config_of
+from hub_helpers import run_python
+from safetensors.torch import load_file, save_file
+from test_convert import assert_same_weights
+from text_helpers import BY_NAME, SHAPE, WORDS, answers, assert_equal_answers, ours, theirs, tokenizer
+from transformers import AutoTokenizer, BertModel, GPT2LMHeadModel, pipeline
+
+import hf_tfm
+from hf_tfm import TfmBertForPreTraining, TfmBertForSequenceClassification, TfmBertForTokenClassification
+from hf_tfm.hub.convert import convert
+
+EVERY = pytest.mark.parametrize("name", BY_NAME)
+# Theirs, and without effect here.
+DISTILBERT_ONLY = ("seq_classif_dropout", "qa_dropout", "sinusoidal_pos_embds", "classifier_dropout")
+GPT2_ONLY = ("reorder_and_upcast_attn", "summary_")
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_to_theirs_and_back(tmp_path, name, dtype):
+    conversion = BY_NAME[name]
+    model = ours(conversion, hidden_dropout_prob=0.3, activation_dropout=0.2).to(dtype)
+    model.save_pretrained(tmp_path / "ours")
+    certificate = convert(tmp_path / "ours", conversion.name, tmp_path / "theirs")
+    there, report = conversion.theirs.from_pretrained(
+        tmp_path / "theirs", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {weight.dtype for weight in load_file(tmp_path / "theirs" / "model.safetensors").values()} == {dtype}
+    assert config_of(tmp_path / "theirs")["architectures"] == [conversion.theirs.__name__]
+    assert "auto_map" not in config_of(tmp_path / "theirs") and not list((tmp_path / "theirs").glob("*.py"))
+    expected = answers(model.float())
+    assert_equal_answers(answers(there), expected)
+    assert certificate["differences"].keys() == expected.keys()
+    assert certificate["max_abs_difference"] <= certificate["tolerance"]
+    assert certificate["inputs"]["lengths"] == [1, 7, 19, 32]
+    assert certificate.get("greedy_tokens_equal") is (True if name == "gpt2-TfmGPTForCausalLM" else None)
+
+    convert(tmp_path / "theirs", "tfm", tmp_path / "back")
+    assert_same_weights(tmp_path / "ours", tmp_path / "back")
+    before, after = config_of(tmp_path / "ours"), config_of(tmp_path / "back")
+    added = [field for field in after.keys() - before.keys() if field.startswith((*DISTILBERT_ONLY, *GPT2_ONLY))]
+    for field in {*added, "classifier_dropout"}:  # None here and the same number written out there mean the same
+        after.pop(field, None), before.pop(field, None)
+    assert before == after
+
+
+@EVERY
+def test_theirs_to_ours_and_back(tmp_path, name):
+    conversion = BY_NAME[name]
+    fields = {"gpt2": {"n_inner": 40, "layer_norm_epsilon": 1e-3}, "distilbert": {"activation": "relu"}}
+    model = theirs(conversion, **fields.get(conversion.name, {"hidden_act": "relu"}))
+    model.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", "tfm", tmp_path / "ours")
+    converted, report = conversion.ours.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_equal_answers(answers(converted), answers(model))
+    assert converted.config.id2label == model.config.id2label
+    convert(tmp_path / "ours", conversion.name, tmp_path / "back")
+    assert_same_weights(tmp_path / "theirs", tmp_path / "back")
+    before, after = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
+    for field in ("activation_dropout", "pooler", "classifier_dropout"):  # ours, and without effect there
+        after.pop(field, None), before.pop(field, None)
+    assert before == after
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name.startswith("distilbert")])
+def test_the_table_leaves_no_weight_over(name):
+    conversion = BY_NAME[name]
+    model = ours(conversion)
+    table = conversion.names(model.config)
+    assert table.keys() == model.state_dict().keys()
+    assert set(table.values()) == theirs(conversion).state_dict().keys() and len(set(table.values())) == len(table)
+
+
+def test_without_a_pooler_or_without_tied_words(tmp_path):
+    conversion = BY_NAME["bert-TfmBertModel"]
+    model = BertModel(theirs(conversion).config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "bert")
+    convert(tmp_path / "bert", "tfm", tmp_path / "ours")
+    assert config_of(tmp_path / "ours")["pooler"] == "none"
+    convert(tmp_path / "ours", "bert", tmp_path / "back")
+    assert_same_weights(tmp_path / "bert", tmp_path / "back")
+    ours(BY_NAME["gpt2-TfmGPTForCausalLM"], tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+    assert convert(tmp_path / "untied", "gpt2", tmp_path / "gpt2")["greedy_tokens_equal"]
+    assert "lm_head.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
+
+
+def test_a_classifier_that_knows_no_padding(tmp_path):
+    """GPT-2 then reads the last token whatever the mask says, and takes one text at a time."""
+    conversion = BY_NAME["gpt2-TfmGPTForSequenceClassification"]
+    ours(conversion, pad_token_id=None).save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", "gpt2", tmp_path / "gpt2")["inputs"]["lengths"] == [32]
+
+
+def test_files_as_the_first_bert_was_published(tmp_path):
+    """A pickle whose class names one head of two, norms that say gamma and beta, a buffer, and just vocab.txt."""
+    model = theirs(BY_NAME["bert-TfmBertForPreTraining"])
+    model.save_pretrained(tmp_path / "new")
+    weights = load_file(tmp_path / "new" / "model.safetensors")
+    renamed = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name): w for name, w in weights.items()}
+    renamed = {re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", name): w for name, w in renamed.items()}
+    assert sum(name.endswith(("gamma", "beta")) for name in renamed) == 2 * 6
+    renamed["bert.embeddings.position_ids"] = torch.arange(40)[None]
+    renamed["cls.predictions.decoder.weight"] = renamed["bert.embeddings.word_embeddings.weight"]
+    (tmp_path / "old").mkdir()
+    torch.save(renamed, tmp_path / "old" / "pytorch_model.bin")
+    told = config_of(tmp_path / "new") | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(told))
+    (tmp_path / "old" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    certificate = convert(tmp_path / "old", "tfm", tmp_path / "ours")
+    assert certificate["target"]["class"] == "TfmBertForPreTraining"
+    assert list(certificate["source"]["weights"]) == ["pytorch_model.bin"]
+    assert_equal_answers(answers(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), answers(model))
+    words = AutoTokenizer.from_pretrained(tmp_path / "ours").tokenize("The one baed")
+    assert words == ["the", "one", "[UNK]"]
+    # Our classes read such a file too, all but its names of the tied weight.
+    save_file({k: v.clone() for k, v in renamed.items()}, tmp_path / "new" / "model.safetensors", {"format": "pt"})
+    direct, report = TfmBertForPreTraining.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"cls.predictions.decoder.weight"}
+    assert_equal_answers(answers(direct), answers(model))
+
+
+def test_older_files_hold_weights_that_nothing_reads(tmp_path):
+    conversion = BY_NAME["bert-TfmBertForTokenClassification"]
+    model = theirs(conversion)
+    model.save_pretrained(tmp_path / "bert")
+    path = tmp_path / "bert" / "model.safetensors"
+    extra = {"bert.pooler.dense.weight": torch.ones(32, 32), "bert.pooler.dense.bias": torch.ones(32)}
+    save_file({**load_file(path), **extra}, path, {"format": "pt"})
+    convert(tmp_path / "bert", "tfm", tmp_path / "ours")
+    assert_equal_answers(answers(TfmBertForTokenClassification.from_pretrained(tmp_path / "ours")), answers(model))
+
+
+def test_files_as_gpt2_was_published(tmp_path):
+    """The decoder's names without the head's prefix, and with the causal masks."""
+    conversion = BY_NAME["gpt2-TfmGPTForCausalLM"]
+    model = theirs(conversion)
+    model.transformer.save_pretrained(tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "model.safetensors"
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 40, 40).tril() for i in range(2)}
+    save_file({**load_file(path), **masks}, path, {"format": "pt"})
+    told = config_of(tmp_path / "gpt2") | {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(told))
+    convert(tmp_path / "gpt2", "tfm", tmp_path / "ours")
+    converted = hf_tfm.TfmGPTForCausalLM.from_pretrained(tmp_path / "ours")
+    assert_equal_answers(answers(converted), answers(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")))
+    direct, report = hf_tfm.TfmGPTForCausalLM.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"]
+    assert_equal_answers(answers(direct), answers(converted))
+
+
+def authors_folder(folder: Path, labels: int | None, fit_size: int = 48):
+    """A student as TinyBERT's authors' program saves it, and the logits of its classifier, written out by hand."""
+    torch.manual_seed(3)
+    name = "TfmBertForSequenceClassification" if labels else "TfmBertForPreTraining"
+    kind = BY_NAME[f"bert-{name}"]
+    fields = {"num_labels": labels, "id2label": None, "label2id": None} if labels else {}
+    model = theirs(kind, **fields)
+    weights = {k: v.clone() for k, v in model.state_dict().items() if k != "cls.predictions.decoder.bias"}
+    weights |= {"fit_dense.weight": torch.randn(fit_size, 32), "fit_dense.bias": torch.randn(fit_size)}
+    folder.mkdir()
+    torch.save(weights, folder / "pytorch_model.bin")
+    kept = (*SHAPE, "intermediate_size", "hidden_act", "type_vocab_size", "initializer_range")
+    told = {name: getattr(model.config, name) for name in kept}
+    told |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pre_trained": "", "training": ""}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return model, weights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [1, 2, 5])
+def test_a_task_student_of_the_tinybert_authors(tmp_path, labels):
+    model, weights = authors_folder(tmp_path / "authors", labels)
+    ids = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(1))
+    pooled = model.bert(ids).pooler_output
+    expected = pooled.relu() @ weights["classifier.weight"].T + weights["classifier.bias"]
+    assert (model(ids).logits - expected).abs().max() > 0.1, "transformers' class computes something else"
+    certificate = convert(tmp_path / "authors", "tfm", tmp_path / "ours")
+    assert list(certificate["source"]["weights"]) == ["pytorch_model.bin"]
+    converted = TfmBertForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(converted(ids).logits, expected, rtol=1e-6, atol=1e-5)
+    assert converted.config.num_labels == labels and converted.config.pooler == "tanh_relu"
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert loaded.tokenize("The ONE") == ["the", "one"]
+
+    convert(tmp_path / "ours", "tinybert", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    assert (tmp_path / "back" / "vocab.txt").read_text().split() == WORDS
+    convert(tmp_path / "back", "tfm", tmp_path / "again")
+    assert_same_weights(tmp_path / "ours", tmp_path / "again")
+    projections = [load_file(tmp_path / name / "projection.safetensors") for name in ("ours", "again")]
+    assert projections[0].keys() == projections[1].keys() == {"fit_dense.weight", "fit_dense.bias"}
+    with pytest.raises(ValueError, match="bert cannot express pooler='tanh_relu': it needs 'tanh'"):
+        convert(tmp_path / "ours", "bert", tmp_path / "bert")
+
+
+def test_a_general_student_of_the_tinybert_authors(tmp_path):
+    model, weights = authors_folder(tmp_path / "authors", labels=None)
+    # As the Hub has it: with a model type, still without a class.
+    told = config_of(tmp_path / "authors") | {"model_type": "bert"}
+    (tmp_path / "authors" / "config.json").write_text(json.dumps(told))
+    convert(tmp_path / "authors", "tfm", tmp_path / "ours")
+    assert_equal_answers(answers(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), answers(model))
+    convert(tmp_path / "ours", "tinybert", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    tied = {"cls.predictions.decoder.weight"}
+    assert found.keys() == weights.keys() - tied and all(torch.equal(found[name], weights[name]) for name in found)
+    convert(tmp_path / "ours", "bert", tmp_path / "bert")  # a BERT like any other
+    assert_equal_answers(answers(type(model).from_pretrained(tmp_path / "bert")), answers(model))
+
+
+@pytest.mark.parametrize("name", ["bert-TfmBertForSequenceClassification", "distilbert-TfmBertForMaskedLM"])
+def test_the_tokenizer_goes_along(tmp_path, name):
+    conversion = BY_NAME[name]
+    ours(conversion).save_pretrained(tmp_path / "ours")
+    tokenizer().save_pretrained(tmp_path / "ours")
+    certificate = convert(tmp_path / "ours", conversion.name, tmp_path / "theirs")
+    assert certificate["tokenizer_equal"] is True
+    assert convert(tmp_path / "theirs", "tfm", tmp_path / "back")["tokenizer_equal"] is True
+    texts = ["the one", "one the one"]
+    given, expected = (
+        AutoTokenizer.from_pretrained(tmp_path / place)(texts)["input_ids"] for place in ("back", "ours")
+    )
+    assert given == expected
+
+
+AUTO_CLASSES = {
+    "bert-TfmBertForMaskedLM": "AutoModelForMaskedLM",
+    "distilbert-TfmBertForSequenceClassification": "AutoModelForSequenceClassification",
+    "gpt2-TfmGPTForCausalLM": "AutoModelForCausalLM",
+}
+
+
+def test_they_load_as_stock_classes_without_the_package(tmp_path):
+    code = """
+import json
+import torch
+import transformers
+
+try:
+    import hf_tfm
+    raise SystemExit("the package is importable")
+except ModuleNotFoundError:
+    pass
+found = {}
+for name, auto_class in CLASSES.items():
+    model = getattr(transformers, auto_class).from_pretrained(name).eval()
+    with torch.no_grad():
+        logits = model(torch.arange(3, 13)[None]).logits
+    found[name] = [type(model).__module__, logits.tolist()]
+found["fill"] = transformers.pipeline("fill-mask", "bert-TfmBertForMaskedLM")("the [MASK] one", top_k=3)
+print(json.dumps(found))
+"""
+    expected = {}
+    for name in AUTO_CLASSES:
+        model = ours(BY_NAME[name])
+        model.save_pretrained(tmp_path / "ours" / name)
+        if BY_NAME[name].name != "gpt2":
+            tokenizer().save_pretrained(tmp_path / "ours" / name)
+        convert(tmp_path / "ours" / name, BY_NAME[name].name, tmp_path / name)
+        with torch.no_grad():
+            expected[name] = model(torch.arange(3, 13)[None]).logits
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    found = run_python(f"CLASSES = {AUTO_CLASSES!r}\n{code}", tmp_path, environment, without_package=True)
+    for name, logits in expected.items():
+        library = BY_NAME[name].name
+        assert found[name][0] == f"transformers.models.{library}.modeling_{library}"
+        torch.testing.assert_close(torch.tensor(found[name][1]), logits, rtol=1e-6, atol=1e-5)
+    own = pipeline("fill-mask", str(tmp_path / "ours" / "bert-TfmBertForMaskedLM"))("the [MASK] one", top_k=3)
+    assert [each["token"] for each in own] == [each["token"] for each in found["fill"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("bert-TfmBertForPreTraining", "base"),
+        ("distilbert-TfmBertForMaskedLM", "distilbert"),
+        ("tinybert-TfmBertForSequenceClassification", "tinybert4"),
+        ("gpt2-TfmGPTForCausalLM", "small"),
+    ],
+)
+def test_sizes_that_people_use(tmp_path, name, size):
+    """Weights at the scale of trained ones, so that rounding is that of real models."""
+    conversion = BY_NAME[name]
+    fields = {"pooler": "tanh_relu"} if conversion.name == "tinybert" else {}
+    torch.manual_seed(0)
+    model = conversion.ours(conversion.ours.config_class.of_size(size, **fields))
+    model.save_pretrained(tmp_path / "ours")
+    certificate = convert(tmp_path / "ours", conversion.name, tmp_path / "theirs")
+    assert certificate["inputs"]["dtype"] == "float32" and certificate["max_abs_difference"] < 1e-5
+    shutil.rmtree(tmp_path / "ours")
+    certificate = convert(tmp_path / "theirs", "tfm", tmp_path / "back")
+    assert certificate["inputs"]["dtype"] == "float32" and certificate["max_abs_difference"] < 1e-5
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    tied = {"lm_head.decoder.weight", "lm_head.weight"}
+    again = type(model).from_pretrained(tmp_path / "back").state_dict()
+    assert back.keys() and all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+    assert tied.isdisjoint(back)
