@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, Pre
 from .classification import evaluate_classification
 from .detection import evaluate_detection
 from .detectors import is_detector
+from .language import evaluate_language, is_language_model
 from .masked_image import evaluate_masked_autoencoder
 from .translation import evaluate_translation, load_seq2seq
 
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "evaluate_classification",
     "evaluate_detection",
+    "evaluate_language",
     "evaluate_masked_autoencoder",
     "evaluate_translation",
     "lines",
@@ -31,12 +33,13 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "image classifiers": evaluate_classification,
     "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
+    "language models": evaluate_language,
 }
 MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
 
 def evaluate(model: str, **options: Any) -> dict[str, Any]:
-    """Score a translation model, an image classifier, a detector or a masked autoencoder on a split of a data set.
+    """Score a saved model on a split of a data set.
 
     Args:
         model: folder or Hub id, of ours or of transformers'; its config.json tells the kind.
@@ -70,6 +73,8 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
         return "image classifiers"
     if is_detector(config):
         return "detectors"
+    if is_language_model(config):
+        return "language models"
     if config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in saved:
         return "masked autoencoders"
     remote = getattr(config, "auto_map", None) or {}

@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.batching import rng
 from ..data.vocabulary import word_starts
+from ..models import TfmBertConfig, TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
 from ..training.loop import Loader, evaluate
 from .translation import pad
 
 Batch = dict[str, Tensor]
 NEXT = "next_sentence_label"
+OURS = (TfmBertConfig.model_type, TfmGPTConfig.model_type)
 
 
 def padded(examples: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
@@ -137,7 +140,9 @@ class MaskedLanguageTask:
         return cross_entropy(logits.float(), batch["labels"].flatten()[batch["label_places"]], reduction="sum")
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Each term, summed over its items; the logits of other tokens are not formed, nor held."""
+        """Each term, summed over its items; in a model of ours the logits of other tokens are not formed, nor held."""
+        if not is_ours(model):
+            return {"token": loss_from_logits(self, model, batch)}
         labels = {name: batch[name] for name in ("labels", "label_places")}
         output = model(**self.inputs(batch), **labels, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.loss}
@@ -198,10 +203,22 @@ class CausalLanguageTask:
         return cross_entropy(logits.float(), following, reduction="sum")
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The loss, summed over tokens; the logits are not held."""
+        """The loss, summed over tokens; in a model of ours the logits are not held."""
+        if not is_ours(model):
+            return {"token": loss_from_logits(self, model, batch)}
         inputs = self.inputs(batch)
         output = model(**inputs, labels=batch["labels"], num_items_in_batch=1, return_logits=False, use_cache=False)
         return {"token": output.loss}
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether a model, wrapped for several processes or not, is one of `OURS`, whose losses need no logits."""
+    return extract_model_from_parallel(model).config.model_type in OURS
+
+
+def loss_from_logits(task: "LanguageTask", model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of any language model, summed over the tokens that have a target."""
+    return task.hard_loss(model(**task.inputs(batch)).logits.flatten(0, 1)[task.places(batch)], batch)
 
 
 LanguageTask = MaskedLanguageTask | CausalLanguageTask
