@@ -21,6 +21,10 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
 EVAL_RESULTS = ".eval_results"
 UNKNOWN = "unknown"
+COST_COLUMNS = (
+    *("model", "parameters", "GFLOPs of a sample", "ms, 1 sample", "ms, 32 samples", "samples/s", "MB on disk"),
+    *("score", "share of the teacher's"),
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -51,6 +55,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         usage=usage(config, model_id),
         data=table(data_rows(record)),
         scores=table(score_rows(record), ("split", "metric", "value", "signature")),
+        costs=table(cost_rows(record), COST_COLUMNS),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
         command=record.command,
@@ -176,6 +181,19 @@ def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     return [
         (m["split"], m["name"], number(m["value"]), f"`{m['signature']}`" if m.get("signature") else "none")
         for m in record.metrics
+    ]
+
+
+def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
+    """The table of what a distilled model costs, beside its teacher."""
+    fields = ("parameters", "gflops", "milliseconds_1", "milliseconds_32", "samples_per_second", "megabytes", "score")
+    return [
+        (
+            cost["model"],
+            *("none" if cost.get(field) is None else number(cost[field]) for field in fields),
+            f"{100 * cost['kept']:.1f} %" if "kept" in cost else "none",
+        )
+        for cost in record.costs or ()
     ]
 
 

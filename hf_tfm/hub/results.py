@@ -15,6 +15,7 @@ from typing import Any, TypedDict, get_type_hints
 
 import torch
 
+from .cost import Cost
 from .schema import check_keys, check_type
 
 RESULTS = "results.json"
@@ -106,6 +107,7 @@ class RunRecord:
         versions: of each package.
         hardware: see `describe_hardware`.
         started, finished: ISO 8601 dates with time zone.
+        costs: what the model, and those it is compared with, cost to use, see `Cost`.
 
     Raises:
         ValueError: a field has the wrong type, or a value that cannot be; the message names it.
@@ -124,6 +126,7 @@ class RunRecord:
     started: str
     finished: str
     base_model: str | None = None
+    costs: list[Cost] | None = None
 
     def __post_init__(self):
         for name, kind in get_type_hints(RunRecord).items():
@@ -150,7 +153,7 @@ class RunRecord:
             ValueError: a field is missing, unknown or wrong.
         """
         known = {field.name for field in fields(cls)}
-        check_keys(content, known - {"base_model"}, known, "results")
+        check_keys(content, known - {"base_model", "costs"}, known, "results")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:

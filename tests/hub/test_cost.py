@@ -1,0 +1,74 @@
+"""The table of what models cost."""
+
+import pytest
+import torch
+from test_card import RECORD
+from torch import nn
+
+from hf_tfm import TfmBertConfig
+from hf_tfm.hub.card import write_card
+from hf_tfm.hub.cost import beside_teacher, measure_cost
+from hf_tfm.hub.results import RunRecord
+from hf_tfm.models import TfmBertForMaskedLM
+
+T = 16
+SAMPLE = {"input_ids": torch.zeros(1, T, dtype=torch.long)}
+
+
+def bert(layers: int) -> TfmBertForMaskedLM:
+    config = TfmBertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=layers
+    )
+    return TfmBertForMaskedLM(config)
+
+
+def test_operations_are_those_of_the_matrix_products():
+    cost = measure_cost("student", bert(2), SAMPLE)
+    D, F, V = 32, 64, 50
+    layer = 4 * D * D + 2 * D * F + 2 * T * D  # projections, feed-forward; scores and mixing
+    assert cost["gflops"] * 1e9 == pytest.approx(2 * T * (2 * layer + D * D + D * V))
+
+
+def test_parameters_and_bytes_count_shared_weights_once():
+    model = bert(1)
+    cost = measure_cost("student", model, SAMPLE)
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    assert cost["megabytes"] == pytest.approx(cost["parameters"] * 4 / 1e6)
+    assert cost["samples_per_second"] == pytest.approx(32_000 / cost["milliseconds_32"])
+    assert cost["threads"] == torch.get_num_threads()
+
+
+def test_it_leaves_the_model_as_it_was():
+    model = bert(1).train()
+    measure_cost("student", model, SAMPLE)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_share_of_the_teachers_score():
+    teacher, student = measure_cost("t", bert(2), SAMPLE, 0.8), measure_cost("s", bert(1), SAMPLE, 0.6)
+    rows = beside_teacher(teacher, student, measure_cost("unscored", bert(1), SAMPLE))
+    assert rows[1]["kept"] == pytest.approx(0.75)
+    assert "kept" not in rows[0] and "kept" not in rows[2]
+
+
+def test_any_module_has_a_cost():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, pixel_values):
+            return self.layer(pixel_values)
+
+    assert measure_cost("linear", Linear(), {"pixel_values": torch.zeros(1, 3)})["gflops"] == 2 * 3 * 5 / 1e9
+
+
+def test_the_card_shows_the_table(tmp_path):
+    rows = beside_teacher(measure_cost("teacher", bert(2), SAMPLE, 0.8), measure_cost("student", bert(1), SAMPLE, 0.6))
+    record = RunRecord.from_dict({**RECORD, "costs": rows})
+    record.save(tmp_path)
+    assert RunRecord.load(tmp_path) == record
+    bert(1).save_pretrained(tmp_path)
+    card = write_card(tmp_path, record).read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| student ")]
+    assert line.endswith("| 0.6 | 75.0 % |") and f"| {rows[1]['parameters']:,} |" in line
