@@ -1,0 +1,163 @@
+"""Attention scores of any model that computes attention through transformers' interface, ours and its own.
+
+    with record_attention(model) as recorded: model(...) -> raw scores and probabilities of every attention layer
+
+TinyBERT learns from scores before the softmax, which no model returns. Here they are taken where they arise: for a
+while the model's attention is a function that forms them and notes them down.
+
+Shapes: B sequences; H heads; Tq, Tk query and key positions; Dh features a head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+NAME = "tfm_recorded"  # of the attention implementation
+CROSS = ("cross", "encoder_attn", "encdec")  # parts of the names that attention over an encoder's output has
+
+
+@dataclass
+class RecordedAttention:
+    """What `record_attention` notes down.
+
+    Args:
+        names: of the model's modules, by identity.
+        wanted: (stack, layer) -> whether a layer is noted down; layers count from 1.
+        layers: by stack, see `stack_of`, the names of its attention modules as they ran.
+        scores: by name, (B, H, Tq, Tk) before the softmax, -inf where a query may not look.
+        probabilities: by name, the same after it, before dropout.
+    """
+
+    names: dict[int, str]
+    wanted: Callable[[str, int], bool]
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, module: nn.Module, scores: Tensor, probabilities: Tensor) -> None:
+        """Note down what a layer computed, if it is one of this model."""
+        name = self.names.get(id(module))
+        if name is None:
+            return
+        stack = stack_of(name)
+        passed = self.layers.setdefault(stack, [])
+        if name not in passed:
+            passed.append(name)
+        if self.wanted(stack, passed.index(name) + 1):
+            self.scores[name], self.probabilities[name] = scores, probabilities
+
+    def of(self, stack: str) -> list[str]:
+        """Names of the layers of a stack; "" is that of a model with one."""
+        if not stack and len(self.layers) == 1:
+            return next(iter(self.layers.values()))
+        return self.layers.get(stack, [])
+
+
+recorders: ContextVar[tuple[RecordedAttention, ...]] = ContextVar("recorders", default=())
+
+
+def recorded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention that forms its scores, as an attention function of transformers' interface (Vaswani et al. 2017,
+    equation 1).
+
+    Args:
+        query: (B, H, Tq, Dh); key, value: (B, G, Tk, Dh), G a divisor of H.
+        attention_mask: broadcastable to (B, H, Tq, Tk), bool or additive; None means everything may be seen, but for
+            a causal module's own rule.
+
+    Returns:
+        mixed values (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    lowest = torch.finfo(scores.dtype).min
+    unseen = None
+    if attention_mask is None:
+        if (getattr(module, "is_causal", False) if is_causal is None else is_causal) and scores.shape[2] > 1:
+            unseen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(1)
+    elif attention_mask.dtype == torch.bool:
+        unseen = ~attention_mask
+    else:
+        unseen = attention_mask <= lowest / 2
+        scores = scores + attention_mask.masked_fill(unseen, 0.0)  # what is left is part of the score, a bias
+    # In the softmax the lowest number, as everywhere: a row without anything to see stays finite.
+    probabilities = (scores if unseen is None else scores.masked_fill(unseen, lowest)).softmax(-1)
+    for recorder in recorders.get():
+        recorder.add(module, scores if unseen is None else scores.masked_fill(unseen, -torch.inf), probabilities)
+    kept = nn.functional.dropout(probabilities, dropout, module.training)
+    return (kept @ value).transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register(NAME, recorded_attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def configurations(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration that tells a part of the model which attention to use, once."""
+    found: dict[int, PreTrainedConfig] = {}
+    todo = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = [getattr(config, name, None) for name in config.sub_configs]
+            todo += [part for part in parts if isinstance(part, PreTrainedConfig)]
+    return list(found.values())
+
+
+@contextmanager
+def record_attention(
+    model: nn.Module, wanted: Callable[[str, int], bool] = lambda stack, layer: True
+) -> Iterator[RecordedAttention]:
+    """Note down the attention of a model's forward passes; behind it the model attends as before.
+
+    Args:
+        model: one of transformers' kind, or around some.
+        wanted: (stack, layer) -> whether a layer is noted down; default, all are.
+
+    Raises:
+        ValueError: in the end, where no layer has passed by: the model's attention is not transformers'.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    recorded = RecordedAttention(names, wanted)
+    before = [(config, config._attn_implementation) for config in configurations(model)]
+    token = recorders.set((*recorders.get(), recorded))
+    try:
+        for config, _ in before:
+            config._attn_implementation = NAME
+        yield recorded
+    finally:
+        recorders.reset(token)
+        for config, implementation in before:
+            config._attn_implementation = {"": implementation}  # its own alone, not that of configurations inside
+    if not recorded.layers:
+        raise ValueError(
+            f"{type(model).__name__} has no attention that goes through transformers' interface: its scores cannot be "
+            "seen"
+        )
+
+
+def stack_of(name: str) -> str:
+    """Where an attention module stands, by its name: "encoder", "decoder", or "cross" between them."""
+    above, _, leaf = f".{name}".rpartition(".")
+    if ".decoder." not in f"{above}.":
+        return "encoder"
+    return "cross" if any(part in leaf.lower() for part in CROSS) else "decoder"

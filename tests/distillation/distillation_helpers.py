@@ -1,0 +1,225 @@
+"""What the tests of distillation share: tiny teachers and students of every family, and tasks with a few samples."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_tfm import (
+    TfmBertConfig,
+    TfmBertForMaskedLM,
+    TfmBertForSequenceClassification,
+    TfmDetrConfig,
+    TfmDetrForObjectDetection,
+    TfmViTConfig,
+    TfmViTForImageClassification,
+)
+from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.digit_scenes import digit_scenes
+from hf_tfm.distillation.facts import facts_of
+from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.teacher import Teacher
+from hf_tfm.distillation.terms import Term, plan
+from hf_tfm.tasks.classification import ClassificationTask
+from hf_tfm.tasks.detection import DetectionTask
+from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.tasks.images import image_processor
+from hf_tfm.tasks.language import MaskedLanguageTask
+from hf_tfm.tasks.scenes import scene_processor
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+from hf_tfm.training.state import full_weights
+
+WORDS = [f"w{i}" for i in range(55)]
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BERT = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 24, **STILL}
+VIT = {"image_size": 16, "patch_size": 4, "num_attention_heads": 4, "intermediate_size": 48}
+DETR = {
+    "backbone": "test_resnet",
+    "num_queries": 6,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "dropout": 0.0,
+    "num_labels": 10,
+}
+LABELS = {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}}
+
+
+def tokenizer() -> BertTokenizer:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return BertTokenizer(vocab={word: i for i, word in enumerate([*special, *WORDS])})
+
+
+def sentences(count: int = 10, seed: int = 0) -> list[dict[str, Any]]:
+    """Sequences of 5 to 14 tokens; the label is whether the first word is one of the first half."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for length in random.integers(5, 15, count):
+        ids = random.integers(5, 60, length - 2).tolist()
+        rows.append({"input_ids": [2, *ids, 3], "label": int(ids[0] < 32)})
+    return rows
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Larger weights than fresh ones, which leave a model almost linear, and biases that are not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "backbone" in name or "query_position" in name:
+                continue
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def bert(layers: int = 4, width: int = 32, native: bool = False, seed: int = 0, **fields) -> nn.Module:
+    """A masked language model over `tokenizer`."""
+    torch.manual_seed(seed)
+    kind, config = (BertForMaskedLM, BertConfig) if native else (TfmBertForMaskedLM, TfmBertConfig)
+    sizes = {**BERT, "hidden_size": width, "num_hidden_layers": layers, "vocab_size": 60, **fields}
+    return lively(kind(config(**sizes)), seed)
+
+
+def classifier(layers: int = 4, width: int = 32, seed: int = 0, **fields) -> nn.Module:
+    """A classifier of texts."""
+    torch.manual_seed(seed)
+    sizes = {**BERT, "hidden_size": width, "num_hidden_layers": layers, "vocab_size": 60, "num_labels": 2, **fields}
+    return lively(TfmBertForSequenceClassification(TfmBertConfig(**sizes)), seed)
+
+
+def vit(layers: int = 4, width: int = 32, kind: str = "ours", seed: int = 0) -> nn.Module:
+    """An image classifier of 5 classes."""
+    torch.manual_seed(seed)
+    if kind == "timm":
+        args = {"img_size": 16, "patch_size": 4, "embed_dim": width, "depth": layers, "num_heads": 4}
+        config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=5)
+        return lively(TimmWrapperForImageClassification(config), seed)
+    sizes = {**VIT, "hidden_size": width, "num_hidden_layers": layers, **LABELS}
+    if kind == "native":
+        return lively(ViTForImageClassification(ViTConfig(**sizes)), seed)
+    return lively(TfmViTForImageClassification(TfmViTConfig(**sizes)), seed)
+
+
+def detr(layers: int = 3, seed: int = 0, **fields) -> TfmDetrForObjectDetection:
+    """A detector of ten digits."""
+    torch.manual_seed(seed)
+    return lively(TfmDetrForObjectDetection(TfmDetrConfig(**{**DETR, "decoder_layers": layers, **fields})), seed)
+
+
+class TextTask:
+    """Classification of texts with the least a task needs to be distilled."""
+
+    item, term = "texts", "label"
+
+    def collate(self, examples: list, indices: list[int], epoch: int, hidden: bool = False) -> dict[str, Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+        for row, example in zip(ids, examples, strict=True):
+            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
+        labels = torch.tensor([-100 if hidden else example["label"] for example in examples])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    def count(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        return {"label": int((batch["labels"] >= 0).sum())}
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def places(self, batch: dict[str, Tensor]) -> None:
+        return None
+
+    def hard_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+
+
+def pictures(count: int = 10) -> list[dict[str, Any]]:
+    """JPEGs of soft blobs with labels "a" to "e"."""
+    rows = []
+    for index in range(count):
+        small = np.random.default_rng(index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((28, 24), Image.Resampling.BICUBIC).save(file, "JPEG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": "abcde"[index % 5]})
+    return rows
+
+
+def scenes(count: int = 6) -> Any:
+    """Scenes of digits."""
+    return scene_rows(digit_scenes(train=count, validation=0, test=0, size=64)["train"])[0]
+
+
+def image_task(**options) -> ClassificationTask:
+    return ClassificationTask(image_processor(16, resize=20), {name: i for i, name in enumerate("abcde")}, **options)
+
+
+def detection_task(config: TfmDetrConfig) -> DetectionTask:
+    return DetectionTask(config, scene_processor(64, 96), range(10))
+
+
+def language_task(seed: int = 0) -> MaskedLanguageTask:
+    return MaskedLanguageTask(tokenizer(), mask_share=0.3, seed=seed)
+
+
+def distillation(
+    task: Any, teacher: Any, student: nn.Module, terms: list[dict[str, Any]]
+) -> tuple[DistillationTask, Distilled]:
+    """A task and what it trains.
+
+    Args:
+        teacher: a model, or what stands for one.
+        terms: fields of each.
+    """
+    teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+    lessons = plan([Term(**term) for term in terms], facts_of(student), teacher.facts)
+    torch.manual_seed(5)
+    return DistillationTask(task, teacher, lessons), Distilled(student, lessons)
+
+
+def batches(task: Any, rows: Any, cuts: list[list[int]], epoch: int = 0) -> list[dict[str, Any]]:
+    """Micro-batches of rows, by their numbers."""
+    collate = getattr(task, "collate_training", task.collate)
+    return [collate([rows[i] for i in cut], cut, epoch) for cut in cuts]
+
+
+def losses(task: DistillationTask, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+    """Each term of a batch, divided by its items."""
+    counts = task.count(batch)
+    return {name: value.item() / counts[name] for name, value in task.losses(model, batch).items()}
+
+
+def trained(
+    task: DistillationTask, model: nn.Module, steps: list[list[dict[str, Any]]], **knobs
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights after some steps, each of several micro-batches, and the loss of each step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    args = TrainingArguments(output_dir=".", **{"num_steps": 1, "warmup_steps": 0, "adam_epsilon": 1e-4, **knobs})
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
+    prepared.train()
+    found = []
+    for step in steps:
+        result = train_step(accelerator, task, prepared, optimizer, step)
+        found.append(sum(value.item() for value in result.losses.values()))
+    return {name: value.clone() for name, value in full_weights(model).items()}, found
