@@ -11,38 +11,53 @@ def show_attention(
     image: str | None = None,
     text: str | None = None,
     target: str | None = None,
+    pair: str | None = None,
+    beside: str | None = None,
     query: str | None = None,
     output_dir: str = "attention",
     layers: list[int] | None = None,
     heads: list[int] | None = None,
 ) -> None:
-    """Draw where a model looks, per layer and head: an image model on an image, a translation model on a text.
+    """Draw where a model looks, per layer and head: an image model on an image, any other on a text.
 
     Args:
         model: folder or Hub id.
         image: for an image model: a file, or dataset:split:index; drawn with attention rollout.
-        text: for a translation model: the source sentence.
+        text: for a model of texts; of a translation model, the source sentence.
         target: its translation; default, the model's own.
+        pair: a second text, for a model that reads two.
+        beside: folder or Hub id of another model of texts, a teacher say, drawn at its left.
         query: who looks at the image, class (the [class] token) or mean (of patches); default, what the model pools.
         output_dir: folder for the pictures.
         layers: numbers of the layers to draw; default, all.
         heads: numbers of the heads to draw; default, all.
     """
-    from .viz import attention, image_maps, images
+    from .viz import attention, image_maps, images, text_attention
 
     if (image is None) == (text is None):
-        raise ValueError("an image model needs an IMAGE, a translation model a --text: give one of them")
-    if text is not None:
+        raise ValueError("an image model needs an IMAGE, a model of texts a --text: give one of them")
+    for name, value in {"target": target, "pair": pair, "beside": beside}.items():
+        if image is not None and value is not None:
+            raise ValueError(f'{name} is for a text, and here is an image; got "{value}"')
+    if text is not None and query is not None:
+        raise ValueError(f'query is for an image, and here is a text; got "{query}"')
+    if text is not None and not text_attention.reads_pairs(model):
+        if target is not None:
+            raise ValueError(f'target is for a translation model, and "{model}" is none; got "{target}"')
+        found = [
+            text_attention.text_attention_maps(*text_attention.load_text_model(name), text, pair)
+            for name in filter(None, (beside, model))
+        ]
+        draw = text_attention.plot_beside if beside else text_attention.plot_text_attention
+        paths = [draw(*found, Path(output_dir) / "text.png", layers, heads)]
+    elif text is not None:
         from .evaluation import load_seq2seq
 
-        if query is not None:
-            raise ValueError(f'query is for an image, and here is a text; got "{query}"')
-        images.require_text_model(model)
+        if pair is not None or beside is not None:
+            raise ValueError(f'pair and beside are for an encoder or a decoder, and "{model}" is both')
         maps = attention.attention_maps(*load_seq2seq(model), text, target)
         paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
     else:
-        if target is not None:
-            raise ValueError(f'target is for a text, and here is an image; got "{target}"')
         read, loaded, processor = images.read_image(image), images.load_encoder(model), images.load_processor(model)
         maps = image_maps.image_attention_maps(loaded, processor, read, query)
         paths = image_maps.plot_image_attention(maps, output_dir, layers=layers, heads=heads)

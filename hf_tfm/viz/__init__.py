@@ -8,6 +8,7 @@ from .positions import plot_positions, position_similarity
 from .queries import QueryMaps, plot_queries, plot_query_slots, query_boxes, query_maps
 from .reconstruction import Reconstruction, plot_reconstructions, reconstruct_images
 from .rollout import attention_rollout
+from .text_attention import TextAttentionMaps, plot_beside, plot_text_attention, text_attention_maps
 
 __all__ = [
     "AttentionMaps",
@@ -16,21 +17,25 @@ __all__ = [
     "NamedImage",
     "QueryMaps",
     "Reconstruction",
+    "TextAttentionMaps",
     "attention_maps",
     "attention_rollout",
     "detect",
     "image_attention_maps",
     "plot_alignment",
     "plot_attention",
+    "plot_beside",
     "plot_detections",
     "plot_image_attention",
     "plot_positions",
     "plot_queries",
     "plot_query_slots",
     "plot_reconstructions",
+    "plot_text_attention",
     "position_similarity",
     "query_boxes",
     "query_maps",
     "read_image",
     "reconstruct_images",
+    "text_attention_maps",
 ]

@@ -49,13 +49,6 @@ def require_image_model(config: PreTrainedConfig, model: str) -> None:
         )
 
 
-def require_text_model(model: str) -> None:
-    """Refuse the folder or Hub id of a model that reads no text pairs."""
-    config = AutoConfig.from_pretrained(model)
-    if not config.is_encoder_decoder:
-        raise ValueError(f'"{model}" is a {config.model_type} model, and a text is for a translation model')
-
-
 def load_encoder(model: str) -> PreTrainedModel:
     """An image model of a folder or a Hub id: with its classifier or decoder if it has one.
 

@@ -1,0 +1,151 @@
+"""Self-attention of an encoder (BERT) or decoder (GPT) on a text, alone or beside that of another model.
+
+    text -> tokens -> one forward pass with maps -> arrays -> PNG
+
+Shapes: L layers; H heads; T tokens. Rows of a map are queries, columns keys; a row sums to 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention import forming_maps, pick, stack
+from .grid import Grid
+from .tokens import token_labels
+
+
+@dataclass(frozen=True)
+class TextAttentionMaps:
+    """Where each token of a text looked.
+
+    Args:
+        model: name of the model.
+        text: that was read, of a pair both.
+        tokens: T tokens, readable (see `token_labels`).
+        maps: (L, H, T, T) float32.
+    """
+
+    model: str
+    text: str
+    tokens: list[str]
+    maps: np.ndarray
+
+
+def reads_pairs(model: str) -> bool:
+    """Whether the model of a folder or Hub id reads one text and writes another.
+
+    Raises:
+        ValueError: it reads no texts.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if not getattr(config, "vocab_size", None):
+        raise ValueError(f'"{model}" is a {config.model_type} model, and a text is for a model of texts')
+    return bool(config.is_encoder_decoder)
+
+
+def load_text_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder or decoder of a folder or Hub id, without a head, and its tokenizer."""
+    return AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+
+
+@torch.no_grad()
+def text_attention_maps(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
+) -> TextAttentionMaps:
+    """Run a model on a text and keep where its tokens looked.
+
+    Args:
+        model: an encoder or a decoder, ours or transformers'. It is evaluated without dropout, and left as it was.
+        tokenizer: of the model.
+        text: that it reads.
+        pair: a second text, for a tokenizer that puts two together.
+
+    Raises:
+        ValueError: a text is empty or too long, or the model is an encoder-decoder.
+    """
+    for name, value in (("text", text), ("pair", pair)):
+        if value is not None and not value.strip():
+            raise ValueError(f"{name} must hold at least one word, got {value!r}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model must be an encoder or a decoder alone, got {type(model).__name__}")
+    encoded = tokenizer(text, pair, return_tensors="pt").to(model.device)
+    length, longest = encoded["input_ids"].shape[1], model.config.max_position_embeddings
+    if length > longest:
+        raise ValueError(f"text must have at most {longest} tokens, max_position_embeddings, got {length}")
+    with forming_maps(model):
+        outputs = model(**encoded, output_attentions=True)
+    name = str(model.config._name_or_path or type(model).__name__)
+    return TextAttentionMaps(
+        model=Path(name).resolve().name if Path(name).exists() else name,
+        text=text if pair is None else f"{text} | {pair}",
+        tokens=token_labels(tokenizer, encoded["input_ids"][0].tolist()),
+        maps=stack(outputs.attentions),
+    )
+
+
+def plot_text_attention(
+    found: TextAttentionMaps,
+    output: str | Path,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Path:
+    """Draw every map, a row for a layer and a column for a head.
+
+    Args:
+        output: the ".png" file.
+        layers, heads: those to draw, counted from 0; default all.
+
+    Raises:
+        ValueError: a layer or head does not exist, or the picture would be too large.
+    """
+    rows, columns = pick(layers, len(found.maps), "layers"), pick(heads, found.maps.shape[1], "heads")
+    panels = found.maps[np.ix_(rows, columns)]
+    titles = [f"layer {row}" for row in rows], [f"head {column}" for column in columns]
+    return grid(panels, found, *titles, [f"{found.model}: self-attention", found.text]).save(output)
+
+
+def plot_beside(
+    teacher: TextAttentionMaps,
+    student: TextAttentionMaps,
+    output: str | Path,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Path:
+    """Draw two models' maps side by side: a row for each layer of the second, beside it the layer of the first that
+    stands as high (m of M and m N / M of N, as TinyBERT maps them, Jiao et al. 2020, section 3.1).
+
+    Args:
+        output: the ".png" file.
+        layers: of the second model, counted from 0; default all.
+        heads: of both, counted from 0; default, the mean over all.
+
+    Raises:
+        ValueError: the texts' tokens differ, a layer or head does not exist, or the picture would be too large.
+    """
+    if teacher.tokens != student.tokens:
+        raise ValueError(f"{teacher.model} and {student.model} must read the same tokens: their tokenizers differ")
+    N, M = len(teacher.maps), len(student.maps)
+    rows = pick(layers, M, "layers")
+    above = [max(0, -(-(row + 1) * N // M) - 1) for row in rows]  # rounded up where N is no multiple of M
+    pairs = (teacher, above), (student, rows)
+    if heads is None:
+        panels = np.stack([found.maps[numbers].mean(axis=1) for found, numbers in pairs], axis=1)
+        columns = [f"{found.model}, mean" for found, _ in pairs]
+    else:
+        chosen = [pick(heads, found.maps.shape[1], f"heads of {found.model}") for found, _ in pairs]
+        parts = [found.maps[np.ix_(numbers, own)] for (found, numbers), own in zip(pairs, chosen, strict=True)]
+        panels = np.concatenate(parts, axis=1)
+        columns = [f"{found.model}, {h}" for (found, _), own in zip(pairs, chosen, strict=True) for h in own]
+    titles = [f"layers {high}, {low}" for high, low in zip(above, rows, strict=True)]
+    head = f"self-attention of {teacher.model}, left, and {student.model}, right"
+    return grid(panels, student, titles, columns, [head, student.text]).save(output)
+
+
+def grid(panels: np.ndarray, found: TextAttentionMaps, rows: list[str], columns: list[str], title: list[str]) -> Grid:
+    """A picture of maps (R, C, T, T)."""
+    names = {"query_name": "token", "key_name": "token looked at"}
+    return Grid(panels, queries=found.tokens, keys=found.tokens, rows=rows, columns=columns, **names, title=title)
