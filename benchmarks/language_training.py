@@ -1,0 +1,259 @@
+"""Training speed of language models: real tokens per second of our models and loop, against their peers.
+
+python -m benchmarks language_training --dataset nyu-mll/glue --dataset_name sst2 [--nanogpt DIR]
+
+Masked tokens, on single sentences, sizes of BERT:
+  bert   transformers' BertForMaskedLM, its DataCollatorForLanguageModeling, AdamW, random batches
+  ours   TfmBertForMaskedLM, `MaskedLanguageTask`, `train_step`, as many sentences a batch, sorted by length
+Next tokens, on packed blocks, sizes of GPT-2:
+  gpt2      transformers' GPT2LMHeadModel with its own loss, AdamW
+  nanogpt   nanoGPT's GPT with its own optimizer, where its folder is given
+  ours      TfmGPTForCausalLM, `CausalLanguageTask`, `train_step`
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.optim import AdamW
+from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel
+
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmGPTConfig, TfmGPTForCausalLM
+from hf_tfm.data.language import Texts, sequence_lengths, text_rows, token_sequences
+from hf_tfm.data.source import load_splits
+from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
+from hf_tfm.tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+
+from . import common, peers
+
+Work = Callable[[int], int]
+
+
+def main(
+    dataset: str = "nyu-mll/glue",
+    dataset_name: str | None = None,
+    text_column: str | None = None,
+    bert_sizes: tuple[str, ...] = ("mini", "base"),
+    gpt_sizes: tuple[str, ...] = ("small",),
+    precisions: tuple[str, ...] = ("no", "bf16"),
+    vocab_size: int = 30_522,
+    batch_size: int = 32,
+    block: int = 256,
+    blocks: int = 2,
+    batches: int = 4,
+    rounds: int = 5,
+    nanogpt: str | None = None,
+) -> None:
+    """Measure and write benchmarks/results/language_training.json.
+
+    Args:
+        dataset, dataset_name, text_column: training texts.
+        bert_sizes: of TfmBertConfig.
+        gpt_sizes: of TfmGPTConfig.
+        precisions: no (float32) and bf16.
+        vocab_size: of the vocabularies that are trained on the texts; fewer come of little text.
+        batch_size: sentences in a batch of BERT.
+        block: tokens in a block of GPT; blocks: of them in a batch.
+        batches: batches in a round.
+        rounds: timed rounds; medians are reported.
+        nanogpt: folder with nanoGPT's model.py.
+    """
+    rows = text_rows(load_splits(dataset, dataset_name)["train"], text_column)
+    results = {}
+    for size in bert_sizes:
+        config, variants = masked(rows, size, precisions, vocab_size, batch_size, batches)
+        rates = common.interleaved(variants, rounds)
+        results[f"bert, {size}"] = report(config, rates, precisions, masked_flops(config))
+    for size in gpt_sizes:
+        config, variants = causal(rows, size, precisions, vocab_size, block, blocks, batches, nanogpt)
+        rates = common.interleaved(variants, rounds)
+        results[f"gpt, {size}"] = report(config, rates, precisions, causal_flops(config, block))
+    settings = {"batch_size": batch_size, "block": block, "blocks": blocks, "rounds": rounds}
+    common.write("language_training", {"dataset": dataset, **settings, "models": results})
+
+
+def masked(rows, size: str, precisions, vocab_size: int, batch_size: int, batches: int) -> tuple[object, dict]:
+    """The contestants on masked tokens, by name and precision."""
+    tokenizer = train_wordpiece(Texts(rows), vocab_size)
+    found = token_sequences(rows, tokenizer, 128, "rows")
+    lengths = sequence_lengths(found)
+    config = TfmBertConfig.of_size(size, vocab_size=vocab_size)
+    collator = DataCollatorForLanguageModeling(tokenizer)
+    task = MaskedLanguageTask(tokenizer)
+    random, ordered = (
+        peers.random_batches(len(found), batch_size, seed=0),
+        peers.sorted_batches(lengths[:, None], batch_size),
+    )
+    fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    variants = {}
+    for precision in precisions:
+        native = BertForMaskedLM(BertConfig(**{name: getattr(config, name) for name in fields}))
+
+        def native_batches(number: int):
+            for batch in peers.spread(random, batches, number):
+                given = collator([{"input_ids": found[i]["input_ids"]} for i in batch])
+                yield given, int(given["attention_mask"].sum())
+
+        variants[f"bert_{label(precision)}"] = plain(precision, native, native_batches, AdamW(native.parameters()))
+        variants[f"ours_{label(precision)}"] = with_loop(
+            precision, TfmBertForMaskedLM(config), task, found, ordered, batches
+        )
+    return config, variants
+
+
+def causal(
+    rows, size: str, precisions, vocab_size: int, block: int, blocks: int, batches: int, nanogpt: str | None
+) -> tuple[object, dict]:
+    """The contestants on next tokens, by name and precision."""
+    tokenizer = train_bytes(Texts(rows), vocab_size)
+    found = token_sequences(rows, tokenizer, block).filter(lambda row: len(row["input_ids"]) == block)
+    config = TfmGPTConfig.of_size(size, vocab_size=vocab_size)
+    task = CausalLanguageTask(tokenizer)
+    order = peers.random_batches(len(found), blocks, seed=0)
+    variants = {}
+    for precision in precisions:
+
+        def tokens(number: int):
+            for batch in peers.spread(order, batches, number):
+                yield torch.tensor([found[i]["input_ids"] for i in batch])
+
+        def gpt2_batches(number: int):
+            for ids in tokens(number):
+                yield {"input_ids": ids, "labels": ids, "use_cache": False}, ids.numel()
+
+        native = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_embd=config.hidden_size,
+                n_layer=config.num_hidden_layers,
+                n_head=config.num_attention_heads,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        variants[f"gpt2_{label(precision)}"] = plain(precision, native, gpt2_batches, AdamW(native.parameters()))
+        if nanogpt:
+            variants[f"nanogpt_{label(precision)}"] = nano(precision, nanogpt, config, tokens)
+        variants[f"ours_{label(precision)}"] = with_loop(
+            precision, TfmGPTForCausalLM(config), task, found, order, batches
+        )
+    return config, variants
+
+
+def plain(precision: str, model: torch.nn.Module, batches_of: Callable, optimizer) -> Work:
+    """A plain accelerate loop over batches of a model that computes its loss."""
+    AcceleratorState._reset_state()  # one process may else have one precision only; prepared models keep theirs
+    accelerator = Accelerator(mixed_precision=precision)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+
+    def work(number: int) -> int:
+        items = 0
+        for batch, count in batches_of(number):
+            batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            items += count
+        return items
+
+    return work
+
+
+def nano(precision: str, folder: str, config: TfmGPTConfig, tokens: Callable) -> Work:
+    """nanoGPT's model and optimizer, in the loop of its train.py."""
+    sys.path.insert(0, folder)
+    from model import GPT
+    from model import GPTConfig as NanoConfig
+
+    model = GPT(
+        NanoConfig(
+            block_size=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_embd=config.hidden_size,
+            dropout=config.hidden_dropout_prob,
+            bias=True,
+        )
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
+
+    def work(number: int) -> int:
+        items = 0
+        for ids in tokens(number):
+            ids = ids.to(device)
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            items += ids.numel()
+        return items
+
+    return work
+
+
+def with_loop(precision: str, model, task: LanguageTask, rows, plan, batches: int) -> Work:
+    """Our model, task and `train_step`."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4)
+    model, optimizer = accelerator.prepare(model.train(), build_optimizer(model, args))
+
+    def work(number: int) -> int:
+        items = 0
+        for batch in peers.spread(plan, batches, number):
+            examples = rows.__getitems__(batch)
+            items += sum(len(example["input_ids"]) for example in examples)
+            train_step(accelerator, task, model, optimizer, [task.collate(examples, batch, 0)])
+        return items
+
+    return work
+
+
+def label(precision: str) -> str:
+    return {"no": "fp32", "bf16": "bf16"}[precision]
+
+
+def block_products(config) -> int:
+    """Multiplications and additions of a token in the linear layers of the blocks."""
+    D, F = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    return config.num_hidden_layers * (4 * D * D + 2 * D * F)
+
+
+def masked_flops(config: TfmBertConfig) -> float:
+    """Linear-layer FLOPs of a training step for each token, the head at 15 % of them; attention is left out."""
+    D, V = config.hidden_size, config.vocab_size
+    return 3 * 2 * (block_products(config) + 0.15 * (D * D + D * V))
+
+
+def causal_flops(config: TfmGPTConfig, block: int) -> float:
+    """FLOPs of a training step for each token, with attention over the half of a block that it may see."""
+    D, V = config.hidden_size, config.vocab_size
+    return 3 * 2 * (block_products(config) + config.num_hidden_layers * 2 * D * block / 2 + D * V)
+
+
+def report(config, rates: dict[str, list[float]], precisions, flops: float) -> dict:
+    """Medians, the ratios of ours to each peer, and the share of the floor."""
+    rate_of = {precision: common.matmul_rate(peers.dtype_of(precision)) for precision in precisions}
+    found: dict = {"tokens_per_second": {name: round(statistics.median(r)) for name, r in rates.items()}}
+    found["ratios"], found["share_of_floor"] = {}, {}
+    for precision in precisions:
+        ours = f"ours_{label(precision)}"
+        for peer in rates:
+            same = peer.endswith(f"_{label(precision)}") or peer.endswith("_fp32")
+            if same and not peer.startswith("ours"):
+                found["ratios"][f"{ours} / {peer}"] = round(common.ratio(rates, ours, peer), 2)
+        found["share_of_floor"][label(precision)] = {
+            "matmul_gflops": round(rate_of[precision] / 1e9),
+            "mflop_per_token": round(flops / 1e6, 1),
+            "share": round(statistics.median(rates[ours]) * flops / rate_of[precision], 3),
+        }
+    return found
