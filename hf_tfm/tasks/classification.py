@@ -91,17 +91,28 @@ class ClassificationTask(ImageTask):
         """Labelled images."""
         return {"label": int((batch["labels"] != IGNORE_LABEL).sum())}
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B, classes)."""
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a model is given to read: images (B, 3, H, W), mixed where they are."""
         pixels = self.pixels.scale(batch["pixel_values"])
         if "partner" in batch:
             pixels = mix(pixels, batch["partner"], batch["share"], batch["box"])
-        return model(pixel_values=pixels).logits
+        return {"pixel_values": pixels}
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, summed over labelled images."""
-        smoothing = self.label_smoothing if model.training else 0.0
-        logits, labels = self.logits(model, batch).float(), batch["labels"]
+    def places(self, batch: Batch) -> None:
+        """None: every row of logits has a target."""
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B, classes)."""
+        return model(**self.inputs(batch)).logits
+
+    def hard_loss(self, logits: Tensor, batch: Batch, training: bool = True) -> Tensor:
+        """Cross-entropy of logits (B, classes), summed over labelled images.
+
+        Args:
+            training: labels are smoothed.
+        """
+        smoothing = self.label_smoothing if training else 0.0
+        logits, labels = logits.float(), batch["labels"]
         loss = cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)  # (B,)
         if "partner" in batch:
             # The cross-entropy of a mixed target is the mix of the cross-entropies. A partner without a label has
@@ -109,7 +120,11 @@ class ClassificationTask(ImageTask):
             other = labels[batch["partner"]]
             share = batch["share"] * (other != IGNORE_LABEL) * (labels != IGNORE_LABEL)
             loss = torch.lerp(loss, cross_entropy(logits, other, reduction="none", label_smoothing=smoothing), share)
-        return {"label": loss.sum()}
+        return loss.sum()
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy, summed over labelled images."""
+        return {"label": self.hard_loss(self.logits(model, batch), batch, model.training)}
 
 
 @dataclass

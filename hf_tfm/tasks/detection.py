@@ -85,12 +85,26 @@ class DetectionTask(SceneTask):
 
     def predict(self, model: nn.Module, batch: Batch, learn: bool = False) -> ModelOutput:
         """The model's output for a batch; with ``learn`` and images that count, ``loss_dict`` holds sums."""
+        return model(**self.inputs(batch), **(self.target_inputs(batch) if learn else {}))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
+        """What a model is given to read."""
         pixels = self.pixels.scale_padded(batch["pixel_values"], batch["pixel_mask"])
-        mask = batch["pixel_mask"] if batch["padded"] else None
-        if not (learn and batch["images"]):
-            return model(pixel_values=pixels, pixel_mask=mask)
+        return {"pixel_values": pixels, "pixel_mask": batch["pixel_mask"] if batch["padded"] else None}
+
+    def target_inputs(self, batch: Batch) -> dict[str, Any]:
+        """What a model that learns is given beside it; of images that do not count, nothing."""
+        if not batch["images"]:
+            return {}
         whole = dict.fromkeys((*TERMS.values(), *MASK_TERMS.values(), "cardinality_error"), 1.0)
-        return model(pixel_values=pixels, pixel_mask=mask, labels=batch["labels"], num_items_in_batch=whole)
+        return {"labels": batch["labels"], "num_items_in_batch": whole}
+
+    def places(self, batch: Batch) -> None:
+        """None: every query has a target, if it is that there is no object."""
+
+    def hard_losses(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """`losses` of an output that was computed with `target_inputs`."""
+        return self.terms(output)
 
 
 def detections(processor: BaseImageProcessor, output: ModelOutput, batch: Batch) -> list[dict[str, Tensor]]:

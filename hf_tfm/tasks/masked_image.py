@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
+from transformers.utils import ModelOutput
 
 from ..data.augment import Augmentation
 from ..data.batching import rng
@@ -67,7 +68,17 @@ class MaskedImageTask(ImageTask):
         """Hidden patches."""
         return {"patch": batch["images"] * self.hidden}
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a model is given to read."""
+        return {"pixel_values": self.pixels.scale(batch["pixel_values"]), "noise": batch["noise"]}
+
+    def places(self, batch: Batch) -> None:
+        """None: there are no logits."""
+
+    def hard_losses(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """`losses` of an output."""
+        return {"patch": output.loss * self.count(batch)["patch"]}
+
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The mean squared error of a patch's pixels, summed over hidden patches."""
-        output = model(pixel_values=self.pixels.scale(batch["pixel_values"]), noise=batch["noise"])
-        return {"patch": output.loss * self.count(batch)["patch"]}
+        return self.hard_losses(model(**self.inputs(batch)), batch)
