@@ -59,6 +59,8 @@ DETR = {
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
     "num_labels": 10,
 }
 LABELS = {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}}

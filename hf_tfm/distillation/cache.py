@@ -1,0 +1,333 @@
+"""A teacher's signals written once, and read by runs that then need no teacher in memory.
+
+    teacher, batches -> signals of each sample -> shards (see `shards`) -> signals of a batch, made in loader workers
+
+A sample's place is ``epoch * rows + row``: its masks and changes follow from (seed, epoch, index) alone, so a run that
+reads epoch e mod E of a cache of E epochs sees the very samples the teacher saw. A writer that was killed goes on with
+the first shard that is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..data.batching import COPY, fetch, worker_loader
+from ..training.folder import explain_write_errors, write_text
+from .facts import Facts
+from .samples import encode, join, split, training_collate
+from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, pack, save_shard, shard_path
+from .signals import LOGITS, PLACES, REST, TOP, Signals
+from .teacher import Teacher, to_dtype
+from .terms import Lesson, signals_of
+
+PROBES = 32  # samples whose inputs make the hash of the preprocessing
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Size of a cache: its samples, and bytes on disk."""
+
+    samples: int
+    bytes: int
+
+    @property
+    def bytes_per_sample(self) -> float:
+        return self.bytes / self.samples
+
+
+def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
+    """A hash of what a teacher is given to read of some samples, at even distances, in the first and last epoch.
+
+    It changes with the tokenizer, the processor, the longest length, masks, augmentation and the seed of these.
+    """
+    digest = hashlib.sha256()
+    for epoch in sorted({0, epochs - 1}):
+        for index in np.unique(np.linspace(0, len(rows) - 1, PROBES).astype(int)).tolist():
+            batch = training_collate(task)(fetch(rows, [index]), [index], epoch)
+            given = {**task.inputs(batch), "places": task.places(batch)}
+            for name, value in sorted(given.items()):
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                    digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def write_cache(
+    teacher: Teacher,
+    task: Any,
+    rows: Sequence[Any],
+    folder: str | Path,
+    epochs: int = 1,
+    signals: Sequence[str] = (LOGITS,),
+    top_k: int | None = None,
+    dtype: str = "bf16",
+    *,
+    data: str,
+    temperature: float = 1.0,
+    numbers: Callable[[int], Sequence[int]] | None = None,
+    batch_size: int = 64,
+    shard_samples: int = 1024,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    progress: bool = False,
+) -> CacheReport:
+    """Write a teacher's signals of every row and epoch; go on where a killed writer of the same cache stopped.
+
+    Args:
+        task: gives batches, see `tasks.distill.Teaching`; of images as they are in training, not mixed.
+        rows: of the training data.
+        epochs: passes that a run makes before it sees the same chances again.
+        signals: names, see `signals`; those of lessons are ``signals_of(lessons, "teacher")``.
+        top_k: keep so many logits of a row; default, all.
+        dtype: "fp32", "bf16" or "fp16".
+        data: fingerprint of the rows.
+        temperature: of the soft targets that are learned from the top_k logits.
+        numbers: epoch -> numbers of its samples, where they carry more than the row, as a `ShapeSampler`'s.
+        batch_size: samples the teacher reads at once.
+        shard_samples: samples of a file.
+        accelerator: its processes share the work; None where there is one.
+
+    Raises:
+        ValueError: the folder holds another cache, and the error says in what it differs; an option is out of range;
+            or samples depend on their neighbours.
+        WriteError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    if getattr(task, "mixing", None) is not None:
+        raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
+    sizes = {"epochs": epochs, "top_k": top_k, "batch_size": batch_size, "shard_samples": shard_samples}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not signals:
+        raise ValueError("signals must name at least one")
+    to_dtype(dtype)
+    index = CacheIndex(
+        teacher=teacher.hash,
+        data=data,
+        preprocessing=inputs_hash(task, rows, epochs),
+        rows=len(rows),
+        epochs=epochs,
+        shard_samples=shard_samples,
+        signals=sorted(signals),
+        dtype=dtype,
+        top_k=top_k,
+        temperature=temperature,
+        facts=teacher.facts.to_json(),
+    )
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    if rank == 0:
+        begin(folder, index)
+    if accelerator:
+        accelerator.wait_for_everyone()
+        begin(folder, index)
+    for shard in tqdm(range(rank, index.shards, world_size), "cache", disable=not progress):
+        path = shard_path(folder, shard)
+        if not path.is_file():
+            chunks = Chunks(task, rows, index.places(shard), numbers, batch_size)
+            save_shard(path, shard_tensors(teacher, task, chunks, index, num_workers))
+    if accelerator:
+        accelerator.wait_for_everyone()
+    written = sum(path.stat().st_size for path in (folder / SHARDS).glob("*.safetensors"))
+    return CacheReport(index.rows * index.epochs, written)
+
+
+def begin(folder: Path, index: CacheIndex) -> None:
+    """Make a folder this cache's own, or find that it is.
+
+    Raises:
+        ValueError: it holds another.
+    """
+    if (folder / INDEX_FILE).is_file():
+        if changed := differences(CacheIndex.load(folder), index):
+            raise ValueError(f"{folder} holds another cache ({'; '.join(changed)}): choose another folder")
+        return
+    with explain_write_errors(folder):
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    write_text(folder / INDEX_FILE, json.dumps(asdict(index), indent=2) + "\n")
+
+
+class Chunks(Dataset):
+    """Some places of a cache as batches for the teacher, texts of like length together."""
+
+    def __init__(
+        self,
+        task: Any,
+        rows: Sequence[Any],
+        places: range,
+        numbers: Callable[[int], Sequence[int]] | None,
+        batch_size: int,
+    ):
+        self.task, self.rows, self.places = task, rows, places
+        self.chunks: list[tuple[int, list[int]]] = []  # epoch, numbers
+        for epoch in range(places.start // len(rows), (places.stop - 1) // len(rows) + 1):
+            here = range(max(places.start - epoch * len(rows), 0), min(places.stop - epoch * len(rows), len(rows)))
+            own = list(here)
+            if numbers is not None:
+                own = sorted((n for n in numbers(epoch) if n % COPY in here), key=lambda n: n % COPY)
+                if len({n % COPY for n in own}) < len(own):
+                    raise ValueError(f"epoch {epoch} has several copies of a sample, which cannot be cached")
+            own = by_length(rows, own)
+            self.chunks += [(epoch, own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, i: int) -> tuple[int, list[int], dict[str, Any]]:
+        epoch, numbers = self.chunks[i]
+        batch = training_collate(self.task)(fetch(self.rows, [n % COPY for n in numbers]), numbers, epoch)
+        return epoch, numbers, batch
+
+
+def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
+    """Numbers of texts in order of their tokens, so that little is padding; others as they come."""
+    found = fetch(rows, [numbers[0] % COPY]) if numbers else [{}]
+    if "input_ids" not in found[0]:
+        return numbers
+    lengths = {
+        n: len(row["input_ids"]) for n, row in zip(numbers, fetch(rows, [n % COPY for n in numbers]), strict=True)
+    }
+    return sorted(numbers, key=lengths.__getitem__)
+
+
+def shard_tensors(
+    teacher: Teacher, task: Any, chunks: Chunks, index: CacheIndex, num_workers: int
+) -> dict[str, Tensor]:
+    """The content of a shard."""
+    found: dict[int, tuple[int, Signals]] = {}
+    for epoch, numbers, batch in worker_loader(chunks, range(len(chunks)), num_workers):
+        if batch.get("images", len(numbers)) == 0:
+            continue  # none of them can be read
+        places = task.places(batch)
+        given = teacher.signals({}, task.inputs(batch), index.signals, places)
+        stored = encode(given, index.top_k, index.temperature, to_dtype(index.dtype))
+        kept = {n % COPY for n in batch["indices"].tolist()} if "images" in batch else None
+        numbers = [n for n in numbers if kept is None or n % COPY in kept]
+        for number, sample in zip(numbers, split(batch, stored, places), strict=True):
+            found[epoch * index.rows + number % COPY] = number, {k: v.clone() for k, v in sample.items()}
+    if not found:
+        raise ValueError(f"no sample of {chunks.places} can be read")
+    return pack([found.get(place) for place in chunks.places])
+
+
+class CachedTeacher:
+    """Signals of a cache, read by the processes that make batches; in the place of a `Teacher`.
+
+    Args:
+        folder: of `write_cache`.
+
+    Raises:
+        ValueError: it holds no cache, or one that is not whole.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.index = CacheIndex.load(self.folder)
+        self.facts = Facts.from_json(self.index.facts)
+        missing = [i for i in range(self.index.shards) if not shard_path(self.folder, i).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of {self.index.shards} shards: the command that wrote it goes on"
+            )
+        self.open_shards()
+
+    def open_shards(self) -> None:
+        """Have shards opened as they are needed, and the last few stay open."""
+        self.shard = lru_cache(OPEN_SHARDS)(lambda number: Shard(shard_path(self.folder, number)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "shard"}  # open files do not travel
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.open_shards()
+
+    def check(self, task: Any, rows: Sequence[Any], data: str, teacher: str | None = None) -> None:
+        """Refuse a cache of something else, before anything is trained.
+
+        Args:
+            task, rows, data: of the run, see `write_cache`.
+            teacher: hash of the teacher it should be of, see `Teacher`; None takes the cache's.
+
+        Raises:
+            ValueError: it names what differs: teacher, data or preprocessing.
+        """
+        held = self.index
+        wanted = {"teacher": teacher or held.teacher, "data": data}
+        # Inputs of other data say nothing of how they are made.
+        wanted["preprocessing"] = inputs_hash(task, rows, held.epochs) if data == held.data else held.preprocessing
+        if changed := [f"{k} {getattr(held, k)} there, {v} now" for k, v in wanted.items() if v != getattr(held, k)]:
+            raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(changed)}")
+
+    def require(self, lessons: Sequence[Lesson]) -> None:
+        """Refuse lessons that need what is not in the cache.
+
+        Raises:
+            ValueError: it names the lesson.
+        """
+        for lesson in lessons:
+            if missing := [theirs for _, theirs in lesson.pairs if theirs and theirs not in self.index.signals]:
+                raise ValueError(f'term {lesson.name} needs the signal "{missing[0]}", which {self.folder} lacks')
+            if self.index.top_k is None or LOGITS not in signals_of([lesson], "teacher"):
+                continue
+            if lesson.kind.top is None:
+                raise ValueError(f"term {lesson.name} needs all logits, {self.folder} has top_k={self.index.top_k}")
+            if lesson.kind.temperature and lesson.term.temperature != self.index.temperature:
+                raise ValueError(
+                    f"term {lesson.name} has temperature {lesson.term.temperature:g}, and the rest of the logits in "
+                    f"{self.folder} is of {self.index.temperature:g}"
+                )
+
+    def epoch(self, epoch: int) -> int:
+        """The epoch whose samples the cache holds."""
+        return epoch % self.index.epochs
+
+    def attach(
+        self, batch: dict[str, Any], names: Sequence[str], indices: list[int], epoch: int, places: Tensor | None
+    ) -> dict[str, Any]:
+        """``signals`` of a batch.
+
+        Args:
+            batch: as the task collated it.
+            indices: numbers of its samples, some of which a batch of images may lack.
+            places: of its rows of logits.
+
+        Raises:
+            ValueError: a sample is not in the cache, or is another there.
+        """
+        kept = {i % COPY for i in batch["indices"].tolist()} if "images" in batch else None
+        stored = [TOP, PLACES, REST] if self.index.top_k is not None else [LOGITS]
+        names = [own for name in names for own in (stored if name == LOGITS else [name])]
+        samples = [self.sample(i, epoch, names) for i in indices if kept is None or i % COPY in kept]
+        return {"signals": join(batch, samples, places)}
+
+    def sample(self, number: int, epoch: int, names: Sequence[str]) -> Signals:
+        """Signals of one sample."""
+        row = number % COPY
+        if row >= self.index.rows:
+            raise ValueError(f"sample {row} is not in {self.folder}, which has {self.index.rows} rows")
+        shard, place = divmod(epoch * self.index.rows + row, self.index.shard_samples)
+        opened: Shard = self.shard(shard)
+        if opened.numbers[place] != number:
+            raise ValueError(
+                f"sample {row} of epoch {epoch} has the number {number}, and in {self.folder} it is "
+                f"{opened.numbers[place]}: copies, and images on another canvas, are other samples"
+            )
+        return opened.sample(place, names)
+
+    def signals(self, attached: dict[str, Any], *_: Any) -> Signals:
+        """What `attach` put into the batch."""
+        return attached["signals"]

@@ -1,0 +1,176 @@
+"""What of a model decides whether it can teach or learn from another; small enough to stand in a cache's index."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .signals import timm_blocks
+
+# Texts in which tokenizers that are not the same one differ: case, accents, numbers, punctuation, unknown signs.
+PROBES = ("The café's  10,000 QUESTIONS — aren't they\tfunny?", "naïve don't\n日本語 🙂 x_1=3.14")
+
+
+@dataclass(frozen=True)
+class StackFacts:
+    """A stack of blocks: how many there are, their features and attention heads."""
+
+    layers: int
+    width: int
+    heads: int | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a model matters in distillation.
+
+    Args:
+        kind: its class.
+        stacks: by name, "" of a model with one.
+        outputs: logits of a row: tokens, classes (with "no object" of a detector), or None without a head.
+        labels: names of classes, or None where there are none or the names say nothing.
+        queries: object queries of a detector, or None.
+        widths: channels of the modules that give maps, by name.
+    """
+
+    kind: str
+    stacks: dict[str, StackFacts]
+    outputs: int | None = None
+    labels: tuple[str, ...] | None = None
+    queries: int | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def stack(self, name: str, side: str) -> StackFacts:
+        """A stack by name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.stacks:
+            known = ", ".join(f'"{stack}"' for stack in self.stacks) or "none that is known"
+            raise ValueError(f'stack "{name}" is not one of the {side}, a {self.kind}; it has {known}')
+        return self.stacks[name]
+
+    def channels(self, module: str, side: str) -> int:
+        """Channels of what a module gives.
+
+        Raises:
+            ValueError: there is no such module, or it does not say.
+        """
+        if module not in self.widths:
+            raise ValueError(
+                f'"{module}" of the {side}, a {self.kind}, is no module that says how many channels it gives, as '
+                "convolutions and norms do"
+            )
+        return self.widths[module]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> "Facts":
+        """The inverse of `to_json`."""
+        labels = None if given["labels"] is None else tuple(given["labels"])
+        stacks = {name: StackFacts(**stack) for name, stack in given["stacks"].items()}
+        return cls(**{**given, "labels": labels, "stacks": stacks})
+
+
+def facts_of(model: PreTrainedModel) -> Facts:
+    """The facts of a model."""
+    config = model.config
+    queries = getattr(config, "num_queries", None)
+    return Facts(
+        kind=type(model).__name__,
+        stacks=stacks_of(model),
+        outputs=count_outputs(model, queries),
+        labels=label_names(config) if has_classes(model) else None,
+        queries=queries if "Detection" in type(model).__name__ or "Segmentation" in type(model).__name__ else None,
+        widths={name: width for name, module in model.named_modules() if (width := width_of(module))},
+    )
+
+
+def stacks_of(model: PreTrainedModel) -> dict[str, StackFacts]:
+    """Every stack of blocks by name."""
+    config, blocks = model.config, timm_blocks(model)
+    if blocks is not None:
+        return {"": StackFacts(len(blocks), model.timm_model.num_features, None)}
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        return {}
+    heads = getattr(config, "num_attention_heads", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        layers = getattr(config, "num_hidden_layers", None)
+        return {} if layers is None else {"": StackFacts(layers, width, heads)}
+    found = {}
+    for name in ("encoder", "decoder"):
+        layers = getattr(config, f"{name}_layers", None) or getattr(config, f"num_{name}_layers", None)
+        if layers is not None:
+            found[name] = StackFacts(layers, width, getattr(config, f"{name}_attention_heads", heads))
+    return found
+
+
+def has_classes(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are of classes."""
+    return any(part in type(model).__name__ for part in ("Classification", "Detection", "Segmentation"))
+
+
+def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
+    """See `Facts`."""
+    if (head := model.get_output_embeddings()) is not None:
+        return head.weight.shape[0]
+    if not has_classes(model):
+        return None
+    return model.config.num_labels + (1 if queries else 0)
+
+
+def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Names of classes in order; None where they are those transformers invents."""
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names
+
+
+def width_of(module: nn.Module) -> int | None:
+    """Channels of what a module gives, where it says."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    if isinstance(module, nn.BatchNorm2d):
+        return module.num_features
+    return module.num_channels if isinstance(module, nn.GroupNorm) else None
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher that reads other tokens than its student.
+
+    Raises:
+        ValueError: with the first difference.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        token = min(ours.items() ^ theirs.items())[0]
+        raise ValueError(
+            f"student and teacher must have the same tokenizer, got {len(ours)} and {len(theirs)} tokens; "
+            f'"{token}" is {ours.get(token)} for the student, {theirs.get(token)} for the teacher'
+        )
+    for text in PROBES:
+        if (mine := student(text)["input_ids"]) != (other := teacher(text)["input_ids"]):
+            raise ValueError(
+                f"student and teacher must have the same tokenizer, got {student.convert_ids_to_tokens(mine)} and "
+                f"{teacher.convert_ids_to_tokens(other)} for {text!r}"
+            )
+
+
+def check_processors(student: Any, teacher: Any) -> None:
+    """Refuse a teacher that reads images of another size or scale than its student.
+
+    Raises:
+        ValueError: with the first difference.
+    """
+    fields = ("size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize")
+    for name in (*fields, "image_mean", "image_std"):
+        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+        if ours != theirs and not (name == "crop_size" and not student.do_center_crop):
+            raise ValueError(
+                f"student and teacher must have the same {name} in their image processors, got {ours} and {theirs}"
+            )

@@ -1,0 +1,119 @@
+"""A teacher's signals of a batch cut into those of its samples, as a cache keeps them, and put together again.
+
+(B, T, D), (B, H, T, T), (n, C) of a batch -> of each sample without padding -> of another batch, padded anew
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
+
+WIDE = 2**16  # classes whose numbers fit two bytes
+
+
+def training_collate(task: Any) -> Callable[..., dict[str, Any]]:
+    """How a task makes batches to learn from."""
+    return getattr(task, "collate_training", task.collate)
+
+
+def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch.dtype) -> Signals:
+    """Signals as a cache stores them: in its dtype, and of logits (n, C) the ``top_k`` largest where it is given.
+
+    Args:
+        temperature: at which the others are summed up.
+    """
+    found = {name: value.to(dtype) for name, value in signals.items() if name != LOGITS or top_k is None}
+    if LOGITS in signals and top_k is not None:
+        logits = signals[LOGITS].float()
+        if top_k >= logits.shape[-1]:
+            raise ValueError(f"top_k must be below the {logits.shape[-1]} classes, got {top_k}")
+        top, places = logits.topk(top_k, dim=-1)
+        found[TOP] = top.to(dtype)
+        found[PLACES] = places.to(torch.uint16 if logits.shape[-1] <= WIDE else torch.int32)
+        found[REST] = (logits / temperature).scatter(-1, places, -torch.inf).logsumexp(-1)
+    return found
+
+
+def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """(B, T) bool of a batch of texts, True where there is a token; None of images."""
+    if "input_ids" not in batch:
+        return None
+    ids = batch["input_ids"]
+    return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+
+
+def split(batch: Mapping[str, Any], signals: Signals, places: Tensor | None) -> list[Signals]:
+    """Signals of each sample of a batch, without padding.
+
+    Args:
+        places: of the rows of logits among the B T, ascending.
+
+    Raises:
+        ValueError: the places do not ascend, so that rows of a sample do not stand together.
+    """
+    mask = token_mask(batch)
+    size = len(next(batch[name] for name in ("input_ids", "pixel_values") if name in batch))
+    if places is not None and bool((places.diff() < 0).any()):
+        raise ValueError("places must ascend: rows of logits are kept sample by sample")
+    rows = None if places is None else (places // mask.shape[1]).bincount(minlength=size).tolist()
+    found: list[Signals] = [{} for _ in range(size)]
+    for name, value in signals.items():
+        _, kind, _ = parts(name)
+        per_row = rows is not None and name in (LOGITS, TOP, PLACES, REST)
+        for i, part in enumerate(value.split(rows) if per_row else value):
+            if mask is not None and kind == HIDDEN:
+                part = part[mask[i]]  # (t, D)
+            elif mask is not None and kind == SCORE:
+                part = part[:, mask[i]][:, :, mask[i]]  # (H, t, t)
+            found[i][name] = part
+    return found
+
+
+def join(batch: Mapping[str, Any], samples: Sequence[Signals], places: Tensor | None) -> Signals:
+    """The inverse of `split`, for a batch whose padding may be another.
+
+    Raises:
+        ValueError: there are more or fewer rows than places, or tokens than in the batch.
+    """
+    mask = token_mask(batch)
+    found: Signals = {}
+    for name in samples[0]:
+        _, kind, _ = parts(name)
+        values = [sample[name] for sample in samples]
+        if places is not None and name in (LOGITS, TOP, PLACES, REST):
+            found[name] = torch.cat(values)
+            check_length(name, len(found[name]), len(places), "rows")
+        elif mask is not None and kind in (HIDDEN, SCORE):
+            found[name] = padded(name, kind, values, mask)
+        else:
+            found[name] = torch.stack(values)
+    if PLACES in found:
+        found[PLACES] = found[PLACES].long()
+    return found
+
+
+def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """States (t, D) of each sample as (B, T, D), 0 in padding, or scores (H, t, t) as (B, H, T, T), -inf there."""
+    B, T = mask.shape
+    first = values[0]
+    shape = (B, T, first.shape[-1]) if kind == HIDDEN else (B, first.shape[0], T, T)
+    found = first.new_full(shape, 0.0 if kind == HIDDEN else -torch.inf)
+    for i, value in enumerate(values):
+        here = mask[i].nonzero()[:, 0]
+        check_length(name, value.shape[-2], len(here), "tokens")
+        if kind == HIDDEN:
+            found[i, here] = value
+        else:
+            found[i][:, here[:, None], here] = value
+    return found
+
+
+def check_length(name: str, cached: int, wanted: int, what: str) -> None:
+    """Refuse a sample that is not the one that was cached."""
+    if cached != wanted:
+        raise ValueError(
+            f'the cache has {cached} {what} of signal "{name}" where the batch has {wanted}: it is of other samples'
+        )

@@ -1,0 +1,133 @@
+"""The files of a cache of a teacher's signals.
+
+    <folder>/index.json                    what was cached: of which teacher, data and preprocessing, and its format
+    <folder>/shards/00000.safetensors      the signals of some samples, one after the other, and their shapes
+
+A shard has for every signal the numbers of all its samples in one row, ``<signal>#shape`` with the shape of each, and
+`NUMBER`. It is written under another name and renamed when it is whole and on disk.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..training.folder import explain_write_errors, sync
+from .signals import Signals
+
+INDEX_FILE, SHARDS = "index.json", "shards"
+NUMBER = "number"  # of each sample as it was collated; -1 where there is none
+SHAPE = "#shape"
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What index.json says.
+
+    Args:
+        teacher: hash of its weights; data: fingerprint of the rows; preprocessing: hash of what it was given to read.
+        rows, epochs: of the data, and how often each is there, with other chances.
+        shard_samples: samples of a shard.
+        signals: names of what was asked for.
+        dtype: of the numbers; top_k: logits kept of a row, or None for all; temperature: of those that are not.
+        facts: of the teacher, see `Facts`.
+    """
+
+    teacher: str
+    data: str
+    preprocessing: str
+    rows: int
+    epochs: int
+    shard_samples: int
+    signals: list[str]
+    dtype: str
+    top_k: int | None
+    temperature: float
+    facts: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """How many there are in a whole cache."""
+        return math.ceil(self.rows * self.epochs / self.shard_samples)
+
+    def places(self, shard: int) -> range:
+        """Places of a shard's samples."""
+        return range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.rows * self.epochs))
+
+    @classmethod
+    def load(cls, folder: Path) -> "CacheIndex":
+        """Read it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        try:
+            return cls(**json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} holds no cache of a teacher's signals: {error}") from error
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
+    return folder / SHARDS / f"{shard:05d}.safetensors"
+
+
+def differences(held: CacheIndex, wanted: CacheIndex) -> list[str]:
+    """In what two caches differ, in words; the rest follows from these and from knobs."""
+    ours, theirs = json.loads(json.dumps(asdict(held))), json.loads(json.dumps(asdict(wanted)))
+    return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in ours if ours[name] != theirs[name]]
+
+
+def pack(samples: Sequence[tuple[int, Signals] | None]) -> dict[str, Tensor]:
+    """The tensors of a shard.
+
+    Args:
+        samples: number and signals of each, the same ones; None where there is none. Not all are.
+    """
+    first = next(sample[1] for sample in samples if sample is not None)
+    tensors = {NUMBER: torch.tensor([-1 if sample is None else sample[0] for sample in samples])}
+    for name, like in first.items():
+        own = [like[:0] if sample is None else sample[1][name] for sample in samples]
+        tensors[name] = torch.cat([value.flatten() for value in own])
+        tensors[name + SHAPE] = torch.tensor([value.shape for value in own], dtype=torch.int32)
+    return tensors
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a shard, whole or not at all."""
+    part = path.with_name(f".part-{path.name}")
+    with explain_write_errors(path):
+        save_file(tensors, part)
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+
+
+class Shard:
+    """A shard, open for reading; its numbers stay on disk, memory-mapped."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, framework="pt")
+        self.numbers: list[int] = self.file.get_tensor(NUMBER).tolist()
+        self.shapes: dict[str, list[list[int]]] = {}
+        self.ends: dict[str, list[int]] = {}
+        for name in [key.removesuffix(SHAPE) for key in self.file.keys() if key.endswith(SHAPE)]:  # noqa: SIM118
+            shapes = self.file.get_tensor(name + SHAPE)
+            self.shapes[name] = shapes.tolist()
+            self.ends[name] = shapes.long().prod(dim=1).cumsum(0).tolist()
+
+    def sample(self, place: int, names: Sequence[str]) -> Signals:
+        """Signals of the sample at a place of the shard."""
+        found = {}
+        for name in names:
+            end, shape = self.ends[name][place], self.shapes[name][place]
+            start = end - math.prod(shape)
+            found[name] = self.file.get_slice(name)[start:end].reshape(shape)
+        return found

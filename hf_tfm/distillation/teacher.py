@@ -1,0 +1,127 @@
+"""Teachers: loaded, put where there is room, and looked at before anything is trained.
+
+model -> in evaluation mode, without gradients, in its dtype, on its device -> signals of a batch
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .facts import Facts, facts_of
+from .signals import Signals, collect
+from .terms import Lesson
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_dtype(name: str, argument: str = "dtype") -> torch.dtype:
+    """A dtype by its short name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f'{argument} must be one of {", ".join(DTYPES)}, got "{name}"')
+    return DTYPES[name]
+
+
+class Teacher:
+    """A model that gives signals and learns nothing.
+
+    Args:
+        model: of transformers' kind. One that is spread over devices (``device_map``) stays as it is.
+        dtype: "fp32", "bf16" or "fp16", of its weights and what it computes.
+        device: where it computes, which need not be where the student does; default, where it is.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: str = "fp32", device: torch.device | str | None = None):
+        self.facts: Facts = facts_of(model)
+        self.hash = weights_hash(model)  # of the weights as they were loaded
+        model.requires_grad_(False)
+        self.spread = getattr(model, "hf_device_map", None) is not None
+        model = model.to(to_dtype(dtype))
+        self.model = (model if device is None or self.spread else model.to(device)).eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # It goes to workers that make batches, and need no model.
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+    def require(self, lessons: Sequence[Lesson]) -> None:
+        """Nothing: it can compute all that was planned on its facts. See `cache.CachedTeacher`."""
+
+    def epoch(self, epoch: int) -> int:
+        """It knows them all."""
+        return epoch
+
+    def attach(self, *_: Any) -> dict[str, Any]:
+        """Nothing is added to a batch: this teacher computes when it is asked."""
+        return {}
+
+    @torch.no_grad()
+    def signals(
+        self, attached: dict[str, Any], inputs: dict[str, Any], names: Collection[str], places: Tensor | None
+    ) -> Signals:
+        """Signals for a batch, on the device of the inputs.
+
+        Args:
+            attached: what `attach` gave, is not looked at.
+            inputs, names, places: see `collect`.
+        """
+        if self.model.training:
+            self.model.eval()  # whoever else used it
+        parameter = next(self.model.parameters())
+        home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        given = {name: moved(value, parameter) for name, value in inputs.items()}
+        places = None if places is None else places.to(parameter.device)
+        with torch.autocast(home.type, enabled=False), torch.autocast(parameter.device.type, enabled=False):
+            found, _ = collect(self.model, given, names, places)
+        return {name: value.to(home, non_blocking=True) for name, value in found.items()}
+
+
+def moved(value: Any, like: Tensor) -> Any:
+    """A tensor on the device of another, numbers with a point in its dtype; all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of every weight and buffer that is saved, with its name, shape and dtype."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def check_score(scores: dict[str, float], metric: str, expected: float, tolerance: float = 0.01) -> None:
+    """Refuse a teacher that is worse on the validation data than it should be, before a student learns from it.
+
+    What is behind it mostly: a checkpoint without its fine-tuning, labels in another order, or another tokenizer.
+
+    Args:
+        scores: of the teacher, by metric.
+        metric: the one that is expected; higher is better, but of "loss".
+        expected: what it should be.
+        tolerance: how much worse it may be.
+
+    Raises:
+        ValueError: with both numbers, or the metrics there are.
+    """
+    if metric not in scores:
+        raise ValueError(f'metric "{metric}" is not evaluated; there are {", ".join(scores)}')
+    found = scores[metric]
+    worse = found - expected if metric == "loss" else expected - found
+    if math.isnan(found) or worse > tolerance:
+        raise ValueError(
+            f"the teacher's {metric} is {found:.4g} on the validation data and should be {expected:.4g} (tolerance "
+            f"{tolerance:g}): look whether it was fine-tuned, and on the same labels and texts"
+        )

@@ -1,0 +1,54 @@
+"""Two processes distil, and write a cache, as one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from distillation_ranks import TERMS, build, cache, train_steps
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two gloo processes wrote to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("distillation_ranks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+@pytest.mark.parametrize("name", list(TERMS))
+def test_same_weights_as_one_process(two, name, micro):
+    """The inner layers with micro-batches read their teacher from the cache that two processes wrote."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    task, model = build(name)
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    mine, theirs = (
+        train_steps(Accelerator(cpu=True), task, model, None),
+        load_file(two / f"{name}-{micro}.safetensors"),
+    )
+    assert mine.keys() == theirs.keys()
+    assert max((mine[key] - theirs[key]).abs().max().item() for key in mine) < 1e-6
+    assert max((mine[key] - fresh[key]).abs().max().item() for key in mine) > 1e-4
+
+
+def test_same_cache_as_one_process(two, tmp_path):
+    cache(None, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "shards").iterdir())
+    assert names == sorted(path.name for path in (two / "cache" / "shards").iterdir()) and len(names) == 5
+    for name in names:
+        mine, theirs = (load_file(folder / "shards" / name) for folder in (tmp_path, two / "cache"))
+        assert mine.keys() == theirs.keys() and all((mine[key] == theirs[key]).all() for key in mine)

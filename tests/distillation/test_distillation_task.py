@@ -1,0 +1,308 @@
+"""A distillation step is one batch however it is cut, is the sum of its terms, and learns; for every kind of model."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from distillation_helpers import (
+    LABELS,
+    VIT,
+    TextTask,
+    batches,
+    bert,
+    classifier,
+    detection_task,
+    detr,
+    distillation,
+    image_task,
+    language_task,
+    losses,
+    pictures,
+    scenes,
+    sentences,
+    tokenizer,
+    trained,
+    vit,
+)
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
+from hf_tfm.data.augment import Augmentation, Mixing
+from hf_tfm.distillation.signals import collect
+from hf_tfm.distillation.teacher import Teacher
+from hf_tfm.tasks.distill import grid_of, token_weights
+from hf_tfm.tasks.language import CausalLanguageTask
+from hf_tfm.training.loop import evaluate
+
+LANGUAGE = [
+    {"kind": "label", "weight": 2.0},
+    {"kind": "soft_target", "weight": 5.0, "temperature": 2.0},
+    {"kind": "cosine", "projection": "linear"},
+    {"kind": "hidden_state"},
+    {"kind": "embedding"},
+    {"kind": "attention_score"},
+    {"kind": "attention_probability", "layers": "final"},
+]
+TEXT = [{"kind": "label"}, {"kind": "soft_target"}, {"kind": "hard_target"}, {"kind": "logit", "weight": 0.1}]
+IMAGES = [
+    {"kind": "label", "weight": 0.5},
+    {"kind": "hard_target", "weight": 0.5},
+    {"kind": "hidden_state", "layers": "last"},
+]
+DETECTION = [
+    {"kind": "label"},
+    {"kind": "query", "temperature": 1.5},
+    {"kind": "feature_map", "weight": 100.0, "layers": {"model.input_projection": "model.input_projection"}},
+    {"kind": "hidden_state", "stack": "encoder"},
+    {"kind": "attention_score", "stack": "decoder", "layers": "final"},
+]
+
+
+def language(native=False):
+    return distillation(language_task(), bert(4, native=native), bert(2, 16, seed=1), LANGUAGE)
+
+
+def texts(terms=TEXT):
+    return distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
+
+
+def images(kind="ours", **options):
+    attention = [] if kind == "timm" else [{"kind": "attention_score"}]
+    return distillation(image_task(**options), vit(4, kind=kind), vit(2, 16, seed=1), [*IMAGES, *attention])
+
+
+def detection():
+    student = detr(2, seed=1)
+    return distillation(detection_task(student.config), detr(4), student, DETECTION)
+
+
+CASES = {
+    "language": (language, sentences),
+    "native language": (lambda: language(native=True), sentences),
+    "texts": (texts, sentences),
+    "images": (images, pictures),
+    "native images": (lambda: images("native"), pictures),
+    "timm images": (lambda: images("timm"), pictures),
+    "mixed images": (
+        lambda: images(augmentation=Augmentation(), mixing=Mixing(mixup=0.8, cutmix=1.0), label_smoothing=0.1),
+        pictures,
+    ),
+    "detection": (detection, scenes),
+}
+CUTS = [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_equal_one_batch(name):
+    make, rows = CASES[name]
+    rows = rows()
+    found = []
+    for cuts in CUTS:
+        task, model = make()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        found.append(trained(task, model, [batches(task, rows, cuts), batches(task, rows, cuts, epoch=1)]))
+    (one, whole), (many, cut) = found
+    assert max((one[key] - many[key]).abs().max() for key in one) < 1e-6
+    assert cut == pytest.approx(whole, rel=1e-5)
+    assert max((one[key] - before[key]).abs().max() for key in one) > 1e-4  # the steps do something
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hidden_batch_counts_for_nothing_and_reaches_every_weight(name):
+    """A rank without samples takes part in every pass, since data-parallel training waits for its gradients."""
+    make, rows = CASES[name]
+    task, model = make()
+    rows = rows()
+    hidden = task.collate([rows[0]], [0], 0, hidden=True)
+    assert not any(task.count(hidden).values())
+    sums = task.losses(model, hidden)
+    real = batches(task, rows, [[0, 1]])[0]
+    assert sums.keys() == task.losses(model, real).keys() <= task.count(hidden).keys()
+    assert all(value.item() == 0.0 for value in sums.values())
+    sum(sums.values()).backward()
+    reached = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    sum(task.losses(model, real).values()).backward()
+    assert reached == {key for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_terms_of_a_language_model_are_what_they_say():
+    """Every term by hand: sums over masked tokens and real tokens, on one padded batch."""
+    teacher, student = bert(4), bert(2, 16, seed=1)
+    task, model = distillation(language_task(), copy.deepcopy(teacher), student, LANGUAGE)
+    batch = batches(task, sentences(), [[0, 1, 2, 3]])[0]
+    model.eval(), teacher.eval()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    mask, masked = batch["attention_mask"].bool(), batch["labels"] != -100
+    assert not mask.all()
+    with torch.no_grad():
+        ours = model.student(**inputs, output_hidden_states=True)
+        theirs = teacher(**inputs, output_hidden_states=True)
+        found = losses(task, model, batch)
+        scores = [
+            collect(m, inputs, ["score/1", "score/2", "score/4"][: m.config.num_hidden_layers])[0]
+            for m in (model.student, teacher)
+        ]
+    q, p = ours.logits[masked], theirs.logits[masked]
+    soft = (p / 2).softmax(1) * ((p / 2).log_softmax(1) - (q / 2).log_softmax(1))
+    weights = {name: p.weight for name, p in model.projections.items()}
+    expected = {
+        "token": 2 * cross_entropy(q, batch["labels"][masked]).item(),
+        "soft_target": 5 * 4 * soft.sum(1).mean().item(),
+        "hidden_state": sum(
+            mse_loss(ours.hidden_states[m][mask] @ weights["hidden_state"].T, theirs.hidden_states[n][mask]).item()
+            for m, n in ((1, 2), (2, 4))
+        ),
+        "embedding": mse_loss(
+            ours.hidden_states[0][mask] @ weights["embedding"].T, theirs.hidden_states[0][mask]
+        ).item(),
+        "cosine": 1
+        - torch.cosine_similarity(ours.hidden_states[2][mask] @ weights["cosine"].T, theirs.hidden_states[4][mask])
+        .mean()
+        .item(),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    score = 0.0
+    for own, other in (("score/1", "score/2"), ("score/2", "score/4")):
+        for b, length in enumerate(mask.sum(1).tolist()):
+            a, t = (scores[i][key][b, :, :length, :length] for i, key in enumerate((own, other)))
+            score += length * mse_loss(a, t).item()
+    assert found["attention_score"] == pytest.approx(score / int(mask.sum()), rel=1e-4)
+    counts = task.count(batch)
+    assert counts["token"] == counts["soft_target"] == int(masked.sum())
+    assert counts["cosine"] == counts["attention_score"] == int(mask.sum())
+
+
+def test_tokens_are_counted_the_same_without_a_mask():
+    """Sequences of equal length have none."""
+    rows = [{"input_ids": sentences()[0]["input_ids"], "label": 0}] * 2
+    task, model = distillation(language_task(), bert(4), bert(2, 16, seed=1), [{"kind": "hidden_state"}])
+    batch = batches(task, rows, [[0, 1]])[0]
+    assert "attention_mask" not in batch
+    assert task.count(batch)["hidden_state"] == 2 * len(rows[0]["input_ids"])
+    plain = losses(task, model.eval(), batch)["hidden_state"]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert losses(task, model, batch)["hidden_state"] == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_causal_model_learns_from_every_next_token():
+    def gpt(layers, seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "dropout": 0.0}
+        return TfmGPTForCausalLM(
+            TfmGPTConfig(vocab_size=60, max_position_embeddings=20, num_hidden_layers=layers, **sizes)
+        )
+
+    terms = [{"kind": "label"}, {"kind": "soft_target", "temperature": 2.0}, {"kind": "attention_score"}]
+    task, model = distillation(CausalLanguageTask(tokenizer()), gpt(4, 0), gpt(2, 1), terms)
+    batch = batches(task, sentences(), [[0, 1, 2]])[0]
+    counts = task.count(batch)
+    assert counts["token"] == counts["soft_target"] == counts["attention_score"] - 3
+    found = losses(task, model.eval(), batch)
+    expected = task.task.losses(model.student, batch)["token"].item() / counts["token"]
+    assert found["token"] == pytest.approx(expected, rel=1e-4) and found["attention_score"] > 0
+
+
+@pytest.mark.parametrize("name", ["language", "texts", "images", "detection"])
+def test_a_student_becomes_like_its_teacher(name):
+    make, rows = CASES[name]
+    # Labels and hard targets pull away from a random teacher's probabilities, which are near even.
+    task, model = texts([{"kind": "soft_target"}, {"kind": "logit"}]) if name == "texts" else make()
+    step = batches(task, rows(), CUTS[1])
+    before = losses(task, copy.deepcopy(model).eval(), step[0])
+    trained(task, model, [step] * 30, learning_rate=3e-3, weight_decay=0.0)
+    after = losses(task, model.eval(), step[0])
+    for lesson in task.lessons:
+        if lesson.kind.loss is not None:
+            assert after[lesson.name] < 0.9 * before[lesson.name], lesson.name
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    student = detr(3)
+    terms = [{"kind": "query"}, {"kind": "hidden_state", "stack": "decoder"}]
+    student.config.auxiliary_loss = False
+    task, model = distillation(detection_task(student.config), copy.deepcopy(student), student, terms)
+    found = losses(task, model.eval(), batches(task, scenes(), [[0, 1]])[0])
+    assert all(value == pytest.approx(0.0, abs=1e-4) for value in found.values())
+
+
+def test_evaluation_has_the_terms_too():
+    task, model = texts()
+    step = batches(task, sentences(), CUTS[1])
+
+    class Loader:
+        def epoch(self, epoch, start=0):
+            return iter([step])
+
+    found = evaluate(Accelerator(cpu=True), task, model, Loader())
+    whole = losses(task, model.eval(), batches(task, sentences(), CUTS[0])[0])
+    assert found.keys() == {"loss", *whole}
+    assert found["loss"] == pytest.approx(sum(whole.values()), rel=1e-5)
+
+
+def test_the_teacher_learns_nothing():
+    teacher = classifier(4)
+    task, model = distillation(TextTask(), teacher, classifier(2, 16, seed=1), TEXT)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trained(task, model, [batches(task, sentences(), CUTS[1])])
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_a_teacher_in_bfloat16_teaches_about_the_same():
+    found = []
+    for dtype in ("fp32", "bf16"):
+        task, model = distillation(TextTask(), Teacher(classifier(4), dtype), classifier(2, 16, seed=1), TEXT)
+        found.append(losses(task, model.eval(), batches(task, sentences(), CUTS[0])[0]))
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+def test_images_that_cannot_be_read_are_left_out():
+    rows = pictures()
+    task, model = images()
+    whole = losses(task, model.eval(), batches(task, rows, [[0, 2, 3]])[0])
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:50]
+    batch = batches(task, rows, [[0, 1, 2, 3]])[0]
+    assert task.count(batch)["hidden_state"] == 3
+    assert losses(task, model, batch) == pytest.approx(whole, rel=1e-5)
+
+
+def test_tokens_of_an_image_count_one_together_without_its_padding():
+    states = torch.zeros(2, 6, 8)
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[0], mask[1, :64, :64] = True, True
+    batch = {"pixel_values": mask, "pixel_mask": mask}
+    found = token_weights(batch, "encoder/hidden/1", states)
+    assert torch.allclose(found, torch.tensor([[1 / 6] * 6, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 0]]))
+    assert torch.allclose(token_weights(batch, "map/x", torch.zeros(2, 8, 2, 3)), found)
+    assert torch.allclose(token_weights(batch, "decoder/hidden/1", states), torch.full((2, 6), 1 / 6))
+    assert grid_of((100, 130), 4 * 5) == (4, 5)
+    with pytest.raises(ValueError, match="7 cells of an image of 64 x 96 pixels"):
+        grid_of((64, 96), 7)
+    with pytest.raises(ValueError, match=r"tokens of input_ids \(2, 5\), got \(2, 6\)"):
+        token_weights({"input_ids": torch.zeros(2, 5)}, "hidden/1", states)
+
+
+def test_a_student_with_two_heads_learns_with_each_from_one():
+    """DeiT (Touvron et al. 2021, section 3): labels for the class token, the teacher for the distillation token."""
+    torch.manual_seed(0)
+    student = DeiTForImageClassificationWithTeacher(DeiTConfig(**VIT, **LABELS, hidden_size=32, num_hidden_layers=2))
+    terms = [
+        {"kind": "label", "weight": 0.5, "output": "cls_logits"},
+        {"kind": "hard_target", "weight": 0.5, "output": "distillation_logits"},
+    ]
+    task, model = distillation(image_task(), vit(3), student, terms)
+    batch = batches(task, pictures(), [[0, 1, 2]])[0]
+    found = task.losses(model, batch)
+    found["hard_target"].backward(retain_graph=True)
+    assert student.distillation_classifier.weight.grad is not None and student.cls_classifier.weight.grad is None
+    found["label"].backward()
+    assert student.cls_classifier.weight.grad is not None
+    given = model.student(**task.task.inputs(batch))
+    expected = cross_entropy(given.cls_logits, batch["labels"], reduction="sum").item()
+    assert found["label"].item() == pytest.approx(0.5 * expected, rel=1e-5)

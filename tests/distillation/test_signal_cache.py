@@ -1,0 +1,324 @@
+"""A cache gives what its teacher would, is whole or refused, and is of this run or refused."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from distillation_helpers import (
+    TextTask,
+    batches,
+    bert,
+    classifier,
+    detection_task,
+    detr,
+    distillation,
+    image_task,
+    language_task,
+    losses,
+    pictures,
+    scenes,
+    sentences,
+    trained,
+    vit,
+)
+
+from hf_tfm.data.augment import Augmentation, Mixing
+from hf_tfm.data.batching import StepLoader
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.shape_batches import number_with_canvas
+from hf_tfm.distillation import cache as caches
+from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.shards import CacheIndex, shard_path
+from hf_tfm.distillation.teacher import Teacher
+from hf_tfm.distillation.terms import signals_of
+from hf_tfm.tasks.distill import OWN, DistillationTask
+
+MLM = [
+    {"kind": "label"},
+    {"kind": "soft_target", "temperature": 2.0},
+    {"kind": "cosine", "projection": "linear"},
+    {"kind": "hidden_state"},
+    {"kind": "attention_score"},
+    {"kind": "attention_probability", "layers": "final"},
+]
+CLASSES = [{"kind": "soft_target", "temperature": 2.0}, {"kind": "hard_target"}, {"kind": "logit"}]
+CASES = {
+    "language": (language_task, lambda: bert(4), lambda: bert(2, 16, seed=1), MLM, sentences),
+    "texts": (TextTask, lambda: classifier(4), lambda: classifier(2, 16, seed=1), CLASSES, sentences),
+    "images": (
+        lambda: image_task(augmentation=Augmentation()),
+        lambda: vit(4),
+        lambda: vit(2, 16, seed=1),
+        [*CLASSES, {"kind": "hidden_state"}, {"kind": "attention_score"}],
+        pictures,
+    ),
+    "detection": (
+        lambda: detection_task(detr(2).config),
+        lambda: detr(4),
+        lambda: detr(2, seed=1),
+        [
+            {"kind": "query"},
+            {"kind": "label"},
+            {"kind": "feature_map", "layers": {"model.input_projection": "model.input_projection"}},
+        ],
+        scenes,
+    ),
+}
+
+
+def make(name, folder, epochs=2, **options):
+    """The same distillation with its teacher at hand, and from a cache; and the rows."""
+    make_task, teacher, student, terms, rows = CASES[name]
+    task, rows = make_task(), rows()
+    online, model = distillation(task, teacher(), student(), terms)
+    names = signals_of(online.lessons, "teacher")
+    options = {"dtype": "fp32", "batch_size": 3, "shard_samples": 4, "data": "abc", **options}
+    report = write_cache(online.teacher, task, rows, folder, epochs, names, **options)
+    cached = DistillationTask(task, CachedTeacher(folder), online.lessons)
+    return online, cached, model, rows, report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_online_and_cached_runs_have_the_same_losses(name, tmp_path):
+    online, cached, model, rows, _ = make(name, tmp_path)
+    model.eval()
+    cut = [[5, 0, 2], [1, 4]]
+    for epoch in (0, 1):
+        pairs = zip(batches(online, rows, cut, epoch), batches(cached, rows, cut, epoch), strict=True)
+        for ours, theirs in pairs:
+            assert OWN in theirs and theirs[OWN]["signals"]
+            assert losses(cached, model, theirs) == pytest.approx(losses(online, model, ours), rel=1e-6, abs=1e-6)
+    first, third = (batches(cached, rows, cut, epoch)[0] for epoch in (0, 2))
+    assert losses(cached, model, first) == losses(cached, model, third)  # two epochs are cached, and come again
+    if name in ("language", "images"):
+        second = batches(cached, rows, cut, 1)[0]
+        assert losses(cached, model, first) != losses(cached, model, second)
+
+
+def test_a_cached_run_trains_to_the_same_weights(tmp_path):
+    online, cached, _, rows, _ = make("language", tmp_path)
+    found = []
+    for task in (online, cached):
+        _, fresh = distillation(online.task, bert(4), bert(2, 16, seed=1), MLM)
+        steps = [batches(task, rows, [[0, 1, 2], [3, 4]], epoch) for epoch in (0, 1)]
+        found.append(trained(task, fresh, steps)[0])
+    assert max((found[0][name] - found[1][name]).abs().max() for name in found[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("bf16", 0.02), ("fp16", 0.003)])
+def test_half_precision_is_close(dtype, error, tmp_path):
+    online, cached, model, rows, _ = make("language", tmp_path, dtype=dtype)
+    ours, theirs = (batches(task, rows, [[0, 1, 2, 3]])[0] for task in (online, cached))
+    assert theirs[OWN]["signals"]["hidden/4"].dtype in (torch.bfloat16, torch.float16)
+    exact, found = (losses(task, model.eval(), batch) for task, batch in ((online, ours), (cached, theirs)))
+    assert found == pytest.approx(exact, rel=error)
+    assert found != exact
+
+
+def soft(temperature):
+    return [{"kind": "soft_target", "temperature": temperature}, {"kind": "hard_target"}]
+
+
+def small_cache(folder, temperature=2.0, **options):
+    """Logits alone, of a language model."""
+    task, rows = language_task(), sentences()
+    online, model = distillation(task, bert(4), bert(2, 16, seed=1), soft(temperature))
+    options = {"dtype": "fp32", "data": "abc", "temperature": temperature, "shard_samples": 4, **options}
+    report = write_cache(online.teacher, task, rows, folder, 1, ["logits"], **options)
+    return task, rows, online, model, report
+
+
+def test_the_largest_logits_give_the_loss_of_their_classes_and_the_rest(tmp_path):
+    task, rows, online, model, _ = small_cache(tmp_path / "most", top_k=59)
+    cached = DistillationTask(task, CachedTeacher(tmp_path / "most"), online.lessons)
+    ours, theirs = (batches(t, rows, [[0, 1, 2, 3]])[0] for t in (online, cached))
+    exact = losses(online, model.eval(), ours)
+    assert losses(cached, model, theirs) == pytest.approx(exact, rel=1e-5)  # all classes but one, and that one
+    small_cache(tmp_path / "few", top_k=8)
+    few = DistillationTask(task, CachedTeacher(tmp_path / "few"), online.lessons)
+    found = losses(few, model, batches(few, rows, [[0, 1, 2, 3]])[0])
+    assert 0 < found["soft_target"] < exact["soft_target"]
+    assert found["hard_target"] == pytest.approx(exact["hard_target"], rel=1e-5)
+
+
+def test_what_the_largest_logits_cannot_give_is_refused(tmp_path):
+    task, _, online, _, _ = small_cache(tmp_path, top_k=8)
+    teacher = CachedTeacher(tmp_path)
+    for terms, words in (
+        (soft(3.0), "temperature 3, and the rest of the logits in .* is of 2"),
+        ([{"kind": "logit"}], "needs all logits, .* has top_k=8"),
+        ([{"kind": "hidden_state"}], 'needs the signal "hidden/2", which .* lacks'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            distillation(task, teacher, bert(2, 16, seed=1), terms)
+    DistillationTask(task, teacher, online.lessons)
+    with pytest.raises(ValueError, match="top_k must be below the 60 classes, got 60"):
+        small_cache(tmp_path / "all", top_k=60)
+
+
+def test_bytes_of_a_sample(tmp_path):
+    """About what the numbers take: of every masked token 8 x (2 bytes, and 2 for its class) and 4 for the rest."""
+    task, rows, _, _, report = small_cache(tmp_path, top_k=8, dtype="bf16", shard_samples=100)
+    masked = sum(task.count(task.collate([row], [i], 0))["token"] for i, row in enumerate(rows))
+    assert report.samples == len(rows)
+    headers = report.bytes - masked * (8 * 4 + 4)
+    assert 0 < headers < 1500
+    assert report.bytes == shard_path(tmp_path, 0).stat().st_size
+    assert report.bytes_per_sample == report.bytes / len(rows)
+
+
+def test_workers_read_the_cache(tmp_path):
+    _, cached, _, rows, _ = make("images", tmp_path)
+    sampler = BatchSampler(len(rows), 4, seed=1)
+    found = [
+        [
+            batch
+            for step in StepLoader(rows, sampler, cached.collate_training, 2, num_workers=workers).epoch(1)
+            for batch in step
+        ]
+        for workers in (0, 2)
+    ]
+    assert len(found[0]) == len(found[1]) > 2
+    for one, other in zip(*found, strict=True):
+        for name, value in one[OWN]["signals"].items():
+            assert torch.equal(value, other[OWN]["signals"][name])
+
+
+def write_until(folder, shard):
+    """Write a cache in a process that is killed while it writes a shard."""
+    real = caches.save_shard
+
+    def deadly(path, tensors):
+        if path == shard_path(folder, shard):
+            path.with_name(f".part-{path.name}").write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(path, tensors)
+
+    caches.save_shard = deadly
+    small_cache(folder)
+
+
+def test_a_writer_that_is_killed_goes_on(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = multiprocessing.get_context("fork").Process(target=write_until, args=(killed, 2))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert shard_path(killed, 1).is_file() and not shard_path(killed, 2).is_file()
+    with pytest.raises(ValueError, match="lacks 1 of 3 shards: the command that wrote it goes on"):
+        CachedTeacher(killed)
+    first = shard_path(killed, 0).stat().st_mtime_ns
+    small_cache(killed)
+    small_cache(whole)
+    assert shard_path(killed, 0).stat().st_mtime_ns == first
+    for shard in range(3):
+        assert shard_path(killed, shard).read_bytes() == shard_path(whole, shard).read_bytes()
+    assert not list((killed / "shards").glob(".part*"))
+    CachedTeacher(killed)
+
+
+def test_another_cache_is_not_written_over(tmp_path):
+    small_cache(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another cache \(dtype: fp32 there, bf16 now\)"):
+        small_cache(tmp_path, dtype="bf16")
+    with pytest.raises(ValueError, match="data: abc there, xyz now"):
+        small_cache(tmp_path, data="xyz")
+    with pytest.raises(ValueError, match="holds no cache"):
+        CachedTeacher(tmp_path / "nothing")
+    (tmp_path / "index.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no cache"):
+        CachedTeacher(tmp_path)
+
+
+def test_a_cache_of_another_run_is_refused_by_name(tmp_path):
+    task, rows, online, _, _ = small_cache(tmp_path)
+    teacher = CachedTeacher(tmp_path)
+    teacher.check(task, rows, "abc", online.teacher.hash)
+    teacher.check(task, rows, "abc")
+    for words, arguments in (
+        ("teacher .* there, .* now$", (task, rows, "abc", Teacher(bert(4, seed=3)).hash)),
+        ("data abc there, xyz now$", (task, rows, "xyz", online.teacher.hash)),
+        ("preprocessing .* now$", (language_task(seed=1), rows, "abc")),
+        ("preprocessing .* now$", (task, [{"input_ids": row["input_ids"][:4]} for row in rows], "abc")),
+        ("teacher .*; data .*", (task, rows, "xyz", "0")),
+    ):
+        with pytest.raises(ValueError, match=f"is the cache of another run: {words}"):
+            teacher.check(*arguments)
+
+
+def test_facts_of_the_teacher_stand_in_the_index(tmp_path):
+    _, _, online, _, _ = small_cache(tmp_path)
+    assert CachedTeacher(tmp_path).facts == online.teacher.facts
+    assert CacheIndex.load(tmp_path).shards == 3
+
+
+def test_samples_that_are_not_the_cached_ones_are_refused(tmp_path):
+    task, rows, online, _, _ = small_cache(tmp_path)
+    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
+    with pytest.raises(ValueError, match=r"sample 10 is not in .*, which has 10 rows"):
+        cached.collate([rows[0]], [10], 0)
+    with pytest.raises(ValueError, match="copies, and images on another canvas, are other samples"):
+        cached.collate([rows[0]], [2**40], 0)
+    other = replace_row(rows, 0, {"input_ids": [2, *range(5, 20), 3]})
+    with pytest.raises(ValueError, match='rows of signal "logits" where the batch has'):
+        cached.collate([other[0]], [0], 0)
+
+
+def replace_row(rows, place, row):
+    return [*rows[:place], row, *rows[place + 1 :]]
+
+
+def test_scenes_are_cached_on_their_canvas(tmp_path):
+    """A sampler chooses the canvas of every sample; a cache has it on that, and no other."""
+    make_task, teacher, student, terms, rows = CASES["detection"]
+    task, rows = make_task(), rows()
+    numbers = [number_with_canvas(row, (64, 64 + 8 * row)) for row in range(5)]  # the sixth is left out
+    online, model = distillation(task, teacher(), student(), terms[:1])
+    names = signals_of(online.lessons, "teacher")
+    write_cache(
+        online.teacher, task, rows, tmp_path, 1, names, dtype="fp32", data="abc", numbers=lambda epoch: numbers
+    )
+    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
+    ours, theirs = (t.collate([rows[1], rows[3]], [numbers[1], numbers[3]], 0) for t in (online, cached))
+    assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
+    for number in (number_with_canvas(1, (64, 128)), 5):
+        with pytest.raises(ValueError, match=f"of epoch 0 has the number {number}, and in"):
+            cached.collate([rows[number % 2**40]], [number], 0)
+
+
+def test_images_that_cannot_be_read_are_not_cached(tmp_path):
+    make_task, teacher, student, terms, _ = CASES["images"]
+    task, rows = make_task(), pictures()
+    rows[2]["image"]["bytes"] = b"nothing"
+    online, model = distillation(task, teacher(), student(), terms)
+    names = signals_of(online.lessons, "teacher")
+    write_cache(online.teacher, task, rows, tmp_path, 1, names, dtype="fp32", data="abc", shard_samples=4)
+    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
+    ours, theirs = (batches(t, rows, [[1, 2, 3]])[0] for t in (online, cached))
+    assert theirs[OWN]["samples"] == 2
+    assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path):
+    teacher, rows = Teacher(vit(2)), pictures()
+    mixed = image_task(augmentation=Augmentation(), mixing=Mixing(mixup=0.5))
+    with pytest.raises(ValueError, match="mixed with their neighbours cannot be cached"):
+        write_cache(teacher, mixed, rows, tmp_path, data="abc")
+    for options, words in (
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"signals": []}, "signals must name at least one"),
+        ({"dtype": "int8"}, 'dtype must be one of fp32, bf16, fp16, got "int8"'),
+        ({"numbers": lambda epoch: [0, 2**40]}, "several copies of a sample"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write_cache(teacher, image_task(), rows, tmp_path / "x", data="abc", **options)
+
+
+def test_an_index_is_plain_json(tmp_path):
+    small_cache(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["rows"] == 10 and index["signals"] == ["logits"] and index["facts"]["outputs"] == 60

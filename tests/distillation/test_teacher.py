@@ -1,0 +1,84 @@
+"""Teachers stay as they are, and are looked at before anything is trained."""
+
+import pickle
+
+import pytest
+import torch
+from distillation_helpers import bert, classifier, vit
+
+from hf_tfm.distillation.teacher import Teacher, check_score, to_dtype, weights_hash
+
+IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_teacher_does_not_drop_or_learn():
+    teacher = Teacher(bert(2, hidden_dropout_prob=0.5).train())
+    with torch.enable_grad():
+        first, second = (teacher.signals({}, {"input_ids": IDS}, ["hidden/2"], None)["hidden/2"] for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+    teacher.model.train()  # by somebody else
+    assert torch.equal(teacher.signals({}, {"input_ids": IDS}, ["hidden/2"], None)["hidden/2"], first)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_teacher_computes_in_its_dtype_whatever_runs_around_it():
+    pixels = torch.randn(2, 3, 16, 16)
+    teacher = Teacher(vit(2), "bf16")
+    assert teacher.signals({}, {"pixel_values": pixels}, ["logits"], None)["logits"].dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Teacher(vit(2)).signals({}, {"pixel_values": pixels}, ["logits"], None)["logits"]
+    assert found.dtype == torch.float32
+    with pytest.raises(ValueError, match='dtype must be one of fp32, bf16, fp16, got "half"'):
+        Teacher(vit(2), "half")
+    assert to_dtype("fp16") == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_a_teacher_may_stand_on_another_device():
+    teacher = Teacher(bert(2), device="cuda")
+    found = teacher.signals({}, {"input_ids": IDS}, ["logits", "score/1"], torch.tensor([3]))
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    expected = Teacher(bert(2)).signals({}, {"input_ids": IDS}, ["logits", "score/1"], torch.tensor([3]))
+    assert all(torch.allclose(found[name], value, atol=1e-4) for name, value in expected.items())
+
+
+def test_a_teacher_is_moved_to_its_device():
+    assert {p.device.type for p in Teacher(bert(2), device="meta").model.parameters()} == {"meta"}
+
+
+def test_a_model_that_is_spread_over_devices_stays_there():
+    model = bert(2)
+    model.hf_device_map = {"": "cpu"}
+    teacher = Teacher(model, device="meta")
+    assert next(teacher.model.parameters()).device.type == "cpu"
+
+
+def test_the_hash_is_of_the_weights_as_they_were_loaded():
+    model = classifier(2)
+    first = weights_hash(model)
+    assert first == weights_hash(classifier(2)) != weights_hash(classifier(2, seed=1))
+    assert Teacher(model, "bf16").hash == first
+    with torch.no_grad():
+        model.float().classifier.bias[0] += 1e-3
+    assert weights_hash(model) != first
+
+
+def test_workers_get_a_teacher_without_its_model():
+    teacher = Teacher(bert(2))
+    copy = pickle.loads(pickle.dumps(teacher))
+    assert not hasattr(copy, "model") and copy.hash == teacher.hash and copy.facts == teacher.facts
+    assert copy.attach({}, [], [0], 0, None) == {} and copy.epoch(3) == 3
+
+
+def test_a_teacher_that_is_worse_than_it_should_be_is_refused():
+    check_score({"accuracy": 0.905, "loss": 0.3}, "accuracy", 0.91)
+    check_score({"accuracy": 0.95, "loss": 0.3}, "accuracy", 0.91)
+    check_score({"loss": 0.3}, "loss", 0.35)
+    with pytest.raises(ValueError, match=r"accuracy is 0\.505 on the validation data and should be 0\.91"):
+        check_score({"accuracy": 0.505}, "accuracy", 0.91)
+    with pytest.raises(ValueError, match=r"loss is 0\.5"):
+        check_score({"loss": 0.5}, "loss", 0.35)
+    with pytest.raises(ValueError, match="is nan"):
+        check_score({"accuracy": float("nan")}, "accuracy", 0.91)
+    with pytest.raises(ValueError, match='metric "f1" is not evaluated; there are accuracy'):
+        check_score({"accuracy": 0.9}, "f1", 0.91)
