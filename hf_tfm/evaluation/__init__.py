@@ -12,8 +12,10 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, Pre
 from .classification import evaluate_classification
 from .detection import evaluate_detection
 from .detectors import is_detector
+from .glue import evaluate_glue, summary_lines
 from .language import evaluate_language, is_language_model
 from .masked_image import evaluate_masked_autoencoder
+from .text_classification import evaluate_text_classification
 from .translation import evaluate_translation, load_seq2seq
 
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "evaluate",
     "evaluate_classification",
     "evaluate_detection",
+    "evaluate_glue",
     "evaluate_language",
     "evaluate_masked_autoencoder",
+    "evaluate_text_classification",
     "evaluate_translation",
     "lines",
     "load_seq2seq",
@@ -34,6 +38,8 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
     "language models": evaluate_language,
+    "text classifiers": evaluate_text_classification,
+    "classifiers of GLUE's tasks": evaluate_glue,
 }
 MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
@@ -42,7 +48,8 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     """Score a saved model on a split of a data set.
 
     Args:
-        model: folder or Hub id, of ours or of transformers'; its config.json tells the kind.
+        model: folder or Hub id, of ours or of transformers'; its config.json tells the kind. With the option
+            ``tasks``, a classifier for each, see `evaluate_glue`.
         options: of the function that scores this kind, see `KINDS`.
 
     Returns:
@@ -51,8 +58,10 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: the model is of another kind, or an option is for another kind.
     """
-    where = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    kind = kind_of(AutoConfig.from_pretrained(model, **where), model)
+    kind = "classifiers of GLUE's tasks"
+    if "tasks" not in options:
+        where = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        kind = kind_of(AutoConfig.from_pretrained(model, **where), model)
     takes = {name: set(inspect.signature(function).parameters) for name, function in KINDS.items()}
     for option in options:
         if option not in takes[kind]:
@@ -71,6 +80,8 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
     saved = ", ".join(config.architectures or ())
     if "ForImageClassification" in saved or config.model_type == "timm_wrapper":
         return "image classifiers"
+    if "ForSequenceClassification" in saved:
+        return "text classifiers"
     if is_detector(config):
         return "detectors"
     if is_language_model(config):
@@ -89,6 +100,8 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """A result as people read it, a line for each score and figure."""
+    if "macro_average" in result:
+        return summary_lines(result)
     said = [
         f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
         for row in result["metrics"]
@@ -102,6 +115,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         said.append(
             f"images/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with reading and resizing"
         )
+    if "texts" in result:
+        speed = result["throughput"]
+        said.append(f"{result['texts']} texts, {result['unlabelled']} of them without a label")
+        said.append(f"texts/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with tokenizing")
     return said
 
 

@@ -51,6 +51,11 @@ print(tokenizer.batch_decode(logits.argmax(-1, keepdim=True)))""",
 inputs = tokenizer("...", add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
 outputs = model.generate(**inputs, do_sample=True, max_new_tokens=50)
 print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
+    "AutoModelForSequenceClassification": """
+
+inputs = tokenizer("...", return_tensors="pt")  # a pair: tokenizer("...", "...", return_tensors="pt")
+logits = model(**inputs).logits
+print(model.config.id2label[logits.argmax(-1).item()])""",
     "AutoModelForSeq2SeqLM": """
 
 inputs = tokenizer(["..."], padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -66,10 +71,17 @@ outputs = model(**inputs)
 print(tokenizer.batch_decode(outputs.prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
 print(outputs.seq_relationship_logits.softmax(-1))  # it follows, it does not"""
 
+# One that predicts a number of a text, and no class.
+TEXT_NUMBER = """
+
+inputs = tokenizer("...", "...", return_tensors="pt")
+print(model(**inputs).logits.item())"""
+
 # By Auto class, the class of each of transformers' own model types.
 NATIVE_CLASSES = {
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForPreTraining": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     "AutoModelForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
@@ -96,8 +108,11 @@ def usage(config: dict[str, Any], model_id: str) -> str:
             f"model = {auto_class}.from_pretrained(model_id{trust})",
         ]
     )
-    pretrained_text = auto_class == "AutoModelForPreTraining" and not of_images
-    example = PRETRAINED_TEXT if pretrained_text else AFTER_LOADING.get(auto_class, "")
+    example = AFTER_LOADING.get(auto_class, "")
+    if auto_class == "AutoModelForPreTraining" and not of_images:
+        example = PRETRAINED_TEXT
+    elif auto_class == "AutoModelForSequenceClassification" and config.get("problem_type") == "regression":
+        example = TEXT_NUMBER
     text = f"```python\n{code}{example}\n```"
     if not carried:
         return text

@@ -1,0 +1,216 @@
+"""A classifier of texts and its tokenizer, new or from a pretrained model of any kind.
+
+tokenizer with padding and an end of text -> model with a classifier of so many classes, its names in the configuration
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import datasets
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from ..data.text import train_tokenizer
+from ..data.vocabulary import train_wordpiece
+from ..models import TfmBertConfig, TfmGPTConfig
+from ..tasks.text_classification import input_names
+from .model_fields import new_config
+from .optim import height
+
+log = logging.getLogger(__name__)
+
+# By architecture: the configuration of a new model, and how its tokenizer is learned.
+ARCHITECTURES = {"bert": (TfmBertConfig, train_wordpiece), "gpt": (TfmGPTConfig, train_tokenizer)}
+TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration; a tokenizer's word
+DECODERS = ("tfm_gpt", "gpt2", "openai-gpt")  # model types that read a text from left to right
+
+
+class ModelArguments(Protocol):
+    """Knobs of a model, see the recipe's."""
+
+    seed: int
+    max_length: int
+    layer_decay: float
+    architecture: str
+    tokenizer: str | None
+    vocab_size: int
+    lowercase: bool
+    size: str
+    model: dict[str, Any]
+    init_from: str | None
+    language_weight: float
+
+
+def all_texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
+    """The texts of several columns."""
+    for batch in rows.iter(1000):
+        for column in columns:
+            yield from batch[column]
+
+
+def classifier_tokenizer(
+    args: ModelArguments, rows: datasets.Dataset, columns: Sequence[str]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
+    if ready := args.tokenizer or args.init_from:
+        return complete(AutoTokenizer.from_pretrained(ready))
+    _, learn = ARCHITECTURES[args.architecture]
+    return learn(all_texts(rows, columns), args.vocab_size, args.lowercase)
+
+
+def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a language model's tokenizer what a classifier needs: a padding token, and an end after each text.
+
+    GPT's tokenizers have neither, so a classifier would read its class off whatever word comes last, and the two texts
+    of a pair would run into each other. The end stands for Radford et al.'s delimiter and last token (2018, section
+    3.3). Other tokenizers stay as they are.
+
+    Raises:
+        ValueError: the tokenizer has no end, and is not one of the tokenizers library.
+    """
+    special = {
+        name: token for name, token in (("eos_token", "</s>"), ("pad_token", "<pad>")) if not getattr(tokenizer, name)
+    }
+    if tokenizer.num_special_tokens_to_add(pair=True) == 0:
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" ends no text, and cannot be taught to')
+        tokenizer.add_special_tokens(special)
+        end = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+    elif "pad_token" in special:
+        tokenizer.add_special_tokens({"pad_token": special["pad_token"]})
+    return tokenizer
+
+
+def class_fields(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a configuration says of the classes; None where a number is predicted."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: place for place, name in enumerate(labels)}}
+    return {**names, "problem_type": "single_label_classification"}
+
+
+def build_classifier(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+) -> PreTrainedModel:
+    """The model to train, with weights drawn from the seed or taken from ``init_from``.
+
+    The tokenizer learns what the model reads: its longest input, and whether segments are told apart.
+
+    Args:
+        labels: names of the classes; None where a number is predicted.
+
+    Raises:
+        ValueError: the model does not fit the tokenizer, ``max_length`` or ``args.model``, or lacks weights.
+    """
+    set_seed(args.seed)
+    if args.init_from:
+        model = load_classifier(args.init_from, tokenizer, labels, args.model)
+    else:
+        config_class, _ = ARCHITECTURES[args.architecture]
+        tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
+        config = new_config(config_class, args, vocab_size=len(tokenizer), **tokens, **class_fields(labels))
+        model = AutoModelForSequenceClassification.from_config(config)
+    if args.language_weight and model.config.model_type not in DECODERS:
+        raise ValueError(
+            f"language_weight is for {', '.join(DECODERS)}: a {model.config.model_type} model sees all tokens"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None) or args.max_length
+    if args.max_length > limit:
+        raise ValueError(f"max_length must be at most max_position_embeddings = {limit}, got {args.max_length}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    read = [name for name in tokenizer.model_input_names if name in input_names(model)]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = read
+    return model
+
+
+def load_classifier(
+    name: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, fields: dict[str, Any]
+) -> PreTrainedModel:
+    """A pretrained model of any kind with a classifier for these classes, fresh unless it is of the same.
+
+    Args:
+        fields: of its configuration that are to differ.
+
+    Raises:
+        ValueError: a field is unknown, or the model lacks weights below its classifier.
+    """
+    earlier = AutoConfig.from_pretrained(name)
+    if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
+        raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
+    if getattr(earlier, "pooler", None) == "none":  # a DistilBERT, whose classifier has a layer with ReLU below it
+        fields = {"pooler": "relu", **fields}
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **class_fields(labels),
+        **fields,
+    )
+    base = f"{model.base_model_prefix}."
+    fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if odd := sorted(key for key in fresh if key.startswith(base) and ".pooler." not in key):
+        raise ValueError(f'init_from "{name}" has no weights that fit {", ".join(odd[:3])}')
+    if not any(not key.startswith(base) for key in fresh) and not same_classes(earlier, model.config):
+        fresh_classifier(model)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        log.info("%d tokens are new to %s", len(tokenizer) - model.get_input_embeddings().num_embeddings, name)
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def same_classes(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether two classifiers have the same classes, or both predict a number."""
+    return one.num_labels == other.num_labels and (one.num_labels == 1 or one.id2label == other.id2label)
+
+
+def fresh_classifier(model: PreTrainedModel) -> None:
+    """Draw the weights of the last layer anew: its classes are others, though as many.
+
+    Raises:
+        ValueError: no linear layer above the base model gives that many numbers.
+    """
+    last = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == model.num_labels
+        and not name.startswith(f"{model.base_model_prefix}.")
+    ]
+    if not last:
+        raise ValueError(f"{type(model).__name__} has no linear layer of {model.num_labels} classes to draw anew")
+    parent, _, own = last[-1].rpartition(".")
+    old = model.get_submodule(last[-1])
+    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    model._init_weights(new)
+    setattr(model.get_submodule(parent), own, new)
+
+
+def check_height(args: ModelArguments, model: PreTrainedModel) -> None:
+    """Refuse ``layer_decay`` for a model whose layers `optim.height` cannot tell from the names of its weights.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if args.layer_decay == 1.0:
+        return
+    words = model.get_input_embeddings().weight
+    heights = [(parameter is words, height(name)) for name, parameter in model.named_parameters()]
+    blocks = any(0 < place < float("inf") for _, place in heights)
+    if not blocks or any(place != 0 for embedded, place in heights if embedded):
+        raise ValueError(f"layer_decay must be 1 for a {model.config.model_type} model, got {args.layer_decay}")

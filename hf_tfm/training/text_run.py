@@ -1,0 +1,249 @@
+"""What the recipes on labelled texts share: the knobs of data and batches, the splits, and their loaders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import datasets
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from ..data import glue
+from ..data.batching import StepLoader, TokenBudgetSampler
+from ..data.equal_batches import BatchSampler
+from ..data.labelled_texts import (
+    LABEL,
+    LengthBatchSampler,
+    class_ids,
+    class_names,
+    is_regression,
+    load_texts,
+    text_lengths,
+    text_rows,
+    tokenize_texts,
+)
+from ..data.source import describe_source, take_split
+from ..data.text import describe
+from ..metrics.glue import check_metrics
+from .arguments import TrainingArguments
+from .splits import split_rows
+
+TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
+
+
+@dataclass(kw_only=True)
+class TextArguments(TrainingArguments):
+    """Training on texts, or pairs of them, with labels.
+
+    Args:
+        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity"; "{task}" in
+            it stands for the task's name.
+        dataset_name: configuration of the data set; default, the task's name where the data set is called "glue".
+        dataset_revision: commit, tag or branch on the Hub.
+        data_files: files by split, where dataset is a format such as "parquet".
+        task: of GLUE; it knows text_columns, classes, metrics and validation splits.
+        text_columns: one or two columns, or dotted paths; default, the task's, or the only column of texts.
+        label_column: a ClassLabel, integers or strings, or floating-point numbers, which are learned by regression;
+            default, the only ClassLabel or "label".
+        train_split: split to learn from.
+        validation_split: split that decides which weights are best; default, the task's first, or "validation". MNLI's
+            second one is scored too.
+        holdout: so many texts of the training split, drawn at random, take the place of validation_split.
+        test_splits: splits that are only scored, in the end.
+        max_train_samples: learn from the first of the training texts only, after they were shuffled by the seed.
+        max_length: longer texts are cut to so many tokens, of a pair the longer text first.
+        batch_size: texts of one optimizer step over all processes.
+        micro_batch_size: texts that one process computes at once; less memory, the same result.
+        bucketing: texts of a step are of like length, which saves padding; false mixes them.
+        batch_tokens: padded tokens of one optimizer step, in place of batch_size, which is then null.
+        micro_batch_tokens: padded tokens that one process computes at once, in place of micro_batch_size.
+        warmup_ratio: share of the steps, in place of warmup_steps.
+        metrics: of the final scores; default, the task's, otherwise accuracy, or pearson and spearman of numbers.
+        best_metric: loss or one of the metrics; default, the first.
+        license: licence of the model, for its card.
+
+    The others are those of `TrainingArguments`.
+
+    Raises:
+        ValueError: a value is outside its range, or two do not fit each other.
+    """
+
+    dataset: str
+    dataset_name: str | None = None
+    dataset_revision: str | None = None
+    data_files: dict[str, str | list[str]] | None = None
+    task: TaskName | None = None
+    text_columns: list[str] = field(default_factory=list)
+    label_column: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    holdout: int | None = None
+    test_splits: list[str] = field(default_factory=list)
+    max_train_samples: int | None = None
+    max_length: int = 128
+    batch_size: int | None = 32
+    micro_batch_size: int | None = None
+    bucketing: bool = True
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    warmup_ratio: float | None = None
+    metrics: list[Metric] = field(default_factory=list)
+    best_metric: str | None = None
+    license: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_1="holdout max_train_samples max_length batch_size micro_batch_size batch_tokens "
+            "micro_batch_tokens"
+        )
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise ValueError(
+                f"give exactly one of batch_size and batch_tokens, got {self.batch_size} and {self.batch_tokens}; "
+                "null takes back what a preset or the default gives"
+            )
+        unit, other = ("tokens", "size") if self.batch_size is None else ("size", "tokens")
+        if getattr(self, f"micro_batch_{other}") is not None:
+            raise ValueError(f"micro_batch_{other} does not go with batch_{unit}: give micro_batch_{unit}")
+        if self.batch_tokens is not None and self.max_length > min(
+            self.batch_tokens, self.micro_batch_tokens or self.batch_tokens
+        ):
+            raise ValueError(f"max_length must be at most the tokens of a batch, got {self.max_length}")
+        if self.batch_tokens is not None and not self.bucketing:
+            raise ValueError("batch_tokens cuts texts sorted by length: bucketing=false needs batch_size")
+        if self.holdout is not None and self.validation_split is not None:
+            raise ValueError(
+                f"give one of holdout and validation_split, got {self.holdout} and {self.validation_split}; null "
+                "takes back what a preset gives"
+            )
+        if self.warmup_ratio is not None and not 0.0 <= self.warmup_ratio < 1.0:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+
+    def settle(self, num_steps: int) -> "TextArguments":
+        """These knobs with ``warmup_steps`` alone, for the optimizer."""
+        if self.warmup_ratio is None:
+            return self
+        return replace(self, warmup_steps=round(self.warmup_ratio * num_steps), warmup_ratio=None)
+
+
+@dataclass
+class LabelledTexts:
+    """What a run learns from and is scored on.
+
+    Args:
+        rows: of `text_rows` by split.
+        labels: the classes' names; None where numbers are predicted.
+        validation: splits that are scored; the first decides which weights are best.
+        tests: splits that are scored in the end.
+    """
+
+    rows: dict[str, datasets.Dataset]
+    labels: list[str] | None
+    validation: list[str]
+    tests: list[str]
+
+    @property
+    def scored(self) -> list[str]:
+        """All splits but that of training."""
+        return list(dict.fromkeys([*self.validation, *self.tests]))
+
+    def label_ids(self, split: str) -> dict[int | str, int] | None:
+        """From labels of a split to classes; see `class_ids`."""
+        return None if self.labels is None else class_ids(self.rows[split], self.labels)
+
+    def described(self, args: TextArguments) -> dict[str, Any]:
+        """What the results file and the card say of the data."""
+        dataset, name = args.dataset, args.dataset_name
+        if args.task:
+            dataset, name = glue.place_of(args.task, dataset, name)
+        return {
+            "path": dataset,
+            "name": name,
+            **describe_source(dataset, args.dataset_revision),
+            "text_column": " + ".join(args.text_columns) or None,
+            "label_column": args.label_column,
+            **describe(self.rows),
+        }
+
+
+def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTexts]:
+    """The data of a run; and its knobs, with what the task or the data decide filled in.
+
+    Raises:
+        MissingData: the data set cannot be found, and ``args.task`` names a task.
+        ValueError: there is no such data set, split, column or label.
+    """
+    where = (args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    task = glue.find_task(args.task) if args.task else None
+    splits = glue.load_task(task, *where) if task else load_texts(*where)
+    columns = args.text_columns or list(task.text_columns if task else ())
+
+    def rows_of(name: str, argument: str) -> datasets.Dataset:
+        rows = text_rows(take_split(splits, name, argument), columns, args.label_column)
+        return glue.hide(rows) if task and task.regression else rows
+
+    rows, validation = split_texts(args, task, rows_of)
+    regression = task.regression if task else is_regression(rows[args.train_split])
+    labels = None if regression else class_names(rows[args.train_split], task.labels if task else ())
+    for name in validation:
+        check_labelled(rows[name], name, "validation_split")
+    for name in args.test_splits:
+        check_labelled(rows[name], name, "test_splits")
+    metrics = args.metrics or list(task.metrics if task else ["pearson", "spearman"] if regression else ["accuracy"])
+    check_metrics(metrics, regression)
+    best = args.best_metric or metrics[0]
+    if best not in ("loss", *metrics):
+        raise ValueError(f'best_metric must be loss or among metrics, {", ".join(metrics)}, got "{best}"')
+    args = replace(args, text_columns=columns, metrics=metrics, best_metric=best)
+    return args, LabelledTexts(rows, labels, validation, args.test_splits)
+
+
+def split_texts(
+    args: TextArguments, task: glue.GlueTask | None, rows_of: Callable[[str, str], datasets.Dataset]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Rows by split, see `split_rows`; and the validation splits, the one that decides first."""
+    if args.holdout is not None:
+        return split_rows(args, args.test_splits, rows_of), ["holdout"]
+    names = [args.validation_split] if args.validation_split else list(task.validation if task else ["validation"])
+    chosen = replace(args, validation_split=names[0])
+    return split_rows(chosen, [*names[1:], *args.test_splits], rows_of), names
+
+
+def check_labelled(rows: datasets.Dataset, split: str, argument: str) -> None:
+    """Refuse a split that cannot be scored.
+
+    Raises:
+        ValueError: it has no labels, as GLUE's test splits on the Hub.
+    """
+    if all(value is None or value == glue.HIDDEN for value in rows.unique(LABEL)):
+        raise ValueError(f'{argument} "{split}" has no labels, so it cannot be scored')
+
+
+def text_loader(
+    args: TextArguments,
+    accelerator: Accelerator,
+    collate: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    learning: bool,
+) -> StepLoader:
+    """Batches of a split of `text_rows`, for training or evaluation, where their order does not matter."""
+    tokens = tokenize_texts(rows, tokenizer, args.max_length)
+    lengths = text_lengths(tokens)
+    if args.batch_tokens is not None:
+        sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed, shuffle=learning)
+    elif args.bucketing or not learning:
+        sampler = LengthBatchSampler(lengths, args.batch_size, args.seed, shuffle=learning)
+    else:
+        sampler = BatchSampler(len(lengths), args.batch_size, args.seed)
+    return StepLoader(
+        tokens,
+        sampler,
+        collate,
+        micro_batch_tokens=args.micro_batch_size or args.micro_batch_tokens,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.num_workers if learning else 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )

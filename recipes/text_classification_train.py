@@ -1,0 +1,177 @@
+"""Train BERT or GPT to classify texts: from scratch, or from a pretrained model, on any data set or on GLUE.
+
+    hf-tfm run text_classification_train --config quickstart                      seconds on 2 CPU cores
+    hf-tfm run text_classification_train --config glue_base --task sst2 --output_dir runs/sst2
+    hf-tfm run text_classification_train --config glue_base --tasks glue          all nine tasks and the macro score
+    accelerate launch recipes/text_classification_train.py --config glue_base ... as many GPUs as the launcher finds
+
+Presets with their cost and expected numbers: recipes/presets/text_classification_train/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from accelerate import Accelerator
+from transformers import AutoTokenizer
+
+from hf_tfm.data.glue import MissingData, find_tasks
+from hf_tfm.data.labelled_texts import PAIR, TEXT
+from hf_tfm.evaluation.glue import summarise, summary_lines, write_summary
+from hf_tfm.hub.results import RunRecord
+from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
+from hf_tfm.training import train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.text_model import (
+    ARCHITECTURES,
+    TOKEN_FIELDS,
+    build_classifier,
+    check_height,
+    classifier_tokenizer,
+)
+from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
+
+
+@dataclass(kw_only=True)
+class TextClassificationArguments(TextArguments):
+    """Knobs of text classification.
+
+    Args:
+        tasks: of GLUE, with commas between, or "glue" for all nine: each is a run of its own, in a folder of
+            output_dir; the scores of all and the macro average are in results.json there.
+        architecture: of a new model, bert or gpt.
+        tokenizer: folder or Hub id of a ready tokenizer; default, one is trained on the training texts, WordPiece for
+            bert and byte-pair encoding for gpt.
+        vocab_size: of the tokenizer that is trained.
+        lowercase: the tokenizer that is trained lower-cases all text.
+        size: of a new model, see TfmBertConfig and TfmGPTConfig.
+        model: fields of the configuration that differ from the size's, or from init_from's.
+        init_from: folder or Hub id of a model to go on from, ours or transformers', with its tokenizer.
+        language_weight: adds so much of the loss of predicting the text itself, for decoders (Radford et al. 2018).
+
+    The others are those of `TextArguments`.
+    """
+
+    tasks: str | None = None
+    architecture: Literal["bert", "gpt"] = "bert"
+    tokenizer: str | None = None
+    vocab_size: int = 30_522
+    lowercase: bool = True
+    size: str = "small"
+    model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    init_from: str | None = None
+    language_weight: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(at_least_0="language_weight", at_least_1="vocab_size")
+        if self.tasks is not None:
+            find_tasks(self.tasks)
+            for name in ("task", "text_columns", "label_column", "validation_split", "holdout", "metrics"):
+                if getattr(self, name):
+                    raise ValueError(f"tasks decides {name}: give none beside it, got {getattr(self, name)}")
+        if self.init_from and self.tokenizer:
+            raise ValueError("init_from brings its own tokenizer: give no tokenizer beside it")
+        if not self.init_from:
+            config_class, _ = ARCHITECTURES[self.architecture]
+            check_fields(config_class, self.model, TOKEN_FIELDS)
+            limit = new_config(config_class, self).max_position_embeddings
+            if self.max_length > limit:
+                raise ValueError(
+                    f"max_length must be at most max_position_embeddings = {limit}, got {self.max_length}"
+                )
+            if self.language_weight and self.architecture != "gpt":
+                raise ValueError('language_weight is for decoders: give architecture="gpt" or init_from')
+
+
+def train_classifier(
+    args: TextClassificationArguments, argv: Sequence[str], accelerator: Accelerator
+) -> RunRecord | None:
+    """A whole run; its record, or None where it was asked to stop."""
+    args, texts = load_labelled_texts(args)
+    run = open_run(accelerator, args, "text-classification", texts.described(args), Path(__file__).stem, argv)
+    learned = texts.rows[args.train_split]
+    sides = [part for part in (TEXT, PAIR) if part in learned.column_names]
+    tokenizer = run.once(
+        "tokenizer", lambda: classifier_tokenizer(args, learned, sides), AutoTokenizer.from_pretrained
+    )
+    model = build_classifier(args, tokenizer, texts.labels)
+    check_height(args, model)
+
+    def task_of(split: str) -> TextClassificationTask:
+        return TextClassificationTask(tokenizer, texts.label_ids(split), input_names(model), args.language_weight)
+
+    def loader_of(split: str, learning: bool = False):
+        collate = task_of(split).collate
+        return text_loader(args, accelerator, collate, tokenizer, texts.rows[split], learning)
+
+    task, learning = task_of(args.train_split), loader_of(args.train_split, learning=True)
+    scored = {split: loader_of(split) for split in texts.scored}
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+
+    def score_validation(trained) -> dict[str, float]:
+        found = predict(accelerator, task, trained, scored[texts.validation[0]])
+        return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found, args.metrics)}}
+
+    eval_steps = args.eval_steps or per_epoch
+    settled = args.settle(num_steps)
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
+    if result.stopped:
+        run.stopped(result)
+        return None
+    metrics = []
+    for split, loader in scored.items():
+        metrics += [{**row, "split": split} for row in score(predict(accelerator, task, model, loader), args.metrics)]
+    return finish(run, model.eval(), tokenizer, task, result, metrics)
+
+
+def train_tasks(args: TextClassificationArguments, argv: Sequence[str]) -> None:
+    """A run for each of ``args.tasks``, and the scores of all."""
+    found, missing = {}, {}
+    for task in find_tasks(args.tasks):
+        folder = str(Path(args.output_dir) / task.name)
+        own = replace(args, tasks=None, task=task.name, output_dir=folder)
+        accelerator = start_accelerator(own)
+        accelerator.end_training = partial(end_trackers, accelerator)  # the processes still have other tasks to do
+        more = ["--tasks", "null", "--task", task.name, "--output_dir", folder]
+        try:
+            record = train_classifier(own, [*argv, *more], accelerator)
+        except MissingData as error:
+            missing[task.name] = str(error)
+            continue
+        if record is None:
+            break
+        found[task.name] = record.metrics
+    else:
+        summary = summarise(found, missing)
+        if accelerator.is_main_process:
+            write_summary(summary, args.output_dir)
+        accelerator.print("\n".join(summary_lines(summary)))
+    accelerator.state.destroy_process_group()
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """What `Accelerator.end_training` does, but for ending what the processes share."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(TextClassificationArguments, Path(__file__), argv)
+    if args.tasks:
+        train_tasks(args, argv)
+    else:
+        train_classifier(args, argv, start_accelerator(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

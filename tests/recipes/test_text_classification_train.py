@@ -1,0 +1,316 @@
+"""The text classification recipe: from scratch, from every kind of model, on GLUE's tasks, resumed, and refused."""
+
+import json
+import math
+import runpy
+
+import pytest
+import torch
+from datasets import ClassLabel, Value
+from recipe_helpers import finish_process, fresh_state, history, record, start_process
+from safetensors.torch import load_file
+from text_recipes import NAMES, RECIPE, TINY, pretrained, run_recipe, words, write_pairs
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from hf_tfm.evaluation import evaluate
+from hf_tfm.training.text_model import complete, fresh_classifier
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+def values(folder) -> dict:
+    return {(row["split"], row["name"]): row["value"] for row in record(folder).metrics}
+
+
+# --- from scratch
+
+
+VARIANTS = {
+    "bert": {"test_splits": "[test]"},
+    "one_text": {"text_columns": "[en]", "bucketing": "false", "num_workers": 1},
+    "tokens": {"batch_size": "null", "batch_tokens": 1024, "micro_batch_tokens": 512},
+    "gpt": {"architecture": "gpt", "language_weight": 0.5, "micro_batch_size": 5},
+    "epochs": {"num_steps": "null", "num_epochs": 0.5, "warmup_steps": 0, "warmup_ratio": 0.5, "holdout": 10},
+    "bf16": {"precision": "bf16", "layer_decay": 0.9, "metrics": "[f1,matthews]", "max_train_samples": 40},
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_two_steps_from_scratch(data, tmp_path, name):
+    assert run_recipe(*words(data, tmp_path / "run", **VARIANTS[name])) == 0
+    found = record(tmp_path / "run")
+    assert found.task == "text-classification" and found.training["item"] == "texts"
+    assert found.training["steps"] == (3 if name == "epochs" else 2)
+    splits = {"bert": ["validation", "test"], "epochs": ["holdout"]}.get(name, ["validation"])
+    metrics = ["f1", "matthews"] if name == "bf16" else ["accuracy"]
+    assert [(row["split"], row["name"]) for row in found.metrics] == [(s, m) for s in splits for m in metrics]
+    assert found.training["best"]["metric"] == metrics[0]
+    assert found.data["text_column"] == ("en" if name == "one_text" else "en + de")
+    assert found.data["license"] == "cc0-1.0"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.model_type == ("tfm_gpt" if name == "gpt" else "tfm_bert")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "logits.argmax(-1)" in card
+
+
+def test_it_learns_and_its_scores_are_those_of_the_saved_model(tmp_path):
+    """Even and odd numbers, from a seed's weights, in a few seconds."""
+    argv = ["--config", "quickstart", "--output_dir", str(tmp_path / "run"), "--progress", "false"]
+    run_recipe(*argv, "--num_epochs", "3", "--max_train_samples", "3000", "--precision", "no")
+    found = values(tmp_path / "run")
+    assert found["test", "accuracy"] > 0.9
+    fresh_state()
+    again = evaluate(str(tmp_path / "run"), dataset="number-parity", split="test", progress=False)
+    assert {row["name"]: row["value"] for row in again["metrics"]}["accuracy"] == found["test", "accuracy"]
+    said = pipeline("text-classification", model=str(tmp_path / "run"))(
+        ["two hundred and six thousand and one", "one hundred and twenty-two"]
+    )
+    assert [row["label"] for row in said] == ["odd", "even"]
+
+
+def test_numbers_are_learned_by_regression(tmp_path):
+    """The number of letters of an English text."""
+    data = write_pairs(tmp_path / "data", kind=Value("float32"), labels=lambda row: len(row["en"]) / 40)
+    still = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = TINY[:-1] + "".join(f", {name}: {value}" for name, value in still.items()) + "}"
+    knobs = {"num_steps": 100, "learning_rate": 1e-3, "schedule": "linear", "holdout": 20, "model": model}
+    run_recipe(*words(data, tmp_path / "run", **knobs))
+    found = values(tmp_path / "run")
+    assert found["holdout", "pearson"] > 0.5 and set(found) == {("holdout", "pearson"), ("holdout", "spearman")}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert "logits.item()" in (tmp_path / "run" / "README.md").read_text()
+    fresh_state()
+    options = {"dataset": str(data), "split": "train", "text_columns": ["en", "de"], "progress": False}
+    again = evaluate(str(tmp_path / "run"), **options)
+    assert {row["name"]: row["value"] for row in again["metrics"]}["pearson"] > 0.5
+
+
+# --- from another model
+
+
+@pytest.mark.parametrize(
+    "kind", ["tfm_bert", "tfm_bert_student", "tfm_gpt", "bert", "distilbert", "gpt2", "openai-gpt"]
+)
+def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
+    start = pretrained(tmp_path / "start", kind)
+    weight = {"language_weight": 0.5} if "gpt" in kind else {}
+    run_recipe(*words(data, tmp_path / "run", init_from=start, learning_rate=1e-9, **weight))
+    assert record(tmp_path / "run").base_model == str(start)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    before = load_file(start / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    shared = [key for key in before if key in after and before[key].shape == after[key].shape]
+    assert len(shared) > 10
+    assert max((before[key] - after[key]).abs().max() for key in shared) < 1e-6
+    if "gpt" in kind:  # its tokenizer has learned where a text ends, and what padding is
+        ids = tokenizer("one", "two")["input_ids"]
+        assert ids.count(tokenizer.eos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
+        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    if kind == "tfm_bert_student":
+        assert model.config.pooler == "relu"
+    assert model(**tokenizer("one", "two", return_tensors="pt")).logits.shape == (1, 2)
+    fresh_state()
+    options = {"dataset": str(data), "split": "validation", "text_columns": ["en", "de"], "progress": False}
+    again = evaluate(str(tmp_path / "run"), metrics=["accuracy"], **options)
+    assert again["metrics"][0]["value"] == values(tmp_path / "run")["validation", "accuracy"]
+
+
+def test_a_classifier_is_kept_where_its_classes_are(data, tmp_path):
+    """A run from a run keeps its last layer; of other classes, as many, it starts anew."""
+    run_recipe(*words(data, tmp_path / "one"))
+    other = write_pairs(tmp_path / "data", kind=ClassLabel(names=["yes", "no"]))
+    for name, where in (("kept", data), ("anew", other)):
+        run_recipe(*words(where, tmp_path / name, init_from=tmp_path / "one", learning_rate=1e-9))
+    first, kept, anew = (
+        load_file(tmp_path / name / "model.safetensors")["classifier.weight"] for name in ("one", "kept", "anew")
+    )
+    assert (first - kept).abs().max() < 1e-6 < (first - anew).abs().max()
+
+
+def test_a_classifier_without_bias_is_drawn_anew():
+    from hf_tfm import TfmGPTConfig, TfmGPTForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    model = TfmGPTForSequenceClassification(TfmGPTConfig(**sizes))
+    before = model.score.weight.detach().clone()
+    fresh_classifier(model)
+    assert model.score.bias is None and not torch.equal(model.score.weight, before)
+
+
+def test_other_tokenizers_stay_as_they_are(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(pretrained(tmp_path / "bert", "bert"))
+    before = tokenizer("one", "two")["input_ids"]
+    assert complete(tokenizer)("one", "two")["input_ids"] == before
+
+
+# --- GLUE
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Local folders of three tasks, with classes, numbers, and two validation splits."""
+    folder = tmp_path_factory.mktemp("glue")
+    write_pairs(folder / "glue-mrpc", ("sentence1", "sentence2"), ClassLabel(names=["not_equivalent", "equivalent"]))
+    write_pairs(folder / "glue-stsb", ("sentence1", "sentence2"), Value("float32"), lambda row: 5.0 * row["label"])
+    mnli = ClassLabel(names=["entailment", "neutral", "contradiction"])
+    splits = {"train": (90, 0), "validation_matched": (20, 90), "validation_mismatched": (30, 110)}
+    write_pairs(folder / "glue-mnli", ("premise", "hypothesis"), mnli, lambda row: 2 * row["label"], splits)
+    return f"{folder}/glue-{{task}}"
+
+
+def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
+    argv = words(tasks, tmp_path / "run", text_columns=None, tasks="glue")
+    assert run_recipe(*argv) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = {(row["task"], row["split"], row["name"]): row["value"] for row in result["metrics"]}
+    assert list(found) == [
+        ("mrpc", "validation", "accuracy"),
+        ("mrpc", "validation", "f1"),
+        ("stsb", "validation", "pearson"),
+        ("stsb", "validation", "spearman"),
+        ("mnli", "validation_matched", "accuracy"),
+        ("mnli", "validation_mismatched", "accuracy"),
+    ]
+    means = [sum(v for key, v in found.items() if key[0] == task) / 2 for task in ("mrpc", "stsb", "mnli")]
+    assert result["macro_average"] == pytest.approx(sum(means) / 3)
+    assert set(result["missing"]) == {"cola", "sst2", "qqp", "qnli", "rte", "wnli"}
+    said = capsys.readouterr().out
+    assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset" in said
+    # Each task is a run of its own, and its command repeats it alone.
+    alone = record(tmp_path / "run" / "mnli")
+    assert alone.command.endswith(f"--tasks null --task mnli --output_dir {tmp_path}/run/mnli")
+    fresh_state()
+    again = evaluate(str(tmp_path / "run"), dataset=tasks, tasks="mrpc,stsb,mnli", progress=False)
+    assert again["macro_average"] == pytest.approx(result["macro_average"], abs=1e-6)
+
+
+def test_no_task_has_data(tmp_path):
+    with pytest.raises(ValueError, match=r"no task can be scored. sst2: dataset .*; rte: dataset"):
+        run_recipe(*words(f"{tmp_path}/none-{{task}}", tmp_path / "run", text_columns=None, tasks="sst2,rte"))
+
+
+def test_two_processes_train_several_tasks(tasks, tmp_path):
+    argv = words(tasks, tmp_path / "run", text_columns=None, tasks="mrpc,stsb")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", RECIPE.stem)
+    said = finish_process(start_process(*launcher, *argv))
+    assert said.count("macro average of 2") == 1
+    assert record(tmp_path / "run" / "stsb").hardware["count"] == 2
+
+
+# --- stopping and going on
+
+
+def test_a_run_goes_on(data, tmp_path):
+    argv = words(data, tmp_path / "whole", num_steps=8, save_steps=2, eval_steps=4, log_steps=2)
+    run_recipe(*argv)
+    part = words(data, tmp_path / "part", num_steps=8, save_steps=2, eval_steps=4, log_steps=2)
+    recipe = runpy.run_path(str(RECIPE))["main"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    fresh_state()
+    with pytest.MonkeyPatch.context() as patch:
+        from hf_tfm.training.session import Session
+
+        plain = Session.end_of_step
+        patch.setattr(Session, "end_of_step", lambda s, *a: plain(s, *a) or (stop() if s.progress.step == 5 else None))
+        with pytest.raises(KeyboardInterrupt):
+            recipe(part)
+    assert not (tmp_path / "part" / "results.json").exists()
+    run_recipe(*part)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert history(tmp_path / "whole") == history(tmp_path / "part")
+    with pytest.raises(ValueError, match=r"holds another run .*seed: 0 there, 1 now"):
+        run_recipe(*part, "--seed", "1")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"task": "sst3"}, "task"),
+        ({"tasks": "sst2,sst3", "text_columns": None}, 'got "sst3"'),
+        ({"tasks": "glue"}, "tasks decides text_columns: give none beside it"),
+        ({"batch_tokens": 512}, "exactly one of batch_size and batch_tokens, got 16 and 512"),
+        ({"micro_batch_tokens": 512}, "micro_batch_tokens does not go with batch_size: give micro_batch_size"),
+        ({"batch_size": "null", "batch_tokens": 32}, "max_length must be at most the tokens of a batch, got 64"),
+        ({"holdout": 5, "validation_split": "validation"}, "one of holdout and validation_split"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio must be in [0, 1), got 1.5"),
+        ({"max_length": 600}, "max_length must be at most max_position_embeddings = 512, got 600"),
+        ({"language_weight": 0.5}, 'language_weight is for decoders: give architecture="gpt" or init_from'),
+        ({"model": "{pad_token_id: 3}"}, "model.pad_token_id is not a field of TfmBertConfig that can be chosen"),
+        ({"init_from": "x", "tokenizer": "y"}, "init_from brings its own tokenizer"),
+        ({"metrics": "[bleu]"}, "metrics"),
+    ],
+)
+def test_knobs_that_do_not_fit(data, tmp_path, capsys, knobs, named):
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(*words(data, tmp_path / "run", **knobs))
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"text_columns": "[fr]"}, 'text_columns "fr" is not a column of the data set; it has en, de, label'),
+        ({"label_column": "kind"}, 'label_column "kind" is not a column of the data set; it has en, de, label'),
+        ({"validation_split": "valid"}, 'validation_split "valid" is not a split of the data set'),
+        ({"task": "rte", "text_columns": None}, 'text_columns "sentence1" is not a column of the data set'),
+        ({"task": "rte"}, 'label "other" is not a class of the model; it has entailment, not_entailment'),
+        ({"metrics": "[pearson]"}, 'metrics of classes must be among accuracy, f1, f1_macro, matthews, got "pearson"'),
+        ({"best_metric": "f1"}, 'best_metric must be loss or among metrics, accuracy, got "f1"'),
+        ({"holdout": 90}, "holdout must be below the 90 rows of train, got 90"),
+        ({"model": TINY[:-1] + ", pooler: none}"}, "this classifier reads the pooler"),
+    ],
+)
+def test_data_that_does_not_fit(data, tmp_path, knobs, named):
+    with pytest.raises(ValueError) as caught:
+        run_recipe(*words(data, tmp_path / "run", **knobs))
+    assert named in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    splits = {"train": (40, 0), "validation": (20, 40), "test": (10, 60)}
+    kind = Value("int64")
+    hidden = write_pairs(tmp_path / "a", kind=ClassLabel(names=NAMES), splits=splits)
+    write_pairs(hidden, splits={"test": (10, 60)}, labels=lambda row: -1)
+    with pytest.raises(ValueError, match='test_splits "test" has no labels, so it cannot be scored'):
+        run_recipe(*words(hidden, tmp_path / "run", test_splits="[test]"))
+    third = write_pairs(tmp_path / "b", kind=kind, splits=splits)
+    write_pairs(third, kind=kind, splits={"validation": (20, 40)}, labels=lambda row: 7)
+    with pytest.raises(ValueError, match=r"label 7 of text \d+ is not a class of the model"):
+        run_recipe(*words(third, tmp_path / "run2"))
+    one = write_pairs(tmp_path / "c", kind=kind, splits=splits, labels=lambda row: 1)
+    with pytest.raises(ValueError, match="at least two classes, got 1"):
+        run_recipe(*words(one, tmp_path / "run3"))
+
+
+def test_models_that_do_not_fit(data, tmp_path):
+    bert = pretrained(tmp_path / "bert", "bert")
+    gpt = pretrained(tmp_path / "gpt2", "gpt2")
+    for start, knobs, named in (
+        (bert, {"language_weight": 0.5}, "a bert model sees all tokens"),
+        (bert, {"model": "{hidden: 3}"}, "model.hidden is not a field of BertConfig that can be chosen"),
+        (gpt, {"max_length": 100}, "max_length must be at most max_position_embeddings = 64, got 100"),
+        (bert, {"model": "{hidden_size: 32}"}, "has no weights that fit bert.embeddings"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", init_from=start, **knobs))
+
+
+def test_layers_that_cannot_be_told_apart(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_tfm.training.text_model.height", lambda name: math.inf)
+    with pytest.raises(ValueError, match=r"layer_decay must be 1 for a tfm_bert model, got 0\.5"):
+        run_recipe(*words(data, tmp_path / "run", layer_decay=0.5))
