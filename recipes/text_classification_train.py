@@ -148,7 +148,7 @@ def train_tasks(args: TextClassificationArguments, argv: Sequence[str]) -> None:
             continue
         if record is None:
             break
-        found[task.name] = record.metrics
+        found[task.name] = [row for row in record.metrics if row["split"] in task.validation]
     else:
         summary = summarise(found, missing)
         if accelerator.is_main_process:
