@@ -11,200 +11,50 @@ numbers: recipes/presets/language_pretrain/.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import datasets
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer
 
-from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmBertForPreTraining, TfmGPTConfig, TfmGPTForCausalLM
-from hf_tfm.data import language, text
-from hf_tfm.data.language import Corpus
-from hf_tfm.data.source import describe_source, gather, load_splits, take_split
-from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-from hf_tfm.tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary, score
-from hf_tfm.training import TokenArguments, evaluate, train
+from hf_tfm.tasks.language import score
+from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.language_run import (
+    LanguageArguments,
+    build_model,
+    describe_data,
+    join_texts,
+    language_loader,
+    load_texts,
+    load_tokenizer,
+    new_task,
+    scored_splits,
+)
 from hf_tfm.training.run import finish, open_run, start_accelerator
-from hf_tfm.training.splits import check_holdout, split_rows
-from hf_tfm.training.token_run import check_stream, token_loader
-
-TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 
 
 @dataclass(kw_only=True)
-class LanguageArguments(TokenArguments):
-    """Knobs of language-model pretraining.
-
-    Args:
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
-        dataset_name: configuration of the data set.
-        dataset_revision: commit, tag or branch on the Hub.
-        data_files: files by split, where dataset is a format such as "text" or "parquet".
-        streaming: read the training split as it comes; needs num_steps.
-        text_column: a column or a dotted path; default, "text" or the only column of strings.
-        more_texts: other data sets to learn from too, each {dataset, split, text_column, ...}.
-        documents: each row is a document of its own; false: rows are pieces of a running text.
-        train_split: split to learn from.
-        validation_split: split that decides which weights are best.
-        holdout: so many rows of the training split, drawn at random, are the validation split where that is null.
-        max_train_samples: learn from the first of the training rows only, after they were shuffled by the seed.
-        test_splits: splits that are only scored, in the end.
-        objective: masked tokens (BERT) or next tokens (GPT).
-        sequences: packed blocks of running text, rows (a text each, cut off), or pairs of segments, which adds next
-            sentence prediction.
-        max_length: tokens of a sequence.
-        mask_share: share of tokens that are masked.
-        whole_words: mask words and not tokens.
-        tokenizer: folder or Hub id of a ready tokenizer; default, one is trained on the training texts: WordPiece for
-            masked, byte-pair encoding for next tokens.
-        tokenizer_rows: rows of the training texts that the tokenizer is trained on; default, all.
-        vocab_size: of the tokenizer that is trained.
-        lowercase: the tokenizer that is trained lower-cases all text.
-        size: of a new model, see TfmBertConfig and TfmGPTConfig.
-        model: fields of the configuration that differ from the size's.
-        init_from: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and model.
-        license: licence of the model, for its card.
-    """
-
-    dataset: str
-    dataset_name: str | None = None
-    dataset_revision: str | None = None
-    data_files: dict[str, str | list[str]] | None = None
-    streaming: bool = False
-    text_column: str | None = None
-    more_texts: list[Corpus] = field(default_factory=list)
-    documents: bool = True
-    train_split: str = "train"
-    validation_split: str | None = "validation"
-    holdout: int | None = None
-    max_train_samples: int | None = None
-    test_splits: list[str] = field(default_factory=list)
-    objective: Literal["masked", "causal"] = "masked"
-    sequences: Literal["packed", "rows", "pairs"] = "packed"
-    max_length: int = 128
-    mask_share: float = 0.15
-    whole_words: bool = False
-    tokenizer: str | None = None
-    tokenizer_rows: int | None = None
-    vocab_size: int = 30_522
-    lowercase: bool = True
-    size: str = "small"
-    model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    init_from: str | None = None
-    license: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_range(at_least_1="max_length vocab_size tokenizer_rows holdout max_train_samples")
-        check_holdout(self)
-        self.more_texts = [Corpus(**more) if isinstance(more, dict) else more for more in self.more_texts]
-        if self.best_metric != "loss":
-            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
-        if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):
-            raise ValueError('sequences="pairs" and whole_words are for objective="masked"')
-        if not 0.0 < self.mask_share < 1.0:
-            raise ValueError(f"mask_share must be in (0, 1), got {self.mask_share}")
-        if self.streaming:
-            check_stream(self, self.max_length, (self.validation_split, *self.test_splits))
-            if self.more_texts or self.holdout or self.max_train_samples:
-                raise ValueError("streaming reads one split: give no more_texts, holdout and max_train_samples")
-        if self.init_from and (self.model or self.tokenizer):
-            raise ValueError("init_from brings its own model and tokenizer: give no model or tokenizer beside it")
-        check_fields(self.config_class, self.model, TOKEN_FIELDS)
-        if not self.init_from:
-            config = new_config(self.config_class, self)
-            if self.max_length > config.max_position_embeddings:
-                raise ValueError(
-                    f"max_length must be at most model.max_position_embeddings = {config.max_position_embeddings}, "
-                    f"got {self.max_length}"
-                )
-
-    @property
-    def held_out(self) -> str:
-        """The name of the split that decides which weights are best."""
-        return self.validation_split or "holdout"
-
-    @property
-    def config_class(self) -> type:
-        return TfmBertConfig if self.objective == "masked" else TfmGPTConfig
-
-    @property
-    def model_class(self) -> type:
-        if self.objective == "causal":
-            return TfmGPTForCausalLM
-        return TfmBertForPreTraining if self.sequences == "pairs" else TfmBertForMaskedLM
-
-
-def load_texts(args: LanguageArguments) -> dict:
-    """{split: rows with a text} of every split, and {"DATA SET, SPLIT": rows} of more_texts."""
-    source = args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming
-    splits = load_splits(*source)
-
-    def rows_of(name: str, argument: str):
-        rows = language.text_rows(take_split(splits, name, argument), args.text_column)
-        return gather(rows) if args.streaming and argument != "train_split" else rows
-
-    texts = split_rows(args, args.test_splits, rows_of)
-    return {**texts, **{f"{Path(more.dataset).name}, {more.split}": more.rows() for more in args.more_texts}}
-
-
-def describe_data(args: LanguageArguments, texts: dict) -> dict:
-    """What the results file and the card say of the data."""
-    return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        **describe_source(args.dataset, args.dataset_revision),
-        "text_column": args.text_column,
-        **text.describe(texts),
-    }
-
-
-def load_tokenizer(args: LanguageArguments, learned) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or one trained on the texts."""
-    if ready := args.tokenizer or args.init_from:
-        return AutoTokenizer.from_pretrained(ready)
-    rows = learned if args.tokenizer_rows is None else learned.take(args.tokenizer_rows)
-    teach = train_wordpiece if args.objective == "masked" else train_bytes
-    return teach(language.Texts(rows), args.vocab_size, args.lowercase)
-
-
-def build_model(args: LanguageArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
-    set_seed(args.seed)
-    if args.init_from:
-        model = args.model_class.from_pretrained(args.init_from)
-        check_vocabulary(model.config, tokenizer, args.max_length)
-        return model
-    tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
-    return args.model_class(new_config(args.config_class, args, vocab_size=len(tokenizer), **tokens))
+class PretrainArguments(LanguageArguments):
+    """Knobs of language-model pretraining: those of `LanguageArguments`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(LanguageArguments, Path(__file__), argv)
+    args = parse_arguments(PretrainArguments, Path(__file__), argv)
     accelerator = start_accelerator(args)
     texts = load_texts(args)
     kind = "fill-mask" if args.objective == "masked" else "text-generation"
     run = open_run(accelerator, args, kind, describe_data(args, texts), Path(__file__).stem, argv)
-    scored = list(dict.fromkeys([args.held_out, *args.test_splits]))
-    parts = [rows for name, rows in texts.items() if name not in scored]
-    learned = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    learned = join_texts(args, texts)
     tokenizer = run.once("tokenizer", lambda: load_tokenizer(args, learned), AutoTokenizer.from_pretrained)
     tokenizer.model_max_length = args.max_length
     model = build_model(args, tokenizer)
-    task: LanguageTask = CausalLanguageTask(tokenizer)
-    if args.objective == "masked":
-        task = MaskedLanguageTask(tokenizer, args.mask_share, args.whole_words, args.seed)
+    task = new_task(args, tokenizer)
 
-    def loader(rows, learning: bool):
-        found = language.token_sequences(rows, tokenizer, args.max_length, args.sequences, args.documents, args.seed)
-        lengths = language.sequence_lengths, language.sequence_length
-        return token_loader(args, accelerator, task.collate, found, *lengths, learning)
+    def loader(rows, learning: bool = False):
+        return language_loader(args, accelerator, task.collate, tokenizer, rows, learning)
 
-    training, validation = loader(learned, True), loader(texts[args.held_out], False)
+    training, validation = loader(learned, learning=True), loader(texts[args.held_out])
     per_epoch = training.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
 
@@ -216,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result.stopped:
         return run.stopped(result)
     metrics = []
-    for split in scored:
-        part = validation if split == args.held_out else loader(texts[split], False)
+    for split in scored_splits(args):
+        part = validation if split == args.held_out else loader(texts[split])
         metrics += [{**row, "split": split} for row in score(accelerator, task, model, part)]
     finish(run, model.eval(), tokenizer, task, result, metrics)
     return 0

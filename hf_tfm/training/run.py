@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from ..hub.card import write_card
+from ..hub.cost import Cost
 from ..hub.results import RunRecord, collect_versions, describe_hardware
 from .arguments import TrainingArguments
 from .folder import claim, explain_write_errors
@@ -136,13 +137,20 @@ def now() -> str:
 
 
 def finish(
-    run: Run, model: nn.Module, processor: Any, task: Task, result: TrainingResult, metrics: list[dict[str, Any]]
+    run: Run,
+    model: nn.Module,
+    processor: Any,
+    task: Task,
+    result: TrainingResult,
+    metrics: list[dict[str, Any]],
+    costs: list[Cost] | None = None,
 ) -> RunRecord:
     """Save model, processor, results.json and card in the run's folder; print the results.
 
     Args:
         processor: the tokenizer or image processor that belongs to the model.
         metrics: rows of name, value, split and signature.
+        costs: of the model and those it is compared with.
 
     Raises:
         WriteError: something could not be written.
@@ -169,6 +177,7 @@ def finish(
         },
         versions=collect_versions(),
         hardware=describe_hardware(accelerator.device, accelerator.num_processes),
+        costs=costs,
         started=run.started,
         finished=now(),
     )

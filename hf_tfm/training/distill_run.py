@@ -1,0 +1,234 @@
+"""What the recipes of distillation share: their knobs, the teacher, and the student that learns from it.
+
+teacher or its cache, task, student -> lessons -> a module to train and a task that says how
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..distillation.cache import CachedTeacher, write_cache
+from ..distillation.facts import facts_of
+from ..distillation.student import Distilled, copy_layers, freeze_unused
+from ..distillation.teacher import Teacher
+from ..distillation.terms import Term, plan, signals_of
+from ..hub.cost import Cost, beside_teacher, measure_cost
+from ..tasks.distill import DistillationTask, Teaching
+from .loop import Loader
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(kw_only=True)
+class DistillationKnobs:
+    """Knobs of what is learned from a teacher; a mixin that stands before the knobs of a task.
+
+    Args:
+        teacher: folder or Hub id of a model of any kind, with its tokenizer or image processor.
+        trust_remote_code: run the code that the teacher's repository brings.
+        teacher_dtype: of the teacher's weights and what it computes.
+        teacher_device: where it computes, say cuda:1; default, where the student does.
+        expected_score: the run ends at once if the teacher's best_metric on the validation data is worse than this.
+        terms: what student and teacher are compared in, each {kind, weight, temperature, layers, ...}; see
+            `distillation.terms.Term`.
+        student_layers: a new student begins with the weights of these blocks of the teacher, counted from 0.
+        truncate_width: of a wider teacher it takes the first rows and columns; they no longer compute what they did.
+        cache: folder with the teacher's signals, from which the run reads them; the teacher is then not loaded.
+        write_cache: write the teacher's signals into cache, and end.
+        cache_epochs: epochs that are written; a run reads epoch e modulo their number.
+        cache_top_k: logits of a row that are kept; default, all.
+        cache_dtype: of what is written.
+        costs: measure in the end what student and teacher cost, for the card.
+    """
+
+    teacher: str
+    trust_remote_code: bool = False
+    teacher_dtype: Dtype = "fp32"
+    teacher_device: str | None = None
+    expected_score: float | None = None
+    terms: list[Term] = field(default_factory=list)
+    student_layers: list[int] = field(default_factory=list)
+    truncate_width: bool = False
+    cache: str | None = None
+    write_cache: bool = False
+    cache_epochs: int = 1
+    cache_top_k: int | None = None
+    cache_dtype: Dtype = "bf16"
+    costs: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.terms = [Term(**term) if isinstance(term, dict) else term for term in self.terms]
+        self.check_range(at_least_1="cache_epochs cache_top_k")
+        if not self.terms:
+            raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")
+        if self.write_cache and not self.cache:
+            raise ValueError("write_cache needs cache, the folder to write")
+        if self.student_layers and self.init_from:
+            raise ValueError("init_from brings its own weights: give no student_layers beside it")
+        if self.cache and not self.write_cache and self.expected_score is not None:
+            raise ValueError("expected_score needs the teacher, and cache takes its place: check it at write_cache")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the teacher's signals are read from a cache."""
+        return bool(self.cache) and not self.write_cache
+
+
+def load_teacher(args: DistillationKnobs, auto_class: Any) -> PreTrainedModel:
+    """The teacher's model, in float32.
+
+    Raises:
+        ValueError: it lacks weights, say a classifier because it was not fine-tuned.
+    """
+    model, report = auto_class.from_pretrained(
+        args.teacher, dtype=torch.float32, trust_remote_code=args.trust_remote_code, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f'teacher "{args.teacher}" has no weights for {", ".join(missing[:3])}: was it fine-tuned?')
+    return model.eval()
+
+
+def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel, auto_class: Any) -> None:
+    """Give a new student the weights of ``student_layers``, where there are any.
+
+    Raises:
+        ValueError: the teacher is of another kind, or its layers do not fit; see `copy_layers`.
+    """
+    if args.student_layers:
+        fresh = copy_layers(student, load_teacher(args, auto_class), args.student_layers, args.truncate_width)
+        if fresh:
+            print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")
+
+
+@dataclass
+class Lessons:
+    """Who learns what from whom; see `prepare`.
+
+    Args:
+        task: for the loop.
+        model: for the loop; its ``student`` is what is kept.
+        teacher: its model, or None where a cache takes its place.
+    """
+
+    task: DistillationTask
+    model: Distilled
+    teacher: PreTrainedModel | None
+
+
+def prepare(
+    args: DistillationKnobs, accelerator: Accelerator, task: Teaching, student: PreTrainedModel, auto_class: Any
+) -> Lessons:
+    """Check the terms against student and teacher, and put them together.
+
+    Raises:
+        ValueError: a term does not fit them; or the cache is not whole, or lacks a signal.
+    """
+    source = None
+    if args.cached:
+        source = CachedTeacher(args.cache)
+    else:
+        device = args.teacher_device or accelerator.device
+        source = Teacher(load_teacher(args, auto_class), args.teacher_dtype, device)
+    lessons = plan(args.terms, facts_of(student), source.facts)
+    teacher = None if args.cached else source.model
+    return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher)
+
+
+def check_cache(args: DistillationKnobs, lessons: Lessons, rows: datasets.Dataset, data: str) -> None:
+    """Refuse a cache of another run.
+
+    Args:
+        rows: to learn from, as the task's ``collate`` takes them; ``data``: their fingerprint.
+
+    Raises:
+        ValueError: it says in what it differs.
+    """
+    if args.cached:
+        lessons.task.teacher.check(lessons.task.task, rows, data)
+
+
+def fill_cache(
+    args: DistillationKnobs,
+    accelerator: Accelerator,
+    lessons: Lessons,
+    rows: datasets.Dataset,
+    data: str,
+    numbers: Callable[[int], Any] | None = None,
+) -> int:
+    """Write the teacher's signals that the terms need, and say how large they are; the exit status.
+
+    Args:
+        rows, data: see `check_cache`.
+        numbers: see `write_cache`.
+    """
+    warm = {term.temperature for term in args.terms if term.kind == "soft_target"}
+    if args.cache_top_k and len(warm) > 1:
+        raise ValueError(f"cache_top_k needs one temperature of all soft_target terms, got {sorted(warm)}")
+    report = write_cache(
+        lessons.task.teacher,
+        lessons.task.task,
+        rows,
+        args.cache,
+        args.cache_epochs,
+        signals_of(lessons.model.lessons, "teacher"),
+        args.cache_top_k,
+        args.cache_dtype,
+        data=data,
+        temperature=warm.pop() if warm else 1.0,
+        numbers=numbers,
+        num_workers=args.num_workers,
+        accelerator=accelerator,
+        progress=args.progress,
+    )
+    accelerator.print(
+        f"{args.cache}: {report.samples:,} samples, {report.bytes / 1e6:.1f} MB, "
+        f"{report.bytes_per_sample / 1e3:.2f} kB each"
+    )
+    return 0
+
+
+def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) -> None:
+    """Freeze what no term reaches, and say so."""
+    batch = next(iter(learning.epoch(0)))[0]
+    if unused := freeze_unused(accelerator, lessons.task, lessons.model, batch):
+        accelerator.print(f"no term reaches {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}: left as they are")
+
+
+def table_of_costs(
+    args: DistillationKnobs,
+    accelerator: Accelerator,
+    student: PreTrainedModel,
+    sample: Mapping[str, Tensor],
+    auto_class: Any,
+    score: Callable[[PreTrainedModel], float],
+    higher_is_better: bool = True,
+) -> list[Cost] | None:
+    """What teacher and student cost and score, for the card; None where that is not wanted.
+
+    Args:
+        sample: what a model reads of one sample.
+        score: model -> its score on the validation data; called on all processes.
+        higher_is_better: otherwise the student keeps no share of it.
+    """
+    if not args.costs:
+        return None
+    models = {"teacher": load_teacher(args, auto_class).to(accelerator.device), "student": student}
+    scores = {name: score(model) for name, model in models.items()}
+    if not accelerator.is_main_process:
+        return None
+    rows = [measure_cost(name, model, readable(model, sample), scores[name]) for name, model in models.items()]
+    return beside_teacher(*rows) if higher_is_better else rows
+
+
+def readable(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a sample a model takes."""
+    taken = inspect.signature(model.forward).parameters
+    return {name: value for name, value in sample.items() if name in taken}

@@ -1,0 +1,27 @@
+"""Write a teacher's signals once, so that many students learn from them with no teacher in memory.
+
+    hf-tfm run distill_cache distill_task --config quickstart --teacher runs/quickstart-text --cache runs/cache
+    hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text --cache runs/cache
+
+The first word is a recipe of distillation, the others are its options: data, teacher and terms decide what is written,
+--cache_epochs, --cache_top_k and --cache_dtype how much. A writer that was killed goes on.
+"""
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipes = sorted(path for path in Path(__file__).parent.glob("distill_*.py") if path != Path(__file__))
+    known = {path.stem: path for path in recipes}
+    if argv[:1] in ([], ["-h"], ["--help"]) or argv[0] not in known:
+        print(f"{__doc__}\nrecipes: {', '.join(known)}", file=sys.stderr)
+        return 2
+    return runpy.run_path(str(known[argv[0]]))["main"]([*argv[1:], "--write_cache", "true"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Distil a language model into a smaller one on plain text: DistilBERT, TinyBERT's general stage, DistilGPT.
+
+    hf-tfm run distill_pretrain --config quickstart --teacher runs/quickstart-bert      about 1 minute on 2 CPU cores
+    hf-tfm run distill_pretrain --config distilbert --output_dir runs/distilbert
+    hf-tfm run distill_cache distill_pretrain --config quickstart --teacher TEACHER --cache DIR --cache_epochs 4
+
+Masks follow from the seed, the epoch and the sample, so a cache of some epochs holds what the teacher says of the very
+same masked texts. The student is fine-tuned with text_classification_train --init_from, or with distill_task. Presets
+with their cost and expected numbers: recipes/presets/distill_pretrain/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from hf_tfm.distillation.facts import check_tokenizers
+from hf_tfm.distillation.teacher import check_score
+from hf_tfm.tasks.language import score
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_run import (
+    DistillationKnobs,
+    begin_with_layers,
+    check_cache,
+    fill_cache,
+    freeze_rest,
+    prepare,
+    table_of_costs,
+)
+from hf_tfm.training.language_run import (
+    LanguageArguments,
+    build_model,
+    describe_data,
+    join_texts,
+    language_loader,
+    load_texts,
+    new_task,
+    scored_splits,
+)
+from hf_tfm.training.run import finish, open_run, start_accelerator
+
+
+@dataclass(kw_only=True)
+class DistillPretrainArguments(DistillationKnobs, LanguageArguments):
+    """Knobs of distilling a language model: those of `DistillationKnobs` and `LanguageArguments`; the tokenizer is the
+    teacher's."""
+
+    size: str = "distilbert"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sequences == "pairs":
+            raise ValueError('sequences must be "packed" or "rows": next sentences are not distilled, got "pairs"')
+        if self.tokenizer:
+            raise ValueError(f'the tokenizer is the teacher\'s: give no tokenizer, got "{self.tokenizer}"')
+        if self.streaming and self.cache:
+            raise ValueError("cache needs to know the samples: it does not go with streaming")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(DistillPretrainArguments, Path(__file__), argv)
+    masked = args.objective == "masked"
+    auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    accelerator = start_accelerator(args)
+    texts = load_texts(args)
+    data = describe_data(args, texts)
+    learned = join_texts(args, texts)
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
+    if args.init_from:
+        check_tokenizers(AutoTokenizer.from_pretrained(args.init_from), tokenizer)
+    tokenizer.model_max_length = args.max_length
+    student = build_model(args, tokenizer)
+    begin_with_layers(args, student, auto_class)
+    task = new_task(args, tokenizer)
+    lessons = prepare(args, accelerator, task, student, auto_class)
+
+    def loader(rows, collate=task.collate, learning: bool = False):
+        return language_loader(args, accelerator, collate, tokenizer, rows, learning)
+
+    training = loader(learned, lessons.task.collate, learning=True)
+    if not args.streaming:
+        fingerprint = str(data["fingerprint"])
+        if args.write_cache:
+            return fill_cache(args, accelerator, lessons, training.examples, fingerprint)
+        check_cache(args, lessons, training.examples, fingerprint)
+    # A cache holds the training texts alone.
+    validation = loader(texts[args.held_out], task.collate if args.cached else lessons.task.collate)
+    if args.expected_score is not None:
+        check_score(evaluate(accelerator, task, lessons.teacher, validation), "loss", args.expected_score)
+    run = open_run(accelerator, args, "fill-mask" if masked else "text-generation", data, Path(__file__).stem, argv)
+    freeze_rest(accelerator, lessons, training)
+
+    def score_validation(trained) -> dict[str, float]:
+        own = evaluate(accelerator, task, trained.student, validation)
+        return (
+            own
+            if args.cached
+            else own | {"distillation": evaluate(accelerator, lessons.task, trained, validation)["loss"]}
+        )
+
+    per_epoch = training.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    result = train(accelerator, lessons.task, lessons.model, training, args, num_steps, eval_steps, score_validation)
+    if result.stopped:
+        return run.stopped(result)
+    metrics = []
+    for split in scored_splits(args):
+        part = validation if split == args.held_out else loader(texts[split])
+        metrics += [{**row, "split": split} for row in score(accelerator, task, student, part)]
+    sample = {"input_ids": torch.ones(1, args.max_length, dtype=torch.long)}
+
+    def perplexity(model) -> float:
+        return score(accelerator, task, model, validation)[0]["value"]
+
+    costs = table_of_costs(args, accelerator, student, sample, auto_class, perplexity, False)
+    finish(run, student.eval(), tokenizer, task, result, metrics, costs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

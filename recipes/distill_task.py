@@ -1,0 +1,133 @@
+"""Distil a classifier of texts into a smaller one: soft targets (DistilBERT), or inner layers first (TinyBERT).
+
+    hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text      seconds on 2 CPU cores
+    hf-tfm run distill_task --config tinybert_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
+    hf-tfm run distill_task --config tinybert_prediction --task sst2 --teacher TEACHER --init_from runs/tiny1
+
+With --cache DIR --write_cache true it writes the teacher's signals and ends; with --cache DIR it reads them, and needs
+no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_tfm.data.labelled_texts import text_lengths
+from hf_tfm.distillation.facts import check_tokenizers
+from hf_tfm.distillation.teacher import check_score
+from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_run import (
+    DistillationKnobs,
+    begin_with_layers,
+    check_cache,
+    fill_cache,
+    freeze_rest,
+    prepare,
+    table_of_costs,
+)
+from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete
+from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
+
+CLASSIFIER = AutoModelForSequenceClassification
+
+
+@dataclass(kw_only=True)
+class DistillTaskArguments(DistillationKnobs, TextArguments):
+    """Knobs of distilling a classifier of texts.
+
+    Args:
+        architecture: of a new student, bert or gpt.
+        size: of a new student, see TfmBertConfig and TfmGPTConfig.
+        model: fields of the configuration that differ from the size's, or from init_from's.
+        init_from: folder or Hub id of a student to go on from, with the teacher's tokenizer.
+
+    The others are those of `DistillationKnobs` and `TextArguments`.
+    """
+
+    architecture: Literal["bert", "gpt"] = "bert"
+    size: str = "tinybert4"
+    model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    init_from: str | None = None
+    language_weight: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.init_from:
+            config_class, _ = ARCHITECTURES[self.architecture]
+            check_fields(config_class, self.model, TOKEN_FIELDS)
+            new_config(config_class, self)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(DistillTaskArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    args, texts = load_labelled_texts(args)
+    data = texts.described(args)
+    tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
+    if args.init_from:
+        check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from)), tokenizer)
+    student = build_classifier(args, tokenizer, texts.labels)
+    begin_with_layers(args, student, CLASSIFIER)
+    # Both are given all that the tokenizer makes; each takes what it knows.
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    task = TextClassificationTask(tokenizer, texts.label_ids(args.train_split), names)
+    lessons = prepare(args, accelerator, task, student, CLASSIFIER)
+
+    def loader_of(split: str, collate, learning: bool = False):
+        return text_loader(args, accelerator, collate, tokenizer, texts.rows[split], learning)
+
+    learning = loader_of(args.train_split, lessons.task.collate, learning=True)
+    fingerprint = data["fingerprint"][args.train_split]
+    if args.write_cache:
+        return fill_cache(args, accelerator, lessons, learning.examples, fingerprint)
+    check_cache(args, lessons, learning.examples, fingerprint)
+    # A cache holds the training texts alone.
+    collate = task.collate if args.cached else lessons.task.collate
+    scored = {split: loader_of(split, collate) for split in texts.scored}
+    decisive = scored[texts.validation[0]]
+
+    def scores_of(model) -> dict[str, float]:
+        found = predict(accelerator, task, model, decisive)
+        return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found, args.metrics)}}
+
+    if args.expected_score is not None:
+        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    run = open_run(accelerator, args, "text-classification", data, Path(__file__).stem, argv)
+    freeze_rest(accelerator, lessons, learning)
+
+    def score_validation(trained) -> dict[str, float]:
+        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, decisive)
+        return {**scores_of(trained.student), **({"distillation": terms["loss"]} if terms else {})}
+
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    settled, eval_steps = args.settle(num_steps), args.eval_steps or per_epoch
+    result = train(
+        accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score_validation
+    )
+    if result.stopped:
+        return run.stopped(result)
+    metrics = []
+    for split, loader in scored.items():
+        found = predict(accelerator, task, student, loader)
+        metrics += [{**row, "split": split} for row in score(found, args.metrics)]
+    typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
+    sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
+    costs = table_of_costs(args, accelerator, student, sample, CLASSIFIER, lambda m: scores_of(m)[args.metrics[0]])
+    finish(run, student.eval(), tokenizer, task, result, metrics, costs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
