@@ -112,6 +112,8 @@ def write_cache(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if teacher.hash is None:
+        raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
     if not signals:
         raise ValueError("signals must name at least one")
     to_dtype(dtype)

@@ -38,17 +38,20 @@ class Teacher:
         dtype: "fp32", "bf16" or "fp16", of its weights and what it computes.
         device: where it computes, which need not be where the student does; default, where it is.
 
+    `facts` is what its lessons are planned on; `hash` is of its weights as they were loaded, None where some of them
+    are not in memory.
+
     Raises:
         ValueError: there is no such dtype.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: str = "fp32", device: torch.device | str | None = None):
         self.facts: Facts = facts_of(model)
-        self.hash = weights_hash(model)  # of the weights as they were loaded
+        away = any(value.is_meta for value in model.state_dict().values())
+        self.hash = None if away else weights_hash(model)
         model.requires_grad_(False)
-        self.spread = getattr(model, "hf_device_map", None) is not None
-        model = model.to(to_dtype(dtype))
-        self.model = (model if device is None or self.spread else model.to(device)).eval()
+        spread = getattr(model, "hf_device_map", None) is not None
+        self.model = (model if spread else model.to(device=device, dtype=to_dtype(dtype))).eval()
 
     def __getstate__(self) -> dict[str, Any]:
         # It goes to workers that make batches, and need no model.
@@ -84,6 +87,39 @@ class Teacher:
         with torch.autocast(home.type, enabled=False), torch.autocast(parameter.device.type, enabled=False):
             found, _ = collect(self.model, given, names, places)
         return {name: value.to(home, non_blocking=True) for name, value in found.items()}
+
+
+def load_teacher(
+    name: str,
+    kind: Any,
+    dtype: str = "fp32",
+    device: torch.device | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    **options: Any,
+) -> Teacher:
+    """A teacher of a folder or the Hub.
+
+    Args:
+        kind: the Auto class, or the model's own, that has the head it teaches with.
+        dtype, device: see `Teacher`.
+        device_map: spreads a model that fits on no device alone, see transformers; takes the place of ``device``.
+        options: others of ``from_pretrained``, say ``revision``.
+
+    Raises:
+        ValueError: both a device and a map are given, or the weights lack a head, which would then be random.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(f"give device or device_map, not both, got {device} and {device_map}")
+    if device_map is not None:
+        options |= {"device_map": device_map, "dtype": to_dtype(dtype)}
+    model, report = kind.from_pretrained(name, output_loading_info=True, **options)
+    # A pooler that pretraining leaves out is not looked at, unless a head stands on it, which is then missing too.
+    if missing := sorted(key for key in report["missing_keys"] if "pooler." not in key):
+        raise ValueError(
+            f'teacher "{name}" lacks the weights {", ".join(missing[:3])} of {type(model).__name__}: it was not '
+            "trained for this"
+        )
+    return Teacher(model, dtype, device)
 
 
 def moved(value: Any, like: Tensor) -> Any:

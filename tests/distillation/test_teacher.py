@@ -4,9 +4,11 @@ import pickle
 
 import pytest
 import torch
-from distillation_helpers import bert, classifier, vit
+from distillation_helpers import bert, classifier, language_task, sentences, vit
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from hf_tfm.distillation.teacher import Teacher, check_score, to_dtype, weights_hash
+from hf_tfm.distillation.cache import write_cache
+from hf_tfm.distillation.teacher import Teacher, check_score, load_teacher, to_dtype, weights_hash
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -61,6 +63,32 @@ def test_the_hash_is_of_the_weights_as_they_were_loaded():
     with torch.no_grad():
         model.float().classifier.bias[0] += 1e-3
     assert weights_hash(model) != first
+
+
+def test_a_teacher_is_loaded_with_the_head_it_teaches_with(tmp_path):
+    model = bert(2)
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), AutoModelForMaskedLM, "bf16")
+    assert teacher.hash == weights_hash(model) and teacher.model.dtype == torch.bfloat16
+    assert load_teacher(str(tmp_path), AutoModel).facts.outputs is None  # its pooler is random, and not looked at
+    with pytest.raises(ValueError, match=r"lacks the weights classifier\.bias, classifier\.weight .* not trained"):
+        load_teacher(str(tmp_path), AutoModelForSequenceClassification)
+    with pytest.raises(ValueError, match="give device or device_map, not both, got cpu and auto"):
+        load_teacher(str(tmp_path), AutoModelForMaskedLM, device="cpu", device_map="auto")
+
+
+def test_a_teacher_may_be_spread(tmp_path):
+    bert(2).save_pretrained(tmp_path / "model")
+    teacher = load_teacher(str(tmp_path / "model"), AutoModelForMaskedLM, "bf16", device_map={"": "cpu"})
+    assert teacher.model.dtype == torch.bfloat16
+    assert teacher.signals({}, {"input_ids": IDS}, ["logits"], torch.tensor([3]))["logits"].shape == (1, 60)
+
+
+def test_a_teacher_that_is_not_in_memory_has_no_hash(tmp_path):
+    teacher = Teacher(bert(2).to("meta"))
+    assert teacher.hash is None
+    with pytest.raises(ValueError, match="has no hash, which a cache needs"):
+        write_cache(teacher, language_task(), sentences(), tmp_path, data="abc")
 
 
 def test_workers_get_a_teacher_without_its_model():

@@ -1,0 +1,114 @@
+"""A whole run of the loop: a student that is wrapped is averaged, stopped, resumed and shipped like any model."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from distillation_helpers import bert, distillation, language_task, sentences
+
+from hf_tfm import TfmBertForMaskedLM
+from hf_tfm.data.batching import StepLoader
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.terms import signals_of
+from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.training import TrainingArguments, evaluate, train
+
+TERMS = [
+    {"kind": "label"},
+    {"kind": "soft_target", "temperature": 2.0},
+    {"kind": "hidden_state"},
+    {"kind": "attention_score"},
+]
+KNOBS = {
+    "num_steps": 8,
+    "warmup_steps": 2,
+    "log_steps": 2,
+    "save_steps": 2,
+    "learning_rate": 3e-3,
+    "final_weights": "last",
+}
+
+
+class Cut(Exception):
+    """Something that ends a run."""
+
+
+class CuttingLoader:
+    """A loader that ends the run before a step."""
+
+    def __init__(self, loader, last):
+        self.loader, self.last, self.done = loader, last, 0
+        self.steps_per_epoch = loader.steps_per_epoch
+
+    def epoch(self, epoch, start=0):
+        for step in self.loader.epoch(epoch, start):
+            if self.done == self.last:
+                raise Cut
+            self.done += 1
+            yield step
+
+
+def run(folder, last=None, cache=None, **knobs):
+    """Distil for 8 steps, or until it is cut off; the task, the model and the validation scores of its student."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    plain = language_task()
+    # A student that drops: a resumed run must draw the same.
+    student = bert(2, 16, seed=1, hidden_dropout_prob=0.1)
+    task, model = distillation(plain, bert(4), student, TERMS)
+    rows = sentences(12)
+    if cache is not None:
+        names = signals_of(task.lessons, "teacher")
+        write_cache(task.teacher, plain, rows, cache, 2, names, dtype="fp32", data="abc")
+        task = DistillationTask(plain, CachedTeacher(cache), task.lessons)
+    args = TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+    learning = StepLoader(rows, BatchSampler(12, 4, seed=0), task.collate, 2, num_workers=args.num_workers)
+    held_out = StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), plain.collate)
+
+    def score(trained):
+        return evaluate(accelerator, plain, trained.student, held_out)
+
+    loader = learning if last is None else CuttingLoader(learning, last)
+    result = train(accelerator, task, model, loader, args, args.num_steps, 2, score)
+    assert not result.stopped and result.progress.step == args.num_steps
+    return model, score(model)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path, cached):
+    options = {"cache": tmp_path / "cache", "num_workers": 1} if cached else {}
+    whole, _ = run(tmp_path / "whole", **options)
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", last=5, **options)
+    resumed, _ = run(tmp_path / "cut", **options)
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("knobs", [{"ema_decay": 0.5, "final_weights": "ema"}, {"final_weights": "best"}], ids=str)
+def test_the_student_is_shipped_alone(tmp_path, knobs):
+    model, scores = run(tmp_path / "run", **knobs)
+    model.student.save_pretrained(tmp_path / "student")
+    loaded, report = TfmBertForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    again = evaluate(
+        Accelerator(cpu=True),
+        language_task(),
+        loaded,
+        StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), language_task().collate),
+    )
+    assert again == scores
+
+
+def test_a_run_from_a_cache_ends_where_one_with_its_teacher_does(tmp_path):
+    online, _ = run(tmp_path / "online")
+    cached, _ = run(tmp_path / "run", cache=tmp_path / "cache")  # 8 steps are 2 2/3 epochs of 2 cached ones
+    ours, theirs = online.state_dict(), cached.state_dict()
+    difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    assert difference > 1e-4  # the third epoch has the masks of the first
+    early, _ = run(tmp_path / "early", num_steps=6)
+    other, _ = run(tmp_path / "other", num_steps=6, cache=tmp_path / "cache")
+    ours, theirs = early.state_dict(), other.state_dict()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
