@@ -5,6 +5,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
+from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .travel import TravellingConfig
 
 # Base and large: Devlin et al. 2019, section 3. Tiny to medium: Turc et al. 2019 (arXiv:1908.08962), table 1.
@@ -21,6 +22,10 @@ SIZES = {
     "tinybert6": {"num_hidden_layers": 6},
 }
 POOLERS = ("tanh", "relu", "tanh_relu", "none")
+LEAST_1 = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "max_position_embeddings",
+)
 SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 
 
@@ -62,6 +67,16 @@ class TfmBertConfig(TravellingConfig):
         "AutoModelForQuestionAnswering": "modeling_bert.TfmBertForQuestionAnswering",
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    base_model_tp_plan: ClassVar = {
+        "embeddings.word_embeddings": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
     # Part of every BERT; the blocks ask for them.
     norm_first: ClassVar = False
     attention_score: ClassVar = "dot_product"
@@ -82,6 +97,8 @@ class TfmBertConfig(TravellingConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
     @classmethod
@@ -91,28 +108,15 @@ class TfmBertConfig(TravellingConfig):
         Raises:
             ValueError: the size is not known.
         """
-        if size not in SIZES:
-            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
-        return cls(**{**SIZES[size], **fields})
+        return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
-        for name, choices in (("hidden_act", ACT2FN), ("pooler", POOLERS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
-        for name in (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.type_vocab_size < 0:
-            raise ValueError(f"type_vocab_size must be at least 0, got {self.type_vocab_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, got "
-                f"{self.hidden_size}"
-            )
-        for name in SHARES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require_choice(self, "hidden_act", ACT2FN)
+        require_choice(self, "pooler", POOLERS)
+        require_at_least(self, LEAST_1)
+        require_at_least(self, ("type_vocab_size",), 0)
+        require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        require_share(self, SHARES)
+        if self.classifier_dropout is not None:
+            require_share(self, ("classifier_dropout",))

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
+from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .travel import TravellingConfig
 
 # "base" is the paper's. The others are ours, for small images and training from scratch: group norm, nothing frozen,
@@ -41,6 +42,10 @@ SIZES = {
 }
 NORMS = ("frozen", "batch", "group")
 POSITIONS = ("sine", "learned")
+LEAST_1 = (
+    *("num_channels", "num_queries", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim"),
+    *("decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
+)
 WEIGHTS = (
     "class_cost",
     "bbox_cost",
@@ -148,9 +153,7 @@ class TfmDetrConfig(TravellingConfig):
         Raises:
             ValueError: the size is not known.
         """
-        if size not in SIZES:
-            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
-        return cls(**{**SIZES[size], **fields})
+        return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def __post_init__(self, **kwargs):
         if (native := kwargs.pop("backbone_config", None)) is not None:
@@ -159,30 +162,15 @@ class TfmDetrConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
-        for name, choices in (
-            ("backbone_norm", NORMS),
-            ("position_embedding_type", POSITIONS),
-            ("activation_function", ACT2FN),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
-        for name in (
-            *("num_channels", "num_queries", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim"),
-            *("decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_choice(self, "backbone_norm", NORMS)
+        require_choice(self, "position_embedding_type", POSITIONS)
+        require_choice(self, "activation_function", ACT2FN)
+        require_at_least(self, LEAST_1)
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, name):
-                raise ValueError(f"d_model must be a multiple of {name} = {getattr(self, name)}, got {self.d_model}")
-        if self.d_model % 4:
-            raise ValueError(f"d_model must be a multiple of 4 for positions in two directions, got {self.d_model}")
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in (*WEIGHTS, "backbone_frozen_stages"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            require_multiple(self, "d_model", getattr(self, name), name)
+        require_multiple(self, "d_model", 4, "positions in two directions")
+        require_share(self, ("dropout", "attention_dropout", "activation_dropout"))
+        require_at_least(self, (*WEIGHTS, "backbone_frozen_stages"), 0)
         if self.thing_ids is not None and not set(self.thing_ids) <= set(range(self.num_labels)):
             raise ValueError(
                 f"thing_ids must be in [0, {self.num_labels}), the number of labels, got {self.thing_ids}"

@@ -6,6 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
+from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .travel import TravellingConfig
 
 # GPT-1: Radford et al. 2018, section 4.1. GPT-2: Radford et al. 2019, table 2.
@@ -29,6 +30,10 @@ NATIVE_FIELDS = {
     "attn_pdrop": "attention_probs_dropout_prob",
     "layer_norm_epsilon": "layer_norm_eps",
 }
+LEAST_1 = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "max_position_embeddings",
+)
 SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 
 
@@ -58,6 +63,7 @@ class TfmGPTConfig(TravellingConfig):
     """
 
     model_type = "tfm_gpt"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     auto_classes: ClassVar = {
         "AutoConfig": "configuration_gpt.TfmGPTConfig",
         "AutoModel": "modeling_gpt.TfmGPTModel",
@@ -65,6 +71,16 @@ class TfmGPTConfig(TravellingConfig):
         "AutoModelForSequenceClassification": "modeling_gpt.TfmGPTForSequenceClassification",
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+    base_model_tp_plan: ClassVar = {
+        "wte": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
     attention_score: ClassVar = "dot_product"  # part of every GPT; the blocks ask for it
 
     vocab_size: int = 50257
@@ -93,9 +109,7 @@ class TfmGPTConfig(TravellingConfig):
         Raises:
             ValueError: the size is not known.
         """
-        if size not in SIZES:
-            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
-        return cls(**{**SIZES[size], **fields})
+        return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def __post_init__(self, **kwargs):
         for native, name in NATIVE_FIELDS.items():
@@ -106,19 +120,7 @@ class TfmGPTConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f'hidden_act must be one of {", ".join(ACT2FN)}, got "{self.hidden_act}"')
-        for name in (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, got "
-                f"{self.hidden_size}"
-            )
-        for name in SHARES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require_choice(self, "hidden_act", ACT2FN)
+        require_at_least(self, LEAST_1)
+        require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        require_share(self, SHARES)

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_vit import ImageEncoderConfig, require_at_least, require_multiple, require_share
+from .checks import require_at_least, require_multiple, require_share
+from .configuration_vit import ImageEncoderConfig
 
 DECODER_FIELDS = (
     "decoder_hidden_size",

@@ -5,6 +5,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
+from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .travel import TravellingConfig
 
 # Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, sec. 4.2).
@@ -39,17 +40,17 @@ CHOICES = {
     "position_embedding_type": ("sinusoidal", "learned"),
     "attention_score": ("dot_product", "additive"),
     "decoding": ("autoregressive", "mask_predict"),
+    "hidden_act": ACT2FN,
 }
-LEAST = {
-    "vocab_size": 1,
-    "hidden_size": 1,
-    "intermediate_size": 1,
-    "num_attention_heads": 1,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "max_position_embeddings": 1,
-    "max_length_offset": 0,
-}
+LEAST_1 = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "max_position_embeddings",
+)
 
 
 @strict
@@ -156,28 +157,16 @@ class TfmTransformerConfig(TravellingConfig):
         Raises:
             ValueError: the size is not known.
         """
-        if size not in SIZES:
-            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
-        return cls(**{**SIZES[size], **fields})
+        return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(self, name)}"')
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f'hidden_act must be one of {", ".join(ACT2FN)}, got "{self.hidden_act}"')
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}"
-            )
-        for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            require_choice(self, name, choices)
+        require_at_least(self, LEAST_1)
+        require_at_least(self, ("max_length_offset",), 0)
+        require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        require_share(self, ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"))
         if self.decoding == "mask_predict":
             if self.mask_token_id is None:
                 raise ValueError('decoding="mask_predict" needs mask_token_id, got None')

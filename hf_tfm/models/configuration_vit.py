@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .patches import patch_grid, sides
 from .travel import TravellingConfig
 
@@ -27,32 +28,6 @@ SIZES = {
 
 SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
 LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-
-
-def require_at_least(config, names, least: int = 1) -> None:
-    """Refuse a configuration in which a field of ``names`` is below ``least``."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-
-
-def require_choice(config, name: str, choices) -> None:
-    """Refuse a configuration in which the field ``name`` is none of ``choices``."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(config, name)}"')
-
-
-def require_multiple(config, name: str, of: int, reason: str) -> None:
-    """Refuse a configuration in which the field ``name`` is no multiple of a number that comes from ``reason``."""
-    if getattr(config, name) % of:
-        raise ValueError(f"{name} must be a multiple of {of} for {reason}, got {getattr(config, name)}")
-
-
-def require_share(config, names) -> None:
-    """Refuse a configuration in which a field of ``names`` is outside [0, 1)."""
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
 
 
 @strict
@@ -120,9 +95,7 @@ class ImageEncoderConfig(TravellingConfig):
         Raises:
             ValueError: the size is not known.
         """
-        if size not in SIZES:
-            raise ValueError(f'size must be one of {", ".join(SIZES)}, got "{size}"')
-        return cls(**{**SIZES[size], **fields})
+        return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""

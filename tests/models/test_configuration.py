@@ -64,7 +64,7 @@ def test_an_unknown_size_names_those_there_are():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 30}, "hidden_size must be a multiple of num_attention_heads, got 30 and 4"),
+        ({"hidden_size": 30}, "hidden_size must be a multiple of 4 for num_attention_heads, got 30"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),

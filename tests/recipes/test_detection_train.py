@@ -234,7 +234,7 @@ MISFITS = {
     "sides": ({"shortest_side": 100}, "shortest_side must be at most longest_side = 96, got 100"),
     "field": ({"model": "{num_querys: 9}"}, "model.num_querys is not a field of TfmDetrConfig that can be chosen"),
     "things": ({"model": "{thing_ids: [0]}"}, "model.thing_ids is not a field of TfmDetrConfig that can be chosen"),
-    "width": ({"model": "{d_model: 30}"}, "d_model must be a multiple of encoder_attention_heads"),
+    "width": ({"model": "{d_model: 30}"}, "d_model must be a multiple of 8 for encoder_attention_heads"),
     "size": ({"size": "giant"}, 'size must be one of tiny, small, base, got "giant"'),
     "frozen": (
         {"size": "base", "model": None},
