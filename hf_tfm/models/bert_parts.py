@@ -16,35 +16,26 @@ from .configuration_bert import TfmBertConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
 
-
 # Checkpoints name weights as those of transformers' own BERT do, so that either class loads the other's:
 # (name in a file, name in the model), in this order when loading.
-def norm_names(file: str, model: str) -> tuple[tuple[list[str], str], ...]:
-    """Weight and bias of a norm; the second name of each is what files of 2018 say."""
-    return (
-        ([rf"{file}LayerNorm\.weight", rf"{file}LayerNorm\.gamma"], f"{model}norm.weight"),
-        ([rf"{file}LayerNorm\.bias", rf"{file}LayerNorm\.beta"], f"{model}norm.bias"),
-    )
-
-
 NATIVE_NAMES = (
-    *norm_names(r"embeddings\.", "embeddings."),
+    (r"embeddings\.LayerNorm\.", "embeddings.norm."),
     (r"encoder\.layer\.", "layers."),
     (r"attention\.self\.query\.", "self_attn.q_proj."),
     (r"attention\.self\.key\.", "self_attn.k_proj."),
     (r"attention\.self\.value\.", "self_attn.v_proj."),
     (r"attention\.output\.dense\.", "self_attn.out_proj."),
-    *norm_names(r"attention\.output\.", "self_attn_residual."),
+    (r"attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
     (r"intermediate\.dense\.", "feed_forward.up_proj."),
     (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
-    *norm_names(r"(\d+)\.output\.", r"\1.feed_forward_residual."),
+    (r"(\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
 )
 HEAD_NAMES = (
     (r"cls\.predictions\.transform\.dense\.", "lm_head.dense."),
-    *norm_names(r"cls\.predictions\.transform\.", "lm_head."),
+    (r"cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
     (r"cls\.predictions\.bias", "lm_head.decoder.bias"),
-    (r"cls\.seq_relationship\.", "nsp_head."),
 )
+NSP_NAMES = ((r"cls\.seq_relationship\.", "nsp_head."),)
 
 
 class TfmBertPreTrainedModel(PreTrainedModel):

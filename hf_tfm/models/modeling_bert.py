@@ -23,6 +23,7 @@ from .attention import eager_view, padding_mask, wants_maps
 from .bert_parts import (
     HEAD_NAMES,
     NATIVE_NAMES,
+    NSP_NAMES,
     MaskedLMHead,
     Pooler,
     TfmBertEmbeddings,
@@ -93,7 +94,8 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [*UNREAD, r"nsp_head\.", r"pooler\."]  # noqa: RUF012
+    _tp_plan = {"lm_head.decoder": "colwise_gather_output"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [*UNREAD, r"seq_relationship\.", r"pooler\."]  # noqa: RUF012
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config)
@@ -145,6 +147,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
 
     _auto_class = "AutoModelForPreTraining"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head.decoder": "colwise_gather_output"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = UNREAD
 
     def __init__(self, config: TfmBertConfig):
@@ -371,4 +374,4 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
 
 register_native_names("TfmBertModel", NATIVE_NAMES)
 register_native_names("TfmBertForMaskedLM", HEAD_NAMES)
-register_native_names("TfmBertForPreTraining", HEAD_NAMES)
+register_native_names("TfmBertForPreTraining", (*HEAD_NAMES, *NSP_NAMES))

@@ -132,7 +132,8 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
 
         Args:
             attention_mask: (B, cached + T).
-            position_ids: (B, T) or (1, T); default, those that follow the cached tokens.
+            position_ids: (B, T) or (1, T); default, those that follow the cached tokens. Without ``attention_mask``
+                and cache a row may hold several texts: where positions start anew, no token sees what is before.
             past_key_values: keys and values of earlier tokens; grows by T.
 
         Returns:
@@ -152,11 +153,13 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
             end, longest = seen + words.shape[1], self.config.max_position_embeddings
             if isinstance(end, int) and end > longest:
                 raise ValueError(f"the input reaches {end} tokens, but max_position_embeddings is {longest}")
-            position_ids = (torch.arange(words.shape[1], device=words.device) + seen)[None]
-        hidden_states = self.drop(words + self.wpe(position_ids))
+            places = (torch.arange(words.shape[1], device=words.device) + seen)[None]
+        else:
+            places = kwargs["position_ids"] = position_ids  # flash attention tells texts in a row apart by them
+        hidden_states = self.drop(words + self.wpe(places))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
-        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=past_key_values)
+        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values, position_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
@@ -165,15 +168,26 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
 
 
 def language_loss(
-    hidden: Tensor, logits: Tensor | None, head: nn.Linear, labels: Tensor, items: int | Tensor | None
+    hidden: Tensor,
+    logits: Tensor | None,
+    head: nn.Linear | nn.Embedding,
+    labels: Tensor | None,
+    items: int | Tensor | None,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D)."""
-    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # state t predicts token t + 1
+    """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D).
+
+    Args:
+        shift_labels: (B, T), in place of labels: what each state is to predict.
+    """
+    # State t predicts token t + 1.
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
+    targets = targets.flatten()
     if logits is None:
-        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, following)
+        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets)
     else:
-        total = label_smoothed_cross_entropy(logits.flatten(0, 1), following)
-    return total / ((following != IGNORE_INDEX).sum().clamp_min(1) if items is None else items)
+        total = label_smoothed_cross_entropy(logits.flatten(0, 1), targets)
+    return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if items is None else items)
 
 
 class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
@@ -181,6 +195,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: TfmGPTConfig):
         super().__init__(config)
@@ -201,15 +216,18 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Predict the token after each; with ``labels``, also the loss.
+        """Predict the token after each; with labels of either kind, also the loss.
 
         Args:
             labels: (B, T), the ids themselves, `IGNORE_INDEX` where nothing is to be predicted.
             logits_to_keep: logits of so many last tokens, or of the tokens of an index; 0 is all.
             num_items_in_batch: what the sum of losses is divided by; default, the number of labels.
             return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
+            shift_labels: (B, T), in place of ``labels``, what each token's state is to predict: labels already moved,
+                as sequence-parallel training has to before it shares a sequence out.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, V) or None, ``past_key_values``; on request hidden states, attentions.
@@ -220,7 +238,9 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept]) if return_logits else None
-        loss = None if labels is None else language_loss(hidden, logits, self.lm_head, labels, num_items_in_batch)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = language_loss(hidden, logits, self.lm_head, labels, num_items_in_batch, shift_labels)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -279,9 +299,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             last = hidden[:, -1]
         else:
             places = torch.arange(attention_mask.shape[1], device=hidden.device)
-            place = (attention_mask.to(hidden.device) * places).argmax(
-                dim=1
-            )  # of the last token, left- or right-padded
+            place = (attention_mask.to(hidden.device) * places).argmax(dim=1)  # of the last token, however padded
             last = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
         logits = self.score(last)
         loss = None

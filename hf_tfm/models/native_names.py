@@ -3,12 +3,11 @@
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 
 
-def register_native_names(class_name: str, names: tuple[tuple[str | list[str], str], ...]) -> None:
+def register_native_names(class_name: str, names: tuple[tuple[str, str], ...]) -> None:
     """Let the model called ``class_name`` load and save weights under transformers' names.
 
     Args:
-        names: (name in a file, name in the model), regular expressions, in this order when loading. Of a list of names
-            in files, the first is what is saved.
+        names: (name in a file, name in the model), regular expressions, in this order when loading.
     """
     mapping = [WeightRenaming(source, target) for source, target in names]
     register_checkpoint_conversion_mapping(class_name, mapping, overwrite=True)

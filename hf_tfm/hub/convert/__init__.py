@@ -244,6 +244,7 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
 
 def reread(origin: PreTrainedModel, target_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The model ``origin`` as another class that reads the same files, in float32."""
+    origin._weight_conversions = None  # names of an older file that it was read from would be written again
     with tempfile.TemporaryDirectory() as folder:
         origin.save_pretrained(folder)
         return load_whole(target_class, Path(folder), config=config)

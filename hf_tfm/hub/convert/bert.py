@@ -63,11 +63,13 @@ FIELDS = (
     "initializer_range",
     "layer_norm_eps",
     "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
     "tie_word_embeddings",
 )
 # Fields that say nothing about the outputs: they ride along. The pooler does where no head reads it.
 OURS_CARRIED = ("activation_dropout", "pooler")
-THEIRS_CARRIED = ("use_cache", "bos_token_id", "eos_token_id")
+THEIRS_CARRIED = ("use_cache",)
 # What files of older versions hold and a class without a pooler never reads.
 POOLER_WEIGHTS = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
 

@@ -55,18 +55,14 @@ FIELDS = {
     "max_position_embeddings": "max_position_embeddings",
     "initializer_range": "initializer_range",
     "pad_token_id": "pad_token_id",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
     "tie_word_embeddings": "tie_word_embeddings",
     **{field: field for field in LABELS},
 }
 # Fields that say nothing about the outputs: they ride along. The pooler does where no head reads it.
 OURS_CARRIED = ("activation_dropout", "classifier_dropout", "pooler")
-THEIRS_CARRIED = (
-    "sinusoidal_pos_embds",  # of initial weights
-    "qa_dropout",
-    "seq_classif_dropout",
-    "bos_token_id",
-    "eos_token_id",
-)
+THEIRS_CARRIED = ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout")  # the first is about initial weights
 
 # (in our names, in theirs), applied one after the other.
 RENAMES = (
