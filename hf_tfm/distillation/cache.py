@@ -106,17 +106,8 @@ def write_cache(
         WriteError: the folder cannot be written.
     """
     folder = Path(folder)
-    if getattr(task, "mixing", None) is not None:
-        raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
     sizes = {"epochs": epochs, "top_k": top_k, "batch_size": batch_size, "shard_samples": shard_samples}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if teacher.hash is None:
-        raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
-    if not signals:
-        raise ValueError("signals must name at least one")
-    to_dtype(dtype)
+    check_cacheable(teacher, task, signals, dtype, sizes)
     index = CacheIndex(
         teacher=teacher.hash,
         data=data,
@@ -145,6 +136,22 @@ def write_cache(
         accelerator.wait_for_everyone()
     written = sum(path.stat().st_size for path in (folder / SHARDS).glob("*.safetensors"))
     return CacheReport(index.rows * index.epochs, written)
+
+
+def check_cacheable(
+    teacher: Teacher, task: Any, signals: Sequence[str], dtype: str, sizes: dict[str, int | None]
+) -> None:
+    """See `write_cache`."""
+    if getattr(task, "mixing", None) is not None:
+        raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if teacher.hash is None:
+        raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
+    if not signals:
+        raise ValueError("signals must name at least one")
+    to_dtype(dtype)
 
 
 def begin(folder: Path, index: CacheIndex) -> None:

@@ -73,6 +73,8 @@ class Term:
         stack: encoder, decoder or cross, of models with both (cross: attention alone); default, the only one.
         projection: auto puts a linear layer behind the student's states where they are not as wide as the teacher's;
             linear always; none never.
+        tokens: of terms on states and attention, which count: all; targets, those that a masked language model fills
+            in; or first, that of the class alone (PKD, section 3).
         output: the logits of the student that are compared, of DeiT "cls_logits" or "distillation_logits".
 
     Raises:
@@ -85,6 +87,7 @@ class Term:
     layers: Layers | None = None
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     projection: Literal["auto", "linear", "none"] = "auto"
+    tokens: Literal["all", "targets", "first"] = "all"
     output: Literal["logits", "cls_logits", "distillation_logits"] = "logits"
 
     def __post_init__(self):
@@ -99,10 +102,11 @@ class Term:
             "layers": self.layers is not None and kind.layers is None and kind.signal != MAP,
             "stack": bool(self.stack) and kind.signal not in (HIDDEN, SCORE),
             "projection": self.projection != "auto" and kind.signal not in (HIDDEN, MAP),
+            "tokens": self.tokens != "all" and kind.signal not in (HIDDEN, SCORE),
             "output": self.output != LOGITS and kind.items != ROWS,
         }
-        for name, useless_here in useless.items():
-            if useless_here:
+        for name, found in useless.items():
+            if found:
                 raise ValueError(f'{self.kind} takes no {name}, got "{getattr(self, name)}"')
         if isinstance(self.layers, str) and (kind.signal == MAP or self.layers not in RULES):
             raise ValueError(f'layers of {self.kind} must be a map or one of {", ".join(RULES)}, got "{self.layers}"')

@@ -65,7 +65,8 @@ class Source(Protocol):
 class DistillationTask:
     """A task whose student learns from a teacher, and with a term "label" from the true labels too.
 
-    Its model is a `Distilled` with the same lessons.
+    Its model is a `Distilled` with the same lessons. Of a task with ``hard_loss``, the labels are those of its main
+    term; others, as next sentences, are not learned from.
 
     Args:
         task: what is learned.
@@ -109,12 +110,12 @@ class DistillationTask:
 
     def items(self, lesson: Lesson, batch: Batch) -> int:
         """What a lesson's sum is divided by: targets, or samples where each has one; objects; tokens, or images."""
-        if lesson.kind.items == ROWS:
+        if lesson.kind.items == ROWS or lesson.term.tokens == "targets":
             places = self.task.places(batch)
             return batch[OWN]["samples"] if places is None else len(places)
         if lesson.kind.items == OBJECTS:
             return sum(len(label["class_labels"]) for label in batch["labels"])
-        if not is_text(batch):
+        if not is_text(batch) or lesson.term.tokens == "first":
             return batch[OWN]["samples"]
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
@@ -163,7 +164,14 @@ class DistillationTask:
         total = []
         for ours, theirs in lesson.pairs:
             states = student[lesson.projected(ours)]
-            total.append(loss(states, teacher[theirs], token_weights(batch, ours, states)))
+            weights = token_weights(batch, ours, states)
+            if term.tokens == "first":
+                weights = chosen_tokens(weights, None)
+            elif term.tokens == "targets":
+                if (places := self.task.places(batch)) is None:
+                    raise ValueError(f'tokens "targets" of {lesson.name}: the task has no tokens with a target')
+                weights = chosen_tokens(weights, places)
+            total.append(loss(states, teacher[theirs], weights))
         return sum(total)
 
 
@@ -195,6 +203,16 @@ def token_weights(batch: Batch, name: str, states: Tensor) -> Tensor:
     grid = tuple(states.shape[2:]) if kind == MAP else grid_of(tuple(mask.shape[1:]), T)
     cells = nn.functional.interpolate(mask[None].float(), size=grid)[0].flatten(1)  # as DETR shrinks its mask
     return cells / cells.sum(1, keepdim=True).clamp_min(1.0)
+
+
+def chosen_tokens(weights: Tensor, places: Tensor | None) -> Tensor:
+    """Weights (B, T) of 1 at some of the B T places, or of the first token of each sample, and 0 elsewhere."""
+    chosen = torch.zeros_like(weights)
+    if places is None:
+        chosen[:, 0] = 1.0
+    else:
+        chosen.flatten()[places] = 1.0
+    return chosen
 
 
 def grid_of(size: tuple[int, int], cells: int) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.tasks.distill import grid_of, token_weights
 from hf_tfm.tasks.language import CausalLanguageTask
+from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training.loop import evaluate
 
 LANGUAGE = [
@@ -44,6 +45,8 @@ LANGUAGE = [
     {"kind": "embedding"},
     {"kind": "attention_score"},
     {"kind": "attention_probability", "layers": "final"},
+    {"kind": "cosine", "layers": "skip", "projection": "linear", "tokens": "first"},
+    {"kind": "hidden_state", "layers": "final", "tokens": "targets"},
 ]
 TEXT = [{"kind": "label"}, {"kind": "soft_target"}, {"kind": "hard_target"}, {"kind": "logit", "weight": 0.1}]
 IMAGES = [
@@ -64,8 +67,8 @@ def language(native=False):
     return distillation(language_task(), bert(4, native=native), bert(2, 16, seed=1), LANGUAGE)
 
 
-def texts(terms=TEXT):
-    return distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
+def texts(terms=TEXT, task=None):
+    return distillation(task or TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
 
 
 def images(kind="ours", **options):
@@ -82,6 +85,7 @@ CASES = {
     "language": (language, sentences),
     "native language": (lambda: language(native=True), sentences),
     "texts": (texts, sentences),
+    "GLUE": (lambda: texts(task=TextClassificationTask(tokenizer(), {0: 0, 1: 1})), sentences),
     "images": (images, pictures),
     "native images": (lambda: images("native"), pictures),
     "timm images": (lambda: images("timm"), pictures),
@@ -163,6 +167,13 @@ def test_the_terms_of_a_language_model_are_what_they_say():
         - torch.cosine_similarity(ours.hidden_states[2][mask] @ weights["cosine"].T, theirs.hidden_states[4][mask])
         .mean()
         .item(),
+        "hidden_state_2": mse_loss(
+            ours.hidden_states[2][masked] @ weights["hidden_state_2"].T, theirs.hidden_states[4][masked]
+        ).item(),
+        "cosine_2": 1
+        - torch.cosine_similarity(ours.hidden_states[1][:, 0] @ weights["cosine_2"].T, theirs.hidden_states[2][:, 0])
+        .mean()
+        .item(),
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
@@ -175,6 +186,14 @@ def test_the_terms_of_a_language_model_are_what_they_say():
     counts = task.count(batch)
     assert counts["token"] == counts["soft_target"] == int(masked.sum())
     assert counts["cosine"] == counts["attention_score"] == int(mask.sum())
+    assert counts["cosine_2"] == len(mask) and counts["hidden_state_2"] == counts["token"]
+
+
+def test_targets_are_not_chosen_where_there_are_none():
+    terms = [{"kind": "hidden_state", "tokens": "targets"}]
+    with pytest.raises(ValueError, match='tokens "targets" of hidden_state: the task has no tokens with a target'):
+        task, model = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
+        losses(task, model, batches(task, sentences(), [[0, 1]])[0])
 
 
 def test_tokens_are_counted_the_same_without_a_mask():

@@ -75,6 +75,7 @@ def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
         ({"kind": "soft_target", "stack": "encoder"}, "takes no stack"),
         ({"kind": "attention_score", "projection": "linear"}, "takes no projection"),
         ({"kind": "hidden_state", "output": "cls_logits"}, "takes no output"),
+        ({"kind": "soft_target", "tokens": "first"}, "takes no tokens"),
         ({"kind": "hidden_state", "layers": "first"}, "must be a map or one of uniform, skip, last, final"),
         ({"kind": "hidden_state", "layers": {"a": "b"}}, "each a number"),
         ({"kind": "hidden_state", "layers": {}}, "each a number"),
