@@ -85,7 +85,7 @@ def doctor_detection(argv: list[str]) -> int:
 
 
 def quickstart(output_dir: str = "runs/quickstart") -> None:
-    """Train a translator of number words and classifiers of digits, load and compare them, and look at them.
+    """Train a model of every kind on data that needs no download, load and compare them, and look at them.
 
     Args:
         output_dir: folder of the translation run; those of the image runs have its name with an ending.

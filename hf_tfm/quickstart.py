@@ -12,8 +12,11 @@ from .viz.attention import attention_maps, plot_alignment
 from .viz.image_maps import image_attention_maps, plot_image_attention
 from .viz.images import load_autoencoder, load_encoder, load_processor, read_image
 from .viz.reconstruction import plot_reconstructions, reconstruct_images
+from .viz.text_attention import load_text_model, plot_beside, text_attention_maps
 
 SENTENCES = ["twenty-one", "nine hundred and eighty-four", "seventy-three thousand, five hundred and sixty-two"]
+
+NUMBER = "three hundred and forty-two"
 
 DIGITS = [f"digits:test:{row}" for row in range(4)]
 
@@ -60,7 +63,8 @@ def train(recipe: str, folder: Path, *options: str) -> dict[str, float]:
 
 
 def quickstart(output_dir: str) -> None:
-    """Train a translator, image classifiers with and without pretraining, and a detector; reload, translate, draw.
+    """Train a translator, image classifiers with and without pretraining, a detector, and a classifier of texts with
+    its student; reload, translate, draw.
 
     Args:
         output_dir: folder of the translation run; those of the image runs have its name with an ending.
@@ -74,8 +78,8 @@ def quickstart(output_dir: str) -> None:
     model, tokenizer = load_seq2seq(output_dir)
     pictures = [plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")]
 
-    ends = ("mae", "finetuned", "scratch", "detection")
-    mae, tuned, scratch, detector = (folder.with_name(f"{folder.name}-{end}") for end in ends)
+    ends = ("mae", "finetuned", "scratch", "detection", "text", "text-student")
+    mae, tuned, scratch, detector, teacher, student = (folder.with_name(f"{folder.name}-{end}") for end in ends)
     print("\na masked autoencoder on handwritten digits, fine-tuned, and the same classifier from scratch:")
     found["masked autoencoder"] = train("mae_pretrain", mae)
     found["fine-tuned from it"] = train("image_classification_train", tuned, "--init_from", str(mae))
@@ -91,13 +95,19 @@ def quickstart(output_dir: str) -> None:
     found["detector"] = train("detection_train", detector)
     pictures.append(max((detector / "predictions").glob("step-*.png")))
 
+    print("\na classifier of texts teaches one of a fifth of its weights:")
+    found["teacher"] = train("text_classification_train", teacher)
+    found["its student"] = train("distill_task", student, "--teacher", str(teacher))
+    maps = [text_attention_maps(*load_text_model(str(model)), NUMBER) for model in (teacher, student)]
+    pictures.append(plot_beside(*maps, student / "attention.png"))
+
     print()
     width = max(len(name) for name in found)
     for name, scores in found.items():
         shown = ", ".join(f"{score} {value:.4g}" for score, value in scores.items())
         print(f"  {name:<{width}}  {shown}")
     for title, paths in (
-        ("figures", [f / "results.json" for f in (folder, mae, tuned, scratch, detector)]),
+        ("figures", [f / "results.json" for f in (folder, mae, tuned, scratch, detector, teacher, student)]),
         ("pictures", pictures),
     ):
         print(f"{title}: {', '.join(str(path) for path in paths)}")

@@ -24,6 +24,8 @@ def test_where_is(file: str, symbol: str):
 
 def test_presets_are_listed():
     for recipe in (ROOT / "recipes").glob("*.py"):
+        if recipe.stem == "distill_cache":  # it takes another recipe's
+            continue
         row = re.search(rf"\| `{recipe.stem}` \| (.*) \|", README)
         presets = sorted(p.stem for p in (ROOT / "recipes/presets" / recipe.stem).glob("*.yaml"))
         assert row and sorted(re.findall(r"`(\w+)`", row[1])) == presets

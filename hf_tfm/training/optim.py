@@ -24,9 +24,9 @@ SCHEDULES = {  # those of transformers
 
 def height(name: str) -> float:
     """How high the parameter called ``name`` stands: 0 embeddings; 1, 2, ... blocks; infinity what is above."""
-    if block := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+    if block := re.search(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name):
         return 1 + int(block[1])
-    return 0 if "embedding" in name else math.inf
+    return 0 if re.search(r"embedding|(?:^|\.)w[tp]e\.", name) else math.inf  # GPT's are called wte and wpe
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:

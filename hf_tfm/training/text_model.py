@@ -21,8 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from ..data.text import train_tokenizer
-from ..data.vocabulary import train_wordpiece
+from ..data.vocabulary import train_bytes, train_wordpiece
 from ..models import TfmBertConfig, TfmGPTConfig
 from ..tasks.text_classification import input_names
 from .model_fields import new_config
@@ -31,7 +30,7 @@ from .optim import height
 log = logging.getLogger(__name__)
 
 # By architecture: the configuration of a new model, and how its tokenizer is learned.
-ARCHITECTURES = {"bert": (TfmBertConfig, train_wordpiece), "gpt": (TfmGPTConfig, train_tokenizer)}
+ARCHITECTURES = {"bert": (TfmBertConfig, train_wordpiece), "gpt": (TfmGPTConfig, train_bytes)}
 TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration; a tokenizer's word
 DECODERS = ("tfm_gpt", "gpt2", "openai-gpt")  # model types that read a text from left to right
 
@@ -66,7 +65,7 @@ def classifier_tokenizer(
     if ready := args.tokenizer or args.init_from:
         return complete(AutoTokenizer.from_pretrained(ready))
     _, learn = ARCHITECTURES[args.architecture]
-    return learn(all_texts(rows, columns), args.vocab_size, args.lowercase)
+    return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
 
 
 def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

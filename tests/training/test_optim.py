@@ -12,7 +12,7 @@ from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import train
 from hf_tfm.training.loop import Loader
-from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, parameter_groups
+from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, height, parameter_groups
 from hf_tfm.training.state import checkpoints, full_weights
 
 WARMUP, STEPS, PEAK = 40, 200, 3e-3
@@ -322,3 +322,20 @@ def test_compiled_model_gives_the_same_weights(tmp_path):
         full_weights(run_training(arguments(tmp_path / str(enabled), compile=enabled))[1]) for enabled in (False, True)
     ]
     assert difference(*found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert.layers.2.self_attn.q_proj.weight", 3),
+        ("bert.encoder.layer.0.output.dense.bias", 1),
+        ("transformer.h.11.attn.c_attn.weight", 12),
+        ("transformer.wte.weight", 0),
+        ("transformer.wpe.weight", 0),
+        ("vit.embeddings.cls_token", 0),
+        ("classifier.weight", math.inf),
+        ("backbone.layer1.0.conv1.weight", math.inf),
+    ],
+)
+def test_heights_of_our_names_and_of_transformers(name, expected):
+    assert height(name) == expected
