@@ -1,0 +1,197 @@
+"""Distil a classifier of images into a smaller Vision Transformer: soft or hard targets, inner layers, DeiT's token.
+
+    hf-tfm run image_classification_train --config quickstart                     the teacher, about 1 minute
+    hf-tfm run distill_vision --config quickstart                                 seconds on 2 CPU cores
+    hf-tfm run distill_vision --config cifar10_small --dataset DATA --teacher TEACHER
+    accelerate launch recipes/distill_vision.py --config deit_base                as many GPUs as the launcher finds
+
+The teacher is any classifier of images that transformers loads, timm's among them. With --cache DIR --write_cache true
+it writes the teacher's signals and ends; with --cache DIR it reads them, and needs no teacher in memory. Presets with
+their cost and expected numbers: recipes/presets/distill_vision/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, set_seed
+
+from hf_tfm import TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.data.augment import Mixing
+from hf_tfm.data.images import label_ids, label_names
+from hf_tfm.distillation.facts import check_processors
+from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.teacher import check_score
+from hf_tfm.tasks.classification import ClassificationTask, predict, score
+from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.tasks.images import Pixels, image_processor
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_run import (
+    DistillationKnobs,
+    begin_with_layers,
+    check_cache,
+    fill_cache,
+    freeze_rest,
+    prepare,
+    table_of_costs,
+)
+from hf_tfm.training.image_run import IMAGE_FIELDS, ImageRunArguments, describe, image_loader, load_rows
+from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.run import finish, open_run, start_accelerator
+
+CLASSIFIER = AutoModelForImageClassification
+
+
+@dataclass(kw_only=True)
+class DistillVisionArguments(DistillationKnobs, ImageRunArguments):
+    """Knobs of distilling a classifier of images.
+
+    Args:
+        image_size: pixels of the images that both models read; default, the teacher's.
+        test_splits: splits that are only scored, in the end.
+        label_smoothing: share of a true label's target that is spread over all classes; the teacher's are not
+            smoothed.
+        mixing: mixup and CutMix, see `Mixing`; the teacher sees the mixed images.
+
+    The others are those of `DistillationKnobs` and `ImageRunArguments`; mean and std are the teacher's by default.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    test_splits: list[str] = field(default_factory=list)
+    label_smoothing: float = 0.0
+    mixing: Mixing = field(default_factory=Mixing)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.best_metric not in ("loss", "accuracy"):
+            raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
+        if self.cache:
+            for name, on in (("mixing", self.mixing.on), ("repeats", self.repeats > 1), ("streaming", self.streaming)):
+                if on:
+                    raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
+        check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
+
+
+def as_read(source: str) -> BaseImageProcessor:
+    """The size and scale of the images that a model reads, as a processor.
+
+    How they are resized is left out: teacher and student are given the same images.
+
+    Args:
+        source: folder or Hub id of the model.
+
+    Raises:
+        ValueError: it has no image processor, or its images have no fixed size.
+    """
+    try:
+        found = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
+    if data := getattr(found, "data_config", None):  # timm's
+        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
+    pixels = Pixels(found)
+    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
+    return image_processor(pixels.size, mean=mean, std=std)
+
+
+def shared_processor(args: DistillVisionArguments) -> BaseImageProcessor:
+    """The student's image processor; what it gives is what the teacher reads.
+
+    Raises:
+        ValueError: a knob, or ``init_from``, says something else than the teacher.
+    """
+    teacher = as_read(args.teacher)
+    size = args.image_size or (teacher.size.height, teacher.size.width)
+    scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
+    check_processors(image_processor(size, None, *scale), teacher)
+    if args.init_from:
+        check_processors(as_read(args.init_from), teacher)
+    return image_processor(size, args.resize, *scale)
+
+
+def build_student(
+    args: DistillVisionArguments, size: tuple[int, int], names: list[str]
+) -> TfmViTForImageClassification:
+    """A new student, or that of ``init_from``, for images of a size and classes of these names."""
+    set_seed(args.seed)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if args.init_from:
+        return TfmViTForImageClassification.from_pretrained(args.init_from, **labels, **args.model)
+    return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **labels))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(DistillVisionArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    processor = shared_processor(args)
+    rows = load_rows(args, args.test_splits, labelled=True)
+    data, names = describe(args, rows), label_names(rows[args.train_split])
+
+    def task_of(split: str) -> ClassificationTask:
+        ids = label_ids(rows[split], names)
+        return ClassificationTask(processor, ids, args.augmentation, args.mixing, args.label_smoothing, args.seed)
+
+    task = task_of(args.train_split)
+    student = build_student(args, task.pixels.size, names)
+    begin_with_layers(args, student, TfmViTForImageClassification)  # as one of ours, also if it is transformers' ViT
+    lessons = prepare(args, accelerator, task, student, CLASSIFIER)
+    learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
+    if args.write_cache:
+        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint)
+    check_cache(args, lessons, learning_rows, fingerprint)
+
+    def loader_of(split: str, task: Any, learning: bool = False) -> Any:
+        unit = 2 if learning and args.mixing.on else 1
+        return image_loader(args, accelerator, task, rows[split], learning, unit)
+
+    def compared(split: str) -> ClassificationTask | DistillationTask:
+        """The task of a split that is scored; a cache holds the training images alone."""
+        own = task_of(split)
+        return own if args.cached else DistillationTask(own, lessons.task.teacher, lessons.task.lessons)
+
+    learning = loader_of(args.train_split, lessons.task, learning=True)
+    scored = {split: loader_of(split, compared(split)) for split in (args.held_out, *args.test_splits)}
+    validation = scored[args.held_out]
+
+    def scores_of(model: Any) -> dict[str, float]:
+        found = predict(accelerator, task, model, validation)
+        return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found)}}
+
+    if args.expected_score is not None:
+        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    run = open_run(accelerator, args, "image-classification", data, Path(__file__).stem, argv)
+    freeze_rest(accelerator, lessons, learning)
+
+    def score_validation(trained: Distilled) -> dict[str, float]:
+        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, validation)
+        return {**scores_of(trained.student), **({"distillation": terms["loss"]} if terms else {})}
+
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    settled, line = args.settle(per_epoch)
+    accelerator.print(line)
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    result = train(
+        accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score_validation
+    )
+    if result.stopped:
+        return run.stopped(result)
+    metrics = []
+    for split, loader in scored.items():
+        metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
+    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
+    costs = table_of_costs(args, accelerator, student, sample, CLASSIFIER, lambda m: scores_of(m)["accuracy"])
+    finish(run, student.eval(), processor, task, result, metrics, costs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
