@@ -24,7 +24,7 @@ def test_where_is(file: str, symbol: str):
 
 def test_presets_are_listed():
     for recipe in (ROOT / "recipes").glob("*.py"):
-        if recipe.stem == "distill_cache":  # it takes another recipe's
+        if recipe.stem in ("distill_cache", "augment_texts"):  # they train nothing of their own
             continue
         row = re.search(rf"\| `{recipe.stem}` \| (.*) \|", README)
         presets = sorted(p.stem for p in (ROOT / "recipes/presets" / recipe.stem).glob("*.yaml"))

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..distillation.cache import CachedTeacher, write_cache
 from ..distillation.facts import facts_of
 from ..distillation.student import Distilled, copy_layers, freeze_unused
-from ..distillation.teacher import Teacher
-from ..distillation.terms import Term, plan, signals_of
+from ..distillation.teacher import Teacher, load_teacher
+from ..distillation.terms import Term, plan, read_terms, signals_of
 from ..hub.cost import Cost, beside_teacher, measure_cost
 from ..tasks.distill import DistillationTask, Teaching
 from .loop import Loader
@@ -34,7 +34,8 @@ class DistillationKnobs:
         teacher: folder or Hub id of a model of any kind, with its tokenizer or image processor.
         trust_remote_code: run the code that the teacher's repository brings.
         teacher_dtype: of the teacher's weights and what it computes.
-        teacher_device: where it computes, say cuda:1; default, where the student does.
+        teacher_device: where it computes, say cuda:1, or auto, spread over all devices where it does not fit on one;
+            default, where the student does.
         expected_score: the run ends at once if the teacher's best_metric on the validation data is worse than this.
         terms: what student and teacher are compared in, each {kind, weight, temperature, layers, ...}; see
             `distillation.terms.Term`.
@@ -65,7 +66,7 @@ class DistillationKnobs:
 
     def __post_init__(self):
         super().__post_init__()
-        self.terms = [Term(**term) if isinstance(term, dict) else term for term in self.terms]
+        self.terms = read_terms(self.terms)
         self.check_range(at_least_1="cache_epochs cache_top_k")
         if not self.terms:
             raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")
@@ -82,18 +83,19 @@ class DistillationKnobs:
         return bool(self.cache) and not self.write_cache
 
 
-def load_teacher(args: DistillationKnobs, auto_class: Any) -> PreTrainedModel:
-    """The teacher's model, in float32.
-
-    Raises:
-        ValueError: it lacks weights, say a classifier because it was not fine-tuned.
-    """
-    model, report = auto_class.from_pretrained(
-        args.teacher, dtype=torch.float32, trust_remote_code=args.trust_remote_code, output_loading_info=True
+def open_teacher(
+    args: DistillationKnobs, auto_class: Any, device: torch.device | str | None = None, dtype: str | None = None
+) -> Teacher:
+    """The teacher, see `load_teacher`; on ``device`` unless the knobs say where, in ``dtype`` whatever they say."""
+    spread = args.teacher_device == "auto"
+    return load_teacher(
+        args.teacher,
+        auto_class,
+        dtype or args.teacher_dtype,
+        None if spread else args.teacher_device or device,
+        "auto" if spread else None,
+        trust_remote_code=args.trust_remote_code,
     )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f'teacher "{args.teacher}" has no weights for {", ".join(missing[:3])}: was it fine-tuned?')
-    return model.eval()
 
 
 def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel, auto_class: Any) -> None:
@@ -103,7 +105,8 @@ def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel, auto_cl
         ValueError: the teacher is of another kind, or its layers do not fit; see `copy_layers`.
     """
     if args.student_layers:
-        fresh = copy_layers(student, load_teacher(args, auto_class), args.student_layers, args.truncate_width)
+        teacher = open_teacher(args, auto_class, dtype="fp32").model
+        fresh = copy_layers(student, teacher, args.student_layers, args.truncate_width)
         if fresh:
             print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")
 
@@ -131,12 +134,7 @@ def prepare(
     Raises:
         ValueError: a term does not fit them; or the cache is not whole, or lacks a signal.
     """
-    source = None
-    if args.cached:
-        source = CachedTeacher(args.cache)
-    else:
-        device = args.teacher_device or accelerator.device
-        source = Teacher(load_teacher(args, auto_class), args.teacher_dtype, device)
+    source = CachedTeacher(args.cache) if args.cached else open_teacher(args, auto_class, accelerator.device)
     lessons = plan(args.terms, facts_of(student), source.facts)
     teacher = None if args.cached else source.model
     return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher)
@@ -220,12 +218,14 @@ def table_of_costs(
     """
     if not args.costs:
         return None
-    models = {"teacher": load_teacher(args, auto_class).to(accelerator.device), "student": student}
+    models = {"student": student}
+    if args.teacher_device != "auto":  # one that is spread over devices does not fit on one to be timed
+        models = {"teacher": open_teacher(args, auto_class, accelerator.device, "fp32").model, **models}
     scores = {name: score(model) for name, model in models.items()}
     if not accelerator.is_main_process:
         return None
     rows = [measure_cost(name, model, readable(model, sample), scores[name]) for name, model in models.items()]
-    return beside_teacher(*rows) if higher_is_better else rows
+    return beside_teacher(*rows) if higher_is_better and len(rows) > 1 else rows
 
 
 def readable(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
