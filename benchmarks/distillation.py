@@ -1,0 +1,187 @@
+"""Distillation speed: steps of DistilBERT and TinyBERT with the engine, against the plain way, and sizes of caches.
+
+python -m benchmarks distillation --dataset nyu-mll/glue --dataset_name sst2
+
+DistilBERT's step (a BERT-base teacher, 6 layers, 8 sequences of 128 tokens):
+  plain    both models' logits of all tokens, the teacher in memory, soft targets and cosine over all tokens
+  masked   our task: logits of masked tokens alone
+  cached   the same with the teacher's signals read from a cache
+TinyBERT-4's step of inner layers: online, cached.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
+from torch.optim import AdamW
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
+from hf_tfm.data.language import Texts, text_rows, token_sequences
+from hf_tfm.data.source import load_splits
+from hf_tfm.data.vocabulary import train_wordpiece
+from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.facts import facts_of
+from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.teacher import Teacher
+from hf_tfm.distillation.terms import Term, plan, signals_of
+from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.tasks.language import MaskedLanguageTask
+from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.optim import build_optimizer
+
+from . import common
+
+DISTILBERT = (
+    Term(kind="soft_target", weight=5.0, temperature=2.0),
+    Term(kind="label", weight=2.0),
+    Term(kind="cosine"),
+)
+TINYBERT = (Term(kind="embedding"), Term(kind="hidden_state"), Term(kind="attention_score"))
+
+
+def main(
+    dataset: str = "nyu-mll/glue",
+    dataset_name: str | None = None,
+    text_column: str | None = None,
+    batch_size: int = 8,
+    length: int = 128,
+    vocab_size: int = 30_522,
+    rounds: int = 5,
+    precision: str = "no",
+) -> None:
+    """Measure and write benchmarks/results/distillation.json.
+
+    Args:
+        dataset, dataset_name, text_column: texts, of which one batch is learned from again and again.
+        batch_size: sequences; length: tokens of each.
+        vocab_size: of the models; tokens are those of a smaller vocabulary trained on the texts.
+        rounds: timed rounds; medians are reported.
+        precision: no (float32) or bf16 autocast of the student.
+    """
+    rows = text_rows(load_splits(dataset, dataset_name)["train"], text_column)
+    tokenizer = train_wordpiece(Texts(rows), 8000)
+    found = token_sequences(rows.take(2000), tokenizer, length).filter(lambda row: len(row["input_ids"]) == length)
+    examples = [found[i] for i in range(batch_size)]
+    task = MaskedLanguageTask(tokenizer)
+    torch.manual_seed(0)
+    teacher = BertForMaskedLM(BertConfig(vocab_size=vocab_size)).eval()
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        variants = {"plain": plain(teacher, task, examples, precision)}
+        for name, terms, size in (("distilbert", DISTILBERT, "distilbert"), ("tinybert4", TINYBERT, "tinybert4")):
+            config = TfmBertConfig.of_size(size, vocab_size=vocab_size)
+            place = Path(folder) / name
+            results[name], more = steps(name, Teacher(teacher), terms, config, task, examples, place, precision)
+            variants |= more
+        rates = common.interleaved(variants, rounds)
+    seconds = {name: round(batch_size / statistics.median(r), 3) for name, r in rates.items()}
+    ratios = {
+        f"{peer} / {ours}": round(common.ratio(rates, ours, peer), 2)
+        for ours, peer in (
+            ("distilbert_masked", "plain"),
+            ("distilbert_cached", "plain"),
+            ("tinybert4_cached", "tinybert4_masked"),
+        )
+    }
+    sizes = {f"top {k} logits": cache_bytes(teacher, task, found, k) for k in (32, 128)}
+    common.write(
+        "distillation",
+        {
+            **{"dataset": dataset, "batch_size": batch_size, "length": length, "precision": precision},
+            **{"rounds": rounds, "seconds_per_step": seconds, "times_faster": ratios},
+            **{"caches": results, "kilobytes_per_sequence_of_64": sizes},
+        },
+    )
+
+
+def plain(teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str) -> Callable[[int], int]:
+    """DistilBERT's losses as its authors form them, over all tokens."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    student = DistilBertForMaskedLM(DistilBertConfig(vocab_size=teacher.config.vocab_size))
+    student, optimizer = accelerator.prepare(student.train(), AdamW(student.parameters(), lr=1e-4))
+    teacher.to(accelerator.device)
+
+    def work(number: int) -> int:
+        batch = task.collate(examples, list(range(len(examples))), number)
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        inputs = task.inputs(batch)
+        with torch.no_grad():
+            theirs = teacher(**inputs, output_hidden_states=True)
+        ours = student(**inputs, output_hidden_states=True)
+        soft = kl_div(
+            log_softmax(ours.logits.flatten(0, 1) / 2.0, -1),
+            log_softmax(theirs.logits.flatten(0, 1) / 2.0, -1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        label = cross_entropy(ours.logits.flatten(0, 1).float(), batch["labels"].flatten())
+        cosine = 1.0 - cosine_similarity(ours.hidden_states[-1], theirs.hidden_states[-1], dim=-1).mean()
+        accelerator.backward(5.0 * 4.0 * soft + 2.0 * label + cosine)
+        optimizer.step()
+        optimizer.zero_grad()
+        return len(examples)
+
+    return work
+
+
+def steps(
+    name: str,
+    teacher: Teacher,
+    terms: tuple[Term, ...],
+    config: TfmBertConfig,
+    task: MaskedLanguageTask,
+    examples: list,
+    folder: Path,
+    precision: str,
+) -> tuple[dict, dict[str, Callable[[int], int]]]:
+    """Steps with the teacher online and cached, and what the cache takes."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    teacher.model.to(accelerator.device)
+    student = TfmBertForMaskedLM(config)
+    lessons = plan(terms, facts_of(student), teacher.facts)
+    report = write_cache(
+        teacher,
+        task,
+        examples,
+        folder,
+        1,
+        signals_of(lessons, "teacher"),
+        32 if name == "distilbert" else None,
+        data="",
+        temperature=2.0 if name == "distilbert" else 1.0,
+    )
+    indices = list(range(len(examples)))
+    variants, reading = {}, 0.0
+    for kind, source in (("masked", teacher), ("cached", CachedTeacher(folder))):
+        learning = DistillationTask(task, source, lessons)
+        start = time.perf_counter()
+        batch = learning.collate(examples, indices, 0)  # what a loader's workers do beside the step
+        reading = time.perf_counter() - start
+        model = Distilled(TfmBertForMaskedLM(config), lessons)
+        args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4)
+        model, optimizer = accelerator.prepare(model.train(), build_optimizer(model, args))
+
+        def work(number: int, learning=learning, model=model, optimizer=optimizer, batch=batch) -> int:
+            train_step(accelerator, learning, model, optimizer, [batch])
+            return len(examples)
+
+        variants[f"{name}_{kind}"] = work
+    about = {"kilobytes_per_sequence": round(report.bytes_per_sample / 1e3, 2), "seconds_to_read": round(reading, 3)}
+    return about, variants
+
+
+def cache_bytes(teacher: BertForMaskedLM, task: MaskedLanguageTask, rows, top_k: int) -> float:
+    """kB that a cache of the largest logits takes for a sequence of 64 tokens."""
+    examples = [{"input_ids": rows[i]["input_ids"][:64]} for i in range(8)]
+    with tempfile.TemporaryDirectory() as folder:
+        report = write_cache(Teacher(teacher), task, examples, Path(folder) / "cache", top_k=top_k, data="")
+    return round(report.bytes_per_sample / 1e3, 2)
