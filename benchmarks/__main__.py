@@ -10,6 +10,7 @@ NAMES = (
     *("padding_waste", "label_smoothing", "translation_training", "translation_generation", "image_loading"),
     "vision_training",
     "language_training",
+    "language_generation",
     "distillation",
     "set_criterion",
     "detection_training",
