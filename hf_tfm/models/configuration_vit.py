@@ -126,6 +126,8 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
         pooler_act: its activation.
         backbone: name of a timm model whose feature map takes the place of the pixels (the paper's hybrid).
         backbone_out_index: which of its feature maps.
+        distillation_token: a second token, with a classifier of its own, that learns what a teacher says, between the
+            class token and the patches (Touvron et al. 2021, arXiv:2012.12877, section 4).
 
     The other fields are those of `ImageEncoderConfig`; ``out_features`` and ``out_indices`` are for `TfmViTBackbone`.
 
@@ -148,6 +150,7 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
     pooler_act: str = "tanh"
     backbone: str | None = None
     backbone_out_index: int = -1
+    distillation_token: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -164,4 +167,9 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
         require_choice(self, "position_embedding_type", ("learned", "learned_2d", "sincos_2d"))
         require_choice(self, "pooling", ("cls", "mean"))
         require_choice(self, "pooler_act", ACT2FN)
+        if self.distillation_token and (self.pooling != "cls" or self.representation_layer):
+            raise ValueError(
+                'distillation_token needs pooling "cls" and no representation_layer: its classifier stands on the '
+                f'token, got "{self.pooling}" and {self.representation_layer}'
+            )
         super().validate_architecture()

@@ -3,10 +3,14 @@
     pixels (B, C, H, W) -> patches (B, N, D) + positions -> [class] + N tokens -> pre-norm blocks -> (B, 1 + N, D)
     -> class token or mean of patches (B, D) -> logits (B, labels)
 
-Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hidden_size; A heads.
+With DeiT's distillation token (Touvron et al. 2021, arXiv:2012.12877, section 4) it is [class] + [distillation] + N.
+
+Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hidden_size; A heads; S tokens before the
+patches, 1 or, with a distillation token, 2.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +88,8 @@ class TfmViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, TfmViTModel) and module.distillation_token is not None:
+            init.trunc_normal_(module.distillation_token, std=std)
         elif isinstance(module, TfmViTEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             if module.kind == "learned":
@@ -120,6 +126,10 @@ class TfmViTModel(TfmViTPreTrainedModel):
     def __init__(self, config: TfmViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = TfmViTEmbeddings(config)
+        # Its position is part of it: DeiT learns both, but only their sum is ever seen.
+        token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
+        self.distillation_token = token
+        self.num_prefix_tokens = 1 if token is None else 2
         self.layers = encoder_blocks(config)
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # A mean is normed after pooling, and nothing before it (MAE's fine-tuning; He et al. 2021, appendix A.1).
@@ -142,7 +152,7 @@ class TfmViTModel(TfmViTPreTrainedModel):
         self.config.image_size = image_size
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """What stands for the image: (B, 1 + N, D) -> (B, D), or the features of the representation layer."""
+        """What stands for the image: (B, S + N, D) -> (B, D), or the features of the representation layer."""
         features = hidden_states[:, 0] if self.fc_norm is None else self.fc_norm(hidden_states[:, 1:].mean(dim=1))
         return features if self.pooler is None else self.pooler(features)
 
@@ -157,11 +167,14 @@ class TfmViTModel(TfmViTPreTrainedModel):
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
 
         Returns:
-            ``last_hidden_state`` (B, 1 + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
-            ``hidden_states``, L + 1 of (B, 1 + N, D), and ``attentions``, L of (B, A, 1 + N, 1 + N).
+            ``last_hidden_state`` (B, S + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
+            ``hidden_states``, L + 1 of (B, S + N, D), and ``attentions``, L of (B, A, S + N, S + N).
         """
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
+        if self.distillation_token is not None:
+            token = self.embeddings.dropout(self.distillation_token.expand(len(hidden_states), -1, -1))
+            hidden_states = torch.cat([hidden_states[:, :1], token, hidden_states[:, 1:]], dim=1)  # (B, 2 + N, D)
         for layer in self.layers:
             hidden_states = layer(hidden_states, None, **kwargs)
         hidden_states = self.layernorm(hidden_states)
@@ -186,8 +199,20 @@ def soft_label_loss(
     return nn.functional.cross_entropy(logits.float(), labels.to(logits.device).float(), reduction="sum") / images
 
 
+@dataclass
+class TfmViTDistilledOutput(ImageClassifierOutput):
+    """What a classifier with a distillation token gives; ``logits`` are the mean of ``cls_logits``, the class token's,
+    and ``distillation_logits``, (B, labels) each."""
+
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+
+
 class TfmViTForImageClassification(TfmViTPreTrainedModel):
-    """The Vision Transformer with a linear classifier."""
+    """The Vision Transformer with a linear classifier, and with a second one on the distillation token if it has one.
+
+    DeiT adds the softmax of both (section 4); its code and transformers' class take the mean of the logits, as here.
+    """
 
     _auto_class = "AutoModelForImageClassification"
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  a masked autoencoder's; its encoder is taken
@@ -198,6 +223,10 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
         self.vit = TfmViTModel(config, add_pooling_layer=config.representation_layer)
         features = config.pooler_output_size if config.representation_layer else config.hidden_size
         self.classifier = nn.Linear(features, config.num_labels) if config.num_labels else nn.Identity()
+        if config.distillation_token:
+            self.distillation_classifier = (
+                nn.Linear(features, config.num_labels) if config.num_labels else nn.Identity()
+            )
         self.post_init()
 
     @can_return_tuple
@@ -215,17 +244,23 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
                 so (mixup); else as transformers' `ViTForImageClassification`.
 
         Returns:
-            ``loss`` scalar, ``logits`` (B, labels); on request what `TfmViTModel` gives.
+            ``loss`` scalar, ``logits`` (B, labels), those of a distillation token as `TfmViTDistilledOutput`; on
+            request what `TfmViTModel` gives.
         """
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        logits = self.classifier(outputs.pooler_output)  # (B, labels)
+        logits, heads = self.classifier(outputs.pooler_output), {}  # (B, labels)
+        if self.config.distillation_token:
+            heads = {"cls_logits": logits}
+            heads["distillation_logits"] = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+            logits = (logits + heads["distillation_logits"]) / 2
         loss = None
         if labels is not None:
             soft = self.config.problem_type == "single_label_classification" and labels.is_floating_point()
             compute = soft_label_loss if soft else self.loss_function
             loss = compute(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        output = TfmViTDistilledOutput if heads else ImageClassifierOutput
+        return output(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **heads
         )
 
 
@@ -253,7 +288,7 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
         grid = patch_grid(height, width, self.config.patch_size)
         norm = self.vit.layernorm if self.vit.fc_norm is None else self.vit.fc_norm
         maps = [
-            norm(states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            norm(states)[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
             for stage, states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         ]

@@ -1,0 +1,123 @@
+"""DeiT's distillation token: the same as transformers' model with two classifiers, saved, resized and trained."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import largest_difference
+from tiny_vision import TINY, scramble, tiny_backbone, tiny_images, tiny_vit, tiny_vit_config
+from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassificationWithTeacher
+
+from hf_tfm import TfmViTForImageClassification
+from hf_tfm.hub.convert import convert
+
+
+def with_weights_of(theirs: DeiTForImageClassificationWithTeacher) -> TfmViTForImageClassification:
+    """Our model with the weights of transformers'; the position of its distillation token goes into the token."""
+    state = {name.replace("deit.", "vit.", 1): value for name, value in theirs.state_dict().items()}
+    positions = state.pop("vit.embeddings.position_embeddings")  # (1, 2 + N, D)
+    state["vit.embeddings.position_embeddings"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+    token = state.pop("vit.embeddings.distillation_token")
+    state["vit.distillation_token"] = token + positions[:, 1:2]
+    state |= {f"classifier.{kind}": state.pop(f"cls_classifier.{kind}") for kind in ("weight", "bias")}
+    model = TfmViTForImageClassification(
+        tiny_vit_config(num_labels=5, distillation_token=True, layer_norm_eps=theirs.config.layer_norm_eps)
+    )
+    own = model.state_dict()
+    # Names inside blocks differ from version to version of transformers; blocks have their weights in one order.
+    blocks = {
+        side: [name for name in names if ".layer" in name and "vit.layernorm" not in name]
+        for side, names in (("own", own), ("their", state))
+    }
+    renamed = dict(zip(sorted(blocks["their"], key=block_order), sorted(blocks["own"], key=block_order), strict=True))
+    model.load_state_dict({renamed.get(name, name): value for name, value in state.items()})
+    return model.eval()
+
+
+def block_order(name: str) -> tuple:
+    """Where a weight stands in its block, by either library's name."""
+    roles = (
+        ("q_proj", ".query"),
+        ("k_proj", ".key"),
+        ("v_proj", ".value"),
+        ("out_proj", "o_proj", "attention.output"),
+        ("self_attn_residual.norm", "layernorm_before"),
+        ("feed_forward_residual.norm", "layernorm_after"),
+        ("up_proj", "intermediate", "fc1"),
+        ("down_proj", "fc2", "output.dense"),
+    )
+    number = int(next(part for part in name.split(".") if part.isdigit()))
+    role = next(place for place, names in enumerate(roles) if any(part in name for part in names))
+    return number, role, name.rsplit(".", 1)[1]
+
+
+def test_it_computes_what_transformers_does():
+    torch.manual_seed(0)
+    theirs = scramble(DeiTForImageClassificationWithTeacher(DeiTConfig(num_labels=5, layer_norm_eps=1e-6, **TINY)))
+    ours, images = with_weights_of(theirs), tiny_images()
+    with torch.no_grad():
+        mine, expected = ours(images, output_hidden_states=True), theirs(images, output_hidden_states=True)
+    for name in ("logits", "cls_logits", "distillation_logits"):
+        assert mine[name].shape == (3, 5)
+        assert largest_difference(mine[name], expected[name]) < 1e-5, name
+    for own, other in zip(mine.hidden_states, expected.hidden_states, strict=True):
+        assert own.shape == (3, 18, 32) and largest_difference(own, other) < 1e-5
+    assert largest_difference(mine.cls_logits, mine.distillation_logits) > 0.1, "two classifiers, not one"
+
+
+def test_it_adds_a_token_and_a_classifier():
+    def count(**fields) -> int:
+        return sum(p.numel() for p in tiny_vit(**fields).parameters())
+
+    assert count(distillation_token=True) - count() == 32 + 32 * 5 + 5
+    assert "cls_logits" not in tiny_vit()(tiny_images())
+
+
+def test_it_begins_with_a_random_token_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    model = TfmViTForImageClassification(tiny_vit_config(num_labels=5, distillation_token=True)).eval()
+    assert model.vit.distillation_token.std() > 0.01
+    model.save_pretrained(tmp_path)
+    again, images = AutoModelForImageClassification.from_pretrained(tmp_path).eval(), tiny_images()
+    assert largest_difference(model(images).distillation_logits, again(images).distillation_logits) == 0.0
+    # One that was trained without it begins with a token of its own.
+    tiny_vit().save_pretrained(tmp_path / "plain")
+    fresh, report = TfmViTForImageClassification.from_pretrained(
+        tmp_path / "plain", distillation_token=True, output_loading_info=True
+    )
+    assert sorted(report["missing_keys"]) == [
+        "distillation_classifier.bias",
+        "distillation_classifier.weight",
+        "vit.distillation_token",
+    ]
+    assert fresh.vit.distillation_token.std() > 0.01
+
+
+def test_images_of_another_size_and_maps():
+    model = tiny_vit(distillation_token=True)
+    assert model(tiny_images(2, 24, 32)).logits.shape == (2, 5)
+    model.vit.set_image_size((24, 32))
+    assert model(tiny_images(2, 24, 32), output_attentions=True).attentions[0].shape == (2, 4, 50, 50)
+    backbone = tiny_backbone(distillation_token=True, out_features=["stage3"])
+    states = backbone.vit(tiny_images(2)).last_hidden_state
+    (found,) = backbone(tiny_images(2)).feature_maps
+    assert largest_difference(found, states[:, 2:].transpose(1, 2).unflatten(2, (4, 4))) < 1e-6
+
+
+def test_both_classifiers_and_the_token_learn():
+    model = tiny_vit(distillation_token=True).train()
+    model(tiny_images(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    for part in (model.classifier.weight, model.distillation_classifier.weight, model.vit.distillation_token):
+        assert part.grad.abs().max() > 0
+
+
+def test_what_does_not_go_with_it_is_refused(tmp_path):
+    for fields in ({"pooling": "mean"}, {"representation_layer": True}):
+        with pytest.raises(
+            StrictDataclassError, match='distillation_token needs pooling "cls" and no representation_layer'
+        ):
+            tiny_vit_config(distillation_token=True, **fields)
+    tiny_vit(distillation_token=True).save_pretrained(tmp_path / "ours")
+    for to in ("vit", "timm"):
+        with pytest.raises(ValueError, match="distillation"):
+            convert(tmp_path / "ours", to, tmp_path / to)
+        assert not (tmp_path / to).exists()
