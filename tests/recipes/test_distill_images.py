@@ -108,6 +108,30 @@ def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
+def test_the_two_heads_of_deit_learn_from_labels_and_teacher(data, teacher, tmp_path):
+    """Each by its own term: without the other one's, it stays as it was (Touvron et al. 2021, equation 3)."""
+    label, hard = "{kind: label, output: cls_logits, weight: 0.5}", "{kind: hard_target, output: distillation_logits}"
+    soft = "{kind: soft_target, output: cls_logits}"
+    model = {
+        "model": f"{{{SMALL}, distillation_token: true}}",
+        "costs": "false",
+        "num_steps": 2,
+        "schedule": "constant",
+    }
+    begun = distil(data, tmp_path / "begun", teacher=teacher, terms=f"[{label}, {hard}]", **model, learning_rate=1e-12)
+    both = distil(data, tmp_path / "both", teacher=teacher, terms=f"[{label}, {hard}]", **model)
+    one = distil(data, tmp_path / "one", teacher=teacher, terms=f"[{soft}]", **model)
+    start, joint, single = (weights(folder) for folder in (begun, both, one))
+    assert not torch.allclose(joint["classifier.weight"], start["classifier.weight"], atol=1e-4)
+    assert not torch.allclose(
+        joint["distillation_classifier.weight"], start["distillation_classifier.weight"], atol=1e-4
+    )
+    assert torch.allclose(single["distillation_classifier.weight"], start["distillation_classifier.weight"], atol=1e-6)
+    assert AutoModelForImageClassification.from_pretrained(both).config.distillation_token
+    with pytest.raises(ValueError, match="gives no distillation_logits"):
+        distil(data, tmp_path / "none", teacher=teacher, terms=f"[{hard}]", costs="false")
+
+
 def test_a_teacher_of_timm(data, tmp_path):
     """Its scale is in timm's words, which the student's processor repeats."""
     torch.manual_seed(0)
