@@ -71,16 +71,7 @@ class TfmGPTConfig(TravellingConfig):
         "AutoModelForSequenceClassification": "modeling_gpt.TfmGPTForSequenceClassification",
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
-    base_model_tp_plan: ClassVar = {
-        "wte": "embedding_rowwise",
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.out_proj": "rowwise",
-        "layers.*.feed_forward.up_proj": "colwise",
-        "layers.*.feed_forward.down_proj": "rowwise",
-    }
-    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
+    # No plan for sharing weights out, as transformers would before it turns the matrices of a GPT-2 file round.
     attention_score: ClassVar = "dot_product"  # part of every GPT; the blocks ask for it
 
     vocab_size: int = 50257

@@ -1,0 +1,87 @@
+"""From scratch, BERT learns to fill in words and GPT to go on; with a planted mistake they do not."""
+
+import math
+
+import pytest
+import torch
+from tiny_text import MODELS, progressions, twice
+from torch import nn
+
+from hf_tfm.models.cross_entropy import IGNORE_INDEX
+
+HALF, LENGTH = 5, 10
+SMALL = {"vocab_size": 16, "hidden_size": 48, "intermediate_size": 96}
+
+
+def batch_of(name: str, rows: int, seed: int) -> dict:
+    """Texts of a toy language with their labels."""
+    if MODELS[name][0].__name__.startswith("TfmGPT"):
+        ids = progressions(rows, LENGTH, seed)
+        return {"input_ids": ids, "labels": ids}
+    return twice(rows, HALF, seed)
+
+
+def trained(name: str, steps: int, plant=lambda model: None, rate: float = 2e-3, **options):
+    torch.manual_seed(0)
+    model_class, fields = MODELS[name]
+    model = model_class(model_class.config_class(**{**fields, **SMALL})).train()
+    plant(model)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch_of(name, 32, seed=1000 + step), **options).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval(), loss.item()
+
+
+@torch.no_grad()
+def filled_in(model) -> float:
+    """Share of hidden words found, in texts that training did not draw."""
+    found = twice(200, HALF, seed=1)
+    labels = found.pop("labels")
+    hidden = labels != IGNORE_INDEX
+    got = model(**found).logits.argmax(dim=-1)
+    return (got[hidden] == labels[hidden]).float().mean().item()
+
+
+def continued(model) -> float:
+    """Share of right words after the first three, in texts that training did not draw."""
+    texts = progressions(200, LENGTH, seed=1)
+    options = {"max_new_tokens": LENGTH - 3, "min_new_tokens": LENGTH - 3, "do_sample": False}
+    got = model.generate(texts[:, :3], attention_mask=torch.ones(200, 3, dtype=torch.long), **options)
+    return (got[:, 3:] == texts[:, 3:]).float().mean().item()
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_bert_learns_to_fill_in(return_logits):
+    assert filled_in(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
+
+
+def test_without_positions_bert_learns_nothing():
+    """The hidden word is told by its place alone."""
+
+    def plant(model):
+        table = model.bert.embeddings.position_embeddings.weight
+        table.data.zero_()
+        table.requires_grad_(False)
+
+    assert filled_in(trained("masked", 400, plant)[0]) < 0.5
+
+
+@pytest.mark.parametrize(("name", "options"), [("causal", {}), ("post-norm", {"return_logits": False})])
+def test_gpt_learns_to_go_on(name, options):
+    model, loss = trained(name, 250, rate=4e-3, **options)
+    assert continued(model) > 0.95
+    assert loss > math.log(4) / (LENGTH - 1) - 0.02, "the second word of a text, one of four, cannot be known"
+
+
+def test_a_gpt_that_sees_what_it_predicts_learns_nothing():
+    """Its loss is lower than the language allows, and it cannot go on by itself."""
+
+    everything = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+    model, loss = trained("causal", 250, rate=4e-3, attention_mask=everything)
+    assert loss < 0.1 and continued(model) < 0.5
