@@ -1,0 +1,224 @@
+"""Distil a DETR into a smaller one: fewer decoder layers, fewer queries, narrower.
+
+    hf-tfm run detection_train --config quickstart                                the teacher, a minute or two
+    hf-tfm run distill_detection --config quickstart                              about a minute on 2 CPU cores
+    hf-tfm run distill_detection --config digits --teacher TEACHER --output_dir runs/small-detr
+
+The teacher is one of ours or transformers' DETR. Its best queries are targets (kind "query"), beside the true objects
+(kind "label") and inner states. With --cache DIR --write_cache true it writes the teacher's signals and ends; with
+--cache DIR it reads them, and needs no teacher in memory. Presets with their cost and expected numbers:
+recipes/presets/distill_detection/.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from transformers import AutoImageProcessor, BaseImageProcessor, set_seed
+
+from hf_tfm import TfmDetrForObjectDetection
+from hf_tfm.data.batching import COPY
+from hf_tfm.data.box_checks import BoxFormat
+from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.source import load_splits, take_split
+from hf_tfm.distillation.facts import check_processors
+from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.teacher import check_score
+from hf_tfm.tasks.detection import score
+from hf_tfm.tasks.distill import DistillationTask, Source
+from hf_tfm.tasks.images import Scale
+from hf_tfm.tasks.scenes import scene_processor
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_run import (
+    DistillationKnobs,
+    begin_with_layers,
+    check_cache,
+    fill_cache,
+    freeze_rest,
+    prepare,
+    table_of_costs,
+)
+from hf_tfm.training.loop import Loader
+from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.scene_pictures import PredictionPictures
+from hf_tfm.training.scene_run import (
+    SceneRunArguments,
+    build_detr,
+    describe,
+    labels_of,
+    scene_loader,
+    scene_task,
+    score_rows,
+)
+from hf_tfm.training.splits import split_rows
+
+DETECTOR = TfmDetrForObjectDetection  # transformers' DETR loads as one of ours, and computes the same
+
+
+@dataclass(kw_only=True)
+class DistillDetectionArguments(DistillationKnobs, SceneRunArguments):
+    """Knobs of distilling a DETR.
+
+    Args:
+        student_layers: blocks of the teacher, counted from 0, with whose weights a new student begins: those of the
+            decoder, or {encoder: [...], decoder: [...]}; a stack that is not named begins with the teacher's first.
+        objects_column: list of objects with a box and a category; default, the only column with boxes.
+        box_format: what four numbers stand for: xywh (left, top, width, height), xyxy (left, top, right, bottom) or
+            cxcywh (centre, width, height).
+        relative_boxes: they are shares of the image instead of pixels.
+
+    The others are those of `DistillationKnobs` and `SceneRunArguments`; mean and std are the teacher's by default. A
+    cache needs images that all have one size after augmentation, and the run's own batch_size.
+    """
+
+    student_layers: list[int] | dict[Literal["encoder", "decoder"], list[int]] | None = None
+    objects_column: str | None = None
+    box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    relative_boxes: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.student_layers, list):
+            self.student_layers = {"decoder": self.student_layers}
+        if self.best_metric not in ("loss", "AP", "AP50"):
+            raise ValueError(f'best_metric must be "loss", "AP" or "AP50", got "{self.best_metric}"')
+
+
+@dataclass
+class KnownEpochs:
+    """A loader of the epochs that a teacher knows: those of a cache begin anew after its last, steps and all."""
+
+    loader: Loader
+    teacher: Source
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """See `StepLoader`."""
+        return self.loader.steps_per_epoch(self.teacher.epoch(epoch))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+        """See `StepLoader`."""
+        return self.loader.epoch(self.teacher.epoch(epoch), start)
+
+
+def load_rows(args: DistillDetectionArguments) -> dict[str, datasets.Dataset]:
+    """Rows of `scene_rows` by the name of their split."""
+    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+
+    def rows_of(name: str, argument: str) -> datasets.Dataset:
+        rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)
+        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes)[0]
+
+    return split_rows(args, args.test_splits, rows_of)
+
+
+def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
+    """The student's image processor, on the teacher's scale of pixels; sizes are those of the knobs.
+
+    Raises:
+        ValueError: a knob, or ``init_from``, has another scale; or a model has no image processor.
+    """
+
+    def as_read(source: str) -> BaseImageProcessor:
+        try:
+            scale = Scale(AutoImageProcessor.from_pretrained(source))
+        except OSError as error:
+            raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
+        mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
+        return scene_processor(args.shortest_side, args.longest_side, mean, std)
+
+    teacher = as_read(args.teacher)
+    mean, std = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
+    processor = scene_processor(args.shortest_side, args.longest_side, mean, std)
+    for other in (processor, *([as_read(args.init_from)] if args.init_from else [])):
+        check_processors(other, teacher)
+    return processor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(DistillDetectionArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    processor = shared_processor(args)
+    rows = load_rows(args)
+    data = describe(args, rows)
+    set_seed(args.seed)
+    student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))
+    begin_with_layers(args, student, DETECTOR)
+    own = {split: scene_task(args, student, processor, part) for split, part in rows.items()}
+    lessons = prepare(args, accelerator, own[args.train_split], student, DETECTOR)
+    learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
+    batches = scene_loader(args, accelerator, lessons.task, learning_rows, learning=True)
+    if args.write_cache:
+
+        def numbers(epoch: int) -> list[int]:
+            found = [number for step in batches.loader.sampler.steps(epoch) for number in step]
+            if len({number // COPY for number in found}) > 1:  # its writer puts samples of all steps together
+                raise ValueError(
+                    "a cache needs images of one size: give augmentation one scale and crop 0, or no cache"
+                )
+            return found
+
+        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint, numbers)
+    check_cache(args, lessons, learning_rows, fingerprint)
+    learning = KnownEpochs(batches, lessons.task.teacher)
+
+    def compared(split: str) -> Any:
+        """The task of a split that is scored; a cache holds the training images alone."""
+        if args.cached:
+            return own[split]
+        return DistillationTask(own[split], lessons.task.teacher, lessons.task.lessons)
+
+    held_out = {
+        split: scene_loader(args, accelerator, compared(split), rows[split], learning=False)
+        for split in (args.held_out, *args.test_splits)
+    }
+
+    def scores_of(model: Any, split: str = args.held_out) -> dict[str, Any]:
+        return score(accelerator, own[split], model, held_out[split])
+
+    if args.expected_score is not None:
+        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    run = open_run(accelerator, args, "object-detection", data, Path(__file__).stem, argv)
+    freeze_rest(accelerator, lessons, learning)
+
+    def score_validation(trained: Distilled) -> dict[str, float]:
+        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, held_out[args.held_out])
+        found = scores_of(trained.student)
+        names = ("loss", *own[args.held_out].term_names, "AP", "AP50")
+        return {name: found[name] for name in names} | ({"distillation": terms["loss"]} if terms else {})
+
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    settled, line = args.settle(per_epoch)
+    accelerator.print(line)
+    pictures = PredictionPictures(
+        accelerator, own[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
+    )
+    result = train(
+        accelerator,
+        lessons.task,
+        lessons.model,
+        learning,
+        settled,
+        num_steps,
+        args.eval_steps or per_epoch,
+        score_validation,
+        lambda trained, step: pictures(trained.student, step),
+    )
+    if result.stopped:
+        return run.stopped(result)
+    metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]
+    sample = {"pixel_values": torch.zeros(1, 3, args.shortest_side, args.shortest_side)}
+    costs = table_of_costs(args, accelerator, student, sample, DETECTOR, lambda model: scores_of(model)["AP"])
+    finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Distillation of DETR: terms, smaller students, transformers' own teacher, caches, and what is refused."""
+
+import runpy
+
+import pytest
+import torch
+import yaml
+from recipe_helpers import ROOT, fresh_state, history, record
+from safetensors.torch import load_file
+from scene_recipes import MODEL, scenes, train, words, write_hub
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from hf_tfm.data.digit_scenes import THINGS
+from hf_tfm.hub.convert import convert
+from hf_tfm.models import TfmDetrConfig, TfmDetrForObjectDetection
+
+QUERIES = "[{kind: query, temperature: 2.0}, {kind: label}]"
+SHALLOW = MODEL.replace("decoder_layers: 2", "decoder_layers: 1")
+NARROW = SHALLOW.replace("d_model: 32", "d_model: 16").replace("num_queries: 9", "num_queries: 6")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_hub(tmp_path_factory.mktemp("scenes") / "hub", scenes())
+
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory):
+    """Four decoder layers, one step of training."""
+    model = MODEL.replace("decoder_layers: 2", "decoder_layers: 4")
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    return train(data, folder, model=f"{{{model}}}", num_steps=1, mean="[0.5, 0.4, 0.3]", std="[0.2, 0.2, 0.3]")
+
+
+def distil(data, output_dir, recipe="distill_detection", **knobs):
+    given = {"model": f"{{{SHALLOW}}}", "terms": QUERIES, "costs": "false", "num_pictures": 0, **knobs}
+    fresh_state()
+    script = str(ROOT / "recipes" / f"{recipe.split()[0]}.py")
+    assert runpy.run_path(script)["main"]([*recipe.split()[1:], *words(data, output_dir, **given)]) == 0
+    fresh_state()
+    return output_dir
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+INNER = """[{kind: hidden_state, stack: decoder, layers: {1: 4}}, {kind: attention_score, stack: encoder},
+    {kind: feature_map, layers: {model.input_projection: model.input_projection}}, {kind: query}]"""
+STUDENTS = {
+    "fewer_layers": {},
+    "narrower": {"model": f"{{{NARROW}}}"},
+    "inner_states": {"terms": INNER.replace("\n", "")},
+}
+
+
+@pytest.mark.parametrize("name", list(STUDENTS))
+def test_a_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
+    costs = "true" if name == "narrower" else "false"
+    distil(data, tmp_path / "run", teacher=teacher, **STUDENTS[name], costs=costs, num_pictures=1)
+    results = record(tmp_path / "run")
+    assert {row["split"] for row in results.metrics} == {"validation", "test"}
+    assert {"AP", "loss", "distillation"} <= history(tmp_path / "run")[-1]["evaluation"].keys()
+    assert list((tmp_path / "run" / "predictions").glob("*.png"))
+    if costs == "true":
+        theirs, ours = results.costs
+        assert ours["parameters"] == results.parameters < theirs["parameters"] and ours["gflops"] < theirs["gflops"]
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "run")
+    assert model.config.decoder_layers == 1
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "run").image_mean) == [0.5, 0.4, 0.3]
+    assert not [key for key in weights(tmp_path / "run") if "projections" in key]
+
+
+@pytest.mark.parametrize("layers", ["[3]", "{decoder: [3], encoder: [0]}"])
+def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_path):
+    knobs = {"teacher": teacher, "student_layers": layers, "num_steps": 1, "learning_rate": 1e-9}
+    student, source = weights(distil(data, tmp_path / "run", **knobs)), weights(teacher)
+    assert any("decoder.layers.0." in name for name in student)
+    for name, value in student.items():
+        origin = name.replace("decoder.layers.0.", "decoder.layers.3.")
+        torch.testing.assert_close(value, source[origin], rtol=0, atol=1e-6)
+
+
+def test_transformers_own_teacher_says_the_same(data, teacher, tmp_path):
+    torch.manual_seed(0)
+    fields = {"backbone_norm": "frozen", "num_labels": 10} | yaml.safe_load(f"{{{MODEL}}}")
+    fields |= {"id2label": dict(enumerate(THINGS)), "label2id": {name: i for i, name in enumerate(THINGS)}}
+    TfmDetrForObjectDetection(TfmDetrConfig(**fields)).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "detr", tmp_path / "native")
+    assert type(AutoModelForObjectDetection.from_pretrained(tmp_path / "native")).__name__ == "DetrForObjectDetection"
+    found = []
+    for name in ("ours", "native"):
+        AutoImageProcessor.from_pretrained(teacher).save_pretrained(tmp_path / name)
+        found.append(weights(distil(data, tmp_path / f"of_{name}", teacher=tmp_path / name)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
+
+
+def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
+    common = {"teacher": teacher, "num_steps": None, "num_epochs": 2, "num_workers": 1}
+    common["augmentation"] = "{scales: [64], max_size: 90, crop: 0.0, flip: 0.5}"
+    distil(data, tmp_path / "online", **common)
+    cache = {**common, "cache": tmp_path / "cache"}
+    written = {"cache_dtype": "fp32", "cache_epochs": 2}
+    distil(data, tmp_path / "no", "distill_cache distill_detection", **cache, **written)
+    assert "28 samples" in capsys.readouterr().out and not (tmp_path / "no").exists()
+    distil(data, tmp_path / "cached", **cache)
+    one, other = weights(tmp_path / "online"), weights(tmp_path / "cached")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+    # After the last of its epochs a cache begins anew, with the same steps: each leaves out scenes of its own.
+    distil(data, tmp_path / "longer", **{**cache, "num_epochs": 3})
+    assert record(tmp_path / "longer").training["epochs"] == 3
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
+    knobs = {"teacher": teacher, "schedule": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **knobs, num_steps=4)
+    distil(data, tmp_path / "cut", **knobs, num_steps=2)
+    distil(data, tmp_path / "cut", **knobs, num_steps=4)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        distil(data, tmp_path / "run", teacher=teacher, best_metric="accuracy")
+    assert 'best_metric must be "loss", "AP" or "AP50"' in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the same image_mean in their image processors"):
+        distil(data, tmp_path / "run", teacher=teacher, mean="[0.1, 0.1, 0.1]")
+    with pytest.raises(ValueError, match=r"layers of the decoder must be in \[0, 4\), the teacher's, got 6"):
+        distil(data, tmp_path / "run", teacher=teacher, student_layers="[6]")
+    with pytest.raises(ValueError, match="a cache needs images of one size"):
+        distil(data, tmp_path / "run", teacher=teacher, cache=tmp_path / "cache", write_cache="true")
+    with pytest.raises(ValueError, match='use kind "query"'):
+        distil(data, tmp_path / "run", teacher=teacher, terms="[{kind: soft_target}]")
+    with pytest.raises(ValueError, match=r"the teacher's AP is .* and should be 0.9"):
+        distil(data, tmp_path / "run", teacher=teacher, expected_score=0.9, best_metric="AP")
+    assert not (tmp_path / "run").exists()
