@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,13 @@ from hf_tfm import TfmDetrForObjectDetection
 from hf_tfm.data.batching import COPY
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.distillation.facts import check_processors
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.detection import score
-from hf_tfm.tasks.distill import DistillationTask, Source
+from hf_tfm.tasks.distill import Source
 from hf_tfm.tasks.images import Scale
 from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.training import evaluate, train
@@ -106,6 +108,18 @@ class KnownEpochs:
         return self.loader.epoch(self.teacher.epoch(epoch), start)
 
 
+def numbers_of(sampler: ShapeSampler, epoch: int) -> list[int]:
+    """The numbers of an epoch's samples, see `write_cache`.
+
+    Raises:
+        ValueError: they are on several canvases, and the cache's writer puts samples of all steps together.
+    """
+    found = [number for step in sampler.steps(epoch) for number in step]
+    if len({number // COPY for number in found}) > 1:
+        raise ValueError("a cache needs images of one size: give augmentation one scale and crop 0, or no cache")
+    return found
+
+
 def load_rows(args: DistillDetectionArguments) -> dict[str, datasets.Dataset]:
     """Rows of `scene_rows` by the name of their split."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
@@ -155,27 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
     batches = scene_loader(args, accelerator, lessons.task, learning_rows, learning=True)
     if args.write_cache:
-
-        def numbers(epoch: int) -> list[int]:
-            found = [number for step in batches.loader.sampler.steps(epoch) for number in step]
-            if len({number // COPY for number in found}) > 1:  # its writer puts samples of all steps together
-                raise ValueError(
-                    "a cache needs images of one size: give augmentation one scale and crop 0, or no cache"
-                )
-            return found
-
+        numbers = partial(numbers_of, batches.loader.sampler)
         return fill_cache(args, accelerator, lessons, learning_rows, fingerprint, numbers)
     check_cache(args, lessons, learning_rows, fingerprint)
     learning = KnownEpochs(batches, lessons.task.teacher)
 
-    def compared(split: str) -> Any:
-        """The task of a split that is scored; a cache holds the training images alone."""
-        if args.cached:
-            return own[split]
-        return DistillationTask(own[split], lessons.task.teacher, lessons.task.lessons)
-
     held_out = {
-        split: scene_loader(args, accelerator, compared(split), rows[split], learning=False)
+        split: scene_loader(args, accelerator, lessons.compared(own[split]), rows[split], learning=False)
         for split in (args.held_out, *args.test_splits)
     }
 
@@ -200,17 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = PredictionPictures(
         accelerator, own[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
     )
-    result = train(
-        accelerator,
-        lessons.task,
-        lessons.model,
-        learning,
-        settled,
-        num_steps,
-        args.eval_steps or per_epoch,
-        score_validation,
-        lambda trained, step: pictures(trained.student, step),
-    )
+
+    def show(trained: Distilled, step: int) -> None:
+        pictures(trained.student, step)
+
+    task, model, eval_steps = lessons.task, lessons.model, args.eval_steps or per_epoch
+    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation, show)
     if result.stopped:
         return run.stopped(result)
     metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]

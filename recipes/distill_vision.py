@@ -27,7 +27,6 @@ from hf_tfm.distillation.facts import check_processors
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.classification import ClassificationTask, predict, score
-from hf_tfm.tasks.distill import DistillationTask
 from hf_tfm.tasks.images import Pixels, image_processor
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
@@ -152,13 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         unit = 2 if learning and args.mixing.on else 1
         return image_loader(args, accelerator, task, rows[split], learning, unit)
 
-    def compared(split: str) -> ClassificationTask | DistillationTask:
-        """The task of a split that is scored; a cache holds the training images alone."""
-        own = task_of(split)
-        return own if args.cached else DistillationTask(own, lessons.task.teacher, lessons.task.lessons)
-
     learning = loader_of(args.train_split, lessons.task, learning=True)
-    scored = {split: loader_of(split, compared(split)) for split in (args.held_out, *args.test_splits)}
+    scored = {
+        split: loader_of(split, lessons.compared(task_of(split))) for split in (args.held_out, *args.test_splits)
+    }
     validation = scored[args.held_out]
 
     def scores_of(model: Any) -> dict[str, float]:
@@ -170,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run(accelerator, args, "image-classification", data, Path(__file__).stem, argv)
     freeze_rest(accelerator, lessons, learning)
 
-    def score_validation(trained: Distilled) -> dict[str, float]:
+    def validate(trained: Distilled) -> dict[str, float]:
         terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, validation)
         return {**scores_of(trained.student), **({"distillation": terms["loss"]} if terms else {})}
 
@@ -179,9 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settled, line = args.settle(per_epoch)
     accelerator.print(line)
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(
-        accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score_validation
-    )
+    result = train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, validate)
     if result.stopped:
         return run.stopped(result)
     metrics = []

@@ -125,6 +125,10 @@ class Lessons:
     model: Distilled
     teacher: PreTrainedModel | None
 
+    def compared(self, task: Teaching) -> Teaching:
+        """``task`` for data to be scored, with the terms beside it where the teacher is at hand."""
+        return task if self.teacher is None else DistillationTask(task, self.task.teacher, self.task.lessons)
+
 
 def prepare(
     args: DistillationKnobs, accelerator: Accelerator, task: Teaching, student: PreTrainedModel, auto_class: Any

@@ -174,6 +174,11 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
         run("distill_vision", *words(data, tmp_path / "other", **cache, seed=1))
 
 
+def test_a_stream_is_read_as_it_comes(data, teacher, tmp_path):
+    distil(data, tmp_path / "run", teacher=teacher, streaming="true", costs="false")
+    assert record(tmp_path / "run").training["steps"] == 3
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
     knobs = {"teacher": teacher, "terms": TERMS["inner_layers"], "schedule": "constant", "eval_steps": 2}
     knobs |= {"costs": "false", "mixing": "{mixup: 0.8}"}
