@@ -173,7 +173,8 @@ class TfmViTModel(TfmViTPreTrainedModel):
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
         if self.distillation_token is not None:
-            token = self.embeddings.dropout(self.distillation_token.expand(len(hidden_states), -1, -1))
+            # A copy: in inference mode a view of a parameter still wants gradients, and operations cannot be counted.
+            token = self.embeddings.dropout(self.distillation_token.repeat(len(hidden_states), 1, 1))
             hidden_states = torch.cat([hidden_states[:, :1], token, hidden_states[:, 1:]], dim=1)  # (B, 2 + N, D)
         for layer in self.layers:
             hidden_states = layer(hidden_states, None, **kwargs)

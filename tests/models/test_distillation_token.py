@@ -9,6 +9,7 @@ from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForIma
 
 from hf_tfm import TfmViTForImageClassification
 from hf_tfm.hub.convert import convert
+from hf_tfm.hub.cost import measure_cost
 
 
 def with_weights_of(theirs: DeiTForImageClassificationWithTeacher) -> TfmViTForImageClassification:
@@ -90,6 +91,12 @@ def test_it_begins_with_a_random_token_and_is_saved(tmp_path):
         "vit.distillation_token",
     ]
     assert fresh.vit.distillation_token.std() > 0.01
+
+
+def test_its_operations_can_be_counted():
+    plain, token = (tiny_vit(distillation_token=given) for given in (False, True))
+    costs = [measure_cost("", model, {"pixel_values": tiny_images(1)})["gflops"] for model in (plain, token)]
+    assert costs[0] < costs[1] < costs[0] * 18 / 17 * 1.05  # one token more of 17, and a classifier
 
 
 def test_images_of_another_size_and_maps():
