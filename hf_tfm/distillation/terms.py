@@ -130,6 +130,10 @@ def read_terms(given: Sequence[Term | dict[str, Any]]) -> list[Term]:
     found = []
     for i, term in enumerate(given):
         try:
+            if isinstance(term, dict) and (unknown := sorted(term.keys() - Term.__dataclass_fields__.keys())):
+                raise ValueError(f"a term has no {unknown[0]}; it has {', '.join(Term.__dataclass_fields__)}")
+            if isinstance(term, dict) and "kind" not in term:
+                raise ValueError("a term needs a kind")
             found.append(term if isinstance(term, Term) else Term(**term))
         except ValueError as error:
             raise ValueError(f"terms[{i}]: {error}") from error

@@ -18,7 +18,7 @@ from ..distillation.cache import CachedTeacher, write_cache
 from ..distillation.facts import facts_of
 from ..distillation.student import Distilled, copy_layers, freeze_unused
 from ..distillation.teacher import Teacher, load_teacher
-from ..distillation.terms import Term, plan, read_terms, signals_of
+from ..distillation.terms import plan, read_terms, signals_of
 from ..hub.cost import Cost, beside_teacher, measure_cost
 from ..tasks.distill import DistillationTask, Teaching
 from .loop import Loader
@@ -54,7 +54,8 @@ class DistillationKnobs:
     teacher_dtype: Dtype = "fp32"
     teacher_device: str | None = None
     expected_score: float | None = None
-    terms: list[Term] = field(default_factory=list)
+    # Not list[Term]: jsonargparse would merge the items of a command line into those of a preset.
+    terms: list[dict[str, Any]] = field(default_factory=list)
     student_layers: list[int] = field(default_factory=list)
     truncate_width: bool = False
     cache: str | None = None

@@ -26,7 +26,9 @@ def height(name: str) -> float:
     """How high the parameter called ``name`` stands: 0 embeddings; 1, 2, ... blocks; infinity what is above."""
     if block := re.search(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name):
         return 1 + int(block[1])
-    return 0 if re.search(r"embedding|(?:^|\.)w[tp]e\.", name) else math.inf  # GPT's are called wte and wpe
+    return (
+        0 if re.search(r"embedding|distillation_token|(?:^|\.)w[tp]e\.", name) else math.inf
+    )  # GPT's are called wte and wpe
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from recipe_helpers import ROOT, fresh_state, history, record
+from recipe_helpers import ROOT, arguments_of, fresh_state, history, record
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForMaskedLM,
@@ -18,6 +18,7 @@ from transformers import (
 
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
+from hf_tfm.training.arguments import parse_arguments
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
 SMALL = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2}"
@@ -190,6 +191,8 @@ def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_
 
 REFUSED = {
     "no_terms": ("distill_task", {"terms": "[]"}, "terms must have at least one"),
+    "field": ("distill_task", {"terms": "[{kind: label, warmth: 1}]"}, "terms[0]: a term has no warmth; it has kind"),
+    "no_kind": ("distill_task", {"terms": "[{weight: 1.0}]"}, "terms[0]: a term needs a kind"),
     "kind": ("distill_task", {"terms": "[{kind: warmth}]"}, "kind must be one of label, soft_target"),
     "layers_and_init": (
         "distill_task",
@@ -221,6 +224,17 @@ def test_terms_that_do_not_fit_the_models_are_refused(data, classifier, language
         argv = words(data, tmp_path / "run", teacher=classifier, terms=INNER, expected_score=0.99)
         run("distill_task", *argv)
     assert not (tmp_path / "run").exists()
+
+
+def test_terms_of_a_command_line_take_the_place_of_a_presets():
+    recipe = ROOT / "recipes" / "distill_task.py"
+    kind = arguments_of(recipe)
+    preset = parse_arguments(kind, recipe, ["--config", "quickstart"])
+    given = parse_arguments(
+        kind, recipe, ["--config", "quickstart", "--terms", "[{kind: soft_target}, {kind: label}]"]
+    )
+    assert [(t.weight, t.temperature) for t in preset.terms] == [(1.0, 2.0), (0.5, 1.0)]
+    assert [(t.weight, t.temperature) for t in given.terms] == [(1.0, 1.0), (1.0, 1.0)]
 
 
 def test_the_cache_names_its_recipes(capsys):

@@ -333,6 +333,7 @@ def test_compiled_model_gives_the_same_weights(tmp_path):
         ("transformer.wte.weight", 0),
         ("transformer.wpe.weight", 0),
         ("vit.embeddings.cls_token", 0),
+        ("vit.distillation_token", 0),
         ("classifier.weight", math.inf),
         ("backbone.layer1.0.conv1.weight", math.inf),
     ],
