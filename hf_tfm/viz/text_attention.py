@@ -18,6 +18,9 @@ from .grid import Grid
 from .tokens import token_labels
 
 
+SIDES = ("left", "right")
+
+
 @dataclass(frozen=True)
 class TextAttentionMaps:
     """Where each token of a text looked.
@@ -134,15 +137,15 @@ def plot_beside(
     pairs = (teacher, above), (student, rows)
     if heads is None:
         panels = np.stack([found.maps[numbers].mean(axis=1) for found, numbers in pairs], axis=1)
-        columns = [f"{found.model}, mean" for found, _ in pairs]
+        columns = [f"{side}, mean" for side in SIDES]
     else:
         chosen = [pick(heads, found.maps.shape[1], f"heads of {found.model}") for found, _ in pairs]
         parts = [found.maps[np.ix_(numbers, own)] for (found, numbers), own in zip(pairs, chosen, strict=True)]
         panels = np.concatenate(parts, axis=1)
-        columns = [f"{found.model}, {h}" for (found, _), own in zip(pairs, chosen, strict=True) for h in own]
+        columns = [f"{side}, {head}" for side, own in zip(SIDES, chosen, strict=True) for head in own]
     titles = [f"layers {high}, {low}" for high, low in zip(above, rows, strict=True)]
-    head = f"self-attention of {teacher.model}, left, and {student.model}, right"
-    return grid(panels, student, titles, columns, [head, student.text]).save(output)
+    heading = f"self-attention of {teacher.model}, left, and {student.model}, right"
+    return grid(panels, student, titles, columns, [heading, student.text]).save(output)
 
 
 def grid(panels: np.ndarray, found: TextAttentionMaps, rows: list[str], columns: list[str], title: list[str]) -> Grid:

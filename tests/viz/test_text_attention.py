@@ -71,7 +71,8 @@ def test_teacher_and_student_side_by_side(tokenizer, drawn, tmp_path):
     plot_beside(teacher, student, tmp_path / "both.png")
     plot_beside(teacher, student, tmp_path / "heads.png", layers=[1], heads=[0])
     mean, heads = drawn
-    assert mean.rows == ["layers 2, 0", "layers 5, 1"]
+    assert mean.rows == ["layers 2, 0", "layers 5, 1"] and mean.columns == ["left, mean", "right, mean"]
+    assert heads.columns == ["left, 0", "right, 0"]
     np.testing.assert_allclose(mean.panels[1, 0], teacher.maps[5].mean(axis=0))
     np.testing.assert_allclose(mean.panels[0, 1], student.maps[0].mean(axis=0))
     np.testing.assert_array_equal(heads.panels, np.stack([teacher.maps[5, 0], student.maps[1, 0]])[None])
