@@ -17,7 +17,6 @@ from .attention import forming_maps, pick, stack
 from .grid import Grid
 from .tokens import token_labels
 
-
 SIDES = ("left", "right")
 
 
