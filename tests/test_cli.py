@@ -270,7 +270,7 @@ def test_convert_and_push_errors(model, tmp_path):
 def test_run_lists_recipes():
     for words in (("run",), ("run", "--help")):
         assert "translation_train" in refused(*words)
-    assert 'there is no recipe "fly"; there are detection_train' in refused("run", "fly")
+    assert 'there is no recipe "fly"; there are augment_texts, detection_train' in refused("run", "fly")
 
 
 def test_run_passes_words_on(capsys):
@@ -301,9 +301,16 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     ]
 
     detection = ["--model", "{d_model: 16, encoder_layers: 1, decoder_layers: 1}", "--warmup_steps", "1"]
+    short = ["--num_epochs", "null"]
+    brief_words = {
+        "translation_train": text,
+        "detection_train": detection,
+        "text_classification_train": short,
+        "distill_task": short,
+    }
 
     def brief(recipe, argv):
-        small = {"translation_train": text, "detection_train": detection}.get(recipe, images)
+        small = brief_words.get(recipe, images)
         cli.run(recipe, [*argv, *small, "--num_steps", "2", "--precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", brief)
@@ -312,13 +319,22 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     assert "loaded in a fresh process" in said
     for sentence in quickstart.SENTENCES:
         assert f"  {sentence} -> " in said
-    for row in ("translation ", "masked autoencoder", "fine-tuned from it", "from scratch", "detector"):
+    for row in (
+        "translation ",
+        "masked autoencoder",
+        "fine-tuned from it",
+        "from scratch",
+        "detector",
+        "teacher",
+        "its student",
+    ):
         assert f"  {row}" in said
     folder = tmp_path / "quickstart"
     for file in ("cross_attention.png", "results.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (folder / file).is_file()
     for file in ("mae/reconstruction.png", "finetuned/attention/rollout.png", "scratch/results.json"):
         assert (tmp_path / f"quickstart-{file}").is_file()
+    assert (tmp_path / "quickstart-text-student" / "attention.png").is_file()
     assert (tmp_path / "quickstart-detection" / "predictions" / "step-00000002.png").is_file()
     names = {row["name"] for row in json.loads((folder / "results.json").read_text())["metrics"]}
     assert names == {"exact_match", "chrf"}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from distillation_ranks import TERMS, build, cache, train_steps
@@ -51,4 +52,6 @@ def test_same_cache_as_one_process(two, tmp_path):
     assert names == sorted(path.name for path in (two / "cache" / "shards").iterdir()) and len(names) == 5
     for name in names:
         mine, theirs = (load_file(folder / "shards" / name) for folder in (tmp_path, two / "cache"))
-        assert mine.keys() == theirs.keys() and all((mine[key] == theirs[key]).all() for key in mine)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-5)  # of other numbers of threads

@@ -198,12 +198,15 @@ def write_until(folder, shard):
         real(path, tensors)
 
     caches.save_shard = deadly
+    torch.set_num_threads(1)  # as the process that compares
     small_cache(folder)
 
 
 def test_a_writer_that_is_killed_goes_on(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = multiprocessing.get_context("fork").Process(target=write_until, args=(killed, 2))
+    torch.set_num_threads(1)
+    # A fork would inherit torch's thread pool without its threads.
+    process = multiprocessing.get_context("spawn").Process(target=write_until, args=(killed, 2))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

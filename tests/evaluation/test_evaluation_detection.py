@@ -218,8 +218,11 @@ def test_the_command_line(made, tmp_path, capsys):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"objects_column": "things"}, 'objects_column "things" is not a column of the data set'),
         ({"split": "dev"}, 'split "dev" is not a split of the data set'),
-        ({"label_column": "label"}, "label_column is for image classifiers; .* is one of the detectors"),
-        ({"seed": 1}, "seed is for masked autoencoders; .* is one of the detectors"),
+        (
+            {"label_column": "label"},
+            "label_column is for image classifiers and text classifiers; .* of the detectors",
+        ),
+        ({"seed": 1}, "seed is for masked autoencoders and language models; .* is one of the detectors"),
         ({"confusion": "a.png"}, "confusion is for image classifiers"),
     ],
 )

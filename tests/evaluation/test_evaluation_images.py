@@ -25,7 +25,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     BertConfig,
-    BertForMaskedLM,
+    BertModel,
     ConvNextImageProcessor,
     MobileViTImageProcessor,
     TimmWrapperImageProcessor,
@@ -204,7 +204,11 @@ def test_stopwatch(monkeypatch):
     ("name", "options", "named"),
     [
         ("tfm", {"num_beams": 2}, 'num_beams is for translation models; ".*" is one of the image classifiers'),
-        ("mae", {"confusion": "a.png"}, 'confusion is for image classifiers; ".*" is one of the masked autoencoders'),
+        (
+            "mae",
+            {"confusion": "a.png"},
+            "confusion is for image classifiers and .* one of the masked autoencoders",
+        ),
         ("tfm", {"seed": 1}, "seed is for masked autoencoders"),
         ("tfm", {"beams": 1}, "beams is no option of evaluate"),
         ("tfm", {"split": "tset"}, 'split "tset" is not a split'),
@@ -225,13 +229,13 @@ def test_errors(name, options, named, models, data):
 
 def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    BertModel(bert).save_pretrained(tmp_path / "bert")
     (tmp_path / "detr").mkdir()
     detr = {"model_type": "detr", "is_encoder_decoder": True, "architectures": ["DetrModel"]}
     (tmp_path / "detr" / "config.json").write_text(json.dumps(detr))
     headless = save_model(tmp_path / "headless", TfmViTModel, TfmViTConfig(**SIZES))
     kinds = {
-        tmp_path / "bert": "BertForMaskedLM",
+        tmp_path / "bert": "BertModel",
         tmp_path / "detr": "DetrModel",
         headless: "TfmViTModel",
     }
@@ -287,9 +291,11 @@ def test_help_tells_whose_each_option_is(capsys):
             group = line[:-1]
         elif line.startswith("  --"):
             groups.setdefault(group, []).append(line.split()[0].removeprefix("--"))
-    assert {"dataset", "split", "precision", "output"} < set(groups["all models"])
-    assert {"metrics", "num_beams", "source_column"} < set(groups["translation models"])
-    assert {"batch_size", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
-    assert set(groups["image classifiers"]) == {"confusion", "real_labels", "label_column"}
+    assert {"dataset", "max_samples", "precision", "output"} < set(groups["all models"])
+    assert {"num_beams", "source_column"} < set(groups["translation models"])
+    assert {"num_workers", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
+    assert groups["image classifiers"] == ["real_labels"]
+    assert set(groups["image classifiers and text classifiers"]) == {"confusion", "label_column"}
     assert set(groups["detectors"]) == {"objects_column", "segments"}
-    assert groups["masked autoencoders"] == ["seed"]
+    assert groups["masked autoencoders and language models"] == ["seed"]
+    assert {"mask_share", "text_column"} < set(groups["language models"])
