@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.stopped(result)
     metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]
     sample = {"pixel_values": torch.zeros(1, 3, args.shortest_side, args.shortest_side)}
-    costs = table_of_costs(args, accelerator, student, sample, DETECTOR, lambda model: scores_of(model)["AP"])
+    costs = table_of_costs(args, accelerator, lessons, sample, DETECTOR, lambda model: scores_of(model)["AP"])
     finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs)
     return 0
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def perplexity(model) -> float:
         return score(accelerator, task, model, validation)[0]["value"]
 
-    costs = table_of_costs(args, accelerator, student, sample, auto_class, perplexity, False)
+    costs = table_of_costs(args, accelerator, lessons, sample, auto_class, perplexity, False)
     finish(run, student.eval(), tokenizer, task, result, metrics, costs)
     return 0
 

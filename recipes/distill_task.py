@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics += [{**row, "split": split} for row in score(found, args.metrics)]
     typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
     sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
-    costs = table_of_costs(args, accelerator, student, sample, CLASSIFIER, lambda m: scores_of(m)[args.metrics[0]])
+    costs = table_of_costs(args, accelerator, lessons, sample, CLASSIFIER, lambda m: scores_of(m)[args.metrics[0]])
     finish(run, student.eval(), tokenizer, task, result, metrics, costs)
     return 0
 

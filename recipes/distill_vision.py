@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
     sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    costs = table_of_costs(args, accelerator, student, sample, CLASSIFIER, lambda m: scores_of(m)["accuracy"])
+    costs = table_of_costs(args, accelerator, lessons, sample, CLASSIFIER, lambda m: scores_of(m)["accuracy"])
     finish(run, student.eval(), processor, task, result, metrics, costs)
     return 0
 

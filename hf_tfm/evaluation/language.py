@@ -1,6 +1,6 @@
 """Score a language model, of masked or of next tokens, on any split of any data set of texts."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ..data.batching import StepLoader, TokenBudgetSampler
-from ..data.language import Sequences, sequence_lengths, text_rows, token_sequences
+from ..data.language import sequence_lengths, text_rows, token_sequences
 from ..data.source import load_splits, take_split
 from ..data.text import fingerprint
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary, score
@@ -30,7 +30,7 @@ def evaluate_language(
     data_files: dict[str, str | list[str]] | None = None,
     text_column: str | None = None,
     documents: bool = True,
-    sequences: Sequences = "packed",
+    sequences: Literal["packed", "rows"] = "packed",
     max_length: int | None = None,
     mask_share: float = 0.15,
     whole_words: bool = False,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -109,7 +109,7 @@ def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel, auto_cl
         teacher = open_teacher(args, auto_class, dtype="fp32").model
         fresh = copy_layers(student, teacher, args.student_layers, args.truncate_width)
         if fresh:
-            print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")
+            PartialState().print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")
 
 
 @dataclass
@@ -208,7 +208,7 @@ def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) ->
 def table_of_costs(
     args: DistillationKnobs,
     accelerator: Accelerator,
-    student: PreTrainedModel,
+    lessons: Lessons,
     sample: Mapping[str, Tensor],
     auto_class: Any,
     score: Callable[[PreTrainedModel], float],
@@ -223,9 +223,12 @@ def table_of_costs(
     """
     if not args.costs:
         return None
-    models = {"student": student}
+    models = {"student": lessons.model.student}
     if args.teacher_device != "auto":  # one that is spread over devices does not fit on one to be timed
-        models = {"teacher": open_teacher(args, auto_class, accelerator.device, "fp32").model, **models}
+        teacher = lessons.teacher
+        if teacher is None or args.teacher_dtype != "fp32":
+            teacher = open_teacher(args, auto_class, accelerator.device, "fp32").model
+        models = {"teacher": teacher, **models}
     scores = {name: score(model) for name, model in models.items()}
     if not accelerator.is_main_process:
         return None

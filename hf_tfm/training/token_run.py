@@ -1,4 +1,4 @@
-"""What the recipes on texts share: their loaders, and the model they go on from."""
+"""What the recipes with a budget of tokens share: their loaders, and what a stream allows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
