@@ -206,6 +206,113 @@ def detection_padding(results: dict) -> str:
     )
 
 
+def detection_training(results: dict) -> str:
+    """Training speed of DETR."""
+    rates = results["images_per_second"].items()
+    floors = [(precision, f"{share:.0%}") for precision, share in results["share_of_floor"].items()]
+    return "\n\n".join(
+        [
+            "## DETR training: images per second",
+            f"ResNet-50, {results['batch_size']} images of {results['height']} x {results['width']} with "
+            f"{results['objects']} objects each, auxiliary losses on, a whole step. transformers' model starts from "
+            "our weights and trains the whole backbone; ours and the authors' freeze its stem and first stage.",
+            machine(results),
+            table(("contestant", "images/s"), list(rates)),
+            table(("ratio", "times"), list(results["ratios"].items())),
+            table(("contestant", "GFLOP a step"), list(results["gflop_a_step"].items())),
+            "Share of the floor: those FLOPs at the machine's measured matrix-product rate.",
+            table(("precision", "reached"), floors),
+        ]
+    )
+
+
+def set_criterion(results: dict) -> str:
+    """Matching and losses of DETR."""
+    rows = [
+        (size, name, r["milliseconds"][name], r["operations"][name], r["reads_by_the_host"][name])
+        for size, r in results["batches"].items()
+        for name in r["milliseconds"]
+    ]
+    ratios = [
+        (size, ratio, times, f"{r['gradient_difference'][ratio.split(' / ')[1]]:.1e}", f"{r['largest_gradient']:.1e}")
+        for size, r in results["batches"].items()
+        for ratio, times in r["ratios"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## DETR's criterion: matching and losses",
+            f"Predictions of {results['layers']} decoder layers with {results['queries']} queries, "
+            f"{results['objects']} objects an image, forward and backward.",
+            machine(results),
+            table(("", "contestant", "ms", "operations", "reads by the host"), rows),
+            table(("", "ratio", "times", "largest difference of gradients", "largest gradient"), ratios),
+        ]
+    )
+
+
+def language_training(results: dict) -> str:
+    """Training speed of BERT and GPT."""
+    models = results["models"].items()
+    rates = [(model, name, rate) for model, r in models for name, rate in r["tokens_per_second"].items()]
+    ratios = [(model, name, times) for model, r in models for name, times in r["ratios"].items()]
+    floors = [
+        (model, precision, floor["matmul_gflops"], floor["mflop_per_token"], f"{floor['share']:.0%}")
+        for model, r in models
+        for precision, floor in r["share_of_floor"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Language models: training, real tokens per second",
+            f"Masked tokens: {results['batch_size']} sentences a batch, transformers' BERT with its collator on "
+            "random batches, ours sorted by length. Next tokens, against transformers' GPT-2 and nanoGPT: "
+            f"{results['blocks']} packed blocks of {results['block']} tokens.",
+            machine(results),
+            table(("model", "contestant", "tokens/s"), rates),
+            table(("model", "ratio", "times"), ratios),
+            "Share of the floor: FLOPs of real tokens at the machine's measured matrix-product rate.",
+            table(("model", "precision", "GFLOP/s", "MFLOP a token", "reached"), floors),
+        ]
+    )
+
+
+def language_generation(results: dict) -> str:
+    """Generation speed of GPT against GPT-2."""
+    rows = [
+        (name, r["tokens_per_second"]["ours"], r["tokens_per_second"]["peer"], r["ratio"], r["identical_sentences"])
+        for name, r in results["results"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## GPT generation: tokens per second",
+            f"Same random weights as transformers' GPT-2, prompts padded at the left, {results['new_tokens']} new "
+            "tokens each.",
+            machine(results),
+            table(("setting", "ours", "GPT-2", "times", "share of identical texts"), rows),
+        ]
+    )
+
+
+def distillation(results: dict) -> str:
+    """Steps of distillation and sizes of caches."""
+    caches = [(name, *cache.values()) for name, cache in results["caches"].items()]
+    sizes = list(results["kilobytes_per_sequence_of_64"].items())
+    return "\n\n".join(
+        [
+            "## Distillation: seconds per step",
+            f"BERT-base teaches, {results['batch_size']} sequences of {results['length']} tokens, student in "
+            f"{results['precision'].replace('no', 'fp32')}. Plain: logits of all tokens by both "
+            "models, the teacher in memory. Masked: logits of masked tokens alone. Cached: the teacher's signals are "
+            "read from a cache.",
+            machine(results),
+            table(("step", "seconds"), list(results["seconds_per_step"].items())),
+            table(("ratio", "times"), list(results["times_faster"].items())),
+            "Caches, as those steps need them, and of logits alone for sequences of 64 tokens.",
+            table(("cache", "kB a sequence", "seconds to read a batch"), caches),
+            table(("signal", "kB a sequence of 64"), sizes),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -213,8 +320,13 @@ SECTIONS = {
     "padding_waste": padding,
     "image_loading": image_loading,
     "vision_training": vision,
+    "detection_training": detection_training,
+    "set_criterion": set_criterion,
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
+    "language_training": language_training,
+    "language_generation": language_generation,
+    "distillation": distillation,
 }
 
 

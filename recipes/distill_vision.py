@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.augment import Mixing
 from hf_tfm.data.images import label_ids, label_names
-from hf_tfm.distillation.facts import check_processors
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.classification import ClassificationTask, predict, score
-from hf_tfm.tasks.images import Pixels, image_processor
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
 from hf_tfm.training.distill_run import (
-    DistillationKnobs,
     begin_with_layers,
     check_cache,
     fill_cache,
@@ -39,7 +37,7 @@ from hf_tfm.training.distill_run import (
     prepare,
     table_of_costs,
 )
-from hf_tfm.training.image_run import IMAGE_FIELDS, ImageRunArguments, describe, image_loader, load_rows
+from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, load_rows
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
@@ -47,20 +45,18 @@ CLASSIFIER = AutoModelForImageClassification
 
 
 @dataclass(kw_only=True)
-class DistillVisionArguments(DistillationKnobs, ImageRunArguments):
+class DistillVisionArguments(DistillImageArguments):
     """Knobs of distilling a classifier of images.
 
     Args:
-        image_size: pixels of the images that both models read; default, the teacher's.
         test_splits: splits that are only scored, in the end.
         label_smoothing: share of a true label's target that is spread over all classes; the teacher's are not
             smoothed.
         mixing: mixup and CutMix, see `Mixing`; the teacher sees the mixed images.
 
-    The others are those of `DistillationKnobs` and `ImageRunArguments`; mean and std are the teacher's by default.
+    The others are those of `DistillImageArguments`.
     """
 
-    image_size: int | tuple[int, int] | None = None
     test_splits: list[str] = field(default_factory=list)
     label_smoothing: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
@@ -71,48 +67,9 @@ class DistillVisionArguments(DistillationKnobs, ImageRunArguments):
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.best_metric not in ("loss", "accuracy"):
             raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
-        if self.cache:
-            for name, on in (("mixing", self.mixing.on), ("repeats", self.repeats > 1), ("streaming", self.streaming)):
-                if on:
-                    raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
+        if self.cache and self.mixing.on:
+            raise ValueError("cache keeps one view of each image in an epoch: turn mixing off")
         check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
-
-
-def as_read(source: str) -> BaseImageProcessor:
-    """The size and scale of the images that a model reads, as a processor.
-
-    How they are resized is left out: teacher and student are given the same images.
-
-    Args:
-        source: folder or Hub id of the model.
-
-    Raises:
-        ValueError: it has no image processor, or its images have no fixed size.
-    """
-    try:
-        found = AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
-    if data := getattr(found, "data_config", None):  # timm's
-        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
-    pixels = Pixels(found)
-    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
-    return image_processor(pixels.size, mean=mean, std=std)
-
-
-def shared_processor(args: DistillVisionArguments) -> BaseImageProcessor:
-    """The student's image processor; what it gives is what the teacher reads.
-
-    Raises:
-        ValueError: a knob, or ``init_from``, says something else than the teacher.
-    """
-    teacher = as_read(args.teacher)
-    size = args.image_size or (teacher.size.height, teacher.size.width)
-    scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
-    check_processors(image_processor(size, None, *scale), teacher)
-    if args.init_from:
-        check_processors(as_read(args.init_from), teacher)
-    return image_processor(size, args.resize, *scale)
 
 
 def build_student(

@@ -1,0 +1,67 @@
+"""What the recipes that distil image models share: their knobs, and one image processor for student and teacher."""
+
+from dataclasses import dataclass
+
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from ..distillation.facts import check_processors
+from ..tasks.images import Pixels, image_processor
+from .distill_run import DistillationKnobs
+from .image_run import ImageRunArguments
+
+
+@dataclass(kw_only=True)
+class DistillImageArguments(DistillationKnobs, ImageRunArguments):
+    """Knobs of learning from a teacher that reads images.
+
+    Args:
+        image_size: pixels of the images that both models read; default, the teacher's.
+
+    The others are those of `DistillationKnobs` and `ImageRunArguments`; mean and std are the teacher's by default.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cache:
+            for name, on in (("repeats", self.repeats > 1), ("streaming", self.streaming)):
+                if on:
+                    raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
+
+
+def as_read(source: str) -> BaseImageProcessor:
+    """The size and scale of the images that a model reads, as a processor.
+
+    How they are resized is left out: teacher and student are given the same images.
+
+    Args:
+        source: folder or Hub id of the model.
+
+    Raises:
+        ValueError: it has no image processor, or its images have no fixed size.
+    """
+    try:
+        found = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
+    if data := getattr(found, "data_config", None):  # timm's
+        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
+    pixels = Pixels(found)
+    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
+    return image_processor(pixels.size, mean=mean, std=std)
+
+
+def shared_processor(args: DistillImageArguments) -> BaseImageProcessor:
+    """The student's image processor; what it gives is what the teacher reads.
+
+    Raises:
+        ValueError: a knob, or ``init_from``, says something else than the teacher.
+    """
+    teacher = as_read(args.teacher)
+    size = args.image_size or (teacher.size.height, teacher.size.width)
+    scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
+    check_processors(image_processor(size, None, *scale), teacher)
+    if args.init_from:
+        check_processors(as_read(args.init_from), teacher)
+    return image_processor(size, args.resize, *scale)

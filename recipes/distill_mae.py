@@ -1,0 +1,132 @@
+"""Distil a masked autoencoder into a smaller one, from features of the visible patches; images need no labels.
+
+    hf-tfm run mae_pretrain --config quickstart                                   the teacher, about 1 minute
+    hf-tfm run distill_mae --config quickstart                                    seconds on 2 CPU cores
+    hf-tfm run distill_mae --config cifar10_small --dataset DATA --teacher TEACHER
+
+Student and teacher read the same visible patches, so that a teacher costs a quarter of what it does on whole images;
+with a term "label" the student also reconstructs (Bai et al. 2022, "Masked Autoencoders Enable Efficient Knowledge
+Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train --init_from. With --cache DIR
+--write_cache true the teacher's signals are written, with --cache DIR they are read. Presets with their cost:
+recipes/presets/distill_mae/.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, set_seed
+
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
+from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.teacher import check_score
+from hf_tfm.tasks.masked_image import MaskedImageTask
+from hf_tfm.training import evaluate, train
+from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
+from hf_tfm.training.distill_run import (
+    begin_with_layers,
+    check_cache,
+    fill_cache,
+    freeze_rest,
+    prepare,
+    table_of_costs,
+)
+from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, load_rows
+from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.run import finish, open_run, start_accelerator
+
+
+@dataclass(kw_only=True)
+class DistillMAEArguments(DistillImageArguments):
+    """Knobs of distilling a masked autoencoder: those of `DistillImageArguments`.
+
+    ``model`` takes, among others, patch_size and mask_ratio, which have to be the teacher's.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.best_metric != "loss":
+            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
+        if unfit := sorted({term.kind for term in self.terms} & {"soft_target", "hard_target", "logit", "query"}):
+            raise ValueError(f"terms must not have {unfit[0]}: a masked autoencoder gives pixels, not classes")
+        check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
+
+
+def check_patches(student: TfmMAEConfig, teacher: PreTrainedConfig) -> None:
+    """Refuse a teacher that would see other patches than its student.
+
+    Raises:
+        ValueError: with the field that differs; or the teacher is no masked autoencoder.
+    """
+    for name in ("patch_size", "mask_ratio"):
+        if not hasattr(teacher, name):
+            raise ValueError(f"teacher must be a masked autoencoder, got a {teacher.model_type} without {name}")
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(f"model.{name} must be the teacher's, {theirs}, got {ours}")
+
+
+def build_student(args: DistillMAEArguments, size: tuple[int, int]) -> TfmMAEForPreTraining:
+    """A new student, or that of ``init_from``, for images of a size."""
+    set_seed(args.seed)
+    if args.init_from:
+        return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=size))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(DistillMAEArguments, Path(__file__), argv)
+    accelerator = start_accelerator(args)
+    processor = shared_processor(args)
+    rows = load_rows(args, [], labelled=False)
+    data = describe(args, rows)
+    student = build_student(args, (processor.size.height, processor.size.width))
+    teacher_config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
+    check_patches(student.config, teacher_config)
+    begin_with_layers(args, student, TfmMAEForPreTraining)
+    task = MaskedImageTask(student.config, processor, args.augmentation, args.seed)
+    lessons = prepare(args, accelerator, task, student, AutoModelForPreTraining)
+    learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
+    if args.write_cache:
+        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint)
+    check_cache(args, lessons, learning_rows, fingerprint)
+    learning = image_loader(args, accelerator, lessons.task, learning_rows, learning=True)
+    validation = image_loader(args, accelerator, lessons.compared(task), rows[args.held_out], learning=False)
+
+    def reconstruction(model: Any) -> float:
+        return evaluate(accelerator, task, model, validation)["loss"]
+
+    if args.expected_score is not None:
+        check_score({"loss": reconstruction(lessons.teacher)}, "loss", args.expected_score)
+    run = open_run(accelerator, args, "image-feature-extraction", data, Path(__file__).stem, argv)
+    freeze_rest(accelerator, lessons, learning)
+
+    def validate(trained: Distilled) -> dict[str, float]:
+        own = {"reconstruction": reconstruction(trained.student)}
+        if args.cached:  # a cache holds the training images alone
+            return {"loss": own["reconstruction"], **own}
+        return {**evaluate(accelerator, lessons.task, trained, validation), **own}
+
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    settled, line = args.settle(per_epoch)
+    accelerator.print(line)
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    result = train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, validate)
+    if result.stopped:
+        return run.stopped(result)
+    metrics = [{"name": "reconstruction_loss", "value": reconstruction(student), "split": args.held_out}]
+    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
+    costs = table_of_costs(args, accelerator, lessons, sample, AutoModelForPreTraining, reconstruction, False)
+    finish(run, student.eval(), processor, task, result, metrics, costs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

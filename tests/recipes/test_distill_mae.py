@@ -1,0 +1,128 @@
+"""Distillation of masked autoencoders: our own and transformers' teachers, caches, resuming, and what is refused."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from recipe_helpers import ROOT, fresh_state, history, record
+from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
+from vision_recipes import MAE, classify, distance, run, weights, words, write_images
+
+from hf_tfm.models import TfmMAEConfig, TfmMAEForPreTraining, TfmViTForImageClassification
+from hf_tfm.tasks.images import image_processor
+
+FIELDS = {
+    **{"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},
+    **{"num_attention_heads": 2, "decoder_hidden_size": 16, "decoder_intermediate_size": 32},
+    **{"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "initializer_range": 0.2},
+}
+TERMS = "[{kind: hidden_state}, {kind: label}]"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    image_processor(16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ours", "transformers"])
+def teacher(request, tmp_path_factory):
+    """Random weights in 4 layers."""
+    torch.manual_seed(0)
+    if request.param == "ours":
+        model = TfmMAEForPreTraining(TfmMAEConfig(**FIELDS))
+    else:
+        model = ViTMAEForPreTraining(ViTMAEConfig(**FIELDS))
+    return save(tmp_path_factory.mktemp("teacher"), model)
+
+
+def distil(data, output_dir, **knobs):
+    return run("distill_mae", data, output_dir, **{"terms": TERMS, "costs": "false", **knobs})
+
+
+def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
+    distil(data, tmp_path / "run", teacher=teacher, num_steps=20, eval_steps=5, costs="true", image_size=None)
+    results = record(tmp_path / "run")
+    assert [cost["model"] for cost in results.costs] == ["teacher", "student"]
+    (row,) = results.metrics
+    assert (row["split"], row["name"], row["value"]) == (
+        "validation",
+        "reconstruction_loss",
+        results.costs[1]["score"],
+    )
+    found = [row["evaluation"] for row in history(tmp_path / "run") if "evaluation" in row]
+    assert {"hidden_state", "patch", "loss", "reconstruction"} <= set(found[0])
+    assert found[-1]["hidden_state"] < 0.8 * found[0]["hidden_state"]
+    assert found[-1]["reconstruction"] == pytest.approx(found[-1]["patch"], rel=1e-5)
+    assert not any("projections" in name for name in weights(tmp_path / "run"))
+
+
+def test_both_see_the_same_patches(data, teacher, tmp_path):
+    """A teacher that is the student has nothing to teach it."""
+    same = {name: value for name, value in FIELDS.items() if name not in ("image_size", "initializer_range")}
+    knobs = {"teacher": teacher, "student_layers": "[0, 1, 2, 3]", "model": json.dumps(same), "learning_rate": 1e-12}
+    distil(data, tmp_path / "run", **knobs, terms="[{kind: hidden_state}]")
+    (row,) = [row["evaluation"] for row in history(tmp_path / "run") if "evaluation" in row]
+    assert row["loss"] < 1e-9
+
+
+def test_the_student_is_a_start_for_a_classifier(data, teacher, tmp_path):
+    distil(data, tmp_path / "student", teacher=teacher)
+    classify(data, tmp_path / "run", init_from=tmp_path / "student")
+    model = TfmViTForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
+    common = {"teacher": teacher, "num_steps": None, "num_epochs": 2, "terms": TERMS}
+    distil(data, tmp_path / "online", **common)
+    cache = {**common, "cache": tmp_path / "cache", "costs": "false"}
+    written = words("distill_mae", data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
+    fresh_state()
+    assert runpy.run_path(str(ROOT / "recipes" / "distill_cache.py"))["main"](["distill_mae", *written]) == 0
+    assert "48 samples" in capsys.readouterr().out
+    distil(data, tmp_path / "cached", **cache)
+    assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
+    knobs = {"teacher": teacher, "schedule": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **knobs, num_steps=4)
+    distil(data, tmp_path / "cut", **knobs, num_steps=2)
+    distil(data, tmp_path / "cut", **knobs, num_steps=4)
+    assert distance(tmp_path / "whole", tmp_path / "cut") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"terms": "[{kind: soft_target}]"}, "terms must not have soft_target: a masked autoencoder gives pixels"),
+        ({"best_metric": "accuracy"}, 'best_metric must be "loss"'),
+        ({"cache": "x", "repeats": 2}, "turn repeats off"),
+        ({"model": "{image_size: 8}"}, "model.image_size is not a field"),
+    ],
+)
+def test_knobs_that_do_not_fit_are_refused_at_once(knobs, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        distil(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **knobs)
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"model.mask_ratio must be the teacher's, 0.75, got 0.5"):
+        distil(data, tmp_path / "run", teacher=teacher, model=MAE.replace("}", ", mask_ratio: 0.5}"))
+    with pytest.raises(ValueError, match=r"model.patch_size must be the teacher's, 4, got 8"):
+        distil(data, tmp_path / "run", teacher=teacher, model=MAE.replace("patch_size: 4", "patch_size: 8"))
+    with pytest.raises(ValueError, match=r"the teacher's loss is .* and should be 0.001"):
+        distil(data, tmp_path / "run", teacher=teacher, expected_score=0.001)
+    classifier = save(tmp_path / "vit", ViTForImageClassification(ViTConfig(image_size=16, patch_size=4)))
+    with pytest.raises(ValueError, match="teacher must be a masked autoencoder, got a vit without mask_ratio"):
+        distil(data, tmp_path / "run", teacher=classifier)
+    assert not (tmp_path / "run").exists()
