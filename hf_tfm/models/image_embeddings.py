@@ -11,19 +11,29 @@ from torch import Tensor, nn
 from .backbones import TimmFeatures
 from .configuration_vit import ImageEncoderConfig
 from .dropout import Dropout
-from .patches import PatchEmbedding, patch_grid, patchify, resize_grid, sides
-from .positions import sincos_2d
+from .patches import PatchEmbedding, Size, patch_grid, patchify, resize_grid, sides
+from .positions import join_axes, sincos_2d
+
+
+def fixed_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sine-cosine positions of a grid of patches, zero for the [class] token before them: (1, 1 + N, dim)."""
+    return nn.functional.pad(sincos_2d(*grid, dim), (0, 0, 1, 0))[None]
 
 
 class TfmViTEmbeddings(nn.Module):
-    """Patches as tokens with their positions, and the [class] token before them (equation 1)."""
+    """Patches as tokens with their positions, and the [class] token before them (equation 1).
+
+    The batch norms of a backbone become group norms, as in the paper's hybrids (section 4.1, "Model Variants", after
+    Kolesnikov et al. 2020, BiT, arXiv:1912.11370): an image is then encoded alike whatever others are in its batch.
+    The paper's standardised convolutions are a backbone's own affair: timm's "bit" ResNets have them.
+    """
 
     def __init__(self, config: ImageEncoderConfig):
         super().__init__()
         self.backbone = None
         channels, grid = config.num_channels, sides(config.image_size)
         if config.backbone is not None:
-            self.backbone = TimmFeatures(config.backbone, channels, (config.backbone_out_index,))
+            self.backbone = TimmFeatures(config.backbone, channels, (config.backbone_out_index,), norm="group")
             channels, grid = self.backbone.channels[-1], self.backbone.grid(*grid)
         self.grid = patch_grid(*grid, config.patch_size, "image_size")
         self.kind = config.position_embedding_type
@@ -42,12 +52,23 @@ class TfmViTEmbeddings(nn.Module):
             self.column_embeddings = nn.Parameter(torch.zeros(columns, config.hidden_size // 2))
 
     def fixed_positions(self) -> Tensor:
-        """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, D)."""
-        return nn.functional.pad(sincos_2d(*self.grid, self.cls_token.shape[-1]), (0, 0, 1, 0))[None]
+        """Those of "sincos_2d", (1, 1 + N, D)."""
+        return fixed_positions(self.grid, self.cls_token.shape[-1])
+
+    def set_image_size(self, image_size: Size) -> None:
+        """Resize the positions once and for all to images of another size in pixels (section 3.2).
+
+        Raises:
+            ValueError: the patch does not divide the images.
+        """
+        height, width = sides(image_size)
+        if self.backbone is not None:
+            height, width = self.backbone.grid(height, width)
+        self.set_grid(patch_grid(height, width, self.patch_embeddings.patch_size, "image_size"))
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Resize the positions once and for all to (rows, columns) of patches (section 3.2)."""
+        """The same for (rows, columns) of patches."""
         if self.kind == "learned_2d":
             for name, old, new in zip(("row_embeddings", "column_embeddings"), self.grid, grid, strict=True):
                 resized = resize_grid(getattr(self, name)[None], (old, 1), (new, 1))[0]
@@ -64,10 +85,7 @@ class TfmViTEmbeddings(nn.Module):
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
         if self.kind == "learned_2d":
-            rows, columns = self.row_embeddings, self.column_embeddings
-            across = columns.expand(len(rows), -1, -1)
-            down = rows[:, None].expand(-1, len(columns), -1)
-            table = torch.cat([across, down], dim=-1).flatten(0, 1)[None]
+            table = join_axes(self.row_embeddings, self.column_embeddings)
             return torch.zeros_like(self.cls_token), resize_grid(table, self.grid, grid)
         return self.position_embeddings[:, :1], resize_grid(self.position_embeddings[:, 1:], self.grid, grid)
 

@@ -22,11 +22,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
-from .image_embeddings import TfmViTEmbeddings
+from .image_embeddings import TfmViTEmbeddings, fixed_positions
 from .modeling_vit import NATIVE_NAMES, TfmViTPreTrainedModel, encoder_blocks
 from .native_names import register_native_names
-from .patches import patchify, resize_grid, sides, unpatchify
-from .positions import sincos_2d
+from .patches import Size, patchify, resize_grid, sides, unpatchify
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -116,6 +115,15 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def set_image_size(self, image_size: Size) -> None:
+        """Make the model one for images of another size in pixels, to go on with training there.
+
+        Raises:
+            ValueError: the patch does not divide the images.
+        """
+        self.embeddings.set_image_size(image_size)
+        self.config.image_size = image_size
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -162,18 +170,26 @@ class TfmMAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(view.hidden_size, height * width * config.num_channels)
 
     def fixed_positions(self) -> Tensor:
-        """Sine-cosine positions of the grid, zero for the [class] token: (1, 1 + N, E)."""
-        return nn.functional.pad(sincos_2d(*self.grid, self.mask_token.shape[-1]), (0, 0, 1, 0))[None]
+        """Those of the grid, zero for the [class] token: (1, 1 + N, E)."""
+        return fixed_positions(self.grid, self.mask_token.shape[-1])
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make it a decoder of (rows, columns) of patches."""
+        self.grid = grid
+        self.decoder_pos_embed = self.fixed_positions().to(self.decoder_pos_embed)
 
     def forward(self, hidden_states: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Encoded visible patches (B, 1 + K, D) and their places (B, N) of a ``grid`` -> pixels (B, N, P P C)."""
         states = self.decoder_embed(hidden_states)  # (B, 1 + K, E)
         B, N = restore.shape
-        hidden = self.mask_token.to(states.dtype).expand(B, N + 1 - states.shape[1], -1)
-        tokens = torch.cat([states[:, 1:], hidden], dim=1)  # (B, N, E), still shuffled
+        # Under autocast the mask token, in float32, makes all tokens so, as in the encoder and transformers' ViTMAE:
+        # what the blocks add up is not rounded. In a model of half precision all but the sum of positions is of that.
+        dtype = self.mask_token.dtype
+        hidden = self.mask_token.expand(B, N + 1 - states.shape[1], -1)
+        tokens = torch.cat([states[:, 1:].to(dtype), hidden], dim=1)  # (B, N, E), still shuffled
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, tokens.shape[-1]))
         first, positions = self.decoder_pos_embed[:, :1], resize_grid(self.decoder_pos_embed[:, 1:], self.grid, grid)
-        tokens = torch.cat([states[:, :1] + first, tokens + positions], dim=1).to(states.dtype)
+        tokens = torch.cat([states[:, :1] + first, tokens + positions], dim=1).to(dtype)
         for layer in self.decoder_layers:
             tokens = layer(tokens, None)
         return self.decoder_pred(self.decoder_norm(tokens[:, 1:]))
@@ -189,6 +205,11 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         self.vit = TfmMAEModel(config)
         self.decoder = TfmMAEDecoder(config, self.vit.embeddings.grid)
         self.post_init()
+
+    def set_image_size(self, image_size: Size) -> None:
+        """See `TfmMAEModel.set_image_size`."""
+        self.vit.set_image_size(image_size)
+        self.decoder.set_grid(self.vit.embeddings.grid)
 
     @can_return_tuple
     def forward(

@@ -9,7 +9,6 @@ Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hid
 patches, 1 or, with a distillation token, 2.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,7 @@ from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .image_embeddings import TfmViTEmbeddings
 from .native_names import register_native_names
-from .patches import patch_grid, sides
+from .patches import Size, patch_grid
 
 # Checkpoints name the blocks as those of transformers' own ViT do, so that either class loads the other's weights:
 # (name in a file, name in the model), in this order when loading.
@@ -139,16 +138,13 @@ class TfmViTModel(TfmViTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def set_image_size(self, image_size: int | Sequence[int]) -> None:
+    def set_image_size(self, image_size: Size) -> None:
         """Make the model one for images of another size in pixels, to fine-tune it there: positions are resized.
 
         Raises:
             ValueError: the patch does not divide the images.
         """
-        height, width = sides(image_size)
-        if self.embeddings.backbone is not None:
-            height, width = self.embeddings.backbone.grid(height, width)
-        self.embeddings.set_grid(patch_grid(height, width, self.config.patch_size, "image_size"))
+        self.embeddings.set_image_size(image_size)
         self.config.image_size = image_size
 
     def pool(self, hidden_states: Tensor) -> Tensor:

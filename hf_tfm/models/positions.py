@@ -131,6 +131,16 @@ def sine_2d(mask: Tensor, dim: int) -> Tensor:
     return torch.cat(parts, dim=-1).flatten(1, 2)
 
 
+def join_axes(rows: Tensor, columns: Tensor) -> Tensor:
+    """A vector for each row (R, D / 2) and each column (C, D / 2) -> one for each cell of the grid, (1, R C, D).
+
+    Row by row, the column's half first.
+    """
+    across = columns.expand(len(rows), -1, -1)
+    down = rows[:, None].expand(-1, len(columns), -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)[None]
+
+
 class LearnedPositions2D(nn.Module):
     """One learned vector a row and one a column (Carion et al. 2020, table 3, "learned at input").
 
@@ -157,6 +167,4 @@ class LearnedPositions2D(nn.Module):
                 f"the feature map has {rows} x {columns} cells, but learned positions end at {length}: use smaller "
                 f'images or position_embedding_type="sine"'
             )
-        across = self.column_embeddings.weight[:columns].expand(rows, -1, -1)
-        down = self.row_embeddings.weight[:rows, None].expand(-1, columns, -1)
-        return torch.cat([across, down], dim=-1).flatten(0, 1)[None]
+        return join_axes(self.row_embeddings.weight[:rows], self.column_embeddings.weight[:columns])

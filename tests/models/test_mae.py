@@ -154,6 +154,33 @@ def test_images_that_are_not_square_or_of_another_size():
         tiny_mae()(tiny_images(), noise=tiny_noise(3, 9))
 
 
+def test_another_size_once_and_for_all():
+    """Tables and configuration are those of a model made for that size, and what is learned stays."""
+    model, again = tiny_mae(), tiny_mae(image_size=[8, 24])
+    model.set_image_size((8, 24))
+    assert model.config.image_size == (8, 24) and model.vit.embeddings.grid == model.decoder.grid == (2, 6)
+    for name, table in again.named_buffers():
+        assert torch.equal(model.get_buffer(name), table), name
+    again.load_state_dict(model.state_dict())
+    images, noise = tiny_images(2, 8, 24), tiny_noise(2, 12)
+    assert torch.equal(model(images, noise=noise).logits, again(images, noise=noise).logits)
+    with pytest.raises(ValueError, match="image_size must be a multiple of the patch"):
+        model.set_image_size(18)
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_what_blocks_add_up_is_float32_under_autocast(autocast, dtype):
+    """In the encoder and in the decoder, as in transformers' ViTMAE; a model of half precision stays in that."""
+    model = tiny_mae() if autocast else tiny_mae().to(torch.bfloat16)
+    seen = []
+    for block in (*model.vit.layers, *model.decoder.decoder_layers):
+        block.register_forward_hook(lambda module, given, output: seen.extend([given[0].dtype, output.dtype]))
+    images = tiny_images() if autocast else tiny_images().to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(images, noise=tiny_noise())
+    assert seen == [dtype] * 2 * 5 and output.logits.dtype == torch.bfloat16
+
+
 def test_the_decoder_follows_the_configuration():
     """Its blocks read a view: sizes of the decoder, and whatever is set later on the model's configuration."""
     model = tiny_mae(attn_implementation="eager", hidden_dropout_prob=0.25, drop_path_rate=0.3)

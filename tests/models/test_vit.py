@@ -114,6 +114,19 @@ def test_images_of_other_sizes(kind, size):
             model(images, interpolate_pos_encoding=False)
 
 
+@pytest.mark.parametrize("patch", [4, 8, 14, 16, 32])
+def test_patches_of_every_published_size(patch):
+    """Of an image of 2 x 3 patches; the linear layer over each is the convolution that checkpoints have."""
+    model = tiny_vit(image_size=[2 * patch, 3 * patch], patch_size=patch)
+    images, embeddings = tiny_images(2, 2 * patch, 3 * patch), model.vit.embeddings
+    assert embeddings.grid == (2, 3) and model(images).logits.shape == (2, 5)
+    expected = embeddings.patch_embeddings.projection(images).flatten(2).transpose(1, 2)  # (B, 6, D)
+    expected = expected + embeddings.position_embeddings[:, 1:]
+    assert expected.abs().max() > 1 and largest_difference(embeddings(images)[:, 1:], expected) < 1e-4
+    config = TfmViTConfig.of_size("base", patch_size=patch, image_size=32 * patch, num_labels=10)
+    assert count(TfmViTForImageClassification, config) == closed_form(config, 10)
+
+
 @KINDS
 def test_images_and_patches_that_are_not_square(kind):
     model = tiny_vit(image_size=[8, 24], patch_size=[4, 2], position_embedding_type=kind)

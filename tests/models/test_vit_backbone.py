@@ -12,14 +12,6 @@ from hf_tfm import TfmViTBackbone, TfmViTForImageClassification, TfmViTModel
 from hf_tfm.models.backbones import TimmFeatures
 
 
-def trained_hybrid(**fields) -> TfmViTForImageClassification:
-    """A hybrid whose batch norms have seen images, so that their statistics are not the initial ones."""
-    model = tiny_vit(**{**HYBRID, **fields}).train()
-    with torch.no_grad():
-        model(1 + 2 * tiny_images(4, 64, 64))
-    return model.eval()
-
-
 def stem_of(model: TfmViTForImageClassification) -> dict[str, Tensor]:
     return model.vit.embeddings.backbone.state_dict()
 
@@ -55,8 +47,7 @@ def test_another_feature_map_with_larger_patches():
 
 
 def test_the_stem_is_saved_and_loaded(tmp_path):
-    """Statistics of batch norms too, though transformers builds the model without memory at first."""
-    model, images = trained_hybrid(), tiny_images(2, 64, 64)
+    model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)
     model.save_pretrained(tmp_path / "whole")
     loaded, info = TfmViTForImageClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -69,19 +60,39 @@ def test_the_stem_is_saved_and_loaded(tmp_path):
 
 def test_a_missing_stem_is_drawn_anew(tmp_path):
     """By torch's own rules, as on a model straight from its configuration, and not left as memory happened to be."""
-    trained_hybrid().save_pretrained(tmp_path)
+    tiny_vit(**HYBRID).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if ".backbone." not in k}, file, metadata={"format": "pt"})
     loaded, info = TfmViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] and all(".backbone." in name for name in info["missing_keys"])
     for model in (loaded, TfmViTForImageClassification(tiny_vit_config(**HYBRID))):
-        for name, module in model.vit.embeddings.backbone.named_modules():
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.weight.eq(1).all() and module.bias.eq(0).all() and module.running_var.eq(1).all(), name
-                assert module.running_mean.eq(0).all() and module.num_batches_tracked == 0, name
+        stem = dict(model.vit.embeddings.backbone.named_modules())
+        assert sum(isinstance(module, nn.GroupNorm) for module in stem.values()) == 20
+        for name, module in stem.items():
+            if isinstance(module, nn.GroupNorm):
+                assert module.weight.eq(1).all() and module.bias.eq(0).all(), name
             elif isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
                 assert 0.9 * bound < module.weight.abs().max() <= bound, name
+
+
+def test_micro_batches_of_a_hybrid_equal_one_batch():
+    """Loss, gradients, and what is saved: none depends on which images share a batch, in training either."""
+    images, labels, found = tiny_images(4, 64, 64), torch.tensor([0, 1, 2, 3]), []
+    for size in (4, 2, 1):
+        model = tiny_vit(**HYBRID).train()
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        losses = [
+            model(part, labels=classes).loss * len(part) / 4
+            for part, classes in zip(images.split(size), labels.split(size), strict=True)
+        ]
+        sum(losses).backward()
+        found.append((sum(losses).item(), gradients(model)))
+        assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    (loss, whole), *others = found
+    for other, parts in others:
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
 def test_the_stem_trains():
