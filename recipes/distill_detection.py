@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = describe(args, rows)
     set_seed(args.seed)
     student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))
-    begin_with_layers(args, student, DETECTOR)
+    begin_with_layers(args, student)
     own = {split: scene_task(args, student, processor, part) for split, part in rows.items()}
     lessons = prepare(args, accelerator, own[args.train_split], student, DETECTOR)
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     student = build_student(args, (processor.size.height, processor.size.width))
     teacher_config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
     check_patches(student.config, teacher_config)
-    begin_with_layers(args, student, TfmMAEForPreTraining)
+    begin_with_layers(args, student)
     task = MaskedImageTask(student.config, processor, args.augmentation, args.seed)
     lessons = prepare(args, accelerator, task, student, AutoModelForPreTraining)
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]

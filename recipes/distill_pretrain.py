@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_tokenizers(AutoTokenizer.from_pretrained(args.init_from), tokenizer)
     tokenizer.model_max_length = args.max_length
     student = build_model(args, tokenizer)
-    begin_with_layers(args, student, auto_class)
+    begin_with_layers(args, student)
     task = new_task(args, tokenizer)
     lessons = prepare(args, accelerator, task, student, auto_class)
 

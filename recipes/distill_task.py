@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.init_from:
         check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from)), tokenizer)
     student = build_classifier(args, tokenizer, texts.labels)
-    begin_with_layers(args, student, CLASSIFIER)
+    begin_with_layers(args, student)
     # Both are given all that the tokenizer makes; each takes what it knows.
     names = ("input_ids", "attention_mask", "token_type_ids")
     task = TextClassificationTask(tokenizer, texts.label_ids(args.train_split), names)

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     task = task_of(args.train_split)
     student = build_student(args, task.pixels.size, names)
-    begin_with_layers(args, student, TfmViTForImageClassification)  # as one of ours, also if it is transformers' ViT
+    begin_with_layers(args, student)
     lessons = prepare(args, accelerator, task, student, CLASSIFIER)
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
     if args.write_cache:

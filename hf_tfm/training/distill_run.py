@@ -99,14 +99,16 @@ def open_teacher(
     )
 
 
-def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel, auto_class: Any) -> None:
+def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel) -> None:
     """Give a new student the weights of ``student_layers``, where there are any.
+
+    The teacher is loaded as the student's class, so that one of transformers' own has the names of our weights.
 
     Raises:
         ValueError: the teacher is of another kind, or its layers do not fit; see `copy_layers`.
     """
     if args.student_layers:
-        teacher = open_teacher(args, auto_class, dtype="fp32").model
+        teacher = load_teacher(args.teacher, type(student), trust_remote_code=args.trust_remote_code).model
         fresh = copy_layers(student, teacher, args.student_layers, args.truncate_width)
         if fresh:
             PartialState().print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
 )
 
@@ -175,6 +176,22 @@ def test_a_language_model_begins_with_the_teachers_layers(data, language_model, 
             torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"perplexity", "token_loss"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == student.config.vocab_size
+
+
+def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    native = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE))
+    teacher = save(tmp_path / "teacher", native, tokenizer)
+    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
+    model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
+    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
+    knobs |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "num_steps": 1}
+    assert run("distill_pretrain", *words(data, tmp_path / "run", **knobs, learning_rate=1e-9)) == 0
+    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    for mine, number in zip(student.bert.layers, (1, 3), strict=True):
+        own = mine.state_dict()["feed_forward.up_proj.weight"]
+        given = native.bert.encoder.layer[number].intermediate.dense.weight
+        torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
 
 
 def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_model, tmp_path):
