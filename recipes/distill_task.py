@@ -35,7 +35,7 @@ from hf_tfm.training.distill_run import (
 )
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
-from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete
+from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
 
 CLASSIFIER = AutoModelForSequenceClassification
@@ -79,9 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from)), tokenizer)
     student = build_classifier(args, tokenizer, texts.labels)
     begin_with_layers(args, student)
-    # Both are given all that the tokenizer makes; each takes what it knows.
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    task = TextClassificationTask(tokenizer, texts.label_ids(args.train_split), names)
+
+    def task_of(split: str) -> TextClassificationTask:
+        # Both models are given all that the teacher's tokenizer makes; each takes what it knows.
+        return TextClassificationTask(tokenizer, texts.label_ids(split))
+
+    task = task_of(args.train_split)
     lessons = prepare(args, accelerator, task, student, CLASSIFIER)
 
     def loader_of(split: str, collate, learning: bool = False):
@@ -92,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write_cache:
         return fill_cache(args, accelerator, lessons, learning.examples, fingerprint)
     check_cache(args, lessons, learning.examples, fingerprint)
-    # A cache holds the training texts alone.
-    collate = task.collate if args.cached else lessons.task.collate
-    scored = {split: loader_of(split, collate) for split in texts.scored}
+    scored = {split: loader_of(split, lessons.compared(task_of(split)).collate) for split in texts.scored}
     decisive = scored[texts.validation[0]]
 
     def scores_of(model) -> dict[str, float]:
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
     sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
     costs = table_of_costs(args, accelerator, lessons, sample, CLASSIFIER, lambda m: scores_of(m)[args.metrics[0]])
+    keep_what_is_read(tokenizer, student)
     finish(run, student.eval(), tokenizer, task, result, metrics, costs)
     return 0
 

@@ -34,6 +34,7 @@ from hf_tfm.training.text_model import (
     build_classifier,
     check_height,
     classifier_tokenizer,
+    keep_what_is_read,
 )
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
 
@@ -102,6 +103,7 @@ def train_classifier(
         "tokenizer", lambda: classifier_tokenizer(args, learned, sides), AutoTokenizer.from_pretrained
     )
     model = build_classifier(args, tokenizer, texts.labels)
+    keep_what_is_read(tokenizer, model)
     check_height(args, model)
 
     def task_of(split: str) -> TextClassificationTask:

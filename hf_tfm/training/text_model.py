@@ -107,7 +107,7 @@ def build_classifier(
 ) -> PreTrainedModel:
     """The model to train, with weights drawn from the seed or taken from ``init_from``.
 
-    The tokenizer learns what the model reads: its longest input, and whether segments are told apart.
+    The tokenizer learns the model's longest input; what else of its outputs the model reads, `keep_what_is_read` says.
 
     Args:
         labels: names of the classes; None where a number is predicted.
@@ -131,9 +131,13 @@ def build_classifier(
     if args.max_length > limit:
         raise ValueError(f"max_length must be at most max_position_embeddings = {limit}, got {args.max_length}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return model
+
+
+def keep_what_is_read(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Have a tokenizer give what its model reads: no segments where it tells none apart."""
     read = [name for name in tokenizer.model_input_names if name in input_names(model)]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = read
-    return model
 
 
 def load_classifier(

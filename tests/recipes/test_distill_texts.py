@@ -1,11 +1,12 @@
 """Distillation of text models: every kind of term for a few steps, caches, students, and what is refused at once."""
 
+import inspect
 import runpy
 import shutil
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from recipe_helpers import ROOT, arguments_of, fresh_state, history, record
 from safetensors.torch import load_file
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
+from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training.arguments import parse_arguments
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -176,6 +178,58 @@ def test_a_language_model_begins_with_the_teachers_layers(data, language_model, 
             torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"perplexity", "token_loss"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == student.config.vocab_size
+
+
+def pair_rows(names: list[str]) -> Dataset:
+    """Pairs of like texts with labels by turns calm and loud, whichever number ``names`` give these."""
+    rows = {side: [f"the {side} cat number {i}" for i in range(24)] for side in ("one", "two")}
+    features = {"one": Value("string"), "two": Value("string"), "label": ClassLabel(names=names)}
+    return Dataset.from_dict({**rows, "label": ["calm", "loud"] * 12}, features=Features(features))
+
+
+@pytest.fixture(scope="module")
+def pair_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    for split in ("train", "validation"):
+        pair_rows(["calm", "loud"]).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def test_a_student_without_segments_leaves_the_teacher_its_own(pair_data, classifier, tmp_path, monkeypatch):
+    given = []
+    forward = TfmBertForSequenceClassification.forward
+
+    def watched(self, *args, **kwargs):
+        if self.config.num_hidden_layers == 4:  # the teacher
+            given.append(kwargs.get("token_type_ids"))
+        return forward(self, *args, **kwargs)
+
+    watched.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(TfmBertForSequenceClassification, "forward", watched)
+    model = SMALL.replace("{", "{type_vocab_size: 0, pooler: relu, ")
+    knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
+    argv = words(pair_data, tmp_path / "run", **knobs, text_columns="[one,two]", batch_size=8)
+    assert run("distill_task", *argv) == 0
+    assert given and all(segments is not None and segments.max() == 1 for segments in given)
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "run").model_input_names
+
+
+def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monkeypatch):
+    """Row i is of class i modulo 2 in both splits, though the validation split numbers the names the other way."""
+    splits = {"train": pair_rows(["calm", "loud"]), "validation": pair_rows(["loud", "calm"])}
+    monkeypatch.setattr("hf_tfm.training.text_run.load_texts", lambda *where: DatasetDict(splits))
+    found = []
+    collate = TextClassificationTask.collate
+
+    def watched(self, examples, indices, *rest, **options):
+        batch = collate(self, examples, indices, *rest, **options)
+        found.extend(zip(indices, batch["labels"].tolist(), strict=True))
+        return batch
+
+    monkeypatch.setattr(TextClassificationTask, "collate", watched)
+    knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "costs": "false", "text_columns": "[one,two]"}
+    assert run("distill_task", *words("nowhere", tmp_path / "run", **knobs, batch_size=8)) == 0
+    assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
 
 
 def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, tokenizer, tmp_path):
