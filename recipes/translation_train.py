@@ -1,6 +1,6 @@
 """Train a Transformer to translate, from scratch or from a checkpoint, and evaluate, save and describe it.
 
-    hf-tfm run translation_train --config quickstart                    about 2 minutes on 2 CPU cores
+    hf-tfm run translation_train --config quickstart                    about a minute on 2 CPU cores
     hf-tfm run translation_train --config multi30k_tiny --dataset DATA --output_dir runs/multi30k
     accelerate launch recipes/translation_train.py --config wmt14_base  as many GPUs as the launcher finds
 
@@ -75,8 +75,8 @@ class TranslationArguments(TokenArguments):
     num_beams: int = 5
     length_penalty: float = 1.0
     iterations: int = 10
-    metrics: list[Literal["bleu", "bleu_lowercase", "chrf", "exact_match"]] = field(
-        default_factory=lambda: ["bleu", "bleu_lowercase", "chrf"]
+    metrics: list[Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]] = field(
+        default_factory=lambda: ["bleu", "bleu_lowercase", "chrf", "chrf_lowercase"]
     )
     license: str | None = None
 

@@ -118,7 +118,7 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
     ("options", "named"),
     [
         (("--split", "tset"), 'split "tset" is not a split of the data set; it has train, test'),
-        (("--metrics", "[bluster]"), "metrics must be among bleu, bleu_lowercase, chrf, exact_match"),
+        (("--metrics", "[bluster]"), "metrics must be among bleu, bleu_lowercase, chrf, chrf_lowercase"),
         (("--source_column", "fr"), 'source_column "fr" is not a column of the data set; it has en, de'),
         (("--precision", "fp8"), 'precision must be "no" or "bf16", got "fp8"'),
         (("--num_beams", "0"), "num_beams must be at least 1, got 0"),

@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from .annotation_folders import annotation_reader
 
 CARD = "README.md"
+STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
 EMBEDDED = ("number-words", "digits", "digit-scenes")
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -98,15 +99,15 @@ def show_progress_of(rows) -> None:
 def describe_rows(
     splits: Mapping[str, Any], fingerprint: Callable[[datasets.Dataset], str]
 ) -> dict[str, dict[str, Any]]:
-    """``fingerprint`` of the content and ``rows`` by split; of a stream, which is not read, "stream" and None."""
+    """``fingerprint`` of the content and ``rows`` by split; of a stream, which is not read, `STREAM` and None."""
     streams = {name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)}
     return {
-        "fingerprint": {name: "stream" if name in streams else fingerprint(rows) for name, rows in splits.items()},
+        "fingerprint": {name: STREAM if name in streams else fingerprint(rows) for name, rows in splits.items()},
         "rows": {name: None if name in streams else len(rows) for name, rows in splits.items()},
     }
 
 
-def describe_source(dataset: str, revision: str | None = None) -> dict[str, str | None]:
+def describe_source(dataset: str, revision: str | None = None) -> dict[str, Any]:
     """Commit and licence of a data set; None for what does not exist or, without a network, is not known.
 
     Args:
@@ -114,17 +115,18 @@ def describe_source(dataset: str, revision: str | None = None) -> dict[str, str 
         revision: commit, tag or branch on the Hub.
 
     Returns:
-        ``revision``, the commit that ``revision`` or the newest version stands for, and ``license`` by its short name.
+        ``revision``, the commit that ``revision`` or the newest version stands for, ``license`` by its short name, and
+        ``on_hub``, whether it is a data set of the Hub.
     """
     if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # embedded, local, or a format's name
         card = Path(dataset) / CARD
-        return {"revision": None, "license": licence(card) if card.is_file() else None}
+        return {"revision": None, "license": licence(card) if card.is_file() else None, "on_hub": False}
     try:
         revision = HfApi().dataset_info(dataset, revision=revision).sha
         card = hf_hub_download(dataset, CARD, repo_type="dataset", revision=revision)
-    except OSError:  # no network, or no card
-        return {"revision": revision, "license": None}
-    return {"revision": revision, "license": licence(Path(card))}
+    except Exception:  # no network, which every client says in its own words, or no card: the rows are loaded already
+        return {"revision": revision, "license": None, "on_hub": True}
+    return {"revision": revision, "license": licence(Path(card)), "on_hub": True}
 
 
 def licence(card: Path) -> str | None:

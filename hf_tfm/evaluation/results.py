@@ -45,7 +45,7 @@ def describe(
     metrics: list[dict[str, Any]],
     fingerprint: Callable[[datasets.Dataset], str] = fingerprint,
 ) -> dict[str, Any]:
-    """What every result of images begins with; ``fingerprint`` is that of this kind of rows."""
+    """What every result begins with; ``fingerprint`` is that of this kind of rows."""
     found = {"model": model, "dataset": dataset, "split": split, "fingerprint": fingerprint(rows), "rows": len(rows)}
     return {**found, "metrics": metrics, "versions": collect_versions()}
 

@@ -8,16 +8,15 @@ from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ..data import text
-from ..hub.results import collect_versions
 from ..tasks.translation import check_metrics, score, translate
-from .results import check_options, write
+from .results import check_options, describe, write
 
 
 def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: bool = False):
     """Model and tokenizer of a folder or a Hub id, on the best device there is."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(model, **options)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **options)
     return loaded.to(PartialState().device).eval(), tokenizer
 
 
@@ -30,7 +29,7 @@ def evaluate_translation(
     data_files: dict[str, str | list[str]] | None = None,
     source_column: str = "en",
     target_column: str = "de",
-    metrics: Sequence[str] = ("bleu", "bleu_lowercase", "chrf"),
+    metrics: Sequence[str] = ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase"),
     num_beams: int | None = None,
     length_penalty: float | None = None,
     iterations: int | None = None,
@@ -46,14 +45,14 @@ def evaluate_translation(
 
     Args:
         model: folder or Hub id of a sequence-to-sequence model, ours or any other, with its tokenizer.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, "number-words" or "digits".
+        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
         split: of the data set.
         dataset_name: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
         data_files: files by split, where dataset is a format such as "parquet".
         source_column: column of the source text, a dotted path, or a language in a column "translation".
         target_column: of the reference translation.
-        metrics: bleu, bleu_lowercase, chrf, exact_match.
+        metrics: bleu, bleu_lowercase, chrf, chrf_lowercase, exact_match.
         num_beams: default, as saved with the model.
         length_penalty: default, as saved with the model.
         iterations: refinement passes of a mask-predict model.
@@ -83,16 +82,8 @@ def evaluate_translation(
     generation = {name: value for name, value in options.items() if value is not None}
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16"):
         said = translate(loaded, tokenizer, rows["source"], None, generation, batch_tokens, progress)
-    result = {
-        "model": model,
-        "dataset": dataset,
-        "split": split,
-        "fingerprint": text.fingerprint(rows),
-        "rows": len(rows),
-        "generation": generation,
-        "metrics": [{**row, "split": split} for row in score(said, rows["target"], metrics)],
-        "versions": collect_versions(),
-    }
+    scores = [{**row, "split": split} for row in score(said, rows["target"], metrics)]
+    result = {**describe(model, dataset, split, rows, scores, text.fingerprint), "generation": generation}
     if output:
         pairs = [
             {"source": s, "target": t, "translation": p}

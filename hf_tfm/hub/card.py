@@ -108,9 +108,9 @@ def metadata(record: RunRecord, title: str) -> ModelCardData:
 def hub_dataset(record: RunRecord) -> str | None:
     """The id of a data set of the Hub; None for one that is local or generated."""
     path, revision = record.data["path"], record.data.get("revision")
-    if revision or (HUB_ID.fullmatch(path) and not Path(path).exists()):
-        return path
-    return None
+    # Older records do not say it, and a path may be another one's here than where the run was.
+    known = record.data.get("on_hub", bool(revision or (HUB_ID.fullmatch(path) and not Path(path).exists())))
+    return path if known else None
 
 
 def dataset_name(record: RunRecord) -> str:

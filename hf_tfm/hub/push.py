@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 
 from .card import CARD, EVAL_RESULTS
+from .results import RUN
 
 INDEX = "model.safetensors.index.json"
 MODEL_ID_LINE = re.compile(r'^model_id = ".*"$', re.MULTILINE)
@@ -22,7 +23,8 @@ def push(
 ) -> CommitInfo:
     """Push the files of ``folder``, and ``.eval_results``, as one commit; the repository is made if need be.
 
-    Other sub-folders (checkpoints, logs) stay here. The usage example of README.md is changed to load ``repo_id``.
+    Other sub-folders (checkpoints, logs) stay here, and so does run.json, which knows paths of this machine. The usage
+    example of README.md is changed to load ``repo_id``.
 
     Args:
         folder: a saved model, for instance a run's output folder.
@@ -49,7 +51,7 @@ def push(
     names = [
         path.name
         for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".part"
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".part" and path.name != RUN
     ]
     return api.upload_folder(
         repo_id=repo_id,

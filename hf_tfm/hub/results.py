@@ -20,6 +20,7 @@ from .schema import check_keys, check_type
 
 RESULTS = "results.json"
 HISTORY = "history.jsonl"
+RUN = "run.json"  # whose folder it is; see `training.folder`
 PACKAGES = (
     "hf-tfm",
     "torch",
@@ -40,11 +41,13 @@ class Data(_Data, total=False):
     """What a run learned from and was scored on.
 
     ``path``, ``name`` and ``revision`` as `datasets.load_dataset` takes them; ``revision`` None where it is not known
-    or does not exist. ``fingerprint`` of the content, of all or by split. ``rows`` by split, None where not counted.
+    or does not exist. ``on_hub``: it is a data set of the Hub, not a folder or a generated one. ``fingerprint`` of the
+    content, of all or by split. ``rows`` by split, None where not counted.
     """
 
     name: str | None
     revision: str | None
+    on_hub: bool
     fingerprint: str | dict[str, str | None] | None
     license: str | None
     source_column: str | None

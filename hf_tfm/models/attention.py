@@ -17,8 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dropout import dropout as drop
 
-ATTENTION_SCORES = ("dot_product", "additive")
-
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel while the score table fits the cache
 # (1.4x at 30 x 30, equal near 128 x 128, seen with torch 2.15 on two cores).
 SMALL_SCORE_TABLE = 128 * 128

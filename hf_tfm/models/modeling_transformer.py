@@ -52,18 +52,22 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
 
     def __init__(self, config: TfmTransformerConfig):
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size) if config.tie_word_embeddings else None
         self.encoder = TfmTransformerEncoder(config)
         self.decoder = TfmTransformerDecoder(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared
+        return self.encoder.get_input_embeddings() if self.shared is None else self.shared
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.shared = value
         self.encoder.set_input_embeddings(value)
-        self.decoder.set_input_embeddings(value)
+        if self.shared is not None:
+            self.shared = value
+            self.decoder.set_input_embeddings(value)
+        elif value.num_embeddings != self.decoder.get_input_embeddings().num_embeddings:
+            # Source and target have one vocabulary: the decoder's own table grows or shrinks with the encoder's.
+            self.decoder.resize_token_embeddings(value.num_embeddings)
 
     @can_return_tuple
     def forward(

@@ -23,6 +23,7 @@ from ..models import TfmTransformerConfig
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.mask_predict import mask_targets
 from ..models.modeling_transformer import shift_right
+from ..training.model_fields import check_fields
 
 Batch = dict[str, Tensor]
 EXTRA_LENGTH = 50  # a translation ends at the source's length plus 50 tokens (Vaswani et al. 2017, section 6.1)
@@ -101,11 +102,8 @@ def build_config(
     Raises:
         ValueError: a field is unknown or has no such value, or the tokenizer lacks a token.
     """
-    # What a tokenizer decides, and what makes it another kind of model, is no choice.
-    taken = {"is_encoder_decoder", *(name for name in TfmTransformerConfig.__dataclass_fields__ if "token_id" in name)}
-    for name in fields:
-        if name not in TfmTransformerConfig.__dataclass_fields__ or name in taken:
-            raise ValueError(f"model.{name} is not a field of TfmTransformerConfig that can be chosen")
+    by_tokenizer = [name for name in TfmTransformerConfig.__dataclass_fields__ if "token_id" in name]
+    check_fields(TfmTransformerConfig, fields, by_tokenizer)
     given = {}
     if tokenizer is not None:
         check_tokenizer(tokenizer)
@@ -142,7 +140,7 @@ def load_translator(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     Raises:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
     """
-    model = AutoModelForSeq2SeqLM.from_pretrained(name)
+    model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
     if model.config.model_type != TfmTransformerConfig.model_type:
         raise ValueError(
             f'init_from "{name}" is a {model.config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '
@@ -211,7 +209,7 @@ def translate(
     training = model.training
     model.eval()
     done: list[tuple[int, str]] = []
-    for step in tqdm(steps, desc="translate", disable=not progress, leave=False):
+    for step in tqdm(steps, desc="translate", disable=not (progress and rank == 0), leave=False):
         part = part_of_rank(step, rank, world_size)
         if not part:
             continue
@@ -244,6 +242,7 @@ METRICS: dict[str, Callable[[], Any]] = {
     "bleu": Bleu,
     "bleu_lowercase": lambda: Bleu(lowercase=True),
     "chrf": Chrf,
+    "chrf_lowercase": lambda: Chrf(lowercase=True),
     "exact_match": ExactMatch,
 }
 

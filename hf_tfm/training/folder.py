@@ -15,8 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-RUN_FILE = "run.json"
-HISTORY_FILE = "history.jsonl"
+from ..hub.results import HISTORY, RUN
 
 
 class WriteError(OSError):
@@ -72,7 +71,7 @@ def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool) -> bool:
         WriteError: the folder cannot be written.
     """
     identity = json.loads(json.dumps(identity))
-    run_file = output_dir / RUN_FILE
+    run_file = output_dir / RUN
     if run_file.is_file():
         changed = changes(run_file, identity)
         if not changed:
@@ -119,7 +118,7 @@ def empty(output_dir: Path) -> None:
     if Path.cwd().is_relative_to(output_dir.resolve()):
         raise ValueError(f"overwrite_output_dir would delete the working directory: output_dir is {output_dir}")
     with explain_write_errors(output_dir):
-        for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN_FILE):
+        for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -150,7 +149,7 @@ class History:
     """The rows of history.jsonl; going back to an earlier step forgets what came after it."""
 
     def __init__(self, output_dir: Path, step: int = 0):
-        self.path = output_dir / HISTORY_FILE
+        self.path = output_dir / HISTORY
         rows = []
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -169,7 +170,7 @@ def build_model(args: LanguageArguments, tokenizer: PreTrainedTokenizerBase) -> 
     """The model to train, with weights drawn from the seed or taken from ``init_from``."""
     set_seed(args.seed)
     if args.init_from:
-        model = args.model_class.from_pretrained(args.init_from)
+        model = args.model_class.from_pretrained(args.init_from, dtype=torch.float32)
         check_vocabulary(model.config, tokenizer, args.max_length)
         return model
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}

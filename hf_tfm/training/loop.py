@@ -127,11 +127,17 @@ def train_step(
     return StepResult(losses, counts, norm)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """What sums over many items are kept in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loader) -> dict[str, float]:
     """Mean of each loss term over a data set, exact over uneven ranks; ``loss`` is their sum."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
+    wide = widest_float(accelerator.device)
     training = model.training
     model.eval()
     for micro_batches in loader.epoch(0):
@@ -139,7 +145,7 @@ def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loa
             for term, count in task.count(batch).items():
                 counts[term] = counts.get(term, 0) + count
             for term, value in task.losses(model, send_to_device(batch, accelerator.device)).items():
-                sums[term] = sums.get(term, 0) + value.double()
+                sums[term] = sums.get(term, 0) + value.to(wide)
     model.train(training)
     totals = accelerator.reduce(
         {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}

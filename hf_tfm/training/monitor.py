@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .arguments import TrainingArguments
 from .folder import History
+from .loop import widest_float
 from .state import Progress
 
 
@@ -51,8 +52,8 @@ class Monitor:
 
     def tensor(self, value: float | Tensor) -> Tensor:
         """A number as a scalar on the device, in float64 where there is one."""
-        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        return torch.as_tensor(value, dtype=kind, device=self.accelerator.device)
+        device = self.accelerator.device
+        return torch.as_tensor(value, dtype=widest_float(device), device=device)
 
     def add(self, losses: dict[str, Tensor], gradient_norm: Tensor, items: Tensor) -> None:
         """Count a step; one whose gradient is not finite counts as skipped, and nothing was learned from its items."""
@@ -66,8 +67,9 @@ class Monitor:
         self.streak = (self.streak + 1) * ~good
 
     def record(self) -> None:
-        """Bring ``progress`` up to date."""
+        """Bring ``progress`` up to date; called on all ranks, of which one writes it down for all."""
         self.count_time()
+        self.window |= self.mean_losses()
         self.progress.window = {name: value.item() for name, value in self.window.items()}
         self.progress.items = int(self.items.item())
         self.progress.skipped = int(self.skipped.item())
@@ -85,18 +87,22 @@ class Monitor:
     def paused(self) -> Iterator[None]:
         """The time in here is not training time."""
         self.count_time()
-        yield
-        self.clock = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock = time.perf_counter()
+
+    def mean_losses(self) -> dict[str, Tensor]:
+        """Sums of losses since the last log line; of several ranks, which each know their own part, the mean."""
+        losses = {name: value for name, value in self.window.items() if name.startswith("loss/")}
+        return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
 
     def log(self, learning_rate: float) -> None:
         """Write a line with the means since the last one."""
         self.count_time()
         progress = self.progress
+        losses = {name: value.item() for name, value in self.mean_losses().items()}
         window = {name: value.item() for name, value in self.window.items()}
-        losses = {name: value for name, value in window.items() if name.startswith("loss/")}
-        if self.accelerator.num_processes > 1:
-            reduced = self.accelerator.reduce({name: self.tensor(v) for name, v in losses.items()}, "mean")
-            losses = {name: value.item() for name, value in reduced.items()}
         steps = max(window["steps"], 1.0)
         seconds = max(progress.seconds - progress.logged_seconds, 1e-9)
         row = {

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
+from ..data.source import STREAM
 from ..hub.card import write_card
 from ..hub.cost import Cost
 from ..hub.results import RunRecord, collect_versions, describe_hardware
@@ -21,6 +22,7 @@ from .folder import claim, explain_write_errors
 from .loop import Task
 from .session import TrainingResult
 from .state import checkpoints
+from .stop import end_politely
 
 # Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
 FREE = {
@@ -28,15 +30,19 @@ FREE = {
     *("num_workers", "micro_batch_tokens", "micro_batch_size", "gradient_checkpointing", "max_nonfinite_steps"),
     *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
     *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
+    *("costs", "teacher_device", "expected_score"),
 }
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher.
 
+    From here on SIGTERM ends the process with exit status 0, see `stop.end_politely`.
+
     Raises:
         ValueError: the device does not know the precision.
     """
+    end_politely()
     accelerator = Accelerator(
         mixed_precision=args.precision,
         log_with=list(args.trackers) or None,
@@ -109,6 +115,8 @@ def open_run(
     knobs = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     if accelerator.is_main_process:
         identity = {"task": task, **knobs, "data": data["fingerprint"]}
+        if f"'{STREAM}'" in str(data["fingerprint"]):  # what is not read beforehand is known by its commit alone
+            identity["revision"] = data.get("revision")
         again = claim(Path(args.output_dir), identity, args.overwrite_output_dir)
         if again and (saved := checkpoints(Path(args.output_dir))):
             accelerator.print(f"going on from {saved[-1]}")

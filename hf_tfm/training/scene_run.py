@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
@@ -132,7 +133,12 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     """
     earlier = AutoConfig.from_pretrained(args.init_from).id2label
     model, report = kind.from_pretrained(
-        args.init_from, ignore_mismatched_sizes=True, output_loading_info=True, **fields, **args.model
+        args.init_from,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **fields,
+        **args.model,
     )
     new = {name for name, *_ in report["mismatched_keys"]}
     if odd := sorted(name for name in new if not any(part in name for part in OF_THE_DATA)):

@@ -19,7 +19,7 @@ from .loop import Loader, Task, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .state import Progress
-from .stop import StopRequest
+from .stop import Interrupted, StopRequest
 
 # Reading a number back makes the host wait for the device: on an accelerator the loop looks only after so many
 # micro-batches whether gradients were finite and whether a rank was asked to stop.
@@ -57,10 +57,12 @@ class Session:
         model: nn.Module,
         args: TrainingArguments,
         num_steps: int,
+        score: Score,
+        eval_steps: int,
         show: Show | None = None,
     ):
         self.accelerator, self.task, self.args, self.num_steps = accelerator, task, args, num_steps
-        self.show = show
+        self.score, self.eval_steps, self.show = score, eval_steps, show
         self.output_dir = Path(args.output_dir)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -89,8 +91,9 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or evaluations have not become better for long enough."""
-        return self.progress.step >= self.num_steps or 0 < self.args.patience <= self.progress.waited
+        """Whether all steps are done and evaluated, or evaluations have not become better for long enough."""
+        done = self.progress.step >= self.num_steps and not self.progress.pending
+        return done or 0 < self.args.patience <= self.progress.waited
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Train on one step; ``stop``: this rank was asked to stop."""
@@ -107,7 +110,7 @@ class Session:
         self.progress.step_in_epoch += 1
         self.unseen += len(micro_batches)
         on_host = self.accelerator.device.type == "cpu"
-        if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.finished:
+        if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.num_steps:
             self.unseen = 0
             self.check_finite()
             self.stopped = bool(stops.item())
@@ -125,21 +128,38 @@ class Session:
                 "max_grad_norm, or use another precision. The weights are those before the first of these steps"
             )
 
-    def end_of_step(self, score: Score, eval_steps: int) -> None:
+    def end_of_step(self, request: StopRequest) -> None:
         """Log, evaluate and save where it is time to."""
-        step, args = self.progress.step, self.args
+        step = self.progress.step
         last = step == self.num_steps
-        if step % args.log_steps == 0 or last:
+        if step % self.args.log_steps == 0 or last:
             self.monitor.log(max(self.schedule.get_last_lr()))
-        better = (step % eval_steps == 0 or last) and self.evaluate(score)
-        if better or step % (args.save_steps or eval_steps) == 0 or self.finished:
+        self.progress.pending = step % self.eval_steps == 0 or last
+        self.evaluate_and_save(request)
+
+    def evaluate_and_save(self, request: StopRequest) -> None:
+        """What is left of the end of a step; a stop that comes in the evaluation has the next run evaluate first."""
+        better = False
+        if self.progress.pending:
+            try:
+                better = self.evaluate(request)
+            except Interrupted:
+                self.stopped = True
+                return
+            self.progress.pending = False
+        if better or self.progress.step % (self.args.save_steps or self.eval_steps) == 0 or self.finished:
             self.save()
 
-    def evaluate(self, score: Score) -> bool:
-        """Evaluate, and say whether best_metric is better than ever."""
+    def evaluate(self, request: StopRequest) -> bool:
+        """Evaluate, and say whether best_metric is better than ever.
+
+        Raises:
+            Interrupted: a stop was asked for.
+        """
         model = self.ema.module if self.args.final_weights == "ema" else self.plain
-        with self.monitor.paused():
-            scores = score(model)
+        # Several processes exchange numbers in an evaluation: one that left would keep the others waiting.
+        with self.monitor.paused(), request.at_once(self.accelerator.num_processes == 1):
+            scores = self.score(model)
             if self.show is not None:
                 self.show(model, self.progress.step)
         name, progress = self.args.best_metric, self.progress
@@ -189,8 +209,9 @@ def train(
 ) -> TrainingResult:
     """Train until ``num_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
 
-    SIGTERM ends the run after the step that is under way, and after the evaluation if one is. In the end the model
-    holds the weights ``args.final_weights`` names, and computes in their own precision.
+    SIGTERM ends the run after the step that is under way; an evaluation is left at once and made when the run goes
+    on, but several processes finish it. In the end the model holds the weights ``args.final_weights`` names, and
+    computes in their own precision.
 
     Args:
         num_steps: optimizer steps of the whole run; the schedule's length.
@@ -203,14 +224,16 @@ def train(
         OSError: a checkpoint could not be written.
         ValueError: the checkpoint is of another model, or the loader gives no step.
     """
-    session = Session(accelerator, task, model, args, num_steps, show)
+    session = Session(accelerator, task, model, args, num_steps, score, eval_steps, show)
     progress = session.progress
     session.model.train()
     with StopRequest() as request, session.monitor.bar as bar:
+        if progress.pending:
+            session.evaluate_and_save(request)
         while not (session.finished or session.stopped):
             for micro_batches in loader.epoch(progress.epoch, progress.step_in_epoch):
                 session.step(micro_batches, request.set)
-                session.end_of_step(score, eval_steps)
+                session.end_of_step(request)
                 bar.update()
                 if session.finished or session.stopped:
                     break

@@ -48,6 +48,7 @@ class Progress:
         skipped: steps left out because a gradient was not finite; streak: how many of them in a row by now.
         best: the best value of best_metric so far, at step best_step; waited: evaluations since.
         window: sums since the last log line.
+        pending: the step is to be evaluated yet: a stop came before, or in between.
         unplanned: step of the last checkpoint that a stop made; it goes with the next, so that the last N are the same
             as of a run that was not stopped.
         seconds: training time, without evaluation and set-up; logged_seconds: the same at the last log line.
@@ -63,6 +64,7 @@ class Progress:
     best_step: int | None = None
     waited: int = 0
     window: dict[str, float] = field(default_factory=dict)
+    pending: bool = False
     unplanned: int | None = None
     seconds: float = 0.0
     logged_seconds: float = 0.0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..tasks.translation import EXTRA_LENGTH
 from .grid import Grid
 from .tokens import token_labels
 
@@ -70,7 +71,7 @@ def translate(model: PreTrainedModel, source: dict[str, Tensor]) -> list[int]:
     limits = {}
     if model.generation_config.max_length is None and model.generation_config.max_new_tokens is None:
         # Vaswani et al. 2017, section 6.1, instead of the 20 tokens that transformers falls back to.
-        longest = source["input_ids"].shape[1] + 50
+        longest = source["input_ids"].shape[1] + EXTRA_LENGTH
         limits["max_length"] = min(longest, model.config.max_position_embeddings)
     ids = model.generate(**source, **limits)[0, 1:].tolist()
     ends = model.config.eos_token_id

@@ -2,9 +2,11 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Translation, Value
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from hf_tfm.data import text
@@ -181,14 +183,21 @@ def test_description_of_splits():
 
 def test_source_of_local_data(tmp_path):
     write(tmp_path / "data", "csv")
-    assert describe_source(str(tmp_path / "data")) == {"revision": None, "license": None}
+    unknown = {"revision": None, "license": None, "on_hub": False}
+    assert describe_source(str(tmp_path / "data")) == unknown
     card = tmp_path / "data" / "README.md"
     for stated, licence in (("cc-by-4.0", "cc-by-4.0"), ("[mit, apache-2.0]", "mit, apache-2.0")):
         card.write_text(f"---\nlicense: {stated}\n---\n# Pairs\n")
         assert describe_source(str(tmp_path / "data"))["license"] == licence
     card.write_text("# Pairs, without metadata\n")
     for dataset in (str(tmp_path / "data"), "number-words", "json"):
-        assert describe_source(dataset, "main") == {"revision": None, "license": None}
+        assert describe_source(dataset, "main") == unknown
+
+
+def test_source_of_the_hub_without_a_network(monkeypatch):
+    """The rows may be in a cache; what the Hub would say of them is not known."""
+    monkeypatch.setattr("hf_tfm.data.source.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9"))
+    assert describe_source("user/pairs", "main") == {"revision": "main", "license": None, "on_hub": True}
 
 
 # --- tokenizer

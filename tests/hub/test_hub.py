@@ -110,6 +110,7 @@ def story(tmp_path_factory):
     write_history(run)
     record = RunRecord.from_dict(RECORD)
     record.save(run)
+    (run / "run.json").write_text("{}")  # what a run's folder has besides, and knows paths of its machine
     write_card(run, record)
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"not to be pushed")

@@ -149,12 +149,32 @@ def test_an_output_bias_is_resized_with_the_tied_embeddings(tmp_path):
 
 def test_weights_can_be_untied(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
-    assert model.lm_head.weight is not model.model.shared.weight
+    tables = [model.get_encoder().embedding.tokens, model.get_decoder().embedding.tokens, model.lm_head]
+    assert len({table.weight for table in tables}) == 3
     nn.init.normal_(model.get_decoder().embedding.tokens.weight)
     nn.init.normal_(model.lm_head.weight)
     model.save_pretrained(tmp_path)
     loaded = TfmTransformerForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert largest_difference(loaded(**tiny_batch()).logits, model(**tiny_batch()).logits) == 0
+
+
+def test_every_untied_weight_learns():
+    """One that never gets a gradient has no state to resume from, and other ranks wait for it."""
+    model = tiny_model(tie_word_embeddings=False).train()
+    model(**with_labels(tiny_batch())).loss.backward()
+    assert not [name for name, weight in model.named_parameters() if weight.grad is None]
+
+
+def test_untied_embeddings_are_resized_and_keep_their_rows():
+    model = tiny_model(tie_word_embeddings=False)
+    tables = (model.get_encoder().embedding.tokens, model.get_decoder().embedding.tokens, model.lm_head)
+    before = [table.weight.detach().clone() for table in tables]
+    model.resize_token_embeddings(60)
+    after = (model.get_encoder().embedding.tokens, model.get_decoder().embedding.tokens, model.lm_head)
+    for old, table in zip(before, after, strict=True):
+        assert table.weight.shape == (60, 32)
+        assert torch.equal(table.weight[:48], old)
+    assert model(**tiny_batch()).logits.shape[-1] == model.config.vocab_size == 60
 
 
 def test_base_and_head_load_each_others_checkpoints(tmp_path):

@@ -51,7 +51,7 @@ def test_two_steps(tmp_path, name):
     results = record(tmp_path / "run")
     assert results.training["steps"] == 2
     assert [(row["split"], row["name"]) for row in results.metrics] == [
-        ("test", metric) for metric in ("bleu", "bleu_lowercase", "chrf")
+        ("test", metric) for metric in ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase")
     ]
     fresh_state()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
@@ -75,6 +75,7 @@ def test_results_are_complete(trained, data):
         "path": str(data),
         "name": None,
         "revision": None,
+        "on_hub": False,
         "license": "cc0-1.0",
         "source_column": "en",
         "target_column": "de",

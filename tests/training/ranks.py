@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         run(name, fields, **knobs)
     run("from_one", {"dropout": 0.2})
     # Only the second process is told to stop.
-    run("from_two", {}, events={8: "SIGTERM"} if accelerator.process_index == 1 else {})
+    run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(reports))
     accelerator.end_training()
 

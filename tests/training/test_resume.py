@@ -100,6 +100,18 @@ def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
     assert_same(tmp_path / "run", report, whole)
 
 
+@pytest.mark.parametrize("evaluation", [2, 4])
+def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
+    """It is made when the run goes on, also after the last step."""
+    args = run_args(tmp_path / "run")
+    code, report = start(args, DROPOUT, stop_evaluation=evaluation)
+    assert (code, report["stopped"], report["step"]) == (0, True, min(5 * evaluation, args.num_steps))
+    assert sum("evaluation" in row for row in history(tmp_path / "run")) == evaluation - 1
+    code, report = start(args, DROPOUT)
+    assert (code, report["stopped"]) == (0, False)
+    assert_same(tmp_path / "run", report, whole)
+
+
 def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
     knobs = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "keep_checkpoints": 1}
     reports = []

@@ -119,15 +119,24 @@ def run_training(
     rows: list | None = None,
     eval_steps: int = 5,
     accelerator: Accelerator | None = None,
+    stop_evaluation: int | None = None,
 ) -> tuple[Any, TfmTransformerForConditionalGeneration]:
-    """Train a tiny model with the real `train`; returns its result and the model."""
+    """Train a tiny model with the real `train`; returns its result and the model.
+
+    Args:
+        stop_evaluation: SIGTERM comes in the evaluation with this number, from 1 on, before it is done.
+    """
     accelerator = accelerator or fresh_accelerator(args)
     model = model or tiny_model(args.seed)
     task = FaultyTask(model.config, bad) if bad else TranslationTask(model.config, args.seed)
     rows = rows or pairs()
     held_out = tiny_loader(pairs(20, seed=1), task, arguments(args.output_dir), accelerator)
 
+    evaluations = itertools.count(1)
+
     def score(trained) -> dict[str, float]:
+        if next(evaluations) == stop_evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(accelerator, task, trained, held_out)
 
     loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {})
