@@ -3,6 +3,7 @@
 Term(kind, weight, layers, ...) + facts of student and teacher -> Lesson(pairs of signals, projection, items)
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -183,8 +184,14 @@ def layer_map(rule: str, student: int, teacher: int) -> dict[int, int]:
     return {m: n for m, n in even.items() if m < student or rule == "uniform"}
 
 
-def plan(terms: Sequence[Term], student: Facts, teacher: Facts) -> list[Lesson]:
+def plan(
+    terms: Sequence[Term], student: Facts, teacher: Facts, match_labels: Literal["name", "number"] = "name"
+) -> list[Lesson]:
     """Check terms against both models, before anything is trained.
+
+    Args:
+        match_labels: "name" refuses classes of other names, see `check_labels`; "number" takes those of the same
+            number for the same, whatever they are called.
 
     Raises:
         ValueError: none of the terms needs a teacher, there are several of "label", or one does not fit the models;
@@ -200,6 +207,8 @@ def plan(terms: Sequence[Term], student: Facts, teacher: Facts) -> list[Lesson]:
         name = f"{term.kind}_{same + 1}" if same else term.kind
         try:
             pairs, widths = CHECKS[KINDS[term.kind].signal](term, student, teacher)
+            if pairs[0][1] == LOGITS and match_labels == "name":
+                check_labels(student.labels, teacher.labels)
         except ValueError as error:
             raise ValueError(f"term {name}: {error}") from error
         lessons.append(Lesson(name, term, tuple(pairs), widths))
@@ -218,7 +227,6 @@ def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
             f"student and teacher must give equally many logits, got {student.outputs} and {teacher.outputs}: "
             "their vocabularies, or classes, differ"
         )
-    check_labels(student.labels, teacher.labels)
     if term.kind == "query":
         if not (student.queries and teacher.queries):
             raise ValueError("student and teacher must be detectors with queries")
@@ -231,16 +239,28 @@ def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
 
 
 def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
-    """Refuse classes of other names, or in another order.
+    """Refuse classes of other names, or in another order; upper and lower case are the same.
+
+    A name that several classes of a model share, as the two cranes of ImageNet, says nothing of which is which: such
+    classes are taken for the same if all others are.
 
     Raises:
-        ValueError: with the first that differs.
+        ValueError: with the first that differs; or no class has a name of its own.
     """
     if student is None or teacher is None:  # without names there is nothing to compare
         return
-    for i, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-        if ours != theirs:
-            raise ValueError(f'label maps differ: class {i} is "{ours}" for the student, "{theirs}" for the teacher')
+    ours, theirs = ([name.casefold() for name in names] for names in (student, teacher))
+    often = [Counter(ours), Counter(theirs)]
+    known = [i for i, pair in enumerate(zip(ours, theirs, strict=True)) if all(often[s][pair[s]] == 1 for s in (0, 1))]
+    hint = "if their numbers mean the same, match_labels=number compares those"
+    for i in known:
+        if ours[i] != theirs[i]:
+            raise ValueError(
+                f'label maps differ: class {i} is "{student[i]}" for the student, "{teacher[i]}" for the teacher; '
+                + hint
+            )
+    if not known:
+        raise ValueError(f'no class has a name that no other has, as "{student[0]}" and "{teacher[0]}": {hint}')
 
 
 def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:

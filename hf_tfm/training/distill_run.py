@@ -39,6 +39,8 @@ class DistillationKnobs:
         expected_score: the run ends at once if the teacher's best_metric on the validation data is worse than this.
         terms: what student and teacher are compared in, each {kind, weight, temperature, layers, ...}; see
             `distillation.terms.Term`.
+        match_labels: name refuses a teacher whose classes are called otherwise than the student's, but for upper and
+            lower case; number compares classes of the same number, whatever they are called.
         student_layers: a new student begins with the weights of these blocks of the teacher, counted from 0.
         truncate_width: of a wider teacher it takes the first rows and columns; they no longer compute what they did.
         cache: folder with the teacher's signals, from which the run reads them; the teacher is then not loaded.
@@ -56,6 +58,7 @@ class DistillationKnobs:
     expected_score: float | None = None
     # Not list[Term]: jsonargparse would merge the items of a command line into those of a preset.
     terms: list[dict[str, Any]] = field(default_factory=list)
+    match_labels: Literal["name", "number"] = "name"
     student_layers: list[int] = field(default_factory=list)
     truncate_width: bool = False
     cache: str | None = None
@@ -142,7 +145,7 @@ def prepare(
         ValueError: a term does not fit them; or the cache is not whole, or lacks a signal.
     """
     source = CachedTeacher(args.cache) if args.cached else open_teacher(args, auto_class, accelerator.device)
-    lessons = plan(args.terms, facts_of(student), source.facts)
+    lessons = plan(args.terms, facts_of(student), source.facts, args.match_labels)
     teacher = None if args.cached else source.model
     return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher)
 

@@ -1,17 +1,20 @@
 """Terms as YAML gives them, and what is refused before anything is trained."""
 
 import json
+import runpy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from distillation_helpers import bert, classifier, detr, tokenizer, vit
+from timm.data import ImageNetInfo
 from transformers import BertTokenizer, ViTImageProcessor
 
 from hf_tfm.distillation.facts import Facts, check_processors, check_tokenizers, facts_of
 from hf_tfm.distillation.terms import Term, describe, layer_map, plan, read_terms, signals_of
 from hf_tfm.training.arguments import parse_arguments
 
+ROOT = Path(__file__).parents[2]
 TINY_TO_BASE = (facts_of(bert(4, 16)), facts_of(bert(12, 32)))
 
 
@@ -181,6 +184,35 @@ def test_label_maps_that_differ_are_refused():
         lessons(student, other, {"kind": "hard_target"})
     lessons(student, facts_of(vit(2, kind="timm")), {"kind": "hard_target"})  # timm's has no names
     lessons(student, other, {"kind": "hidden_state"})  # which does not compare classes
+    assert plan([Term(kind="hard_target")], student, other, "number")
+
+
+def test_names_that_tell_no_class_apart_are_not_compared():
+    student, term = facts_of(vit(2)), {"kind": "soft_target"}
+    lessons(replace(student, labels=tuple("ABCDE")), student, term)
+    cranes = replace(student, labels=("crane", "b", "c", "Crane", "e"))
+    lessons(cranes, cranes, term)
+    lessons(replace(student, labels=("crane", "b", "c", "crane2", "e")), cranes, term)
+    with pytest.raises(ValueError, match=r'class 2 is "x" for the student, "c" .*match_labels=number'):
+        lessons(replace(student, labels=("crane", "b", "x", "crane", "e")), cranes, term)
+    with pytest.raises(ValueError, match="no class has a name that no other has"):
+        lessons(replace(student, labels=("a",) * 5), student, term)
+
+
+def test_imagenet_as_timm_names_it_has_a_student():
+    info = ImageNetInfo()
+    names = tuple(info.label_descriptions(as_dict=True)[synset] for synset in info.label_names())
+    assert len(set(names)) < len(names) == 1000
+    teacher = replace(facts_of(vit(2, kind="timm")), outputs=1000, labels=names)
+    lessons(replace(teacher, labels=tuple(name.upper() for name in names)), teacher, {"kind": "hard_target"})
+    recipe = ROOT / "recipes" / "distill_vision.py"
+    kind = runpy.run_path(str(recipe))["DistillVisionArguments"]
+    args = parse_arguments(kind, recipe, ["--config", "deit_base"])
+    other = replace(teacher, labels=("TENCH", *names[1:500], "something else", *names[501:]))
+    terms = [Term(kind="hard_target")]
+    assert plan(terms, other, teacher, args.match_labels)
+    with pytest.raises(ValueError, match="match_labels=number"):
+        plan(terms, other, teacher)
 
 
 def test_terms_that_need_no_teacher_or_say_it_twice_are_refused():
