@@ -119,7 +119,7 @@ def logits_of(model: nn.Module, output: ModelOutput, places: Tensor | None) -> T
     if logits is None:
         raise ValueError(f"{type(model).__name__} gives no logits")
     if places is not None and logits.ndim == 3:  # it has no output embedding, and computed them all
-        return logits.flatten(0, 1)[places]
+        return logits.flatten(0, 1)[places.to(logits.device)]
     return logits
 
 
@@ -165,7 +165,9 @@ def only_rows(model: nn.Module, places: Tensor) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2)[places], *args[1:]))
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, -2)[places.to(args[0].device)], *args[1:])
+    )
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +39,9 @@ class Teacher:
         dtype: "fp32", "bf16" or "fp16", of its weights and what it computes.
         device: where it computes, which need not be where the student does; default, where it is.
 
+    Its model may be called with what is on another device, or in another dtype, and answers on the device of that: so
+    whoever scores it need not know where it stands.
+
     `facts` is what its lessons are planned on; `hash` is of its weights as they were loaded, None where some of them
     are not in memory.
 
@@ -52,6 +56,7 @@ class Teacher:
         model.requires_grad_(False)
         spread = getattr(model, "hf_device_map", None) is not None
         self.model = (model if spread else model.to(device=device, dtype=to_dtype(dtype))).eval()
+        Visits(self.model, spread)
 
     def __getstate__(self) -> dict[str, Any]:
         # It goes to workers that make batches, and need no model.
@@ -80,12 +85,10 @@ class Teacher:
         """
         if self.model.training:
             self.model.eval()  # whoever else used it
-        parameter = next(self.model.parameters())
         home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        given = {name: moved(value, parameter) for name, value in inputs.items()}
-        places = None if places is None else places.to(parameter.device)
-        with torch.autocast(home.type, enabled=False), torch.autocast(parameter.device.type, enabled=False):
-            found, _ = collect(self.model, given, names, places)
+        own = next(self.model.parameters()).device
+        with torch.autocast(home.type, enabled=False), torch.autocast(own.type, enabled=False):
+            found, _ = collect(self.model, inputs, names, places)
         return {name: value.to(home, non_blocking=True) for name, value in found.items()}
 
 
@@ -122,11 +125,35 @@ def load_teacher(
     return Teacher(model, dtype, device)
 
 
-def moved(value: Any, like: Tensor) -> Any:
-    """A tensor on the device of another, numbers with a point in its dtype; all else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(like.device, like.dtype if value.is_floating_point() else None)
+class Visits:
+    """Hooks of a model that bring what it is given to its device, and what it gives back to where that came from.
+
+    Args:
+        model: gets the hooks. Where its weights are, is looked up each time.
+        spread: it is on several devices, and has hooks of its own that bring tensors from one to the other.
+    """
+
+    def __init__(self, model: nn.Module, spread: bool):
+        self.spread, self.home = spread, None
+        model.register_forward_pre_hook(self.come, with_kwargs=True)
+        model.register_forward_hook(self.go, prepend=True)  # the last to come is the first to go
+
+    def come(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments on the model's device, images in its dtype."""
+        own = next(model.parameters())
+        self.home = find_device((args, kwargs))
+        dtype = own.dtype
+
+        def brought(value: Any) -> Any:
+            if not self.spread:
+                value = send_to_device(value, own.device)
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(map(brought, args)), {name: brought(value) for name, value in kwargs.items()}
+
+    def go(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """What the model gives, where its arguments came from."""
+        return output if self.home is None else send_to_device(output, self.home)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -110,3 +110,31 @@ def test_a_teacher_that_is_worse_than_it_should_be_is_refused():
         check_score({"accuracy": float("nan")}, "accuracy", 0.91)
     with pytest.raises(ValueError, match='metric "f1" is not evaluated; there are accuracy'):
         check_score({"accuracy": 0.9}, "f1", 0.91)
+
+
+def test_a_teacher_in_half_precision_may_be_scored_like_any_model():
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = vit(2).eval()(pixels).logits
+    found = Teacher(vit(2), "bf16").model(pixel_values=pixels).logits
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_what_a_teacher_is_given_goes_to_its_device_and_its_answer_comes_back(monkeypatch):
+    """What is sent is noted down, and stays where it is."""
+    sent = []
+
+    def send(value, device):
+        sent.append((type(value).__name__, str(device)))
+        return value
+
+    monkeypatch.setattr("hf_tfm.distillation.teacher.send_to_device", send)
+    model = classifier(2)
+    teacher = Teacher(model)
+    Teacher(model)  # what is done twice has the same end
+    model.register_forward_pre_hook(lambda *_: sent.append("computes"))
+    teacher.model(IDS, attention_mask=torch.ones_like(IDS))
+    inputs, answer = [("Tensor", "cpu")] * 2, ("SequenceClassifierOutput", "cpu")
+    assert sent == [*inputs, *inputs, "computes", answer, answer]
+    sent.clear()
+    teacher.model.to("meta")(IDS)
+    assert [entry for entry in sent if entry[0] == "Tensor"] == [("Tensor", "meta")] * 2 and sent[-1] == answer

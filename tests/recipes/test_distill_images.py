@@ -108,6 +108,11 @@ def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_teacher_in_half_precision_is_scored_before_and_after(data, teacher, tmp_path):
+    distil(data, tmp_path / "run", teacher=teacher, teacher_dtype="bf16", expected_score=9.0, teacher_device="cpu")
+    assert [cost["model"] for cost in record(tmp_path / "run").costs] == ["teacher", "student"]
+
+
 def test_the_two_heads_of_deit_learn_from_labels_and_teacher(data, teacher, tmp_path):
     """Each by its own term: without the other one's, it stays as it was (Touvron et al. 2021, equation 3)."""
     label, hard = "{kind: label, output: cls_logits, weight: 0.5}", "{kind: hard_target, output: distillation_logits}"
