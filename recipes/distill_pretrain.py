@@ -31,6 +31,7 @@ from hf_tfm.training.distill_run import (
     freeze_rest,
     prepare,
     table_of_costs,
+    teacher_words,
 )
 from hf_tfm.training.language_run import (
     LanguageArguments,
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.init_from:
         check_tokenizers(AutoTokenizer.from_pretrained(args.init_from), tokenizer)
     tokenizer.model_max_length = args.max_length
-    student = build_model(args, tokenizer)
+    student = build_model(args, tokenizer, teacher_words(args))  # as many logits as the teacher's
     begin_with_layers(args, student)
     task = new_task(args, tokenizer)
     lessons = prepare(args, accelerator, task, student, auto_class)

@@ -32,6 +32,7 @@ from hf_tfm.training.distill_run import (
     freeze_rest,
     prepare,
     table_of_costs,
+    teacher_words,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
     if args.init_from:
         check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from)), tokenizer)
-    student = build_classifier(args, tokenizer, texts.labels)
+    student = build_classifier(args, tokenizer, texts.labels, teacher_words(args))
     begin_with_layers(args, student)
 
     def task_of(split: str) -> TextClassificationTask:

@@ -35,8 +35,10 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0)
 
     Hinton et al. 2015 (arXiv:1503.02531), section 2; L_ce of DistilBERT (arXiv:1910.01108, section 2). T^2 keeps the
     size of gradients. TinyBERT (arXiv:1909.10351, equation 10) writes the cross-entropy, with the same gradients but
-    for T^2.
+    for T^2. One output, of regression, has no softmax: of its logits it is `logit_loss`, which T^2 leaves as it is.
     """
+    if student.shape[-1] == 1:
+        return logit_loss(student, teacher)
     student, teacher = require_shape(student, teacher)
     ours, theirs = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
     return temperature**2 * kl_div(ours, theirs, reduction="sum", log_target=True)

@@ -62,8 +62,9 @@ class Term:
     """One term of a distillation loss; see `losses` for each.
 
     Args:
-        kind: what is compared: label (the true labels: no teacher), soft_target, hard_target, logit, hidden_state,
-            embedding, cosine, attention_score, attention_probability, feature_map or query.
+        kind: what is compared: label (the true labels: no teacher), soft_target (of one output, where a number is
+            predicted, its squared error), hard_target, logit, hidden_state, embedding, cosine, attention_score,
+            attention_probability, feature_map or query.
         weight: how much it counts.
         temperature: of soft_target and query.
         layers: {student's layer: teacher's}, where blocks count from 1 and 0 is what the first one reads; of
@@ -233,8 +234,8 @@ def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
         return [(SET_LOGITS, LOGITS), (SET_BOXES, BOXES)], None
     if student.queries:
         raise ValueError('queries of two detectors do not stand for the same objects: use kind "query"')
-    if student.outputs == 1 and term.kind != "logit":
-        raise ValueError('a model with one output has no classes: use kind "logit"')
+    if student.outputs == 1 and term.kind == "hard_target":
+        raise ValueError('a model with one output has no classes: use kind "soft_target" or "logit"')
     return [(term.output, LOGITS)], None
 
 

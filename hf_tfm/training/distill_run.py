@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..distillation.cache import CachedTeacher, write_cache
 from ..distillation.facts import facts_of
@@ -100,6 +100,12 @@ def open_teacher(
         "auto" if spread else None,
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def teacher_words(args: DistillationKnobs) -> int:
+    """Words in the teacher's vocabulary, of which its tokenizer may have fewer: some are padded to a round number."""
+    config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel) -> None:

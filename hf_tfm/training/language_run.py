@@ -166,15 +166,26 @@ def load_tokenizer(args: LanguageArguments, learned) -> PreTrainedTokenizerBase:
     return teach(language.Texts(rows), args.vocab_size, args.lowercase)
 
 
-def build_model(args: LanguageArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
+def build_model(
+    args: LanguageArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> PreTrainedModel:
+    """The model to train, with weights drawn from the seed or taken from ``init_from``.
+
+    Args:
+        vocab_size: words of a new model, at least the tokenizer's; default, those.
+
+    Raises:
+        ValueError: the model does not fit the tokenizer or ``max_length``.
+    """
     set_seed(args.seed)
     if args.init_from:
         model = args.model_class.from_pretrained(args.init_from, dtype=torch.float32)
         check_vocabulary(model.config, tokenizer, args.max_length)
         return model
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
-    return args.model_class(new_config(args.config_class, args, vocab_size=len(tokenizer), **tokens))
+    config = new_config(args.config_class, args, vocab_size=vocab_size or len(tokenizer), **tokens)
+    check_vocabulary(config, tokenizer, args.max_length)
+    return args.model_class(config)
 
 
 def join_texts(args: LanguageArguments, texts: dict) -> Any:

@@ -103,7 +103,7 @@ def class_fields(labels: Sequence[str] | None) -> dict[str, Any]:
 
 
 def build_classifier(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, vocab_size: int = 0
 ) -> PreTrainedModel:
     """The model to train, with weights drawn from the seed or taken from ``init_from``.
 
@@ -111,6 +111,7 @@ def build_classifier(
 
     Args:
         labels: names of the classes; None where a number is predicted.
+        vocab_size: words of a new model are at least so many, and the tokenizer's.
 
     Raises:
         ValueError: the model does not fit the tokenizer, ``max_length`` or ``args.model``, or lacks weights.
@@ -121,7 +122,9 @@ def build_classifier(
     else:
         config_class, _ = ARCHITECTURES[args.architecture]
         tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
-        config = new_config(config_class, args, vocab_size=len(tokenizer), **tokens, **class_fields(labels))
+        config = new_config(
+            config_class, args, vocab_size=max(vocab_size, len(tokenizer)), **tokens, **class_fields(labels)
+        )
         model = AutoModelForSequenceClassification.from_config(config)
     if args.language_weight and model.config.model_type not in DECODERS:
         raise ValueError(

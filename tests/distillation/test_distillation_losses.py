@@ -67,7 +67,8 @@ def test_logits_of_one_output_are_compared():
     student, teacher = random(5, 1), random(5, 1, seed=1)
     expected = mse_loss(student, teacher, reduction="sum").item()
     assert losses.logit_loss(student, teacher).item() == pytest.approx(expected)
-    assert losses.soft_target_loss(student, teacher).item() == 0.0  # which is why there is this term
+    for temperature in (1.0, 3.0):  # without a softmax there is nothing to warm
+        assert losses.soft_target_loss(student, teacher, temperature).item() == pytest.approx(expected)
 
 
 def real(lengths, size):

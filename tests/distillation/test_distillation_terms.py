@@ -163,7 +163,7 @@ def heads(count):
         (TINY_TO_BASE[0], facts_of(bert(12, vocab_size=61)), {"kind": "soft_target"}, "60 and 61"),
         (TINY_TO_BASE[0], facts_of(bert(12).bert), {"kind": "soft_target"}, "60 and None"),
         (facts_of(classifier(2)), facts_of(classifier(4, num_labels=3)), {"kind": "soft_target"}, "got 2 and 3"),
-        (*[facts_of(classifier(2, num_labels=1))] * 2, {"kind": "soft_target"}, 'use kind "logit"'),
+        (*[facts_of(classifier(2, num_labels=1))] * 2, {"kind": "hard_target"}, 'use kind "soft_target" or "logit"'),
         (*[facts_of(detr(2))] * 2, {"kind": "soft_target"}, 'use kind "query"'),
         (
             *[facts_of(detr(2))] * 2,

@@ -248,6 +248,39 @@ def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, toke
         torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layers", ["[]", "[1, 3]"])
+def test_a_teacher_may_have_more_words_than_its_tokenizer(layers, data, tokenizer, tmp_path):
+    config = TfmBertConfig(vocab_size=128, num_hidden_layers=4, **WIDE)
+    teacher = save(tmp_path / "teacher", TfmBertForMaskedLM(config), tokenizer)
+    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
+    model += "max_position_embeddings: 64}"
+    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "batch_tokens": 128}
+    argv = words(data, tmp_path / "run", **knobs, model=model, student_layers=layers, num_steps=1)
+    assert run("distill_pretrain", *argv) == 0
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 128 > len(tokenizer)
+
+
+@pytest.mark.parametrize("preset", ["distilbert_second", "tinybert4_intermediate", "tinybert4_prediction"])
+def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
+    """STS-B, whose one output is compared by its squared error."""
+    torch.manual_seed(0)
+    rows = {
+        "sentence1": [f"the cat number {i}" for i in range(16)],
+        "sentence2": [f"the dog number {i}" for i in range(16)],
+        "label": [i / 4 for i in range(16)],
+    }
+    for split in ("train", "validation"):
+        folder = tmp_path / "glue-stsb"
+        folder.mkdir(exist_ok=True)
+        Dataset.from_dict(rows).to_parquet(str(folder / f"{split}.parquet"))
+    config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_labels=1, **WIDE)
+    teacher = save(tmp_path / "teacher", TfmBertForSequenceClassification(config), tokenizer)
+    knobs = {"teacher": teacher, "costs": "false", "task": "stsb", "model": SMALL.replace("{", "{pooler: relu, ")}
+    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **knobs, num_epochs="null", warmup_ratio="null")
+    assert run("distill_task", "--config", preset, *argv) == 0
+    assert {row["name"] for row in record(tmp_path / "run").metrics} == {"pearson", "spearman"}
+
+
 def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_model, tmp_path):
     terms = "[{kind: soft_target}, {kind: label}]"
     common = {"teacher": language_model, "terms": terms, "batch_tokens": 128, "sequences": "rows"}
