@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional
 
 from .batching import rng
 
@@ -45,16 +44,21 @@ class Augmentation:
     """How training images are changed. The defaults are Inception's crop and flip, usual for ImageNet.
 
     Args:
-        crop: "resized", a random part of the image resized; "pad", a shifted image with zeros around
-            it, usual for CIFAR; "none", as in evaluation.
+        crop: "resized", a random part of the image resized; "pad", the image resized and shifted, usual for CIFAR;
+            "none", as in evaluation.
         scale: least and largest share of the image's area in a "resized" crop.
         ratio: least and largest width by height of it.
-        padding: pixels around the image of which a "pad" crop is taken.
+        padding: pixels of zeros around the image of which a "pad" crop is taken.
         flip: probability of mirroring left and right.
-        rand_augment: operations of RandAugment for each image; 0 turns it off.
-        magnitude: their strength, 0 to 10, counted as timm does.
+        rand_augment: operations of torchvision's RandAugment for each image; 0 turns it off.
+        magnitude: their strength, 0 to 10.
         color_jitter: largest relative change of brightness, contrast and saturation; 0 turns it off.
         erasing: probability that a rectangle is replaced by noise, normal in the model's scale (timm's "pixel").
+
+    RandAugment is not quite that of timm, which DeiT and MAE take as "rand-m9-mstd0.5-inc1". There each operation that
+    is drawn is applied with probability 0.5, here always; there the magnitude is drawn around 9 with a deviation of
+    0.5, here it is 9; there 15 operations are drawn from, Invert and SolarizeAdd among them, here 14, with Identity in
+    place of these two. At 9 posterizing leaves one bit there and four here; the other operations are as strong.
 
     Raises:
         ValueError: a value is out of range.
@@ -106,7 +110,7 @@ class Augmentation:
         if self.crop == "resized":
             steps.append(v2.RandomResizedCrop(size, self.scale, self.ratio, interpolation, antialias=True))
         elif self.crop == "pad":
-            steps.append(PadAndCrop(size, self.padding, interpolation))
+            steps += [v2.Resize(size, interpolation, antialias=True), v2.RandomCrop(size, padding=self.padding)]
         else:
             steps.append(fixed)
         if self.flip:
@@ -119,25 +123,6 @@ class Augmentation:
         if self.erasing:
             steps.append(NoiseErasing(self.erasing, mean, std))
         return v2.Compose(steps)
-
-
-class PadAndCrop:
-    """`v2.RandomCrop` with ``padding``, of images resized to ``size`` where they are not, in half its time.
-
-    Of an image of 32 x 32 its checks are most of the work.
-    """
-
-    def __init__(self, size: tuple[int, int], padding: int, interpolation: InterpolationMode):
-        self.size, self.padding, self.interpolation = size, padding, interpolation
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """uint8 (3, h, w) -> uint8 (3, H, W)."""
-        height, width = self.size
-        if image.shape[-2:] != self.size:
-            image = functional.resize(image, list(self.size), self.interpolation, antialias=True)
-        top, left = torch.randint(0, 2 * self.padding + 1, (2,)).tolist()
-        image = torch.nn.functional.pad(image, [self.padding] * 4)
-        return image[:, top : top + height, left : left + width]
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -167,6 +152,10 @@ class Mixing:
     of `BatchSampler`), a step is the same however it is cut, and no image is read twice. With an even batch size
     neighbours also depend on nothing but (seed, epoch). A sample without a neighbour, the last of an odd step or that
     of an image that cannot be read, stays as it is.
+
+    The arithmetic is that of timm's `Mixup` and torchvision's `MixUp` and `CutMix`. They cannot be used: they draw
+    from a global generator, once a batch, and mix a batch with itself in another order, so that a step would depend
+    on what was drawn before it, and on the micro-batches and ranks that it is cut into.
 
     Args:
         mixup: both parameters of the Beta distribution of mixup's share; 0 turns it off.

@@ -1,12 +1,16 @@
 """Batches of equally many samples, in an order that depends on nothing but (seed, epoch)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 
 from .batching import COPY, Example, Steps, rng
 from .stream import StreamLoader
+
+READ_ROWS = 100  # of a stream at once
+FILES = 10  # of a shuffled stream, read in turn
 
 
 class BatchSampler:
@@ -88,11 +92,36 @@ def one(example: Example) -> tuple[int]:
     return (1,)
 
 
+class ShuffledStream:
+    """The rows of a stream in an order that is a pure function of (seed, epoch), whichever process reads them.
+
+    The order of its files is drawn anew, `FILES` are read in turn, and what they give waits in a buffer. Every rank
+    reads the same, and from the beginning also to go on in the middle of an epoch: a position in the stream, as
+    `datasets` would store it, says nothing of what the buffer held.
+
+    Args:
+        rows: a split of `datasets`, streamed.
+        seed: with `epoch`, decides the order.
+        buffer_size: rows in the buffer.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, seed: int, buffer_size: int):
+        files = min(FILES, rows.num_shards)  # for one alone, `datasets` would start a thread, and wait for it 5 s
+        self.rows = rows.shuffle(seed, buffer_size=buffer_size, max_buffer_input_shards=files)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        self.rows.set_epoch(self.epoch)
+        # Not `iter(rows)`: that draws another order where a worker of torch's loader reads.
+        for batch in self.rows.iter(READ_ROWS):
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
 class EqualStreamLoader(StreamLoader):
     """Steps of equally many samples of a stream; only its last one may have fewer.
 
     Args:
-        stream: examples; iterated again for every epoch.
+        stream: examples; iterated again for every epoch, which a `ShuffledStream` is told before.
         batch_size, seed, repeats, unit: see `BatchSampler`.
         pool_samples: samples shuffled together, held in memory; rounded up to whole steps.
         placement: see `StreamLoader`.
@@ -112,6 +141,12 @@ class EqualStreamLoader(StreamLoader):
         pool_samples = -(-pool_samples // batch_size) * batch_size
         super().__init__(stream, one, batch_size, collate, seed, pool_samples, **placement)
         self.options = {"repeats": repeats, "unit": unit}
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
+        """See `StreamLoader`."""
+        if isinstance(self.stream, ShuffledStream):
+            self.stream.epoch = epoch
+        yield from super().steps(epoch, start)
 
     def sampler(self, pool: list[Example], seed: int) -> BatchSampler:
         """See `StreamLoader`."""

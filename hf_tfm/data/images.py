@@ -88,18 +88,30 @@ def find_column(features: Mapping[str, Any], name: str | None, argument: str, ki
     raise ValueError(f"{argument} must name a column, since none stands out; the data set has {columns}")
 
 
-def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """The names of the labels of `image_rows`: a ClassLabel's own, otherwise the values there are, sorted.
+def is_label(value: Any) -> bool:
+    """Whether a row has a label: None and negative numbers mean that it has none."""
+    return value is not None and (isinstance(value, str) or value >= 0)
 
-    Raises:
-        ValueError: the rows are a stream without a ClassLabel, or a label is neither a number nor a string.
-    """
+
+def stated_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
+    """The names of the labels 0, 1 and so on where their type tells: a ClassLabel's, "False" and "True" of a bool."""
     feature = (rows.features or {}).get(LABEL)
     if isinstance(feature, ClassLabel):
         return list(feature.names)
+    return ["False", "True"] if isinstance(feature, Value) and feature.dtype == "bool" else None
+
+
+def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The names of the labels of `image_rows`: those of `stated_names`, otherwise the values there are, sorted.
+
+    Raises:
+        ValueError: the rows are a stream without stated names, or a label is neither a number nor a string.
+    """
+    if names := stated_names(rows):
+        return names
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("the labels of a stream must be a ClassLabel: its values are not known before it is read")
-    values = [value for value in rows.unique(LABEL) if value is not None and (isinstance(value, str) or value >= 0)]
+    values = [value for value in rows.unique(LABEL) if is_label(value)]
     if len({type(value) for value in values}) != 1 or not isinstance(values[0], (int, str)):
         raise ValueError(f"labels must be integers or strings, got {values[:5]}")
     return [str(value) for value in sorted(values)]
@@ -112,14 +124,13 @@ def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence
         names: of `label_names` of the training data, or a model's ``id2label`` in order.
 
     Raises:
-        ValueError: a class of a ClassLabel is not among the names.
+        ValueError: one of `stated_names` is not among the names.
     """
     places = {name: place for place, name in enumerate(names)}
-    feature = (rows.features or {}).get(LABEL)
-    if isinstance(feature, ClassLabel):
-        if unknown := [name for name in feature.names if name not in places]:
+    if (stated := stated_names(rows)) is not None:
+        if unknown := [name for name in stated if name not in places]:
             raise ValueError(f'label "{unknown[0]}" is not a class of the model; it has {", ".join(names)}')
-        return {number: places[name] for number, name in enumerate(feature.names)}
+        return {number: places[name] for number, name in enumerate(stated)}  # False and True are 0 and 1 as keys
     return places | {int(name): place for name, place in places.items() if name.lstrip("-").isdecimal()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from ..tasks.masked_image import MASKED_AUTOENCODERS
 from .classification import evaluate_classification
 from .detection import evaluate_detection
 from .detectors import is_detector
@@ -41,7 +42,6 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "text classifiers": evaluate_text_classification,
     "classifiers of GLUE's tasks": evaluate_glue,
 }
-MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
 
 def evaluate(model: str, **options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import datasets
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
-from ..data.images import LABEL, label_ids, label_names
+from ..data.images import LABEL, is_label, label_ids, label_names, stated_names
 from ..metrics import RealAccuracy
 from ..tasks.classification import IGNORE_LABEL, ClassificationTask, Predictions, predict, score
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
@@ -66,11 +66,12 @@ def evaluate_classification(
 
     Returns:
         ``metrics``, rows of name, value, split and signature: accuracy, top5_accuracy where there are five classes,
-        real_accuracy; ``images`` that were classified, ``left_out`` how many could not be read and how many have no
-        label; ``throughput``, see `Stopwatch`; model, dataset and versions.
+        real_accuracy; no row for a split without labels. ``images`` that were classified, ``left_out`` how many could
+        not be read and how many have no label; ``throughput``, see `Stopwatch`; model, dataset and versions.
 
     Raises:
-        ValueError: split, column or option is not known, labels and classes do not match, or a number is too small.
+        ValueError: split, column or option is not known, labels and classes do not match, a number is too small, or
+            the confusion matrix would have no image with a label, or too many classes.
         FileNotFoundError: a file or the folder of ``output`` does not exist.
     """
     check_options(precision, output, max_samples=max_samples, batch_size=batch_size)
@@ -86,6 +87,8 @@ def evaluate_classification(
     names = class_names(loaded.config)
     matched, ids = match_classes(rows, names, match_labels)
     rows, loaded = first(rows, max_samples), loaded.to(accelerator.device)
+    if confusion:
+        check_confusion(rows, names)
     task = ClassificationTask(processor, ids)
     on_gpu = accelerator.device.type == "cuda"
     loader = EvaluationLoader(rows, task, batch_size, num_workers, max_bad_images, on_gpu, progress)
@@ -101,10 +104,10 @@ def evaluate_classification(
         "precision": precision,
         "throughput": watch.throughput(len(found.indices)),
     }
+    if output:  # first: what was computed is not lost if the picture cannot be drawn
+        write({**result, "unreadable": loader.bad, "predictions": named(found, names)}, output)
     if confusion:
         draw_confusion(found, names, f"{Path(model).name}: {Path(dataset).name}, {split}", confusion)
-    if output:
-        write({**result, "unreadable": loader.bad, "predictions": named(found, names)}, output)
     return result
 
 
@@ -125,8 +128,7 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
     """
     stored = label_names(rows)
     if match_labels == "number" or list(names) == [f"LABEL_{i}" for i in range(len(names))]:
-        feature = rows.features[LABEL]
-        numbers = range(len(stored)) if isinstance(feature, datasets.ClassLabel) else stored
+        numbers = stored if stated_names(rows) is None else range(len(stored))
         if beyond := [number for number in numbers if not str(number).isdecimal() or int(number) >= len(names)]:
             raise ValueError(
                 f"labels must be numbers of the model's classes, 0 to {len(names) - 1}; the data set also has "
@@ -171,17 +173,17 @@ def read_real_labels(file: str, rows: int) -> list[list[int | str]]:
 def score_classes(
     found: Predictions, real: list[list[int | str]] | None, ids: Mapping[int | str, int], split: str
 ) -> list[dict[str, Any]]:
-    """All scores of predictions.
+    """All scores of predictions; none without labels.
 
     Args:
         real: right labels of each image of the split.
         ids: from those to the model's classes.
 
     Raises:
-        ValueError: no image has a label, or a label is not a class of the model.
+        ValueError: a real label is not one of the data set.
     """
     rows = []
-    if (found.labels != IGNORE_LABEL).any() or real is None:
+    if (found.labels != IGNORE_LABEL).any():
         rows = [{**row, "split": split} for row in score(found)]
     if real is not None:
         chosen = [(index, real[index]) for index in found.indices.tolist()]
@@ -202,13 +204,27 @@ def named(found: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
+def check_confusion(rows: datasets.Dataset, names: Sequence[str]) -> None:
+    """Refuse a confusion matrix that cannot be drawn, before images are read.
+
+    Raises:
+        ValueError: no row has a label, or there are too many classes.
+    """
+    from ..viz.confusion import MAX_CLASSES  # pictures take a while to import, and most evaluations draw none
+
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"confusion has at most {MAX_CLASSES} classes, but the model has {len(names)}")
+    if not any(map(is_label, rows[LABEL])):
+        raise ValueError("confusion needs images with a label, but no row of the split has one")
+
+
 def draw_confusion(found: Predictions, names: Sequence[str], title: str, output: str) -> None:
     """The confusion matrix of labelled images.
 
     Raises:
-        ValueError: no image has a label.
+        ValueError: none of them could be read.
     """
-    from ..viz.confusion import plot_confusion  # pictures take a while to import, and most evaluations draw none
+    from ..viz.confusion import plot_confusion
 
     labelled = found.labels != IGNORE_LABEL
     plot_confusion(found.labels[labelled], found.top[labelled, 0], names, output, title)

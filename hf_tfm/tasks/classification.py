@@ -16,12 +16,18 @@ from torch.nn.functional import cross_entropy
 from transformers import BaseImageProcessor
 
 from ..data.augment import Augmentation, Mixing, mix, partners
-from ..data.images import LABEL
+from ..data.images import LABEL, is_label
 from ..metrics import Accuracy
 from ..training.loop import Loader
 from .images import Batch, ImageTask
 
+HEADS = ("classifier", "distillation_classifier")  # linear layers of a classifier; with both, it takes their mean
 IGNORE_LABEL = -100  # of an image that is not labelled, or counts for nothing; torch's cross-entropy leaves it out
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Which of `HEADS` a model has."""
+    return [name for name in HEADS if hasattr(model, name)]
 
 
 class ClassificationTask(ImageTask):
@@ -29,8 +35,8 @@ class ClassificationTask(ImageTask):
 
     Args:
         processor: of the model.
-        label_ids: from labels as the data set stores them to the model's classes, see `data.images.label_ids`. None
-            and negative numbers mean that an image has no label.
+        label_ids: from labels as the data set stores them to the model's classes, see `data.images.label_ids`; for
+            images without a label see `data.images.is_label`.
         augmentation, seed: see `ImageTask`.
         mixing: of training images; the sampler then needs ``unit=2``, see `Mixing`.
         label_smoothing: share of the target that is spread over all classes, in training alone.
@@ -81,7 +87,7 @@ class ClassificationTask(ImageTask):
         Raises:
             ValueError: there is no such class.
         """
-        if label is None or (isinstance(label, int) and label < 0):
+        if not is_label(label):
             return IGNORE_LABEL
         if label not in self.label_ids:
             raise ValueError(f"label {label!r} of image {index} is not a class of the model")

@@ -18,6 +18,8 @@ from ..models.modeling_mae import num_visible
 from ..models.patches import patch_grid
 from .images import Batch, ImageTask
 
+MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")  # types of models: ours and transformers'
+
 
 class MaskedImageTask(ImageTask):
     """Reconstruction of hidden patches.

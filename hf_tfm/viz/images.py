@@ -27,8 +27,8 @@ from transformers import (
 
 from ..data.source import load_splits, take_split
 from ..models.patches import patch_grid
+from ..tasks.masked_image import MASKED_AUTOENCODERS
 
-MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 DATASET_ROW = re.compile(r"(?P<dataset>.+):(?P<split>[\w.-]+):(?P<index>-?\d+)")
 
 

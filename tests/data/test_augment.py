@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from hf_tfm.data.augment import Augmentation, Mixing, hash_key, mix, partners, seeded
 
@@ -72,6 +73,12 @@ def test_flip_and_pad_do_what_they_say():
     padded = torch.nn.functional.pad(still, (4, 4, 4, 4))
     assert any(torch.equal(shifted, padded[:, i : i + 24, j : j + 32]) for i in range(9) for j in range(9))
     assert torch.equal(drawn(transform(crop="pad", flip=0.0, padding=0), 0, 0, 0, image=still), still)
+    resized = functional.resize(IMAGE, list(SIZE), InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(drawn(transform(crop="pad", flip=0.0, padding=0), 0, 0, 0), resized)
+    places = {
+        drawn(transform(crop="pad", flip=0.0, padding=1), 0, 0, i, image=still).numpy().tobytes() for i in range(99)
+    }
+    assert len(places) == 9, "every place"
 
 
 def test_erasing_fills_a_rectangle_with_noise_of_the_model_s_scale():

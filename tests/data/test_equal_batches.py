@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from hf_tfm.data.batching import COPY, StepLoader
-from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader
+from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 
 
 def collate(rows, indices, epoch, hidden):
@@ -126,3 +127,50 @@ def test_copies_in_a_stream_keep_numbers_of_their_own():
     for (batch,) in stream_of(16, 4, pool_samples=8, repeats=2):
         assert batch["rows"] == [i % COPY for i in batch["indices"]]
         assert len(set(batch["rows"])) == 2 and len(set(batch["indices"])) == 4
+
+
+def shuffled_steps(buffer, epoch=0, start=0, files=3, **options):
+    """A stream of 240 rows, sorted by class, of which there are 24; steps of 8 in pools of 16."""
+    rows = Dataset.from_dict({"row": list(range(240)), "label": [row // 10 for row in range(240)]})
+    stream = ShuffledStream(rows.to_iterable_dataset(num_shards=files), seed=1, buffer_size=buffer)
+    loader = EqualStreamLoader(stream, 8, collate, pool_samples=16, **options)
+    return list(loader.epoch(epoch, start))
+
+
+def rows_of(steps):
+    """The rows of each step, in order."""
+    return [[row["row"] for batch in step if not batch["hidden"] for row in batch["rows"]] for step in steps]
+
+
+def test_a_stream_sorted_by_class_is_shuffled():
+    def classes(steps):
+        return np.mean([len({row // 10 for row in step}) for step in rows_of(steps)])
+
+    assert classes(shuffled_steps(1, files=1)) < 3, "by pools alone a step has two classes or three"
+    for files, buffer in ((1, 1), (1, 120), (3, 1), (3, 120)):
+        steps = shuffled_steps(buffer, files=files)
+        assert sorted(itertools.chain(*rows_of(steps))) == list(range(240)), "every row once"
+        assert all(row["label"] == row["row"] // 10 for step in steps for batch in step for row in batch["rows"])
+        assert buffer == 1 or classes(steps) > 5
+    files = {tuple(row // 80 for row in rows_of(shuffled_steps(1, epoch))[0]) for epoch in range(5)}
+    assert len(files) > 1, "files come in another order"
+
+
+def test_the_order_of_a_shuffled_stream_is_a_pure_function_of_seed_and_epoch():
+    first = shuffled_steps(50)
+    assert shuffled_steps(50) == first and rows_of(shuffled_steps(50, epoch=1)) != rows_of(first)
+    for epoch in (0, 1):
+        whole = shuffled_steps(50, epoch)
+        assert shuffled_steps(50, epoch, start=7) == whole[7:], "resuming"
+        assert shuffled_steps(50, epoch, num_workers=1) == whole
+        assert shuffled_steps(50, epoch, start=3, num_workers=2) == whole[3:]
+        ranks = [rows_of(shuffled_steps(50, epoch, rank=rank, world_size=2)) for rank in range(2)]
+        assert [one + other for one, other in zip(*ranks, strict=True)] == rows_of(whole)
+
+
+def test_epochs_of_one_loader_do_not_disturb_each_other():
+    rows = Dataset.from_dict({"row": list(range(60))}).to_iterable_dataset(num_shards=3)
+    loader = EqualStreamLoader(ShuffledStream(rows, 0, 20), 4, collate, pool_samples=8)
+    expected = [list(loader.epoch(epoch)) for epoch in range(3)]
+    next(loader.epoch(2))
+    assert [list(loader.epoch(epoch)) for epoch in (1, 0, 2)] == [expected[1], expected[0], expected[2]]

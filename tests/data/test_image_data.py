@@ -197,6 +197,16 @@ def test_labels_of_every_kind():
         label_ids(classes, ["dog", "bird"])
     with pytest.raises(ValueError, match="labels must be integers or strings"):
         label_names(image_rows(memory(label=[0.5, 1.0, 2.0, 1.0, 1.0, 1.0])))
+    flags = image_rows(memory(label=[True, False, None, True, True, False]))
+    assert label_names(flags) == label_names(flags.to_iterable_dataset()) == ["False", "True"]
+    for names, expected in (
+        (["False", "True"], [1, 0, None, 1, 1, 0]),
+        (["True", "no", "False"], [0, 2, None, 0, 0, 2]),
+    ):
+        ids = label_ids(flags, names)
+        assert [None if label is None else ids[label] for label in flags["label"]] == expected
+    with pytest.raises(ValueError, match='label "False" is not a class of the model; it has no, yes'):
+        label_ids(flags, ["no", "yes"])
     with pytest.raises(ValueError, match="labels of a stream must be a ClassLabel"):
         label_names(image_rows(memory(label=LABELS).to_iterable_dataset()))
 

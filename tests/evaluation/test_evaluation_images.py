@@ -42,6 +42,7 @@ from hf_tfm import (
 )
 from hf_tfm.data.batching import rng
 from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
+from hf_tfm.evaluation import classification as classification_module
 from hf_tfm.evaluation import reading as reading_module
 from hf_tfm.evaluation.reading import Stopwatch, WholeProcessor, suitable
 from hf_tfm.tasks.images import Pixels
@@ -129,11 +130,34 @@ def test_images_without_label_or_content_are_left_out(models, tmp_path):
     with pytest.raises(ValueError, match="max_bad_images=0"):
         evaluate(models["tfm"], dataset=rows, max_bad_images=0, **QUIET)
     blank = save_rows(tmp_path / "blank", [-1] * COUNT, ClassLabel(names=NAMES))
-    with pytest.raises(ValueError, match="no image has a label"):
-        evaluate(models["tfm"], dataset=blank, **QUIET)
+    result = evaluate(models["tfm"], dataset=blank, output=str(file), **QUIET)
+    assert (result["metrics"], result["left_out"]) == ([], {"unreadable": 0, "unlabelled": COUNT})
+    predicted = [NAMES[best] for best in ranked(models["tfm"])[:, 0]]
+    assert [row["predicted"][0] for row in json.loads(file.read_text())["predictions"]] == predicted
     real.write_text(json.dumps([[label] for label in LABELS]))
     result = evaluate(models["tfm"], dataset=blank, real_labels=str(real), **QUIET)
     assert values(result) == {"real_accuracy": np.mean(ranked(models["tfm"])[:, 0] == LABELS)}
+
+
+@pytest.mark.parametrize("kind", ["no label", "classes"])
+def test_a_confusion_matrix_that_cannot_be_drawn_is_refused_at_once(kind, models, data, tmp_path, monkeypatch):
+    """Before any image is classified."""
+    monkeypatch.setattr(classification_module, "predict", None)
+    where, named = data, "confusion has at most 5 classes, but the model has 6"
+    if kind == "classes":
+        monkeypatch.setattr("hf_tfm.viz.confusion.MAX_CLASSES", 5)
+    else:
+        where, named = save_rows(tmp_path / "blank", [-1] * COUNT, ClassLabel(names=NAMES)), "no row of the split has"
+    with pytest.raises(ValueError, match=named):
+        evaluate(models["tfm"], dataset=where, confusion=str(tmp_path / "c.png"), **QUIET)
+
+
+def test_the_result_is_written_before_the_picture(models, data, tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    monkeypatch.setattr("hf_tfm.viz.confusion.save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(models["tfm"], dataset=data, confusion=str(tmp_path / "c.png"), output=str(file), **QUIET)
+    assert len(json.loads(file.read_text())["predictions"]) == COUNT
 
 
 # --- masked autoencoders

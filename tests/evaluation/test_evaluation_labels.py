@@ -11,6 +11,7 @@ from evaluation_helpers import (
     NAMES,
     QUIET,
     SIZES,
+    labels_of,
     ranked,
     save_model,
     save_rows,
@@ -50,6 +51,19 @@ def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_
     more = save_rows(tmp_path / "c", LABELS, ClassLabel(names=[*names, "gnu"]))
     with pytest.raises(ValueError, match="0 to 5; the data set also has 6"):
         evaluate(models["tfm"], dataset=more, match_labels="number", **QUIET)
+
+
+def test_truth_values(tmp_path):
+    """Classes called True and False, in either order; by number, False is class 0."""
+    flags = [bool(label % 2) for label in LABELS]
+    where = save_rows(tmp_path / "flags", flags, Value("bool"))
+    for names in (["True", "False"], ["False", "True"], ["no", "yes"]):
+        config = TfmViTConfig(**SIZES, **labels_of(names))
+        model = save_model(tmp_path / names[0], TfmViTForImageClassification, config)
+        by_number = names == ["no", "yes"]
+        result = evaluate(model, dataset=where, **({"match_labels": "number"} if by_number else {}), **QUIET)
+        right = [int(flag) if by_number else names.index(str(flag)) for flag in flags]
+        assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == right)
 
 
 def test_a_model_without_names_is_matched_by_number(data, tmp_path):
