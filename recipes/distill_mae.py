@@ -36,7 +36,7 @@ from hf_tfm.training.distill_run import (
     prepare,
     table_of_costs,
 )
-from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, load_rows
+from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
@@ -71,12 +71,14 @@ def check_patches(student: TfmMAEConfig, teacher: PreTrainedConfig) -> None:
             raise ValueError(f"model.{name} must be the teacher's, {theirs}, got {ours}")
 
 
-def build_student(args: DistillMAEArguments, size: tuple[int, int]) -> TfmMAEForPreTraining:
+def build_student(args: DistillMAEArguments, size: int | tuple[int, int]) -> TfmMAEForPreTraining:
     """A new student, or that of ``init_from``, for images of a size."""
     set_seed(args.seed)
-    if args.init_from:
-        return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
-    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=size))
+    if not args.init_from:
+        return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=size))
+    student = TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    student.set_image_size(size)
+    return student
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = shared_processor(args)
     rows = load_rows(args, [], labelled=False)
     data = describe(args, rows)
-    student = build_student(args, (processor.size.height, processor.size.width))
+    student = build_student(args, image_size_of(processor))
     teacher_config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
     check_patches(student.config, teacher_config)
     begin_with_layers(args, student)

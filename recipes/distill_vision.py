@@ -13,7 +13,7 @@ their cost and expected numbers: recipes/presets/distill_vision/.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ import torch
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
-from hf_tfm.data.augment import Mixing
-from hf_tfm.data.images import label_ids, label_names
+from hf_tfm.data.images import label_names
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.distillation.teacher import check_score
-from hf_tfm.tasks.classification import ClassificationTask, predict, score
+from hf_tfm.tasks.classification import predict, score
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
@@ -37,7 +36,17 @@ from hf_tfm.training.distill_run import (
     prepare,
     table_of_costs,
 )
-from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, load_rows
+from hf_tfm.training.image_run import (
+    IMAGE_FIELDS,
+    LabelledImageArguments,
+    describe,
+    image_loader,
+    image_size_of,
+    label_fields,
+    label_tasks,
+    load_classifier,
+    load_rows,
+)
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
 
@@ -45,42 +54,27 @@ CLASSIFIER = AutoModelForImageClassification
 
 
 @dataclass(kw_only=True)
-class DistillVisionArguments(DistillImageArguments):
-    """Knobs of distilling a classifier of images.
+class DistillVisionArguments(DistillImageArguments, LabelledImageArguments):
+    """Knobs of distilling a classifier of images: those of `DistillImageArguments` and `LabelledImageArguments`.
 
-    Args:
-        test_splits: splits that are only scored, in the end.
-        label_smoothing: share of a true label's target that is spread over all classes; the teacher's are not
-            smoothed.
-        mixing: mixup and CutMix, see `Mixing`; the teacher sees the mixed images.
-
-    The others are those of `DistillImageArguments`.
+    The teacher sees the mixed images; what it says of them is not smoothed.
     """
-
-    test_splits: list[str] = field(default_factory=list)
-    label_smoothing: float = 0.0
-    mixing: Mixing = field(default_factory=Mixing)
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.best_metric not in ("loss", "accuracy"):
-            raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
         if self.cache and self.mixing.on:
             raise ValueError("cache keeps one view of each image in an epoch: turn mixing off")
         check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
 
 
 def build_student(
-    args: DistillVisionArguments, size: tuple[int, int], names: list[str]
+    args: DistillVisionArguments, size: int | tuple[int, int], names: list[str]
 ) -> TfmViTForImageClassification:
     """A new student, or that of ``init_from``, for images of a size and classes of these names."""
     set_seed(args.seed)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if args.init_from:
-        return TfmViTForImageClassification.from_pretrained(args.init_from, **labels, **args.model)
-    return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **labels))
+        return load_classifier(args.init_from, names, size, **args.model)
+    return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **label_fields(names)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,13 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = shared_processor(args)
     rows = load_rows(args, args.test_splits, labelled=True)
     data, names = describe(args, rows), label_names(rows[args.train_split])
-
-    def task_of(split: str) -> ClassificationTask:
-        ids = label_ids(rows[split], names)
-        return ClassificationTask(processor, ids, args.augmentation, args.mixing, args.label_smoothing, args.seed)
-
-    task = task_of(args.train_split)
-    student = build_student(args, task.pixels.size, names)
+    tasks = label_tasks(args, processor, rows, names)
+    task = tasks[args.train_split]
+    student = build_student(args, image_size_of(processor), names)
     begin_with_layers(args, student)
     lessons = prepare(args, accelerator, task, student, CLASSIFIER)
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
@@ -109,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return image_loader(args, accelerator, task, rows[split], learning, unit)
 
     learning = loader_of(args.train_split, lessons.task, learning=True)
-    scored = {
-        split: loader_of(split, lessons.compared(task_of(split))) for split in (args.held_out, *args.test_splits)
-    }
+    scored = {split: loader_of(split, lessons.compared(tasks[split])) for split in (args.held_out, *args.test_splits)}
     validation = scored[args.held_out]
 
     def scores_of(model: Any) -> dict[str, float]:

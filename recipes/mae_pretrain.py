@@ -22,9 +22,11 @@ from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
+    IMAGE_SIZE,
     ImageRunArguments,
     describe,
     image_loader,
+    image_size_of,
     load_rows,
     new_processor,
 )
@@ -45,15 +47,17 @@ class PretrainArguments(ImageRunArguments):
             raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
         check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
         if not self.init_from:
-            new_config(TfmMAEConfig, self, image_size=self.image_size)
+            new_config(TfmMAEConfig, self, image_size=self.image_size or IMAGE_SIZE)
 
 
-def build_model(args: PretrainArguments) -> TfmMAEForPreTraining:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
+def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEForPreTraining:
+    """The model to train, with weights drawn from the seed or taken from ``init_from``, for images of a size."""
     set_seed(args.seed)
-    if args.init_from:
-        return TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
-    return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=args.image_size))
+    if not args.init_from:
+        return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=size))
+    model = TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    model.set_image_size(size)
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = load_rows(args, [], labelled=False)
     run = open_run(accelerator, args, "image-feature-extraction", describe(args, rows), Path(__file__).stem, argv)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
-    model = build_model(args)
+    model = build_model(args, image_size_of(processor))
     task = MaskedImageTask(model.config, processor, args.augmentation, args.seed)
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True)
     validation = image_loader(args, accelerator, task, rows[args.held_out], learning=False)

@@ -15,6 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.augment import Augmentation, seeded
 from ..data.images import IMAGE, BadImage, decode
+from ..models.patches import Size, sides
 
 Batch = dict[str, Any]
 INTERPOLATION = {
@@ -24,14 +25,8 @@ INTERPOLATION = {
 }
 
 
-def sides(size: int | tuple[int, int]) -> dict[str, int]:
-    """A size in pixels, one number or (height, width), as image processors write it."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"height": height, "width": width}
-
-
 def image_processor(
-    size: int | tuple[int, int],
+    size: Size,
     resize: int | None = None,
     mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
     std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
@@ -47,7 +42,7 @@ def image_processor(
     Raises:
         ValueError: ``resize`` is smaller than the size.
     """
-    crop = sides(size)
+    crop = dict(zip(("height", "width"), sides(size), strict=True))
     shared = {"do_convert_rgb": True, "image_mean": list(mean), "image_std": list(std)}
     shared["resample"] = PILImageResampling.BICUBIC
     if resize is None:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from ..training.loop import Loader
-from .classification import ClassificationTask
+from .classification import ClassificationTask, heads_of
 
 STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a deviation of that of all images
 
@@ -58,8 +58,8 @@ class ProbeHead(nn.Module):
 @torch.no_grad()
 def measure_features(
     accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, num_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance (D,) of what the classifier of a model gets, equal on all ranks; float64, on the CPU.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance (D,) of what each of a model's `HEADS` gets, equal on all ranks; float64, on the CPU.
 
     Args:
         model: on the device, without dropout; not prepared.
@@ -69,31 +69,39 @@ def measure_features(
     Raises:
         ValueError: no image of them can be read.
     """
-    classifier, model.classifier = model.classifier, nn.Identity()
-    count, sums = 0, torch.zeros(2, classifier.in_features, dtype=torch.float64)
+    heads = {name: getattr(model, name) for name in heads_of(model)}
+    count, sums = 0, {name: torch.zeros(2, head.in_features, dtype=torch.float64) for name, head in heads.items()}
+
+    def add(name: str, features: Tensor) -> None:
+        features = features.float().cpu().double()  # (B, D)
+        sums[name] += torch.stack([features.sum(dim=0), features.square().sum(dim=0)])
+
+    hooks = [
+        head.register_forward_pre_hook(lambda _, given, name=name: add(name, given[0])) for name, head in heads.items()
+    ]
     for _, micro_batches in zip(range(num_steps), loader.epoch(0), strict=False):
         for batch in micro_batches:
             if not batch["images"]:
                 continue
             with accelerator.autocast():
-                features = task.logits(model, send_to_device(batch, accelerator.device))  # (B, D)
-            features = features.float().cpu().double()
-            sums += torch.stack([features.sum(dim=0), features.square().sum(dim=0)])
-            count += len(features)
-    model.classifier = classifier
+                count += len(task.logits(model, send_to_device(batch, accelerator.device)))
+    for hook in hooks:
+        hook.remove()
     if accelerator.num_processes > 1:
         parts = gather_object([(count, sums)])
-        count, sums = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        count, sums = sum(part[0] for part in parts), {name: sum(part[1][name] for part in parts) for name in sums}
     if not count:
         raise ValueError("no training image can be read")
-    mean, square = sums / count
-    return mean, (square - mean.square()).clamp_min(0.0)
+    means = {name: total / count for name, total in sums.items()}
+    return {name: (mean, (square - mean.square()).clamp_min(0.0)) for name, (mean, square) in means.items()}
 
 
 def prepare_probe(
     accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, batch_size: int
 ) -> None:
-    """Freeze an image classifier but for its head, and put batch norm before that.
+    """Freeze an image classifier but for its linear layers, and put batch norm before those.
+
+    With a distillation token these are two, and their mean is one linear classifier of both tokens' features.
 
     Args:
         task, model, loader: see `measure_features`.
@@ -101,7 +109,14 @@ def prepare_probe(
     """
     model.to(accelerator.device)
     steps = min(math.ceil(STATISTICS_IMAGES / batch_size), loader.steps_per_epoch() or math.inf)
-    mean, variance = measure_features(accelerator, task, model.eval(), loader, steps)
+    measured = measure_features(accelerator, task, model.eval(), loader, steps)
     model.requires_grad_(False)
-    model.classifier = ProbeHead(model.classifier, mean, variance)
-    model.classifier.linear.requires_grad_(True)
+    for name, (mean, variance) in measured.items():
+        setattr(model, name, ProbeHead(getattr(model, name), mean, variance))
+        getattr(model, name).linear.requires_grad_(True)
+
+
+def fold_probe(model: nn.Module) -> None:
+    """Make the heads of `prepare_probe` linear layers again, which compute the same."""
+    for name in heads_of(model):
+        setattr(model, name, getattr(model, name).fold())

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from ..distillation.facts import check_processors
-from ..tasks.images import Pixels, image_processor
+from ..tasks.images import image_processor
 from .distill_run import DistillationKnobs
-from .image_run import ImageRunArguments
+from .image_run import ImageRunArguments, as_read
 
 
 @dataclass(kw_only=True)
@@ -28,28 +28,6 @@ class DistillImageArguments(DistillationKnobs, ImageRunArguments):
             for name, on in (("repeats", self.repeats > 1), ("streaming", self.streaming)):
                 if on:
                     raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
-
-
-def as_read(source: str) -> BaseImageProcessor:
-    """The size and scale of the images that a model reads, as a processor.
-
-    How they are resized is left out: teacher and student are given the same images.
-
-    Args:
-        source: folder or Hub id of the model.
-
-    Raises:
-        ValueError: it has no image processor, or its images have no fixed size.
-    """
-    try:
-        found = AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
-    if data := getattr(found, "data_config", None):  # timm's
-        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
-    pixels = Pixels(found)
-    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
-    return image_processor(pixels.size, mean=mean, std=std)
 
 
 def shared_processor(args: DistillImageArguments) -> BaseImageProcessor:

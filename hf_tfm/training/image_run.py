@@ -5,19 +5,23 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
-from ..data.augment import Augmentation
+from ..data.augment import Augmentation, Mixing
 from ..data.batching import StepLoader
-from ..data.equal_batches import BatchSampler, EqualStreamLoader
-from ..data.images import WatchedLoader
+from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
+from ..data.images import WatchedLoader, label_ids
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
-from ..tasks.images import ImageTask, image_processor
+from ..models import TfmViTForImageClassification
+from ..models.patches import Size
+from ..tasks.classification import HEADS, ClassificationTask, heads_of
+from ..tasks.images import ImageTask, Pixels, image_processor
 from .arguments import ImageArguments
 from .splits import check_holdout, split_rows
 
+IMAGE_SIZE = 224  # of a new model
 IMAGE_FIELDS = ("image_size", "num_channels")  # of a configuration: knobs decide them, and images are read as RGB
 
 
@@ -80,8 +84,11 @@ class ImageRunArguments(PictureArguments):
 
     Args:
         streaming: read the training split as it comes; needs num_steps.
+        shuffle_buffer: images of a stream that are shuffled together, see `ShuffledStream`; not decoded, 10,000 of
+            ImageNet's are about 1 GB, and up to three times that while they are shuffled. A stream that is sorted by
+            class needs as many as several classes have.
         label_column: a ClassLabel, integers or strings; default, the only ClassLabel or "label".
-        image_size: pixels of the model's images.
+        image_size: pixels of the model's images; default, those of init_from's image processor, or 224.
         resize: evaluation resizes the shorter edge to this and cuts out the centre; default, it resizes to image_size.
         augmentation: see `Augmentation`.
         repeats: copies of a sample in a step, each changed in its own way.
@@ -90,15 +97,16 @@ class ImageRunArguments(PictureArguments):
     """
 
     streaming: bool = False
+    shuffle_buffer: int = 10_000
     label_column: str | None = None
-    image_size: int | tuple[int, int] = 224
+    image_size: int | tuple[int, int] | None = None
     resize: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeats: int = 1
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="repeats")
+        self.check_range(at_least_1="repeats shuffle_buffer")
         if self.streaming:
             if self.num_steps is None:
                 raise ValueError("streaming needs num_steps: the length of a stream is not known")
@@ -108,6 +116,70 @@ class ImageRunArguments(PictureArguments):
                 raise ValueError(
                     "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
                 )
+
+
+@dataclass(kw_only=True)
+class LabelledImageArguments(ImageRunArguments):
+    """Knobs of what learns labels of images.
+
+    Args:
+        test_splits: splits that are only scored, in the end.
+        label_smoothing: share of a label's target that is spread over all classes.
+        mixing: mixup and CutMix, see `Mixing`.
+
+    The others are those of `ImageRunArguments`.
+    """
+
+    test_splits: list[str] = field(default_factory=list)
+    label_smoothing: float = 0.0
+    mixing: Mixing = field(default_factory=Mixing)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.best_metric not in ("loss", "accuracy"):
+            raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
+
+
+def label_tasks(
+    args: LabelledImageArguments, processor: BaseImageProcessor, rows: dict[str, Any], names: list[str]
+) -> dict[str, ClassificationTask]:
+    """The task of each split, for a model of classes called ``names``."""
+    options = args.augmentation, args.mixing, args.label_smoothing, args.seed
+    return {split: ClassificationTask(processor, label_ids(part, names), *options) for split, part in rows.items()}
+
+
+def label_fields(names: list[str]) -> dict[str, dict]:
+    """The fields of a configuration for classes of these names."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def load_classifier(source: str, names: list[str], image_size: Size, **fields: Any) -> TfmViTForImageClassification:
+    """A classifier that goes on from another model; if it had other classes, its linear layers are new.
+
+    Args:
+        source: folder or Hub id of a classifier, or of an encoder such as a masked autoencoder's.
+        names: of the classes.
+        image_size: in pixels.
+        fields: of the configuration that change.
+
+    Raises:
+        ValueError: its weights, beside those of `HEADS`, do not fit the configuration; or the patch the image.
+    """
+    labels, earlier = label_fields(names), AutoConfig.from_pretrained(source)
+    model, report = TfmViTForImageClassification.from_pretrained(
+        source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **fields
+    )
+    unfit = {name for name, *_ in report["mismatched_keys"]}
+    if odd := sorted(name for name in unfit if name.split(".")[0] not in HEADS):
+        raise ValueError(f"model: the weights of init_from {source} do not fit it: {', '.join(odd)}")
+    if earlier.id2label != labels["id2label"]:
+        for name in heads_of(model):
+            if f"{name}.weight" not in unfit | set(report["missing_keys"]):
+                fresh_head(model, name)  # as many classes, but others
+    model.vit.set_image_size(image_size)
+    return model
 
 
 def fresh_head(model: PreTrainedModel, name: str) -> str:
@@ -145,9 +217,47 @@ def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def as_read(source: str) -> BaseImageProcessor:
+    """The size and scale of the images that a model reads, as a processor.
+
+    How they are resized is left out.
+
+    Args:
+        source: folder or Hub id of the model.
+
+    Raises:
+        ValueError: it has no image processor, or its images have no fixed size.
+    """
+    try:
+        found = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
+    if data := getattr(found, "data_config", None):  # timm's
+        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
+    pixels = Pixels(found)
+    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
+    return image_processor(pixels.size, mean=mean, std=std)
+
+
+def image_size_of(processor: BaseImageProcessor) -> int | tuple[int, int]:
+    """The size of the images that a processor gives, as configurations have it."""
+    height, width = Pixels(processor).size
+    return height if height == width else (height, width)
+
+
 def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
-    """The image processor of a new run."""
-    return image_processor(args.image_size, args.resize, *new_scale(args))
+    """The image processor of a new run: its size is the model's.
+
+    Raises:
+        ValueError: ``init_from`` has none that tells size or scale, and the knobs do not.
+    """
+    size = args.image_size or IMAGE_SIZE
+    if args.image_size is None and args.init_from:
+        try:
+            size = image_size_of(as_read(args.init_from))
+        except ValueError as error:
+            raise ValueError(f"init_from: {error}, or give image_size, mean and std") from error
+    return image_processor(size, args.resize, *new_scale(args))
 
 
 def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -187,6 +297,7 @@ def image_loader(
     """
     collate = task.collate_training if learning else task.collate
     if learning and args.streaming:
+        rows = ShuffledStream(rows, args.seed, args.shuffle_buffer)
         loader = EqualStreamLoader(
             rows, args.batch_size, collate, args.seed, repeats=args.repeats, unit=unit, **placement(args, accelerator)
         )

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import yaml
-from recipe_helpers import ROOT
+from recipe_helpers import ROOT, arguments_of
 from vision_recipes import classify, pretrain, run, write_images
 
 from hf_tfm import TfmMAEConfig, TfmViTConfig
+from hf_tfm.training.arguments import parse_arguments
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ MISFITS = {
         "streaming needs warmup_steps, not warmup",
     ),
     "part of a stream": (BOTH, {"streaming": "true", "max_train_samples": 5}, "give no holdout and no max_train"),
+    "buffer": (BOTH, {"shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
     "repeats": (BOTH, {"repeats": 0}, "repeats must be at least 1, got 0"),
     "bad images": (BOTH, {"max_bad_images": -1}, "max_bad_images must be at least 0, got -1"),
     "field": (BOTH, {"model": "{mask_ration: 0.5}"}, "model.mask_ration is not a field of Tfm"),
@@ -98,12 +100,13 @@ def test_an_encoder_of_other_sizes_is_not_drawn_anew_in_silence(data, tmp_path):
         classify(data, tmp_path / "run", init_from=mae, model="{patch_size: 8}")
 
 
-def test_presets_of_cifar10_fit_each_other():
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_small"])
+def test_presets_of_cifar10_fit_each_other(name):
     """Fine-tuning and from scratch differ in where weights come from and how fast layers learn, in nothing else."""
-    scratch, tuned = (preset("image_classification_train", name) for name in ("cifar10", "cifar10_finetune"))
+    scratch, tuned = (preset("image_classification_train", kind) for kind in (name, f"{name}_finetune"))
     other = {key for key in scratch.keys() | tuned.keys() if scratch.get(key) != tuned.get(key)}
     assert other == {"init_from", "layer_decay", "output_dir", "size", "model"}
-    pretrained = preset("mae_pretrain", "cifar10")
+    pretrained = preset("mae_pretrain", name)
     assert tuned["init_from"] == pretrained["output_dir"]
     shared = {"dataset", "image_size", "mean", "std", "holdout", "validation_split"}
     assert all(pretrained[key] == scratch[key] == tuned[key] for key in shared)
@@ -114,11 +117,45 @@ def test_presets_of_cifar10_fit_each_other():
     assert all(getattr(mine, name) == value for name, value in tuned["model"].items())
 
 
+def test_the_probe_of_cifar10_small_fits_the_others():
+    """It goes on from the pretraining that fine-tuning does, and is scored on the same images."""
+    tuned, probe = (preset("image_classification_train", f"cifar10_small_{kind}") for kind in ("finetune", "probe"))
+    assert probe["linear_probe"] and "layer_decay" not in probe
+    shared = {
+        "dataset",
+        "image_size",
+        "mean",
+        "std",
+        "holdout",
+        "validation_split",
+        "test_splits",
+        "init_from",
+        "model",
+    }
+    assert all(probe[key] == tuned[key] for key in shared)
+    for recipe in ("distill_vision", "distill_mae"):
+        student = preset(recipe, "cifar10_small")
+        teachers = (
+            preset("image_classification_train", "cifar10_small_finetune"),
+            preset("mae_pretrain", "cifar10_small"),
+        )
+        (teacher,) = (one for one in teachers if one["output_dir"] == student["teacher"])
+        assert all(student[key] == teacher[key] for key in ("dataset", "holdout", "validation_split"))
+
+
 @pytest.mark.parametrize("name", ["mae_finetune", "mae_linear_probe"])
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
 def test_presets_of_imagenet_go_on_from_each_other(name, size):
+    """From the run of the command that their first lines give: 1600 epochs, of which their numbers are."""
     later, earlier = preset("image_classification_train", f"{name}_{size}"), preset("mae_pretrain", f"imagenet_{size}")
-    assert later["init_from"] == earlier["output_dir"]
+    folder = later["init_from"]
+    command = f"mae_pretrain --config imagenet_{size} --num_epochs 1600 --output_dir {folder}"
+    for recipe, file in (("image_classification_train", f"{name}_{size}"), ("mae_pretrain", f"imagenet_{size}")):
+        text = (ROOT / "recipes" / "presets" / recipe / f"{file}.yaml").read_text()
+        assert f"hf-tfm run {command}" in " ".join(text.replace("\n#", " ").split())
+    script = ROOT / "recipes" / "mae_pretrain.py"
+    longer = parse_arguments(arguments_of(script), script, command.split()[1:])
+    assert (longer.num_epochs, longer.output_dir) == (1600, folder) != (earlier["num_epochs"], earlier["output_dir"])
     assert all(later[key] == earlier[key] for key in ("dataset", "image_size", "resize"))
 
 

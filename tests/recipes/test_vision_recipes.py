@@ -1,7 +1,9 @@
 """The recipes on images, run as people run them: masked-autoencoder pretraining, classification, linear probe."""
 
 import json
+import runpy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from accelerate import Accelerator
 from datasets import load_dataset
 from recipe_helpers import ROOT, arguments_of, finish_process, fresh_state, history, record, start_process
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 from vision_recipes import (
+    CLASSES,
     SPLITS,
     accuracy,
     classify,
@@ -24,13 +27,16 @@ from vision_recipes import (
     write_images,
 )
 
+from hf_tfm import TfmMAEConfig, TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, image_rows
+from hf_tfm.data.source import gather
+from hf_tfm.tasks.images import image_processor
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.image_run import ImageRunArguments, load_rows
+from hf_tfm.training.image_run import ImageRunArguments, image_loader, load_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,6 +118,107 @@ def test_linear_probe(mae, data, tmp_path):
     assert scores(folder, "test")["accuracy"] == pytest.approx(accuracy(folder, data, "test"))
     losses = [row["evaluation"]["loss"] for row in history(folder) if "evaluation" in row]
     assert scores(folder, "validation")["accuracy"] == history(folder)[-1]["evaluation"]["accuracy"] and losses
+
+
+def classifier_of(names, folder, **fields):
+    """A classifier of these classes with its processor, random weights."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    sizes = {"patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(1)
+    config = TfmViTConfig(**sizes, num_attention_heads=2, image_size=16, **labels, **fields)
+    model = TfmViTForImageClassification(config)
+    model.save_pretrained(folder)
+    image_processor(16).save_pretrained(folder)
+    return folder, model
+
+
+SAME, OTHERS, MORE = CLASSES, ["cat", "bee", "ant"], [*CLASSES, "dog"]
+
+
+@pytest.mark.parametrize("recipe", ["image_classification_train", "distill_vision"])
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize(
+    ("names", "kept"), [(SAME, True), (OTHERS, False), (MORE, False)], ids=["same", "other", "more"]
+)
+def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, recipe, tmp_path):
+    """Both of a model with a distillation token; a stale one would say one class and mean another."""
+    folder, earlier = classifier_of(names, tmp_path / "earlier", distillation_token=token)
+    path = ROOT / "recipes" / f"{recipe}.py"
+    build = runpy.run_path(str(path))["build_model" if recipe == "image_classification_train" else "build_student"]
+    model = build(SimpleNamespace(seed=0, init_from=folder, linear_probe=False, model={}), 16, CLASSES)
+    assert model.config.id2label == dict(enumerate(CLASSES)) and hasattr(model, "distillation_classifier") == token
+    for name in ["classifier", "distillation_classifier"][: 1 + token]:
+        mine, theirs = getattr(model, name), getattr(earlier, name)
+        assert mine.weight.shape == (3, 16) and mine.bias.shape == (3,)
+        assert (mine.weight.shape == theirs.weight.shape and torch.equal(mine.weight, theirs.weight)) == kept
+        assert mine.weight.std() > 0.01
+    state = model.vit.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in earlier.vit.state_dict().items())
+
+
+def test_a_new_pooling_does_not_keep_a_stale_head(data, tmp_path):
+    folder, earlier = classifier_of(OTHERS, tmp_path / "earlier")
+    begun = classify(data, tmp_path / "run", init_from=folder, model="{pooling: mean}", learning_rate=1e-12)
+    assert "vit.fc_norm.weight" in weights(begun), "a weight that the earlier model has not"
+    assert not torch.allclose(weights(begun)["classifier.weight"], earlier.classifier.weight, atol=1e-4)
+
+
+def test_linear_probe_of_a_model_with_a_distillation_token(data, tmp_path):
+    folder, earlier = classifier_of(MORE, tmp_path / "earlier", distillation_token=True)
+    probe = {"linear_probe": "true", "optimizer": "sgd", "learning_rate": 0.1}
+    trained = classify(data, tmp_path / "run", init_from=folder, **probe)
+    heads = {f"{head}.{kind}" for head in ("classifier", "distillation_classifier") for kind in ("weight", "bias")}
+    state = earlier.save_pretrained(tmp_path / "again") or weights(tmp_path / "again")
+    assert {name for name, value in weights(trained).items() if not torch.equal(value, state[name])} == heads
+    assert scores(trained, "test")["accuracy"] == pytest.approx(accuracy(trained, data, "test"))
+
+
+@pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
+def test_the_size_of_images_is_that_of_init_from(recipe, mae, data, tmp_path):
+    """By its image processor; another size is the model's, the processor's and the configuration's."""
+    for size, expected in ((None, 16), (24, 24), ("[24, 16]", (24, 16))):
+        folder = run(recipe, data, tmp_path / str(size), init_from=mae, image_size=size, num_steps=1)
+        height, width = (expected, expected) if isinstance(expected, int) else expected
+        assert AutoImageProcessor.from_pretrained(folder).size == {"height": height, "width": width}
+        found = AutoConfig.from_pretrained(folder).image_size
+        assert found == expected or tuple(found) == expected
+        table = weights(folder)["vit.embeddings.position_embeddings"]
+        assert table.shape == (1, 1 + height * width // 16, 16)
+        if recipe == "mae_pretrain":
+            again = AutoModelForPreTraining.from_pretrained(folder)
+            assert again.decoder.decoder_pos_embed.shape == table.shape and again.decoder.grid == (
+                height // 4,
+                width // 4,
+            )
+
+
+def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
+    folder, _ = classifier_of(SAME, tmp_path / "earlier")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="has no image processor: .*, or give image_size, mean and std"):
+        classify(data, tmp_path / "run", init_from=folder, image_size=None)
+    scale = {"image_size": 16, "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"}
+    classify(data, tmp_path / "other", init_from=folder, **scale, num_steps=1)
+
+
+def test_a_stream_is_shuffled_by_its_buffer(data):
+    """The images of a class stand together in the file; every epoch has each once, in an order of its own."""
+    task = MaskedImageTask(TfmMAEConfig(image_size=16, patch_size=4), image_processor(16))
+    orders = []
+    for buffer in (1, 24):
+        knobs = {"streaming": True, "num_steps": 1, "learning_rate": 0.1, "batch_size": 8, "shuffle_buffer": buffer}
+        args = ImageRunArguments(dataset=str(data), output_dir=".", **knobs)
+        rows = load_rows(args, [], labelled=False)
+        loader = image_loader(args, Accelerator(cpu=True), task, rows["train"], learning=True)
+        for epoch in (0, 1):
+            steps = [batch["pixel_values"] for step in loader.epoch(epoch) for batch in step]
+            orders.append([image.numpy().tobytes() for step in steps for image in step])
+    assert len({tuple(order) for order in orders}) == 4
+    evaluation = image_loader(args, Accelerator(cpu=True), task, gather(rows["train"]), learning=False)
+    expected = {
+        image.numpy().tobytes() for step in evaluation.epoch(0) for batch in step for image in batch["pixel_values"]
+    }
+    assert len(expected) == 24 and all(set(order) == expected and len(order) == 24 for order in orders)
 
 
 KNOBS = {

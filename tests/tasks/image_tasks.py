@@ -76,9 +76,9 @@ def scramble(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def tiny_vit(seed: int = 0) -> TfmViTForImageClassification:
+def tiny_vit(seed: int = 0, **fields) -> TfmViTForImageClassification:
     torch.manual_seed(seed)
-    return scramble(TfmViTForImageClassification(TfmViTConfig(**TINY, num_labels=CLASSES)))
+    return scramble(TfmViTForImageClassification(TfmViTConfig(**TINY, num_labels=CLASSES, **fields)))
 
 
 def tiny_mae(seed: int = 0, **fields) -> TfmMAEForPreTraining:

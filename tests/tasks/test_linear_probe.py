@@ -8,7 +8,7 @@ from image_tasks import classification, examples, tiny_vit, training_loader
 from torch import nn
 
 from hf_tfm.data.images import WatchedLoader
-from hf_tfm.tasks.linear_probe import ProbeHead, measure_features, prepare_probe
+from hf_tfm.tasks.linear_probe import ProbeHead, fold_probe, measure_features, prepare_probe
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
@@ -45,33 +45,40 @@ def test_training_leaves_the_statistics_alone():
     assert probe.training and all(torch.equal(before[name], value) for name, value in probe.norm.state_dict().items())
 
 
+TOKENS = pytest.mark.parametrize("token", [False, True])  # whether there is a distillation token, with its own head
+
+
+@TOKENS
 @pytest.mark.parametrize("bad", [(), (4, 9)])
-def test_statistics_are_those_of_all_features(accelerator, bad):
+def test_statistics_are_those_of_all_features(accelerator, bad, token):
     """Of the images as training changes and mixes them, those that cannot be read left out."""
-    task, model = classification(), tiny_vit().eval()
-    mean, variance = measure_features(accelerator, task, model, loader_of(task, bad=bad), num_steps=2)
-    model.classifier = nn.Identity()
+    task, model = classification(), tiny_vit(distillation_token=token).eval()
+    found = measure_features(accelerator, task, model, loader_of(task, bad=bad), num_steps=2)
     with torch.no_grad():
         batches = [batch for step in loader_of(task, bad=bad).epoch(0) for batch in step]
-        features = torch.cat([task.logits(model, batch) for batch in batches]).double()
-    assert len(features) == 12 - len(bad)
-    assert torch.allclose(mean, features.mean(dim=0), atol=1e-6)
-    assert torch.allclose(variance, features.var(dim=0, unbiased=False), atol=1e-6)
+        states = torch.cat([model.vit(**task.inputs(batch)).last_hidden_state for batch in batches]).double()
+    assert len(states) == 12 - len(bad)
+    assert list(found) == ["classifier", "distillation_classifier"][: 1 + token]
+    for place, (mean, variance) in enumerate(found.values()):
+        features = states[:, place]
+        assert torch.allclose(mean, features.mean(dim=0), atol=1e-6)
+        assert torch.allclose(variance, features.var(dim=0, unbiased=False), atol=1e-6)
 
 
 def test_statistics_do_not_depend_on_micro_batches(accelerator):
     task, model = classification(), tiny_vit().eval()
-    one = measure_features(accelerator, task, model, loader_of(task), 2)
-    other = measure_features(accelerator, task, model, loader_of(task, micro=2), 2)
-    assert isinstance(model.classifier, nn.Linear)
+    one = measure_features(accelerator, task, model, loader_of(task), 2)["classifier"]
+    other = measure_features(accelerator, task, model, loader_of(task, micro=2), 2)["classifier"]
+    assert type(model.classifier) is nn.Linear and not model.classifier._forward_pre_hooks
     for mine, theirs in zip(one, other, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
 def test_only_as_many_steps_as_asked_for(accelerator):
     task, model = classification(), tiny_vit().eval()
-    first, _ = measure_features(accelerator, task, model, loader_of(task), num_steps=1)
-    both, _ = measure_features(accelerator, task, model, loader_of(task), num_steps=2)
+    (first, _), (both, _) = (
+        measure_features(accelerator, task, model, loader_of(task), steps)["classifier"] for steps in (1, 2)
+    )
     assert (first - both).abs().max() > 1e-4
 
 
@@ -81,9 +88,10 @@ def test_no_image_can_be_read(accelerator):
         measure_features(accelerator, task, tiny_vit(), loader_of(task, bad=range(12)), 2)
 
 
+@TOKENS
 @pytest.mark.parametrize("micro", [None, 2])
-def test_only_the_linear_layer_learns(accelerator, micro):
-    task, model = classification(), tiny_vit()
+def test_only_the_linear_layers_learn(accelerator, micro, token):
+    task, model = classification(), tiny_vit(distillation_token=token)
     prepare_probe(accelerator, task, model, loader_of(task), batch_size=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = TrainingArguments(output_dir=".", num_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
@@ -92,7 +100,13 @@ def test_only_the_linear_layer_learns(accelerator, micro):
     for step in loader_of(task, micro=micro).epoch(0):
         train_step(accelerator, task, prepared, optimizer, step)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
-    assert moved == {"classifier.linear.weight", "classifier.linear.bias"}
+    heads = ["classifier", "distillation_classifier"][: 1 + token]
+    assert moved == {f"{head}.linear.{kind}" for head in heads for kind in ("weight", "bias")}
+    batch = next(loader_of(task).epoch(0))[0]
+    expected = task.logits(model.eval(), batch)
+    fold_probe(model)
+    assert all(type(getattr(model, head)) is nn.Linear for head in heads)
+    assert torch.allclose(task.logits(model, batch), expected, atol=1e-4)
 
 
 def test_micro_batches_equal_one_batch(accelerator):
