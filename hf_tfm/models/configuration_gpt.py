@@ -12,7 +12,14 @@ from .travel import TravellingConfig
 # GPT-1: Radford et al. 2018, section 4.1. GPT-2: Radford et al. 2019, table 2.
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256},
-    "gpt1": {"norm_first": False, "vocab_size": 40478, "max_position_embeddings": 512},
+    "gpt1": {
+        "norm_first": False,
+        "vocab_size": 40478,
+        "max_position_embeddings": 512,
+        "classifier_dropout": 0.1,
+        "bos_token_id": None,  # its vocabulary has no special tokens
+        "eos_token_id": None,
+    },
     "small": {},
     "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
     "large": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
@@ -34,7 +41,7 @@ LEAST_1 = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "max_position_embeddings",
 )
-SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout")
 
 
 @strict
@@ -51,6 +58,7 @@ class TfmGPTConfig(TravellingConfig):
         hidden_dropout_prob: on embeddings and on every sublayer's output.
         attention_probs_dropout_prob: on attention probabilities.
         activation_dropout: inside the feed-forward layers.
+        classifier_dropout: before a classifier (2018, section 4.1: 0.1); transformers' GPT-2 has none.
         max_position_embeddings: the longest input, in tokens.
         norm_first: pre-norm blocks and a last norm (GPT-2) instead of post-norm ones (GPT-1).
         initializer_range: standard deviation of initial weights; those that end a residual branch are smaller by the
@@ -83,6 +91,7 @@ class TfmGPTConfig(TravellingConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     activation_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
     max_position_embeddings: int = 1024
     norm_first: bool = True
     initializer_range: float = 0.02

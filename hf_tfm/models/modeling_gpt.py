@@ -258,6 +258,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.transformer = TfmGPTModel(config)
+        self.dropout = Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -300,7 +301,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             places = torch.arange(attention_mask.shape[1], device=hidden.device)
             place = (attention_mask.to(hidden.device) * places).argmax(dim=1)  # of the last token, however padded
             last = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
-        logits = self.score(last)
+        logits = self.score(self.dropout(last))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)

@@ -176,3 +176,20 @@ def test_inputs_that_are_refused(name, given, message):
 def test_heads_that_need_a_pooler_say_so(model_class):
     with pytest.raises(ValueError, match="pooler"):
         model_class(hf_tfm.TfmBertConfig(**TINY, pooler="none"))
+
+
+def test_gpt_1_drops_before_its_classifier():
+    """Section 4.1 of Radford et al. 2018; and none of its 40,478 words ends a text."""
+    config = hf_tfm.TfmGPTConfig.of_size("gpt1")
+    assert config.classifier_dropout == 0.1 and hf_tfm.TfmGPTConfig().classifier_dropout == 0.0
+    assert config.bos_token_id is None and config.eos_token_id is None
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": 60, "pad_token_id": 0}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf_tfm.TfmGPTConfig.of_size("gpt1", **still, **sizes)
+    model = hf_tfm.TfmGPTForSequenceClassification(config).train()
+    ids = torch.arange(5, 13)[None]
+    first, second = (model(ids).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"classifier_dropout must be in \[0, 1\), got 1.0"):
+        hf_tfm.TfmGPTConfig(classifier_dropout=1.0)
