@@ -1,8 +1,8 @@
 """Distil a classifier of texts into a smaller one: soft targets (DistilBERT), or inner layers first (TinyBERT).
 
     hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text      seconds on 2 CPU cores
-    hf-tfm run distill_task --config tinybert_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
-    hf-tfm run distill_task --config tinybert_prediction --task sst2 --teacher TEACHER --init_from runs/tiny1
+    hf-tfm run distill_task --config tinybert4_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
+    hf-tfm run distill_task --config tinybert4_prediction --task sst2 --teacher TEACHER --init_from runs/tiny1
 
 With --cache DIR --write_cache true it writes the teacher's signals and ends; with --cache DIR it reads them, and needs
 no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.

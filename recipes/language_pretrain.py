@@ -1,7 +1,7 @@
 """Pretrain BERT on masked tokens, with or without next sentences, or GPT on next tokens.
 
     hf-tfm run language_pretrain --config quickstart                       about 1 minute on 2 CPU cores
-    hf-tfm run language_pretrain --config bert_small --dataset DATA --output_dir runs/bert
+    hf-tfm run language_pretrain --config bert_mini --output_dir runs/bert
     accelerate launch recipes/language_pretrain.py --config bert_base      as many GPUs as the launcher finds
 
 What it learned is fine-tuned with text_classification_train --init_from. Presets with their cost and expected

@@ -1,0 +1,26 @@
+"""What a recipe's docstring tells to run is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COMMAND = re.compile(
+    r"(?:hf-tfm run|accelerate launch) (?:distill_cache )?(?:recipes/)?(\w+)(?:\.py)? .*?--config (\w+)"
+)
+
+
+def commands(recipe: Path) -> list[tuple[str, str]]:
+    """(recipe, preset) of every command in a docstring, of which any may be another recipe's."""
+    return COMMAND.findall(ast.get_docstring(ast.parse(recipe.read_text())))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_that_a_docstring_names_is_a_preset(recipe):
+    words = ast.get_docstring(ast.parse(recipe.read_text())).split()
+    found = commands(recipe)
+    assert len(found) >= words.count("--config")  # none that the pattern does not know
+    for name, preset in found:
+        assert (RECIPES / "presets" / name / f"{preset}.yaml").is_file(), f"{name} has no preset {preset}"
