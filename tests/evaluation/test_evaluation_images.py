@@ -41,8 +41,8 @@ from hf_tfm import (
     cli,
 )
 from hf_tfm.data.batching import rng
-from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
 from hf_tfm.evaluation import classification as classification_module
+from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
 from hf_tfm.evaluation import reading as reading_module
 from hf_tfm.evaluation.reading import Stopwatch, WholeProcessor, suitable
 from hf_tfm.tasks.images import Pixels

@@ -195,7 +195,7 @@ def test_the_size_of_images_is_that_of_init_from(recipe, mae, data, tmp_path):
 def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
     folder, _ = classifier_of(SAME, tmp_path / "earlier")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="has no image processor: .*, or give image_size, mean and std"):
+    with pytest.raises(ValueError, match=r"has no image processor: .*, or give image_size, mean and std"):
         classify(data, tmp_path / "run", init_from=folder, image_size=None)
     scale = {"image_size": 16, "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"}
     classify(data, tmp_path / "other", init_from=folder, **scale, num_steps=1)
