@@ -187,7 +187,7 @@ def test_gpt_1_drops_before_its_classifier():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf_tfm.TfmGPTConfig.of_size("gpt1", **still, **sizes)
     model = hf_tfm.TfmGPTForSequenceClassification(config).train()
-    ids = torch.arange(5, 13)[None]
+    ids = torch.arange(5, 13).repeat(50, 1)  # 800 features: that none drops has a chance of 1e-37
     first, second = (model(ids).logits for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
