@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.utils import ModelOutput
 
+from ..data.box_checks import BoxFormat
 from ..data.detection import category_ids, class_names, fingerprint, scene_rows
-from ..data.panoptic import panoptic_categories, panoptic_rows
+from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
 from ..data.shape_batches import ShapeSampler
 from ..data.source import load_splits, take_split
 from ..metrics import CocoAP, PanopticQuality
@@ -43,6 +44,10 @@ def evaluate_detection(
     data_files: dict[str, str | list[str]] | None = None,
     image_column: str | None = None,
     objects_column: str | None = None,
+    box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh",
+    relative_boxes: bool = False,
+    panoptic_column: str = PANOPTIC,
+    segments_column: str = SEGMENTS,
     match_labels: Literal["name", "number"] = "name",
     segments: bool | None = None,
     max_samples: int | None = None,
@@ -66,6 +71,10 @@ def evaluate_detection(
         data_files: files by split, where dataset is a format such as "parquet".
         image_column: images, their bytes or paths; default, the only column of images.
         objects_column: list of objects with a box and a category; default, the only column with boxes.
+        box_format: what four numbers of a box stand for: xywh (left, top, width, height), xyxy (left, top, right,
+            bottom) or cxcywh (centre, width, height).
+        relative_boxes: they are shares of the image instead of pixels.
+        panoptic_column: PNGs whose colours are segment ids; segments_column: list of the segments of each.
         match_labels: categories are the model's classes of the same name, or of the same number. A model without
             names, LABEL_0 and so on, is matched by number.
         segments: score panoptic maps too, for which the data set has columns panoptic and segments_info and says which
@@ -102,9 +111,9 @@ def evaluate_detection(
     rows = take_split(load_splits(dataset, dataset_name, dataset_revision, data_files), split, "split")
     if segments:
         categories = panoptic_categories(dataset, dataset_revision)
-        rows = panoptic_rows(rows, categories, image_column)
+        rows = panoptic_rows(rows, categories, image_column, panoptic_column, segments_column)
     else:
-        rows, _ = scene_rows(rows, image_column, objects_column)
+        rows, _ = scene_rows(rows, image_column, objects_column, box_format=BoxFormat(box_format, relative_boxes))
     rows = first(rows, max_samples)
     names = classes(loaded.config)
     matched, ids = match_categories(rows, names, match_labels)

@@ -32,8 +32,7 @@ from .session import train
 
 log = logging.getLogger(__name__)
 
-# Weights that depend on the data: on its classes, and on how many objects an image may have.
-OF_THE_DATA = ("class_labels_classifier.", "query_position_embeddings.")
+CLASSIFIER, QUERIES = "class_labels_classifier", "query_position_embeddings"  # modules whose size the data decides
 COLUMNS = ("image_column", "objects_column", "panoptic_column")  # recipes have different ones
 # What is reported of a split, in this order; of a data set without such objects a score is NaN, and left out.
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "PQ", "SQ", "RQ", "PQ_th", "PQ_st")
@@ -125,29 +124,55 @@ def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dic
 def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
     """The model of ``init_from`` as one for these classes; says which weights are new.
 
+    One of transformers' own class learns from all decoder layers, as in the paper, unless the knobs say otherwise: its
+    configuration has auxiliary losses turned off by default.
+
     Args:
         kind, fields: see `build_detr`.
 
     Raises:
         ValueError: weights that do not depend on the data do not fit.
     """
-    earlier = AutoConfig.from_pretrained(args.init_from).id2label
+    saved = AutoConfig.from_pretrained(args.init_from)
+    earlier, auxiliary = saved.id2label, {"auxiliary_loss": True} if saved.model_type == "detr" else {}
+    chosen = {**auxiliary, **fields, **args.model}
+    queries = chosen.pop("num_queries", saved.num_queries)
     model, report = kind.from_pretrained(
-        args.init_from,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **fields,
-        **args.model,
+        args.init_from, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **chosen
     )
     new = {name for name, *_ in report["mismatched_keys"]}
-    if odd := sorted(name for name in new if not any(part in name for part in OF_THE_DATA)):
+    if odd := sorted(name for name in new if f"{CLASSIFIER}." not in name):
         raise ValueError(f"model: the weights of init_from {args.init_from} do not fit it: {', '.join(odd)}")
     if len(earlier) == len(fields["id2label"]) and earlier != fields["id2label"]:
-        new.add(fresh_head(model, next(n for n, _ in model.named_modules() if n.endswith("class_labels_classifier"))))
+        new.add(fresh_head(model, name_of(model, CLASSIFIER)))
+    if queries != saved.num_queries:
+        new |= resize_queries(model, queries)
     if new := new | set(report["missing_keys"]):
         log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(new)))
     return model
+
+
+def name_of(model: PreTrainedModel, module: str) -> str:
+    """The whole name of the one module that is called ``module``."""
+    return next(name for name, _ in model.named_modules() if name.split(".")[-1] == module)
+
+
+def resize_queries(model: PreTrainedModel, number: int) -> set[str]:
+    """Let a model have ``number`` queries: the first of those it has, and new ones where they are not enough.
+
+    Returns:
+        The weights that have new rows.
+    """
+    name = name_of(model, QUERIES)
+    old = model.get_submodule(name)
+    new = nn.Embedding(number, old.embedding_dim)
+    model._init_weights(new)
+    kept = min(number, old.num_embeddings)
+    with torch.no_grad():
+        new.weight[:kept] = old.weight[:kept]
+    setattr(model.get_submodule(name.rpartition(".")[0]), QUERIES, new)
+    model.config.num_queries = number
+    return {f"{name}.weight"} if number > kept else set()
 
 
 def scene_loader(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import load_dataset
 from detector_data import (
     DETECTORS,
     NAMES,
@@ -117,6 +118,25 @@ def test_a_model_with_masks_is_scored_by_its_boxes_where_asked(made):
     metric.add_batch(predictions=case["boxes"], references=case["references"])
     result = evaluate(case["model"], dataset=case["data"], segments=False, batch_size=1, **QUIET)
     assert values(result) == without_nan(metric.compute(), AP_SCORES)
+
+
+def test_boxes_in_another_format_are_scored_the_same(made, tmp_path):
+    """As `detection_train --box_format` reads them."""
+    case = made["tfm", False]
+    rows = load_dataset(case["data"], split="test")
+
+    def corners(row: dict) -> dict:
+        boxes = [
+            [x / row["width"], y / row["height"], (x + w) / row["width"], (y + h) / row["height"]]
+            for x, y, w, h in (o["bbox"] for o in row["objects"])
+        ]
+        return {"objects": [{**o, "bbox": box} for o, box in zip(row["objects"], boxes, strict=True)]}
+
+    rows.map(corners, features=rows.features).to_parquet(tmp_path / "data" / "test.parquet")
+    options = {"box_format": "xyxy", "relative_boxes": True}
+    one = evaluate(case["model"], dataset=str(tmp_path / "data"), batch_size=1, **options, **QUIET)
+    other = evaluate(case["model"], dataset=case["data"], batch_size=1, **QUIET)
+    assert values(one) == pytest.approx(values(other), abs=1e-4)
 
 
 def test_a_model_that_knows_of_no_padding_reads_images_one_by_one(made):

@@ -11,7 +11,14 @@ from datasets import ClassLabel
 from matplotlib.image import imread
 from recipe_helpers import ROOT, arguments_of, finish_process, history, record, start_process
 from scene_recipes import LAYOUTS, SCENES, scenes, train, words, write_coco, write_hub
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    TimmBackboneConfig,
+    pipeline,
+)
 from vision_recipes import distance, scores, weights
 
 from hf_tfm.evaluation import evaluate
@@ -210,6 +217,33 @@ def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained,
         assert fresh in told
         config = AutoModelForObjectDetection.from_pretrained(tmp_path / case).config
         assert [config.id2label[i] for i in range(len(names))] == names
+
+
+def test_fewer_queries_are_the_first_of_those_there_are(trained, data, tmp_path, caplog):
+    start = {"init_from": trained, "learning_rate": 1e-9, "num_steps": 1, "model": "{num_queries: 5}"}
+    folder = train(data, tmp_path / "run", **start)
+    name = "model.query_position_embeddings.weight"
+    assert (weights(folder)[name] - weights(trained)[name][:5]).abs().max() < 1e-6
+    assert "start anew" not in caplog.text
+    assert AutoModelForObjectDetection.from_pretrained(folder).config.num_queries == 5
+
+
+def test_all_decoder_layers_of_a_stock_model_learn(trained, data, tmp_path):
+    """transformers' configuration turns auxiliary losses off by default, and writes that into its files."""
+    stock = DetrForObjectDetection(
+        DetrConfig(
+            backbone_config=TimmBackboneConfig(backbone="test_resnet", out_indices=[-1]),
+            **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 9, "num_labels": 10},
+        )
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    AutoImageProcessor.from_pretrained(trained).save_pretrained(tmp_path / "stock")
+    assert not stock.config.auxiliary_loss
+    start = {"init_from": tmp_path / "stock", "num_steps": 1}
+    for name, knobs, expected in (("on", {}, True), ("off", {"model": "{auxiliary_loss: false}"}, False)):
+        folder = train(data, tmp_path / name, **start, **knobs)
+        assert AutoModelForObjectDetection.from_pretrained(folder).config.auxiliary_loss is expected
 
 
 def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_path):
