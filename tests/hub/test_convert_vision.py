@@ -1,6 +1,7 @@
 """Vision models ship as transformers' classes and come back; what holds for every other library too."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -235,6 +236,31 @@ def test_float64_decides_where_float32_is_in_doubt(tmp_path, monkeypatch):
     assert 0 < certificate["max_abs_difference"] < 1e-12
     monkeypatch.setattr(parity, "TOLERANCE", 1e-5)
     assert convert(tmp_path / "ours", "timm", tmp_path / "again")["inputs"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_mae", "timm", "mae_authors"))]
+)
+def test_sizes_that_people_use(tmp_path, name, monkeypatch):
+    """ViT-B/16 of 1000 classes, and the masked autoencoder of that size: float32 is exact enough, both ways."""
+    monkeypatch.setattr(parity, "IMAGES", 1)
+    torch.manual_seed(0)
+    our_class, fields = (
+        (TfmMAEForPreTraining, {}) if "mae" in name else (TfmViTForImageClassification, {"num_labels": 1000})
+    )
+    model = our_class(our_class.config_class.of_size("base", **fields))
+    model.save_pretrained(tmp_path / "ours")
+    for source, to, target in (("ours", name, "theirs"), ("theirs", "tfm", "back")):
+        certificate = convert(tmp_path / source, to, tmp_path / target)
+        inputs = certificate["inputs"]
+        assert inputs["dtype"] == "float32" and inputs["pixel_values"] == [1, 3, 224, 224]
+        assert max(certificate["differences"].values()) < 1e-5
+        assert certificate["max_abs_output"] > 0.5, "too small for the comparison to mean much"
+        shutil.rmtree(tmp_path / source)
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    expected = dict(our_class.from_pretrained(tmp_path / "back").state_dict())
+    assert len(again) == len(expected) == len(model.state_dict())
+    assert all(torch.equal(expected[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("to", "carded"), [("vit", True), ("timm", False)])
