@@ -124,7 +124,8 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
         representation_layer: a linear layer with an activation before the classifier, as in the paper's pre-training.
         pooler_output_size: features of the representation; default, hidden_size.
         pooler_act: its activation.
-        backbone: name of a timm model whose feature map takes the place of the pixels (the paper's hybrid).
+        backbone: name of a timm model whose feature map takes the place of the pixels (the paper's hybrid); its batch
+            norms become group norms.
         backbone_out_index: which of its feature maps.
         distillation_token: a second token, with a classifier of its own, that learns what a teacher says, between the
             class token and the patches (Touvron et al. 2021, arXiv:2012.12877, section 4).
