@@ -10,7 +10,6 @@ The teacher is one of ours or transformers' DETR. Its best queries are targets (
 recipes/presets/distill_detection/.
 """
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,22 +29,13 @@ from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.distillation.facts import check_processors
 from hf_tfm.distillation.student import Distilled
-from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
 from hf_tfm.tasks.images import Scale
 from hf_tfm.tasks.scenes import scene_processor
-from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.distill_run import (
-    DistillationKnobs,
-    begin_with_layers,
-    check_cache,
-    fill_cache,
-    freeze_rest,
-    prepare,
-    table_of_costs,
-)
+from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
+from hf_tfm.training.distill_run import DistillationKnobs, begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.loop import Loader
 from hf_tfm.training.run import finish, open_run, start_accelerator
 from hf_tfm.training.scene_pictures import PredictionPictures
@@ -168,12 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     lessons = prepare(args, accelerator, own[args.train_split], student, DETECTOR)
     learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
     batches = scene_loader(args, accelerator, lessons.task, learning_rows, learning=True)
-    if args.write_cache:
-        numbers = partial(numbers_of, batches.loader.sampler)
-        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint, numbers)
-    check_cache(args, lessons, learning_rows, fingerprint)
-    learning = KnownEpochs(batches, lessons.task.teacher)
-
     held_out = {
         split: scene_loader(args, accelerator, lessons.compared(own[split]), rows[split], learning=False)
         for split in (args.held_out, *args.test_splits)
@@ -182,21 +166,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     def scores_of(model: Any, split: str = args.held_out) -> dict[str, Any]:
         return score(accelerator, own[split], model, held_out[split])
 
-    if args.expected_score is not None:
-        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    sample = {"pixel_values": torch.zeros(1, 3, args.shortest_side, args.shortest_side)}
+    yardstick = Yardstick(sample, lambda model: scores_of(model)["AP"], f"AP of {data['fingerprint'][args.held_out]}")
+    numbers = partial(numbers_of, batches.loader.sampler)
+    if wrote_cache(args, accelerator, lessons, learning_rows, fingerprint, yardstick, numbers):
+        return 0
+    learning = KnownEpochs(batches, lessons.task.teacher)
+    check_teacher(args, lessons, scores_of)
     run = open_run(accelerator, args, "object-detection", data, Path(__file__).stem, argv)
-    freeze_rest(accelerator, lessons, learning)
 
     def score_validation(trained: Distilled) -> dict[str, float]:
-        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, held_out[args.held_out])
         found = scores_of(trained.student)
         names = ("loss", *own[args.held_out].term_names, "AP", "AP50")
-        return {name: found[name] for name in names} | ({"distillation": terms["loss"]} if terms else {})
+        return {name: found[name] for name in names} | lessons.distance(accelerator, trained, held_out[args.held_out])
 
-    per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
-    accelerator.print(line)
+    def settle(per_epoch: int, _: int) -> SceneRunArguments:
+        settled, line = args.settle(per_epoch)
+        accelerator.print(line)
+        return settled
+
     pictures = PredictionPictures(
         accelerator, own[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
     )
@@ -204,13 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show(trained: Distilled, step: int) -> None:
         pictures(trained.student, step)
 
-    task, model, eval_steps = lessons.task, lessons.model, args.eval_steps or per_epoch
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation, show)
+    result = learn(args, accelerator, lessons, learning, score_validation, settle, show)
     if result.stopped:
         return run.stopped(result)
     metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]
-    sample = {"pixel_values": torch.zeros(1, 3, args.shortest_side, args.shortest_side)}
-    costs = table_of_costs(args, accelerator, lessons, sample, DETECTOR, lambda model: scores_of(model)["AP"])
+    costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs)
     return 0
 

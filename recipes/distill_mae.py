@@ -27,15 +27,9 @@ from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_cache import Yardstick, check_cache, fill_cache, table_of_costs
 from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
-from hf_tfm.training.distill_run import (
-    begin_with_layers,
-    check_cache,
-    fill_cache,
-    freeze_rest,
-    prepare,
-    table_of_costs,
-)
+from hf_tfm.training.distill_run import begin_with_layers, freeze_rest, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
@@ -125,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.stopped(result)
     metrics = [{"name": "reconstruction_loss", "value": reconstruction(student), "split": args.held_out}]
     sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    costs = table_of_costs(args, accelerator, lessons, sample, AutoModelForPreTraining, reconstruction, False)
+    yardstick = Yardstick(
+        sample, reconstruction, f"loss of {data['fingerprint'][args.held_out]}", higher_is_better=False
+    )
+    costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), processor, task, result, metrics, costs)
     return 0
 

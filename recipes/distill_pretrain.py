@@ -9,7 +9,6 @@ same masked texts. The student is fine-tuned with text_classification_train --in
 with their cost and expected numbers: recipes/presets/distill_pretrain/.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +18,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_tfm.distillation.facts import check_tokenizers
-from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.language import score
-from hf_tfm.training import evaluate, train
+from hf_tfm.training import evaluate
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
     DistillationKnobs,
     begin_with_layers,
-    check_cache,
-    fill_cache,
-    freeze_rest,
+    check_teacher,
+    learn,
     prepare,
-    table_of_costs,
     teacher_words,
 )
 from hf_tfm.training.language_run import (
@@ -39,6 +36,7 @@ from hf_tfm.training.language_run import (
     describe_data,
     join_texts,
     language_loader,
+    learned_from,
     load_texts,
     new_task,
     scored_splits,
@@ -81,46 +79,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = new_task(args, tokenizer)
     lessons = prepare(args, accelerator, task, student, auto_class)
 
-    def loader(rows, collate=task.collate, learning: bool = False):
+    def loader(rows, collate, learning: bool = False):
         return language_loader(args, accelerator, collate, tokenizer, rows, learning)
 
-    training = loader(learned, lessons.task.collate, learning=True)
-    if not args.streaming:
-        fingerprint = str(data["fingerprint"])
-        if args.write_cache:
-            return fill_cache(args, accelerator, lessons, training.examples, fingerprint)
-        check_cache(args, lessons, training.examples, fingerprint)
-    # A cache holds the training texts alone.
-    validation = loader(texts[args.held_out], task.collate if args.cached else lessons.task.collate)
-    if args.expected_score is not None:
-        check_score(evaluate(accelerator, task, lessons.teacher, validation), "loss", args.expected_score)
-    run = open_run(accelerator, args, "fill-mask" if masked else "text-generation", data, Path(__file__).stem, argv)
-    freeze_rest(accelerator, lessons, training)
-
-    def score_validation(trained) -> dict[str, float]:
-        own = evaluate(accelerator, task, trained.student, validation)
-        return (
-            own
-            if args.cached
-            else own | {"distillation": evaluate(accelerator, lessons.task, trained, validation)["loss"]}
-        )
-
-    per_epoch = training.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, lessons.task, lessons.model, training, args, num_steps, eval_steps, score_validation)
-    if result.stopped:
-        return run.stopped(result)
-    metrics = []
-    for split in scored_splits(args):
-        part = validation if split == args.held_out else loader(texts[split])
-        metrics += [{**row, "split": split} for row in score(accelerator, task, student, part)]
-    sample = {"input_ids": torch.ones(1, args.max_length, dtype=torch.long)}
+    learning = loader(learned, lessons.task.collate, learning=True)
+    validation = loader(texts[args.held_out], lessons.compared(task).collate)
 
     def perplexity(model) -> float:
         return score(accelerator, task, model, validation)[0]["value"]
 
-    costs = table_of_costs(args, accelerator, lessons, sample, auto_class, perplexity, False)
+    sample = {"input_ids": torch.ones(1, args.max_length, dtype=torch.long)}
+    of = f"perplexity of {data['fingerprint'][args.held_out]}"
+    yardstick = Yardstick(sample, perplexity, of, higher_is_better=False)
+    if not args.streaming:
+        fingerprint = str({name: data["fingerprint"][name] for name in learned_from(args, texts)})
+        if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
+            return 0
+    check_teacher(args, lessons, lambda model: evaluate(accelerator, task, model, validation))
+    run = open_run(accelerator, args, "fill-mask" if masked else "text-generation", data, Path(__file__).stem, argv)
+
+    def score_validation(trained) -> dict[str, float]:
+        own = evaluate(accelerator, task, trained.student, validation)
+        return own | lessons.distance(accelerator, trained, validation)
+
+    result = learn(args, accelerator, lessons, learning, score_validation)
+    if result.stopped:
+        return run.stopped(result)
+    metrics = []
+    for split in scored_splits(args):
+        part = validation if split == args.held_out else loader(texts[split], task.collate)
+        metrics += [{**row, "split": split} for row in score(accelerator, task, student, part)]
+    costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), tokenizer, task, result, metrics, costs)
     return 0
 

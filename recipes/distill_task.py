@@ -8,7 +8,6 @@ With --cache DIR --write_cache true it writes the teacher's signals and ends; wi
 no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,18 +19,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
-from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
-from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
     DistillationKnobs,
     begin_with_layers,
-    check_cache,
-    fill_cache,
-    freeze_rest,
+    check_teacher,
+    learn,
     prepare,
-    table_of_costs,
     teacher_words,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
@@ -92,10 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return text_loader(args, accelerator, collate, tokenizer, texts.rows[split], learning)
 
     learning = loader_of(args.train_split, lessons.task.collate, learning=True)
-    fingerprint = data["fingerprint"][args.train_split]
-    if args.write_cache:
-        return fill_cache(args, accelerator, lessons, learning.examples, fingerprint)
-    check_cache(args, lessons, learning.examples, fingerprint)
     scored = {split: loader_of(split, lessons.compared(task_of(split)).collate) for split in texts.scored}
     decisive = scored[texts.validation[0]]
 
@@ -103,30 +95,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = predict(accelerator, task, model, decisive)
         return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found, args.metrics)}}
 
-    if args.expected_score is not None:
-        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
+    sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
+    metric, of = args.metrics[0], data["fingerprint"][texts.validation[0]]
+    yardstick = Yardstick(sample, lambda model: scores_of(model)[metric], f"{metric} of {of}")
+    fingerprint = data["fingerprint"][args.train_split]
+    if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
+        return 0
+    check_teacher(args, lessons, scores_of)
     run = open_run(accelerator, args, "text-classification", data, Path(__file__).stem, argv)
-    freeze_rest(accelerator, lessons, learning)
 
     def score_validation(trained) -> dict[str, float]:
-        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, decisive)
-        return {**scores_of(trained.student), **({"distillation": terms["loss"]} if terms else {})}
+        return scores_of(trained.student) | lessons.distance(accelerator, trained, decisive)
 
-    per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, eval_steps = args.settle(num_steps), args.eval_steps or per_epoch
-    result = train(
-        accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score_validation
-    )
+    result = learn(args, accelerator, lessons, learning, score_validation, lambda _, steps: args.settle(steps))
     if result.stopped:
         return run.stopped(result)
     metrics = []
     for split, loader in scored.items():
         found = predict(accelerator, task, student, loader)
         metrics += [{**row, "split": split} for row in score(found, args.metrics)]
-    typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
-    sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
-    costs = table_of_costs(args, accelerator, lessons, sample, CLASSIFIER, lambda m: scores_of(m)[args.metrics[0]])
+    costs = table_of_costs(args, accelerator, lessons, yardstick)
     keep_what_is_read(tokenizer, student)
     finish(run, student.eval(), tokenizer, task, result, metrics, costs)
     return 0

@@ -27,15 +27,9 @@ from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.classification import predict, score
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_cache import Yardstick, check_cache, fill_cache, table_of_costs
 from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
-from hf_tfm.training.distill_run import (
-    begin_with_layers,
-    check_cache,
-    fill_cache,
-    freeze_rest,
-    prepare,
-    table_of_costs,
-)
+from hf_tfm.training.distill_run import begin_with_layers, freeze_rest, prepare
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
     LabelledImageArguments,
@@ -127,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
     sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    costs = table_of_costs(args, accelerator, lessons, sample, CLASSIFIER, lambda m: scores_of(m)["accuracy"])
+    yardstick = Yardstick(
+        sample, lambda model: scores_of(model)["accuracy"], f"accuracy of {data['fingerprint'][args.held_out]}"
+    )
+    costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), processor, task, result, metrics, costs)
     return 0
 

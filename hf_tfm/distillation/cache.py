@@ -7,15 +7,14 @@ reads epoch e mod E of a cache of E epochs sees the very samples the teacher saw
 the first shard that is missing.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -25,13 +24,12 @@ from tqdm.auto import tqdm
 from ..data.batching import COPY, fetch, worker_loader
 from ..training.folder import explain_write_errors, write_text
 from .facts import Facts
-from .samples import encode, join, split, training_collate
+from .samples import encode, inputs_hash, join, split, training_collate
 from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, pack, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
-from .teacher import Teacher, to_dtype
+from .teacher import Teacher, origin_of, to_dtype
 from .terms import Lesson, signals_of
 
-PROBES = 32  # samples whose inputs make the hash of the preprocessing
 OPEN_SHARDS = 64
 
 
@@ -47,23 +45,6 @@ class CacheReport:
         return self.bytes / self.samples
 
 
-def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
-    """A hash of what a teacher is given to read of some samples, at even distances, in the first and last epoch.
-
-    It changes with the tokenizer, the processor, the longest length, masks, augmentation and the seed of these.
-    """
-    digest = hashlib.sha256()
-    for epoch in sorted({0, epochs - 1}):
-        for index in np.unique(np.linspace(0, len(rows) - 1, PROBES).astype(int)).tolist():
-            batch = training_collate(task)(fetch(rows, [index]), [index], epoch)
-            given = {**task.inputs(batch), "places": task.places(batch)}
-            for name, value in sorted(given.items()):
-                if isinstance(value, Tensor):
-                    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                    digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def write_cache(
     teacher: Teacher,
@@ -76,6 +57,8 @@ def write_cache(
     dtype: str = "bf16",
     *,
     data: str,
+    name: str | None = None,
+    knobs: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     numbers: Callable[[int], Sequence[int]] | None = None,
     batch_size: int = 64,
@@ -94,6 +77,8 @@ def write_cache(
         top_k: keep so many logits of a row; default, all.
         dtype: "fp32", "bf16" or "fp16".
         data: fingerprint of the rows.
+        name: folder or Hub id of the teacher, by which a run is known to be another's without loading it.
+        knobs: those of the run that decide what is read; JSON values.
         temperature: of the soft targets that are learned from the top_k logits.
         numbers: epoch -> numbers of its samples, where they carry more than the row, as a `ShapeSampler`'s.
         batch_size: samples the teacher reads at once.
@@ -120,6 +105,9 @@ def write_cache(
         top_k=top_k,
         temperature=temperature,
         facts=teacher.facts.to_json(),
+        name=name,
+        origin=None if name is None else origin_of(name),
+        knobs=dict(knobs or {}),
     )
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if rank == 0:
@@ -147,6 +135,8 @@ def check_cacheable(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if LOGITS in signals and sizes["top_k"] is not None and sizes["top_k"] >= (teacher.facts.outputs or math.inf):
+        raise ValueError(f"top_k must be below the {teacher.facts.outputs} classes, got {sizes['top_k']}")
     if teacher.hash is None:
         raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
     if not signals:
@@ -232,6 +222,33 @@ def shard_tensors(
     return pack([found.get(place) for place in chunks.places])
 
 
+def differs(held: CacheIndex, knob: str, now: Any) -> bool:
+    """Whether a knob is known to have had another value when a cache was written."""
+    return knob in held.knobs and held.knobs[knob] != now
+
+
+def check_top_k(lessons: Sequence[Lesson], top_k: int | None, temperature: float, cache: str) -> None:
+    """Refuse lessons for which the largest logits alone do not do; of a cache that is written or read.
+
+    Args:
+        temperature: that of the rest.
+        cache: its name, for the error.
+
+    Raises:
+        ValueError: it names the lesson.
+    """
+    for lesson in lessons:
+        if top_k is None or LOGITS not in signals_of([lesson], "teacher"):
+            continue
+        if lesson.kind.top is None:
+            raise ValueError(f"term {lesson.name} needs all logits, {cache} has top_k={top_k}")
+        if lesson.kind.temperature and lesson.term.temperature != temperature:
+            raise ValueError(
+                f"term {lesson.name} has temperature {lesson.term.temperature:g}, and the rest of the logits in "
+                f"{cache} is of {temperature:g}"
+            )
+
+
 class CachedTeacher:
     """Signals of a cache, read by the processes that make batches; in the place of a `Teacher`.
 
@@ -264,22 +281,40 @@ class CachedTeacher:
         vars(self).update(state)
         self.open_shards()
 
-    def check(self, task: Any, rows: Sequence[Any], data: str, teacher: str | None = None) -> None:
+    def check(
+        self,
+        task: Any,
+        rows: Sequence[Any],
+        data: str,
+        teacher: str | None = None,
+        *,
+        name: str | None = None,
+        knobs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Refuse a cache of something else, before anything is trained.
 
         Args:
-            task, rows, data: of the run, see `write_cache`.
+            task, rows, data, knobs: of the run, see `write_cache`.
             teacher: hash of the teacher it should be of, see `Teacher`; None takes the cache's.
+            name: folder or Hub id of that teacher, whose weights need not be there any more: then it is the name that
+                has to be the same.
 
         Raises:
-            ValueError: it names what differs: teacher, data or preprocessing.
+            ValueError: it names what differs: teacher, data, knobs or preprocessing.
         """
         held = self.index
         wanted = {"teacher": teacher or held.teacher, "data": data}
         # Inputs of other data say nothing of how they are made.
         wanted["preprocessing"] = inputs_hash(task, rows, held.epochs) if data == held.data else held.preprocessing
-        if changed := [f"{k} {getattr(held, k)} there, {v} now" for k, v in wanted.items() if v != getattr(held, k)]:
-            raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(changed)}")
+        changed = [(what, getattr(held, what), now) for what, now in wanted.items() if now != getattr(held, what)]
+        if name is not None and held.name is not None:
+            origin = origin_of(name)
+            same = origin == held.origin if origin and held.origin else name == held.name
+            changed = changed if same else [("teacher", held.name, name), *changed]
+        changed += [(knob, held.knobs[knob], now) for knob, now in (knobs or {}).items() if differs(held, knob, now)]
+        if changed:
+            words = "; ".join(f"{what} {there} there, {now} now" for what, there, now in changed)
+            raise ValueError(f"{self.folder} is the cache of another run: {words}")
 
     def require(self, lessons: Sequence[Lesson]) -> None:
         """Refuse lessons that need what is not in the cache.
@@ -290,15 +325,7 @@ class CachedTeacher:
         for lesson in lessons:
             if missing := [theirs for _, theirs in lesson.pairs if theirs and theirs not in self.index.signals]:
                 raise ValueError(f'term {lesson.name} needs the signal "{missing[0]}", which {self.folder} lacks')
-            if self.index.top_k is None or LOGITS not in signals_of([lesson], "teacher"):
-                continue
-            if lesson.kind.top is None:
-                raise ValueError(f"term {lesson.name} needs all logits, {self.folder} has top_k={self.index.top_k}")
-            if lesson.kind.temperature and lesson.term.temperature != self.index.temperature:
-                raise ValueError(
-                    f"term {lesson.name} has temperature {lesson.term.temperature:g}, and the rest of the logits in "
-                    f"{self.folder} is of {self.index.temperature:g}"
-                )
+        check_top_k(lessons, self.index.top_k, self.index.temperature, str(self.folder))
 
     def epoch(self, epoch: int) -> int:
         """The epoch whose samples the cache holds."""

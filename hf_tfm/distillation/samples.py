@@ -3,20 +3,41 @@
 (B, T, D), (B, H, T, T), (n, C) of a batch -> of each sample without padding -> of another batch, padded anew
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.batching import fetch
 from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
 
+PROBES = 32  # samples whose inputs make the hash of the preprocessing
 WIDE = 2**16  # classes whose numbers fit two bytes
 
 
 def training_collate(task: Any) -> Callable[..., dict[str, Any]]:
     """How a task makes batches to learn from."""
     return getattr(task, "collate_training", task.collate)
+
+
+def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
+    """A hash of what a teacher is given to read of some samples, at even distances, in the first and last epoch.
+
+    It changes with the tokenizer, the processor, the longest length, masks, augmentation and the seed of these.
+    """
+    digest = hashlib.sha256()
+    for epoch in sorted({0, epochs - 1}):
+        for index in np.unique(np.linspace(0, len(rows) - 1, PROBES).astype(int)).tolist():
+            batch = training_collate(task)(fetch(rows, [index]), [index], epoch)
+            given = {**task.inputs(batch), "places": task.places(batch)}
+            for name, value in sorted(given.items()):
+                if isinstance(value, Tensor):
+                    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                    digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch.dtype) -> Signals:

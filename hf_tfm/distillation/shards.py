@@ -1,6 +1,7 @@
 """The files of a cache of a teacher's signals.
 
     <folder>/index.json                    what was cached: of which teacher, data and preprocessing, and its format
+    <folder>/teacher.json                  what the teacher costs and scores, where that was measured
     <folder>/shards/00000.safetensors      the signals of some samples, one after the other, and their shapes
 
 A shard has for every signal the numbers of all its samples in one row, ``<signal>#shape`` with the shape of each, and
@@ -10,7 +11,7 @@ A shard has for every signal the numbers of all its samples in one row, ``<signa
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..training.folder import explain_write_errors, sync
+from ..training.folder import explain_write_errors, sync, write_text
 from .signals import Signals
 
-INDEX_FILE, SHARDS = "index.json", "shards"
+INDEX_FILE, COST_FILE, SHARDS = "index.json", "teacher.json", "shards"
 NUMBER = "number"  # of each sample as it was collated; -1 where there is none
 SHAPE = "#shape"
 
@@ -38,6 +39,8 @@ class CacheIndex:
         signals: names of what was asked for.
         dtype: of the numbers; top_k: logits kept of a row, or None for all; temperature: of those that are not.
         facts: of the teacher, see `Facts`.
+        name: folder or id it was loaded from, and its origin, see `origin_of`; None of a model in memory.
+        knobs: of the run that wrote it, those that decide what is read.
     """
 
     teacher: str
@@ -51,6 +54,9 @@ class CacheIndex:
     top_k: int | None
     temperature: float
     facts: dict[str, Any]
+    name: str | None = None
+    origin: str | None = None
+    knobs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -82,7 +88,22 @@ def shard_path(folder: Path, shard: int) -> Path:
 def differences(held: CacheIndex, wanted: CacheIndex) -> list[str]:
     """In what two caches differ, in words; the rest follows from these and from knobs."""
     ours, theirs = json.loads(json.dumps(asdict(held))), json.loads(json.dumps(asdict(wanted)))
-    return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in ours if ours[name] != theirs[name]]
+    same = ("name", "origin")  # the hash of the weights says more
+    changed = [name for name in ours if name not in same and ours[name] != theirs[name]]
+    return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in changed]
+
+
+def save_cost(folder: Path, cost: dict[str, Any], of: str) -> None:
+    """Keep what the teacher costs, a row of `hub.cost`, and what its score is of."""
+    write_text(folder / COST_FILE, json.dumps({"of": of, "cost": cost}, indent=2) + "\n")
+
+
+def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
+    """The row of `save_cost`, without its score where that is of something else; None where there is none."""
+    if not (folder / COST_FILE).is_file():
+        return None
+    held = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
+    return {name: value for name, value in held["cost"].items() if name != "score" or held["of"] == of}
 
 
 def pack(samples: Sequence[tuple[int, Signals] | None]) -> dict[str, Tensor]:

@@ -6,12 +6,14 @@ model -> in evaluation mode, without gradients, in its dtype, on its device -> s
 import hashlib
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .facts import Facts, facts_of
 from .signals import Signals, collect
@@ -163,6 +165,27 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def origin_of(name: str) -> str | None:
+    """What tells a teacher from others without loading it; None where nothing does.
+
+    Args:
+        name: a folder, of whose files of weights it is a hash; or an id on the Hub, of which it is the commit.
+    """
+    if not Path(name).is_dir():
+        try:
+            return PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash")
+        except OSError:  # no network, and not on this machine
+            return None
+    digest = hashlib.sha256()
+    files = sorted(path for like in ("model*.safetensors", "pytorch_model*.bin") for path in Path(name).glob(like))
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            for block in iter(partial(file.read, 2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:16] if files else None
 
 
 def check_score(scores: dict[str, float], metric: str, expected: float, tolerance: float = 0.01) -> None:

@@ -3,25 +3,24 @@
 teacher or its cache, task, student -> lessons -> a module to train and a task that says how
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import datasets
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from ..distillation.cache import CachedTeacher, write_cache
+from ..distillation.cache import CachedTeacher
 from ..distillation.facts import facts_of
 from ..distillation.student import Distilled, copy_layers, freeze_unused
-from ..distillation.teacher import Teacher, load_teacher
-from ..distillation.terms import plan, read_terms, signals_of
-from ..hub.cost import Cost, beside_teacher, measure_cost
+from ..distillation.teacher import Teacher, check_score, load_teacher
+from ..distillation.terms import plan, read_terms
 from ..tasks.distill import DistillationTask, Teaching
-from .loop import Loader
+from .arguments import TrainingArguments
+from .loop import Loader, evaluate
+from .session import TrainingResult, train
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -43,12 +42,14 @@ class DistillationKnobs:
             lower case; number compares classes of the same number, whatever they are called.
         student_layers: a new student begins with the weights of these blocks of the teacher, counted from 0.
         truncate_width: of a wider teacher it takes the first rows and columns; they no longer compute what they did.
-        cache: folder with the teacher's signals, from which the run reads them; the teacher is then not loaded.
+        cache: folder with the teacher's signals, from which the run reads them; of the teacher there need then be the
+            configuration and the tokenizer or image processor alone, and with student_layers its weights.
         write_cache: write the teacher's signals into cache, and end.
         cache_epochs: epochs that are written; a run reads epoch e modulo their number.
         cache_top_k: logits of a row that are kept; default, all.
         cache_dtype: of what is written.
-        costs: measure in the end what student and teacher cost, for the card.
+        costs: measure in the end what student and teacher cost, for the card; the teacher beside a cache, when that is
+            written.
     """
 
     teacher: str
@@ -131,15 +132,23 @@ class Lessons:
         task: for the loop.
         model: for the loop; its ``student`` is what is kept.
         teacher: its model, or None where a cache takes its place.
+        auto_class: that it is loaded with.
     """
 
     task: DistillationTask
     model: Distilled
     teacher: PreTrainedModel | None
+    auto_class: Any
 
     def compared(self, task: Teaching) -> Teaching:
         """``task`` for data to be scored, with the terms beside it where the teacher is at hand."""
         return task if self.teacher is None else DistillationTask(task, self.task.teacher, self.task.lessons)
+
+    def distance(self, accelerator: Accelerator, trained: Distilled, loader: Loader) -> dict[str, float]:
+        """``distillation``, the loss of all terms on data to be scored; nothing where the teacher is not at hand."""
+        if self.teacher is None:
+            return {}
+        return {"distillation": evaluate(accelerator, self.task, trained, loader)["loss"]}
 
 
 def prepare(
@@ -153,60 +162,39 @@ def prepare(
     source = CachedTeacher(args.cache) if args.cached else open_teacher(args, auto_class, accelerator.device)
     lessons = plan(args.terms, facts_of(student), source.facts, args.match_labels)
     teacher = None if args.cached else source.model
-    return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher)
+    return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher, auto_class)
 
 
-def check_cache(args: DistillationKnobs, lessons: Lessons, rows: datasets.Dataset, data: str) -> None:
-    """Refuse a cache of another run.
-
-    Args:
-        rows: to learn from, as the task's ``collate`` takes them; ``data``: their fingerprint.
-
-    Raises:
-        ValueError: it says in what it differs.
-    """
-    if args.cached:
-        lessons.task.teacher.check(lessons.task.task, rows, data)
+def check_teacher(
+    args: DistillationKnobs, lessons: Lessons, scores_of: Callable[[PreTrainedModel], dict[str, float]]
+) -> None:
+    """Refuse a teacher that is worse than ``expected_score``, where that is given; see `check_score`."""
+    if args.expected_score is not None:
+        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
 
 
-def fill_cache(
-    args: DistillationKnobs,
+def learn(
+    args: TrainingArguments,
     accelerator: Accelerator,
     lessons: Lessons,
-    rows: datasets.Dataset,
-    data: str,
-    numbers: Callable[[int], Any] | None = None,
-) -> int:
-    """Write the teacher's signals that the terms need, and say how large they are; the exit status.
+    learning: Loader,
+    score: Callable[[Distilled], dict[str, float]],
+    settle: Callable[[int | None, int], TrainingArguments] | None = None,
+    show: Callable[[Distilled, int], None] | None = None,
+) -> TrainingResult:
+    """Freeze what no term reaches, and train the student for as long as the knobs say.
 
     Args:
-        rows, data: see `check_cache`.
-        numbers: see `write_cache`.
+        learning: batches of the training data.
+        score, show: see `train`.
+        settle: (steps of an epoch, steps of the run) -> the knobs with what follows from these; default, as they are.
     """
-    warm = {term.temperature for term in args.terms if term.kind == "soft_target"}
-    if args.cache_top_k and len(warm) > 1:
-        raise ValueError(f"cache_top_k needs one temperature of all soft_target terms, got {sorted(warm)}")
-    report = write_cache(
-        lessons.task.teacher,
-        lessons.task.task,
-        rows,
-        args.cache,
-        args.cache_epochs,
-        signals_of(lessons.model.lessons, "teacher"),
-        args.cache_top_k,
-        args.cache_dtype,
-        data=data,
-        temperature=warm.pop() if warm else 1.0,
-        numbers=numbers,
-        num_workers=args.num_workers,
-        accelerator=accelerator,
-        progress=args.progress,
-    )
-    accelerator.print(
-        f"{args.cache}: {report.samples:,} samples, {report.bytes / 1e6:.1f} MB, "
-        f"{report.bytes_per_sample / 1e3:.2f} kB each"
-    )
-    return 0
+    freeze_rest(accelerator, lessons, learning)
+    per_epoch = learning.steps_per_epoch()
+    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    eval_steps = args.eval_steps or per_epoch or num_steps
+    settled = settle(per_epoch, num_steps) if settle else args
+    return train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score, show)
 
 
 def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) -> None:
@@ -214,40 +202,3 @@ def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) ->
     batch = next(iter(learning.epoch(0)))[0]
     if unused := freeze_unused(accelerator, lessons.task, lessons.model, batch):
         accelerator.print(f"no term reaches {', '.join(unused[:6])}{' ...' * (len(unused) > 6)}: left as they are")
-
-
-def table_of_costs(
-    args: DistillationKnobs,
-    accelerator: Accelerator,
-    lessons: Lessons,
-    sample: Mapping[str, Tensor],
-    auto_class: Any,
-    score: Callable[[PreTrainedModel], float],
-    higher_is_better: bool = True,
-) -> list[Cost] | None:
-    """What teacher and student cost and score, for the card; None where that is not wanted.
-
-    Args:
-        sample: what a model reads of one sample.
-        score: model -> its score on the validation data; called on all processes.
-        higher_is_better: otherwise the student keeps no share of it.
-    """
-    if not args.costs:
-        return None
-    models = {"student": lessons.model.student}
-    if args.teacher_device != "auto":  # one that is spread over devices does not fit on one to be timed
-        teacher = lessons.teacher
-        if teacher is None or args.teacher_dtype != "fp32":
-            teacher = open_teacher(args, auto_class, accelerator.device, "fp32").model
-        models = {"teacher": teacher, **models}
-    scores = {name: score(model) for name, model in models.items()}
-    if not accelerator.is_main_process:
-        return None
-    rows = [measure_cost(name, model, readable(model, sample), scores[name]) for name, model in models.items()]
-    return beside_teacher(*rows) if higher_is_better and len(rows) > 1 else rows
-
-
-def readable(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a sample a model takes."""
-    taken = inspect.signature(model.forward).parameters
-    return {name: value for name, value in sample.items() if name in taken}

@@ -190,9 +190,14 @@ def build_model(
 
 def join_texts(args: LanguageArguments, texts: dict) -> Any:
     """All that is learned from: the training split and more_texts."""
-    scored = scored_splits(args)
-    parts = [rows for name, rows in texts.items() if name not in scored]
+    parts = [texts[name] for name in learned_from(args, texts)]
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def learned_from(args: LanguageArguments, texts: dict) -> list[str]:
+    """Names of the parts of `join_texts`."""
+    scored = scored_splits(args)
+    return [name for name in texts if name not in scored]
 
 
 def scored_splits(args: LanguageArguments) -> list[str]:

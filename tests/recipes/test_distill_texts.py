@@ -153,6 +153,84 @@ def test_a_cached_teacher_teaches_the_same(data, classifier, tmp_path, capsys):
         run("distill_task", *words(data, tmp_path / "other", **cache, max_length=4))
 
 
+CACHED = {"terms": "[{kind: soft_target}]", "batch_size": 8}
+
+
+def own_teacher(folder, classifier):
+    """A copy that a test may change."""
+    return shutil.copytree(classifier, folder)
+
+
+@pytest.mark.parametrize("measured", ["true", "false"])
+def test_a_run_from_a_cache_needs_no_weights_of_its_teacher(measured, data, classifier, tmp_path):
+    teacher = own_teacher(tmp_path / "teacher", classifier)
+    knobs = {**CACHED, "teacher": teacher, "cache": tmp_path / "cache"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs, costs=measured)) == 0
+    (teacher / "model.safetensors").unlink()
+    assert run("distill_task", *words(data, tmp_path / "run", **knobs)) == 0
+    costs = record(tmp_path / "run").costs
+    if measured == "false":
+        assert [cost["model"] for cost in costs] == ["student"]
+        return
+    theirs, ours = costs
+    assert theirs["parameters"] > ours["parameters"] and ours["kept"] == ours["score"] / theirs["score"]
+    # What the teacher scores on other texts is not known.
+    assert run("distill_task", *words(data, tmp_path / "other", **knobs, validation_split="train")) == 0
+    theirs, ours = record(tmp_path / "other").costs
+    assert "score" not in theirs and "kept" not in ours
+
+
+def test_the_cache_of_another_teacher_is_refused(data, classifier, tmp_path):
+    knobs = {**CACHED, "cache": tmp_path / "cache", "costs": "false"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", teacher=classifier, **knobs)) == 0
+    same = own_teacher(tmp_path / "same", classifier)
+    assert run("distill_task", *words(data, tmp_path / "run", teacher=same, **knobs)) == 0
+    other = own_teacher(tmp_path / "other", classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.classifier.bias[0] += 1.0
+    model.save_pretrained(other)
+    for change in (lambda: None, (other / "model.safetensors").unlink):
+        change()
+        with pytest.raises(ValueError, match=rf"of another run: teacher {classifier} there, {other} now$"):
+            run("distill_task", *words(data, tmp_path / "run", teacher=other, **knobs, overwrite_output_dir="true"))
+
+
+def test_a_cache_is_of_the_knobs_that_decide_what_is_read(data, classifier, tmp_path):
+    """All texts are shorter than either length: the samples themselves do not tell."""
+    knobs = {**CACHED, "teacher": classifier, "cache": tmp_path / "cache", "costs": "false"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs)) == 0
+    with pytest.raises(ValueError, match="is the cache of another run: max_length 16 there, 18 now"):
+        run("distill_task", *words(data, tmp_path / "run", **knobs, max_length=18))
+
+
+def test_what_the_largest_logits_cannot_teach_is_refused_before_they_are_written(data, classifier, tmp_path):
+    knobs = {"teacher": classifier, "cache": tmp_path / "cache", "cache_top_k": 1}
+    argv = words(data, tmp_path / "no", **knobs, terms="[{kind: logit}]")
+    with pytest.raises(ValueError, match=r"term logit needs all logits, .* has top_k=1"):
+        run("distill_cache", "distill_task", *argv)
+    argv = words(data, tmp_path / "no", **knobs | {"cache_top_k": 2}, terms="[{kind: soft_target}]")
+    with pytest.raises(ValueError, match="top_k must be below the 2 classes, got 2"):
+        run("distill_cache", "distill_task", *argv)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("too large")
+
+    argv = words(data, tmp_path / "run", **CACHED, teacher=classifier)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_tfm.training.distill_cache.measure_cost", fail)
+        with pytest.raises(RuntimeError, match=r"too large.*the student is saved in .*--costs false"):
+            run("distill_task", *argv)
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert saved.config.num_hidden_layers == 2
+    assert run("distill_task", *argv, "--costs", "false") == 0
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert torch.equal(saved.classifier.weight, again.classifier.weight)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
     knobs = {"teacher": classifier, "terms": TERMS["mapped"], "schedule": "constant", "final_weights": "last"}
     knobs |= {"eval_steps": 2, "costs": "false"}
@@ -291,6 +369,12 @@ def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_
     shutil.rmtree(tmp_path / "cached")
     with pytest.raises(ValueError, match="is the cache of another run: preprocessing"):
         run("distill_pretrain", *words(data, tmp_path / "other", **cache, seed=1))
+    # A cache is of the texts that are learned from; others may score.
+    shutil.copytree(data, tmp_path / "data")
+    Dataset.from_parquet(str(data / "validation.parquet")).take(5).to_parquet(
+        str(tmp_path / "data" / "validation.parquet")
+    )
+    assert run("distill_pretrain", *words(tmp_path / "data", tmp_path / "cached", **cache)) == 0
 
 
 REFUSED = {
