@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
@@ -19,6 +18,7 @@ from ..models.patches import Size
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
 from ..tasks.images import ImageTask, Pixels, image_processor
 from .arguments import ImageArguments
+from .model_fields import fresh_head, label_fields
 from .splits import check_holdout, split_rows
 
 IMAGE_SIZE = 224  # of a new model
@@ -150,11 +150,6 @@ def label_tasks(
     return {split: ClassificationTask(processor, label_ids(part, names), *options) for split, part in rows.items()}
 
 
-def label_fields(names: list[str]) -> dict[str, dict]:
-    """The fields of a configuration for classes of these names."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-
-
 def load_classifier(source: str, names: list[str], image_size: Size, **fields: Any) -> TfmViTForImageClassification:
     """A classifier that goes on from another model; if it had other classes, its linear layers are new.
 
@@ -180,16 +175,6 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
                 fresh_head(model, name)  # as many classes, but others
     model.vit.set_image_size(image_size)
     return model
-
-
-def fresh_head(model: PreTrainedModel, name: str) -> str:
-    """Draw the weights of a linear layer anew: its classes are others, though as many. Returns ``name``."""
-    parent, _, own = name.rpartition(".")
-    old = model.get_submodule(name)
-    new = nn.Linear(old.in_features, old.out_features)
-    model._init_weights(new)
-    setattr(model.get_submodule(parent), own, new)
-    return name
 
 
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The configuration of a new model, from a run's knobs ``size`` and ``model``."""
+"""The configuration of a new model, from a run's knobs ``size`` and ``model``; and its classes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class SizedArguments(Protocol):
@@ -40,3 +41,18 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
         return kind.of_size(args.size, **args.model, **fields)
     except StrictDataclassError as error:
         raise ValueError(f"model: {error}") from error
+
+
+def label_fields(names: Sequence[str]) -> dict[str, dict]:
+    """What a configuration says of classes called ``names``, in order."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+
+
+def fresh_head(model: PreTrainedModel, name: str) -> str:
+    """Draw the weights of a linear layer anew: its classes are others, though as many. Returns ``name``."""
+    parent, _, own = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    model._init_weights(new)
+    setattr(model.get_submodule(parent), own, new)
+    return name

@@ -24,7 +24,7 @@ from transformers import (
 from ..data.vocabulary import train_bytes, train_wordpiece
 from ..models import TfmBertConfig, TfmGPTConfig
 from ..tasks.text_classification import input_names
-from .model_fields import new_config
+from .model_fields import fresh_head, label_fields, new_config
 from .optim import height
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def class_fields(labels: Sequence[str] | None) -> dict[str, Any]:
     """What a configuration says of the classes; None where a number is predicted."""
     if labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: place for place, name in enumerate(labels)}}
-    return {**names, "problem_type": "single_label_classification"}
+    return {**label_fields(labels), "problem_type": "single_label_classification"}
 
 
 def build_classifier(
@@ -200,11 +199,7 @@ def fresh_classifier(model: PreTrainedModel) -> None:
     ]
     if not last:
         raise ValueError(f"{type(model).__name__} has no linear layer of {model.num_labels} classes to draw anew")
-    parent, _, own = last[-1].rpartition(".")
-    old = model.get_submodule(last[-1])
-    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
-    model._init_weights(new)
-    setattr(model.get_submodule(parent), own, new)
+    fresh_head(model, last[-1])
 
 
 def check_height(args: ModelArguments, model: PreTrainedModel) -> None:
