@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.batching import COPY, fetch, worker_loader
+from ..data.batching import COPY
 from ..training.folder import explain_write_errors, write_text
+from .chunks import Chunks, shard_tensors
 from .facts import Facts
-from .samples import encode, inputs_hash, join, split, training_collate
-from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, pack, save_shard, shard_path
+from .samples import inputs_hash, join
+from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
 from .teacher import Teacher, origin_of, to_dtype
 from .terms import Lesson, signals_of
@@ -157,69 +157,6 @@ def begin(folder: Path, index: CacheIndex) -> None:
     with explain_write_errors(folder):
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     write_text(folder / INDEX_FILE, json.dumps(asdict(index), indent=2) + "\n")
-
-
-class Chunks(Dataset):
-    """Some places of a cache as batches for the teacher, texts of like length together."""
-
-    def __init__(
-        self,
-        task: Any,
-        rows: Sequence[Any],
-        places: range,
-        numbers: Callable[[int], Sequence[int]] | None,
-        batch_size: int,
-    ):
-        self.task, self.rows, self.places = task, rows, places
-        self.chunks: list[tuple[int, list[int]]] = []  # epoch, numbers
-        for epoch in range(places.start // len(rows), (places.stop - 1) // len(rows) + 1):
-            here = range(max(places.start - epoch * len(rows), 0), min(places.stop - epoch * len(rows), len(rows)))
-            own = list(here)
-            if numbers is not None:
-                own = sorted((n for n in numbers(epoch) if n % COPY in here), key=lambda n: n % COPY)
-                if len({n % COPY for n in own}) < len(own):
-                    raise ValueError(f"epoch {epoch} has several copies of a sample, which cannot be cached")
-            own = by_length(rows, own)
-            self.chunks += [(epoch, own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, i: int) -> tuple[int, list[int], dict[str, Any]]:
-        epoch, numbers = self.chunks[i]
-        batch = training_collate(self.task)(fetch(self.rows, [n % COPY for n in numbers]), numbers, epoch)
-        return epoch, numbers, batch
-
-
-def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
-    """Numbers of texts in order of their tokens, so that little is padding; others as they come."""
-    found = fetch(rows, [numbers[0] % COPY]) if numbers else [{}]
-    if "input_ids" not in found[0]:
-        return numbers
-    lengths = {
-        n: len(row["input_ids"]) for n, row in zip(numbers, fetch(rows, [n % COPY for n in numbers]), strict=True)
-    }
-    return sorted(numbers, key=lengths.__getitem__)
-
-
-def shard_tensors(
-    teacher: Teacher, task: Any, chunks: Chunks, index: CacheIndex, num_workers: int
-) -> dict[str, Tensor]:
-    """The content of a shard."""
-    found: dict[int, tuple[int, Signals]] = {}
-    for epoch, numbers, batch in worker_loader(chunks, range(len(chunks)), num_workers):
-        if batch.get("images", len(numbers)) == 0:
-            continue  # none of them can be read
-        places = task.places(batch)
-        given = teacher.signals({}, task.inputs(batch), index.signals, places)
-        stored = encode(given, index.top_k, index.temperature, to_dtype(index.dtype))
-        kept = {n % COPY for n in batch["indices"].tolist()} if "images" in batch else None
-        numbers = [n for n in numbers if kept is None or n % COPY in kept]
-        for number, sample in zip(numbers, split(batch, stored, places), strict=True):
-            found[epoch * index.rows + number % COPY] = number, {k: v.clone() for k, v in sample.items()}
-    if not found:
-        raise ValueError(f"no sample of {chunks.places} can be read")
-    return pack([found.get(place) for place in chunks.places])
 
 
 def differs(held: CacheIndex, knob: str, now: Any) -> bool:
