@@ -8,7 +8,7 @@ from distillation_helpers import bert, classifier, language_task, sentences, vit
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_tfm.distillation.cache import write_cache
-from hf_tfm.distillation.teacher import Teacher, check_score, load_teacher, to_dtype, weights_hash
+from hf_tfm.distillation.teacher import Teacher, check_score, load_teacher, origin_of, to_dtype, weights_hash
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -138,3 +138,21 @@ def test_what_a_teacher_is_given_goes_to_its_device_and_its_answer_comes_back(mo
     sent.clear()
     teacher.model.to("meta")(IDS)
     assert [entry for entry in sent if entry[0] == "Tensor"] == [("Tensor", "meta")] * 2 and sent[-1] == answer
+
+
+def test_the_origin_of_a_teacher_is_known_without_loading_it(tmp_path, monkeypatch):
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        bert(1, seed=seed).save_pretrained(tmp_path / name)
+    one, same, other = (origin_of(str(tmp_path / name)) for name in ("one", "same", "other"))
+    assert one == same != other
+    (tmp_path / "one" / "model.safetensors").unlink()
+    assert origin_of(str(tmp_path / "one")) is None
+    configs = {"there": {"_commit_hash": "abc"}}
+
+    def get(name):
+        if name not in configs:
+            raise OSError("no network")
+        return configs[name], {}
+
+    monkeypatch.setattr("hf_tfm.distillation.teacher.PreTrainedConfig.get_config_dict", get)
+    assert origin_of("there") == "abc" and origin_of("elsewhere") is None
