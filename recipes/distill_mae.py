@@ -11,10 +11,10 @@ Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train
 recipes/presets/distill_mae/.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, 
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.distillation.student import Distilled
-from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.masked_image import MaskedImageTask
-from hf_tfm.training import evaluate, train
+from hf_tfm.training import evaluate
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.distill_cache import Yardstick, check_cache, fill_cache, table_of_costs
-from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
-from hf_tfm.training.distill_run import begin_with_layers, freeze_rest, prepare
+from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
+from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
+from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import finish, open_run, start_accelerator
@@ -88,40 +87,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin_with_layers(args, student)
     task = MaskedImageTask(student.config, processor, args.augmentation, args.seed)
     lessons = prepare(args, accelerator, task, student, AutoModelForPreTraining)
-    learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
-    if args.write_cache:
-        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint)
-    check_cache(args, lessons, learning_rows, fingerprint)
-    learning = image_loader(args, accelerator, lessons.task, learning_rows, learning=True)
+    learning = image_loader(args, accelerator, lessons.task, rows[args.train_split], learning=True)
     validation = image_loader(args, accelerator, lessons.compared(task), rows[args.held_out], learning=False)
 
     def reconstruction(model: Any) -> float:
         return evaluate(accelerator, task, model, validation)["loss"]
 
-    if args.expected_score is not None:
-        check_score({"loss": reconstruction(lessons.teacher)}, "loss", args.expected_score)
+    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
+    of = f"reconstruction loss of {data['fingerprint'][args.held_out]}"
+    yardstick = Yardstick(sample, reconstruction, of, higher_is_better=False)
+    fingerprint = data["fingerprint"][args.train_split]
+    if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
+        return 0
+    check_teacher(args, lessons, lambda teacher: {"loss": reconstruction(teacher)})
     run = open_run(accelerator, args, "image-feature-extraction", data, Path(__file__).stem, argv)
-    freeze_rest(accelerator, lessons, learning)
 
     def validate(trained: Distilled) -> dict[str, float]:
-        own = {"reconstruction": reconstruction(trained.student)}
-        if args.cached:  # a cache holds the training images alone
-            return {"loss": own["reconstruction"], **own}
-        return {**evaluate(accelerator, lessons.task, trained, validation), **own}
+        own = reconstruction(trained.student)
+        # Without the teacher, whose cache holds the training images alone, there is nothing else to go by.
+        terms = {"loss": own} if args.cached else evaluate(accelerator, lessons.task, trained, validation)
+        return {**terms, "reconstruction": own}
 
-    per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
-    accelerator.print(line)
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, validate)
+    result = learn(args, accelerator, lessons, learning, validate, partial(settle, args, accelerator))
     if result.stopped:
         return run.stopped(result)
     metrics = [{"name": "reconstruction_loss", "value": reconstruction(student), "split": args.held_out}]
-    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    yardstick = Yardstick(
-        sample, reconstruction, f"loss of {data['fingerprint'][args.held_out]}", higher_is_better=False
-    )
     costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), processor, task, result, metrics, costs)
     return 0

@@ -10,10 +10,10 @@ it writes the teacher's signals and ends; with --cache DIR it reads them, and ne
 their cost and expected numbers: recipes/presets/distill_vision/.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,11 @@ from transformers import AutoModelForImageClassification, set_seed
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.images import label_names
 from hf_tfm.distillation.student import Distilled
-from hf_tfm.distillation.teacher import check_score
 from hf_tfm.tasks.classification import predict, score
-from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.distill_cache import Yardstick, check_cache, fill_cache, table_of_costs
-from hf_tfm.training.distill_images import DistillImageArguments, shared_processor
-from hf_tfm.training.distill_run import begin_with_layers, freeze_rest, prepare
+from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
+from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
+from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
     LabelledImageArguments,
@@ -83,10 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     student = build_student(args, image_size_of(processor), names)
     begin_with_layers(args, student)
     lessons = prepare(args, accelerator, task, student, CLASSIFIER)
-    learning_rows, fingerprint = rows[args.train_split], data["fingerprint"][args.train_split]
-    if args.write_cache:
-        return fill_cache(args, accelerator, lessons, learning_rows, fingerprint)
-    check_cache(args, lessons, learning_rows, fingerprint)
 
     def loader_of(split: str, task: Any, learning: bool = False) -> Any:
         unit = 2 if learning and args.mixing.on else 1
@@ -100,30 +94,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = predict(accelerator, task, model, validation)
         return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found)}}
 
-    if args.expected_score is not None:
-        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
+    of = f"accuracy of {data['fingerprint'][args.held_out]}"
+    yardstick = Yardstick(sample, lambda model: scores_of(model)["accuracy"], of)
+    fingerprint = data["fingerprint"][args.train_split]
+    if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
+        return 0
+    check_teacher(args, lessons, scores_of)
     run = open_run(accelerator, args, "image-classification", data, Path(__file__).stem, argv)
-    freeze_rest(accelerator, lessons, learning)
 
     def validate(trained: Distilled) -> dict[str, float]:
-        terms = {} if args.cached else evaluate(accelerator, lessons.task, trained, validation)
-        return {**scores_of(trained.student), **({"distillation": terms["loss"]} if terms else {})}
+        return scores_of(trained.student) | lessons.distance(accelerator, trained, validation)
 
-    per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
-    accelerator.print(line)
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, validate)
+    result = learn(args, accelerator, lessons, learning, validate, partial(settle, args, accelerator))
     if result.stopped:
         return run.stopped(result)
     metrics = []
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
-    sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    yardstick = Yardstick(
-        sample, lambda model: scores_of(model)["accuracy"], f"accuracy of {data['fingerprint'][args.held_out]}"
-    )
     costs = table_of_costs(args, accelerator, lessons, yardstick)
     finish(run, student.eval(), processor, task, result, metrics, costs)
     return 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from accelerate import Accelerator
 from transformers import BaseImageProcessor
 
 from ..distillation.facts import check_processors
@@ -43,3 +44,12 @@ def shared_processor(args: DistillImageArguments) -> BaseImageProcessor:
     if args.init_from:
         check_processors(as_read(args.init_from), teacher)
     return image_processor(size, args.resize, *scale)
+
+
+def settle(
+    args: DistillImageArguments, accelerator: Accelerator, per_epoch: int | None, num_steps: int
+) -> DistillImageArguments:
+    """The knobs with what follows from the steps of an epoch, which is said; for `learn`."""
+    settled, line = args.settle(per_epoch)
+    accelerator.print(line)
+    return settled
