@@ -1,13 +1,13 @@
 """The model that would be trained, and checks of its weights: what is new, and what is frozen without a training."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from ..models import TfmDetrConfig, TfmDetrForObjectDetection
 from ..models.backbones import FrozenBatchNorm
 from ..training.model_fields import new_config
-from ..training.scene_run import OF_THE_DATA, labels_of, load_detr
+from ..training.scene_run import CLASSIFIER, QUERIES, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
@@ -46,15 +46,20 @@ def fresh_weights(case: Case) -> Finding:
             return ok(message)
         return warning(f"{message} (limit: {LARGE_BACKBONE / 1e6:g})", "--pretrained_backbone true, or a smaller one")
     old, new = case.earlier.state_dict(), case.model.state_dict()
-    kept = {name for name in old.keys() - case.missing if name in new and torch.equal(old[name], new[name])}
+    kept = {name for name in old.keys() - case.missing if name in new and taken(old[name], new[name])}
     fresh = [name for name in sizes if name not in kept]
     share = sum(sizes[name] for name in fresh) / sum(sizes.values())
     if not fresh:
         return ok(f"all {millions} are those of {case.args.init_from}")
     message = f"{share:.2%} of {millions} start anew: {', '.join(sorted({top(name) for name in fresh}))}"
-    if all(any(part in name for part in OF_THE_DATA) for name in fresh):
+    if all(CLASSIFIER in name or QUERIES in name for name in fresh):
         return ok(message)
     return graded(share > MOSTLY, message, "go on from a detector, with the fields of its configuration")
+
+
+def taken(old: Tensor, new: Tensor) -> bool:
+    """Whether a weight is as it was saved, or the first rows of that: of fewer queries."""
+    return torch.equal(old[: len(new)] if new.ndim else old, new)
 
 
 def top(name: str) -> str:

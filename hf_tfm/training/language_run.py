@@ -197,7 +197,7 @@ def join_texts(args: LanguageArguments, texts: dict) -> Any:
 def learned_from(args: LanguageArguments, texts: dict) -> list[str]:
     """Names of the parts of `join_texts`."""
     scored = scored_splits(args)
-    return [name for name in texts if name not in scored]
+    return [name for name in texts if name == args.train_split or name not in scored]
 
 
 def scored_splits(args: LanguageArguments) -> list[str]:

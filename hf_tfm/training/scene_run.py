@@ -25,7 +25,7 @@ from ..models.backbones import TimmFeatures
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
-from .model_fields import check_fields, new_config
+from .model_fields import check_fields, label_fields, new_config
 from .run import finish, open_run
 from .scene_pictures import PredictionPictures
 from .session import train
@@ -102,8 +102,7 @@ def new_processor(args: SceneRunArguments) -> BaseImageProcessor:
 
 def labels_of(rows: datasets.Dataset) -> dict[str, Any]:
     """Fields of the configuration that name the classes of rows."""
-    names = class_names(rows)
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return label_fields(class_names(rows))
 
 
 def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:

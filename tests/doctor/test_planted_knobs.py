@@ -121,9 +121,11 @@ def test_a_model_of_other_classes_is_told(trained, monkeypatch):
     assert not [finding for finding in found if finding.level == "failed"]
 
 
-def test_fewer_queries_start_anew(trained, monkeypatch):
-    found = go_on(monkeypatch, trained, model="{num_queries: 8}")
+def test_more_queries_start_anew_and_fewer_are_the_first(trained, monkeypatch):
+    found = go_on(monkeypatch, trained, model="{num_queries: 12}")
     assert "start anew: model.query_position_embeddings" in only(found, "fresh_weights", "ok").message
+    found = go_on(monkeypatch, trained, model="{num_queries: 8}")
+    assert "start anew" not in only(found, "fresh_weights", "ok").message
 
 
 @pytest.mark.parametrize(("kept", "level"), [("model.", "warning"), ("model.backbone.", "failed")])

@@ -36,7 +36,7 @@ FIELDS = {
 # The one value of a field of theirs that we can express.
 THEIRS_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 # Fields that say nothing about the outputs: they ride along.
-OURS_CARRIED = ("activation_dropout",)
+OURS_CARRIED = ("activation_dropout", "classifier_dropout")
 THEIRS_CARRIED = (
     "reorder_and_upcast_attn",
     "summary_type",
