@@ -21,7 +21,7 @@ from transformers.models.detr.modeling_detr import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .backbones import TimmFeatures
 from .configuration_detr import TfmDetrConfig
@@ -165,7 +165,7 @@ class BoxPredictor(nn.Module):
         for layer in self.layers[:-1]:
             states = layer(states).relu()
         # A box is a fine measure: bf16 knows places near 1 to 1/256, half a pixel of 128.
-        with torch.autocast(states.device.type, enabled=False):
+        with maybe_autocast(states.device.type, enabled=False):
             last = self.layers[-1]
             return last(states.to(last.weight.dtype)).sigmoid()
 

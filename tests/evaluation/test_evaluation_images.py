@@ -320,6 +320,7 @@ def test_help_tells_whose_each_option_is(capsys):
     assert {"num_workers", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
     assert groups["image classifiers"] == ["real_labels"]
     assert set(groups["image classifiers and text classifiers"]) == {"confusion", "label_column"}
-    assert set(groups["detectors"]) == {"objects_column", "segments"}
+    boxes = {"objects_column", "box_format", "relative_boxes"}
+    assert set(groups["detectors"]) == {*boxes, "segments", "panoptic_column", "segments_column"}
     assert groups["masked autoencoders and language models"] == ["seed"]
     assert {"mask_share", "text_column"} < set(groups["language models"])

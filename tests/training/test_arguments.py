@@ -8,6 +8,7 @@ import yaml
 
 from hf_tfm.training import ImageArguments, TokenArguments
 from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training.distill_run import DistillationKnobs
 from hf_tfm.training.run import FREE, repeat_command
 from hf_tfm.training.scene_run import SceneRunArguments
 
@@ -147,7 +148,8 @@ def test_knobs_that_a_run_may_change_exist():
     from runpy import run_path
 
     recipe = run_path(str(RECIPE))["TranslationArguments"]
-    assert {field.name for kind in (recipe, SceneRunArguments) for field in fields(kind)} >= FREE
+    kinds = (recipe, SceneRunArguments, DistillationKnobs)
+    assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
 
 def test_command_that_repeats_a_run(monkeypatch):
