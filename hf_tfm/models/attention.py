@@ -178,7 +178,7 @@ class MultiHeadAttention(nn.Module):
         hidden_states: Tensor,
         memory: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
@@ -191,7 +191,7 @@ class MultiHeadAttention(nn.Module):
             memory: (B, Tk, D), the encoder's output (cross-attention); (B / n, Tk, D) when n rows of hidden states in
                 turn share one row of memory, as the beams of a sentence do.
             attention_mask: in the form of the chosen backend; of the eager one with ``output_attentions``.
-            past_key_values: grows by Tq keys here; for cross-attention, filled once and then reused.
+            cache: grows by Tq keys here; for cross-attention, filled once and then reused.
             output_attentions: form the probabilities, whatever the backend.
             query_positions, key_positions: added to what queries, or keys, are made of and not to the values' source,
                 broadcastable to it (Carion et al. 2020, figure 10).
@@ -205,7 +205,7 @@ class MultiHeadAttention(nn.Module):
         if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
             query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
-        key, value = self.keys_and_values(hidden_states, memory, past_key_values, key_positions)  # (B, H, Tk, Dh)
+        key, value = self.keys_and_values(hidden_states, memory, cache, key_positions)  # (B, H, Tk, Dh)
         mixed, probabilities = self.attention_function(query, key, output_attentions)(
             self,
             query,

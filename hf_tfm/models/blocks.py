@@ -137,7 +137,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         memory: Tensor,
         attention_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         positions: Tensor | None = None,
         memory_positions: Tensor | None = None,
         **kwargs,
@@ -148,7 +148,7 @@ class DecoderBlock(GradientCheckpointingLayer):
             positions, memory_positions: added here to queries, and to keys, for a stack whose input does not hold
                 them.
         """
-        kwargs["past_key_values"] = past_key_values
+        kwargs["cache"] = cache
         place = {"query_positions": positions, "key_positions": positions}
         place_in_memory = {"query_positions": positions, "key_positions": memory_positions}
 

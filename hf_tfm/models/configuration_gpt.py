@@ -71,7 +71,7 @@ class TfmGPTConfig(TravellingConfig):
     """
 
     model_type = "tfm_gpt"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]
     auto_classes: ClassVar = {
         "AutoConfig": "configuration_gpt.TfmGPTConfig",
         "AutoModel": "modeling_gpt.TfmGPTModel",

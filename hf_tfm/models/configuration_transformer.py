@@ -88,7 +88,7 @@ class TfmTransformerConfig(TravellingConfig):
     """
 
     model_type = "tfm_transformer"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]
     attribute_map: ClassVar = {
         "d_model": "hidden_size",
         "num_hidden_layers": "num_decoder_layers",

@@ -25,6 +25,8 @@ from transformers.generation import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from .cache_names import CACHE_NAME
+
 # Looking who has ended makes a GPU wait, and leaving rows out copies their cache: not worth it at every token.
 STEPS_BETWEEN_CHECKS = 4
 # These look at one row at a time and do not count rows, so they may be shown fewer of them.
@@ -42,13 +44,13 @@ def greedy_suits(
     config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList, inputs: dict
 ) -> bool:
     """Whether `greedy` gives what `generate` was asked for: just the ids, an end by EOS, no look across rows."""
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME)
     return (
         not (config.do_sample or config.return_dict_in_generate or config.is_assistant)
         and {type(processor) for processor in processors} <= ROW_BY_ROW
         and {type(criterion) for criterion in criteria} == {EosTokenCriteria, MaxLengthCriteria}
         and config.prefill_chunk_size is None
-        and inputs.keys() <= {"past_key_values", "encoder_outputs", "attention_mask", "use_cache"}
+        and inputs.keys() <= {CACHE_NAME, "encoder_outputs", "attention_mask", "use_cache"}
         and isinstance(cache, EncoderDecoderCache)
         and type(cache.self_attention_cache) is DynamicCache
         and cache.get_seq_length() == 0
@@ -64,7 +66,7 @@ def greedy(
     pad_token_id: int,
     max_length: int,
     encoder_outputs: BaseModelOutput,
-    past_key_values: EncoderDecoderCache,
+    cache: EncoderDecoderCache,
     attention_mask: Tensor | None = None,
     use_cache: bool = True,
 ) -> Tensor:
@@ -80,7 +82,7 @@ def greedy(
         pad_token_id: fills a row after its end.
         max_length: upper bound of the length of the result.
         encoder_outputs: of the B sentences.
-        past_key_values: empty.
+        cache: empty.
         attention_mask: (B, S) of the source.
 
     Returns:
@@ -97,7 +99,7 @@ def greedy(
             encoder_outputs=BaseModelOutput(last_hidden_state=memory),
             attention_mask=attention_mask,
             decoder_input_ids=ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         scores = outputs.logits[:, -1]  # (R, V)
@@ -113,7 +115,7 @@ def greedy(
                 break
             rows, memory, ids, running = rows[keep], memory[keep], ids[keep], running[keep]
             attention_mask = None if attention_mask is None else attention_mask[keep]
-            past_key_values.reorder_cache(keep)
+            cache.reorder_cache(keep)
     ended = torch.isin(output[:, start:], eos_token_id)  # (B, T' - start)
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_length - start)  # (B,)
     return output[:, : start + int(lengths.max())]
@@ -129,7 +131,7 @@ class SharedMemoryGenerationMixin(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs):
         """As transformers' `generate`: same arguments, same results."""
         output = super().generate(inputs, **kwargs)
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE_NAME, None)
         if isinstance(cache, EncoderDecoderCache):  # handed out with a row of memory for each hypothesis, as usual
             for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
                 hypotheses = len(own.keys) // len(cross.keys)
@@ -143,10 +145,10 @@ class SharedMemoryGenerationMixin(GenerationMixin):
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
         return input_ids, {**inputs, **memory}
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+    def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """Follow the beams kept, (B * beams,) row numbers; a beam never leaves its sentence, so its memory stays."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **inputs):
         """Greedy decoding and sampling: `greedy` where it gives the same, else transformers' loop."""
@@ -161,6 +163,7 @@ class SharedMemoryGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **inputs,
             )
+        inputs["cache"] = inputs.pop(CACHE_NAME)
         eos_token_id, pad_token_id = generation_config._eos_token_tensor, int(generation_config._pad_token_tensor)
         limit = generation_config.max_length
         return greedy(self, input_ids, logits_processor, eos_token_id, pad_token_id, limit, **inputs)

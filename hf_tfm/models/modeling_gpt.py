@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MultiHeadAttention, eager_view, wants_maps
 from .blocks import EncoderBlock
+from .cache_names import CACHE_NAME, CACHE_NAMES, cache_of, takes_cache
 from .configuration_gpt import TfmGPTConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
@@ -66,7 +67,7 @@ class TfmGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = CACHE_NAMES
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]  # noqa: RUF012 - causal masks in older files
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -116,6 +117,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -123,7 +125,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -134,10 +136,10 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
             attention_mask: (B, cached + T).
             position_ids: (B, T) or (1, T); default, those that follow the cached tokens. Without ``attention_mask``
                 and cache a row may hold several texts: where positions start anew, no token sees what is before.
-            past_key_values: keys and values of earlier tokens; grows by T.
+            cache: keys and values of earlier tokens; grows by T.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), ``past_key_values``; on request ``hidden_states``, L + 1 of (B, T, D), and
+            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, L + 1 of (B, T, D), and
             ``attentions``, L of (B, H, T, cached + T).
 
         Raises:
@@ -146,9 +148,9 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         words = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             end, longest = seen + words.shape[1], self.config.max_position_embeddings
             if isinstance(end, int) and end > longest:
@@ -159,11 +161,11 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         hidden_states = self.drop(words + self.wpe(places))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
-        mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values, position_ids)
+        mask = create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, mask, cache=cache, **kwargs)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE_NAME: cache if use_cache else None}
         )
 
 
@@ -202,13 +204,14 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -229,10 +232,10 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
                 as sequence-parallel training has to before it shares a sequence out.
 
         Returns:
-            ``loss`` scalar, ``logits`` (B, T, V) or None, ``past_key_values``; on request hidden states, attentions.
+            ``loss`` scalar, ``logits`` (B, T, V) or None, ``cache``; on request hidden states, attentions.
         """
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -243,7 +246,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -262,13 +265,14 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -290,7 +294,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             ValueError: ``language_weight`` is given without ``input_ids``.
         """
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden = outputs.last_hidden_state
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
@@ -313,7 +317,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -15,6 +15,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .cache_names import CACHE_NAME, cache_of, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .generation import SharedMemoryGenerationMixin
@@ -69,6 +70,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
             # Source and target have one vocabulary: the decoder's own table grows or shrinks with the encoder's.
             self.decoder.resize_token_embeddings(value.num_embeddings)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -77,7 +79,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -91,7 +93,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
             decoder_input_ids: (B, T), or ``decoder_inputs_embeds`` (B, T, D).
             decoder_attention_mask: (B, cached + T).
             encoder_outputs: of an earlier call, instead of the source.
-            past_key_values: see `TfmTransformerDecoder.forward`.
+            cache: see `TfmTransformerDecoder.forward`.
 
         Returns:
             ``last_hidden_state`` (B, T, D), ``encoder_last_hidden_state`` (B, S, D), and what was asked for.
@@ -107,14 +109,14 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
-            past_key_values=decoded.past_key_values,
+            **{CACHE_NAME: cache_of(decoded)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
@@ -152,6 +154,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         """(B, T) -> (B, T); transformers' data collators call it."""
         return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -160,7 +163,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -195,7 +198,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -222,7 +225,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
             logits=logits,
             token_loss=token_loss,
             length_loss=length_loss,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

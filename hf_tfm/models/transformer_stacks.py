@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
 from .blocks import DecoderBlock, EncoderBlock
+from .cache_names import CACHE_NAME, CACHE_NAMES, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .dropout import Dropout
 from .positions import SinusoidalPositions, positions_1d
@@ -30,7 +31,7 @@ class TfmTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = CACHE_NAMES
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -154,6 +155,7 @@ class TfmTransformerDecoder(TfmTransformerStack):
         super().__init__(config, (DecoderBlock(config, i, causal) for i in range(config.num_decoder_layers)))
         self.is_causal = causal
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -162,7 +164,7 @@ class TfmTransformerDecoder(TfmTransformerStack):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -172,10 +174,10 @@ class TfmTransformerDecoder(TfmTransformerStack):
         Args:
             attention_mask: (B, cached + T).
             encoder_attention_mask: (B, S).
-            past_key_values: keys and values of earlier tokens and of the memory; grows by T tokens.
+            cache: keys and values of earlier tokens and of the memory; grows by T tokens.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), ``past_key_values``; on request ``hidden_states``, ``attentions``
+            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, ``attentions``
             N of (B, H, T, cached + T) and ``cross_attentions`` N of (B, H, T, S).
 
         Raises:
@@ -184,10 +186,10 @@ class TfmTransformerDecoder(TfmTransformerStack):
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states of shape (B, S, D), got None")
         if not self.is_causal:
-            past_key_values = None  # every token sees every other one, so nothing of an earlier call stays valid
-        elif use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache = None  # every token sees every other one, so nothing of an earlier call stays valid
+        elif use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        seen = cache.get_seq_length() if cache is not None else 0
         if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
             seen = int(seen)  # a static cache counts on its device: free to read on a CPU, a stall elsewhere
         hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
@@ -196,10 +198,10 @@ class TfmTransformerDecoder(TfmTransformerStack):
         if kwargs["output_attentions"]:
             config = eager_view(config)
         if self.is_causal:
-            own = past_key_values
+            own = cache
             if isinstance(own, EncoderDecoderCache):
                 own = own.self_attention_cache
-            mask = create_causal_mask(config, hidden_states, attention_mask, past_key_values=own)
+            mask = create_causal_mask(config, hidden_states, attention_mask, own)
         else:
             mask = padding_mask(config, hidden_states, attention_mask)
         memory_mask = padding_mask(config, hidden_states, encoder_attention_mask, encoder_hidden_states)
@@ -209,10 +211,10 @@ class TfmTransformerDecoder(TfmTransformerStack):
                 encoder_hidden_states,
                 mask,
                 memory_mask=memory_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache}
         )

@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_tfm.models.generation as generation
+from hf_tfm.models.cache_names import CACHE_NAMES, cache_of
 from hf_tfm.models.generation import SharedMemoryGenerationMixin
 
 KINDS = pytest.mark.parametrize(
@@ -62,9 +63,9 @@ def test_cached_equals_uncached(fields, static):
         past.cross_attention_cache = StaticCache(config=model.config, max_cache_len=7)
     got = []
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 8)):
-        output = model(**batch, decoder_input_ids=ids[:, start:stop], past_key_values=past, use_cache=True)
+        output = model(**batch, decoder_input_ids=ids[:, start:stop], cache=past, use_cache=True)
         got.append(output.logits)
-    assert output.past_key_values is past and past.get_seq_length() == 8
+    assert cache_of(output) is past and past.get_seq_length() == 8
     assert largest_difference(torch.cat(got, dim=1), expected) < 1e-5
 
 
@@ -77,8 +78,8 @@ def test_the_memory_is_projected_once():
     assert len(calls) == 1
     model.generate(**source(), max_new_tokens=6, min_new_tokens=6, use_cache=False)
     assert len(calls) == 7
-    assert model(**batch, use_cache=False).past_key_values is None
-    assert isinstance(model(**batch).past_key_values, EncoderDecoderCache)
+    assert cache_of(model(**batch, use_cache=False)) is None
+    assert isinstance(cache_of(model(**batch)), EncoderDecoderCache)
 
 
 @KINDS
@@ -248,7 +249,8 @@ def test_sampling():
 def test_a_returned_cache_has_a_row_for_each_hypothesis():
     model, batch = lively_model(), source(rows=2)
     output = model.generate(**batch, num_beams=3, max_new_tokens=4, return_dict_in_generate=True)
-    own, cross = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    cache = cache_of(output)
+    own, cross = cache.self_attention_cache, cache.cross_attention_cache
     assert own.layers[0].keys.shape[0] == cross.layers[0].keys.shape[0] == cross.layers[1].values.shape[0] == 6
 
 
@@ -268,3 +270,17 @@ def test_attention_maps_of_a_generation():
     assert output.cross_attentions[0][0].shape == (6, 4, 1, 9)
     assert output.encoder_attentions[0].shape == (2, 4, 9, 9)
     assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names():
+    """transformers calls it ``cache`` since 5.24 and ``past_key_values`` before; a model takes either."""
+    model, batch = tiny_model(), tiny_batch()
+    logits = []
+    for name in CACHE_NAMES:
+        past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits.append(model(**batch, **{name: past}, use_cache=True).logits)
+        assert past.get_seq_length() == batch["decoder_input_ids"].shape[1]
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(**batch, **dict.fromkeys(CACHE_NAMES, past))

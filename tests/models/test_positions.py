@@ -66,7 +66,7 @@ def test_learned_positions_refuse_too_long_a_cache(static):
         return StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache()
 
     past = EncoderDecoderCache(cache(), cache())
-    step = {"input_ids": source, "past_key_values": past, "use_cache": True}
+    step = {"input_ids": source, "cache": past, "use_cache": True}
     for _ in range(7):
         model(**step, decoder_input_ids=source[:, :1])
     with pytest.raises(ValueError, match="reaches position 7"):

@@ -19,7 +19,7 @@ def test_a_cache_changes_nothing(name, backend):
     expected = model(ids).logits
     cache, found = DynamicCache(), []
     for part in ids.split([4, 1, 3, 1], dim=1):
-        found.append(model(part, past_key_values=cache, use_cache=True).logits)
+        found.append(model(part, cache=cache, use_cache=True).logits)
     assert largest_difference(torch.cat(found, dim=1), expected) < 1e-5
     assert cache.get_seq_length() == 9
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_tfm import TfmTransformerForConditionalGeneration, TfmTransformerModel
+from hf_tfm.models.cache_names import cache_of
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
 from hf_tfm.models.modeling_transformer import shift_right
 
@@ -250,7 +251,7 @@ def test_loss(return_logits):
     assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert output.token_loss is output.loss and output.length_loss is None
     assert (output.logits is None) == (not return_logits)
-    assert output.past_key_values is None
+    assert cache_of(output) is None
 
 
 def test_loss_of_a_batch_in_parts_adds_up():

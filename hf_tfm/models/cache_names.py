@@ -1,0 +1,40 @@
+"""The cache of keys and values of earlier tokens, under the name that the installed transformers gives it.
+
+`transformers` 5.24 renamed the argument and the output ``past_key_values`` to ``cache``. Models here say ``cache``;
+at their border both names are taken, and outputs carry the one that `generate` looks for.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+OLD_NAME = "past_key_values"
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD_NAME
+CACHE_NAMES = ["cache", OLD_NAME]
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Let a method with an argument ``cache`` be called with ``past_key_values`` too.
+
+    Raises:
+        ValueError: both are given.
+    """
+
+    @wraps(forward)
+    def renamed(self, *args, **kwargs):
+        if OLD_NAME in kwargs:
+            if kwargs.get("cache") is not None:
+                raise ValueError(f"cache and {OLD_NAME} are two names of one argument: give one of them")
+            kwargs["cache"] = kwargs.pop(OLD_NAME)
+        return forward(self, *args, **kwargs)
+
+    return renamed
+
+
+def cache_of(output: Any) -> Cache | None:
+    """The cache in a model's output."""
+    return getattr(output, CACHE_NAME)
