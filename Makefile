@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint bench clean
+SOURCES := $(VENV)/sources
+
+.PHONY: quickstart test test-slow test-common lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +21,13 @@ test: $(VENV)/.installed  ## the test suite
 
 test-slow: $(VENV)/.installed  ## the longer proofs alone
 	$(BIN)/python -m pytest -m slow
+
+test-common: $(VENV)/.installed  ## transformers' own common model tests, on our models and on its own beside them
+	rm -rf $(SOURCES)
+	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") && \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(SOURCES) transformers==$$version && \
+	tar xzf $(SOURCES)/transformers-$$version.tar.gz -C $(SOURCES) && \
+	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version $(BIN)/python -m pytest -n 0 -W ignore tests/common
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .
