@@ -30,6 +30,7 @@ OF_A_SPLIT: tuple[Callable, ...] = (
     images.unreadable_images,
     images.image_size,
     images.image_orientation,
+    images.tiny_images,
 )
 # check(case), of all splits
 OF_THE_DATA: tuple[Callable, ...] = (

@@ -11,10 +11,13 @@ import pyarrow.compute as pc
 
 from ..data.box_checks import inside
 from ..data.images import IMAGE, BadImage, encoded
+from ..data.scene_augment import scaled
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case, Split
 
 UNKNOWN = -1  # bytes of an image that is not here
+ENLARGED = 4  # times; more leaves nothing of an object but a blur
+MOSTLY = 0.5
 TURNED = 5  # EXIF's orientations from here on lie on their side
 
 
@@ -84,6 +87,30 @@ def image_orientation(split: Split, case: Case) -> Iterator[Finding]:
         f"{looked_at(split)}, {len(turned)} have an EXIF orientation, and are read upright",
         "make sure that the boxes are those of the upright images",
         split.sample(turned[0]),
+    )
+
+
+def tiny_images(split: Split, case: Case) -> Finding:
+    """Images are not enlarged beyond what they show; thumbnails and placeholders show no object well enough."""
+    args, known = case.args, np.flatnonzero((split.sizes > 0).all(axis=1))
+    if not len(known):
+        return ok("no image states its size")
+    sizes = split.sizes[known]
+    larger = (scaled(sizes, args.shortest_side, args.longest_side) / sizes).max(axis=1)
+    tiny = larger > ENLARGED
+    smallest = int(larger.argmax())
+    message = (
+        f"{tiny.sum()} of {len(known)} images are enlarged more than {ENLARGED} times to a shortest side of "
+        f"{args.shortest_side}"
+    )
+    if not tiny.any():
+        return ok(message)
+    height, width = sizes[smallest].tolist()
+    return graded(
+        tiny.mean() > MOSTLY,
+        f"{message}, the smallest of {height} x {width} pixels {larger[smallest]:.1f} times (limit: {MOSTLY:.0%})",
+        "leave thumbnails out, or lower shortest_side, longest_side and augmentation.scales",
+        split.sample(int(known[smallest])),
     )
 
 

@@ -137,6 +137,16 @@ def upside_down(rows):
     rows["train"][8]["image"] = png(decode_png(rows["train"][8]["image"]), exif=exif)
 
 
+def thumbnails(count):
+    def planted(rows):
+        for row in rows["train"][10 : 10 + count]:
+            row["image"] = png(decode_png(row["image"])[::8, ::8])
+            for found in row["objects"]:
+                found["bbox"] = [side / 8 for side in found["bbox"]]
+
+    return planted
+
+
 def leak(rows):
     rows["validation"][2]["image"] = rows["train"][11]["image"]
 
@@ -181,6 +191,8 @@ FAULTS = {
     "turned": (turned(True), "image_size", "failed", 108, "its EXIF orientation 6 turns it"),
     "turned boxes": (turned(False), "image_orientation", "failed", 108, "upright it has 96 x 64 pixels"),
     "upside down": (upside_down, "image_orientation", "warning", 108, "1 have an EXIF orientation"),
+    "thumbnail": (thumbnails(1), "tiny_images", "warning", 110, "1 of 24 images are enlarged more than 4 times"),
+    "thumbnails": (thumbnails(13), "tiny_images", "failed", 110, "the smallest of 8 x 12 pixels 8.0 times"),
     "leak": (
         leak,
         "shared_images",
