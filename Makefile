@@ -27,7 +27,7 @@ test-common: $(VENV)/.installed  ## transformers' own common model tests, on our
 	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('transformers'))") && \
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(SOURCES) transformers==$$version && \
 	tar xzf $(SOURCES)/transformers-$$version.tar.gz -C $(SOURCES) && \
-	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version $(BIN)/python -m pytest -n 0 -W ignore tests/common
+	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version $(BIN)/python -m pytest -n 0 -W ignore -m "slow or not slow" tests/common
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 from ..data.box_checks import inside
 from ..data.images import IMAGE, BadImage, encoded
 from ..data.scene_augment import scaled
+from .boxes import MOSTLY
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case, Split
 
 UNKNOWN = -1  # bytes of an image that is not here
 ENLARGED = 4  # times; more leaves nothing of an object but a blur
-MOSTLY = 0.5
 TURNED = 5  # EXIF's orientations from here on lie on their side
 
 

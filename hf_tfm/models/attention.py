@@ -19,7 +19,7 @@ from .dropout import dropout as drop
 
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel until the score tables outgrow the cache: a
 # training step's attention by 3x to 6x at 50 x 50, 2.4x to 2.9x at 197 x 197, 1.3x to 2.3x at 577 x 577, equal near
-# 1,000 x 1,000 (torch 2.15, Zen 4, heads of 32 and 64). In float32 the kernel is the faster one.
+# 1,000 x 1,000 (torch 2.14, Zen 4, heads of 32 and 64). In float32 the kernel is the faster one.
 SMALL_SCORE_TABLE = 640 * 640
 
 

@@ -10,7 +10,9 @@ def pytest_runtest_logreport(report):
     *_, group, name = report.nodeid.split("::")
     side = next((side for side in ("Ours", "Native") if group.startswith(side)), None)
     if side and (report.when == "call" or report.outcome != "passed"):
-        OUTCOMES[f"{group.removeprefix(side)} {name}"][side] = report.outcome
+        ended = OUTCOMES[f"{group.removeprefix(side)} {name}"]
+        if ended.get(side) != "failed":  # a subtest that failed is not forgotten when its test ends
+            ended[side] = report.outcome
 
 
 def pytest_terminal_summary(terminalreporter):

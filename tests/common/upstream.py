@@ -18,9 +18,9 @@ LEFT_OUT = {
     "upstream_tests.exporters": {},
     "upstream_tests.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "upstream_tests.generation": {},
+    "upstream_tests.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "upstream_tests.utils": {},
     "upstream_tests.utils.test_configuration_utils": {"config_common_kwargs": {}},
-    "upstream_tests.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
 }
 
 
