@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils import is_timm_available
 
 NORMS = ("batch", "frozen", "group")
+MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
 
 
 class FrozenBatchNorm(nn.Module):
@@ -115,8 +116,8 @@ def convert_norms(module: nn.Module, kind: str) -> None:
     """Replace every batch norm below ``module``.
 
     Args:
-        kind: "frozen", see `FrozenBatchNorm`, or "group", group norm with up to 32 groups (Wu and He 2018,
-            arXiv:1803.08494), which also works for small batches; "batch" leaves them.
+        kind: "frozen", see `FrozenBatchNorm`, or "group", group norm (Wu and He 2018, arXiv:1803.08494), which
+            also works for small batches; "batch" leaves them.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and kind != "batch":
@@ -133,8 +134,13 @@ def frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm:
 
 
 def grouped(norm: nn.BatchNorm2d) -> nn.Module:
-    """Group norm in the place of a batch norm, with its activation if it has one."""
-    groups = next(n for n in range(min(32, norm.num_features), 0, -1) if norm.num_features % n == 0)
+    """Group norm in the place of a batch norm, with its activation if it has one.
+
+    At most 32 groups of at least 16 channels, two settings of Wu and He 2018, table 3: with less, a narrow layer's
+    groups are its channels, which then lose how strong they are (and torch's kernel is ten times as slow).
+    """
+    most = max(1, min(MOST_GROUPS, norm.num_features // LEAST_OF_GROUP))
+    groups = next(n for n in range(most, 0, -1) if norm.num_features % n == 0)
     new = nn.GroupNorm(groups, norm.num_features)
     return nn.Sequential(new, norm.drop, norm.act) if hasattr(norm, "act") else new
 

@@ -4,11 +4,13 @@
 at their border both names are taken, and outputs carry the one that `generate` looks for.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from typing import Any
 
+import torch
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -18,7 +20,8 @@ CACHE_NAMES = ["cache", OLD_NAME]
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Let a method with an argument ``cache`` be called with ``past_key_values`` too.
+    """Let a method with an argument ``cache`` be called with ``past_key_values`` too, under a warning where the
+    installed transformers has given that name up.
 
     Raises:
         ValueError: both are given.
@@ -29,6 +32,8 @@ def takes_cache(forward: Callable) -> Callable:
         if OLD_NAME in kwargs:
             if kwargs.get("cache") is not None:
                 raise ValueError(f"cache and {OLD_NAME} are two names of one argument: give one of them")
+            if OLD_NAME != CACHE_NAME and not torch.compiler.is_compiling():
+                warnings.warn(f"`{OLD_NAME}` is deprecated: it is called `cache` now", FutureWarning, stacklevel=2)
             kwargs["cache"] = kwargs.pop(OLD_NAME)
         return forward(self, *args, **kwargs)
 

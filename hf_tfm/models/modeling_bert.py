@@ -16,6 +16,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -71,7 +73,7 @@ class TfmBertModel(TfmBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode ids (B, T), or ``inputs_embeds`` (B, T, D), under ``attention_mask`` (B, T).
 
@@ -121,7 +123,7 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
         label_places: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Predict tokens; with ``labels``, also their loss.
 
@@ -178,7 +180,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
         label_places: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BertForPreTrainingOutput:
         """Predict tokens, and whether the segments belong together.
 
@@ -244,7 +246,7 @@ class TfmBertForSequenceClassification(TfmBertClassifier):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """Classify sequences (B, T); ``labels`` (B,) as transformers' `BertForSequenceClassification` takes them.
 
@@ -276,7 +278,7 @@ class TfmBertForTokenClassification(TfmBertClassifier):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Classify tokens (B, T); ``labels`` (B, T), `IGNORE_INDEX` where there is none.
 
@@ -308,7 +310,7 @@ class TfmBertForMultipleChoice(TfmBertClassifier):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """Choose among n sequences; inputs are (B, n, T), embeddings (B, n, T, D), ``labels`` (B,) the right one.
 
@@ -351,7 +353,7 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """Mark answers in sequences (B, T); ``start_positions`` and ``end_positions`` (B,), from T on none.
 

@@ -20,6 +20,8 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -128,7 +130,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Read ids (B, T), or ``inputs_embeds`` (B, T, D).
 
@@ -219,7 +221,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
         shift_labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Predict the token after each; with labels of either kind, also the loss.
 
@@ -277,7 +279,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         language_weight: float = 0.0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """Classify sequences (B, T) by their last token that is not padding.
 

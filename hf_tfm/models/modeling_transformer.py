@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_names import CACHE_NAME, cache_of, takes_cache
@@ -83,7 +85,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         """Encode, then decode.
 
@@ -170,7 +172,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         use_cache: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TfmTransformerLMOutput:
         """Predict target tokens; with ``labels``, also their label-smoothed loss.
 

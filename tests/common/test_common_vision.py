@@ -1,8 +1,10 @@
 """transformers' common model tests on our Vision Transformer and masked autoencoder, and on its own beside them."""
 
 import unittest
+from typing import ClassVar
 
 import torch
+from adapter import ModelTests, Tester, enter
 from transformers import (
     ViTConfig,
     ViTForImageClassification,
@@ -11,11 +13,7 @@ from transformers import (
     ViTMAEModel,
     ViTModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
-from upstream import upstream
+from transformers.testing_utils import torch_device
 
 from hf_tfm import (
     TfmMAEConfig,
@@ -26,25 +24,15 @@ from hf_tfm import (
     TfmViTModel,
 )
 
-common = upstream("test_modeling_common")
-configurations = upstream("test_configuration_common")
-
-# By these tables the tests know which classes have a loss and which take labels.
-MODEL_MAPPING_NAMES.update(tfm_vit="TfmViTModel", tfm_mae="TfmMAEModel")
-MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["tfm_vit"] = "TfmViTForImageClassification"
+enter(TfmViTConfig, TfmMAEConfig)
 
 
-class ImageTester:
-    """A tiny model and its inputs, in the form that the common tests ask for."""
-
-    batch_size, image_size, patch_size, num_channels = 3, 16, 4, 3
-    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = 32, 2, 4, 37
-    num_labels = 10
-    is_training = True
+class ImageTester(Tester):
+    image_size, patch_size, num_channels, num_labels = 16, 4, 3, 10
     mask_ratio: float | None = None
 
     def __init__(self, parent: unittest.TestCase):
-        self.parent = parent
+        super().__init__(parent)
         patches = (self.image_size // self.patch_size) ** 2
         self.seq_length = self.encoder_seq_length = 1 + round(patches * (1 - (self.mask_ratio or 0.0)))
         self.mask_length, self.num_masks = patches, patches // 2
@@ -58,8 +46,8 @@ class ImageTester:
         return self.parent.config_class(**fields, num_labels=self.num_labels)
 
     def prepare_config_and_inputs_for_common(self):
-        pixels = torch.rand(self.batch_size, self.num_channels, self.image_size, self.image_size)
-        return self.get_config(), {"pixel_values": pixels}
+        shape = (self.batch_size, self.num_channels, self.image_size, self.image_size)
+        return self.get_config(), {"pixel_values": torch.rand(shape, device=torch_device)}
 
 
 class MaskedImageTester(ImageTester):
@@ -70,23 +58,16 @@ class MaskedImageTester(ImageTester):
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
         # What is hidden is drawn anew in every call: two calls agree where the noise is given.
-        return config, inputs | {"noise": torch.rand(self.batch_size, self.mask_length)}
+        return config, inputs | {"noise": torch.rand(self.batch_size, self.mask_length, device=torch_device)}
 
 
-class ImageTests(common.ModelTesterMixin):
+class ImageTests(ModelTests):
     """What both models answer for."""
 
-    test_resize_embeddings = False
     model_tester_class = ImageTester
-
-    def setUp(self):
-        self.model_tester = self.model_tester_class(self)
-        self.config_tester = configurations.ConfigTester(
-            self, config_class=self.config_class, has_text_modality=False, hidden_size=32, num_attention_heads=4
-        )
-
-    def test_config(self):
-        self.config_tester.run_common_tests()
+    config_fields: ClassVar = {"hidden_size": 32, "num_attention_heads": 4}
+    of_text = False
+    test_resize_embeddings = False
 
     @unittest.skip("images have no embeddings of words")
     def test_inputs_embeds(self):

@@ -1,0 +1,48 @@
+"""What the adapters of all models to the common tests share."""
+
+import unittest
+from typing import ClassVar
+
+import transformers
+from upstream import upstream
+
+common = upstream("test_modeling_common")
+configurations = upstream("test_configuration_common")
+
+
+def enter(*config_classes: type) -> None:
+    """Put classes into transformers' tables: by these the tests know which have a loss and which take labels."""
+    for config_class in config_classes:
+        for auto_class, place in config_class.auto_classes.items():
+            if auto_class != "AutoConfig":
+                names = getattr(transformers, auto_class)._model_mapping._model_mapping
+                names[config_class.model_type] = place.split(".")[-1]
+
+
+class Tester:
+    """A tiny model and its inputs, in the form that the common tests ask for."""
+
+    batch_size = 3
+    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = 32, 2, 4, 37
+    is_training = True
+
+    def __init__(self, parent: unittest.TestCase):
+        self.parent = parent
+
+
+class ModelTests(common.ModelTesterMixin):
+    """The common tests of a model and of its configuration."""
+
+    model_tester_class: type[Tester]
+    config_class: type[transformers.PreTrainedConfig]
+    config_fields: ClassVar = {}  # of the configuration that the tests of configurations make
+    of_text = True
+
+    def setUp(self):
+        self.model_tester = self.model_tester_class(self)
+        self.config_tester = configurations.ConfigTester(
+            self, config_class=self.config_class, has_text_modality=self.of_text, **self.config_fields
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
