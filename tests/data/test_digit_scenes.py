@@ -10,6 +10,7 @@ from hf_tfm.data.detection import class_names, scene_rows
 from hf_tfm.data.digit_scenes import CATEGORIES, LEAST_GROUND, OVERLAP, STUFF, THINGS, digit_scenes, places
 from hf_tfm.data.digits import digits
 from hf_tfm.data.panoptic import decode_segments, panoptic_categories, panoptic_rows
+from hf_tfm.data.source import DIGIT_SCENES, load_splits
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,15 @@ def test_a_split_has_the_digits_of_that_split_alone(monkeypatch):
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         digit_scenes(**options)
+
+
+def test_configurations(monkeypatch):
+    assert list(DIGIT_SCENES) == ["small", "large"]
+    for name, count in (("small", 2), ("large", 4)):
+        monkeypatch.setitem(DIGIT_SCENES, name, count)
+    monkeypatch.setattr(module.digit_scenes, "__defaults__", (0, 2, 1, 1, 64))
+    default, small, large = (load_splits("digit-scenes", name) for name in (None, "small", "large"))
+    assert default["train"][:] == small["train"][:] == large["train"].select(range(2))[:]
+    assert len(large["train"]) == 4 and large["test"][:] == small["test"][:]
+    with pytest.raises(ValueError, match='dataset_name of "digit-scenes" must be one of small, large, got "huge"'):
+        load_splits("digit-scenes", "huge")
