@@ -8,14 +8,14 @@ from transformers.activations import ACT2FN
 from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
 from .travel import TravellingConfig
 
-# "base" is the paper's. The others are ours, for small images and training from scratch: group norm, nothing frozen,
-# and in "tiny" a finer feature map. With the paper's weights of boxes, from scratch, classes are hardly learned for the
-# first thousand steps; with equal ones they are soon.
+# "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen,
+# and in "tiny" a finer feature map. From scratch, the paper's weights of boxes or group norm leave classes unlearned
+# for the first thousand steps.
 EQUAL_WEIGHTS = {"bbox_cost": 1.0, "giou_cost": 1.0, "bbox_loss_coefficient": 1.0, "giou_loss_coefficient": 1.0}
 SIZES = {
     "tiny": {
         "backbone": "test_resnet",  # timm's smallest
-        "backbone_norm": "group",
+        "backbone_norm": "batch",
         "backbone_frozen_stages": 0,
         "dilation": True,
         "num_queries": 25,
@@ -32,7 +32,7 @@ SIZES = {
     },
     "small": {
         "backbone": "resnet18",
-        "backbone_norm": "group",
+        "backbone_norm": "batch",
         "backbone_frozen_stages": 0,
         "num_queries": 100,
         "d_model": 192,
@@ -71,7 +71,8 @@ class TfmDetrConfig(TravellingConfig):
     Args:
         backbone: name of a timm model whose feature maps are read.
         backbone_norm: what its batch norms become: "frozen" (statistics and affine parameters fixed, for pretrained
-            weights), "batch" (as they are) or "group" (for training from scratch with few images a batch).
+            weights), "batch" (as they are, with the statistics of a micro-batch on its rank: a step then depends on
+            how it is cut) or "group" (for training from scratch with few images a batch).
         backbone_frozen_stages: its stem and this many stages do not learn: 1 in the paper; 0 for random weights.
         dilation: the last stage keeps the size of the feature map (DC5).
         num_channels: of the images.

@@ -47,7 +47,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, C, h, w) -> (n, C', h, w)."""
-        return self.activation(self.norm(self.conv(features)))
+        # On a CPU, torch's group norm of few channels a group is slow where channels come last.
+        return self.activation(self.norm(self.conv(features).contiguous()))
 
 
 class Enlarge(nn.Module):

@@ -76,7 +76,7 @@ class SceneRunArguments(PictureArguments):
         if config.backbone_norm == "frozen" and not self.pretrained_backbone:
             raise ValueError(
                 'model.backbone_norm "frozen" is for weights that are trained already: give pretrained_backbone, '
-                'init_from, or backbone_norm "group"'
+                'init_from, or backbone_norm "batch" or "group"'
             )
         if config.backbone_norm == "group" and self.pretrained_backbone:
             raise ValueError(

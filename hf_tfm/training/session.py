@@ -157,6 +157,7 @@ class Session:
             Interrupted: a stop was asked for.
         """
         model = self.ema.module if self.args.final_weights == "ema" else self.plain
+        states.share_statistics(self.accelerator, model)
         # Several processes exchange numbers in an evaluation: one that left would keep the others waiting.
         with self.monitor.paused(), request.at_once(self.accelerator.num_processes == 1):
             scores = self.score(model)
@@ -185,6 +186,7 @@ class Session:
             return
         before, progress.unplanned = progress.unplanned, progress.unplanned if planned else progress.step
         self.monitor.record()
+        states.share_statistics(self.accelerator, self.plain)
         with self.monitor.paused():
             states.save_checkpoint(
                 self.accelerator, self.output_dir, progress, self.model, self.optimizer, self.schedule, self.ema

@@ -229,6 +229,16 @@ def load_weights(model: nn.Module, file: Path) -> None:
     set_weights(model, weights)
 
 
+@torch.no_grad()
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every rank the mean of all ranks' running statistics of batch norms: each has seen its own images."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    if running and accelerator.num_processes > 1:
+        for own, mean in zip(running, accelerator.reduce([own.clone() for own in running], "mean"), strict=True):
+            own.copy_(mean)
+
+
 def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put full weights, tied ones once, into a model on any number of processes."""
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, run_training, tiny_model
 
-from hf_tfm.training.state import full_weights
+from hf_tfm.training.state import full_weights, share_statistics
 
 # name -> knobs and model fields; all are compared with the same run on one process.
 EQUAL = {
@@ -47,6 +47,11 @@ def main(folder: Path) -> None:
     run("from_one", {"dropout": 0.2})
     # Only the second process is told to stop.
     run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    norm[0].running_mean += accelerator.process_index
+    norm[0].running_var += 2 * accelerator.process_index
+    share_statistics(accelerator, norm)
+    reports["statistics"] = [norm[0].running_mean.tolist(), norm[0].running_var.tolist()]
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(reports))
     accelerator.end_training()
 

@@ -71,6 +71,10 @@ def test_all_stop_when_one_is_asked_to_and_one_goes_on_with_their_checkpoint(tmp
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
+def test_running_statistics_are_shared(two):
+    assert reports(two[0])["statistics"] == [[0.5, 0.5], [2.0, 2.0]]
+
+
 def test_only_the_main_process_speaks(two):
     _, done = two
     runs = len(EQUAL) + 2
