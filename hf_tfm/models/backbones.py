@@ -13,6 +13,9 @@ from transformers.utils import is_timm_available
 
 NORMS = ("batch", "frozen", "group")
 MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
+# Of batch norm's running statistics. Scenes are few in a batch: with torch's 0.1, the AP of one and the same weights on
+# digit scenes is anything from 0.73 to 0.82, by what came last.
+MOMENTUM = 0.02
 
 
 class FrozenBatchNorm(nn.Module):
@@ -113,14 +116,16 @@ def fold_norms(body: nn.Module) -> None:
 
 
 def convert_norms(module: nn.Module, kind: str) -> None:
-    """Replace every batch norm below ``module``.
+    """Make every batch norm below ``module`` what a model wants.
 
     Args:
         kind: "frozen", see `FrozenBatchNorm`, or "group", group norm (Wu and He 2018, arXiv:1803.08494), which
-            also works for small batches; "batch" leaves them.
+            also works for small batches; "batch" leaves them, with a longer memory.
     """
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and kind != "batch":
+        if isinstance(child, nn.BatchNorm2d) and kind == "batch":
+            child.momentum = MOMENTUM
+        elif isinstance(child, nn.BatchNorm2d):
             setattr(module, name, frozen(child) if kind == "frozen" else grouped(child))
         else:
             convert_norms(child, kind)

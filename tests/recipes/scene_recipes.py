@@ -12,10 +12,11 @@ from recipe_helpers import ROOT, fresh_state
 from hf_tfm.data.digit_scenes import STUFF, THINGS, digit_scenes
 
 SCENES = {"train": 14, "validation": 5, "test": 4}
-# Of random weights, so that nothing is downloaded; without dropout, which each process draws for itself.
+# Of random weights, so that nothing is downloaded; without dropout, which each process draws for itself, and without
+# batch norm, by which a step depends on how it is cut.
 MODEL = (
-    "backbone: test_resnet, dilation: false, num_queries: 9, d_model: 32, encoder_layers: 1, decoder_layers: 2, "
-    "encoder_ffn_dim: 32, decoder_ffn_dim: 32"
+    "backbone: test_resnet, backbone_norm: group, dilation: false, num_queries: 9, d_model: 32, encoder_layers: 1, "
+    "decoder_layers: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
 )
 
 

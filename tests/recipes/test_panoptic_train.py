@@ -68,12 +68,21 @@ def test_both_at_once(joint, splits):
     )
     assert found["segmentation"].shape == (64, 64)
     assert output.pred_masks.shape == (1, 9, 16, 16)
+    # Semantic: each pixel has the class whose queries' masks, by their probability, are the strongest there.
+    (classes,) = processor.post_process_semantic_segmentation(output, target_sizes=[(64, 64)])
+    votes = torch.einsum("qc,qhw->chw", output.logits[0].softmax(-1)[:, :-1], output.pred_masks[0].sigmoid())
+    enlarged = torch.nn.functional.interpolate(votes[None], size=(64, 64), mode="bilinear", align_corners=False)
+    assert torch.equal(classes, enlarged[0].argmax(0))
+    (things,) = processor.post_process_instance_segmentation(output, threshold=0.0, target_sizes=[(64, 64)])
+    assert things["segmentation"].shape == (64, 64)
+    assert {segment["label_id"] for segment in things["segments_info"]} <= set(range(13))
 
 
-def test_the_pipeline_runs(joint, splits, tmp_path):
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
+def test_the_pipeline_runs(joint, splits, subtask, tmp_path):
     (tmp_path / "scene.png").write_bytes(png(splits["test"][0]["image"]))
     segment = pipeline("image-segmentation", model=str(joint), trust_remote_code=True)
-    found = segment(str(tmp_path / "scene.png"), subtask="panoptic", threshold=0.0)
+    found = segment(str(tmp_path / "scene.png"), subtask=subtask, threshold=0.0)
     assert all(isinstance(segment["mask"], Image.Image) and segment["mask"].size == (64, 64) for segment in found)
 
 
