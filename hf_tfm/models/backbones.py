@@ -13,8 +13,8 @@ from transformers.utils import is_timm_available
 
 NORMS = ("batch", "frozen", "group")
 MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
-# Of batch norm's running statistics. Scenes are few in a batch: with torch's 0.1, the AP of one and the same weights on
-# digit scenes is anything from 0.73 to 0.82, by what came last.
+# Of batch norm's running statistics. With torch's 0.1, the AP of one and the same weights on digit scenes is anything
+# from 0.73 to 0.82, by which batches came last.
 MOMENTUM = 0.02
 
 
@@ -157,7 +157,7 @@ class TimmFeatures(nn.Module):
         name: of the timm model.
         num_channels: of the images.
         out_indices: which of its feature maps, as timm counts them.
-        norm: "batch", as the model has it, or what `convert_norms` makes of it.
+        norm: what `convert_norms` makes of its batch norms.
         frozen_stages: the stem and this many stages do not learn; no gradient flows into them. 0 freezes nothing.
             A stage halves the size of the feature map; the first of a ResNet is at a quarter of the image's.
         output_stride: of the last feature map, reached by dilation where the model would go below; default, its own.
