@@ -79,7 +79,7 @@ def frozen_norms(case: Case) -> Finding:
         return ok(f"{len(norms)} frozen norms with statistics")
     return failed(
         f"all {len(norms)} frozen norms have mean 0 and variance 1: the backbone's weights are of no training",
-        "--model.backbone_norm group to train it from random weights, or another init_from",
+        "--model.backbone_norm batch to train it from random weights, or another init_from",
     )
 
 

@@ -259,7 +259,15 @@ def test_group_norm_and_batch_norm_learn():
             losses.append(loss.item())
         assert losses[-1] < 0.8 * losses[0]
         assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
-    assert all(norm.num_groups == 16 or norm.num_channels % 32 == 0 for norm in norms if hasattr(norm, "num_groups"))
+
+
+def test_groups_have_sixteen_channels_and_batch_norm_a_long_memory():
+    for name, widths in (("test_resnet", {32, 48, 96}), ("resnet18", {64, 512})):
+        norms = [m for m in TimmFeatures(name, 3, ALL, "group").modules() if isinstance(m, nn.GroupNorm)]
+        assert {norm.num_channels for norm in norms} >= widths
+        assert all(norm.num_groups == min(norm.num_channels // 16, 32) for norm in norms)
+    norms = [m for m in TimmFeatures("test_resnet", 3, ALL, "batch").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {backbones.MOMENTUM}
 
 
 def test_group_norm_treats_each_image_alone():
