@@ -14,12 +14,12 @@ from torchvision.transforms import InterpolationMode, v2
 from .scenes import Scene
 
 # The chances of a scene, uniform in [0, 1): what each decides.
-FLIP, CROP, CROP_SCALE, CROP_HEIGHT, CROP_WIDTH, TOP, LEFT, SCALE = range(8)
-CHANCES = 8
+FLIP, CROP, CROP_SCALE, CROP_HEIGHT, CROP_WIDTH, TOP, LEFT, SCALE, VERTICAL_FLIP = range(9)
+CHANCES = 9
 
 
 def chances(seed: int, epoch: int, first: int, count: int = 1) -> np.ndarray:
-    """The chances of rows ``first`` to ``first + count``, (count, 8); of each row the same whatever the others are."""
+    """The chances of rows ``first`` to ``first + count``, (count, 9); of each row the same whatever the others are."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(CHANCES,)))
     bits.advance(first * CHANCES)
     return np.random.Generator(bits).random((count, CHANCES))
@@ -69,6 +69,7 @@ class SceneAugmentation:
         crop_scales: pixels of the shortest side before a crop, one of which is drawn.
         crop_size: least and largest height and width of a crop, in pixels.
         flip: probability of mirroring left and right.
+        vertical_flip: probability of mirroring top and bottom; 0, the paper's, is for scenes that have an up and down.
         color_jitter: largest relative change of brightness, contrast and saturation; 0, the paper's, turns it off.
 
     Raises:
@@ -81,6 +82,7 @@ class SceneAugmentation:
     crop_scales: tuple[int, ...] = (400, 500, 600)
     crop_size: tuple[int, int] = (384, 600)
     flip: float = 0.5
+    vertical_flip: float = 0.0
     color_jitter: float = 0.0
 
     def __post_init__(self):
@@ -92,7 +94,7 @@ class SceneAugmentation:
         low, high = self.crop_size
         if not 1 <= low <= high:
             raise ValueError(f"crop_size must be two numbers of at least 1, the smaller first, got {low}, {high}")
-        for name in ("crop", "flip"):
+        for name in ("crop", "flip", "vertical_flip"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.color_jitter < 0:
@@ -103,7 +105,7 @@ class SceneAugmentation:
 
         Args:
             sizes: (N, 2) height and width.
-            chances: (N, 8).
+            chances: (N, 9).
 
         Returns:
             (N, 4) int64 top, left, height, width.
@@ -126,7 +128,7 @@ class SceneAugmentation:
         """Change a scene.
 
         Args:
-            chances: (8,); the colour jitter draws from torch's CPU generator.
+            chances: (9,); the colour jitter draws from torch's CPU generator.
             canvas: height and width that the scene is to fill as far as its shape allows; default, a scale of its own.
             interpolation: of the image.
         """
@@ -135,6 +137,8 @@ class SceneAugmentation:
             scene = scene.crop(*part)
         if chances[FLIP] < self.flip:
             scene = scene.flip()
+        if chances[VERTICAL_FLIP] < self.vertical_flip:
+            scene = scene.flip(vertical=True)
         if canvas is None:
             shortest = int(pick(self.scales, chances[SCALE]))
             height, width = scaled(np.array([scene.size]), shortest, self.max_size)[0].tolist()

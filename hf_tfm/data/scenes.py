@@ -108,14 +108,11 @@ class Scene:
             left_over &= scene.seen()
         return scene.keep(left_over)
 
-    def flip(self) -> "Scene":
-        """Mirrored left and right."""
-        return replace(
-            self,
-            image=functional.horizontal_flip(self.image),
-            boxes=functional.horizontal_flip(self.boxes),
-            masks=None if self.masks is None else functional.horizontal_flip(self.masks),
-        )
+    def flip(self, vertical: bool = False) -> "Scene":
+        """Mirrored left and right, or top and bottom."""
+        mirror = functional.vertical_flip if vertical else functional.horizontal_flip
+        masks = None if self.masks is None else mirror(self.masks)
+        return replace(self, image=mirror(self.image), boxes=mirror(self.boxes), masks=masks)
 
     def resize(
         self, height: int, width: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR

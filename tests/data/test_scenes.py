@@ -256,6 +256,15 @@ def test_no_chance_means_evaluation():
     assert changed.size == (60, 80) and torch.equal(changed.image, scene.resize(60, 80).image)
 
 
+def test_mirrored_top_and_bottom():
+    scene = painted()
+    still = SceneAugmentation(scales=(min(scene.size),), crop=0.0, flip=0.0)
+    changed = SceneAugmentation(scales=(min(scene.size),), crop=0.0, flip=0.0, vertical_flip=1.0)(scene, drawn())
+    check_objects(changed)
+    assert torch.equal(changed.image, still(scene, drawn()).image.flip(1))
+    assert torch.equal(changed.boxes[:, [0, 2]], scene.boxes[:, [0, 2]])
+
+
 def test_colour_jitter_changes_colours_alone():
     scene, fate = painted(), drawn()
     plain = SceneAugmentation(scales=(90,))(scene, fate)
@@ -276,6 +285,7 @@ def test_colour_jitter_changes_colours_alone():
         ({"crop_size": (600, 384)}, "crop_size must be two numbers of at least 1, the smaller first, got 600, 384"),
         ({"crop": 1.5}, r"crop must be in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, r"flip must be in \[0, 1\], got -0.1"),
+        ({"vertical_flip": 1.1}, r"vertical_flip must be in \[0, 1\], got 1.1"),
         ({"color_jitter": -1}, "color_jitter must be at least 0, got -1"),
     ],
 )
