@@ -24,12 +24,15 @@ RUN = "run.json"  # whose folder it is; see `training.folder`
 PACKAGES = (
     "hf-tfm",
     "torch",
+    "torchvision",
+    "timm",
     "transformers",
     "accelerate",
     "datasets",
     "tokenizers",
     "huggingface-hub",
     "sacrebleu",
+    "faster-coco-eval",
 )
 
 
