@@ -22,7 +22,7 @@ from .arrow_lists import FlatList, nest, whole
 from .coco import load_json
 from .detection import SEGMENTS, assemble, picture_rows
 from .images import decode, is_encoded
-from .source import EMBEDDED
+from .source import DIGIT_SCENES, EMBEDDED
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
     if dataset in EMBEDDED:
         from . import digit_scenes
 
-        if dataset == "digit-scenes":
+        if dataset in DIGIT_SCENES:
             return digit_scenes.CATEGORIES
         raise ValueError(f'dataset "{dataset}" has no panoptic maps')
     folder = Path(dataset)

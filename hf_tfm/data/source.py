@@ -11,8 +11,8 @@ from .annotation_folders import annotation_reader
 
 CARD = "README.md"
 STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
-EMBEDDED = ("number-words", "digits", "digit-scenes")
-DIGIT_SCENES = {"small": 2000, "large": 6000}  # training scenes; the others are the same in both
+DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the others are the same in both
+EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -28,8 +28,8 @@ def load_splits(
     Args:
         dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
             json, jsonl, csv or parquet file, a folder with annotations as COCO, Roboflow or Pascal VOC have them (see
-            `coco` and `voc`), or one of the embedded sets "number-words", "digits" and "digit-scenes".
-        name: configuration of the data set; of "digit-scenes" one of `DIGIT_SCENES`, default, the first.
+            `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
+        name: configuration of the data set.
         revision: commit, tag or branch on the Hub.
         data_files: files by split, for a builder name such as "parquet".
         streaming: read rows as they come instead of the whole set first.
@@ -38,10 +38,9 @@ def load_splits(
         ValueError: the data set cannot be found, or does not fit the options.
     """
     if dataset in EMBEDDED:
-        scenes = dataset == "digit-scenes"
-        if streaming or (name and not scenes) or revision or data_files:
+        if streaming or name or revision or data_files:
             raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision, data_files or streaming')
-        return digit_scenes_of(name or "small") if scenes else embedded(dataset)
+        return embedded(dataset)
     if reader := annotation_reader(Path(dataset)):
         if streaming or name or revision or data_files:
             raise ValueError(
@@ -60,27 +59,18 @@ def load_splits(
 
 
 def embedded(dataset: str) -> datasets.DatasetDict:
-    """A data set of `EMBEDDED` that has no configurations; each needs a library of its own, and no download."""
+    """One of the data sets `EMBEDDED` names; each needs a library of its own, and no download."""
     if dataset == "digits":
         from .digits import digits
 
         return digits()
+    if dataset in DIGIT_SCENES:
+        from .digit_scenes import digit_scenes
+
+        return digit_scenes(train=DIGIT_SCENES[dataset])
     from .number_words import number_words
 
     return number_words()
-
-
-def digit_scenes_of(name: str) -> datasets.DatasetDict:
-    """The digit scenes of a configuration.
-
-    Raises:
-        ValueError: there is no such configuration.
-    """
-    from .digit_scenes import digit_scenes
-
-    if name not in DIGIT_SCENES:
-        raise ValueError(f'dataset_name of "digit-scenes" must be one of {", ".join(DIGIT_SCENES)}, got "{name}"')
-    return digit_scenes(train=DIGIT_SCENES[name])
 
 
 def take_split(splits: dict, split: str, argument: str):

@@ -76,10 +76,10 @@ def schedule(case: Case) -> Finding:
 def gradient_clipping(case: Case) -> Finding:
     """Gradients are scaled down to a small norm: the first steps of a DETR have large ones."""
     norm = case.args.max_grad_norm
-    if 0 < norm < LOOSE_NORM:
+    if 0 < norm <= LOOSE_NORM:
         return ok(f"max_grad_norm {norm:g}; {PAPER_NORM} in the authors' code")
     told = f"max_grad_norm {norm:g}" if norm else "max_grad_norm 0, gradients are not clipped"
-    return warning(f"{told} (limit: below {LOOSE_NORM:g})", f"--max_grad_norm {PAPER_NORM}, as in the authors' code")
+    return warning(f"{told} (limit: at most {LOOSE_NORM:g})", f"--max_grad_norm {PAPER_NORM}, as in the authors' code")
 
 
 def auxiliary_loss(case: Case) -> Finding:

@@ -13,9 +13,6 @@ from transformers.utils import is_timm_available
 
 NORMS = ("batch", "frozen", "group")
 MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
-# Of batch norm's running statistics. With torch's 0.1, the AP of one and the same weights on digit scenes is anything
-# from 0.73 to 0.82, by which batches came last.
-MOMENTUM = 0.02
 
 
 class FrozenBatchNorm(nn.Module):
@@ -115,20 +112,21 @@ def fold_norms(body: nn.Module) -> None:
                 fold(convolution, norm)
 
 
-def convert_norms(module: nn.Module, kind: str) -> None:
+def convert_norms(module: nn.Module, kind: str, momentum: float) -> None:
     """Make every batch norm below ``module`` what a model wants.
 
     Args:
         kind: "frozen", see `FrozenBatchNorm`, or "group", group norm (Wu and He 2018, arXiv:1803.08494), which
-            also works for small batches; "batch" leaves them, with a longer memory.
+            also works for small batches; "batch" leaves them.
+        momentum: of batch norm's running statistics.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and kind == "batch":
-            child.momentum = MOMENTUM
+            child.momentum = momentum
         elif isinstance(child, nn.BatchNorm2d):
             setattr(module, name, frozen(child) if kind == "frozen" else grouped(child))
         else:
-            convert_norms(child, kind)
+            convert_norms(child, kind, momentum)
 
 
 def frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm:
@@ -161,6 +159,7 @@ class TimmFeatures(nn.Module):
         frozen_stages: the stem and this many stages do not learn; no gradient flows into them. 0 freezes nothing.
             A stage halves the size of the feature map; the first of a ResNet is at a quarter of the image's.
         output_stride: of the last feature map, reached by dilation where the model would go below; default, its own.
+        momentum: of batch norm's running statistics.
 
     Raises:
         ImportError: timm is not installed.
@@ -175,6 +174,7 @@ class TimmFeatures(nn.Module):
         norm: str = "batch",
         frozen_stages: int = 0,
         output_stride: int | None = None,
+        momentum: float = 0.1,
     ):
         super().__init__()
         if not is_timm_available():
@@ -188,7 +188,7 @@ class TimmFeatures(nn.Module):
         options = {} if output_stride is None else {"output_stride": output_stride}
         self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
         self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
-        convert_norms(self.body, norm)
+        convert_norms(self.body, norm, momentum)
         if norm == "frozen":
             fold_norms(self.body)
         for module in self.body.modules():
@@ -215,6 +215,14 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"backbone {self.name} has no stages that could be frozen: use backbone_frozen_stages=0")
         for _, parameter in named[: inside[-1] + 1]:
             parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TimmFeatures":
+        """As in torch; but a batch norm that does not learn keeps its statistics too."""
+        super().train(mode)
+        for module in self.body.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
 
     def load_pretrained(self) -> None:
         """Take the weights that timm has for this model, from the Hub where they are not in its cache."""

@@ -73,6 +73,8 @@ class TfmDetrConfig(TravellingConfig):
         backbone_norm: what its batch norms become: "frozen" (statistics and affine parameters fixed, for pretrained
             weights), "batch" (as they are, with the statistics of a micro-batch on its rank: a step then depends on
             how it is cut) or "group" (for training from scratch with few images a batch).
+        backbone_norm_momentum: of the running statistics of "batch". Over many steps, less than torch's 0.1 is
+            steadier: on digit scenes, the same weights had an AP of 0.73 or 0.82, by which batches came last.
         backbone_frozen_stages: its stem and this many stages do not learn: 1 in the paper; 0 for random weights.
         dilation: the last stage keeps the size of the feature map (DC5).
         num_channels: of the images.
@@ -120,6 +122,7 @@ class TfmDetrConfig(TravellingConfig):
 
     backbone: str = "resnet50"
     backbone_norm: str = "frozen"
+    backbone_norm_momentum: float = 0.1
     backbone_frozen_stages: int = 1
     dilation: bool = False
     num_channels: int = 3
@@ -180,8 +183,9 @@ class TfmDetrConfig(TravellingConfig):
             raise ValueError(
                 f"thing_ids must be in [0, {self.num_labels}), the number of labels, got {self.thing_ids}"
             )
-        if not 0.0 < self.eos_coefficient <= 1.0:
-            raise ValueError(f"eos_coefficient must be in (0, 1], got {self.eos_coefficient}")
+        for name in ("eos_coefficient", "backbone_norm_momentum"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError("class_cost, bbox_cost and giou_cost must not all be 0: nothing would decide a match")
 

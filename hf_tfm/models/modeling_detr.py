@@ -78,6 +78,7 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
             config.backbone_norm,
             config.backbone_frozen_stages,
             16 if config.dilation else None,
+            config.backbone_norm_momentum,
         )
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)
         if config.position_embedding_type == "learned":
@@ -256,6 +257,7 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
     def freeze_detector(self) -> None:
         """Let nothing learn but the mask head."""
         self.detr.requires_grad_(False)
+        self.train(self.training)  # its batch norms take notice
 
     def masks(self, features: ImageFeatures, outputs: DetrModelOutput, images: Tensor, queries: Tensor) -> Tensor:
         """Mask logits (n, h, w) of n queries, given by their image and number, (n,) each."""

@@ -114,13 +114,11 @@ def test_errors(options, message):
         digit_scenes(**options)
 
 
-def test_configurations(monkeypatch):
-    assert list(DIGIT_SCENES) == ["small", "large"]
-    for name, count in (("small", 2), ("large", 4)):
-        monkeypatch.setitem(DIGIT_SCENES, name, count)
+def test_more_scenes_of_the_same(monkeypatch):
+    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 2)
+    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes-large", 4)
     monkeypatch.setattr(module.digit_scenes, "__defaults__", (0, 2, 1, 1, 64))
-    default, small, large = (load_splits("digit-scenes", name) for name in (None, "small", "large"))
-    assert default["train"][:] == small["train"][:] == large["train"].select(range(2))[:]
-    assert len(large["train"]) == 4 and large["test"][:] == small["test"][:]
-    with pytest.raises(ValueError, match='dataset_name of "digit-scenes" must be one of small, large, got "huge"'):
-        load_splits("digit-scenes", "huge")
+    few, many = (load_splits(name) for name in DIGIT_SCENES)
+    assert few["train"][:] == many["train"].select(range(2))[:] and len(many["train"]) == 4
+    assert many["test"][:] == few["test"][:]
+    assert panoptic_categories("digit-scenes-large") == CATEGORIES

@@ -66,7 +66,7 @@ def test_words_become_those_of_the_recipe():
     assert given[:2] == ["--config", "r50_300"] and args.validation_split == "validation"
     assert args.init_from is None and args.model["num_queries"] == 7
     _, args, given = detection.parse(["--config", "digits"])
-    assert args.dataset == "digit-scenes" and given == ["--config", "digits"]
+    assert args.dataset == "digit-scenes-large" and given == ["--config", "digits"]
 
 
 @pytest.mark.parametrize(

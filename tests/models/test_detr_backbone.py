@@ -261,13 +261,28 @@ def test_group_norm_and_batch_norm_learn():
         assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
 
 
-def test_groups_have_sixteen_channels_and_batch_norm_a_long_memory():
+def test_groups_have_sixteen_channels_and_batch_norm_its_momentum():
     for name, widths in (("test_resnet", {32, 48, 96}), ("resnet18", {64, 512})):
         norms = [m for m in TimmFeatures(name, 3, ALL, "group").modules() if isinstance(m, nn.GroupNorm)]
         assert {norm.num_channels for norm in norms} >= widths
         assert all(norm.num_groups == min(norm.num_channels // 16, 32) for norm in norms)
-    norms = [m for m in TimmFeatures("test_resnet", 3, ALL, "batch").modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {norm.momentum for norm in norms} == {backbones.MOMENTUM}
+    for momentum in (0.1, 0.02):
+        config = tiny_detr_config(backbone_norm="batch", backbone_norm_momentum=momentum, backbone_frozen_stages=0)
+        norms = [m for m in TfmDetrForObjectDetection(config).modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == 15 and {norm.momentum for norm in norms} == {momentum}
+
+
+@pytest.mark.parametrize("stages", [0, 1, 4])
+def test_batch_norm_that_does_not_learn_keeps_its_statistics(stages):
+    features = TimmFeatures("test_resnet", 3, ALL, "batch", stages).train()
+    before = copy.deepcopy(features.state_dict())
+    features(tiny_photos())
+    learns = {name.rpartition(".")[0] for name, parameter in features.named_parameters() if parameter.requires_grad}
+    for name, value in features.state_dict().items():
+        if name.endswith("running_mean"):
+            assert torch.equal(value, before[name]) != (name.rpartition(".")[0] in learns)
+    assert bool(learns) == (stages < 4)
+    assert not any(module.training for module in features.eval().modules())
 
 
 def test_group_norm_treats_each_image_alone():

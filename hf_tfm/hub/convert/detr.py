@@ -40,7 +40,7 @@ FIELDS = (
 
 # Fields that say nothing about the outputs. They ride along as extra fields of the other configuration, so that a
 # round trip gives back what it took.
-OURS_CARRIED = ("backbone_frozen_stages",)
+OURS_CARRIED = ("backbone_frozen_stages", "backbone_norm_momentum")
 THEIRS_CARRIED = ("encoder_layerdrop", "decoder_layerdrop", "init_std")
 
 # With auxiliary losses on, transformers' DETR feeds layer-normed states into the next decoder layer (5.23) and so

@@ -22,7 +22,8 @@ from .vit import translated
 
 FIELDS = (
     *SHARED_FIELDS,
-    *("backbone", "backbone_norm", "backbone_frozen_stages", "norm_first", "layer_norm_eps", "auxiliary_loss"),
+    *("backbone", "backbone_norm", "backbone_norm_momentum", "backbone_frozen_stages"),
+    *("norm_first", "layer_norm_eps", "auxiliary_loss"),
 )
 # Their program knows no others: blocks of layer1 and layer3, whether they have three convolutions.
 BACKBONES = {
