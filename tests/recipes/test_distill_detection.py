@@ -84,7 +84,7 @@ def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_
 
 def test_transformers_own_teacher_says_the_same(data, teacher, tmp_path):
     torch.manual_seed(0)
-    fields = {"backbone_norm": "frozen", "num_labels": 10} | yaml.safe_load(f"{{{MODEL}}}")
+    fields = yaml.safe_load(f"{{{MODEL}}}") | {"backbone_norm": "frozen", "num_labels": 10}
     fields |= {"id2label": dict(enumerate(THINGS)), "label2id": {name: i for i, name in enumerate(THINGS)}}
     TfmDetrForObjectDetection(TfmDetrConfig(**fields)).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", "detr", tmp_path / "native")
