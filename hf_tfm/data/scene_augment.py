@@ -14,12 +14,12 @@ from torchvision.transforms import InterpolationMode, v2
 from .scenes import Scene
 
 # The chances of a scene, uniform in [0, 1): what each decides.
-FLIP, CROP, CROP_SCALE, CROP_HEIGHT, CROP_WIDTH, TOP, LEFT, SCALE, VERTICAL_FLIP = range(9)
-CHANCES = 9
+FLIP, CROP, CROP_SCALE, CROP_HEIGHT, CROP_WIDTH, TOP, LEFT, SCALE = range(8)
+CHANCES = 8
 
 
 def chances(seed: int, epoch: int, first: int, count: int = 1) -> np.ndarray:
-    """The chances of rows ``first`` to ``first + count``, (count, 9); of each row the same whatever the others are."""
+    """The chances of rows ``first`` to ``first + count``, (count, 8); of each row the same whatever the others are."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(CHANCES,)))
     bits.advance(first * CHANCES)
     return np.random.Generator(bits).random((count, CHANCES))
@@ -105,7 +105,7 @@ class SceneAugmentation:
 
         Args:
             sizes: (N, 2) height and width.
-            chances: (N, 9).
+            chances: (N, 8).
 
         Returns:
             (N, 4) int64 top, left, height, width.
@@ -128,16 +128,18 @@ class SceneAugmentation:
         """Change a scene.
 
         Args:
-            chances: (9,); the colour jitter draws from torch's CPU generator.
+            chances: (8,); the colour jitter draws from torch's CPU generator.
             canvas: height and width that the scene is to fill as far as its shape allows; default, a scale of its own.
             interpolation: of the image.
         """
         part = self.crops(np.array([scene.size]), chances[None])[0].tolist()
         if (part[2], part[3]) != scene.size:
             scene = scene.crop(*part)
-        if chances[FLIP] < self.flip:
+        chance, flipped = chances[FLIP], chances[FLIP] < self.flip
+        if flipped:
             scene = scene.flip()
-        if chances[VERTICAL_FLIP] < self.vertical_flip:
+        # What is left of that chance is uniform again, and says nothing of how it fell.
+        if (chance / self.flip if flipped else (chance - self.flip) / (1 - self.flip)) < self.vertical_flip:
             scene = scene.flip(vertical=True)
         if canvas is None:
             shortest = int(pick(self.scales, chances[SCALE]))

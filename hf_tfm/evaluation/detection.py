@@ -64,7 +64,8 @@ def evaluate_detection(
 
     Args:
         model: folder or Hub id of a detector, ours or any other, with its image processor.
-        dataset: what `datasets.load_dataset` takes, a folder in COCO's or Pascal VOC's layout, or "digit-scenes".
+        dataset: what `datasets.load_dataset` takes, a folder in COCO's or Pascal VOC's layout, or one of
+            `DIGIT_SCENES`.
         split: of the data set.
         dataset_name: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.

@@ -140,7 +140,7 @@ def grouped(norm: nn.BatchNorm2d) -> nn.Module:
     """Group norm in the place of a batch norm, with its activation if it has one.
 
     At most 32 groups of at least 16 channels, two settings of Wu and He 2018, table 3: with less, a narrow layer's
-    groups are its channels, which then lose how strong they are (and torch's kernel is ten times as slow).
+    groups are its channels, which then lose how strong they are (and torch's kernel is many times as slow).
     """
     most = max(1, min(MOST_GROUPS, norm.num_features // LEAST_OF_GROUP))
     groups = next(n for n in range(most, 0, -1) if norm.num_features % n == 0)
@@ -215,6 +215,7 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"backbone {self.name} has no stages that could be frozen: use backbone_frozen_stages=0")
         for _, parameter in named[: inside[-1] + 1]:
             parameter.requires_grad_(False)
+        self.train(self.training)  # their batch norms take notice
 
     def train(self, mode: bool = True) -> "TimmFeatures":
         """As in torch; but a batch norm that does not learn keeps its statistics too."""

@@ -74,7 +74,7 @@ class TfmDetrConfig(TravellingConfig):
             weights), "batch" (as they are, with the statistics of a micro-batch on its rank: a step then depends on
             how it is cut) or "group" (for training from scratch with few images a batch).
         backbone_norm_momentum: of the running statistics of "batch". Over many steps, less than torch's 0.1 is
-            steadier: on digit scenes, the same weights had an AP of 0.73 or 0.82, by which batches came last.
+            steadier: it matters less which batches came last; over a few hundred steps it lags behind the weights.
         backbone_frozen_stages: its stem and this many stages do not learn: 1 in the paper; 0 for random weights.
         dilation: the last stage keeps the size of the feature map (DC5).
         num_channels: of the images.

@@ -256,6 +256,21 @@ def test_no_chance_means_evaluation():
     assert changed.size == (60, 80) and torch.equal(changed.image, scene.resize(60, 80).image)
 
 
+def test_mirrored_both_ways_by_one_chance():
+    """A quarter of the scenes each, and the flip alone as it was without the other."""
+    augmentation = SceneAugmentation(scales=(90,), crop=0.0, flip=0.5, vertical_flip=0.5)
+    alone = SceneAugmentation(scales=(90,), crop=0.0, flip=0.5)
+    scene, kinds = painted().resize(90, 120), []
+    ways = {name: scene.image.flip(dims) for name, dims in {"both": (1, 2), "top": (1,), "left": (2,)}.items()}
+    for i in range(200):
+        fate = chances(0, 0, i)[0]
+        image = augmentation(scene, fate).image
+        kinds.append(next((name for name, flipped in ways.items() if torch.equal(image, flipped)), "none"))
+        left = torch.equal(alone(scene, fate).image, ways["left"])
+        assert left == (kinds[-1] in ("both", "left")) == bool(fate[FLIP] < 0.5)
+    assert all(30 < kinds.count(name) < 70 for name in ("both", "top", "left", "none"))
+
+
 def test_mirrored_top_and_bottom():
     scene = painted()
     still = SceneAugmentation(scales=(min(scene.size),), crop=0.0, flip=0.0)

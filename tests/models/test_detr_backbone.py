@@ -274,7 +274,8 @@ def test_groups_have_sixteen_channels_and_batch_norm_its_momentum():
 
 @pytest.mark.parametrize("stages", [0, 1, 4])
 def test_batch_norm_that_does_not_learn_keeps_its_statistics(stages):
-    features = TimmFeatures("test_resnet", 3, ALL, "batch", stages).train()
+    features = TimmFeatures("test_resnet", 3, ALL, "batch", stages)
+    assert features.training
     before = copy.deepcopy(features.state_dict())
     features(tiny_photos())
     learns = {name.rpartition(".")[0] for name, parameter in features.named_parameters() if parameter.requires_grad}

@@ -157,7 +157,7 @@ def test_knobs_change_the_weights(data, trained, tmp_path):
 
 def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
     """By hf-tfm run in two processes (gloo), which share each step, and in one, a scene at a time."""
-    knobs = {"num_steps": 3, "adam_epsilon": 1e-4, "seed": 1}  # of seed 0, rounding decides a match
+    knobs = {"num_steps": 3, "adam_epsilon": 1e-4}
     alone = train(data, tmp_path / "alone", **knobs)
     single = train(data, tmp_path / "single", micro_batch_size=1, **knobs)
     assert distance(alone, single) < 5e-6  # of rounding; the steps are 1e-3 long
