@@ -1,7 +1,8 @@
 """Train DETR to detect objects (Carion et al. 2020, arXiv:2005.12872).
 
     hf-tfm run detection_train --config quickstart                        about a minute on 2 CPU cores
-    hf-tfm run detection_train --config bccd --dataset DATA --output_dir runs/bccd
+    hf-tfm run detection_train --config digits                            from random weights
+    hf-tfm run detection_train --config bccd --dataset DATA               goes on from the run before
     hf-tfm run detection_train --config finetune_small --dataset DATA --init_from MODEL
     accelerate launch recipes/detection_train.py --config r50_300         as many GPUs as the launcher finds
 

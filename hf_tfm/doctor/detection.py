@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..training.arguments import parse_arguments
+from ..training.run import require_model
 from ..training.scene_run import SceneRunArguments
 from . import boxes, classes, images, knobs, weights
 from .findings import Finding, condensed, failed, findings_of, save, skipped
@@ -154,8 +155,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status, 1 where a check failed."""
+    """The command; its exit status, 1 where a check failed, 2 where nothing could be examined."""
     own, args, words = parse(sys.argv[1:] if argv is None else argv)
+    if args.init_from:
+        try:
+            require_model("init_from", args.init_from)
+        except ValueError as error:
+            print(f"hf-tfm doctor detection: {error}", file=sys.stderr)
+            return 2
     print(f"hf-tfm run {RECIPE} {' '.join(words)}")
     found: list[Finding] = []
     for finding in condensed(examine(args, own.full, own.quick)):

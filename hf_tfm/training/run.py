@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.source import STREAM
 from ..hub.card import write_card
@@ -40,8 +41,11 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     From here on SIGTERM ends the process with exit status 0, see `stop.end_politely`.
 
     Raises:
-        ValueError: the device does not know the precision.
+        ValueError: the device does not know the precision, or a model to start from is not there.
     """
+    for knob in ("init_from", "teacher"):
+        if source := getattr(args, knob, None):
+            require_model(knob, source)
     end_politely()
     accelerator = Accelerator(
         mixed_precision=args.precision,
@@ -54,6 +58,20 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     if args.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would take float32 without a word
         raise ValueError('precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
     return accelerator
+
+
+def require_model(knob: str, source: str) -> None:
+    """Look whether a model, a folder or Hub id, is there.
+
+    Raises:
+        ValueError: it is not; the message names the knob.
+    """
+    if not Path(source).is_dir():
+        try:
+            cached_file(source, CONFIG_NAME)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f'{knob} "{source}" is no folder, and not to be had from the Hub: {reason}') from error
 
 
 @dataclass

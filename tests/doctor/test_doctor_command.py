@@ -191,3 +191,8 @@ def test_the_files_of_samples_are_named(tmp_path, capsys):
     assert doctor(*words(data=data), "--quick") == 1
     said = " ".join(capsys.readouterr().out.split())
     assert f"sample: image 103 of train, box [200, 10, 20, 20], {data / 'train' / '103.png'}" in said
+
+
+def test_a_model_that_is_not_there_is_named(capsys):
+    assert detection.main(["--data", "d", "--model", "runs/no-such-run"]) == 2
+    assert 'init_from "runs/no-such-run" is no folder' in capsys.readouterr().err

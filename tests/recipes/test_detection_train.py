@@ -252,6 +252,12 @@ def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
+def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp_path):
+    with pytest.raises(ValueError, match=r'init_from "runs/no-such-run" is no folder, and not to be had from the Hub'):
+        train(data, tmp_path / "run", init_from="runs/no-such-run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_categories_that_training_does_not_have_are_refused(splits, tmp_path):
     folder = write_coco(tmp_path / "data", splits)
     file = folder / "annotations" / "instances_val2017.json"
