@@ -1,12 +1,22 @@
-"""Distillation of text models: every kind of term for a few steps, caches, students, and what is refused at once."""
+"""Distillation of text models: every kind of term for a few steps, students, and what is refused at once."""
 
 import inspect
-import runpy
-import shutil
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from distill_text_recipes import (
+    NAMES,
+    SMALL,
+    WIDE,
+    run,
+    save,
+    save_classifier,
+    save_language_model,
+    teach_tokenizer,
+    words,
+    write_texts,
+)
 from recipe_helpers import ROOT, arguments_of, fresh_state, history, record
 from safetensors.torch import load_file
 from transformers import (
@@ -18,78 +28,32 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
 from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training.arguments import parse_arguments
 
-WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
-SMALL = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2}"
-NAMES = {"id2label": {0: "calm", 1: "loud"}, "label2id": {"calm": 0, "loud": 1}}
-INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
-
-
-def run(recipe: str, *argv: str) -> int:
-    fresh_state()
-    return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](list(argv))
-
-
-def words(data, output_dir, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
-    given = {
-        "dataset": data,
-        "output_dir": output_dir,
-        "num_steps": 3,
-        "warmup_steps": 1,
-        "max_length": 16,
-        "size": "tiny",
-        "progress": "false",
-        **({} if "init_from" in knobs else {"model": SMALL}),
-        **knobs,
-    }
-    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("texts")
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["calm", "loud"])})
-    for split, (start, end) in {"train": (0, 40), "validation": (40, 52)}.items():
-        texts = [
-            f"the {'dog' if i % 2 else 'cat'} number {i} {'barks' if i % 2 else 'sleeps'}" for i in range(start, end)
-        ]
-        rows = {"sentence": texts, "label": [i % 2 for i in range(start, end)]}
-        Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    return train_wordpiece(Dataset.from_parquet(str(data / "train.parquet"))["sentence"], 90)
-
-
-def save(folder, model, tokenizer):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return teach_tokenizer(data)
 
 
 @pytest.fixture(scope="module")
 def classifier(tokenizer, tmp_path_factory):
-    """A teacher of 4 layers with random weights."""
-    torch.manual_seed(0)
-    config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE, **NAMES)
-    return save(tmp_path_factory.mktemp("classifier"), TfmBertForSequenceClassification(config), tokenizer)
+    return save_classifier(tmp_path_factory.mktemp("classifier"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def language_model(tokenizer, tmp_path_factory):
-    torch.manual_seed(0)
-    config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE)
-    return save(tmp_path_factory.mktemp("language"), TfmBertForMaskedLM(config), tokenizer)
+    return save_language_model(tmp_path_factory.mktemp("language"), tokenizer)
 
 
+INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
 TERMS = {
     "soft_and_label": "[{kind: soft_target, temperature: 2.0}, {kind: label, weight: 0.5}]",
     "inner_layers": INNER,
@@ -137,89 +101,11 @@ def test_inner_layers_leave_the_classifier_alone(data, classifier, tmp_path):
     assert not torch.equal(one[name], other[name])
 
 
-def test_a_cached_teacher_teaches_the_same(data, classifier, tmp_path, capsys):
-    terms = "[{kind: hidden_state}, {kind: soft_target}, {kind: label}]"
-    common = {"teacher": classifier, "terms": terms, "precision": "no", "num_workers": 1, "final_weights": "last"}
-    assert run("distill_task", *words(data, tmp_path / "online", **common)) == 0
-    cache = {**common, "cache": tmp_path / "cache"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **cache, cache_dtype="fp32")) == 0
-    assert "40 samples" in capsys.readouterr().out
-    assert not (tmp_path / "no").exists()
-    assert run("distill_task", *words(data, tmp_path / "cached", **cache)) == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("online", "cached"))
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="is the cache of another run: preprocessing"):
-        run("distill_task", *words(data, tmp_path / "other", **cache, max_length=4))
-
-
-CACHED = {"terms": "[{kind: soft_target}]", "batch_size": 8}
-
-
-def own_teacher(folder, classifier):
-    """A copy that a test may change."""
-    return shutil.copytree(classifier, folder)
-
-
-@pytest.mark.parametrize("measured", ["true", "false"])
-def test_a_run_from_a_cache_needs_no_weights_of_its_teacher(measured, data, classifier, tmp_path):
-    teacher = own_teacher(tmp_path / "teacher", classifier)
-    knobs = {**CACHED, "teacher": teacher, "cache": tmp_path / "cache"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs, costs=measured)) == 0
-    (teacher / "model.safetensors").unlink()
-    assert run("distill_task", *words(data, tmp_path / "run", **knobs)) == 0
-    costs = record(tmp_path / "run").costs
-    if measured == "false":
-        assert [cost["model"] for cost in costs] == ["student"]
-        return
-    theirs, ours = costs
-    assert theirs["parameters"] > ours["parameters"] and ours["kept"] == ours["score"] / theirs["score"]
-    # What the teacher scores on other texts is not known.
-    assert run("distill_task", *words(data, tmp_path / "other", **knobs, validation_split="train")) == 0
-    theirs, ours = record(tmp_path / "other").costs
-    assert "score" not in theirs and "kept" not in ours
-
-
-def test_the_cache_of_another_teacher_is_refused(data, classifier, tmp_path):
-    knobs = {**CACHED, "cache": tmp_path / "cache", "costs": "false"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", teacher=classifier, **knobs)) == 0
-    same = own_teacher(tmp_path / "same", classifier)
-    assert run("distill_task", *words(data, tmp_path / "run", teacher=same, **knobs)) == 0
-    other = own_teacher(tmp_path / "other", classifier)
-    model = AutoModelForSequenceClassification.from_pretrained(other)
-    with torch.no_grad():
-        model.classifier.bias[0] += 1.0
-    model.save_pretrained(other)
-    for change in (lambda: None, (other / "model.safetensors").unlink):
-        change()
-        with pytest.raises(ValueError, match=rf"of another run: teacher {classifier} there, {other} now$"):
-            run("distill_task", *words(data, tmp_path / "run", teacher=other, **knobs, overwrite_output_dir="true"))
-
-
-def test_a_cache_is_of_the_knobs_that_decide_what_is_read(data, classifier, tmp_path):
-    """All texts are shorter than either length: the samples themselves do not tell."""
-    knobs = {**CACHED, "teacher": classifier, "cache": tmp_path / "cache", "costs": "false"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs)) == 0
-    with pytest.raises(ValueError, match="is the cache of another run: max_length 16 there, 18 now"):
-        run("distill_task", *words(data, tmp_path / "run", **knobs, max_length=18))
-
-
-def test_what_the_largest_logits_cannot_teach_is_refused_before_they_are_written(data, classifier, tmp_path):
-    knobs = {"teacher": classifier, "cache": tmp_path / "cache", "cache_top_k": 1}
-    argv = words(data, tmp_path / "no", **knobs, terms="[{kind: logit}]")
-    with pytest.raises(ValueError, match=r"term logit needs all logits, .* has top_k=1"):
-        run("distill_cache", "distill_task", *argv)
-    argv = words(data, tmp_path / "no", **knobs | {"cache_top_k": 2}, terms="[{kind: soft_target}]")
-    with pytest.raises(ValueError, match="top_k must be below the 2 classes, got 2"):
-        run("distill_cache", "distill_task", *argv)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError("too large")
 
-    argv = words(data, tmp_path / "run", **CACHED, teacher=classifier)
+    argv = words(data, tmp_path / "run", teacher=classifier, terms="[{kind: soft_target}]", batch_size=8)
     with monkeypatch.context() as patch:
         patch.setattr("hf_tfm.training.distill_cache.measure_cost", fail)
         with pytest.raises(RuntimeError, match=r"too large.*the student is saved in .*--costs false"):
@@ -359,24 +245,6 @@ def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"pearson", "spearman"}
 
 
-def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_model, tmp_path):
-    terms = "[{kind: soft_target}, {kind: label}]"
-    common = {"teacher": language_model, "terms": terms, "batch_tokens": 128, "sequences": "rows"}
-    common |= {"vocab_size": None, "num_steps": None, "num_epochs": 3, "final_weights": "last"}
-    cache = {**common, "cache": tmp_path / "cache"}
-    assert run("distill_cache", "distill_pretrain", *words(data, tmp_path / "no", **cache, cache_epochs=2)) == 0
-    assert run("distill_pretrain", *words(data, tmp_path / "cached", **cache)) == 0
-    shutil.rmtree(tmp_path / "cached")
-    with pytest.raises(ValueError, match="is the cache of another run: preprocessing"):
-        run("distill_pretrain", *words(data, tmp_path / "other", **cache, seed=1))
-    # A cache is of the texts that are learned from; others may score.
-    shutil.copytree(data, tmp_path / "data")
-    Dataset.from_parquet(str(data / "validation.parquet")).take(5).to_parquet(
-        str(tmp_path / "data" / "validation.parquet")
-    )
-    assert run("distill_pretrain", *words(tmp_path / "data", tmp_path / "cached", **cache)) == 0
-
-
 REFUSED = {
     "no_terms": ("distill_task", {"terms": "[]"}, "terms must have at least one"),
     "field": ("distill_task", {"terms": "[{kind: label, warmth: 1}]"}, "terms[0]: a term has no warmth; it has kind"),
@@ -423,11 +291,3 @@ def test_terms_of_a_command_line_take_the_place_of_a_presets():
     )
     assert [(t.weight, t.temperature) for t in preset.terms] == [(1.0, 2.0), (0.5, 1.0)]
     assert [(t.weight, t.temperature) for t in given.terms] == [(1.0, 1.0), (1.0, 1.0)]
-
-
-def test_the_cache_names_its_recipes(capsys):
-    assert run("distill_cache", "translation_train") == 2
-    said = capsys.readouterr().err
-    assert all(
-        recipe in said.split("recipes: ")[1] for recipe in ("distill_pretrain", "distill_task", "distill_vision")
-    )
