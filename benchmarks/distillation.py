@@ -6,12 +6,11 @@ DistilBERT's step (a BERT-base teacher, 6 layers, 8 sequences of 128 tokens):
   plain    both models' logits of all tokens, the teacher in memory, soft targets and cosine over all tokens
   masked   our task: logits of masked tokens alone
   cached   the same with the teacher's signals read from a cache
-TinyBERT-4's step of inner layers: online, cached.
+TinyBERT-4's step of inner layers: online, cached. A step makes its batch, and reads its part of the cache, itself.
 """
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from hf_tfm.data.source import load_splits
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
 from hf_tfm.distillation.facts import facts_of
-from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.student import Distilled, freeze_unused
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.distillation.terms import Term, plan, signals_of
 from hf_tfm.tasks.distill import DistillationTask
@@ -54,7 +53,7 @@ def main(
     length: int = 128,
     vocab_size: int = 30_522,
     rounds: int = 5,
-    precision: str = "no",
+    precisions: tuple[str, ...] = ("no", "bf16"),
 ) -> None:
     """Measure and write benchmarks/results/distillation.json.
 
@@ -63,42 +62,53 @@ def main(
         batch_size: sequences; length: tokens of each.
         vocab_size: of the models; tokens are those of a smaller vocabulary trained on the texts.
         rounds: timed rounds; medians are reported.
-        precision: no (float32) or bf16 autocast of the student.
+        precisions: no (float32) and bf16: autocast of the students and of the plain teacher, ours has such weights.
     """
     rows = text_rows(load_splits(dataset, dataset_name)["train"], text_column)
     tokenizer = train_wordpiece(Texts(rows), 8000)
     found = token_sequences(rows.take(2000), tokenizer, length).filter(lambda row: len(row["input_ids"]) == length)
     examples = [found[i] for i in range(batch_size)]
     task = MaskedLanguageTask(tokenizer)
+    found_of = {label(precision): measure(task, examples, vocab_size, precision, rounds) for precision in precisions}
+    teacher = bert_base(vocab_size)
+    sizes = {f"top {k} logits": cache_bytes(teacher, task, found, k) for k in (32, 128)}
+    common.write(
+        "distillation",
+        {
+            **{"dataset": dataset, "batch_size": batch_size, "length": length, "rounds": rounds},
+            **{"precisions": found_of, "kilobytes_per_sequence_of_64": sizes},
+        },
+    )
+
+
+def bert_base(vocab_size: int) -> BertForMaskedLM:
+    """The teacher, of random weights."""
     torch.manual_seed(0)
-    teacher = BertForMaskedLM(BertConfig(vocab_size=vocab_size)).eval()
-    results: dict = {}
+    return BertForMaskedLM(BertConfig(vocab_size=vocab_size)).eval()
+
+
+def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision: str, rounds: int) -> dict:
+    """Seconds of every step, their ratios, and what the caches take for a sequence, in kB."""
+    caches = {}
     with tempfile.TemporaryDirectory() as folder:
-        variants = {"plain": plain(teacher, task, examples, precision)}
+        variants = {"plain": plain(bert_base(vocab_size), task, examples, precision)}
+        teacher = Teacher(bert_base(vocab_size), label(precision))
         for name, terms, size in (("distilbert", DISTILBERT, "distilbert"), ("tinybert4", TINYBERT, "tinybert4")):
             config = TfmBertConfig.of_size(size, vocab_size=vocab_size)
             place = Path(folder) / name
-            results[name], more = steps(name, Teacher(teacher), terms, config, task, examples, place, precision)
+            caches[name], more = steps(name, teacher, terms, config, task, examples, place, precision)
             variants |= more
         rates = common.interleaved(variants, rounds)
-    seconds = {name: round(batch_size / statistics.median(r), 3) for name, r in rates.items()}
     ratios = {
         f"{peer} / {ours}": round(common.ratio(rates, ours, peer), 2)
         for ours, peer in (
             ("distilbert_masked", "plain"),
             ("distilbert_cached", "plain"),
-            ("tinybert4_cached", "tinybert4_masked"),
+            ("tinybert4_cached", "tinybert4_online"),
         )
     }
-    sizes = {f"top {k} logits": cache_bytes(teacher, task, found, k) for k in (32, 128)}
-    common.write(
-        "distillation",
-        {
-            **{"dataset": dataset, "batch_size": batch_size, "length": length, "precision": precision},
-            **{"rounds": rounds, "seconds_per_step": seconds, "times_faster": ratios},
-            **{"caches": results, "kilobytes_per_sequence_of_64": sizes},
-        },
-    )
+    seconds = {name: round(len(examples) / statistics.median(r), 3) for name, r in rates.items()}
+    return {"seconds_per_step": seconds, "times_faster": ratios, "kilobytes_per_sequence": caches}
 
 
 def plain(teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str) -> Callable[[int], int]:
@@ -113,7 +123,7 @@ def plain(teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, pr
         batch = task.collate(examples, list(range(len(examples))), number)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         inputs = task.inputs(batch)
-        with torch.no_grad():
+        with torch.no_grad(), accelerator.autocast():
             theirs = teacher(**inputs, output_hidden_states=True)
         ours = student(**inputs, output_hidden_states=True)
         soft = kl_div(
@@ -141,13 +151,12 @@ def steps(
     examples: list,
     folder: Path,
     precision: str,
-) -> tuple[dict, dict[str, Callable[[int], int]]]:
-    """Steps with the teacher online and cached, and what the cache takes."""
+) -> tuple[float, dict[str, Callable[[int], int]]]:
+    """What the cache takes for a sequence, in kB, and steps with the teacher online and cached."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     teacher.model.to(accelerator.device)
-    student = TfmBertForMaskedLM(config)
-    lessons = plan(terms, facts_of(student), teacher.facts)
+    lessons = plan(terms, facts_of(TfmBertForMaskedLM(config)), teacher.facts)
     report = write_cache(
         teacher,
         task,
@@ -159,24 +168,21 @@ def steps(
         data="",
         temperature=2.0 if name == "distilbert" else 1.0,
     )
-    indices = list(range(len(examples)))
-    variants, reading = {}, 0.0
-    for kind, source in (("masked", teacher), ("cached", CachedTeacher(folder))):
+    indices, variants = list(range(len(examples))), {}
+    online = "masked" if name == "distilbert" else "online"
+    for kind, source in ((online, teacher), ("cached", CachedTeacher(folder))):
         learning = DistillationTask(task, source, lessons)
-        start = time.perf_counter()
-        batch = learning.collate(examples, indices, 0)  # what a loader's workers do beside the step
-        reading = time.perf_counter() - start
         model = Distilled(TfmBertForMaskedLM(config), lessons)
         args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4)
+        freeze_unused(accelerator, learning, model, learning.collate(examples, indices, 0))
         model, optimizer = accelerator.prepare(model.train(), build_optimizer(model, args))
 
-        def work(number: int, learning=learning, model=model, optimizer=optimizer, batch=batch) -> int:
-            train_step(accelerator, learning, model, optimizer, [batch])
+        def work(number: int, learning=learning, model=model, optimizer=optimizer) -> int:
+            train_step(accelerator, learning, model, optimizer, [learning.collate(examples, indices, 0)])
             return len(examples)
 
         variants[f"{name}_{kind}"] = work
-    about = {"kilobytes_per_sequence": round(report.bytes_per_sample / 1e3, 2), "seconds_to_read": round(reading, 3)}
-    return about, variants
+    return round(report.bytes_per_sample / 1e3, 2), variants
 
 
 def cache_bytes(teacher: BertForMaskedLM, task: MaskedLanguageTask, rows, top_k: int) -> float:
@@ -185,3 +191,8 @@ def cache_bytes(teacher: BertForMaskedLM, task: MaskedLanguageTask, rows, top_k:
     with tempfile.TemporaryDirectory() as folder:
         report = write_cache(Teacher(teacher), task, examples, Path(folder) / "cache", top_k=top_k, data="")
     return round(report.bytes_per_sample / 1e3, 2)
+
+
+def label(precision: str) -> str:
+    """The dtype that a precision computes in."""
+    return {"no": "fp32", "bf16": "bf16"}[precision]

@@ -294,21 +294,23 @@ def language_generation(results: dict) -> str:
 
 def distillation(results: dict) -> str:
     """Steps of distillation and sizes of caches."""
-    caches = [(name, *cache.values()) for name, cache in results["caches"].items()]
-    sizes = list(results["kilobytes_per_sequence_of_64"].items())
+    found = results["precisions"].items()
+
+    def rows(field: str) -> list[tuple]:
+        return [(precision, *item) for precision, r in found for item in r[field].items()]
+
     return "\n\n".join(
         [
             "## Distillation: seconds per step",
-            f"BERT-base teaches, {results['batch_size']} sequences of {results['length']} tokens, student in "
-            f"{results['precision'].replace('no', 'fp32')}. Plain: logits of all tokens by both "
-            "models, the teacher in memory. Masked: logits of masked tokens alone. Cached: the teacher's signals are "
-            "read from a cache.",
+            f"BERT-base teaches, {results['batch_size']} sequences of {results['length']} tokens; making the batch "
+            "and reading the cache included. Plain: logits of all tokens by both models, the teacher in memory. "
+            "Masked: logits of masked tokens alone. Cached: the teacher's signals are read from a cache.",
             machine(results),
-            table(("step", "seconds"), list(results["seconds_per_step"].items())),
-            table(("ratio", "times"), list(results["times_faster"].items())),
+            table(("", "step", "seconds"), rows("seconds_per_step")),
+            table(("", "ratio", "times"), rows("times_faster")),
             "Caches, as those steps need them, and of logits alone for sequences of 64 tokens.",
-            table(("cache", "kB a sequence", "seconds to read a batch"), caches),
-            table(("signal", "kB a sequence of 64"), sizes),
+            table(("", "cache", "kB a sequence"), rows("kilobytes_per_sequence")),
+            table(("signal", "kB a sequence of 64"), list(results["kilobytes_per_sequence_of_64"].items())),
         ]
     )
 

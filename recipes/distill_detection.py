@@ -58,6 +58,7 @@ class DistillDetectionArguments(DistillationKnobs, SceneRunArguments):
     """Knobs of distilling a DETR.
 
     Args:
+        teacher_dtype: of the teacher's weights and what it computes; half precision rounds its boxes to 1/256.
         student_layers: blocks of the teacher, counted from 0, with whose weights a new student begins: those of the
             decoder, or {encoder: [...], decoder: [...]}; a stack that is not named begins with the teacher's first.
         objects_column: list of objects with a box and a category; default, the only column with boxes.
@@ -69,6 +70,7 @@ class DistillDetectionArguments(DistillationKnobs, SceneRunArguments):
     cache needs images that all have one size after augmentation, and the run's own batch_size.
     """
 
+    teacher_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     student_layers: list[int] | dict[Literal["encoder", "decoder"], list[int]] | None = None
     objects_column: str | None = None
     box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"

@@ -32,7 +32,7 @@ class DistillationKnobs:
     Args:
         teacher: folder or Hub id of a model of any kind, with its tokenizer or image processor.
         trust_remote_code: run the code that the teacher's repository brings.
-        teacher_dtype: of the teacher's weights and what it computes.
+        teacher_dtype: of the teacher's weights and what it computes; default, what the student computes in.
         teacher_device: where it computes, say cuda:1, or auto, spread over all devices where it does not fit on one;
             default, where the student does.
         expected_score: the run ends at once if the teacher's best_metric on the validation data is worse than this.
@@ -54,7 +54,7 @@ class DistillationKnobs:
 
     teacher: str
     trust_remote_code: bool = False
-    teacher_dtype: Dtype = "fp32"
+    teacher_dtype: Dtype | None = None
     teacher_device: str | None = None
     expected_score: float | None = None
     # Not list[Term]: jsonargparse would merge the items of a command line into those of a preset.
@@ -72,6 +72,7 @@ class DistillationKnobs:
     def __post_init__(self):
         super().__post_init__()
         self.terms = read_terms(self.terms)
+        self.teacher_dtype = self.teacher_dtype or ("fp32" if self.precision == "no" else self.precision)
         self.check_range(at_least_1="cache_epochs cache_top_k")
         if not self.terms:
             raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")

@@ -291,3 +291,18 @@ def test_terms_of_a_command_line_take_the_place_of_a_presets():
     )
     assert [(t.weight, t.temperature) for t in preset.terms] == [(1.0, 2.0), (0.5, 1.0)]
     assert [(t.weight, t.temperature) for t in given.terms] == [(1.0, 1.0), (1.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "dtype"),
+    [
+        ("distill_task", [], "bf16"),
+        ("distill_task", ["--precision", "no"], "fp32"),
+        ("distill_task", ["--teacher_dtype", "fp32"], "fp32"),
+        ("distill_detection", [], "fp32"),
+    ],
+)
+def test_a_teacher_computes_in_the_students_precision(recipe, given, dtype):
+    """Other than a detector, whose boxes would be rounded."""
+    path = ROOT / "recipes" / f"{recipe}.py"
+    assert parse_arguments(arguments_of(path), path, ["--config", "quickstart", *given]).teacher_dtype == dtype
