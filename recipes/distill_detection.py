@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score(accelerator, own[split], model, held_out[split])
 
     sample = {"pixel_values": torch.zeros(1, 3, args.shortest_side, args.shortest_side)}
-    yardstick = Yardstick(sample, lambda model: scores_of(model)["AP"], f"AP of {data['fingerprint'][args.held_out]}")
+    held = data["fingerprint"][args.held_out]
+    yardstick = Yardstick(sample, lambda model: scores_of(model)["AP"], f"AP, {args.held_out}", held)
     numbers = partial(numbers_of, batches.loader.sampler)
     if wrote_cache(args, accelerator, lessons, learning_rows, fingerprint, yardstick, numbers):
         return 0
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.stopped(result)
     metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs)
+    finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs, lessons.described(args))
     return 0
 
 

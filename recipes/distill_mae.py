@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(accelerator, task, model, validation)["loss"]
 
     sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    of = f"reconstruction loss of {data['fingerprint'][args.held_out]}"
-    yardstick = Yardstick(sample, reconstruction, of, higher_is_better=False)
+    held = data["fingerprint"][args.held_out]
+    metric = f"reconstruction loss, {args.held_out}"
+    yardstick = Yardstick(sample, reconstruction, metric, held, higher_is_better=False)
     fingerprint = data["fingerprint"][args.train_split]
     if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
         return 0
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.stopped(result)
     metrics = [{"name": "reconstruction_loss", "value": reconstruction(student), "split": args.held_out}]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, task, result, metrics, costs)
+    finish(run, student.eval(), processor, task, result, metrics, costs, lessons.described(args))
     return 0
 
 

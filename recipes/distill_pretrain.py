@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score(accelerator, task, model, validation)[0]["value"]
 
     sample = {"input_ids": torch.ones(1, args.max_length, dtype=torch.long)}
-    of = f"perplexity of {data['fingerprint'][args.held_out]}"
-    yardstick = Yardstick(sample, perplexity, of, higher_is_better=False)
+    held = data["fingerprint"][args.held_out]
+    yardstick = Yardstick(sample, perplexity, f"perplexity, {args.held_out}", held, higher_is_better=False)
     if not args.streaming:
         fingerprint = str({name: data["fingerprint"][name] for name in learned_from(args, texts)})
         if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         part = validation if split == args.held_out else loader(texts[split], task.collate)
         metrics += [{**row, "split": split} for row in score(accelerator, task, student, part)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), tokenizer, task, result, metrics, costs)
+    finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
     return 0
 
 

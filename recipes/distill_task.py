@@ -97,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     typical = int(sorted(text_lengths(decisive.examples))[len(decisive.examples) // 2])
     sample = {"input_ids": torch.ones(1, typical, dtype=torch.long)}
-    metric, of = args.metrics[0], data["fingerprint"][texts.validation[0]]
-    yardstick = Yardstick(sample, lambda model: scores_of(model)[metric], f"{metric} of {of}")
+    metric, split = args.metrics[0], texts.validation[0]
+    held = data["fingerprint"][split]
+    yardstick = Yardstick(sample, lambda model: scores_of(model)[metric], f"{metric}, {split}", held)
     fingerprint = data["fingerprint"][args.train_split]
     if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
         return 0
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics += [{**row, "split": split} for row in score(found, args.metrics)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
     keep_what_is_read(tokenizer, student)
-    finish(run, student.eval(), tokenizer, task, result, metrics, costs)
+    finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
     return 0
 
 

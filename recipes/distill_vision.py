@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found)}}
 
     sample = {"pixel_values": torch.zeros(1, 3, *task.pixels.size)}
-    of = f"accuracy of {data['fingerprint'][args.held_out]}"
-    yardstick = Yardstick(sample, lambda model: scores_of(model)["accuracy"], of)
+    held = data["fingerprint"][args.held_out]
+    yardstick = Yardstick(sample, lambda model: scores_of(model)["accuracy"], f"accuracy, {args.held_out}", held)
     fingerprint = data["fingerprint"][args.train_split]
     if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
         return 0
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, task, result, metrics, costs)
+    finish(run, student.eval(), processor, task, result, metrics, costs, lessons.described(args))
     return 0
 
 

@@ -108,6 +108,7 @@ def write_cache(
         name=name,
         origin=None if name is None else origin_of(name),
         knobs=dict(knobs or {}),
+        teacher_dtype=teacher.dtype,
     )
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if rank == 0:

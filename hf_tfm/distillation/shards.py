@@ -41,6 +41,7 @@ class CacheIndex:
         facts: of the teacher, see `Facts`.
         name: folder or id it was loaded from, and its origin, see `origin_of`; None of a model in memory.
         knobs: of the run that wrote it, those that decide what is read.
+        teacher_dtype: what the teacher computed in.
     """
 
     teacher: str
@@ -57,6 +58,7 @@ class CacheIndex:
     name: str | None = None
     origin: str | None = None
     knobs: dict[str, Any] = field(default_factory=dict)
+    teacher_dtype: str = "fp32"
 
     @property
     def shards(self) -> int:

@@ -57,7 +57,7 @@ def collect(
         inputs: keyword arguments of the model; segments it does not take are left out, for the other model may.
         names: of signals, see above.
         places: (n,) int64, which of the B T rows of logits are wanted; only these are computed where the model has an
-            output embedding. None takes them as they are.
+            output embedding, and none where no name asks for logits. None takes them as they are.
 
     Returns:
         the signals, and the model's output, whose logits are those rows.
@@ -78,7 +78,7 @@ def collect(
         options["use_cache"] = False
     with ExitStack() as stack:
         if places is not None:
-            stack.enter_context(only_rows(model, places))
+            stack.enter_context(only_rows(model, places if LOGITS in wanted else places[:0]))
         recorded = stack.enter_context(record_attention(model, partial(is_wanted, wanted))) if SCORE in kinds else None
         seen = {name: stack.enter_context(output_of(model, name)) for name in modules}
         states = [stack.enter_context(states_of(blocks))] if HIDDEN in kinds and blocks is not None else []

@@ -45,7 +45,7 @@ class Teacher:
     whoever scores it need not know where it stands.
 
     `facts` is what its lessons are planned on; `hash` is of its weights as they were loaded, None where some of them
-    are not in memory.
+    are not in memory; `dtype` as it was given.
 
     Raises:
         ValueError: there is no such dtype.
@@ -53,6 +53,7 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, dtype: str = "fp32", device: torch.device | str | None = None):
         self.facts: Facts = facts_of(model)
+        self.dtype = dtype
         away = any(value.is_meta for value in model.state_dict().values())
         self.hash = None if away else weights_hash(model)
         model.requires_grad_(False)

@@ -75,8 +75,9 @@ class Term:
         stack: encoder, decoder or cross, of models with both (cross: attention alone); default, the only one.
         projection: auto puts a linear layer behind the student's states where they are not as wide as the teacher's;
             linear always; none never.
-        tokens: of terms on states and attention, which count: all; targets, those that a masked language model fills
-            in; or first, that of the class alone (PKD, section 3).
+        tokens: which of a text count: targets, those that a language model is to predict, the default of terms on
+            logits; all, the default of terms on states and attention; or of these first, that of the class alone (PKD,
+            section 3). Terms on logits must agree.
         output: the logits of the student that are compared, of DeiT "cls_logits" or "distillation_logits".
 
     Raises:
@@ -89,7 +90,7 @@ class Term:
     layers: Layers | None = None
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     projection: Literal["auto", "linear", "none"] = "auto"
-    tokens: Literal["all", "targets", "first"] = "all"
+    tokens: Literal["all", "targets", "first"] | None = None
     output: Literal["logits", "cls_logits", "distillation_logits"] = "logits"
 
     def __post_init__(self):
@@ -99,12 +100,14 @@ class Term:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of {self.kind} must be above 0, got {getattr(self, name)}")
         kind = KINDS[self.kind]
+        if self.tokens is None:
+            object.__setattr__(self, "tokens", tokens_of(kind)[0])
         useless = {
             "temperature": self.temperature != 1.0 and not kind.temperature,
             "layers": self.layers is not None and kind.layers is None and kind.signal != MAP,
             "stack": bool(self.stack) and kind.signal not in (HIDDEN, SCORE),
             "projection": self.projection != "auto" and kind.signal not in (HIDDEN, MAP),
-            "tokens": self.tokens != "all" and kind.signal not in (HIDDEN, SCORE),
+            "tokens": self.tokens not in tokens_of(kind),
             "output": self.output != LOGITS and kind.items != ROWS,
         }
         for name, found in useless.items():
@@ -121,6 +124,13 @@ class Term:
                 )
         if self.stack == "cross" and kind.signal != SCORE:
             raise ValueError(f'stack of {self.kind} must be "encoder" or "decoder", got "cross"')
+
+
+def tokens_of(kind: Kind) -> tuple[str, ...]:
+    """Which tokens may count in a kind of term, its default first."""
+    if kind.items == ROWS:
+        return ("targets", "all") if kind.loss else ("targets",)
+    return ("all", "targets", "first") if kind.signal in (HIDDEN, SCORE) else ("all",)
 
 
 def read_terms(given: Sequence[Term | dict[str, Any]]) -> list[Term]:
@@ -202,6 +212,8 @@ def plan(
         raise ValueError(f"terms must have one that compares student and teacher, got {[t.kind for t in terms]}")
     if sum(term.kind == "label" for term in terms) > 1:
         raise ValueError('terms must have kind "label" once at most')
+    if len({term.tokens for term in terms if on_logits(term)}) > 1:
+        raise ValueError('terms on logits must have the same tokens, got "all" and "targets"')
     lessons: list[Lesson] = []
     for term in terms:
         same = sum(lesson.term.kind == term.kind for lesson in lessons)
@@ -214,6 +226,11 @@ def plan(
             raise ValueError(f"term {name}: {error}") from error
         lessons.append(Lesson(name, term, tuple(pairs), widths))
     return lessons
+
+
+def on_logits(term: Term) -> bool:
+    """Whether a term compares the logits of rows."""
+    return KINDS[term.kind].items == ROWS and term.kind != "label"
 
 
 Resolved = tuple[list[tuple[str, str]], tuple[int, int] | None]
@@ -323,7 +340,7 @@ def signals_of(lessons: Sequence[Lesson], side: Literal["student", "teacher"]) -
 def describe(lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
     """What a results file says of the terms."""
     return [
-        {"name": lesson.name, "weight": lesson.term.weight, "temperature": lesson.term.temperature}
-        | {"pairs": [list(pair) for pair in lesson.pairs], "projection": lesson.widths}
+        {"name": lesson.name, **{field: getattr(lesson.term, field) for field in ("weight", "temperature", "tokens")}}
+        | {"pairs": [list(pair) for pair in lesson.pairs], "projection": lesson.widths and list(lesson.widths)}
         for lesson in lessons
     ]

@@ -55,7 +55,10 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         usage=usage(config, model_id),
         data=table(data_rows(record)),
         scores=table(score_rows(record), ("split", "metric", "value", "signature")),
+        teacher=record.distillation["teacher"] if record.distillation else None,
+        terms=table(term_rows(record), ("term", "weight", "temperature", "tokens", "student from teacher")),
         costs=table(cost_rows(record), COST_COLUMNS),
+        yardstick=yardstick(record),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
         command=record.command,
@@ -143,12 +146,45 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
 
 def origin(record: RunRecord, config: dict[str, Any]) -> str:
     """What training began with."""
+    if found := record.distillation:
+        begun = f", begun with its layers {layer_names(found['student_layers'])}," if found["student_layers"] else ""
+        further = f", from `{record.base_model}` on," if record.base_model else ""
+        return f"distilled from `{found['teacher']}`{begun}{further}"
     if record.base_model:
         return f"trained further from `{record.base_model}`"
     if record.arguments.get("pretrained_backbone"):
         name = config.get("backbone") or config.get("backbone_config", {}).get("backbone")
         return f"trained from timm's pretrained `{name}` as its backbone, the rest from scratch,"
     return "trained from scratch"
+
+
+def layer_names(layers: list[int] | dict[str, list[int]]) -> str:
+    """The teacher's layers a student began with, in words."""
+    if isinstance(layers, dict):
+        return "; ".join(f"{stack} {layer_names(own)}" for stack, own in layers.items())
+    return ", ".join(map(str, layers))
+
+
+def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
+    """The table of what a student was compared with its teacher in."""
+    return [
+        (
+            term["name"],
+            number(term["weight"]),
+            number(term["temperature"]),
+            term["tokens"],
+            ", ".join(f"{ours} from {theirs}" if theirs else "true labels" for ours, theirs in term["pairs"])
+            + (f", {term['projection'][0]} to {term['projection'][1]} features" if term["projection"] else ""),
+        )
+        for term in (record.distillation["terms"] if record.distillation else ())
+    ]
+
+
+def yardstick(record: RunRecord) -> str:
+    """What the score of the table of costs is, and how large a sample."""
+    costs = record.costs or [{}]
+    said = [f"The score: {costs[-1]['metric']}."] if "metric" in costs[-1] else []
+    return " ".join([*said, *([f"A sample: {costs[-1]['sample']}."] if "sample" in costs[-1] else [])])
 
 
 def data_rows(record: RunRecord) -> list[tuple[str, str]]:

@@ -29,7 +29,8 @@ class Cost(_Cost, total=False):
     ``gflops`` of one sample's forward pass, in 10^9 operations, a multiplication and an addition being two;
     ``milliseconds_1``, ``milliseconds_32``: median time of a forward pass of so many samples on the CPU in float32,
     with ``threads`` threads; ``samples_per_second`` of the larger; ``megabytes`` of the weights on disk, in 10^6
-    bytes; ``score``; and ``kept``, the share of the teacher's score.
+    bytes; ``score``; and ``kept``, the share of the teacher's score. ``metric`` is what the score is, ``sample`` what
+    one reads, in words.
     """
 
     milliseconds_1: float
@@ -39,6 +40,8 @@ class Cost(_Cost, total=False):
     megabytes: float
     score: float
     kept: float
+    metric: str
+    sample: str
 
 
 def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], score: float | None = None) -> Cost:
@@ -66,6 +69,7 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
         samples_per_second=32_000 / times[32],
         threads=torch.get_num_threads(),
         megabytes=sum(t.numel() * t.element_size() for t in own_weights(model)) / 1e6,
+        sample=", ".join(f"{name} of {' x '.join(map(str, value.shape[1:]))}" for name, value in sample.items()),
     )
     model.to(device).train(training)
     return cost if score is None else Cost(**cost, score=score)

@@ -96,6 +96,28 @@ class Training(_Training, total=False):
     weights: str | None
 
 
+class DistilledTerm(TypedDict):
+    """A term of a distillation loss; ``pairs`` of the student's signals and the teacher's, "" for the true labels;
+    ``projection``, the widths of the linear layer between them."""
+
+    name: str
+    weight: float
+    temperature: float
+    tokens: str
+    pairs: list[list[str]]
+    projection: list[int] | None
+
+
+class Distillation(TypedDict):
+    """What a student learned from: ``teacher``, folder or Hub id; ``student_layers`` of it that the student began
+    with; ``cached`` signals, or those of a teacher in memory."""
+
+    teacher: str
+    student_layers: list[int] | dict[str, list[int]] | None
+    cached: bool
+    terms: list[DistilledTerm]
+
+
 @dataclass(kw_only=True)
 class RunRecord:
     """The record of a training run, as it stands in results.json.
@@ -114,6 +136,7 @@ class RunRecord:
         hardware: see `describe_hardware`.
         started, finished: ISO 8601 dates with time zone.
         costs: what the model, and those it is compared with, cost to use, see `Cost`.
+        distillation: see `Distillation`; None without a teacher.
 
     Raises:
         ValueError: a field has the wrong type, or a value that cannot be; the message names it.
@@ -133,6 +156,7 @@ class RunRecord:
     finished: str
     base_model: str | None = None
     costs: list[Cost] | None = None
+    distillation: Distillation | None = None
 
     def __post_init__(self):
         for name, kind in get_type_hints(RunRecord).items():
@@ -159,7 +183,7 @@ class RunRecord:
             ValueError: a field is missing, unknown or wrong.
         """
         known = {field.name for field in fields(cls)}
-        check_keys(content, known - {"base_model", "costs"}, known, "results")
+        check_keys(content, known - {"base_model", "costs", "distillation"}, known, "results")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:

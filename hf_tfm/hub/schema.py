@@ -51,7 +51,7 @@ def outer_types(kind: Any) -> type | tuple[type, ...]:
     """What `isinstance` takes for an annotation."""
     if kind is float:
         return (float, int)
-    return get_origin(kind) or kind
+    return dict if is_typeddict(kind) else get_origin(kind) or kind
 
 
 def describe_type(kind: Any) -> str:

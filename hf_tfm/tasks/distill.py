@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distillation.losses import query_loss
-from ..distillation.samples import training_collate
+from ..distillation.samples import token_mask, training_collate
 from ..distillation.signals import LOGITS, MAP, PLACES, REST, SET_BOXES, SET_LOGITS, TOP, Signals, parts
-from ..distillation.terms import OBJECTS, ROWS, Lesson, signals_of
+from ..distillation.terms import OBJECTS, ROWS, Lesson, on_logits, signals_of
 
 Batch = dict[str, Any]
 OWN = "distillation"  # the key of a batch under which this task keeps its own
@@ -40,6 +40,46 @@ class Teaching(Protocol):
     def inputs(self, batch: Batch) -> dict[str, Any]: ...
 
     def places(self, batch: Batch) -> Tensor | None: ...
+
+
+class EveryToken:
+    """A task on texts whose models give logits of every token, not of those with a target alone.
+
+    Args:
+        task: whose labels are still those of its targets.
+    """
+
+    def __init__(self, task: Teaching):
+        self.task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "task":  # not there yet, in a process that unpickles this
+            raise AttributeError(name)
+        return getattr(self.task, name)
+
+    def collate(self, examples: list, indices: list[int], epoch: int, hidden: bool = False) -> Batch:
+        """The task's batch, with the places of its tokens and which of them are targets.
+
+        Raises:
+            ValueError: the task has no targets among the tokens.
+        """
+        batch = self.task.collate(examples, indices, epoch, hidden)
+        if (targets := self.targets(batch)) is None:
+            raise ValueError('tokens "all" of a term on logits: the task has no tokens with a target')
+        places = token_mask(batch).flatten().nonzero()[:, 0]
+        return {**batch, "token_places": places, "target_rows": torch.searchsorted(places, targets)}
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """(n,) places among the B T of the tokens that have a target."""
+        return self.task.places(batch)
+
+    def places(self, batch: Batch) -> Tensor:
+        """Places of all tokens that are no padding."""
+        return batch["token_places"]
+
+    def hard_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of the targets, from the logits at `places`."""
+        return self.task.hard_loss(logits[batch["target_rows"]], batch)
 
 
 class Source(Protocol):
@@ -75,7 +115,8 @@ class DistillationTask:
     """
 
     def __init__(self, task: Teaching, teacher: Source, lessons: Sequence[Lesson]):
-        self.task, self.teacher, self.lessons = task, teacher, tuple(lessons)
+        every = any(on_logits(lesson.term) and lesson.term.tokens == "all" for lesson in lessons)
+        self.task, self.teacher, self.lessons = EveryToken(task) if every else task, teacher, tuple(lessons)
         self.item, self.term = task.item, task.term
         self.names = signals_of(lessons, "teacher")
         teacher.require(self.lessons)
@@ -111,13 +152,17 @@ class DistillationTask:
     def items(self, lesson: Lesson, batch: Batch) -> int:
         """What a lesson's sum is divided by: targets, or samples where each has one; objects; tokens, or images."""
         if lesson.kind.items == ROWS or lesson.term.tokens == "targets":
-            places = self.task.places(batch)
+            places = self.task.places(batch) if on_logits(lesson.term) else self.targets(batch)
             return batch[OWN]["samples"] if places is None else len(places)
         if lesson.kind.items == OBJECTS:
             return sum(len(label["class_labels"]) for label in batch["labels"])
         if not is_text(batch) or lesson.term.tokens == "first":
             return batch[OWN]["samples"]
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        """Places of the tokens that have a target, None where all samples have one."""
+        return self.task.targets(batch) if isinstance(self.task, EveryToken) else self.task.places(batch)
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Weighted sums of every term.
@@ -168,7 +213,7 @@ class DistillationTask:
             if term.tokens == "first":
                 weights = chosen_tokens(weights, None)
             elif term.tokens == "targets":
-                if (places := self.task.places(batch)) is None:
+                if (places := self.targets(batch)) is None:
                     raise ValueError(f'tokens "targets" of {lesson.name}: the task has no tokens with a target')
                 weights = chosen_tokens(weights, places)
             total.append(loss(states, teacher[theirs], weights))

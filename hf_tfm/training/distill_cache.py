@@ -36,13 +36,15 @@ class Yardstick:
     Args:
         sample: what a model reads of one sample, (1, ...) each.
         score: model -> its score on the validation data; called on all processes.
-        of: what the score is and of which data: a cache has the teacher's, for runs with the same.
+        metric: what the score is, and of which split, in words.
+        data: its fingerprint: a cache has the teacher's score, for runs with the same.
         higher_is_better: otherwise the student keeps no share of it.
     """
 
     sample: Mapping[str, Tensor]
     score: Callable[[PreTrainedModel], float]
-    of: str
+    metric: str
+    data: Any
     higher_is_better: bool = True
 
     def measure(self, accelerator: Accelerator, name: str, model: PreTrainedModel) -> Cost | None:
@@ -50,7 +52,12 @@ class Yardstick:
         score = self.score(model)
         if not accelerator.is_main_process:
             return None
-        return measure_cost(name, model, readable(model, self.sample), score)
+        return Cost(**measure_cost(name, model, readable(model, self.sample), score), metric=self.metric)
+
+    @property
+    def of(self) -> str:
+        """What two scores have to share to be compared."""
+        return f"{self.metric} {self.data}"
 
 
 def reading_knobs(args: DistillationKnobs) -> dict[str, Any]:

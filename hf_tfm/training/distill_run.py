@@ -16,7 +16,8 @@ from ..distillation.cache import CachedTeacher
 from ..distillation.facts import facts_of
 from ..distillation.student import Distilled, copy_layers, freeze_unused
 from ..distillation.teacher import Teacher, check_score, load_teacher
-from ..distillation.terms import plan, read_terms
+from ..distillation.terms import describe, plan, read_terms
+from ..hub.results import Distillation
 from ..tasks.distill import DistillationTask, Teaching
 from .arguments import TrainingArguments
 from .loop import Loader, evaluate
@@ -150,6 +151,15 @@ class Lessons:
         if self.teacher is None:
             return {}
         return {"distillation": evaluate(accelerator, self.task, trained, loader)["loss"]}
+
+    def described(self, args: DistillationKnobs) -> Distillation:
+        """For the results file."""
+        return {
+            "teacher": args.teacher,
+            "student_layers": args.student_layers or None,
+            "cached": args.cached,
+            "terms": describe(self.task.lessons),
+        }
 
 
 def prepare(

@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..data.source import STREAM
 from ..hub.card import write_card
 from ..hub.cost import Cost
-from ..hub.results import RunRecord, collect_versions, describe_hardware
+from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
 from .arguments import TrainingArguments
 from .folder import claim, explain_write_errors
 from .loop import Task
@@ -170,6 +170,7 @@ def finish(
     result: TrainingResult,
     metrics: list[dict[str, Any]],
     costs: list[Cost] | None = None,
+    distillation: Distillation | None = None,
 ) -> RunRecord:
     """Save model, processor, results.json and card in the run's folder; print the results.
 
@@ -177,6 +178,7 @@ def finish(
         processor: the tokenizer or image processor that belongs to the model.
         metrics: rows of name, value, split and signature.
         costs: of the model and those it is compared with.
+        distillation: what it learned from.
 
     Raises:
         WriteError: something could not be written.
@@ -204,6 +206,7 @@ def finish(
         versions=collect_versions(),
         hardware=describe_hardware(accelerator.device, accelerator.num_processes),
         costs=costs,
+        distillation=distillation,
         started=run.started,
         finished=now(),
     )

@@ -25,7 +25,7 @@ from distillation_helpers import (
     trained,
     vit,
 )
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
@@ -67,6 +67,11 @@ def language(native=False):
     return distillation(language_task(), bert(4, native=native), bert(2, 16, seed=1), LANGUAGE)
 
 
+def every_token():
+    terms = [{"kind": "label"}, {"kind": "soft_target", "tokens": "all"}, {"kind": "cosine", "projection": "linear"}]
+    return distillation(language_task(), bert(4), bert(2, 16, seed=1), terms)
+
+
 def texts(terms=TEXT, task=None):
     return distillation(task or TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
 
@@ -84,6 +89,7 @@ def detection():
 CASES = {
     "language": (language, sentences),
     "native language": (lambda: language(native=True), sentences),
+    "language, all tokens": (every_token, sentences),
     "texts": (texts, sentences),
     "GLUE": (lambda: texts(task=TextClassificationTask(tokenizer(), {0: 0, 1: 1})), sentences),
     "images": (images, pictures),
@@ -194,6 +200,33 @@ def test_targets_are_not_chosen_where_there_are_none():
     with pytest.raises(ValueError, match='tokens "targets" of hidden_state: the task has no tokens with a target'):
         task, model = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
         losses(task, model, batches(task, sentences(), [[0, 1]])[0])
+
+
+def test_logits_of_every_token_are_compared_and_labels_are_those_of_targets():
+    task, model = every_token()
+    batch = batches(task, sentences(), [[0, 1, 2]])[0]
+    found, teacher = losses(task, model.eval(), batch), task.teacher.model
+    inputs, mask, chosen = task.task.inputs(batch), batch["attention_mask"].bool(), batch["labels"] != -100
+    ours, theirs = (m(**inputs).logits.float() for m in (model.student, teacher))
+    soft = kl_div(ours[mask].log_softmax(-1), theirs[mask].log_softmax(-1), reduction="sum", log_target=True)
+    assert found["soft_target"] == pytest.approx(soft.item() / int(mask.sum()), rel=1e-4)
+    label = cross_entropy(ours[chosen], batch["labels"][chosen])
+    assert found["token"] == pytest.approx(label.item(), rel=1e-4)
+    assert task.count(batch)["token"] == int(chosen.sum()) < task.count(batch)["soft_target"] == int(mask.sum())
+
+
+def test_every_token_is_not_compared_where_there_are_no_logits_of_tokens():
+    terms = [{"kind": "soft_target", "tokens": "all"}]
+    task, _ = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
+    with pytest.raises(ValueError, match='tokens "all" of a term on logits: the task has no tokens with a target'):
+        batches(task, sentences(), [[0, 1]])
+
+
+def test_no_word_is_computed_where_no_logits_are_compared():
+    task, model = distillation(language_task(), bert(4), bert(2, 16, seed=1), [{"kind": "hidden_state"}])
+    batch = batches(task, sentences(), [[0, 1]])[0]
+    _, output = model(task.task.inputs(batch), task.task.places(batch))
+    assert output.logits.shape == (0, 60)
 
 
 def test_tokens_are_counted_the_same_without_a_mask():

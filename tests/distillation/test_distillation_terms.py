@@ -79,6 +79,7 @@ def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
         ({"kind": "attention_score", "projection": "linear"}, "takes no projection"),
         ({"kind": "hidden_state", "output": "cls_logits"}, "takes no output"),
         ({"kind": "soft_target", "tokens": "first"}, "takes no tokens"),
+        ({"kind": "label", "tokens": "all"}, "takes no tokens"),
         ({"kind": "hidden_state", "layers": "first"}, "must be a map or one of uniform, skip, last, final"),
         ({"kind": "hidden_state", "layers": {"a": "b"}}, "each a number"),
         ({"kind": "hidden_state", "layers": {}}, "each a number"),
@@ -90,6 +91,12 @@ def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
 def test_a_term_that_is_wrong_in_itself_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         Term(**fields)
+
+
+def test_terms_on_logits_count_the_same_tokens():
+    terms = {"kind": "soft_target", "tokens": "all"}, {"kind": "logit"}
+    with pytest.raises(ValueError, match='the same tokens, got "all" and "targets"'):
+        lessons(*TINY_TO_BASE, *terms)
 
 
 def test_rules_of_layers():
@@ -127,6 +134,7 @@ def test_a_plan_names_the_signals():
         "name": "attention_score",
         "weight": 1.0,
         "temperature": 1.0,
+        "tokens": "all",
         "pairs": [["score/4", "score/12"]],
         "projection": None,
     }

@@ -47,6 +47,13 @@ MLM = [
 CLASSES = [{"kind": "soft_target", "temperature": 2.0}, {"kind": "hard_target"}, {"kind": "logit"}]
 CASES = {
     "language": (language_task, lambda: bert(4), lambda: bert(2, 16, seed=1), MLM, sentences),
+    "language, all tokens": (
+        language_task,
+        lambda: bert(4),
+        lambda: bert(2, 16, seed=1),
+        [{"kind": "label"}, {"kind": "soft_target", "tokens": "all"}],
+        sentences,
+    ),
     "texts": (TextTask, lambda: classifier(4), lambda: classifier(2, 16, seed=1), CLASSES, sentences),
     "images": (
         lambda: image_task(augmentation=Augmentation()),
@@ -76,7 +83,7 @@ def make(name, folder, epochs=2, **options):
     online, model = distillation(task, teacher(), student(), terms)
     names = signals_of(online.lessons, "teacher")
     options = {"dtype": "fp32", "batch_size": 3, "shard_samples": 4, "data": "abc", **options}
-    report = write_cache(online.teacher, task, rows, folder, epochs, names, **options)
+    report = write_cache(online.teacher, online.task, rows, folder, epochs, names, **options)
     cached = DistillationTask(task, CachedTeacher(folder), online.lessons)
     return online, cached, model, rows, report
 
@@ -122,12 +129,13 @@ def soft(temperature):
     return [{"kind": "soft_target", "temperature": temperature}, {"kind": "hard_target"}]
 
 
-def small_cache(folder, temperature=2.0, **options):
+def small_cache(folder, temperature=2.0, teacher_dtype="fp32", **options):
     """Logits alone, of a language model."""
     task, rows = language_task(), sentences()
     online, model = distillation(task, bert(4), bert(2, 16, seed=1), soft(temperature))
     options = {"dtype": "fp32", "data": "abc", "temperature": temperature, "shard_samples": 4, **options}
-    report = write_cache(online.teacher, task, rows, folder, 1, ["logits"], **options)
+    teacher = Teacher(bert(4), teacher_dtype)
+    report = write_cache(teacher, task, rows, folder, 1, ["logits"], **options)
     return task, rows, online, model, report
 
 
@@ -227,6 +235,8 @@ def test_another_cache_is_not_written_over(tmp_path):
     small_cache(tmp_path)
     with pytest.raises(ValueError, match=r"holds another cache \(dtype: fp32 there, bf16 now\)"):
         small_cache(tmp_path, dtype="bf16")
+    with pytest.raises(ValueError, match="teacher_dtype: fp32 there, bf16 now"):
+        small_cache(tmp_path, dtype="fp32", teacher_dtype="bf16")
     with pytest.raises(ValueError, match="data: abc there, xyz now"):
         small_cache(tmp_path, data="xyz")
     with pytest.raises(ValueError, match="holds no cache"):

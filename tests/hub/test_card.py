@@ -192,7 +192,7 @@ def test_record_round_trip(tmp_path):
     record = RunRecord.from_dict(RECORD)
     assert record.save(tmp_path) == tmp_path / "results.json"
     assert RunRecord.load(tmp_path) == record
-    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, "costs": None}
+    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, "costs": None, "distillation": None}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
