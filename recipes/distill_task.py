@@ -3,6 +3,7 @@
     hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text      seconds on 2 CPU cores
     hf-tfm run distill_task --config tinybert4_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
     hf-tfm run distill_task --config tinybert4_prediction --task sst2 --teacher TEACHER --init_from runs/tiny1
+    hf-tfm run distill_task --config distilbert_second --tasks glue --teacher 'runs/glue_base/{task}' ...
 
 With --cache DIR --write_cache true it writes the teacher's signals and ends; with --cache DIR it reads them, and needs
 no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
+from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
@@ -31,9 +34,10 @@ from hf_tfm.training.distill_run import (
     teacher_words,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import finish, open_run
 from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
+from hf_tfm.training.text_tasks import run_tasks
 
 CLASSIFIER = AutoModelForSequenceClassification
 
@@ -65,10 +69,8 @@ class DistillTaskArguments(DistillationKnobs, TextArguments):
             new_config(config_class, self)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DistillTaskArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def distil(args: DistillTaskArguments, argv: Sequence[str], accelerator: Accelerator) -> RunRecord | None:
+    """A whole run; its record, or None where it has written a cache or was asked to stop."""
     args, texts = load_labelled_texts(args)
     data = texts.described(args)
     tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     yardstick = Yardstick(sample, lambda model: scores_of(model)[metric], f"{metric}, {split}", held)
     fingerprint = data["fingerprint"][args.train_split]
     if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
-        return 0
+        return None
     check_teacher(args, lessons, scores_of)
     run = open_run(accelerator, args, "text-classification", data, Path(__file__).stem, argv)
 
@@ -111,14 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     result = learn(args, accelerator, lessons, learning, score_validation, lambda _, steps: args.settle(steps))
     if result.stopped:
-        return run.stopped(result)
+        run.stopped(result)
+        return None
     metrics = []
     for split, loader in scored.items():
         found = predict(accelerator, task, student, loader)
         metrics += [{**row, "split": split} for row in score(found, args.metrics)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
     keep_what_is_read(tokenizer, student)
-    finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
+    return finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    run_tasks(parse_arguments(DistillTaskArguments, Path(__file__), argv), argv, distil)
     return 0
 
 

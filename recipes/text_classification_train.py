@@ -11,23 +11,20 @@ Presets with their cost and expected numbers: recipes/presets/text_classificatio
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
-from hf_tfm.data.glue import MissingData, find_tasks
 from hf_tfm.data.labelled_texts import PAIR, TEXT
-from hf_tfm.evaluation.glue import summarise, summary_lines, write_summary
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
 from hf_tfm.training import train
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import finish, open_run
 from hf_tfm.training.text_model import (
     ARCHITECTURES,
     TOKEN_FIELDS,
@@ -37,6 +34,7 @@ from hf_tfm.training.text_model import (
     keep_what_is_read,
 )
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
+from hf_tfm.training.text_tasks import run_tasks
 
 
 @dataclass(kw_only=True)
@@ -44,8 +42,6 @@ class TextClassificationArguments(TextArguments):
     """Knobs of text classification.
 
     Args:
-        tasks: of GLUE, with commas between, or "glue" for all nine: each is a run of its own, in a folder of
-            output_dir; the scores of all and the macro average are in results.json there.
         architecture: of a new model, bert or gpt.
         tokenizer: folder or Hub id of a ready tokenizer; default, one is trained on the training texts, WordPiece for
             bert and byte-pair encoding for gpt.
@@ -59,7 +55,6 @@ class TextClassificationArguments(TextArguments):
     The others are those of `TextArguments`.
     """
 
-    tasks: str | None = None
     architecture: Literal["bert", "gpt"] = "bert"
     tokenizer: str | None = None
     vocab_size: int = 30_522
@@ -72,11 +67,6 @@ class TextClassificationArguments(TextArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_range(at_least_0="language_weight", at_least_1="vocab_size")
-        if self.tasks is not None:
-            find_tasks(self.tasks)
-            for name in ("task", "text_columns", "label_column", "validation_split", "holdout", "metrics"):
-                if getattr(self, name):
-                    raise ValueError(f"tasks decides {name}: give none beside it, got {getattr(self, name)}")
         if self.init_from and self.tokenizer:
             raise ValueError("init_from brings its own tokenizer: give no tokenizer beside it")
         if not self.init_from:
@@ -134,44 +124,10 @@ def train_classifier(
     return finish(run, model.eval(), tokenizer, task, result, metrics)
 
 
-def train_tasks(args: TextClassificationArguments, argv: Sequence[str]) -> None:
-    """A run for each of ``args.tasks``, and the scores of all."""
-    found, missing = {}, {}
-    for task in find_tasks(args.tasks):
-        folder = str(Path(args.output_dir) / task.name)
-        own = replace(args, tasks=None, task=task.name, output_dir=folder)
-        accelerator = start_accelerator(own)
-        accelerator.end_training = partial(end_trackers, accelerator)  # the processes still have other tasks to do
-        more = ["--tasks", "null", "--task", task.name, "--output_dir", folder]
-        try:
-            record = train_classifier(own, [*argv, *more], accelerator)
-        except MissingData as error:
-            missing[task.name] = str(error)
-            continue
-        if record is None:
-            break
-        found[task.name] = [row for row in record.metrics if row["split"] in task.validation]
-    else:
-        summary = summarise(found, missing)
-        if accelerator.is_main_process:
-            write_summary(summary, args.output_dir)
-        accelerator.print("\n".join(summary_lines(summary)))
-    accelerator.state.destroy_process_group()
-
-
-def end_trackers(accelerator: Accelerator) -> None:
-    """What `Accelerator.end_training` does, but for ending what the processes share."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(TextClassificationArguments, Path(__file__), argv)
-    if args.tasks:
-        train_tasks(args, argv)
-    else:
-        train_classifier(args, argv, start_accelerator(args))
+    run_tasks(args, argv, train_classifier)
     return 0
 
 

@@ -29,6 +29,7 @@ from .arguments import TrainingArguments
 from .splits import split_rows
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+PLACES = ("init_from", "teacher", "cache")  # knobs whose "{task}" stands for the task's name
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
 
 
@@ -42,6 +43,9 @@ class TextArguments(TrainingArguments):
         dataset_name: configuration of the data set; default, the task's name where the data set is called "glue".
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "parquet".
+        tasks: of GLUE, with commas between, or "glue" for all nine: each is a run of its own, in a folder of
+            output_dir; the scores of all and the macro average are in results.json there. "{task}" in the names of
+            models and of a cache stands for the task's name too.
         task: of GLUE; it knows text_columns, classes, metrics and validation splits.
         text_columns: one or two columns, or dotted paths; default, the task's, or the only column of texts.
         label_column: a ClassLabel, integers or strings, or floating-point numbers, which are learned by regression;
@@ -73,6 +77,7 @@ class TextArguments(TrainingArguments):
     dataset_name: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
+    tasks: str | None = None
     task: TaskName | None = None
     text_columns: list[str] = field(default_factory=list)
     label_column: str | None = None
@@ -94,6 +99,14 @@ class TextArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.tasks is not None:
+            glue.find_tasks(self.tasks)
+            for name in ("task", "text_columns", "label_column", "validation_split", "holdout", "metrics"):
+                if getattr(self, name):
+                    raise ValueError(f"tasks decides {name}: give none beside it, got {getattr(self, name)}")
+        for name in PLACES:
+            if self.task and isinstance(place := getattr(self, name, None), str):
+                setattr(self, name, place.replace("{task}", self.task))
         self.check_range(
             at_least_1="holdout max_train_samples max_length batch_size micro_batch_size batch_tokens "
             "micro_batch_tokens"
