@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:2] == ["doctor", "detection"]:
         sys.exit(doctor_detection(argv[2:]))
     from .evaluation import KINDS, evaluate, lines
+    from .training.run import require_model
 
     # What each command is about stands first, without a name; everything else is an option.
     commands = {
@@ -134,8 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     while "command" in chosen:
         path.append(chosen.command)
         chosen = chosen[chosen.command]
+    given = chosen.as_dict()
     try:
-        result = functions[tuple(path)](**chosen.as_dict())
+        if path[0] == "show":
+            for knob in filter(given.get, ("model", "beside")):
+                require_model(knob, given[knob])
+        result = functions[tuple(path)](**given)
     except (ValueError, OSError) as error:  # what a user got wrong; anything else is a fault of ours, with its trace
         sys.exit(f"hf-tfm {' '.join(path)}: {error}")
     for line in lines(result) if isinstance(result, dict) else ():

@@ -34,6 +34,8 @@ def register() -> None:
                 auto.register(config_class.model_type, config_class, exist_ok=True)
             else:
                 auto.register(config_class, registered, exist_ok=True)
+                # The names a pipeline looks up before it says that it does not know a model.
+                auto._model_mapping._model_mapping[config_class.model_type] = registered.__name__
 
 
 def carry_code(enabled: bool) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, set_seed
 from hf_tfm import TfmDetrForObjectDetection
 from hf_tfm.data.batching import COPY
 from hf_tfm.data.box_checks import BoxFormat
-from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.detection import check_order, scene_rows
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.distillation.facts import check_processors
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator(args)
     processor = shared_processor(args)
     rows = load_rows(args)
+    check_order(rows, args.train_split)
     data = describe(args, rows)
     set_seed(args.seed)
     student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))

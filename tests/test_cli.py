@@ -342,3 +342,10 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     (folder / "modeling_transformer.py").write_text("raise ImportError('broken')")
     with pytest.raises(RuntimeError, match="does not load in a fresh process"):
         quickstart.translate_in_fresh_process(folder, ["one"])
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("show", "positions"), ("show", "detections")])
+def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    more = {"evaluate": ["--dataset", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
+    assert f'model "{tmp_path}/none" is no folder, and not to be had' in refused(*command, tmp_path / "none", *more)

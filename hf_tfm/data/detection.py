@@ -252,6 +252,32 @@ def category_ids(rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
     return [places[name] for name in own]
 
 
+def first_moved(names: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
+    """The first two names that stand in each other's order in two lists of classes; None where shared names agree."""
+    shared = set(names) & set(others)
+    pairs = zip(*([name for name in own if name in shared] for own in (names, others)), strict=False)
+    return next(((ours, theirs) for ours, theirs in pairs if ours != theirs), None)
+
+
+def check_order(rows: dict[str, datasets.Dataset], train_split: str) -> None:
+    """Refuse splits whose categories are numbered in another order than those of training: one list is wrong.
+
+    Args:
+        rows: of each split, by its name.
+
+    Raises:
+        ValueError: it names the split and the first such category.
+    """
+    ours = class_names(rows[train_split])
+    for split, part in rows.items():
+        if moved := first_moved(ours, class_names(part)):
+            raise ValueError(
+                f'categories are in another order in {split}: "{moved[1]}" stands there where {train_split} has '
+                f'"{moved[0]}", so the ids of one of them stand for other names; write the same list of categories, '
+                "with the same ids, for every split"
+            )
+
+
 def fingerprint(rows: datasets.Dataset) -> str:
     """A hash of the number of rows, their objects or segments, and 1,000 images; see `images.fingerprint`."""
     digest = hashlib.sha256(images.fingerprint(rows.select_columns([IMAGE])).encode())

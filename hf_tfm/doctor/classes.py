@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel
 
-from ..data.detection import CATEGORY_FIELDS
+from ..data.detection import CATEGORY_FIELDS, first_moved
 from .boxes import TOLERATED
 from .findings import Finding, Sample, failed, graded, ok, warning
 from .splits import Case, Split
@@ -62,13 +62,12 @@ def class_names(case: Case) -> Iterator[Finding]:
                 "write the same list of categories, with the same ids, for every split",
                 sample_of(split, split.names.index(unknown[0])),
             )
-        elif len(split.names) == len(ours) and split.names != ours:
-            place = next(i for i, pair in enumerate(zip(split.names, ours, strict=True)) if pair[0] != pair[1])
+        elif moved := first_moved(ours, split.names):
             yield failed(
-                f'class {place} is "{ours[place]}" in {case.train.name} and "{split.names[place]}" in {split.name}: '
-                "the ids of one of them stand for other names",
+                f'"{moved[1]}" stands in {split.name} where {case.train.name} has "{moved[0]}": the ids of one of '
+                "them stand for other names; a run refuses that",
                 "write the same list of categories, with the same ids, for every split",
-                sample_of(split, place),
+                sample_of(split, split.names.index(moved[1])),
             )
 
 

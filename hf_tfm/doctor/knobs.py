@@ -10,7 +10,7 @@ from ..training.optim import parameter_groups
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
-PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH = 1e-4, 1e-5, 64
+PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH, PAPER_WIDTH = 1e-4, 1e-5, 64, 256
 FACTOR = 10  # a rate so far from the paper's is told; so far again, it has failed
 PAPER_NORM, LOOSE_NORM = 0.1, 1.0
 FEWEST_STEPS = 2000  # of a new model: the preset digits has 3,000 for a tiny one, the paper 277,000 (150 epochs)
@@ -30,14 +30,15 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     rate = max(rate_of[key] for key in rate_of.keys() - inside)
     backbone = max((rate_of[key] for key in inside), default=None)
     linear = PAPER_RATE * args.batch_size / PAPER_BATCH
-    low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR
+    narrow = max(1.0, PAPER_WIDTH / case.config.d_model)  # a narrower model bears more
+    low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR * narrow
     used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
     used += f"{args.batch_size} images a step by {args.optimizer}"
     rule = f"the paper's {PAPER_RATE:g} and {PAPER_BACKBONE:g} at {PAPER_BATCH} images are {linear:.2g} and "
     rule += f"{linear * PAPER_BACKBONE / PAPER_RATE:.2g} by the linear rule"
     if args.optimizer == "sgd":
         yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw: DETR hardly learns with sgd")
-    elif low <= rate <= high:
+    elif low <= rate < high:
         yield ok(f"{used}; {rule}")
     else:
         yield graded(

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..tasks.masked_image import MASKED_AUTOENCODERS
+from ..training.run import require_model
 from .classification import evaluate_classification
 from .detection import evaluate_detection
 from .detectors import is_detector
@@ -61,6 +62,7 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     kind = "classifiers of GLUE's tasks"
     if "tasks" not in options:
         where = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        require_model("model", model, options.get("revision"))
         kind = kind_of(AutoConfig.from_pretrained(model, **where), model)
     takes = {name: set(inspect.signature(function).parameters) for name, function in KINDS.items()}
     for option in options:

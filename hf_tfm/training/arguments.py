@@ -224,7 +224,8 @@ class ImageArguments(TrainingArguments):
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
     """Command line and YAML -> a dataclass of knobs.
 
-    ``--config`` takes a file or the name of one of the recipe's presets; what stands after it overrides it.
+    ``--config`` takes a file or the name of one of the recipe's presets; all other words override it, wherever they
+    stand.
     ``--print_config`` prints the result instead of running it.
 
     Args:
@@ -245,13 +246,16 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
     presets = recipe.parent / "presets" / recipe.stem
-    words = list(argv)
-    for i, word in enumerate(words):
-        if word.startswith("--config="):
-            words[i] = "--config=" + preset_path(word.removeprefix("--config="), presets, parser)
-        elif word == "--config" and i + 1 < len(words):
-            words[i + 1] = preset_path(words[i + 1], presets, parser)
-    values = parser.parse_args(words)
+    configs, words = [], []
+    rest = iter(argv)
+    for word in rest:
+        name = word.removeprefix("--config=") if word.startswith("--config=") else None
+        name = next(rest, None) if word == "--config" else name
+        if name is None:
+            words.append(word)
+        else:
+            configs += ["--config", preset_path(name, presets, parser)]
+    values = parser.parse_args([*configs, *words])
     values.pop("config")
     try:
         return kind(**values.as_dict())

@@ -60,7 +60,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def require_model(knob: str, source: str) -> None:
+def require_model(knob: str, source: str, revision: str | None = None) -> None:
     """Look whether a model, a folder or Hub id, is there.
 
     Raises:
@@ -68,7 +68,7 @@ def require_model(knob: str, source: str) -> None:
     """
     if not Path(source).is_dir():
         try:
-            cached_file(source, CONFIG_NAME)
+            cached_file(source, CONFIG_NAME, revision=revision)
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f'{knob} "{source}" is no folder, and not to be had from the Hub: {reason}') from error

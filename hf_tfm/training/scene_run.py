@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 
 from ..data import detection
 from ..data.batching import StepLoader
-from ..data.detection import category_ids, class_names
+from ..data.detection import category_ids, check_order, class_names
 from ..data.images import WatchedLoader
 from ..data.scene_augment import SceneAugmentation
 from ..data.shape_batches import ShapeSampler
@@ -209,6 +209,16 @@ def score_rows(found: dict[str, Any], split: str) -> list[dict[str, Any]]:
     ]
 
 
+def warn_of_batch_norm(args: SceneRunArguments, accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Say that a step depends on how it is cut, where the backbone normalises by the images it sees at once."""
+    cut = accelerator.num_processes > 1 or (args.micro_batch_size or args.batch_size) < args.batch_size
+    if cut and model.config.backbone_norm == "batch":
+        log.warning(
+            'backbone_norm is "batch": its statistics are of one micro-batch on one process, so a step is not quite '
+            'that of the whole batch; "group" and "frozen" norms make it so'
+        )
+
+
 def train_scenes(
     args: SceneRunArguments,
     accelerator: Accelerator,
@@ -227,10 +237,12 @@ def train_scenes(
         masks: whether it learns masks too.
     """
     kind = "image-segmentation" if masks else "object-detection"
+    check_order(rows, args.train_split)
     run = open_run(accelerator, args, kind, describe(args, rows), recipe, argv)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     set_seed(args.seed)
     model = build(labels_of(rows[args.train_split]))
+    warn_of_batch_norm(args, accelerator, model)
     tasks = {split: scene_task(args, model, processor, part, masks) for split, part in rows.items()}
     learning = scene_loader(args, accelerator, tasks[args.train_split], rows[args.train_split], learning=True)
     held_out = {

@@ -50,7 +50,7 @@ def test_a_failed_check_is_told_with_its_sample_and_remedy(tmp_path, capsys):
     assert said.splitlines()[-1] == "failed: class_names; warnings: 1"
     margin = " " * 30
     assert re.search(
-        rf"^failed +class_names +class 0 is .*\n({margin}.*\n)*{margin}sample: image 90\d of val", said, re.M
+        rf"^failed +class_names +.green. stands in .*\n({margin}.*\n)*{margin}sample: image 90\d of val", said, re.M
     )
     assert f"\n{margin}remedy: write the same list of categories" in said
     report = json.loads(file.read_text())
@@ -153,6 +153,11 @@ def write_coco(folder: Path, categories: dict[str, list[tuple[int, str]]], rows=
 RIGHT = list(enumerate(NAMES, start=1))
 WRONG_ID_MAPS = {
     "another name": ([(1, "red"), (2, "green"), (3, "bleu")], "class_names", "1 of 3 categories are not classes"),
+    "names in another order": (
+        [(1, "green"), (2, "red"), (3, "blue")],
+        "class_names",
+        'categories are in another order in validation: "green" stands there where train has "red"',
+    ),
     "ids from 0": ([(0, "red"), (1, "green"), (2, "blue")], "data", "has category_id 3, which is not one of its 3"),
 }
 

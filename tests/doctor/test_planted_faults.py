@@ -277,7 +277,7 @@ def test_sparse_ids_are_told(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["green", "red", "blue"], 'class 0 is "red" in train and "green" in validation'),
+        (["green", "red", "blue"], '"green" stands in validation where train has "red"'),
         (["red", "green", "bleu"], 'validation has 1 classes that train does not have, the first is "bleu"'),
     ],
 )

@@ -22,7 +22,7 @@ KNOB_FAULTS = {
         "failed",
         "0.05 for the Transformer, 0.05 for the backbone, 8 im",
     ),
-    "high rate": ({"learning_rate": 0.002}, "learning_rate", "warning", "(limits: 1.3e-06 to 0.001)"),
+    "high rate": ({"learning_rate": 0.005}, "learning_rate", "warning", "(limits: 1.3e-06 to 0.004)"),
     "tiny rate": ({"learning_rate": 1e-8}, "learning_rate", "failed", "1.3e-05 and 1.3e-06 by the linear rule"),
     "rate of a batch": (
         {"learning_rate": "null", "base_learning_rate": 4},
@@ -162,3 +162,9 @@ def test_a_model_that_is_not_there_is_one_failed_check(tmp_path, monkeypatch):
 def test_a_model_that_does_not_fit_is_found(trained, monkeypatch):
     found = only(go_on(monkeypatch, trained, model="{d_model: 32}"), "model")
     assert "do not fit" in found.message
+
+
+def test_the_table_of_faults_is_that_of_the_tests():
+    from fault_table import FILE, text
+
+    assert FILE.read_text(encoding="utf-8") == text()

@@ -194,3 +194,11 @@ def test_the_learning_rate_of_images_follows_the_batch():
 def test_image_arguments_out_of_range(knobs, message):
     with pytest.raises(ValueError, match=message):
         image_arguments(**knobs)
+
+
+def test_what_is_given_overrides_a_preset_wherever_it_stands(tmp_path):
+    file = tmp_path / "knobs.yaml"
+    file.write_text("output_dir: there\nseed: 5\nnum_steps: 9\n")
+    for words in (["--seed", "3", "--config", str(file)], ["--seed=3", f"--config={file}"]):
+        args = parse(*words)
+        assert (args.seed, args.num_steps) == (3, 9)

@@ -96,7 +96,8 @@ def to_timm(config: TfmViTConfig) -> dict[str, Any]:
     Raises:
         ValueError: a field has a value that timm's `VisionTransformer` or its file cannot express.
     """
-    require_fixed("timm", config, {"layer_norm_eps": EPS, "representation_layer": False, "backbone": None})
+    fixed = {"layer_norm_eps": EPS, "representation_layer": False, "backbone": None, "distillation_token": False}
+    require_fixed("timm", config, fixed)
     if config.hidden_act not in ACTIVATIONS:
         refuse("timm", "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
     size = list(sides(config.image_size))

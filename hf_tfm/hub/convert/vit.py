@@ -60,7 +60,7 @@ def to_vit(config: TfmViTConfig) -> ViTConfig:
     """
     if config.pooling != "cls":
         raise ValueError(f"vit cannot express pooling={config.pooling!r}: convert to timm, which can")
-    require_fixed("vit", config, {"backbone": None})
+    require_fixed("vit", config, {"backbone": None, "distillation_token": False})
     return translated(config, ViTConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED))
 
 
