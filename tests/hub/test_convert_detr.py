@@ -51,6 +51,19 @@ def test_ours_to_stock_and_back(tmp_path, model_class, fields):
     assert before == after
 
 
+@pytest.mark.parametrize("to", ["detr", "detr_authors"])
+def test_batch_norms_ship_as_frozen_ones(to, tmp_path):
+    """Which is what they compute in evaluation; on the way back they stay frozen."""
+    model = ours(fields=AUTHORS, backbone_norm="batch")
+    model.save_pretrained(tmp_path / "ours")
+    certificate = convert(tmp_path / "ours", to, tmp_path / to)
+    assert certificate["max_abs_difference"] <= certificate["tolerance"]
+    convert(tmp_path / to, "tfm", tmp_path / "back")
+    back = TfmDetrForObjectDetection.from_pretrained(tmp_path / "back")
+    assert back.config.backbone_norm == "frozen"
+    assert_equal_answers(answers(back), answers(model))
+
+
 @pytest.mark.parametrize("model_class", STOCK, ids=lambda c: c.__name__)
 def test_stock_to_ours_and_back(tmp_path, model_class):
     """A native model knows nothing of us: what we add trains as in the paper."""

@@ -20,7 +20,6 @@ from hf_tfm.hub.convert.detr_authors import DETR_AUTHORS
     [
         ("detr", {"norm_first": True}, "detr cannot express norm_first=True"),
         ("detr", {"backbone_norm": "group"}, "detr cannot express backbone_norm='group': it needs 'frozen'"),
-        ("detr", {"backbone_norm": "batch"}, "detr cannot express backbone_norm='batch'"),
         ("detr", {"layer_norm_eps": 1e-6}, "detr cannot express layer_norm_eps=1e-06"),
         ("detr", {"class_cost": 1.5}, "detr cannot express class_cost=1.5: it needs 1"),
         (

@@ -4,11 +4,12 @@ Our weights are saved under the names of transformers' own DETR (`NATIVE_NAMES` 
 the other's file, and what is left to convert is the configuration.
 """
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel
+from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel, PreTrainedModel
 
 from ...models import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
 from ...models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
@@ -109,12 +110,26 @@ def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -
     return translated(config, TfmDetrConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED), **fields)
 
 
+@torch.no_grad()
+def with_frozen_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with the statistics of its batch norms fixed: what it computes in evaluation anyway."""
+    if model.config.backbone_norm != "batch":
+        return model
+    config = copy.deepcopy(model.config)
+    config.backbone_norm = "frozen"
+    frozen = type(model)(config)
+    counts = {name for name in model.state_dict() if name.endswith(".num_batches_tracked")}
+    frozen.load_state_dict({name: value for name, value in model.state_dict().items() if name not in counts})
+    return frozen.eval()
+
+
 DETR = Conversion(
     name="detr",
     ours=TfmDetrForObjectDetection,
     theirs=DetrForObjectDetection,
     to_theirs=to_detr,
     to_ours=from_detr,
+    prepare=with_frozen_norms,
 )
 DETR_MODEL = replace(DETR, ours=TfmDetrModel, theirs=DetrModel)
 DETR_PANOPTIC = replace(DETR, ours=TfmDetrForPanopticSegmentation, theirs=DetrForSegmentation)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...models import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from .conversion import Conversion, refuse, require_fixed
-from .detr import EPS
+from .detr import EPS, with_frozen_norms
 from .detr import FIELDS as SHARED_FIELDS
 from .detr_authors_model import AuthorsDetr, AuthorsDetrConfig, AuthorsDetrSegm
 from .vit import translated
@@ -179,6 +179,7 @@ DETR_AUTHORS = Conversion(
     names=names,
     to_theirs=to_authors,
     to_ours=from_authors,
+    prepare=with_frozen_norms,
 )
 DETR_AUTHORS_PANOPTIC = replace(
     DETR_AUTHORS,
