@@ -6,7 +6,10 @@ DistilBERT's step (a BERT-base teacher, 6 layers, 8 sequences of 128 tokens):
   plain    both models' logits of all tokens, the teacher in memory, soft targets and cosine over all tokens
   masked   our task: logits of masked tokens alone
   cached   the same with the teacher's signals read from a cache
-TinyBERT-4's step of inner layers: online, cached. A step makes its batch, and reads its part of the cache, itself.
+TinyBERT-4's step of inner layers:
+  plain    transformers' BERT twice, attention and states of all layers given back, the teacher in memory
+  online   our task; cached the same with the teacher's signals read from a cache
+A step makes its batch, and reads its part of the cache, itself.
 """
 
 import statistics
@@ -17,9 +20,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, mse_loss
 from torch.optim import AdamW
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertForMaskedLM
 
 from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.data.language import Texts, text_rows, token_sequences
@@ -42,6 +45,7 @@ DISTILBERT = (
     Term(kind="label", weight=2.0),
     Term(kind="cosine"),
 )
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TINYBERT = (Term(kind="embedding"), Term(kind="hidden_state"), Term(kind="attention_score"))
 
 
@@ -91,7 +95,10 @@ def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision
     """Seconds of every step, their ratios, and what the caches take for a sequence, in kB."""
     caches = {}
     with tempfile.TemporaryDirectory() as folder:
-        variants = {"plain": plain(bert_base(vocab_size), task, examples, precision)}
+        variants = {
+            "distilbert_plain": plain_distilbert(bert_base(vocab_size), task, examples, precision),
+            "tinybert4_plain": plain_tinybert(bert_base(vocab_size), task, examples, precision),
+        }
         teacher = Teacher(bert_base(vocab_size), label(precision))
         for name, terms, size in (("distilbert", DISTILBERT, "distilbert"), ("tinybert4", TINYBERT, "tinybert4")):
             config = TfmBertConfig.of_size(size, vocab_size=vocab_size)
@@ -102,8 +109,9 @@ def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision
     ratios = {
         f"{peer} / {ours}": round(common.ratio(rates, ours, peer), 2)
         for ours, peer in (
-            ("distilbert_masked", "plain"),
-            ("distilbert_cached", "plain"),
+            ("distilbert_masked", "distilbert_plain"),
+            ("distilbert_cached", "distilbert_plain"),
+            ("tinybert4_cached", "tinybert4_plain"),
             ("tinybert4_cached", "tinybert4_online"),
         )
     }
@@ -111,21 +119,13 @@ def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision
     return {"seconds_per_step": seconds, "times_faster": ratios, "kilobytes_per_sequence": caches}
 
 
-def plain(teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str) -> Callable[[int], int]:
+def plain_distilbert(
+    teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str
+) -> Callable[[int], int]:
     """DistilBERT's losses as its authors form them, over all tokens."""
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
     student = DistilBertForMaskedLM(DistilBertConfig(vocab_size=teacher.config.vocab_size))
-    student, optimizer = accelerator.prepare(student.train(), AdamW(student.parameters(), lr=1e-4))
-    teacher.to(accelerator.device)
 
-    def work(number: int) -> int:
-        batch = task.collate(examples, list(range(len(examples))), number)
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        inputs = task.inputs(batch)
-        with torch.no_grad(), accelerator.autocast():
-            theirs = teacher(**inputs, output_hidden_states=True)
-        ours = student(**inputs, output_hidden_states=True)
+    def loss(theirs, ours, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         soft = kl_div(
             log_softmax(ours.logits.flatten(0, 1) / 2.0, -1),
             log_softmax(theirs.logits.flatten(0, 1) / 2.0, -1),
@@ -134,7 +134,49 @@ def plain(teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, pr
         )
         label = cross_entropy(ours.logits.flatten(0, 1).float(), batch["labels"].flatten())
         cosine = 1.0 - cosine_similarity(ours.hidden_states[-1], theirs.hidden_states[-1], dim=-1).mean()
-        accelerator.backward(5.0 * 4.0 * soft + 2.0 * label + cosine)
+        return 5.0 * 4.0 * soft + 2.0 * label + cosine
+
+    return plain(teacher, student, student.parameters(), loss, task, examples, precision)
+
+
+def plain_tinybert(
+    teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str
+) -> Callable[[int], int]:
+    """TinyBERT's losses on attention, states and embeddings of transformers' models, which give all layers' back."""
+    sizes = {name: getattr(TfmBertConfig.of_size("tinybert4"), name) for name in SIZES}
+    student = BertModel(BertConfig(vocab_size=teacher.config.vocab_size, **sizes, attn_implementation="eager"))
+    fit = torch.nn.Linear(student.config.hidden_size, teacher.config.hidden_size)
+    teacher.bert.set_attn_implementation("eager")
+    step = teacher.config.num_hidden_layers // student.config.num_hidden_layers
+
+    def loss(theirs, ours, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        states = sum(
+            mse_loss(fit(a), b) for a, b in zip(ours.hidden_states, theirs.hidden_states[::step], strict=True)
+        )
+        attention = zip(ours.attentions, theirs.attentions[step - 1 :: step], strict=True)
+        return states + sum(mse_loss(a, b) for a, b in attention)
+
+    weights = [*student.parameters(), *fit.parameters()]
+    return plain(teacher.bert, student, weights, loss, task, examples, precision, output_attentions=True)
+
+
+def plain(
+    teacher, student, weights, loss: Callable, task: MaskedLanguageTask, examples: list, precision: str, **options
+) -> Callable[[int], int]:
+    """A plain step: both models give everything, and ``loss(theirs, ours, batch)`` compares it."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    student, optimizer = accelerator.prepare(student.train(), AdamW(weights, lr=1e-4))
+    teacher.to(accelerator.device)
+    options["output_hidden_states"] = True
+
+    def work(number: int) -> int:
+        batch = task.collate(examples, list(range(len(examples))), number)
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        inputs = task.inputs(batch)
+        with torch.no_grad(), accelerator.autocast():
+            theirs = teacher(**inputs, **options)
+        accelerator.backward(loss(theirs, student(**inputs, **options), batch))
         optimizer.step()
         optimizer.zero_grad()
         return len(examples)

@@ -46,8 +46,10 @@ from hf_tfm.training.run import finish, open_run, start_accelerator
 
 @dataclass(kw_only=True)
 class DistillPretrainArguments(DistillationKnobs, LanguageArguments):
-    """Knobs of distilling a language model: those of `DistillationKnobs` and `LanguageArguments`; the tokenizer is the
-    teacher's."""
+    """Knobs of distilling a language model, with the teacher's tokenizer.
+
+    They are those of `DistillationKnobs` and `LanguageArguments`.
+    """
 
     size: str = "distilbert"
 

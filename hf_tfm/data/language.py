@@ -39,9 +39,9 @@ class Corpus:
     text_column: str | None = None
     split: str = "train"
 
-    def rows(self, streaming: bool = False):
+    def rows(self):
         """Its texts, as `text_rows` gives them."""
-        splits = load_splits(self.dataset, self.dataset_name, self.dataset_revision, streaming=streaming)
+        splits = load_splits(self.dataset, self.dataset_name, self.dataset_revision)
         return text_rows(take_split(splits, self.split, f"split of {self.dataset}"), self.text_column)
 
 

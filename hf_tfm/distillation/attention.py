@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from ..models.dropout import dropout as fast_dropout
+
 NAME = "tfm_recorded"  # of the attention implementation
 CROSS = ("cross", "encoder_attn", "encdec")  # parts of the names that attention over an encoder's output has
 
@@ -102,7 +104,7 @@ def recorded_attention(
     probabilities = (scores if unseen is None else scores.masked_fill(unseen, lowest)).softmax(-1)
     for recorder in recorders.get():
         recorder.add(module, scores if unseen is None else scores.masked_fill(unseen, -torch.inf), probabilities)
-    kept = nn.functional.dropout(probabilities, dropout, module.training)
+    kept = fast_dropout(probabilities, dropout) if module.training and dropout else probabilities
     return (kept @ value).transpose(1, 2).contiguous(), probabilities
 
 

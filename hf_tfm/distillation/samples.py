@@ -121,14 +121,20 @@ def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tens
     B, T = mask.shape
     first = values[0]
     shape = (B, T, first.shape[-1]) if kind == HIDDEN else (B, first.shape[0], T, T)
+    for value, length in zip(values, mask.sum(1).tolist(), strict=True):
+        check_length(name, value.shape[-2], length, "tokens")
+    if min(value.shape[-2] for value in values) == T:
+        return torch.stack(list(values))
     found = first.new_full(shape, 0.0 if kind == HIDDEN else -torch.inf)
     for i, value in enumerate(values):
-        here = mask[i].nonzero()[:, 0]
-        check_length(name, value.shape[-2], len(here), "tokens")
+        start, length = int(mask[i].int().argmax()), value.shape[-2]
+        here = slice(start, start + length)  # copied several times as fast as single places
+        if not mask[i, here].all():
+            here = mask[i].nonzero()[:, 0]
         if kind == HIDDEN:
             found[i, here] = value
         else:
-            found[i][:, here[:, None], here] = value
+            found[i][:, here if isinstance(here, slice) else here[:, None], here] = value
     return found
 
 
