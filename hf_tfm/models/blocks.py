@@ -19,13 +19,16 @@ from .attention import MultiHeadAttention
 from .dropout import Dropout
 
 
+FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation instead of eight
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between, the same at every position (section 3.3, equation 2)."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = ACT2FN[FUSED.get(config.hidden_act, config.hidden_act)]
         self.dropout = Dropout(config.activation_dropout)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 

@@ -4,6 +4,7 @@
 at their border both names are taken, and outputs carry the one that `generate` looks for.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -37,6 +38,7 @@ def takes_cache(forward: Callable) -> Callable:
             kwargs["cache"] = kwargs.pop(OLD_NAME)
         return forward(self, *args, **kwargs)
 
+    renamed.__signature__ = inspect.signature(forward)  # `generate` asks for it at every token
     return renamed
 
 
