@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import MultiHeadAttention
 from .dropout import Dropout
 
-
 FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation instead of eight
 
 

@@ -1,12 +1,16 @@
-"""Generation of an encoder-decoder without the work that changes no token.
+"""Generation without the work that changes no token.
 
-    source ids (B, S) -> memory, once a sentence -> decoder step, on what still runs -> ids (B, T)
+    ids (B, T) -> decoder step, on what still runs, with an encoder's memory if there is one -> ids (B, T')
 
-transformers' `generate` repeats the memory for every hypothesis of a sentence, and carries all sentences to the end of
-the longest one. Here the hypotheses share one memory, and greedy decoding leaves finished sentences out.
+transformers' `generate` carries all sentences to the end of the longest one, and repeats the memory of an
+encoder-decoder for every hypothesis of a sentence. Here greedy decoding leaves finished sentences out, and the
+hypotheses share one memory.
 
 Shapes: B sentences; R of them still running; S source, T target positions; D = config.hidden_size; V vocabulary.
 """
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,92 +44,188 @@ ROW_BY_ROW = {
 }
 
 
-def greedy_suits(
-    config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList, inputs: dict
-) -> bool:
+def greedy_suits(config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
     """Whether `greedy` gives what `generate` was asked for: just the ids, an end by EOS, no look across rows."""
-    cache = inputs.get(CACHE_NAME)
+    kinds = {type(criterion) for criterion in criteria}
     return (
         not (config.do_sample or config.return_dict_in_generate or config.is_assistant)
         and {type(processor) for processor in processors} <= ROW_BY_ROW
-        and {type(criterion) for criterion in criteria} == {EosTokenCriteria, MaxLengthCriteria}
+        and all(getattr(processor, "prompt_ignore_length", None) is None for processor in processors)  # one a row
+        and MaxLengthCriteria in kinds <= {EosTokenCriteria, MaxLengthCriteria}
         and config.prefill_chunk_size is None
-        and inputs.keys() <= {CACHE_NAME, "encoder_outputs", "attention_mask", "use_cache"}
-        and isinstance(cache, EncoderDecoderCache)
-        and type(cache.self_attention_cache) is DynamicCache
-        and cache.get_seq_length() == 0
-        and not cache.self_attention_cache.offloading
     )
 
 
+def fresh(cache: Any) -> bool:
+    """Whether a cache is a plain one that holds nothing yet."""
+    return type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
+
+
+class Rows(Protocol):
+    """Sentences that are continued together: ``scores(ids)``, (R, T) -> (R, V) of each one's next token, and
+    ``keep(rows)``, (R',) the numbers of those that go on alone."""
+
+    def scores(self, ids: Tensor) -> Tensor: ...
+
+    def keep(self, rows: Tensor) -> None: ...
+
+
+@dataclass
+class MemoryRows:
+    """Rows of an encoder-decoder.
+
+    Args:
+        model: a `TfmTransformerForConditionalGeneration`.
+        memory: (R, S, D), of the encoder; attention_mask: (R, S) of the source, or None.
+        cache: empty.
+    """
+
+    model: nn.Module
+    memory: Tensor
+    attention_mask: Tensor | None
+    cache: EncoderDecoderCache
+    use_cache: bool = True
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """See `Rows`."""
+        memory = BaseModelOutput(last_hidden_state=self.memory)
+        mask, cache = self.attention_mask, self.cache
+        output = self.model(
+            encoder_outputs=memory, attention_mask=mask, decoder_input_ids=ids, cache=cache, use_cache=self.use_cache
+        )
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Rows`."""
+        self.memory = self.memory[rows]
+        self.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
+        self.cache.reorder_cache(rows)
+
+
+@dataclass
+class DecoderRows:
+    """Rows of a decoder alone, whose prompts may be padded at the left.
+
+    Args:
+        model: a `TfmGPTForCausalLM`.
+        attention_mask: (R, T) of the prompts, or None without padding; grows by the new tokens.
+        position_ids: (R, T) of the prompts.
+        cache: empty.
+    """
+
+    model: nn.Module
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    cache: DynamicCache
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """See `Rows`."""
+        mask = self.attention_mask
+        output = self.model(ids, mask, self.position_ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+        self.attention_mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=1)
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Rows`."""
+        self.position_ids = self.position_ids[rows]
+        self.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
+        self.cache.reorder_cache(rows)
+
+
 def greedy(
-    model: nn.Module,
+    rows: Rows,
     ids: Tensor,
     processors: LogitsProcessorList,
-    eos_token_id: Tensor,
+    eos_token_id: Tensor | None,
     pad_token_id: int,
     max_length: int,
-    encoder_outputs: BaseModelOutput,
-    cache: EncoderDecoderCache,
-    attention_mask: Tensor | None = None,
-    use_cache: bool = True,
 ) -> Tensor:
     """Continue each row of ``ids`` with the likeliest token, until one of ``eos_token_id`` or ``max_length``.
 
     Rows do not see each other, so leaving out those that have ended changes no token of the others.
 
     Args:
-        model: a `TfmTransformerForConditionalGeneration`.
+        rows: give the scores.
         ids: (B, T) the start token, or a longer prefix.
         processors: change the scores of the next token, row by row.
-        eos_token_id: (n,) the tokens that end a sentence.
+        eos_token_id: (n,) the tokens that end a sentence; None where none does.
         pad_token_id: fills a row after its end.
         max_length: upper bound of the length of the result.
-        encoder_outputs: of the B sentences.
-        cache: empty.
-        attention_mask: (B, S) of the source.
 
     Returns:
         (B, T') ids, equal to transformers' greedy search.
     """
     B, start = ids.shape
+    ends = ids.new_empty(0) if eos_token_id is None else eos_token_id
     output = ids.new_full((B, max_length), pad_token_id)
     output[:, :start] = ids
-    memory = encoder_outputs.last_hidden_state  # (R, S, D)
-    rows = torch.arange(B, device=ids.device)  # (R,) their places in the output
+    places = torch.arange(B, device=ids.device)  # (R,) in the output
     running = torch.ones(B, dtype=torch.bool, device=ids.device)  # (R,)
     for step in range(start, max_length):
-        outputs = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
-            attention_mask=attention_mask,
-            decoder_input_ids=ids,
-            cache=cache,
-            use_cache=use_cache,
-        )
-        scores = outputs.logits[:, -1]  # (R, V)
+        scores = rows.scores(ids)  # (R, V)
         if processors:
-            scores = processors(output[rows, :step], scores.float())
+            scores = processors(output[places, :step], scores.float())
         token = scores.argmax(dim=-1).masked_fill(~running, pad_token_id)  # (R,)
-        output[rows, step] = token
-        running = running & ~torch.isin(token, eos_token_id)
+        output[places, step] = token
         ids = token[:, None]
+        if eos_token_id is None:
+            continue
+        running = running & ~torch.isin(token, ends)
         if (step - start) % STEPS_BETWEEN_CHECKS == 0 and not running.all():
             keep = running.nonzero()[:, 0]  # (R',)
             if len(keep) == 0:
                 break
-            rows, memory, ids, running = rows[keep], memory[keep], ids[keep], running[keep]
-            attention_mask = None if attention_mask is None else attention_mask[keep]
-            cache.reorder_cache(keep)
-    ended = torch.isin(output[:, start:], eos_token_id)  # (B, T' - start)
+            places, ids, running = places[keep], ids[keep], running[keep]
+            rows.keep(keep)
+    ended = torch.isin(output[:, start:], ends)  # (B, T' - start)
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_length - start)  # (B,)
     return output[:, : start + int(lengths.max())]
 
 
-class SharedMemoryGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model that takes n rows of decoder input to each row of memory.
+class GreedyGenerationMixin(GenerationMixin):
+    """`GenerationMixin` whose greedy decoding is `greedy`; of a decoder alone.
 
-    The methods with an underscore are steps of transformers' `generate`.
+    The methods with one underscore are steps of transformers' `generate`.
     """
+
+    def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
+        """The rows that ``inputs`` of a step of `generate` stand for; None where they ask for more than `greedy`."""
+        known = inputs.keys() <= {CACHE_NAME, "attention_mask", "position_ids", "logits_to_keep", "use_cache"}
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if not (known and fresh(inputs.get(CACHE_NAME)) and inputs.get("use_cache") and positions is not None):
+            return None
+        if mask is not None and (mask.ndim != 2 or mask.shape != positions.shape):
+            return None
+        return DecoderRows(self, None if mask is None or mask.all() else mask, positions, inputs[CACHE_NAME])
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **inputs):
+        """Greedy decoding and sampling: `greedy` where it gives the same, else transformers' loop."""
+        streamer = inputs.pop("streamer", None)
+        plain = not (synced_gpus or streamer) and greedy_suits(generation_config, logits_processor, stopping_criteria)
+        if not plain or (rows := self.rows_of(inputs)) is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **inputs,
+            )
+        pad = generation_config._pad_token_tensor
+        return greedy(
+            rows,
+            input_ids,
+            logits_processor,
+            generation_config._eos_token_tensor,
+            0 if pad is None else int(pad),  # without an end there is nothing to fill
+            generation_config.max_length,
+        )
+
+
+class SharedMemoryGenerationMixin(GreedyGenerationMixin):
+    """The same for a model that takes n rows of decoder input to each row of memory."""
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs):
@@ -150,20 +250,12 @@ class SharedMemoryGenerationMixin(GenerationMixin):
         cache.self_attention_cache.reorder_cache(beam_idx)
         return cache
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **inputs):
-        """Greedy decoding and sampling: `greedy` where it gives the same, else transformers' loop."""
-        streamer = inputs.pop("streamer", None)
-        if synced_gpus or streamer or not greedy_suits(generation_config, logits_processor, stopping_criteria, inputs):
-            return super()._sample(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **inputs,
-            )
-        inputs["cache"] = inputs.pop(CACHE_NAME)
-        eos_token_id, pad_token_id = generation_config._eos_token_tensor, int(generation_config._pad_token_tensor)
-        limit = generation_config.max_length
-        return greedy(self, input_ids, logits_processor, eos_token_id, pad_token_id, limit, **inputs)
+    def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
+        """See `GreedyGenerationMixin`."""
+        cache, known = inputs.get(CACHE_NAME), {CACHE_NAME, "encoder_outputs", "attention_mask", "use_cache"}
+        if not (inputs.keys() <= known and isinstance(cache, EncoderDecoderCache)):
+            return None
+        if not fresh(cache.self_attention_cache):
+            return None
+        memory = inputs["encoder_outputs"].last_hidden_state
+        return MemoryRows(self, memory, inputs.get("attention_mask"), cache, inputs.get("use_cache", True))

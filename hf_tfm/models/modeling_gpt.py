@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose
@@ -31,6 +31,7 @@ from .cache_names import CACHE_NAME, CACHE_NAMES, cache_of, takes_cache
 from .configuration_gpt import TfmGPTConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
+from .generation import GreedyGenerationMixin
 
 
 def native_names() -> list:
@@ -194,7 +195,7 @@ def language_loss(
     return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if items is None else items)
 
 
-class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GenerationMixin):
+class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
     """GPT with its output layer, tied to the word embeddings."""
 
     _auto_class = "AutoModelForCausalLM"
