@@ -13,7 +13,7 @@ from . import common, translation_generation
 
 
 def main(
-    sizes: tuple[str, ...] = ("small",),
+    sizes: tuple[str, ...] = ("tiny", "small"),
     precisions: tuple[str, ...] = ("fp32",),
     batch_sizes: tuple[int, ...] = (1, 16),
     beams: tuple[int, ...] = (1,),
@@ -61,4 +61,5 @@ def main(
 def prompts(length: int, vocab_size: int, size: int) -> list[dict]:
     """One batch of random prompts of different lengths, padded at the left."""
     (batch,) = translation_generation.random_batches(length, vocab_size, size)
-    return [{name: value.flip(1) for name, value in batch.items()}]
+    longest = int(batch["attention_mask"].sum(1).max())
+    return [{name: value[:, :longest].flip(1) for name, value in batch.items()}]

@@ -164,7 +164,9 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         hidden_states = self.drop(words + self.wpe(places))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
-        mask = create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
+        # One token may look at all that a growing cache holds; finding that out anew is a tenth of a small step.
+        sees_all = attention_mask is None and words.shape[1] == 1 and type(cache) is DynamicCache
+        mask = None if sees_all else create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, cache=cache, **kwargs)
         return BaseModelOutputWithPast(
