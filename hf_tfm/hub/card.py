@@ -5,6 +5,7 @@ RunRecord + config.json + history.jsonl -> README.md, training_curve.png, .eval_
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from .usage import usage
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
+PREDICTIONS, PICTURE = "predictions/step-*.png", "predictions.png"  # of every evaluation; the last one, for the card
 EVAL_RESULTS = ".eval_results"
 UNKNOWN = "unknown"
 COST_COLUMNS = (
@@ -32,7 +34,8 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     """Write the card of the model in ``output_dir``, with its training curve and its scores in the Hub's formats.
 
     Args:
-        output_dir: folder of a run, with config.json and, for the curve, history.jsonl. README.md there is replaced.
+        output_dir: folder of a run, with config.json and, for the curve, history.jsonl; of a detector also pictures of
+            its predictions, the last of which is shown. README.md there is replaced.
         record: of the run.
         model_id: what the usage example loads; default, the folder's name.
 
@@ -47,6 +50,8 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     model_id = model_id or output_dir.resolve().name
     title = model_id.split("/")[-1]
     curve = write_curve(output_dir, read_history(output_dir), title)
+    if drawn := sorted(output_dir.glob(PREDICTIONS)):
+        shutil.copyfile(drawn[-1], output_dir / PICTURE)
     card = ModelCard.from_template(
         metadata(record, title),
         template_path=str(TEMPLATE),
@@ -61,6 +66,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         yardstick=yardstick(record),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
+        picture=PICTURE if (output_dir / PICTURE).is_file() else None,
         command=record.command,
         # By way of JSON, so that tuples and paths come out as plain YAML.
         arguments=yaml.safe_dump(json.loads(json.dumps(record.arguments, default=str)), sort_keys=False).strip(),

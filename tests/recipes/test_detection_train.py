@@ -73,8 +73,10 @@ def test_pictures_of_every_evaluation(trained, data, tmp_path):
     files = sorted(path.name for path in (trained / "predictions").iterdir())
     assert files == ["step-00000003.png", "step-00000006.png"]
     assert imread(trained / "predictions" / files[0]).shape[1] > 400
+    assert "](predictions.png)" in (trained / "README.md").read_text(), "the card shows the last one"
+    assert (trained / "predictions.png").read_bytes() == (trained / "predictions" / files[1]).read_bytes()
     other = train(data, tmp_path / "run", num_steps=6, eval_steps=3, num_pictures=0)
-    assert not (other / "predictions").exists()
+    assert not (other / "predictions").exists() and "predictions.png" not in (other / "README.md").read_text()
     assert distance(trained, other) == 0.0, "they change nothing"
 
 
