@@ -30,9 +30,10 @@ from hf_tfm.data.source import load_splits
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
 from hf_tfm.distillation.facts import facts_of
+from hf_tfm.distillation.plan import plan, signals_of
 from hf_tfm.distillation.student import Distilled, freeze_unused
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.distillation.terms import Term, plan, signals_of
+from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.distill import DistillationTask
 from hf_tfm.tasks.language import MaskedLanguageTask
 from hf_tfm.training import TrainingArguments, train_step

@@ -24,11 +24,11 @@ from ..data.batching import COPY
 from ..training.folder import explain_write_errors, write_text
 from .chunks import Chunks, shard_tensors
 from .facts import Facts
+from .plan import Lesson, signals_of
 from .samples import inputs_hash, join
 from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
 from .teacher import Teacher, origin_of, to_dtype
-from .terms import Lesson, signals_of
 
 OPEN_SHARDS = 64
 

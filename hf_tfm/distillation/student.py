@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .plan import Lesson, signals_of
 from .signals import MAP, SCORE, Signals, collect, parts
-from .terms import Lesson, signals_of
 
 # Where the number of a block stands in the name of a weight, by stack; "" is the only stack of a model.
 BLOCK = r"(?:layers|layer|h|blocks|block)\.(\d+)\."
@@ -138,7 +138,7 @@ class Distilled(nn.Module):
 
     Args:
         student: on which `lessons` were planned.
-        lessons: see `terms.plan`.
+        lessons: see `plan.plan`.
     """
 
     def __init__(self, student: PreTrainedModel, lessons: Sequence[Lesson]):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..distillation.losses import query_loss
+from ..distillation.plan import Lesson, signals_of
 from ..distillation.samples import token_mask, training_collate
 from ..distillation.signals import LOGITS, MAP, PLACES, REST, SET_BOXES, SET_LOGITS, TOP, Signals, parts
-from ..distillation.terms import OBJECTS, ROWS, Lesson, on_logits, signals_of
+from ..distillation.terms import OBJECTS, ROWS, on_logits
 
 Batch = dict[str, Any]
 OWN = "distillation"  # the key of a batch under which this task keeps its own
@@ -111,7 +112,7 @@ class DistillationTask:
     Args:
         task: what is learned.
         teacher: gives the signals that the lessons compare.
-        lessons: see `distillation.terms.plan`.
+        lessons: see `distillation.plan.plan`.
     """
 
     def __init__(self, task: Teaching, teacher: Source, lessons: Sequence[Lesson]):

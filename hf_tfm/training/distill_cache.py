@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..distillation.cache import check_top_k, write_cache
+from ..distillation.plan import signals_of
 from ..distillation.shards import load_cost, save_cost
-from ..distillation.terms import signals_of
 from ..hub.cost import Cost, beside_teacher, measure_cost
 from .distill_run import DistillationKnobs, Lessons, open_teacher
 from .folder import explain_write_errors

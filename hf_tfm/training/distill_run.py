@@ -14,9 +14,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..distillation.cache import CachedTeacher
 from ..distillation.facts import facts_of
+from ..distillation.plan import describe, plan
 from ..distillation.student import Distilled, copy_layers, freeze_unused
 from ..distillation.teacher import Teacher, check_score, load_teacher
-from ..distillation.terms import describe, plan, read_terms
+from ..distillation.terms import read_terms
 from ..hub.results import Distillation
 from ..tasks.distill import DistillationTask, Teaching
 from .arguments import TrainingArguments

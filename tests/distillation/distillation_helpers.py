@@ -32,9 +32,10 @@ from hf_tfm import (
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.digit_scenes import digit_scenes
 from hf_tfm.distillation.facts import facts_of
+from hf_tfm.distillation.plan import plan
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.distillation.terms import Term, plan
+from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.classification import ClassificationTask
 from hf_tfm.tasks.detection import DetectionTask
 from hf_tfm.tasks.distill import DistillationTask

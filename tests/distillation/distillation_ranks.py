@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.plan import signals_of
 from hf_tfm.distillation.student import Distilled, freeze_unused
-from hf_tfm.distillation.terms import signals_of
 from hf_tfm.tasks.distill import DistillationTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer

@@ -10,7 +10,7 @@ from hf_tfm import TfmBertForMaskedLM
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
-from hf_tfm.distillation.terms import signals_of
+from hf_tfm.distillation.plan import signals_of
 from hf_tfm.tasks.distill import DistillationTask
 from hf_tfm.training import TrainingArguments, evaluate, train
 

@@ -11,7 +11,8 @@ from timm.data import ImageNetInfo
 from transformers import BertTokenizer, ViTImageProcessor
 
 from hf_tfm.distillation.facts import Facts, check_processors, check_tokenizers, facts_of
-from hf_tfm.distillation.terms import Term, describe, layer_map, plan, read_terms, signals_of
+from hf_tfm.distillation.plan import describe, layer_map, plan, signals_of
+from hf_tfm.distillation.terms import Term, read_terms
 from hf_tfm.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]

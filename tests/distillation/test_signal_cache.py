@@ -31,9 +31,9 @@ from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.shape_batches import number_with_canvas
 from hf_tfm.distillation import cache as caches
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.plan import signals_of
 from hf_tfm.distillation.shards import CacheIndex, shard_path
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.distillation.terms import signals_of
 from hf_tfm.tasks.distill import OWN, DistillationTask
 
 MLM = [

@@ -1,0 +1,202 @@
+"""Terms as a student and its teacher have them, checked before anything is trained.
+
+Term(kind, weight, layers, ...) + facts of student and teacher -> Lesson(pairs of signals, projection, items)
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .facts import Facts
+from .signals import BOXES, HIDDEN, LOGITS, MAP, SCORE, SET_BOXES, SET_LOGITS, signal
+from .terms import KINDS, Kind, Term, on_logits
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A term as student and teacher have it.
+
+    Args:
+        name: of the term in logs.
+        term: as it was given.
+        pairs: (student's signal, teacher's) that are compared; their losses are added up.
+        widths: features of the student's and the teacher's signals where a projection stands between.
+    """
+
+    name: str
+    term: Term
+    pairs: tuple[tuple[str, str], ...]
+    widths: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.term.kind]
+
+    def projected(self, name: str) -> str:
+        """The name of the student's signal as it is compared."""
+        return f"{self.name}:{name}" if self.widths else name
+
+
+def layer_map(rule: str, student: int, teacher: int) -> dict[int, int]:
+    """{student's layer: teacher's} of a rule, see `Term`.
+
+    Raises:
+        ValueError: the student has more layers than the teacher.
+    """
+    if student > teacher:
+        raise ValueError(
+            f'layers "{rule}": the student has {student} layers and the teacher {teacher}; give a map of layers'
+        )
+    if rule == "final":
+        return {student: teacher}
+    if rule == "last":
+        return {m: teacher - student + m for m in range(1, student + 1)}
+    even = {m: (2 * m * teacher + student) // (2 * student) for m in range(1, student + 1)}
+    return {m: n for m, n in even.items() if m < student or rule == "uniform"}
+
+
+def plan(
+    terms: Sequence[Term], student: Facts, teacher: Facts, match_labels: Literal["name", "number"] = "name"
+) -> list[Lesson]:
+    """Check terms against both models, before anything is trained.
+
+    Args:
+        match_labels: "name" refuses classes of other names, see `check_labels`; "number" takes those of the same
+            number for the same, whatever they are called.
+
+    Raises:
+        ValueError: none of the terms needs a teacher, there are several of "label", or one does not fit the models;
+            the error names both sides.
+    """
+    if all(term.kind == "label" for term in terms):
+        raise ValueError(f"terms must have one that compares student and teacher, got {[t.kind for t in terms]}")
+    if sum(term.kind == "label" for term in terms) > 1:
+        raise ValueError('terms must have kind "label" once at most')
+    if len({term.tokens for term in terms if on_logits(term)}) > 1:
+        raise ValueError('terms on logits must have the same tokens, got "all" and "targets"')
+    lessons: list[Lesson] = []
+    for term in terms:
+        same = sum(lesson.term.kind == term.kind for lesson in lessons)
+        name = f"{term.kind}_{same + 1}" if same else term.kind
+        try:
+            pairs, widths = CHECKS[KINDS[term.kind].signal](term, student, teacher)
+            if pairs[0][1] == LOGITS and match_labels == "name":
+                check_labels(student.labels, teacher.labels)
+        except ValueError as error:
+            raise ValueError(f"term {name}: {error}") from error
+        lessons.append(Lesson(name, term, tuple(pairs), widths))
+    return lessons
+
+
+Resolved = tuple[list[tuple[str, str]], tuple[int, int] | None]
+
+
+def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
+    """A term on what the models give in the end."""
+    if term.kind == "label":
+        return [(term.output, "")], None
+    if student.outputs != teacher.outputs:
+        raise ValueError(
+            f"student and teacher must give equally many logits, got {student.outputs} and {teacher.outputs}: "
+            "their vocabularies, or classes, differ"
+        )
+    if term.kind == "query":
+        if not (student.queries and teacher.queries):
+            raise ValueError("student and teacher must be detectors with queries")
+        return [(SET_LOGITS, LOGITS), (SET_BOXES, BOXES)], None
+    if student.queries:
+        raise ValueError('queries of two detectors do not stand for the same objects: use kind "query"')
+    if student.outputs == 1 and term.kind == "hard_target":
+        raise ValueError('a model with one output has no classes: use kind "soft_target" or "logit"')
+    return [(term.output, LOGITS)], None
+
+
+def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
+    """Refuse classes of other names, or in another order; upper and lower case are the same.
+
+    A name that several classes of a model share, as the two cranes of ImageNet, says nothing of which is which: such
+    classes are taken for the same if all others are.
+
+    Raises:
+        ValueError: with the first that differs; or no class has a name of its own.
+    """
+    if student is None or teacher is None:  # without names there is nothing to compare
+        return
+    ours, theirs = ([name.casefold() for name in names] for names in (student, teacher))
+    often = [Counter(ours), Counter(theirs)]
+    known = [i for i, pair in enumerate(zip(ours, theirs, strict=True)) if all(often[s][pair[s]] == 1 for s in (0, 1))]
+    hint = "if their numbers mean the same, match_labels=number compares those"
+    for i in known:
+        if ours[i] != theirs[i]:
+            raise ValueError(
+                f'label maps differ: class {i} is "{student[i]}" for the student, "{teacher[i]}" for the teacher; '
+                + hint
+            )
+    if not known:
+        raise ValueError(f'no class has a name that no other has, as "{student[0]}" and "{teacher[0]}": {hint}')
+
+
+def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
+    """A term on layers."""
+    kind = KINDS[term.kind]
+    stack = "decoder" if term.stack == "cross" else term.stack
+    ours, theirs = student.stack(stack, "student"), teacher.stack(stack, "teacher")
+    given = {0: 0} if term.kind == "embedding" else term.layers or kind.layers
+    layers = layer_map(given, ours.layers, theirs.layers) if isinstance(given, str) else given
+    if not layers:
+        raise ValueError(f'layers "{given}" of {ours.layers} and {theirs.layers} layers are none')
+    first = 1 if kind.signal == SCORE else 0
+    for side, facts, chosen in (("student", ours, layers), ("teacher", theirs, layers.values())):
+        for layer in chosen:
+            if not first <= layer <= facts.layers:
+                raise ValueError(f"layer {layer} of the {side} is not in {first} to {facts.layers}")
+    if kind.heads and ours.heads != theirs.heads:
+        raise ValueError(
+            f"student and teacher must have equally many attention heads, got {ours.heads} and {theirs.heads}"
+        )
+    pairs = [
+        (signal(kind.signal, m, term.stack), signal(kind.signal, n, term.stack)) for m, n in sorted(layers.items())
+    ]
+    return pairs, projection(term, ours.width, theirs.width) if kind.signal == HIDDEN else None
+
+
+def check_maps(term: Term, student: Facts, teacher: Facts) -> Resolved:
+    """A term on what modules give."""
+    widths = {
+        (student.channels(ours, "student"), teacher.channels(theirs, "teacher"))
+        for ours, theirs in term.layers.items()
+    }
+    if len(widths) > 1:
+        raise ValueError(f"modules of one term must have equally many channels, got {sorted(widths)}: use several")
+    return [(signal(MAP, m), signal(MAP, n)) for m, n in term.layers.items()], projection(term, *widths.pop())
+
+
+def projection(term: Term, student: int, teacher: int) -> tuple[int, int] | None:
+    """Widths of the linear layer between; None where there is none."""
+    if term.projection == "none" and student != teacher:
+        raise ValueError(f'projection "none" needs equal widths, got {student} and {teacher}: use "auto"')
+    return (student, teacher) if term.projection == "linear" or student != teacher else None
+
+
+CHECKS: dict[str | None, Callable[[Term, Facts, Facts], Resolved]] = {
+    None: check_outputs,
+    HIDDEN: check_layers,
+    SCORE: check_layers,
+    MAP: check_maps,
+}
+
+
+def signals_of(lessons: Sequence[Lesson], side: Literal["student", "teacher"]) -> list[str]:
+    """Names of the signals of one side that lessons compare, once each."""
+    place = 0 if side == "student" else 1
+    return list(dict.fromkeys(pair[place] for lesson in lessons for pair in lesson.pairs if pair[place]))
+
+
+def describe(lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
+    """What a results file says of the terms."""
+    return [
+        {"name": lesson.name, **{field: getattr(lesson.term, field) for field in ("weight", "temperature", "tokens")}}
+        | {"pairs": [list(pair) for pair in lesson.pairs], "projection": lesson.widths and list(lesson.widths)}
+        for lesson in lessons
+    ]
