@@ -5,32 +5,12 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from distill_text_recipes import run, save_classifier, save_language_model, teach_tokenizer, words, write_texts
+from distill_text_recipes import run, words
 from recipe_helpers import record
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 CACHED = {"terms": "[{kind: soft_target}]", "batch_size": 8}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data):
-    return teach_tokenizer(data)
-
-
-@pytest.fixture(scope="module")
-def classifier(tokenizer, tmp_path_factory):
-    return save_classifier(tmp_path_factory.mktemp("classifier"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def language_model(tokenizer, tmp_path_factory):
-    return save_language_model(tmp_path_factory.mktemp("language"), tokenizer)
 
 
 def test_a_cached_teacher_teaches_the_same(data, classifier, tmp_path, capsys):

@@ -11,47 +11,20 @@ from distill_text_recipes import (
     WIDE,
     run,
     save,
-    save_classifier,
-    save_language_model,
-    teach_tokenizer,
     words,
-    write_texts,
 )
 from recipe_helpers import ROOT, arguments_of, fresh_state, history, record
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
 )
 
-from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
+from hf_tfm.models import TfmBertConfig, TfmBertForSequenceClassification
 from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training.arguments import parse_arguments
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data):
-    return teach_tokenizer(data)
-
-
-@pytest.fixture(scope="module")
-def classifier(tokenizer, tmp_path_factory):
-    return save_classifier(tmp_path_factory.mktemp("classifier"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def language_model(tokenizer, tmp_path_factory):
-    return save_language_model(tmp_path_factory.mktemp("language"), tokenizer)
-
 
 INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
 TERMS = {
@@ -130,23 +103,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_language_model_begins_with_the_teachers_layers(data, language_model, tmp_path):
-    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
-    model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
-    terms = "[{kind: soft_target, weight: 5, temperature: 2}, {kind: label, weight: 2}, {kind: cosine}]"
-    common = {"teacher": language_model, "terms": terms, "model": model, "batch_tokens": 128, "vocab_size": None}
-    argv = words(data, tmp_path / "run", **common, student_layers="[1, 3]", num_steps=1, learning_rate=1e-9)
-    assert run("distill_pretrain", *argv) == 0
-    fresh_state()
-    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
-    teacher = AutoModelForMaskedLM.from_pretrained(language_model)
-    for mine, theirs in zip(student.bert.layers, [teacher.bert.layers[1], teacher.bert.layers[3]], strict=True):
-        for own, given in zip(mine.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
-    assert {row["name"] for row in record(tmp_path / "run").metrics} == {"perplexity", "token_loss"}
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == student.config.vocab_size
-
-
 def pair_rows(names: list[str]) -> Dataset:
     """Pairs of like texts with labels by turns calm and loud, whichever number ``names`` give these."""
     rows = {side: [f"the {side} cat number {i}" for i in range(24)] for side in ("one", "two")}
@@ -197,34 +153,6 @@ def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monke
     knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "costs": "false", "text_columns": "[one,two]"}
     assert run("distill_task", *words("nowhere", tmp_path / "run", **knobs, batch_size=8)) == 0
     assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
-
-
-def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, tokenizer, tmp_path):
-    torch.manual_seed(0)
-    native = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE))
-    teacher = save(tmp_path / "teacher", native, tokenizer)
-    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
-    model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
-    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
-    knobs |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "num_steps": 1}
-    assert run("distill_pretrain", *words(data, tmp_path / "run", **knobs, learning_rate=1e-9)) == 0
-    student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
-    for mine, number in zip(student.bert.layers, (1, 3), strict=True):
-        own = mine.state_dict()["feed_forward.up_proj.weight"]
-        given = native.bert.encoder.layer[number].intermediate.dense.weight
-        torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("layers", ["[]", "[1, 3]"])
-def test_a_teacher_may_have_more_words_than_its_tokenizer(layers, data, tokenizer, tmp_path):
-    config = TfmBertConfig(vocab_size=128, num_hidden_layers=4, **WIDE)
-    teacher = save(tmp_path / "teacher", TfmBertForMaskedLM(config), tokenizer)
-    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
-    model += "max_position_embeddings: 64}"
-    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "batch_tokens": 128}
-    argv = words(data, tmp_path / "run", **knobs, model=model, student_layers=layers, num_steps=1)
-    assert run("distill_pretrain", *argv) == 0
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 128 > len(tokenizer)
 
 
 @pytest.mark.parametrize("preset", ["distilbert_second", "tinybert4_intermediate", "tinybert4_prediction"])
