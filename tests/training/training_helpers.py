@@ -86,6 +86,8 @@ class FaultyLoader:
         first = sum(map(self.loader.steps_per_epoch, range(epoch))) + start
         for number, step in enumerate(self.loader.epoch(epoch, start), start=first):
             if event := self.events.get(number):
+                if event == "SIGINT":  # which a job that a script has put into the background would not hear
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 if event == "SIGTERM" and os.getpgrp() == os.getpid():
                     # A cluster tells all processes of a job to end, the loader's workers among them; and it is
                     # another process that does, which workers take to heart more than a word of their parent.
