@@ -1,15 +1,25 @@
 """Generation speed: tokens per second of our GPT's `generate` against GPT-2's, same weights, same tokens.
 
-python -m benchmarks language_generation
+python -m benchmarks language_generation [--model RUN --dataset nyu-mll/glue --dataset_name sst2]
+
+Texts of equal lengths by models of random weights; with ``model``, of language_pretrain with objective causal, also
+texts that end by themselves.
 """
 
+from collections.abc import Iterator
+
 import torch
+from transformers import AutoTokenizer
 
 from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
+from hf_tfm.data.language import text_rows
+from hf_tfm.data.source import load_splits
 from hf_tfm.hub.convert import converted
 from hf_tfm.hub.convert.gpt2 import GPT2
 
 from . import common, translation_generation
+
+BEGUN = 3  # tokens of a text that a trained model is given
 
 
 def main(
@@ -21,6 +31,11 @@ def main(
     prompt_length: int = 16,
     new_tokens: int = 48,
     rounds: int = 5,
+    model: str | None = None,
+    dataset: str = "nyu-mll/glue",
+    dataset_name: str | None = None,
+    split: str = "validation",
+    text_column: str | None = None,
 ) -> None:
     """Measure and write benchmarks/results/language_generation.json.
 
@@ -29,33 +44,46 @@ def main(
         precisions: fp32, bf16 (weights in that dtype).
         batch_sizes: prompts at once; they are of different lengths, padded at the left.
         beams: 1 is greedy.
-        vocab_size: of the models.
-        prompt_length: tokens of the longest prompt.
-        new_tokens: tokens that each prompt gets.
+        vocab_size: of the models of random weights.
+        prompt_length: tokens of their longest prompt.
+        new_tokens: tokens that each prompt gets, of a trained model at most.
         rounds: timed rounds; medians are reported.
+        model: folder of a trained TfmGPTForCausalLM with its tokenizer.
+        dataset, dataset_name, split, text_column: texts whose first tokens are its prompts.
     """
     (stock,) = (conversion for conversion in GPT2 if conversion.ours is TfmGPTForCausalLM)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    texts = list(text_rows(load_splits(dataset, dataset_name)[split], text_column)["text"]) if model else []
     results = {}
-    for size in sizes:
-        torch.manual_seed(0)
-        config = TfmGPTConfig.of_size(size, vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=1)
-        ours = TfmGPTForCausalLM(config)
+    for name, ours, batch_of, least in contestants(sizes, vocab_size, prompt_length, new_tokens, model, texts):
         for precision in precisions:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
             both = {"ours": ours, "peer": converted(stock, ours, stock.name)}
-            models = {name: model.to(device, dtype).eval() for name, model in both.items()}
+            models = {side: each.to(device, dtype).eval() for side, each in both.items()}
             for num_beams in beams:
                 for count in batch_sizes:
-                    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": num_beams}
-                    found = translation_generation.compare(
-                        models, prompts(prompt_length, vocab_size, count), options, rounds
-                    )
-                    speeds = {name: round(found[f"{name}_sentences_per_second"] * new_tokens) for name in models}
-                    key = f"{size}, {precision}, {num_beams} beam{'s' * (num_beams > 1)}, batch {count}"
-                    results[key] = {"tokens_per_second": speeds, **found}
+                    options = {"max_new_tokens": new_tokens, "min_new_tokens": least, "num_beams": num_beams}
+                    batches = batch_of(count)
+                    found = translation_generation.compare(models, batches, options, rounds)
+                    length = mean_length(models["ours"], batches, options)
+                    speeds = {side: round(found[f"{side}_sentences_per_second"] * length) for side in models}
+                    key = f"{name}, {precision}, {num_beams} beam{'s' * (num_beams > 1)}, batch {count}"
+                    results[key] = {"tokens_per_second": speeds, "new_tokens": round(length, 1), **found}
                     print(key, results[key], flush=True)
     common.write("language_generation", {"new_tokens": new_tokens, "rounds": rounds, "results": results})
+
+
+def contestants(
+    sizes: tuple[str, ...], vocab_size: int, prompt_length: int, new_tokens: int, model: str | None, texts: list[str]
+) -> Iterator[tuple]:
+    """(name, our model, prompts by their number, fewest new tokens) of each, one after the other."""
+    for size in sizes:
+        torch.manual_seed(0)
+        config = TfmGPTConfig.of_size(size, vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+        yield size, TfmGPTForCausalLM(config), lambda count: prompts(prompt_length, vocab_size, count), new_tokens
+    if model:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        yield "trained", TfmGPTForCausalLM.from_pretrained(model), lambda count: beginnings(tokenizer, texts, count), 0
 
 
 def prompts(length: int, vocab_size: int, size: int) -> list[dict]:
@@ -63,3 +91,23 @@ def prompts(length: int, vocab_size: int, size: int) -> list[dict]:
     (batch,) = translation_generation.random_batches(length, vocab_size, size)
     longest = int(batch["attention_mask"].sum(1).max())
     return [{name: value[:, :longest].flip(1) for name, value in batch.items()}]
+
+
+def beginnings(tokenizer, texts: list[str], size: int) -> list[dict]:
+    """Four batches of the beginnings of texts."""
+    ids = [tokenizer(text)["input_ids"][:BEGUN] for text in texts[:: len(texts) // (8 * size)]]
+    ids = torch.tensor([row for row in ids if len(row) == BEGUN][: 4 * size])
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
+
+
+@torch.inference_mode()
+def mean_length(model: TfmGPTForCausalLM, batches: list[dict], options: dict) -> float:
+    """New tokens of a text, its end included."""
+    device = model.device
+    lengths = []
+    for batch in batches:
+        new = model.generate(**{k: v.to(device) for k, v in batch.items()}, do_sample=False, **options)
+        new = new[:, batch["input_ids"].shape[1] :]
+        ended = new == model.generation_config.eos_token_id
+        lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1]).tolist()
+    return sum(lengths) / len(lengths)
