@@ -47,6 +47,7 @@ from hf_tfm.training.scene_run import (
     scene_loader,
     scene_task,
     score_rows,
+    warn_of_batch_norm,
 )
 from hf_tfm.training.splits import split_rows
 
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = describe(args, rows)
     set_seed(args.seed)
     student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))
+    warn_of_batch_norm(args, accelerator, student)
     begin_with_layers(args, student)
     own = {split: scene_task(args, student, processor, part) for split, part in rows.items()}
     lessons = prepare(args, accelerator, own[args.train_split], student, DETECTOR)
