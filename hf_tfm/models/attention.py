@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dropout import dropout as drop
+from .linear import Linear
 
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel until the score tables outgrow the cache: a
 # training step's attention by 3x to 6x at 50 x 50, 2.4x to 2.9x at 197 x 197, 1.3x to 2.3x at 577 x 577, equal near
@@ -140,10 +141,10 @@ class MultiHeadAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.additive = config.attention_score == "additive"
         bias = getattr(config, "qkv_bias", True)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
         if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
             self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention
 from .dropout import Dropout
+from .linear import Linear
 
 FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation instead of eight
 
@@ -26,10 +27,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[FUSED.get(config.hidden_act, config.hidden_act)]
         self.dropout = Dropout(config.activation_dropout)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), through (B, T, F)."""

@@ -32,6 +32,7 @@ from .configuration_gpt import TfmGPTConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
 from .generation import GreedyGenerationMixin
+from .linear import Linear
 
 
 def native_names() -> list:
@@ -206,7 +207,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
     def __init__(self, config: TfmGPTConfig):
         super().__init__(config)
         self.transformer = TfmGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @takes_cache

@@ -21,6 +21,7 @@ from .cache_names import CACHE_NAME, cache_of, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .generation import SharedMemoryGenerationMixin
+from .linear import Linear
 from .mask_predict import LengthHead, mask_predict, mask_targets
 from .transformer_stacks import TfmTransformerDecoder, TfmTransformerEncoder, TfmTransformerPreTrainedModel
 
@@ -142,7 +143,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
     def __init__(self, config: TfmTransformerConfig):
         super().__init__(config)
         self.model = TfmTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.length_head = LengthHead(config) if config.decoding == "mask_predict" else None
         self.post_init()
 
