@@ -1,0 +1,39 @@
+"""The benchmarks of language models run on small ones, and every contestant does its work."""
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from benchmarks import common, language_generation, language_training
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Reads what a benchmark wrote."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    yield lambda name: json.loads((tmp_path / f"{name}.json").read_text())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_both_generate_the_same_texts(results):
+    options = {"vocab_size": 128, "prompt_length": 6, "new_tokens": 4, "rounds": 1}
+    language_generation.main(sizes=("tiny",), batch_sizes=(1, 3), beams=(1, 2), **options)
+    found = results("language_generation")["results"]
+    assert len(found) == 4
+    for result in found.values():
+        assert result["identical_sentences"] == 1.0 and result["new_tokens"] == 4.0
+        assert all(speed > 0 for speed in result["tokens_per_second"].values())
+
+
+def test_every_contestant_trains(results, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [json.dumps({"text": f"a film of {i} parts and {i * 7} words"}) for i in range(200)]
+    (texts / "train.jsonl").write_text("\n".join(lines))
+    sizes = {"bert_sizes": ("tiny",), "gpt_sizes": ("tiny",), "precisions": ("no",), "vocab_size": 300}
+    language_training.main(str(texts), **sizes, batch_size=4, block=16, blocks=1, batches=1, rounds=1)
+    models = results("language_training")["models"]
+    assert set(models) == {"bert, tiny", "gpt, tiny"}
+    for model, peer in (("bert, tiny", "bert"), ("gpt, tiny", "gpt2")):
+        assert set(models[model]["tokens_per_second"]) == {"ours_fp32", f"{peer}_fp32"}
