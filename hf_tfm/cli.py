@@ -43,10 +43,10 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
         model: folder (of TinyBERT's authors too) or Hub id, or a .pth file of the authors of the masked autoencoder or
             of DETR.
         to: a class that needs no remote code: transformers' marian (post-norm) or pegasus (pre-norm) for a translation
-            model, transformers' vit or timm for a classifier, transformers' vit_mae or the names of mae_authors for a
-            masked autoencoder, transformers' detr or the names of detr_authors for a detector, transformers' bert or
-            distilbert (without segments) or the names of tinybert's authors for a BERT, transformers' gpt2 for a GPT;
-            or back: tfm.
+            model, transformers' vit or timm for a classifier, transformers' deit for one with a distillation token,
+            transformers' vit_mae or the names of mae_authors for a masked autoencoder, transformers' detr or the
+            names of detr_authors for a detector, transformers' bert or distilbert (without segments) or the names of
+            tinybert's authors for a BERT, transformers' gpt2 for a GPT; or back: tfm.
         output_dir: folder to make.
         revision: branch, tag or commit on the Hub.
     """

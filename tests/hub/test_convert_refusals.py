@@ -86,9 +86,8 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 def test_arguments_are_checked(tmp_path):
     ours().save_pretrained(tmp_path / "ours")
-    names = (
-        "marian, pegasus, vit, vit_mae, timm, mae_authors, detr, detr_authors, bert, distilbert, tinybert, gpt2, tfm"
-    )
+    names = "marian, pegasus, vit, deit, vit_mae, timm, mae_authors, detr, detr_authors, bert, distilbert, tinybert, "
+    names += "gpt2, tfm"
     with pytest.raises(ValueError, match=f'to must be one of {names}, got "bart"'):
         convert(tmp_path / "ours", "bart", tmp_path / "out")
     with pytest.raises(ValueError, match='no conversion of a model of type "tfm_transformer" to "tfm"'):

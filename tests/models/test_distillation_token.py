@@ -12,49 +12,12 @@ from hf_tfm.hub.convert import convert
 from hf_tfm.hub.cost import measure_cost
 
 
-def with_weights_of(theirs: DeiTForImageClassificationWithTeacher) -> TfmViTForImageClassification:
-    """Our model with the weights of transformers'; the position of its distillation token goes into the token."""
-    state = {name.replace("deit.", "vit.", 1): value for name, value in theirs.state_dict().items()}
-    positions = state.pop("vit.embeddings.position_embeddings")  # (1, 2 + N, D)
-    state["vit.embeddings.position_embeddings"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-    token = state.pop("vit.embeddings.distillation_token")
-    state["vit.distillation_token"] = token + positions[:, 1:2]
-    state |= {f"classifier.{kind}": state.pop(f"cls_classifier.{kind}") for kind in ("weight", "bias")}
-    model = TfmViTForImageClassification(
-        tiny_vit_config(num_labels=5, distillation_token=True, layer_norm_eps=theirs.config.layer_norm_eps)
-    )
-    own = model.state_dict()
-    # Names inside blocks differ from version to version of transformers; blocks have their weights in one order.
-    blocks = {
-        side: [name for name in names if ".layer" in name and "vit.layernorm" not in name]
-        for side, names in (("own", own), ("their", state))
-    }
-    renamed = dict(zip(sorted(blocks["their"], key=block_order), sorted(blocks["own"], key=block_order), strict=True))
-    model.load_state_dict({renamed.get(name, name): value for name, value in state.items()})
-    return model.eval()
-
-
-def block_order(name: str) -> tuple:
-    """Where a weight stands in its block, by either library's name."""
-    roles = (
-        ("q_proj", ".query"),
-        ("k_proj", ".key"),
-        ("v_proj", ".value"),
-        ("out_proj", "o_proj", "attention.output"),
-        ("self_attn_residual.norm", "layernorm_before"),
-        ("feed_forward_residual.norm", "layernorm_after"),
-        ("up_proj", "intermediate", "fc1"),
-        ("down_proj", "fc2", "output.dense"),
-    )
-    number = int(next(part for part in name.split(".") if part.isdigit()))
-    role = next(place for place, names in enumerate(roles) if any(part in name for part in names))
-    return number, role, name.rsplit(".", 1)[1]
-
-
-def test_it_computes_what_transformers_does():
+def test_it_computes_what_transformers_does_and_ships_as_its_class(tmp_path):
     torch.manual_seed(0)
     theirs = scramble(DeiTForImageClassificationWithTeacher(DeiTConfig(num_labels=5, layer_norm_eps=1e-6, **TINY)))
-    ours, images = with_weights_of(theirs), tiny_images()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert convert(tmp_path / "theirs", "tfm", tmp_path / "ours")["max_abs_difference"] < 1e-5
+    ours, images = TfmViTForImageClassification.from_pretrained(tmp_path / "ours").eval(), tiny_images()
     with torch.no_grad():
         mine, expected = ours(images, output_hidden_states=True), theirs(images, output_hidden_states=True)
     for name in ("logits", "cls_logits", "distillation_logits"):
@@ -63,6 +26,14 @@ def test_it_computes_what_transformers_does():
     for own, other in zip(mine.hidden_states, expected.hidden_states, strict=True):
         assert own.shape == (3, 18, 32) and largest_difference(own, other) < 1e-5
     assert largest_difference(mine.cls_logits, mine.distillation_logits) > 0.1, "two classifiers, not one"
+
+    convert(tmp_path / "ours", "deit", tmp_path / "again")
+    again = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "again").eval()
+    assert again.config.to_dict().keys() >= theirs.config.to_dict().keys()
+    assert largest_difference(again(images).logits, expected.logits) < 1e-5
+    tiny_vit().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="deit cannot express distillation_token=False"):
+        convert(tmp_path / "plain", "deit", tmp_path / "refused")
 
 
 def test_it_adds_a_token_and_a_classifier():

@@ -6,19 +6,22 @@ source folder -> configuration and weights under the other names -> saved, loade
 import copy
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .authors_files import unpack
 from .bert import BERT, whole_head
 from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
+from .deit import DEIT
 from .detr import DETR, DETR_MODEL, DETR_PANOPTIC
 from .detr_authors import DETR_AUTHORS, DETR_AUTHORS_PANOPTIC
 from .distilbert import DISTILBERT
@@ -30,11 +33,11 @@ from .parity import CERTIFICATE, compare, provenance, weight_hashes
 from .timm_vit import TIMM
 from .tinybert import TINYBERT, is_authors_tinybert, unpack_tinybert
 from .vit import VIT, VIT_MODEL
-from .weight_files import saved_dtype
+from .weight_files import WEIGHTS, saved_dtype
 
 CONVERSIONS = (
     *(MARIAN, PEGASUS),
-    *(VIT, VIT_MODEL, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER),
+    *(VIT, VIT_MODEL, DEIT, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER),
     *(DETR, DETR_MODEL, DETR_PANOPTIC, DETR_AUTHORS, DETR_AUTHORS_PANOPTIC),
     *(*BERT, *DISTILBERT, *TINYBERT, *GPT2),
 )
@@ -56,7 +59,8 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
             authors of the masked autoencoder or of DETR.
         to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
             (post-norm), "pegasus" for its `PegasusForConditionalGeneration` (pre-norm), "vit" for its
-            `ViTForImageClassification` or `ViTModel`, "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
+            `ViTForImageClassification` or `ViTModel`, "deit" for its `DeiTForImageClassificationWithTeacher` (of a
+            model with a distillation token), "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
             "timm" for timm's `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`,
             `DetrForSegmentation` or `DetrModel`, "bert", "distilbert" (of a model without segments) and "gpt2" for
             its model of that name with the same head; "mae_authors", "detr_authors" and "tinybert" for a file with
@@ -221,7 +225,10 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
         origin = conversion.prepare(origin)
     config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
     if conversion.names is None:
-        target = reread(origin, conversion.ours if to_ours else conversion.theirs, config)
+        target_class, changed = (
+            (conversion.ours, conversion.file_to_ours) if to_ours else (conversion.theirs, conversion.file_to_theirs)
+        )
+        target = reread(origin, target_class, config, changed)
         return round_without_loss(target, dtype)
     if to_ours:
         weights, target = conversion.weights_to_ours(origin, config), conversion.ours(config)
@@ -242,11 +249,19 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
     return round_without_loss(target, dtype)
 
 
-def reread(origin: PreTrainedModel, target_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """The model ``origin`` as another class that reads the same files, in float32."""
+def reread(
+    origin: PreTrainedModel,
+    target_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> PreTrainedModel:
+    """The model ``origin`` as another class that reads its files, or ``changed`` ones, in float32."""
     origin._weight_conversions = None  # names of an older file that it was read from would be written again
     with tempfile.TemporaryDirectory() as folder:
         origin.save_pretrained(folder)
+        if changed:
+            path = Path(folder) / WEIGHTS
+            save_file(changed(load_file(path)), path, {"format": "pt"})
         return load_whole(target_class, Path(folder), config=config)
 
 

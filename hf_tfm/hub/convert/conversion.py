@@ -40,6 +40,8 @@ class Conversion:
         names: our configuration -> {our weight name: their weight name}, all of ours. Several of ours may go to one of
             theirs, which holds them one below the other (a fused projection). None where either class reads the
             other's files.
+        file_to_theirs, file_to_ours: the weights of a file of the one side -> those of the other's, where ``names`` is
+            None and files differ in a few.
         prepare: our model -> the same function in the form that they have.
         zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
         computed_in_theirs: weights that only they have, fixed by their class.
@@ -56,6 +58,8 @@ class Conversion:
     to_theirs: Callable[[PreTrainedConfig], Any]
     to_ours: Callable[[Any], PreTrainedConfig]
     names: Callable[[PreTrainedConfig], dict[str, str]] | None = None
+    file_to_theirs: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    file_to_ours: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     prepare: Callable[[PreTrainedModel], PreTrainedModel] | None = None
     zero_in_theirs: tuple[str, ...] = ()
     computed_in_theirs: tuple[str, ...] = ()

@@ -60,7 +60,9 @@ def to_vit(config: TfmViTConfig) -> ViTConfig:
     """
     if config.pooling != "cls":
         raise ValueError(f"vit cannot express pooling={config.pooling!r}: convert to timm, which can")
-    require_fixed("vit", config, {"backbone": None, "distillation_token": False})
+    if config.distillation_token:
+        raise ValueError("vit cannot express distillation_token=True: convert to deit, which can")
+    require_fixed("vit", config, {"backbone": None})
     return translated(config, ViTConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED))
 
 

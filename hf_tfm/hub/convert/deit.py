@@ -1,0 +1,73 @@
+"""TfmViT with a distillation token <-> transformers' DeiT with two classifiers.
+
+The blocks have the same names in files of either (see vit.py). What differs: the first part of every name, the name of
+the class token's classifier, and that DeiT learns a position for the distillation token, of which only the sum with
+the token is ever seen. Ours holds the sum.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+from ...models import TfmViTConfig, TfmViTForImageClassification
+from .conversion import Conversion, require_fixed
+from .vit import FIELDS, OURS_CARRIED, THEIRS_CARRIED, translated, with_learned_positions
+
+RENAMED = (("vit.", "deit."), ("classifier.", "cls_classifier."))  # beginnings: (ours, theirs)
+OUR_TOKEN, THEIR_TOKEN = "vit.distillation_token", "deit.embeddings.distillation_token"
+POSITIONS = "embeddings.position_embeddings"
+
+
+def to_deit(config: TfmViTConfig) -> DeiTConfig:
+    """Our architecture as transformers' configuration.
+
+    Raises:
+        ValueError: the model has no distillation token, or something else than patches in front.
+    """
+    require_fixed("deit", config, {"distillation_token": True, "backbone": None})
+    return translated(config, DeiTConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED))
+
+
+def from_deit(model: DeiTForImageClassificationWithTeacher) -> TfmViTConfig:
+    """The architecture of transformers' ``model`` as our configuration."""
+    riding = (*OURS_CARRIED, *THEIRS_CARRIED)
+    return translated(model.config, TfmViTConfig, FIELDS, riding, distillation_token=True)
+
+
+def renamed(weights: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """``weights`` with other beginnings of their names, (old, new)."""
+    found = {}
+    for name, weight in weights.items():
+        old, new = next((pair for pair in names if name.startswith(pair[0])), ("", ""))
+        found[new + name.removeprefix(old)] = weight
+    return found
+
+
+def file_to_deit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file of ours as those of one of theirs; the token's own position is zero."""
+    token = weights.pop(OUR_TOKEN)
+    weights = renamed(weights, RENAMED)
+    first, patches = weights[f"deit.{POSITIONS}"].split([1, weights[f"deit.{POSITIONS}"].shape[1] - 1], dim=1)
+    table = torch.cat([first, torch.zeros_like(first), patches], dim=1)  # (1, 2 + N, D)
+    return {**weights, f"deit.{POSITIONS}": table, THEIR_TOKEN: token}
+
+
+def file_from_deit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file of theirs as those of one of ours."""
+    token = weights.pop(THEIR_TOKEN)
+    weights = renamed(weights, tuple((theirs, ours) for ours, theirs in RENAMED))
+    table = weights[f"vit.{POSITIONS}"]  # (1, 2 + N, D)
+    positions = torch.cat([table[:, :1], table[:, 2:]], dim=1)
+    return {**weights, f"vit.{POSITIONS}": positions, OUR_TOKEN: token + table[:, 1:2]}
+
+
+DEIT = Conversion(
+    name="deit",
+    ours=TfmViTForImageClassification,
+    theirs=DeiTForImageClassificationWithTeacher,
+    to_theirs=to_deit,
+    to_ours=from_deit,
+    prepare=with_learned_positions,
+    file_to_theirs=file_to_deit,
+    file_to_ours=file_from_deit,
+)
