@@ -12,7 +12,11 @@ LARGE = 2**19  # numbers in a matrix; with smaller ones oneDNN's preparation cos
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` in all but speed: the same sums in another order."""
+    """`nn.Linear` in all but speed: the same sums in another order.
+
+    What looks for the very class `nn.Linear`, as torch's old `quantize_dynamic` does, passes it by: `hf-tfm convert`
+    first. torchao, bitsandbytes and PEFT take it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
