@@ -103,7 +103,7 @@ class TextArguments(TrainingArguments):
             glue.find_tasks(self.tasks)
             for name in ("task", "text_columns", "label_column", "validation_split", "holdout", "metrics"):
                 if getattr(self, name):
-                    raise ValueError(f"tasks decides {name}: give none beside it, got {getattr(self, name)}")
+                    raise ValueError(f"tasks decides {name}: set it to null, got {getattr(self, name)}")
         for name in PLACES:
             if self.task and isinstance(place := getattr(self, name, None), str):
                 setattr(self, name, place.replace("{task}", self.task))

@@ -240,7 +240,7 @@ def test_a_run_goes_on(data, tmp_path):
     [
         ({"task": "sst3"}, "task"),
         ({"tasks": "sst2,sst3", "text_columns": None}, 'got "sst3"'),
-        ({"tasks": "glue"}, "tasks decides text_columns: give none beside it"),
+        ({"tasks": "glue"}, "tasks decides text_columns: set it to null"),
         ({"batch_tokens": 512}, "exactly one of batch_size and batch_tokens, got 16 and 512"),
         ({"micro_batch_tokens": 512}, "micro_batch_tokens does not go with batch_size: give micro_batch_size"),
         ({"batch_size": "null", "batch_tokens": 32}, "max_length must be at most the tokens of a batch, got 64"),
