@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tfm.models.linear import LARGE, Linear
 
@@ -46,6 +47,13 @@ def test_what_is_no_plain_float32_product_goes_torchs_way(layer):
     assert not layer.suits_onednn(x.to("meta"))
     small = Linear(16, 16)
     assert not small.suits_onednn(torch.randn(2, 16))
+
+
+@torch.no_grad()
+def test_its_operations_are_counted(layer):
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(3, WIDTH))
+    assert counter.get_total_flops() == 2 * 3 * layer.weight.numel()
 
 
 def test_its_gradients_are_those_of_torch(layer):
