@@ -15,7 +15,6 @@ from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
-from .linear import Linear
 
 # Checkpoints name weights as those of transformers' own BERT do, so that either class loads the other's:
 # (name in a file, name in the model), in this order when loading.
@@ -134,10 +133,10 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: TfmBertConfig):
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def transform(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., D), what the word embeddings are compared with."""

@@ -30,6 +30,7 @@ from transformers.generation import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from .cache_names import CACHE_NAME
+from .linear import generating
 
 # Looking who has ended makes a GPU wait, and leaving rows out copies their cache: not worth it at every token.
 STEPS_BETWEEN_CHECKS = 4
@@ -188,6 +189,12 @@ class GreedyGenerationMixin(GenerationMixin):
 
     The methods with one underscore are steps of transformers' `generate`.
     """
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs):
+        """As transformers' `generate`: same arguments, same results."""
+        with generating():
+            return super().generate(inputs, **kwargs)
 
     def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
         """The rows that ``inputs`` of a step of `generate` stand for; None where they ask for more than `greedy`."""

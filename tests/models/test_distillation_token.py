@@ -27,9 +27,11 @@ def test_it_computes_what_transformers_does_and_ships_as_its_class(tmp_path):
         assert own.shape == (3, 18, 32) and largest_difference(own, other) < 1e-5
     assert largest_difference(mine.cls_logits, mine.distillation_logits) > 0.1, "two classifiers, not one"
 
-    convert(tmp_path / "ours", "deit", tmp_path / "again")
+    found = convert(tmp_path / "ours", "deit", tmp_path / "again")
+    assert {"logits", "cls_logits", "distillation_logits"} <= found["differences"].keys()
     again = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "again").eval()
-    assert again.config.to_dict().keys() >= theirs.config.to_dict().keys()
+    fields = DeiTConfig(**TINY).to_dict().keys() - {"_name_or_path", "transformers_version", "dtype"}
+    assert {name: getattr(again.config, name) for name in fields} == {n: getattr(theirs.config, n) for n in fields}
     assert largest_difference(again(images).logits, expected.logits) < 1e-5
     tiny_vit().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="deit cannot express distillation_token=False"):
@@ -99,3 +101,13 @@ def test_what_does_not_go_with_it_is_refused(tmp_path):
         with pytest.raises(ValueError, match="distillation"):
             convert(tmp_path / "ours", to, tmp_path / to)
         assert not (tmp_path / to).exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"position_embedding_type": "sincos_2d"}, {"image_size": (8, 32)}, {"num_labels": 1}], ids=str
+)
+def test_every_such_classifier_ships_as_deit(fields, tmp_path):
+    model = tiny_vit(distillation_token=True, **fields).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", "deit", tmp_path / "theirs")["max_abs_difference"] < 1e-5
+    assert convert(tmp_path / "theirs", "tfm", tmp_path / "again")["max_abs_difference"] < 1e-5

@@ -255,14 +255,16 @@ def reread(
     config: PreTrainedConfig,
     changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
-    """The model ``origin`` as another class that reads its files, or ``changed`` ones, in float32."""
+    """The model ``origin`` as another class that reads its file, or the ``changed`` one, in float32."""
     origin._weight_conversions = None  # names of an older file that it was read from would be written again
     with tempfile.TemporaryDirectory() as folder:
-        origin.save_pretrained(folder)
+        own = other = Path(folder) / "own"
+        origin.save_pretrained(own)
         if changed:
-            path = Path(folder) / WEIGHTS
-            save_file(changed(load_file(path)), path, {"format": "pt"})
-        return load_whole(target_class, Path(folder), config=config)
+            other = Path(folder) / "other"
+            other.mkdir()
+            save_file(changed(load_file(own / WEIGHTS)), other / WEIGHTS, {"format": "pt"})
+        return load_whole(target_class, other, config=config)
 
 
 @torch.no_grad()

@@ -45,20 +45,18 @@ def renamed(weights: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> d
 
 def file_to_deit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a file of ours as those of one of theirs; the token's own position is zero."""
-    token = weights.pop(OUR_TOKEN)
-    weights = renamed(weights, RENAMED)
-    first, patches = weights[f"deit.{POSITIONS}"].split([1, weights[f"deit.{POSITIONS}"].shape[1] - 1], dim=1)
-    table = torch.cat([first, torch.zeros_like(first), patches], dim=1)  # (1, 2 + N, D)
-    return {**weights, f"deit.{POSITIONS}": table, THEIR_TOKEN: token}
+    weights = renamed(weights, ((OUR_TOKEN, THEIR_TOKEN), *RENAMED))
+    table = weights[f"deit.{POSITIONS}"]  # (1, 1 + N, D)
+    positions = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
+    return {**weights, f"deit.{POSITIONS}": positions}
 
 
 def file_from_deit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a file of theirs as those of one of ours."""
-    token = weights.pop(THEIR_TOKEN)
-    weights = renamed(weights, tuple((theirs, ours) for ours, theirs in RENAMED))
+    """The weights of a file of theirs as those of one of ours; the token has its position in it."""
+    weights = renamed(weights, ((THEIR_TOKEN, OUR_TOKEN), *((theirs, ours) for ours, theirs in RENAMED)))
     table = weights[f"vit.{POSITIONS}"]  # (1, 2 + N, D)
     positions = torch.cat([table[:, :1], table[:, 2:]], dim=1)
-    return {**weights, f"vit.{POSITIONS}": positions, OUR_TOKEN: token + table[:, 1:2]}
+    return {**weights, f"vit.{POSITIONS}": positions, OUR_TOKEN: weights[OUR_TOKEN] + table[:, 1:2]}
 
 
 DEIT = Conversion(

@@ -22,7 +22,8 @@ PHOTOS = ((160, 224), (128, 192), (97, 150))  # heights and widths of a padded b
 # Those of both models are compared.
 OUTPUTS = (
     *("logits", "prediction_logits", "seq_relationship_logits", "start_logits", "end_logits"),
-    *("pred_boxes", "pred_masks", "last_hidden_state", "pooler_output", "loss", "mask"),
+    *("cls_logits", "distillation_logits", "pred_boxes", "pred_masks"),
+    *("last_hidden_state", "pooler_output", "loss", "mask"),
 )
 TOLERANCE = 1e-5  # for logits up to LOGIT_SCALE; float32 rounding grows in proportion beyond
 LOGIT_SCALE = 10.0

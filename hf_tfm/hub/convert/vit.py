@@ -61,7 +61,7 @@ def to_vit(config: TfmViTConfig) -> ViTConfig:
     if config.pooling != "cls":
         raise ValueError(f"vit cannot express pooling={config.pooling!r}: convert to timm, which can")
     if config.distillation_token:
-        raise ValueError("vit cannot express distillation_token=True: convert to deit, which can")
+        raise ValueError("vit cannot express distillation_token=True: a classifier that has one converts to deit")
     require_fixed("vit", config, {"backbone": None})
     return translated(config, ViTConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED))
 
