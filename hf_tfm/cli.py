@@ -8,10 +8,12 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
 
 
@@ -27,13 +29,18 @@ def run(recipe: str, argv: list[str]) -> None:
     Args:
         recipe: name of a file in recipes/.
         argv: its command line.
+
+    Raises:
+        SystemExit: with the exit status of the recipe.
     """
     known = sorted(path.stem for path in recipes_folder().glob("*.py"))
     if recipe not in known:
-        sys.exit(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}')
+        print(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}', file=sys.stderr)
+        raise SystemExit(2)
     file = str(recipes_folder() / f"{recipe}.py")
     sys.argv = [file, *argv]
-    runpy.run_path(file, run_name="__main__")
+    with short_errors(f"run {recipe}", argv):  # what fails before the recipe's own `run_recipe`
+        runpy.run_path(file, run_name="__main__")
 
 
 def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
@@ -78,10 +85,7 @@ def doctor_detection(argv: list[str]) -> int:
     """
     from .doctor.detection import main as examine
 
-    try:
-        return examine(argv)
-    except (ValueError, OSError) as error:  # what a user got wrong, as below
-        sys.exit(f"hf-tfm doctor detection: {error}")
+    return examine(argv)
 
 
 def quickstart(output_dir: str = "runs/quickstart") -> None:
@@ -96,20 +100,38 @@ def quickstart(output_dir: str = "runs/quickstart") -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The entry point ``hf-tfm``."""
+    """Entry point of ``hf-tfm``.
+
+    Args:
+        argv: arguments; default, those of this process.
+
+    Raises:
+        SystemExit: with the exit status, see `command`.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         if len(argv) < 2 or argv[1] in ("-h", "--help"):
             names = "\n  ".join(sorted(path.stem for path in recipes_folder().glob("*.py")))
-            sys.exit(
-                f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\nhf-tfm run RECIPE --help tells more"
-            )
+            usage = f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\nhf-tfm run RECIPE --help tells more"
+            print(usage, file=sys.stdout if argv[1:] else sys.stderr)
+            raise SystemExit(0 if argv[1:] else 2)
         run(argv[1], argv[2:])
-        return
-    if argv[:2] == ["doctor", "detection"]:
-        sys.exit(doctor_detection(argv[2:]))
-    from .evaluation import KINDS, evaluate, lines
-    from .training.run import require_model
+    elif argv[:2] == ["doctor", "detection"]:
+        raise SystemExit(run_command("doctor detection", doctor_detection, argv[2:]))
+    else:
+        with short_errors("", argv):
+            path, function, given = parse(without_debug(argv))
+        takes_code = "trust_remote_code" in option_names(function)
+        run_command(" ".join(path), lambda _: call(path, function, given), argv, takes_code)
+
+
+def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
+    """Command line -> words of the command, its function and the arguments given.
+
+    Raises:
+        SystemExit: the command line is not valid; status 2.
+    """
+    from .evaluation import KINDS, evaluate
 
     # What each command is about stands first, without a name; everything else is an option.
     commands = {
@@ -127,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         "doctor": {"detection": (doctor_detection, "argv")},  # listed here; its words are its own to read
         "quickstart": (quickstart,),
     }
-    parser = ArgumentParser(prog="hf-tfm", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    description = f"{__doc__.split(chr(10))[0]} {DEBUG_HELP}."
+    parser = ArgumentParser(prog="hf-tfm", description=description, allow_abbrev=False)
     functions = add_commands(parser, commands, kinds={evaluate: KINDS})
     values = parser.parse_args(argv, defaults=False)  # what is not given, each function knows itself
     path = [values.command]
@@ -135,14 +158,26 @@ def main(argv: list[str] | None = None) -> None:
     while "command" in chosen:
         path.append(chosen.command)
         chosen = chosen[chosen.command]
-    given = chosen.as_dict()
-    try:
-        if path[0] == "show":
-            for knob in filter(given.get, ("model", "beside")):
-                require_model(knob, given[knob])
-        result = functions[tuple(path)](**given)
-    except (ValueError, OSError) as error:  # what a user got wrong; anything else is a fault of ours, with its trace
-        sys.exit(f"hf-tfm {' '.join(path)}: {error}")
+    return path, functions[tuple(path)], chosen.as_dict()
+
+
+def option_names(function: Callable) -> set[str]:
+    """Names of the options of a command."""
+    from .evaluation import KINDS, evaluate
+
+    functions = KINDS.values() if function is evaluate else [function]
+    return {name for function in functions for name in inspect.signature(function).parameters}
+
+
+def call(path: list[str], function: Callable, given: dict[str, Any]) -> None:
+    """Call the function of a command and print its result."""
+    from .evaluation import lines
+    from .training.run import require_model
+
+    if path[0] == "show":
+        for argument in filter(given.get, ("model", "beside")):
+            require_model(argument, given[argument])
+    result = function(**given)
     for line in lines(result) if isinstance(result, dict) else ():
         print(line)
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from hf_tfm.command import run_recipe
 from hf_tfm.data import glue
 from hf_tfm.data.labelled_texts import load_texts
 from hf_tfm.data.source import take_split
@@ -117,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_tfm import TfmDetrForObjectDetection
+from hf_tfm.command import run_recipe
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.source import load_splits, take_split
@@ -72,4 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor, set_seed
 
 from hf_tfm import TfmDetrForObjectDetection
+from hf_tfm.command import run_recipe
 from hf_tfm.data.batching import COPY
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import check_order, scene_rows
@@ -208,4 +209,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

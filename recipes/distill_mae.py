@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, set_seed
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
+from hf_tfm.command import run_recipe
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
@@ -119,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from hf_tfm.command import run_recipe
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.tasks.language import score
 from hf_tfm.training import evaluate
@@ -117,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.hub.results import RunRecord
@@ -131,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.command import run_recipe
 from hf_tfm.data.images import label_names
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.tasks.classification import predict, score
@@ -118,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main, code_option=True)

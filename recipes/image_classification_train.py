@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor, set_seed
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.command import run_recipe
 from hf_tfm.data.images import label_names
 from hf_tfm.models.configuration_vit import SHARES
 from hf_tfm.tasks.classification import predict, score
@@ -116,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from hf_tfm.command import run_recipe
 from hf_tfm.tasks.language import score
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
@@ -74,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

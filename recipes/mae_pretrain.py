@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor, set_seed
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
+from hf_tfm.command import run_recipe
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate, train
 from hf_tfm.training.arguments import parse_arguments
@@ -89,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

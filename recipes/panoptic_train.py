@@ -18,6 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from hf_tfm.command import run_recipe
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
@@ -77,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

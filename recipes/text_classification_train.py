@@ -18,6 +18,7 @@ from typing import Literal
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
+from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import PAIR, TEXT
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
@@ -132,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

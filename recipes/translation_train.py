@@ -16,6 +16,7 @@ from typing import Literal
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
+from hf_tfm.command import run_recipe
 from hf_tfm.data import text
 from hf_tfm.data.source import describe_source
 from hf_tfm.tasks import translation
@@ -182,4 +183,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_recipe(__file__, main)

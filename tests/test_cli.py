@@ -35,12 +35,20 @@ def hf_tfm(*argv: str):
     cli.main([str(word) for word in argv])
 
 
-def refused(*argv: str) -> str:
-    """The message of a command that fails."""
-    with pytest.raises(SystemExit) as ended:
-        hf_tfm(*argv)
-    assert ended.value.code not in (0, None)
-    return str(ended.value.code)
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that fails, and returns the last line on standard error; what argparse says, whole."""
+
+    def run(*argv: str, status: int = 1) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            hf_tfm(*argv)
+        assert ended.value.code == status
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.splitlines()[-1] if status == 1 else said
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +135,14 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--dataset", "/nowhere"), "cannot be loaded"),
     ],
 )
-def test_evaluate_errors(model, data, options, named, monkeypatch):
+def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
     monkeypatch.setattr("hf_tfm.evaluation.translation.translate", None)  # it is never reached
     said = refused("evaluate", model, "--dataset", data, *options)
     assert said.startswith("hf-tfm evaluate: ")
     assert named in said
 
 
-def test_evaluate_a_model_that_is_not_there(data):
+def test_evaluate_a_model_that_is_not_there(data, refused):
     assert "nowhere" in refused("evaluate", "/nowhere", "--dataset", data)
 
 
@@ -148,9 +156,8 @@ def test_evaluate_a_model_that_is_not_there(data):
         ((), "one of {run,evaluate,convert,push,show"),
     ],
 )
-def test_parser_errors_name_the_word(words, named, capsys):
-    assert refused(*words) == "2"
-    assert named in capsys.readouterr().err
+def test_parser_errors_name_the_word(words, named, refused):
+    assert named in refused(*words, status=2)
 
 
 # --- the other commands
@@ -238,13 +245,13 @@ def test_show_positions(image_models, tmp_path, capsys):
         ("positions {1}", "is a tfm_transformer model: pictures of images are for models of image patches"),
     ],
 )
-def test_show_errors(words, named, image_models, model):
+def test_show_errors(words, named, image_models, model, refused):
     said = refused("show", *words.format(image_models, model).split())
     assert said.startswith(f"hf-tfm show {words.split()[0]}: ")
     assert named in said
 
 
-def test_show_needs_the_image_processor(image_models, tmp_path):
+def test_show_needs_the_image_processor(image_models, tmp_path, refused):
     shutil.copytree(image_models / "vit", tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     assert "has no image processor" in refused("show", "attention", tmp_path / "vit", image_models / "0.png")
@@ -261,16 +268,20 @@ def test_convert_there_and_back(to, norm_first, tmp_path, capsys):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_convert_and_push_errors(model, tmp_path):
+def test_convert_and_push_errors(model, tmp_path, refused):
     assert "bert" in refused("convert", model, "--to", "bert", "--output_dir", tmp_path / "x")
     assert "does not exist" in refused("push", tmp_path / "nothing", "user/name")
     assert "is not a saved model" in refused("push", tmp_path, "user/name")
 
 
-def test_run_lists_recipes():
-    for words in (("run",), ("run", "--help")):
-        assert "translation_train" in refused(*words)
-    assert 'there is no recipe "fly"; there are augment_texts, detection_train' in refused("run", "fly")
+def test_run_lists_recipes(refused, capsys):
+    assert "translation_train" in refused("run", status=2)
+    with pytest.raises(SystemExit) as ended:
+        hf_tfm("run", "--help")
+    assert ended.value.code == 0
+    assert "translation_train" in capsys.readouterr().out
+    said = refused("run", "fly", status=2)
+    assert 'there is no recipe "fly"; there are augment_texts, detection_train' in said
 
 
 def test_run_passes_words_on(capsys):
@@ -280,13 +291,14 @@ def test_run_passes_words_on(capsys):
     assert "\nseed: 5\n" in capsys.readouterr().out
 
 
-def test_a_fault_of_ours_keeps_its_trace(model, data, monkeypatch):
+def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch, refused):
     def broken(*args, **kwargs):
         raise TypeError("a fault")
 
     monkeypatch.setattr("hf_tfm.evaluation.translation.translate", broken)
+    assert "unexpected TypeError: a fault" in refused("evaluate", model, "--dataset", data)
     with pytest.raises(TypeError, match="a fault"):
-        hf_tfm("evaluate", model, "--dataset", data)
+        hf_tfm("evaluate", model, "--dataset", data, "--debug")
 
 
 def test_quickstart(tmp_path, monkeypatch, capfd):
@@ -345,7 +357,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("show", "positions"), ("show", "detections")])
-def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch):
+def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = {"evaluate": ["--dataset", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
     assert f'model "{tmp_path}/none" is no folder, and not to be had' in refused(*command, tmp_path / "none", *more)

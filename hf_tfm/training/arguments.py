@@ -9,6 +9,8 @@ from typing import Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from ..command import DEBUG_HELP
+
 
 @dataclass(kw_only=True)
 class TrainingArguments:
@@ -241,6 +243,7 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
         prog=name,
         usage=f"{name} [--config PRESET or FILE] [--KNOB VALUE ...]",
         description=recipe_summary(recipe),
+        epilog=DEBUG_HELP,
         allow_abbrev=False,  # a mistyped knob must not pass for another
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")

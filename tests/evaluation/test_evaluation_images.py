@@ -303,7 +303,8 @@ def test_the_command(models, data, tmp_path, capsys):
     assert capsys.readouterr().out.split()[:2] == ["test", "reconstruction_loss"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", models["mae"], *words])
-    assert str(ended.value.code).startswith("hf-tfm evaluate: confusion is for image classifiers")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("hf-tfm evaluate: confusion is for image classifiers")
 
 
 def test_help_tells_whose_each_option_is(capsys):

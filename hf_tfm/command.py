@@ -1,0 +1,281 @@
+"""Running a command: a failure is one line on standard error and an exit status; ``--debug`` shows the trace.
+
+exception -> root cause -> one line that names the argument and the file -> standard error, exit status
+
+Exit status: 0 success, 1 failure, 2 invalid arguments (as argparse has it), 130 interrupted from the keyboard.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+DEBUG_OPTION, DEBUG_VARIABLE = "--debug", "HF_TFM_DEBUG"
+DEBUG_HELP = f"{DEBUG_OPTION} (or {DEBUG_VARIABLE}=1) prints the trace of an error instead of one line"
+
+# Errors that a user's input can cause. Anything else is reported as unexpected, since it is likely a bug.
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, FloatingPointError, EOFError)
+# Errors of these libraries describe the data, file or option they were given.
+USER_ERROR_LIBRARIES = {
+    *("argparse", "datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "jsonargparse", "PIL", "pickle"),
+    *("pyarrow", "requests", "safetensors", "tokenizers", "urllib3", "yaml", "zipfile", "zlib", "_pickle"),
+}
+# Errors that only wrap their cause, which says what is wrong.
+WRAPPERS = {"DatasetGenerationError"}
+LONGEST_LINE = 600
+
+# Messages of libraries that take many lines or name arguments that our commands do not have: pattern -> our text.
+REWORDED: tuple[tuple[str, str], ...] = (
+    (r"Repo id must be in the form.*?: '(.*?)'\.", '"{0}" is neither a local folder nor a repository name of the Hub'),
+    (r"Repo id must use alphanumeric chars.*?: '(.*?)'\.", '"{0}" is neither a local folder nor a repository name'),
+    (r"Unrecognized model in (\S+?)\. Should have", '"{0}" is not a model: its config.json has no known model_type'),
+    (r"has model type `(.*?)` but Transformers does not", 'model type "{0}" is not known to transformers or hf-tfm'),
+    (
+        r"You need to have sentencepiece or tiktoken",
+        "the tokenizer cannot be loaded: there is no usable tokenizer.json",
+    ),
+    (
+        r"You set `ignore_mismatched_sizes`",
+        "the shapes of some weights differ from what config.json asks for; the report above lists them",
+    ),
+    (
+        r"weights_only(?:=True)?[\s\S]*?[Uu]nsupported global[s]?:? (?:GLOBAL )?(\S+)",
+        "not a file of plain tensors: it holds a pickled {0}, and pickled code is never run",
+    ),
+    (r"Weights only load failed", "not a file of plain tensors, or a damaged one: pickled objects are not loaded"),
+    (r"you tried to allocate (\d+) bytes", "out of memory: {0} bytes could not be allocated"),
+    (r"out of memory\. Tried to allocate ([\d.]+ \w+)", "out of memory on the device: {0} could not be allocated"),
+    (r"std::bad_alloc", "out of memory"),
+    (
+        r"Dataset scripts are no longer supported, but found (\S+)",
+        '"{0}" is a script, and scripts are not read as data',
+    ),
+    (
+        r"Error while deserializing header: (.*)",
+        "not a valid safetensors file, or a damaged one ({0})",
+    ),
+    (r"Failed to parse string: '(.*?)' as a scalar of type (\w+)", 'a value "{0}" stands in a column of type {1}'),
+)
+REMOTE_CODE = re.compile(r"trust_remote_code|contains custom code which must be executed")
+REMOTE_CODE_PLACE = re.compile(r"(?:repository|loading|model|from) `?([^\s`]+?)`? (?:contains|requires)")
+# RuntimeErrors that input causes; others are likely bugs.
+RUNTIME_CAUSES = re.compile(
+    r"allocat|out of memory|bad_alloc|ignore_mismatched_sizes|[Ww]eights.only|Dataset scripts|size mismatch"
+    r"|device string|device type|CUDA|cuda|DataLoader worker|PytorchStreamReader|Error\(s\) in loading state_dict"
+)
+# Names under which library frames hold the file or model they read.
+PLACES = ("pretrained_model_name_or_path", "checkpoint_file", "resolved_config_file", "path_or_repo_id", "filename")
+FILES = ("checkpoint_file", "resolved_config_file", "resolved_vocab_files", "path", "file", "filename", "f", "name")
+
+
+def run_command(
+    name: str, function: Callable[[list[str]], int | None], argv: Sequence[str], code_option: bool = False
+) -> int:
+    """Run ``function`` on a command line.
+
+    Args:
+        name: command as typed after "hf-tfm", for instance "run translation_train".
+        function: takes the arguments without ``--debug`` and returns the exit status; None is 0.
+        argv: arguments.
+        code_option: whether the command has an option ``trust_remote_code`` that an error may recommend.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: with the exit status, after an error.
+    """
+    with short_errors(name, argv, code_option):
+        status = function(without_debug(argv))
+        sys.stdout.flush()  # a closed pipe shows here instead of while the interpreter ends
+    return status or 0
+
+
+def run_recipe(recipe: str, function: Callable[[list[str]], int], code_option: bool = False) -> None:
+    """`run_command` for the file of a recipe, and ``SystemExit`` with its status."""
+    raise SystemExit(run_command(f"run {Path(recipe).stem}", function, sys.argv[1:], code_option))
+
+
+def without_debug(words: Sequence[str]) -> list[str]:
+    """The arguments without ``--debug``."""
+    return [word for word in words if word != DEBUG_OPTION]
+
+
+def wants_trace(words: Sequence[str]) -> bool:
+    """Whether a trace was asked for, on the command line or in the environment."""
+    return DEBUG_OPTION in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+
+
+@contextmanager
+def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False) -> Iterator[None]:
+    """Turn an exception into one line on standard error and ``SystemExit``; with ``--debug``, let it pass.
+
+    See `run_command` for the arguments.
+    """
+    prefix = f"hf-tfm {name}".rstrip()
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            say(f"{prefix}: {end.code}")
+            raise SystemExit(1) from None
+        raise
+    except KeyboardInterrupt:
+        say(f"{prefix}: interrupted")
+        raise SystemExit(130) from None
+    except BaseException as error:
+        if isinstance(error, GeneratorExit) or wants_trace(words):
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader of standard output is gone
+            discard_output()
+            raise SystemExit(1) from None
+        line = describe(error, words, code_option)
+        traceback.clear_frames(error.__traceback__)  # closes progress bars, which otherwise share the line
+        say(f"{prefix}{rank()}: {line}")
+        raise SystemExit(1) from None
+
+
+def say(text: str) -> None:
+    """Print to standard error after what was printed to standard output."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed
+            stream.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+def discard_output() -> None:
+    """Send standard output nowhere, so that the interpreter can flush it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def rank() -> str:
+    """ " (rank N)" in a process of several, other than the first."""
+    number = os.environ.get("RANK", "0")
+    return "" if number == "0" else f" (rank {number})"
+
+
+def describe(error: BaseException, words: Sequence[str] = (), code_option: bool = False) -> str:
+    """An exception in one line: argument, file and cause.
+
+    Args:
+        words: command line, in which the argument is looked up whose value the message names.
+        code_option: see `run_command`.
+    """
+    while type(error).__name__ in WRAPPERS and error.__cause__ is not None:
+        error = error.__cause__
+    text, place = reworded(error, code_option), place_of(error)
+    if place and not holds(text, place):
+        text = f"{place}: {text}"
+    if (argument := argument_of(text, words)) and not re.search(rf"\b{re.escape(argument)}\b", text):
+        text = f"{argument}: {text}"
+    text = text.replace("\n", " ")
+    if is_expected(error):
+        return text
+    return f"unexpected {type(error).__name__}: {text}; run again with {DEBUG_OPTION} for the trace, and report it"
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether input may have caused an error; otherwise it is likely a bug."""
+    if isinstance(error, USER_ERRORS) or type(error) is Exception:  # tokenizers raises plain exceptions
+        return True
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if modules & (USER_ERROR_LIBRARIES | {"hf_tfm"}) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, RecursionError):
+        return "JSON" in str(error)
+    return isinstance(error, RuntimeError) and bool(RUNTIME_CAUSES.search(str(error)) or raised_by_us(error))
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether an exception was raised in this package or a recipe, not in a library that it calls."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    folders = (Path(__file__).parent, Path(__file__).parents[1] / "recipes")
+    return (
+        bool(frames)
+        and (frames[0].line or "").startswith("raise ")
+        and any(Path(frames[0].filename).is_relative_to(folder) for folder in folders)
+    )
+
+
+def reworded(error: BaseException, code_option: bool) -> str:
+    """The message of an exception in one line, without advice that the command cannot take."""
+    message = str(error).strip()
+    if message and raised_by_us(error):
+        return first_line(message)
+    if isinstance(error, KeyError) and error.args:
+        message = f"{error.args[0]!r}" if not isinstance(error.args[0], str) else f'"{error.args[0]}" is missing'
+    if isinstance(error, MemoryError) and "allocate" not in message:
+        return "out of memory"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if "Original Traceback" in message:  # of a DataLoader's worker: its last line is the exception
+        message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
+    if (REMOTE_CODE.search(message) and "\n" in message) or "contains custom code which must" in message:
+        found = REMOTE_CODE_PLACE.search(message)
+        which = f'"{found[1]}"' if found else "the repository"
+        remedy = "; --trust_remote_code true runs it" if code_option else ""
+        return f"{which} brings its own code, which is not run{remedy}"
+    for pattern, text in REWORDED:
+        if found := re.search(pattern, message):
+            return text.format(*found.groups())
+    return first_line(message) or f"{type(error).__name__} without a message"
+
+
+def first_line(message: str) -> str:
+    """The first line of a message, with the next where it announces one, cut to `LONGEST_LINE` characters."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = ""
+    while lines and (not text or text.endswith((":", ","))):
+        text = f"{text} {lines.pop(0)}".lstrip()
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}..."
+
+
+def place_of(error: BaseException) -> str | None:
+    """The file or model that a library read when it failed, for errors that do not name it themselves."""
+    nameless = isinstance(error, (UnicodeError, RecursionError)) or type(error).__name__ in (
+        *("JSONDecodeError", "SafetensorError", "UnpicklingError", "BadZipFile"),
+    )
+    models = nameless or re.search(r"sentencepiece or tiktoken|ignore_mismatched|[Ww]eights.only", str(error))
+    if not models:
+        return None
+    # The innermost frame that knows a file, else the innermost that knows a model.
+    frames = list(walk(error.__traceback__))[::-1]
+    for names in (FILES, PLACES) if nameless else (PLACES,):
+        for frame in frames:
+            for name in names:
+                value = frame.get(name)
+                if isinstance(value, os.PathLike):
+                    value = os.fspath(value)
+                if isinstance(value, str) and (names is PLACES or os.path.isfile(value)):
+                    return value
+    return None
+
+
+def walk(trace: TracebackType | None) -> Iterator[dict[str, Any]]:
+    """Local variables of the frames of a trace, outermost first."""
+    while trace is not None:
+        yield trace.tb_frame.f_locals
+        trace = trace.tb_next
+
+
+def holds(text: str, place: str) -> bool:
+    """Whether a text names a file or folder."""
+    return place in text or Path(place).name in text
+
+
+def argument_of(text: str, words: Sequence[str]) -> str | None:
+    """The option whose value, a path, a text names; None where there is none or more than one."""
+    found = set()
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            value = value if equals else (words[i + 1] if i + 1 < len(words) else "")
+            if "/" in value and value in text:
+                found.add(name)
+    return found.pop() if len(found) == 1 else None
