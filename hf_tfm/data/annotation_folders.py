@@ -6,12 +6,40 @@ folder -> its kind, by the files in it -> rows, which `datasets` keeps on disk u
 import hashlib
 import inspect
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
+
+from . import fields, files, run_lengths
+
+log = logging.getLogger(__name__)
+
+NOTES: list[str] = []  # of the rows that are being read
+
+
+def note(message: str) -> None:
+    """Warn of annotations that are left out; the warning is repeated whenever the rows are taken from the cache."""
+    NOTES.append(message)
+    log.warning("%s", message)
+
+
+@dataclass
+class Count:
+    """How many annotations have a problem, and the first of them."""
+
+    number: int = 0
+    first: str = ""
+
+    def add(self, where: str) -> None:
+        """Count one."""
+        self.number, self.first = self.number + 1, self.first or where
 
 
 def annotation_reader(folder: Path) -> Callable[[Path], datasets.DatasetDict] | None:
@@ -26,24 +54,26 @@ def annotation_reader(folder: Path) -> Callable[[Path], datasets.DatasetDict] | 
 def from_generator(
     generate: Callable[..., Iterator[dict[str, Any]]],
     features: datasets.Features,
-    files: Iterable[Path],
+    sources: Iterable[Path],
     split: str,
     options: dict[str, Any],
 ) -> datasets.Dataset:
-    """`Dataset.from_generator`, read again whenever one of ``files``, an option or the reader's own code changes.
+    """`Dataset.from_generator`, read again whenever one of ``sources``, an option or the code of the readers changes.
 
     Args:
         generate: ``generate(**options)`` gives the rows; among the options are no lists, for `datasets` would take
             them for shards.
 
     Raises:
-        ValueError: what ``generate`` raised; `datasets` would hide it.
+        ValueError: ``generate`` raised it, or another error, which it then names.
     """
-    state = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
-    code = inspect.getsource(inspect.getmodule(generate))
+    sources = list(sources)
+    state = [(os.path.abspath(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sources]
+    code = [inspect.getsource(module) for module in (inspect.getmodule(generate), fields, files, run_lengths)]
     key = json.dumps([code, generate.__qualname__, split, features.to_dict(), state, options], sort_keys=True)
+    NOTES.clear()
     try:
-        return datasets.Dataset.from_generator(
+        rows = datasets.Dataset.from_generator(
             generate,
             features=features,
             gen_kwargs=options,
@@ -51,6 +81,14 @@ def from_generator(
             fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
+        cause = error.__cause__
+        if isinstance(cause, ValueError) and not isinstance(cause, pa.ArrowInvalid):
+            raise cause from None
+        raise ValueError(f"{sources[0]} cannot be read: {type(cause).__name__}: {cause}") from error
+    told = Path(rows.cache_files[0]["filename"]).with_suffix(".notes.json")
+    if NOTES:
+        told.write_text(json.dumps(NOTES), encoding="utf-8")
+    elif told.is_file():
+        for message in json.loads(told.read_text(encoding="utf-8")):
+            log.warning("%s", message)
+    return rows

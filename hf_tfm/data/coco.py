@@ -6,21 +6,21 @@
 (Lin et al. 2014, arXiv:1405.0312.) Images stay where they are; their paths are stored.
 """
 
-import json
-import logging
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import ClassLabel, Features, Image, List, Value
 
-from .annotation_folders import from_generator
-from .run_lengths import FEATURE, run_lengths
-
-log = logging.getLogger(__name__)
+from .annotation_folders import Count, from_generator, note
+from .fields import Entry, as_int64, identity, load_json, shown, twice
+from .files import inside, joined
+from .image_sizes import image_size
+from .run_lengths import FEATURE, MAX_SIDE, run_lengths
 
 ROBOFLOW = "_annotations.coco.json"
 KINDS = ("instances", "panoptic")
@@ -30,18 +30,7 @@ SEGMENT = {
     "area": Value("float32"),
     "iscrowd": Value("bool"),
 }
-
-
-def load_json(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: it is no JSON; the error names the file.
-    """
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+LARGEST_SEGMENT = 2**24 - 1  # the id of a white pixel
 
 
 def coco_files(folder: Path) -> dict[str, dict[str, Path]]:
@@ -56,7 +45,7 @@ def coco_files(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def split_names(names: list[str]) -> dict[str, str]:
-    """What splits are called elsewhere: {"train2017": "train", "val2017": "validation", "valid": "validation"}.
+    """The usual names of splits: {"train2017": "train", "val2017": "validation", "valid": "validation"}.
 
     Where two would have the same name, all keep theirs.
     """
@@ -70,27 +59,32 @@ def split_names(names: list[str]) -> dict[str, str]:
 def load_coco(folder: Path) -> datasets.DatasetDict:
     """Every split of a folder of COCO's kind.
 
+    Ids are compared as text, so that an annotation of the image "7" belongs to the image 7. An outline that is
+    malformed is missing, and counted in the log; its box is read.
+
     Returns:
         splits with ``image`` (a path), ``image_id``, ``width``, ``height``, and ``objects`` where there are instances,
         ``panoptic`` (a path) and ``segments_info`` where there are panoptic maps.
 
     Raises:
-        ValueError: a file is not COCO's JSON, or names images that are nowhere, or categories it does not have.
+        ValueError: a file is not COCO's JSON, two entries have the same id, a field has a value that it must not have,
+            a category is not listed, or a path leaves the folder; the error names file, entry and value.
     """
     files = coco_files(folder)
     usual = split_names(list(files))
     splits = datasets.DatasetDict()
     for split, kinds in files.items():
-        names = [name for _, name in read_names(kinds["instances"])] if "instances" in kinds else None
+        file = kinds.get("instances")
+        names = None if file is None else [name for _, name in read_names(load_json(file), file)]
         splits[usual[split]] = from_generator(
             read_split,
             features(names, "panoptic" in kinds),
             list(kinds.values()),
             usual[split],
             {
-                "folder": str(folder.resolve()),
+                "folder": os.path.abspath(folder),
                 "name": split,
-                "files": {kind: str(file.resolve()) for kind, file in kinds.items()},
+                "files": {kind: os.path.abspath(file) for kind, file in kinds.items()},
             },
         )
     return splits
@@ -120,42 +114,46 @@ def features(names: list[str] | None, panoptic: bool) -> Features:
     return Features(columns)
 
 
-def read_names(file: Path) -> list[tuple[int, str]]:
-    """Id and name of the categories of instances, by ascending id.
-
-    Raises:
-        ValueError: the file has none, or two have the same id or name.
-    """
-    categories = entries(load_json(file), "categories", file)
-    pairs = sorted((field(c, "id", file), str(field(c, "name", file))) for c in categories)
-    for values in zip(*pairs, strict=True):
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{file} has {twice[0]!r} for two categories")
-    return pairs
-
-
-def entries(content: Any, key: str, file: Path) -> list[dict[str, Any]]:
+def entries(content: Any, key: str, file: Path, name: str) -> list[Entry]:
     """One of the lists of a COCO file.
+
+    Args:
+        name: of one of its entries, for errors.
 
     Raises:
         ValueError: there is none.
     """
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+    if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
         raise ValueError(f'{file} has no list "{key}", as COCO\'s JSON has')
-    return value
+    return Entry(content, file, "the file").entries(key, name)
 
 
-def field(entry: dict[str, Any], key: str, file: Path) -> Any:
-    """``entry[key]``.
+def identities(found: list[Entry], file: Path, name: str) -> list[str]:
+    """The ids of entries.
 
     Raises:
-        ValueError: there is none; the error names the file and the entry.
+        ValueError: two entries have the same.
     """
-    if key not in entry:
-        shown = {k: v for k, v in entry.items() if k != "segmentation"}
-        raise ValueError(f'{file} has an entry without "{key}": {shown}')
-    return entry[key]
+    ids = [entry.identity("id") for entry in found]
+    if (again := twice(ids)) is not None:
+        raise ValueError(f"{file} has two {name} with id {again}")
+    return ids
+
+
+def read_names(content: Any, file: Path) -> list[tuple[str, str]]:
+    """Id, as text, and name of the categories of instances, by ascending id.
+
+    Raises:
+        ValueError: the file has none, or two have the same id or name.
+    """
+    categories = entries(content, "categories", file, "category")
+    ids = identities(categories, file, "categories")
+    names = [category.text("name") for category in categories]
+    if (again := twice(names)) is not None:
+        raise ValueError(f'{file} has two categories with name "{again}"')
+    whole = [as_int64(key) for key in ids]
+    order = sorted(range(len(ids)), key=ids.__getitem__ if None in whole else whole.__getitem__)
+    return [(ids[i], names[i]) for i in order]
 
 
 def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -163,19 +161,26 @@ def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[s
     paths = {kind: Path(file) for kind, file in files.items()}
     contents = {kind: load_json(file) for kind, file in paths.items()}
     first = next(iter(paths))
-    pictures = entries(contents[first], "images", paths[first])
+    pictures = entries(contents[first], "images", paths[first], "image")
     if not pictures:
         raise ValueError(f"{paths[first]} has no images")
-    place = image_folder(Path(folder), name, paths[first], str(field(pictures[0], "file_name", paths[first])))
-    objects = read_objects(contents["instances"], paths["instances"], pictures) if "instances" in paths else None
-    maps = read_maps(contents["panoptic"], paths["panoptic"]) if "panoptic" in paths else None
-    for number, picture in enumerate(pictures):
-        key = field(picture, "id", paths[first])
+    keys = identities(pictures, paths[first], "images")
+    images = locate(pictures, Path(folder), name, paths[first])
+    sizes = {key: stated_size(picture) for key, picture in zip(keys, pictures, strict=True)}
+    objects = None
+    if "instances" in paths:
+        objects = read_objects(contents["instances"], paths["instances"], sizes, dict(zip(keys, images, strict=True)))
+    maps = read_maps(contents["panoptic"], paths["panoptic"], Path(folder), sizes) if "panoptic" in paths else None
+    # The column of ids has integers: other ids, as some tools have them, become the numbers of their images.
+    whole = [as_int64(key) for key in keys]
+    numbered = None not in whole
+    for number, (key, path) in enumerate(zip(keys, images, strict=True)):
+        height, width = sizes[key]
         row = {
-            "image": {"bytes": None, "path": str(place / field(picture, "file_name", paths[first]))},
-            "image_id": int(key) if str(key).isdecimal() else number,
-            "width": picture.get("width"),
-            "height": picture.get("height"),
+            "image": {"bytes": None, "path": path},
+            "image_id": whole[number] if numbered else number,
+            "width": width,
+            "height": height,
         }
         if objects is not None:
             row["objects"] = objects.get(key, [])
@@ -184,79 +189,140 @@ def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[s
         yield row
 
 
-def image_folder(folder: Path, split: str, file: Path, picture: str) -> Path:
-    """Where the images of a JSON file lie.
+def stated_size(picture: Entry) -> tuple[int | None, int | None]:
+    """Height and width that a file states; None where it states none, or 0, as tools write what they do not know."""
+    height, width = (picture.integer(key, None, least=0, most=MAX_SIDE) or None for key in ("height", "width"))
+    return height, width
+
+
+def locate(named: list[Entry], folder: Path, split: str, file: Path) -> list[str]:
+    """The paths of the images or maps that entries name, in the folder where the first of them is.
+
+    Args:
+        folder: of the data set.
+        split: name of the folder of images.
+        file: of the entries.
 
     Raises:
-        ValueError: nowhere; the error names the places.
+        ValueError: a path leaves the data set, or none of the files is there; the error names the places.
     """
     places = [folder / split, folder / "images" / split, folder / "images", folder, file.parent / split, file.parent]
-    for place in places:
-        if (place / picture).is_file():
-            return place
-    raise ValueError(f"{file} names {picture}, which is in none of {', '.join(map(str, dict.fromkeys(places)))}")
+    places = list(dict.fromkeys(places))
+    names = [entry.text("file_name") for entry in named]
+    place = next((p for n in names for p in places if os.path.isfile(joined(p, n))), None)
+    paths = [
+        inside(folder, name, f"{file}, {entry.name}", place or places[0])
+        for name, entry in zip(names, named, strict=True)
+    ]
+    if place is not None:
+        return paths
+    raise ValueError(f"{file} names {names[0]}, which is in none of {', '.join(map(str, places))}")
 
 
-def read_objects(content: Any, file: Path, pictures: list[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
-    """The objects of each image, by its id in the file.
+def read_objects(
+    content: Any, file: Path, sizes: Mapping[str, tuple[int | None, int | None]], images: Mapping[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The objects of each image, by its id as text.
+
+    Args:
+        sizes: height and width of the images that the file states, by their ids as text.
+        images: their paths, whose headers are read where a size is not stated.
 
     Raises:
-        ValueError: a category is not one of the file's, or an annotation lacks a field.
+        ValueError: see `load_coco`.
     """
-    places = {key: place for place, (key, _) in enumerate(read_names(file))}
-    sizes = {picture["id"]: (picture.get("height") or 0, picture.get("width") or 0) for picture in pictures}
-    objects: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    strays = 0
-    for number, annotation in enumerate(entries(content, "annotations", file)):
-        key, category = field(annotation, "image_id", file), field(annotation, "category_id", file)
+    places = {key: place for place, (key, _) in enumerate(read_names(content, file))}
+    annotations = entries(content, "annotations", file, "annotation")
+    identities([entry for entry in annotations if "id" in entry.values], file, "annotations")
+    objects: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    strays, odd = Count(), Count()
+    for number, annotation in enumerate(annotations):
+        key, category = annotation.identity("image_id"), annotation.identity("category_id")
         if category not in places:
-            raise ValueError(f"{file} has category_id {category}, which is not one of its {len(places)} categories")
+            raise ValueError(
+                f"{file}, {annotation.name} has category_id {category}, which is not one of its {len(places)} "
+                "categories"
+            )
         if key not in sizes:
-            strays += 1
+            strays.add(f"{annotation.name}, of image {key}")
             continue
-        outline = None
-        if min(sizes[key]):
-            try:
-                outline = run_lengths(annotation.get("segmentation"), *sizes[key])
-            except ValueError as error:
-                raise ValueError(f"{file}, annotation {annotation.get('id', number)}: {error}") from error
+        outline = annotation.values.get("segmentation")
+        try:
+            size = sizes[key] if not outline or all(sizes[key]) else image_size(images[key])
+            outline = run_lengths(outline, *size) if all(size) else None
+        except ValueError as error:
+            outline = odd.add(f"{annotation.name}: {error}")
+        own = as_int64(identity(annotation.values.get("id")) or "")
         objects[key].append(
             {
-                "id": annotation.get("id", number),
-                "bbox": field(annotation, "bbox", file),
+                "id": number if own is None else own,
+                "bbox": annotation.box("bbox"),
                 "category": places[category],
-                "area": annotation.get("area"),
-                "iscrowd": bool(annotation.get("iscrowd", 0)),
+                "area": annotation.number("area", None),
+                "iscrowd": annotation.flag("iscrowd", False),
                 "segmentation": outline,
             }
         )
-    if strays:
-        log.warning("%s: %d annotations of images that it does not list are left out", file, strays)
+    if strays.number:
+        note(
+            f"{file}: {strays.number} annotations of images that it does not list are left out (first {strays.first})"
+        )
+    if odd.number:
+        note(f"{file}: {odd.number} malformed outlines are left out, their boxes are kept (first {odd.first})")
     return objects
 
 
-def read_maps(content: Any, file: Path) -> dict[Any, dict[str, Any]]:
-    """Panoptic map and segments of each image, by its id in the file.
+def read_maps(content: Any, file: Path, folder: Path, images: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Panoptic map and segments of each image, by its id as text.
+
+    Args:
+        folder: of the data set.
+        images: ids of the images, as text.
 
     Raises:
-        ValueError: the maps are nowhere, or an annotation lacks a field.
+        ValueError: the maps are nowhere, two are of one image or two segments of a map have the same id, or see
+            `load_coco`.
     """
-    annotations = entries(content, "annotations", file)
+    annotations = [
+        Entry(entry.values, file, f"annotation of image {shown(entry.values.get('image_id'))}")
+        for entry in entries(content, "annotations", file, "annotation")
+    ]
+    keys = [annotation.identity("image_id") for annotation in annotations]
+    if (again := twice(keys)) is not None:
+        raise ValueError(f"{file} has two annotations of image {again}")
     if not annotations:
         return {}
-    place = image_folder(file.parent.parent, file.stem, file, str(field(annotations[0], "file_name", file)))
+    paths = locate(annotations, folder, file.stem, file)
+    if strays := [key for key in keys if key not in images]:
+        note(f"{file}: {len(strays)} maps of images that it does not list are left out (first of image {strays[0]})")
     return {
-        field(annotation, "image_id", file): {
-            "panoptic": {"bytes": None, "path": str(place / field(annotation, "file_name", file))},
-            "segments_info": [
-                {
-                    "id": field(segment, "id", file),
-                    "category_id": field(segment, "category_id", file),
-                    "area": segment.get("area"),
-                    "iscrowd": bool(segment.get("iscrowd", 0)),
-                }
-                for segment in entries(annotation, "segments_info", file)
-            ],
+        key: {
+            "panoptic": {"bytes": None, "path": path},
+            "segments_info": read_segments(annotation, file),
         }
-        for annotation in annotations
+        for key, path, annotation in zip(keys, paths, annotations, strict=True)
     }
+
+
+def read_segments(annotation: Entry, file: Path) -> list[dict[str, Any]]:
+    """The segments of a panoptic map.
+
+    Raises:
+        ValueError: two have the same id, or a field has a value that it must not have.
+    """
+    segments = [
+        Entry(segment.values, file, f"{annotation.name}, {segment.name}")
+        for segment in annotation.entries("segments_info", "segment")
+    ]
+    found = [
+        {
+            "id": segment.integer("id", least=1, most=LARGEST_SEGMENT),
+            "category_id": segment.integer("category_id"),
+            "area": segment.number("area", None),
+            "iscrowd": segment.flag("iscrowd", False),
+        }
+        for segment in segments
+    ]
+    if (again := twice([segment["id"] for segment in found])) is not None:
+        raise ValueError(f"{file}, {annotation.name} has two segments with id {again}")
+    return found

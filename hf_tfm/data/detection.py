@@ -13,6 +13,7 @@ Rows have ``image`` (encoded, see `images`), ``image_id`` (int64), ``width`` and
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from .box_checks import BoxFormat, BoxReport, Problem, check_boxes
 from .image_sizes import image_sizes
 from .images import IMAGE, image_rows
 from .run_lengths import ARROW_TYPE, FEATURE, run_lengths
+
+log = logging.getLogger(__name__)
 
 OBJECTS, SEGMENTS = "objects", "segments_info"
 BOX_FIELDS = ("bbox", "bboxes", "boxes")
@@ -70,7 +73,11 @@ def scene_rows(
     good = leave_out(report, "without a category", good, categories < 0, ids[place])
     outlines = None
     if masks:
-        outlines = outlines_of(found, sizes[place])
+        outlines, odd = outlines_of(found, sizes[place])
+        if odd and strict:
+            log.warning(
+                'column "%s" has malformed outlines, whose objects are left out, first in %s', found.column, odd
+            )
         good = leave_out(report, "without an outline", good, np.array([o is None for o in outlines], bool), ids[place])
     if strict:
         if (categories >= len(names)).any():
@@ -180,23 +187,25 @@ def number_categories(found: FlatList) -> tuple[list[str], np.ndarray]:
     return [str(value) for value in there], pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def outlines_of(found: FlatList, sizes: np.ndarray) -> list[dict[str, Any] | None]:
-    """The run lengths of every object.
+def outlines_of(found: FlatList, sizes: np.ndarray) -> tuple[list[dict[str, Any] | None], str | None]:
+    """The run lengths of every object, None where it has none; and the first that is malformed, with its row.
 
     Raises:
-        ValueError: there is no field of outlines, or an outline has an unknown form; the error names the row.
+        ValueError: there is no field of outlines.
     """
     if "segmentation" not in found.fields:
         raise ValueError(
             f'masks need a field segmentation in column "{found.column}"; it has {", ".join(found.fields)}'
         )
     outlines: list[dict[str, Any] | None] = []
+    odd = None
     for row, outline, size in zip(found.rows(), found.fields["segmentation"].to_pylist(), sizes.tolist(), strict=True):
         try:
             outlines.append(run_lengths(outline, *size) if min(size) else None)
         except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
-    return outlines
+            outlines.append(None)
+            odd = odd or f"row {row}: {error}"
+    return outlines, odd
 
 
 def assemble(

@@ -19,8 +19,9 @@ from datasets import ClassLabel, Image, Value
 from huggingface_hub import hf_hub_download
 
 from .arrow_lists import FlatList, nest, whole
-from .coco import load_json
+from .coco import LARGEST_SEGMENT
 from .detection import SEGMENTS, assemble, picture_rows
+from .fields import Entry, load_json, shown, twice
 from .images import decode, is_encoded
 from .source import DIGIT_SCENES, EMBEDDED
 
@@ -47,16 +48,15 @@ def read_categories(entries: Any, source: str) -> list[Category]:
         source: what errors call the file.
 
     Raises:
-        ValueError: a field is missing, or two categories have the same id or name.
+        ValueError: a field is missing or of the wrong kind, or two categories have the same id or name.
     """
-    try:
-        categories = [Category(int(entry["id"]), str(entry["name"]), bool(entry["isthing"])) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} must hold categories with id, name and isthing: {error!r}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{source} must hold a list of categories with id, name and isthing, got {shown(entries)}")
+    found = Entry({"categories": entries}, source, "the file").entries("categories", "category")
+    categories = [Category(entry.integer("id"), entry.text("name"), entry.flag("isthing")) for entry in found]
     for key in ("id", "name"):
-        values = [getattr(category, key) for category in categories]
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{source} has two categories with {key} {twice[0]}")
+        if (again := twice([getattr(category, key) for category in categories])) is not None:
+            raise ValueError(f"{source} has two categories with {key} {again}")
     return sorted(categories, key=lambda category: category.id)
 
 
@@ -79,7 +79,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
         raise ValueError(f'dataset "{dataset}" has no panoptic maps')
     folder = Path(dataset)
     if files := sorted(folder.glob("annotations/panoptic_*.json")):
-        found = [read_categories(load_json(file).get("categories"), str(file)) for file in files]
+        found = [read_categories(listed(load_json(file)), str(file)) for file in files]
         for file, categories in zip(files, found, strict=True):
             if categories != found[0]:
                 raise ValueError(f"{file} has other categories than {files[0]}")
@@ -93,6 +93,11 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
         except OSError as error:
             raise ValueError(f'dataset "{dataset}" has no {CATEGORIES_FILE}: {error}') from error
     return read_categories(load_json(file), str(file))
+
+
+def listed(content: Any) -> Any:
+    """The categories of the content of a file of COCO's; None where it has none."""
+    return content.get("categories") if isinstance(content, dict) else None
 
 
 def panoptic_rows(
@@ -109,7 +114,8 @@ def panoptic_rows(
         categories: see `panoptic_categories`; their order becomes 0..N-1.
 
     Raises:
-        ValueError: the rows are none or a stream, a column or field is missing, or a category is unknown.
+        ValueError: the rows are none or a stream, a column or field is missing, a category is unknown, or the id of a
+            segment is out of range or that of another one of the same image.
     """
     for name, argument in ((panoptic_column, "panoptic_column"), (segments_column, "segments_column")):
         if name not in rows.features:
@@ -125,12 +131,14 @@ def panoptic_rows(
     )
     maps = maps.cast_column(PANOPTIC, Image(decode=False))
     found = FlatList.of(rows, segments_column)
+    segment_ids = found.numbers(found.find(("id",)), -1.0).astype(np.int64)
+    check_segment_ids(segment_ids, ids[found.rows()], segments_column)
     values = {c.id: place for place, c in enumerate(categories)}
     stored = found.numbers(found.find(("category_id", "category")), -1.0).astype(np.int64)
     if unknown := sorted(set(np.unique(stored).tolist()) - values.keys()):
         raise ValueError(f"category_id {unknown[0]} in {segments_column} is not one of the {len(values)} categories")
     fields = {
-        "id": pa.array(found.numbers(found.find(("id",)), -1.0).astype(np.int64)),
+        "id": pa.array(segment_ids),
         "category": pa.array([values[value] for value in stored.tolist()], pa.int64()),
         "area": pa.array(found.numbers("area", 0.0), pa.float32()),
         "iscrowd": pa.array(found.numbers("iscrowd", 0.0) > 0),
@@ -148,6 +156,26 @@ def panoptic_rows(
     if len(there) < len(rows):
         log.warning("%d of %d images have no panoptic map and are left out", len(rows) - len(there), len(rows))
     return whole_rows.select(there)
+
+
+def check_segment_ids(segment_ids: np.ndarray, image_ids: np.ndarray, column: str) -> None:
+    """Refuse segments whose ids no colour stands for, or that share one.
+
+    Args:
+        segment_ids, image_ids: (M,) of each segment.
+
+    Raises:
+        ValueError: it names the image and the id.
+    """
+    if (odd := (segment_ids < 1) | (segment_ids > LARGEST_SEGMENT)).any():
+        k = int(odd.argmax())
+        raise ValueError(
+            f"id in {column} must be in [1, {LARGEST_SEGMENT}], got {segment_ids[k]} in image {image_ids[k]}"
+        )
+    pairs, counts = np.unique(np.stack([image_ids, segment_ids], axis=1), axis=0, return_counts=True)
+    if (counts > 1).any():
+        image, segment = pairs[counts.argmax()]
+        raise ValueError(f"{column} has two segments with id {segment} in image {image}")
 
 
 def decode_segments(value: Any) -> np.ndarray:

@@ -212,6 +212,8 @@ def read_segments(row: Mapping[str, Any], image: Tensor) -> Scene:
     numbers = table[ids]
     places = find_objects(numbers, len(stated))  # (rows, columns) of each, or None
     found = [(k + 1, s, place) for k, (s, place) in enumerate(zip(stated, places, strict=True)) if place is not None]
+    if not found:
+        raise BadImage(f"none of its {len(stated)} segments is in its panoptic map, whose first pixel is {ids[0, 0]}")
     boxes = [(x.start, y.start, x.stop, y.stop) for _, _, (y, x) in found]
     size = tuple(image.shape[-2:])
     return Scene(

@@ -5,6 +5,8 @@
 (Everingham et al. 2010, doi:10.1007/s11263-009-0275-4.) Images stay where they are; their paths are stored.
 """
 
+import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +16,13 @@ import datasets
 from datasets import ClassLabel, Features, Image, List, Value
 
 from .annotation_folders import from_generator
+from .fields import as_int64, flag, shown, twice
+from .files import inside, read_bytes, read_text
+from .run_lengths import MAX_SIDE
 
 SPLITS = {"train": "train", "val": "validation", "trainval": "trainval", "test": "test"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
+FLAGGED = re.compile(r"(?P<name>.*\S)\s+(-1|0|1)")  # a line of the list of a class: 1 where an image has one
 
 
 def is_voc(folder: Path) -> bool:
@@ -27,6 +33,9 @@ def is_voc(folder: Path) -> bool:
 def load_voc(folder: Path) -> datasets.DatasetDict:
     """Every split of a folder of VOC's kind; all images are "train" where ImageSets/Main has no lists.
 
+    Lists have a name a line, which may contain spaces, end in an extension, or be followed by 1, 0 or -1 as in the
+    lists of single classes; that number is not used.
+
     Objects marked as difficult get ``iscrowd``: VOC's rules neither ask for them nor hold finding them against a
     detector, and so it is with COCO's crowds.
 
@@ -35,7 +44,7 @@ def load_voc(folder: Path) -> datasets.DatasetDict:
         occur in the folder, by the alphabet.
 
     Raises:
-        ValueError: an annotation is missing or not VOC's XML.
+        ValueError: an annotation is missing or not VOC's XML, a list has an image twice, or a path leaves the folder.
     """
     lists = {split: folder / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
     lists = {SPLITS[split]: file for split, file in lists.items() if file.is_file()}
@@ -58,7 +67,7 @@ def load_voc(folder: Path) -> datasets.DatasetDict:
             ),
         }
     )
-    stems = {split: file.read_text(encoding="utf-8").split() for split, file in lists.items()}
+    stems = {split: listed(file, folder) for split, file in lists.items()}
     stems = stems or {"train": [file.stem for file in every]}
     for split, chosen in stems.items():
         if not chosen:
@@ -67,9 +76,33 @@ def load_voc(folder: Path) -> datasets.DatasetDict:
     files = [*lists.values(), *every]
     splits = datasets.DatasetDict()
     for split, chosen in stems.items():
-        options = {"folder": str(folder.resolve()), "stems": tuple(chosen), "names": tuple(names)}
+        options = {"folder": os.path.abspath(folder), "stems": tuple(chosen), "names": tuple(names)}
         splits[split] = from_generator(read_split, features, files, split, options)
     return splits
+
+
+def listed(file: Path, folder: Path) -> list[str]:
+    """The images of a list, as their annotations are called.
+
+    Raises:
+        ValueError: it cannot be read, names an image twice, or one outside the folder.
+    """
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    stems = [stem_of(line, folder, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+    if (again := twice(stems)) is not None:
+        raise ValueError(f"{file} names {again} twice")
+    return stems
+
+
+def stem_of(line: str, folder: Path, source: str) -> str:
+    """What the annotation is called that a line of a list names; the line itself where there is no such file."""
+    flagged = FLAGGED.fullmatch(line)
+    for name in (line, flagged["name"] if flagged else line):
+        stem, extension = os.path.splitext(name)
+        for found in (name, stem if extension.lower() in (*EXTENSIONS, ".xml") else name):
+            if os.path.isfile(inside(folder, f"Annotations/{found}.xml", source)):
+                return found
+    return line
 
 
 def parse(file: Path) -> ElementTree.Element:
@@ -79,13 +112,13 @@ def parse(file: Path) -> ElementTree.Element:
         ValueError: it is missing or no XML.
     """
     try:
-        return ElementTree.fromstring(file.read_bytes())
-    except (OSError, ElementTree.ParseError) as error:
+        return ElementTree.fromstring(read_bytes(file))
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: unknown encoding
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def text(element: ElementTree.Element, path: str, file: Path) -> str:
-    """What stands at a path of an annotation.
+    """The text at a path of an annotation.
 
     Raises:
         ValueError: there is nothing.
@@ -109,6 +142,19 @@ def number(element: ElementTree.Element, path: str, file: Path) -> float:
         raise ValueError(f'{file} must have a number as {path}, got "{value}"') from None
 
 
+def is_difficult(element: ElementTree.Element, file: Path) -> bool:
+    """Whether an object is marked as difficult.
+
+    Raises:
+        ValueError: the mark is neither true nor false.
+    """
+    value = (element.findtext("difficult") or "0").strip()
+    found = flag(value)
+    if found is None:
+        raise ValueError(f"{file} must have 0 or 1 as difficult, got {shown(value)}")
+    return found
+
+
 def object_names(file: Path) -> list[str]:
     """The categories of an annotation's objects."""
     return [text(found, "name", file) for found in parse(file).iter("object")]
@@ -123,32 +169,38 @@ def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Itera
         objects = []
         for found in annotation.iter("object"):
             left, top, right, bottom = (
-                number(found, f"bndbox/{side}", file) for side in ("xmin", "ymin", "xmax", "ymax")
+                number(found, f"bndbox/{edge}", file) for edge in ("xmin", "ymin", "xmax", "ymax")
             )
             # VOC counts pixels from 1, and the last one belongs to the box.
             objects.append(
                 {
                     "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
                     "category": places[text(found, "name", file)],
-                    "iscrowd": (found.findtext("difficult") or "0").strip() == "1",
+                    "iscrowd": is_difficult(found, file),
                 }
             )
         yield {
-            "image": {"bytes": None, "path": str(picture(root, stem, annotation))},
+            "image": {"bytes": None, "path": picture(root, stem, annotation, file)},
             "image_id": row,
-            "width": integer(annotation.findtext("size/width")),
-            "height": integer(annotation.findtext("size/height")),
+            "width": side(annotation, "size/width"),
+            "height": side(annotation, "size/height"),
             "objects": objects,
         }
 
 
-def picture(root: Path, stem: str, annotation: ElementTree.Element) -> Path:
-    """The image of an annotation: of its own name, or of the name that it states, in JPEGImages."""
-    places = [root / "JPEGImages" / f"{stem}{extension}" for extension in EXTENSIONS]
-    stated = root / "JPEGImages" / (annotation.findtext("filename") or f"{stem}.jpg").strip()
-    return next((place for place in places if place.is_file()), stated)
+def picture(root: Path, stem: str, annotation: ElementTree.Element, file: Path) -> str:
+    """The image of an annotation: of its own name, or of the name that it states, in JPEGImages.
+
+    Raises:
+        ValueError: it states a name outside the folder.
+    """
+    stated = (annotation.findtext("filename") or f"{stem}.jpg").strip()
+    stated = inside(root, stated, f"{file}, filename", root / "JPEGImages")
+    places = [inside(root, f"JPEGImages/{stem}{extension}", str(file)) for extension in EXTENSIONS]
+    return next((place for place in places if os.path.isfile(place)), stated)
 
 
-def integer(value: str | None) -> int | None:
-    """A whole number; None where there is none, or 0, as some tools write sizes they do not know."""
-    return int(value) if value and value.strip().isdecimal() and int(value) > 0 else None
+def side(annotation: ElementTree.Element, path: str) -> int | None:
+    """A side of the image; None where there is none, or 0, as some tools write sizes they do not know."""
+    value = as_int64((annotation.findtext(path) or "").strip())
+    return value if value is not None and 1 <= value <= MAX_SIDE else None

@@ -1,7 +1,9 @@
 """COCO's, Roboflow's and Pascal VOC's folders are read as the same rows, and said to be wrong where they are."""
 
+import copy
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def instances(**change):
         for k, (x, y, w, h, c, area, crowd) in enumerate(OBJECTS[i])
     ]
     content = {"images": images, "annotations": annotations[::-1], "categories": CATEGORIES[2::-1]}
-    return content | change
+    return copy.deepcopy(content | change)
 
 
 def write(file, content):
@@ -74,7 +76,7 @@ def panoptic(folder, maps="annotations/panoptic_train2017", change=lambda conten
         (folder / maps / f"{i}.png").write_bytes(colours(ids))
         annotations.append({"image_id": IMAGE_IDS[i], "file_name": f"{i}.png", "segments_info": segments})
     content = {"images": instances()["images"], "annotations": annotations, "categories": CATEGORIES}
-    write(folder / "annotations" / "panoptic_train2017.json", change(content))
+    write(folder / "annotations" / "panoptic_train2017.json", change(copy.deepcopy(content)))
     return folder
 
 
@@ -198,7 +200,7 @@ def test_panoptic_categories_beside_the_data(tmp_path):
     write(tmp_path / "panoptic_categories.json", CATEGORIES[::-1])
     assert [c.name for c in panoptic_categories(str(tmp_path))] == [*NAMES, "grass"]  # by their ids
     write(tmp_path / "panoptic_categories.json", [{"id": 1, "name": "a"}])
-    with pytest.raises(ValueError, match=r"panoptic_categories.json must hold categories .*KeyError\('isthing'\)"):
+    with pytest.raises(ValueError, match=r'panoptic_categories.json, category 1 has no "isthing"'):
         panoptic_categories(str(tmp_path))
     write(tmp_path / "panoptic_categories.json", [*CATEGORIES, CATEGORIES[0]])
     with pytest.raises(ValueError, match="has two categories with id 1"):
@@ -226,6 +228,13 @@ def test_panoptic_rows_that_do_not_fit(tmp_path):
 # --- files that do not fit
 
 
+def of_the_first(part, **change):
+    """The instances with other fields in the first entry of a list."""
+    content = instances()
+    content[part][0].update(change)
+    return content
+
+
 def without(content, key, part="annotations"):
     entries = [{k: v for k, v in entry.items() if k != key} for entry in content[part]]
     return content | {part: entries}
@@ -238,11 +247,40 @@ def without(content, key, part="annotations"):
         ({"images": []}, 'has no list "categories"'),
         (instances(images=[]), "has no images"),
         (instances(categories=CATEGORIES[:2]), "category_id 4, which is not one of its 2 categories"),
-        (instances(categories=[*CATEGORIES, {"id": 9, "name": "dog"}]), "has 'dog' for two categories"),
-        (without(instances(), "bbox"), 'has an entry without "bbox"'),
-        (without(instances(), "file_name", "images"), 'has an entry without "file_name"'),
+        (instances(categories=[*CATEGORIES, {"id": 9, "name": "dog"}]), 'has two categories with name "dog"'),
+        (instances(categories=[*CATEGORIES, {"id": "4", "name": "cat"}]), "has two categories with id 4"),
+        (without(instances(), "bbox"), 'annotation 20 has no "bbox"; it has id, image_id'),
+        (without(instances(), "file_name", "images"), 'image 139 has no "file_name"'),
         (instances(images=[{"id": 1, "file_name": "gone.jpg"}]), "names gone.jpg, which is in none of"),
-        (instances(annotations=[{**instances()["annotations"][0], "segmentation": [[1, 2]]}]), "at least 3 corners"),
+        (instances(images=instances()["images"] * 2), "has two images with id 139"),
+        (instances(annotations=instances()["annotations"] * 2), "has two annotations with id 20"),
+        (instances(images=[3]), 'instances_train2017.json: "images" must be a list of objects, got 3 at place 0'),
+        (instances(images="0.jpg"), 'has no list "images"'),
+        *[
+            (of_the_first(part, **{key: value}), f'instances_train2017.json, {name}: "{key}" must be {wanted}')
+            for part, name, key, value, wanted in [
+                ("images", "image 139", "file_name", 7, "text that is not empty, got 7"),
+                ("images", "image 139", "file_name", "", "text that is not empty, got ''"),
+                ("images", "image 139", "file_name", "a\0.jpg", "text that is not empty"),
+                ("images", "image 139", "width", -60, r"in \[0, 1000000\], got -60"),
+                ("images", "image 139", "width", 10**12, r"in \[0, 1000000\], got 10{12}"),
+                ("images", "image 139", "height", "tall", "an integer of 64 bits, got 'tall'"),
+                ("images", "image 139", "height", 40.5, "an integer of 64 bits, got 40.5"),
+                ("images", r"image \[1\]", "id", [1], r"an integer or text, got \[1\]"),
+                ("annotations", "annotation 20", "image_id", {"$oid": 1}, "an integer or text"),
+                ("annotations", "annotation 20", "category_id", True, "an integer or text, got True"),
+                ("annotations", "annotation 20", "bbox", [1, 2, 3], r"four numbers, got \[1, 2, 3\]"),
+                ("annotations", "annotation 20", "bbox", ["a", 1, 2, 3], "four numbers"),
+                ("annotations", "annotation 20", "bbox", {"x": 1}, "four numbers"),
+                ("annotations", "annotation 20", "bbox", [[1], [2], [3], [4]], "four numbers"),
+                ("annotations", "annotation 20", "area", "large", "a number, got 'large'"),
+                ("annotations", "annotation 20", "iscrowd", "perhaps", "true or false, got 'perhaps'"),
+                ("annotations", "annotation 20", "iscrowd", 2, "true or false, got 2"),
+                ("categories", "category 4", "name", ["zebra"], "text that is not empty"),
+                ("categories", "category 4", "name", 5, "text that is not empty, got 5"),
+                ("categories", "category 4", "name", "\ud800", "text that is not empty"),
+            ]
+        ],
     ],
 )
 def test_coco_files_that_do_not_fit(tmp_path, content, message):
@@ -263,6 +301,233 @@ def test_annotations_of_unknown_images_are_left_out_with_a_word(tmp_path, caplog
     rows = load_splits(str(coco(tmp_path, images=instances()["images"][:1])))["train"]
     assert len(rows) == 1
     assert "1 annotations of images that it does not list are left out" in caplog.text
+
+
+def objects_of(folder, **options):
+    """The objects of the image 139, and of all images."""
+    rows, _ = scene_rows(load_splits(str(folder))["train"], **options)
+    every = {row["image_id"]: row["objects"] for row in rows}
+    return every[139], [o for objects in every.values() for o in objects]
+
+
+OUTLINES = {
+    "no polygon": [[]],
+    "two points": [[5, 5, 25, 20]],
+    "an odd coordinate": [[5, 5, 25, 5, 25]],
+    "no numbers": [["a", "b", 1, 2, 3, 4]],
+    "not finite": [[5, 5, float("nan"), 5, 25, 20]],
+    "far away": [[5, 5, 1e8, 5, 25, 20]],
+    "a number": 7,
+    "text": "polygon",
+    "a flag": True,
+    "of another size": {"size": [60, 40], "counts": [2400]},
+    "huge": {"size": [10**9, 10**9], "counts": [10**18]},
+    "too few pixels": {"size": [40, 60], "counts": [2399]},
+    "a negative run": {"size": [40, 60], "counts": [2500, -100]},
+    "no counts": {"size": [40, 60]},
+    "counts that are none": {"size": [40, 60], "counts": {"a": 1}},
+    "text of other letters": {"size": [40, 60], "counts": "\u00e9 !"},
+    "text that is cut off": {"size": [40, 60], "counts": "oooo"},
+    "text of another size": {"size": [40, 60], "counts": run_lengths.encode(np.ones((41, 60), bool))["counts"]},
+}
+
+
+@pytest.mark.parametrize("kind", OUTLINES)
+def test_a_malformed_outline_is_missing_and_its_box_is_read(tmp_path, caplog, kind):
+    content = instances()
+    content["annotations"] = sorted(content["annotations"], key=lambda a: a["id"])
+    content["annotations"][0]["segmentation"] = OUTLINES[kind]
+    pictures_in(tmp_path / "train2017")
+    write(tmp_path / "annotations" / "instances_train2017.json", content)
+    for _ in range(2):  # also where the rows come from the cache
+        caplog.clear()
+        found, every = objects_of(tmp_path)
+        assert len(every) == 3 and found[0]["bbox"] == [4, 6, 20, 10]
+        assert "instances_train2017.json: 1 malformed outlines are left out, their boxes" in caplog.text
+        assert "(first annotation 0: " in caplog.text
+    found, every = objects_of(tmp_path, masks=True)
+    assert len(every) == 2 and found[0]["bbox"] == [30, 20, 25, 15]
+    assert "1 of 3 boxes left out: without an outline (first in image 139)" in caplog.text
+
+
+def test_outlines_of_images_without_a_stated_size_are_read(tmp_path):
+    content = instances()
+    for image in content["images"]:
+        del image["width"]
+    pictures_in(tmp_path / "train2017")
+    write(tmp_path / "annotations" / "instances_train2017.json", content)
+    assert len(objects_of(tmp_path, masks=True)[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("annotations", lambda a: a.update(image_id=str(a["image_id"]), category_id=float(a["category_id"]))),
+        ("images", lambda i: i.update(id=f" {i['id']}", width=float(i["width"]), height=str(i["height"]))),
+        ("categories", lambda c: c.update(id=str(c["id"]))),
+        ("annotations", lambda a: a.update(id=f"uuid-{a['id']}", bbox=[str(side) for side in a["bbox"]])),
+        ("annotations", lambda a: a.update(iscrowd="yes" if a["iscrowd"] else "no", area=str(a["area"]))),
+    ],
+)
+def test_ids_numbers_and_flags_may_be_text(tmp_path, part, change):
+    expected_rows = objects_of(coco(tmp_path / "plain"))
+    content = instances()
+    for entry in content[part]:
+        change(entry)
+    assert objects_of(coco(tmp_path / "text", **content)) == expected_rows
+
+
+@pytest.mark.parametrize("large", [2**63, 10**30, "a"])
+def test_ids_that_are_no_integers_of_64_bits_become_numbers(tmp_path, large):
+    content = instances()
+    content["images"][0]["id"] = large
+    for annotation in content["annotations"]:
+        annotation["image_id"] = large if annotation["image_id"] == 139 else annotation["image_id"]
+    rows = load_splits(str(coco(tmp_path, **content)))["train"]
+    assert rows["image_id"][:] == [0, 1, 2]
+    assert [len(objects) for objects in rows["objects"]] == [2, 0, 1]
+
+
+def test_an_image_that_is_missing_does_not_hide_the_others(tmp_path):
+    gone = {"id": 1, "file_name": "gone.jpg", "width": 9, "height": 9}
+    rows = load_splits(str(coco(tmp_path, images=[gone, *instances()["images"]])))["train"]
+    assert [decode(row["image"]).shape[1:] for row in rows.select([1, 2, 3])] == SIZES
+
+
+@pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/passwd", "a/../../../secret.jpg", "..\\..\\secret.jpg"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
+    folder = tmp_path / "data"
+    (tmp_path / "secret.jpg").write_bytes(picture(1))
+    content = of_the_first("images", file_name=name)
+    with pytest.raises(ValueError, match=r"image 139 names .* which is outside the data set's folder"):
+        load_splits(str(coco(folder, **content)))
+    with pytest.raises(ValueError, match=r"annotation of image 139 names .* which is outside the data set's folder"):
+        load_splits(str(panoptic(tmp_path / "maps", change=lambda c: of_a_map(c, file_name=name))))
+    spoilt = voc(tmp_path / "voc")
+    annotation = spoilt / "Annotations" / "0.xml"
+    annotation.write_text(annotation.read_text().replace("<size>", f"<filename>{name}</filename><size>"))
+    with pytest.raises(ValueError, match=r"0.xml, filename names .* which is outside the data set's folder"):
+        load_splits(str(spoilt))
+    (spoilt / "ImageSets" / "Main" / "train.txt").write_text(f"{name.replace('..', '../..')}\n")
+    with pytest.raises(
+        ValueError, match=r"(train.txt, line 1 names .* outside the data set's|cannot be read: .*No such)"
+    ):
+        load_splits(str(spoilt))
+
+
+def test_paths_inside_the_folder_are_read_however_they_are_written(tmp_path):
+    plain = objects_of(coco(tmp_path / "plain"))
+    for name in ("../train2017/./0.jpg", str(tmp_path / "data" / "train2017" / "0.jpg"), "sub\\0.jpg"):
+        folder = coco(tmp_path / "data", **of_the_first("images", file_name=name))
+        (folder / "train2017" / "sub").mkdir(exist_ok=True)
+        (folder / "train2017" / "sub" / "0.jpg").write_bytes(picture(0))
+        rows = load_splits(str(folder))["train"]
+        assert decode(rows[0]["image"]).shape == (3, 40, 60)
+        assert objects_of(folder) == plain
+
+
+def of_a_map(content, **change):
+    content["annotations"][0].update(change)
+    return content
+
+
+def of_a_segment(content, **change):
+    content["annotations"][0]["segments_info"][0].update(change)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: of_a_segment(c, id=-1), r'annotation of image 139, segment -1: "id" must be in \[1, 16777215\]'),
+        (lambda c: of_a_segment(c, id=2**25), r'"id" must be in \[1, 16777215\], got 33554432'),
+        (lambda c: of_a_segment(c, id=600), "annotation of image 139 has two segments with id 600"),
+        (lambda c: of_a_segment(c, category_id="red"), '"category_id" must be an integer of 64 bits, got .red.'),
+        (lambda c: of_a_segment(c, iscrowd="maybe"), '"iscrowd" must be true or false'),
+        (lambda c: of_a_map(c, image_id="7"), "has two annotations of image 7"),
+        (lambda c: of_a_map(c, segments_info={"id": 1}), '"segments_info" must be a list of objects'),
+        (lambda c: of_a_map(c, file_name=3), '"file_name" must be text'),
+    ],
+)
+def test_panoptic_files_that_do_not_fit(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(panoptic(tmp_path, change=change)))
+
+
+def test_segments_of_any_source_have_ids_of_their_own(tmp_path):
+    source = load_splits(str(panoptic(tmp_path)))["train"]
+    categories = panoptic_categories(str(tmp_path))
+    for place, value, message in (
+        (1, 300, "has two segments with id 300 in image 139"),
+        (0, -4, "got -4 in image 139"),
+    ):
+        segments = source["segments_info"][:]
+        segments[0][place]["id"] = value
+        features = source.features
+        rows = source.remove_columns("segments_info").add_column("segments_info", segments).cast(features)
+        with pytest.raises(ValueError, match=message):
+            panoptic_rows(rows, categories)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected_value"), [("no", False), ("yes", True), (0, False), (True, True), ("1", True)]
+)
+def test_flags_of_categories_are_read(tmp_path, value, expected_value):
+    write(tmp_path / "panoptic_categories.json", [{"id": "1", "name": "a", "isthing": value}])
+    (category,) = panoptic_categories(str(tmp_path))
+    assert (category.id, category.isthing) == (1, expected_value)
+
+
+@pytest.mark.parametrize("value", ["perhaps", 2, None, [], "thing"])
+def test_flags_that_are_neither_are_refused(tmp_path, value):
+    write(tmp_path / "panoptic_categories.json", [{"id": 1, "name": "a", "isthing": value}])
+    with pytest.raises(ValueError, match=r'category 1.*"isthing"'):
+        panoptic_categories(str(tmp_path))
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    folder = coco(tmp_path)
+    (folder / "annotations" / "instances_train2017.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"instances_train2017.json is not JSON"):
+        load_splits(str(folder))
+
+
+def test_files_that_are_not_regular_are_not_opened(tmp_path):
+    folder = coco(tmp_path)
+    file = folder / "annotations" / "instances_train2017.json"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"instances_train2017.json cannot be read: .* is not a regular file"):
+        load_splits(str(folder))
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"instances_train2017.json cannot be read: .* is not a regular file"):
+        load_splits(str(folder))
+
+
+@pytest.mark.parametrize(
+    "lines", ["0\n1\n", "0 1\n1  -1\n", "0.jpg\n1.jpg", "0.xml\n\n1.JPG\n", "\ufeff0\r\n1\r\n", "  0\n1  0\n"]
+)
+def test_lists_of_every_form(tmp_path, lines):
+    folder = voc(tmp_path)
+    (folder / "ImageSets" / "Main" / "train.txt").write_bytes(lines.encode())
+    assert [Path(row["image"]["path"]).name for row in load_splits(str(folder))["train"]] == ["0.jpg", "1.jpg"]
+
+
+def test_names_with_spaces_in_lists(tmp_path):
+    folder = voc(tmp_path)
+    for name in ("my photo", "my photo 1", "v1.5"):
+        (folder / "Annotations" / f"{name}.xml").write_text(xml(0))
+        (folder / "JPEGImages" / f"{name}.jpg").write_bytes(picture(0))
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("my photo.jpg\nmy photo 1\nv1.5\n2 -1\n")
+    found = [Path(row["image"]["path"]).stem for row in load_splits(str(folder))["train"]]
+    assert found == ["my photo", "my photo 1", "v1.5", "2"]
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\n0.jpg\n")
+    with pytest.raises(ValueError, match=r"train.txt names 0 twice"):
+        load_splits(str(folder))
+    (folder / "ImageSets" / "Main" / "train.txt").write_bytes(b"\xff\xfe0")
+    with pytest.raises(ValueError, match=r"train.txt is not UTF-8 text"):
+        load_splits(str(folder))
 
 
 @pytest.mark.parametrize(
