@@ -3,11 +3,8 @@
 folder -> its kind, by the files in it -> rows, which `datasets` keeps on disk until a file changes
 """
 
-import hashlib
-import inspect
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from . import fields, files, run_lengths
+from .local_files import cache_entry, package_key, state_key
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +65,18 @@ def from_generator(
         ValueError: ``generate`` raised it, or another error, which it then names.
     """
     sources = list(sources)
-    state = [(os.path.abspath(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sources]
-    code = [inspect.getsource(module) for module in (inspect.getmodule(generate), fields, files, run_lengths)]
-    key = json.dumps([code, generate.__qualname__, split, features.to_dict(), state, options], sort_keys=True)
+    about = (generate.__module__, generate.__qualname__, split, features.to_dict(), options)
+    key = state_key(sources, about, package_key())
+    folder = options.get("folder", generate.__module__)
     NOTES.clear()
     try:
         rows = datasets.Dataset.from_generator(
             generate,
             features=features,
+            cache_dir=str(cache_entry(f"{folder} {split}", key)),
             gen_kwargs=options,
             split=datasets.NamedSplit(split),
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            fingerprint=key[:32],
         )
     except DatasetGenerationError as error:
         cause = error.__cause__

@@ -1,5 +1,6 @@
 """Heights and widths of images from their headers, without decoding them."""
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from io import BytesIO
@@ -12,6 +13,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from .images import IMAGE
+from .local_files import package_key, state_key
 from .source import show_progress_of
 
 ORIENTATION = 0x0112  # EXIF's tag; its values from 5 on turn an image on its side
@@ -42,12 +44,26 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
 
 
 def image_sizes(rows: datasets.Dataset) -> np.ndarray:
-    """(N, 2) int64 height and width of the images of `image_rows`; `datasets` keeps them for the next time."""
+    """(N, 2) int64 height and width of the images of `image_rows`, kept in the cache until a file changes."""
     show_progress_of(rows)
 
     def read(batch: dict[str, list]) -> dict[str, list[int]]:
         height, width = zip(*map(image_size, batch[IMAGE]), strict=True)
         return {"height": list(height), "width": list(width)}
 
-    sizes = rows.map(read, batched=True, batch_size=100, remove_columns=rows.column_names).with_format("numpy")[:]
+    key = state_key(image_files(rows), rows._fingerprint, package_key())[:32]
+    sizes = rows.map(read, batched=True, batch_size=100, remove_columns=rows.column_names, new_fingerprint=key)
+    sizes = sizes.with_format("numpy")[:]
     return np.stack([sizes["height"], sizes["width"]], axis=1).astype(np.int64)
+
+
+def image_files(rows: datasets.Dataset) -> list[str]:
+    """The local files that hold the images of `image_rows`; none where the rows hold the bytes."""
+    files = []
+    for batch in rows.select_columns([IMAGE]).iter(10_000):
+        for value in batch[IMAGE]:
+            if isinstance(value, Mapping):
+                value = value["path"] if value["bytes"] is None else None
+            if isinstance(value, str) and os.path.isfile(value):
+                files.append(value)
+    return files

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .batching import Steps, TokenBudgetSampler
 from .images import LABEL, find_column, label_ids, label_names
 from .number_parity import number_parity
-from .source import load_splits, show_progress_of
+from .source import announce, load_splits, show_progress_of
 from .text import column_path, texts_at
 
 TEXT, PAIR = "text", "pair"
@@ -40,7 +40,9 @@ def load_texts(
         return load_splits(dataset, name, revision, data_files)
     if name or revision or data_files:
         raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision or data_files')
-    return EMBEDDED[dataset]()
+    splits = EMBEDDED[dataset]()
+    announce(splits, dataset)
+    return splits
 
 
 def text_rows(

@@ -1,29 +1,45 @@
 """Data sets of any kind: loading their splits, the commit that was loaded, and the licence the card states."""
 
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from .annotation_folders import annotation_reader
+from .local_files import cache_entry, package_key, state_key
 
 CARD = "README.md"
+CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder states its splits and columns
 STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
 DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the others are the same in both
 EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+Splits = datasets.DatasetDict | datasets.IterableDatasetDict
+DataFiles = str | list[str] | dict[str, str | list[str]]
+
+
 def load_splits(
     dataset: str,
     name: str | None = None,
     revision: str | None = None,
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None,
+    data_files: DataFiles | None = None,
     streaming: bool = False,
-) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load every split of a data set.
+) -> Splits:
+    """Load every split of a data set, and print how many rows each has.
+
+    All data are loaded here. The rows are those of the files as they are now: rows that `datasets` prepared earlier
+    are used again only where path, size and times of every file are the same, see `local_files`.
 
     Args:
         dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
@@ -37,6 +53,15 @@ def load_splits(
     Raises:
         ValueError: the data set cannot be found, or does not fit the options.
     """
+    splits = read_splits(dataset, name, revision, data_files, streaming)
+    announce(splits, dataset, data_files)
+    return splits
+
+
+def read_splits(
+    dataset: str, name: str | None, revision: str | None, data_files: DataFiles | None, streaming: bool
+) -> Splits:
+    """See `load_splits`."""
     if dataset in EMBEDDED:
         if streaming or name or revision or data_files:
             raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision, data_files or streaming')
@@ -53,9 +78,102 @@ def load_splits(
             raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
         dataset, data_files = builder, dataset
     try:
-        return datasets.load_dataset(dataset, name, revision=revision, data_files=data_files, streaming=streaming)
+        if Path(dataset).is_dir() or (data_files and "/" not in dataset):
+            return load_local(dataset, name, data_files, streaming)
+        return load_remote(dataset, name, revision, data_files, streaming)
     except OSError as error:  # also what `datasets` raises where it finds nothing, or has no network
         raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
+
+
+def load_local(dataset: str, name: str | None, data_files: DataFiles | None, streaming: bool) -> Splits:
+    """A local folder, or files by the name of their format, prepared anew unless every file is as it was.
+
+    Raises:
+        ValueError: see `load_splits`; or a file changed while it was read.
+    """
+    if Path(dataset, datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
+        raise ValueError(f"dataset {dataset} was written by save_to_disk: write it with to_parquet or to_json instead")
+    with tempfile.TemporaryDirectory(prefix="hf-tfm-") as empty:
+        # In the usual cache folder, a builder would take over columns and types of other files of the same name.
+        builder = datasets.load_dataset_builder(dataset, name, data_files=data_files, cache_dir=empty)
+        if streaming:
+            return builder.as_streaming_dataset()
+        files = source_files(dataset, builder)
+        about = (builder.name, builder.hash, builder.config_id, builder.info.features, remote_states(builder))
+        key = state_key(files, about, package_key())
+        entry = cache_entry(f"{os.path.realpath(dataset)} {name} {data_files}", key)
+        builder.download_and_prepare(
+            str(entry / "rows"),
+            # An extracted archive is otherwise found again by its path alone.
+            download_config=datasets.DownloadConfig(cache_dir=str(entry / "files")),
+            verification_mode="no_checks",  # a card may state how many rows there once were
+        )
+        if state_key(files, about, package_key()) != key:
+            shutil.rmtree(entry / "rows", ignore_errors=True)
+            raise ValueError(f'the files of dataset "{dataset}" changed while they were read')
+        splits = builder.as_dataset()
+    return datasets.DatasetDict({split: with_fingerprint(rows, f"{key}{split}") for split, rows in splits.items()})
+
+
+def source_files(dataset: str, builder: datasets.DatasetBuilder) -> list[str]:
+    """All local files that decide what a builder reads."""
+    cards = [str(Path(dataset) / name) for name in CARDS if Path(dataset, name).is_file()]
+    named = [file for files in (builder.config.data_files or {}).values() for file in files if "://" not in file]
+    return cards + named
+
+
+def remote_states(builder: datasets.DatasetBuilder) -> list[Any]:
+    """Splits with the addresses of their files, and what servers say of the state of those that are not local."""
+    return [
+        [str(split), [file if "://" in file else len(file) for file in files], getattr(files, "origin_metadata", None)]
+        for split, files in (builder.config.data_files or {}).items()
+    ]
+
+
+def with_fingerprint(rows: datasets.Dataset, key: str) -> datasets.Dataset:
+    """Rows whose fingerprint, by which `datasets` finds what was made of them, tells their files' state."""
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return datasets.Dataset(rows.data, rows.info, rows.split, fingerprint=fingerprint)
+
+
+def load_remote(
+    dataset: str, name: str | None, revision: str | None, data_files: DataFiles | None, streaming: bool
+) -> Splits:
+    """A data set of the Hub, whose commit is part of the name under which `datasets` keeps its rows.
+
+    Raises:
+        ValueError: there is no network, and the rows in the cache are of local files or of another revision.
+    """
+    options = {"revision": revision, "data_files": data_files}
+    builder = datasets.load_dataset_builder(dataset, name, **options)
+    if isinstance(builder, Cache):  # the newest rows that were ever loaded under this name, whatever their source
+        commit = str(builder.hash)
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError(
+                f'dataset "{dataset}" is neither a local file or folder nor to be had from the Hub; '
+                "rows of local files of that name in the cache of datasets are not used"
+            )
+        if revision and not commit.startswith(revision):
+            raise ValueError(
+                f'dataset_revision "{revision}" of "{dataset}" is not to be had from the Hub; the cache holds {commit}'
+            )
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def announce(splits: Mapping[str, Any], dataset: str, data_files: DataFiles | None = None) -> None:
+    """Print the number of rows of each split, on standard error of the first process of a run."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name, rows in splits.items():
+        files = data_files
+        if isinstance(files, Mapping):
+            files = files.get(name)
+        source = dataset if files is None else f"{dataset} {files if isinstance(files, str) else ', '.join(files)}"
+        count = f"{len(rows):,} rows" if isinstance(rows, datasets.Dataset) else "a stream, rows not counted"
+        print(f"data {source}, split {name}: {count}", file=sys.stderr, flush=True)
 
 
 def embedded(dataset: str) -> datasets.DatasetDict:

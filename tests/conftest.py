@@ -1,0 +1,35 @@
+"""Keeps the test suite out of the user's caches: every library that caches something does so in a temporary folder.
+
+The folder is chosen before anything else is imported, since the libraries read these variables once. Processes of
+pytest-xdist and processes that tests start inherit them; the process that chose the folder removes it.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+HOME = "HF_TFM_TESTS_HOME"
+VARIABLES = {
+    "HF_HOME": "huggingface",
+    "HF_HUB_CACHE": "huggingface/hub",
+    "HF_XET_CACHE": "huggingface/xet",
+    "HF_ASSETS_CACHE": "huggingface/assets",
+    "HF_MODULES_CACHE": "huggingface/modules",
+    "HF_DATASETS_CACHE": "huggingface/datasets",
+    "HF_EVALUATE_CACHE": "huggingface/evaluate",
+    "HF_METRICS_CACHE": "huggingface/metrics",
+    "TORCH_HOME": "torch",
+    "TRITON_CACHE_DIR": "triton",
+    "MPLCONFIGDIR": "matplotlib",
+    "XDG_CACHE_HOME": ".",
+}
+
+if "PYTEST_XDIST_WORKER" not in os.environ or HOME not in os.environ:
+    os.environ[HOME] = tempfile.mkdtemp(prefix="hf-tfm-tests-")
+    atexit.register(shutil.rmtree, os.environ[HOME], ignore_errors=True)
+for variable, place in VARIABLES.items():
+    os.environ[variable] = str(Path(os.environ[HOME], place))
+for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
+    os.environ.pop(variable, None)

@@ -1,0 +1,292 @@
+"""Rows are those of the files given, whatever was prepared before from files of the same name or place."""
+
+import ast
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+from datasets import Dataset, load_dataset
+
+from hf_tfm.data import local_files
+from hf_tfm.data.image_sizes import image_sizes
+from hf_tfm.data.images import image_rows
+from hf_tfm.data.labelled_texts import load_texts, text_rows
+from hf_tfm.data.language import Corpus
+from hf_tfm.data.local_files import cache_entry
+from hf_tfm.data.source import load_splits
+
+README = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.{0}\n---\n"
+
+
+def write_rows(file, texts):
+    """Rows of texts in the format of a file's suffix."""
+    kind = file.name.split(".", 1)[1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "parquet":
+        Dataset.from_dict({"text": texts}).to_parquet(str(file))
+        return
+    lines = [json.dumps({"text": text}) for text in texts] if "json" in kind else list(texts)
+    head = ["text"] if kind[1:3] == "sv" else []
+    data = "\n".join([*head, *lines]).encode() + b"\n"
+    file.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+
+
+def folder(place, texts, kind="parquet", card=True):
+    """A data set with one file and, as data sets from the Hub have it, a card that names it."""
+    write_rows(place / f"train.{kind}", texts)
+    if card:
+        (place / "README.md").write_text(README.format(kind))
+    return str(place)
+
+
+def texts_of(dataset, **options):
+    return [row["text"] for row in load_splits(dataset, **options)["train"]]
+
+
+OLD, NEW = ["old one", "old two"], ["new one", "new two"]  # as many bytes
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("card", [True, False])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "txt", "jsonl.gz"])
+def test_folders_of_one_name_and_changed_files_give_their_own_rows(tmp_path, kind, card, streaming):
+    first = folder(tmp_path / "a" / "mydata", OLD, kind, card)
+    second = folder(tmp_path / "b" / "mydata", NEW, kind, card)
+    assert texts_of(first, streaming=streaming) == OLD
+    assert texts_of(second, streaming=streaming) == NEW
+    folder(tmp_path / "a" / "mydata", NEW + OLD, kind, card)
+    assert texts_of(first, streaming=streaming) == NEW + OLD
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_changed_file_is_read_again_whatever_its_size_and_times(tmp_path, kind):
+    file = tmp_path / f"train.{kind}"
+    write_rows(file, OLD)
+    assert texts_of(str(file)) == OLD
+    before = file.stat()
+    write_rows(file, NEW)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert texts_of(str(file)) == NEW
+
+
+@pytest.mark.parametrize("form", ["name", "list", "glob", "splits"])
+def test_files_by_format_are_read_again_when_they_change(tmp_path, form, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"name": "train.csv", "list": ["train.csv"], "glob": "*.csv", "splits": {"train": "tra*.csv"}}[form]
+    write_rows(tmp_path / "train.csv", OLD)
+    assert texts_of("csv", data_files=given) == OLD
+    write_rows(tmp_path / "train.csv", NEW)
+    assert texts_of("csv", data_files=given) == NEW
+
+
+def test_relative_names_are_told_apart_by_the_working_folder(tmp_path, monkeypatch):
+    for name, texts in {"a": OLD, "b": NEW}.items():
+        folder(tmp_path / name / "mydata", texts)
+        stamp = tmp_path / name / "mydata" / "train.parquet"
+        os.utime(stamp, ns=(1_700_000_000_000_000_000,) * 2)
+        monkeypatch.chdir(tmp_path / name)
+        assert texts_of("mydata") == texts
+
+
+def test_a_link_that_leads_elsewhere_gives_the_rows_there(tmp_path):
+    for name, texts in {"a": OLD, "b": NEW}.items():
+        folder(tmp_path / name, texts)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        assert texts_of(str(tmp_path / "link")) == texts
+
+
+def test_a_card_that_states_other_columns_or_counts_does_not_stop_a_changed_file(tmp_path):
+    place = tmp_path / "mydata"
+    stated = README.format("parquet").replace("---\nconfigs", "---\ndataset_info:\n  splits:\n  - name: train\n"
+        "    num_bytes: 4\n    num_examples: 90\nconfigs")  # fmt: skip
+    folder(place, OLD)
+    (place / "README.md").write_text(stated)
+    assert texts_of(str(place)) == OLD
+
+
+def test_rows_that_datasets_prepared_itself_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", NEW)
+    assert load_dataset(first)["train"]["text"][:] == OLD
+    assert texts_of(second) == NEW
+    with pytest.raises(ValueError, match='"mydata" is neither a local file or folder nor to be had'):
+        load_splits("mydata")
+
+
+def test_what_is_made_of_rows_is_made_of_these(tmp_path):
+    """`datasets` finds results of `map` by a fingerprint; here two sources differ in the second of two parts alone."""
+    first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", OLD)
+    for texts in (OLD, NEW):
+        folder(tmp_path / "b" / "mydata", texts)
+        parts = [text_rows(load_splits(place)["train"], labelled=False) for place in (first, second)]
+        assert datasets.concatenate_datasets(parts)["text"][:] == OLD + texts
+        joined = datasets.concatenate_datasets(parts).map(lambda row: {"upper": row["text"].upper()})
+        assert joined["upper"][:] == [text.upper() for text in OLD + texts]
+
+
+def test_more_texts_and_labelled_texts_are_read_again(tmp_path):
+    for texts in (OLD, NEW):
+        place = folder(tmp_path / "mydata", texts)
+        assert Corpus(dataset=place).rows()["text"][:] == texts
+        assert load_texts(place)["train"]["text"][:] == texts
+
+
+def picture(file, colour, size=(8, 6)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", size, colour).save(file)
+
+
+def test_folders_of_images_are_read_again(tmp_path):
+    for name, label in {"a": "cat", "b": "dog"}.items():
+        for other in (label, "ape"):
+            picture(tmp_path / name / "pets" / "train" / other / "1.png", "red")
+        rows = load_splits(str(tmp_path / name / "pets"))["train"]
+        assert rows.features["label"].names == ["ape", label]
+    picture(tmp_path / "a" / "pets" / "train" / "bird" / "1.png", "blue")
+    assert load_splits(str(tmp_path / "a" / "pets"))["train"].features["label"].names == ["ape", "bird", "cat"]
+
+
+def test_an_archive_is_extracted_again_when_it_changes(tmp_path):
+    archive = tmp_path / "pets.zip"
+    for colour in ("red", "blue"):
+        picture(tmp_path / "1.png", colour)
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(tmp_path / "1.png", "train/cat/1.png")
+        rows = load_splits("imagefolder", data_files=str(archive))["train"]
+        assert rows[0]["image"].getpixel((0, 0)) == PIL.Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+
+
+def test_sizes_of_images_are_those_of_the_files(tmp_path):
+    place = tmp_path / "pets"
+    for size in ((8, 6), (4, 2)):
+        picture(place / "train" / "cat" / "1.png", "red", size)
+        picture(place / "train" / "dog" / "1.png", "red", (3, 3))
+        rows = image_rows(load_splits(str(place))["train"])
+        assert image_sizes(rows)[0].tolist() == [*size[::-1]]
+    picture(place / "train" / "cat" / "1.png", "red", (7, 5))
+    assert image_sizes(rows)[0].tolist() == [5, 7]  # of rows that were loaded before
+
+
+def coco(place, name):
+    picture(place / "train" / "1.png", "red")
+    annotations = place / "annotations"
+    annotations.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 8, "height": 6}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 3, 3], "area": 9, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": name}],
+    }
+    (annotations / "instances_train.json").write_text(json.dumps(content))
+    return str(place)
+
+
+def voc(place, name):
+    picture(place / "JPEGImages" / "1.png", "red")
+    (place / "Annotations").mkdir(parents=True, exist_ok=True)
+    box = "<xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax>"
+    (place / "Annotations" / "1.xml").write_text(
+        f"<annotation><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>"
+    )
+    return str(place)
+
+
+def category(dataset):
+    objects = load_splits(dataset)["train"].features["objects"].feature
+    return objects["category"].names
+
+
+@pytest.mark.parametrize("write", [coco, voc])
+def test_annotations_are_read_again(tmp_path, write, monkeypatch):
+    for name in ("cat", "dog"):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / name / "pets", name)
+        monkeypatch.chdir(tmp_path / name)
+        assert category("pets") == [name]
+    write(tmp_path / "dog" / "pets", "cow")
+    assert category("pets") == ["cow"]
+
+
+def test_rows_are_prepared_once_while_files_stay_as_they_are(tmp_path):
+    place = folder(tmp_path / "mydata", OLD)
+    first, again = (load_splits(place)["train"] for _ in range(2))
+    assert first.cache_files == again.cache_files and first._fingerprint == again._fingerprint
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_rows_that_were_prepared(tmp_path):
+    place = folder(tmp_path / "mydata", OLD)
+    code = f"from hf_tfm.data.source import load_splits; print(load_splits({place!r})['train'].cache_files)"
+    started = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in "12"]
+    assert started[0].stdout == started[1].stdout == f"{load_splits(place)['train'].cache_files}\n"
+
+
+def test_all_rows_are_loaded_in_one_place():
+    """Elsewhere a loader of `datasets` would find rows by a folder's name."""
+    root = Path(__file__).parents[2]
+    loaders = {"load_dataset", "load_dataset_builder", "load_from_disk"}
+    loaders |= {f"from_{kind}" for kind in ("generator", "csv", "json", "parquet", "text", "file")}
+    found = {
+        str(file.relative_to(root))
+        for place in ("hf_tfm", "recipes", "benchmarks")
+        for file in (root / place).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in loaders and "ataset" in ast.unparse(node.value)
+    }
+    assert found == {"hf_tfm/data/source.py", "hf_tfm/data/annotation_folders.py"}
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    place = folder(tmp_path / "mydata", OLD)
+    prepare = datasets.DatasetBuilder.download_and_prepare
+
+    def slow(self, *args, **options):
+        prepare(self, *args, **options)
+        folder(tmp_path / "mydata", NEW)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.DatasetBuilder, "download_and_prepare", slow)
+        with pytest.raises(ValueError, match="changed while they were read"):
+            load_splits(place)
+    assert texts_of(place) == NEW
+
+
+def test_unused_entries_are_removed_and_used_ones_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    old, other = cache_entry("mine", "1" * 64), cache_entry("theirs", "2" * 64)
+    for entry in (old, other):
+        os.utime(entry / local_files.USED, (0, 0))
+    cache_entry("mine", "3" * 64)
+    assert old.is_dir() and other.is_dir()  # this process reads them
+    for entry in (old, other):
+        local_files._held.pop(entry).close()
+    recent = cache_entry("mine", "4" * 64)
+    assert not old.exists() and not other.exists()
+    local_files._held.pop(recent).close()
+    assert cache_entry("mine", "5" * 64).is_dir() and recent.is_dir()  # it was used within the hour
+    shutil.rmtree(recent)
+    assert cache_entry("mine", "4" * 64).is_dir()
+
+
+def test_splits_with_their_rows_are_printed(tmp_path, capsys, monkeypatch):
+    place = folder(tmp_path / "mydata", OLD)
+    load_splits(place)
+    assert f"data {place}, split train: 2 rows" in capsys.readouterr().err
+    write_rows(tmp_path / "train.csv", NEW)
+    load_splits("csv", data_files={"train": [str(tmp_path / "train.csv")]})
+    assert f"data csv {tmp_path / 'train.csv'}, split train: 2 rows" in capsys.readouterr().err
+    load_splits(place, streaming=True)
+    assert "split train: a stream, rows not counted" in capsys.readouterr().err
+    load_texts("number-parity")
+    assert "data number-parity, split validation: 500 rows" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    load_splits(place)
+    assert "split train" not in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""The test suite reads and writes no cache of the user's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLACES = "import huggingface_hub.constants as hub; print(hub.HF_HOME, hub.HF_HUB_CACHE, hub.HF_TOKEN_PATH, sep='\\n')"
+
+
+def places():
+    """The cache folders of this process."""
+    import datasets
+    import evaluate
+    import huggingface_hub.constants as hub
+    import torch
+
+    return [
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.HF_MODULES_CACHE,
+        evaluate.config.HF_EVALUATE_CACHE,
+        hub.HF_HOME,
+        hub.HF_HUB_CACHE,
+        hub.HF_TOKEN_PATH,
+        torch.hub.get_dir(),
+    ]
+
+
+@pytest.mark.parametrize("process", ["this", "started"])
+def test_caches_lie_in_the_suites_own_folder(process):
+    found = places()
+    if process == "started":
+        started = subprocess.run([sys.executable, "-c", PLACES], capture_output=True, text=True, check=True)
+        found = started.stdout.split("\n")[:-1]
+        assert len(found) == 3
+    home, own = Path.home().resolve(), Path(os.environ["HF_TFM_TESTS_HOME"]).resolve()
+    for place in found:
+        assert Path(place).resolve().is_relative_to(own), place
+        assert not Path(place).resolve().is_relative_to(home / ".cache"), place
