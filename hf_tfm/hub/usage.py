@@ -114,14 +114,18 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     elif auto_class == "AutoModelForSequenceClassification" and config.get("problem_type") == "regression":
         example = TEXT_NUMBER
     text = f"```python\n{code}{example}\n```"
+    names = (
+        "\n\nWeights are stored under the names of the model's modules; `hf-tfm convert` writes them for a class of "
+        "transformers itself, which needs neither this code nor hf-tfm."
+    )
     if not carried:
-        return text
+        return text + names if ours else text
     return (
         f"The model's code comes with its weights, so transformers is all it needs:\n\n{text}\n\n"
         "Where hf-tfm is installed, `import hf_tfm` takes the place of `trust_remote_code=True`, and the installed "
         "code runs:\n\n"
         f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
-        f"model = {auto_class}.from_pretrained(model_id)\n```"
+        f"model = {auto_class}.from_pretrained(model_id)\n```{names}"
     )
 
 

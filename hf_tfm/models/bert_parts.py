@@ -6,7 +6,6 @@ Shapes: B sequences; T tokens; D = config.hidden_size; V = config.vocab_size.
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -15,20 +14,24 @@ from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
+from .native_names import OwnNamesPreTrainedModel
 
-# Checkpoints name weights as those of transformers' own BERT do, so that either class loads the other's:
-# (name in a file, name in the model), in this order when loading.
+# Files of transformers' own BERT, and of earlier versions of this package: (name in a file, name in the model), in
+# this order when loading. Anchored to a block, so that modules which a subclass adds keep their names.
 NATIVE_NAMES = (
     (r"embeddings\.LayerNorm\.", "embeddings.norm."),
     (r"encoder\.layer\.", "layers."),
-    (r"attention\.self\.query\.", "self_attn.q_proj."),
-    (r"attention\.self\.key\.", "self_attn.k_proj."),
-    (r"attention\.self\.value\.", "self_attn.v_proj."),
-    (r"attention\.output\.dense\.", "self_attn.out_proj."),
-    (r"attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
-    (r"intermediate\.dense\.", "feed_forward.up_proj."),
-    (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
-    (r"(\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
+    (r"(?<=\d\.)attention\.self\.query\.", "self_attn.q_proj."),
+    (r"(?<=\d\.)attention\.self\.key\.", "self_attn.k_proj."),
+    (r"(?<=\d\.)attention\.self\.value\.", "self_attn.v_proj."),
+    (r"(?<=\d\.)attention\.output\.dense\.", "self_attn.out_proj."),
+    (r"(?<=\d\.)attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
+    (r"(?<=\d\.)intermediate\.dense\.", "feed_forward.up_proj."),
+    (r"(layers\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"(layers\.\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
+    # Of the first BERTs, as in google-bert/bert-base-uncased; "(?!)" matches nothing, so it is never written.
+    (r"norm\.gamma", "norm.weight(?!)"),
+    (r"norm\.beta", "norm.bias(?!)"),
 )
 HEAD_NAMES = (
     (r"cls\.predictions\.transform\.dense\.", "lm_head.dense."),
@@ -38,7 +41,7 @@ HEAD_NAMES = (
 NSP_NAMES = ((r"cls\.seq_relationship\.", "nsp_head."),)
 
 
-class TfmBertPreTrainedModel(PreTrainedModel):
+class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmBertConfig

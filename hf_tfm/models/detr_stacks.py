@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.detr.modeling_detr import DetrDecoderOutput
@@ -22,10 +21,11 @@ from .attention import ConfigView, MultiHeadAttention, eager_view, padding_mask,
 from .backbones import TimmFeatures, reset
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_detr import TfmDetrConfig
+from .native_names import OwnNamesPreTrainedModel
 from .positions import LearnedPositions2D
 
-# Checkpoints name weights as those of transformers' own DETR do, so that either class loads the other's:
-# (name in a file, name in the model), in this order when loading.
+# Files of transformers' own DETR, and of earlier versions of this package: (name in a file, name in the model), in
+# this order when loading.
 NATIVE_NAMES = (
     (r"backbone\.conv_encoder\.model\.", "backbone.body."),
     (r"self_attn_layer_norm\.", "self_attn_residual.norm."),
@@ -53,7 +53,7 @@ class ImageFeatures(NamedTuple):
     mask: Tensor | None
 
 
-class TfmDetrPreTrainedModel(PreTrainedModel):
+class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmDetrConfig

@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.conversion_mapping import WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose
@@ -33,12 +33,14 @@ from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cr
 from .dropout import Dropout
 from .generation import GreedyGenerationMixin
 from .linear import Linear
+from .native_names import OwnNamesPreTrainedModel
 
 
 def native_names() -> list:
-    """How weights are called, and shaped, in files of transformers' GPT-2, so that either class loads the other's.
+    """Names and shapes of weights in files of transformers' GPT-2, and of earlier versions of this package.
 
-    There one matrix makes queries, keys and values, and matrices stand the other way round.
+    There one matrix computes queries, keys and values, and matrices are transposed. Patterns are anchored to a block,
+    so that modules which a subclass adds keep their names.
     """
     turned = (
         (r"attn\.c_proj\.weight", "self_attn.out_proj.weight"),
@@ -46,12 +48,12 @@ def native_names() -> list:
         (r"mlp\.c_proj\.weight", "feed_forward.down_proj.weight"),
     )
     renamed = (
-        (r"h\.(\d+)\.", r"layers.\1."),
+        (r"(?<!\w)h\.(\d+)\.", r"layers.\1."),
         (r"attn\.c_proj\.bias", "self_attn.out_proj.bias"),
         (r"mlp\.c_fc\.bias", "feed_forward.up_proj.bias"),
         (r"mlp\.c_proj\.bias", "feed_forward.down_proj.bias"),
-        (r"ln_1\.", "self_attn_residual.norm."),
-        (r"ln_2\.", "feed_forward_residual.norm."),
+        (r"(?<=\d\.)ln_1\.", "self_attn_residual.norm."),
+        (r"(?<=\d\.)ln_2\.", "feed_forward_residual.norm."),
     )
     parts = [f"self_attn.{name}_proj" for name in "qkv"]
     return [
@@ -64,7 +66,7 @@ def native_names() -> list:
     ]
 
 
-class TfmGPTPreTrainedModel(PreTrainedModel):
+class TfmGPTPreTrainedModel(OwnNamesPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmGPTConfig

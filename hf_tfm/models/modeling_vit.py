@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -28,21 +27,21 @@ from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .image_embeddings import TfmViTEmbeddings
-from .native_names import register_native_names
+from .native_names import OwnNamesPreTrainedModel, register_native_names
 from .patches import Size, patch_grid
 
-# Checkpoints name the blocks as those of transformers' own ViT do, so that either class loads the other's weights:
-# (name in a file, name in the model), in this order when loading.
+# Files of transformers' own ViT, and of earlier versions of this package: (name in a file, name in the model), in
+# this order when loading. Anchored to a block, so that modules which a subclass adds keep their names.
 NATIVE_NAMES = (
     (r"encoder\.layer\.", "layers."),
-    (r"attention\.attention\.query\.", "self_attn.q_proj."),
-    (r"attention\.attention\.key\.", "self_attn.k_proj."),
-    (r"attention\.attention\.value\.", "self_attn.v_proj."),
-    (r"attention\.output\.dense\.", "self_attn.out_proj."),
-    (r"intermediate\.dense\.", "feed_forward.up_proj."),
-    (r"(\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
-    (r"layernorm_before\.", "self_attn_residual.norm."),
-    (r"layernorm_after\.", "feed_forward_residual.norm."),
+    (r"(?<=\d\.)attention\.attention\.query\.", "self_attn.q_proj."),
+    (r"(?<=\d\.)attention\.attention\.key\.", "self_attn.k_proj."),
+    (r"(?<=\d\.)attention\.attention\.value\.", "self_attn.v_proj."),
+    (r"(?<=\d\.)attention\.output\.dense\.", "self_attn.out_proj."),
+    (r"(?<=\d\.)intermediate\.dense\.", "feed_forward.up_proj."),
+    (r"(layers\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"(?<=\d\.)layernorm_before\.", "self_attn_residual.norm."),
+    (r"(?<=\d\.)layernorm_after\.", "feed_forward_residual.norm."),
 )
 
 
@@ -57,7 +56,7 @@ def encoder_blocks(config: TfmViTConfig) -> nn.ModuleList:
     return nn.ModuleList(EncoderBlock(config, i, rate) for i, rate in enumerate(drop_path_rates(config)))
 
 
-class TfmViTPreTrainedModel(PreTrainedModel):
+class TfmViTPreTrainedModel(OwnNamesPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmViTConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
@@ -21,10 +21,11 @@ from .blocks import DecoderBlock, EncoderBlock
 from .cache_names import CACHE_NAME, CACHE_NAMES, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .dropout import Dropout
+from .native_names import OwnNamesPreTrainedModel
 from .positions import SinusoidalPositions, positions_1d
 
 
-class TfmTransformerPreTrainedModel(PreTrainedModel):
+class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
     """Weights, loading and saving of the family."""
 
     config: TfmTransformerConfig

@@ -69,7 +69,7 @@ def test_same_outputs_files_and_gradients(head, tmp_path):
         theirs.loss.backward()
         total = [sum(p.grad.square().sum() for p in m.parameters() if p.grad is not None) for m in (own, native)]
         assert total[0] == pytest.approx(total[1].item(), rel=1e-5)
-    own.save_pretrained(tmp_path / "own")
+    own.save_pretrained(tmp_path / "own", save_original_format=True)
     again, report = native_class.from_pretrained(tmp_path / "own", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert difference(again.eval()(**given), theirs) < 1e-6

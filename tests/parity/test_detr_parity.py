@@ -128,7 +128,7 @@ def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path
         inputs = inputs_of(native, padded)
         assert_same(ours(**inputs, output_hidden_states=True), native(**inputs, output_hidden_states=True))
 
-    ours.save_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "ours", save_original_format=True)
     written, read = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "native"))
     read = {name: value for name, value in read.items() if not name.endswith("num_batches_tracked")}
     assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
@@ -169,7 +169,7 @@ def float64():
     ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
 )
 def test_losses_and_gradients_are_the_same(native_class, fields, tmp_path, float64):
-    """Compared by name, as both classes would write them to a file."""
+    """Compared by name, both under the native ones."""
     found = []
     native = native_model(native_class, **fields)
     native.save_pretrained(tmp_path)
@@ -179,7 +179,7 @@ def test_losses_and_gradients_are_the_same(native_class, fields, tmp_path, float
         learned = {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
         for parameter in model.parameters():
             parameter.data = parameter.grad if id(parameter) in learned else torch.zeros_like(parameter)
-        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name, save_original_format=True)
         found.append((output, load_file(tmp_path / name / "model.safetensors")))
     (expected, gradients), (got, own) = found
     assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -211,7 +211,7 @@ def test_heads_and_bases_read_each_others_files(tmp_path):
     ours, info = TfmDetrModel.from_pretrained(tmp_path / "native", output_loading_info=True)
     assert not info["missing_keys"]
     torch.testing.assert_close(ours.eval()(**inputs).last_hidden_state, expected, rtol=0, atol=1e-5)
-    ours.save_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "ours", save_original_format=True)
     back, info = DetrModel.from_pretrained(tmp_path / "ours", config=native.config, output_loading_info=True)
     assert {name.split(".")[-1] for name in info["missing_keys"]} <= {"num_batches_tracked"}
     torch.testing.assert_close(back.eval()(**inputs).last_hidden_state, expected, rtol=0, atol=1e-5)

@@ -47,7 +47,7 @@ def test_same_outputs_files_and_gradients(head, tmp_path):
         theirs.loss.backward()
         total = [sum(p.grad.square().sum() for p in m.parameters() if p.grad is not None) for m in (own, native)]
         assert total[0].item() == pytest.approx(total[1].item(), rel=1e-5)
-    own.save_pretrained(tmp_path / "own")
+    own.save_pretrained(tmp_path / "own", save_original_format=True)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("native", "own"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again, report = type(native).from_pretrained(tmp_path / "own", output_loading_info=True)

@@ -255,11 +255,11 @@ def reread(
     config: PreTrainedConfig,
     changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
-    """The model ``origin`` as another class that reads its file, or the ``changed`` one, in float32."""
+    """The model ``origin`` as another class that reads transformers' names, or the ``changed`` file, in float32."""
     origin._weight_conversions = None  # names of an older file that it was read from would be written again
     with tempfile.TemporaryDirectory() as folder:
         own = other = Path(folder) / "own"
-        origin.save_pretrained(own)
+        origin.save_pretrained(own, save_original_format=True)
         if changed:
             other = Path(folder) / "other"
             other.mkdir()

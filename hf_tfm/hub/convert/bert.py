@@ -1,7 +1,7 @@
-"""TfmBert <-> transformers' BERT: one architecture, one file layout, two configurations.
+"""TfmBert <-> transformers' BERT: one architecture, two sets of names.
 
-Our weights are saved under the names of transformers' own BERT (`NATIVE_NAMES` in bert_parts.py), so each class reads
-the other's file, and what is left to convert is the configuration.
+Our classes read files of transformers' BERT, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
+bert_parts.py), so what is left to convert is the configuration.
 """
 
 from functools import partial

@@ -38,10 +38,10 @@ class Conversion:
         to_theirs: our configuration -> theirs; ValueError names a field that cannot be expressed.
         to_ours: their model -> our configuration; the model, because some of it shows in the weights alone.
         names: our configuration -> {our weight name: their weight name}, all of ours. Several of ours may go to one of
-            theirs, which holds them one below the other (a fused projection). None where either class reads the
-            other's files.
+            theirs, which holds them one below the other (a fused projection). None where our class reads their files,
+            and writes them with ``save_original_format=True``.
         file_to_theirs, file_to_ours: the weights of a file of the one side -> those of the other's, where ``names`` is
-            None and files differ in a few.
+            None and their files differ in a few names.
         prepare: our model -> the same function in the form that they have.
         zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
         computed_in_theirs: weights that only they have, fixed by their class.

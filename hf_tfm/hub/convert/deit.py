@@ -1,8 +1,8 @@
 """TfmViT with a distillation token <-> transformers' DeiT with two classifiers.
 
-The blocks have the same names in files of either (see vit.py). What differs: the first part of every name, the name of
-the class token's classifier, and that DeiT learns a position for the distillation token, of which only the sum with
-the token is ever seen. Ours holds the sum.
+Blocks are read and written under the names of transformers' files, as in vit.py. The differences: the first part of
+every name, the name of the class token's classifier, and that DeiT learns a position for the distillation token, of
+which only the sum with the token is ever seen. Ours holds the sum.
 """
 
 import torch

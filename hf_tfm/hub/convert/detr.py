@@ -1,7 +1,7 @@
-"""TfmDetr <-> transformers' DETR: one architecture, one file layout, two configurations.
+"""TfmDetr <-> transformers' DETR: one architecture, two sets of names.
 
-Our weights are saved under the names of transformers' own DETR (`NATIVE_NAMES` in detr_stacks.py), so each class reads
-the other's file, and what is left to convert is the configuration.
+Our classes read files of transformers' DETR, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
+detr_stacks.py), so what is left to convert is the configuration.
 """
 
 import copy

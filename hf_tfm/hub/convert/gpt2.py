@@ -1,7 +1,7 @@
-"""TfmGPT <-> transformers' GPT-2: one architecture, one file layout, two configurations.
+"""TfmGPT <-> transformers' GPT-2: one architecture, two sets of names and shapes.
 
-Our weights are saved under the names, and in the shapes, of transformers' own GPT-2 (`native_names` in
-modeling_gpt.py), so each class reads the other's file, and what is left to convert is the configuration.
+Our classes read files of transformers' GPT-2, and ``save_original_format=True`` writes them (`native_names` in
+modeling_gpt.py), so what is left to convert is the configuration.
 """
 
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, PreTrainedModel

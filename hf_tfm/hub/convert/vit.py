@@ -1,7 +1,7 @@
-"""TfmViT <-> transformers' ViT: one architecture, one file layout, two configurations.
+"""TfmViT <-> transformers' ViT: one architecture, two sets of names.
 
-Our weights are saved under the names of transformers' own ViT (`NATIVE_NAMES` in modeling_vit.py), so each class reads
-the other's file, and what is left to convert is the configuration and the kind of positions.
+Our classes read files of transformers' ViT, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
+modeling_vit.py), so what is left to convert is the configuration and the kind of positions.
 """
 
 import copy
