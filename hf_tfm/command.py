@@ -169,15 +169,19 @@ def describe(error: BaseException, words: Sequence[str] = (), code_option: bool 
     """
     while type(error).__name__ in WRAPPERS and error.__cause__ is not None:
         error = error.__cause__
-    text, place = reworded(error, code_option), place_of(error)
-    if place and not holds(text, place):
-        text = f"{place}: {text}"
+    text = cause(error, code_option)
     if (argument := argument_of(text, words)) and not re.search(rf"\b{re.escape(argument)}\b", text):
         text = f"{argument}: {text}"
-    text = text.replace("\n", " ")
     if is_expected(error):
         return text
     return f"unexpected {type(error).__name__}: {text}; run again with {DEBUG_OPTION} for the trace, and report it"
+
+
+def cause(error: BaseException, code_option: bool = False) -> str:
+    """The message of an exception in one line, with the file that a library read when it failed."""
+    text, place = reworded(error, code_option), place_of(error)
+    text = text.replace("\n", " ")
+    return f"{place}: {text}" if place and not holds(text, place) else text
 
 
 def is_expected(error: BaseException) -> bool:
@@ -203,7 +207,7 @@ def raised_by_us(error: BaseException) -> bool:
     )
 
 
-def reworded(error: BaseException, code_option: bool) -> str:
+def reworded(error: BaseException, code_option: bool = False) -> str:
     """The message of an exception in one line, without advice that the command cannot take."""
     message = str(error).strip()
     if message and raised_by_us(error):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from .cli import run
 from .evaluation import load_seq2seq
+from .hub.loading import load_image_processor
 from .viz.attention import attention_maps, plot_alignment
 from .viz.image_maps import image_attention_maps, plot_image_attention
-from .viz.images import load_autoencoder, load_encoder, load_processor, read_image
+from .viz.images import load_autoencoder, load_encoder, read_image
 from .viz.reconstruction import plot_reconstructions, reconstruct_images
 from .viz.text_attention import load_text_model, plot_beside, text_attention_maps
 
@@ -86,9 +87,9 @@ def quickstart(output_dir: str) -> None:
     found["from scratch"] = train("image_classification_train", scratch)
     digits = [read_image(image) for image in DIGITS]
     autoencoder = load_autoencoder(str(mae))
-    rebuilt = reconstruct_images(autoencoder, load_processor(str(mae)), digits)
+    rebuilt = reconstruct_images(autoencoder, load_image_processor(str(mae)), digits)
     pictures.append(plot_reconstructions(autoencoder, rebuilt, mae / "reconstruction.png"))
-    maps = image_attention_maps(load_encoder(str(tuned)), load_processor(str(tuned)), digits[0])
+    maps = image_attention_maps(load_encoder(str(tuned)), load_image_processor(str(tuned)), digits[0])
     pictures += plot_image_attention(maps, tuned / "attention")
 
     print("\na detector learns sixteen scenes of digits by heart:")

@@ -17,6 +17,7 @@ def show_attention(
     output_dir: str = "attention",
     layers: list[int] | None = None,
     heads: list[int] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Draw where a model looks, per layer and head: an image model on an image, any other on a text.
 
@@ -31,7 +32,9 @@ def show_attention(
         output_dir: folder for the pictures.
         layers: numbers of the layers to draw; default, all.
         heads: numbers of the heads to draw; default, all.
+        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
+    from .hub.loading import load_image_processor
     from .viz import attention, image_maps, images, text_attention
 
     if (image is None) == (text is None):
@@ -41,13 +44,14 @@ def show_attention(
             raise ValueError(f'{name} is for a text, and here is an image; got "{value}"')
     if text is not None and query is not None:
         raise ValueError(f'query is for an image, and here is a text; got "{query}"')
-    if text is not None and not text_attention.reads_pairs(model):
+    if text is not None and not text_attention.reads_pairs(model, trust_remote_code):
         if target is not None:
             raise ValueError(f'target is for a translation model, and "{model}" is none; got "{target}"')
-        found = [
-            text_attention.text_attention_maps(*text_attention.load_text_model(name), text, pair)
-            for name in filter(None, (beside, model))
-        ]
+        found = []
+        for argument, name in {"beside": beside, "model": model}.items():
+            if name is not None:
+                loaded = text_attention.load_text_model(name, trust_remote_code, argument)
+                found.append(text_attention.text_attention_maps(*loaded, text, pair))
         draw = text_attention.plot_beside if beside else text_attention.plot_text_attention
         paths = [draw(*found, Path(output_dir) / "text.png", layers, heads)]
     elif text is not None:
@@ -55,10 +59,11 @@ def show_attention(
 
         if pair is not None or beside is not None:
             raise ValueError(f'pair and beside are for an encoder or a decoder, and "{model}" is both')
-        maps = attention.attention_maps(*load_seq2seq(model), text, target)
+        maps = attention.attention_maps(*load_seq2seq(model, trust_remote_code=trust_remote_code), text, target)
         paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
     else:
-        read, loaded, processor = images.read_image(image), images.load_encoder(model), images.load_processor(model)
+        read, loaded = images.read_image(image), images.load_encoder(model, trust_remote_code)
+        processor = load_image_processor(model, trust_remote_code=trust_remote_code)
         maps = image_maps.image_attention_maps(loaded, processor, read, query)
         paths = image_maps.plot_image_attention(maps, output_dir, layers=layers, heads=heads)
     for path in paths:
@@ -66,7 +71,12 @@ def show_attention(
 
 
 def show_reconstruction(
-    model: str, images: list[str], mask_ratio: float | None = None, seed: int = 0, output: str = "reconstruction.png"
+    model: str,
+    images: list[str],
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    output: str = "reconstruction.png",
+    trust_remote_code: bool = False,
 ) -> None:
     """Draw images as a masked autoencoder reconstructs them: original, masked, reconstructed, a row for each.
 
@@ -76,17 +86,24 @@ def show_reconstruction(
         mask_ratio: share of patches hidden; default, the model's.
         seed: of which patches are hidden.
         output: PNG file.
+        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
-    from .viz.images import load_autoencoder, load_processor, read_image
+    from .hub.loading import load_image_processor
+    from .viz.images import load_autoencoder, read_image
     from .viz.reconstruction import plot_reconstructions, reconstruct_images
 
-    read, loaded = [read_image(image) for image in images], load_autoencoder(model)
-    found = reconstruct_images(loaded, load_processor(model), read, mask_ratio, seed)
+    read, loaded = [read_image(image) for image in images], load_autoencoder(model, trust_remote_code)
+    processor = load_image_processor(model, trust_remote_code=trust_remote_code)
+    found = reconstruct_images(loaded, processor, read, mask_ratio, seed)
     print(plot_reconstructions(loaded, found, output))
 
 
 def show_detections(
-    model: str, images: list[str], threshold: float | None = None, output: str = "detections.png"
+    model: str,
+    images: list[str],
+    threshold: float | None = None,
+    output: str = "detections.png",
+    trust_remote_code: bool = False,
 ) -> None:
     """Draw what a detector finds in images: boxes with class and score, or segments where it has masks.
 
@@ -95,13 +112,14 @@ def show_detections(
         images: files, or dataset:split:index.
         threshold: the least score; default, 0.7 for boxes and 0.85 for segments.
         output: PNG file.
+        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
     from .evaluation.detectors import load_detector
     from .viz.detections import detect, plot_detections
     from .viz.images import read_image
 
     read = [read_image(image) for image in images]
-    loaded, processor = load_detector(model)
+    loaded, processor = load_detector(model, trust_remote_code=trust_remote_code)
     print(plot_detections([detect(loaded, processor, image, threshold) for image in read], output))
 
 
@@ -116,6 +134,7 @@ def show_queries(
     threshold: float = 0.7,
     queries: list[int] | None = None,
     output: str = "queries.png",
+    trust_remote_code: bool = False,
 ) -> None:
     """Draw what a DETR's object queries do: where they look in an image, or where they put boxes in a data set.
 
@@ -130,6 +149,7 @@ def show_queries(
         threshold: the least score of a query that is drawn over an image.
         queries: numbers of those drawn of a data set; default, the first 20.
         output: PNG file.
+        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
     from .evaluation.detectors import load_detector
     from .evaluation.reading import first, read_split
@@ -140,22 +160,30 @@ def show_queries(
         raise ValueError("queries are drawn over an IMAGE, or of a --dataset: give one of them")
     if image is not None:
         read = read_image(image)
-        print(pictures.plot_queries(pictures.query_maps(*load_detector(model), read, threshold), output))
+        print(
+            pictures.plot_queries(
+                pictures.query_maps(*load_detector(model, trust_remote_code=trust_remote_code), read, threshold),
+                output,
+            )
+        )
         return
     rows = first(read_split(dataset, split, dataset_name, None, None, image_column, labelled=False), max_samples)
-    boxes = pictures.query_boxes(*load_detector(model), pictures.read_images(rows))
+    boxes = pictures.query_boxes(
+        *load_detector(model, trust_remote_code=trust_remote_code), pictures.read_images(rows)
+    )
     title = f"{Path(model).name}: {Path(dataset).name}, {split}"
     print(pictures.plot_query_slots(boxes, output, title, queries))
 
 
-def show_positions(model: str, output: str = "positions.png") -> None:
+def show_positions(model: str, output: str = "positions.png", trust_remote_code: bool = False) -> None:
     """Draw how alike the position embeddings of an image model are, each patch's against all.
 
     Args:
         model: folder or Hub id.
         output: PNG file.
+        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
     from .viz.images import load_encoder
     from .viz.positions import plot_positions
 
-    print(plot_positions(load_encoder(model), output))
+    print(plot_positions(load_encoder(model, trust_remote_code), output))

@@ -134,7 +134,7 @@ def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
 
     def as_read(source: str) -> BaseImageProcessor:
         try:
-            scale = Scale(AutoImageProcessor.from_pretrained(source))
+            scale = Scale(AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
         except OSError as error:
             raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
         mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     learned = join_texts(args, texts)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
     if args.init_from:
-        check_tokenizers(AutoTokenizer.from_pretrained(args.init_from), tokenizer)
+        check_tokenizers(AutoTokenizer.from_pretrained(args.init_from, trust_remote_code=False), tokenizer)
     tokenizer.model_max_length = args.max_length
     student = build_model(args, tokenizer, teacher_words(args))  # as many logits as the teacher's
     begin_with_layers(args, student)

@@ -76,7 +76,7 @@ def distil(args: DistillTaskArguments, argv: Sequence[str], accelerator: Acceler
     data = texts.described(args)
     tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
     if args.init_from:
-        check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from)), tokenizer)
+        check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from, trust_remote_code=False)), tokenizer)
     student = build_classifier(args, tokenizer, texts.labels, teacher_words(args))
     begin_with_layers(args, student)
 

@@ -122,7 +122,7 @@ def describe_data(args: TranslationArguments, pairs: dict) -> dict:
 def load_tokenizer(args: TranslationArguments, pairs: dict):
     """The tokenizer that is named, or one trained on the data."""
     if ready := args.tokenizer or args.init_from:
-        return AutoTokenizer.from_pretrained(ready)
+        return AutoTokenizer.from_pretrained(ready, trust_remote_code=False)
     return text.train_tokenizer(text.sentences(pairs[args.train_split]), args.vocab_size, args.lowercase)
 
 
@@ -132,7 +132,8 @@ def build_model(args: TranslationArguments, tokenizer):
     if args.init_from:
         model = translation.load_translator(args.init_from, tokenizer)
     else:
-        model = AutoModelForSeq2SeqLM.from_config(translation.build_config(args.size, args.model, tokenizer))
+        config = translation.build_config(args.size, args.model, tokenizer)
+        model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
     translation.check_positions(model.config, args.max_length)
     if model.config.position_embedding_type == "learned":
         tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are cut

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
 
+from ..hub.loading import load_config
 from ..tasks.masked_image import MASKED_AUTOENCODERS
 from ..training.run import require_model
 from .classification import evaluate_classification
@@ -61,9 +62,10 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     """
     kind = "classifiers of GLUE's tasks"
     if "tasks" not in options:
-        where = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-        require_model("model", model, options.get("revision"))
-        kind = kind_of(AutoConfig.from_pretrained(model, **where), model)
+        revision, trust_remote_code = options.get("revision"), options.get("trust_remote_code", False)
+        require_model("model", model, revision)
+        config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        kind = kind_of(config, model)
     takes = {name: set(inspect.signature(function).parameters) for name, function in KINDS.items()}
     for option in options:
         if option not in takes[kind]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForObjectDetection,
     AutoModelForUniversalSegmentation,
     BaseImageProcessor,
@@ -21,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from ..data.images import IMAGE, BadImage
 from ..data.scenes import read_scene
+from ..hub.loading import load_config
 from ..tasks.images import Batch
 from ..tasks.images import describe as name_bad
 from ..tasks.scenes import SceneTask
@@ -60,7 +60,7 @@ def load_detector(
         ValueError: the model is of another kind, or see `load_with_processor`.
     """
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(model, **where)
+    config = load_config(model, **where)
     if not is_detector(config):
         saved = ", ".join(config.architectures or ()) or "no class"
         raise ValueError(f'"{model}" is a {config.model_type} model saved as {saved}, and no detector')

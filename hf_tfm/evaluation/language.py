@@ -5,10 +5,8 @@ from typing import Any, Literal
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 
@@ -16,6 +14,7 @@ from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.language import sequence_lengths, text_rows, token_sequences
 from ..data.source import load_splits, take_split
 from ..data.text import fingerprint
+from ..hub.loading import load_config, load_model, load_tokenizer
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary, score
 from .reading import first, one_process
 from .results import check_options, describe, write
@@ -80,10 +79,10 @@ def evaluate_language(
     rows = first(text_rows(take_split(splits, split, "split"), text_column), max_samples)
     accelerator = one_process()
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    causal = is_causal(AutoConfig.from_pretrained(model, **where))
-    tokenizer = AutoTokenizer.from_pretrained(model, **where)
+    causal = is_causal(load_config(model, **where))
+    tokenizer = load_tokenizer(model, **where)
     auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    loaded = auto_class.from_pretrained(model, dtype=torch.float32, **where).to(accelerator.device).eval()
+    loaded = load_model(auto_class, model, **where).to(accelerator.device)
     if causal and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding counts for nothing
     length = max_length or min(loaded.config.max_position_embeddings, tokenizer.model_max_length)

@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling, SizeDict
 
 from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler
 from ..data.images import WatchedLoader, image_rows
 from ..data.source import load_splits, take_split
+from ..hub.loading import load_image_processor, load_model
 from ..tasks.images import ImageTask, Pixels
 from ..tasks.scenes import SceneTask
 
@@ -42,17 +43,10 @@ def load_with_processor(
         ValueError: some weights or the processor were not saved, or images have other channels than RGB.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # Weights may be stored in half precision; `precision` alone says what is computed in it.
-    loaded, report = auto_class.from_pretrained(model, output_loading_info=True, dtype=torch.float32, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f'"{model}" has no weights for {", ".join(missing[:3])}: its scores would be those of chance')
+    loaded = load_model(auto_class, model, **options)
     if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
         raise ValueError(f'num_channels of "{model}" must be 3, as images are read as RGB, got {channels}')
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, **options)
-    except OSError as error:
-        raise ValueError(f'"{model}" has no image processor (preprocessor_config.json): save it there too') from error
-    return loaded.eval(), processor
+    return loaded, load_image_processor(model, **options)
 
 
 class WholeProcessor:

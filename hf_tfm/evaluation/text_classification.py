@@ -11,7 +11,7 @@ from datasets import ClassLabel, Value
 from scipy.special import softmax
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import glue
 from ..data.batching import StepLoader
@@ -26,6 +26,7 @@ from ..data.labelled_texts import (
 )
 from ..data.source import take_split
 from ..data.text import fingerprint
+from ..hub.loading import check_vocabulary, load_model, load_tokenizer
 from ..metrics.glue import check_metrics
 from ..tasks.text_classification import IGNORE_LABEL, Predictions, TextClassificationTask, input_names, predict, score
 from .classification import class_names, match_classes
@@ -208,17 +209,14 @@ def load_text_classifier(
         ValueError: some weights were not saved.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    loaded, report = AutoModelForSequenceClassification.from_pretrained(
-        model, output_loading_info=True, dtype=torch.float32, **options
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f'"{model}" has no weights for {", ".join(missing[:3])}: its scores would be those of chance')
+    tokenizer = load_tokenizer(model, **options)
+    loaded = load_model(AutoModelForSequenceClassification, model, **options)
+    check_vocabulary(model, loaded.config, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id  # by which GPT-2 finds where a text ends
-    return loaded.to(one_process().device).eval(), tokenizer
+    return loaded.to(one_process().device), tokenizer
 
 
 def default_metrics(names: Sequence[str]) -> Sequence[str]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM
 
 from ..data import text
+from ..hub.loading import check_vocabulary, load_model, load_tokenizer
 from ..tasks.translation import check_metrics, score, translate
 from .results import check_options, describe, write
 
@@ -15,9 +16,10 @@ from .results import check_options, describe, write
 def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: bool = False):
     """Model and tokenizer of a folder or a Hub id, on the best device there is."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32, **options)
-    return loaded.to(PartialState().device).eval(), tokenizer
+    tokenizer = load_tokenizer(model, **options)
+    loaded = load_model(AutoModelForSeq2SeqLM, model, **options)
+    check_vocabulary(model, loaded.config, tokenizer)
+    return loaded.to(PartialState().device), tokenizer
 
 
 def evaluate_translation(

@@ -140,7 +140,7 @@ def load_translator(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     Raises:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
     """
-    model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+    model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     if model.config.model_type != TfmTransformerConfig.model_type:
         raise ValueError(
             f'init_from "{name}" is a {model.config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '

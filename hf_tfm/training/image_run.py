@@ -162,7 +162,7 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
     Raises:
         ValueError: its weights, beside those of `HEADS`, do not fit the configuration; or the patch the image.
     """
-    labels, earlier = label_fields(names), AutoConfig.from_pretrained(source)
+    labels, earlier = label_fields(names), AutoConfig.from_pretrained(source, trust_remote_code=False)
     model, report = TfmViTForImageClassification.from_pretrained(
         source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **fields
     )
@@ -214,7 +214,7 @@ def as_read(source: str) -> BaseImageProcessor:
         ValueError: it has no image processor, or its images have no fixed size.
     """
     try:
-        found = AutoImageProcessor.from_pretrained(source)
+        found = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
     if data := getattr(found, "data_config", None):  # timm's
@@ -254,7 +254,7 @@ def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, .
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     if args.init_from and not (args.mean and args.std):
         try:
-            earlier = AutoImageProcessor.from_pretrained(args.init_from)
+            earlier = AutoImageProcessor.from_pretrained(args.init_from, trust_remote_code=False)
         except OSError as error:
             raise ValueError(f"init_from {args.init_from} has no image processor: give mean and std") from error
         mean, std = tuple(earlier.image_mean), tuple(earlier.image_std)

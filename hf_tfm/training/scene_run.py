@@ -132,7 +132,7 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     Raises:
         ValueError: weights that do not depend on the data do not fit.
     """
-    saved = AutoConfig.from_pretrained(args.init_from)
+    saved = AutoConfig.from_pretrained(args.init_from, trust_remote_code=False)
     earlier, auxiliary = saved.id2label, {"auxiliary_loss": True} if saved.model_type == "detr" else {}
     chosen = {**auxiliary, **fields, **args.model}
     queries = chosen.pop("num_queries", saved.num_queries)

@@ -63,7 +63,7 @@ def classifier_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
     if ready := args.tokenizer or args.init_from:
-        return complete(AutoTokenizer.from_pretrained(ready))
+        return complete(AutoTokenizer.from_pretrained(ready, trust_remote_code=False))
     _, learn = ARCHITECTURES[args.architecture]
     return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
 
@@ -124,7 +124,7 @@ def build_classifier(
         config = new_config(
             config_class, args, vocab_size=max(vocab_size, len(tokenizer)), **tokens, **class_fields(labels)
         )
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     if args.language_weight and model.config.model_type not in DECODERS:
         raise ValueError(
             f"language_weight is for {', '.join(DECODERS)}: a {model.config.model_type} model sees all tokens"
@@ -153,7 +153,7 @@ def load_classifier(
     Raises:
         ValueError: a field is unknown, or the model lacks weights below its classifier.
     """
-    earlier = AutoConfig.from_pretrained(name)
+    earlier = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
         raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
     if getattr(earlier, "pooler", None) == "none":  # a DistilBERT, whose classifier has a layer with ReLU below it
@@ -161,6 +161,7 @@ def load_classifier(
     model, report = AutoModelForSequenceClassification.from_pretrained(
         name,
         dtype=torch.float32,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **class_fields(labels),

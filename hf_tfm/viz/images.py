@@ -16,8 +16,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
@@ -26,6 +24,7 @@ from transformers import (
 )
 
 from ..data.source import load_splits, take_split
+from ..hub.loading import load_config, load_model
 from ..models.patches import patch_grid
 from ..tasks.masked_image import MASKED_AUTOENCODERS
 
@@ -49,54 +48,34 @@ def require_image_model(config: PreTrainedConfig, model: str) -> None:
         )
 
 
-def load_encoder(model: str) -> PreTrainedModel:
+def load_encoder(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """An image model of a folder or a Hub id: with its classifier or decoder if it has one.
 
     Raises:
         ValueError: it is no model of image patches.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     require_image_model(config, model)
     heads = {"ForImageClassification": AutoModelForImageClassification, "ForPreTraining": AutoModelForPreTraining}
     saved = "".join(config.architectures or ())
     auto = next((auto for head, auto in heads.items() if saved.endswith(head)), AutoModel)
-    return auto.from_pretrained(model).eval()
+    # A pooler, which pretraining leaves out, is not looked at.
+    return load_model(auto, model, trust_remote_code=trust_remote_code, may_lack=lambda name: "pooler." in name)
 
 
-def load_autoencoder(model: str) -> PreTrainedModel:
+def load_autoencoder(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A masked autoencoder with its decoder, ours or transformers'.
 
     Raises:
         ValueError: it is another kind of model, or its decoder was not saved.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     if config.model_type not in MASKED_AUTOENCODERS:
         raise ValueError(
             f'"{model}" is a {config.model_type} model: reconstructions are for masked autoencoders, '
             f"{' and '.join(MASKED_AUTOENCODERS)}"
         )
-    loaded, report = AutoModelForPreTraining.from_pretrained(model, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f'"{model}" has no weights for {missing[0]} and {len(missing) - 1} more: it is an encoder alone'
-        )
-    return loaded.eval()
-
-
-def load_processor(model: str):
-    """The image processor saved with a model.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(
-            f'"{model}" has no image processor (preprocessor_config.json), so size, mean and deviation of its images '
-            "are not known: save the one it was trained with beside the weights, such as "
-            f'ViTImageProcessor(size=..., image_mean=..., image_std=...).save_pretrained("{model}")'
-        ) from error
+    return load_model(AutoModelForPreTraining, model, trust_remote_code=trust_remote_code)
 
 
 def read_image(where: str) -> NamedImage:

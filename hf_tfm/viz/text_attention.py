@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from .attention import forming_maps, pick, stack
 from .grid import Grid
 from .tokens import token_labels
@@ -37,21 +38,36 @@ class TextAttentionMaps:
     maps: np.ndarray
 
 
-def reads_pairs(model: str) -> bool:
+def reads_pairs(model: str, trust_remote_code: bool = False) -> bool:
     """Whether the model of a folder or Hub id reads one text and writes another.
 
     Raises:
         ValueError: it reads no texts.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     if not getattr(config, "vocab_size", None):
         raise ValueError(f'"{model}" is a {config.model_type} model, and a text is for a model of texts')
     return bool(config.is_encoder_decoder)
 
 
-def load_text_model(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The encoder or decoder of a folder or Hub id, without a head, and its tokenizer."""
-    return AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+def load_text_model(
+    model: str, trust_remote_code: bool = False, argument: str = "model"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder or decoder of a folder or Hub id, without a head, and its tokenizer.
+
+    Args:
+        trust_remote_code: run the code that it brings.
+        argument: name of the caller's argument, for errors.
+
+    Raises:
+        LoadingError: weights are missing, or files cannot be read.
+    """
+    options = {"argument": argument, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(model, **options)
+    # A pooler, which pretraining leaves out, is not looked at.
+    loaded = load_model(AutoModel, model, may_lack=lambda name: "pooler." in name, **options)
+    check_vocabulary(model, loaded.config, tokenizer, argument)
+    return loaded, tokenizer
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from PIL import Image
 
 from hf_tfm import TfmMAEModel
 from hf_tfm.data.digits import digits
+from hf_tfm.hub.loading import load_image_processor
 from hf_tfm.viz import read_image
-from hf_tfm.viz.images import enlarge, load_autoencoder, load_encoder, load_processor, pixels, visible
+from hf_tfm.viz.images import enlarge, load_autoencoder, load_encoder, pixels, visible
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,13 @@ def test_a_saved_model_is_loaded_whole(name, tmp_path):
 def test_an_encoder_is_no_autoencoder(tmp_path):
     image_model("mae").vit.save_pretrained(tmp_path)
     assert isinstance(load_encoder(str(tmp_path)), TfmMAEModel)
-    with pytest.raises(ValueError, match=r"has no weights for decoder.* it is an encoder alone"):
+    with pytest.raises(ValueError, match=r"has no weights for decoder"):
         load_autoencoder(str(tmp_path))
 
 
 def test_a_model_without_processor_is_told_of(tmp_path):
     image_model("vit").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no image processor .*save_pretrained"):
-        load_processor(str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no image processor"):
+        load_image_processor(str(tmp_path))
     image_processor().save_pretrained(tmp_path)
-    assert load_processor(str(tmp_path)).image_mean == image_processor().image_mean
+    assert load_image_processor(str(tmp_path)).image_mean == image_processor().image_mean

@@ -6,7 +6,8 @@ source folder -> configuration and weights under the other names -> saved, loade
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...command import cause, raised_by_us
+from ..loading import UNCLEAR, check_config_file, check_size, others, read_json
 from .authors_files import unpack
 from .bert import BERT, whole_head
 from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
@@ -43,6 +46,12 @@ CONVERSIONS = (
 )
 OURS = "tfm"
 TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
+# Loading info of transformers in words.
+PROBLEMS = {
+    "missing_keys": "it lacks the weight",
+    "unexpected_keys": "the class has no weight",
+    "mismatched_keys": "config.json asks for another shape (name, saved, expected) of",
+}
 # Of a model without a representation layer, which its configuration does not tell.
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 
@@ -82,7 +91,10 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
     # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
     nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
-    with tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary,
+        explained_source(source, Path(temporary), output_dir),
+    ):
         work = Path(temporary) / "model"
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
         folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
@@ -117,6 +129,23 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     return certificate
 
 
+@contextmanager
+def explained_source(source: str | Path, temporary: Path, output_dir: Path) -> Iterator[None]:
+    """Turn errors of libraries into a ValueError that names the source, and no path that is deleted afterwards."""
+    try:
+        yield
+    except Exception as error:
+        text = cause(error)
+        for path, name in ((temporary / "source", source), (temporary / "model", output_dir), (temporary, output_dir)):
+            text = text.replace(str(path), str(name))
+        own = isinstance(error, (ValueError, OSError)) and raised_by_us(error)
+        if own and str(temporary) not in str(error):
+            raise
+        if isinstance(error, UNCLEAR):
+            text = f"its files cannot be read ({type(error).__name__}: {text})"
+        raise ValueError(text if own else f'model "{source}": {text}') from error
+
+
 def local_folder(source: str | Path, revision: str | None) -> Path:
     """The folder of a saved model, downloaded where ``source`` is an id on the Hub."""
     if Path(source).is_dir():
@@ -125,7 +154,7 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, ignore_patterns=ignored))
     except HFValidationError as error:
-        raise ValueError(f"source {source} is neither a folder nor an id on the Hub") from error
+        raise ValueError(f'model "{source}" is neither a local folder nor a model on the Hub') from error
 
 
 def find_conversion(folder: Path, to: str) -> Conversion:
@@ -134,8 +163,9 @@ def find_conversion(folder: Path, to: str) -> Conversion:
         raise ValueError(f'to must be one of {", ".join(TARGETS)}, got "{to}"')
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"source {folder} is not a saved model: it has no config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f'model "{folder}" is not a saved model: it has no config.json')
+    check_config_file(path)
+    config = read_json(path)
     # A folder of timm names no type, but one of its architectures.
     model_type = config.get("model_type", "timm" if "architecture" in config else None)
     class_name = whole_head(folder, (config.get("architectures") or [None])[0])
@@ -187,14 +217,20 @@ def load_whole(
         may_hold: weights that the file may hold and the class has no use for.
         options: of `from_pretrained`.
     """
-    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    if "config" not in options:
+        check_size(model_class, model_class.config_class.from_pretrained(folder))
+    # Shapes that differ are reported below, by name.
+    report_all = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, **report_all, **options)
     if set(report["missing_keys"]) == POOLER:
         return load_whole(model_class, folder, may_lack, may_hold, add_pooling_layer=False, **options)
     report["missing_keys"] = set(report["missing_keys"]) - set(may_lack)
     report["unexpected_keys"] = set(report["unexpected_keys"]) - set(may_hold)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(problem):
-            raise ValueError(f"{folder} is not a whole {model_class.__name__}: {problem} {sorted(report[problem])}")
+    for problem, said in PROBLEMS.items():
+        if found := sorted(report.get(problem) or ()):
+            raise ValueError(
+                f'model "{folder}" is not a whole {model_class.__name__}: {said} {found[0]}{others(found)}'
+            )
     return model
 
 

@@ -7,7 +7,10 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from ...command import reworded
+from ..loading import read_json
 from . import detr_authors, mae_authors
 from .weight_files import WEIGHTS
 
@@ -29,9 +32,13 @@ def unpack(path: Path, folder: Path) -> Path:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a file of weights alone: {error}") from error
+    except (UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of weights alone: {reworded(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} must hold a mapping of weights, got a {type(checkpoint).__name__}")
     weights, arguments = checkpoint.get("model", checkpoint), checkpoint.get("args")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} must hold weights by name, got a {type(weights).__name__} with other values")
     mae, detr = mae_authors.is_authors_mae(weights), detr_authors.is_authors_detr(weights)
     if not mae and not detr:
         raise ValueError(
@@ -39,7 +46,7 @@ def unpack(path: Path, folder: Path) -> Path:
         )
     told = path.parent / "config.json"
     if told.is_file():
-        config = json.loads(told.read_text(encoding="utf-8"))
+        config = read_json(told)
     elif detr:
         config = detr_authors.guessed_config(weights, arguments, path)
     else:

@@ -136,7 +136,7 @@ def whole_head(folder: Path, class_name: str | None) -> str | None:
 def carry_vocabulary(source: Path, target: Path, to_ours: bool) -> None:
     """Write the tokenizer of a folder that holds no more than vocab.txt; of our model type none would be guessed."""
     if to_ours and (source / "vocab.txt").is_file() and not (source / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
 
 
 BERT = tuple(

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoTokenizer
+from transformers import CONFIG_MAPPING
 
 from ..card import write_card
+from ..loading import load_tokenizer, read_json
 from ..results import HISTORY, RESULTS, RunRecord
 
 # What a tokenizer is saved as, byte-pair and SentencePiece alike.
@@ -27,11 +28,38 @@ TOKENIZER_FILES = (
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
+# Fields of JSON files by which transformers finds code that a folder brings.
+CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match, byte for byte."""
+    """Copy the files that match, byte for byte but for references to code, which is not copied.
+
+    Raises:
+        ValueError: a file is a symbolic link that leads out of the folder, or a damaged JSON file.
+    """
     for pattern in patterns:
         for path in source.glob(pattern):
-            shutil.copyfile(path, target / path.name)
+            # A snapshot of the Hub's cache is made of links to its own blobs.
+            if path.is_symlink() and not is_cached(source) and not inside(path, source):
+                raise ValueError(f"{path} is a link that leads out of the folder: it is not copied")
+            content = read_json(path) if path.suffix == ".json" else None
+            if isinstance(content, dict) and not content.keys().isdisjoint(CODE_FIELDS):
+                kept = {name: value for name, value in content.items() if name not in CODE_FIELDS}
+                text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+                (target / path.name).write_text(text, encoding="utf-8")
+            else:
+                shutil.copyfile(path, target / path.name)
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, after all links."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the Hub's cache."""
+    return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
 def copy_record(source: Path, target: Path, name: str) -> None:
@@ -44,7 +72,7 @@ def copy_record(source: Path, target: Path, name: str) -> None:
     for file in (RESULTS, HISTORY):
         if (source / file).is_file():
             shutil.copyfile(source / file, target / file)
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = read_json(target / "config.json")
     if config.get("model_type") in CONFIG_MAPPING:
         write_card(target, RunRecord.load(source), model_id=name)
 
@@ -57,7 +85,7 @@ def same_tokenizer(source: Path, target: Path) -> bool | None:
     """
     if not (source / "tokenizer_config.json").is_file():
         return None
-    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
+    before, after = load_tokenizer(source, "model", None, None), load_tokenizer(target, "output_dir", None, None)
     if type(before) is not type(after) or before.get_vocab() != after.get_vocab():
         raise ValueError(
             f"the tokenizer of {source} is a {type(before).__name__}, but beside the converted model it loads as a "

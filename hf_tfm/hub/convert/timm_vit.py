@@ -18,9 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ...command import reworded
 from ...models import TfmViTConfig, TfmViTForImageClassification
 from ...models.configuration_vit import SIZES, ImageEncoderConfig
 from ...models.patches import sides
+from ..loading import read_json
 from .conversion import Conversion, refuse, require_fixed
 from .vit import with_learned_positions
 from .weight_files import WEIGHTS
@@ -197,7 +199,7 @@ def read(folder: Path) -> nn.Module:
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder} is not a whole model of timm: {error}") from error
+        raise ValueError(f'model "{folder}" is not a whole model of timm: {reworded(error)}') from error
 
 
 def write(model: VisionTransformer, folder: Path) -> None:
@@ -214,10 +216,10 @@ def carry_processor(source: Path, target: Path, to_ours: bool) -> None:
     Warns where transformers' processor cannot express what timm's configuration says; then no file is written.
     """
     path = (source if to_ours else target) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     said = (source / PROCESSOR).is_file()
     if not to_ours and said:
-        processor = json.loads((source / PROCESSOR).read_text(encoding="utf-8"))
+        processor = read_json(source / PROCESSOR)
         config["pretrained_cfg"].update(to_data_config(processor))
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # In files older than timm 0.9 the settings stand at the top.

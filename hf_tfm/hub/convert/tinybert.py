@@ -7,7 +7,6 @@ something else. Their program reads ``pytorch_model.bin``, a pickle; what is wri
 ``model.safetensors``.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining, BertForSequenceClassification, BertTokenizer
 
 from ...models import TfmBertConfig, TfmBertForPreTraining, TfmBertForSequenceClassification
+from ..loading import read_json
 from .bert import BERT, from_bert, to_bert
 from .conversion import require_fixed
 from .weight_files import PICKLE, WEIGHTS, weight_names
@@ -63,7 +63,7 @@ def is_authors_tinybert(folder: Path) -> bool:
     """Whether ``folder`` holds a student as their program saves it, or as the Hub has it."""
     if not (folder / "config.json").is_file():
         return False
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     if config.get("model_type", "bert") != "bert" or config.get("architectures"):
         return False
     return f"{PREFIX}weight" in weight_names(folder)
@@ -73,7 +73,9 @@ def unpack_tinybert(source: Path, folder: Path) -> Path:
     """Write the folder ``source`` of theirs as one with safetensors, a whole config.json, and a tokenizer."""
     path = source / WEIGHTS
     weights = load_file(path) if path.is_file() else torch.load(source / PICKLE, map_location="cpu", weights_only=True)
-    told = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{source / PICKLE} must hold weights by name, got a {type(weights).__name__}")
+    told = read_json(source / "config.json")
     if "classifier.weight" in weights:
         told |= {"num_labels": len(weights["classifier.weight"])}
     config = TinyBertConfig(**{name: value for name, value in told.items() if name != "model_type"})
@@ -120,7 +122,7 @@ def carry_projection(source: Path, target: Path, to_ours: bool) -> None:
     if (source / PROJECTION).is_file():
         save_weights({**load_file(target / WEIGHTS), **load_file(source / PROJECTION)}, target / WEIGHTS)
     if (source / "tokenizer_config.json").is_file():
-        words = AutoTokenizer.from_pretrained(source).get_vocab()
+        words = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab()
         (target / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(words, key=words.get)), "utf-8")
 
 

@@ -1,11 +1,12 @@
 """What is in the weight files of a folder, without reading the weights."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from ..loading import read_json
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -30,5 +31,5 @@ def saved_dtype(folder: Path) -> torch.dtype:
             counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
     if counts:
         return {"BF16": torch.bfloat16, "F16": torch.float16}.get(counts.most_common(1)[0][0], torch.float32)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

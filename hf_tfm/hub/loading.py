@@ -1,0 +1,260 @@
+"""Loading models, tokenizers and image processors that others saved: no code of theirs, no missing weights.
+
+folder or Hub id -> config.json checked -> memory estimated -> loaded, every weight accounted for -> eval mode
+
+Every error is one line that names the argument and the model. Code that a folder or repository brings runs only with
+``trust_remote_code=True``; transformers' own default asks on standard input.
+"""
+
+import json
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..command import REMOTE_CODE, cause
+from .results import memory_gb
+
+# Errors with which libraries end on files of another form than they expect.
+UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
+MOST_CLASSES = 10**6
+MOST_LAYERS = 10**4
+ATTENTION_FIELDS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+
+
+class LoadingError(ValueError):
+    """A model, tokenizer or image processor cannot be loaded; the message names the argument and the cause."""
+
+
+@contextmanager
+def explained(argument: str, model: str, code_option: bool = True) -> Iterator[None]:
+    """Turn any error of loading into a `LoadingError`.
+
+    Args:
+        argument: name of the argument that names the model.
+        code_option: the caller has an argument ``trust_remote_code`` that the message may recommend.
+    """
+    try:
+        yield
+    except LoadingError:
+        raise
+    except Exception as error:  # libraries raise all kinds for files they cannot read
+        if REMOTE_CODE.search(str(error)):
+            remedy = ", which runs only with trust_remote_code true" if code_option else ", which is not run"
+            reason = f"it brings its own code{remedy}"
+        else:
+            reason = cause(error, code_option)
+            if isinstance(error, UNCLEAR):
+                reason = f"its files cannot be read ({type(error).__name__}: {reason})"
+        raise LoadingError(f'{argument} "{model}": {reason}') from error
+
+
+def load_config(
+    model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
+) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id.
+
+    Args:
+        argument: name of the caller's argument, for errors.
+        trust_remote_code: run the code that the model brings; None where the caller has no such option.
+
+    Raises:
+        LoadingError: there is none, or it cannot be meant.
+    """
+    with explained(argument, model, trust_remote_code is not None):
+        check_config_file(Path(cached_file(model, CONFIG_NAME, revision=revision)))
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
+
+
+def check_config_file(path: Path) -> None:
+    """Refuse a config.json that would use up the memory, or run code, while it is read.
+
+    Raises:
+        LoadingError: with the field.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must be a mapping, got {type(content).__name__}")
+    for field, value in content.items():
+        if field == "num_labels" or field.endswith(("_layers", "_depth")):
+            most = MOST_CLASSES if field == "num_labels" else MOST_LAYERS
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{field} of its {path.name} must be at most {most:,}, got {value:,}")
+        if field in ATTENTION_FIELDS and "/" in str(value):
+            raise ValueError(f'{field} of its {path.name} names code of the repository "{value}", which is not run')
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON; the message names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
+        raise ValueError(f"{path} is not a valid JSON file: {error}") from error
+
+
+def load_tokenizer(
+    model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id; arguments as of `load_config`.
+
+    Raises:
+        LoadingError: there is none, or it cannot be read.
+    """
+    with explained(argument, model, trust_remote_code is not None):
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
+
+
+def load_image_processor(
+    model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
+) -> BaseImageProcessor:
+    """The image processor of a folder or Hub id; arguments as of `load_config`.
+
+    Raises:
+        LoadingError: there is none, or it cannot be read.
+    """
+    with explained(argument, model, trust_remote_code is not None):
+        try:
+            return AutoImageProcessor.from_pretrained(
+                model, revision=revision, trust_remote_code=bool(trust_remote_code)
+            )
+        except OSError as error:
+            raise LoadingError(
+                f'{argument} "{model}" has no image processor (preprocessor_config.json): save it there too'
+            ) from error
+
+
+def load_model(
+    kind: Any,
+    model: str,
+    argument: str = "model",
+    revision: str | None = None,
+    trust_remote_code: bool | None = False,
+    may_lack: Callable[[str], bool] = lambda name: False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model in float32 and eval mode with all its weights.
+
+    Args:
+        kind: an Auto class or a model class.
+        argument, revision, trust_remote_code: see `load_config`.
+        may_lack: name of a weight -> whether it may be missing, and then be random.
+        options: others of ``from_pretrained``.
+
+    Raises:
+        LoadingError: weights are missing, of another shape than config.json says, not finite, or larger than the
+            memory of this machine; or files cannot be read.
+    """
+    where = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    config = load_config(model, argument, revision, trust_remote_code)
+    with explained(argument, model, trust_remote_code is not None):
+        check_size(kind, config, bool(trust_remote_code))
+        # Weights may be stored in half precision; `precision` alone says what is computed in it. Shapes are reported
+        # below, by name.
+        loaded, report = kind.from_pretrained(
+            model, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32, **where, **options
+        )
+        check_weights(loaded, report, may_lack)
+    return loaded.eval()
+
+
+def check_weights(
+    model: PreTrainedModel, report: dict[str, Any], may_lack: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Refuse a model some of whose weights were not saved, or are not finite.
+
+    Args:
+        report: loading info of ``from_pretrained`` with ``ignore_mismatched_sizes``.
+        may_lack: see `load_model`.
+
+    Raises:
+        ValueError: with up to three names.
+    """
+    if wrong := sorted(report.get("mismatched_keys") or ()):
+        name, saved, expected = wrong[0]
+        raise ValueError(
+            f"the shape of its weight {name} is {tuple(saved)} and must be {tuple(expected)} by its config.json"
+            f"{others(wrong)}"
+        )
+    if missing := sorted(name for name in report["missing_keys"] if not may_lack(name)):
+        raise ValueError(f"it has no weights for {', '.join(missing[:3])}{others(missing, 3)}: they would be random")
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"its weight {name} holds values that are not finite")
+
+
+def others(names: Sequence[Any], shown: int = 1) -> str:
+    """The end of a list that is cut."""
+    return f" and {len(names) - shown} more" if len(names) > shown else ""
+
+
+def check_size(kind: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
+    """Refuse a model that is larger than the memory, before any of it is made.
+
+    Args:
+        kind: an Auto class or a model class.
+
+    Raises:
+        ValueError: with the bytes of its weights in float32 and those there are.
+    """
+    build = getattr(kind, "_from_config", None) or getattr(kind, "from_config", None)
+    options = {"trust_remote_code": trust_remote_code} if hasattr(kind, "from_config") else {}
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            needed = size_of(build(config, **options))
+    except (RuntimeError, OverflowError) as error:
+        if "overflow" in str(error).lower():
+            raise ValueError("by its config.json its weights are larger than any memory") from error
+        return  # a model that cannot be made without memory is made as it is
+    except (ImportError, NotImplementedError, TypeError):
+        return
+    if needed > (most := memory_limit()):
+        raise ValueError(
+            f"by its config.json its weights take {needed / 1e9:,.1f} GB, and this machine has {most / 1e9:,.1f} GB"
+        )
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of a model's weights and tables, in float32."""
+    return sum(4 * tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+
+
+def memory_limit() -> float:
+    """Bytes of memory that this process may use; infinite where the system does not tell."""
+    memory = memory_gb()
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [float("inf") if memory is None else 1e9 * memory]
+    return min(limits + ([] if soft == resource.RLIM_INFINITY else [float(soft)]))
+
+
+def check_vocabulary(
+    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, argument: str = "model"
+) -> None:
+    """Refuse a tokenizer that gives ids the model has no embedding of.
+
+    Raises:
+        LoadingError: with both sizes.
+    """
+    size = getattr(config, "vocab_size", None)
+    if size is not None and len(tokenizer) > size:
+        raise LoadingError(
+            f'{argument} "{model}": its tokenizer has {len(tokenizer)} tokens, and the model only {size} embeddings: '
+            "they do not belong together"
+        )
