@@ -72,8 +72,12 @@ def push(folder: str, repo_id: str, private: bool = False) -> None:
         repo_id: user/name.
         private: make a new repository private.
     """
+    from .hub.push import files_to_push
     from .hub.push import push as push_folder
 
+    _, left_out = files_to_push(Path(folder))
+    if left_out:
+        print(f"not uploaded: {', '.join(left_out)}")
     print(push_folder(folder, repo_id, private).commit_url)
 
 

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from .curve import CURVE, write_curve
+from .portable import code, fenced, licence_id, plain
 from .results import RunRecord, read_history
 from .usage import usage
 
@@ -28,6 +29,7 @@ COST_COLUMNS = (
     *("score", "share of the teacher's"),
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None = None) -> Path:
@@ -45,7 +47,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     Raises:
         FileNotFoundError: there is no config.json.
     """
-    output_dir = Path(output_dir)
+    output_dir, record = Path(output_dir), RunRecord.from_dict(record.to_dict())  # without paths of this machine
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     model_id = model_id or output_dir.resolve().name
     title = model_id.split("/")[-1]
@@ -55,24 +57,26 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     card = ModelCard.from_template(
         metadata(record, title),
         template_path=str(TEMPLATE),
-        title=title,
+        title=plain(title),
         summary=summary(record, config),
         usage=usage(config, model_id),
         data=table(data_rows(record)),
         scores=table(score_rows(record), ("split", "metric", "value", "signature")),
-        teacher=record.distillation["teacher"] if record.distillation else None,
+        teacher=code(record.distillation["teacher"]) if record.distillation else None,
         terms=table(term_rows(record), ("term", "weight", "temperature", "tokens", "student from teacher")),
         costs=table(cost_rows(record), COST_COLUMNS),
         yardstick=yardstick(record),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
         picture=PICTURE if (output_dir / PICTURE).is_file() else None,
-        command=record.command,
+        command=fenced(" ".join(record.command.splitlines())),
         # By way of JSON, so that tuples and paths come out as plain YAML.
-        arguments=yaml.safe_dump(json.loads(json.dumps(record.arguments, default=str)), sort_keys=False).strip(),
-        versions=table(record.versions.items(), ("package", "version")),
+        arguments=fenced(
+            yaml.safe_dump(json.loads(json.dumps(record.arguments, default=str)), sort_keys=False).strip()
+        ),
+        versions=table(((plain(name), plain(v)) for name, v in record.versions.items()), ("package", "version")),
         hardware=table(
-            (name.replace("_gb", " (GB)").replace("_", " "), known(v)) for name, v in record.hardware.items()
+            (plain(name.replace("_gb", " (GB)").replace("_", " ")), known(v)) for name, v in record.hardware.items()
         ),
         licence=licence(record, config),
     )
@@ -103,7 +107,7 @@ def metadata(record: RunRecord, title: str) -> ModelCardData:
     return ModelCardData(
         model_name=title,
         language=languages(record),
-        license=record.arguments.get("license") or UNKNOWN,
+        license=licence_id(record.arguments.get("license")) or UNKNOWN,
         library_name="transformers",
         pipeline_tag=record.task,
         base_model=base if base and HUB_ID.fullmatch(base) and not Path(base).exists() else None,
@@ -119,7 +123,7 @@ def hub_dataset(record: RunRecord) -> str | None:
     path, revision = record.data["path"], record.data.get("revision")
     # Older records do not say it, and a path may be another one's here than where the run was.
     known = record.data.get("on_hub", bool(revision or (HUB_ID.fullmatch(path) and not Path(path).exists())))
-    return path if known else None
+    return path if known and DATASET_ID.fullmatch(path) else None
 
 
 def dataset_name(record: RunRecord) -> str:
@@ -137,15 +141,15 @@ def languages(record: RunRecord) -> list[str] | None:
 def summary(record: RunRecord, config: dict[str, Any]) -> str:
     """In a sentence or two: what it is, how large, from what, for what."""
     pair = languages(record)
-    task = record.task + (f" from {pair[0]} to {pair[1]}" if pair else "")
+    task = plain(record.task) + (f" from {pair[0]} to {pair[1]}" if pair else "")
     text = (
-        f"A `{record.model_type}` model with {record.parameters:,} parameters, {origin(record, config)} for {task} "
-        f"on {dataset_name(record)}, with hf-tfm {record.versions.get('hf-tfm', UNKNOWN)}."
+        f"A {code(record.model_type)} model with {record.parameters:,} parameters, {origin(record, config)} for "
+        f"{task} on {plain(dataset_name(record))}, with hf-tfm {plain(record.versions.get('hf-tfm', UNKNOWN))}."
     )
     if config["model_type"] != record.model_type:
         text += (
-            f" It was then converted to transformers' `{config['model_type']}`; parity_certificate.json shows that "
-            "both compute the same."
+            f" It was then converted to transformers' {code(config['model_type'])}; parity_certificate.json shows "
+            "that both compute the same."
         )
     return text
 
@@ -154,13 +158,13 @@ def origin(record: RunRecord, config: dict[str, Any]) -> str:
     """What training began with."""
     if found := record.distillation:
         begun = f", begun with its layers {layer_names(found['student_layers'])}," if found["student_layers"] else ""
-        further = f", from `{record.base_model}` on," if record.base_model else ""
-        return f"distilled from `{found['teacher']}`{begun}{further}"
+        further = f", from {code(record.base_model)} on," if record.base_model else ""
+        return f"distilled from {code(found['teacher'])}{begun}{further}"
     if record.base_model:
-        return f"trained further from `{record.base_model}`"
+        return f"trained further from {code(record.base_model)}"
     if record.arguments.get("pretrained_backbone"):
         name = config.get("backbone") or config.get("backbone_config", {}).get("backbone")
-        return f"trained from timm's pretrained `{name}` as its backbone, the rest from scratch,"
+        return f"trained from timm's pretrained {code(name)} as its backbone, the rest from scratch,"
     return "trained from scratch"
 
 
@@ -175,11 +179,11 @@ def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     """The table of what a student was compared with its teacher in."""
     return [
         (
-            term["name"],
+            plain(term["name"]),
             number(term["weight"]),
             number(term["temperature"]),
-            term["tokens"],
-            ", ".join(f"{ours} from {theirs}" if theirs else "true labels" for ours, theirs in term["pairs"])
+            plain(term["tokens"]),
+            plain(", ".join(f"{ours} from {theirs}" if theirs else "true labels" for ours, theirs in term["pairs"]))
             + (f", {term['projection'][0]} to {term['projection'][1]} features" if term["projection"] else ""),
         )
         for term in (record.distillation["terms"] if record.distillation else ())
@@ -189,8 +193,8 @@ def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
 def yardstick(record: RunRecord) -> str:
     """What the score of the table of costs is, and how large a sample."""
     costs = record.costs or [{}]
-    said = [f"The score: {costs[-1]['metric']}."] if "metric" in costs[-1] else []
-    return " ".join([*said, *([f"A sample: {costs[-1]['sample']}."] if "sample" in costs[-1] else [])])
+    said = [f"The score: {plain(costs[-1]['metric'])}."] if "metric" in costs[-1] else []
+    return " ".join([*said, *([f"A sample: {plain(costs[-1]['sample'])}."] if "sample" in costs[-1] else [])])
 
 
 def data_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -198,21 +202,25 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
     data, dataset = record.data, hub_dataset(record)
     fingerprint = data.get("fingerprint")
     if isinstance(fingerprint, dict):
-        fingerprint = ", ".join(f"{split} `{known(value)}`" for split, value in fingerprint.items())
+        fingerprint = ", ".join(f"{plain(split)} {code(known(value))}" for split, value in fingerprint.items())
     elif fingerprint:
-        fingerprint = f"`{fingerprint}`"
+        fingerprint = code(fingerprint)
     sides = ("source", "target", "text", "image", "label", "objects", "panoptic")
     columns = [data[f"{side}_column"] for side in sides if data.get(f"{side}_column")]
     rows = ", ".join(
-        f"{split} {'not counted' if count is None else f'{count:,}'}" for split, count in data.get("rows", {}).items()
+        f"{plain(split)} {'not counted' if count is None else f'{count:,}'}"
+        for split, count in data.get("rows", {}).items()
     )
     return [
-        ("task", record.task),
-        ("data set", f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else dataset_name(record)),
-        ("configuration", data.get("name") or "none"),
+        ("task", plain(record.task)),
+        (
+            "data set",
+            f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else plain(dataset_name(record)),
+        ),
+        ("configuration", plain(data.get("name") or "none")),
         ("revision", known(data.get("revision")) if dataset else "none: not a data set of the Hub"),
         ("fingerprint", fingerprint or UNKNOWN),
-        ("columns", " to ".join(f"`{column}`" for column in columns) or UNKNOWN),
+        ("columns", " to ".join(code(column) for column in columns) or UNKNOWN),
         ("rows", rows or UNKNOWN),
         ("licence", known(data.get("license"))),
     ]
@@ -221,7 +229,12 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
 def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     """The table of scores."""
     return [
-        (m["split"], m["name"], number(m["value"]), f"`{m['signature']}`" if m.get("signature") else "none")
+        (
+            plain(m["split"]),
+            plain(m["name"]),
+            number(m["value"]),
+            code(m["signature"]) if m.get("signature") else "none",
+        )
         for m in record.metrics
     ]
 
@@ -231,7 +244,7 @@ def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
     fields = ("parameters", "gflops", "milliseconds_1", "milliseconds_32", "samples_per_second", "megabytes", "score")
     return [
         (
-            cost["model"],
+            plain(cost["model"]),
             *("none" if cost.get(field) is None else number(cost[field]) for field in fields),
             f"{100 * cost['kept']:.1f} %" if "kept" in cost else "none",
         )
@@ -245,16 +258,16 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
     skipped = training.get("skipped_steps")
     speed, best = training.get("items_per_second"), training.get("best")
     return [
-        ("started", record.started),
-        ("finished", record.finished),
+        ("started", plain(record.started)),
+        ("finished", plain(record.finished)),
         ("training time", f"{timedelta(seconds=round(training['seconds']))}, without set-up and evaluation"),
         (
             "steps",
             f"{training['steps']:,}" + (f", of which {skipped:,} skipped (gradient not finite)" if skipped else ""),
         ),
         ("epochs", number(training["epochs"])),
-        ("speed", f"{speed:,.0f} {training.get('item') or 'items'} per second" if speed else UNKNOWN),
-        ("best evaluation", ", ".join(f"{k} {number(v)}" for k, v in best.items()) if best else UNKNOWN),
+        ("speed", f"{speed:,.0f} {plain(training.get('item') or 'items')} per second" if speed else UNKNOWN),
+        ("best evaluation", ", ".join(f"{plain(k)} {number(v)}" for k, v in best.items()) if best else UNKNOWN),
         ("saved weights", known(training.get("weights"))),
     ]
 
@@ -262,8 +275,8 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
 def licence(record: RunRecord, config: dict[str, Any]) -> str:
     """Who may use what; what nobody said is unknown."""
     lines = [
-        f"- Weights: {record.arguments.get('license') or 'unknown; the run names no licence for them'}.",
-        f"- Training data: {record.data.get('license') or 'unknown; the run names no licence for it'}.",
+        f"- Weights: {plain(record.arguments.get('license') or 'unknown; the run names no licence for them')}.",
+        f"- Training data: {plain(record.data.get('license') or 'unknown; the run names no licence for it')}.",
     ]
     if "auto_map" in config:
         lines.append("- Code of the model (the Python files of this repository): Apache-2.0, from hf-tfm.")
@@ -307,8 +320,8 @@ def table(rows: Iterable[tuple], header: tuple[str, ...] = ("", "")) -> str:
 
 
 def known(value: Any) -> str:
-    """The value in words, None as unknown."""
-    return UNKNOWN if value is None else str(value)
+    """The value in words, safe in Markdown; None as unknown."""
+    return UNKNOWN if value is None else plain(value)
 
 
 def number(value: Any) -> str:

@@ -1,17 +1,39 @@
-"""Upload the model in a run's folder to the Hub, with its tokenizer, code, card and results."""
+"""Upload the model in a run's folder to the Hub, with its tokenizer, code, card and results.
+
+folder -> files that a run, `convert` or `save_pretrained` writes -> one commit; everything else stays here
+"""
 
 import glob
-import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
 
-from .card import CARD, EVAL_RESULTS
-from .results import RUN
+from ..registration import FAMILIES
+from .card import CARD, EVAL_RESULTS, PICTURE
+from .convert.carry import CODE_FIELDS, PROCESSOR_FILES, TOKENIZER_FILES, inside
+from .convert.parity import CERTIFICATE
+from .convert.tinybert import PROJECTION
+from .curve import CURVE
+from .loading import read_json
+from .results import HISTORY, RESULTS
 
 INDEX = "model.safetensors.index.json"
 MODEL_ID_LINE = re.compile(r'^model_id = ".*"$', re.MULTILINE)
+# Files that are uploaded, by name; besides these the code that config.json names and pictures that the card shows.
+UPLOADED = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, PROJECTION),
+    *TOKENIZER_FILES,
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", *PROCESSOR_FILES),
+    *(CARD, RESULTS, HISTORY, CURVE, PICTURE, CERTIFICATE),
+)
+SHOWN = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.(?:png|jpe?g|gif|svg|webp))\)")  # a picture beside the card
+SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
 
 def push(
@@ -21,10 +43,9 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Push the files of ``folder``, and ``.eval_results``, as one commit; the repository is made if need be.
+    """Push the files of ``folder`` that `files_to_push` chooses as one commit; the repository is made if need be.
 
-    Other sub-folders (checkpoints, logs) stay here, and so does run.json, which knows paths of this machine. The usage
-    example of README.md is changed to load ``repo_id``.
+    The usage example of README.md is changed to load ``repo_id``.
 
     Args:
         folder: a saved model, for instance a run's output folder.
@@ -37,28 +58,101 @@ def push(
         What `HfApi.upload_folder` returns; ``commit_url`` is where to look.
 
     Raises:
-        ValueError: ``folder`` is not a whole saved model.
+        ValueError: ``folder`` is not a whole saved model, or ``repo_id`` no name of a repository.
     """
     folder = Path(folder)
-    check_model_folder(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f'repo_id must be the name of a repository, "user/name", got "{repo_id}"') from error
+    names, _ = files_to_push(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    card = folder / CARD
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(MODEL_ID_LINE.sub(f'model_id = "{repo_id}"', text), encoding="utf-8")
-    # By name, so that neither a checkpoint nor a half-written file slips in.
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".part" and path.name != RUN
-    ]
+    if CARD in names:
+        write_model_id(folder / CARD, repo_id)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message or f"Upload {folder.resolve().name}",
-        allow_patterns=[*(glob.escape(name) for name in sorted(names)), f"{EVAL_RESULTS}/*"],
+        allow_patterns=[glob.escape(name) for name in names],
     )
+
+
+def write_model_id(card: Path, repo_id: str) -> None:
+    """Have the card's usage example load ``repo_id``; the old card stays until the new one is whole."""
+    text = card.read_bytes().decode("utf-8")
+    changed = MODEL_ID_LINE.sub(lambda _: f'model_id = "{repo_id}"', text)
+    if changed != text:
+        part = card.with_name(f"{CARD}.part")
+        part.write_bytes(changed.encode("utf-8"))
+        part.replace(card)
+
+
+def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
+    """Files of a saved model that belong on the Hub, and those beside them that do not.
+
+    Taken are files that a run, `convert` or ``save_pretrained`` writes: the model, its tokenizer or image processor,
+    code that config.json names with its siblings, card, results, certificate, curve and the pictures that the card
+    shows, and ``.eval_results``. Left out is everything else: checkpoints and logs, run.json, files of the user, and
+    links that lead out of the folder.
+
+    Args:
+        folder: of a saved model.
+
+    Returns:
+        Paths relative to ``folder``, sorted: of files to upload; and of files and folders left out.
+
+    Raises:
+        ValueError: ``folder`` is not a whole saved model; it says what is missing.
+    """
+    check_model_folder(folder)
+    patterns = [*UPLOADED, *(glob.escape(name) for name in code_files(folder) | pictures(folder))]
+    results = folder / EVAL_RESULTS
+    entries = [path for path in folder.iterdir() if path != results]
+    if results.is_dir() and inside(results, folder):
+        entries += results.iterdir()
+    names, left_out = [], []
+    for path in sorted(entries):
+        kept = fnmatchcase(path.name, "*.yaml") if path.parent == results else matches(path.name, patterns)
+        own = path.is_file() and inside(path, folder)
+        (names if kept and own else left_out).append(path.relative_to(folder).as_posix())
+    return names, left_out
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """Whether a file's name has one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def pictures(folder: Path) -> set[str]:
+    """Names of the pictures in the folder that the card shows."""
+    card = folder / CARD
+    return set(SHOWN.findall(card.read_text(encoding="utf-8", errors="replace"))) if card.is_file() else set()
+
+
+def code_files(folder: Path) -> set[str]:
+    """Names of the Python files that config.json names, and of those that they import from beside them.
+
+    Raises:
+        ValueError: a class of transformers is said to have code of its own.
+    """
+    config = read_json(folder / "config.json")
+    ours = config.get("model_type") in {family.model_type for family in FAMILIES}
+    if not config.get(CODE_FIELDS[0]):
+        return set()
+    if config.get("model_type") in CONFIG_MAPPING and not ours:
+        raise ValueError(
+            f"config.json of folder {folder} names code ({CODE_FIELDS[0]}) for transformers' own model type "
+            f'"{config["model_type"]}": remove that field'
+        )
+    places = [place for place in config[CODE_FIELDS[0]].values() if isinstance(place, str) and "--" not in place]
+    todo, found = {place.split(".")[0] for place in places}, set()
+    while todo:
+        file = folder / f"{(module := todo.pop())}.py"
+        if module.isidentifier() and file.name not in found and file.is_file():
+            found.add(file.name)
+            todo |= set(SIBLING.findall(file.read_text(encoding="utf-8")))
+    return found
 
 
 def check_model_folder(folder: Path) -> None:
@@ -71,10 +165,21 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(f"folder {folder} does not exist")
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder {folder} is not a saved model: it has no config.json")
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise ValueError(f"folder {folder} is not a saved model: its config.json holds no fields")
     weights = {path.name for path in folder.glob("*.safetensors")}
     if not weights:
         raise ValueError(f"folder {folder} is not a saved model: it has no weights (*.safetensors)")
     if (folder / INDEX).is_file():
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"folder {folder} is not a whole model: {INDEX} has no weight_map")
+        shards = set(index["weight_map"].values())
         if missing := sorted(shards - weights):
             raise ValueError(f"folder {folder} is not a whole model: {INDEX} names {missing[0]}, which is not there")
+    for name in sorted(weights):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"folder {folder} is not a whole model: {name} is damaged ({error})") from error

@@ -16,6 +16,7 @@ from typing import Any, TypedDict, get_type_hints
 import torch
 
 from .cost import Cost
+from .portable import portable, portable_command
 from .schema import check_keys, check_type
 
 RESULTS = "results.json"
@@ -172,8 +173,9 @@ class RunRecord:
             raise ValueError(f"finished must not be before started ({self.started}), got {self.finished}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of results.json."""
-        return asdict(self)
+        """The content of results.json: paths of this machine are shortened, see `portable`."""
+        content = portable(asdict(self) | {"command": ""})
+        return content | {"command": portable_command(self.command)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "RunRecord":

@@ -3,6 +3,7 @@
 config.json -> Auto class of the model and of its processor -> Markdown
 """
 
+import json
 from typing import Any
 
 from transformers.models.auto import modeling_auto
@@ -103,7 +104,7 @@ def usage(config: dict[str, Any], model_id: str) -> str:
             *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
             f"from transformers import {first}, {second}",
             "",
-            f'model_id = "{model_id}"',
+            f"model_id = {json.dumps(model_id)}",
             f"{name} = {processor}.from_pretrained(model_id{trust})",
             f"model = {auto_class}.from_pretrained(model_id{trust})",
         ]
@@ -135,6 +136,8 @@ def loading_class(config: dict[str, Any]) -> str:
     classes = config.get("auto_map") or families.get(config["model_type"], {})
     architecture = (config.get("architectures") or [""])[0]
     for auto_class, path in classes.items():
+        if not (auto_class.isidentifier() and isinstance(path, str)):
+            continue  # of a foreign config.json
         if path.split(".")[-1] == architecture:
             return auto_class
     for auto_class, names in NATIVE_CLASSES.items():

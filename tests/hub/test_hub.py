@@ -5,15 +5,18 @@ import json
 import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
+import torch
 from hub_helpers import outputs, randomize, run_python, tiny_tokenizer
+from safetensors.torch import save_file
 from server import TOKEN, HubServer
 from test_card import RECORD, write_history
 
 import hf_tfm
 from hf_tfm.hub.card import write_card
-from hf_tfm.hub.push import push
+from hf_tfm.hub.push import files_to_push, push, write_model_id
 from hf_tfm.hub.results import RunRecord
 
 # In a process of its own, as huggingface_hub reads HF_ENDPOINT when it is imported.
@@ -27,7 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import hf_tfm
 from hf_tfm.hub.convert import convert
-from hf_tfm.hub.push import push
+from hf_tfm.hub.push import files_to_push, push, write_model_id
 
 commit = push("run", "user/run", private=True, commit_message="A run")
 again = push("run", "user/run")
@@ -69,6 +72,7 @@ LOAD = """
 import contextlib
 import io
 import json
+from safetensors.torch import save_file
 from hub_helpers import TEXT, outputs
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -114,7 +118,10 @@ def story(tmp_path_factory):
     write_card(run, record)
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"not to be pushed")
-    (run / "history.jsonl.part").write_text("not to be pushed")
+    for name in ("history.jsonl.part", "id_rsa", "credentials.json", ".env", "notes.md", "optimizer.bin"):
+        (run / name).write_text("not to be pushed")
+    (folder / "secret").write_text("not to be pushed")
+    (run / "tokenizer.model").symlink_to(folder / "secret")
     with HubServer() as hub:
         pushed = run_python(PUSH, folder, hub.environment(folder / "home-1"))
         card = hub.repositories["models/user/run"].files["README.md"].content.decode()
@@ -253,6 +260,78 @@ def test_the_server_checks_what_it_is_sent():
         assert hub.repositories["models/user/name"].files["w.bin"].lfs
 
 
+def saved_model(folder):
+    """A stock model's folder, with weights that hold nothing."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    return folder
+
+
+def test_what_is_pushed_is_chosen_by_name(tmp_path):
+    folder = saved_model(tmp_path / "run")
+    taken = ["config.json", "model.safetensors", "README.md", "vocab.txt", "parity_certificate.json"]
+    left = [
+        "id_rsa",
+        "credentials.json",
+        ".env",
+        "my.png",
+        "pytorch_model.bin",
+        "modeling_vit.py",
+        "run.json",
+        "a.yaml",
+    ]
+    for name in (*taken[2:], *left):
+        (folder / name).write_text("![maps](attention.png) ![](../my.png)")
+    for name in ("checkpoints", ".eval_results", "predictions"):
+        (folder / name).mkdir()
+        (folder / name / "data.yaml").touch()
+        (folder / name / "key.pem").touch()
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    (folder / "merges.txt").symlink_to(folder / "vocab.txt")
+    names, left_out = files_to_push(folder)
+    assert names == sorted([*taken, "merges.txt", ".eval_results/data.yaml"])
+    folders = ["checkpoints", "predictions", ".eval_results/key.pem"]
+    assert sorted(left_out) == sorted([*left, *folders, "tokenizer.json"])
+
+
+def test_code_of_our_own_goes_with_its_siblings_alone(tmp_path):
+    folder = saved_model(tmp_path / "run")
+    config = {"model_type": "tfm_vit", "auto_map": {"AutoModel": "modeling_vit.TfmViTModel", "AutoConfig": "../x.Y"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_vit.py").write_text("import os\nfrom .layers import Layer\n")
+    for name in ("layers.py", "mine.py"):
+        (folder / name).touch()
+    names, left_out = files_to_push(folder)
+    assert names == ["config.json", "layers.py", "model.safetensors", "modeling_vit.py"] and left_out == ["mine.py"]
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+    with pytest.raises(ValueError, match=r"names code \(auto_map\) for transformers' own model type \"vit\""):
+        files_to_push(folder)
+
+
+def test_the_card_is_changed_in_one_place_and_never_cut(tmp_path, monkeypatch):
+    text = '---\r\n---\r\nmodel_id = "run"\nümlaut\n'.encode()
+    card = tmp_path / "README.md"
+    card.write_bytes(text)
+
+    def broken(self, content):
+        self.touch()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Path, "write_bytes", broken)
+        write_model_id(card, "user/run")
+    assert card.read_bytes() == text
+    write_model_id(card, "user/run")
+    assert card.read_bytes() == text.replace(b'"run"', b'"user/run"')
+
+
+def test_a_name_that_is_no_repository_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='repo_id must be the name of a repository, "user/name", got "a/b/c"'):
+        push(saved_model(tmp_path / "run"), "a/b/c")
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         push(tmp_path / "missing", "user/name")
@@ -265,4 +344,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+        push(tmp_path, "user/name")
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is damaged"):
         push(tmp_path, "user/name")

@@ -48,7 +48,7 @@ def test_a_classifier_learns_from_its_teacher(name, data, classifier, tmp_path):
     assert (
         row["name"] == "accuracy" and row["value"] == student["score"] and student["metric"] == "accuracy, validation"
     )
-    assert results.distillation["teacher"] == str(classifier) and not results.distillation["cached"]
+    assert results.distillation["teacher"] == classifier.name and not results.distillation["cached"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     assert model.config.id2label == NAMES["id2label"]
     assert not [name for name in load_file(tmp_path / "run" / "model.safetensors") if "projection" in name]

@@ -115,7 +115,7 @@ def test_more_texts_are_learned_too(data, tmp_path):
     assert results.data["rows"][f"{data[1].name}, train"] == 10
     assert results.arguments["more_texts"] == [
         {
-            "dataset": str(data[1]),
+            "dataset": data[1].name,
             "dataset_name": None,
             "dataset_revision": None,
             "split": "train",
@@ -139,7 +139,7 @@ def test_it_goes_on_from_a_model(data, tmp_path):
     assert run_recipe(*words(data[0], tmp_path / "first")) == 0
     again = words(data[0], tmp_path / "second", init_from=tmp_path / "first", num_steps=1)
     assert run_recipe(*again) == 0
-    assert record(tmp_path / "second").base_model == str(tmp_path / "first")
+    assert record(tmp_path / "second").base_model == "first"
     with pytest.raises(
         ValueError, match="max_length must be at most the model's max_position_embeddings = 512, got 600"
     ):

@@ -96,7 +96,7 @@ def test_fine_tuning_at_another_size(mae, data, tmp_path):
     folder = classify(data, tmp_path / "run", init_from=mae, image_size=24, model=model, layer_decay=0.75)
     trained, old = weights(folder), weights(mae)
     assert trained["vit.embeddings.position_embeddings"].shape == (1, 1 + 36, 16)
-    assert record(folder).base_model == str(mae)
+    assert record(folder).base_model == mae.name
     processor = AutoImageProcessor.from_pretrained(folder)
     assert processor.size == {"height": 24, "width": 24}
     assert list(processor.image_mean) == [0.4, 0.5, 0.6], "the scale is the pretrained model's"

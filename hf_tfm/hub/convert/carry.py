@@ -69,12 +69,12 @@ def copy_record(source: Path, target: Path, name: str) -> None:
     """
     if not (source / RESULTS).is_file():
         return
-    for file in (RESULTS, HISTORY):
-        if (source / file).is_file():
-            shutil.copyfile(source / file, target / file)
+    record = RunRecord.load(source)
+    record.save(target)
+    copy_files(source, target, (HISTORY,))
     config = read_json(target / "config.json")
     if config.get("model_type") in CONFIG_MAPPING:
-        write_card(target, RunRecord.load(source), model_id=name)
+        write_card(target, record, model_id=name)
 
 
 def same_tokenizer(source: Path, target: Path) -> bool | None:
