@@ -44,7 +44,8 @@ def translate_in_fresh_process(folder: Path, sentences: list[str]) -> list[str]:
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder), *sentences]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the saved model in {folder} does not load in a fresh process:\n{done.stderr}")
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the saved model in {folder} does not load in a fresh process: {reason}")
     module, translations = json.loads(done.stdout.splitlines()[-1])
     if not module.startswith("transformers_modules."):
         raise RuntimeError(f"the fresh process took its class from {module}, not from the code saved in {folder}")
@@ -71,6 +72,8 @@ def quickstart(output_dir: str) -> None:
         output_dir: folder of the translation run; those of the image runs have its name with an ending.
     """
     folder = Path(output_dir)
+    if not folder.name or folder.is_file():
+        raise ValueError(f'output_dir must be the name of a folder, got "{output_dir}"')
     start = time.perf_counter()
     found = {"translation": train("translation_train", folder)}
     print("\nloaded in a fresh process, with AutoModelForSeq2SeqLM and the code saved beside the weights:")

@@ -37,6 +37,8 @@ def show_attention(
     from .hub.loading import load_image_processor
     from .viz import attention, image_maps, images, text_attention
 
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"output_dir {output_dir} is a file: give the name of a folder")
     if (image is None) == (text is None):
         raise ValueError("an image model needs an IMAGE, a model of texts a --text: give one of them")
     for name, value in {"target": target, "pair": pair, "beside": beside}.items():
@@ -88,10 +90,12 @@ def show_reconstruction(
         output: PNG file.
         trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
+    from .evaluation.results import check_png
     from .hub.loading import load_image_processor
     from .viz.images import load_autoencoder, read_image
     from .viz.reconstruction import plot_reconstructions, reconstruct_images
 
+    check_png("output", output)
     read, loaded = [read_image(image) for image in images], load_autoencoder(model, trust_remote_code)
     processor = load_image_processor(model, trust_remote_code=trust_remote_code)
     found = reconstruct_images(loaded, processor, read, mask_ratio, seed)
@@ -115,9 +119,11 @@ def show_detections(
         trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
     from .evaluation.detectors import load_detector
+    from .evaluation.results import check_png
     from .viz.detections import detect, plot_detections
     from .viz.images import read_image
 
+    check_png("output", output)
     read = [read_image(image) for image in images]
     loaded, processor = load_detector(model, trust_remote_code=trust_remote_code)
     print(plot_detections([detect(loaded, processor, image, threshold) for image in read], output))
@@ -153,9 +159,13 @@ def show_queries(
     """
     from .evaluation.detectors import load_detector
     from .evaluation.reading import first, read_split
+    from .evaluation.results import check_png
     from .viz import queries as pictures
     from .viz.images import read_image
 
+    check_png("output", output)
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
     if (image is None) == (dataset is None):
         raise ValueError("queries are drawn over an IMAGE, or of a --dataset: give one of them")
     if image is not None:
@@ -183,7 +193,9 @@ def show_positions(model: str, output: str = "positions.png", trust_remote_code:
         output: PNG file.
         trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
     """
+    from .evaluation.results import check_png
     from .viz.images import load_encoder
     from .viz.positions import plot_positions
 
+    check_png("output", output)
     print(plot_positions(load_encoder(model, trust_remote_code), output))

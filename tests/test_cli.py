@@ -1,6 +1,7 @@
 """The command line, as people call it: main(argv) in this process."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -133,6 +134,14 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--max_samples", "-1"), "max_samples must be at least 1, got -1"),
         (("--output", "/nowhere/scores.json"), "there is no folder /nowhere"),
         (("--dataset", "/nowhere"), "cannot be loaded"),
+        (("--batch_tokens", "0"), "batch_tokens must be at least 1, got 0"),
+        (("--batch_tokens", "1000000000"), "batch_tokens must be at most 16,777,216, got 1,000,000,000"),
+        (("--num_beams", "100000"), "num_beams must be at most 1,024, got 100,000"),
+        (("--num_beams", "1000"), "num_beams must be at most 280, the size of the vocabulary, got 1000"),
+        (("--iterations", "5"), "iterations is for mask-predict models"),
+        (("--length_penalty", ".inf"), "length_penalty must be finite, got inf"),
+        (("--metrics", "[]"), "metrics must name at least one metric"),
+        (("--output", "/"), "output / is a folder: give the name of a file"),
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
@@ -243,12 +252,29 @@ def test_show_positions(image_models, tmp_path, capsys):
         ("reconstruction {0}/mae {0}/0.png --output {0}/picture.txt", 'output must be a ".png" file'),
         ("positions {0}/vit --output {0}/picture.txt", 'output must be a ".png" file'),
         ("positions {1}", "is a tfm_transformer model: pictures of images are for models of image patches"),
+        ("positions {0}/vit --output {0}", 'output must be a ".png" file'),
+        ("attention {0}/vit {0}/0.png --output_dir {0}/0.png", "is a file: give the name of a folder"),
+        ("attention {0}/vit {0}/0.png --heads [-3]", "heads must be one or more of 0 to 1, got [-3]"),
+        ("queries {0}/vit --dataset digits --max_samples 0", "max_samples must be at least 1, got 0"),
     ],
 )
 def test_show_errors(words, named, image_models, model, refused):
     said = refused("show", *words.format(image_models, model).split())
     assert said.startswith(f"hf-tfm show {words.split()[0]}: ")
     assert named in said
+
+
+def test_show_attention_refuses_a_text_that_fills_more_than_a_picture(model, refused):
+    said = refused("show", "attention", model, "--text", " ".join(["one"] * 3000))
+    assert re.fullmatch(r"hf-tfm show attention: text must have at most 638 tokens, .*, got \d+", said)
+    said = refused("show", "attention", model, "--text", "one", "--target", " ".join(["eins"] * 3000))
+    assert said.startswith("hf-tfm show attention: target must have at most 638 tokens")
+
+
+def test_show_refuses_an_image_that_is_too_large(image_models, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 399)
+    said = refused("show", "attention", image_models / "vit", image_models / "0.png")
+    assert "has more pixels than the limit of 399" in said
 
 
 def test_show_needs_the_image_processor(image_models, tmp_path, refused):

@@ -1,6 +1,5 @@
 """Score an image classifier on any split of any data set."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +9,11 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from ..data.images import LABEL, is_label, label_ids, label_names, stated_names
+from ..hub.loading import read_json
 from ..metrics import RealAccuracy
 from ..tasks.classification import IGNORE_LABEL, ClassificationTask, Predictions, predict, score
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
-from .results import check_options, describe, metric, write
+from .results import check_options, check_png, describe, metric, write
 
 
 def evaluate_classification(
@@ -74,11 +74,11 @@ def evaluate_classification(
             the confusion matrix would have no image with a label, or too many classes.
         FileNotFoundError: a file or the folder of ``output`` does not exist.
     """
-    check_options(precision, output, max_samples=max_samples, batch_size=batch_size)
+    counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
+    check_options(precision, output, max_bad_images=max_bad_images, **counts)
     if match_labels not in ("name", "number"):
         raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
-    if confusion and Path(confusion).suffix != ".png":
-        raise ValueError(f'confusion must be a ".png" file, got "{confusion}"')
+    check_png("confusion", confusion)
     where = (dataset, split, dataset_name, dataset_revision, data_files)
     rows = read_split(*where, image_column, label_column)
     real = read_real_labels(real_labels, len(rows)) if real_labels else None
@@ -160,9 +160,15 @@ def read_real_labels(file: str, rows: int) -> list[list[int | str]]:
     """The lists of right labels of all images of a split.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or another number of images.
     """
-    lists = json.loads(Path(file).read_text(encoding="utf-8"))
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"real_labels {file} does not exist")
+    try:
+        lists = read_json(Path(file))
+    except ValueError as error:
+        raise ValueError(f"real_labels: {error}") from error
     if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
         raise ValueError(f"real_labels {file} must hold a list of lists of labels")
     if len(lists) != rows:

@@ -101,7 +101,8 @@ def evaluate_detection(
             or ``segments`` is asked of a model without masks.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
-    check_options(precision, output, max_samples=max_samples, batch_size=batch_size)
+    counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
+    check_options(precision, output, max_bad_images=max_bad_images, **counts)
     if match_labels not in ("name", "number"):
         raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
     accelerator = one_process()

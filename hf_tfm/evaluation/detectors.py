@@ -78,7 +78,14 @@ def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> Batch:
         ``pixel_values`` (B, 3, H, W) float32; where there is padding ``pixel_mask`` (B, H, W); ``labels``, a dict for
         each image of orig_size and size (2,) int64, height and width before and after the processor, unpadded.
     """
-    made = processor(images=list(images), return_tensors="pt")
+    try:
+        made = processor(images=list(images), return_tensors="pt")
+    except ValueError as error:
+        thin = min(images, key=lambda image: min(image.shape[1:]) / max(image.shape[1:]))
+        height, width = thin.shape[1:]
+        if "Size must contain" not in str(error):
+            raise
+        raise ValueError(f"an image of {height} x {width} pixels is too thin: resized, a side has no pixel") from error
     pixels = made["pixel_values"]
     mask = made.get("pixel_mask")
     if mask is None or mask.all():

@@ -72,7 +72,8 @@ def evaluate_language(
         ValueError: split, column or option is not known, or a number is out of range.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
-    check_options(precision, output, max_length=max_length, max_samples=max_samples, batch_tokens=batch_tokens)
+    counts = {"max_length": max_length, "max_samples": max_samples, "batch_tokens": batch_tokens, "seed": seed}
+    check_options(precision, output, **counts)
     if sequences not in ("packed", "rows"):
         raise ValueError(f'sequences must be "packed" or "rows", got "{sequences}"')
     splits = load_splits(dataset, dataset_name, dataset_revision, data_files)

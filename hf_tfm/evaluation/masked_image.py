@@ -59,7 +59,8 @@ def evaluate_masked_autoencoder(
         ValueError: split, column or option is not known, or a number is too small.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
-    check_options(precision, output, max_samples=max_samples, batch_size=batch_size)
+    counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
+    check_options(precision, output, max_bad_images=max_bad_images, **counts, seed=seed)
     where = (dataset, split, dataset_name, dataset_revision, data_files)
     rows = first(read_split(*where, image_column, labelled=False), max_samples)
     accelerator = one_process()

@@ -13,23 +13,73 @@ from ..hub.results import collect_versions
 PRECISIONS = ("no", "bf16")
 
 
+# The largest values of options that set how much is computed at once, or how often.
+MOST = {
+    **{"batch_size": 2**16, "batch_tokens": 2**24, "num_beams": 1024, "iterations": 1000, "num_workers": 256},
+    **{"seed": 2**32 - 1},
+}
+LEAST = {"num_workers": 0, "max_bad_images": 0, "seed": 0}
+
+
 def check_options(precision: str, output: str | None, **counts: int | None) -> None:
-    """Refuse what cannot be meant, before anything is loaded.
+    """Refuse options that are out of range, before anything is loaded.
 
     Args:
-        counts: by name, each at least 1 or None.
+        counts: by name, each None or from 1 (`LEAST`) to `MOST`.
 
     Raises:
-        ValueError: the precision is not known, or a number is too small.
-        FileNotFoundError: the folder of ``output`` does not exist.
+        ValueError: the precision is not known, or a number is out of range.
+        OSError: ``output`` cannot be written.
     """
     if precision not in PRECISIONS:
         raise ValueError(f'precision must be "no" or "bf16", got "{precision}"')
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if output and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output}: there is no folder {Path(output).parent}")
+        if value is None:
+            continue
+        if value < (least := LEAST.get(name, 1)):
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value > (most := MOST.get(name, value)):
+            raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+    if output:
+        require_writable("output", output)
+
+
+def require_writable(argument: str, file: str | Path) -> None:
+    """Refuse a file that cannot be written, before time is spent on its content.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+        OSError: it cannot be written; the message names the argument.
+    """
+    path = Path(file)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{argument} {file}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{argument} {file} is a folder: give the name of a file")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise OSError(f"{argument} {file} cannot be written: {error.strerror}") from error
+    if not existed:
+        path.unlink()
+
+
+def check_png(argument: str, file: str | None) -> None:
+    """Refuse a picture that is no ".png" file, or cannot be written.
+
+    Raises:
+        ValueError: it has another ending.
+        OSError: see `require_writable`.
+    """
+    if file is None:
+        return
+    if Path(file).suffix != ".png":
+        raise ValueError(f'{argument} must be a ".png" file, got "{file}"')
+    if Path(file).absolute().parent.is_dir():  # a folder that is not there is made
+        require_writable(argument, file)
 
 
 def metric(name: str, value: float, split: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..metrics.glue import check_metrics
 from ..tasks.text_classification import IGNORE_LABEL, Predictions, TextClassificationTask, input_names, predict, score
 from .classification import class_names, match_classes
 from .reading import Stopwatch, first, one_process
-from .results import check_options, describe, write
+from .results import check_options, check_png, describe, write
 
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer has a limit
 
@@ -97,8 +97,7 @@ def evaluate_text_classification(
     check_options(precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
     if match_labels not in ("name", "number"):
         raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
-    if confusion and Path(confusion).suffix != ".png":
-        raise ValueError(f'confusion must be a ".png" file, got "{confusion}"')
+    check_png("confusion", confusion)
     rows = read_texts(dataset, split, dataset_name, dataset_revision, data_files, task, text_columns, label_column)
     if not output and not any(is_label(value) for value in rows.unique(LABEL)):
         raise ValueError(f'split "{split}" has no labels, so it cannot be scored; output writes its predictions')

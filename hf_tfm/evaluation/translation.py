@@ -1,11 +1,12 @@
 """Score a translation model on any split of any data set."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..data import text
 from ..hub.loading import check_vocabulary, load_model, load_tokenizer
@@ -20,6 +21,28 @@ def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: boo
     loaded = load_model(AutoModelForSeq2SeqLM, model, **options)
     check_vocabulary(model, loaded.config, tokenizer)
     return loaded.to(PartialState().device), tokenizer
+
+
+def check_decoding(
+    loaded: PreTrainedModel, model: str, num_beams: int | None, length_penalty: float | None, iterations: int | None
+) -> None:
+    """Refuse options of decoding that the model does not have.
+
+    Args:
+        loaded, model: the model and its name.
+
+    Raises:
+        ValueError: with the option.
+    """
+    masked = getattr(loaded.config, "decoding", "autoregressive") == "mask_predict"
+    if iterations is not None and not masked:
+        raise ValueError(f'iterations is for mask-predict models, and "{model}" is none: leave it out')
+    if masked and (num_beams or length_penalty is not None):
+        name, value = ("num_beams", num_beams) if num_beams else ("length_penalty", length_penalty)
+        raise ValueError(f'{name} is for autoregressive models, and "{model}" is a mask-predict model, got {value}')
+    size = getattr(loaded.config, "vocab_size", None)
+    if num_beams is not None and size is not None and num_beams > size:
+        raise ValueError(f"num_beams must be at most {size}, the size of the vocabulary, got {num_beams}")
 
 
 def evaluate_translation(
@@ -73,13 +96,19 @@ def evaluate_translation(
         ValueError: split, column or metric is not known, or a number is too small.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
+    if not metrics:
+        raise ValueError("metrics must name at least one metric")
     check_metrics(metrics)
-    check_options(precision, output, num_beams=num_beams, iterations=iterations, max_samples=max_samples)
+    counts = {"num_beams": num_beams, "iterations": iterations, "batch_tokens": batch_tokens}
+    check_options(precision, output, max_samples=max_samples, **counts)
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     splits = text.load_splits(dataset, dataset_name, dataset_revision, data_files)
     rows = text.text_pairs(text.take_split(splits, split, "split"), source_column, target_column)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     loaded, tokenizer = load_seq2seq(model, revision, trust_remote_code)
+    check_decoding(loaded, model, num_beams, length_penalty, iterations)
     options = {"num_beams": num_beams, "length_penalty": length_penalty, "iterations": iterations}
     generation = {name: value for name, value in options.items() if value is not None}
     with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..command import REMOTE_CODE, cause
 from .results import memory_gb
@@ -76,7 +76,10 @@ def load_config(
         LoadingError: there is none, or it cannot be meant.
     """
     with explained(argument, model, trust_remote_code is not None):
-        check_config_file(Path(cached_file(model, CONFIG_NAME, revision=revision)))
+        path = cached_file(model, CONFIG_NAME, revision=revision)
+        if path is None:
+            raise ValueError(f"it is not a saved model: it has no {CONFIG_NAME}")
+        check_config_file(Path(path))
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
 
 
@@ -165,6 +168,7 @@ def load_model(
     where = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
     config = load_config(model, argument, revision, trust_remote_code)
     with explained(argument, model, trust_remote_code is not None):
+        check_index(Path(model))
         check_size(kind, config, bool(trust_remote_code))
         # Weights may be stored in half precision; `precision` alone says what is computed in it. Shapes are reported
         # below, by name.
@@ -173,6 +177,24 @@ def load_model(
         )
         check_weights(loaded, report, may_lack)
     return loaded.eval()
+
+
+def check_index(folder: Path) -> None:
+    """Refuse a list of weight files that names others than those in the folder; without a list, nothing is done.
+
+    Raises:
+        ValueError: with the name.
+    """
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not path.is_file():
+        return
+    content = read_json(path)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict):
+        raise ValueError(f"its {path.name} has no weight_map")
+    for name in dict.fromkeys(places.values()):
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"its {path.name} names {name!r}, which is no file of the folder")
 
 
 def check_weights(
@@ -188,16 +210,23 @@ def check_weights(
         ValueError: with up to three names.
     """
     if wrong := sorted(report.get("mismatched_keys") or ()):
-        name, saved, expected = wrong[0]
-        raise ValueError(
-            f"the shape of its weight {name} is {tuple(saved)} and must be {tuple(expected)} by its config.json"
-            f"{others(wrong)}"
-        )
+        raise ValueError(mismatch(wrong))
     if missing := sorted(name for name in report["missing_keys"] if not may_lack(name)):
         raise ValueError(f"it has no weights for {', '.join(missing[:3])}{others(missing, 3)}: they would be random")
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise ValueError(f"its weight {name} holds values that are not finite")
+
+
+def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    """Weights of another shape than config.json says, in words.
+
+    Args:
+        found: name, shape in the file and shape by config.json.
+    """
+    name, saved, expected = found[0]
+    more = f"; so do {len(found) - 1} others" if len(found) > 1 else ""
+    return f"the shape of its weight {name}, {tuple(saved)}, differs from {tuple(expected)} by its config.json{more}"
 
 
 def others(names: Sequence[Any], shown: int = 1) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.translation import EXTRA_LENGTH
-from .grid import Grid
+from .grid import Grid, check_tokens
 from .tokens import token_labels
 
 KINDS = {
@@ -99,7 +99,7 @@ def attention_maps(
         device: where to run; the model moves there. Default: where it is.
 
     Raises:
-        ValueError: ``text`` or ``target`` is empty, or the model is no encoder-decoder.
+        ValueError: ``text`` or ``target`` is empty or too long, or the model is no encoder-decoder.
     """
     for name, value in (("text", text), ("target", target)):
         if value is not None and not value.strip():
@@ -108,7 +108,12 @@ def attention_maps(
         raise ValueError(f"model must be an encoder-decoder, got {type(model).__name__}")
     if device is not None:
         model.to(device)
+    fixed = getattr(model.config, "position_embedding_type", "learned") == "learned"
+    longest = getattr(model.config, "max_position_embeddings", None) if fixed else None
     encoded = tokenizer(text, return_tensors="pt").to(model.device)
+    check_tokens("text", encoded["input_ids"].shape[1], longest)
+    if target is not None:
+        check_tokens("target", len(tokenizer(text_target=target)["input_ids"]), longest)
     source = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
     with forming_maps(model):
         predicted = translate(model, source) if target is None else tokenizer(text_target=target)["input_ids"]

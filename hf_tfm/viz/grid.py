@@ -16,6 +16,25 @@ MAX_PIXELS = 80_000_000  # of a picture: 6 layers of 16 heads with 60 tokens a s
 LETTER = 0.58 / 72  # width of a letter for each point of font size, a little above the font's mean
 SMALL = 9  # font of titles, in points
 GAP = 0.12  # between panels
+CELL = 0.14  # least side of one cell of a map
+
+
+def check_tokens(argument: str, count: int, longest: int | None = None) -> None:
+    """Refuse a text that has more tokens than a picture of one map holds, before attention is computed.
+
+    Args:
+        argument: the text's argument.
+        count: tokens of the text.
+        longest: tokens that the model reads; None where it has no limit.
+
+    Raises:
+        ValueError: with the limit.
+    """
+    if longest is not None and count > longest:
+        raise ValueError(f"{argument} must have at most {longest} tokens, max_position_embeddings, got {count}")
+    most = int(MAX_PIXELS**0.5 / (CELL * DPI))
+    if count > most:
+        raise ValueError(f"{argument} must have at most {most} tokens, which fill a picture, got {count}")
 
 
 @dataclass
@@ -46,7 +65,7 @@ class Grid:
     query_name: str
     key_name: str
     title: list[str]
-    cell: float = 0.14
+    cell: float = CELL
     font: float = 7
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ path or "dataset:split:index" -> PIL image -> the model's own processor -> pixel
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +91,15 @@ def read_image(where: str) -> NamedImage:
     path = Path(where)
     if path.is_file():
         try:
-            return NamedImage(path.name, ImageOps.exif_transpose(Image.open(path)))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f'"{where}" cannot be read as an image: {error}') from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)  # before any pixel is decoded
+                return NamedImage(path.name, ImageOps.exif_transpose(Image.open(path)))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f'image "{where}" has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}'
+            ) from error
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f'image "{where}" cannot be read: {error}') from error
     row = DATASET_ROW.fullmatch(where)
     if row is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from .attention import forming_maps, pick, stack
-from .grid import Grid
+from .grid import Grid, check_tokens
 from .tokens import token_labels
 
 SIDES = ("left", "right")
@@ -91,9 +91,7 @@ def text_attention_maps(
     if model.config.is_encoder_decoder:
         raise ValueError(f"model must be an encoder or a decoder alone, got {type(model).__name__}")
     encoded = tokenizer(text, pair, return_tensors="pt").to(model.device)
-    length, longest = encoded["input_ids"].shape[1], model.config.max_position_embeddings
-    if length > longest:
-        raise ValueError(f"text must have at most {longest} tokens, max_position_embeddings, got {length}")
+    check_tokens("text", encoded["input_ids"].shape[1], model.config.max_position_embeddings)
     with forming_maps(model):
         outputs = model(**encoded, output_attentions=True)
     name = str(model.config._name_or_path or type(model).__name__)

@@ -97,7 +97,7 @@ def test_arguments_are_checked(tmp_path):
         convert(tmp_path / "pegasus", "marian", tmp_path / "out")
     with pytest.raises(ValueError, match=r"no config\.json"):
         convert(tmp_path, "marian", tmp_path / "out")
-    with pytest.raises(ValueError, match="neither a folder nor an id on the Hub"):
+    with pytest.raises(ValueError, match="neither a local folder nor a model on the Hub"):
         convert(tmp_path / "missing", "marian", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -281,6 +281,7 @@ def test_what_is_pushed_is_chosen_by_name(tmp_path):
         "run.json",
         "a.yaml",
     ]
+    taken.append("attention.png")  # the card shows it
     for name in (*taken[2:], *left):
         (folder / name).write_text("![maps](attention.png) ![](../my.png)")
     for name in ("checkpoints", ".eval_results", "predictions"):

@@ -57,7 +57,7 @@ def test_a_row_of_an_embedded_data_set():
         ("{1}:test:0", 'data set ".*" has no column of images; it has word'),
         ("{0}/nothing:test:0", "cannot be loaded"),
         ("{0}/no.png", 'there is no image ".*no.png": it must be a file, or a row of a data set, dataset:split:index'),
-        ("{0}/test.parquet", 'test.parquet" cannot be read as an image'),
+        ("{0}/test.parquet", 'test.parquet" cannot be read: '),
     ],
 )
 def test_what_is_no_image_is_refused(rows, where, message):

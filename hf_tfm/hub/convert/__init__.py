@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...command import cause, raised_by_us
-from ..loading import UNCLEAR, check_config_file, check_size, others, read_json
+from ..loading import UNCLEAR, check_config_file, check_size, mismatch, others, read_json
 from .authors_files import unpack
 from .bert import BERT, whole_head
 from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
@@ -50,7 +50,7 @@ TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
 PROBLEMS = {
     "missing_keys": "it lacks the weight",
     "unexpected_keys": "the class has no weight",
-    "mismatched_keys": "config.json asks for another shape (name, saved, expected) of",
+    "mismatched_keys": "",  # see `mismatch`
 }
 # Of a model without a representation layer, which its configuration does not tell.
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
@@ -98,6 +98,8 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         work = Path(temporary) / "model"
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
         folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
+        if (folder / "config.json").is_file():
+            check_config_file(folder / "config.json")
         if is_authors_tinybert(folder):
             folder = unpack_tinybert(folder, Path(temporary) / "source")
         conversion = find_conversion(folder, to)
@@ -228,9 +230,8 @@ def load_whole(
     report["unexpected_keys"] = set(report["unexpected_keys"]) - set(may_hold)
     for problem, said in PROBLEMS.items():
         if found := sorted(report.get(problem) or ()):
-            raise ValueError(
-                f'model "{folder}" is not a whole {model_class.__name__}: {said} {found[0]}{others(found)}'
-            )
+            reason = mismatch(found) if problem == "mismatched_keys" else f"{said} {found[0]}{others(found)}"
+            raise ValueError(f'model "{folder}" is not a whole {model_class.__name__}: {reason}')
     return model
 
 

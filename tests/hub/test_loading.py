@@ -1,0 +1,159 @@
+"""Damaged and nonsensical model files: one line that names the argument and the cause, before memory is used."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, BertTokenizer, ViTConfig, ViTForImageClassification
+
+from hf_tfm.hub import loading
+from hf_tfm.hub.convert import convert
+from hf_tfm.hub.loading import LoadingError, check_vocabulary, load_config, load_model, load_tokenizer
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A folder of a tiny classifier."""
+    torch.manual_seed(0)
+    folder = tmp_path / "vit"
+    ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained(folder)
+    return folder
+
+
+def change_config(folder, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_weights(folder, **weights) -> None:
+    """Replace weights of a file; None takes one away."""
+    path = folder / "model.safetensors"
+    found = load_file(path) | {name.replace("__", "."): value for name, value in weights.items()}
+    save_file({name: value for name, value in found.items() if value is not None}, path, {"format": "pt"})
+
+
+def refusal(folder) -> str:
+    with pytest.raises(LoadingError) as refused:
+        load_model(AutoModelForImageClassification, str(folder), "teacher")
+    said = str(refused.value)
+    assert "\n" not in said and said.startswith(f'teacher "{folder}": ')
+    return said
+
+
+def converted(folder, tmp_path) -> str:
+    with pytest.raises(ValueError) as refused:
+        convert(folder, "tfm", tmp_path / "converted")
+    said = str(refused.value)
+    assert "\n" not in said and "converting-" not in said
+    assert not (tmp_path / "converted").exists()
+    return said
+
+
+def test_a_sound_model_loads(vit):
+    model = load_model(AutoModelForImageClassification, str(vit))
+    assert not model.training and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not a valid safetensors file"),
+        (pickle.dumps({"a": 1}), "not a valid safetensors file"),
+        ((10**9).to_bytes(8, "little") + b"{}", "not a valid safetensors file"),
+        ((2).to_bytes(8, "little") + b"[]", "not a valid safetensors file"),
+    ],
+    ids=["empty", "pickle", "huge_header", "list"],
+)
+def test_damaged_weights_are_named(vit, content, said, tmp_path):
+    (vit / "model.safetensors").write_bytes(content)
+    for message in (refusal(vit), converted(vit, tmp_path)):
+        assert said in message and "model.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "must be a mapping, got list"),
+        (b"\xff\xfe", "is not a valid JSON file"),
+        (b"{", "is not a valid JSON file"),
+        (b"[" * 100_000, "is not a valid JSON file"),
+    ],
+)
+def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
+    (vit / "config.json").write_bytes(content)
+    for message in (refusal(vit), converted(vit, tmp_path)):
+        assert said in message and "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_labels": 10**9}, "num_labels of its config.json must be at most 1,000,000, got 1,000,000,000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of its config.json must be at most 10,000"),
+        ({"hidden_size": 10**6, "intermediate_size": 10**6}, "by its config.json its weights take"),
+        ({"_attn_implementation": "user/kernel"}, 'names code of the repository "user/kernel", which is not run'),
+    ],
+)
+def test_a_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
+    monkeypatch.setattr(loading, "memory_limit", lambda: 1e9)
+    change_config(vit, **fields)
+    assert said in refusal(vit)
+
+
+def test_weights_that_do_not_fit_are_named(vit, tmp_path):
+    change_config(vit, intermediate_size=16)
+    for said in (refusal(vit), converted(vit, tmp_path)):
+        assert "intermediate.dense.bias" in said or "mlp.fc1.bias" in said
+        assert "(8,)" in said and "(16,)" in said
+
+
+def test_missing_and_infinite_weights_are_named(vit):
+    change_weights(vit, classifier__bias=torch.full((2,), torch.nan))
+    assert "its weight classifier.bias holds values that are not finite" in refusal(vit)
+    change_weights(vit, classifier__bias=None, classifier__weight=None)
+    assert "it has no weights for classifier.bias, classifier.weight: they would be random" in refusal(vit)
+    assert load_model(AutoModelForImageClassification, str(vit), may_lack=lambda name: "classifier" in name)
+
+
+def test_an_index_names_files_of_the_folder_alone(vit):
+    index = vit / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert "names '../model.safetensors', which is no file of the folder" in refusal(vit)
+    index.write_text("{}")
+    assert "has no weight_map" in refusal(vit)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_pickled_code_is_never_run(vit, tmp_path, capsys):
+    (vit / "model.safetensors").unlink()
+    torch.save({"a": Evil()}, vit / "pytorch_model.bin")
+    for said in (refusal(vit), converted(vit, tmp_path)):
+        assert "pickled" in said and "weights_only" not in said
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [[1, 2], "text", {"model": [torch.zeros(1)]}, {"model": {"a": 1}}])
+def test_a_file_that_holds_no_weights_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "authors.pth")
+    assert "authors.pth must hold" in converted(tmp_path / "authors.pth", tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    with pytest.raises(LoadingError, match='tokenizer "'):
+        load_tokenizer(str(tmp_path), "tokenizer")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two"])}
+    with pytest.raises(LoadingError, match=r"its tokenizer has 6 tokens, and the model only 5 embeddings"):
+        check_vocabulary("m", ViTConfig(vocab_size=5), BertTokenizer(words))
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(LoadingError, match=r'init_from ".*config\.json'):
+        load_config(str(tmp_path), "init_from")
