@@ -1,28 +1,36 @@
 """Data sets of any kind: loading their splits, the commit that was loaded, and the licence the card states."""
 
+import dataclasses
 import hashlib
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from datasets.packaged_modules.cache.cache import Cache
+from datasets.packaged_modules.csv.csv import Csv
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from .annotation_folders import annotation_reader
+from .csv_files import CsvFiles
+from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
 from .local_files import cache_entry, package_key, state_key
 
 CARD = "README.md"
 CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder states its splits and columns
 STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
 DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the others are the same in both
+FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"}
 EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 Splits = datasets.DatasetDict | datasets.IterableDatasetDict
@@ -43,8 +51,8 @@ def load_splits(
 
     Args:
         dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
-            json, jsonl, csv or parquet file, a folder with annotations as COCO, Roboflow or Pascal VOC have them (see
-            `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
+            file of `file_kinds.KINDS`, compressed or not, a folder with annotations as COCO, Roboflow or Pascal VOC
+            have them (see `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
         name: configuration of the data set.
         revision: commit, tag or branch on the Hub.
         data_files: files by split, for a builder name such as "parquet".
@@ -73,46 +81,143 @@ def read_splits(
                 "streaming"
             )
         return reader(Path(dataset))
-    if (builder := FILE_BUILDERS.get(Path(dataset).suffix)) and Path(dataset).is_file():
+    if dataset in FORMATS and not data_files:
+        raise ValueError(f'dataset "{dataset}" is the name of a format: give data_files, the files to read')
+    if is_local_file(dataset):
+        if (kind := kind_of(dataset)) is None:
+            raise ValueError(f'dataset "{dataset}" is not of a kind that is read: {READ}')
         if data_files:
-            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{builder}" and data_files')
-        dataset, data_files = builder, dataset
+            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{kind}" and data_files')
+        return load_local(kind, name, {"train": dataset}, streaming, dataset)
     try:
         if Path(dataset).is_dir() or (data_files and "/" not in dataset):
-            return load_local(dataset, name, data_files, streaming)
+            return load_local(dataset, name, data_files, streaming, dataset)
         return load_remote(dataset, name, revision, data_files, streaming)
-    except OSError as error:  # also what `datasets` raises where it finds nothing, or has no network
-        raise ValueError(f'dataset "{dataset}" cannot be loaded: {error}') from error
+    except ValueError:
+        raise
+    except Exception as error:  # `datasets` raises errors of many kinds where it finds nothing, or has no network
+        raise ValueError(f'dataset "{dataset}" cannot be loaded: {cause(error)}') from error
 
 
-def load_local(dataset: str, name: str | None, data_files: DataFiles | None, streaming: bool) -> Splits:
+def is_local_file(dataset: str) -> bool:
+    """Whether a path leads to a file.
+
+    Raises:
+        ValueError: it leads to a device, a pipe or the like, or looks like a local path and leads nowhere.
+    """
+    path = Path(dataset)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ValueError(f'dataset "{dataset}" is neither a regular file nor a folder')
+    if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or kind_of(dataset)):
+        raise ValueError(f'dataset "{dataset}" cannot be loaded: it does not exist')
+    return path.is_file()
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what an error of `datasets` was raised from."""
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    line = first_line(error)
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+
+
+def load_local(
+    dataset: str, name: str | None, data_files: DataFiles | None, streaming: bool, given: str | None = None
+) -> Splits:
     """A local folder, or files by the name of their format, prepared anew unless every file is as it was.
+
+    Args:
+        given: what a user calls the data set, for errors.
 
     Raises:
         ValueError: see `load_splits`; or a file changed while it was read.
     """
+    given = given or dataset
     if Path(dataset, datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
         raise ValueError(f"dataset {dataset} was written by save_to_disk: write it with to_parquet or to_json instead")
     with tempfile.TemporaryDirectory(prefix="hf-tfm-") as empty:
         # In the usual cache folder, a builder would take over columns and types of other files of the same name.
-        builder = datasets.load_dataset_builder(dataset, name, data_files=data_files, cache_dir=empty)
-        if streaming:
-            return builder.as_streaming_dataset()
+        builder = local_builder(dataset, name, data_files, empty)
         files = source_files(dataset, builder)
-        about = (builder.name, builder.hash, builder.config_id, builder.info.features, remote_states(builder))
-        key = state_key(files, about, package_key())
-        entry = cache_entry(f"{os.path.realpath(dataset)} {name} {data_files}", key)
-        builder.download_and_prepare(
-            str(entry / "rows"),
-            # An extracted archive is otherwise found again by its path alone.
-            download_config=datasets.DownloadConfig(cache_dir=str(entry / "files")),
-            verification_mode="no_checks",  # a card may state how many rows there once were
-        )
+        try:
+            if streaming:
+                return builder.as_streaming_dataset()
+            config = {field.name: getattr(builder.config, field.name) for field in dataclasses.fields(builder.config)}
+            about = (builder.name, builder.hash, str(config), builder.info.features, remote_states(builder))
+            key = state_key(files, about, package_key())
+            entry = cache_entry(f"{os.path.realpath(dataset)} {name} {data_files}", key)
+            fresh = not (entry / "rows").is_dir()
+            builder.download_and_prepare(
+                str(entry / "rows"),
+                # An extracted archive is otherwise found again by its path alone.
+                download_config=datasets.DownloadConfig(cache_dir=str(entry / "files")),
+                verification_mode="no_checks",  # a card may state how many rows there once were
+            )
+        except Exception as error:  # of any kind, and often without the name of the file
+            reason = problem(files) or f'dataset "{given}" cannot be loaded: {cause(error)}'
+            raise ValueError(reason) from error
         if state_key(files, about, package_key()) != key:
             shutil.rmtree(entry / "rows", ignore_errors=True)
-            raise ValueError(f'the files of dataset "{dataset}" changed while they were read')
-        splits = builder.as_dataset()
+            raise ValueError(f'the files of dataset "{given}" changed while they were read')
+        splits = {
+            split: builder.as_dataset(split) if info.num_examples else no_rows(builder, split)
+            for split, info in builder.info.splits.items()
+        }
+        if fresh:
+            try:
+                for rows in splits.values():
+                    rows.data.validate(full=True)  # the reader of JSON takes bytes that are not UTF-8
+            except pa.ArrowInvalid as error:
+                shutil.rmtree(entry / "rows", ignore_errors=True)
+                raise ValueError(problem(files) or f'dataset "{given}" is damaged: {first_line(error)}') from error
     return datasets.DatasetDict({split: with_fingerprint(rows, f"{key}{split}") for split, rows in splits.items()})
+
+
+def local_builder(
+    dataset: str, name: str | None, data_files: DataFiles | None, cache_dir: str
+) -> datasets.DatasetBuilder:
+    """The builder of `datasets` for a folder or for files, with our own reader of CSV.
+
+    Raises:
+        ValueError: there are no files, or none of a kind that is read.
+    """
+    try:
+        files = None if data_files or not Path(dataset).is_dir() else files_by_kind(Path(dataset))
+        if files is not None:
+            dataset, data_files = files
+        builder = datasets.load_dataset_builder(dataset, name, data_files=data_files, cache_dir=cache_dir)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        if Path(dataset).is_dir():
+            there = sorted(path.name for path in Path(dataset).iterdir())
+            found = f"it has {', '.join(there[:5])}{' ...' * (len(there) > 5)}" if there else "it is empty"
+            raise ValueError(f"dataset {dataset} has no file of a kind that is read ({READ}): {found}") from error
+        raise ValueError(f'dataset "{dataset}" cannot be loaded: {first_line(error)}') from error
+    except FileNotFoundError as error:
+        raise ValueError(f'data_files of dataset "{dataset}" not found: {first_line(error)}') from error
+    if empty := [str(split) for split, found in (builder.config.data_files or {}).items() if not found]:
+        raise ValueError(f'data_files of dataset "{dataset}" match no file for split {", ".join(empty)}')
+    return CsvFiles.like(builder, cache_dir=cache_dir, hash=builder.hash) if isinstance(builder, Csv) else builder
+
+
+def files_by_kind(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
+    """Kind and files by split of a folder in which some names end in capitals; None where `datasets` knows all."""
+    named = [path for path in folder.rglob("*") if kind_of(path) and not usual_name(path) and path.is_file()]
+    if not named or any((folder / card).is_file() for card in CARDS):
+        return None
+    patterns = get_data_patterns(str(folder.resolve()))
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
+    kinds = Counter(kind_of(file) for files in found.values() for file in files)
+    kinds.pop(None, None)
+    kind = kinds.most_common(1)[0][0]
+    return kind, {
+        str(split): chosen for split, files in found.items() if (chosen := [f for f in files if kind_of(f) == kind])
+    }
+
+
+def no_rows(builder: datasets.DatasetBuilder, split: str) -> datasets.Dataset:
+    """A split without rows, which a builder does not give."""
+    columns = builder.info.features or {}
+    return datasets.Dataset.from_dict({name: [] for name in columns}, features=builder.info.features, split=split)
 
 
 def source_files(dataset: str, builder: datasets.DatasetBuilder) -> list[str]:
@@ -144,8 +249,11 @@ def load_remote(
     Raises:
         ValueError: there is no network, and the rows in the cache are of local files or of another revision.
     """
-    options = {"revision": revision, "data_files": data_files}
-    builder = datasets.load_dataset_builder(dataset, name, **options)
+    builder = datasets.load_dataset_builder(dataset, name, revision=revision, data_files=data_files)
+    if isinstance(builder, Csv):
+        # Rows that pandas read lie in the cache under the commit itself.
+        commit = f"{str(builder.hash)[:32]}{package_key()[:8]}"
+        builder = CsvFiles.like(builder, hash=commit, config_id=builder.config_id)
     if isinstance(builder, Cache):  # the newest rows that were ever loaded under this name, whatever their source
         commit = str(builder.hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -153,7 +261,7 @@ def load_remote(
                 f'dataset "{dataset}" is neither a local file or folder nor to be had from the Hub; '
                 "rows of local files of that name in the cache of datasets are not used"
             )
-        if revision and not commit.startswith(revision):
+        if revision and commit[:32] != revision[:32]:
             raise ValueError(
                 f'dataset_revision "{revision}" of "{dataset}" is not to be had from the Hub; the cache holds {commit}'
             )
@@ -195,11 +303,14 @@ def take_split(splits: dict, split: str, argument: str):
     """One split by name.
 
     Raises:
-        ValueError: there is no such split; the error names those there are.
+        ValueError: there is no such split, or it has no rows; the error names those there are.
     """
     if split not in splits:
         raise ValueError(f'{argument} "{split}" is not a split of the data set; it has {", ".join(splits)}')
-    return splits[split]
+    rows = splits[split]
+    if isinstance(rows, datasets.Dataset) and not len(rows):
+        raise ValueError(f'{argument} "{split}" has no rows')
+    return rows
 
 
 def gather(rows: datasets.IterableDataset) -> datasets.Dataset:

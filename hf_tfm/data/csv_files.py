@@ -1,0 +1,218 @@
+"""CSV and TSV files in which text stays text: only an empty field is missing, and no row or digit is lost.
+
+files -> fields as text -> columns of whole or decimal numbers where that loses nothing -> Arrow tables
+
+pandas, by which `datasets` reads CSV, takes "NA", "None" or "null" for missing values, "01" for 1, and the first of
+too many fields for an index.
+"""
+
+import csv
+import gzip
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+from datasets import Features, Value
+from datasets.builder import Key
+from datasets.download.streaming_download_manager import StreamingDownloadManager
+from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+from datasets.table import table_cast
+
+BLOCK = 32 << 20  # bytes of a file that are parsed at once; a row is no longer
+# Numbers that are written as Python writes them, so that the text of each can be had back.
+WHOLE = r"^(?:0|-?[1-9]\d{0,17})$"
+DECIMAL = r"^-?(?:0|[1-9]\d{0,8})\.(?:0|\d{0,5}[1-9])$"
+TINY = r"^-?0\.0000"  # Python writes these as 1e-05
+PARSED = {"sep", "delimiter", "quotechar", "doublequote", "escapechar", "names", "column_names", "encoding"}
+COMMON = {"name", "version", "data_dir", "data_files", "description", "features"}
+
+
+class CsvFiles(Csv):
+    """`datasets`' builder of CSV with another reader; options that this reader lacks are left to pandas."""
+
+    @classmethod
+    def like(cls, builder: Csv, **options: Any) -> "CsvFiles":
+        """The same files with the same options as another builder's."""
+        stated = {f.name: getattr(builder.config, f.name) for f in fields(CsvConfig) if f.name not in COMMON}
+        usual = CsvConfig()
+        stated = {name: value for name, value in stated.items() if value != getattr(usual, name)}
+        found = cls(
+            dataset_name=builder.dataset_name,
+            config_name=builder.config.name,
+            base_path=builder.base_path,
+            data_files=builder.config.data_files,
+            features=builder.info.features,
+            token=builder.token,
+            repo_id=builder.repo_id,
+            **stated,
+            **options,
+        )
+        if not stated.keys() & {"na_values", "keep_default_na", "na_filter"}:
+            found.config.na_values, found.config.keep_default_na = [""], False
+        return found
+
+    def by_pandas(self) -> bool:
+        """Whether an option is set that only pandas knows."""
+        usual, own = CsvConfig(), PARSED | COMMON | {"na_values", "keep_default_na", "chunksize"}
+        return len(self.config.sep) != 1 or any(
+            getattr(self.config, f.name) != getattr(usual, f.name) for f in fields(CsvConfig) if f.name not in own
+        )
+
+    def _split_generators(self, dl_manager):
+        generators = super()._split_generators(dl_manager)
+        if self.by_pandas():
+            return generators
+        for generator in generators:
+            paths = [path for paths in generator.gen_kwargs["files_iterables"] for path in paths]
+            generator.gen_kwargs["files_iterables"] = [[path] for path in paths]
+            if len(generator.gen_kwargs["base_files"]) != len(paths):
+                generator.gen_kwargs["base_files"] = paths
+        if self.info.features is None:
+            files = [(g.gen_kwargs["base_files"], g.gen_kwargs["files_iterables"]) for g in generators]
+            self.info.features = self.find_features(files, isinstance(dl_manager, StreamingDownloadManager))
+        return generators
+
+    def find_features(self, splits: Iterable[tuple[list[str], list[list[str]]]], streaming: bool) -> Features:
+        """The columns of all splits, numbers where every field is one; of a stream, all are text.
+
+        Raises:
+            ValueError: the files of a split have other columns than its first file.
+        """
+        kinds: dict[str, set[str]] = {}
+        for named, paths in splits:
+            first: list[str] = []
+            for name, (path,) in zip(named, paths, strict=True):
+                columns = self.columns(path, name)
+                first = first or columns
+                if set(columns) != set(first):
+                    odd = ", ".join(sorted(set(columns) ^ set(first)))
+                    raise ValueError(f"{name} and {named[0]} are of one split and differ in columns: {odd}")
+                for column in columns:
+                    kinds.setdefault(column, {"int64", "float64"})
+                if not streaming:
+                    for table in self.read(path, name):
+                        for column in table.column_names:
+                            kinds[column] &= number_kinds(table[column])
+        chosen = {column: "string" if streaming else min(found, default="string") for column, found in kinds.items()}
+        chosen = {column: "int64" if kinds[column] == {"int64"} else kind for column, kind in chosen.items()}
+        # A column without any value would fit both.
+        return Features(
+            {column: Value("string" if len(kinds[column]) == 2 else kind) for column, kind in chosen.items()}
+        )
+
+    def columns(self, path: str, name: str) -> list[str]:
+        """The names of a file's columns.
+
+        Raises:
+            ValueError: it is empty, or two columns have the same name.
+        """
+        if self.config.names:
+            return list(self.config.names)
+        with open_text(path, self.config.encoding) as file:
+            reader = csv.reader(file, **self.dialect(name))
+            names = next((row for row in reader if row), None)
+        if names is None:
+            raise ValueError(f"{name} is empty")
+        if twice := sorted({column for column in names if column and names.count(column) > 1}):
+            raise ValueError(f'{name} has two columns called "{twice[0]}"')
+        return [column or f"Unnamed: {place}" for place, column in enumerate(names)]
+
+    def dialect(self, name: str) -> dict[str, Any]:
+        """How Python's reader reads a line."""
+        return {
+            "delimiter": self.separator(name),
+            "quotechar": self.config.quotechar,
+            "doublequote": self.config.doublequote,
+            "escapechar": self.config.escapechar,
+        }
+
+    def separator(self, name: str) -> str:
+        """The stated one; a tab in files called .tsv."""
+        return "\t" if self.config.sep == "," and ".tsv" in name.lower().rsplit("/", 1)[-1] else self.config.sep
+
+    def read(self, path: str, name: str) -> Iterator[pa.Table]:
+        """Tables of text with the rows of a file.
+
+        Raises:
+            ValueError: a row has too many or too few fields, or the text is not in the file's encoding.
+        """
+        columns = self.columns(path, name)
+        row_problem: list[str] = []
+
+        def wrong(row: pa_csv.InvalidRow) -> str:
+            where = "" if row.number is None else f", row {row.number - (1 if self.config.names else 2)}"
+            row_problem.append(
+                f"{name}{where}: {row.expected_columns} fields expected, got {row.actual_columns}: {row.text[:80]!r}"
+            )
+            return "error"
+
+        with open(path, "rb") as file:
+            try:
+                reader = pa_csv.open_csv(
+                    file,
+                    pa_csv.ReadOptions(
+                        use_threads=False,  # rows are then counted for errors
+                        block_size=BLOCK,
+                        column_names=columns,
+                        skip_rows_after_names=0 if self.config.names else 1,
+                        encoding=self.config.encoding or "utf8",
+                    ),
+                    pa_csv.ParseOptions(
+                        delimiter=self.separator(name),
+                        quote_char=self.config.quotechar or False,
+                        double_quote=self.config.doublequote,
+                        escape_char=self.config.escapechar or False,
+                        newlines_in_values=True,
+                        invalid_row_handler=wrong,
+                    ),
+                    pa_csv.ConvertOptions(
+                        column_types=dict.fromkeys(columns, pa.string()),
+                        null_values=[""],
+                        strings_can_be_null=True,
+                    ),
+                )
+                for batch in reader:
+                    yield pa.Table.from_batches([batch])
+            except pa.ArrowInvalid as error:
+                if row_problem:
+                    raise ValueError(row_problem[0]) from None
+                if "Empty CSV file" in str(error):  # a header alone
+                    return
+                raise ValueError(f"{name} cannot be read as CSV: {error}") from error
+
+    def _generate_tables(self, base_files, files_iterables):
+        if self.by_pandas():
+            yield from super()._generate_tables(base_files, files_iterables)
+            return
+        schema = self.info.features.arrow_schema
+        for shard, (name, (path,)) in enumerate(zip(base_files, files_iterables, strict=True)):
+            for number, table in enumerate(self.read(path, name)):
+                for column in schema.names:
+                    if column not in table.column_names:
+                        table = table.append_column(column, pa.nulls(len(table), pa.string()))
+                yield Key(shard, number), table_cast(table.select(schema.names), schema)
+
+
+def number_kinds(values: pa.ChunkedArray) -> set[str]:
+    """Which types of number the text of all fields fits, so that it can be had back: int64, float64, both or none."""
+    if values.null_count == len(values):
+        return {"int64", "float64"}
+    kinds = set()
+    if pc.all(pc.match_substring_regex(values, WHOLE)).as_py():
+        kinds.add("int64")
+    decimal = pc.all(pc.match_substring_regex(values, DECIMAL)).as_py()
+    if decimal and not pc.any(pc.match_substring_regex(values, TINY)).as_py():
+        kinds.add("float64")
+    return kinds
+
+
+def open_text(path: str, encoding: str | None):
+    """A text file, compressed by gzip or not."""
+    file = open(path, "rb")  # noqa: SIM115 closed with what is returned
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return io.TextIOWrapper(gzip.GzipFile(fileobj=file) if zipped else file, encoding or "utf-8-sig", newline="")
