@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dropout import dropout as drop
+from .input_checks import require_mask
 from .linear import Linear
 
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel until the score tables outgrow the cache: a
@@ -109,7 +110,12 @@ def padding_mask(
     Args:
         queries: (B, Tq, D) hidden states that attend, or (n B, T, D) when n rows share a row of memory.
         memory: (B, Tk, D) when they attend to it and not to themselves.
+
+    Raises:
+        ValueError: a mask of two dimensions is not (B, Tk).
     """
+    keys = queries if memory is None else memory
+    require_mask("attention_mask", attention_mask, keys.shape[0], keys.shape[1])
     if attention_mask is not None and attention_mask.ndim == 2 and config._attn_implementation in ("eager", "sdpa"):
         return attention_mask[:, None, None].to(queries.device, torch.bool)  # (B, 1, 1, Tk)
     if memory is not None and memory.shape[0] != queries.shape[0]:

@@ -12,8 +12,10 @@ from transformers.activations import ACT2FN
 from .attention import MultiHeadAttention
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
-from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .cross_entropy import label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
+from .input_checks import embed, look_up
+from .losses import labelled, per_item, require_labels
 from .native_names import OwnNamesPreTrainedModel
 
 # Files of transformers' own BERT, and of earlier versions of this package: (name in a file, name in the model), in
@@ -100,21 +102,22 @@ class TfmBertEmbeddings(nn.Module):
             position_ids: (B, T) or (1, T); default, 0 to T - 1.
 
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the input is too long.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty or too
+                long, or, on a CPU, an id is out of range.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        words = embed(self.word_embeddings, input_ids, inputs_embeds)
         length, longest = words.shape[1], self.position_embeddings.num_embeddings
         if position_ids is None:
             if length > longest:
                 raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
             position_ids = torch.arange(length, device=words.device)[None]
-        states = words + self.position_embeddings(position_ids)
+        table = self.position_embeddings
+        states = words + look_up(table, position_ids, "position_ids", "max_position_embeddings")
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
                 token_type_ids = position_ids.new_zeros(1, length)
-            states = states + self.token_type_embeddings(token_type_ids)
+            table = self.token_type_embeddings
+            states = states + look_up(table, token_type_ids, "token_type_ids", "type_vocab_size")
         return self.dropout(self.norm(states))
 
 
@@ -149,35 +152,42 @@ class MaskedLMHead(nn.Module):
         """(..., D) -> (..., V)."""
         return self.decoder(self.transform(states))
 
-    def loss(self, states: Tensor, labels: Tensor, items: Tensor | int | None, places: Tensor | None) -> Tensor:
+    def loss(self, states: Tensor, labels: Tensor, items: Tensor | int | None, positions: Tensor | None) -> Tensor:
         """Cross-entropy of labels (B, T) from states (B, T, D), without holding logits; the mean, or the sum / items.
 
         Args:
-            places: (n,) int64, places of the labelled tokens among the B T; default, found here, for which the host
-                waits on a GPU.
+            positions: (n,) int64, of the labelled tokens among the B T; default, found here, for which the host waits
+                on a GPU.
         """
         states, labels = states.flatten(0, 1), labels.flatten()
-        places = (labels != IGNORE_INDEX).nonzero()[:, 0] if places is None else places
+        positions = labelled(labels).nonzero()[:, 0] if positions is None else positions
         # Only these rows: the product with V words is most of the work, and about 15 % of the tokens are masked.
         total = linear_cross_entropy(
-            self.transform(states[places]), self.decoder.weight, labels[places], 0.0, self.decoder.bias
+            self.transform(states[positions]), self.decoder.weight, labels[positions], 0.0, self.decoder.bias
         )
-        return total / (max(len(places), 1) if items is None else items)
+        return per_item(total, len(positions), items)
 
 
 def masked_lm_loss(
     head: MaskedLMHead,
+    vocab_size: int,
     states: Tensor,
     labels: Tensor | None,
     items: int | Tensor | None,
     return_logits: bool,
-    places: Tensor | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Loss and logits (B, T, V) of states (B, T, D), each where it is wanted."""
+    """Loss and logits (B, T, V) of states (B, T, D), each where it is wanted.
+
+    Raises:
+        TypeError, ValueError: labels are not (B, T) or, on a CPU, not in the vocabulary.
+    """
+    if labels is not None:
+        require_labels(labels, vocab_size, tuple(states.shape[:-1]))
     if not return_logits:
-        return None if labels is None else head.loss(states, labels, items, places), None
+        return None if labels is None else head.loss(states, labels, items, positions), None
     logits = head(states)
     if labels is None:
         return None, logits
     total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return total / ((labels != IGNORE_INDEX).sum().clamp_min(1) if items is None else items), logits
+    return per_item(total, labelled(labels).sum(), items), logits

@@ -12,7 +12,7 @@ Shapes: N positions; D hidden size; V vocabulary.
 import torch
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # marks a token, sequence, image or number without a label
 # Positions whose logits are held at once: matrix products of fewer rows are slower, more rows take more memory.
 CHUNK_ROWS = {"cpu": 512, "other": 1024}
 
@@ -68,10 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         label_smoothing: float,
         dtype: torch.dtype,
+        row_weights: Tensor | None,
     ):
         labelled = (labels != IGNORE_INDEX)[:, None]  # (N, 1)
         target = labels.clamp_min(0)[:, None]  # (N, 1)
         rows = torch.where(labelled, hidden, 0.0).to(dtype)  # (N, D), zero where there is no label
+        scale = None if row_weights is None else row_weights.float()[:, None]  # (N, 1)
         matrix = weight.to(dtype)  # (V, D)
         offset = None if bias is None else bias.to(dtype)  # (V,)
         mean_weight = matrix.mean(dim=0, dtype=torch.float32)  # (D,)
@@ -83,9 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         if needs_weight:
-            grad_weight = (rows.sum(dim=0, dtype=torch.float32) * share).to(weight.dtype).repeat(len(weight), 1)
+            total = rows.sum(dim=0, dtype=torch.float32) if scale is None else (rows * scale).sum(dim=0)
+            grad_weight = (total * share).to(weight.dtype).repeat(len(weight), 1)
         if needs_bias:
-            grad_bias = (labelled.sum() * share).to(bias.dtype).repeat(len(bias))
+            count = labelled.sum() if scale is None else (labelled * scale).sum()
+            grad_bias = (count * share).to(bias.dtype).repeat(len(bias))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk = max(1, min(len(rows), CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["other"])))
         # Two buffers, one in float32, serve all chunks: fresh memory of this size costs more than what is done in it.
@@ -103,13 +107,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product = torch.addmm(offset, part, matrix.t(), out=product)
             score = wide[: len(part)].copy_(product) if reuse and dtype != torch.float32 else product.float()
             sharp, gradient = sharp_loss(score, target[here], label_smoothing, in_place=reuse)
+            each = torch.where(seen, sharp - label_smoothing * mean_scores[here], 0.0)  # (n, 1)
+            if scale is not None:
+                each, gradient = each * scale[here], gradient * scale[here]
             # Not in place: of an output changed in place torch 2.11 compiles a gradient of zero.
-            loss = loss + torch.where(seen, sharp - label_smoothing * mean_scores[here], 0.0).sum()
+            loss = loss + each.sum()
             if not any(ctx.needs_input_grad[:3]):
                 continue
             rounded = product.copy_(gradient) if reuse and dtype != torch.float32 else gradient.to(dtype)
             if needs_hidden:
-                grad_hidden[here] = torch.where(seen, rounded @ matrix - label_smoothing * mean_weight, 0.0)
+                uniform = label_smoothing * mean_weight  # (D,)
+                uniform = uniform if scale is None else uniform * scale[here]  # (n, D)
+                grad_hidden[here] = torch.where(seen, rounded @ matrix - uniform, 0.0)
             if needs_weight and dtype == weight.dtype:
                 grad_weight.addmm_(rounded.t(), part)
             elif needs_weight:
@@ -123,11 +132,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         # Scaled in place, to hold the weight's gradient once; a second backward finds that out and raises.
         gradients = ctx.saved_tensors
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
+        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """`label_smoothed_cross_entropy` of ``hidden @ weight.T + bias``, without the logits.
 
@@ -139,6 +153,7 @@ def linear_cross_entropy(
         labels: (N,) int64; `IGNORE_INDEX` marks a position without a label.
         label_smoothing: e, in [0, 1).
         bias: (V,), one number a token; default, none.
+        row_weights: (N,), multiply the loss of each row, without a gradient; default, 1.
 
     Returns:
         Scalar float32, a sum over the labelled positions.
@@ -152,4 +167,4 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, label_smoothing, dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, label_smoothing, dtype, row_weights)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .cross_entropy import IGNORE_INDEX
+from .input_checks import readable
 
 
 def mask_targets(
@@ -38,6 +39,29 @@ def mask_targets(
     return inputs, labels.masked_fill(~masked, IGNORE_INDEX), real.long()
 
 
+def masked_labels(
+    labels: Tensor, inputs: Tensor, attention_mask: Tensor | None, config: PreTrainedConfig
+) -> tuple[Tensor, Tensor]:
+    """The labels at masked inputs, the others hidden (B, T), and an attention mask (B, T).
+
+    Args:
+        labels, inputs: (B, T); inputs hold ``mask_token_id`` at what is to be predicted.
+        attention_mask: (B, T); default, 0 at padding.
+
+    Raises:
+        ValueError: on a CPU, there are labels but none at a masked input: the decoder would be shown the answer.
+    """
+    known, masked = labels != IGNORE_INDEX, inputs == config.mask_token_id
+    if readable(inputs) and readable(labels) and known.any() and not (known & masked).any():
+        raise ValueError(
+            f"a mask-predict model needs mask_token_id = {config.mask_token_id} in decoder_input_ids at the labels to "
+            "predict, got it at none"
+        )
+    if attention_mask is None:
+        attention_mask = (known | (inputs != config.pad_token_id)).long()
+    return labels.masked_fill(~masked, IGNORE_INDEX), attention_mask
+
+
 class LengthHead(nn.Module):
     """Predicts the target's length as an offset from the source's (section 3.2).
 
@@ -62,14 +86,14 @@ class LengthHead(nn.Module):
     def loss(
         self, memory: Tensor, attention_mask: Tensor | None, hidden: Tensor, target_mask: Tensor | None
     ) -> Tensor:
-        """Cross-entropy of the target lengths, summed over sentences; a sentence without target tokens counts not."""
+        """Cross-entropy of the target lengths (B,); 0 for a sentence without target tokens."""
         if target_mask is None:
             target_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits, source_lengths = self(memory, attention_mask)
         target_lengths = target_mask.sum(dim=1).long()  # (B,)
         offset = (target_lengths - source_lengths).clamp(-self.max_offset, self.max_offset) + self.max_offset
         offset = offset.masked_fill(target_lengths == 0, IGNORE_INDEX)
-        return nn.functional.cross_entropy(logits.float(), offset, ignore_index=IGNORE_INDEX, reduction="sum")
+        return nn.functional.cross_entropy(logits.float(), offset, ignore_index=IGNORE_INDEX, reduction="none")
 
     def candidates(
         self, memory: Tensor, attention_mask: Tensor | None, count: int, longest: int

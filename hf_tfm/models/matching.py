@@ -6,6 +6,7 @@
 Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image, the others padded; C classes.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_scipy_available, logging
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
+from .input_checks import ROUNDING, readable, require_tensor
 
 logger = logging.get_logger(__name__)
 
-NEVER = 1e6  # the cost of a pair that is no number, far above any other
+NEVER = 1e6  # the cost of a pair that is not finite, far above any other
 
 
 class Objects(NamedTuple):
@@ -35,29 +37,63 @@ class Objects(NamedTuple):
     counts: list[int]
 
 
+def require_values(classes: Tensor, boxes: Tensor, num_labels: int) -> None:
+    """Refuse classes (B, M) outside [0, ``num_labels``) and boxes (B, M, 4) outside [0, 1], on a CPU.
+
+    Raises:
+        ValueError: with the image and the first such class or box.
+    """
+    if not readable(classes) or not classes.numel():
+        return
+    outside = (classes < 0) | (classes >= num_labels)
+    wrong = ~((boxes >= -ROUNDING) & (boxes <= 1 + ROUNDING)).all(dim=2)  # a NaN is neither
+    if not (outside | wrong).any():
+        return
+    if outside.any():
+        image, number = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels[{image}]['class_labels'] must be in [0, {num_labels}), the model's num_labels, got "
+            f"{classes[image, number].item()}"
+        )
+    image, number = wrong.nonzero()[0].tolist()
+    box = ", ".join(f"{value:g}" for value in boxes[image, number].tolist())
+    raise ValueError(
+        f"labels[{image}]['boxes'] must be (centre x, centre y, width, height) in shares of the image, in [0, 1], got "
+        f"({box})"
+    )
+
+
 def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.device) -> Objects:
     """Labels of each image, ``class_labels`` (n,) and ``boxes`` (n, 4), as one batch.
 
     Raises:
+        TypeError: labels of an image are no dictionary of tensors.
         ValueError: an image has no classes or boxes, its boxes are not (n, 4) for its n classes, or, where labels can
-            be read without waiting for a GPU, a class does not exist.
+            be read without waiting for a GPU, a class does not exist or a box is not in [0, 1].
     """
     for i, label in enumerate(labels):
+        if not isinstance(label, Mapping):
+            raise TypeError(f"labels[{i}] must be a dictionary of tensors, got {type(label).__name__}")
         if not {"class_labels", "boxes"} <= label.keys():
             raise ValueError(f"labels[{i}] must have class_labels and boxes, got {', '.join(label) or 'nothing'}")
-        count = len(label["class_labels"])
-        if label["boxes"].shape != (count, 4):
+        classes, boxes = label["class_labels"], label["boxes"]
+        for name, values, dims in (("class_labels", classes, 1), ("boxes", boxes, 2)):
+            require_tensor(f"labels[{i}]['{name}']", values)
+            if values.dim() != dims:
+                raise ValueError(
+                    f"labels[{i}]['{name}'] must have {dims} dimension{'s' * (dims > 1)}, got shape "
+                    f"{tuple(values.shape)}"
+                )
+        if classes.is_floating_point():
+            raise ValueError(f"labels[{i}]['class_labels'] must be integers, got {classes.dtype}")
+        if boxes.shape != (len(classes), 4):
             raise ValueError(
-                f"labels[{i}]['boxes'] must have shape {(count, 4)}, one box for each of its class_labels, got "
-                f"{tuple(label['boxes'].shape)}"
+                f"labels[{i}]['boxes'] must have shape {(len(classes), 4)}, one box for each of its class_labels, got "
+                f"{tuple(boxes.shape)}"
             )
     classes = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(device, torch.int64)
     boxes = pad_sequence([label["boxes"] for label in labels], batch_first=True).to(device, torch.float32)
-    if device.type == "cpu" and classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_labels:
-        raise ValueError(
-            f"class_labels must be in [0, {num_labels}), the model's num_labels, got {int(classes.min())} to "
-            f"{int(classes.max())}"
-        )
+    require_values(classes, boxes, num_labels)
     return Objects(classes, boxes, [len(label["class_labels"]) for label in labels])
 
 
@@ -83,14 +119,39 @@ def matching_cost(
     return cost
 
 
-def assign(cost: Tensor, counts: list[int]) -> np.ndarray:
+def highest_cost(config: Any) -> float:
+    """Above the cost of any pair of boxes in [0, 1]: an L1 distance of 4, a GIoU of -1, a probability of 0."""
+    return 4.0 * config.bbox_cost + config.giou_cost + 1.0
+
+
+def require_costs(cost: np.ndarray, counts: list[int], limit: float) -> None:
+    """Refuse an object that no query could stand for, while other objects have costs: its label is wrong.
+
+    On a GPU labels cannot be read without waiting for it; here their costs are on the host anyway.
+
+    Raises:
+        ValueError: with the image and the object.
+    """
+    possible = (cost < limit).any(axis=(0, 2))  # (B, M)
+    predicted = np.isfinite(cost).any()
+    for image, count in enumerate(counts):
+        for number in range(count):
+            if predicted and not possible[image, number]:
+                raise ValueError(
+                    f"labels[{image}]['boxes'][{number}] must be (centre x, centre y, width, height) in shares of the "
+                    "image, in [0, 1]: its distance to every prediction is not finite or above 4"
+                )
+
+
+def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray:
     """The assignment of objects to queries with the least cost, of every layer and image (equation 1).
 
-    One copy to the host for all of them. Costs that are no numbers are taken as very high, and reported.
+    One copy to the host for all of them. Costs that are not finite are taken as very high, and reported.
 
     Args:
         cost: (L, B, Q, M).
         counts: objects of each image.
+        limit: above the cost of any box in [0, 1], see `highest_cost`.
 
     Returns:
         (L, B, M) int64: the query of each object; Q for padding, and for objects that found none, where an image has
@@ -98,6 +159,8 @@ def assign(cost: Tensor, counts: list[int]) -> np.ndarray:
 
     Raises:
         ImportError: scipy is not installed.
+        ValueError: no query has a finite cost below ``limit`` for an object, but some has for another: its box in the
+            labels is out of range.
     """
     if not is_scipy_available():
         raise ImportError("matching predictions to objects needs scipy: pip install scipy")
@@ -107,10 +170,12 @@ def assign(cost: Tensor, counts: list[int]) -> np.ndarray:
     L, _, Q, M = cost.shape
     host = cost.cpu().numpy()
     queries = np.full((L, len(counts), M), Q)
+    if host.size and not host.max() < limit:  # a NaN is not below it
+        require_costs(host, counts, limit)
     if not np.isfinite(host).all():
         real = np.concatenate([host[:, i, :, :count].ravel() for i, count in enumerate(counts)])
         if bad := np.count_nonzero(~np.isfinite(real)):
-            logger.warning(f"{bad} of {real.size} matching costs are not finite")
+            logger.warning(f"{bad} of {real.size} matching costs are not finite: logits or boxes of the model are not")
         host = np.nan_to_num(host, nan=NEVER, posinf=NEVER, neginf=NEVER)
     for layer in range(L):
         for image, count in enumerate(counts):
@@ -145,11 +210,13 @@ def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config
     Raises:
         ValueError: there are labels of more or fewer images, or they are not as they should be, see `pad_objects`.
     """
+    if not isinstance(labels, Sequence):
+        raise TypeError(f"labels must be a list of dictionaries, one for each image, got {type(labels).__name__}")
     if len(labels) != logits.shape[1]:
         raise ValueError(f"labels must be of {logits.shape[1]} images, got {len(labels)}")
     objects = pad_objects(labels, config.num_labels, logits.device)
     cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
-    queries = assign(cost, objects.counts)
+    queries = assign(cost, objects.counts, highest_cost(config))
     return Matching(objects, torch.from_numpy(queries).to(logits.device, non_blocking=True), queries)
 
 

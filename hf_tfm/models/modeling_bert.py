@@ -6,6 +6,8 @@ Shapes: B sequences; T tokens; D = config.hidden_size; H heads; V = config.vocab
 attention mask is 1 for a token, 0 for padding.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -35,6 +37,7 @@ from .bert_parts import (
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .dropout import Dropout
+from .losses import choice_loss, class_loss, labelled, sequence_loss, span_loss, token_loss, weights_of_rows
 from .native_names import register_native_names
 
 # What files of transformers may hold and a model with a language head does not read.
@@ -122,23 +125,26 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
-        label_places: Tensor | None = None,
+        masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Predict tokens; with ``labels``, also their loss.
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
-            num_items_in_batch: what the sum of losses is divided by; default, the number of labels.
+            num_items_in_batch: what the sum of losses is divided by, see `losses`; default, the number of labels.
             return_logits: False computes the loss of the labelled tokens alone, without holding logits.
-            label_places: see `MaskedLMHead.loss`; for ``return_logits=False``.
+            masked_positions: (n,) int64, of the labelled tokens among the B T, for ``return_logits=False``: then a GPU
+                need not wait for them to be found.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, V) or None; on request hidden states and attentions.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state
-        loss, logits = masked_lm_loss(self.lm_head, states, labels, num_items_in_batch, return_logits, label_places)
+        loss, logits = masked_lm_loss(
+            self.lm_head, self.config.vocab_size, states, labels, num_items_in_batch, return_logits, masked_positions
+        )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -177,29 +183,39 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | Mapping[str, int | Tensor] | None = None,
         return_logits: bool = True,
-        label_places: Tensor | None = None,
+        masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BertForPreTrainingOutput:
         """Predict tokens, and whether the segments belong together.
 
         Args:
             labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
-            next_sentence_label: (B,), 0 where the second segment follows the first, 1 where it is a random one.
-            num_items_in_batch, return_logits, label_places: of the tokens, see `TfmBertForMaskedLM.forward`.
+            next_sentence_label: (B,), 0 where the second segment follows the first, 1 where it is a random one,
+                `IGNORE_INDEX` for no pair.
+            num_items_in_batch: number of labels of each kind in the whole step, {"labels": tokens,
+                "next_sentence_label": pairs}, see `count_items`. A single number counts the tokens, as Trainer does;
+                each pair then counts by its share of them, so that micro-batches add up to the step all the same.
+            return_logits, masked_positions: see `TfmBertForMaskedLM.forward`.
+
+        Trainer evaluates a data set without ``next_sentence_label`` only with ``label_names=["labels"]``, as with
+        transformers' `BertForPreTraining`.
 
         Returns:
-            ``loss`` scalar, the tokens' and, with ``next_sentence_label``, the segments' too; ``prediction_logits``
-            (B, T, V) or None;
-            ``seq_relationship_logits`` (B, 2); on request hidden states and attentions.
+            ``loss`` scalar, the sum of the tokens' and the segments', each where it has labels; ``prediction_logits``
+            (B, T, V) or None; ``seq_relationship_logits`` (B, 2); on request hidden states and attentions.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state
-        loss, logits = masked_lm_loss(self.lm_head, states, labels, num_items_in_batch, return_logits, label_places)
+        counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else {"labels": num_items_in_batch}
+        loss, logits = masked_lm_loss(
+            self.lm_head, self.config.vocab_size, states, labels, counts["labels"], return_logits, masked_positions
+        )
         follows = self.nsp_head(outputs.pooler_output)  # (B, 2)
-        if next_sentence_label is not None and loss is not None:
-            loss = loss + nn.functional.cross_entropy(follows.float(), next_sentence_label.view(-1))
+        if next_sentence_label is not None:
+            pair_loss = self.pair_loss(follows, next_sentence_label, labels, counts)
+            loss = pair_loss if loss is None else loss + pair_loss
         return BertForPreTrainingOutput(
             loss=loss,
             prediction_logits=logits,
@@ -207,6 +223,25 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def pair_loss(
+        self,
+        logits: Tensor,
+        next_sentence_label: Tensor,
+        labels: Tensor | None,
+        counts: Mapping[str, int | Tensor | None],
+    ) -> Tensor:
+        """Cross-entropy of next sentence prediction from logits (B, 2); see `forward` for ``counts``."""
+        name = "next_sentence_label"
+        if counts.get("labels") is None or name in counts or labels is None:
+            return class_loss(logits, next_sentence_label, counts.get(name), name)
+        weights = weights_of_rows(labels, counts["labels"])  # (B,)
+        return class_loss(logits, next_sentence_label, name=name, weights=weights)
+
+    def count_items(self, labels: Tensor | None = None, next_sentence_label: Tensor | None = None, **batch) -> dict:
+        """The ``num_items_in_batch`` of a batch; the sum over the micro-batches of a step is that of the step."""
+        given = {"labels": labels, "next_sentence_label": next_sentence_label}
+        return {name: labelled(values).sum() for name, values in given.items() if values is not None}
 
 
 class TfmBertClassifier(TfmBertPreTrainedModel):
@@ -233,6 +268,7 @@ class TfmBertForSequenceClassification(TfmBertClassifier):
     """BERT that classifies a sequence, or a pair of them; with one label, regression (section 4.1)."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    _loss_function = staticmethod(sequence_loss)
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config, config.num_labels, pooled=True)
@@ -265,6 +301,7 @@ class TfmBertForTokenClassification(TfmBertClassifier):
     """BERT that classifies every token (section 5.3)."""
 
     _auto_class = "AutoModelForTokenClassification"
+    _loss_function = staticmethod(token_loss)
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config, config.num_labels, pooled=False)
@@ -297,6 +334,7 @@ class TfmBertForMultipleChoice(TfmBertClassifier):
     """BERT that scores several endings and takes the best (section 4.4)."""
 
     _auto_class = "AutoModelForMultipleChoice"
+    _loss_function = staticmethod(choice_loss)
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config, 1, pooled=True)
@@ -326,7 +364,7 @@ class TfmBertForMultipleChoice(TfmBertClassifier):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.bert(*map(flat, inputs), **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -336,6 +374,7 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
     """BERT that marks where an answer starts and ends in a text (section 4.2)."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    _loss_function = staticmethod(span_loss)
 
     def __init__(self, config: TfmBertConfig):
         super().__init__(config)
@@ -355,7 +394,8 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Mark answers in sequences (B, T); ``start_positions`` and ``end_positions`` (B,), from T on none.
+        """Mark answers in sequences (B, T); ``start_positions`` and ``end_positions`` (B,); none from T on,
+        as where a long text was cut, or with `IGNORE_INDEX`.
 
         Returns:
             ``loss`` scalar, ``start_logits`` and ``end_logits`` (B, T); on request hidden states and attentions.
@@ -363,7 +403,9 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("give start_positions and end_positions, or neither")
+        if start_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -372,6 +414,12 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def count_items(self, start_positions: Tensor, end_positions: Tensor, input_ids: Tensor, **batch) -> Tensor:
+        """The ``num_items_in_batch`` of a batch: texts with a start or an end."""
+        length = input_ids.shape[1]
+        known = [labelled(positions) & (positions < length) for positions in (start_positions, end_positions)]
+        return (known[0] | known[1]).sum()
 
 
 register_native_names("TfmBertModel", NATIVE_NAMES)

@@ -36,7 +36,7 @@ from .mask_head import BoxAttention, MaskHead
 from .matching import match, matched_pairs
 from .native_names import register_native_names
 from .positions import LearnedPositions2D, sine_2d
-from .set_loss import mask_losses, set_losses, target_masks, total_loss
+from .set_loss import mask_losses, normalizers, set_losses, target_masks, total_loss
 
 Labels = list[dict[str, Tensor]]
 
@@ -205,8 +205,9 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         Args:
             pixel_mask: (B, H, W), where some images are padded.
             labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
-            num_items_in_batch: what each term's sum is divided by, see `set_loss.normalizers`; default, the items of
-                this batch. A loop that cuts a step into micro-batches or ranks gives those of the whole step.
+            num_items_in_batch: what each term's sum is divided by, see `count_items`; default, the items of this
+                batch. A loop that cuts a step into micro-batches or ranks gives those of the whole step. Trainer
+                gives none.
 
         Returns:
             ``logits`` (B, Q, C + 1); ``pred_boxes`` (B, Q, 4); with labels ``loss``, ``loss_dict`` (terms of the last
@@ -228,6 +229,11 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
             **shared_outputs(outputs),
         )
+
+    def count_items(self, labels: Labels, **batch) -> dict[str, float]:
+        """The ``num_items_in_batch`` of a batch; the sum over the micro-batches of a step is that of the step."""
+        counts = [len(label["class_labels"]) for label in labels]
+        return normalizers(counts, self.config.num_queries, self.config.eos_coefficient)
 
 
 class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
@@ -315,6 +321,10 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
             **shared_outputs(outputs),
         )
+
+    def count_items(self, labels: Labels, **batch) -> dict[str, float]:
+        """See `TfmDetrForObjectDetection.count_items`."""
+        return self.detr.count_items(labels)
 
 
 def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:

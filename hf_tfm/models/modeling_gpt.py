@@ -32,7 +32,9 @@ from .configuration_gpt import TfmGPTConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
 from .generation import GreedyGenerationMixin
+from .input_checks import embed, look_up
 from .linear import Linear
+from .losses import labelled, per_item, require_labels, sequence_loss
 from .native_names import OwnNamesPreTrainedModel
 
 
@@ -149,11 +151,10 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
             ``attentions``, L of (B, H, T, cached + T).
 
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, or the input is too long.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty or too
+                long, or, on a CPU, an id is out of range.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        words = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        words = embed(self.wte, input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache()
         seen = 0 if cache is None else cache.get_seq_length()
@@ -164,7 +165,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
             places = (torch.arange(words.shape[1], device=words.device) + seen)[None]
         else:
             places = kwargs["position_ids"] = position_ids  # flash attention tells texts in a row apart by them
-        hidden_states = self.drop(words + self.wpe(places))
+        hidden_states = self.drop(words + look_up(self.wpe, places, "position_ids", "max_position_embeddings"))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
         # One token may look at all that a growing cache holds; finding that out anew is a tenth of a small step.
@@ -184,20 +185,22 @@ def language_loss(
     labels: Tensor | None,
     items: int | Tensor | None,
     shift_labels: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D).
 
     Args:
+        row_weights: (B T,), of the losses, without logits.
         shift_labels: (B, T), in place of labels: what each state is to predict.
     """
     # State t predicts token t + 1.
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
     targets = targets.flatten()
     if logits is None:
-        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets)
+        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, row_weights=row_weights)
     else:
         total = label_smoothed_cross_entropy(logits.flatten(0, 1), targets)
-    return total / ((targets != IGNORE_INDEX).sum().clamp_min(1) if items is None else items)
+    return per_item(total, labelled(targets).sum(), items)
 
 
 class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
@@ -226,7 +229,6 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Predict the token after each; with labels of either kind, also the loss.
@@ -234,14 +236,17 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
         Args:
             labels: (B, T), the ids themselves, `IGNORE_INDEX` where nothing is to be predicted.
             logits_to_keep: logits of so many last tokens, or of the tokens of an index; 0 is all.
-            num_items_in_batch: what the sum of losses is divided by; default, the number of labels.
+            num_items_in_batch: what the sum of losses is divided by, see `losses`; default, the number of labels that
+                a token is predicted for: all but the first of each row.
             return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
-            shift_labels: (B, T), in place of ``labels``, what each token's state is to predict: labels already moved,
-                as sequence-parallel training has to before it shares a sequence out.
+            shift_labels: (B, T), a keyword argument in place of ``labels``: the token that each state is to predict.
+                Sequence-parallel training moves labels before it cuts a sequence. It is not in the signature, where
+                Trainer would take it for a label that every batch has.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, V) or None, ``cache``; on request hidden states, attentions.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs
         )
@@ -250,6 +255,8 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
         logits = self.lm_head(hidden[:, kept]) if return_logits else None
         loss = None
         if labels is not None or shift_labels is not None:
+            given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
+            require_labels(given, self.config.vocab_size, tuple(hidden.shape[:2]), name)
             loss = language_loss(hidden, logits, self.lm_head, labels, num_items_in_batch, shift_labels)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -264,6 +271,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
     """GPT that classifies a sequence by the state of its last token (2018, section 3.2)."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    _loss_function = staticmethod(sequence_loss)
 
     def __init__(self, config: TfmGPTConfig):
         super().__init__(config)
@@ -292,8 +300,8 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         Args:
             attention_mask: (B, T); without one, ``pad_token_id`` tells which tokens are padding.
             labels: (B,), as transformers' `GPT2ForSequenceClassification` takes them.
-            language_weight: adds so much of the loss of predicting the sequence's own tokens (2018, equation 5, lambda
-                0.5).
+            language_weight: weight of a second term (2018, equation 5, lambda 0.5): each sequence's mean loss of
+                predicting its own tokens, and the mean of these over labelled sequences, as in the authors' code.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, C); on request what `TfmGPTModel` gives.
@@ -321,7 +329,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
                 if input_ids is None:
                     raise ValueError("language_weight needs input_ids, which the sequence's own tokens are taken from")
                 tokens = input_ids if attention_mask is None else input_ids.where(attention_mask != 0, IGNORE_INDEX)
-                loss = loss + language_weight * language_loss(hidden, None, self.transformer.wte, tokens, None)
+                loss = loss + language_weight * self.language_term(hidden, tokens, labels, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -329,6 +337,21 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def language_term(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Each sequence's mean loss of predicting its tokens (B, T) from states (B, T, D), per labelled sequence."""
+        known = labelled(labels).reshape(hidden.shape[0], -1).to(hidden.device)  # (B, classes or 1)
+        weights = known.sum(dim=1) / labelled(tokens[:, 1:]).sum(dim=1).clamp_min(1)  # (B,)
+        row_weights = weights[:, None].expand(tokens.shape).flatten()  # (B T,)
+        total = language_loss(hidden, None, self.transformer.wte, tokens, 1, row_weights=row_weights)
+        return per_item(total, known.sum(), num_items_in_batch)
 
 
 register_checkpoint_conversion_mapping("TfmGPTModel", native_names(), overwrite=True)

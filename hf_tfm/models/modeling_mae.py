@@ -23,6 +23,7 @@ from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
 from .image_embeddings import TfmViTEmbeddings, fixed_positions
+from .losses import per_item
 from .modeling_vit import NATIVE_NAMES, TfmViTPreTrainedModel, encoder_blocks
 from .native_names import register_native_names
 from .patches import Size, patchify, resize_grid, sides, unpatchify
@@ -217,6 +218,8 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         pixel_values: Tensor,
         noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTMAEForPreTrainingOutput:
         """Reconstruct images (B, C, H, W) from a random part of their patches.
@@ -224,6 +227,8 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         Args:
             noise: (B, N), decides which patches stay visible; see `random_masking`.
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
+            num_items_in_batch: hidden patches of the whole step, see `losses`; default, of this batch.
+            return_loss: compute the loss; by this argument Trainer knows that it needs no labels.
 
         Returns:
             ``loss`` scalar, the mean squared error over hidden patches; ``logits`` (B, N, P P C), pixels, normalised
@@ -233,8 +238,11 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         outputs = self.vit(pixel_values, noise=noise, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         grid = self.vit.embeddings.patch_embeddings.check(pixel_values)
         logits = self.decoder(outputs.last_hidden_state, outputs.ids_restore, grid)  # (B, N, P P C)
+        loss = None
+        if return_loss:
+            loss = self.reconstruction_loss(pixel_values, logits, outputs.mask, num_items_in_batch)
         return ViTMAEForPreTrainingOutput(
-            loss=self.reconstruction_loss(pixel_values, logits, outputs.mask),
+            loss=loss,
             logits=logits,
             mask=outputs.mask,
             ids_restore=outputs.ids_restore,
@@ -242,13 +250,21 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def reconstruction_loss(self, pixel_values: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    def count_items(self, pixel_values: Tensor, **batch) -> int:
+        """The ``num_items_in_batch`` of a batch: hidden patches."""
+        rows, columns = self.vit.embeddings.patch_embeddings.check(pixel_values)
+        visible = num_visible(rows * columns, self.config.mask_ratio)
+        return pixel_values.shape[0] * (rows * columns - visible)
+
+    def reconstruction_loss(
+        self, pixel_values: Tensor, logits: Tensor, mask: Tensor, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
         """Mean squared error over the pixels of hidden patches, a scalar (section 3, "Reconstruction target")."""
         target = patchify(pixel_values, self.config.patch_size).float()
         if self.config.norm_pix_loss:
             target = normalize_patches(target)[0]
         loss = (logits.float() - target).square().mean(dim=-1)  # (B, N)
-        return (loss * mask).sum() / mask.sum().clamp_min(1.0)
+        return per_item((loss * mask).sum(), mask.sum(), num_items_in_batch)
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, logits: Tensor, mask: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ from .cache_names import CACHE_NAME, cache_of, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
 from .generation import SharedMemoryGenerationMixin
+from .input_checks import require_tensor
 from .linear import Linear
-from .mask_predict import LengthHead, mask_predict, mask_targets
+from .losses import labelled, per_item, require_labels, weights_of_rows
+from .mask_predict import LengthHead, mask_predict, mask_targets, masked_labels
 from .transformer_stacks import TfmTransformerDecoder, TfmTransformerEncoder, TfmTransformerPreTrainedModel
 
 
@@ -154,7 +156,13 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         return self.model.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """(B, T) -> (B, T); transformers' data collators call it."""
+        """Decoder inputs (B, T) of labels (B, T); transformers' data collators call it.
+
+        Of an autoregressive model they are the labels shifted by one; of a mask-predict model the labels with a random
+        share masked, drawn from torch's global generator.
+        """
+        if self.config.decoding == "mask_predict":
+            return mask_targets(labels, self.config)[0]
         return shift_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     @takes_cache
@@ -178,19 +186,31 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         """Predict target tokens; with ``labels``, also their label-smoothed loss.
 
         Args:
-            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted. Without decoder inputs, an autoregressive
-                model takes the labels shifted by one, and a mask-predict model the labels with a random share masked.
-            num_items_in_batch: what the sum of token losses is divided by, the labels of all parts of a batch that is
-                fed in parts; default, the number of labels here. ``length_loss`` is the mean over sentences by
-                default, and their sum otherwise.
+            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted. Without decoder inputs, those of
+                `prepare_decoder_input_ids_from_labels` are taken. A mask-predict model learns only from labels at
+                which ``decoder_input_ids`` hold ``mask_token_id``.
+            num_items_in_batch: what the sum of token losses is divided by, see `losses`; default, the number of labels
+                that the model learns from. ``length_loss`` is the mean over sentences by default, and their sum
+                otherwise; in ``loss`` each sentence then counts by its share of the labels of the step.
             return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
 
         Returns:
             ``loss`` scalar, its parts, ``logits`` (B, T, V) or None, and what `TfmTransformerModel` returns.
+
+        Raises:
+            TypeError, ValueError: labels are empty, have another shape than the decoder's inputs or, on a CPU, values
+                outside the vocabulary; or no label of a mask-predict model is masked.
         """
         if labels is not None:
             use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
+            targets = labels
+            require_labels(labels, self.config.vocab_size)
+            if decoder_input_ids is not None and self.config.decoding == "mask_predict":
+                require_tensor("decoder_input_ids", decoder_input_ids, tuple(labels.shape))
+                labels, decoder_attention_mask = masked_labels(
+                    labels, decoder_input_ids, decoder_attention_mask, self.config
+                )
+            elif decoder_input_ids is None and decoder_inputs_embeds is None:
                 if self.config.decoding == "mask_predict":
                     decoder_input_ids, labels, decoder_attention_mask = mask_targets(labels, self.config)
                 else:
@@ -211,18 +231,16 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         logits = self.lm_head(hidden) if return_logits else None  # (B, T, V)
         loss = token_loss = length_loss = None
         if labels is not None:
-            token_loss = self.token_loss(hidden, logits, labels, num_items_in_batch)
-            loss = token_loss
+            loss = token_loss = self.token_loss(hidden, logits, labels, num_items_in_batch)
             if self.length_head is not None:
-                length_loss = self.length_head.loss(
+                each = self.length_head.loss(
                     outputs.encoder_last_hidden_state, attention_mask, hidden, decoder_attention_mask
-                )
-                mean = length_loss / hidden.shape[0]
+                )  # (B,)
+                length_loss = each.mean() if num_items_in_batch is None else each.sum()
                 if num_items_in_batch is None:
-                    length_loss = mean
-                # In a batch of several parts each counts by its share of the tokens, so that the parts' losses add up.
-                share = 1 if num_items_in_batch is None else (labels != IGNORE_INDEX).sum() / num_items_in_batch
-                loss = token_loss + mean * share
+                    loss = token_loss + length_loss
+                else:  # by each sentence's share of the tokens of the step, so that micro-batches add up
+                    loss = token_loss + (each * weights_of_rows(targets, num_items_in_batch)).sum()
         return TfmTransformerLMOutput(
             loss=loss,
             logits=logits,
@@ -239,6 +257,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
 
     def token_loss(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, items: int | Tensor | None) -> Tensor:
         """Label-smoothed cross-entropy of (B, T) labels, from logits (B, T, V) or else from states (B, T, D)."""
+        require_tensor("labels", labels, tuple(hidden.shape[:2]))
         labels = labels.reshape(-1)
         smoothing = self.config.label_smoothing
         if logits is None and hasattr(self.lm_head.weight, "device_mesh"):
@@ -248,7 +267,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
             total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, smoothing, head.bias)
         else:
             total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels, smoothing)
-        return total / ((labels != IGNORE_INDEX).sum() if items is None else items)
+        return per_item(total, labelled(labels).sum(), items)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs):

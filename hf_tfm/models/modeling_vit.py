@@ -27,6 +27,7 @@ from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .image_embeddings import TfmViTEmbeddings
+from .losses import sequence_loss
 from .native_names import OwnNamesPreTrainedModel, register_native_names
 from .patches import Size, patch_grid
 
@@ -177,24 +178,6 @@ class TfmViTModel(TfmViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pool(hidden_states))
 
 
-def soft_label_loss(
-    labels: Tensor,
-    logits: Tensor,
-    config: TfmViTConfig,
-    num_items_in_batch: Tensor | int | None = None,
-    **kwargs: Unpack[TransformersKwargs],
-) -> Tensor:
-    """Cross-entropy against probabilities, as mixup makes them; the arguments are those of transformers' losses.
-
-    Args:
-        labels, logits: (B, labels).
-        num_items_in_batch: entries of the labels in all micro-batches of a step, as Trainer counts them; their sum of
-            losses is then the mean over the step. By default, the mean over these B images.
-    """
-    images = labels.shape[0] if num_items_in_batch is None else num_items_in_batch / config.num_labels
-    return nn.functional.cross_entropy(logits.float(), labels.to(logits.device).float(), reduction="sum") / images
-
-
 @dataclass
 class TfmViTDistilledOutput(ImageClassifierOutput):
     """What a classifier with a distillation token gives; ``logits`` are the mean of ``cls_logits``, the class token's,
@@ -211,6 +194,7 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
     """
 
     _auto_class = "AutoModelForImageClassification"
+    _loss_function = staticmethod(sequence_loss)
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  a masked autoencoder's; its encoder is taken
 
     def __init__(self, config: TfmViTConfig):
@@ -251,9 +235,7 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
             logits = (logits + heads["distillation_logits"]) / 2
         loss = None
         if labels is not None:
-            soft = self.config.problem_type == "single_label_classification" and labels.is_floating_point()
-            compute = soft_label_loss if soft else self.loss_function
-            loss = compute(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
         output = TfmViTDistilledOutput if heads else ImageClassifierOutput
         return output(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **heads

@@ -9,12 +9,14 @@ Every term is a sum, so that a loop can divide by the items of a whole step: cla
 Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image; C classes; h, w of mask logits.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
+from .losses import per_item
 from .matching import Matching, Objects
 
 
@@ -146,10 +148,9 @@ def set_losses(logits: Tensor, boxes: Tensor, matching: Matching, config: Any) -
 def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> dict[str, float]:
     """What the sums of `set_losses` and `mask_losses` are divided by, from the objects of each image: {term: items}.
 
-    Boxes and masks by the number of objects, at least 1.
+    Boxes and masks by the number of objects, which may be 0. The sum over micro-batches is that of the step.
     """
-    objects = float(max(sum(counts), 1))
-    terms = dict.fromkeys(("loss_bbox", "loss_giou", "loss_mask", "loss_dice"), objects)
+    terms = dict.fromkeys(("loss_bbox", "loss_giou", "loss_mask", "loss_dice"), float(sum(counts)))
     return {
         "loss_ce": query_weight(counts, num_queries, eos_coefficient),
         "cardinality_error": float(len(counts)),
@@ -178,11 +179,19 @@ def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total_loss(
-    terms: dict[str, Tensor], matching: Matching, config: Any, items: dict[str, float] | None
+    terms: dict[str, Tensor], matching: Matching, config: Any, items: Mapping[str, float | Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all terms and layers, and each of them, divided by their items."""
-    items = items or normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
-    terms = {name: values / items[name] for name, values in terms.items()}
+    """The weighted sum of all terms and layers, and each of them, divided by their items.
+
+    Raises:
+        ValueError: ``items`` are not given for every term.
+    """
+    here = normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
+    if items is not None and not (isinstance(items, Mapping) and terms.keys() <= items.keys()):
+        given = ", ".join(items) if isinstance(items, Mapping) else items
+        raise ValueError(f"num_items_in_batch must hold a number for each of {', '.join(terms)}, got {given}")
+    items = here if items is None else items
+    terms = {name: per_item(values, items[name]) for name, values in terms.items()}
     weights = term_weights(config)
     loss = sum(weights[name] * values.sum() for name, values in terms.items() if name in weights)
     return loss, by_layer(terms)

@@ -21,6 +21,7 @@ from .blocks import DecoderBlock, EncoderBlock
 from .cache_names import CACHE_NAME, CACHE_NAMES, takes_cache
 from .configuration_transformer import TfmTransformerConfig
 from .dropout import Dropout
+from .input_checks import embed
 from .native_names import OwnNamesPreTrainedModel
 from .positions import SinusoidalPositions, positions_1d
 
@@ -71,17 +72,19 @@ class Embedding(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, offset: int | Tensor = 0
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        offset: int | Tensor = 0,
+        prefix: str = "",
     ) -> Tensor:
         """Embed ids (B, T), or take embeddings (B, T, D) as given, at positions from ``offset`` on: (B, T, D).
 
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty, or, on a
+                CPU, an id is not in the vocabulary.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.tokens(input_ids)
+        inputs_embeds = embed(self.tokens, input_ids, inputs_embeds, prefix)
         length = inputs_embeds.shape[1]
         positions = torch.arange(length, device=inputs_embeds.device) + offset
         end = offset + length if isinstance(offset, int) else None
@@ -193,7 +196,7 @@ class TfmTransformerDecoder(TfmTransformerStack):
         seen = cache.get_seq_length() if cache is not None else 0
         if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
             seen = int(seen)  # a static cache counts on its device: free to read on a CPU, a stall elsewhere
-        hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen)  # (B, T, D)
+        hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen, prefix="decoder_")  # (B, T, D)
         config = self.config
         kwargs["output_attentions"] = wants_maps(config, kwargs)
         if kwargs["output_attentions"]:

@@ -80,7 +80,7 @@ class MaskedLanguageTask:
 
         Returns:
             ``input_ids`` (B, T), masked; ``attention_mask`` (B, T) where there is padding; ``labels`` (B, T);
-            ``label_places`` (n,) int64, of the labels among the B T; of pairs, ``token_type_ids`` (B, T) and
+            ``masked_positions`` (n,) int64, of the labels among the B T; of pairs, ``token_type_ids`` (B, T) and
             ``next_sentence_label`` (B,), 1 where the second segment is a random one.
         """
         batch = padded(examples, self.pad)
@@ -92,7 +92,7 @@ class MaskedLanguageTask:
                 labels[row, chosen] = ids[row, chosen]
                 ids[row, chosen] = shown
         batch["labels"] = torch.from_numpy(labels)
-        batch["label_places"] = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX))
+        batch["masked_positions"] = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX))
         if "second" in examples[0]:
             second = torch.tensor([example["second"] for example in examples])
             batch["token_type_ids"] = (torch.arange(ids.shape[1]) >= second[:, None]).long()
@@ -122,7 +122,7 @@ class MaskedLanguageTask:
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Masked tokens; of pairs, also those."""
-        counts = {"token": len(batch["label_places"])}
+        counts = {"token": len(batch["masked_positions"])}
         if NEXT in batch:
             counts["pair"] = int((batch[NEXT] != IGNORE_INDEX).sum())
         return counts
@@ -133,17 +133,17 @@ class MaskedLanguageTask:
 
     def places(self, batch: Batch) -> Tensor:
         """(n,) places of the masked tokens among the B T."""
-        return batch["label_places"]
+        return batch["masked_positions"]
 
     def hard_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss from the logits (n, V) of the masked tokens."""
-        return cross_entropy(logits.float(), batch["labels"].flatten()[batch["label_places"]], reduction="sum")
+        return cross_entropy(logits.float(), batch["labels"].flatten()[batch["masked_positions"]], reduction="sum")
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Each term, summed over its items; in a model of ours the logits of other tokens are not formed, nor held."""
         if not is_ours(model):
             return {"token": loss_from_logits(self, model, batch)}
-        labels = {name: batch[name] for name in ("labels", "label_places")}
+        labels = {name: batch[name] for name in ("labels", "masked_positions")}
         output = model(**self.inputs(batch), **labels, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.loss}
         if NEXT in batch:

@@ -131,7 +131,7 @@ def test_forward_compiles_in_one_graph(name, asked):
 def test_training_compiles_in_one_graph(name, options):
     model, inputs = tiny_text(name), text_batch(name, loss=True)
     if name == "masked":  # where the labels stand is found outside the graph, as its shape depends on them
-        options = {**options, "label_places": (inputs["labels"].flatten() >= 0).nonzero()[:, 0]}
+        options = {**options, "masked_positions": (inputs["labels"].flatten() >= 0).nonzero()[:, 0]}
     found = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()

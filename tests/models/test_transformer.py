@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import largest_difference, tiny_batch, tiny_config, tiny_model
+from tiny_models import largest_difference, mask_answers, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -121,6 +121,8 @@ def test_an_output_bias_is_in_everything(decoding):
     """In logits, in the loss with and without them, and in what is generated: a large bias decides alone."""
     model, batch = tiny_model(output_bias=True, decoding=decoding), tiny_batch()
     labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
+    if decoding == "mask_predict":
+        batch = mask_answers(batch)
     output = model(**batch, labels=labels)
     fused = model(**batch, labels=labels, return_logits=False).loss
     assert fused.item() == pytest.approx(output.loss.item(), abs=1e-5)
@@ -229,8 +231,8 @@ def test_gradient_checkpointing(decoding, maps, reentrant):
         model = tiny_model(decoding=decoding).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        labels = batch["decoder_input_ids"]
-        output = model(**batch, labels=labels, output_attentions=maps)
+        inputs = mask_answers(batch) if decoding == "mask_predict" else batch
+        output = model(**inputs, labels=batch["decoder_input_ids"], output_attentions=maps)
         assert len(output.cross_attentions or ()) == (2 if maps else 0)
         output.loss.backward()
         found.append(gradients(model))
@@ -260,8 +262,12 @@ def test_loss_of_a_batch_in_parts_adds_up():
         model = tiny_model(decoding=decoding)
         batch = tiny_batch()
         batch["labels"] = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
-        whole = model(**batch)
         items = (batch["labels"] != IGNORE_INDEX).sum()
+        if decoding == "mask_predict":
+            batch = mask_answers(batch)
+            batch["labels"] = batch["labels"].masked_fill(batch["decoder_input_ids"] != 4, IGNORE_INDEX)
+            items = (batch["labels"] != IGNORE_INDEX).sum()
+        whole = model(**batch)
         parts = [
             model(**{k: v[part] for k, v in batch.items()}, num_items_in_batch=items)
             for part in (slice(0, 2), slice(2, 4))
@@ -272,8 +278,10 @@ def test_loss_of_a_batch_in_parts_adds_up():
         else:
             lengths = sum(part.length_loss for part in parts).item() / 4
             assert lengths == pytest.approx(whole.length_loss.item(), abs=1e-5)
-            # Parts count by their tokens, so this is a weighted mean: near the plain one, not twice as large.
-            assert 0.5 < sum(part.loss for part in parts).item() / whole.loss.item() < 1.5
+            # Sentences count by their tokens, in the whole batch too when it is told the number of items.
+            expected = model(**batch, num_items_in_batch=items).loss.item()
+            assert sum(part.loss for part in parts).item() == pytest.approx(expected, abs=1e-5)
+            assert 0.5 < expected / whole.loss.item() < 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -48,6 +48,13 @@ def tiny_batch(
     return batch
 
 
+def mask_answers(batch: dict[str, Tensor], mask_token_id: int = 4) -> dict[str, Tensor]:
+    """The batch with every other target id masked, for a mask-predict model to predict."""
+    ids = batch["decoder_input_ids"]
+    places = (torch.arange(ids.shape[1]) % 2 == 0) & (batch["decoder_attention_mask"] == 1)
+    return {**batch, "decoder_input_ids": ids.masked_fill(places, mask_token_id)}
+
+
 def largest_difference(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a - b).abs().max().item()

@@ -84,7 +84,7 @@ def test_the_loss_of_labelled_tokens_alone(head):
     given = {**inputs(head), **HEADS[head]}
     whole, rows = model(**given), model(**given, return_logits=False)
     places = (MASKED.flatten() != -100).nonzero()[:, 0]
-    told = model(**given, return_logits=False, label_places=places)
+    told = model(**given, return_logits=False, masked_positions=places)
     assert rows.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
     assert told.loss.item() == rows.loss.item()
     name = "logits" if head == "ForMaskedLM" else "prediction_logits"

@@ -113,7 +113,7 @@ def test_masks_are_a_function_of_the_sample(rows, wordpiece):
     where = batch["labels"] != IGNORE_INDEX
     original = torch.tensor(examples[0]["input_ids"])
     assert torch.equal(torch.where(where[0], batch["labels"][0], batch["input_ids"][0])[: len(original)], original)
-    assert torch.equal(batch["label_places"], where.flatten().nonzero()[:, 0])
+    assert torch.equal(batch["masked_positions"], where.flatten().nonzero()[:, 0])
     assert task.count(batch) == {"token": int(where.sum())}
     hidden = task.collate(examples, [0, 1, 2, 3], 0, hidden=True)
     assert task.count(hidden) == {"token": 0} and (hidden["labels"] == IGNORE_INDEX).all()
