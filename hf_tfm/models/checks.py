@@ -1,14 +1,86 @@
 """The checks of configurations. Every error names the field, its limit and the value it has."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
+from difflib import SequenceMatcher
 from typing import Any
+
+# Sizes far beyond any model; memory for them cannot be had, and torch aborts or builds layers for hours.
+MOST = {"vocab_size": 2**24, "max_position_embeddings": 2**24, "num_queries": 2**16, "layers": 10_000, "": 2**20}
+POSITIVE = ("layer_norm_eps", "initializer_factor", "init_xavier_std")
+NOT_NEGATIVE = ("initializer_range",)
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "decoder_start_token_id")
+SIMILAR = 0.845  # of the letters of a misspelt field and the one that was meant
 
 
 def require_at_least(config: Any, names: Iterable[str], least: float = 1) -> None:
-    """Refuse a configuration in which a field of ``names`` is below ``least``."""
+    """Refuse a configuration in which a field of ``names`` is below ``least``, infinite, or a size beyond `MOST`."""
     for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if isinstance(value, bool) or not value >= least or math.isinf(value):  # a NaN is not above anything
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        most = MOST.get(name, MOST["layers"] if name.endswith("layers") else MOST[""])
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def require_common(config: Any) -> None:
+    """The checks of fields that several families have.
+
+    Numbers that scale initial weights and norms are finite and positive; the ids of special tokens are in the
+    vocabulary. An id that is the family's default is let through, so that a small vocabulary needs no ids.
+    """
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        allowed = value >= 0 if name in NOT_NEGATIVE else value > 0
+        if isinstance(value, bool) or not allowed or math.isinf(value):
+            limit = "at least 0" if name in NOT_NEGATIVE else "above 0"
+            raise ValueError(f"{name} must be a finite number {limit}, got {value}")
+    vocabulary = getattr(config, "vocab_size", None)
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in TOKENS if vocabulary is not None else ():
+        value = getattr(config, name, None)
+        if value is None or value == defaults.get(name):
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, bool) or not 0 <= token < vocabulary:
+                raise ValueError(f"{name} must be in [0, vocab_size = {vocabulary}), got {token}")
+
+
+def require_label_count(config: Any, num_labels: Any) -> None:
+    """Refuse a number of labels that is no count, or another one than that of ``id2label``.
+
+    Args:
+        num_labels: as given; None where it was not.
+    """
+    if num_labels is None:
+        return
+    if isinstance(num_labels, bool) or not isinstance(num_labels, int) or not 0 <= num_labels <= MOST[""]:
+        raise ValueError(f"num_labels must be an integer in [0, {MOST['']}], got {num_labels}")
+    if config.id2label is not None and len(config.id2label) != num_labels:
+        raise ValueError(
+            f"num_labels must be {len(config.id2label)}, the number of labels in id2label, got {num_labels}"
+        )
+
+
+def refuse_misspelt(kind: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that are not known but all but spell one that is; other unknown names pass.
+
+    transformers keeps fields that it does not know, since files of other versions hold them: a misspelt field of the
+    user would be lost without a word.
+
+    Args:
+        kind: of the names, for the error, such as "field".
+    """
+    for name in given:
+        if name in known or name.startswith("_"):
+            continue
+        closest = max(known, key=lambda other: SequenceMatcher(None, name, other).ratio())
+        if SequenceMatcher(None, name, closest).ratio() >= SIMILAR:
+            raise ValueError(f'"{name}" is not a {kind}: did you mean "{closest}"?')
 
 
 def require_choice(config: Any, name: str, choices: Collection[str]) -> None:

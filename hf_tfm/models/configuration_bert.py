@@ -5,7 +5,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
+from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .travel import TravellingConfig
 
 # Base and large: Devlin et al. 2019, section 3. Tiny to medium: Turc et al. 2019 (arXiv:1908.08962), table 1.
@@ -112,6 +112,7 @@ class TfmBertConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_choice(self, "pooler", POOLERS)
         require_at_least(self, LEAST_1)

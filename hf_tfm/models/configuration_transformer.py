@@ -5,7 +5,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
+from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .travel import TravellingConfig
 
 # Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, sec. 4.2).
@@ -161,6 +161,7 @@ class TfmTransformerConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_common(self)
         for name, choices in CHOICES.items():
             require_choice(self, name, choices)
         require_at_least(self, LEAST_1)

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
+from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .patches import patch_grid, sides
 from .travel import TravellingConfig
 
@@ -99,6 +99,7 @@ class ImageEncoderConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)
         require_share(self, SHARES)

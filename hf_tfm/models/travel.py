@@ -5,9 +5,12 @@ in config.json then tells each Auto class where to look. The stock map names onl
 names every class of the family, so `AutoModel` and `AutoModelForSeq2SeqLM` load the same repository.
 """
 
+from dataclasses import fields
 from typing import ClassVar
 
 from transformers import PreTrainedConfig
+
+from .checks import refuse_misspelt, require_label_count
 
 
 class TravellingConfig(PreTrainedConfig):
@@ -18,6 +21,21 @@ class TravellingConfig(PreTrainedConfig):
 
     _auto_class = "AutoConfig"
     auto_classes: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self, **kwargs):
+        known = {field.name for field in fields(self)} | set(self.attribute_map)
+        refuse_misspelt(f"field of {type(self).__name__}", kwargs, known | {"num_labels"})
+        require_label_count(self, kwargs.get("num_labels"))
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # here its error is one line; strict validation makes two of it
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; another ``num_labels`` than that of the file goes before the labels there."""
+        count, labels = kwargs.get("num_labels"), config_dict.get("id2label")
+        if count is not None and labels is not None and "id2label" not in kwargs and len(labels) != count:
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save config.json, and the code beside it unless carrying code was turned off for this class."""

@@ -112,7 +112,7 @@ def build_config(
         given = {"vocab_size": len(tokenizer), **ids, "decoder_start_token_id": start}
     try:
         config = TfmTransformerConfig.of_size(size, **{**given, **fields})
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
     if tokenizer is not None and config.vocab_size < len(tokenizer):
         raise ValueError(

@@ -39,7 +39,7 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
     """
     try:
         return kind.of_size(args.size, **args.model, **fields)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
 
 

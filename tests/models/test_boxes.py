@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import largest_difference
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
@@ -89,3 +91,38 @@ def test_the_range():
     )
     values = generalized_iou(*boxes)
     assert values.isfinite().all() and values.min() >= -1.0 and values.max() <= 1.0 + 1e-6
+
+
+shares = st.floats(0, 1, width=32)
+box_lists = st.lists(st.tuples(shares, shares, shares, shares), min_size=1, max_size=8)
+
+
+def ordered(boxes: list[tuple]) -> Tensor:
+    """Any four numbers as a box xyxy (n, 4), some without area."""
+    corners = torch.tensor(boxes, dtype=torch.float64).view(-1, 2, 2)
+    return torch.cat([corners.min(dim=1).values, corners.max(dim=1).values], dim=1)
+
+
+@settings(deadline=None)
+@given(box_lists)
+def test_transforms_undo_each_other(boxes):
+    boxes = ordered(boxes)
+    assert largest_difference(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes) < 1e-12
+    centred = xyxy_to_cxcywh(boxes)
+    assert (centred[:, 2:] >= 0).all() and largest_difference(xyxy_to_cxcywh(cxcywh_to_xyxy(centred)), centred) < 1e-12
+
+
+@settings(deadline=None)
+@given(box_lists, st.floats(0.1, 10), st.tuples(shares, shares))
+def test_overlap_whatever_the_boxes(boxes, scale, shift):
+    """Finite, in [-1, 1], the same both ways, when both boxes move, and 1 of a box with area with itself."""
+    boxes = ordered(boxes)
+    found = generalized_iou(boxes[:, None], boxes[None])
+    assert found.isfinite().all() and (found >= -1 - 1e-9).all() and (found <= 1 + 1e-9).all()
+    assert torch.equal(found, found.T)
+    large = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > 1e-3  # others meet the 1e-7 that is divided by at least
+    moved = boxes[large] * scale + torch.tensor([*shift, *shift], dtype=torch.float64)
+    pairs = generalized_iou(moved[:, None], moved[None])
+    if len(moved):
+        assert largest_difference(pairs, found[large][:, large]) < 1e-4
+        assert largest_difference(pairs.diagonal(), torch.ones(len(moved), dtype=torch.float64)) < 1e-9

@@ -1,0 +1,167 @@
+"""Configurations of all families: fields out of range, misspelt, and what saving and loading keeps."""
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hf_tfm
+from hf_tfm.models.checks import refuse_misspelt
+
+KINDS = (
+    hf_tfm.TfmBertConfig,
+    hf_tfm.TfmGPTConfig,
+    hf_tfm.TfmViTConfig,
+    hf_tfm.TfmMAEConfig,
+    hf_tfm.TfmDetrConfig,
+    hf_tfm.TfmTransformerConfig,
+)
+SCALES = {
+    hf_tfm.TfmTransformerConfig: "initializer_factor",
+    hf_tfm.TfmDetrConfig: "init_xavier_std",
+}
+HEADS = {hf_tfm.TfmDetrConfig: "encoder_attention_heads"}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_text_kind = pytest.mark.parametrize(
+    "kind", [hf_tfm.TfmBertConfig, hf_tfm.TfmGPTConfig, hf_tfm.TfmTransformerConfig]
+)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [-1e-5, 0.0, math.nan, math.inf])
+def test_epsilon(kind, value):
+    with pytest.raises(ValueError, match=rf"^layer_norm_eps must be a finite number above 0, got {value}$"):
+        kind(layer_norm_eps=value)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_initial_scale(kind, value):
+    with pytest.raises(
+        ValueError, match=f"^{SCALES.get(kind, 'initializer_range')} must be a finite number .*{value}$"
+    ):
+        kind(**{SCALES.get(kind, "initializer_range"): value})
+
+
+@every_kind
+@pytest.mark.parametrize("value", [0, -2, 2**40])
+def test_sizes(kind, value):
+    name = HEADS.get(kind, "num_attention_heads")
+    with pytest.raises(ValueError, match=f"^{name} must be at (least 1|most .*), got {value}$"):
+        kind(**{name: value})
+
+
+@every_kind
+@pytest.mark.parametrize("value", [2.5, "many"])
+def test_types(kind, value):
+    with pytest.raises(Exception, match="expected int, got") as raised:
+        kind(**{HEADS.get(kind, "num_attention_heads"): value})
+    assert "Validation" in type(raised.value).__name__
+
+
+@every_text_kind
+@pytest.mark.parametrize("value", [0, -5, 10**9])
+def test_vocabulary(kind, value):
+    with pytest.raises(ValueError, match=rf"^vocab_size must be at (least 1|most 16777216), got {value}$"):
+        kind(vocab_size=value)
+
+
+@every_text_kind
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [-1, 20])
+def test_special_tokens(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, vocab_size = 20\), got {value}$"):
+        kind(vocab_size=20, **{name: value})
+
+
+@every_text_kind
+def test_a_small_vocabulary_needs_no_ids(kind):
+    assert kind(vocab_size=3).vocab_size == 3
+    with pytest.raises(ValueError, match=r"eos_token_id must be in .* got 21"):
+        kind(vocab_size=20, eos_token_id=[1, 21])
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("field", "meant"), [("layernorm_eps", "layer_norm_eps"), ("num_label", "num_labels"), ("id2lable", "id2label")]
+)
+def test_misspelt(kind, field, meant):
+    with pytest.raises(ValueError, match=f'"{field}" is not a field of {kind.__name__}: did you mean "{meant}"'):
+        kind(**{field: None})
+
+
+@every_kind
+def test_fields_of_others_stay(kind):
+    """transformers keeps fields it does not know; files of other tools hold some."""
+    assert kind(my_own_note="kept", torch_dtype="float16").my_own_note == "kept"
+
+
+def test_similarity():
+    refuse_misspelt("field", ["encoder_layerdrop", "_private"], {"encoder_layers"})
+    with pytest.raises(ValueError, match='"dropuot" is not a field: did you mean "dropout"'):
+        refuse_misspelt("field", ["dropuot"], {"dropout", "hidden_size"})
+
+
+@every_kind
+@pytest.mark.parametrize("value", [-1, 2.5, "three", True])
+def test_number_of_labels(kind, value):
+    with pytest.raises(ValueError, match=r"num_labels must be an integer in \[0, 1048576\], got"):
+        kind(num_labels=value)
+
+
+@every_kind
+def test_labels_and_their_number(kind, tmp_path):
+    with pytest.raises(ValueError, match="num_labels must be 2, the number of labels in id2label, got 3"):
+        kind(num_labels=3, id2label={0: "a", 1: "b"})
+    kind(num_labels=3).save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path, num_labels=5)
+    assert again.num_labels == len(again.id2label) == len(again.label2id) == 5
+
+
+def choices(kind) -> dict:
+    """Valid values of fields that several families have, or that one has alone."""
+    shares, positive = st.floats(0, 0.99), st.floats(1e-12, 10)
+    heads = st.integers(1, 4)
+    common = {"layer_norm_eps": positive, "num_labels": st.integers(1, 5)}
+    text = {"vocab_size": st.integers(5, 10**5), "max_position_embeddings": st.integers(1, 4096)}
+    vision = {"image_size": st.sampled_from([32, (32, 64), [64, 32]]), "patch_size": st.sampled_from([8, (8, 16)])}
+    encoder = {"num_attention_heads": heads, "hidden_dropout_prob": shares, "initializer_range": st.floats(0, 1)}
+    own = {
+        hf_tfm.TfmBertConfig: {**text, **encoder, "pooler": st.sampled_from(["tanh", "relu", "none"])},
+        hf_tfm.TfmGPTConfig: {**text, **encoder, "norm_first": st.booleans()},
+        hf_tfm.TfmViTConfig: {**vision, **encoder, "distillation_token": st.booleans()},
+        hf_tfm.TfmMAEConfig: {**vision, **encoder, "mask_ratio": shares, "norm_pix_loss": st.booleans()},
+        hf_tfm.TfmDetrConfig: {"num_queries": st.integers(1, 300), "eos_coefficient": st.floats(1e-3, 1.0)},
+        hf_tfm.TfmTransformerConfig: {
+            **text,
+            "decoding": st.sampled_from(["autoregressive", "mask_predict"]),
+            "label_smoothing": shares,
+            "num_attention_heads": heads,
+        },
+    }
+    return common | own[kind]
+
+
+def plain(config) -> dict:
+    """The fields, tuples as the lists that JSON makes of them; without what saving adds."""
+    added = ("architectures", "auto_map", "transformers_version")
+    fields = {key: value for key, value in config.to_dict().items() if key not in added}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+@every_kind
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_is_saved_is_loaded(kind, data, tmp_path_factory):
+    fields = data.draw(st.fixed_dictionaries({}, optional=choices(kind)))
+    width = math.lcm(*range(1, 5)) * 16
+    config = kind(**fields, **({"d_model": width} if kind is hf_tfm.TfmDetrConfig else {"hidden_size": width}))
+    assert plain(kind.from_dict(config.to_dict())) == plain(config)
+    folder = tmp_path_factory.mktemp("config")
+    config.save_pretrained(folder)
+    loaded = kind.from_pretrained(folder)
+    assert plain(loaded) == plain(config)
+    for name, value in fields.items():
+        found = getattr(loaded, name)
+        assert (list(found) == list(value)) if isinstance(value, tuple | list) else (found == value), name
