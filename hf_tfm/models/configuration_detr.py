@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
+from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .travel import TravellingConfig
 
 # "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen,
@@ -118,6 +118,21 @@ class TfmDetrConfig(TravellingConfig):
         "intermediate_size": "encoder_ffn_dim",
         "hidden_act": "activation_function",
     }
+    base_model_tp_plan: ClassVar = {
+        f"{name}.{projection}": "rowwise" if projection in ("out_proj", "down_proj") else "colwise"
+        for name, projections in {
+            "encoder.layers.*.self_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "encoder.layers.*.feed_forward": ("up_proj", "down_proj"),
+            "decoder.layers.*.self_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "decoder.layers.*.cross_attn": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "decoder.layers.*.feed_forward": ("up_proj", "down_proj"),
+        }.items()
+        for projection in projections
+    }
+    base_model_fsdp_plan: ClassVar = {
+        "encoder.layers.*": "free_full_weight",
+        "decoder.layers.*": "free_full_weight",
+    }
     attention_score: ClassVar = "dot_product"  # part of every DETR; the blocks ask for it
 
     backbone: str = "resnet50"
@@ -170,6 +185,7 @@ class TfmDetrConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_common(self)
         require_choice(self, "backbone_norm", NORMS)
         require_choice(self, "position_embedding_type", POSITIONS)
         require_choice(self, "activation_function", ACT2FN)

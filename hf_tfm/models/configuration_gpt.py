@@ -6,7 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from .checks import fields_of_size, require_at_least, require_choice, require_multiple, require_share
+from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .travel import TravellingConfig
 
 # GPT-1: Radford et al. 2018, section 4.1. GPT-2: Radford et al. 2019, table 2.
@@ -79,7 +79,17 @@ class TfmGPTConfig(TravellingConfig):
         "AutoModelForSequenceClassification": "modeling_gpt.TfmGPTForSequenceClassification",
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
-    # No plan for sharing weights out, as transformers would before it turns the matrices of a GPT-2 file round.
+    # For files under the names of the modules; matrices of a GPT-2 file are cut before they are transposed.
+    base_model_tp_plan: ClassVar = {
+        "wte": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
     attention_score: ClassVar = "dot_product"  # part of every GPT; the blocks ask for it
 
     vocab_size: int = 50257
@@ -120,6 +130,7 @@ class TfmGPTConfig(TravellingConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")

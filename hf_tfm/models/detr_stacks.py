@@ -110,6 +110,7 @@ class TfmDetrEncoder(TfmDetrPreTrainedModel):
         # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.post_init()
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
 
     @merge_with_config_defaults
     @capture_outputs
@@ -143,6 +144,7 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
         self.layers = nn.ModuleList(DecoderBlock(view, i, is_causal=False) for i in range(config.decoder_layers))
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps)
         self.post_init()
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
 
     @merge_with_config_defaults
     @capture_outputs

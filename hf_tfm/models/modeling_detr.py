@@ -88,6 +88,16 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         self.decoder = TfmDetrDecoder(config)
         self.post_init()
 
+    def freeze_backbone(self) -> None:
+        """Let the backbone not learn; its batch norms keep their statistics."""
+        self.backbone.requires_grad_(False)
+        self.backbone.train(self.backbone.training)  # its batch norms take notice
+
+    def unfreeze_backbone(self) -> None:
+        """Let all of the backbone learn, its frozen stages too; frozen norms have nothing to learn."""
+        self.backbone.requires_grad_(True)
+        self.backbone.train(self.backbone.training)
+
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
         """What the Transformer reads of images (B, C, H, W) with a mask (B, H, W).
 

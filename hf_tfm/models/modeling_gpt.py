@@ -208,6 +208,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: TfmGPTConfig):
         super().__init__(config)

@@ -200,6 +200,15 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
     """The masked autoencoder with its reconstruction loss."""
 
     _auto_class = "AutoModelForPreTraining"
+    # The encoder's plans are in the configuration.
+    _tp_plan = {  # noqa: RUF012
+        f"decoder.decoder_layers.*.{part}": "rowwise" if part.endswith(("out_proj", "down_proj")) else "colwise"
+        for part in (
+            *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            *(f"feed_forward.{name}_proj" for name in ("up", "down")),
+        )
+    }
+    _fsdp_plan = {"decoder.decoder_layers.*": "free_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: TfmMAEConfig):
         super().__init__(config)

@@ -1,0 +1,103 @@
+"""Plans for tensor and FSDP parallelism name modules that exist, in every family and under every head."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "clients"))
+from head_cases import CASES, collate
+
+import hf_tfm
+
+MODELS = ("masked", "causal", "vit", "autoencoder", "seq2seq", "detection", "panoptic")
+
+
+def names(pattern: str, modules: set[str]) -> set[str]:
+    """The modules that a pattern stands for, a star for a number."""
+    parts = pattern.split(".")
+    return {
+        name
+        for name in modules
+        if len(name.split(".")) == len(parts)
+        and all(part in ("*", own) for part, own in zip(parts, name.split("."), strict=True))
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pattern_is_a_module_and_every_block_is_planned(name):
+    model = CASES[name].model()
+    modules = {path for path, _ in model.named_modules()}
+    for plan in (model.tp_plan, model.fsdp_plan):
+        assert plan and all(names(pattern, modules) for pattern in plan), plan
+    planned = set().union(*(names(pattern, modules) for pattern in model.tp_plan))
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = {path for path in linear if "layers." in path and path.split("layers.")[1][0].isdigit()}
+    blocks = {path for path in inside if ".self_attn." in path or ".cross_attn." in path or ".feed_forward." in path}
+    assert blocks and blocks <= planned
+    sharded = set().union(*(names(pattern, modules) for pattern in model.fsdp_plan))
+    assert sharded == {path.rsplit(".", 2)[0] for path in blocks}
+
+
+RANKS = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from head_cases import CASES, collate
+for name in sys.argv[3:]:
+    case = CASES[name]
+    model = case.model_class.from_pretrained(f"{sys.argv[2]}/{name}", tp_plan="auto").eval()
+    logits = model(**collate(case.rows())).logits
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    if dist.get_rank() == 0:
+        torch.save(logits.detach(), f"{sys.argv[2]}/{name}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_compute_what_one_does(tmp_path):
+    """Tensor parallelism by transformers' own loading, over gloo."""
+    clients = str(Path(__file__).parents[1] / "clients")
+    expected = {}
+    for name in MODELS:
+        model = CASES[name].model().eval()
+        model.save_pretrained(tmp_path / name)
+        expected[name] = model(**collate(CASES[name].rows())).logits
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, clients, tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, *map(str, command), *MODELS], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, logits in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits, rtol=1e-4, atol=1e-5)
+
+
+def learning(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_the_backbone_is_frozen_and_learns_again(norm):
+    """As transformers' DetrModel has it."""
+    detector = hf_tfm.TfmDetrForObjectDetection(
+        hf_tfm.TfmDetrConfig(**{**CASES["detection"].fields, "backbone_norm": norm})
+    ).train()
+    backbone, batch = detector.model.backbone, collate(CASES["detection"].rows())
+    detector.model.freeze_backbone()
+    before = copy.deepcopy(backbone.state_dict())
+    detector.train()(**batch).loss.backward()
+    assert not learning(backbone) and learning(detector.model.input_projection)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert detector.model.input_projection.weight.grad.abs().max() > 0
+    detector.model.unfreeze_backbone()
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    detector(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
