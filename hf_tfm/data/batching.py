@@ -73,6 +73,24 @@ def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples:
     return runs
 
 
+def checked_counts(name: str, values: Any) -> np.ndarray:
+    """Counts (N,) or (N, k) as an array.
+
+    Raises:
+        ValueError: there are other dimensions, or a value is negative or no whole number.
+    """
+    values = np.asarray(values)
+    if values.ndim not in (1, 2):
+        raise ValueError(f"{name} must have one or two dimensions, got shape {values.shape}")
+    if values.size and not np.issubdtype(values.dtype, np.number):
+        raise ValueError(f"{name} must be numbers, got {values.dtype}")
+    wrong = ~((values >= 0) & (values == np.floor(values)))  # a NaN is neither
+    if wrong.any():
+        row = int(np.argwhere(wrong)[0][0])
+        raise ValueError(f"{name}[{row}] must be a whole number of at least 0, got {values[row].tolist()}")
+    return values.astype(np.int64) if values.dtype.kind == "f" else values
+
+
 class TokenBudgetSampler:
     """Steps of about equal cost: at most ``max_tokens`` padded tokens on the longer of source and target side.
 
@@ -84,7 +102,7 @@ class TokenBudgetSampler:
         max_samples: upper bound of samples in a step.
 
     Raises:
-        ValueError: a sample alone exceeds the budget, or there are no samples.
+        ValueError: a sample alone exceeds the budget, there are no samples, or a length is no count.
     """
 
     unit = 1
@@ -92,7 +110,7 @@ class TokenBudgetSampler:
     def __init__(
         self, lengths: np.ndarray, max_tokens: int, seed: int = 0, shuffle: bool = True, max_samples: int | None = None
     ):
-        lengths = np.asarray(lengths)
+        lengths = checked_counts("lengths", lengths)
         self.lengths = lengths[:, None] if lengths.ndim == 1 else lengths
         if len(self.lengths) == 0:
             raise ValueError("there are no samples to batch")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .batching import COPY, Steps, rng
+from .batching import COPY, Steps, checked_counts, rng
 from .equal_batches import BatchSampler
 from .scene_augment import SceneAugmentation, chances, fitted, pick, scaled
 
@@ -61,8 +61,11 @@ class ShapeSampler(BatchSampler):
         seed: int = 0,
         drop_last: bool = False,
     ):
+        sizes = checked_counts("sizes", sizes)
+        if sizes.ndim != 2 or sizes.shape[1] != 2:
+            raise ValueError(f"sizes must have shape (N, 2), height and width of each image, got {sizes.shape}")
         super().__init__(len(sizes), batch_size, seed, shuffle=augmentation is not None, drop_last=drop_last)
-        self.sizes = np.maximum(np.asarray(sizes, np.int64), 1)  # an image that cannot be read has none
+        self.sizes = np.maximum(sizes.astype(np.int64), 1)  # an image that cannot be read has none
         self.augmentation = augmentation
 
     def make_steps(self, epoch: int) -> Steps:

@@ -12,6 +12,7 @@ import evaluate
 
 from hf_tfm.metrics.base import OfflineMetric
 
+MOST = 2**31  # classes that there may be
 INPUTS = """
 Args:
     predictions: N classes, or N lists of k classes, the most likely first; k is the same for every image.
@@ -33,6 +34,8 @@ def class_lists(values: Sequence, argument: str) -> list[list[int]]:
         row = list(row) if isinstance(row, list | tuple) else [row]
         if wrong := [entry for entry in row if not isinstance(entry, int) or isinstance(entry, bool)]:
             raise ValueError(f"{argument}[{i}] must hold integers, got {wrong[0]!r}")
+        if wrong := [entry for entry in row if abs(entry) >= MOST]:
+            raise ValueError(f"{argument}[{i}] must be below {MOST}, got {wrong[0]}")
         rows.append(row)
     return rows
 

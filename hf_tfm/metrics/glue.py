@@ -133,6 +133,10 @@ class Glue(base.OfflineMetric):
         if self.numbers:
             references = np.array([math.nan if value is None else value for value in references])
             labelled = ~np.isnan(references)
+            for name, values in (("predictions", predictions), ("references", references)):
+                if (wrong := labelled & ~np.isfinite(values.astype(np.float64))).any():
+                    place = int(wrong.argmax())
+                    raise ValueError(f"{name}[{place}] must be a finite number, got {values[place]}")
         else:
             references = np.asarray(list(references))
             labelled = references >= 0
