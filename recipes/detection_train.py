@@ -20,6 +20,7 @@ from hf_tfm import TfmDetrForObjectDetection
 from hf_tfm.command import run_recipe
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
+from hf_tfm.data.files import data_roots
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.run import start_accelerator
@@ -53,10 +54,11 @@ class DetectionArguments(SceneRunArguments):
 def load_rows(args: DetectionArguments) -> dict:
     """Rows of `scene_rows` by the name of their split."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    roots = data_roots(args.dataset, args.data_files)
 
     def rows_of(name: str, argument: str):
         rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)
-        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes)[0]
+        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, roots=roots)[0]
 
     return split_rows(args, args.test_splits, rows_of)
 

@@ -26,6 +26,8 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.batching import COPY
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import check_order, scene_rows
+from hf_tfm.data.files import data_roots
+from hf_tfm.data.scenes import require_scenes
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.distillation.facts import check_processors
@@ -117,10 +119,11 @@ def numbers_of(sampler: ShapeSampler, epoch: int) -> list[int]:
 def load_rows(args: DistillDetectionArguments) -> dict[str, datasets.Dataset]:
     """Rows of `scene_rows` by the name of their split."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    roots = data_roots(args.dataset, args.data_files)
 
     def rows_of(name: str, argument: str) -> datasets.Dataset:
         rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)
-        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes)[0]
+        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, roots=roots)[0]
 
     return split_rows(args, args.test_splits, rows_of)
 
@@ -155,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = shared_processor(args)
     rows = load_rows(args)
     check_order(rows, args.train_split)
+    require_scenes(rows, args.max_bad_images)
     data = describe(args, rows)
     set_seed(args.seed)
     student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from hf_tfm.command import run_recipe
+from hf_tfm.data.files import data_roots
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.training.arguments import parse_arguments
@@ -59,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator(args)
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
     categories = panoptic_categories(args.dataset, args.dataset_revision)
+    roots = data_roots(args.dataset, args.data_files)
 
     def rows_of(name: str, argument: str):
         rows = take_split(splits, name, argument)
-        return panoptic_rows(rows, categories, args.image_column, args.panoptic_column, args.segments_column)
+        return panoptic_rows(rows, categories, args.image_column, args.panoptic_column, args.segments_column, roots)
 
     def build(fields: dict[str, Any]) -> PreTrainedModel:
         fields["thing_ids"] = [i for i, category in enumerate(categories) if category.isthing]

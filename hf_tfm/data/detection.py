@@ -44,6 +44,7 @@ def scene_rows(
     masks: bool = False,
     box_format: BoxFormat | None = None,
     strict: bool = True,
+    roots: Sequence[str] | None = None,
 ) -> tuple[datasets.Dataset, BoxReport]:
     """Rows with ``objects``: boxes checked and categories numbered; images are not decoded.
 
@@ -54,8 +55,9 @@ def scene_rows(
         objects_column: default, the only column with boxes in it.
         masks: keep outlines too; objects without one are left out.
         box_format: what the boxes are; default, x, y, width and height in pixels.
-        strict: refuse boxes of another format and categories without a name, and log what was clipped or left out;
-            otherwise the report alone tells.
+        strict: refuse boxes of another format, categories without a name and rows without an object to find, and log
+            what was clipped or left out; otherwise the report alone tells.
+        roots: see `image_rows`.
 
     Returns:
         the rows, and what was found in the boxes.
@@ -64,12 +66,13 @@ def scene_rows(
         ValueError: the rows are none or a stream, a column or field is missing or of the wrong kind, or boxes are not
             what they are said to be.
     """
-    pictures, ids, sizes = picture_rows(rows, image_column)
+    pictures, ids, sizes = picture_rows(rows, image_column, roots)
     found = FlatList.of(rows, find_objects(rows.features, objects_column))
     place = found.rows()
     boxes = found.fours(found.find(BOX_FIELDS))
     xywh, good, report = check_boxes(boxes, sizes[place], ids[place], len(rows), box_format or BoxFormat())
     names, categories = number_categories(found)
+    crowd = found.numbers("iscrowd", 0.0) > 0
     good = leave_out(report, "without a category", good, categories < 0, ids[place])
     outlines = None
     if masks:
@@ -86,13 +89,14 @@ def scene_rows(
             )
         report.require_format()
         report.log()
+        require_objects(report, good, crowd)
     area = found.numbers("area", np.nan)
     area = np.where(np.isfinite(area) & (area > 0), area, xywh[:, 2] * xywh[:, 3])
     fields = {
         "bbox": pa.FixedSizeListArray.from_arrays(pa.array(xywh[good].ravel(), pa.float32()), 4),
         "category": pa.array(categories[good]),
         "area": pa.array(area[good], pa.float32()),
-        "iscrowd": pa.array(found.numbers("iscrowd", 0.0)[good] > 0),
+        "iscrowd": pa.array(crowd[good]),
     }
     kinds = {
         "bbox": List(Value("float32"), length=4),
@@ -107,6 +111,25 @@ def scene_rows(
     return assemble([pictures], ids, sizes, OBJECTS, objects, kinds), report
 
 
+def require_objects(report: BoxReport, good: np.ndarray, crowd: np.ndarray) -> None:
+    """Refuse rows in which there is nothing to find.
+
+    Args:
+        good, crowd: (M,) bool, which objects are kept and which are crowds.
+
+    Raises:
+        ValueError: all objects are crowds or left out, or there are none; the error counts them.
+    """
+    if (good & ~crowd).any():
+        return
+    told = [f"{report.boxes} boxes in {report.images} images", *report.lines()]
+    if (good & crowd).any():
+        told.append(f"{int((good & crowd).sum())} are crowds (iscrowd), which are neither learned nor scored")
+    if not report.boxes:
+        told.append("do image_id of the annotations and id of the images fit?")
+    raise ValueError(f"there is no object to find: {'; '.join(told)}")
+
+
 def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
     """Which good elements are not bad, the others noted in a report."""
     out = good & bad
@@ -115,7 +138,9 @@ def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, i
     return good & ~bad
 
 
-def picture_rows(rows: datasets.Dataset, image_column: str | None) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
+def picture_rows(
+    rows: datasets.Dataset, image_column: str | None, roots: Sequence[str] | None = None
+) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
     """The images of rows, their ids (N,) and their sizes (N, 2), height and width in pixels; 0 where unreadable.
 
     Ids are the column "image_id" where it holds distinct integers, else the rows' numbers. Sizes are the columns
@@ -126,7 +151,7 @@ def picture_rows(rows: datasets.Dataset, image_column: str | None) -> tuple[data
     """
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("objects in images cannot be read as a stream: batches by shape need every size first")
-    pictures = image_rows(rows, image_column, labelled=False)
+    pictures = image_rows(rows, image_column, labelled=False, roots=roots)
     ids = integers(rows, "image_id")
     if ids is None or len(np.unique(ids)) < len(ids):
         ids = np.arange(len(rows))

@@ -6,9 +6,16 @@ A path is judged by its text, after "." and ".." are taken out. Symbolic links a
 data sets are commonly stored behind them; their target must be a regular file, never a device, pipe or folder.
 """
 
+import itertools
 import os
 import stat
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import datasets
+from huggingface_hub import constants
 
 MAX_BYTES = 2**32  # of one file; COCO's largest annotations have half a gigabyte, Objects365's three
 
@@ -41,24 +48,29 @@ def joined(folder: str | Path, name: str) -> str:
 
 def is_within(path: str, root: str) -> bool:
     """Whether a normalised absolute path lies below a folder, by its text."""
-    return PurePosixPath(path) != PurePosixPath(root) and PurePosixPath(path).is_relative_to(root)
+    return path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file of at most `MAX_BYTES`, opened for reading.
+
+    Raises:
+        OSError: it is missing, cannot be read, is no regular file, or is too large.
+    """
+    # Opened without waiting, or a pipe that nobody writes to would block here for ever.
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
+    state = os.fstat(file.fileno())
+    if stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES:
+        return file
+    file.close()
+    told = f"has {state.st_size:,} bytes, the limit is {MAX_BYTES:,}"
+    raise OSError(f"{path} {told if stat.S_ISREG(state.st_mode) else 'is not a regular file'}")
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file of at most `MAX_BYTES`.
-
-    Raises:
-        OSError: it is missing, cannot be read, or is no regular file.
-        ValueError: it is too large.
-    """
-    # Opened without waiting, or a pipe that nobody writes to would block here for ever.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise OSError(f"{path} is not a regular file")
-        if state.st_size > MAX_BYTES:
-            raise ValueError(f"{path} has {state.st_size:,} bytes, the limit is {MAX_BYTES:,}")
-        return file.read(MAX_BYTES + 1)
+    """The content of a file; see `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def read_text(path: str | Path) -> str:
@@ -73,3 +85,58 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def data_roots(dataset: str, data_files: Any = None) -> list[str]:
+    """The folders that the image paths of a data set may lie in: its own, and the caches of downloads.
+
+    Args:
+        dataset: as for `load_splits`.
+        data_files: a path or pattern, a list of them, or a dict of either by split.
+    """
+    caches = [constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    given = data_files.values() if isinstance(data_files, Mapping) else [data_files or []]
+    named = [one for several in given for one in ([several] if isinstance(several, str) else several)]
+    own = [os.path.dirname(one if os.path.exists(one) else one.partition("*")[0]) for one in named]
+    if os.path.isdir(dataset):
+        own.append(dataset)
+    elif os.path.isfile(dataset):
+        own.append(os.path.dirname(dataset))
+    return [os.path.abspath(path) for path in (*own, *caches) if "://" not in str(path)]
+
+
+def path_of(url: str) -> str | None:
+    """The local path of a path or URL, of an archive's member that of the archive; None where it is not local."""
+    last = url.rsplit("::", 1)[-1]
+    if "://" not in last:
+        return last
+    parts = urlsplit(last)
+    return unquote(parts.path) if parts.scheme in ("file", "local") else None
+
+
+def anchored(paths: Sequence[str | None], roots: Sequence[str], source: str) -> list[str | None]:
+    """Paths as absolute ones, relative to the first of some folders, or to the working directory if it is there.
+
+    Args:
+        roots: see `data_roots`.
+        source: of the paths, in errors.
+
+    Raises:
+        ValueError: a path is in none of the folders.
+    """
+    bases = [roots[0], os.getcwd()] if roots else [os.getcwd()]
+    relative = (path for path in paths if path and "://" not in path and not os.path.isabs(path))
+    base = next(
+        (b for path in itertools.islice(relative, 100) for b in bases if os.path.exists(joined(b, path))), bases[0]
+    )
+    found: list[str | None] = []
+    for row, path in enumerate(paths):
+        local = path_of(path) if path else None
+        if local is None:
+            found.append(path)
+            continue
+        absolute = joined(base, local)
+        if not any(is_within(absolute, root) for root in roots):
+            raise ValueError(f'{source}, row {row} names "{path}", which is outside the data set\'s folder {roots[0]}')
+        found.append(absolute if local == path else path)
+    return found

@@ -2,17 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import closing
-from io import BytesIO
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
-from .images import IMAGE
+from .images import IMAGE, decode, open_image, opened
 from .local_files import package_key, state_key
 from .source import show_progress_of
 
@@ -23,24 +19,32 @@ def image_size(value: Any) -> tuple[int, int]:
     """Height and width of an image as `decode` shows it, upright; (0, 0) where it cannot be read.
 
     Args:
-        value: see `decode`; of a file, only the beginning is read.
+        value: see `decode`; of an image that lies on its side in a rare format, all is read, else the header alone.
     """
     try:
-        if isinstance(value, Mapping):
-            value = value["path"] if value["bytes"] is None else value["bytes"]
         if isinstance(value, PIL.Image.Image):
-            return upright_size(value)
-        file = BytesIO(value) if isinstance(value, bytes) else fsspec.open(value, "rb").open()
-        with closing(file), PIL.Image.open(file) as image:
-            return upright_size(image)
+            return upright_size(value) or tuple(decode(value).shape[-2:])
+        with opened(value) as file, open_image(file) as image:
+            size = upright_size(image)
+        return size or tuple(decode(value).shape[-2:])
     except Exception:  # whatever the parser of a broken image meets; reading the image itself will tell
         return 0, 0
 
 
-def upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    """Height and width after the turn that a camera noted."""
+def upright_size(image: PIL.Image.Image) -> tuple[int, int] | None:
+    """Height and width after the turn that a camera noted; None where only decoding tells.
+
+    PIL's reader of TIFF turns the image itself, in some versions before it tells the size.
+    """
     width, height = image.size
-    return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+    if image.format in ("JPEG", "MPO"):  # torchvision's reader follows EXIF, and not the same mark in XMP
+        exif = PIL.Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    else:
+        exif = image.getexif()
+    if exif.get(ORIENTATION, 1) < 5:
+        return height, width
+    return (width, height) if image.format in ("JPEG", "MPO", "PNG", "WEBP") else None
 
 
 def image_sizes(rows: datasets.Dataset) -> np.ndarray:

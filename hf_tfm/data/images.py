@@ -1,38 +1,57 @@
-"""Images with labels from any data set, their decoding, and what happens to those that cannot be read.
+"""Images with labels from any data set: columns, labels, decoding with limits, and the count of unreadable images.
 
 load_dataset(...) -> {"image": encoded, "label"} -> uint8 (3, h, w), upright, RGB
 """
 
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import datasets
 import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Image, Value
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from .batching import COPY
+from .files import anchored, open_regular
 
 log = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
 FINGERPRINT_IMAGES = 1000
+# Of one image, by its header, before anything is decoded: a quarter of a gigabyte as RGB. It is the number from which
+# on PIL warns of a "decompression bomb".
+MAX_PIXELS = 89_478_485
+TOLD = 3  # images that an error names
+FOREIGN = frozenset({"EPS"})  # formats that PIL reads by starting another program
 
 
 class BadImage(Exception):
     """An image that cannot be read; its text says why."""
 
 
-def image_rows(rows, image_column: str | None = None, label_column: str | None = None, labelled: bool = True):
+def image_rows(
+    rows: Any,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labelled: bool = True,
+    roots: Sequence[str] | None = None,
+) -> Any:
     """Rows with ``image``, not decoded, and ``label``, as it is stored.
 
     Args:
@@ -40,9 +59,11 @@ def image_rows(rows, image_column: str | None = None, label_column: str | None =
         image_column: images (`datasets.Image`), or their bytes or paths; default, the only column of images.
         label_column: a ClassLabel, integers or strings; default, the only ClassLabel or the column "label".
         labelled: False leaves labels out.
+        roots: folders that paths must stay in, see `data_roots`; relative paths are relative to the first. Default,
+            paths are taken as they are; so are those of a stream.
 
     Raises:
-        ValueError: there are no rows, or no such column.
+        ValueError: there are no rows, or no such column, it holds something else, or a path leaves the folders.
     """
     features = rows.features
     if isinstance(rows, datasets.Dataset) and not len(rows):
@@ -56,10 +77,44 @@ def image_rows(rows, image_column: str | None = None, label_column: str | None =
     kind = features[image]
     if not (kind is None or isinstance(kind, Image) or is_encoded(kind)):
         raise ValueError(f'image_column "{image}" must hold images, their bytes or their paths, got {kind}')
+    if labelled and not is_label_kind(kind_of_label := features[next(reversed(names))]):
+        raise ValueError(f'label_column "{next(reversed(names))}" must hold integers or strings, got {kind_of_label}')
     if isinstance(kind, Image):
         rows = rows.cast_column(image, Image(decode=False))
+    if roots is not None:
+        rows = with_paths_in(rows, image, roots, f'image_column "{image}"')
     rows = rows.select_columns(list(names))
     return rows.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> Any:
+    """Rows whose images have absolute paths below some folders, where they have paths alone.
+
+    Args:
+        column: of images that are not decoded.
+        roots, source: see `anchored`.
+
+    Raises:
+        ValueError: a path leaves the folders.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return rows
+    stored = rows.data.column(column)
+    if pa.types.is_struct(stored.type):
+        alone = [pc.if_else(pc.is_null(part.field("bytes")), part.field("path"), None) for part in stored.chunks]
+        anchored([path for part in alone for path in part.to_pylist()], roots, source)
+        return rows
+    if not (pa.types.is_string(stored.type) or pa.types.is_large_string(stored.type)):
+        return rows
+    paths = anchored(rows[column][:], roots, source)
+    return rows.remove_columns(column).add_column(column, paths) if paths != list(rows[column]) else rows
+
+
+def is_label_kind(kind: Any) -> bool:
+    """Whether a feature is one of labels; of a column whose kind is not known, values are looked at later."""
+    if kind is None or isinstance(kind, ClassLabel):
+        return True
+    return isinstance(kind, Value) and bool(re.fullmatch(r"u?int\d+|float\d+|bool|(large_)?string|null", kind.dtype))
 
 
 def is_encoded(kind: Any) -> bool:
@@ -89,8 +144,8 @@ def find_column(features: Mapping[str, Any], name: str | None, argument: str, ki
 
 
 def is_label(value: Any) -> bool:
-    """Whether a row has a label: None and negative numbers mean that it has none."""
-    return value is not None and (isinstance(value, str) or value >= 0)
+    """Whether a row has a label: None, NaN, negative numbers and empty text mean that it has none."""
+    return value is not None and (bool(value.strip()) if isinstance(value, str) else value >= 0)
 
 
 def stated_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
@@ -112,9 +167,11 @@ def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("the labels of a stream must be a ClassLabel: its values are not known before it is read")
     values = [value for value in rows.unique(LABEL) if is_label(value)]
+    # Tables store integers as floats where a cell is empty.
+    values = sorted({int(value) if isinstance(value, float) and value.is_integer() else value for value in values})
     if len({type(value) for value in values}) != 1 or not isinstance(values[0], (int, str)):
         raise ValueError(f"labels must be integers or strings, got {values[:5]}")
-    return [str(value) for value in sorted(values)]
+    return [str(value) for value in values]
 
 
 def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence[str]) -> dict[int | str, int]:
@@ -124,28 +181,46 @@ def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence
         names: of `label_names` of the training data, or a model's ``id2label`` in order.
 
     Raises:
-        ValueError: one of `stated_names` is not among the names.
+        ValueError: one of `stated_names`, or a label of rows that are no stream, is not among the names.
     """
     places = {name: place for place, name in enumerate(names)}
     if (stated := stated_names(rows)) is not None:
         if unknown := [name for name in stated if name not in places]:
             raise ValueError(f'label "{unknown[0]}" is not a class of the model; it has {", ".join(names)}')
-        return {number: places[name] for number, name in enumerate(stated)}  # False and True are 0 and 1 as keys
-    return places | {int(name): place for name, place in places.items() if name.lstrip("-").isdecimal()}
+        found = {number: places[name] for number, name in enumerate(stated)}  # False and True are 0 and 1 as keys
+    else:
+        found = places | {int(name): place for name, place in places.items() if name.lstrip("-").isdecimal()}
+    if isinstance(rows, datasets.Dataset):
+        unknown = [value for value in rows.unique(LABEL) if is_label(value) and value not in found]
+        if unknown:
+            raise ValueError(f'label "{unknown[0]}" is not a class of the model; it has {", ".join(names)}')
+    return found
 
 
 def encoded(value: Any) -> bytes:
-    """The bytes of an image that is given as such, as a path or URL, or as `datasets.Image` stores it."""
+    """The bytes of an image that is given as such, as a path or URL, or as `datasets.Image` stores it.
+
+    Raises:
+        BadImage: there is none.
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    with opened(value) as file:
+        return file.read()
+
+
+def opened(value: Any) -> Any:
+    """The bytes of an image as a file; see `encoded`."""
     if isinstance(value, Mapping):
-        value = value["path"] if value["bytes"] is None else value["bytes"]
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
-        return value
+        return BytesIO(value)
     if not isinstance(value, str):
         raise BadImage(f"there is no image, but {type(value).__name__}")
-    if "://" in value:
-        with fsspec.open(value, "rb") as file:
-            return file.read()
-    return Path(value).read_bytes()
+    if "://" not in value:
+        return open_regular(value)
+    if (url := urlsplit(value)).scheme in ("file", "local"):
+        return open_regular(unquote(url.path))
+    return fsspec.open(value, "rb")
 
 
 def decode(value: Any) -> Tensor:
@@ -154,34 +229,101 @@ def decode(value: Any) -> Tensor:
     JPEG by torchvision, straight to a tensor and about twice as fast as PIL with the same pixels; all else by PIL, PNG
     too, since torchvision's reader ends the process on a damaged one (seen with 0.29). The orientation a camera noted
     (EXIF) is followed, as `datasets` and the pipelines of transformers do. Transparency is dropped, as they do too; 16
-    bits of grey become 8.
+    bits of grey become 8. Of an animation, the first image is read.
 
     Args:
         value: bytes, path, URL, PIL image, or a dict of ``bytes`` and ``path``.
 
     Raises:
-        BadImage: it cannot be read to its end. Damage that the decoder can bridge is not noticed.
+        BadImage: it cannot be read to its end, or has more than `MAX_PIXELS`. Damage that the decoder can bridge goes
+            unnoticed.
     """
     try:
         if isinstance(value, PIL.Image.Image):
             return from_pil(value)
         data = encoded(value)
-        if data[:2] == b"\xff\xd8":
+        if (size := jpeg_size(data)) is not None:
+            check_pixels(*size)
             try:
                 content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
             except RuntimeError:
                 pass  # PIL reads a few more, and says more clearly what is wrong with the others
-        with PIL.Image.open(BytesIO(data)) as image:
+        with open_image(BytesIO(data)) as image:
             return from_pil(image)
     except BadImage:
         raise
+    except PIL.UnidentifiedImageError:
+        raise BadImage(unknown_format(data)) from None
     except Exception as error:  # PIL's readers raise whatever their format's parser meets
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
+def check_pixels(height: int, width: int) -> None:
+    """Refuse an image that would fill the memory.
+
+    Raises:
+        BadImage: it has more than `MAX_PIXELS`.
+    """
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"it has {height} x {width} pixels, more than the limit of {MAX_PIXELS:,}")
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG by its frame header (ITU-T T.81, B.2.2); None of other data.
+
+    A few microseconds, where PIL takes a hundred.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # filling
+            place += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # without a length: readers differ in what follows
+            return None
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, not frames
+            return struct.unpack_from(">HH", data, place + 5)
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+@functools.cache
+def formats() -> list[str]:
+    """The image formats that are read: those of PIL but `FOREIGN`."""
+    PIL.Image.init()
+    return [name for name in PIL.Image.ID if name not in FOREIGN]
+
+
+@contextmanager
+def open_image(file: Any) -> Iterator[PIL.Image.Image]:
+    """PIL's image of a file, of which only the header is read.
+
+    Raises:
+        BadImage: it has more than `MAX_PIXELS`.
+        UnidentifiedImageError: it has another format.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit is checked here
+        with PIL.Image.open(file, formats=formats()) as image:
+            check_pixels(image.height, image.width)
+            yield image
+
+
+def unknown_format(data: bytes) -> str:
+    """The reason why data are no image."""
+    if not data:
+        return "the file is empty"
+    if b"<svg" in data[:1000]:
+        return "it is an SVG drawing, not an image of pixels"
+    return f"it is in no image format that can be read; it begins with {data[:8]!r}"
+
+
 def from_pil(image: PIL.Image.Image) -> Tensor:
     """A PIL image of any mode as upright RGB, uint8 (3, h, w)."""
+    check_pixels(image.height, image.width)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # PIL itself would cut all above 255
         image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -247,5 +389,49 @@ class WatchedLoader:
         self.bad[index] = reason
         log.warning("image %d is left out: %s", index, reason)
         if len(self.bad) > self.max_bad_images:
-            lines = "\n".join(f"  image {i}: {why}" for i, why in self.bad.items())
-            raise ValueError(f"more images cannot be read than max_bad_images={self.max_bad_images} allows:\n{lines}")
+            raise ValueError(
+                f"more images cannot be read than max_bad_images={self.max_bad_images} allows: {listed(self.bad)}"
+            )
+
+
+def listed(bad: Mapping[int, str]) -> str:
+    """The first images that cannot be read, on one line."""
+    told = "; ".join(f"image {i}: {why}" for i, why in list(bad.items())[:TOLD])
+    return told + (f"; and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
+
+
+def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[[Any], Any] | None = None) -> None:
+    """Refuse a split before a run where no image can be read, or none of the first ``max_bad_images`` + 1.
+
+    Images are read up to the first that can be: mostly one. A stream is not looked at.
+
+    Args:
+        rows: of `image_rows`, or others where ``read`` is given.
+        max_bad_images: see `WatchedLoader`.
+        split: its name, for the error.
+        read: reads a row; default, decodes its image.
+
+    Raises:
+        ValueError: no image can be read; it says why.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return
+    read = read or (lambda row: decode(row[IMAGE]))
+    bad: dict[int, str] = {}
+    for index in range(min(len(rows), max_bad_images + 1)):
+        row = rows[index]
+        try:
+            read(row)
+            return
+        except BadImage as error:
+            bad[index] = describe(row[IMAGE], error)
+    raise ValueError(
+        f"no image of {split} can be read, of {len(rows)} the first {len(bad)} were tried (max_bad_images is "
+        f"{max_bad_images}): {listed(bad)}"
+    )
+
+
+def describe(image: Any, error: BadImage) -> str:
+    """Why an image cannot be read, with its path where it has one."""
+    path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+    return f"{path}: {error}" if path and path not in str(error) else str(error)

@@ -22,7 +22,7 @@ from .arrow_lists import FlatList, nest, whole
 from .coco import LARGEST_SEGMENT
 from .detection import SEGMENTS, assemble, picture_rows
 from .fields import Entry, load_json, shown, twice
-from .images import decode, is_encoded
+from .images import decode, is_encoded, with_paths_in
 from .source import DIGIT_SCENES, EMBEDDED
 
 log = logging.getLogger(__name__)
@@ -106,12 +106,14 @@ def panoptic_rows(
     image_column: str | None = None,
     panoptic_column: str = PANOPTIC,
     segments_column: str = SEGMENTS,
+    roots: Sequence[str] | None = None,
 ) -> datasets.Dataset:
     """Rows with ``panoptic`` and ``segments_info``; images without a map are left out, and counted in the log.
 
     Args:
         rows: a `datasets` split; segments have ``category_id``, as the categories have it.
         categories: see `panoptic_categories`; their order becomes 0..N-1.
+        roots: see `image_rows`.
 
     Raises:
         ValueError: the rows are none or a stream, a column or field is missing, a category is unknown, or the id of a
@@ -125,11 +127,13 @@ def panoptic_rows(
     kind = rows.features[panoptic_column]
     if not (isinstance(kind, Image) or is_encoded(kind)):
         raise ValueError(f'panoptic_column "{panoptic_column}" must hold images, got {kind}')
-    pictures, ids, sizes = picture_rows(rows, image_column)
+    pictures, ids, sizes = picture_rows(rows, image_column, roots)
     maps = rows.select_columns([panoptic_column]).rename_columns(
         {panoptic_column: PANOPTIC} if panoptic_column != PANOPTIC else {}
     )
     maps = maps.cast_column(PANOPTIC, Image(decode=False))
+    if roots is not None:
+        maps = with_paths_in(maps, PANOPTIC, roots, f'panoptic_column "{panoptic_column}"')
     found = FlatList.of(rows, segments_column)
     segment_ids = found.numbers(found.find(("id",)), -1.0).astype(np.int64)
     check_segment_ids(segment_ids, ids[found.rows()], segments_column)

@@ -3,7 +3,6 @@
 polygons | counts as numbers | counts as text -> text of a few hundred bytes -> (n, h, w) bool
 """
 
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,12 +109,14 @@ def polygons(outline: Any) -> list[list[float]]:
             raise ValueError("a polygon must hold numbers alone") from None
         if len(corners) < 6 or len(corners) % 2:
             raise ValueError(f"a polygon must have x and y of at least 3 corners, got {len(corners)} numbers")
-        edges = np.diff(corners.reshape(-1, 2), axis=0, append=corners[None, :2])
-        length += np.abs(edges).max(axis=1).sum()
+        if not np.isfinite(corners).all():
+            raise ValueError("a polygon has a coordinate that is not finite")
+        with np.errstate(over="ignore"):
+            edges = np.diff(corners.reshape(-1, 2), axis=0, append=corners[None, :2])
+            length += float(np.abs(edges).max(axis=1).sum())
         several.append(corners.tolist())
-    if not length <= MAX_EDGES:
-        told = f"{length:.3g} pixels long" if math.isfinite(length) else "not finite"
-        raise ValueError(f"the edges of the polygons are {told}, the limit is {MAX_EDGES:,}")
+    if length > MAX_EDGES:
+        raise ValueError(f"the edges of the polygons are {length:.3g} pixels long, the limit is {MAX_EDGES:,}")
     return several
 
 

@@ -28,6 +28,8 @@ def chances(seed: int, epoch: int, first: int, count: int = 1) -> np.ndarray:
 def scaled(sizes: np.ndarray, shortest: np.ndarray | int, longest: int) -> np.ndarray:
     """Sizes with a given shortest side, and a longest of at most ``longest``, as `DetrImageProcessor` rounds them.
 
+    No side is below one pixel, where the processor of a long and thin image fails.
+
     Args:
         sizes: (N, 2) height and width.
         shortest: pixels, one number or (N,).
@@ -43,9 +45,8 @@ def scaled(sizes: np.ndarray, shortest: np.ndarray | int, longest: int) -> np.nd
     wide = sizes[:, 1] >= sizes[:, 0]
     # What has the right shortest side already keeps its size, even where the longest is above its limit by a rounding.
     keep = small == short
-    return np.where(
-        keep[:, None], sizes, np.stack([np.where(wide, short, long), np.where(wide, long, short)], axis=1)
-    ).astype(np.int64)
+    found = np.stack([np.where(wide, short, long), np.where(wide, long, short)], axis=1)
+    return np.where(keep[:, None], sizes, np.maximum(found, 1)).astype(np.int64)
 
 
 def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

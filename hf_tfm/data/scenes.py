@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from scipy.ndimage import find_objects
@@ -20,8 +21,9 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 from torchvision.tv_tensors import Image as ImageTensor
 
 from . import run_lengths
+from .arrow_lists import FlatList
 from .detection import OBJECTS, SEGMENTS
-from .images import IMAGE, BadImage, decode
+from .images import IMAGE, BadImage, decode, require_readable
 from .panoptic import PANOPTIC, decode_segments
 
 THINNEST = 1.0  # pixels; the authors' code keeps any sliver that a crop leaves of a box
@@ -178,6 +180,27 @@ def read_scene(row: Mapping[str, Any], masks: bool = False) -> Scene:
     if min(stated) > 0 and size != stated:
         raise BadImage(f"it has {size[0]} x {size[1]} pixels, its row says {stated[0]} x {stated[1]}")
     return read_segments(row, image) if SEGMENTS in row else read_objects(row, image, masks)
+
+
+def require_scenes(rows: Mapping[str, datasets.Dataset], max_bad_images: int) -> None:
+    """Refuse, before a run, splits without an object to find or without a readable image; see `require_readable`.
+
+    Args:
+        rows: of `scene_rows` or `panoptic_rows`, by the name of the split.
+        max_bad_images: see `WatchedLoader`.
+
+    Raises:
+        ValueError: it names the split, and counts its images and objects.
+    """
+    for split, part in rows.items():
+        found = FlatList.of(part, SEGMENTS if SEGMENTS in part.features else OBJECTS)
+        crowds = int((found.numbers("iscrowd", 0.0) > 0).sum())
+        if crowds == found.counts.sum():
+            raise ValueError(
+                f"there is no object to find in {split}: its {len(part)} images have {found.counts.sum()} objects, "
+                f"{crowds} of them crowds (iscrowd)"
+            )
+        require_readable(part, max_bad_images, split, read_scene)
 
 
 def read_objects(row: Mapping[str, Any], image: Tensor, masks: bool) -> Scene:

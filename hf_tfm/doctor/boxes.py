@@ -138,7 +138,13 @@ def tiny_objects(split: Split, case: Case) -> Finding:
 
 
 def empty_images(split: Split, case: Case) -> Finding:
-    """Images have objects; a few without are welcome."""
+    """Images have objects that are no crowds; a few images without are welcome."""
+    if split.kept.counts.any() and not split.targets.any():
+        return failed(
+            f"all {split.kept.counts.sum()} objects are crowds (iscrowd), which a run neither learns nor scores",
+            "set iscrowd to 0 (VOC: difficult) for single objects",
+            split.kept_sample(0),
+        )
     empty = split.kept.counts == 0
     message = f"{empty.sum()} of {len(empty)} images have no objects (limit: {MOSTLY:.0%})"
     if empty.mean() <= MOSTLY:

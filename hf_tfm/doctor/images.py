@@ -27,13 +27,13 @@ def looked_at(split: Split) -> str:
 
 
 def unreadable_images(split: Split, case: Case) -> Finding:
-    """Images can be decoded; a run leaves out up to ``max_bad_images`` of them, and then gives up."""
+    """Images can be decoded; a run leaves out up to ``max_bad_images`` of them, but not all, and then gives up."""
     bad = [row for row, look in split.looks.items() if look.error]
     if not bad:
         return ok(f"{looked_at(split)}, all can be read")
     expected = len(bad) * len(split.rows) / len(split.looks)
     return graded(
-        expected > case.args.max_bad_images,
+        expected > case.args.max_bad_images or len(bad) == len(split.looks),
         f"{looked_at(split)}, {len(bad)} cannot be read (limit: max_bad_images = {case.args.max_bad_images} of all), "
         f"the first: {split.looks[bad[0]].error}",
         "mend or delete these files, with their annotations",

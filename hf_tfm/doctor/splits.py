@@ -15,6 +15,7 @@ import PIL.Image
 from ..data.arrow_lists import FlatList
 from ..data.box_checks import BoxFormat, BoxReport
 from ..data.detection import BOX_FIELDS, OBJECTS, find_objects, number_categories, picture_rows, scene_rows
+from ..data.files import data_roots
 from ..data.image_sizes import ORIENTATION
 from ..data.images import IMAGE, BadImage, decode, encoded
 from ..data.source import load_splits, take_split
@@ -74,10 +75,13 @@ class Split:
         Raises:
             ValueError: they cannot be read, see `scene_rows`.
         """
-        _, ids, sizes = picture_rows(rows, args.image_column)
+        roots = data_roots(args.dataset, args.data_files)
+        _, ids, sizes = picture_rows(rows, args.image_column, roots)
         found = FlatList.of(rows, find_objects(rows.features, args.objects_column))
         boxes = BoxFormat(args.box_format, args.relative_boxes)
-        scenes, report = scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, strict=False)
+        scenes, report = scene_rows(
+            rows, args.image_column, args.objects_column, box_format=boxes, strict=False, roots=roots
+        )
         return cls(name, scenes, report, found, ids, sizes, *number_categories(found))
 
     @cached_property

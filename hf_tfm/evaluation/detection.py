@@ -16,7 +16,9 @@ from transformers.utils import ModelOutput
 
 from ..data.box_checks import BoxFormat
 from ..data.detection import category_ids, class_names, fingerprint, scene_rows
+from ..data.files import data_roots
 from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
+from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import load_splits, take_split
 from ..metrics import CocoAP, PanopticQuality
@@ -111,12 +113,15 @@ def evaluate_detection(
     if segments and not has_masks(loaded.config):
         raise ValueError(f'segments needs a model with masks, and "{model}" is a {type(loaded).__name__}')
     rows = take_split(load_splits(dataset, dataset_name, dataset_revision, data_files), split, "split")
+    roots = data_roots(dataset, data_files)
     if segments:
         categories = panoptic_categories(dataset, dataset_revision)
-        rows = panoptic_rows(rows, categories, image_column, panoptic_column, segments_column)
+        rows = panoptic_rows(rows, categories, image_column, panoptic_column, segments_column, roots)
     else:
-        rows, _ = scene_rows(rows, image_column, objects_column, box_format=BoxFormat(box_format, relative_boxes))
+        boxes = BoxFormat(box_format, relative_boxes)
+        rows, _ = scene_rows(rows, image_column, objects_column, box_format=boxes, roots=roots)
     rows = first(rows, max_samples)
+    require_scenes({split: rows}, max_bad_images)
     names = classes(loaded.config)
     matched, ids = match_categories(rows, names, match_labels)
     things = [i for i, category in zip(ids, categories, strict=True) if category.isthing] if segments else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import resize
 from transformers import (
     AutoModelForObjectDetection,
     AutoModelForUniversalSegmentation,
@@ -18,11 +19,10 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from ..data.images import IMAGE, BadImage
+from ..data.images import IMAGE, BadImage, describe
 from ..data.scenes import read_scene
 from ..hub.loading import load_config
 from ..tasks.images import Batch
-from ..tasks.images import describe as name_bad
 from ..tasks.scenes import SceneTask
 from .reading import load_with_processor
 
@@ -78,14 +78,8 @@ def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> Batch:
         ``pixel_values`` (B, 3, H, W) float32; where there is padding ``pixel_mask`` (B, H, W); ``labels``, a dict for
         each image of orig_size and size (2,) int64, height and width before and after the processor, unpadded.
     """
-    try:
-        made = processor(images=list(images), return_tensors="pt")
-    except ValueError as error:
-        thin = min(images, key=lambda image: min(image.shape[1:]) / max(image.shape[1:]))
-        height, width = thin.shape[1:]
-        if "Size must contain" not in str(error):
-            raise
-        raise ValueError(f"an image of {height} x {width} pixels is too thin: resized, a side has no pixel") from error
+    longest = getattr(processor.size, "longest_edge", None)
+    made = processor(images=[thickened(image, longest) for image in images], return_tensors="pt")
     pixels = made["pixel_values"]
     mask = made.get("pixel_mask")
     if mask is None or mask.all():
@@ -97,6 +91,15 @@ def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> Batch:
         {"orig_size": torch.tensor(image.shape[1:]), "size": size} for image, size in zip(images, sizes, strict=True)
     ]
     return {"pixel_values": pixels, "labels": labels} | ({} if mask is None else {"pixel_mask": mask})
+
+
+def thickened(image: Tensor, longest: int | None) -> Tensor:
+    """An image (3, h, w) whose sides are above zero once the longest is ``longest``, at which processors fail."""
+    height, width = image.shape[1:]
+    least = 1 if longest is None else -(-max(height, width) // longest)
+    if min(height, width) >= least:
+        return image
+    return resize(image, [max(height, least), max(width, least)])
 
 
 @torch.inference_mode()
@@ -130,7 +133,7 @@ class WholeScenes(SceneTask):
             try:
                 scene = read_scene(example, self.masks)
             except BadImage as error:
-                bad.append((index, name_bad(example[IMAGE], error)))
+                bad.append((index, describe(example[IMAGE], error)))
                 continue
             images.append(scene.image.as_subclass(Tensor))
             references.append(self.reference(scene, example))

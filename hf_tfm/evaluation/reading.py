@@ -15,7 +15,8 @@ from transformers.image_utils import PILImageResampling, SizeDict
 
 from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler
-from ..data.images import LABEL, WatchedLoader, image_rows
+from ..data.files import data_roots
+from ..data.images import WatchedLoader, image_rows, require_readable
 from ..data.source import load_splits, take_split
 from ..hub.loading import load_image_processor, load_model
 from ..tasks.images import ImageTask, Pixels
@@ -104,10 +105,9 @@ def read_split(
 ) -> datasets.Dataset:
     """A split as `image_rows`."""
     splits = load_splits(dataset, dataset_name, dataset_revision, data_files)
-    rows = image_rows(take_split(splits, split, "split"), image_column, label_column, labelled)
-    kind = rows.features[LABEL] if labelled else None
-    if kind is not None and not isinstance(kind, (datasets.ClassLabel, datasets.Value)):
-        raise ValueError(f'label_column "{label_column or LABEL}" must hold classes, names or numbers, got {kind}')
+    roots = data_roots(dataset, data_files)
+    rows = image_rows(take_split(splits, split, "split"), image_column, label_column, labelled, roots)
+    require_readable(rows, len(rows), split)
     return rows
 
 

@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..data.augment import Augmentation, seeded
-from ..data.images import IMAGE, BadImage, decode
+from ..data.images import IMAGE, MAX_PIXELS, BadImage, decode, describe
 from ..models.patches import Size, sides
 
 Batch = dict[str, Any]
@@ -108,9 +108,19 @@ class Pixels(Scale):
         self.size = (fixed.height, fixed.width)
 
     def resize(self, image: Tensor) -> Tensor:
-        """What the processor makes of an image before it scales it: uint8 (3, h, w) -> uint8 (3, H, W)."""
+        """The image after the processor's resizing and cropping, before its scale: uint8 (3, h, w) -> uint8 (3, H, W).
+
+        Raises:
+            BadImage: it is so long and thin that it has more than `MAX_PIXELS` once its shortest edge is resized.
+        """
         processor = self.processor
         if processor.do_resize:
+            edge, (short, long) = getattr(processor.size, "shortest_edge", None), sorted(image.shape[-2:])
+            if edge and edge * edge * long > MAX_PIXELS * short:
+                raise BadImage(
+                    f"it has {image.shape[-2]} x {image.shape[-1]} pixels, which with a shortest edge of {edge} would "
+                    f"be more than the limit of {MAX_PIXELS:,}"
+                )
             image = processor.resize(image, processor.size, processor.resample)
         return processor.center_crop(image, processor.crop_size) if processor.do_center_crop else image
 
@@ -162,11 +172,11 @@ class ImageTask:
                     break
                 try:
                     image = decode(example[IMAGE])
+                    seed(self.seed, epoch, index)
+                    images.append(change(image))
                 except BadImage as error:
                     bad.append((index, describe(example[IMAGE], error)))
                     continue
-                seed(self.seed, epoch, index)
-                images.append(change(image))
                 places.append(place)
         count = len(images)
         if not images:
@@ -192,9 +202,3 @@ class ImageTask:
             count: how many count, B or 0.
         """
         raise NotImplementedError
-
-
-def describe(image: Any, error: BadImage) -> str:
-    """What is wrong with an image, and which it is where it has a path."""
-    path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-    return f"{path}: {error}" if path else str(error)

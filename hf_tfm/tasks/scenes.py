@@ -15,12 +15,12 @@ from transformers import BaseImageProcessor, DetrImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.augment import seeded
-from ..data.images import IMAGE, BadImage
+from ..data.images import IMAGE, BadImage, describe
 from ..data.scene_augment import SceneAugmentation, chances, scaled
 from ..data.scenes import Scene, empty_scene, read_scene
 from ..data.shape_batches import split_number
 from ..models.boxes import xyxy_to_cxcywh
-from .images import Batch, Scale, describe
+from .images import Batch, Scale
 
 PLACEHOLDER = (64, 64)  # height and width of an image that counts for nothing
 

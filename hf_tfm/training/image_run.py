@@ -11,6 +11,7 @@ from ..data import images
 from ..data.augment import Augmentation, Mixing
 from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
+from ..data.files import data_roots
 from ..data.images import WatchedLoader, label_ids
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
 from ..models import TfmViTForImageClassification
@@ -145,7 +146,13 @@ class LabelledImageArguments(ImageRunArguments):
 def label_tasks(
     args: LabelledImageArguments, processor: BaseImageProcessor, rows: dict[str, Any], names: list[str]
 ) -> dict[str, ClassificationTask]:
-    """The task of each split, for a model of classes called ``names``."""
+    """The task of each split, for a model of classes called ``names``.
+
+    Raises:
+        ValueError: there is one class alone, or a split has labels of others.
+    """
+    if len(names) < 2:
+        raise ValueError(f'label_column has one class alone, "{names[0]}": a classifier needs two or more')
     options = args.augmentation, args.mixing, args.label_smoothing, args.seed
     return {split: ClassificationTask(processor, label_ids(part, names), *options) for split, part in rows.items()}
 
@@ -180,13 +187,17 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:
     """Rows of `image_rows` by the name of their split; see `split_rows`."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
+    roots = data_roots(args.dataset, args.data_files)
 
     def rows_of(name: str, argument: str):
-        return images.image_rows(take_split(splits, name, argument), args.image_column, args.label_column, labelled)
+        rows = take_split(splits, name, argument)
+        return images.image_rows(rows, args.image_column, args.label_column, labelled, roots)
 
     rows = split_rows(args, test_splits, rows_of)
     if args.streaming:
-        return {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
+        rows = {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
+    for name, part in rows.items():
+        images.require_readable(part, args.max_bad_images, name)
     return rows
 
 

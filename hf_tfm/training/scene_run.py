@@ -18,6 +18,7 @@ from ..data.batching import StepLoader
 from ..data.detection import category_ids, check_order, class_names
 from ..data.images import WatchedLoader
 from ..data.scene_augment import SceneAugmentation
+from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import describe_rows, describe_source
 from ..models import TfmDetrConfig
@@ -238,6 +239,7 @@ def train_scenes(
     """
     kind = "image-segmentation" if masks else "object-detection"
     check_order(rows, args.train_split)
+    require_scenes(rows, args.max_bad_images)
     run = open_run(accelerator, args, kind, describe(args, rows), recipe, argv)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     set_seed(args.seed)

@@ -4,7 +4,6 @@ path or "dataset:split:index" -> PIL image -> the model's own processor -> pixel
 """
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..data.images import BadImage, decode
 from ..data.source import load_splits, take_split
 from ..hub.loading import load_config, load_model
 from ..models.patches import patch_grid
@@ -90,16 +91,7 @@ def read_image(where: str) -> NamedImage:
     """
     path = Path(where)
     if path.is_file():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)  # before any pixel is decoded
-                return NamedImage(path.name, ImageOps.exif_transpose(Image.open(path)))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f'image "{where}" has more pixels than the limit of {Image.MAX_IMAGE_PIXELS:,}'
-            ) from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f'image "{where}" cannot be read: {error}') from error
+        return NamedImage(path.name, as_picture(where, where))
     row = DATASET_ROW.fullmatch(where)
     if row is None:
         raise ValueError(
@@ -112,7 +104,20 @@ def read_image(where: str) -> NamedImage:
         raise ValueError(f'data set "{dataset}" has no column of images; it has {", ".join(rows.column_names)}')
     if not -len(rows) <= index < len(rows):
         raise ValueError(f'index must be from 0 to {len(rows) - 1} for split "{split}" of "{dataset}", got {index}')
-    return NamedImage(f"{Path(dataset).name} {split} {index}", rows[index][columns[0]])
+    value = rows.cast_column(columns[0], datasets.Image(decode=False))[index][columns[0]]
+    return NamedImage(f"{Path(dataset).name} {split} {index}", as_picture(value, where))
+
+
+def as_picture(value: Any, where: str) -> Image.Image:
+    """An image that `decode` reads, as an upright RGB picture.
+
+    Raises:
+        ValueError: it cannot be read; the error names ``where`` it is.
+    """
+    try:
+        return to_pil_image(decode(value))
+    except BadImage as error:
+        raise ValueError(f'image "{where}" cannot be read: {error}') from error
 
 
 def pixels(model: PreTrainedModel, processor: Any, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:

@@ -1,17 +1,21 @@
 """Objects in images from every source are the same rows; categories go by name."""
 
+import io
 import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
-from annotated_images import NAMES, OBJECTS, SIZES, expected, picture
+from annotated_images import NAMES, OBJECTS, SIZES, expected, picture, segment_map
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Sequence, Value
+from PIL import Image as PILImage
 
 from hf_tfm.data import run_lengths
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import category_ids, class_names, fingerprint, scene_rows
+from hf_tfm.data.images import BadImage
+from hf_tfm.data.scenes import read_scene, require_scenes
 from hf_tfm.data.source import load_splits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -202,6 +206,54 @@ def test_fields_that_do_not_fit():
         scene_rows(named)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: o.update(iscrowd=True), r"3 boxes in 3 images; 3 are crowds \(iscrowd\)"),
+        (lambda o: o.update(bbox=[float("nan")] * 4), "3 boxes in 3 images; 3 of 3 boxes left out: not finite"),
+        (lambda o: o.update(bbox=[1e4, 1e4, 5, 5]), "3 of 3 boxes left out: outside the image"),
+        (lambda o: o.update(bbox=[5, 5, -3, 4]), "3 of 3 boxes left out: width or height not above 0"),
+        (None, "0 boxes in 3 images; do image_id of the annotations and id of the images fit"),
+    ],
+)
+def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, message):
+    rows = hub()
+    objects = rows["objects"][:]
+    for found in objects:
+        for one in found:
+            if change is not None:
+                change(one)
+    objects = [[] for _ in objects] if change is None else objects
+    rows = Dataset.from_dict({"image": rows["image"][:], "objects": objects}, features=rows.features)
+    with pytest.raises(ValueError, match=f"there is no object to find: .*{message}"):
+        scene_rows(rows)
+    assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor tells more
+
+
+def test_splits_are_checked_before_a_run():
+    rows, _ = scene_rows(hub())
+    require_scenes({"train": rows, "validation": rows.select([2])}, 0)
+    with pytest.raises(ValueError, match="no object to find in validation: its 1 images have 0 objects, 0 of them"):
+        require_scenes({"train": rows, "validation": rows.select([1])}, 0)
+    broken_rows = Dataset.from_dict({"image": [b"no image"] * 3, "objects": hub()["objects"][:]})
+    rows = scene_rows(broken_rows.cast(hub().features))[0]
+    with pytest.raises(
+        ValueError, match=r"no image of test can be read, of 3 the first 2 were tried \(max_bad_images"
+    ):
+        require_scenes({"test": rows}, 1)
+
+
+def test_a_map_without_its_segments_is_unreadable():
+    ids, segments = segment_map(0)
+    grey = np.repeat(ids.astype(np.uint8)[:, :, None], 3, axis=2)
+    file = io.BytesIO()
+    PILImage.fromarray(grey).save(file, "PNG")
+    known = [{"id": s["id"], "category": 0, "area": 1.0, "iscrowd": False} for s in segments]
+    row = {"image": picture(0), "height": 40, "width": 60, "panoptic": file.getvalue(), "segments_info": known}
+    with pytest.raises(BadImage, match="none of its 3 segments is in its panoptic map"):
+        read_scene(row)
+
+
 # --- by name
 
 
@@ -243,6 +295,7 @@ def test_outlines_of_every_form_are_the_same_mask():
 @pytest.mark.parametrize(
     ("outline", "message"),
     [
+        ([[0, 0, 1e7, 0, 5, 5]], "edges of the polygons are 2e.07 pixels long, the limit is 1,000,000"),
         ([[1, 2, 3, 4]], "x and y of at least 3 corners, got 4 numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "got 7 numbers"),
         ({"size": [30, 20], "counts": [600]}, r"has size \[30, 20\], its image \[20, 30\]"),

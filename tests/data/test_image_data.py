@@ -3,15 +3,22 @@
 import csv
 import io
 import logging
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.ImageOps
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
+from hf_tfm.data import images
+from hf_tfm.data.files import data_roots
+from hf_tfm.data.image_sizes import image_size
 from hf_tfm.data.images import (
     BadImage,
     WatchedLoader,
@@ -19,8 +26,10 @@ from hf_tfm.data.images import (
     encoded,
     fingerprint,
     image_rows,
+    jpeg_size,
     label_ids,
     label_names,
+    require_readable,
 )
 from hf_tfm.data.source import load_splits
 
@@ -114,7 +123,9 @@ def damaged():
 
 @pytest.mark.parametrize("kind", list(damaged()))
 def test_damaged_images_are_refused(kind):
-    with pytest.raises(BadImage, match="Error"):
+    with pytest.raises(
+        BadImage, match=r"Error|the file is empty|it is in no image format that can be read; it begins"
+    ):
         decode(damaged()[kind])
 
 
@@ -127,6 +138,122 @@ def test_what_is_no_image_is_refused(value):
 def test_numbers_without_a_range_are_refused():
     with pytest.raises(BadImage, match='mode "F"'):
         decode(PILImage.fromarray(np.ones((4, 4), np.float32)))
+
+
+# --- limits
+
+
+def claims(kind, side):
+    """A small file whose header claims side x side pixels."""
+    data = bytearray(KINDS[kind])
+    if kind in ("jpeg", "progressive"):
+        place = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+        data[place + 5 : place + 9] = struct.pack(">HH", side, side)
+    elif kind == "png":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "bmp":
+        data[18:26] = struct.pack("<ii", side, side)
+    else:
+        data[6:10] = struct.pack("<HH", side, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive", "png", "bmp", "animated gif"])
+def test_images_that_claim_too_many_pixels_are_not_decoded(kind, monkeypatch):
+    for name in ("decode_image", "from_pil"):
+        monkeypatch.setattr(images, name, lambda *args, **options: pytest.fail("it was decoded"))
+    side = 13_000 if kind == "bmp" else 40_000  # PIL refuses a BMP of so many by itself
+    claimed = claims(kind, side)
+    with pytest.raises(BadImage, match=rf"{side} x {side} pixels, more than the limit|DecompressionBombError"):
+        decode(claimed)
+    assert image_size(claimed) == (0, 0)
+
+
+def test_a_limit_is_that_of_the_image_and_not_of_the_file(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 40)
+    for kind in ("jpeg", "turned jpeg", "png", "webp", "tiff"):
+        assert decode(KINDS[kind]).numel() == 3 * 48 * 40
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 40 - 1)
+    for kind in ("jpeg", "turned jpeg", "png", "webp", "tiff"):
+        with pytest.raises(BadImage, match="more than the limit of 1,919"):
+            decode(KINDS[kind])
+    with pytest.raises(BadImage, match="more than the limit of 1,919"):
+        decode(picture())
+
+
+def test_the_size_of_a_jpeg_is_in_its_frame_header():
+    for kind in ("jpeg", "progressive", "grey jpeg", "cmyk jpeg", "turned jpeg"):
+        assert jpeg_size(KINDS[kind]) == (48, 40)
+    for data in (b"", b"\xff\xd8", KINDS["jpeg"][:20], KINDS["png"], b"\xff\xd8\xff\x01" + KINDS["jpeg"][2:]):
+        assert jpeg_size(data) is None
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    pipe, link = tmp_path / "pipe.png", tmp_path / "zero.png"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    for value in (str(pipe), str(link), "/dev/zero", str(tmp_path), pipe.as_uri(), "local:///dev/zero"):
+        with pytest.raises(BadImage, match=r"is not a regular file|Is a directory"):
+            decode(value)
+        assert image_size({"bytes": None, "path": value}) == (0, 0)
+    with pytest.raises(BadImage, match=r"FileNotFoundError.*gone.png"):
+        decode(str(tmp_path / "gone.png"))
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    sparse = tmp_path / "sparse.png"
+    with sparse.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(BadImage, match=r"sparse.png has 1,099,511,627,776 bytes, the limit is"):
+        decode(str(sparse))
+
+
+def test_text_that_unpacks_without_end_is_refused():
+    data = KINDS["png"]
+    text = b"comment\0\0" + zlib.compress(b" " * 50_000_000, 9)
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    with pytest.raises(BadImage, match="too large"):
+        decode(data[:33] + chunk + data[33:])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'<?xml version="1.0"?><svg width="9" height="9"/>', "it is an SVG drawing"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "in no image format that can be read"),
+    ],
+)
+def test_drawings_are_no_images(data, message):
+    with pytest.raises(BadImage, match=message):
+        decode(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_sizes_are_those_of_the_decoded_image(kind, orientation, tmp_path):
+    data = encode(picture(), kind, exif=turned(orientation))
+    (tmp_path / "image").write_bytes(data)
+    for value in (data, str(tmp_path / "image"), {"bytes": data, "path": None}, PILImage.open(io.BytesIO(data))):
+        assert image_size(value) == tuple(decode(value).shape[1:])
+
+
+def test_a_jpeg_turned_in_xmp_alone_has_the_size_that_is_decoded():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(picture(), "JPEG", xmp=xmp)
+    assert image_size(data) == tuple(decode(data).shape[1:])
+
+
+def test_a_split_without_a_readable_image_is_refused_before_a_run():
+    good, bad = KINDS["png"], b"no image"
+    for pictures in ([bad] * 3, [bad] * 3 + [good]):
+        rows = Dataset.from_dict({"image": pictures})
+        with pytest.raises(
+            ValueError, match=r"no image of train can be read, of \d the first 3 .* image 0: it is in no"
+        ):
+            require_readable(rows, 2, "train")
+    require_readable(Dataset.from_dict({"image": [bad, bad, good]}), 2, "train")
+    require_readable(Dataset.from_dict({"image": [bad]}).to_iterable_dataset(), 2, "train")
 
 
 # --- columns and labels
@@ -184,6 +311,41 @@ def test_columns_of_paths_and_bytes(tmp_path):
     assert label_ids(by_path, NAMES)["bird"] == 2
 
 
+def table_of_paths(tmp_path, paths):
+    with (tmp_path / "list.csv").open("w") as file:
+        csv.writer(file).writerows([["path", "class"], *([path, "ab"[i % 2]] for i, path in enumerate(paths))])
+    rows = load_splits(str(tmp_path / "list.csv"))["train"]
+    return image_rows(rows, "path", "class", roots=data_roots(str(tmp_path / "list.csv")))
+
+
+def test_paths_of_a_table_are_relative_to_it_and_stay_in_its_folder(tmp_path, monkeypatch):
+    folder(tmp_path)
+    files = sorted((tmp_path / "folder").rglob("*.png"))
+    expected = sorted(decode(str(file)).numpy().tobytes() for file in files)
+    own = [str(file.relative_to(tmp_path)) for file in files]
+    for paths in (own, [str(file) for file in files], [file.as_uri() for file in files]):
+        assert pixels(table_of_paths(tmp_path, paths)) == expected
+    monkeypatch.chdir(tmp_path / "folder")  # relative to where the command runs, as long as they stay inside
+    assert pixels(table_of_paths(tmp_path, [str(file.relative_to(tmp_path / "folder")) for file in files])) == expected
+    for path in ("/etc/passwd", "../secret.png", "folder/../../secret.png", "file:///etc/passwd"):
+        with pytest.raises(ValueError, match=r'image_column "path", row 1 names .* outside the data set'):
+            table_of_paths(tmp_path, [own[0], path])
+
+
+def test_stored_images_without_bytes_stay_in_the_folder(tmp_path):
+    kind = Features(image=Image(decode=False), label=Value("int64"))
+    paths = [str(tmp_path / "a.png"), "/etc/passwd"]
+    table = {"image": [{"bytes": None, "path": path} for path in paths], "label": [0, 1]}
+    pq.write_table(Dataset.from_dict(table, features=kind).data.table, tmp_path / "train.parquet")
+    rows = load_splits(str(tmp_path))["train"]
+    with pytest.raises(ValueError, match=r'image_column "image", row 1 names "/etc/passwd", which is outside'):
+        image_rows(rows, roots=data_roots(str(tmp_path)))
+    with pytest.raises(ValueError, match=r'names "/.*/a.png", which is outside'):  # of a data set of the Hub
+        image_rows(rows, roots=data_roots("someone/images"))
+    inside = [{"bytes": None, "path": paths[0]}, {"bytes": KINDS["png"], "path": "/gone/b.png"}]  # never opened
+    image_rows(Dataset.from_dict(table | {"image": inside}, features=kind), roots=data_roots(str(tmp_path)))
+
+
 def test_labels_of_every_kind():
     numbers = image_rows(memory(label=[10, 20, 30, 10, 20, -1]))
     assert label_names(numbers) == ["10", "20", "30"]  # -1 is no class
@@ -197,6 +359,17 @@ def test_labels_of_every_kind():
         label_ids(classes, ["dog", "bird"])
     with pytest.raises(ValueError, match="labels must be integers or strings"):
         label_names(image_rows(memory(label=[0.5, 1.0, 2.0, 1.0, 1.0, 1.0])))
+    floats = image_rows(memory(label=[1.0, 0.0, 2.0, None, float("nan"), 1.0]))  # as tables with an empty cell have
+    assert label_names(floats) == ["0", "1", "2"]
+    assert [label_ids(floats, ["2", "1", "0"])[value] for value in (1.0, 0.0, 2.0)] == [1, 2, 0]
+    assert label_names(image_rows(memory(label=["b", "", "a", " ", "b", "a"]))) == ["a", "b"]  # empty is no class
+    for kind, labels in (("List", [[0], [1], [0], [1], [0], [1]]), ("a.*int64", [{"a": i} for i in LABELS])):
+        with pytest.raises(ValueError, match=rf'label_column "label" must hold integers or strings, got .*{kind}'):
+            image_rows(memory(label=labels), label_column="label")
+    for labels in (["a", "b", "zzz", "a", "b", "a"], [0, 1, 7, 0, 1, 0]):
+        names = ["a", "b"] if isinstance(labels[0], str) else ["0", "1"]
+        with pytest.raises(ValueError, match=rf'label "{labels[2]}" is not a class of the model; it has {names[0]}'):
+            label_ids(image_rows(memory(label=labels)), names)
     flags = image_rows(memory(label=[True, False, None, True, True, False]))
     assert label_names(flags) == label_names(flags.to_iterable_dataset()) == ["False", "True"]
     for names, expected in (
@@ -291,7 +464,7 @@ def test_bad_images_are_told_once_and_taken_out_of_the_batch(caplog):
 def test_too_many_bad_images_end_the_run():
     epoch = WatchedLoader(Loader(), max_bad_images=1).epoch(0)
     next(epoch)
-    with pytest.raises(ValueError, match=r"max_bad_images=1 allows:\n  image 3: a.png: broken\n  image 5: no image"):
+    with pytest.raises(ValueError, match=r"max_bad_images=1 allows: image 3: a.png: broken; image 5: no image$"):
         next(epoch)
     with pytest.raises(ValueError, match="max_bad_images must be at least 0, got -1"):
         WatchedLoader(Loader(), -1)

@@ -78,7 +78,10 @@ def as_splits(rows: Rows, category: Any = None, names: dict[str, list[str]] | No
     found = DatasetDict()
     for split, own in rows.items():
         kind = category or ClassLabel(names=(names or {}).get(split, NAMES))
-        objects = List({"bbox": List(Value("float32"), length=4), "category": kind})
+        crowds = (
+            {"iscrowd": Value("bool")} if any("iscrowd" in found for row in own for found in row["objects"]) else {}
+        )
+        objects = List({"bbox": List(Value("float32"), length=4), "category": kind, **crowds})
         columns = {"image": ImageFeature(), "image_id": Value("int64"), "objects": objects}
         columns |= {name: Value("int32") for name in ("height", "width") if name in own[0]}
         table = {name: [row[name] for row in own] for name in columns}

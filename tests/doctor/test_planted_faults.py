@@ -99,9 +99,9 @@ def crowded(rows):
     rows["train"][6]["objects"] = [{"bbox": [7 * k, 3 * k, 20, 24], "category": k % 3} for k in range(11)]
 
 
-def broken(count):
+def broken(count, first=2):
     def planted(rows):
-        for row in rows["train"][2 : 2 + count]:
+        for row in rows["train"][first : first + count]:
             row["image"] = row["image"][:100]
 
     return planted
@@ -166,6 +166,12 @@ def rarely_blue(rows):
         row["objects"] = [found for found in row["objects"] if found["category"] != 2]
 
 
+def all_crowds(rows):
+    for row in rows["train"]:
+        for found in row["objects"]:
+            found["iscrowd"] = True
+
+
 FAULTS = {
     "corners": (every_box(to_corners), "box_format", "failed", 100, "as xyxy in pixels, 100% do"),
     "shares": (every_box(to_shares), "box_format", "failed", 100, "no number of 72 boxes is above 1.5"),
@@ -177,6 +183,7 @@ FAULTS = {
     "twice": (copy_a_box, "duplicate_boxes", "failed", 107, "1 of 73 boxes are there twice, of the same class"),
     "two classes": (copy_a_box_as_another_class, "duplicate_boxes", "failed", 107, "twice, of two classes"),
     "empty": (empty, "empty_images", "failed", 100, "24 of 24 images have no objects"),
+    "all crowds": (all_crowds, "empty_images", "failed", 100, "all 72 objects are crowds (iscrowd)"),
     "mostly empty": (mostly_empty, "empty_images", "warning", 102, "22 of 24 images have no objects"),
     "tiny": (shrink(1.0), "tiny_objects", "failed", 104, "100.0% of 72 objects are smaller than a cell of 16 x 16"),
     "some tiny": (shrink(0.2), "tiny_objects", "warning", 104, "smaller than a cell of 16 x 16"),
@@ -185,6 +192,7 @@ FAULTS = {
     "no such id": (category_of_one(17), "category_ids", "failed", 105, "1 of 72 objects have category 17"),
     "no category": (category_of_one(-1), "category_ids", "failed", 105, "1 of 72 objects have no category"),
     "unreadable": (broken(1), "unreadable_images", "warning", 102, "24 of 24 images decoded, 1 cannot be read"),
+    "all unreadable": (broken(24, 0), "unreadable_images", "failed", 100, "24 of 24 images decoded, 24 cannot be"),
     "many unreadable": (broken(11), "unreadable_images", "failed", 102, "11 cannot be read (limit: max_bad_images"),
     "other size": (stated_size(32, 48), "image_size", "failed", 109, "64 x 96 pixels instead of 32 x 48"),
     "swapped size": (stated_size(96, 64), "image_size", "failed", 109, "64 x 96 pixels instead of 96 x 64"),

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from image_models import image_model, image_processor, photo
 from PIL import Image
 
 from hf_tfm import TfmMAEModel
+from hf_tfm.data import images
 from hf_tfm.data.digits import digits
 from hf_tfm.hub.loading import load_image_processor
 from hf_tfm.viz import read_image
@@ -18,8 +20,8 @@ from hf_tfm.viz.images import enlarge, load_autoencoder, load_encoder, pixels, v
 def rows(tmp_path_factory):
     """A data set of three images with a column before them, and a split without images."""
     folder = tmp_path_factory.mktemp("rows")
-    images = [{"label": i, "picture": photo(seed=i).image} for i in range(3)]
-    Dataset.from_list(images).to_parquet(folder / "test.parquet")
+    pictures = [{"label": i, "picture": photo(seed=i).image} for i in range(3)]
+    Dataset.from_list(pictures).to_parquet(folder / "test.parquet")
     other = tmp_path_factory.mktemp("words")
     Dataset.from_list([{"word": "one"}]).to_parquet(other / "test.parquet")
     return folder, other
@@ -32,7 +34,18 @@ def test_a_file_is_read_upright(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     read = read_image(str(tmp_path / "turned.png"))
     assert read.name == "turned.png"
-    np.testing.assert_array_equal(np.asarray(read.image), np.rot90(np.asarray(image), -1))
+    np.testing.assert_array_equal(np.asarray(read.image.convert("L")), np.rot90(np.asarray(image), -1))
+
+
+def test_images_beyond_the_limit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 11)
+    Image.new("RGB", (3, 4)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r'large.png" cannot be read: it has 4 x 3 pixels, more than the'):
+        read_image(str(tmp_path / "large.png"))
+    rows = Dataset.from_dict({"image": [{"bytes": (tmp_path / "large.png").read_bytes(), "path": None}]})
+    rows.cast_column("image", ImageFeature()).to_parquet(tmp_path / "data" / "test.parquet")
+    with pytest.raises(ValueError, match=r'data:test:0" cannot be read: it has 4 x 3 pixels'):
+        read_image(f"{tmp_path / 'data'}:test:0")
 
 
 @pytest.mark.parametrize(("index", "row"), [(0, 0), (2, 2), (-1, 2)])
