@@ -198,6 +198,8 @@ def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -
         rows = {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
     for name, part in rows.items():
         images.require_readable(part, args.max_bad_images, name)
+        if labelled:
+            images.require_labels(part, name)
     return rows
 
 
