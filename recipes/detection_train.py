@@ -10,7 +10,6 @@ DATA is a folder in COCO's or Pascal VOC's layout, or whatever `load_dataset` re
 with their cost and expected numbers: recipes/presets/detection_train/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.files import data_roots
 from hf_tfm.data.source import load_splits, take_split
-from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.run import start_accelerator
+from hf_tfm.training.run import Run, recipe_main
 from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
 from hf_tfm.training.splits import split_rows
 
@@ -63,15 +61,17 @@ def load_rows(args: DetectionArguments) -> dict:
     return split_rows(args, args.test_splits, rows_of)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DetectionArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: DetectionArguments, run: Run) -> int:
+    """A whole run; the exit status."""
 
     def build(fields: dict[str, Any]) -> TfmDetrForObjectDetection:
         return build_detr(TfmDetrForObjectDetection, args, fields)
 
-    return train_scenes(args, accelerator, Path(__file__).stem, argv, load_rows(args), build)
+    return train_scenes(args, run, load_rows(args), build)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(DetectionArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The teacher is one of ours or transformers' DETR. Its best queries are targets (
 recipes/presets/distill_detection/.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +35,10 @@ from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
 from hf_tfm.tasks.images import Scale
 from hf_tfm.tasks.scenes import scene_processor
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import DistillationKnobs, begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.loop import Loader
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 from hf_tfm.training.scene_pictures import PredictionPictures
 from hf_tfm.training.scene_run import (
     SceneRunArguments,
@@ -151,15 +149,15 @@ def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
     return processor
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DistillDetectionArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: DistillDetectionArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     processor = shared_processor(args)
     rows = load_rows(args)
     check_order(rows, args.train_split)
     require_scenes(rows, args.max_bad_images)
     data = describe(args, rows)
+    run.open(args, "object-detection", data, args.held_out)
     set_seed(args.seed)
     student = build_detr(DETECTOR, args, labels_of(rows[args.train_split]))
     warn_of_batch_norm(args, accelerator, student)
@@ -184,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     learning = KnownEpochs(batches, lessons.task.teacher)
     check_teacher(args, lessons, scores_of)
-    run = open_run(accelerator, args, "object-detection", data, Path(__file__).stem, argv)
 
     def score_validation(trained: Distilled) -> dict[str, float]:
         found = scores_of(trained.student)
@@ -203,13 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show(trained: Distilled, step: int) -> None:
         pictures(trained.student, step)
 
-    result = learn(args, accelerator, lessons, learning, score_validation, settle, show)
+    result = learn(args, run, lessons, learning, score_validation, settle, show)
     if result.stopped:
         return run.stopped(result)
+    run.save(student.eval(), processor)
     metrics = [row for split in held_out for row in score_rows(scores_of(student, split), split)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, own[args.train_split], result, metrics, costs, lessons.described(args))
+    finish(run, student, own[args.train_split], result, metrics, costs, lessons.described(args))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(DistillDetectionArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

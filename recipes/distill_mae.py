@@ -11,7 +11,6 @@ Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train
 recipes/presets/distill_mae/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +25,12 @@ from hf_tfm.command import run_recipe
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 
 @dataclass(kw_only=True)
@@ -75,13 +73,13 @@ def build_student(args: DistillMAEArguments, size: int | tuple[int, int]) -> Tfm
     return student
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DistillMAEArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: DistillMAEArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     processor = shared_processor(args)
     rows = load_rows(args, [], labelled=False)
     data = describe(args, rows)
+    run.open(args, "image-feature-extraction", data, args.held_out)
     student = build_student(args, image_size_of(processor))
     teacher_config = AutoConfig.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
     check_patches(student.config, teacher_config)
@@ -102,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
         return 0
     check_teacher(args, lessons, lambda teacher: {"loss": reconstruction(teacher)})
-    run = open_run(accelerator, args, "image-feature-extraction", data, Path(__file__).stem, argv)
 
     def validate(trained: Distilled) -> dict[str, float]:
         own = reconstruction(trained.student)
@@ -110,13 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         terms = {"loss": own} if args.cached else evaluate(accelerator, lessons.task, trained, validation)
         return {**terms, "reconstruction": own}
 
-    result = learn(args, accelerator, lessons, learning, validate, partial(settle, args, accelerator))
+    result = learn(args, run, lessons, learning, validate, partial(settle, args, accelerator))
     if result.stopped:
         return run.stopped(result)
+    run.save(student.eval(), processor)
     metrics = [{"name": "reconstruction_loss", "value": reconstruction(student), "split": args.held_out}]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, task, result, metrics, costs, lessons.described(args))
+    finish(run, student, task, result, metrics, costs, lessons.described(args))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(DistillMAEArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

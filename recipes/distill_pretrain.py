@@ -9,7 +9,6 @@ same masked texts. The student is fine-tuned with text_classification_train --in
 with their cost and expected numbers: recipes/presets/distill_pretrain/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from hf_tfm.command import run_recipe
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.tasks.language import score
 from hf_tfm.training import evaluate
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
     DistillationKnobs,
@@ -42,7 +40,7 @@ from hf_tfm.training.language_run import (
     new_task,
     scored_splits,
 )
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 
 @dataclass(kw_only=True)
@@ -64,14 +62,14 @@ class DistillPretrainArguments(DistillationKnobs, LanguageArguments):
             raise ValueError("cache needs to know the samples: it does not go with streaming")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DistillPretrainArguments, Path(__file__), argv)
+def work(args: DistillPretrainArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     masked = args.objective == "masked"
     auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    accelerator = start_accelerator(args)
     texts = load_texts(args)
     data = describe_data(args, texts)
+    run.open(args, "fill-mask" if masked else "text-generation", data, args.held_out)
     learned = join_texts(args, texts)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
     if args.init_from:
@@ -86,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return language_loader(args, accelerator, collate, tokenizer, rows, learning)
 
     learning = loader(learned, lessons.task.collate, learning=True)
+    scored = {split: loader(texts[split], task.collate) for split in scored_splits(args) if split != args.held_out}
     validation = loader(texts[args.held_out], lessons.compared(task).collate)
 
     def perplexity(model) -> float:
@@ -99,22 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
             return 0
     check_teacher(args, lessons, lambda model: evaluate(accelerator, task, model, validation))
-    run = open_run(accelerator, args, "fill-mask" if masked else "text-generation", data, Path(__file__).stem, argv)
 
     def score_validation(trained) -> dict[str, float]:
         own = evaluate(accelerator, task, trained.student, validation)
         return own | lessons.distance(accelerator, trained, validation)
 
-    result = learn(args, accelerator, lessons, learning, score_validation)
+    result = learn(args, run, lessons, learning, score_validation)
     if result.stopped:
         return run.stopped(result)
+    run.save(student.eval(), tokenizer)
     metrics = []
-    for split in scored_splits(args):
-        part = validation if split == args.held_out else loader(texts[split], task.collate)
+    for split, part in {args.held_out: validation, **scored}.items():
         metrics += [{**row, "split": split} for row in score(accelerator, task, student, part)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
+    finish(run, student, task, result, metrics, costs, lessons.described(args))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(DistillPretrainArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ With --cache DIR --write_cache true it writes the teacher's signals and ends; wi
 no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_tfm.command import run_recipe
@@ -24,7 +22,6 @@ from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
     DistillationKnobs,
@@ -35,7 +32,7 @@ from hf_tfm.training.distill_run import (
     teacher_words,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run
+from hf_tfm.training.run import Run, finish
 from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
 from hf_tfm.training.text_tasks import run_tasks
@@ -70,10 +67,12 @@ class DistillTaskArguments(DistillationKnobs, TextArguments):
             new_config(config_class, self)
 
 
-def distil(args: DistillTaskArguments, argv: Sequence[str], accelerator: Accelerator) -> RunRecord | None:
+def distil(args: DistillTaskArguments, run: Run) -> RunRecord | None:
     """A whole run; its record, or None where it has written a cache or was asked to stop."""
+    accelerator = run.accelerator
     args, texts = load_labelled_texts(args)
     data = texts.described(args)
+    run.open(args, "text-classification", data, texts.validation[0])
     tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
     if args.init_from:
         check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from, trust_remote_code=False)), tokenizer)
@@ -107,28 +106,26 @@ def distil(args: DistillTaskArguments, argv: Sequence[str], accelerator: Acceler
     if wrote_cache(args, accelerator, lessons, learning.examples, fingerprint, yardstick):
         return None
     check_teacher(args, lessons, scores_of)
-    run = open_run(accelerator, args, "text-classification", data, Path(__file__).stem, argv)
 
     def score_validation(trained) -> dict[str, float]:
         return scores_of(trained.student) | lessons.distance(accelerator, trained, decisive)
 
-    result = learn(args, accelerator, lessons, learning, score_validation, lambda _, steps: args.settle(steps))
+    result = learn(args, run, lessons, learning, score_validation, lambda _, steps: args.settle(steps))
     if result.stopped:
         run.stopped(result)
         return None
+    keep_what_is_read(tokenizer, student)
+    run.save(student.eval(), tokenizer)
     metrics = []
     for split, loader in scored.items():
         found = predict(accelerator, task, student, loader)
         metrics += [{**row, "split": split} for row in score(found, args.metrics)]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    keep_what_is_read(tokenizer, student)
-    return finish(run, student.eval(), tokenizer, task, result, metrics, costs, lessons.described(args))
+    return finish(run, student, task, result, metrics, costs, lessons.described(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    run_tasks(parse_arguments(DistillTaskArguments, Path(__file__), argv), argv, distil)
-    return 0
+    return run_tasks(DistillTaskArguments, Path(__file__), argv, distil)
 
 
 if __name__ == "__main__":

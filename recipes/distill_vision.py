@@ -10,7 +10,6 @@ it writes the teacher's signals and ends; with --cache DIR it reads them, and ne
 their cost and expected numbers: recipes/presets/distill_vision/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,6 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.images import label_names
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.tasks.classification import predict, score
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
@@ -41,7 +39,7 @@ from hf_tfm.training.image_run import (
     load_rows,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 CLASSIFIER = AutoModelForImageClassification
 
@@ -70,13 +68,13 @@ def build_student(
     return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **label_fields(names)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(DistillVisionArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: DistillVisionArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     processor = shared_processor(args)
     rows = load_rows(args, args.test_splits, labelled=True)
     data, names = describe(args, rows), label_names(rows[args.train_split])
+    run.open(args, "image-classification", data, args.held_out)
     tasks = label_tasks(args, processor, rows, names)
     task = tasks[args.train_split]
     student = build_student(args, image_size_of(processor), names)
@@ -102,20 +100,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrote_cache(args, accelerator, lessons, rows[args.train_split], fingerprint, yardstick):
         return 0
     check_teacher(args, lessons, scores_of)
-    run = open_run(accelerator, args, "image-classification", data, Path(__file__).stem, argv)
 
     def validate(trained: Distilled) -> dict[str, float]:
         return scores_of(trained.student) | lessons.distance(accelerator, trained, validation)
 
-    result = learn(args, accelerator, lessons, learning, validate, partial(settle, args, accelerator))
+    result = learn(args, run, lessons, learning, validate, partial(settle, args, accelerator))
     if result.stopped:
         return run.stopped(result)
+    run.save(student.eval(), processor)
     metrics = []
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, student, loader))]
     costs = table_of_costs(args, accelerator, lessons, yardstick)
-    finish(run, student.eval(), processor, task, result, metrics, costs, lessons.described(args))
+    finish(run, student, task, result, metrics, costs, lessons.described(args))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(DistillVisionArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

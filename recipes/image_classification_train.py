@@ -9,7 +9,6 @@ Presets with their cost and expected numbers: recipes/presets/image_classificati
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from hf_tfm.data.images import label_names
 from hf_tfm.models.configuration_vit import SHARES
 from hf_tfm.tasks.classification import predict, score
 from hf_tfm.tasks.linear_probe import fold_probe, prepare_probe
-from hf_tfm.training import train
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
     IMAGE_SIZE,
@@ -38,7 +35,7 @@ from hf_tfm.training.image_run import (
     new_processor,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 
 @dataclass(kw_only=True)
@@ -77,12 +74,11 @@ def build_model(
     return load_classifier(args.init_from, names, size, **{**still, **args.model})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(ClassificationArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: ClassificationArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     rows = load_rows(args, args.test_splits, labelled=True)
-    run = open_run(accelerator, args, "image-classification", describe(args, rows), Path(__file__).stem, argv)
+    run.open(args, "image-classification", describe(args, rows), args.held_out)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     names = label_names(rows[args.train_split])
     model = build_model(args, image_size_of(processor), names)
@@ -104,16 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"loss": found.loss, "accuracy": score(found)[0]["value"]}
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
+    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
     if args.linear_probe:
         fold_probe(model)
+    run.save(model.eval(), processor)
     metrics = []
     for split, loader in {args.held_out: validation, **tests}.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, model, loader))]
-    finish(run, model.eval(), processor, task, result, metrics)
+    finish(run, model, task, result, metrics)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(ClassificationArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ numbers: recipes/presets/language_pretrain/.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,7 @@ from transformers import AutoTokenizer
 
 from hf_tfm.command import run_recipe
 from hf_tfm.tasks.language import score
-from hf_tfm.training import evaluate, train
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training import evaluate
 from hf_tfm.training.language_run import (
     LanguageArguments,
     build_model,
@@ -31,7 +29,7 @@ from hf_tfm.training.language_run import (
     new_task,
     scored_splits,
 )
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 
 @dataclass(kw_only=True)
@@ -39,13 +37,12 @@ class PretrainArguments(LanguageArguments):
     """Knobs of language-model pretraining: those of `LanguageArguments`."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(PretrainArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: PretrainArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     texts = load_texts(args)
     kind = "fill-mask" if args.objective == "masked" else "text-generation"
-    run = open_run(accelerator, args, kind, describe_data(args, texts), Path(__file__).stem, argv)
+    run.open(args, kind, describe_data(args, texts), args.held_out)
     learned = join_texts(args, texts)
     tokenizer = run.once("tokenizer", lambda: load_tokenizer(args, learned), AutoTokenizer.from_pretrained)
     tokenizer.model_max_length = args.max_length
@@ -55,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def loader(rows, learning: bool = False):
         return language_loader(args, accelerator, task.collate, tokenizer, rows, learning)
 
-    training, validation = loader(learned, learning=True), loader(texts[args.held_out])
+    training = loader(learned, learning=True)
+    scored = {split: loader(texts[split]) for split in scored_splits(args)}
+    validation = scored[args.held_out]
     per_epoch = training.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
 
@@ -63,15 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(accelerator, task, trained, validation)
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, training, args, num_steps, eval_steps, score_validation)
+    result = run.train(task, model, training, args, num_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
+    run.save(model.eval(), tokenizer)
     metrics = []
-    for split in scored_splits(args):
-        part = validation if split == args.held_out else loader(texts[split])
+    for split, part in scored.items():
         metrics += [{**row, "split": split} for row in score(accelerator, task, model, part)]
-    finish(run, model.eval(), tokenizer, task, result, metrics)
+    finish(run, model, task, result, metrics)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(PretrainArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ recipes/presets/mae_pretrain/.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,7 @@ from transformers import AutoImageProcessor, set_seed
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.command import run_recipe
 from hf_tfm.tasks.masked_image import MaskedImageTask
-from hf_tfm.training import evaluate, train
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.training import evaluate
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
     IMAGE_SIZE,
@@ -32,7 +30,7 @@ from hf_tfm.training.image_run import (
     new_processor,
 )
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training.run import Run, finish, recipe_main
 
 
 @dataclass(kw_only=True)
@@ -61,12 +59,11 @@ def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEF
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(PretrainArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: PretrainArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     rows = load_rows(args, [], labelled=False)
-    run = open_run(accelerator, args, "image-feature-extraction", describe(args, rows), Path(__file__).stem, argv)
+    run.open(args, "image-feature-extraction", describe(args, rows), args.held_out)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     model = build_model(args, image_size_of(processor))
     task = MaskedImageTask(model.config, processor, args.augmentation, args.seed)
@@ -81,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate(accelerator, task, trained, validation)
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score)
+    result = run.train(task, model, learning, settled, num_steps, eval_steps, score)
     if result.stopped:
         return run.stopped(result)
+    run.save(model.eval(), processor)
     metrics = [{"name": "reconstruction_loss", "value": score(model)["loss"], "split": args.held_out}]
-    finish(run, model.eval(), processor, task, result, metrics)
+    finish(run, model, task, result, metrics)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(PretrainArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A data set has panoptic maps and their segments, as COCO's folders or columns ``
 says which categories are things. Presets with their cost and expected numbers: recipes/presets/panoptic_train/.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.files import data_roots
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits, take_split
-from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.run import start_accelerator
+from hf_tfm.training.run import Run, recipe_main
 from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
 from hf_tfm.training.splits import split_rows
 
@@ -54,10 +52,8 @@ class PanopticArguments(SceneRunArguments):
             raise ValueError('stage "masks" needs init_from, a detector trained with stage "boxes" or "joint"')
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(PanopticArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: PanopticArguments, run: Run) -> int:
+    """A whole run; the exit status."""
     splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
     categories = panoptic_categories(args.dataset, args.dataset_revision)
     roots = data_roots(args.dataset, args.data_files)
@@ -76,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return model
 
     rows = split_rows(args, args.test_splits, rows_of)
-    return train_scenes(args, accelerator, Path(__file__).stem, argv, rows, build, masks=args.stage != "boxes")
+    return train_scenes(args, run, rows, build, masks=args.stage != "boxes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(PanopticArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

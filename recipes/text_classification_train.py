@@ -9,23 +9,19 @@ Presets with their cost and expected numbers: recipes/presets/text_classificatio
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import PAIR, TEXT
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
-from hf_tfm.training import train
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.model_fields import check_fields, new_config
-from hf_tfm.training.run import finish, open_run
+from hf_tfm.training.run import Run, finish
 from hf_tfm.training.text_model import (
     ARCHITECTURES,
     TOKEN_FIELDS,
@@ -82,12 +78,11 @@ class TextClassificationArguments(TextArguments):
                 raise ValueError('language_weight is for decoders: give architecture="gpt" or init_from')
 
 
-def train_classifier(
-    args: TextClassificationArguments, argv: Sequence[str], accelerator: Accelerator
-) -> RunRecord | None:
+def train_classifier(args: TextClassificationArguments, run: Run) -> RunRecord | None:
     """A whole run; its record, or None where it was asked to stop."""
+    accelerator = run.accelerator
     args, texts = load_labelled_texts(args)
-    run = open_run(accelerator, args, "text-classification", texts.described(args), Path(__file__).stem, argv)
+    run.open(args, "text-classification", texts.described(args), texts.validation[0])
     learned = texts.rows[args.train_split]
     sides = [part for part in (TEXT, PAIR) if part in learned.column_names]
     tokenizer = run.once(
@@ -115,21 +110,19 @@ def train_classifier(
 
     eval_steps = args.eval_steps or per_epoch
     settled = args.settle(num_steps)
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation)
+    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation)
     if result.stopped:
         run.stopped(result)
         return None
+    run.save(model.eval(), tokenizer)
     metrics = []
     for split, loader in scored.items():
         metrics += [{**row, "split": split} for row in score(predict(accelerator, task, model, loader), args.metrics)]
-    return finish(run, model.eval(), tokenizer, task, result, metrics)
+    return finish(run, model, task, result, metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(TextClassificationArguments, Path(__file__), argv)
-    run_tasks(args, argv, train_classifier)
-    return 0
+    return run_tasks(TextClassificationArguments, Path(__file__), argv, train_classifier)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Presets with their cost and expected numbers: recipes/presets/translation_train/
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,8 @@ from hf_tfm.data import text
 from hf_tfm.data.source import describe_source
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
-from hf_tfm.training import TokenArguments, evaluate, train
-from hf_tfm.training.arguments import parse_arguments
-from hf_tfm.training.run import finish, open_run, start_accelerator
+from hf_tfm.training import TokenArguments, evaluate
+from hf_tfm.training.run import Run, finish, recipe_main
 from hf_tfm.training.token_run import check_stream, token_loader
 
 
@@ -143,12 +141,11 @@ def build_model(args: TranslationArguments, tokenizer):
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(TranslationArguments, Path(__file__), argv)
-    accelerator = start_accelerator(args)
+def work(args: TranslationArguments, run: Run) -> int:
+    """A whole run; the exit status."""
+    accelerator = run.accelerator
     pairs = load_pairs(args)
-    run = open_run(accelerator, args, "translation", describe_data(args, pairs), Path(__file__).stem, argv)
+    run.open(args, "translation", describe_data(args, pairs), args.validation_split)
     tokenizer = run.once("tokenizer", lambda: load_tokenizer(args, pairs), AutoTokenizer.from_pretrained)
     model = build_model(args, tokenizer)
     task = TranslationTask(model.config, args.seed)
@@ -171,16 +168,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return values
 
     eval_steps = args.eval_steps or per_epoch or num_steps
-    result = train(accelerator, task, model, training, args, num_steps, eval_steps, score_validation)
+    result = run.train(task, model, training, args, num_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
+    run.save(model.eval(), tokenizer)
     metrics = []
     for split in args.test_splits:
         rows = pairs[split]
         said = translate(model, tokenizer, rows["source"], accelerator, generation, progress=args.progress)
         metrics += [{**row, "split": split} for row in score(said, rows["target"], args.metrics)]
-    finish(run, model.eval(), tokenizer, task, result, metrics)
+    finish(run, model, task, result, metrics)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return recipe_main(TranslationArguments, Path(__file__), argv, work)
 
 
 if __name__ == "__main__":

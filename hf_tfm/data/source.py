@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from .annotation_folders import annotation_reader
 from .csv_files import CsvFiles
 from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
 from .local_files import cache_entry, package_key, state_key
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder states its splits and columns
@@ -360,6 +363,15 @@ def describe_source(dataset: str, revision: str | None = None) -> dict[str, Any]
 
 
 def licence(card: Path) -> str | None:
-    """The licence in a card's metadata."""
-    stated = DatasetCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
-    return ", ".join(stated) if isinstance(stated, list) else stated
+    """The licence in a card's metadata; None, with a warning, where it is no text."""
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+        stated = DatasetCard(text, ignore_metadata_errors=True).data.license
+    except Exception as error:  # YAML errors of several kinds; a card is no reason not to train
+        log.warning("%s: the licence cannot be read: %s", card, str(error).splitlines()[0])
+        return None
+    names = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        log.warning("%s: license must be a text or a list of texts, got %r: left out", card, odd[0])
+        return None
+    return ", ".join(names) or None

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..command import REMOTE_CODE, cause
+from ..finite import first_not_finite
 from .results import memory_gb
 
 # Errors with which libraries end on files of another form than they expect.
@@ -213,9 +214,8 @@ def check_weights(
         raise ValueError(mismatch(wrong))
     if missing := sorted(name for name in report["missing_keys"] if not may_lack(name)):
         raise ValueError(f"it has no weights for {', '.join(missing[:3])}{others(missing, 3)}: they would be random")
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(f"its weight {name} holds values that are not finite")
+    if name := first_not_finite(model):
+        raise ValueError(f"its weight {name} holds values that are not finite")
 
 
 def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:

@@ -5,6 +5,7 @@ lessons, training data -> a cache, or one that is of this run; student, teacher,
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from ..distillation.plan import signals_of
 from ..distillation.shards import load_cost, save_cost
 from ..hub.cost import Cost, beside_teacher, measure_cost
 from .distill_run import DistillationKnobs, Lessons, open_teacher
-from .folder import explain_write_errors
 
 # Knobs that decide what a teacher reads, but for the data and chance; a cache is of the same ones.
 READING = (
@@ -50,6 +50,8 @@ class Yardstick:
     def measure(self, accelerator: Accelerator, name: str, model: PreTrainedModel) -> Cost | None:
         """What a model costs and scores, on the main process."""
         score = self.score(model)
+        if not math.isfinite(score):
+            raise ValueError(f"{self.metric} of the {name} is {score}")
         if not accelerator.is_main_process:
             return None
         return Cost(**measure_cost(name, model, readable(model, self.sample), score), metric=self.metric)
@@ -98,6 +100,8 @@ def check_cache(args: DistillationKnobs, lessons: Lessons, rows: datasets.Datase
     if args.cached:
         source = lessons.task.teacher
         source.check(lessons.task.task, rows, data, name=args.teacher, knobs=reading_knobs(args))
+        if args.costs:
+            load_cost(Path(args.cache), "")  # a damaged file is refused before training
 
 
 def fill_cache(
@@ -156,8 +160,8 @@ def table_of_costs(
 ) -> list[Cost] | None:
     """What teacher and student cost and score, for the card; None where that is not wanted.
 
-    The student is saved before, so that nothing that fails here loses it. Beside a cache whose writer did not measure
-    the teacher, the student stands alone.
+    The student has been saved, so nothing that fails here loses it. Beside a cache whose writer did not measure the
+    teacher, the student stands alone.
 
     Raises:
         RuntimeError: something failed; the error says how the run is ended without.
@@ -165,9 +169,6 @@ def table_of_costs(
     if not args.costs:
         return None
     student = lessons.model.student
-    if accelerator.is_main_process:
-        with explain_write_errors(Path(args.output_dir)):
-            student.save_pretrained(args.output_dir)
     try:
         theirs = teacher_cost(args, accelerator, lessons, yardstick)
         ours = yardstick.measure(accelerator, "student", student)

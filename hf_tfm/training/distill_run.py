@@ -18,11 +18,13 @@ from ..distillation.plan import describe, plan
 from ..distillation.student import Distilled, copy_layers, freeze_unused
 from ..distillation.teacher import Teacher, check_score, load_teacher
 from ..distillation.terms import read_terms
+from ..finite import check_finite
 from ..hub.results import Distillation
 from ..tasks.distill import DistillationTask, Teaching
 from .arguments import TrainingArguments
 from .loop import Loader, evaluate
-from .session import TrainingResult, train
+from .run import Run
+from .session import TrainingResult
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -96,7 +98,7 @@ def open_teacher(
 ) -> Teacher:
     """The teacher, see `load_teacher`; on ``device`` unless the knobs say where, in ``dtype`` whatever they say."""
     spread = args.teacher_device == "auto"
-    return load_teacher(
+    teacher = load_teacher(
         args.teacher,
         auto_class,
         dtype or args.teacher_dtype,
@@ -104,6 +106,8 @@ def open_teacher(
         "auto" if spread else None,
         trust_remote_code=args.trust_remote_code,
     )
+    check_finite(teacher.model, f'teacher "{args.teacher}"')
+    return teacher
 
 
 def teacher_words(args: DistillationKnobs) -> int:
@@ -187,7 +191,7 @@ def check_teacher(
 
 def learn(
     args: TrainingArguments,
-    accelerator: Accelerator,
+    run: Run,
     lessons: Lessons,
     learning: Loader,
     score: Callable[[Distilled], dict[str, float]],
@@ -201,12 +205,12 @@ def learn(
         score, show: see `train`.
         settle: (steps of an epoch, steps of the run) -> the knobs with what follows from these; default, as they are.
     """
-    freeze_rest(accelerator, lessons, learning)
+    freeze_rest(run.accelerator, lessons, learning)
     per_epoch = learning.steps_per_epoch()
     num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
     eval_steps = args.eval_steps or per_epoch or num_steps
     settled = settle(per_epoch, num_steps) if settle else args
-    return train(accelerator, lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score, show)
+    return run.train(lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score, show)
 
 
 def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) -> None:

@@ -1,10 +1,7 @@
-"""The folder of a run: whose it is, what is written there and how, and what a failed write says.
-
-<output_dir>/run.json        what the run is; another run is refused this folder
-<output_dir>/history.jsonl   one line a log or evaluation
-"""
+"""Writing in a run's folder: whole files, errors that say where and how much room there is, and history.jsonl."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from ..hub.results import HISTORY, RUN
+from ..hub.results import HISTORY
+
+log = logging.getLogger(__name__)
 
 
 class WriteError(OSError):
@@ -56,75 +55,6 @@ def write_text(path: Path, text: str) -> None:
         part.replace(path)
 
 
-def claim(output_dir: Path, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Make ``output_dir`` this run's own; one process calls it, before anything is trained.
-
-    Args:
-        identity: what makes a run itself: model, data, and the knobs that change its numbers. JSON values.
-        overwrite: delete another run that is there.
-
-    Returns:
-        Whether this very run was begun here before.
-
-    Raises:
-        ValueError: the folder holds another run, or other files.
-        WriteError: the folder cannot be written.
-    """
-    identity = json.loads(json.dumps(identity))
-    run_file = output_dir / RUN
-    if run_file.is_file():
-        changed = changes(run_file, identity)
-        if not changed:
-            return True
-        if not overwrite:
-            raise ValueError(
-                f"output_dir {output_dir} holds another run ({'; '.join(changed[:5])}): choose another folder, or set "
-                "overwrite_output_dir to delete that run"
-            )
-        empty(output_dir)
-    elif output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        # Not even with overwrite: what is there was not made by a run.
-        raise ValueError(f"output_dir {output_dir} is not empty and holds no run: choose another folder")
-    with explain_write_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_file, json.dumps({"identity": identity}, indent=2, ensure_ascii=False) + "\n")
-    return False
-
-
-def changes(run_file: Path, identity: dict[str, Any]) -> list[str]:
-    """What of an identity is not as the file has it, in words.
-
-    Raises:
-        ValueError: the file is not one that `claim` wrote.
-    """
-    try:
-        held = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-        names = sorted(held.keys() | identity.keys())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run_file} does not describe a run ({error}): choose another output_dir") from error
-    return [
-        f"{name}: {held.get(name)!r} there, {identity.get(name)!r} now"
-        for name in names
-        if held.get(name) != identity.get(name)
-    ]
-
-
-def empty(output_dir: Path) -> None:
-    """Delete what a run's folder holds, its description last: cut off, it is still known as a run's.
-
-    Raises:
-        ValueError: this process works in the folder, which then holds more than the run.
-    """
-    if Path.cwd().is_relative_to(output_dir.resolve()):
-        raise ValueError(f"overwrite_output_dir would delete the working directory: output_dir is {output_dir}")
-    with explain_write_errors(output_dir):
-        for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
 def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool) -> None:
     """Refuse to go on with a run whose checkpoints the disk cannot hold: weights, two moments, and the average.
 
@@ -146,19 +76,24 @@ def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool
 
 
 class History:
-    """The rows of history.jsonl; going back to an earlier step forgets what came after it."""
+    """The rows of history.jsonl; going back to an earlier step forgets what came after it.
+
+    Damaged lines are left out.
+    """
 
     def __init__(self, output_dir: Path, step: int = 0):
         self.path = output_dir / HISTORY
-        rows = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # cut off in the middle of a line by a kill
+        rows, damaged = [], []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
                 if row["step"] <= step:
                     rows.append(row)
+            except (ValueError, TypeError, KeyError):
+                damaged.append(number)
+        if set(damaged) - {len(lines)}:  # the last line may be cut off by a kill
+            log.warning("%s: damaged lines are left out: %s", self.path, ", ".join(map(str, damaged)))
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, row: dict[str, Any]) -> None:

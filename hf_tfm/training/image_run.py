@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
+import numpy as np
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,6 +25,7 @@ from .model_fields import fresh_head, label_fields
 from .splits import check_holdout, split_rows
 
 IMAGE_SIZE = 224  # of a new model
+CHECKED_IMAGES = 256  # of a test split, before training
 IMAGE_FIELDS = ("image_size", "num_channels")  # of a configuration: knobs decide them, and images are read as RGB
 
 
@@ -149,12 +152,54 @@ def label_tasks(
     """The task of each split, for a model of classes called ``names``.
 
     Raises:
-        ValueError: there is one class alone, or a split has labels of others.
+        ValueError: there is one class alone; a label is not one of the classes; or more images of a test split cannot
+            be read, among a sample of them, than ``max_bad_images``. The last would otherwise show after training.
     """
     if len(names) < 2:
         raise ValueError(f'label_column has one class alone, "{names[0]}": a classifier needs two or more')
+    for split, part in rows.items():
+        check_labels(part, split, names)
+    for split in args.test_splits:
+        check_readable(rows[split], split, args.max_bad_images)
     options = args.augmentation, args.mixing, args.label_smoothing, args.seed
     return {split: ClassificationTask(processor, label_ids(part, names), *options) for split, part in rows.items()}
+
+
+def check_labels(rows: Any, split: str, names: list[str]) -> None:
+    """Refuse a split with a label that is not a class of the model; a stream is not read for it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return
+    known = label_ids(rows, names)
+    for value in rows.unique(images.LABEL):
+        if images.is_label(value) and value not in known:
+            raise ValueError(
+                f'split "{split}": label {value!r} is not a class of the model; it has {", ".join(names[:20])}'
+                f"{', ...' * (len(names) > 20)}"
+            )
+
+
+def check_readable(rows: Any, split: str, max_bad_images: int) -> None:
+    """Refuse a split with images that cannot be read, found by decoding `CHECKED_IMAGES` of them, evenly spread.
+
+    Raises:
+        ValueError: there are more than ``max_bad_images``.
+    """
+    bad = {}
+    for index in np.unique(np.linspace(0, len(rows) - 1, CHECKED_IMAGES).round().astype(int)).tolist():
+        try:
+            images.decode(rows[index][images.IMAGE])
+        except images.BadImage as error:
+            bad[index] = error
+    if len(bad) > max_bad_images:
+        found = "; ".join(f"image {index}: {reason}" for index, reason in list(bad.items())[:5])
+        raise ValueError(
+            f'test_splits "{split}": {len(bad)} images cannot be read, more than max_bad_images={max_bad_images} '
+            f"allows ({found}{'; ...' * (len(bad) > 5)})"
+        )
 
 
 def load_classifier(source: str, names: list[str], image_size: Size, **fields: Any) -> TfmViTForImageClassification:

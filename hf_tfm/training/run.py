@@ -1,10 +1,13 @@
 """The frame around `train`: an accelerator, a folder that belongs to the run, and in the end a model with its card."""
 
 import dataclasses
+import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,20 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..data.source import STREAM
-from ..hub.card import write_card
+from ..finite import check_finite, first_not_finite
+from ..hub.card import metadata, write_card
 from ..hub.cost import Cost
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
-from .arguments import TrainingArguments
-from .folder import claim, explain_write_errors
+from .arguments import TrainingArguments, parse_arguments
+from .folder import explain_write_errors
 from .loop import Task
-from .session import TrainingResult
+from .ranks import on_main
+from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
+from .session import TrainingResult, train
 from .state import checkpoints
 from .stop import end_politely
 
@@ -29,6 +36,7 @@ from .stop import end_politely
 FREE = {
     *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
     *("num_workers", "micro_batch_tokens", "micro_batch_size", "gradient_checkpointing", "max_nonfinite_steps"),
+    *("max_bad_images",),
     *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
     *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
     *("costs", "teacher_device", "expected_score"),
@@ -46,6 +54,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     for knob in ("init_from", "teacher"):
         if source := getattr(args, knob, None):
             require_model(knob, source)
+    if source := getattr(args, "tokenizer", None):
+        require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     end_politely()
     accelerator = Accelerator(
         mixed_precision=args.precision,
@@ -60,91 +70,281 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def require_model(knob: str, source: str, revision: str | None = None) -> None:
-    """Look whether a model, a folder or Hub id, is there.
+def require_model(
+    argument: str, source: str, revision: str | None = None, files: Sequence[str] = (CONFIG_NAME,)
+) -> None:
+    """Check that a model or tokenizer, a local folder or Hub id, exists.
+
+    Args:
+        argument: its name, for the error.
+        files: of which it has one on the Hub.
 
     Raises:
-        ValueError: it is not; the message names the knob.
+        ValueError: it does not exist.
     """
-    if not Path(source).is_dir():
+    if Path(source).is_dir():
+        return
+    for file in files:
         try:
-            cached_file(source, CONFIG_NAME, revision=revision)
+            cached_file(source, file, revision=revision)
+            return
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f'{knob} "{source}" is no folder, and not to be had from the Hub: {reason}') from error
+            missing = error
+    reason = str(missing).splitlines()[0]
+    raise ValueError(
+        f'{argument} "{source}" is neither a local folder nor to be found on the Hub: {reason}'
+    ) from missing
 
 
-@dataclass
 class Run:
-    """A run and its folder; see `open_run`."""
+    """A run of a recipe and its folder, from the first check to the card; see `begin_run`.
 
-    accelerator: Accelerator
-    args: TrainingArguments
-    task: str
-    data: dict[str, Any]
-    command: str
-    started: str
+    Args:
+        args: of the recipe.
+        recipe, argv: the recipe's name and the words of its command line.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: TrainingArguments, recipe: str, argv: Sequence[str]):
+        self.accelerator, self.args = accelerator, args
+        self.command, self.started = repeat_command(accelerator.num_processes, recipe, argv), now()
+        argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
+        self.lock = Lock(Path(getattr(args, argument)), argument)
+        self.folder: RunFolder | None = None  # of the main process
+        self.task, self.data, self.again = "", {}, False
 
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
 
+    def open(self, args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> None:
+        """Look whether ``args.output_dir`` is free for this run, or holds it already; nothing is changed there.
+
+        A run that writes a cache has no output folder to look at.
+
+        Args:
+            args: of the recipe, completed by what the data decides.
+            task: what the model is trained for, as the Hub calls it, say "translation".
+            data: see `hub.results.Data`; its ``fingerprint`` is part of what makes this run itself.
+            decisive: the split whose scores decide which weights are best; it counts even if it is a test split too.
+
+        Raises:
+            ValueError: the folder holds another run or other files; or a field of ``data`` is not one of `Data`.
+        """
+        self.args, self.task, self.data = args, task, data
+        if self.lock.argument == "cache":
+            return
+        identity = identify(args, task, data, decisive)
+
+        def look() -> bool:
+            self.folder = RunFolder(self.output_dir, identity, args.overwrite_output_dir, FREE)
+            return self.folder.again
+
+        # What the results file and the card would refuse is refused before training.
+        record = self.record("model", 0, {"steps": 0, "epochs": 0.0, "seconds": 0.0}, [])
+        metadata(record, self.output_dir.name)
+        self.again = on_main(self.accelerator, look)
+        if self.again and (saved := checkpoints(self.output_dir)):
+            self.accelerator.print(f"going on from {saved[-1]}")
+
     def once(self, name: str, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
-        """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume."""
-        folder = self.output_dir / name
-        if self.accelerator.is_main_process and not folder.is_dir():
-            made = make()
-            part = folder.with_name(f".part-{name}")
-            with explain_write_errors(folder):
-                made.save_pretrained(part)
-                part.rename(folder)
-        self.accelerator.wait_for_everyone()
-        return load(folder)
+        """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume.
+
+        Raises:
+            ValueError: what an earlier start of this run saved cannot be loaded.
+        """
+
+        def place() -> Path:
+            folder = self.folder.part(name)
+            if not folder.is_dir():
+                made = make()
+                part = folder.with_name(f".part-{name}")
+                with explain_write_errors(folder):
+                    shutil.rmtree(part, ignore_errors=True)
+                    made.save_pretrained(part)
+                    part.rename(folder)
+            return folder
+
+        folder = on_main(self.accelerator, place)
+        try:
+            return load(folder)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            if not self.again:
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{folder} is damaged ({reason}): delete it, and the same command makes it anew"
+            ) from error
+
+    def claim(self, model: nn.Module) -> None:
+        """Make the folder this run's own and start the trackers; the last thing before training.
+
+        Args:
+            model: to be trained.
+
+        Raises:
+            ValueError: its weights are not finite.
+            WriteError: the folder cannot be written.
+        """
+        source = getattr(self.args, "init_from", None)
+        check_finite(model, f'init_from "{source}"' if source else "the new model")
+        left = on_main(self.accelerator, lambda: self.folder.claim())
+        if left:
+            self.accelerator.print(
+                f"the earlier run in {self.output_dir} is deleted; files that no run wrote stay: "
+                f"{', '.join(left[:10])}{', ...' * (len(left) > 10)}"
+            )
+        if self.args.trackers:
+            name = self.args.run_name or self.output_dir.name
+            options = {kind: {"name": name} for kind in self.args.trackers if kind in ("wandb", "trackio")}
+            knobs = identifying(self.args)
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
+            self.accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
+
+    def train(self, task: Task, model: nn.Module, *args: Any, **options: Any) -> TrainingResult:
+        """`claim` the folder, then `train`."""
+        self.claim(model)
+        return train(self.accelerator, task, model, *args, **options)
+
+    def save(self, model: nn.Module, processor: Any) -> None:
+        """Save the trained model and its processor in the run's folder, before anything else can fail.
+
+        Files are written elsewhere and moved into place, so an interrupted save leaves the old model or the new one's
+        whole files.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing is saved.
+            WriteError: something could not be written.
+        """
+        if name := first_not_finite(model):
+            raise FloatingPointError(
+                f"training ended with weights that are not finite (the first is {name}), so no model is saved; "
+                f"checkpoints are in {self.output_dir}: lower learning_rate or weight_decay, or set max_grad_norm"
+            )
+
+        def write() -> None:
+            part = self.output_dir / ".part-model"
+            with explain_write_errors(self.output_dir):
+                shutil.rmtree(part, ignore_errors=True)
+                model.save_pretrained(part)
+                processor.save_pretrained(part)
+                place_new(part, self.output_dir)
+
+        on_main(self.accelerator, write)
+
+    def record(
+        self,
+        model_type: str,
+        parameters: int,
+        training: dict[str, Any],
+        metrics: list[dict[str, Any]],
+        costs: list[Cost] | None = None,
+        distillation: Distillation | None = None,
+    ) -> RunRecord:
+        """The record of this run, as it ends now; see `RunRecord`."""
+        return RunRecord(
+            task=self.task,
+            model_type=model_type,
+            parameters=parameters,
+            base_model=getattr(self.args, "init_from", None),
+            data=self.data,
+            arguments=dataclasses.asdict(self.args),
+            command=self.command,
+            metrics=metrics,
+            training=training,
+            versions=collect_versions(),
+            hardware=describe_hardware(self.accelerator.device, self.accelerator.num_processes),
+            costs=costs,
+            distillation=distillation,
+            started=self.started,
+            finished=now(),
+        )
 
     def stopped(self, result: TrainingResult) -> int:
-        """Say how to go on; the exit status."""
+        """Print how to resume; the exit status."""
         self.accelerator.print(
             f"asked to stop: state saved at step {result.progress.step} in {self.output_dir}; the same command goes on"
         )
         self.accelerator.end_training()
         return 0
 
+    def close(self) -> None:
+        """Free the folder; what was made for a run that did not come to train is removed."""
+        if self.folder is not None:
+            self.folder.give_up()
+        self.lock.release()
 
-def open_run(
-    accelerator: Accelerator,
-    args: TrainingArguments,
-    task: str,
-    data: dict[str, Any],
-    recipe: str,
-    argv: Sequence[str],
-) -> Run:
-    """Claim ``args.output_dir``, for a new run or to go on with the same one, and start the trackers.
+
+@contextmanager
+def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iterator[Run]:
+    """A run that has its folder to itself, until the context ends.
 
     Args:
-        task: what the model is trained for, as the Hub calls it, say "translation".
-        data: see `hub.results.Data`; its ``fingerprint`` is part of what makes this run itself.
         recipe, argv: the recipe's name and the words of its command line.
 
     Raises:
-        ValueError: the folder holds another run or other files.
+        ValueError: the folder cannot be one of the run's own, holds something the run reads, or is in use by another
+            process; see `run_folder`.
         WriteError: the folder cannot be written.
     """
+    check_folder(args, argv)
+    run = Run(start_accelerator(args), args, recipe, argv)
+    try:
+        on_main(run.accelerator, lambda: run.lock.take(run.command))
+        yield run
+    finally:
+        run.close()
+
+
+def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
+    """Refuse an output folder, or a cache to be written, that cannot be one of the run's own; see `run_folder`.
+
+    Raises:
+        ValueError: it says why.
+    """
+    argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
+    check_place(getattr(args, argument), argument)
+    check_inputs(args, argv, argument)
+
+
+def recipe_main(
+    kind: type, recipe: Path, argv: Sequence[str] | None, work: Callable[[TrainingArguments, Run], int]
+) -> int:
+    """Command line -> arguments -> a run; the exit status.
+
+    Args:
+        kind: the recipe's dataclass of arguments.
+        recipe: the recipe's file.
+        argv: the command line without the program; default, this process's.
+        work: the run itself.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(kind, recipe, argv)
+    with begin_run(args, recipe.stem, argv) as run:
+        return work(args, run)
+
+
+def identifying(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that decide the weights of a run."""
     free = FREE | ({"num_steps", "num_epochs"} if args.schedule in ("inverse_sqrt", "constant") else set())
-    knobs = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    if accelerator.is_main_process:
-        identity = {"task": task, **knobs, "data": data["fingerprint"]}
-        if f"'{STREAM}'" in str(data["fingerprint"]):  # what is not read beforehand is known by its commit alone
-            identity["revision"] = data.get("revision")
-        again = claim(Path(args.output_dir), identity, args.overwrite_output_dir)
-        if again and (saved := checkpoints(Path(args.output_dir))):
-            accelerator.print(f"going on from {saved[-1]}")
-    accelerator.wait_for_everyone()
-    if args.trackers:
-        name = args.run_name or Path(args.output_dir).name
-        options = {kind: {"name": name} for kind in args.trackers if kind in ("wandb", "trackio")}
-        flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
-        accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
-    return Run(accelerator, args, task, data, repeat_command(accelerator.num_processes, recipe, argv), now())
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+
+
+def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> dict[str, Any]:
+    """What decides the weights of a run: the task, arguments, and data that is learned from or decides what is best.
+
+    Args:
+        data, decisive: see `Run.open`.
+    """
+    knobs, fingerprint = identifying(args), data["fingerprint"]
+    scored = set(getattr(args, "test_splits", ())) - {getattr(args, "train_split", None), decisive}
+    if isinstance(fingerprint, dict):
+        fingerprint = {split: value for split, value in fingerprint.items() if split not in scored}
+    if isinstance(knobs.get("data_files"), dict):
+        knobs["data_files"] = {split: files for split, files in knobs["data_files"].items() if split not in scored}
+    identity = {"task": task, **knobs, "data": fingerprint}
+    if f"'{STREAM}'" in str(fingerprint):  # what is not read beforehand is known by its commit alone
+        identity["revision"] = data.get("revision")
+    return identity
 
 
 def repeat_command(processes: int, recipe: str, argv: Sequence[str]) -> str:
@@ -165,61 +365,65 @@ def now() -> str:
 def finish(
     run: Run,
     model: nn.Module,
-    processor: Any,
     task: Task,
     result: TrainingResult,
     metrics: list[dict[str, Any]],
     costs: list[Cost] | None = None,
     distillation: Distillation | None = None,
 ) -> RunRecord:
-    """Save model, processor, results.json and card in the run's folder; print the results.
+    """Write results.json and the card beside the model that `Run.save` saved; print the results.
 
     Args:
-        processor: the tokenizer or image processor that belongs to the model.
         metrics: rows of name, value, split and signature.
         costs: of the model and those it is compared with.
         distillation: what it learned from.
 
     Raises:
+        FloatingPointError: a loss of the final scores is not finite.
         WriteError: something could not be written.
     """
     accelerator, args, progress = run.accelerator, run.args, result.progress
-    record = RunRecord(
-        task=run.task,
-        model_type=model.config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
-        base_model=getattr(args, "init_from", None),
-        data=run.data,
-        arguments=dataclasses.asdict(args),
-        command=run.command,
-        metrics=metrics,
-        training={
-            "steps": progress.step,
-            "epochs": round(result.epochs, 3),
-            "seconds": round(progress.seconds, 1),
-            "items_per_second": round(progress.items / max(progress.seconds, 1e-9), 1),
-            "item": task.item,
-            "skipped_steps": progress.skipped,
-            "best": {"metric": args.best_metric, "value": progress.best, "step": progress.best_step},
-            "weights": args.final_weights,
-        },
-        versions=collect_versions(),
-        hardware=describe_hardware(accelerator.device, accelerator.num_processes),
-        costs=costs,
-        distillation=distillation,
-        started=run.started,
-        finished=now(),
-    )
-    if accelerator.is_main_process:
+    training = {
+        "steps": progress.step,
+        "epochs": round(result.epochs, 3),
+        "seconds": round(progress.seconds, 1),
+        "items_per_second": round(progress.items / max(progress.seconds, 1e-9), 1),
+        "item": task.item,
+        "skipped_steps": progress.skipped,
+        "best": {"metric": args.best_metric, "value": progress.best, "step": progress.best_step},
+        "weights": args.final_weights,
+    }
+    metrics = finite_metrics(accelerator, metrics)
+    parameters = sum(p.numel() for p in model.parameters())
+    record = run.record(model.config.model_type, parameters, training, metrics, costs, distillation)
+
+    def write() -> None:
         with explain_write_errors(run.output_dir):
-            model.save_pretrained(run.output_dir)
-            processor.save_pretrained(run.output_dir)
             record.save(run.output_dir)
             write_card(run.output_dir, record)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, write)
     print_table(accelerator, record)
     accelerator.end_training()
     return record
+
+
+def finite_metrics(accelerator: Accelerator, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores that are numbers; others, say the correlation with predictions that are all the same, are named.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    for row in metrics:
+        if math.isfinite(row["value"]):
+            continue
+        if "loss" in row["name"]:
+            raise FloatingPointError(
+                f"{row['name']} of split {row['split']} is {row['value']}, so no card is written; the model is saved, "
+                "and the same command only scores it"
+            )
+        accelerator.print(f"{row['name']} of split {row['split']} is {row['value']}: left out of the results")
+    return [row for row in metrics if math.isfinite(row["value"])]
 
 
 def print_table(accelerator: Accelerator, record: RunRecord) -> None:

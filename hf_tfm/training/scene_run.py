@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,8 @@ from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
 from .model_fields import check_fields, label_fields, new_config
-from .run import finish, open_run
+from .run import Run, finish
 from .scene_pictures import PredictionPictures
-from .session import train
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +221,7 @@ def warn_of_batch_norm(args: SceneRunArguments, accelerator: Accelerator, model:
 
 def train_scenes(
     args: SceneRunArguments,
-    accelerator: Accelerator,
-    recipe: str,
-    argv: Sequence[str],
+    run: Run,
     rows: dict[str, datasets.Dataset],
     build: Callable[[dict[str, Any]], PreTrainedModel],
     masks: bool = False,
@@ -232,15 +229,14 @@ def train_scenes(
     """Train, score and save; the exit status.
 
     Args:
-        recipe, argv: the recipe's name and the words of its command line.
         rows: of each split, by its name.
         build: fields of the configuration that the data decides -> the model to train.
         masks: whether it learns masks too.
     """
-    kind = "image-segmentation" if masks else "object-detection"
+    accelerator, kind = run.accelerator, "image-segmentation" if masks else "object-detection"
     check_order(rows, args.train_split)
     require_scenes(rows, args.max_bad_images)
-    run = open_run(accelerator, args, kind, describe(args, rows), recipe, argv)
+    run.open(args, kind, describe(args, rows), args.held_out)
     processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     set_seed(args.seed)
     model = build(labels_of(rows[args.train_split]))
@@ -268,9 +264,10 @@ def train_scenes(
     show = PredictionPictures(
         accelerator, tasks[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
     )
-    result = train(accelerator, task, model, learning, settled, num_steps, eval_steps, score_validation, show)
+    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation, show)
     if result.stopped:
         return run.stopped(result)
+    run.save(model.eval(), processor)
     metrics = [row for split in held_out for row in score_rows(score_split(model, split), split)]
-    finish(run, model.eval(), processor, task, result, metrics)
+    finish(run, model, task, result, metrics)
     return 0

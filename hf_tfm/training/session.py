@@ -12,13 +12,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..hub.results import read_history
 from . import folder as folders
 from . import state as states
 from .arguments import TrainingArguments
 from .loop import Loader, Task, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
-from .state import Progress
+from .ranks import on_main
 from .stop import Interrupted, StopRequest
 
 # Reading a number back makes the host wait for the device: on an accelerator the loop looks only after so many
@@ -42,7 +43,7 @@ class TrainingResult:
         stopped: it was asked to stop (SIGTERM) and has saved its state; the same command goes on.
     """
 
-    progress: Progress
+    progress: states.Progress
     epochs: float
     stopped: bool
 
@@ -79,11 +80,20 @@ class Session:
             to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # with the best and the next
             folders.require_room(self.output_dir, model, to_come, self.ema is not None)
         accelerator.wait_for_everyone()
-        self.progress = Progress()
-        if saved := states.checkpoints(self.output_dir):
-            self.progress = states.load_checkpoint(
-                accelerator, saved[-1], self.model, self.optimizer, self.schedule, self.ema
-            )
+        shortened = args.schedule in ("inverse_sqrt", "constant")  # it has the same steps whatever comes after them
+        self.progress = states.resume(
+            accelerator,
+            self.output_dir,
+            None if shortened else num_steps,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.ema,
+        )
+        best = self.progress.best_step
+        if best is not None and not states.checkpoint_path(self.output_dir, best).is_dir():
+            accelerator.print(f"the best weights, of step {best}, are lost: the best from here on count")
+            self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
         self.monitor = Monitor(accelerator, args, num_steps, self.progress, task.item)
         self.unseen = 0  # micro-batches since the last look
@@ -168,7 +178,7 @@ class Session:
         if name not in scores:
             raise ValueError(f'best_metric "{name}" is not evaluated; there are {", ".join(scores)}')
         value = scores[name]
-        better = not math.isnan(value) and (
+        better = math.isfinite(value) and (
             progress.best is None or (value < progress.best if name == "loss" else value > progress.best)
         )
         if better:
@@ -222,7 +232,7 @@ def train(
         show: called with the model and the step at every evaluation, on all processes; it draws a picture, say.
 
     Raises:
-        FloatingPointError: too many steps in a row had a gradient that is not finite.
+        FloatingPointError: too many steps in a row had a gradient that is not finite, or nothing was learned.
         OSError: a checkpoint could not be written.
         ValueError: the checkpoint is of another model, or the loader gives no step.
     """
@@ -248,9 +258,31 @@ def train(
         session.save(planned=False)
     else:
         accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # takes autocast off the model
+        on_main(accelerator, lambda: check_learned(session))
         take_final_weights(session)
     steps = loader.steps_per_epoch(progress.epoch)
     return TrainingResult(progress, progress.epoch + (progress.step_in_epoch / steps if steps else 0.0), stopped)
+
+
+def check_learned(session: Session) -> None:
+    """Refuse a run in which nothing was learned; its checkpoints stay.
+
+    Raises:
+        FloatingPointError: no step changed the weights, or the last validation loss is not finite.
+    """
+    progress, folder = session.progress, session.output_dir
+    if progress.skipped >= progress.step:
+        raise FloatingPointError(
+            f"nothing was learned: the gradient was not finite in any of the {progress.step} steps, so the weights "
+            "never changed. Look for values that are not finite in the data, mean or std, lower learning_rate, or use "
+            "another precision"
+        )
+    losses = [row["evaluation"]["loss"] for row in read_history(folder) if "loss" in row.get("evaluation", {})]
+    if losses and not math.isfinite(losses[-1]):
+        raise FloatingPointError(
+            f"the validation loss is {losses[-1]} after the last of {progress.step} steps, so no model is saved; "
+            f"checkpoints are in {folder}: lower learning_rate, or look for such values in the validation data"
+        )
 
 
 def take_final_weights(session: Session) -> None:

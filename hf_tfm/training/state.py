@@ -3,19 +3,24 @@
     <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors  state.json
 
 A checkpoint is written under another name and renamed when it is whole and on disk, and renamed again before it is
-deleted, so a half of one is never found. Random states are not stored: those of a step are set from
-(seed, step, rank), see `seed_step`.
+deleted, so a half of one is never found. One that is damaged all the same is set aside, see `resume`. Random states
+are not stored: those of a step are set from (seed, step, rank), see `seed_step`.
 """
 
 import json
+import logging
 import random
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -29,11 +34,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from ..hub.schema import check_keys, check_type
 from .folder import explain_write_errors, sync
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE_FILE = "state.json"
+FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
+# Errors of files that are damaged or of something else; others, such as too little memory, say nothing about a file.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError)
+COUNTS = ("step", "epoch", "step_in_epoch", "items", "skipped", "streak", "waited", "seconds")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -100,10 +112,13 @@ def discard(folder: Path) -> None:
 
 
 def clean(output_dir: Path) -> None:
-    """Delete what a kill left of checkpoints that were being written or deleted."""
-    for path in (output_dir / CHECKPOINTS).glob("*"):
-        if path.is_dir() and not (path.name.startswith("step-") and (path / STATE_FILE).is_file()):
-            shutil.rmtree(path)
+    """Delete what a kill left of checkpoints that were being written or deleted; other files there stay."""
+    for pattern in (".part-step-*", ".old-step-*"):
+        for path in (output_dir / CHECKPOINTS).glob(pattern):
+            for name in FILES:
+                (path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                path.rmdir()
 
 
 def rotate(output_dir: Path, keep: int, best_step: int | None) -> None:
@@ -167,6 +182,121 @@ def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: s
             raise
 
 
+def resume(
+    accelerator: Accelerator,
+    output_dir: Path,
+    num_steps: int | None,
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    ema: AveragedModel | None = None,
+) -> Progress:
+    """Go on from the newest sound checkpoint, the same on all processes; without any, from the start.
+
+    Damaged ones are renamed to damaged-step-*, with a warning, if a sound one is left. If none is, nothing is changed:
+    starting over would silently lose the training so far.
+
+    Args:
+        num_steps: of the whole run; a checkpoint of a later step is damaged. None where a run may be shortened.
+
+    Raises:
+        ValueError: no checkpoint is sound; the message names them, and what is wrong.
+    """
+    plain = accelerator.unwrap_model(model)
+    names = [[path.name for path in step_folders(output_dir)]]
+    broadcast_object_list(names)
+    wrong: dict[str, str] = {}
+
+    def note(name: str, reason: str | None) -> bool:
+        """Whether a checkpoint is wrong on any process."""
+        reasons = [reason for reason in gather_object([reason]) if reason is not None]
+        if reasons:
+            wrong[name] = reasons[0]
+        return bool(reasons)
+
+    folders = [output_dir / CHECKPOINTS / name for name in names[0]]
+    sound = [folder for folder in folders if not note(folder.name, damage(folder, num_steps, plain, ema))]
+    progress = Progress()
+    while sound:
+        reason = None
+        try:
+            progress = load_checkpoint(accelerator, sound[-1], model, optimizer, schedule, ema)
+        except UNREADABLE as error:
+            reason = f"{sound[-1]} cannot be loaded ({error})"
+        if not note(sound[-1].name, reason):
+            break
+        sound.pop()
+    if folders and not sound:
+        raise ValueError(
+            f"output_dir {output_dir} has no sound checkpoint to go on from: {'; '.join(wrong.values())}. Restore one,"
+            f" or delete {output_dir / CHECKPOINTS} to start from step 0"
+        )
+    for name, reason in wrong.items():
+        aside = output_dir / CHECKPOINTS / f"damaged-{name}"
+        if accelerator.is_main_process:
+            log.warning("%s; it is now %s, and the run goes on from step %d", reason, aside.name, progress.step)
+            with explain_write_errors(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                (output_dir / CHECKPOINTS / name).rename(aside)
+    accelerator.wait_for_everyone()
+    return progress
+
+
+def step_folders(output_dir: Path) -> list[Path]:
+    """Checkpoints, oldest first, damaged or not."""
+    found = (output_dir / CHECKPOINTS).glob("step-*")
+    return sorted(path for path in found if any((path / name).exists() for name in FILES))
+
+
+def damage(folder: Path, num_steps: int | None, model: nn.Module, ema: AveragedModel | None) -> str | None:
+    """A reason not to load a checkpoint, found in state.json and the headers of its files; None if it is sound.
+
+    Args:
+        num_steps: see `resume`.
+    """
+    try:
+        progress = read_state(folder / STATE_FILE)[1]
+        if folder.name != checkpoint_path(folder, progress.step).name:
+            raise ValueError(f"{folder / STATE_FILE} is damaged: its step is {progress.step}")
+        if num_steps is not None and progress.step > num_steps:
+            raise ValueError(f"{folder} is of step {progress.step}, and the run has {num_steps}")
+        check_weights(model, folder / MODEL_FILE)
+        if ema is not None:
+            check_weights(ema.module, folder / EMA_FILE)
+        check_moments(model, folder / OPTIMIZER_FILE)
+    except UNREADABLE as error:
+        return str(error)
+    return None
+
+
+def read_state(file: Path) -> tuple[dict[str, Any], Progress]:
+    """The content of state.json, and the progress in it.
+
+    Fields of progress that a newer version wrote are left out.
+
+    Raises:
+        ValueError: it is missing, no JSON, or a value is missing or of the wrong type; the message names the file.
+    """
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        check_type(state, dict[str, Any], "the content")
+        kinds = {"progress": dict[str, Any], "schedule": dict[str, Any], "optimizer": list[dict[str, Any]]}
+        check_keys(state, {*kinds, "scaler"}, {*kinds, "scaler", *state}, "the content")
+        for name, kind in {**kinds, "scaler": dict[str, Any] | None}.items():
+            check_type(state[name], kind, name)
+        check_type(state["schedule"].get("last_epoch"), int, "schedule.last_epoch")
+        fields = get_type_hints(Progress)
+        check_keys(state["progress"], {"step", "epoch", "step_in_epoch"}, set(state["progress"]), "progress")
+        known = {name: value for name, value in state["progress"].items() if name in fields}
+        for name, value in known.items():
+            check_type(value, dict if name == "window" else fields[name], f"progress.{name}")
+            if name in COUNTS and value < 0:
+                raise ValueError(f"progress.{name} must be at least 0, got {value}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return state, Progress(**known)
+
+
 def load_checkpoint(
     accelerator: Accelerator,
     folder: Path,
@@ -178,10 +308,11 @@ def load_checkpoint(
     """Put a checkpoint back into a prepared model and optimizer, on any number of processes.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is damaged, or of another model.
     """
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    progress = Progress(**state["progress"])
+    state, progress = read_state(folder / STATE_FILE)
+    if accelerator.is_main_process and (unknown := sorted(state["progress"].keys() - asdict(progress).keys())):
+        log.warning("%s: fields of a newer version are left out: %s", folder / STATE_FILE, ", ".join(unknown))
     model = accelerator.unwrap_model(model)
     load_weights(model, folder / MODEL_FILE)
     if ema is not None:
@@ -211,22 +342,58 @@ def nested_moments(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return moments
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a weights file; tied weights stand in it once.
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file; its header alone is read.
 
     Raises:
-        ValueError: the names or shapes are not the model's.
+        ValueError: it is missing or damaged.
     """
-    weights = load_file(file)
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        missing = "missing" if not file.exists() else f"damaged: {error}"
+        raise ValueError(f"{file} is {missing}") from error
+
+
+def check_weights(model: nn.Module, file: Path) -> None:
+    """Refuse a weights file that is not the model's; tied weights stand in it once.
+
+    Raises:
+        ValueError: it is damaged, or the names or shapes are others.
+    """
+    found = shapes_in(file)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    missing = sorted(shapes.keys() - tied_names(model) - weights.keys())
-    unexpected = sorted(weights.keys() - shapes.keys())
-    odd = sorted(name for name in weights.keys() & shapes.keys() if tuple(weights[name].shape) != shapes[name])
+    missing = sorted(shapes.keys() - tied_names(model) - found.keys())
+    unexpected = sorted(found.keys() - shapes.keys())
+    odd = sorted(name for name in found.keys() & shapes.keys() if found[name] != shapes[name])
     if missing or unexpected or odd:
         raise ValueError(
             f"{file} is of another model: missing {missing[:3]}, unexpected {unexpected[:3]}, other shape {odd[:3]}"
         )
-    set_weights(model, weights)
+
+
+def check_moments(model: nn.Module, file: Path) -> None:
+    """Refuse an optimizer's state that is not of the model's weights.
+
+    Raises:
+        ValueError: it is damaged, or of other weights.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for name, shape in shapes_in(file).items():
+        weight = name.rpartition(".")[0]
+        if weight not in shapes or (shape and shape not in (shapes[weight], (1,))):
+            raise ValueError(f"{file} is of another model: {name} has the shape {list(shape)}")
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a weights file; tied weights stand in it once.
+
+    Raises:
+        ValueError: it is damaged, or the names or shapes are not the model's.
+    """
+    check_weights(model, file)
+    set_weights(model, load_file(file))
 
 
 @torch.no_grad()

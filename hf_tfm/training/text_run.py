@@ -199,10 +199,9 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
     rows, validation = split_texts(args, task, rows_of)
     regression = task.regression if task else is_regression(rows[args.train_split])
     labels = None if regression else class_names(rows[args.train_split], task.labels if task else ())
-    for name in validation:
-        check_labelled(rows[name], name, "validation_split")
-    for name in args.test_splits:
-        check_labelled(rows[name], name, "test_splits")
+    arguments = {**dict.fromkeys(args.test_splits, "test_splits"), **dict.fromkeys(validation, "validation_split")}
+    for name, argument in arguments.items():
+        check_labelled(rows[name], name, argument, labels)
     metrics = args.metrics or list(task.metrics if task else ["pearson", "spearman"] if regression else ["accuracy"])
     check_metrics(metrics, regression)
     best = args.best_metric or metrics[0]
@@ -223,14 +222,31 @@ def split_texts(
     return split_rows(chosen, [*names[1:], *args.test_splits], rows_of), names
 
 
-def check_labelled(rows: datasets.Dataset, split: str, argument: str) -> None:
-    """Refuse a split that cannot be scored.
+def check_labelled(rows: datasets.Dataset, split: str, argument: str, labels: list[str] | None) -> None:
+    """Refuse a split that cannot be scored, before anything is trained.
+
+    Args:
+        labels: names of the model's classes; None where numbers are predicted.
 
     Raises:
-        ValueError: it has no labels, as GLUE's test splits on the Hub.
+        ValueError: it has no labels, as GLUE's test splits on the Hub, or one that is not a class of the training
+            data.
     """
-    if all(value is None or value == glue.HIDDEN for value in rows.unique(LABEL)):
+    values = rows.unique(LABEL)
+    if all(value is None or value == glue.HIDDEN for value in values):
         raise ValueError(f'{argument} "{split}" has no labels, so it cannot be scored')
+    if labels is None:
+        return
+    try:
+        known = class_ids(rows, labels)
+    except ValueError as error:
+        raise ValueError(f'{argument} "{split}": {error}') from error
+    for value in values:
+        if value is not None and not (isinstance(value, int) and value < 0) and value not in known:
+            raise ValueError(
+                f'{argument} "{split}": label {value!r} is not a class of the training data; it has '
+                f"{', '.join(labels[:20])}{', ...' * (len(labels) > 20)}"
+            )
 
 
 def text_loader(

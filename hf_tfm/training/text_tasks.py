@@ -3,6 +3,7 @@
 knobs with ``tasks`` -> knobs of one task, its folder -> the recipe's own run -> results.json of all
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,33 +15,40 @@ from accelerate import Accelerator
 from ..data.glue import MissingData, find_tasks
 from ..evaluation.glue import summarise, summary_lines, write_summary
 from ..hub.results import RunRecord
-from .run import start_accelerator
+from .arguments import parse_arguments
+from .run import Run, begin_run, check_folder
 from .text_run import TextArguments
 
 Knobs = TypeVar("Knobs", bound=TextArguments)
 
 
 def run_tasks(
-    args: Knobs, argv: Sequence[str], work: Callable[[Knobs, Sequence[str], Accelerator], RunRecord | None]
-) -> None:
-    """A run for each of ``args.tasks``, or one where there are none.
+    kind: type[Knobs], recipe: Path, argv: Sequence[str] | None, work: Callable[[Knobs, Run], RunRecord | None]
+) -> int:
+    """A run for each of the argument ``tasks``, or one where there are none; the exit status.
 
     Args:
-        work: a whole run of one task, with the words that repeat it; its record, or None where there is none: it was
-            asked to stop, or has written a cache.
+        kind, recipe, argv: see `recipe_main`.
+        work: a whole run of one task; its record, or None where there is none: it was asked to stop, or has written a
+            cache.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(kind, recipe, argv)
     if args.tasks is None:
-        work(args, argv, start_accelerator(args))
-        return
+        with begin_run(args, recipe.stem, argv) as run:
+            work(args, run)
+        return 0
     found, missing, scored = {}, {}, not getattr(args, "write_cache", False)
-    for task in find_tasks(args.tasks):
-        folder = str(Path(args.output_dir) / task.name)
-        own = replace(args, tasks=None, task=task.name, output_dir=folder)
-        accelerator = start_accelerator(own)
-        accelerator.end_training = partial(end_trackers, accelerator)  # the processes still have other tasks to do
-        more = ["--tasks", "null", "--task", task.name, "--output_dir", folder]
+    runs = {task: of_task(args, task.name) for task in find_tasks(args.tasks)}
+    for own in runs.values():  # before the first task is trained
+        check_folder(own, argv)
+    for task, own in runs.items():
+        more = ["--tasks", "null", "--task", task.name, "--output_dir", own.output_dir]
         try:
-            record = work(own, [*argv, *more], accelerator)
+            with begin_run(own, recipe.stem, [*argv, *more]) as run:
+                accelerator = run.accelerator
+                accelerator.end_training = partial(end_trackers, accelerator)  # other tasks need the processes
+                record = work(own, run)
         except MissingData as error:
             missing[task.name] = str(error)
             continue
@@ -55,6 +63,12 @@ def run_tasks(
             write_summary(summary, args.output_dir)
         accelerator.print("\n".join(summary_lines(summary)))
     accelerator.state.destroy_process_group()
+    return 0
+
+
+def of_task(args: Knobs, name: str) -> Knobs:
+    """The arguments of one task's run, in a folder of its own."""
+    return replace(args, tasks=None, task=name, output_dir=str(Path(args.output_dir) / name))
 
 
 def end_trackers(accelerator: Accelerator) -> None:

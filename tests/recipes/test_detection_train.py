@@ -255,7 +255,9 @@ def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_
 
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp_path):
-    with pytest.raises(ValueError, match=r'init_from "runs/no-such-run" is no folder, and not to be had from the Hub'):
+    with pytest.raises(
+        ValueError, match=r'init_from "runs/no-such-run" is neither a local folder nor to be found on the Hub'
+    ):
         train(data, tmp_path / "run", init_from="runs/no-such-run")
     assert not (tmp_path / "run").exists()
 

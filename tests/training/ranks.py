@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, run_training, tiny_model
 
+from hf_tfm.training.ranks import on_main
 from hf_tfm.training.state import full_weights, share_statistics
 
 # name -> knobs and model fields; all are compared with the same run on one process.
@@ -24,6 +25,10 @@ EQUAL = {
 }
 # Runs that one process began and two go on with, and the other way round.
 RESUMED = {"from_one": {}, "from_two": {}}
+
+
+def fail() -> None:
+    raise ValueError("only the main process knows")
 
 
 def main(folder: Path) -> None:
@@ -47,6 +52,13 @@ def main(folder: Path) -> None:
     run("from_one", {"dropout": 0.2})
     # Only the second process is told to stop.
     run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
+    run("damaged", {})
+    reports["errors"] = []
+    for work in (lambda: run("lost", {}), lambda: on_main(accelerator, fail)):
+        try:
+            work()
+        except ValueError as error:
+            reports["errors"].append(str(error))
     norm = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
     norm[0].running_mean += accelerator.process_index
     norm[0].running_var += 2 * accelerator.process_index

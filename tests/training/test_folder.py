@@ -1,13 +1,22 @@
 """A run's folder: claimed by one run alone, and whole whatever goes wrong while it is written."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import signal
+import socket
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from training_helpers import arguments, history, run_training, start
 
 from hf_tfm.training import folder as folders
-from hf_tfm.training.folder import History, WriteError, claim, explain_write_errors, require_room
+from hf_tfm.training import run_folder
+from hf_tfm.training import state as states
+from hf_tfm.training.folder import History, WriteError, explain_write_errors, require_room
+from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_place
 from hf_tfm.training.state import checkpoints
 
 RUN = {"task": "translation", "seed": 0, "adam_betas": (0.9, 0.98), "data": {"train": "abc"}}
@@ -18,17 +27,35 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def claim(folder, identity=RUN, overwrite=False):
+    """Claim a folder as a run does that is ready to train: whether it was there before, and what stays of another."""
+    lock = Lock(folder)
+    lock.take("a command")
+    try:
+        found = RunFolder(folder, identity, overwrite)
+        again = found.again
+        return again, found.claim()
+    finally:
+        lock.release()
+
+
 def a_run(folder):
-    claim(folder, RUN, overwrite=False)
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "weights").write_text("precious")
+    """A run with a checkpoint, a model, a tokenizer and pictures."""
+    claim(folder)
+    for name in (
+        *("checkpoints/step-00000005/model.safetensors", "checkpoints/step-00000005/state.json", "history.jsonl"),
+        *("model.safetensors", "config.json", "README.md", "results.json", "tokenizer/tokenizer.json"),
+        *("predictions/step-00000005.png", ".eval_results/numbers.yaml", "modeling_bert.py"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("precious")
     return contents(folder)
 
 
 def test_claim_twice_is_the_same_run(tmp_path):
-    assert claim(tmp_path / "new" / "run", RUN, overwrite=False) is False
-    assert claim(tmp_path / "new" / "run", RUN, overwrite=False) is True
-    assert claim(tmp_path / "new" / "run", RUN, overwrite=True) is True  # overwriting is for another run
+    assert claim(tmp_path / "new" / "run") == (False, [])
+    assert claim(tmp_path / "new" / "run") == (True, [])
+    assert claim(tmp_path / "new" / "run", overwrite=True) == (True, [])  # overwriting is for another run
 
 
 @pytest.mark.parametrize(
@@ -42,75 +69,294 @@ def test_claim_twice_is_the_same_run(tmp_path):
 def test_another_run_is_refused(tmp_path, change, message):
     before = a_run(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
-        claim(tmp_path / "run", {**RUN, **change}, overwrite=False)
+        claim(tmp_path / "run", {**RUN, **change})
     assert contents(tmp_path / "run") == before
+
+
+def test_another_run_that_saved_nothing_gives_way(tmp_path):
+    """One that failed in its first steps holds nothing of worth; the mended command need not overwrite it."""
+    claim(tmp_path / "run")
+    (tmp_path / "run" / "history.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run" / "notes.txt").write_text("precious")
+    assert claim(tmp_path / "run", {**RUN, "seed": 1}) == (False, ["notes.txt"])
+    assert sorted(contents(tmp_path / "run")) == ["notes.txt", "run.json"]
+
+
+def test_what_is_only_scored_does_not_count(tmp_path):
+    """Also in the description by an older version, which had more in it."""
+    a_run(tmp_path / "run")
+    held = {"identity": {**RUN, "max_bad_images": 10, "data": {"train": "abc", "test": "xyz"}}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(held))
+    assert RunFolder(tmp_path / "run", RUN, ignored=["max_bad_images"]).again
+    with pytest.raises(ValueError, match="max_bad_images: 10 there, None now"):
+        RunFolder(tmp_path / "run", RUN)
 
 
 def test_another_run_is_deleted_when_told_so(tmp_path):
     a_run(tmp_path / "run")
-    assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) is False
-    assert list(contents(tmp_path / "run")) == ["run.json"]
-    assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=False) is True
+    assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) == (False, [])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert claim(tmp_path / "run", {**RUN, "seed": 1})[0]
 
 
-def test_overwriting_follows_no_links(tmp_path):
+def test_overwriting_keeps_what_no_run_wrote(tmp_path):
+    run = tmp_path / "run"
+    a_run(run)
+    mine = ("thesis.tex", "checkpoints/mine/model.safetensors", "checkpoints/step-00000005/notes", "mine.py", ".env")
+    for name in mine:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    _, left = claim(run, {**RUN, "seed": 1}, overwrite=True)
+    assert left == [".env", "checkpoints", "mine.py", "thesis.tex"]
+    assert contents(run).keys() == {*mine, "run.json"}
+    states.clean(run)
+    assert contents(run).keys() == {*mine, "run.json"}
+
+
+@pytest.mark.parametrize("name", ["link", "checkpoints", "config.json", "checkpoints/step-00000009"])
+def test_overwriting_follows_no_links(tmp_path, name):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis").write_text("precious")
+    (tmp_path / "mine" / "state.json").write_text("precious")
     a_run(tmp_path / "run")
-    (tmp_path / "run" / "link").symlink_to(tmp_path / "mine")
+    if name == "checkpoints":
+        (tmp_path / "run" / name).rename(tmp_path / "run" / "mine")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True)
-    assert (tmp_path / "mine" / "thesis").read_text() == "precious"
+    assert (tmp_path / "mine" / "state.json").read_text() == "precious"
+    assert checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_files_are_never_deleted(tmp_path, overwrite):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        claim(tmp_path / "home", RUN, overwrite)
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        claim(tmp_path / "home" / "thesis.tex", RUN, overwrite)
+    with pytest.raises(ValueError, match=r"is not empty and holds no run \(thesis.tex\)"):
+        claim(tmp_path / "home", overwrite=overwrite)
     assert contents(tmp_path) == {"home/thesis.tex": b"precious"}
-
-
-def test_the_working_directory_is_never_deleted(tmp_path, monkeypatch):
-    before = a_run(tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="would delete the working directory"):
-        claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True)
-    assert contents(tmp_path / "run") == before
 
 
 def test_deleting_that_is_cut_off_leaves_a_run(tmp_path, monkeypatch):
     a_run(tmp_path / "run")
+    unlink, calls = type(tmp_path).unlink, itertools.count()
 
-    def interrupt(path):
-        raise KeyboardInterrupt
+    def interrupted(path, *args, **options):
+        if path.name != ".lock" and next(calls) == 4:
+            raise KeyboardInterrupt
+        unlink(path, *args, **options)
 
-    monkeypatch.setattr(folders.shutil, "rmtree", interrupt)
+    monkeypatch.setattr(type(tmp_path), "unlink", interrupted)
     with pytest.raises(KeyboardInterrupt):
         claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True)
     monkeypatch.undo()
-    assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) is False
+    assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) == (False, [])
 
 
 def test_an_empty_folder_is_free(tmp_path):
-    assert claim(tmp_path, RUN, overwrite=False) is False
+    assert claim(tmp_path) == (False, [])
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"identity": 3}'])
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"identity": 3}', b"\xff\xfe"])
 def test_a_description_that_is_none(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match="does not describe a run"):
-        claim(tmp_path, RUN, overwrite=True)
-    assert contents(tmp_path) == {"run.json": text.encode()}
+    (tmp_path / "run.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"run\.json does not describe a run"):
+        claim(tmp_path, overwrite=True)
+    assert contents(tmp_path) == {"run.json": text}
+
+
+def test_a_run_that_is_not_claimed_leaves_nothing(tmp_path):
+    lock = Lock(tmp_path / "new" / "run")
+    lock.take()
+    found = RunFolder(tmp_path / "new" / "run", RUN)
+    found.part("tokenizer").mkdir(parents=True)
+    (found.part("tokenizer") / "tokenizer.json").write_text("{}")
+    found.give_up()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_made_before_the_claim_are_moved_into_place(tmp_path):
+    found = RunFolder(tmp_path, RUN)
+    found.part("tokenizer").mkdir(parents=True)
+    (found.part("tokenizer") / "tokenizer.json").write_text("{}")
+    assert "tokenizer/tokenizer.json" not in contents(tmp_path)
+    found.claim()
+    assert contents(tmp_path).keys() == {"run.json", "tokenizer/tokenizer.json"}
+    assert RunFolder(tmp_path, RUN).part("tokenizer") == tmp_path / "tokenizer"
+
+
+# --- places that can be no run's folder, and inputs in it
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("", "must name a folder"),
+        ("  ", "must name a folder"),
+        ("/", "is the root|contains the"),
+        ("work/inner", "is the working directory"),
+        ("work", "contains the working directory"),
+        (".", "is the working directory"),
+        ("~", "is the home directory"),
+        ("file", "is a file"),
+        ("loop", "is a symbolic link to"),
+        ("dangling", "is a symbolic link to nowhere, which is not there"),
+        ("link", "is the working directory"),
+    ],
+)
+def test_places_that_are_refused(tmp_path, monkeypatch, place, message):
+    (tmp_path / "work" / "inner").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("work/inner")
+    monkeypatch.chdir(tmp_path / "work" / "inner")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = place if place.strip() in ("", "/", ".") else str(tmp_path / {"~": "home"}.get(place, place))
+    with pytest.raises(ValueError, match=f"output_dir .*({message})"):
+        check_place(given)
+    check_place(str(tmp_path / "work" / "run"))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@dataclass
+class Inputs:
+    output_dir: str
+    init_from: str | None = None
+    teacher: str | None = None
+    tokenizer: str | None = None
+    dataset: str | None = None
+    data_files: dict | None = None
+    cache: str | None = None
+    more_texts: list = field(default_factory=list)
+
+
+@pytest.mark.parametrize("name", ["init_from", "teacher", "tokenizer", "dataset", "cache", "data_files", "more_texts"])
+@pytest.mark.parametrize("place", ["run", "run/part", "run/../run/part", "link", "alias/part", "snapshot"])
+def test_inputs_in_the_output_folder_are_refused(tmp_path, name, place):
+    (tmp_path / "run" / "part").mkdir(parents=True)
+    (tmp_path / "run" / "part" / "weights").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "part")
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    (tmp_path / "snapshot").mkdir()  # as the Hub's cache: a folder of links
+    (tmp_path / "snapshot" / "weights").symlink_to(tmp_path / "run" / "part" / "weights")
+    value = str(tmp_path / place)
+    given = {"data_files": {"train": [value]}, "more_texts": [Inputs("", dataset=value)]}.get(name, value)
+    with pytest.raises(ValueError, match=rf'output_dir ".*run" is or holds {name}.* ".*{place}", which the run reads'):
+        check_inputs(Inputs(str(tmp_path / "run"), **{name: given}))
+    check_inputs(Inputs(str(tmp_path / "other"), **{name: given}))
+
+
+def test_patterns_and_configs_in_the_output_folder_are_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rows.csv").write_text("a")
+    (tmp_path / "run" / "my.yaml").write_text("seed: 1")
+    with pytest.raises(ValueError, match="data_files"):
+        check_inputs(Inputs(str(tmp_path / "run"), data_files={"train": str(tmp_path / "*" / "*.csv")}))
+    for words in (["--config", str(tmp_path / "run/my.yaml")], [f"--config={tmp_path / 'run/my.yaml'}"]):
+        with pytest.raises(ValueError, match="--config"):
+            check_inputs(Inputs(str(tmp_path / "run")), words)
+
+
+def test_names_of_presets_and_embedded_data_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "digits", "number-parity"):
+        (tmp_path / name).mkdir()
+        check_inputs(Inputs(name, dataset=name if name != "quickstart" else "digits"), ["--config", "quickstart"])
+
+
+def test_an_output_folder_in_the_data_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r'lies inside dataset ".*data"'):
+        check_inputs(Inputs(str(tmp_path / "data" / "run"), dataset=str(tmp_path / "data")))
+    check_inputs(Inputs(str(tmp_path / "data" / "run"), init_from=str(tmp_path / "data")))  # nothing is lost
+
+
+# --- one process at a time
+
+
+def hold(folder, taken, done):
+    lock = Lock(folder)
+    lock.take("hf-tfm run first")
+    taken.set()
+    done.wait(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    taken, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "run", taken, done))
+    process.start()
+    assert taken.wait(60)
+    words = rf'output_dir ".*run" is in use by process {process.pid} on host .* \(hf-tfm run first\)'
+    for _ in range(2):
+        with pytest.raises(InUse, match=words):
+            claim(tmp_path / "run")
+    done.set()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert claim(tmp_path / "run") == (False, [])  # a killed process holds nothing
+    assert sorted(contents(tmp_path / "run")) == ["run.json"]
+
+
+def test_a_lock_holds_in_its_own_process_too(tmp_path):
+    first = Lock(tmp_path)
+    first.take()
+    with pytest.raises(InUse, match=f"in use by process {os.getpid()}"):
+        Lock(tmp_path).take()
+    first.release()
+    claim(tmp_path)
+
+
+def test_a_lock_of_another_host_is_left_to_the_user(tmp_path):
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "command": "hf-tfm run x"}))
+    with pytest.raises(InUse, match=r"process 7 on host elsewhere .*if it no longer runs, delete .*\.lock"):
+        claim(tmp_path)
+    (tmp_path / ".lock").unlink()
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "junk", "[1]", '{"pid": 1}'])
+def test_a_damaged_lock_file_of_no_process_is_taken(tmp_path, text):
+    (tmp_path / ".lock").write_text(text)
+    claim(tmp_path)
+
+
+def test_without_record_locks_the_process_id_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    for pid, free in ((os.getppid(), False), (2**22 + 1, True)):
+        (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+        if free:
+            claim(tmp_path)
+        else:
+            with pytest.raises(InUse, match=f"process {pid} on host"):
+                claim(tmp_path)
+
+
+# --- writing
+
+
+def test_a_model_is_moved_file_by_file(tmp_path):
+    part, folder = tmp_path / "part", tmp_path / "folder"
+    for place, names in (
+        (part, ("config.json", "model.safetensors")),
+        (folder, ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "mine.txt")),
+    ):
+        place.mkdir()
+        for name in names:
+            (place / name).write_text(place.name)
+    run_folder.place_new(part, folder)
+    assert contents(folder) == {"config.json": b"part", "model.safetensors": b"part", "mine.txt": b"folder"}
+    assert not part.exists()
 
 
 @pytest.mark.parametrize("place", ["file/run", "/proc/hf-tfm/run"])
 def test_a_folder_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(WriteError, match=r"could not write .*run .*MB are free"):
-        claim(tmp_path / place, RUN, overwrite=False)
+        claim(tmp_path / place)
     with pytest.raises(WriteError, match="could not write"):
         run_training(arguments(tmp_path / place))
 
@@ -167,6 +413,6 @@ def test_history_forgets_what_came_after(tmp_path):
 
 
 def test_run_file_is_json(tmp_path):
-    claim(tmp_path, RUN, overwrite=False)
+    claim(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["adam_betas"] == [0.9, 0.98]
     assert checkpoints(tmp_path) == []

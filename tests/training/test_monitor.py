@@ -11,7 +11,7 @@ from training_helpers import arguments, fresh_accelerator, pairs, run_training, 
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import TokenArguments, train
 from hf_tfm.training.monitor import Monitor
-from hf_tfm.training.run import open_run
+from hf_tfm.training.run import Run
 from hf_tfm.training.state import Progress, checkpoints
 
 
@@ -138,7 +138,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
     args = TokenArguments(**{**vars(arguments(tmp_path / "run")), "trackers": ["tensorboard"]})
     accelerator = fresh_accelerator(args)
-    open_run(accelerator, args, "translation", {"fingerprint": {"train": "x"}}, "recipe", [])
+    run = Run(accelerator, args, "recipe", [])
+    run.open(args, "translation", {"path": "x", "fingerprint": {"train": "x"}})
+    run.claim(tiny_model())
     run_training(args, accelerator=accelerator)
     accelerator.end_training()
     # The number at the end counts the files of this process; the first holds the scalars.

@@ -19,6 +19,10 @@ def two(tmp_path_factory):
     """The folder that two gloo processes wrote to; one run in it was begun by one process."""
     folder = tmp_path_factory.mktemp("ranks")
     run_training(arguments(folder / "from_one"), tiny_model(dropout=0.2), {7: "SIGTERM"})
+    for name, damaged in (("damaged", 1), ("lost", 2)):
+        run_training(arguments(folder / name), events={7: "SIGTERM"})
+        for checkpoint in checkpoints(folder / name)[-damaged:]:
+            (checkpoint / "model.safetensors").write_bytes(b"")
     script = Path(__file__).with_name("ranks.py")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
@@ -49,6 +53,19 @@ def test_same_weights_as_one_process(tmp_path, two, name):
         assert theirs == pytest.approx(mine, rel=1e-4)
 
 
+def test_two_take_the_same_sound_checkpoint(two):
+    assert reports(two[0])["damaged"][:2] == [12, False]
+    assert (two[0] / "damaged" / "checkpoints" / "damaged-step-00000008").is_dir()
+    assert "step-00000008/model.safetensors is damaged" in two[1].stderr
+
+
+def test_errors_of_one_process_end_all(two):
+    """`reports` compares those of both."""
+    lost, raised = reports(two[0])["errors"]
+    assert "has no sound checkpoint to go on from" in lost
+    assert raised == "only the main process knows"
+
+
 def test_two_go_on_with_the_checkpoint_of_one(two):
     folder = two[0] / "from_one"
     assert reports(two[0])["from_one"][:2] == [12, False]
@@ -77,6 +94,6 @@ def test_running_statistics_are_shared(two):
 
 def test_only_the_main_process_speaks(two):
     _, done = two
-    runs = len(EQUAL) + 2
+    runs = len(EQUAL) + 3
     assert done.stdout.count("step 12 of 12: loss") == runs - 1  # one was stopped
     assert "train:" not in done.stdout + done.stderr

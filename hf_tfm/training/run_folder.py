@@ -1,0 +1,492 @@
+"""The output folder of a run: who may use it, when it is claimed, and what may be deleted from it.
+
+Place: the folder must be one of its own. "", the root, the home and the working directory (or a folder that holds
+    them), an existing file and a link to nothing are refused, and so is a folder with files but without run.json: no
+    run made it. It must not hold, or be, anything the run reads, nor lie inside its data set.
+Lock: a run holds ``.lock`` from before it reads data until it ends, on the main process. The file names host, process
+    id, start and command; a second run in the folder is refused with them. The lock belongs to the process (POSIX
+    record lock), so a killed run frees it. One that another host holds is never taken over: only the user can know
+    whether that run is alive.
+Claim: what is made before training (tokenizer, image processor) is kept in ``.new``. Only when nothing but training is
+    left to do is run.json written and ``.new`` moved into place. A run that fails before leaves the folder as it was,
+    or removes the one it made.
+Identity: run.json says what decides the weights: task, arguments, and the data that is learned from or decides which
+    weights are best. What is only scored is no part of it. The same identity resumes the run; another is refused,
+    unless the run there has saved nothing yet, or ``overwrite_output_dir`` is set.
+Overwriting: deletes the files that a run writes, known by name, and run.json last, so that an interrupted deletion
+    still leaves a run's folder. Links are removed, not followed. All other files stay and are named.
+"""
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .. import models
+from ..data.source import EMBEDDED
+from ..hub.results import HISTORY, RESULTS, RUN
+from .folder import explain_write_errors, sync, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK, NEW = ".lock", ".new"
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
+    *("chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
+)
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+MODEL_FILES = (
+    *("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES),
+    *sorted(path.name for path in Path(models.__file__).parent.glob("*.py")),  # the code that travels with a model
+)
+# All that a run writes, as patterns below its folder. run.json is the last to be deleted and stands apart.
+WRITTEN = (
+    *MODEL_FILES,
+    *(RESULTS, HISTORY, f"{RESULTS}.part", f"{HISTORY}.part", f"{RUN}.part"),
+    *("README.md", "training_curve.png", "predictions.png", ".eval_results/*.yaml", "predictions/step-*.png"),
+    *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in TOKENIZER_FILES),
+    *(f".part-*/{name}" for name in MODEL_FILES),
+    *(f"checkpoints/{kind}step-*/{name}" for kind in ("", ".part-", ".old-", "damaged-") for name in CHECKPOINT_FILES),
+    *("hf-tfm/*tfevents*", "hf-tfm/hparams.yml", "hf-tfm/*/*tfevents*"),  # of TensorBoard
+)
+EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
+INPUTS = ("init_from", "teacher", "tokenizer", "dataset", "data_files", "more_texts", "cache")
+
+
+def check_place(folder: str, argument: str = "output_dir") -> None:
+    """Refuse a name that is not, and cannot become, a folder of a run's own; looks at names alone.
+
+    Raises:
+        ValueError: the message names the argument and what the folder is.
+    """
+    path = Path(folder)
+    if not folder.strip():
+        raise ValueError(f'{argument} must name a folder, got "{folder}"')
+    if "\0" in folder:
+        raise ValueError(f"{argument} must not contain a null character, got {folder!r}")
+    real = real_path(path)
+    for name, place in (("the working directory", Path.cwd), ("the home directory", Path.home)):
+        try:
+            kept = real_path(place())
+        except (OSError, RuntimeError):  # it was deleted, or is not known
+            continue
+        if kept == real:
+            raise ValueError(f'{argument} "{folder}" is {name}: choose a folder of its own')
+        if kept.is_relative_to(real):
+            raise ValueError(f'{argument} "{folder}" contains {name}, {kept}: choose a folder of its own')
+    if real == Path(real.anchor):
+        raise ValueError(f'{argument} "{folder}" is the root of the file system: choose a folder of its own')
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f'{argument} "{folder}" is a symbolic link to {os.readlink(path)}, which is not there')
+    if path.exists() and not path.is_dir():
+        raise ValueError(f'{argument} "{folder}" is a file: choose a folder')
+
+
+def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_dir") -> None:
+    """Refuse an output folder that holds what the run reads, or lies inside its data set.
+
+    Args:
+        args: of the recipe; those of `INPUTS` that it has are looked at, and files of ``--config`` in ``argv``.
+        argument: the one that names the folder.
+
+    Raises:
+        ValueError: the message names the input.
+    """
+    folder = Path(getattr(args, argument))
+    for name, value in [*inputs(args), *configs(argv)]:
+        if name == argument:
+            continue
+        for path in places(value):
+            if any(inside(place, folder) for place in (path, *links(path))):
+                raise ValueError(
+                    f'{argument} "{folder}" is or holds {name} "{value}", which the run reads: choose another '
+                    f"{argument}"
+                )
+            if name.endswith("dataset") and path.is_dir() and inside(folder, path):
+                raise ValueError(
+                    f'{argument} "{folder}" lies inside {name} "{value}", where the files of the run would become '
+                    f"data: choose another {argument}"
+                )
+
+
+def inputs(args: Any) -> Iterator[tuple[str, str]]:
+    """(argument, value) of everything that may be a local path to be read."""
+    for name in INPUTS:
+        for argument, value in strings(name, getattr(args, name, None)):
+            if not (argument.endswith("dataset") and value in EMBEDDED_SETS):
+                yield argument, value
+
+
+def strings(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in an argument's value."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(name, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(name, item)
+    elif value is not None:  # a data set beside the data set
+        for inner in ("dataset", "data_files"):
+            yield from strings(f"{name}.{inner}", getattr(value, inner, None))
+
+
+def configs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The files that ``--config`` names; it may name presets too."""
+    for word, following in pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        value = value if equals else following
+        if name == "--config" and os.path.isfile(value):
+            yield "--config", value
+
+
+def places(value: str) -> list[Path]:
+    """The local files or folders that a value names, itself or as a pattern."""
+    if not value or "\0" in value:
+        return []
+    path = Path(value)
+    if os.path.lexists(path):
+        return [path]
+    if any(sign in value for sign in "*?["):
+        relative = path.relative_to(path.anchor) if path.is_absolute() else path
+        with suppress(ValueError, OSError):
+            return list(Path(path.anchor or ".").glob(str(relative)))
+    return []
+
+
+def links(path: Path) -> list[Path]:
+    """Links in a folder of inputs, as snapshots of the Hub's cache have them."""
+    if not path.is_dir():
+        return []
+    with suppress(OSError), os.scandir(path) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_symlink()]
+    return []
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by its name or where its links lead."""
+    places, outers = ((named_path(place), real_path(place)) for place in (path, folder))
+    if any(place.is_relative_to(outer) for place in places for outer in outers):
+        return True
+    if not folder.exists():
+        return False
+    with suppress(OSError):  # two names of one folder: mounts, names that differ in case
+        return any(os.path.samefile(place, folder) for place in (real_path(path), *real_path(path).parents))
+    return False
+
+
+def named_path(path: Path) -> Path:
+    """Absolute, without following links."""
+    return Path(os.path.abspath(path))
+
+
+def real_path(path: Path) -> Path:
+    """Absolute, links followed."""
+    return Path(os.path.realpath(path))
+
+
+class InUse(ValueError):
+    """Another process works in the folder."""
+
+
+class Lock:
+    """A folder that one process at a time writes.
+
+    Args:
+        folder: made where it does not exist, and removed again if nothing was put into it.
+        argument: that names the folder, for the error.
+    """
+
+    held: ClassVar[set[str]] = set()  # by this process, to which record locks do not apply
+
+    def __init__(self, folder: Path, argument: str = "output_dir"):
+        self.folder, self.argument, self.path = folder, argument, folder / LOCK
+        self.handle: int | None = None
+        self.made: list[Path] = []
+
+    def take(self, command: str = "") -> None:
+        """Lock the folder for this process.
+
+        Raises:
+            InUse: another process holds it, or one on another host did not release it.
+            WriteError: the folder cannot be written.
+        """
+        self.key = os.path.realpath(self.path)
+        if self.key in Lock.held:
+            raise self.refusal({"host": socket.gethostname(), "pid": os.getpid()})
+        with explain_write_errors(self.folder):
+            self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                while True:
+                    handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                    try:
+                        self.check(handle)
+                    except BaseException:
+                        os.close(handle)
+                        raise
+                    with suppress(FileNotFoundError):  # the holder before has just deleted the file
+                        if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                            break
+                    os.close(handle)
+            except BaseException:
+                self.remove_made()
+                raise
+        self.handle, self.pid = handle, os.getpid()
+        Lock.held.add(self.key)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder = {"host": socket.gethostname(), "pid": self.pid, "started": started, "command": command}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, (json.dumps(holder) + "\n").encode(), 0)
+
+    def check(self, handle: int) -> None:
+        """Lock an open file, or refuse.
+
+        Raises:
+            InUse: see `take`.
+        """
+        locks = fcntl is not None
+        if locks:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise self.refusal(read_holder(handle)) from None
+                locks = False  # a file system without locks
+        holder = read_holder(handle)
+        elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
+        if elsewhere or (not locks and alive(holder.get("pid"))):
+            raise self.refusal(holder, certain=False)
+
+    def refusal(self, holder: dict[str, Any], certain: bool = True) -> InUse:
+        """The error that names the holder."""
+        since = f" since {holder['started']}" if holder.get("started") else ""
+        command = f" ({holder['command']})" if holder.get("command") else ""
+        remedy = "wait until it ends, or choose another folder"
+        if not certain:
+            remedy += f"; if it no longer runs, delete {self.path}"
+        return InUse(
+            f'{self.argument} "{self.folder}" is in use by process {holder.get("pid", "unknown")} on host '
+            f"{holder.get('host', 'unknown')}{since}{command}: {remedy}"
+        )
+
+    def release(self) -> None:
+        """Free the folder; an empty one that was made for the lock is removed."""
+        if self.handle is None or self.pid != os.getpid():
+            return
+        with suppress(OSError):
+            self.path.unlink()
+        with suppress(OSError):
+            os.close(self.handle)
+        self.handle = None
+        Lock.held.discard(self.key)
+        self.remove_made()
+
+    def remove_made(self) -> None:
+        """Remove the folders that were made, as far as they are empty."""
+        with suppress(OSError):
+            for path in self.made:
+                path.rmdir()
+
+
+def read_holder(handle: int) -> dict[str, Any]:
+    """What a lock file says; nothing where it is empty or damaged."""
+    try:
+        holder = json.loads(os.pread(handle, 65536, 0))
+    except (ValueError, OSError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def alive(pid: Any) -> bool:
+    """Whether a process of this host runs."""
+    if not isinstance(pid, int) or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return pid != os.getpid()
+
+
+class RunFolder:
+    """An output folder on its way from free to claimed; the main process alone uses it, holding its lock.
+
+    Args:
+        path: the folder.
+        identity: what decides the weights of the run; JSON values.
+        overwrite: another run that is there may be deleted.
+        ignored: names in an older run's identity that no longer count.
+
+    `again` is whether the folder holds this very run already.
+
+    Raises:
+        ValueError: the folder holds another run, or files but no run.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, ignored: Collection[str] = ()):
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.again = False
+        if self.run_file.is_file():
+            changed = changes(self.run_file, self.identity, ignored)
+            self.again = not changed
+            if changed and not overwrite and saved_anything(path):
+                raise ValueError(
+                    f"output_dir {path} holds another run ({'; '.join(changed[:5])}): choose another folder, or set "
+                    "overwrite_output_dir to delete that run"
+                )
+        elif found := others(path):
+            # Not even with overwrite_output_dir: no run made what is there.
+            raise ValueError(
+                f"output_dir {path} is not empty and holds no run ({', '.join(found[:3])}"
+                f"{', ...' * (len(found) > 3)}): choose another folder"
+            )
+        with explain_write_errors(path):
+            shutil.rmtree(path / NEW, ignore_errors=True)  # of a run that was killed
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / RUN
+
+    def part(self, name: str) -> Path:
+        """Where a part of the run is, or is to be made: in place when the run is resumed, otherwise in ``.new``."""
+        return kept if self.again and (kept := self.path / name).is_dir() else self.path / NEW / name
+
+    def claim(self) -> list[str]:
+        """Make the folder this run's own.
+
+        Returns:
+            Names of files that stay although another run was deleted.
+
+        Raises:
+            WriteError: the folder cannot be written; claimed or not, it is still known as a run's.
+        """
+        left = []
+        with explain_write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.again:
+                if self.run_file.is_file():
+                    left = delete_run(self.path)
+                write_text(self.run_file, json.dumps({"identity": self.identity}, indent=2, ensure_ascii=False) + "\n")
+            if (new := self.path / NEW).is_dir():
+                for part in new.iterdir():
+                    if (self.path / part.name).is_dir():
+                        place_new(part, self.path / part.name)
+                    else:
+                        part.rename(self.path / part.name)
+                new.rmdir()
+            sync(self.path)
+        self.again = True
+        return left
+
+    def give_up(self) -> None:
+        """Remove what was made for a run that did not come to its claim."""
+        shutil.rmtree(self.path / NEW, ignore_errors=True)
+
+
+def others(folder: Path) -> list[str]:
+    """Names in a folder beside those of a run that was not claimed."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, NEW)) if folder.is_dir() else []
+
+
+def saved_anything(folder: Path) -> bool:
+    """Whether a run has saved something of worth: a checkpoint, weights or results."""
+    return (folder / RESULTS).exists() or any(
+        not path.name.startswith(".")
+        for pattern in ("*.safetensors", "checkpoints/*step-*")
+        for path in folder.glob(pattern)
+    )
+
+
+def changes(run_file: Path, identity: dict[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Differences between an identity and that in run.json, in words.
+
+    Args:
+        ignored: names that do not count when only the file has them; of data, splits that only the file has.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        held = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+        names = sorted((held.keys() - set(ignored)) | identity.keys())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{run_file} does not describe a run (it is damaged: {error}): choose another output_dir"
+        ) from error
+    theirs, ours = held.get("data"), identity.get("data")
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        held["data"] = {split: value for split, value in theirs.items() if split in ours}
+    return [
+        f"{name}: {held.get(name)!r} there, {identity.get(name)!r} now"
+        for name in names
+        if held.get(name) != identity.get(name)
+    ]
+
+
+def delete_run(folder: Path) -> list[str]:
+    """Delete the files of a run, run.json last.
+
+    Returns:
+        Names of what stays, since no run wrote it.
+    """
+    folders = set()
+    for pattern in WRITTEN:
+        for path in list(matches(folder, pattern.split("/"))):
+            path.unlink()
+            folders |= {parent for parent in path.parents if parent != folder and parent.is_relative_to(folder)}
+    folders |= {folder / name for name in ("checkpoints", "predictions", "tokenizer", "processor")}
+    for path in sorted(folders, key=lambda path: -len(path.parts)):
+        with suppress(OSError):  # it is not empty, or not there
+            path.rmdir()
+    (folder / RUN).unlink()
+    return others(folder)
+
+
+def matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Files that match a pattern, one part a level; links to files or folders are found and not followed."""
+    for path in sorted(folder.iterdir()):
+        if not fnmatchcase(path.name, parts[0]):
+            continue
+        if path.is_symlink() or (path.is_file() and len(parts) == 1):
+            yield path
+        elif path.is_dir() and len(parts) > 1:
+            yield from matches(path, parts[1:])
+
+
+def place_new(part: Path, folder: Path) -> None:
+    """Move the files of a whole new model into a folder, each at once: none is ever half written.
+
+    Weights of an older save that the new one does not have, shards of another number say, are deleted.
+    """
+    with explain_write_errors(folder):
+        names = [path.name for path in sorted(part.iterdir())]
+        for name in names:
+            if (part / name).is_file():
+                sync(part / name)
+        for name in names:
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                shutil.rmtree(folder / name)
+            (part / name).replace(folder / name)
+        for pattern in WEIGHTS:
+            for path in folder.glob(pattern):
+                if path.name not in names:
+                    path.unlink()
+        part.rmdir()
+        sync(folder)
