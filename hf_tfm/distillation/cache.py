@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 
 from ..data.batching import COPY
 from ..training.folder import explain_write_errors, write_text
+from ..training.run_folder import others
 from .chunks import Chunks, shard_tensors
 from .facts import Facts
 from .plan import Lesson, signals_of
 from .samples import inputs_hash, join
-from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, differences, save_shard, shard_path
+from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, check_shard, differences, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
 from .teacher import Teacher, origin_of, to_dtype
 
@@ -149,12 +150,17 @@ def begin(folder: Path, index: CacheIndex) -> None:
     """Make a folder this cache's own, or find that it is.
 
     Raises:
-        ValueError: it holds another.
+        ValueError: it holds another, or other files.
     """
     if (folder / INDEX_FILE).is_file():
         if changed := differences(CacheIndex.load(folder), index):
             raise ValueError(f"{folder} holds another cache ({'; '.join(changed)}): choose another folder")
         return
+    if folder.is_dir() and (found := others(folder)):
+        raise ValueError(
+            f"cache {folder} is not empty and holds no cache of a teacher's signals ({', '.join(found[:3])}): choose "
+            "another folder"
+        )
     with explain_write_errors(folder):
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     write_text(folder / INDEX_FILE, json.dumps(asdict(index), indent=2) + "\n")
@@ -194,18 +200,23 @@ class CachedTeacher:
         folder: of `write_cache`.
 
     Raises:
-        ValueError: it holds no cache, or one that is not whole.
+        ValueError: it holds no cache, or one that is not whole or damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.index = CacheIndex.load(self.folder)
-        self.facts = Facts.from_json(self.index.facts)
+        try:
+            self.facts = Facts.from_json(self.index.facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.folder / INDEX_FILE} is damaged: facts: {error}") from error
         missing = [i for i in range(self.index.shards) if not shard_path(self.folder, i).is_file()]
         if missing:
             raise ValueError(
                 f"{folder} lacks {len(missing)} of {self.index.shards} shards: the command that wrote it goes on"
             )
+        for number in range(self.index.shards):
+            check_shard(shard_path(self.folder, number))
         self.open_shards()
 
     def open_shards(self) -> None:

@@ -11,15 +11,17 @@ A shard has for every signal the numbers of all its samples in one row, ``<signa
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..hub.cost import Cost
+from ..hub.schema import check_keys, check_type
 from ..training.folder import explain_write_errors, sync, write_text
 from .signals import Signals
 
@@ -74,12 +76,26 @@ class CacheIndex:
         """Read it.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it is damaged.
         """
+        file = folder / INDEX_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no cache of a teacher's signals: it has no {INDEX_FILE}")
         try:
-            return cls(**json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} holds no cache of a teacher's signals: {error}") from error
+            content, kinds = json.loads(file.read_text(encoding="utf-8")), get_type_hints(cls)
+            optional = {field.name for field in fields(cls) if field.default is None or field.name == "teacher_dtype"}
+            check_keys(content, set(kinds) - optional - {"knobs"}, set(kinds), "the content")
+            for name, value in content.items():
+                check_type(value, kinds[name], name)
+            for name in ("rows", "epochs", "shard_samples"):
+                if content[name] < 1:
+                    raise ValueError(f"{name} must be at least 1, got {content[name]}")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds no cache of a teacher's signals that can be read: {file} is damaged ({error}). "
+                "Delete the folder and write the cache anew"
+            ) from error
+        return cls(**content)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -101,10 +117,22 @@ def save_cost(folder: Path, cost: dict[str, Any], of: str) -> None:
 
 
 def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
-    """The row of `save_cost`, without its score where that is of something else; None where there is none."""
-    if not (folder / COST_FILE).is_file():
+    """The row of `save_cost`, without its score where that is of something else; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / COST_FILE
+    if not file.is_file():
         return None
-    held = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        check_keys(held, {"of", "cost"}, {"of", "cost"}, "the content")
+        check_type(held["cost"], Cost, "cost")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): write the cache anew, or delete the file to do without the teacher's costs"
+        ) from error
     return {name: value for name, value in held["cost"].items() if name != "score" or held["of"] == of}
 
 
@@ -131,6 +159,25 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         sync(part)
         part.replace(path)
         sync(path.parent)
+
+
+def check_shard(path: Path) -> None:
+    """Refuse a shard that is damaged; its header and length are looked at.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        names, reason = set(), str(error)
+    else:
+        reason = "it has no signals"
+    if NUMBER not in names or not any(name.endswith(SHAPE) for name in names):
+        raise ValueError(
+            f"{path} is damaged ({reason}): delete it, and the command that wrote the cache writes it anew"
+        )
 
 
 class Shard:
