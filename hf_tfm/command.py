@@ -22,7 +22,8 @@ DEBUG_HELP = f"{DEBUG_OPTION} (or {DEBUG_VARIABLE}=1) prints the trace of an err
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, FloatingPointError, EOFError)
 # Errors of these libraries describe the data, file or option they were given.
 USER_ERROR_LIBRARIES = {
-    *("argparse", "datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "jsonargparse", "PIL", "pickle"),
+    *("argparse", "datasets", "fsspec", "huggingface_hub", "jsonargparse", "PIL", "pickle", "struct", "tarfile"),
+    *("httpcore", "httpcore2", "httpx", "httpx2", "hf_xet"),
     *("pyarrow", "requests", "safetensors", "tokenizers", "urllib3", "yaml", "zipfile", "zlib", "_pickle"),
 }
 # Errors that only wrap their cause, which says what is wrong.
@@ -37,7 +38,7 @@ REWORDED: tuple[tuple[str, str], ...] = (
     (r"has model type `(.*?)` but Transformers does not", 'model type "{0}" is not known to transformers or hf-tfm'),
     (
         r"You need to have sentencepiece or tiktoken",
-        "the tokenizer cannot be loaded: there is no usable tokenizer.json",
+        "there is no tokenizer that can be loaded (tokenizer.json)",
     ),
     (
         r"You set `ignore_mismatched_sizes`",
@@ -46,6 +47,10 @@ REWORDED: tuple[tuple[str, str], ...] = (
     (
         r"weights_only(?:=True)?[\s\S]*?[Uu]nsupported global[s]?:? (?:GLOBAL )?(\S+)",
         "not a file of plain tensors: it holds a pickled {0}, and pickled code is never run",
+    ),
+    (
+        r"Name or service not known|failure in name resolution|Connection refused|ConnectError|ConnectTimeout",
+        "the Hub cannot be reached: there is no connection",
     ),
     (r"Weights only load failed", "not a file of plain tensors, or a damaged one: pickled objects are not loaded"),
     (r"you tried to allocate (\d+) bytes", "out of memory: {0} bytes could not be allocated"),

@@ -143,6 +143,7 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--length_penalty", ".inf"), "length_penalty must be finite, got inf"),
         (("--metrics", "[]"), "metrics must name at least one metric"),
         (("--output", "/"), "output / is a folder: give the name of a file"),
+        (("--dataset", ""), "dataset must be a name, got ''"),
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):

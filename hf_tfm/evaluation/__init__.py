@@ -60,6 +60,9 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: the model is of another kind, or an option is for another kind.
     """
+    for option in ("dataset", "split"):
+        if not options.get(option, option):
+            raise ValueError(f"{option} must be a name, got {options[option]!r}")
     kind = "classifiers of GLUE's tasks"
     if "tasks" not in options:
         revision, trust_remote_code = options.get("revision"), options.get("trust_remote_code", False)

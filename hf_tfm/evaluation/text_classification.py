@@ -242,6 +242,10 @@ def classify(
         ids: from labels to classes; None for numbers.
     """
     limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    if max_length is not None and max_length > limits[1]:
+        raise ValueError(
+            f"max_length must be at most {limits[1]}, max_position_embeddings of the model, got {max_length}"
+        )
     task = TextClassificationTask(tokenizer, ids, input_names(model))
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
     with TextStopwatch(model) as watch, bf16:

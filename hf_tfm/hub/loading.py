@@ -58,7 +58,7 @@ def explained(argument: str, model: str, code_option: bool = True) -> Iterator[N
             remedy = ", which runs only with trust_remote_code true" if code_option else ", which is not run"
             reason = f"it brings its own code{remedy}"
         else:
-            reason = cause(error, code_option)
+            reason = cause(error, code_option).removeprefix(f"{model}: ")
             if isinstance(error, UNCLEAR):
                 reason = f"its files cannot be read ({type(error).__name__}: {reason})"
         raise LoadingError(f'{argument} "{model}": {reason}') from error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...command import cause, raised_by_us
+from ...command import cause, raised_by_us, reworded
 from ..loading import UNCLEAR, check_config_file, check_size, mismatch, others, read_json
 from .authors_files import unpack
 from .bert import BERT, whole_head
@@ -91,6 +91,10 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
     # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
     nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-").cleanup()
+    except OSError as error:
+        raise OSError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
     with (
         tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary,
         explained_source(source, Path(temporary), output_dir),
@@ -149,7 +153,11 @@ def explained_source(source: str | Path, temporary: Path, output_dir: Path) -> I
 
 
 def local_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder of a saved model, downloaded where ``source`` is an id on the Hub."""
+    """The folder of a saved model, downloaded where ``source`` is an id on the Hub.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if Path(source).is_dir():
         return Path(source)
     ignored = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.py"]
@@ -157,6 +165,9 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, ignore_patterns=ignored))
     except HFValidationError as error:
         raise ValueError(f'model "{source}" is neither a local folder nor a model on the Hub') from error
+    except Exception as error:  # of its network libraries too
+        reason = reworded(error)
+        raise ValueError(f'model "{source}" is no local folder, and not found on the Hub: {reason}') from error
 
 
 def find_conversion(folder: Path, to: str) -> Conversion:

@@ -32,8 +32,9 @@ def unpack(path: Path, folder: Path) -> Path:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of weights alone: {reworded(error)}") from error
+    except Exception as error:  # of whatever stands where the pickle should
+        reason = reworded(error) if isinstance(error, UnpicklingError) else "torch cannot read it"
+        raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a mapping of weights, got a {type(checkpoint).__name__}")
     weights, arguments = checkpoint.get("model", checkpoint), checkpoint.get("args")
