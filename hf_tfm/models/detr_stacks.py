@@ -60,6 +60,7 @@ class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "input_projection"  # makes the first tokens, as the patch embedding of a ViT
     supports_gradient_checkpointing = True
     _no_split_modules = ["TimmFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
     _supports_sdpa = True

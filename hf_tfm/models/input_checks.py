@@ -4,11 +4,21 @@ Values are read only where that needs no copy from a device: on a CPU, outside o
 traced. Elsewhere a value out of range ends in the device's own assertion.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
 from .cross_entropy import IGNORE_INDEX
 
+BACKENDS = ("eager", "sdpa", "flex_attention")  # and flash attention
+# What transformers, Trainer and the backends may hand on.
+HANDED_ON = {
+    *TransformersKwargs.__annotations__,
+    *("return_dict", "return_loss", "output_cross_attentions", "use_cache", "cache_position", "dropout", "scaling"),
+    *("sliding_window", "softcap", "deterministic", "target_dtype"),
+}
 ROUNDING = 1e-4  # by which a number may miss its limits
 
 
@@ -109,6 +119,22 @@ def look_up(table: nn.Module, indices: Tensor, name: str, meaning: str) -> Tenso
     except IndexError:
         require_range(name, indices, getattr(table, "num_embeddings", torch.inf), meaning)
         raise
+
+
+def refuse_unknown(kwargs: Mapping[str, object], attention: str) -> None:
+    """Refuse keyword arguments of a forward pass over images that nothing reads, such as a misspelt one.
+
+    Args:
+        kwargs: those that are handed on to the layers.
+        attention: name of the backend. One of the user's own may read anything.
+
+    Raises:
+        TypeError: with the name.
+    """
+    if attention.startswith("flash") or attention in BACKENDS:
+        for name in kwargs:
+            if name not in HANDED_ON:
+                raise TypeError(f"forward() got an unexpected keyword argument '{name}'")
 
 
 def embed(table: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str = "") -> Tensor:

@@ -32,6 +32,7 @@ from .detr_stacks import (
     TfmDetrEncoder,
     TfmDetrPreTrainedModel,
 )
+from .input_checks import refuse_unknown
 from .mask_head import BoxAttention, MaskHead
 from .matching import match, matched_pairs
 from .native_names import register_native_names
@@ -126,7 +127,12 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         )
 
     def transform(self, features: ImageFeatures, **kwargs) -> DetrModelOutput:
-        """Encoder and decoder."""
+        """Encoder and decoder.
+
+        Raises:
+            TypeError: an argument is not known.
+        """
+        refuse_unknown(kwargs, self.config._attn_implementation)
         encoded = self.encoder(
             features.projected.flatten(2).transpose(1, 2), features.mask, features.positions, **kwargs
         )

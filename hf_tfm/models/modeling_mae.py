@@ -23,6 +23,7 @@ from .attention import ConfigView, wants_maps
 from .blocks import EncoderBlock
 from .configuration_mae import TfmMAEConfig
 from .image_embeddings import TfmViTEmbeddings, fixed_positions
+from .input_checks import refuse_unknown
 from .losses import per_item
 from .modeling_vit import NATIVE_NAMES, TfmViTPreTrainedModel, encoder_blocks
 from .native_names import register_native_names
@@ -148,6 +149,7 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         keep, mask, restore = random_masking(
             pixel_values.shape[0], rows * columns, self.config.mask_ratio, noise, pixel_values.device
         )
+        refuse_unknown(kwargs, self.config._attn_implementation)
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, keep)  # (B, 1 + K, D)
         for layer in self.layers:

@@ -27,6 +27,7 @@ from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
 from .image_embeddings import TfmViTEmbeddings
+from .input_checks import refuse_unknown
 from .losses import sequence_loss
 from .native_names import OwnNamesPreTrainedModel, register_native_names
 from .patches import Size, patch_grid
@@ -166,6 +167,7 @@ class TfmViTModel(TfmViTPreTrainedModel):
             ``last_hidden_state`` (B, S + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
             ``hidden_states``, L + 1 of (B, S + N, D), and ``attentions``, L of (B, A, S + N, S + N).
         """
+        refuse_unknown(kwargs, self.config._attn_implementation)
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
         if self.distillation_token is not None:

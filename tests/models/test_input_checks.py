@@ -1,8 +1,14 @@
 """Bad arguments of forward: one line that names the argument, the value and the limit."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "clients"))
+from head_cases import CASES, collate
 
 import hf_tfm
 from hf_tfm.models.input_checks import look_up, readable, require_numbers, require_range
@@ -169,3 +175,26 @@ def test_a_table_without_a_size_keeps_its_own_error():
 
     with pytest.raises(IndexError, match="its own"):
         look_up(Table(), IDS, "input_ids", "vocab_size")
+
+
+@pytest.mark.parametrize("name", ["vit", "autoencoder", "detection", "panoptic"])
+def test_unknown_arguments_of_image_models(name):
+    """A misspelt argument is not lost; what transformers hands on passes, and what a backend of the user reads."""
+    case = CASES[name]
+    image_model, batch = case.model().eval(), collate(case.rows()[:2])
+    for wrong in ("lables", "pixel_value", "head_mask"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+            image_model(**batch, **{wrong: 1})
+    image_model(**batch, output_hidden_states=True, output_attentions=True, return_dict=False)
+    image_model.config._attn_implementation = "my_own"
+    with pytest.raises(KeyError, match="my_own"):  # looked up: the argument was let through
+        image_model(**batch, temperature=1)
+
+
+@pytest.mark.parametrize("name", ["detection", "panoptic"])
+def test_input_embeddings_of_a_detector(name):
+    """PEFT and gradient checkpointing ask for the layer that makes the first tokens."""
+    detector = CASES[name].model()
+    assert isinstance(detector.get_input_embeddings(), nn.Conv2d)
+    detector.enable_input_require_grads()
+    assert detector(**collate(CASES[name].rows()[:2])).loss.requires_grad
