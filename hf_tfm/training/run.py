@@ -146,7 +146,7 @@ class Run:
         if self.again and (saved := checkpoints(self.output_dir)):
             self.accelerator.print(f"going on from {saved[-1]}")
 
-    def once(self, name: str, make: Callable[[], Any], load: Callable[[Path], Any]) -> Any:
+    def once(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
         """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume.
 
         Raises:
@@ -166,7 +166,7 @@ class Run:
 
         folder = on_main(self.accelerator, place)
         try:
-            return load(folder)
+            return load(folder, trust_remote_code=False)  # of a tokenizer or image processor of others
         except (ValueError, OSError, KeyError, TypeError) as error:
             if not self.again:
                 raise
