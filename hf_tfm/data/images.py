@@ -38,7 +38,7 @@ FINGERPRINT_IMAGES = 1000
 # on PIL warns of a "decompression bomb".
 MAX_PIXELS = 89_478_485
 TOLD = 3  # images that an error names
-FOREIGN = frozenset({"EPS"})  # formats that PIL reads by starting another program
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # first bytes of drawings, which PIL reads by starting another program
 
 
 class BadImage(Exception):
@@ -310,10 +310,9 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 @functools.cache
-def formats() -> list[str]:
-    """The image formats that are read: those of PIL but `FOREIGN`."""
-    PIL.Image.init()
-    return [name for name in PIL.Image.ID if name not in FOREIGN]
+def silence() -> None:
+    """Turn off PIL's warning of large images: `open_image` refuses those it would warn of."""
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 @contextmanager
@@ -324,11 +323,13 @@ def open_image(file: Any) -> Iterator[PIL.Image.Image]:
         BadImage: it has more than `MAX_PIXELS`.
         UnidentifiedImageError: it has another format.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit is checked here
-        with PIL.Image.open(file, formats=formats()) as image:
-            check_pixels(image.height, image.width)
-            yield image
+    silence()
+    if file.read(4) in POSTSCRIPT:
+        raise PIL.UnidentifiedImageError("PIL would start another program to draw it")
+    file.seek(0)
+    with PIL.Image.open(file) as image:
+        check_pixels(image.height, image.width)
+        yield image
 
 
 def unknown_format(data: bytes) -> str:

@@ -160,6 +160,7 @@ def claims(kind, side):
     return bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "png", "bmp", "animated gif"])
 def test_images_that_claim_too_many_pixels_are_not_decoded(kind, monkeypatch):
     for name in ("decode_image", "from_pil"):
