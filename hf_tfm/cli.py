@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         with short_errors("", argv):
             path, function, given = parse(without_debug(argv))
         takes_code = "trust_remote_code" in option_names(function)
-        run_command(" ".join(path), lambda _: call(path, function, given), argv, takes_code)
+        if status := run_command(" ".join(path), lambda _: call(path, function, given), argv, takes_code):
+            raise SystemExit(status)
 
 
 def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
@@ -135,6 +136,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
     Raises:
         SystemExit: the command line is not valid; status 2.
     """
+    from .doctor.data import doctor_data
     from .evaluation import KINDS, evaluate
 
     # What each command is about stands first, without a name; everything else is an option.
@@ -150,7 +152,8 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
         },
-        "doctor": {"detection": (doctor_detection, "argv")},  # listed here; its words are its own to read
+        # "detection" is listed here and parses its arguments itself
+        "doctor": {"data": (doctor_data, "dataset"), "detection": (doctor_detection, "argv")},
         "quickstart": (quickstart,),
     }
     description = f"{__doc__.split(chr(10))[0]} {DEBUG_HELP}."
@@ -173,8 +176,8 @@ def option_names(function: Callable) -> set[str]:
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
-def call(path: list[str], function: Callable, given: dict[str, Any]) -> None:
-    """Call the function of a command and print its result."""
+def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
+    """Call the function of a command and print its result; returns the exit status."""
     from .evaluation import lines
     from .training.run import require_model
 
@@ -184,6 +187,7 @@ def call(path: list[str], function: Callable, given: dict[str, Any]) -> None:
     result = function(**given)
     for line in lines(result) if isinstance(result, dict) else ():
         print(line)
+    return result if isinstance(result, int) else 0
 
 
 def add_commands(

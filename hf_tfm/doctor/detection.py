@@ -68,16 +68,12 @@ def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) ->
     Returns:
         what each check finds, as it is found; a check that finds nothing has one finding, too.
     """
-    try:
-        case = Case(args, read_splits(args))
-    except (ValueError, OSError) as error:
-        yield replace(failed(str(error), "see the message; a run would end with it"), check="data")
+    case, broken = None, False
+    for examined, finding in examine_data(args):
+        case, broken = examined, broken or finding.level == "failed"
+        yield finding
+    if case is None:
         return
-    broken = False
-    for checks in (OF_A_SPLIT, OF_THE_DATA):
-        for finding in run_checks(checks, case):
-            broken |= finding.level == "failed"
-            yield finding
     try:
         weights.add_model(case)
     except (ValueError, OSError) as error:
@@ -91,6 +87,18 @@ def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) ->
         yield replace(skipped("the data has to be mended first"), check=overfit.__name__)
     else:
         yield from findings_of(overfit, case, full)
+
+
+def examine_data(args: SceneRunArguments) -> Iterator[tuple[Case | None, Finding]]:
+    """The checks that need no model, each finding with the case examined; None where the data cannot be read."""
+    try:
+        case = Case(args, read_splits(args))
+    except (ValueError, OSError) as error:
+        yield None, replace(failed(str(error), "see the message; a run would end with it"), check="data")
+        return
+    for checks in (OF_A_SPLIT, OF_THE_DATA):
+        for finding in run_checks(checks, case):
+            yield case, finding
 
 
 def run_checks(checks: tuple[Callable, ...], case: Case) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 WIDTH = 112  # columns of the table
 MARGIN = 30  # columns before a message
+SHOWN = 160  # characters of a row
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class RowSample:
+    """A row of a data set of texts or images.
+
+    Args:
+        split: of the data set.
+        row: its number, from 0.
+        content: its texts and label.
+        file: of its image; None without one.
+    """
+
+    split: str
+    row: int
+    content: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        content = textwrap.shorten(self.content, SHOWN, placeholder=" ...") if self.content else None
+        return ", ".join(filter(None, [f"row {self.row} of {self.split}", content, self.file]))
+
+
+@dataclass(frozen=True)
 class Finding:
     """What a check found; made by `ok`, `warning`, `failed` and `skipped`.
 
@@ -54,7 +76,7 @@ class Finding:
 
     level: Literal["ok", "warning", "failed", "skipped"]
     message: str
-    sample: Sample | None = None
+    sample: Sample | RowSample | None = None
     remedy: str | None = None
     check: str = ""
     split: str | None = None
@@ -75,12 +97,12 @@ def ok(message: str) -> Finding:
     return Finding("ok", message)
 
 
-def warning(message: str, remedy: str, sample: Sample | None = None) -> Finding:
+def warning(message: str, remedy: str, sample: Sample | RowSample | None = None) -> Finding:
     """Something that may be meant so."""
     return Finding("warning", message, sample, remedy)
 
 
-def failed(message: str, remedy: str, sample: Sample | None = None) -> Finding:
+def failed(message: str, remedy: str, sample: Sample | RowSample | None = None) -> Finding:
     """Something that will cost the run its result."""
     return Finding("failed", message, sample, remedy)
 
@@ -104,10 +126,12 @@ def findings_of(check: Callable[..., Any], *examined: Any, split: str | None = N
 
 
 def condensed(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The same with one line of a check for all splits, where each of them is `ok`."""
+    """The same with one line of a check for all splits, where each of them is `ok` or each is `skipped`."""
     for _, group in itertools.groupby(findings, key=lambda finding: finding.check):
         several = list(group)
-        if len(several) > 1 and several[0].split and all(finding.level == "ok" for finding in several):
+        level = several[0].level
+        alike = level in ("ok", "skipped") and all(finding.level == level for finding in several)
+        if len(several) > 1 and several[0].split and alike:
             others = ", ".join(finding.split for finding in several[1:])
             yield replace(several[0], message=f"{several[0].message}; {others} as well")
         else:
@@ -118,7 +142,7 @@ def save(findings: Iterable[Finding], file: str, examined: dict[str, Any]) -> No
     """Write a report as JSON: ``examined``, ``failed`` (names of checks) and ``findings``."""
     rows = [asdict(finding) for finding in findings]
     for row in rows:
-        if row["sample"] and row["sample"]["box"]:  # JSON has no NaN
+        if row["sample"] and row["sample"].get("box"):  # JSON has no NaN
             row["sample"]["box"] = [value if math.isfinite(value) else None for value in row["sample"]["box"]]
     names = list(dict.fromkeys(row["check"] for row in rows if row["level"] == "failed"))
     content = {"examined": examined, "failed": names, "findings": rows}

@@ -1,0 +1,353 @@
+"""Check a data set of any task before anything is trained on it: ``hf-tfm doctor data``.
+
+    load_splits -> the columns that the task reads -> `DataSplit`s -> checks -> findings with sample and remedy
+
+Checks of texts, labels and images are functions that return a `Finding` or several; a new one goes into one of the
+lists below. Data sets of boxes get the checks of `detection` as well.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import datasets
+from datasets import ClassLabel, Image, Value
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..data import images, labelled_texts, language, panoptic, text
+from ..data.labelled_texts import load_texts
+from . import image_checks, label_checks, text_checks
+from .findings import Finding, RowSample, condensed, failed, findings_of, save
+
+Task = Literal[
+    "translation",
+    "language_modeling",
+    "text_classification",
+    "image_classification",
+    "masked_image",
+    "object_detection",
+    "panoptic_segmentation",
+]
+TEXT_TASKS = ("translation", "language_modeling", "text_classification")
+# check(split, case), for each split
+OF_TEXTS: tuple[Callable, ...] = (
+    text_checks.text_kind,
+    text_checks.empty_texts,
+    text_checks.damaged_characters,
+    text_checks.unknown_tokens,
+    text_checks.text_lengths,
+    text_checks.repeated_texts,
+)
+OF_PAIRS: tuple[Callable, ...] = (text_checks.equal_sides, text_checks.length_ratio)
+OF_LABELS: tuple[Callable, ...] = (
+    label_checks.missing_labels,
+    label_checks.label_kind,
+    label_checks.label_spelling,
+    label_checks.class_balance,
+)
+OF_IMAGES: tuple[Callable, ...] = (
+    image_checks.unreadable_images,
+    image_checks.small_images,
+    image_checks.blank_images,
+)
+# check(case), over all splits, where the task has these columns
+ACROSS: dict[str, Callable] = {
+    "texts": text_checks.shared_texts,
+    "label": label_checks.classes_in_one_split,
+    "image": image_checks.shared_images,
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a task reads.
+
+    Args:
+        texts: part ("text", "pair", "source", "target") -> keys that lead to its texts.
+        label: of labels; None without any.
+        image: of images; None without any.
+    """
+
+    texts: dict[str, list[str]]
+    label: str | None = None
+    image: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplit:
+    """A split as it is stored.
+
+    Args:
+        name: of the split.
+        rows: N rows as `load_splits` gives them.
+        columns: those that the task reads.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    columns: Columns
+
+    @cached_property
+    def texts(self) -> dict[str, list[Any]]:
+        """Part -> its N values; anything but text is a fault."""
+        found = {}
+        for part, (first, *others) in self.columns.texts.items():
+            values = list(self.rows[first])
+            for key in others:
+                values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
+            found[part] = values
+        return found
+
+    @cached_property
+    def labels(self) -> list[Any]:
+        """N labels; those of a ClassLabel by name, None where there is none."""
+        values, kind = list(self.rows[self.columns.label]), self.rows.features[self.columns.label]
+        if isinstance(kind, ClassLabel):
+            return [None if value is None or value < 0 else kind.names[value] for value in values]
+        return [value if label_checks.is_given(value) else None for value in values]
+
+    @cached_property
+    def images(self) -> datasets.Dataset:
+        """N images, not decoded, in a column "image"."""
+        return images.image_rows(self.rows, self.columns.image, labelled=False)
+
+    @cached_property
+    def looks(self) -> dict[int, image_checks.Look]:
+        """Up to `image_checks.LOOKED_AT` images, evenly spread, by row."""
+        return image_checks.looks(self.images)
+
+    def sample(self, row: int) -> RowSample:
+        """A row, with its texts or label in short."""
+        shown = [repr(values[row]) for values in self.texts.values()]
+        if self.columns.label is not None:
+            shown.append(f"label {self.labels[row]!r}")
+        path = None
+        if self.columns.image is not None:
+            value = self.images[row][images.IMAGE]
+            path = value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str) else None
+        return RowSample(self.name, int(row), ", ".join(shown) or None, path)
+
+
+@dataclass(frozen=True)
+class DataCase:
+    """The splits examined, the training split first, and what reads their texts.
+
+    Args:
+        splits: by name.
+        tokenizer: None where none was given.
+        max_length: tokens, or without a tokenizer words, that a model reads of a text; None for any number.
+    """
+
+    splits: dict[str, DataSplit]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_length: int | None = None
+
+    @property
+    def train(self) -> DataSplit:
+        """The split to learn from."""
+        return next(iter(self.splits.values()))
+
+    @property
+    def held_out(self) -> list[DataSplit]:
+        """The other splits."""
+        return list(self.splits.values())[1:]
+
+
+def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:
+    """The task whose columns a data set has.
+
+    Raises:
+        ValueError: several tasks or none are possible; the error names the columns.
+    """
+    if "segments_info" in features:
+        return "panoptic_segmentation"
+    if "objects" in features:
+        return "object_detection"
+    labelled = label_column or any(isinstance(kind, ClassLabel) for kind in features.values()) or "label" in features
+    if any(isinstance(kind, Image) for kind in features.values()):
+        return "image_classification" if labelled else "masked_image"
+    if "translation" in features:
+        return "translation"
+    strings = strings_of(features)
+    if labelled and strings:
+        return "text_classification"
+    if len(strings) == 1:
+        return "language_modeling"
+    raise ValueError(
+        f"task must be one of {', '.join(get_args(Task))}: columns {', '.join(features)} fit several or none"
+    )
+
+
+def strings_of(features: Mapping[str, Any], label: str | None = None) -> list[str]:
+    """The columns of strings but the label's."""
+    strings = [name for name, kind in features.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    return [name for name in strings if name != label]
+
+
+def find_columns(
+    rows: datasets.Dataset,
+    task: Task,
+    text_columns: list[str],
+    label_column: str | None,
+    image_column: str | None,
+    source_column: str | None,
+    target_column: str | None,
+) -> Columns:
+    """The columns of a task, as its recipe finds them.
+
+    Raises:
+        ValueError: there is no such column, or none stands out.
+    """
+    features = rows.features
+    label = None
+    if task in ("text_classification", "image_classification"):
+        label = images.find_column(features, label_column, "label_column", ClassLabel, images.LABEL)
+    if task not in TEXT_TASKS:
+        return Columns({}, label, images.find_column(features, image_column, "image_column", Image, images.IMAGE))
+    if task == "translation":
+        if source_column is None or target_column is None:
+            languages = list(features["translation"].languages) if "translation" in features else []
+            if len(languages) != 2:
+                raise ValueError(f"source_column and target_column must be given; columns are {', '.join(features)}")
+            source_column, target_column = source_column or languages[0], target_column or languages[1]
+        named = {"source": (source_column, "source_column"), "target": (target_column, "target_column")}
+    else:
+        names = text_columns or strings_of(features, label)
+        if task == "language_modeling" or len(names) != 2:
+            names = text_columns or [labelled_texts.only_text(features, label)]
+        named = dict(zip(("text", "pair"), ((name, "text_columns") for name in names), strict=False))
+    return Columns({part: text.column_path(rows[0], *given) for part, given in named.items()}, label)
+
+
+def examine(task: Task, case: DataCase) -> Iterator[Finding]:
+    """The findings of all checks that concern a task, as they are made."""
+    columns = case.train.columns
+    lists = [OF_TEXTS if columns.texts else (), OF_PAIRS if task == "translation" else ()]
+    lists += [OF_LABELS if columns.label else (), OF_IMAGES if columns.image else ()]
+    for check in (check for checks in lists for check in checks):
+        for split in case.splits.values():
+            yield from findings_of(check, split, case, split=split.name)
+    for column, check in ACROSS.items():
+        if getattr(columns, column):
+            yield from findings_of(check, case)
+
+
+def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding | None:
+    """The error that a run of the task would end with when it reads a split; None without one."""
+    columns = split.columns
+    paths = [".".join(path) for path in columns.texts.values()]
+    try:
+        if task == "translation":
+            text.text_pairs(split.rows, *paths)
+        elif task == "language_modeling":
+            language.text_rows(split.rows, paths[0])
+        elif task == "text_classification":
+            rows = labelled_texts.text_rows(split.rows, paths, columns.label)
+            if not labelled_texts.is_regression(rows):
+                labelled_texts.class_names(rows)
+        elif task == "panoptic_segmentation":
+            panoptic.panoptic_rows(split.rows, panoptic.panoptic_categories(**source), columns.image)
+        else:
+            rows = images.image_rows(split.rows, columns.image, columns.label, labelled=columns.label is not None)
+            if columns.label is not None:
+                images.label_names(rows)
+    except (ValueError, OSError) as error:
+        return failed(str(error), "see the message; a run would end with it")
+    return None
+
+
+def doctor_data(
+    dataset: str,
+    task: Task | None = None,
+    dataset_name: str | None = None,
+    dataset_revision: str | None = None,
+    data_files: dict[str, str | list[str]] | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    train_split: str = "train",
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    json: str | None = None,
+) -> int:
+    """Check a data set before training: lost labels, empty texts, unreadable images, duplicates and more.
+
+    Args:
+        dataset: a Hub id, local folder or file, or an embedded data set, as for the recipes.
+        task: task that the data set is for; default, the one that its columns suggest.
+        dataset_name: configuration of the data set.
+        dataset_revision: commit, tag or branch on the Hub.
+        data_files: files by split, where dataset is a format such as "csv".
+        text_columns: one column of texts or two.
+        label_column: column of labels.
+        image_column: column of images.
+        source_column: column, or language, to translate from.
+        target_column: column, or language, to translate to.
+        train_split: split to learn from.
+        tokenizer: folder or Hub id of a tokenizer, to count unknown tokens and lengths in tokens.
+        max_length: tokens (words without a tokenizer) that the model reads of a text.
+        json: file to write the report to.
+
+    Returns:
+        Exit status: 1 where a check failed.
+
+    Raises:
+        ValueError: the data set, a split or a column cannot be found.
+    """
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    splits = load_texts(dataset, dataset_name, dataset_revision, data_files)
+    if train_split not in splits:
+        raise ValueError(f'train_split "{train_split}" is not a split of the data set; it has {", ".join(splits)}')
+    ordered = sorted(splits, key=lambda name: name != train_split)
+    if empty := [name for name in ordered if not len(splits[name])]:
+        raise ValueError(f"split {empty[0]} of dataset {dataset} has no rows")
+    train = splits[train_split]
+    task = task or find_task(train.features, label_column)
+    columns = find_columns(train, task, text_columns or [], label_column, image_column, source_column, target_column)
+    reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False) if tokenizer else None
+    case = DataCase({name: DataSplit(name, splits[name], columns) for name in ordered}, reader, max_length)
+    print(f"checking {dataset} for {task.replace('_', ' ')}")
+
+    def findings() -> Iterator[Finding]:
+        source = {"dataset": dataset, "revision": dataset_revision}
+        for split in case.splits.values():
+            missing = {path[0] for path in columns.texts.values()} | {columns.label, columns.image} - {None}
+            if absent := sorted(missing - {None, *split.rows.column_names}):
+                message = f"column {absent[0]} is missing; the split has {', '.join(split.rows.column_names)}"
+                yield replace(failed(message, "give every split the same columns"), check="columns", split=split.name)
+                return
+        for split in case.splits.values():
+            if (error := readable(split, task, source)) is not None:
+                yield replace(error, check="reading", split=split.name)
+        if task == "object_detection":
+            yield from detection_findings(dataset, dataset_name, dataset_revision, ordered)
+        else:
+            yield from examine(task, case)
+
+    found: list[Finding] = []
+    for finding in condensed(findings()):
+        found.append(finding)
+        print("\n".join(finding.lines()), flush=True)
+    if json:
+        save(found, json, {"dataset": dataset, "task": task})
+    names = list(dict.fromkeys(finding.check for finding in found if finding.level == "failed"))
+    warnings = sum(finding.level == "warning" for finding in found)
+    print(f"failed: {', '.join(names) or 'nothing'}; warnings: {warnings}")
+    return 1 if names else 0
+
+
+def detection_findings(dataset: str, name: str | None, revision: str | None, splits: list[str]) -> Iterator[Finding]:
+    """The checks of boxes, classes and images that need no model."""
+    from . import detection
+
+    held_out = [split for split in splits[1:] if split != splits[0]]
+    options = ["--data", dataset, "--train_split", splits[0], "--test_splits", str(held_out[1:])]
+    options += ["--validation_split", held_out[0]] if held_out else ["--validation_split", "null", "--holdout", "1"]
+    for option, value in (("dataset_name", name), ("dataset_revision", revision)):
+        options += [f"--{option}", value] if value else []
+    _, args, _ = detection.parse(options)
+    yield from (finding for _, finding in detection.examine_data(args))

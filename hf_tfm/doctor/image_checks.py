@@ -1,0 +1,124 @@
+"""Checks of images that have no boxes: whether they can be read, are too small or blank, or are in two splits."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import torch
+
+from ..data.images import IMAGE, BadImage, decode, encoded
+from .findings import Finding, graded, ok
+
+if TYPE_CHECKING:
+    from .data import DataCase, DataSplit
+
+LOOKED_AT = 500  # images of a split, evenly spread, that are decoded
+MOSTLY = 0.5
+FEW = 0.01
+SMALL = 8  # pixels of the shorter side; less shows nothing
+
+
+@dataclass(frozen=True)
+class Look:
+    """One decoded image.
+
+    Args:
+        height, width: upright, in pixels; 0 where it cannot be read.
+        blank: all pixels are equal.
+        error: why it cannot be read.
+    """
+
+    height: int = 0
+    width: int = 0
+    blank: bool = False
+    error: str | None = None
+
+
+def looks(images: datasets.Dataset) -> dict[int, Look]:
+    """Up to `LOOKED_AT` of the images of `image_rows`, evenly spread, by row."""
+    found = {}
+    for row in np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)).tolist():
+        try:
+            pixels = decode(images[row][IMAGE])
+        except (BadImage, OSError) as error:
+            found[row] = Look(error=str(error))
+        else:
+            blank = torch.equal(pixels.amin((1, 2)), pixels.amax((1, 2)))
+            found[row] = Look(*pixels.shape[1:], blank)
+    return found
+
+
+def unreadable_images(split: "DataSplit", case: "DataCase") -> Finding:
+    """Images can be decoded."""
+    seen = split.looks
+    bad = [row for row, look in seen.items() if look.error]
+    if not bad:
+        return ok(f"{len(seen)} of {len(split.rows)} images decoded, all can be read")
+    return graded(
+        len(bad) > FEW * len(seen),
+        f"{len(seen)} of {len(split.rows)} images decoded, {len(bad)} cannot be read (limit: {FEW:.0%}), the first: "
+        f"{seen[bad[0]].error}",
+        "repair or delete these files; a run leaves out up to max_bad_images of them",
+        split.sample(bad[0]),
+    )
+
+
+def small_images(split: "DataSplit", case: "DataCase") -> Finding:
+    """Images have at least 8 pixels on each side."""
+    sizes = {row: min(look.height, look.width) for row, look in split.looks.items() if not look.error}
+    small = [row for row, side in sizes.items() if side < SMALL]
+    if not small:
+        return ok(f"{len(sizes)} images looked at, none has a side below {SMALL} pixels")
+    return graded(
+        len(small) > MOSTLY * len(sizes),
+        f"{len(small)} of {len(sizes)} images have a side below {SMALL} pixels (limit: {MOSTLY:.0%})",
+        "leave out thumbnails and placeholders",
+        split.sample(small[0]),
+    )
+
+
+def blank_images(split: "DataSplit", case: "DataCase") -> Finding:
+    """Images are not of one colour alone."""
+    flags = {row: look.blank for row, look in split.looks.items() if not look.error}
+    blank = [row for row, flag in flags.items() if flag]
+    if not blank:
+        return ok(f"{len(flags)} images looked at, none is of one colour alone")
+    return graded(
+        len(blank) > MOSTLY * len(flags),
+        f"{len(blank)} of {len(flags)} images are of one colour alone (limit: {MOSTLY:.0%})",
+        "leave out placeholders; check that the files were written as images",
+        split.sample(blank[0]),
+    )
+
+
+def digests(split: "DataSplit") -> list[bytes | None]:
+    """(N,) a hash of each image's bytes; None where it cannot be read."""
+    found: list[bytes | None] = []
+    for row in split.images:
+        try:
+            found.append(hashlib.blake2b(encoded(row[IMAGE]), digest_size=12).digest())
+        except (BadImage, OSError):
+            found.append(None)
+    return found
+
+
+def shared_images(case: "DataCase") -> Iterator[Finding]:
+    """No image of the training split is in another split, byte for byte."""
+    if not case.held_out:
+        return
+    train = {digest: row for row, digest in enumerate(digests(case.train)) if digest is not None}
+    for split in case.held_out:
+        pairs = [(row, train[digest]) for row, digest in enumerate(digests(split)) if digest in train]
+        if not pairs:
+            yield ok(f"none of {len(split.rows)} images of {split.name} is in {case.train.name}")
+            continue
+        yield graded(
+            len(pairs) > FEW * len(split.rows),
+            f"{len(pairs)} of {len(split.rows)} images of {split.name} are in {case.train.name} too (limit: "
+            f"{FEW:.0%}), the first as row {pairs[0][1]}",
+            "delete them from one of the splits: scores would be too good",
+            split.sample(pairs[0][0]),
+        )

@@ -1,0 +1,140 @@
+"""Checks of class labels: missing, of mixed kinds, spelled in two ways, rare, or in one split alone."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from datasets import ClassLabel
+
+from .findings import Finding, failed, graded, ok, warning
+
+if TYPE_CHECKING:
+    from .data import DataCase, DataSplit
+
+MOSTLY = 0.5
+RARE = 2  # examples of a class below which nothing can be learned
+UNBALANCED = 100  # times that the most frequent class has more examples than the rarest
+MANY_CLASSES = 0.5  # classes per example: the column holds names or numbers, not classes
+SHOWN = 3
+
+
+def is_given(value: Any) -> bool:
+    """Whether a row has a label: None, NaN, blank text and negative integers mean that it has none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return False
+    if isinstance(value, str):
+        return bool(value.strip())
+    return not (isinstance(value, int) and value < 0)
+
+
+def listed(values: list[Any]) -> str:
+    """The first values, and how many more there are."""
+    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    return ", ".join(map(repr, values[:SHOWN])) + more
+
+
+def missing_labels(split: "DataSplit", case: "DataCase") -> Finding:
+    """Rows have labels."""
+    missing = [row for row, value in enumerate(split.labels) if value is None]
+    total = len(split.labels)
+    if not missing:
+        return ok(f"all {total} rows have a label")
+    message = f"{len(missing)} of {total} rows have no label"
+    if split is not case.train and len(missing) == total:
+        return warning(f"{message}: nothing can be scored", "score another split", split.sample(missing[0]))
+    return graded(
+        split is case.train and len(missing) > MOSTLY * total,
+        f"{message} (limit: {MOSTLY:.0%})",
+        "fill in the labels or delete these rows; a class named NA or None has to be quoted as text",
+        split.sample(missing[0]),
+    )
+
+
+def label_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+    """Labels are of one kind, and are classes."""
+    if isinstance(split.rows.features[split.columns.label], ClassLabel):
+        return
+    kinds = Counter(type(value).__name__ for value in split.labels if value is not None)
+    wrong = [kind for kind in kinds if kind not in ("str", "int", "bool", "float")]
+    odd = wrong or ([kinds.most_common()[-1][0]] if len(kinds) > 1 else [])
+    if odd:
+        row = next(row for row, value in enumerate(split.labels) if type(value).__name__ == odd[0])
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        yield failed(
+            f"labels are of several or unsuitable kinds: {counts}", "write all labels the same way", split.sample(row)
+        )
+        return
+    values = [value for value in split.labels if value is not None]
+    fractions = [row for row, value in enumerate(split.labels) if isinstance(value, float) and value % 1]
+    if fractions:
+        yield warning(
+            f"{len(fractions)} of {len(values)} labels are not whole numbers: a run predicts a number, not a class",
+            "write classes as whole numbers or names, unless regression is meant",
+            split.sample(fractions[0]),
+        )
+    elif len(set(values)) > max(20, MANY_CLASSES * len(values)):
+        yield failed(
+            f"{len(set(values))} different labels for {len(values)} rows (limit: {MANY_CLASSES:.0%})",
+            "name the column that holds the classes in label_column",
+            split.sample(0),
+        )
+
+
+def label_spelling(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+    """No two classes differ in case or white space alone."""
+    spelled: dict[str, set[str]] = {}
+    for value in split.labels:
+        if isinstance(value, str):
+            spelled.setdefault(" ".join(value.split()).casefold(), set()).add(value)
+    for values in spelled.values():
+        if len(values) > 1:
+            row = next(row for row, value in enumerate(split.labels) if value == sorted(values)[-1])
+            yield warning(
+                f"classes {listed(sorted(values))} differ in case or white space alone",
+                "spell each class in one way",
+                split.sample(row),
+            )
+
+
+def class_balance(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+    """There are several classes, and enough examples of each."""
+    counts = Counter(value for value in split.labels if value is not None)
+    if not counts or any(isinstance(value, float) and value % 1 for value in counts):
+        return
+    kind = split.rows.features[split.columns.label]
+    names = kind.names if isinstance(kind, ClassLabel) else list(counts)
+    if split is case.train and len(counts) < 2:
+        yield failed(
+            f"all {sum(counts.values())} labels are {next(iter(counts))!r}: there is nothing to tell apart",
+            "add examples of other classes, or name another label_column",
+            split.sample(split.labels.index(next(iter(counts)))),
+        )
+        return
+    if split is case.train and (absent := [name for name in names if name not in counts]):
+        yield warning(
+            f"{len(absent)} classes have no example: {listed(absent)}", "add examples, or drop these classes"
+        )
+    (most, high), (least, low) = counts.most_common()[0], counts.most_common()[-1]
+    if split is case.train and (low < RARE or high > UNBALANCED * low):
+        yield warning(
+            f"class {least!r} has {low} examples and class {most!r} {high} (limits: at least {RARE}, at most "
+            f"{UNBALANCED} times)",
+            "add examples of the rare class, or judge by a metric that weighs classes equally",
+            split.sample(split.labels.index(least)),
+        )
+
+
+def classes_in_one_split(case: "DataCase") -> Iterator[Finding]:
+    """Every class that is scored is also learned."""
+    learned = {value for value in case.train.labels if value is not None}
+    if any(isinstance(value, float) and value % 1 for value in learned):
+        return
+    for split in case.held_out:
+        new = sorted({value for value in split.labels if value is not None} - learned, key=str)
+        if new:
+            yield failed(
+                f"{len(new)} classes of {split.name} are not in {case.train.name}: {listed(new)}",
+                "use the same classes in every split",
+                split.sample(split.labels.index(new[0])),
+            )
