@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ArgumentParser
 
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
+from .options import OptionParser
 from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
+from .values import checked
 
 
 def recipes_folder() -> Path:
@@ -43,6 +44,7 @@ def run(recipe: str, argv: list[str]) -> None:
         runpy.run_path(file, run_name="__main__")
 
 
+@checked()
 def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
     """Write a model as another library's class, or back, with a parity certificate beside it.
 
@@ -64,6 +66,7 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     print(f"{output_dir}: largest difference of {differences} (tolerance {certificate['tolerance']:.2g})")
 
 
+@checked()
 def push(folder: str, repo_id: str, private: bool = False) -> None:
     """Upload a run's folder to the Hub: model, code, tokenizer, card and results.
 
@@ -92,6 +95,7 @@ def doctor_detection(argv: list[str]) -> int:
     return examine(argv)
 
 
+@checked()
 def quickstart(output_dir: str = "runs/quickstart") -> None:
     """Train a model of every kind on data that needs no download, load and compare them, and look at them.
 
@@ -157,7 +161,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "quickstart": (quickstart,),
     }
     description = f"{__doc__.split(chr(10))[0]} {DEBUG_HELP}."
-    parser = ArgumentParser(prog="hf-tfm", description=description, allow_abbrev=False)
+    parser = OptionParser(prog="hf-tfm", description=description, allow_abbrev=False)
     functions = add_commands(parser, commands, kinds={evaluate: KINDS})
     values = parser.parse_args(argv, defaults=False)  # what is not given, each function knows itself
     path = [values.command]
@@ -191,7 +195,7 @@ def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
 
 
 def add_commands(
-    parser: ArgumentParser,
+    parser: OptionParser,
     commands: dict,
     path: tuple[str, ...] = (),
     kinds: Mapping[Callable, Mapping[str, Callable]] | None = None,
@@ -210,14 +214,14 @@ def add_commands(
     group = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, entry in commands.items():
         if isinstance(entry, dict):
-            sub = ArgumentParser(description=f"{name}: {', '.join(entry)}", allow_abbrev=False)
+            sub = OptionParser(description=f"{name}: {', '.join(entry)}", allow_abbrev=False)
             group.add_subcommand(name, sub, help=sub.description)
             functions |= add_commands(sub, entry, (*path, name), kinds)
         else:
             function, *positional = entry
             document = docstring_parser.parse(function.__doc__)
             about = {argument.arg_name: argument.description for argument in document.params}
-            sub = ArgumentParser(description=document.short_description, allow_abbrev=False)
+            sub = OptionParser(description=document.short_description, allow_abbrev=False)
             parameters = inspect.signature(function).parameters
             for argument in positional:
                 many = {"nargs": "+"} if parameters[argument].annotation == list[str] else {}
@@ -232,7 +236,7 @@ def add_commands(
     return functions
 
 
-def add_options_of_kinds(parser: ArgumentParser, kinds: Mapping[str, Callable], skip: set[str]) -> None:
+def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], skip: set[str]) -> None:
     """Give a parser the options of several functions, grouped by who takes them.
 
     Args:

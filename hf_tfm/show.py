@@ -5,7 +5,11 @@ Libraries are imported where they are used, for matplotlib takes a while and oth
 
 from pathlib import Path
 
+from .limits import LIMITS
+from .values import checked
 
+
+@checked(**LIMITS)
 def show_attention(
     model: str,
     image: str | None = None,
@@ -72,6 +76,7 @@ def show_attention(
         print(path)
 
 
+@checked(**LIMITS)
 def show_reconstruction(
     model: str,
     images: list[str],
@@ -102,6 +107,7 @@ def show_reconstruction(
     print(plot_reconstructions(loaded, found, output))
 
 
+@checked(**LIMITS)
 def show_detections(
     model: str,
     images: list[str],
@@ -129,6 +135,7 @@ def show_detections(
     print(plot_detections([detect(loaded, processor, image, threshold) for image in read], output))
 
 
+@checked(**LIMITS)
 def show_queries(
     model: str,
     image: str | None = None,
@@ -185,6 +192,7 @@ def show_queries(
     print(pictures.plot_query_slots(boxes, output, title, queries))
 
 
+@checked(**LIMITS)
 def show_positions(model: str, output: str = "positions.png", trust_remote_code: bool = False) -> None:
     """Draw how alike the position embeddings of an image model are, each patch's against all.
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -28,6 +29,7 @@ from hf_tfm.finite import check_finite
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.folder import explain_write_errors
 from hf_tfm.training.run import require_model
+from hf_tfm.values import check_bounds, conform_fields
 
 
 @dataclass(kw_only=True)
@@ -63,16 +65,12 @@ class AugmentArguments:
     trust_remote_code: bool = False
     substitution: Substitution = field(default_factory=Substitution)
     batch_tokens: int = 8192
-    precision: str = "no"
+    precision: Literal["no", "bf16"] = "no"
     progress: bool = True
 
     def __post_init__(self):
-        if isinstance(self.substitution, dict):
-            self.substitution = Substitution(**self.substitution)
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f'precision must be "no" or "bf16", got "{self.precision}"')
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        conform_fields(self)
+        check_bounds("batch_tokens", self.batch_tokens, 1)
         if Path(self.output_dir).exists():
             raise ValueError(f"output_dir {self.output_dir} exists already: choose another folder")
         if self.task:

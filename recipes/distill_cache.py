@@ -13,14 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_tfm.command import run_recipe
+from hf_tfm.values import closest, shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     recipes = sorted(path for path in Path(__file__).parent.glob("distill_*.py") if path != Path(__file__))
     known = {path.stem: path for path in recipes}
-    if argv[:1] in ([], ["-h"], ["--help"]) or argv[0] not in known:
-        print(f"{__doc__}\nrecipes: {', '.join(known)}", file=sys.stderr)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nrecipes: {', '.join(known)}")
+        return 0
+    if not argv or argv[0] not in known:
+        word = (
+            f"{shown(argv[0])} is not a recipe of distillation" if argv else "a recipe of distillation must be given"
+        )
+        near = closest(argv[0], known) if argv else ""
+        print(f"hf-tfm run distill_cache: {word}; there are {', '.join(known)}{near}", file=sys.stderr)
         return 2
     return runpy.run_path(str(known[argv[0]]))["main"]([*argv[1:], "--write_cache", "true"])
 

@@ -38,6 +38,7 @@ from hf_tfm.training.image_run import (
     load_classifier,
     load_rows,
 )
+from hf_tfm.training.memory import new_model
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
@@ -65,7 +66,9 @@ def build_student(
     set_seed(args.seed)
     if args.init_from:
         return load_classifier(args.init_from, names, size, **args.model)
-    return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **label_fields(names)))
+    return new_model(
+        TfmViTForImageClassification, new_config(TfmViTConfig, args, image_size=size, **label_fields(names))
+    )
 
 
 def work(args: DistillVisionArguments, run: Run) -> int:

@@ -34,6 +34,7 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
+from hf_tfm.training.memory import new_model
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
@@ -69,7 +70,9 @@ def build_model(
     """The model to train, with weights drawn from the seed or taken from ``init_from``, for images of a size."""
     set_seed(args.seed)
     if not args.init_from:
-        return TfmViTForImageClassification(new_config(TfmViTConfig, args, image_size=size, **label_fields(names)))
+        return new_model(
+            TfmViTForImageClassification, new_config(TfmViTConfig, args, image_size=size, **label_fields(names))
+        )
     still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
     return load_classifier(args.init_from, names, size, **{**still, **args.model})
 

@@ -29,6 +29,7 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
+from hf_tfm.training.memory import new_model
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
@@ -53,7 +54,7 @@ def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEF
     """The model to train, with weights drawn from the seed or taken from ``init_from``, for images of a size."""
     set_seed(args.seed)
     if not args.init_from:
-        return TfmMAEForPreTraining(new_config(TfmMAEConfig, args, image_size=size))
+        return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
     model = TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
     model.set_image_size(size)
     return model

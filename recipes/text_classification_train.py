@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import PAIR, TEXT
 from hf_tfm.hub.results import RunRecord
+from hf_tfm.limits import LARGEST_VOCABULARY
 from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish
@@ -63,7 +64,11 @@ class TextClassificationArguments(TextArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_0="language_weight", at_least_1="vocab_size")
+        self.check_range(
+            at_least_0="language_weight",
+            at_least_1="vocab_size",
+            at_most={"language_weight": 1000, "vocab_size": LARGEST_VOCABULARY},
+        )
         if self.init_from and self.tokenizer:
             raise ValueError("init_from brings its own tokenizer: give no tokenizer beside it")
         if not self.init_from:

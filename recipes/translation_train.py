@@ -10,6 +10,7 @@ Presets with their cost and expected numbers: recipes/presets/translation_train/
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +19,14 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 from hf_tfm.command import run_recipe
 from hf_tfm.data import text
 from hf_tfm.data.source import describe_source
+from hf_tfm.limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
 from hf_tfm.training import TokenArguments, evaluate
+from hf_tfm.training.memory import new_model
 from hf_tfm.training.run import Run, finish, recipe_main
 from hf_tfm.training.token_run import check_stream, token_loader
+from hf_tfm.values import check_bounds
 
 
 @dataclass(kw_only=True)
@@ -81,7 +85,19 @@ class TranslationArguments(TokenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="max_length vocab_size num_beams iterations")
+        self.check_range(
+            at_least_1="max_length vocab_size num_beams iterations",
+            at_most={
+                "max_length": LONGEST,
+                "vocab_size": LARGEST_VOCABULARY,
+                "num_beams": MOST_BEAMS,
+                "iterations": 1000,
+            },
+        )
+        check_bounds("length_penalty", self.length_penalty, -100, 100)
+        self.check_distinct("test_splits", "metrics")
+        if self.source_column == self.target_column:
+            raise ValueError(f"source_column and target_column must be two columns, got {self.source_column} for both")
         if self.best_metric != "loss":
             translation.check_metrics([self.best_metric], "best_metric, if not loss,")
         if self.streaming:
@@ -131,7 +147,8 @@ def build_model(args: TranslationArguments, tokenizer):
         model = translation.load_translator(args.init_from, tokenizer)
     else:
         config = translation.build_config(args.size, args.model, tokenizer)
-        model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
+        new = partial(AutoModelForSeq2SeqLM.from_config, trust_remote_code=False)
+        model = new_model(new, config)
     translation.check_positions(model.config, args.max_length)
     if model.config.position_embedding_type == "learned":
         tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are cut

@@ -140,7 +140,7 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--num_beams", "100000"), "num_beams must be at most 1,024, got 100,000"),
         (("--num_beams", "1000"), "num_beams must be at most 280, the size of the vocabulary, got 1000"),
         (("--iterations", "5"), "iterations is for mask-predict models"),
-        (("--length_penalty", ".inf"), "length_penalty must be finite, got inf"),
+        (("--length_penalty", ".inf"), "length_penalty must be a finite number or null, got inf"),
         (("--metrics", "[]"), "metrics must name at least one metric"),
         (("--output", "/"), "output / is a folder: give the name of a file"),
         (("--dataset", ""), "dataset must be a name, got ''"),
@@ -164,7 +164,7 @@ def test_evaluate_a_model_that_is_not_there(data, refused):
         (("evaluate", "m"), "dataset"),
         (("evaluate", "m", "--dataset", "d", "--batch_tokens", "many"), "batch_tokens"),
         (("fly",), "fly"),
-        ((), "one of {run,evaluate,convert,push,show"),
+        ((), "a command must be given, one of run, evaluate, convert, push, show"),
     ],
 )
 def test_parser_errors_name_the_word(words, named, refused):
@@ -332,10 +332,20 @@ def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch
 def test_quickstart(tmp_path, monkeypatch, capfd):
     """All it does, with smaller models trained for a moment."""
     tiny = "{hidden_size: 16, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
-    text = ["--model", tiny, "--batch_tokens", "4096", "--max_length", "30", "--test_splits", "[validation]"]
+    text = [
+        "--warmup_steps",
+        "1",
+        "--model",
+        tiny,
+        "--batch_tokens",
+        "4096",
+        "--max_length",
+        "30",
+        "--test_splits",
+        "[validation]",
+    ]
     images = [
-        "--num_epochs",
-        "null",
+        *("--num_epochs", "null", "--warmup_epochs", "null"),
         "--model",
         "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from ..values import check_bounds, conform_fields
 from .batching import rng
 
 # timm, the DeiT and the MAE authors count RandAugment's magnitude from 0 to 10, torchvision by default from 0 to 30.
@@ -52,7 +53,7 @@ class Augmentation:
         flip: probability of mirroring left and right.
         rand_augment: operations of torchvision's RandAugment for each image; 0 turns it off.
         magnitude: their strength, 0 to 10.
-        color_jitter: largest relative change of brightness, contrast and saturation; 0 turns it off.
+        color_jitter: largest relative change of brightness, contrast and saturation, in [0, 1]; 0 turns it off.
         erasing: probability that a rectangle is replaced by noise, normal in the model's scale (timm's "pixel").
 
     RandAugment is not quite that of timm, which DeiT and MAE take as "rand-m9-mstd0.5-inc1". There each operation that
@@ -75,17 +76,15 @@ class Augmentation:
     erasing: float = 0.0
 
     def __post_init__(self):
-        if self.crop not in ("resized", "pad", "none"):
-            raise ValueError(f'crop must be "resized", "pad" or "none", got "{self.crop}"')
+        conform_fields(self)
         for name in ("flip", "erasing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("padding", "rand_augment", "color_jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, most in (("padding", 1000), ("rand_augment", 100), ("color_jitter", 1.0)):
+            check_bounds(name, getattr(self, name), 0, most)
         if not 0 <= self.magnitude < MAGNITUDES:
             raise ValueError(f"magnitude must be in [0, {MAGNITUDES - 1}], got {self.magnitude}")
-        for name, largest in (("scale", 1.0), ("ratio", float("inf"))):
+        for name, largest in (("scale", 1.0), ("ratio", 1000.0)):
             low, high = getattr(self, name)
             if not 0.0 < low <= high <= largest:
                 raise ValueError(f"{name} must be two numbers in (0, {largest}], the smaller first, got {low}, {high}")
@@ -173,9 +172,9 @@ class Mixing:
     switch: float = 0.5
 
     def __post_init__(self):
+        conform_fields(self)
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            check_bounds(name, getattr(self, name), 0, 1000)
         for name in ("probability", "switch"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

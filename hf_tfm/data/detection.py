@@ -28,7 +28,7 @@ from .arrow_lists import FlatList, nest, subfields, whole
 from .box_checks import BoxFormat, BoxReport, Problem, check_boxes
 from .image_sizes import image_sizes
 from .images import IMAGE, image_rows
-from .run_lengths import ARROW_TYPE, FEATURE, MAX_SIDE, run_lengths
+from .run_lengths import ARROW_TYPE, FEATURE, run_lengths
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def picture_rows(
     "height" and "width" where they are full, else read from the images' headers.
 
     Raises:
-        ValueError: the rows are a stream, or none, or have no images, or a side is above `MAX_SIDE`.
+        ValueError: the rows are a stream, or none, or have no images.
     """
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("objects in images cannot be read as a stream: batches by shape need every size first")
@@ -156,11 +156,6 @@ def picture_rows(
     if ids is None or len(np.unique(ids)) < len(ids):
         ids = np.arange(len(rows))
     columns = [integers(rows, name) for name in ("height", "width")]
-    for name, column in zip(("height", "width"), columns, strict=True):
-        if column is not None and column.max() > MAX_SIDE:
-            raise ValueError(
-                f'column "{name}" must be at most {MAX_SIDE:,} pixels, got {column.max()} in row {column.argmax()}'
-            )
     if any(column is None or column.min() < 1 for column in columns):
         return pictures, ids, image_sizes(pictures)
     return pictures, ids, np.stack(columns, axis=1)

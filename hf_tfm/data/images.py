@@ -148,25 +148,6 @@ def is_label(value: Any) -> bool:
     return value is not None and (bool(value.strip()) if isinstance(value, str) else value >= 0)
 
 
-def require_labels(rows: Any, split: str) -> None:
-    """Warn of images without a label, see `is_label`, and refuse a split where none has one; not of a stream.
-
-    Args:
-        rows: of `image_rows`.
-        split: its name, for the error.
-
-    Raises:
-        ValueError: no image has a label.
-    """
-    if not isinstance(rows, datasets.Dataset):
-        return
-    missing = sum(not is_label(label) for label in rows[LABEL])
-    if missing == len(rows):
-        raise ValueError(f"no image of {split} has a label: all {len(rows)} are empty or below 0")
-    if missing:
-        log.warning("%d of %d images of %s have no label and count for nothing", missing, len(rows), split)
-
-
 def stated_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
     """The names of the labels 0, 1 and so on where their type tells: a ClassLabel's, "False" and "True" of a bool."""
     feature = (rows.features or {}).get(LABEL)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from ..values import conform_fields
 from .batching import rng
 from .source import load_splits, show_progress_of, take_split
 from .text import column_path, texts_at
@@ -38,6 +39,9 @@ class Corpus:
     dataset_revision: str | None = None
     text_column: str | None = None
     split: str = "train"
+
+    def __post_init__(self):
+        conform_fields(self)
 
     def rows(self):
         """Its texts, as `text_rows` gives them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torchvision.transforms import InterpolationMode, v2
 
+from ..values import check_bounds, conform_fields
 from .scenes import Scene
 
 # The chances of a scene, uniform in [0, 1): what each decides.
@@ -87,19 +88,19 @@ class SceneAugmentation:
     color_jitter: float = 0.0
 
     def __post_init__(self):
+        conform_fields(self)
         for name in ("scales", "crop_scales"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be pixels of at least 1, got {getattr(self, name)}")
+            if not getattr(self, name) or min(getattr(self, name)) < 1 or max(getattr(self, name)) >= 2**16:
+                raise ValueError(f"{name} must be pixels in [1, 65535], got {getattr(self, name)}")
         if not max(self.scales) <= self.max_size < 2**16:
             raise ValueError(f"max_size must be in [{max(self.scales)}, 65535], got {self.max_size}")
         low, high = self.crop_size
-        if not 1 <= low <= high:
-            raise ValueError(f"crop_size must be two numbers of at least 1, the smaller first, got {low}, {high}")
+        if not 1 <= low <= high < 2**16:
+            raise ValueError(f"crop_size must be two numbers in [1, 65535], the smaller first, got {low}, {high}")
         for name in ("crop", "flip", "vertical_flip"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.color_jitter < 0:
-            raise ValueError(f"color_jitter must be at least 0, got {self.color_jitter}")
+        check_bounds("color_jitter", self.color_jitter, 0, 1.0)
 
     def crops(self, sizes: np.ndarray, chances: np.ndarray) -> np.ndarray:
         """Which part of each image is taken; the whole image where none is.

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import cut, rng
 from ..data.vocabulary import word_starts
+from ..values import check_bounds, conform_fields
 from .signals import only_rows
 
 
@@ -43,11 +44,11 @@ class Substitution:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("copies", "candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 4:
-            raise ValueError(f"max_length must be at least 4, got {self.max_length}")
+        conform_fields(self)
+        check_bounds("copies", self.copies, 1, 1000)
+        check_bounds("candidates", self.candidates, 1, 10_000)
+        check_bounds("max_length", self.max_length, 4, 1_000_000)
+        check_bounds("seed", self.seed, 0, 2**32 - 1)
         if not 0.0 < self.probability <= 1.0:
             raise ValueError(f"probability must be in (0, 1], got {self.probability}")
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..values import check_bounds, closest, conform_fields, shown
 from . import losses
 from .signals import HIDDEN, LOGITS, MAP, SCORE
 
@@ -92,11 +93,13 @@ class Term:
     output: Literal["logits", "cls_logits", "distillation_logits"] = "logits"
 
     def __post_init__(self):
+        conform_fields(self)
         if self.kind not in KINDS:
-            raise ValueError(f'kind must be one of {", ".join(KINDS)}, got "{self.kind}"')
+            raise ValueError(f'kind must be one of {", ".join(KINDS)}, got "{self.kind}"{closest(self.kind, KINDS)}')
         for name in ("weight", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of {self.kind} must be above 0, got {getattr(self, name)}")
+            check_bounds(f"{name} of {self.kind}", getattr(self, name), most=1_000_000)
         kind = KINDS[self.kind]
         if self.tokens is None:
             object.__setattr__(self, "tokens", tokens_of(kind)[0])
@@ -140,8 +143,11 @@ def read_terms(given: Sequence[Term | dict[str, Any]]) -> list[Term]:
     found = []
     for i, term in enumerate(given):
         try:
-            if isinstance(term, dict) and (unknown := sorted(term.keys() - Term.__dataclass_fields__.keys())):
-                raise ValueError(f"a term has no {unknown[0]}; it has {', '.join(Term.__dataclass_fields__)}")
+            if not isinstance(term, (dict, Term)):
+                raise ValueError(f"a term must be a mapping with a kind, got {shown(term)}")
+            if isinstance(term, dict) and (unknown := [key for key in term if key not in Term.__dataclass_fields__]):
+                known = Term.__dataclass_fields__
+                raise ValueError(f"a term has no {unknown[0]}; it has {', '.join(known)}{closest(unknown[0], known)}")
             if isinstance(term, dict) and "kind" not in term:
                 raise ValueError("a term needs a kind")
             found.append(term if isinstance(term, Term) else Term(**term))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..options import PlainParser
 from ..training.arguments import parse_arguments
 from ..training.run import require_model
 from ..training.scene_run import SceneRunArguments
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
     """
     from ..cli import recipes_folder
 
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="hf-tfm doctor detection",
         usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--KNOB VALUE ...] [options]",
         description="Find out why AP would be 0 before a run of detection_train starts: a minute on two CPU cores.",

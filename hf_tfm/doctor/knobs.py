@@ -59,7 +59,8 @@ def schedule(case: Case) -> Finding:
     """The warm-up ends in time, and a new model gets more than a few hundred steps."""
     args = case.args
     steps = args.num_steps or math.ceil(args.num_epochs * case.steps_per_epoch)
-    warmup = args.settle(case.steps_per_epoch)[0].warmup_steps
+    settled = args.settle(case.steps_per_epoch)[0]
+    warmup = settled.warmup(steps) if settled.warmup_steps is None else settled.warmup_steps
     message = f"{steps} steps, {steps / case.steps_per_epoch:.4g} epochs of {len(case.train.rows)} images; warm-up "
     message += f"{warmup} steps"
     if warmup >= steps:

@@ -6,6 +6,7 @@ from transformers import set_seed
 
 from ..models import TfmDetrConfig, TfmDetrForObjectDetection
 from ..models.backbones import FrozenBatchNorm
+from ..training.memory import new_model
 from ..training.model_fields import new_config
 from ..training.scene_run import CLASSIFIER, QUERIES, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
@@ -30,7 +31,7 @@ def add_model(case: Case) -> None:
         case.model = load_detr(kind, args, fields)
     else:
         set_seed(args.seed)
-        case.model = kind(new_config(TfmDetrConfig, args, **fields))
+        case.model = new_model(kind, new_config(TfmDetrConfig, args, **fields))
 
 
 def fresh_weights(case: Case) -> Finding:

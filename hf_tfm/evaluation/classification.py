@@ -10,12 +10,15 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from ..data.images import LABEL, is_label, label_ids, label_names, stated_names
 from ..hub.loading import read_json
+from ..limits import LIMITS
 from ..metrics import RealAccuracy
 from ..tasks.classification import IGNORE_LABEL, ClassificationTask, Predictions, predict, score
+from ..values import checked
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
 from .results import check_options, check_png, describe, metric, write
 
 
+@checked(**LIMITS)
 def evaluate_classification(
     model: str,
     dataset: str,
@@ -76,8 +79,6 @@ def evaluate_classification(
     """
     counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
     check_options(precision, output, max_bad_images=max_bad_images, **counts)
-    if match_labels not in ("name", "number"):
-        raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
     check_png("confusion", confusion)
     where = (dataset, split, dataset_name, dataset_revision, data_files)
     rows = read_split(*where, image_column, label_column)

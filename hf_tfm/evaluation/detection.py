@@ -21,9 +21,11 @@ from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_ro
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import load_splits, take_split
+from ..limits import LIMITS
 from ..metrics import CocoAP, PanopticQuality
 from ..tasks.detection import detections, panoptic_maps
 from ..tasks.images import Batch
+from ..values import checked
 from .detectors import WholeScenes, classes, has_masks, load_detector, predict, takes_mask
 from .reading import EvaluationLoader, Stopwatch, first, one_process
 from .results import check_options, describe, metric, write
@@ -37,6 +39,7 @@ AP_SCORES = (
 PQ_SCORES = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")
 
 
+@checked(**LIMITS)
 def evaluate_detection(
     model: str,
     dataset: str,
@@ -105,8 +108,6 @@ def evaluate_detection(
     """
     counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
     check_options(precision, output, max_bad_images=max_bad_images, **counts)
-    if match_labels not in ("name", "number"):
-        raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
     accelerator = one_process()
     loaded, processor = load_detector(model, revision, trust_remote_code)
     segments = has_masks(loaded.config) if segments is None else segments

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from ..data.glue import TASKS, GlueTask, MissingData, find_tasks, place_of
 from ..hub.results import RESULTS
+from ..limits import LIMITS
 from ..metrics.glue import macro_average, task_score
+from ..values import checked
 from .results import check_options, write
 from .text_classification import evaluate_rows, read_texts
 
@@ -54,6 +56,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     return said + [f"{task}: not scored, {reason}" for task, reason in summary["missing"].items()]
 
 
+@checked(**LIMITS)
 def evaluate_glue(
     model: str,
     dataset: str,

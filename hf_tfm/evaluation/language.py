@@ -15,11 +15,14 @@ from ..data.language import sequence_lengths, text_rows, token_sequences
 from ..data.source import load_splits, take_split
 from ..data.text import fingerprint
 from ..hub.loading import load_config, load_model, load_tokenizer
+from ..limits import LIMITS
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary, score
+from ..values import checked
 from .reading import first, one_process
 from .results import check_options, describe, write
 
 
+@checked(**LIMITS)
 def evaluate_language(
     model: str,
     dataset: str,

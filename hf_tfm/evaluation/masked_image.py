@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForPreTraining
 
+from ..limits import LIMITS
 from ..tasks.masked_image import MaskedImageTask
 from ..training.loop import evaluate
+from ..values import checked
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
 from .results import check_options, describe, metric, write
 
 
+@checked(**LIMITS)
 def evaluate_masked_autoencoder(
     model: str,
     dataset: str,

@@ -27,8 +27,10 @@ from ..data.labelled_texts import (
 from ..data.source import take_split
 from ..data.text import fingerprint
 from ..hub.loading import check_vocabulary, load_model, load_tokenizer
+from ..limits import LIMITS
 from ..metrics.glue import check_metrics
 from ..tasks.text_classification import IGNORE_LABEL, Predictions, TextClassificationTask, input_names, predict, score
+from ..values import checked
 from .classification import class_names, match_classes
 from .reading import Stopwatch, first, one_process
 from .results import check_options, check_png, describe, write
@@ -36,6 +38,7 @@ from .results import check_options, check_png, describe, write
 LONGEST = 512  # tokens of a text, where neither model nor tokenizer has a limit
 
 
+@checked(**LIMITS)
 def evaluate_text_classification(
     model: str,
     dataset: str,
@@ -95,8 +98,6 @@ def evaluate_text_classification(
         FileNotFoundError: the folder of ``output`` does not exist.
     """
     check_options(precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
-    if match_labels not in ("name", "number"):
-        raise ValueError(f'match_labels must be "name" or "number", got "{match_labels}"')
     check_png("confusion", confusion)
     rows = read_texts(dataset, split, dataset_name, dataset_revision, data_files, task, text_columns, label_column)
     if not output and not any(is_label(value) for value in rows.unique(LABEL)):

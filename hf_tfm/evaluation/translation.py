@@ -10,7 +10,9 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..data import text
 from ..hub.loading import check_vocabulary, load_model, load_tokenizer
+from ..limits import LIMITS
 from ..tasks.translation import check_metrics, score, translate
+from ..values import checked
 from .results import check_options, describe, write
 
 
@@ -45,6 +47,7 @@ def check_decoding(
         raise ValueError(f"num_beams must be at most {size}, the size of the vocabulary, got {num_beams}")
 
 
+@checked(**LIMITS)
 def evaluate_translation(
     model: str,
     dataset: str,

@@ -1,15 +1,22 @@
-"""The knobs that every recipe shares."""
+"""The options that every recipe shares, and how a command line with YAML files becomes a dataclass of them."""
 
 import ast
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
 from ..command import DEBUG_HELP
+from ..limits import LARGEST_BATCH, SEEDS
+from ..options import OptionParser, check_config, check_words
+from ..values import check_bounds, closest, conform_fields, shown
+
+DEFAULT_WARMUP = 1000  # steps
+WORKERS_PER_CORE, FEWEST_WORKERS = 4, 64  # the limit of num_workers; presets are written for larger machines than this
 
 
 @dataclass(kw_only=True)
@@ -26,13 +33,14 @@ class TrainingArguments:
         num_workers: processes that prepare batches, beside each training process.
         optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam), or stochastic gradient descent (sgd).
         learning_rate: the highest of the schedule.
-        layer_decay: each layer learns this much slower than the one above it (Clark et al. 2020); 1 is no difference.
+        layer_decay: layer-wise learning-rate decay factor (Clark et al. 2020), in (0, 1]; 1.0 disables it.
         rate_factors: parts of the model by a piece of their weights' names, and what their learning rate is multiplied
             by, say {backbone: 0.1}.
         schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear, constant, or step (constant, and a
             tenth from drop_after on), each after a warm-up.
         drop_after: share of the steps after which the step schedule drops.
-        warmup_steps: steps of linear rise from 0.
+        warmup_steps: steps of linear rise from 0, at most the run's; default, the smaller of 1,000 and a tenth of the
+            run.
         adam_betas: decay rates of the moments.
         adam_epsilon: added to the root of the second moment.
         momentum: of sgd.
@@ -44,7 +52,7 @@ class TrainingArguments:
         ema_decay: decay of an exponential moving average of the weights; 0 turns it off.
         average_checkpoints: number of last checkpoints that final_weights "average" takes the mean of.
         final_weights: which weights are saved in the end.
-        eval_steps: steps between evaluations; default, once an epoch.
+        eval_steps: steps between evaluations, of which one is always at the end; default, once an epoch.
         save_steps: steps between checkpoints; default, with every evaluation.
         log_steps: steps between log lines.
         best_metric: what "best" and early stopping look at: loss, or a metric of the task (higher is better then).
@@ -72,7 +80,7 @@ class TrainingArguments:
     rate_factors: dict[str, float] = field(default_factory=dict)
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant", "step"] = "inverse_sqrt"
     drop_after: float = 2 / 3
-    warmup_steps: int = 1000
+    warmup_steps: int | None = None
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-9
     momentum: float = 0.9
@@ -96,10 +104,7 @@ class TrainingArguments:
     progress: bool = True
 
     def __post_init__(self):
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if is_dataclass(knob.type) and isinstance(value, dict):  # a group of knobs, as YAML has it
-                setattr(self, knob.name, knob.type(**value))
+        conform_fields(self)
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(
                 f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}; "
@@ -109,10 +114,30 @@ class TrainingArguments:
             at_least_0="seed num_workers warmup_steps weight_decay max_grad_norm average_checkpoints patience",
             at_least_1="num_steps eval_steps save_steps log_steps keep_checkpoints max_nonfinite_steps",
             above_0="num_epochs learning_rate adam_epsilon layer_decay",
+            at_most={
+                "seed": SEEDS - 1,
+                "num_steps": 1_000_000_000,
+                "num_epochs": 1_000_000,
+                "layer_decay": 1,
+                "learning_rate": 1000,
+                "adam_epsilon": 1,
+            },
         )
+        cores = os.cpu_count() or 1
+        if self.num_workers > (most := max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)):
+            raise ValueError(
+                f"num_workers must be at most {most} on a machine with {cores} CPU cores, got {self.num_workers}"
+            )
+        if self.num_steps is not None:
+            self.warmup(self.num_steps)
+        if self.optimizer != "adam" and self.learning_rate is not None and self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                "weight_decay times learning_rate must be below 1, or a step turns the sign of the weights; got "
+                f"{self.weight_decay} times {self.learning_rate}"
+            )
         for part, factor in self.rate_factors.items():
-            if not factor > 0.0:
-                raise ValueError(f"rate_factors must be above 0, got {factor} for {part}")
+            if not 0.0 < factor <= 1000.0:
+                raise ValueError(f"rate_factors must be above 0 and at most 1000, got {factor} for {part}")
         below_1 = [("adam_betas", beta) for beta in self.adam_betas]
         shares = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "drop_after")]
         for name, value in (*shares, *below_1):
@@ -122,29 +147,65 @@ class TrainingArguments:
             raise ValueError('final_weights="ema" needs ema_decay above 0, got 0')
         if self.final_weights == "average" and self.average_checkpoints < 1:
             raise ValueError(f'final_weights="average" needs average_checkpoints, got {self.average_checkpoints}')
+        self.check_distinct("trackers")
         for name in self.trackers:
             # accelerate would leave out a tracker that is not installed without a word.
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"trackers: {name} is not installed")
 
-    def check_range(self, at_least_0: str = "", at_least_1: str = "", above_0: str = "") -> None:
-        """Check numbers against their lower bounds; None is none.
-
-        Args:
-            at_least_0, at_least_1, above_0: names of knobs, with spaces between.
+    def warmup(self, num_steps: int) -> int:
+        """Steps of warm-up of a run of ``num_steps``.
 
         Raises:
-            ValueError: a value is too small, or not a number.
+            ValueError: ``warmup_steps`` is above ``num_steps``: the run would never reach its learning rate.
         """
-        for names, limit, fits in (
-            (at_least_0, "at least 0", lambda value: value >= 0),
-            (at_least_1, "at least 1", lambda value: value >= 1),
-            (above_0, "above 0", lambda value: value > 0),
-        ):
+        if self.warmup_steps is None:
+            return min(DEFAULT_WARMUP, num_steps // 10)
+        if self.warmup_steps > num_steps:
+            raise ValueError(
+                f"warmup_steps must be at most the {num_steps} steps of the run (num_steps), got {self.warmup_steps}"
+            )
+        return self.warmup_steps
+
+    def check_range(
+        self,
+        at_least_0: str = "",
+        at_least_1: str = "",
+        above_0: str = "",
+        at_most: Mapping[str, float] | None = None,
+    ) -> None:
+        """Check numbers against their bounds; None is not checked.
+
+        Args:
+            at_least_0, at_least_1, above_0: names of options, with spaces between.
+            at_most: largest values by option.
+
+        Raises:
+            ValueError: a value is outside its bounds.
+        """
+        for names, least in ((at_least_0, 0), (at_least_1, 1)):
             for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise ValueError(f"{name} must be {limit}, got {value}")
+                check_bounds(name, getattr(self, name), least)
+        for name in above_0.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, most in (at_most or {}).items():
+            check_bounds(name, getattr(self, name), most=most)
+
+    def check_distinct(self, *names: str) -> None:
+        """Refuse lists in which something stands twice.
+
+        Args:
+            names: of options; those that these options do not have are left out.
+
+        Raises:
+            ValueError: it names the option and the value.
+        """
+        for name in names:
+            values = getattr(self, name, None) or []
+            if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise ValueError(f"{name} must name each once, got {shown(twice[0])} twice")
 
 
 @dataclass(kw_only=True)
@@ -163,7 +224,7 @@ class TokenArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="batch_tokens micro_batch_tokens")
+        self.check_range(at_least_1="batch_tokens micro_batch_tokens", at_most={"batch_tokens": 1_000_000_000})
 
 
 @dataclass(kw_only=True)
@@ -176,7 +237,7 @@ class ImageArguments(TrainingArguments):
         learning_rate: the highest of the schedule; default, from base_learning_rate.
         base_learning_rate: the learning rate for 256 images a step: learning_rate = base * batch_size / 256
             (Goyal et al. 2017, arXiv:1706.02677).
-        warmup_epochs: takes the place of warmup_steps.
+        warmup_epochs: takes the place of warmup_steps, which is then null.
 
     The others are those of `TrainingArguments`.
 
@@ -191,15 +252,25 @@ class ImageArguments(TrainingArguments):
     warmup_epochs: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.learning_rate is None) == (self.base_learning_rate is None):
             raise ValueError(
                 f"give exactly one of learning_rate and base_learning_rate, got {self.learning_rate} and "
                 f"{self.base_learning_rate}; null takes back what a preset gives"
             )
         self.check_range(
-            at_least_0="warmup_epochs", at_least_1="batch_size micro_batch_size", above_0="base_learning_rate"
+            at_least_0="warmup_epochs",
+            at_least_1="batch_size micro_batch_size",
+            above_0="base_learning_rate",
+            at_most={"batch_size": LARGEST_BATCH, "base_learning_rate": 1000},
         )
-        super().__post_init__()
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"give one of warmup_steps and warmup_epochs, got {self.warmup_steps} and {self.warmup_epochs}; null "
+                "takes back what a preset gives"
+            )
+        if None not in (self.warmup_epochs, self.num_epochs) and self.warmup_epochs > self.num_epochs:
+            raise ValueError(f"warmup_epochs must be at most num_epochs = {self.num_epochs}, got {self.warmup_epochs}")
 
     def settle(self, steps_per_epoch: int | None) -> tuple["ImageArguments", str]:
         """Work out the learning rate and the warm-up.
@@ -217,14 +288,15 @@ class ImageArguments(TrainingArguments):
             base = f" = {self.base_learning_rate:g} x {self.batch_size} images / 256"
         if self.warmup_epochs is not None:
             steps = round(self.warmup_epochs * steps_per_epoch)
-        line = f"learning rate {rate:g}{base}; warm-up {steps} steps"
+        rise = "of a tenth of the run, at most 1,000" if steps is None else steps
+        line = f"learning rate {rate:g}{base}; warm-up {rise} steps"
         line += f" of {steps_per_epoch} an epoch" if steps_per_epoch else ""
         settled = {"learning_rate": rate, "base_learning_rate": None, "warmup_steps": steps, "warmup_epochs": None}
         return replace(self, **settled), line
 
 
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
-    """Command line and YAML -> a dataclass of knobs.
+    """Command line and YAML -> a dataclass of options.
 
     ``--config`` takes a file or the name of one of the recipe's presets; all other words override it, wherever they
     stand.
@@ -239,41 +311,49 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
         SystemExit: a key is unknown or a value is not one it may have; the message names it.
     """
     name = f"hf-tfm run {recipe.stem}"
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog=name,
-        usage=f"{name} [--config PRESET or FILE] [--KNOB VALUE ...]",
+        usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
         description=recipe_summary(recipe),
         epilog=DEBUG_HELP,
-        allow_abbrev=False,  # a mistyped knob must not pass for another
+        allow_abbrev=False,  # a mistyped option must not pass for another
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
     presets = recipe.parent / "presets" / recipe.stem
     configs, words = [], []
     rest = iter(argv)
-    for word in rest:
-        name = word.removeprefix("--config=") if word.startswith("--config=") else None
-        name = next(rest, None) if word == "--config" else name
-        if name is None:
-            words.append(word)
-        else:
-            configs += ["--config", preset_path(name, presets, parser)]
-    values = parser.parse_args([*configs, *words])
-    values.pop("config")
     try:
+        for word in rest:
+            config = word.removeprefix("--config=") if word.startswith("--config=") else None
+            config = next(rest, None) if word == "--config" else config
+            if config is None:
+                words.append(word)
+            else:
+                configs += ["--config", preset_path(config, presets)]
+                check_config(Path(configs[-1]), kind)
+        check_words(words, kind)
+        values = parser.parse_args([*configs, *words])
+        values.pop("config")
         return kind(**values.as_dict())
     except ValueError as error:
         parser.error(str(error))
 
 
-def preset_path(name: str, presets: Path, parser: ArgumentParser) -> str:
-    """The file of a preset, or ``name`` itself where it is a file."""
+def preset_path(name: str, presets: Path) -> str:
+    """The file of a preset, or ``name`` itself where it is a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if Path(name).is_file():
         return name
     file = presets / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
-        parser.error(f'--config "{name}" is neither a file nor a preset; presets: {known}')
+    if not name or not file.is_file():
+        known = sorted(p.stem for p in presets.glob("*.yaml"))
+        raise ValueError(
+            f"--config {shown(name)} is neither a file nor a preset; presets: {', '.join(known)}{closest(name, known)}"
+        )
     return str(file)
 
 

@@ -21,6 +21,7 @@ from ..distillation.terms import read_terms
 from ..finite import check_finite
 from ..hub.results import Distillation
 from ..tasks.distill import DistillationTask, Teaching
+from ..values import check_bounds, shown
 from .arguments import TrainingArguments
 from .loop import Loader, evaluate
 from .run import Run
@@ -62,7 +63,7 @@ class DistillationKnobs:
     teacher_device: str | None = None
     expected_score: float | None = None
     # Not list[Term]: jsonargparse would merge the items of a command line into those of a preset.
-    terms: list[dict[str, Any]] = field(default_factory=list)
+    terms: list[Any] = field(default_factory=list)
     match_labels: Literal["name", "number"] = "name"
     student_layers: list[int] = field(default_factory=list)
     truncate_width: bool = False
@@ -77,7 +78,11 @@ class DistillationKnobs:
         super().__post_init__()
         self.terms = read_terms(self.terms)
         self.teacher_dtype = self.teacher_dtype or ("fp32" if self.precision == "no" else self.precision)
-        self.check_range(at_least_1="cache_epochs cache_top_k")
+        self.check_range(at_least_1="cache_epochs cache_top_k", at_most={"cache_epochs": 100_000})
+        layers = self.student_layers if isinstance(self.student_layers, dict) else {"": self.student_layers}
+        for stack, numbers in layers.items():
+            check_bounds(f"student_layers{f'.{stack}' if stack else ''}", numbers, 0)
+        check_device("teacher_device", self.teacher_device)
         if not self.terms:
             raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")
         if self.write_cache and not self.cache:
@@ -91,6 +96,27 @@ class DistillationKnobs:
     def cached(self) -> bool:
         """Whether the teacher's signals are read from a cache."""
         return bool(self.cache) and not self.write_cache
+
+
+def check_device(name: str, device: str | None) -> None:
+    """Refuse a device that torch does not know or this machine does not have.
+
+    Args:
+        name: of the option, for errors.
+        device: as `torch.device` takes it, "auto", or None.
+    """
+    if device is None or device == "auto":
+        return
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be auto or a device such as cpu or cuda:1, got {shown(device)}") from error
+    own = torch.accelerator.current_accelerator()
+    there = found.type == "cpu" or (
+        own is not None and found.type == own.type and (found.index or 0) < torch.accelerator.device_count()
+    )
+    if not there:
+        raise ValueError(f"{name} {shown(device)} is not a device of this machine")
 
 
 def open_teacher(

@@ -16,11 +16,14 @@ from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 from ..data.files import data_roots
 from ..data.images import WatchedLoader, label_ids
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
+from ..limits import LARGEST_SIDE
 from ..models import TfmViTForImageClassification
-from ..models.patches import Size
+from ..models.patches import Size, sides
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
 from ..tasks.images import ImageTask, Pixels, image_processor
+from ..values import check_bounds
 from .arguments import ImageArguments
+from .memory import check_batch_memory
 from .model_fields import fresh_head, label_fields
 from .splits import check_holdout, split_rows
 
@@ -74,6 +77,11 @@ class PictureArguments(ImageArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_range(at_least_0="max_bad_images", at_least_1="holdout max_train_samples")
+        self.check_distinct("test_splits")
+        check_bounds("mean", self.mean, 0.0, 1.0)
+        for i, value in enumerate(self.std or ()):
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"std[{i}] must be above 0 and at most 1, of pixels in [0, 1], got {value}")
         check_holdout(self)
 
     @property
@@ -110,7 +118,16 @@ class ImageRunArguments(PictureArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="repeats shuffle_buffer")
+        self.check_range(
+            at_least_1="repeats shuffle_buffer resize",
+            at_most={"repeats": self.batch_size, "shuffle_buffer": 10_000_000, "resize": LARGEST_SIDE},
+        )
+        check_bounds("image_size", self.image_size, 1, LARGEST_SIDE)
+        if self.resize is not None and self.image_size is not None and self.resize < max(sides(self.image_size)):
+            raise ValueError(f"resize must be at least image_size = {self.image_size}, got {self.resize}")
+        check_batch_memory(self, sides(self.image_size or IMAGE_SIZE))
+        if None not in (self.image_column, self.label_column) and self.image_column == self.label_column:
+            raise ValueError(f"image_column and label_column must be two columns, got {self.label_column} for both")
         if self.streaming:
             if self.num_steps is None:
                 raise ValueError("streaming needs num_steps: the length of a stream is not known")
@@ -243,8 +260,6 @@ def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -
         rows = {name: part if name == args.train_split else gather(part) for name, part in rows.items()}
     for name, part in rows.items():
         images.require_readable(part, args.max_bad_images, name)
-        if labelled:
-            images.require_labels(part, name)
     return rows
 
 

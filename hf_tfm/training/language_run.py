@@ -13,6 +13,7 @@ from ..data import language, text
 from ..data.language import Corpus
 from ..data.source import describe_source, gather, load_splits, take_split
 from ..data.vocabulary import train_bytes, train_wordpiece
+from ..limits import LARGEST_VOCABULARY, LONGEST
 from ..models import (
     TfmBertConfig,
     TfmBertForMaskedLM,
@@ -22,6 +23,7 @@ from ..models import (
 )
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
 from .arguments import TokenArguments
+from .memory import new_model
 from .model_fields import check_fields, new_config
 from .splits import check_holdout, split_rows
 from .token_run import check_stream, token_loader
@@ -93,9 +95,12 @@ class LanguageArguments(TokenArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_1="max_length vocab_size tokenizer_rows holdout max_train_samples")
+        self.check_range(
+            at_least_1="max_length vocab_size tokenizer_rows holdout max_train_samples",
+            at_most={"max_length": LONGEST, "vocab_size": LARGEST_VOCABULARY},
+        )
+        self.check_distinct("test_splits")
         check_holdout(self)
-        self.more_texts = [Corpus(**more) if isinstance(more, dict) else more for more in self.more_texts]
         if self.best_metric != "loss":
             raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
         if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):
@@ -185,7 +190,7 @@ def build_model(
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
     config = new_config(args.config_class, args, vocab_size=vocab_size or len(tokenizer), **tokens)
     check_vocabulary(config, tokenizer, args.max_length)
-    return args.model_class(config)
+    return new_model(args.model_class, config)
 
 
 def join_texts(args: LanguageArguments, texts: dict) -> Any:

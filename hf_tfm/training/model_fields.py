@@ -7,6 +7,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..limits import MOST_BLOCKS
+from ..values import check_bounds, closest, conform, one_line
+from .memory import REPEATED
+
 
 class SizedArguments(Protocol):
     """Knobs that describe a new model: a size its configuration knows, and fields that differ from it."""
@@ -16,7 +20,7 @@ class SizedArguments(Protocol):
 
 
 def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: Iterable[str]) -> None:
-    """Refuse fields of a configuration that it does not have, or that are not the user's choice.
+    """Refuse fields of a configuration that it does not have, that are not the user's choice, or of another type.
 
     Args:
         taken: fields that knobs of their own or the data decide.
@@ -28,7 +32,13 @@ def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: It
     taken = {*inherited, *taken}
     for name in fields:
         if name not in kind.__dataclass_fields__ or name in taken or name.startswith("_"):
-            raise ValueError(f"model.{name} is not a field of {kind.__name__} that can be chosen")
+            known = [one for one in kind.__dataclass_fields__ if one not in taken and not one.startswith("_")]
+            raise ValueError(
+                f"model.{name} is not a field of {kind.__name__} that can be chosen{closest(name, known)}"
+            )
+        conform(f"model.{name}", fields[name], kind.__dataclass_fields__[name].type)
+        if name in REPEATED:
+            check_bounds(f"model.{name}", fields[name], most=MOST_BLOCKS)
 
 
 def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any) -> PreTrainedConfig:
@@ -40,7 +50,7 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
     try:
         return kind.of_size(args.size, **args.model, **fields)
     except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"model: {error}") from error
+        raise ValueError(f"model: {one_line(error)}") from error
 
 
 def label_fields(names: Sequence[str]) -> dict[str, dict]:

@@ -65,12 +65,17 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, args: TrainingArguments, num_steps: int) -> LRScheduler:
-    """The schedules of ``args.schedule``; they scale ``learning_rate``, which is their highest value."""
+    """The schedules of ``args.schedule``; they scale ``learning_rate``, which is their highest value.
+
+    Raises:
+        ValueError: ``args.warmup_steps`` is above ``num_steps``.
+    """
+    warmup = args.warmup(num_steps)
     if args.schedule != "step":
-        return get_scheduler(SCHEDULES[args.schedule], optimizer, args.warmup_steps, num_steps)
+        return get_scheduler(SCHEDULES[args.schedule], optimizer, warmup, num_steps)
 
     def factor(step: int) -> float:
-        rise = min(step / args.warmup_steps, 1.0) if args.warmup_steps else 1.0
+        rise = min(step / warmup, 1.0) if warmup else 1.0
         return rise * (0.1 if step >= round(args.drop_after * num_steps) else 1.0)
 
     return LambdaLR(optimizer, factor)

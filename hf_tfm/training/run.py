@@ -325,7 +325,9 @@ def recipe_main(
 
 def identifying(args: TrainingArguments) -> dict[str, Any]:
     """The arguments that decide the weights of a run."""
-    free = FREE | ({"num_steps", "num_epochs"} if args.schedule in ("inverse_sqrt", "constant") else set())
+    # With these schedules a longer run begins as a shorter one, unless its length decides the warm-up.
+    extends = args.schedule in ("inverse_sqrt", "constant") and args.warmup_steps is not None
+    free = FREE | ({"num_steps", "num_epochs"} if extends else set())
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
 
 

@@ -21,11 +21,13 @@ from ..data.scene_augment import SceneAugmentation
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import describe_rows, describe_source
+from ..limits import LARGEST_SIDE
 from ..models import TfmDetrConfig
 from ..models.backbones import TimmFeatures
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
+from .memory import new_model
 from .model_fields import check_fields, label_fields, new_config
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
@@ -62,7 +64,11 @@ class SceneRunArguments(PictureArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range(at_least_0="num_pictures", at_least_1="shortest_side")
+        self.check_range(
+            at_least_0="num_pictures",
+            at_least_1="shortest_side longest_side",
+            at_most={"num_pictures": 100, "longest_side": LARGEST_SIDE},
+        )
         if self.shortest_side > self.longest_side:
             raise ValueError(
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
@@ -114,7 +120,7 @@ def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dic
     """
     if args.init_from:
         return load_detr(kind, args, fields)
-    model = kind(new_config(TfmDetrConfig, args, **fields))
+    model = new_model(kind, new_config(TfmDetrConfig, args, **fields))
     if args.pretrained_backbone:
         next(module for module in model.modules() if isinstance(module, TimmFeatures)).load_pretrained()
     return model

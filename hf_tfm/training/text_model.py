@@ -5,6 +5,7 @@ tokenizer with padding and an end of text -> model with a classifier of so many 
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import datasets
@@ -24,6 +25,7 @@ from transformers import (
 from ..data.vocabulary import train_bytes, train_wordpiece
 from ..models import TfmBertConfig, TfmGPTConfig
 from ..tasks.text_classification import input_names
+from .memory import new_model
 from .model_fields import fresh_head, label_fields, new_config
 from .optim import height
 
@@ -124,7 +126,8 @@ def build_classifier(
         config = new_config(
             config_class, args, vocab_size=max(vocab_size, len(tokenizer)), **tokens, **class_fields(labels)
         )
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        new = partial(AutoModelForSequenceClassification.from_config, trust_remote_code=False)
+        model = new_model(new, config)
     if args.language_weight and model.config.model_type not in DECODERS:
         raise ValueError(
             f"language_weight is for {', '.join(DECODERS)}: a {model.config.model_type} model sees all tokens"

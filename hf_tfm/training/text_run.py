@@ -24,6 +24,7 @@ from ..data.labelled_texts import (
 )
 from ..data.source import describe_source, take_split
 from ..data.text import describe
+from ..limits import LARGEST_BATCH, LONGEST
 from ..metrics.glue import check_metrics
 from .arguments import TrainingArguments
 from .splits import split_rows
@@ -62,7 +63,7 @@ class TextArguments(TrainingArguments):
         bucketing: texts of a step are of like length, which saves padding; false mixes them.
         batch_tokens: padded tokens of one optimizer step, in place of batch_size, which is then null.
         micro_batch_tokens: padded tokens that one process computes at once, in place of micro_batch_size.
-        warmup_ratio: share of the steps, in place of warmup_steps.
+        warmup_ratio: share of the steps, in place of warmup_steps, which is then null.
         metrics: of the final scores; default, the task's, otherwise accuracy, or pearson and spearman of numbers.
         best_metric: loss or one of the metrics; default, the first.
         license: licence of the model, for its card.
@@ -109,8 +110,19 @@ class TextArguments(TrainingArguments):
                 setattr(self, name, place.replace("{task}", self.task))
         self.check_range(
             at_least_1="holdout max_train_samples max_length batch_size micro_batch_size batch_tokens "
-            "micro_batch_tokens"
+            "micro_batch_tokens",
+            at_most={"max_length": LONGEST, "batch_size": LARGEST_BATCH},
         )
+        self.check_distinct("test_splits", "text_columns", "metrics")
+        if len(self.text_columns) > 2:
+            raise ValueError(f"text_columns must be one column or two, got {', '.join(self.text_columns)}")
+        if self.label_column is not None and self.label_column in self.text_columns:
+            raise ValueError(f"label_column must be none of text_columns, got {self.label_column}")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"give one of warmup_steps and warmup_ratio, got {self.warmup_steps} and {self.warmup_ratio}; null "
+                "takes back what a preset gives"
+            )
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError(
                 f"give exactly one of batch_size and batch_tokens, got {self.batch_size} and {self.batch_tokens}; "

@@ -98,7 +98,7 @@ def test_erasing_fills_a_rectangle_with_noise_of_the_model_s_scale():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop": "centre"}, 'crop must be "resized", "pad" or "none", got "centre"'),
+        ({"crop": "centre"}, 'crop must be one of resized, pad, none, got "centre"'),
         ({"scale": (0.5, 0.1)}, r"scale must be two numbers in \(0, 1.0\], the smaller first, got 0.5, 0.1"),
         ({"flip": 1.5}, r"flip must be in \[0, 1\], got 1.5"),
         ({"magnitude": 11}, r"magnitude must be in \[0, 10\], got 11"),

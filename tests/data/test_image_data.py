@@ -29,7 +29,6 @@ from hf_tfm.data.images import (
     jpeg_size,
     label_ids,
     label_names,
-    require_labels,
     require_readable,
 )
 from hf_tfm.data.source import load_splits
@@ -256,16 +255,6 @@ def test_a_split_without_a_readable_image_is_refused_before_a_run():
             require_readable(rows, 2, "train")
     require_readable(Dataset.from_dict({"image": [bad, bad, good]}), 2, "train")
     require_readable(Dataset.from_dict({"image": [bad]}).to_iterable_dataset(), 2, "train")
-
-
-def test_images_without_a_label_are_counted_and_a_split_of_them_is_refused(caplog):
-    for labels in ([None, None], [-1, -1], ["", " "]):
-        with pytest.raises(ValueError, match="no image of train has a label: all 2 are empty or below 0"):
-            require_labels(Dataset.from_dict({"label": labels}), "train")
-    require_labels(Dataset.from_dict({"label": [0, 1]}), "train")
-    assert not caplog.messages
-    require_labels(Dataset.from_dict({"label": ["a", "", "b", None]}), "test")
-    assert caplog.messages == ["2 of 4 images of test have no label and count for nothing"]
 
 
 # --- columns and labels

@@ -81,7 +81,10 @@ def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
         ({"kind": "hidden_state", "output": "cls_logits"}, "takes no output"),
         ({"kind": "soft_target", "tokens": "first"}, "takes no tokens"),
         ({"kind": "label", "tokens": "all"}, "takes no tokens"),
-        ({"kind": "hidden_state", "layers": "first"}, "must be a map or one of uniform, skip, last, final"),
+        (
+            {"kind": "hidden_state", "layers": "first"},
+            "layers must be a mapping of .* or one of uniform, skip, last, final",
+        ),
         ({"kind": "hidden_state", "layers": {"a": "b"}}, "each a number"),
         ({"kind": "hidden_state", "layers": {}}, "each a number"),
         ({"kind": "feature_map"}, "each the name of a module"),

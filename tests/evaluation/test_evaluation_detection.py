@@ -234,7 +234,7 @@ def test_the_command_line(made, tmp_path, capsys):
     ("options", "message"),
     [
         ({"segments": True}, "segments needs a model with masks, and"),
-        ({"match_labels": "order"}, 'match_labels must be "name" or "number", got "order"'),
+        ({"match_labels": "order"}, 'match_labels must be one of name, number, got "order"'),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"objects_column": "things"}, 'objects_column "things" is not a column of the data set'),
         ({"split": "dev"}, 'split "dev" is not a split of the data set'),

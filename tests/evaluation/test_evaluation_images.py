@@ -243,7 +243,7 @@ def test_stopwatch(monkeypatch):
         ("tfm", {"image_column": "picture"}, 'image_column "picture" is not a column'),
         ("tfm", {"label_column": "fine"}, 'label_column "fine" is not a column'),
         ("tfm", {"confusion": "a.jpg"}, 'confusion must be a ".png" file'),
-        ("tfm", {"match_labels": "rank"}, 'must be "name" or "number", got "rank"'),
+        ("tfm", {"match_labels": "rank"}, 'must be one of name, number, got "rank"'),
     ],
 )
 def test_errors(name, options, named, models, data):

@@ -77,7 +77,7 @@ def test_what_cannot_be_meant_is_refused(gpt2, texts):
     folder = str(gpt2[0])
     with pytest.raises(ValueError, match="at most the model's max_position_embeddings = 64, got 65"):
         evaluate(folder, dataset=texts, max_length=65)
-    with pytest.raises(ValueError, match='sequences must be "packed" or "rows", got "pairs"'):
+    with pytest.raises(ValueError, match='sequences must be one of packed, rows, got "pairs"'):
         evaluate(folder, dataset=texts, sequences="pairs")
     with pytest.raises(ValueError, match="num_beams is for translation models"):
         evaluate(folder, dataset=texts, num_beams=2)

@@ -162,7 +162,7 @@ def test_numbers(tmp_path):
         ({"task": "sst3"}, 'task must be one of cola, .*, got "sst3"'),
         ({"text_columns": ["fr"]}, 'text_columns "fr" is not a column of the data set; it has sentence, label'),
         ({"metrics": ["bleu"]}, 'metrics of classes must be among accuracy, .*, got "bleu"'),
-        ({"match_labels": "order"}, 'match_labels must be "name" or "number", got "order"'),
+        ({"match_labels": "order"}, 'match_labels must be one of name, number, got "order"'),
         ({"confusion": "c.pdf"}, 'confusion must be a ".png" file, got "c.pdf"'),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"num_beams": 3}, "num_beams is for translation models"),

@@ -33,7 +33,7 @@ VARIANTS = {
     "one_text": {"text_columns": "[en]", "bucketing": "false", "num_workers": 1},
     "tokens": {"batch_size": "null", "batch_tokens": 1024, "micro_batch_tokens": 512},
     "gpt": {"architecture": "gpt", "language_weight": 0.5, "micro_batch_size": 5},
-    "epochs": {"num_steps": "null", "num_epochs": 0.5, "warmup_steps": 0, "warmup_ratio": 0.5, "holdout": 10},
+    "epochs": {"num_steps": "null", "num_epochs": 0.5, "warmup_steps": None, "warmup_ratio": 0.5, "holdout": 10},
     "bf16": {"precision": "bf16", "layer_decay": 0.9, "metrics": "[f1,matthews]", "max_train_samples": 40},
 }
 
@@ -245,7 +245,8 @@ def test_a_run_goes_on(data, tmp_path):
         ({"micro_batch_tokens": 512}, "micro_batch_tokens does not go with batch_size: give micro_batch_size"),
         ({"batch_size": "null", "batch_tokens": 32}, "max_length must be at most the tokens of a batch, got 64"),
         ({"holdout": 5, "validation_split": "validation"}, "one of holdout and validation_split"),
-        ({"warmup_ratio": 1.5}, "warmup_ratio must be in [0, 1), got 1.5"),
+        ({"warmup_ratio": 0.5}, "one of warmup_steps and warmup_ratio, got 1 and 0.5"),
+        ({"warmup_ratio": 1.5, "warmup_steps": None}, "warmup_ratio must be in [0, 1), got 1.5"),
         ({"max_length": 600}, "max_length must be at most max_position_embeddings = 512, got 600"),
         ({"language_weight": 0.5}, 'language_weight is for decoders: give architecture="gpt" or init_from'),
         ({"model": "{pad_token_id: 3}"}, "model.pad_token_id is not a field of TfmBertConfig that can be chosen"),

@@ -30,7 +30,7 @@ MISFITS = {
     "endless": (BOTH, {"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
     "epochs of a stream": (
         BOTH,
-        {"streaming": "true", "warmup_epochs": 1},
+        {"streaming": "true", "warmup_epochs": 1, "warmup_steps": None},
         "streaming needs warmup_steps, not warmup",
     ),
     "part of a stream": (BOTH, {"streaming": "true", "max_train_samples": 5}, "give no holdout and no max_train"),
@@ -41,6 +41,8 @@ MISFITS = {
     "field of its own": (BOTH, {"model": "{image_size: 32}"}, "model.image_size is not a field of Tfm"),
     "head": (BOTH, {"model": "{num_attention_heads: 5}"}, "hidden_size must be a multiple of 5"),
     "patch": (BOTH, {"image_size": 18}, "image_size"),
+    "resize": (BOTH, {"resize": 8}, "resize must be at least image_size = 16, got 8"),
+    "two warm-ups": (BOTH, {"warmup_epochs": 1}, "one of warmup_steps and warmup_epochs, got 1 and 1.0"),
     "size": (BOTH, {"size": "giant"}, 'size must be one of tiny, small, base, large, huge, got "giant"'),
     "crop": (BOTH, {"augmentation": "{crop: middle}"}, "crop"),
     "smoothing": (CLASSIFY, {"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
@@ -73,7 +75,6 @@ UNFIT_FOR_THE_DATA = {
     "test split": (CLASSIFY, {"test_splits": "[best]"}, 'test_splits "best" is not a split of the data set'),
     "pairs": (CLASSIFY, {"mixing": "{mixup: 1}", "batch_size": 7}, "batch_size must be a multiple of 2"),
     "pairs apart": (CLASSIFY, {"mixing": "{mixup: 1}", "micro_batch_size": 3}, "micro_batch_size must be a multiple"),
-    "resize": (BOTH, {"resize": 8}, "resize must be at least the size 16, got 8"),
 }
 
 

@@ -68,7 +68,7 @@ def test_parts_learn_at_their_own_rate():
     assert rates["classifier.weight"] == 0.5
     with pytest.raises(ValueError, match=r"rate_factors: no weight that learns has backbone in its name"):
         parameter_groups(model, arguments(".", rate_factors={"backbone": 0.1}))
-    with pytest.raises(ValueError, match=r"rate_factors must be above 0, got 0.0 for classifier"):
+    with pytest.raises(ValueError, match=r"rate_factors must be above 0 and at most 1000, got 0.0 for classifier"):
         arguments(".", rate_factors={"classifier": 0.0})
 
 
@@ -227,7 +227,8 @@ def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
 
 def scripted(folder, scores, **knobs):
     """A run of steps with evaluations whose results are given; returns its progress and what it ships."""
-    args = arguments(folder, num_steps=len(scores), eval_steps=1, log_steps=100, learning_rate=0.03, **knobs)
+    short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "log_steps": 100, "learning_rate": 0.03}
+    args = arguments(folder, num_steps=len(scores), **{**short, **knobs})
     accelerator, model = fresh_accelerator(args), tiny_model()
     task, values = TranslationTask(model.config), iter(scores)
     rows = pairs(3)

@@ -1,0 +1,260 @@
+"""Command lines and YAML files whose mistakes are answered in one line: option, value, and the values it may have.
+
+words or a YAML file, the dataclass of a command's options -> nothing, or a ValueError before jsonargparse reads them
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from .values import closest, conform, expected, hints_of, literals, one_line, shown
+
+LARGEST_FILE = 1_000_000  # bytes; a file of options has a few hundred
+MOST_VALUES = 10_000  # with aliases written out
+DEEPEST = 20  # mappings and lists inside each other
+PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's plain values, numbers as jsonargparse reads them: 1e-3 is one, and a date is text."""
+
+
+Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.Inf|\.INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser of argparse whose errors are one line on standard error."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit status 2 and ``PROG: MESSAGE``."""
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+class OptionParser(ArgumentParser):
+    """A parser of jsonargparse whose errors are one line on standard error, without the usage of forty options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit status 2 and ``PROG: MESSAGE``."""
+        *_, parser = self.chosen()
+        name = " ".join(word for word in parser.prog.split() if word != "[options]")
+        self.exit(2, f"{name}: {one_line(self.explained(message))}\n")
+
+    def explained(self, message: str) -> str:
+        """An error of argparse or jsonargparse in terms of the option, its value and the values it may have."""
+        parsers = list(self.chosen())
+        if found := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
+            word = found[1].split("=")[0]
+            if not word.startswith("-"):
+                return f"{shown(word)} stands where an option, --NAME VALUE, is expected"
+            known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
+            return f"{word} is not an option{closest(word, known)}"
+        if found := re.search(r'Parser key "([^"]+)"', message):
+            value = re.search(r"(?:Given value: |Got value: )(.*)", message, re.DOTALL)
+            for parser in parsers:
+                for action in parser._actions:
+                    hint = getattr(action, "_typehint", None)
+                    if value and hint is not None and found[1].endswith(action.dest):
+                        return f"{action.dest} must be {expected(hint)}, got {shown(value[1].strip())}"
+        if found := re.search(r"argument (?:-\S+/)?--(\S+): expected (?:one|at least one) argument", message):
+            return f"--{found[1]} needs a value"
+        if found := re.search(r"the following arguments are required: (.*)", message):
+            names = [name.rpartition(".")[2] for name in found[1].split(", ")]
+            return f"{' and '.join(names)} must be given"
+        if found := re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message):
+            word, known = found[1].strip("'"), [name.strip("'") for name in found[2].split(", ")]
+            return f"there is no command {shown(word)}; there are {', '.join(known)}{closest(word, known)}"
+        if found := re.search(r"to be one of \{(.*)\}, but it was not provided", message):
+            return f"a command must be given, one of {found[1].replace(',', ', ')}"
+        return message
+
+    def chosen(self) -> Iterator[ArgumentParser]:
+        """This parser, and those of the commands that the words name."""
+        yield self
+        words = getattr(self, "args", None) or []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for i, word in enumerate(words):
+                    if isinstance(sub := action.choices.get(word), OptionParser):
+                        sub.args = words[i + 1 :]
+                        yield from sub.chosen()
+                        return
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """YAML text as plain Python values.
+
+    Args:
+        name: of the file or option, for errors.
+
+    Raises:
+        ValueError: it is not YAML, has a tag, a key twice, or more values than any options; the error names the line.
+    """
+    try:
+        node = yaml.compose(text, Loader)
+        if node is None:
+            return None
+        check_nodes(node, name)
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ValueError(f"{name}{where}: not YAML: {one_line(reason)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name}: lists and mappings stand inside each other more than {DEEPEST} deep") from error
+
+
+def check_nodes(root: yaml.Node, name: str) -> None:
+    """Refuse a tree of YAML with tags, keys that stand twice, or that is too large; see `load_yaml`."""
+    todo, count = [(root, 0)], 0
+    while todo:
+        node, depth = todo.pop()
+        count, line = count + 1, node.start_mark.line + 1
+        if node.tag not in PLAIN:
+            raise ValueError(f"{name}, line {line}: the tag {shown(node.tag)} is not allowed: write plain values")
+        if depth > DEEPEST:
+            raise ValueError(
+                f"{name}, line {line}: lists and mappings stand inside each other more than {DEEPEST} deep"
+            )
+        if count > MOST_VALUES:
+            raise ValueError(f"{name}: more than {MOST_VALUES:,} values, with aliases written out")
+        if isinstance(node, yaml.SequenceNode):
+            todo += [(item, depth + 1) for item in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ValueError(f"{name}, line {key.start_mark.line + 1}: {shown(key.value)} stands twice")
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                todo += [(key, depth + 1), (value, depth + 1)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of options.
+
+    Raises:
+        ValueError: it cannot be read, is no text, no YAML (see `load_yaml`), or no mapping of options.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"--config {path} has {path.stat().st_size:,} bytes, more than any file of options")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is not a text file in UTF-8: {one_line(error)}") from error
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+    values = load_yaml(text, f"--config {path}")
+    if values is None:
+        raise ValueError(f"--config {path} is empty: it must be a mapping of options to values")
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must be a mapping of options to values, got {shown(values)}")
+    return values
+
+
+def check_config(path: Path, kind: type) -> None:
+    """Check a YAML file against a dataclass of options.
+
+    Raises:
+        ValueError: see `read_yaml`; or an option is unknown or has a value that its annotation does not allow.
+    """
+    for name, value in read_yaml(path).items():
+        if (hint := hint_of(kind, str(name))) is None:
+            raise ValueError(f"--config {path}: {shown(name)} is not an option{closest(name, names_of(kind))}")
+        try:
+            conform(str(name), value, hint)
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
+
+
+def check_words(words: Sequence[str], kind: type) -> None:
+    """Check the words of a command line, --NAME VALUE or --NAME=VALUE, against a dataclass of options.
+
+    Raises:
+        ValueError: an option is unknown, has no value, or one that its annotation does not allow.
+    """
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in ("-h", "--help", "--print_config"):
+            if name != "--print_config":
+                return  # whatever else stands there
+            continue
+        if not name.startswith("-"):
+            raise ValueError(f"{shown(word)} stands where an option, --NAME VALUE, is expected")
+        if word == "--config":
+            raise ValueError("--config needs a value, a YAML file or a preset")
+        key = name.removeprefix("--").removesuffix("+")
+        hint = hint_of(kind, key) if name.startswith("--") else None
+        if hint is None:
+            raise ValueError(f"{name} is not an option{closest(name, [f'--{one}' for one in names_of(kind)])}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"{name} needs a value")
+            value = rest.pop(0)
+        if not name.endswith("+"):  # which adds to a list
+            check_word(key, value, hint)
+
+
+def check_word(name: str, word: str, hint: Any) -> None:
+    """Check the text of a value; see `check_words`."""
+    if admits_text(hint):
+        conform(name, word, str)
+        return
+    if word in literals(hint):  # "no" is a choice of precision, and false in YAML
+        return
+    try:
+        value = load_yaml(word, name)
+    except ValueError:
+        if word[:1] in ("{", "[") or not word.strip():
+            raise
+        value = word
+    conform(name, value, hint)
+
+
+def admits_text(hint: Any) -> bool:
+    """Whether an annotation allows any string."""
+    return (
+        hint is str
+        or hint is Any
+        or any(one is str for one in get_args(hint) if get_origin(hint) not in (list, tuple, dict))
+    )
+
+
+def names_of(kind: Any) -> list[str]:
+    """Options of a dataclass, with those inside of groups as GROUP.NAME."""
+    names = []
+    for one in fields(kind):
+        hint = hints_of(kind)[one.name]
+        names += [one.name, *(f"{one.name}.{inner}" for inner in (names_of(hint) if is_dataclass(hint) else ()))]
+    return names
+
+
+def hint_of(kind: Any, name: str) -> Any:
+    """The annotation of an option, GROUP.NAME for one inside of a group or a mapping; None of an unknown one."""
+    hint: Any = kind
+    for part in name.split("."):
+        if is_dataclass(hint):
+            hint = hints_of(hint).get(part) if part in {one.name for one in fields(hint)} else None
+        else:
+            options = (hint, *get_args(hint))
+            hint = next((get_args(one)[1] for one in options if get_origin(one) is dict), None)
+        if hint is None:
+            return None
+    return hint

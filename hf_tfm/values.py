@@ -1,0 +1,273 @@
+"""Check values against type annotations: the one place where options from Python, YAML and the command line are typed.
+
+annotation, value -> the value, converted where nothing is lost (a path to text, a list to a tuple), or a ValueError
+
+Every error is one line that names the option, the value it has and the values it may have.
+"""
+
+import difflib
+import functools
+import inspect
+import json
+import math
+import numbers
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+INTEGER_LIMIT = 2**63  # Arrow, numpy and torch count in 64 bits
+LONGEST_SHOWN = 100  # characters of a value in an error
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shown(value: Any) -> str:
+    """A value on one line of an error: strings quoted and escaped, long ones cut."""
+    try:
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    except Exception:  # Python writes no integers of more digits; other classes may fail in their own ways
+        text = "an integer of more than 4,300 digits" if isinstance(value, int) else f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def one_line(text: object) -> str:
+    """A message on one line."""
+    return " ".join(str(text).split())
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the known name that is spelled most like it, if any is."""
+    found = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def expected(hint: Any) -> str:
+    """The values that an annotation allows, in words."""
+    arguments = get_args(hint)
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(
+            dict.fromkeys(expected(one) for one in sorted(arguments, key=lambda one: one is type(None)))
+        )
+    if origin is Literal:
+        return f"one of {', '.join(str(choice) for choice in arguments)}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} {plural(arguments[0])}"
+    if origin in (list, tuple):
+        return f"a list of {plural(arguments[0])}"
+    if origin is dict or hint is dict or is_dataclass(hint):
+        return "a mapping of names to values"
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", type(None): "null"}
+    return names.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def plural(hint: Any) -> str:
+    """The items of a list, in words."""
+    names = {int: "integers", float: "finite numbers", str: "strings", bool: "true or false", Any: "values"}
+    return names.get(hint) or f"items, each {expected(hint)}"
+
+
+def conform(name: str, value: Any, hint: Any) -> Any:
+    """A value as an annotation has it.
+
+    Integers are accepted as floats, numpy's numbers as Python's, paths as strings, tuples as lists and the other way
+    round, and mappings as dataclasses. Booleans are no numbers, floats no integers, and strings neither.
+
+    Args:
+        name: of the option, for errors.
+        hint: an annotation: int, float, bool, str, None, Literal, unions, lists, tuples, dicts and dataclasses of
+            those; ``Any`` and other classes' instances pass as they are.
+
+    Raises:
+        ValueError: the value is of another type, not finite, of another length, no choice, or blank text.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return value
+    if origin in (Union, types.UnionType):
+        return conform_to_any(name, value, hint)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
+            return value
+        near = closest(value, arguments) if isinstance(value, str) else ""
+        if value is False and "no" in arguments:
+            near = "; write it in quotes in YAML, where a bare no is false"
+        raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}{near}")
+    if origin in (list, tuple):
+        return conform_items(name, value, hint)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}")
+        return {
+            conform(f"a key of {name}", key, arguments[0]): conform(f"{name}.{key}", part, arguments[1])
+            for key, part in value.items()
+        }
+    if is_dataclass(hint):
+        return conform_to_dataclass(name, value, hint)
+    return conform_to_class(name, value, hint)
+
+
+def conform_to_class(name: str, value: Any, hint: Any) -> Any:
+    """`conform` for a plain class."""
+    if hint is type(None) and value is None:
+        return None
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
+            raise ValueError(f"{name} must be an integer of 64 bits, got {shown(value)}")
+        return value if type(value) is int else int(value)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and finite(value):
+        return value if type(value) in (int, float) else float(value)
+    if hint is str and isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value)
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            raise ValueError(f"{name} must be a string that is not empty or blank, got {shown(value)}")
+        return text
+    if hint not in (int, float, bool, str, type(None)) and (not isinstance(hint, type) or isinstance(value, hint)):
+        return value
+    raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}")
+
+
+def finite(value: Any) -> bool:
+    """Whether a number is finite as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def conform_to_any(name: str, value: Any, hint: Any) -> Any:
+    """`conform` for a union: the first alternative that fits.
+
+    The error is that of the only alternative of the value's kind, if there is one, and lists all of them otherwise.
+    """
+    alternatives = get_args(hint)
+    errors = []
+    for alternative in alternatives:
+        try:
+            return conform(name, value, alternative)
+        except ValueError as error:
+            inside = not str(error).startswith(f"{name} must ")  # about a part of the value
+            if inside or (alternative is str and isinstance(value, str)):
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    near = closest(value, literals(hint)) if isinstance(value, str) else ""
+    raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}{near}")
+
+
+def literals(hint: Any) -> tuple[Any, ...]:
+    """The choices of a Literal, or of those in a union."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(choice for one in get_args(hint) for choice in literals(one))
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def conform_items(name: str, value: Any, hint: Any) -> Any:
+    """`conform` for a list or a tuple."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}")
+    if kind is tuple and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise ValueError(f"{name} must be {expected(hint)}, got {len(value)}: {shown(value)}")
+        hints: Sequence[Any] = arguments
+    else:
+        hints = [arguments[0]] * len(value)
+    found = [conform(f"{name}[{i}]", item, one) for i, (item, one) in enumerate(zip(value, hints, strict=True))]
+    same = type(value) is kind and all(new is old for new, old in zip(found, value, strict=True))
+    return value if same else kind(found)
+
+
+def conform_to_dataclass(name: str, value: Any, kind: type) -> Any:
+    """`conform` for a dataclass: an instance, or a mapping of its fields."""
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be {expected(kind)}, got {shown(value)}")
+    known = {one.name: one for one in fields(kind)}
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{name}.{key} is not an option{closest(key, known)} ({name} has {', '.join(known)})")
+    for one in known.values():
+        if one.default is MISSING and one.default_factory is MISSING and one.name not in value:
+            raise ValueError(f"{name} needs {one.name}, got {shown(dict(value))}")
+    try:
+        return kind(**value)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotations of a class or function, resolved."""
+    return get_type_hints(kind)
+
+
+def conform_fields(options: Any) -> None:
+    """Check every field of a dataclass, frozen or not, against its annotation, and convert it; see `conform`.
+
+    For the first line of ``__post_init__``.
+
+    Raises:
+        ValueError: a field has a value that its annotation does not allow.
+    """
+    hints = hints_of(type(options))
+    for one in fields(options):
+        value = getattr(options, one.name)
+        found = conform(one.name, value, hints[one.name])
+        if found is not value:
+            object.__setattr__(options, one.name, found)
+
+
+def check_bounds(name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
+    """Check a number, or each of several, against its limits; None is not checked.
+
+    Raises:
+        ValueError: it is outside of them.
+    """
+    if isinstance(value, (list, tuple)):
+        for i, one in enumerate(value):
+            check_bounds(f"{name}[{i}]", one, least, most)
+        return
+    if value is None:
+        return
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if most is not None and not value <= most:
+        raise ValueError(f"{name} must be at most {most:,}, got {shown(value)}")
+
+
+def checked(**bounds: tuple[float | None, float | None]) -> Callable[[Function], Function]:
+    """Decorate a function whose arguments are checked against its annotations and against bounds.
+
+    Args:
+        bounds: by argument, the least and the largest value; None where there is no limit.
+
+    Raises:
+        ValueError: from the decorated function, before it does anything; see `conform` and `check_bounds`.
+        TypeError: from the decorated function, an argument is missing or unknown, as always.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checking(*args: Any, **kwargs: Any) -> Any:
+            hints = hints_of(function)
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
+                kind = signature.parameters[name].kind
+                if name not in hints or kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                    continue
+                bound.arguments[name] = conform(name, value, hints[name])
+                check_bounds(name, bound.arguments[name], *bounds.get(name, (None, None)))
+            return function(*bound.args, **bound.kwargs)
+
+        return checking  # type: ignore[return-value]
+
+    return decorate
