@@ -15,10 +15,14 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_names import CACHE_NAME
+from .dropout import Dropout
 from .dropout import dropout as drop
 from .input_checks import require_mask
-from .linear import Linear
+from .linear import project
 
+# Before transformers 5.24 the attention function, and not the model, updates the cache of continuous batching.
+PAGED_ELSEWHERE = CACHE_NAME != "cache"
 # On a CPU in bf16 two batched matrix products beat torch's flash kernel until the score tables outgrow the cache: a
 # training step's attention by 3x to 6x at 50 x 50, 2.4x to 2.9x at 197 x 197, 1.3x to 2.3x at 577 x 577, equal near
 # 1,000 x 1,000 (torch 2.14, Zen 4, heads of 32 and 64). In float32 the kernel is the faster one.
@@ -147,10 +151,11 @@ class MultiHeadAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.additive = config.attention_score == "additive"
         bias = getattr(config, "qkv_bias", True)
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.attention_dropout)  # gives the rate; the attention function drops
         if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
             self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
@@ -163,6 +168,10 @@ class MultiHeadAttention(nn.Module):
         # Scaling the queries costs less than scaling the larger score table.
         return (query * scaling) @ key.transpose(2, 3)
 
+    def dropout_rate(self) -> float:
+        """Rate at which probabilities are dropped now, 0 in evaluation."""
+        return self.dropout.p if self.training else 0.0
+
     def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
         """The attention function for these queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
         chosen = self.config._attn_implementation
@@ -174,7 +183,7 @@ class MultiHeadAttention(nn.Module):
             return explicit_attention
         if chosen == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():
             # torch has no kernel there that drops, and would form the probabilities too, more slowly.
-            drops = self.training and self.config.attention_dropout > 0.0
+            drops = self.dropout_rate() > 0.0
             small = query.dtype == torch.bfloat16 and query.shape[2] * key.shape[2] <= SMALL_SCORE_TABLE
             if drops or small:
                 return explicit_attention
@@ -207,12 +216,16 @@ class MultiHeadAttention(nn.Module):
             (B, Tq, D), and the probabilities (B, H, Tq, Tk) or None where the backend does not form them.
         """
         B, Tq = hidden_states.shape[:2]
-        query = self.q_proj(placed(hidden_states, query_positions))  # (B, Tq, D)
+        if memory is not None or kwargs.get("is_causal") is None:  # continuous batching says so of self-attention
+            kwargs["is_causal"] = self.is_causal
+        query = project(self.q_proj, placed(hidden_states, query_positions))  # (B, Tq, D)
         shared = memory is not None and memory.shape[0] != B
         if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
             query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
-        key, value = self.keys_and_values(hidden_states, memory, cache, key_positions)  # (B, H, Tk, Dh)
+        if PAGED_ELSEWHERE and cache is not None and not isinstance(cache, Cache):
+            kwargs["cache"], cache = cache, None
+        key, value = self.keys_and_values(hidden_states, memory, cache, key_positions, kwargs)  # (B, H, Tk, Dh)
         mixed, probabilities = self.attention_function(query, key, output_attentions)(
             self,
             query,
@@ -220,18 +233,25 @@ class MultiHeadAttention(nn.Module):
             value,
             attention_mask,
             scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            is_causal=self.is_causal,
+            dropout=self.dropout_rate(),
             **kwargs,
         )  # (B, Tq, H, Dh)
         if shared and probabilities is not None:
             probabilities = probabilities.unflatten(2, (-1, Tq)).transpose(1, 2).flatten(0, 1)
-        return self.out_proj(mixed.reshape(B, Tq, -1)), probabilities
+        return project(self.out_proj, mixed.reshape(B, Tq, -1)), probabilities
 
     def keys_and_values(
-        self, hidden_states: Tensor, memory: Tensor | None, past: Cache | None, positions: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        memory: Tensor | None,
+        past: Cache | None,
+        positions: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, Tk, Dh) of this call, from and into the cache where there is one."""
+        """Keys and values (B, H, Tk, Dh) of this call, from and into the cache where there is one.
+
+        A paged cache reads and changes ``kwargs``, the attention function's.
+        """
         crossing = memory is not None
         cache = past
         if isinstance(past, EncoderDecoderCache):
@@ -241,10 +261,10 @@ class MultiHeadAttention(nn.Module):
                 return layer.keys, layer.values
         source = memory if crossing else hidden_states
         shape = (*source.shape[:2], -1, self.head_dim)
-        key = self.k_proj(placed(source, positions)).view(shape).transpose(1, 2)
-        value = self.v_proj(source).view(shape).transpose(1, 2)
+        key = project(self.k_proj, placed(source, positions)).view(shape).transpose(1, 2)
+        value = project(self.v_proj, source).view(shape).transpose(1, 2)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
             if crossing and isinstance(past, EncoderDecoderCache):
                 past.is_updated[self.layer_idx] = True
         return key, value

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from transformers import initialization as init
 from transformers.utils import is_timm_available
 
+from .linear import is_plain
+
 NORMS = ("batch", "frozen", "group")
 MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
 
@@ -67,22 +69,56 @@ class FrozenBatchNormAct(FrozenBatchNorm):
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution that also does the work of the frozen norm behind it; its own weights stay as they are."""
+    """A convolution that also applies the frozen norm behind it, while ``norm.folded``; its own weights stay as they
+    are."""
+
+    norm: FrozenBatchNorm | None = None  # of a layer that an adapter makes of this class
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, F, h', w')."""
+        if self.norm is None or not self.norm.folded:
+            return super().forward(features)
         scale, shift = self.norm.scale_and_shift()
         if self.bias is not None:
             shift = shift + self.bias * scale
         return self._conv_forward(features, self.weight * scale[:, None, None, None], shift)
 
 
-def fold(convolution: nn.Conv2d, norm: FrozenBatchNorm) -> None:
-    """Let ``convolution`` do the work of the ``norm`` behind it, which becomes the identity."""
-    convolution.__class__ = FoldedConv2d
-    # Not through nn.Module, which would take the norm for a part of the convolution and list its buffers twice.
-    object.__setattr__(convolution, "norm", norm)
-    norm.folded = True
+class Fold:
+    """A convolution that applies the norm behind it, as long as both stand where they stood and are called plainly.
+
+    An adapter around the convolution, for instance, adds to its output what the norm has to scale too.
+
+    Args:
+        body: the model with both.
+        convolution, norm: their names there.
+    """
+
+    def __init__(self, body: nn.Module, convolution: str, norm: str):
+        self.slots = [(body.get_submodule(parent), name) for parent, name in map(split_name, (convolution, norm))]
+        self.convolution, self.norm = body.get_submodule(convolution), body.get_submodule(norm)
+        self.convolution.__class__ = FoldedConv2d
+        # Not through nn.Module, which would take the norm for a part of the convolution and list its buffers twice.
+        object.__setattr__(self.convolution, "norm", self.norm)
+        self.norm.folded = True
+
+    def check(self) -> None:
+        """Undo the fold if either was replaced, hooked or offloaded since, and redo it when that has ended."""
+        (outer, first), (inner, second) = self.slots
+        folded = (
+            outer._modules.get(first) is self.convolution
+            and inner._modules.get(second) is self.norm
+            and is_plain(self.convolution, FoldedConv2d)
+            and is_plain(self.norm, type(self.norm))
+        )
+        if self.norm.folded != folded:
+            self.norm.folded = folded
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Name of a module's parent, and its own name there."""
+    parent, _, own = name.rpartition(".")
+    return parent, own
 
 
 class _FoldTracer(fx.Tracer):
@@ -92,7 +128,7 @@ class _FoldTracer(fx.Tracer):
         return isinstance(m, nn.Conv2d | FrozenBatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def fold_norms(body: nn.Module) -> None:
+def fold_norms(body: nn.Module) -> list[Fold]:
     """Fold every frozen norm that reads a plain convolution which nothing else reads; none if ``body`` hides that.
 
     Both must run once in a forward pass: what runs twice has two readers, or two sources.
@@ -100,16 +136,17 @@ def fold_norms(body: nn.Module) -> None:
     try:
         graph = _FoldTracer().trace(body)
     except Exception:  # whatever a model's own code raises when it is run on symbols
-        return
+        return []
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    runs = Counter(body.get_submodule(node.target) for node in calls)
+    runs, folds = Counter(body.get_submodule(node.target) for node in calls), []
     for node in calls:
         source = node.args[0]
         norm = body.get_submodule(node.target)
         if isinstance(norm, FrozenBatchNorm) and source.op == "call_module" and len(source.users) == 1:
             convolution = body.get_submodule(source.target)
             if type(convolution) is nn.Conv2d and runs[convolution] == runs[norm] == 1:
-                fold(convolution, norm)
+                folds.append(Fold(body, source.target, node.target))
+    return folds
 
 
 def convert_norms(module: nn.Module, kind: str, momentum: float) -> None:
@@ -189,8 +226,8 @@ class TimmFeatures(nn.Module):
         self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
         self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
         convert_norms(self.body, norm, momentum)
-        if norm == "frozen":
-            fold_norms(self.body)
+        self.folds = fold_norms(self.body) if norm == "frozen" else []
+        self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # Swin, MambaOut and others
         for module in self.body.modules():
             module.of_timm = True  # for `reset`: transformers hands over modules one by one, without their names
         self.channels = self.body.feature_info.channels()
@@ -235,7 +272,10 @@ class TimmFeatures(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> maps (B, F, ceil(H / s), ceil(W / s)), one for each of ``out_indices``."""
-        return self.body(pixel_values)
+        for fold in self.folds:
+            fold.check()
+        maps = self.body(pixel_values)
+        return [states.permute(0, 3, 1, 2) for states in maps] if self.channels_last else maps
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the last feature map of an image."""

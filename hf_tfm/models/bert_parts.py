@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from .attention import MultiHeadAttention
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
-from .cross_entropy import label_smoothed_cross_entropy, linear_cross_entropy
+from .cross_entropy import head_cross_entropy, label_smoothed_cross_entropy
 from .dropout import Dropout
 from .input_checks import embed, look_up
 from .losses import labelled, per_item, require_labels
@@ -80,7 +80,7 @@ class TfmBertEmbeddings(nn.Module):
 
     def __init__(self, config: TfmBertConfig):
         super().__init__()
-        D = config.hidden_size
+        D, self.config = config.hidden_size, config
         self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
@@ -106,7 +106,7 @@ class TfmBertEmbeddings(nn.Module):
                 long, or, on a CPU, an id is out of range.
         """
         words = embed(self.word_embeddings, input_ids, inputs_embeds)
-        length, longest = words.shape[1], self.position_embeddings.num_embeddings
+        length, longest = words.shape[1], self.config.max_position_embeddings
         if position_ids is None:
             if length > longest:
                 raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
@@ -162,9 +162,7 @@ class MaskedLMHead(nn.Module):
         states, labels = states.flatten(0, 1), labels.flatten()
         positions = labelled(labels).nonzero()[:, 0] if positions is None else positions
         # Only these rows: the product with V words is most of the work, and about 15 % of the tokens are masked.
-        total = linear_cross_entropy(
-            self.transform(states[positions]), self.decoder.weight, labels[positions], 0.0, self.decoder.bias
-        )
+        total = head_cross_entropy(self.decoder, self.transform(states[positions]), labels[positions])
         return per_item(total, len(positions), items)
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention
 from .dropout import Dropout
-from .linear import Linear
+from .linear import project
 
 FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation instead of eight
 
@@ -27,14 +27,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[FUSED.get(config.hidden_act, config.hidden_act)]
         self.dropout = Dropout(config.activation_dropout)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), through (B, T, F)."""
-        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+        states = self.dropout(self.activation(project(self.up_proj, hidden_states)))
+        return project(self.down_proj, states)
 
 
 class DropPath(nn.Module):
@@ -70,7 +71,12 @@ class Residual(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            sublayer: a function that calls a module, not the module itself: accelerate moves modules among a call's
+                arguments to another device, which an offloaded one does not survive.
+        """
         if self.norm_first:
             return hidden_states + self.drop_path(self.dropout(sublayer(self.norm(hidden_states))))
         return self.norm(hidden_states + self.drop_path(self.dropout(sublayer(hidden_states))))
@@ -115,7 +121,7 @@ class EncoderBlock(GradientCheckpointingLayer):
             return self.self_attn(states, attention_mask=attention_mask, **place, **kwargs)[0]
 
         hidden_states = self.self_attn_residual(hidden_states, attend)
-        return self.feed_forward_residual(hidden_states, self.feed_forward)
+        return self.feed_forward_residual(hidden_states, lambda states: self.feed_forward(states))
 
 
 class DecoderBlock(GradientCheckpointingLayer):
@@ -163,4 +169,4 @@ class DecoderBlock(GradientCheckpointingLayer):
 
         hidden_states = self.self_attn_residual(hidden_states, attend)
         hidden_states = self.cross_attn_residual(hidden_states, attend_to_memory)
-        return self.feed_forward_residual(hidden_states, self.feed_forward)
+        return self.feed_forward_residual(hidden_states, lambda states: self.feed_forward(states))

@@ -12,6 +12,8 @@ Shapes: N positions; D hidden size; V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from .linear import is_plain
+
 IGNORE_INDEX = -100  # marks a token, sequence, image or number without a label
 # Positions whose logits are held at once: matrix products of fewer rows are slower, more rows take more memory.
 CHUNK_ROWS = {"cpu": 512, "other": 1024}
@@ -168,3 +170,18 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, label_smoothing, dtype, row_weights)
+
+
+def head_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """`linear_cross_entropy` of an output layer.
+
+    A layer that is not plain (with an adapter, quantised, sharded, offloaded, hooked) is called once, as in a forward
+    pass with logits: only the layer itself can compute them, and then they are held.
+
+    Args:
+        head: (N, D) -> (N, V), an `nn.Linear` or what has replaced it.
+        hidden, labels, label_smoothing: see `linear_cross_entropy`.
+    """
+    if is_plain(head, nn.Linear):
+        return linear_cross_entropy(hidden, head.weight, labels, label_smoothing, head.bias)
+    return label_smoothed_cross_entropy(head(hidden), labels, label_smoothing)

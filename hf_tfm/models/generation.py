@@ -30,10 +30,31 @@ from transformers.generation import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from .cache_names import CACHE_NAME
+from .input_checks import require_elements
 from .linear import generating
 
 # Looking who has ended makes a GPU wait, and leaving rows out copies their cache: not worth it at every token.
 STEPS_BETWEEN_CHECKS = 4
+# Steps of transformers' loop that `greedy` leaves out or does itself: it only stands in for these very methods.
+STEPS = (
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prefill",
+    "_has_unfinished_sequences",
+    "get_compiled_call",
+    "_valid_auto_compile_criteria",
+    "_optimize_model_for_decode",
+)
+LEAST = {  # smallest value of options that have to be whole numbers
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_length": 1,
+    "max_new_tokens": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}
 # These look at one row at a time and do not count rows, so they may be shown fewer of them.
 ROW_BY_ROW = {
     ForcedEOSTokenLogitsProcessor,
@@ -55,6 +76,32 @@ def greedy_suits(config: GenerationConfig, processors: LogitsProcessorList, crit
         and MaxLengthCriteria in kinds <= {EosTokenCriteria, MaxLengthCriteria}
         and config.prefill_chunk_size is None
     )
+
+
+def keeps_steps(model: GenerationMixin) -> bool:
+    """Whether transformers' own `STEPS` stand, in the class and on the instance, where peft sets them."""
+    for step in STEPS:
+        owner = next((each for each in type(model).__mro__ if step in vars(each)), None)
+        if owner is None:  # another version of transformers has no such step
+            continue
+        own = vars(model).get(step)
+        if not owner.__module__.startswith("transformers.") or (
+            own is not None and getattr(own, "__func__", own) is not vars(owner)[step]
+        ):
+            return False
+    return True
+
+
+def require_options(config: GenerationConfig) -> None:
+    """Refuse options below their `LEAST` value, or that are no whole numbers.
+
+    Raises:
+        ValueError: with the option's name.
+    """
+    for name, least in LEAST.items():
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def fresh(cache: Any) -> bool:
@@ -92,7 +139,12 @@ class MemoryRows:
         memory = BaseModelOutput(last_hidden_state=self.memory)
         mask, cache = self.attention_mask, self.cache
         output = self.model(
-            encoder_outputs=memory, attention_mask=mask, decoder_input_ids=ids, cache=cache, use_cache=self.use_cache
+            encoder_outputs=memory,
+            attention_mask=mask,
+            decoder_input_ids=ids,
+            **{CACHE_NAME: cache},
+            use_cache=self.use_cache,
+            return_dict=True,
         )
         return output.logits[:, -1]
 
@@ -122,7 +174,15 @@ class DecoderRows:
     def scores(self, ids: Tensor) -> Tensor:
         """See `Rows`."""
         mask = self.attention_mask
-        output = self.model(ids, mask, self.position_ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=self.position_ids,
+            **{CACHE_NAME: self.cache},
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
         self.position_ids = self.position_ids[:, -1:] + 1
         self.attention_mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=1)
         return output.logits[:, -1]
@@ -187,14 +247,62 @@ def greedy(
 class GreedyGenerationMixin(GenerationMixin):
     """`GenerationMixin` whose greedy decoding is `greedy`; of a decoder alone.
 
-    The methods with one underscore are steps of transformers' `generate`.
+    The methods with one underscore are steps of transformers' `generate`. Where a subclass or an adapter has replaced
+    one of the `STEPS` that `greedy` leaves out, transformers' loop runs.
     """
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs):
-        """As transformers' `generate`: same arguments, same results."""
+        """As transformers' `generate`: same arguments, same results.
+
+        Raises:
+            ValueError: the batch is empty, an option is out of range, or the text would get longer than the model has
+                learned positions for.
+        """
+        names = ("input_ids",) if kwargs.get("inputs_embeds") is None else ("inputs_embeds",)
+        for name, given in (("inputs", inputs), *((name, kwargs.get(name)) for name in names)):
+            if isinstance(given, Tensor):
+                require_elements(name, given)
         with generating():
             return super().generate(inputs, **kwargs)
+
+    def most_positions(self) -> int | None:
+        """Number of tokens that have a position, None where any number has."""
+        return self.config.max_position_embeddings
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        """Check the options, too."""
+        config, inputs = super()._prepare_generation_config(*args, **kwargs)
+        require_options(config)
+        return config, inputs
+
+    def _validate_generated_length(self, generation_config, input_ids_length, *args, **kwargs):
+        """Name the limit where a prompt leaves no room for a token."""
+        most, longest = self.most_positions(), generation_config.max_length
+        if most is not None and input_ids_length >= longest and input_ids_length >= most:
+            raise ValueError(
+                f"the prompt has {input_ids_length} tokens, which leaves no room for new ones: "
+                f"max_position_embeddings is {most}"
+            )
+        return super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Check that there are positions for all tokens that the cache may come to hold."""
+        most, positions = self.most_positions(), model_kwargs.get("position_ids")
+        padding = 0  # at the left of the longest prompt
+        if positions is not None and most is not None and max_cache_length > most:
+            padding = positions.shape[-1] - 1 - int(positions.max())
+        if most is not None and max_cache_length - padding > most:
+            name = "max_length" if generation_config.max_new_tokens is None else "max_new_tokens"
+            raise ValueError(
+                f"{name} = {getattr(generation_config, name)} makes {max_cache_length - padding + 1} tokens with the "
+                f"prompt, but max_position_embeddings is {most}: the model can continue {most} tokens at most"
+            )
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
         """The rows that ``inputs`` of a step of `generate` stand for; None where they ask for more than `greedy`."""
@@ -209,7 +317,8 @@ class GreedyGenerationMixin(GenerationMixin):
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **inputs):
         """Greedy decoding and sampling: `greedy` where it gives the same, else transformers' loop."""
         streamer = inputs.pop("streamer", None)
-        plain = not (synced_gpus or streamer) and greedy_suits(generation_config, logits_processor, stopping_criteria)
+        plain = not (synced_gpus or streamer) and keeps_steps(self)
+        plain = plain and greedy_suits(generation_config, logits_processor, stopping_criteria)
         if not plain or (rows := self.rows_of(inputs)) is None:
             return super()._sample(
                 input_ids,
@@ -248,13 +357,15 @@ class SharedMemoryGenerationMixin(GreedyGenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder: bool = True, **inputs):
         """Repeat the decoder's inputs for each hypothesis (beam, sample) of a sentence; all share its memory."""
+        if not keeps_steps(self):  # a step that was replaced expects a row of memory for each hypothesis
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, **inputs)
         memory = {name: inputs.pop(name) for name in ("encoder_outputs", "attention_mask") if name in inputs}
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
         return input_ids, {**inputs, **memory}
 
     def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """Follow the beams kept, (B * beams,) row numbers; a beam never leaves its sentence, so its memory stays."""
-        cache.self_attention_cache.reorder_cache(beam_idx)
+        (cache.self_attention_cache if keeps_steps(self) else cache).reorder_cache(beam_idx)
         return cache
 
     def rows_of(self, inputs: dict[str, Any]) -> Rows | None:

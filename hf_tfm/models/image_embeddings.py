@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backbones import TimmFeatures
 from .configuration_vit import ImageEncoderConfig
 from .dropout import Dropout
-from .patches import PatchEmbedding, Size, patch_grid, patchify, resize_grid, sides
+from .patches import PatchEmbedding, Size, patch_grid, resize_grid, sides
 from .positions import join_axes, sincos_2d
 
 
@@ -113,12 +113,10 @@ class TfmViTEmbeddings(nn.Module):
                 f"pixel_values make {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
                 f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
             )
-        patches = patchify(features, self.patch_embeddings.patch_size)  # (B, N, P P C)
         # A fixed table stays float32 in a checkpoint loaded in half precision.
         first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid))
         if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, K, P P C)
             positions = positions[0][keep]  # (B, K, D)
-        tokens = self.patch_embeddings(patches) + positions
+        tokens = self.patch_embeddings(features, keep) + positions
         cls_token = (self.cls_token + first).expand(tokens.shape[0], -1, -1)
         return self.dropout(torch.cat([cls_token.to(tokens.dtype), tokens], dim=1))

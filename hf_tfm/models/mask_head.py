@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .linear import is_plain
+
 
 class BoxAttention(nn.Module):
     """How much each query looks at each cell, with no values mixed: one softmax over heads and cells together.
@@ -101,9 +103,13 @@ class MaskHead(nn.Module):
         # The authors convolve [features, attention] of every query; the features' part is the same for all queries of
         # an image, and a convolution is linear: once an image is enough.
         first, D = self.first, self.hidden_size
-        shared = nn.functional.conv2d(projected, first.conv.weight[:, :D], first.conv.bias, padding=1)
-        own = nn.functional.conv2d(attention, first.conv.weight[:, D:], padding=1)
-        states = self.second(first.activation(first.norm(shared[images] + own)))
+        if is_plain(first.conv, nn.Conv2d):
+            weight, bias = first.conv.weight, first.conv.bias
+            shared = nn.functional.conv2d(projected, weight[:, :D], bias, padding=1)
+            convolved = shared[images] + nn.functional.conv2d(attention, weight[:, D:], padding=1)
+        else:
+            convolved = first.conv(torch.cat([projected[images], attention], dim=1))
+        states = self.second(first.activation(first.norm(convolved)))
         for step, feature_map in zip(self.steps, reversed(maps), strict=True):
             states = step(states, feature_map, images)
         return self.last(states)[:, 0]

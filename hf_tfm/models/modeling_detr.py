@@ -33,6 +33,7 @@ from .detr_stacks import (
     TfmDetrPreTrainedModel,
 )
 from .input_checks import refuse_unknown
+from .linear import embedding_table, floating_dtype
 from .mask_head import BoxAttention, MaskHead
 from .matching import match, matched_pairs
 from .native_names import register_native_names
@@ -137,7 +138,8 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
             features.projected.flatten(2).transpose(1, 2), features.mask, features.positions, **kwargs
         )
         memory = encoded.last_hidden_state
-        queries = self.query_position_embeddings.weight[None].to(memory.dtype)  # (1, Q, D)
+        queries = embedding_table(self.query_position_embeddings, self.config.num_queries, memory.device)
+        queries = queries[None].to(memory.dtype)  # (1, Q, D)
         decoded = self.decoder(
             torch.zeros_like(queries).expand(memory.shape[0], -1, -1),
             memory,
@@ -184,7 +186,7 @@ class BoxPredictor(nn.Module):
         # A box is a fine measure: bf16 knows places near 1 to 1/256, half a pixel of 128.
         with maybe_autocast(states.device.type, enabled=False):
             last = self.layers[-1]
-            return last(states.to(last.weight.dtype)).sigmoid()
+            return last(states.to(floating_dtype(last, states.dtype))).sigmoid()
 
 
 class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):

@@ -29,11 +29,11 @@ from .attention import MultiHeadAttention, eager_view, wants_maps
 from .blocks import EncoderBlock
 from .cache_names import CACHE_NAME, CACHE_NAMES, cache_of, takes_cache
 from .configuration_gpt import TfmGPTConfig
-from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .cross_entropy import IGNORE_INDEX, head_cross_entropy, label_smoothed_cross_entropy, linear_cross_entropy
 from .dropout import Dropout
 from .generation import GreedyGenerationMixin
 from .input_checks import embed, look_up
-from .linear import Linear
+from .linear import embedding_table, project
 from .losses import labelled, per_item, require_labels, sequence_loss
 from .native_names import OwnNamesPreTrainedModel
 
@@ -157,8 +157,8 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         words = embed(self.wte, input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache()
-        seen = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
+            seen = 0 if cache is None else cache.get_seq_length()  # a paged cache has no such length
             end, longest = seen + words.shape[1], self.config.max_position_embeddings
             if isinstance(end, int) and end > longest:
                 raise ValueError(f"the input reaches {end} tokens, but max_position_embeddings is {longest}")
@@ -181,7 +181,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
 def language_loss(
     hidden: Tensor,
     logits: Tensor | None,
-    head: nn.Linear | nn.Embedding,
+    head: nn.Module | Tensor,
     labels: Tensor | None,
     items: int | Tensor | None,
     shift_labels: Tensor | None = None,
@@ -190,16 +190,19 @@ def language_loss(
     """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D).
 
     Args:
-        row_weights: (B T,), of the losses, without logits.
-        shift_labels: (B, T), in place of labels: what each state is to predict.
+        head: the output layer, or its weight (V, D); read without logits.
+        row_weights: (B T,), of the losses; for a head given by its weight.
+        shift_labels: (B, T), in place of labels: the token that each state is to predict.
     """
     # State t predicts token t + 1.
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
     targets = targets.flatten()
-    if logits is None:
-        total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, row_weights=row_weights)
-    else:
+    if logits is not None:
         total = label_smoothed_cross_entropy(logits.flatten(0, 1), targets)
+    elif isinstance(head, Tensor):
+        total = linear_cross_entropy(hidden.flatten(0, 1), head, targets, row_weights=row_weights)
+    else:
+        total = head_cross_entropy(head, hidden.flatten(0, 1), targets)
     return per_item(total, labelled(targets).sum(), items)
 
 
@@ -213,7 +216,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
     def __init__(self, config: TfmGPTConfig):
         super().__init__(config)
         self.transformer = TfmGPTModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @takes_cache
@@ -253,7 +256,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept]) if return_logits else None
+        logits = project(self.lm_head, hidden[:, kept]) if return_logits else None
         loss = None
         if labels is not None or shift_labels is not None:
             given, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
@@ -351,7 +354,8 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         known = labelled(labels).reshape(hidden.shape[0], -1).to(hidden.device)  # (B, classes or 1)
         weights = known.sum(dim=1) / labelled(tokens[:, 1:]).sum(dim=1).clamp_min(1)  # (B,)
         row_weights = weights[:, None].expand(tokens.shape).flatten()  # (B T,)
-        total = language_loss(hidden, None, self.transformer.wte, tokens, 1, row_weights=row_weights)
+        words = embedding_table(self.transformer.wte, self.config.vocab_size, hidden.device)  # (V, D)
+        total = language_loss(hidden, None, words, tokens, 1, row_weights=row_weights)
         return per_item(total, known.sum(), num_items_in_batch)
 
 

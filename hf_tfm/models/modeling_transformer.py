@@ -19,10 +19,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_names import CACHE_NAME, cache_of, takes_cache
 from .configuration_transformer import TfmTransformerConfig
-from .cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy, linear_cross_entropy
+from .cross_entropy import IGNORE_INDEX, head_cross_entropy, label_smoothed_cross_entropy
 from .generation import SharedMemoryGenerationMixin
 from .input_checks import require_tensor
-from .linear import Linear
+from .linear import project
 from .losses import labelled, per_item, require_labels, weights_of_rows
 from .mask_predict import LengthHead, mask_predict, mask_targets, masked_labels
 from .transformer_stacks import TfmTransformerDecoder, TfmTransformerEncoder, TfmTransformerPreTrainedModel
@@ -145,7 +145,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
     def __init__(self, config: TfmTransformerConfig):
         super().__init__(config)
         self.model = TfmTransformerModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.length_head = LengthHead(config) if config.decoding == "mask_predict" else None
         self.post_init()
 
@@ -228,7 +228,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, T, D)
-        logits = self.lm_head(hidden) if return_logits else None  # (B, T, V)
+        logits = project(self.lm_head, hidden) if return_logits else None  # (B, T, V)
         loss = token_loss = length_loss = None
         if labels is not None:
             loss = token_loss = self.token_loss(hidden, logits, labels, num_items_in_batch)
@@ -260,14 +260,15 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         require_tensor("labels", labels, tuple(hidden.shape[:2]))
         labels = labels.reshape(-1)
         smoothing = self.config.label_smoothing
-        if logits is None and hasattr(self.lm_head.weight, "device_mesh"):
-            logits = self.lm_head(hidden)  # tensor parallel: only the module can multiply by its share of the weight
         if logits is None:
-            head = self.lm_head
-            total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, labels, smoothing, head.bias)
+            total = head_cross_entropy(self.lm_head, hidden.flatten(0, 1), labels, smoothing)
         else:
             total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels, smoothing)
         return per_item(total, labelled(labels).sum(), items)
+
+    def most_positions(self) -> int | None:
+        """See `GreedyGenerationMixin`."""
+        return self.config.max_position_embeddings if self.config.position_embedding_type == "learned" else None
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs):

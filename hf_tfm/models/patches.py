@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .linear import floating_dtype, is_plain
+
 Size = int | Sequence[int]
 
 
@@ -85,10 +87,16 @@ def resize_grid(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int])
     return plane.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 
-class PatchEmbedding(nn.Module):
-    """A linear layer over each patch (equation 1).
+def select(patches: Tensor, keep: Tensor | None) -> Tensor:
+    """The patches ``keep`` (B, K) of (B, N, D), in that order: (B, K, D); without ``keep``, all."""
+    return patches if keep is None else patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
 
-    Its weight has the shape of the convolution that does the same, (D, C, Ph, Pw), as checkpoints have it.
+
+class PatchEmbedding(nn.Module):
+    """A linear layer over each patch (equation 1), stored as the convolution that computes it, as in checkpoints.
+
+    The convolution's weight (D, C, Ph, Pw) is applied as a matrix to the patches that are wanted; a convolution that
+    is not plain (see `is_plain`) is called.
 
     Args:
         num_channels: C.
@@ -98,13 +106,18 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, num_channels: int, patch_size: Size, hidden_size: int):
         super().__init__()
+        self.num_channels = num_channels
         self.patch_size = sides(patch_size)
         self.projection = nn.Conv2d(num_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(B, N, P P C), see `patchify` -> (B, N, D)."""
+    def forward(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) -> (B, N, D), or (B, K, D) of the patches ``keep`` (B, K) int64."""
+        pixel_values = pixel_values.to(floating_dtype(self.projection, pixel_values.dtype))
+        if not is_plain(self.projection, nn.Conv2d):
+            return select(self.projection(pixel_values).flatten(2).transpose(1, 2), keep)
+        patches = select(patchify(pixel_values, self.patch_size), keep)  # (B, K, P P C)
         weight = self.projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P P C)
-        return nn.functional.linear(patches.to(weight.dtype), weight, self.projection.bias)
+        return nn.functional.linear(patches, weight, self.projection.bias)
 
     def check(self, pixel_values: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in images (B, C, H, W).
@@ -112,9 +125,8 @@ class PatchEmbedding(nn.Module):
         Raises:
             ValueError: the images have another number of channels, or the patch does not divide them.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.projection.in_channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
-                f"pixel_values must have shape (B, {self.projection.in_channels}, H, W), got "
-                f"{tuple(pixel_values.shape)}"
+                f"pixel_values must have shape (B, {self.num_channels}, H, W), got {tuple(pixel_values.shape)}"
             )
         return patch_grid(*pixel_values.shape[2:], self.patch_size)

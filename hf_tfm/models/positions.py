@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .linear import embedding_table
+
 
 def sinusoidal(positions: Tensor, dim: int) -> Tensor:
     """Sines and cosines of geometrically spaced wavelengths, 2 pi to 10000 x 2 pi (section 3.5).
@@ -151,6 +153,7 @@ class LearnedPositions2D(nn.Module):
 
     def __init__(self, dim: int, length: int = 50):
         super().__init__()
+        self.length = length
         self.row_embeddings = nn.Embedding(length, dim // 2)
         self.column_embeddings = nn.Embedding(length, dim // 2)
 
@@ -161,10 +164,13 @@ class LearnedPositions2D(nn.Module):
             ValueError: there are more rows or columns than vectors.
         """
         rows, columns = mask.shape[1:]
-        length = self.row_embeddings.num_embeddings
+        length = self.length
         if max(rows, columns) > length:
             raise ValueError(
                 f"the feature map has {rows} x {columns} cells, but learned positions end at {length}: use smaller "
                 f'images or position_embedding_type="sine"'
             )
-        return join_axes(self.row_embeddings.weight[:rows], self.column_embeddings.weight[:columns])
+        return join_axes(
+            embedding_table(self.row_embeddings, rows, mask.device),
+            embedding_table(self.column_embeddings, columns, mask.device),
+        )

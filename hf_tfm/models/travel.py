@@ -20,6 +20,7 @@ class TravellingConfig(PreTrainedConfig):
     """
 
     _auto_class = "AutoConfig"
+    auto_map: ClassVar[dict[str, str]] = {}  # where none was saved; trl and others read it from any configuration
     auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs):

@@ -148,7 +148,7 @@ def test_folding_changes_nothing(name, monkeypatch):
     """Maps and gradients of a model with random statistics, folded and not."""
     torch.manual_seed(0)
     folded = scramble_detr(TimmFeatures(name, 3, ALL, "frozen", 1))
-    monkeypatch.setattr(backbones, "fold_norms", lambda body: None)
+    monkeypatch.setattr(backbones, "fold_norms", lambda body: [])
     plain = TimmFeatures(name, 3, ALL, "frozen", 1).eval()
     plain.load_state_dict(folded.state_dict())
     norms = [module for module in folded.modules() if isinstance(module, FrozenBatchNorm)]
@@ -205,6 +205,57 @@ def test_what_must_not_be_folded():
     norms = (model.first, model.second, model.third, model.fourth, model.fifth)
     assert [norm.folded for norm in norms] == [False] * 4 + [True]
     assert largest_difference(model(images), expected) < 1e-5
+
+
+class Adapter(nn.Module):
+    """A layer with a change added to its output, as LoRA does."""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.layer, self.change = layer, nn.Conv2d(layer.in_channels, layer.out_channels, 3, layer.stride, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features) + self.change(features)
+
+
+def test_the_norm_also_scales_what_an_adapter_adds():
+    """A folded convolution would leave the adapter's part unscaled, and merging it would change the model."""
+    features, images = tiny_detr(backbone="resnet18").model.backbone, tiny_photos(1)
+    block = features.body.layer1[0]
+    plain = features(images)
+    assert block.bn1.folded
+    block.conv1 = adapter = Adapter(block.conv1)
+    found = features(images)
+    assert not block.bn1.folded and block.bn2.folded and relative_difference(found[0], plain[0]) > 1e-2
+    with torch.no_grad():
+        adapter.layer.weight += adapter.change.weight
+    adapter.layer.bias, block.conv1 = adapter.change.bias, adapter.layer
+    merged = features(images)
+    assert block.bn1.folded
+    for one, other in zip(found, merged, strict=True):
+        assert relative_difference(one, other) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("swin_tiny_patch4_window7_224", 224), ("mambaout_femto", 64), ("test_resnet", 64)]
+)
+def test_maps_have_their_channels_first(name, size):
+    """Also those of backbones that give them last."""
+    features = TimmFeatures(name, 3, ALL).eval()
+    with torch.no_grad():
+        maps = features(tiny_photos(1, size, size))
+    assert [each.shape[1] for each in maps] == features.channels
+    sides = [-(-size // entry["reduction"]) for entry in features.body.feature_info.get_dicts()]
+    assert [tuple(each.shape[2:]) for each in maps] == [(side, side) for side in sides]
+
+
+def test_a_detector_on_a_backbone_with_channels_last():
+    model, images = tiny_detr(backbone="mambaout_femto", backbone_frozen_stages=0), tiny_photos(1, 64, 64)
+    body = model.model.backbone
+    assert body.channels_last and model(images).pred_boxes.shape == (1, 7, 4)
+    assert largest_difference(body(images)[-1], body.body(images)[-1].permute(0, 3, 1, 2)) == 0
+    model.train()(images, labels=tiny_labels((2,))).loss.backward()
+    assert all(p.grad is not None for p in body.parameters() if p.requires_grad)
 
 
 def test_a_model_that_hides_its_graph_is_left_alone():

@@ -1,7 +1,7 @@
-"""The linear layer: oneDNN's product where a CPU generates, else torch's own."""
+"""Products by a linear layer: oneDNN's where a CPU generates, else torch's own."""
 
 import copy
-import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
-from hf_tfm.models.linear import LARGE, Linear, generating
+from hf_tfm.models.linear import LARGE, generating, is_plain, project
 
 WIDTH = 1024
 
@@ -32,7 +32,7 @@ class Products(TorchDispatchMode):
 @pytest.fixture(params=[True, False], ids=["bias", "no-bias"])
 def layer(request):
     torch.manual_seed(0)
-    return Linear(WIDTH, LARGE // WIDTH, bias=request.param)
+    return nn.Linear(WIDTH, LARGE // WIDTH, bias=request.param)
 
 
 def plain(layer, x):
@@ -46,7 +46,7 @@ def test_in_generation_it_gives_the_numbers_of_torch(layer, shape, mode):
     x, every_other = torch.randn(shape), torch.randn(*shape, 2)[..., 0]  # the other is not contiguous
     with mode(), generating(), Products() as products:
         for given in (x, every_other):
-            torch.testing.assert_close(layer(given), plain(layer, given), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(project(layer, given), plain(layer, given), rtol=1e-5, atol=1e-5)
     assert products.found == 2
 
 
@@ -54,42 +54,107 @@ def test_in_generation_it_gives_the_numbers_of_torch(layer, shape, mode):
 def test_what_is_no_plain_float32_product_goes_torchs_way(layer):
     x = torch.randn(2, WIDTH)
     with Products() as products:
-        layer(x)  # nothing is generated
+        project(layer, x)  # nothing is generated
         with generating():
             with torch.enable_grad():
-                layer(x)
+                project(layer, x)
             with torch.autocast("cpu", torch.bfloat16):
-                assert layer(x).dtype == torch.bfloat16
+                assert project(layer, x).dtype == torch.bfloat16
             with torch.backends.mkldnn.flags(enabled=False):
-                layer(x)
-            assert layer(x[:0]).shape == (0, layer.out_features)
-            Linear(16, 16)(torch.randn(2, 16))
-            copy.deepcopy(layer).double()(x.double())
-            copy.deepcopy(layer).to("meta")(x.to("meta"))
+                project(layer, x)
+            assert project(layer, x[:0]).shape == (0, layer.out_features)
+            project(nn.Linear(16, 16), torch.randn(2, 16))
+            project(copy.deepcopy(layer).double(), x.double())
+            project(copy.deepcopy(layer).to("meta"), x.to("meta"))
     assert products.found == 0
 
 
-def test_its_gradients_are_those_of_torch(layer):
-    x = torch.randn(3, WIDTH, requires_grad=True)
-    layer(x).square().sum().backward()
-    own, weights = x.grad.clone(), layer.weight.grad.clone()
-    x.grad = layer.weight.grad = None
-    plain(layer, x).square().sum().backward()
-    assert torch.equal(own, x.grad)
-    assert torch.equal(weights, layer.weight.grad)
+def doubled(layer: nn.Linear) -> nn.Module:
+    return nn.Sequential(layer, Doubler())
+
+
+class Doubler(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def hooked(layer: nn.Linear) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+def replaced(layer: nn.Linear) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def subclassed(layer: nn.Linear) -> nn.Module:
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.__class__ = Twice
+    return layer
+
+
+def parametrized(layer: nn.Linear) -> nn.Module:
+    for name in ("weight", "bias"):
+        if getattr(layer, name) is not None:
+            nn.utils.parametrize.register_parametrization(layer, name, Doubler())
+    return layer
+
+
+@pytest.mark.parametrize("change", [doubled, hooked, replaced, subclassed, parametrized])
+@torch.no_grad()
+def test_what_is_no_plain_layer_is_called(layer, change):
+    """An adapter, a hook, a replaced forward: their part of the result must not be lost."""
+    x = torch.randn(2, WIDTH)
+    assert is_plain(layer, nn.Linear)
+    expected = 2 * plain(layer, x)
+    layer = change(layer)
+    with generating(), Products() as products:
+        torch.testing.assert_close(project(layer, x), expected, rtol=1e-5, atol=1e-5)
+    assert not is_plain(layer, nn.Linear) and products.found == 0
+
+
+class Product(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return project(self.layer, x)
 
 
 @torch.no_grad()
-def test_it_is_copied_compiled_and_exported_like_torchs(layer):
-    x = torch.randn(2, WIDTH)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x), layer(x))
+def test_it_is_compiled_and_exported_as_torchs(layer):
+    x, model = torch.randn(2, WIDTH), Product(layer)
     with generating():
-        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), plain(layer, x))
         for strict in (False, True):
-            exported = torch.export.export(layer, (x,), strict=strict)
+            exported = torch.export.export(model, (x,), strict=strict)
             assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
+
+
+@needs_both
+@torch.no_grad()
+def test_generation_in_one_thread_changes_nothing_in_another(layer):
+    found, x = [], torch.randn(2, WIDTH)
+
+    def multiply():
+        with torch.no_grad(), Products() as products:
+            project(layer, x)
+        found.append(products.found)
+
+    with generating():
+        thread = Thread(target=multiply)
+        thread.start()
+        thread.join()
+        multiply()
+    multiply()
+    assert found == [0, 1, 0]
 
 
 @needs_both

@@ -36,7 +36,15 @@ def test_the_embedding_is_the_convolution(size, patch):
     embedding, images = PatchEmbedding(3, patch, 16), torch.randn(2, 3, *size)
     expected = embedding.projection(images).flatten(2).transpose(1, 2)
     assert embedding.check(images) == patch_grid(*size, patch)
-    assert largest_difference(embedding(patchify(images, patch)), expected) < 1e-5
+    assert largest_difference(embedding(images), expected) < 1e-5
+    keep = torch.tensor([[1, 0], [0, 1]])
+    some = torch.stack([own[places] for own, places in zip(expected, keep, strict=True)])
+    assert largest_difference(embedding(images, keep), some) < 1e-5
+    called = []
+    embedding.projection.register_forward_hook(lambda *_: called.append(1))
+    assert largest_difference(embedding(images), expected) < 1e-5
+    assert largest_difference(embedding(images, keep), some) < 1e-5
+    assert len(called) == 2
 
 
 def test_resizing_keeps_a_constant_and_a_slope():

@@ -1,0 +1,162 @@
+"""What other code does with `generate`: replaced steps, continuous batching, options out of range."""
+
+import pytest
+import torch
+from every_class import inputs_of, tiny
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import hf_tfm.models.generation as generation
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
+
+
+def lively(name: str, **fields):
+    """A model whose greedy texts do not repeat one token."""
+    model = tiny(name, tie_word_embeddings=False, **fields)
+    nn.init.normal_(model.lm_head.weight)
+    return model
+
+
+def source(name: str, rows: int = 3) -> dict:
+    inputs = inputs_of(name, rows)
+    inputs.pop("decoder_input_ids", None)
+    return inputs
+
+
+def replace_ids(model, name):
+    """A `prepare_inputs_for_generation` that shows the model another last token."""
+    own = model.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        inputs = own(*args, **kwargs)
+        key = "decoder_input_ids" if name == "transformer" else "input_ids"
+        return {**inputs, key: torch.full_like(inputs[key], 7)}
+
+    return prepare
+
+
+def on_the_instance(model, name):
+    model.prepare_inputs_for_generation = replace_ids(model, name)
+    return model
+
+
+def in_a_subclass(model, name):
+    prepare = replace_ids(model, name)
+
+    class Subclass(type(model)):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return prepare(*args, **kwargs)
+
+    model.__class__ = Subclass
+    return model
+
+
+@pytest.mark.parametrize("replace", [on_the_instance, in_a_subclass])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["gpt", "transformer"])
+def test_a_replaced_step_is_used(name, beams, replace, monkeypatch):
+    """And gives what it gives in transformers' own loop, with a row of memory for each beam."""
+    model, asked = lively(name), {"max_new_tokens": 6, "num_beams": beams}
+    plain = model.generate(**source(name), **asked)
+    model = replace(model, name)
+    found = model.generate(**source(name), **asked)
+    assert not torch.equal(found, plain)
+    monkeypatch.setattr(generation, "greedy_suits", lambda *_: False)
+    assert torch.equal(model.generate(**source(name), **asked), found)
+
+
+@pytest.mark.parametrize("step", generation.STEPS)
+def test_every_replaced_step_ends_the_short_cut(step, monkeypatch):
+    model = lively("gpt")
+    assert generation.keeps_steps(model)
+    if not hasattr(model, step):
+        pytest.skip(f"the installed transformers has no {step}")
+    if hasattr(getattr(model, step), "__func__"):
+        setattr(model, step, getattr(model, step))
+        assert generation.keeps_steps(model), "the same method"
+    setattr(model, step, lambda *args, **kwargs: None)
+    assert not generation.keeps_steps(model)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_continuous_batching(implementation):
+    model = lively("gpt")
+    model.set_attn_implementation(implementation)
+    asked = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([ids]), generation_config=asked)[0, len(ids) :].tolist() for ids in PROMPTS
+    ]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # by default it takes most of the memory
+    output = model.generate_batch(inputs=PROMPTS, generation_config=asked, continuous_batching_config=small)
+    assert [request.generated_tokens for request in output.values()] == expected
+    assert len({tuple(text) for text in expected}) == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_beams", 0),
+        ("num_beams", -1),
+        ("num_beams", 2.5),
+        ("num_return_sequences", 0),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -3),
+        ("max_length", 0),
+        ("min_length", -1),
+        ("min_new_tokens", -1),
+        ("no_repeat_ngram_size", -1),
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt", "transformer"])
+def test_options_out_of_range(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        lively(name).generate(**source(name), **{option: value})
+
+
+@pytest.mark.parametrize("name", ["gpt", "transformer"])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_empty_batches(name, shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    model = lively(name)
+    for given in ({"input_ids": ids}, {"inputs": ids}):
+        with pytest.raises(ValueError, match=r"must not be empty, got shape \("):
+            model.generate(**given, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_longer_than_the_positions(beams):
+    """The last token is never read, so a text of one more than `max_position_embeddings` = 24 is possible."""
+    model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
+    model.generation_config.eos_token_id = None
+    assert model.generate(ids, max_new_tokens=16, num_beams=beams).shape == (2, 25)
+    with pytest.raises(ValueError, match=r"max_new_tokens = 17 .* max_position_embeddings is 24"):
+        model.generate(ids, max_new_tokens=17, num_beams=beams)
+    with pytest.raises(ValueError, match=r"max_length = 26 .* max_position_embeddings is 24"):
+        model.generate(ids, max_length=26, num_beams=beams)
+    assert model.generate(ids, num_beams=beams).shape == (2, 24), "the default length ends there"
+    with pytest.raises(ValueError, match=r"the prompt has 24 tokens.* max_position_embeddings is 24"):
+        model.generate(torch.randint(5, 48, (1, 24)), num_beams=beams)
+
+
+def test_padding_at_the_left_has_no_positions():
+    model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    padded = model.generate(ids, attention_mask=mask, max_new_tokens=19)
+    assert padded.shape == (2, 28) and torch.equal(padded[:, 9:], model.generate(ids[:, 3:], max_new_tokens=19)[:, 6:])
+    with pytest.raises(ValueError, match="max_new_tokens = 20"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
+def test_a_translation_longer_than_the_positions(kind):
+    model = lively("transformer", position_embedding_type=kind)
+    model.generation_config.eos_token_id = None
+    assert model.generate(**source("transformer"), max_new_tokens=24).shape == (3, 25)
+    if kind == "sinusoidal":
+        assert model.generate(**source("transformer"), max_new_tokens=30).shape == (3, 31)
+        return
+    with pytest.raises(ValueError, match=r"max_new_tokens = 25 .* max_position_embeddings is 24"):
+        model.generate(**source("transformer"), max_new_tokens=25)

@@ -1,0 +1,36 @@
+"""torch.ao's `quantize_dynamic` replaces the very class `nn.Linear`: it must find every linear layer."""
+
+import pytest
+import torch
+from every_class import CLASSES, inputs_of, tiny
+from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
+from torch.ao.quantization import quantize_dynamic
+
+
+def count(model: nn.Module, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_every_linear_layer_is_quantized(name):
+    model = tiny(name)
+    linear = count(model, nn.Linear)
+    quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert count(quantized, QuantizedLinear) == linear >= 7, "six of a block, and a head or another block"
+    assert not count(quantized, nn.Linear)
+    output, expected = quantized(**inputs_of(name)), model(**inputs_of(name))
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            difference = (output[key] - value).norm() / value.norm()
+            assert difference < 0.1, (key, difference)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    # As many as transformers' own classes of these sizes have, whose GPT-2 has a Conv1D for queries, keys and values.
+    [("bert-masked", 2 * 6 + 2), ("gpt", 2 * 6 + 1), ("vit", 2 * 6 + 1), ("transformer", 6 + 2 * 10 + 1)],
+)
+def test_number_of_linear_layers(name, linear):
+    assert sum(type(module) is nn.Linear for module in tiny(name).modules()) == linear
