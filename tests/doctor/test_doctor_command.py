@@ -200,4 +200,4 @@ def test_the_files_of_samples_are_named(tmp_path, capsys):
 
 def test_a_model_that_is_not_there_is_named(capsys):
     assert detection.main(["--data", "d", "--model", "runs/no-such-run"]) == 2
-    assert 'init_from "runs/no-such-run" is no folder' in capsys.readouterr().err
+    assert 'init_from "runs/no-such-run" is neither a local folder' in capsys.readouterr().err
