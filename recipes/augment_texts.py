@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMa
 
 from hf_tfm.command import run_recipe
 from hf_tfm.data import glue
-from hf_tfm.data.labelled_texts import load_texts
+from hf_tfm.data.labelled_texts import check_empty, load_texts
 from hf_tfm.data.source import take_split
 from hf_tfm.data.text import column_path
 from hf_tfm.distillation.substitution import Substituter, Substitution, with_copies
@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = glue.load_task(glue.find_task(args.task), *where) if args.task else load_texts(*where)
     rows = take_split(splits, args.train_split, "train_split")
     columns = columns_of(args, rows[0])
+    for name in columns:
+        if name in rows.column_names and isinstance(rows[0][name], str):
+            check_empty(rows, name, name)
     device = PartialState().device
     require_model("model", args.model)
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -216,3 +217,18 @@ def open_text(path: str, encoding: str | None):
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     return io.TextIOWrapper(gzip.GzipFile(fileobj=file) if zipped else file, encoding or "utf-8-sig", newline="")
+
+
+def written(rows: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
+    """Rows in which columns of numbers that a CSV file holds are text again, as it was written."""
+    if getattr(rows.info, "builder_name", None) != __name__.rsplit(".", 1)[-1]:
+        return rows
+    for column in columns:
+        if column in rows.column_names and rows.features[column].dtype in ("int64", "float64"):
+            features = Features({**rows.features, column: Value("string")})
+
+            def text(values: list, column: str = column) -> dict[str, list[str | None]]:
+                return {column: [None if value is None else str(value) for value in values]}
+
+            rows = rows.map(text, batched=True, input_columns=[column], features=features)
+    return rows

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 
-from .labelled_texts import LABEL, load_texts
+from .labelled_texts import LABEL, as_numbers, load_texts
 
 HIDDEN = -1  # the label of a text whose label GLUE keeps to itself
 ENTAILMENT = ("entailment", "not_entailment")
@@ -135,4 +135,4 @@ def hide(rows: datasets.Dataset) -> datasets.Dataset:
     def known(values: Sequence[float | None]) -> dict[str, list[float | None]]:
         return {LABEL: [None if value == HIDDEN else value for value in values]}
 
-    return rows.map(known, batched=True, input_columns=[LABEL])
+    return as_numbers(rows).map(known, batched=True, input_columns=[LABEL])

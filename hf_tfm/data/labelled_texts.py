@@ -2,12 +2,16 @@
 
     load_dataset(...) -> {"text", "pair", "label"} -> tokens, cut to a length: {"input_ids", ..., "label"} -> steps
 
-The label is a class, or a number where the data set's are not whole: then a model learns it by regression.
+The label is a class, or a number where the data set's are not whole: then a model learns it by regression. Whether
+labels are stored as text, integers or floating-point numbers decides nothing.
 """
 
+import logging
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -16,12 +20,18 @@ from datasets import ClassLabel, Value
 from transformers import PreTrainedTokenizerBase
 
 from .batching import Steps, TokenBudgetSampler
-from .images import LABEL, find_column, label_ids, label_names
+from .csv_files import written
+from .images import LABEL, find_column, is_label, label_ids, label_names
 from .number_parity import number_parity
 from .source import announce, load_splits, show_progress_of
 from .text import column_path, texts_at
 
+log = logging.getLogger(__name__)
+
 TEXT, PAIR = "text", "pair"
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+WHOLE_NUMBER = r"(?:0|-?[1-9]\d{0,17})(?:\.0*)?"  # "01" and "+1" are names
+ProblemType = Literal["regression", "single_label_classification"]
 EMBEDDED = {"number-parity": number_parity}
 
 
@@ -48,7 +58,7 @@ def load_texts(
 def text_rows(
     rows: datasets.Dataset, text_columns: Sequence[str] = (), label_column: str | None = None, labelled: bool = True
 ) -> datasets.Dataset:
-    """Rows with ``text``, of two columns also ``pair``, and ``label`` as it is stored.
+    """Rows with ``text``, of two columns also ``pair``, and ``label``, see `settle_labels`.
 
     Args:
         rows: a split.
@@ -57,7 +67,8 @@ def text_rows(
         labelled: False leaves labels out.
 
     Raises:
-        ValueError: there are no rows, no such column, or a value that should be text is none.
+        ValueError: there are no rows, no such column, a column is named twice, a value that should be text is none,
+            all texts are empty, or labels are neither classes nor numbers.
     """
     if not len(rows):
         raise ValueError("the data set has no rows")
@@ -65,6 +76,10 @@ def text_rows(
     names = list(text_columns) or [only_text(rows.features, label)]
     if len(names) > 2:
         raise ValueError(f"text_columns must be one column or two, got {', '.join(names)}")
+    if twice := [name for name in names if name == label or names.count(name) > 1]:
+        other = "label_column" if twice[0] == label else "text_columns twice"
+        raise ValueError(f'text_columns "{twice[0]}" is also given as {other}')
+    rows = written(rows, names)
     paths = [column_path(rows[0], name, "text_columns") for name in names]
 
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
@@ -74,7 +89,134 @@ def text_rows(
     others = [column for column in rows.column_names if column != label]
     rows = rows.map(pick, batched=True, with_indices=True, remove_columns=others)
     new = {f"_{part}": part for part in (TEXT, PAIR)[: len(paths)]} | ({label: LABEL} if labelled else {})
-    return rows.rename_columns({old: name for old, name in new.items() if old != name})
+    rows = rows.rename_columns({old: name for old, name in new.items() if old != name})
+    for part, name in zip((TEXT, PAIR), names, strict=False):
+        check_empty(rows, part, name)
+    return settle_labels(rows) if labelled else rows
+
+
+def check_empty(rows: datasets.Dataset, part: str, column: str) -> None:
+    """Warn of texts that are empty.
+
+    Raises:
+        ValueError: all are.
+    """
+    empty = pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(rows.data.column(part))), 0)).as_py()
+    if empty == len(rows):
+        raise ValueError(f'all {empty} texts of column "{column}" are empty')
+    if empty:
+        log.warning('%d of %d texts of column "%s" are empty', empty, len(rows), column)
+
+
+def settle_labels(rows: datasets.Dataset) -> datasets.Dataset:
+    """Labels as integers where all are whole numbers, as floats where all are numbers and one is not whole.
+
+    Others stay as they are: classes of a ClassLabel, truth values, and text that is no number or has another form, say
+    "01". An empty text and NaN become None: the row has no label.
+
+    Raises:
+        ValueError: labels are lists, objects, dates or of several kinds.
+    """
+    kind = rows.features[LABEL]
+    dtype = getattr(kind, "dtype", "")
+    if isinstance(kind, ClassLabel) or (isinstance(kind, Value) and re.match("u?int|bool|null", dtype)):
+        return rows
+    if not (isinstance(kind, Value) and re.match("(large_)?string|float|double", dtype)):
+        first = next((value for value in rows[LABEL] if value is not None), None)
+        raise ValueError(f"labels must be numbers or text, all of one kind, got {kind_of_label(kind)}: {first!r:.60}")
+    text = "string" in dtype
+    values = [value for value in rows.unique(LABEL) if not no_label(value)]
+    if text and not all(re.fullmatch(NUMBER, value) for value in values):
+        numbers, to = False, dtype
+    else:
+        numbers = [float(value) for value in values]
+        if beyond := [value for value in numbers if not math.isfinite(value)]:
+            raise ValueError(f"labels must be finite numbers, got {beyond[0]}")
+        whole = all(value.is_integer() for value in numbers)
+        form = not text or all(re.fullmatch(WHOLE_NUMBER, value) for value in values)
+        to = dtype if not values or (whole and not form) else "int64" if whole else "float64"
+    if to == dtype and not any(no_label(value) and value is not None for value in rows.unique(LABEL)):
+        return rows
+    convert = {"int64": lambda value: int(value.split(".")[0] if text else value), "float64": float}.get(to)
+
+    def settle(values: Sequence[Any]) -> dict[str, list[Any]]:
+        return {LABEL: [None if no_label(v) else convert(v) if convert else v for v in values]}
+
+    return rows.map(
+        settle, batched=True, input_columns=[LABEL], features=datasets.Features({**rows.features, LABEL: Value(to)})
+    )
+
+
+def no_label(value: Any) -> bool:
+    """Whether a label as it is stored means that there is none: None, NaN, or text without a sign."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+
+
+def kind_of_label(kind: Any) -> str:
+    """What values of a feature are called."""
+    if type(kind).__name__ == "Json":
+        return "values of several kinds, or objects"
+    return (
+        "lists" if isinstance(kind, (datasets.List, datasets.LargeList, list)) else str(getattr(kind, "dtype", kind))
+    )
+
+
+def as_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of `text_rows` whose labels are numbers for regression, whole or not.
+
+    Raises:
+        ValueError: labels are classes with names.
+    """
+    kind = rows.features[LABEL]
+    if isinstance(kind, ClassLabel) or not re.match("u?int|float|double|null", kind.dtype):
+        raise ValueError(f"labels must be numbers for regression, got {kind.dtype}: {rows.unique(LABEL)[:5]}")
+    return rows if kind.dtype == "float64" else rows.cast_column(LABEL, Value("float64"))
+
+
+def as_classes(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of `text_rows` whose labels are classes, also those that are numbers which are not whole."""
+    if not is_regression(rows):
+        return rows
+
+    def name(values: Sequence[float | None]) -> dict[str, list[str | None]]:
+        return {LABEL: [None if value is None else f"{value:g}" for value in values]}
+
+    features = datasets.Features({**rows.features, LABEL: Value("string")})
+    return rows.map(name, batched=True, input_columns=[LABEL], features=features)
+
+
+def check_classes(rows: datasets.Dataset, names: Sequence[str], split: str, known: bool = False) -> None:
+    """Warn of texts without a label, and of classes whose names are all but the same.
+
+    Args:
+        split: that the rows are of.
+        known: the names do not come from the rows.
+
+    Raises:
+        ValueError: all texts with a label have the same one, or fewer than two classes are named.
+    """
+    labels = rows[LABEL][:]
+    there = [is_label(value) for value in labels]
+    if len({value for value, labelled in zip(labels, there, strict=True) if labelled}) < 2:
+        one = next((value for value, labelled in zip(labels, there, strict=True) if labelled), None)
+        raise ValueError(
+            f'split "{split}" has {sum(there)} of {len(there)} texts with a label, and all have the same, {one!r}: '
+            "there must be at least two classes"
+        )
+    if not all(there):
+        log.warning(
+            '%d of %d texts of split "%s" have no label and are not learned from; the first is row %d',
+            len(there) - sum(there),
+            len(there),
+            split,
+            there.index(False),
+        )
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    for group in alike.values():
+        if len(group) > 1 and not known:
+            log.warning("classes differ in case or white space alone: %s", ", ".join(map(repr, group)))
 
 
 def only_text(features: Mapping[str, Any], label: str | None) -> str:
@@ -88,6 +230,8 @@ def only_text(features: Mapping[str, Any], label: str | None) -> str:
         for name, kind in features.items()
         if isinstance(kind, Value) and kind.dtype in ("string", "large_string") and name != label
     ]
+    if not found and TEXT in features and label != TEXT:
+        return TEXT
     if len(found) != 1:
         raise ValueError(
             f"text_columns must name one column or two, since none stands out; the data set has {', '.join(features)}"

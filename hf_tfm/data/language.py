@@ -3,6 +3,7 @@
 load_dataset(...) -> {"text"} -> tokens -> {"input_ids"}: packed blocks, a row each, or pairs of segments
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..values import conform_fields
 from .batching import rng
+from .csv_files import written
 from .source import load_splits, show_progress_of, take_split
 from .text import column_path, texts_at
+
+log = logging.getLogger(__name__)
 
 TEXT = "text"
 Sequences = Literal["packed", "rows", "pairs"]
@@ -57,8 +61,8 @@ def text_rows(rows, text_column: str | None = None):
         text_column: a column or a dotted path into one; default, "text" or the only column of strings.
 
     Raises:
-        ValueError: there are no rows, there is no such column or several that could be meant, or a value in it is not
-            text.
+        ValueError: there are no rows, there is no such column or several that could be meant, a value in it is not
+            text, or all are empty.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -68,6 +72,8 @@ def text_rows(rows, text_column: str | None = None):
         if TEXT not in strings and len(strings) != 1:
             raise ValueError(f"text_column must be given: the columns of strings are {', '.join(strings) or 'none'}")
         text_column = TEXT if TEXT in strings else strings[0]
+    rows = written(rows, [text_column])
+    first = next(iter(rows))
     path = column_path(first, text_column, "text_column")
 
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
@@ -75,7 +81,12 @@ def text_rows(rows, text_column: str | None = None):
 
     show_progress_of(rows)
     features = datasets.Features({TEXT: datasets.Value("string")})  # the same of every corpus, so that they join
-    return rows.map(pick, batched=True, with_indices=True, remove_columns=list(first), features=features)
+    found = rows.map(pick, batched=True, with_indices=True, remove_columns=list(first), features=features)
+    if isinstance(rows, datasets.Dataset) and (empty := len(rows) - len(found)):
+        if not len(found):
+            raise ValueError(f'all {empty} texts of column "{text_column}" are empty')
+        log.info("%d of %d texts are empty and are left out", empty, len(rows))
+    return found
 
 
 class Texts:
@@ -137,7 +148,10 @@ def token_sequences(
     show_progress_of(rows)
     # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    return rows.map(make, batched=True, with_indices=True, remove_columns=[TEXT], features=datasets.Features(columns))
+    found = rows.map(make, batched=True, with_indices=True, remove_columns=[TEXT], features=datasets.Features(columns))
+    if isinstance(rows, datasets.Dataset) and not len(found):
+        raise ValueError(f"{len(rows)} texts give no sequence of up to max_length = {max_length} tokens")
+    return found
 
 
 class SpecialTokens:

@@ -4,6 +4,7 @@ load_dataset(...) -> {"source", "target"} strings -> byte-pair encoding -> {"inp
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,16 +15,20 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .csv_files import written
 from .source import describe_rows, show_progress_of
 from .source import gather as gather  # part of what recipes need of texts, like the next two
 from .source import load_splits as load_splits
 from .source import take_split as take_split
+from .vocabulary import cut_words
+
+log = logging.getLogger(__name__)
 
 PAD, BOS, EOS, UNK, MASK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")  # ids 0 to 4
 
 
 def text_pairs(rows, source_column: str, target_column: str):
-    """Rows with the two texts alone, as ``source`` and ``target``.
+    """Rows with the two texts alone, as ``source`` and ``target``; pairs with an empty side are left out.
 
     Args:
         rows: a `datasets` split, streamed or not.
@@ -31,21 +36,33 @@ def text_pairs(rows, source_column: str, target_column: str):
         target_column: the same.
 
     Raises:
-        ValueError: there are no rows, there is no such column, or a value in it is not text.
+        ValueError: there are no rows, there is no such column, a value in it is not text, or all pairs have an empty
+            side.
     """
     first = next(iter(rows), None)
     if first is None:
         raise ValueError("the data set has no rows")
+    if source_column == target_column:
+        raise ValueError(f'source_column and target_column are the same, "{source_column}"')
+    rows = written(rows, (source_column, target_column))
+    first = next(iter(rows))
     paths = {
         "source": column_path(first, source_column, "source_column"),
         "target": column_path(first, target_column, "target_column"),
     }
 
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
-        return {side: texts_at(batch, indices, path) for side, path in paths.items()}
+        sides = [texts_at(batch, indices, path) for path in paths.values()]
+        full = [pair for pair in zip(*sides, strict=True) if all(side.strip() for side in pair)]
+        return {side: [pair[place] for pair in full] for place, side in enumerate(paths)}
 
     show_progress_of(rows)
-    return rows.map(pick, batched=True, with_indices=True, remove_columns=list(first))
+    pairs = rows.map(pick, batched=True, with_indices=True, remove_columns=list(first))
+    if isinstance(rows, datasets.Dataset) and (empty := len(rows) - len(pairs)):
+        if not len(pairs):
+            raise ValueError(f'all {empty} pairs have an empty "{source_column}" or "{target_column}"')
+        log.warning("%d of %d pairs have an empty source or target and are left out", empty, len(rows))
+    return pairs
 
 
 def column_path(row: Mapping, name: str, argument: str) -> list[str]:
@@ -129,7 +146,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
     tokenizer = Tokenizer(models.BPE())
     steps = [normalizers.NFC()] + ([normalizers.Lowercase()] if lowercase else [])
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = cut_words(words)
     # Words carry their leading space; the first one's is not part of the text.
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.train_from_iterator(
@@ -141,6 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
             show_progress=False,
         ),
     )
+    tokenizer.pre_tokenizer = words
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
     )
@@ -161,6 +180,9 @@ def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
     """``source`` and ``target`` texts -> ``input_ids`` and ``labels``, each with its end token.
 
     Pairs with a side longer than ``max_length`` tokens are left out.
+
+    Raises:
+        ValueError: all pairs are longer.
     """
 
     def tokenize(batch: dict) -> dict:
@@ -176,8 +198,19 @@ def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
     show_progress_of(rows)
     # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    rows = rows.map(tokenize, batched=True, remove_columns=["source", "target"]).filter(short, batched=True)
-    return rows if isinstance(rows, datasets.IterableDataset) else rows.flatten_indices()
+    kept = rows.map(tokenize, batched=True, remove_columns=["source", "target"]).filter(short, batched=True)
+    if isinstance(rows, datasets.IterableDataset):
+        return kept
+    if not len(kept):
+        raise ValueError(f"all {len(rows)} pairs are longer than max_length = {max_length} tokens")
+    if len(kept) < len(rows):
+        log.warning(
+            "%d of %d pairs are longer than max_length = %d tokens and are left out",
+            len(rows) - len(kept),
+            len(rows),
+            max_length,
+        )
+    return kept.flatten_indices()
 
 
 def pair_lengths(rows: datasets.Dataset) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Score a classifier of texts on any split of any data set."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..data import glue
 from ..data.batching import StepLoader
+from ..data.images import stated_names
 from ..data.labelled_texts import (
     LABEL,
     LengthBatchSampler,
+    as_numbers,
     is_regression,
     load_texts,
     text_lengths,
@@ -143,6 +146,8 @@ def evaluate_rows(
     """What `evaluate_text_classification` returns for rows of `read_texts`, and their ``predictions``."""
     loaded, tokenizer = load_text_classifier(model, revision, trust_remote_code)
     numbers = loaded.config.num_labels == 1
+    if numbers and re.match("u?int", getattr(rows.features[LABEL], "dtype", "")) and not stated_names(rows):
+        rows = as_numbers(rows)
     if numbers != is_regression(rows):
         says = "a number" if numbers else f"{loaded.config.num_labels} classes"
         raise ValueError(f'"{model}" predicts {says}, and the labels of the data set are {rows.features[LABEL]}')

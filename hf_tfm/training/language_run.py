@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..data import language, text
 from ..data.language import Corpus
 from ..data.source import describe_source, gather, load_splits, take_split
-from ..data.vocabulary import train_bytes, train_wordpiece
+from ..data.vocabulary import tell_unknown, train_bytes, train_wordpiece
 from ..limits import LARGEST_VOCABULARY, LONGEST
 from ..models import (
     TfmBertConfig,
@@ -222,5 +222,7 @@ def language_loader(
 ) -> Any:
     """Batches of texts, for training or evaluation; its ``examples`` are sequences of tokens."""
     found = language.token_sequences(rows, tokenizer, args.max_length, args.sequences, args.documents, args.seed)
+    if not learning:
+        tell_unknown(found, tokenizer)
     lengths = language.sequence_lengths, language.sequence_length
     return token_loader(args, accelerator, collate, found, *lengths, learning)

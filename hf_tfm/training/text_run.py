@@ -14,6 +14,10 @@ from ..data.equal_batches import BatchSampler
 from ..data.labelled_texts import (
     LABEL,
     LengthBatchSampler,
+    ProblemType,
+    as_classes,
+    as_numbers,
+    check_classes,
     class_ids,
     class_names,
     is_regression,
@@ -24,6 +28,7 @@ from ..data.labelled_texts import (
 )
 from ..data.source import describe_source, take_split
 from ..data.text import describe
+from ..data.vocabulary import tell_unknown
 from ..limits import LARGEST_BATCH, LONGEST
 from ..metrics.glue import check_metrics
 from .arguments import TrainingArguments
@@ -49,8 +54,9 @@ class TextArguments(TrainingArguments):
             models and of a cache stands for the task's name too.
         task: of GLUE; it knows text_columns, classes, metrics and validation splits.
         text_columns: one or two columns, or dotted paths; default, the task's, or the only column of texts.
-        label_column: a ClassLabel, integers or strings, or floating-point numbers, which are learned by regression;
-            default, the only ClassLabel or "label".
+        label_column: a ClassLabel, text, or numbers; default, the only ClassLabel or "label".
+        problem_type: single_label_classification or regression; default, regression where labels are numbers and one
+            of them is not whole.
         train_split: split to learn from.
         validation_split: split that decides which weights are best; default, the task's first, or "validation". MNLI's
             second one is scored too.
@@ -82,6 +88,7 @@ class TextArguments(TrainingArguments):
     task: TaskName | None = None
     text_columns: list[str] = field(default_factory=list)
     label_column: str | None = None
+    problem_type: ProblemType | None = None
     train_split: str = "train"
     validation_split: str | None = None
     holdout: int | None = None
@@ -102,9 +109,19 @@ class TextArguments(TrainingArguments):
         super().__post_init__()
         if self.tasks is not None:
             glue.find_tasks(self.tasks)
-            for name in ("task", "text_columns", "label_column", "validation_split", "holdout", "metrics"):
+            for name in (
+                "task",
+                "text_columns",
+                "label_column",
+                "problem_type",
+                "validation_split",
+                "holdout",
+                "metrics",
+            ):
                 if getattr(self, name):
                     raise ValueError(f"tasks decides {name}: set it to null, got {getattr(self, name)}")
+        if self.task and self.problem_type:
+            raise ValueError(f"task decides problem_type: set it to null, got {self.problem_type}")
         for name in PLACES:
             if self.task and isinstance(place := getattr(self, name, None), str):
                 setattr(self, name, place.replace("{task}", self.task))
@@ -209,8 +226,14 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
         return glue.hide(rows) if task and task.regression else rows
 
     rows, validation = split_texts(args, task, rows_of)
-    regression = task.regression if task else is_regression(rows[args.train_split])
+    regression = args.problem_type == "regression" if args.problem_type else is_regression(rows[args.train_split])
+    regression = task.regression if task else regression
+    if not task:
+        settle = as_numbers if regression else as_classes if args.problem_type else None
+        rows = {name: settle(part) for name, part in rows.items()} if settle else rows
     labels = None if regression else class_names(rows[args.train_split], task.labels if task else ())
+    if not regression:
+        check_classes(rows[args.train_split], labels, args.train_split, known=bool(task))
     arguments = {**dict.fromkeys(args.test_splits, "test_splits"), **dict.fromkeys(validation, "validation_split")}
     for name, argument in arguments.items():
         check_labelled(rows[name], name, argument, labels)
@@ -249,6 +272,11 @@ def check_labelled(rows: datasets.Dataset, split: str, argument: str, labels: li
         raise ValueError(f'{argument} "{split}" has no labels, so it cannot be scored')
     if labels is None:
         return
+    if is_regression(rows):
+        raise ValueError(
+            f'{argument} "{split}" has labels that are not whole, and those of the training split are classes: '
+            'problem_type="regression" learns numbers'
+        )
     try:
         known = class_ids(rows, labels)
     except ValueError as error:
@@ -271,6 +299,8 @@ def text_loader(
 ) -> StepLoader:
     """Batches of a split of `text_rows`, for training or evaluation, where their order does not matter."""
     tokens = tokenize_texts(rows, tokenizer, args.max_length)
+    if not learning:
+        tell_unknown(tokens, tokenizer)
     lengths = text_lengths(tokens)
     if args.batch_tokens is not None:
         sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed, shuffle=learning)

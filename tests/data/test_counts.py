@@ -56,9 +56,7 @@ def test_scores_of_no_numbers():
 
 
 def test_classes_beyond_any():
-    with pytest.raises(
-        ValueError, match=r"predictions\[0\] must be below 2147483648, got 10{30}"
-    ):
+    with pytest.raises(ValueError, match=r"predictions\[0\] must be below 2147483648, got 10{30}"):
         Accuracy().compute(predictions=[10**30], references=[1])
 
 

@@ -54,7 +54,7 @@ def test_columns_are_found_where_one_stands_out():
         ({}, "text_columns must name one column or two, since none stands out; the data set has premise, hypothesis"),
         ({"text_columns": ["sentence"]}, 'text_columns "sentence" is not a column of the data set; it has premise'),
         ({"text_columns": ["premise"] * 3}, "text_columns must be one column or two, got premise, premise, premise"),
-        ({"text_columns": ["label"]}, 'column "label" must hold text, got 0 in row 0'),
+        ({"text_columns": ["label"]}, 'text_columns "label" is also given as label_column'),
         ({"text_columns": ["premise"], "label_column": "score"}, 'label_column "score" is not a column'),
     ],
 )

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from hf_tfm.data.vocabulary import WORDPIECE_TOKENS, train_bytes, train_wordpiece, word_starts
+from hf_tfm.data.text import train_tokenizer
+from hf_tfm.data.vocabulary import WORDPIECE_TOKENS, tell_unknown, train_bytes, train_wordpiece, word_starts
 
 TEXTS = ["The players were playing a game.", "She plays; he played Café games!", "Gaming players play."] * 5
 
@@ -75,3 +77,55 @@ def test_word_starts_needs_marks():
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     with pytest.raises(ValueError, match="does not mark where words begin"):
         word_starts(plain)
+
+
+def sentences(letters: int, count: int = 3000) -> list[str]:
+    """Sentences of 20 signs of a script with so many letters, common ones and rare ones."""
+    random = np.random.default_rng(0)
+    weights = 1 / (np.arange(letters) + 10)
+    signs = np.array([chr(0x4E00 + 5 * i) for i in range(letters)])
+    drawn = random.choice(letters, (count, 20), p=weights / weights.sum())
+    return ["".join(signs[row]) for row in drawn]
+
+
+def test_a_script_of_many_letters_is_known():
+    texts = sentences(3500)
+    tokenizer = train_wordpiece(texts, 8000)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    unknown = [tokenizer.unk_token_id in row for row in ids]
+    assert np.mean(unknown) < 0.03
+    used = {token for row in ids for token in tokenizer.convert_ids_to_tokens(row)}
+    assert set(tokenizer.get_vocab()) - used <= set(WORDPIECE_TOKENS)  # no piece that nothing is written with
+
+
+def test_a_vocabulary_without_room_for_the_letters_is_told_with_numbers(caplog):
+    train_wordpiece(sentences(3500), 500)
+    assert "vocab_size 500 has room for 495 of the" in caplog.text
+    caplog.clear()
+    train_wordpiece(TEXTS, 80)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("learn", [train_wordpiece, train_bytes, train_tokenizer])
+def test_a_word_of_a_megabyte_is_learned_from_in_time(learn):
+    tokenizer = learn(["acgt" * 250_000, *TEXTS], 300)
+    assert learn(TEXTS, 300)("players were playing")["input_ids"]
+    assert tokenizer("players")["input_ids"]
+    assert tokenizer(" acgtacgt")["input_ids"]
+
+
+@pytest.mark.parametrize("learn", [train_bytes, train_tokenizer])
+def test_long_words_are_cut_for_learning_alone(learn):
+    tokenizer = learn(["x" * 250, *TEXTS], 300)
+    assert tokenizer.decode(tokenizer("x" * 250)["input_ids"], skip_special_tokens=True).strip() == "x" * 250
+    pieces = str(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x" * 250))
+    assert "x" * 250 in pieces
+
+
+def test_unknown_tokens_of_held_out_texts_are_told(capsys, caplog):
+    tokenizer = train_wordpiece(TEXTS, 80)
+    rows = Dataset.from_dict({"input_ids": tokenizer(["players play", "你好 players"])["input_ids"]})
+    share = tell_unknown(rows, tokenizer)
+    assert 0.1 < share < 0.5 and "of 2 held-out texts" in capsys.readouterr().err
+    assert "are unknown to the tokenizer" in caplog.text
+    assert tell_unknown(rows, train_bytes(TEXTS, 300)) is None

@@ -291,7 +291,7 @@ def test_labels_that_do_not_fit(tmp_path):
         run_recipe(*words(hidden, tmp_path / "run", test_splits="[test]"))
     third = write_pairs(tmp_path / "b", kind=kind, splits=splits)
     write_pairs(third, kind=kind, splits={"validation": (20, 40)}, labels=lambda row: 7)
-    with pytest.raises(ValueError, match='validation_split "validation": label 7 is not a class of the training data'):
+    with pytest.raises(ValueError, match='validation_split "validation": label "7" is not a class of the model'):
         run_recipe(*words(third, tmp_path / "run2"))
     one = write_pairs(tmp_path / "c", kind=kind, splits=splits, labels=lambda row: 1)
     with pytest.raises(ValueError, match="at least two classes, got 1"):

@@ -1,0 +1,163 @@
+"""Values of labels, not how they are stored, decide what is learned; no label and no row is lost without a word."""
+
+import csv
+import io
+import json
+import logging
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_tfm.data.labelled_texts import class_ids, class_names, is_regression, text_rows
+from hf_tfm.data.source import load_splits
+from hf_tfm.training.text_run import TextArguments, load_labelled_texts
+
+
+def texts(labels, kind=None):
+    """Rows with these labels, of a type of `datasets`."""
+    rows = Dataset.from_dict({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+    return rows.cast_column("label", Value(kind)) if kind else rows
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "settled", "names"),
+    [
+        ([0, 1, 2], None, [0, 1, 2], ["0", "1", "2"]),
+        ([0, 1, None], None, [0, 1, None], ["0", "1"]),
+        ([0.0, 1.0, 2.0], "float32", [0, 1, 2], ["0", "1", "2"]),
+        ([0.0, None, 1.0], "float64", [0, None, 1], ["0", "1"]),
+        ([0.0, float("nan"), 10.0], None, [0, None, 10], ["0", "10"]),
+        (["0", "10", "2"], None, [0, 10, 2], ["0", "2", "10"]),
+        (["01", "1"], None, ["01", "1"], ["01", "1"]),
+        (["NA", "None", "null", "nan"], None, ["NA", "None", "null", "nan"], ["NA", "None", "nan", "null"]),
+        (["yes", "", "no", " "], None, ["yes", None, "no", None], ["no", "yes"]),
+        ([True, False, None], None, [True, False, None], ["False", "True"]),
+    ],
+)
+def test_whole_numbers_and_text_are_classes(labels, kind, settled, names):
+    rows = text_rows(texts(labels, kind))
+    assert rows["label"][:] == settled and not is_regression(rows) and class_names(rows) == names
+    ids = class_ids(rows, names)
+    assert [ids[label] for label in settled if label is not None] == [
+        names.index(str(label)) for label in settled if label is not None
+    ]
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0, 2.0], ["0.5", "1", "2"], ["3.800", "", "4.0"], [0, 0.5, None]])
+def test_numbers_are_learned_by_regression_where_one_is_not_whole(labels):
+    rows = text_rows(texts(labels))
+    assert is_regression(rows)
+    assert rows["label"][:] == [None if label in ("", None) else float(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (texts([[0], [1]]), "labels must be numbers or text, all of one kind, got lists: [0]"),
+        (texts([{"a": 1}]), "labels must be numbers or text, all of one kind, got"),
+        (texts([0.5, float("inf")]), "labels must be finite numbers, got inf"),
+        (Dataset.from_dict({"text": ["", " "], "label": [0, 1]}), 'all 2 texts of column "text" are empty'),
+    ],
+)
+def test_labels_and_texts_that_are_none(rows, message):
+    with pytest.raises(ValueError) as error:
+        text_rows(rows)
+    assert message in str(error.value)
+
+
+def test_labels_of_several_kinds_are_refused(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, "x")))
+    with pytest.raises(ValueError, match="all of one kind, got values of several kinds"):
+        text_rows(load_splits(str(file))["train"])
+
+
+def test_a_column_is_given_once():
+    rows = texts(["a", "b"])
+    with pytest.raises(ValueError, match='text_columns "label" is also given as label_column'):
+        text_rows(rows, ["label"], "label")
+    with pytest.raises(ValueError, match='text_columns "text" is also given as text_columns twice'):
+        text_rows(rows, ["text", "text"])
+
+
+def test_numbers_in_a_csv_file_are_text_where_text_is_wanted(tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_text("text,other,label\n12,0.5,a\n7,1.0,b\n")
+    rows = text_rows(load_splits(str(file))["train"], ["text", "other"])
+    assert rows["text"][:] == ["12", "7"] and rows["pair"][:] == ["0.5", "1.0"]
+    file.write_text("text,label\n12,a\n,b\n")
+    with pytest.raises(ValueError, match='column "text" must hold text, got None in row 1'):
+        text_rows(load_splits(str(file))["train"])
+
+
+def run(tmp_path, files, **knobs):
+    """The data of a run on CSV files, {split: labels}."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    for split, labels in files.items():
+        file = io.StringIO()
+        csv.writer(file).writerows([("text", "label"), *((f"text {i}", label) for i, label in enumerate(labels))])
+        (folder / f"{split}.csv").write_text(file.getvalue())
+    return load_labelled_texts(TextArguments(dataset=str(folder), output_dir="unused", num_steps=1, **knobs))
+
+
+def test_the_training_split_decides_for_all(tmp_path):
+    args, found = run(tmp_path, {"train": ["0.5", "1", "2"], "validation": ["1", "2"]})
+    assert found.labels is None and found.rows["validation"].features["label"] == Value("float64")
+    assert args.metrics == ["pearson", "spearman"]
+    _, found = run(tmp_path, {"train": ["0.0", "1.0"], "validation": ["1", "0"]})
+    assert found.labels == ["0", "1"] and found.label_ids("validation")[1] == 1
+    with pytest.raises(ValueError, match='validation_split "validation" has labels that are not whole'):
+        run(tmp_path, {"train": ["0", "1"], "validation": ["0.5", "1"]})
+
+
+def test_problem_type_is_chosen(tmp_path):
+    files = {"train": ["0", "1", "2"], "validation": ["1", "2"]}
+    _, found = run(tmp_path, files, problem_type="regression")
+    assert found.labels is None and found.rows["train"]["label"][:] == [0.0, 1.0, 2.0]
+    files = {"train": ["0.5", "1.5", "2.5"], "validation": ["1.5", "2.5"]}
+    _, found = run(tmp_path, files, problem_type="single_label_classification")
+    assert found.labels == ["0.5", "1.5", "2.5"] and found.label_ids("validation")["1.5"] == 1
+    with pytest.raises(ValueError, match="labels must be numbers for regression, got string"):
+        run(tmp_path, {"train": ["a", "b"], "validation": ["a", "b"]}, problem_type="regression")
+    with pytest.raises(ValueError, match="task decides problem_type"):
+        TextArguments(dataset="x", output_dir="y", num_steps=1, task="sst2", problem_type="regression")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train": ["a", "a"], "validation": ["a"]}, "there must be at least two classes"),
+        ({"train": ["", ""], "validation": ["a"]}, "no text has a label"),
+        (
+            {"train": ["a", "b"], "validation": ["a", "c", "c"]},
+            'validation_split "validation": label "c" is not a class of the model; it has a, b',
+        ),
+        (
+            {"train": ["0", "1"], "validation": ["0", "7"]},
+            'validation_split "validation": label "7" is not a class of the model; it has 0, 1',
+        ),
+        ({"train": ["a", "b"], "validation": ["", ""]}, 'validation_split "validation" has no labels'),
+        ({"train": ["a", "b"], "validation": []}, 'validation_split "validation" has no rows'),
+    ],
+)
+def test_nothing_to_learn_or_to_score_is_found_before_training(tmp_path, files, message):
+    with pytest.raises(ValueError) as error:
+        run(tmp_path, files)
+    assert message in str(error.value)
+
+
+def test_one_class_of_several_named_is_refused(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 1]})
+    rows = rows.cast(Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])}))
+    for split in ("train", "validation"):
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match="has 2 of 2 texts with a label, and all have the same, 1"):
+        load_labelled_texts(TextArguments(dataset=str(tmp_path), output_dir="unused", num_steps=1))
+
+
+def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, {"train": ["Yes", "", "yes ", "no"], "validation": ["no"]})
+    assert '1 of 4 texts of split "train" have no label and are not learned from; the first is row 1' in caplog.text
+    assert "classes differ in case or white space alone: 'Yes', 'yes '" in caplog.text
