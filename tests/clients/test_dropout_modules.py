@@ -1,0 +1,33 @@
+"""Dropout is found by tools that switch it off, as trl does to compare a policy with its reference."""
+
+import pytest
+import torch
+from every_class import inputs_of, tiny
+from torch import nn
+
+RATES = {
+    "transformer": ("dropout", "attention_dropout", "activation_dropout"),
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "gpt": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "vit": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+@torch.no_grad()
+def test_no_dropout_is_left_after_the_modules_are_switched_off(name):
+    model = tiny(name, **dict.fromkeys(RATES[name], 0.4))
+    expected = model(**inputs_of(name)).logits
+    model.train()
+    assert not torch.allclose(model(**inputs_of(name)).logits, expected)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    torch.testing.assert_close(model(**inputs_of(name)).logits, expected)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_configuration_has_an_auto_map(name):
+    """trl reads it; {} where the model was not saved with its code."""
+    assert tiny(name).config.auto_map == {}
+    assert "auto_map" not in tiny(name).config.to_dict()
