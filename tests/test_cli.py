@@ -398,4 +398,4 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = {"evaluate": ["--dataset", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
-    assert f'model "{tmp_path}/none" is no folder, and not to be had' in refused(*command, tmp_path / "none", *more)
+    assert f'model "{tmp_path}/none" is neither a local folder nor' in refused(*command, tmp_path / "none", *more)
