@@ -30,7 +30,7 @@ from hf_tfm.training.distill_images import DistillImageArguments, settle, shared
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.memory import new_model
-from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.model_fields import check_fields, new_config, start_from
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -69,7 +69,7 @@ def build_student(args: DistillMAEArguments, size: int | tuple[int, int]) -> Tfm
     set_seed(args.seed)
     if not args.init_from:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    student = TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    student = start_from(TfmMAEForPreTraining, args.init_from, **args.model)
     student.set_image_size(size)
     return student
 

@@ -30,7 +30,7 @@ from hf_tfm.training.image_run import (
     new_processor,
 )
 from hf_tfm.training.memory import new_model
-from hf_tfm.training.model_fields import check_fields, new_config
+from hf_tfm.training.model_fields import check_fields, new_config, start_from
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -55,7 +55,7 @@ def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEF
     set_seed(args.seed)
     if not args.init_from:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    model = TfmMAEForPreTraining.from_pretrained(args.init_from, **args.model)
+    model = start_from(TfmMAEForPreTraining, args.init_from, **args.model)
     model.set_image_size(size)
     return model
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_device, send_to_device
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..values import one_line
 from .facts import Facts, facts_of
 from .plan import Lesson
 from .signals import Signals, collect
@@ -118,7 +120,10 @@ def load_teacher(
         raise ValueError(f"give device or device_map, not both, got {device} and {device_map}")
     if device_map is not None:
         options |= {"device_map": device_map, "dtype": to_dtype(dtype)}
-    model, report = kind.from_pretrained(name, output_loading_info=True, **options)
+    try:
+        model, report = kind.from_pretrained(name, output_loading_info=True, **options)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f'teacher "{name}" cannot be loaded as {kind.__name__}: {one_line(error)}') from error
     # A pooler that pretraining leaves out is not looked at, unless a head stands on it, which is then missing too.
     if missing := sorted(key for key in report["missing_keys"] if "pooler." not in key):
         raise ValueError(

@@ -24,7 +24,7 @@ from ..tasks.images import ImageTask, Pixels, image_processor
 from ..values import check_bounds
 from .arguments import ImageArguments
 from .memory import check_batch_memory
-from .model_fields import fresh_head, label_fields
+from .model_fields import fresh_head, label_fields, start_from
 from .splits import check_holdout, split_rows
 
 IMAGE_SIZE = 224  # of a new model
@@ -232,8 +232,13 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
         ValueError: its weights, beside those of `HEADS`, do not fit the configuration; or the patch the image.
     """
     labels, earlier = label_fields(names), AutoConfig.from_pretrained(source, trust_remote_code=False)
-    model, report = TfmViTForImageClassification.from_pretrained(
-        source, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **fields
+    model, report = start_from(
+        TfmViTForImageClassification,
+        source,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **labels,
+        **fields,
     )
     unfit = {name for name, *_ in report["mismatched_keys"]}
     if odd := sorted(name for name in unfit if name.split(".")[0] not in HEADS):

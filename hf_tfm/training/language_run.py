@@ -24,7 +24,7 @@ from ..models import (
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
 from .arguments import TokenArguments
 from .memory import new_model
-from .model_fields import check_fields, new_config
+from .model_fields import check_fields, new_config, start_from
 from .splits import check_holdout, split_rows
 from .token_run import check_stream, token_loader
 
@@ -184,7 +184,7 @@ def build_model(
     """
     set_seed(args.seed)
     if args.init_from:
-        model = args.model_class.from_pretrained(args.init_from, dtype=torch.float32)
+        model = start_from(args.model_class, args.init_from, dtype=torch.float32)
         check_vocabulary(model.config, tokenizer, args.max_length)
         return model
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}

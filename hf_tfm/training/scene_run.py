@@ -28,7 +28,7 @@ from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
 from .memory import new_model
-from .model_fields import check_fields, label_fields, new_config
+from .model_fields import check_fields, label_fields, new_config, start_from
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
 
@@ -142,8 +142,8 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     earlier, auxiliary = saved.id2label, {"auxiliary_loss": True} if saved.model_type == "detr" else {}
     chosen = {**auxiliary, **fields, **args.model}
     queries = chosen.pop("num_queries", saved.num_queries)
-    model, report = kind.from_pretrained(
-        args.init_from, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **chosen
+    model, report = start_from(
+        kind, args.init_from, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **chosen
     )
     new = {name for name, *_ in report["mismatched_keys"]}
     if odd := sorted(name for name in new if f"{CLASSIFIER}." not in name):
