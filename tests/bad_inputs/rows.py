@@ -1,0 +1,665 @@
+"""The table of bad inputs: a row is a command line, the files it reads, and the error it must be answered with.
+
+In a command line, {in} is the folder of the row's files, {out} an output that does not exist, and {models} the folder
+of tiny models (`inputs.MODELS`). An error is one line of hf-tfm that the pattern is found in; a row without a pattern
+is valid: it must be accepted, so that refusing everything is no way to pass.
+"""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import inputs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case.
+
+    Args:
+        id: name, unique in the table.
+        command: words, see above.
+        error: pattern of the one line of error; None of an input that is valid.
+        files: writes what the command reads into {in}.
+    """
+
+    id: str
+    command: str
+    error: str | None
+    files: Callable[[Path], None] | None = None
+
+    def words(self, folder: Path, models: Path) -> list[str]:
+        """The command line for a case's own folder."""
+        places = {"{in}": folder / "in", "{out}": folder / "out", "{models}": models}
+        words = shlex.split(self.command)
+        for name, place in places.items():
+            words = [word.replace(name, str(place)) for word in words]
+        return words
+
+
+def got(option: str, *parts: str) -> str:
+    """A pattern: the option, and then all of ``parts``, which are taken literally."""
+    return rf"(?<!\w){re.escape(option)}(?!\w).*" + ".*".join(re.escape(part) for part in parts)
+
+
+SHORT = "--config quickstart --output_dir {out} --progress false"
+ONE = f"{SHORT} --num_steps 1 --eval_steps 1"
+NO_EPOCHS = "--num_epochs null --warmup_epochs null"
+VISION = f"run image_classification_train {SHORT}"
+VISION_ONE = f"run image_classification_train {ONE} {NO_EPOCHS} --test_splits [] --batch_size 4"
+VISION_ONE += " --model.hidden_size 16 --model.num_hidden_layers 1 --image_size 16 --model.num_attention_heads 2"
+TEXT = f"run text_classification_train {SHORT}"
+TEXT_ONE = f"run text_classification_train {ONE} --num_epochs null --warmup_ratio null --test_splits [] --batch_size 4"
+TEXT_ONE += " --model.hidden_size 16 --model.num_attention_heads 2"
+LANGUAGE = f"run language_pretrain {SHORT}"
+TRANSLATION = f"run translation_train {SHORT}"
+MAE = f"run mae_pretrain {SHORT}"
+DETECTION = f"run detection_train {SHORT}"
+SCENE = "--warmup_steps 0 --batch_size 2 --max_train_samples null --shortest_side 64 --longest_side 64"
+SCENE += ' --validation_split validation --augmentation \'{"scales": [64], "max_size": 64, "crop": 0.0, "flip": 0.0}\''
+DETECTION_ONE = f"run detection_train {ONE} {SCENE} --precision no --model.num_queries 5 --dataset {{in}}"
+PANOPTIC = f"run panoptic_train {SHORT}"
+DISTIL = {
+    name: f"run {name} {SHORT}"
+    for name in ("distill_vision", "distill_mae", "distill_task", "distill_pretrain", "distill_detection")
+}
+
+# Options of every recipe: (command, words, pattern).
+OPTIONS: list[tuple[str, str, str]] = [
+    # lengths and schedules
+    (VISION, "--num_epochs null --num_steps 2.5", got("num_steps", "2.5")),
+    (VISION, "--num_epochs null --num_steps 0", got("num_steps", "1", "0")),
+    (VISION, "--num_epochs null --num_steps -3", got("num_steps", "1", "-3")),
+    (VISION, "--num_epochs null --num_steps many", got("num_steps", "integer", "many")),
+    (VISION, "--num_epochs null --num_steps 99999999999999999999", got("num_steps", "99999999999999999999")),
+    (VISION, "--num_epochs .nan", got("num_epochs", "nan")),
+    (VISION, "--num_epochs -1", got("num_epochs", "0", "-1")),
+    (VISION, "--num_epochs 1e30", got("num_epochs", "1,000,000", "1e+30")),
+    (VISION, "--num_steps 5", got("num_epochs", "num_steps", "5")),
+    (VISION, "--num_epochs null", got("num_epochs", "num_steps", "None")),
+    (VISION, "--warmup_epochs 50", got("warmup_epochs", "10", "50")),
+    (VISION, "--warmup_epochs .inf", got("warmup_epochs", "finite", "inf")),
+    (VISION, "--warmup_steps 7", got("warmup_steps", "warmup_epochs", "7")),
+    (TRANSLATION, "--warmup_steps 401", got("warmup_steps", "400", "401")),
+    (TEXT, "--warmup_ratio 1.5", got("warmup_ratio", "1", "1.5")),
+    (TEXT, "--warmup_steps 5", got("warmup_steps", "warmup_ratio", "5")),
+    (VISION, "--schedule cosin", got("schedule", "cosine", '"cosin"', "did you mean cosine")),
+    (VISION, "--drop_after 2", got("drop_after", "1", "2")),
+    (VISION, "--eval_steps 0", got("eval_steps", "1", "0")),
+    (VISION, "--save_steps -1", got("save_steps", "1", "-1")),
+    (VISION, "--log_steps 0", got("log_steps", "1", "0")),
+    (VISION, "--patience -1", got("patience", "0", "-1")),
+    # optimizers
+    (VISION, "--learning_rate .inf", got("learning_rate", "finite", "inf")),
+    (VISION, "--learning_rate .nan", got("learning_rate", "finite", "nan")),
+    (VISION, "--learning_rate -0.1", got("learning_rate", "0", "-0.1")),
+    (VISION, "--learning_rate 1e9", got("learning_rate", "1,000", "1000000000")),
+    (VISION, "--learning_rate fast", got("learning_rate", "number", "fast")),
+    (VISION, "--base_learning_rate 0.1", got("learning_rate", "base_learning_rate", "0.1")),
+    (VISION, "--weight_decay .inf", got("weight_decay", "finite", "inf")),
+    (VISION, "--weight_decay -1", got("weight_decay", "0", "-1")),
+    (VISION, "--weight_decay 5000", got("weight_decay", "learning_rate", "5000")),
+    (VISION, "--layer_decay 5", got("layer_decay", "1", "5")),
+    (VISION, "--layer_decay 0", got("layer_decay", "0", "0")),
+    (VISION, "--adam_betas [0.9]", got("adam_betas", "2", "[0.9]")),
+    (VISION, "--adam_betas [0.9,1.0]", got("adam_betas", "1", "1.0")),
+    (VISION, "--adam_betas 0.9", got("adam_betas", "2", "0.9")),
+    (VISION, "--adam_epsilon 0", got("adam_epsilon", "0", "0")),
+    (VISION, "--momentum 1", got("momentum", "1", "1")),
+    (VISION, "--max_grad_norm -1", got("max_grad_norm", "0", "-1")),
+    (VISION, "--rate_factors '{embeddings: .inf}'", got("rate_factors", "embeddings", "inf")),
+    (VISION, "--rate_factors 0.1", got("rate_factors", "mapping", "0.1")),
+    (VISION, "--optimizer adamm", got("optimizer", "adamw", '"adamm"')),
+    (VISION, "--precision fp16", got("precision", "fp16", "accelerator")),
+    (VISION, "--precision half", got("precision", "fp16", '"half"')),
+    (VISION, "--ema_decay 1", got("ema_decay", "1", "1")),
+    (VISION, "--final_weights ema", got("final_weights", "ema", "0")),
+    (VISION, "--final_weights average", got("final_weights", "average", "0")),
+    (VISION, "--keep_checkpoints 0", got("keep_checkpoints", "1", "0")),
+    (VISION, "--seed -1", got("seed", "0", "-1")),
+    (VISION, "--seed 4294967296", got("seed", "4,294,967,295", "4294967296")),
+    (VISION, "--seed 1.5", got("seed", "integer", "1.5")),
+    (VISION, "--num_workers 100000", got("num_workers", "cores", "100000")),
+    (VISION, "--trackers [mlflow]", got("trackers", "tensorboard", "mlflow")),
+    (VISION, "--progress maybe", got("progress", "true or false", "maybe")),
+    (VISION, "--compile 1", got("compile", "true or false", "1")),
+    (VISION, "--best_metric bleu", got("best_metric", "accuracy", "bleu")),
+    # names
+    (VISION, "--output_dir ''", got("output_dir", "empty", '""')),
+    (VISION, "--output_dir ' '", got("output_dir", "blank", '" "')),
+    (VISION, "--run_name ''", got("run_name", "empty", '""')),
+    (VISION, "--dataset ''", got("dataset", "empty", '""')),
+    (VISION, "--train_split ''", got("train_split", "empty", '""')),
+    (VISION, "--learning_rat 1", r"--learning_rat is not an option; did you mean --learning_rate\?"),
+    (VISION, "--epochs 3", r"--epochs is not an option"),
+    (VISION, "-lr 3", r"-lr is not an option"),
+    (VISION, "stray", r'"stray" stands where an option'),
+    (VISION, "--seed", r"--seed needs a value"),
+    (VISION, "--config", r"--config needs a value"),
+    (VISION, "--config quickstrat", r'--config "quickstrat" is neither .* did you mean quickstart\?'),
+    # pictures
+    (VISION, "--image_size 4000000", got("image_size", "16,384", "4000000")),
+    (VISION, "--image_size 0", got("image_size", "1", "0")),
+    (VISION, "--image_size [32]", got("image_size", "2 integers", "[32]")),
+    (VISION, "--image_size 33", got("image_size", "33")),
+    (VISION, "--image_size 16384 --batch_size 100000", "100,000 images of 16384 x 16384 pixels need .* GB"),
+    (VISION, "--resize 8", got("resize", "32", "8")),
+    (VISION, "--std [0,0,0]", got("std", "0", "0")),
+    (VISION, "--std [0.5,0.5]", got("std", "3", "[0.5, 0.5]")),
+    (VISION, "--mean [123,117,104]", got("mean", "1", "123")),
+    (VISION, "--std [.nan,1,1]", got("std", "finite", "nan")),
+    (VISION, "--batch_size 0", got("batch_size", "1", "0")),
+    (VISION, "--micro_batch_size 0", got("micro_batch_size", "1", "0")),
+    (VISION, "--max_bad_images -1", got("max_bad_images", "0", "-1")),
+    (VISION, "--max_train_samples 0", got("max_train_samples", "1", "0")),
+    (VISION, "--holdout 5", got("validation_split", "holdout", "5")),
+    (VISION, "--validation_split null", got("validation_split", "holdout", "None")),
+    (VISION, "--holdout 100000 --validation_split null", got("holdout", "rows of train", "100000")),
+    (VISION, "--streaming true", got("streaming", "num_steps")),
+    (VISION, "--label_smoothing 1", got("label_smoothing", "1", "1.0")),
+    (VISION, "--test_splits test", got("test_splits", "list", '"test"')),
+    (VISION, "--test_splits [test,test]", got("test_splits", '"test"', "twice")),
+    (VISION, "--test_splits [dev]", got("test_splits", "dev", "train, validation, test")),
+    (VISION, "--validation_split dev", got("validation_split", "dev", "train, validation, test")),
+    (VISION, "--label_column colour", got("label_column", "colour", "image, label")),
+    (VISION, "--image_column photo", got("image_column", "photo", "image, label")),
+    (VISION, "--repeats 1000", got("repeats", "64", "1000")),
+    (VISION, "--augmentation.crop middle", got("crop", "resized", '"middle"')),
+    (VISION, "--augmentation.flip 2", got("flip", "1", "2")),
+    (VISION, "--augmentation.flipp 1", r"augmentation.flipp is not an option; did you mean .*augmentation.flip\?"),
+    (VISION, "--augmentation '{scale: [0.5, 0.1]}'", got("scale", "smaller first", "0.5")),
+    (VISION, "--augmentation 5", got("augmentation", "mapping", "5")),
+    (VISION, "--augmentation.magnitude 11", got("magnitude", "10", "11")),
+    (VISION, "--mixing.mixup .nan", got("mixup", "finite", "nan")),
+    (VISION, "--mixing '{mixup: -1}'", got("mixup", "0", "-1")),
+    (VISION, "--model '{image_size: 32}'", got("model.image_size", "chosen")),
+    (VISION, "--model.patchsize 4", r"model.patchsize is not a field .* did you mean patch_size\?"),
+    (VISION, "--model.hidden_size wide", got("model.hidden_size", "integer", '"wide"')),
+    (VISION, "--model.num_attention_heads 5", got("hidden_size", "5", "64")),
+    (VISION, "--model.num_hidden_layers 1000000000", got("model.num_hidden_layers", "10,000", "1000000000")),
+    (VISION, "--size giant", got("size", "huge", '"giant"')),
+    (VISION, "--linear_probe true", got("linear_probe", "init_from")),
+    (VISION, "--init_from /no/where", got("init_from", "/no/where")),
+    (VISION, "--dataset /no/where", got("dataset", "/no/where")),
+    (VISION, "--dataset no-such-set", got("dataset", "no-such-set")),
+    # masked autoencoders
+    (MAE, "--model.mask_ratio 1.5", got("mask_ratio", "1", "1.5")),
+    (MAE, "--model.mask_ratio .nan", got("mask_ratio", "finite", "nan")),
+    (MAE, "--model.decoder_hidden_size 6", got("decoder_hidden_size", "4", "6")),
+    (MAE, "--best_metric accuracy", got("best_metric", "loss", "accuracy")),
+    (MAE, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    (MAE, "--shuffle_buffer 0", got("shuffle_buffer", "1", "0")),
+    # texts
+    (TEXT, "--text_columns [text,text]", got("text_columns", '"text"', "twice")),
+    (TEXT, "--text_columns [a,b,c]", got("text_columns", "two", "a, b, c")),
+    (TEXT, "--text_columns text", got("text_columns", "list", '"text"')),
+    (TEXT, "--text_columns [text] --label_column text", got("label_column", "text_columns", "text")),
+    (TEXT, "--text_columns [words]", got("text_columns", "words", "text")),
+    (TEXT, "--label_column kind", got("label_column", "kind", "label")),
+    (TEXT, "--max_length 0", got("max_length", "1", "0")),
+    (TEXT, "--max_length 100000", got("max_length", "512", "100000")),
+    (TEXT, "--vocab_size 1000000000", got("vocab_size", "1,000,000", "1000000000")),
+    (TEXT, "--vocab_size 3", got("vocab_size", "3")),
+    (TEXT, "--batch_size null", got("batch_size", "batch_tokens", "None")),
+    (TEXT, "--batch_tokens 64", got("batch_size", "batch_tokens", "64")),
+    (TEXT, "--micro_batch_tokens 64", got("micro_batch_tokens", "micro_batch_size")),
+    (TEXT, "--metrics [bleu]", got("metrics", "accuracy", "bleu")),
+    (TEXT, "--metrics [pearson]", got("metrics", "accuracy", "pearson")),
+    (TEXT, "--task sst3", got("task", "sst2", '"sst3"')),
+    (TEXT, "--tasks sst2,sst2", got("tasks", "once", "sst2")),
+    (TEXT, "--language_weight -1", got("language_weight", "0", "-1")),
+    (TEXT, "--language_weight 1", got("language_weight", "gpt")),
+    (TEXT, "--architecture t5", got("architecture", "bert", '"t5"')),
+    (TEXT, "--tokenizer /no/where", got("tokenizer", "/no/where")),
+    (TEXT, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    # language models
+    (LANGUAGE, "--objective next", got("objective", "causal", '"next"')),
+    (LANGUAGE, "--sequences triples", got("sequences", "packed", '"triples"')),
+    (LANGUAGE, "--objective causal --sequences pairs", got("sequences", "masked")),
+    (LANGUAGE, "--mask_share 1", got("mask_share", "1", "1.0")),
+    (LANGUAGE, "--max_length 33", got("max_length", "32", "33")),
+    (LANGUAGE, "--batch_tokens 0", got("batch_tokens", "1", "0")),
+    (LANGUAGE, "--batch_tokens 1.5", got("batch_tokens", "integer", "1.5")),
+    (LANGUAGE, "--text_column words", got("text_column", "words")),
+    (LANGUAGE, "--tokenizer_rows 0", got("tokenizer_rows", "1", "0")),
+    (LANGUAGE, "--more_texts '[{split: train}]'", got("more_texts", "dataset")),
+    (LANGUAGE, "--more_texts '[{dataset: /no/where}]'", got("dataset", "/no/where")),
+    (LANGUAGE, "--model.vocab_size 5", got("model.vocab_size", "chosen")),
+    (LANGUAGE, "--model.hidden_size 1048576 --model.num_attention_heads 64", "parameters needs .* GB"),
+    # translation
+    (TRANSLATION, "--source_column de", got("source_column", "target_column", "de")),
+    (TRANSLATION, "--target_column fr", got("target_column", "fr")),
+    (TRANSLATION, "--num_beams 0", got("num_beams", "1", "0")),
+    (TRANSLATION, "--num_beams 100000", got("num_beams", "1,024", "100")),
+    (TRANSLATION, "--iterations 0", got("iterations", "1", "0")),
+    (TRANSLATION, "--length_penalty .inf", got("length_penalty", "finite", "inf")),
+    (TRANSLATION, "--vocab_size 10", got("vocab_size", "261", "10")),
+    (TRANSLATION, "--size huge", got("size", "tiny", '"huge"')),
+    (TRANSLATION, "--model.dropout 1.5", got("dropout", "1", "1.5")),
+    (TRANSLATION, "--model.hidden_act evil", got("hidden_act", "gelu", "evil")),
+    (TRANSLATION, "--tokenizer /no/where", got("tokenizer", "/no/where")),
+    # scenes
+    (DETECTION, "--num_pictures 1000000", got("num_pictures", "100", "1000000")),
+    (DETECTION, "--num_pictures -1", got("num_pictures", "0", "-1")),
+    (DETECTION, "--shortest_side 0", got("shortest_side", "1", "0")),
+    (DETECTION, "--shortest_side 200", got("shortest_side", "128", "200")),
+    (DETECTION, "--longest_side 4000000", got("longest_side", "16,384", "4000000")),
+    (DETECTION, "--augmentation.scales []", got("scales", "1", "()")),
+    (DETECTION, "--augmentation.max_size 4", got("max_size", "128", "4")),
+    (DETECTION, "--augmentation.crop_size [5,1]", got("crop_size", "smaller first", "5, 1")),
+    (DETECTION, "--box_format yxyx", got("box_format", "xywh", '"yxyx"')),
+    (DETECTION, "--best_metric PQ", got("best_metric", "AP", "PQ")),
+    (DETECTION, "--model.num_queries 0", got("num_queries", "1", "0")),
+    (DETECTION, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    (PANOPTIC, "--stage mask", got("stage", "masks", '"mask"')),
+    (PANOPTIC, "--stage masks", got("stage", "masks", "init_from")),
+    (PANOPTIC, "--panoptic_column ''", got("panoptic_column", "empty", '""')),
+    # distillation
+    (DISTIL["distill_vision"], "--teacher ''", got("teacher", "empty", '""')),
+    (DISTIL["distill_vision"], "--teacher /no/where", got("teacher", "/no/where")),
+    (DISTIL["distill_vision"], "--terms []", got("terms", "at least one")),
+    (
+        DISTIL["distill_vision"],
+        "--terms '[{kind: soft_targets}]'",
+        got("terms[0]", "kind", "did you mean soft_target"),
+    ),
+    (DISTIL["distill_vision"], "--terms '[{weight: 1}]'", got("terms[0]", "kind")),
+    (DISTIL["distill_vision"], "--terms '[5]'", got("terms[0]", "5")),
+    (DISTIL["distill_vision"], "--terms '[{kind: label, weight: .nan}]'", got("terms[0]", "weight", "nan")),
+    (DISTIL["distill_vision"], "--terms '[{kind: label, heat: 2}]'", got("terms[0]", "heat", "temperature")),
+    (
+        DISTIL["distill_vision"],
+        "--terms '[{kind: soft_target, temperature: -1}]'",
+        got("terms[0]", "temperature", "0", "-1"),
+    ),
+    (DISTIL["distill_vision"], "--terms '[{kind: hidden_state, layers: {1: a}}]'", got("terms[0]", "layers")),
+    (DISTIL["distill_vision"], "--teacher_device nosuch", got("teacher_device", "cuda", '"nosuch"')),
+    (DISTIL["distill_vision"], "--teacher_dtype fp8", got("teacher_dtype", "fp16", '"fp8"')),
+    (DISTIL["distill_vision"], "--write_cache true", got("write_cache", "cache")),
+    (DISTIL["distill_vision"], "--cache_epochs 0", got("cache_epochs", "1", "0")),
+    (DISTIL["distill_vision"], "--student_layers [-1]", got("student_layers", "0", "-1")),
+    (DISTIL["distill_vision"], "--expected_score .nan", got("expected_score", "finite", "nan")),
+    (DISTIL["distill_mae"], "--terms '[{kind: soft_target}]'", got("terms", "soft_target")),
+    (DISTIL["distill_mae"], "--teacher {models}/nothing", got("teacher", "nothing")),
+    (DISTIL["distill_task"], "--teacher {models}/vit", got("teacher", "vit")),
+    (DISTIL["distill_task"], "--match_labels order", got("match_labels", "number", '"order"')),
+    (DISTIL["distill_task"], "--cache_top_k 0", got("cache_top_k", "1", "0")),
+    (DISTIL["distill_pretrain"], "--tokenizer x", got("tokenizer", '"x"')),
+    (DISTIL["distill_pretrain"], "--sequences pairs", got("sequences", "rows", "pairs")),
+    (DISTIL["distill_pretrain"], "--teacher {models}/gpt", got("teacher", "gpt")),
+    (DISTIL["distill_detection"], "--student_layers '{middle: [0]}'", got("student_layers", "encoder", "middle")),
+    ("run distill_cache distill_vision --config quickstart", "--output_dir {out}", got("write_cache", "cache")),
+    ("run distill_cache distill_visions", "--output_dir {out}", "distill_visions"),
+    # augmentation of texts
+    ("run augment_texts --dataset number-parity --output_dir {out}", "", got("model")),
+    ("run augment_texts --dataset number-parity --model /no/where", "--output_dir {out}", got("model", "/no/where")),
+    ("run augment_texts --dataset number-parity --model x", "--output_dir {in}", "output_dir .*in exists"),
+    (
+        "run augment_texts --dataset number-parity --model x --output_dir {out}",
+        "--substitution.copies 0",
+        got("copies", "1", "0"),
+    ),
+    (
+        "run augment_texts --dataset number-parity --model {models}/bert --output_dir {out}",
+        "--text_columns [words]",
+        got("text_columns", "words"),
+    ),
+    # commands
+    ("run", "nosuch", r'no recipe "nosuch"'),
+    ("nosuch", "", 'no command "nosuch"'),
+    ("evaluate", "", "model and dataset"),
+    ("evaluate {models}/tr --dataset number-words", "--batch_tokens 0", got("batch_tokens", "1", "0")),
+    ("evaluate {models}/tr --dataset number-words", "--num_beams 100000", got("num_beams", "1,024", "100")),
+    ("evaluate {models}/tr --dataset number-words", "--max_sample 2", r"did you mean --max_samples\?"),
+    ("evaluate {models}/tr --dataset number-words", "--split dev", got("split", "dev", "train")),
+    ("evaluate {models}/tr --dataset number-words", "--confusion x.png", got("confusion", "classifiers")),
+    ("evaluate {models}/tr --dataset number-words", "--metrics [accuracy]", got("metrics", "bleu", "accuracy")),
+    ("evaluate {models}/vit --dataset digits", "--max_samples 0", got("max_samples", "1", "0")),
+    ("evaluate {models}/vit --dataset digits", "--max_samples few", got("max_samples", "integer", "few")),
+    ("evaluate {models}/vit --dataset digits", "--batch_size -1", got("batch_size", "1", "-1")),
+    ("evaluate {models}/vit --dataset digits", "--num_workers 100000", got("num_workers", "256", "100")),
+    ("evaluate {models}/vit --dataset digits", "--precision half", got("precision", "half")),
+    ("evaluate {models}/vit --dataset /no/where", "", got("dataset", "/no/where")),
+    ("evaluate {models}/gpt --dataset number-words --text_column translation.en", "--batch_tokens 0", "batch_tokens"),
+    ("evaluate {models}/gpt --dataset number-words", "--mask_share 2", got("mask_share", "1", "2")),
+    ("evaluate {models}/txt --dataset number-parity", "--max_length 0", got("max_length", "1", "0")),
+    ("evaluate /no/where --dataset digits", "", got("model", "/no/where")),
+    ("evaluate {models}/nothing --dataset digits", "", got("model", "nothing")),
+    ("convert {models}/vit", "--to gguf --output_dir {out}", got("to", "vit", "gguf")),
+    ("convert {models}/vit", "--to vit", "output_dir"),
+    ("convert {models}/vit", "--to gpt2 --output_dir {out}", "gpt2"),
+    ("convert /no/where", "--to vit --output_dir {out}", "/no/where"),
+    ("convert {models}/vit", "--to vit --output_dir {in}", "in"),
+    ("convert {models}/vit", "--to vit --output_dir ''", got("output_dir", "empty")),
+    ("push /no/where", "me/model", "/no/where"),
+    ("push {in}", "me/model", "config.json"),
+    ("push {models}/vit", "me", "me"),
+    ("push {models}/vit", "me/model --privat true", r"did you mean --private\?"),
+    ("show attention {models}/vit", "", "IMAGE|image"),
+    ("show attention {models}/vit", "/no/where.png --output_dir {out}", "/no/where.png"),
+    ("show attention {models}/tr --text word", "--layers [9] --output_dir {out}", got("layers", "9")),
+    ("show attention {models}/tr --text ''", "--output_dir {out}", got("text", "empty")),
+    ("show attention {models}/vit digits:train:0", "--heads [9] --output_dir {out}", got("heads", "9")),
+    ("show attention {models}/vit digits:train:999999", "--output_dir {out}", "999999"),
+    ("show attention {models}/vit digits:dev:0", "--output_dir {out}", "dev"),
+    ("show detections {models}/det", "/no/where.png --output {out}.png", "/no/where.png"),
+    ("show detections {models}/vit digits:train:0", "--output {out}.png", "vit"),
+    ("show detections {models}/det digits:train:0", "--threshold 2 --output {out}.png", got("threshold", "1", "2")),
+    ("show positions {models}/tr", "--output {out}.png", "tr"),
+    ("show queries {models}/det", "--output {out}.png", "IMAGE|image"),
+    (
+        "show reconstruction {models}/mae digits:train:0",
+        "--mask_ratio .nan --output {out}.png",
+        got("mask_ratio", "nan"),
+    ),
+    ("show reconstruction {models}/vit digits:train:0", "--output {out}.png", "vit"),
+    ("show detecton", "x", r"did you mean detections\?"),
+    ("doctor detection", "--quick", "--data|dataset"),
+    ("doctor data", "", "dataset must be given"),
+    ("doctor data /no/where", "", got("dataset", "/no/where")),
+    ("doctor data digits", "--max_sample 3", "--max_sample is not an option"),
+    ("doctor detection --data digit-scenes", "--quick --learning_rate .nan", got("learning_rate", "finite", "nan")),
+    ("doctor detection --data digit-scenes", "--quick --model /no/where", "/no/where"),
+    ("quickstart", "--output_dir ''", got("output_dir", "empty")),
+    ("quickstart", "--output x", r"did you mean --output_dir\?"),
+]
+
+
+def option_rows() -> list[Row]:
+    """A row for each of `OPTIONS`, called by its command and words."""
+    rows, seen = [], set()
+    for command, words, error in OPTIONS:
+        parts = [part for part in shlex.split(command) if not part.startswith("-")]
+        name = "-".join(parts[1:2] if parts[0] == "run" and len(parts) > 1 else parts[:2])
+        name = re.sub(r"[^\w.]+", "_", f"{name} {words}").strip("_")[:70]
+        while name in seen:
+            name += "_"
+        seen.add(name)
+        rows.append(Row(name, f"{command} {words}", error, lambda folder: (folder / "notes.txt").write_text("mine")))
+    return rows
+
+
+def text(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """A builder of one file."""
+
+    def build(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return build
+
+
+def yaml_row(name: str, content: str | bytes, error: str | None) -> Row:
+    """A row of a YAML file of options."""
+    return Row(f"yaml_{name}", f"{VISION} --config {{in}}/a.yaml", error, text("a.yaml", content))
+
+
+BOMB = "\n".join(
+    ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+)
+YAML = [
+    yaml_row("duplicate_key", "seed: 1\nlog_steps: 5\nseed: 2\n", "a.yaml.*line 3.*seed.*twice"),
+    yaml_row("duplicate_nested_key", "model: {patch_size: 4, patch_size: 8}\n", "a.yaml.*patch_size.*twice"),
+    yaml_row("list", "- seed\n- 1\n", "a.yaml must be a mapping"),
+    yaml_row("scalar", "fast", "a.yaml must be a mapping"),
+    yaml_row("empty", "", "a.yaml is empty"),
+    yaml_row("broken", "seed: [1\n", "a.yaml.*line.*not YAML"),
+    yaml_row("tabs", "model:\n\tpatch_size: 4\n", "a.yaml.*line 2.*not YAML"),
+    yaml_row("binary", b"\xff\xfe\x00\x01", "a.yaml is not a text file"),
+    yaml_row("python_tag", "seed: !!python/object/apply:os.getpid []\n", "a.yaml.*line 1.*tag"),
+    yaml_row("custom_tag", "seed: !env SEED\n", "a.yaml.*line 1.*tag"),
+    yaml_row("alias_bomb", BOMB, "a.yaml.*10,000 values"),
+    yaml_row("recursion", "model: &m {patch_size: *m}\n", "a.yaml.*deep|a.yaml.*model"),
+    yaml_row("deep", f"model: {'[' * 3000}{']' * 3000}\n", "a.yaml.*deep"),
+    yaml_row("unknown_key", "learning_rat: 0.1\n", r"a.yaml.*learning_rat.*did you mean learning_rate\?"),
+    yaml_row("unknown_nested_key", "augmentation: {flipp: 1}\n", r"a.yaml.*augmentation.flipp.*did you mean flip\?"),
+    yaml_row("number_as_key", "1: 2\n", "a.yaml.*1.*not an option"),
+    yaml_row("infinite", "weight_decay: .inf\n", "a.yaml.*weight_decay.*finite.*inf"),
+    yaml_row("nan_in_list", "adam_betas: [0.9, .nan]\n", "a.yaml.*adam_betas.*finite.*nan"),
+    yaml_row("text_as_number", "seed: fast\n", "a.yaml.*seed.*integer.*fast"),
+    yaml_row("quoted_number", "seed: '5'\n", 'a.yaml.*seed.*integer.*"5"'),
+    yaml_row("null_group", "augmentation: null\n", "a.yaml.*augmentation.*mapping"),
+    yaml_row("null_where_needed", "seed: null\n", "a.yaml.*seed.*integer.*None"),
+    yaml_row("list_as_text", "dataset: [digits]\n", "a.yaml.*dataset.*string"),
+    yaml_row("two_documents", "seed: 1\n---\nseed: 2\n", "a.yaml.*another document"),
+    Row("yaml_folder", f"{VISION} --config {{in}}", "--config .*in.* is neither a file"),
+    Row("yaml_missing", f"{VISION} --config {{in}}/b.yaml", "--config .*b.yaml.* is neither a file"),
+    Row(
+        "yaml_pipe",
+        f"{VISION} --config {{in}}/pipe",
+        "--config .*pipe.* is neither a file",
+        lambda folder: os.mkfifo(folder / "pipe"),
+    ),
+    Row(
+        "yaml_huge",
+        f"{VISION} --config {{in}}/a.yaml",
+        "a.yaml has .* bytes",
+        text("a.yaml", "# " + "x" * 2_000_000),
+    ),
+]
+
+ONE_CLASS = "label.*(one|1) class|one class|one label|classes.*1|two classes"
+HEAD = b"text,label\n"
+TEXTS: list[tuple[str, dict, str | None]] = [
+    (
+        "one_class",
+        {"train": [[f"text {i}", 0] for i in range(8)]},
+        "label.*(one|1) class|one label|classes.*1|two classes",
+    ),
+    ("empty_texts", {"train": [["", i % 2] for i in range(8)]}, "text"),
+    ("blank_texts", {"train": [["  ", i % 2] for i in range(8)]}, "text"),
+    ("no_rows", {"train": HEAD}, "train"),
+    ("zero_bytes", {"train": b""}, "train"),
+    ("bad_utf8", {"train": HEAD + b"caf\xe9 au lait,0\n" * 8}, "train.csv|UTF-8|utf-8"),
+    ("no_label_column", {"columns": ["text", "kind"]}, "label"),
+    ("no_labels", {"train": [[f"text {i}", ""] for i in range(8)]}, "label"),
+    ("missing_texts", {"train": [["a text", 0], [None, 1], ["other", 1]]}, "text"),
+    ("unknown_label", {"validation": [["a text", 7], ["b text", 8]]}, "label.*7|7.*label"),
+    ("no_validation", {"validation": None}, "validation"),
+]
+
+
+def text_rows() -> list[Row]:
+    """Rows of CSV files that cannot be learned from."""
+    return [
+        Row(
+            f"texts_{name}",
+            f"{TEXT_ONE} --dataset {{in}} --text_columns [text]",
+            error,
+            lambda folder, changes=changes: inputs.texts(folder, **changes),
+        )
+        for name, changes, error in TEXTS
+    ]
+
+
+IMAGES: list[tuple[str, dict, str | None]] = [
+    ("all_broken", {"train": b"not an image"}, "image"),
+    ("one_class", {"classes": ("ant",)}, got("label_column", "image")),  # whose folder tells no classes then
+    ("no_images", {"each": 0}, "dataset|image|data file"),
+    ("broken_validation", {"validation": b"GIF89a"}, "image|validation"),
+]
+
+
+def image_rows() -> list[Row]:
+    """Rows of folders of images that cannot be learned from."""
+    return [
+        Row(
+            f"images_{name}",
+            f"{VISION_ONE} --dataset {{in}} --max_bad_images 3",
+            error,
+            lambda folder, changes=changes: inputs.images(folder, **changes),
+        )
+        for name, changes, error in IMAGES
+    ]
+
+
+def each(**fields) -> Callable[[dict], None]:
+    """Change fields of every annotation."""
+
+    def change(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation.update(fields)
+
+    return change
+
+
+def every_image(**fields) -> Callable[[dict], None]:
+    """Change fields of every image."""
+
+    def change(content: dict) -> None:
+        for image in content["images"]:
+            image.update(fields)
+
+    return change
+
+
+COCO: list[tuple[str, object, str]] = [
+    ("broken", b'{"images": [', "instances_train.json"),
+    ("zero_bytes", b"", "instances_train.json"),
+    ("list", lambda content: [1], "instances_train.json.*categories|instances_train.json"),
+    ("deep", b"[" * 100_000, "instances_train.json"),
+    ("no_categories", lambda content: content.pop("categories") and None, "instances_train.json.*categories"),
+    ("empty_categories", lambda content: content.update(categories=[]), "instances_train.json.*categor"),
+    ("unknown_category", each(category_id=99), "instances_train.json.*99"),
+    ("no_annotations", lambda content: content.update(annotations=[]), "annotation|object|box"),
+    ("no_images", lambda content: content.update(images=[]), "image"),
+    ("boxes_nan", each(bbox=[float("nan")] * 4), "box"),
+    ("boxes_outside", each(bbox=[500, 500, 5, 5]), "box"),
+    ("boxes_flat", each(bbox=[8, 8, 0, 0]), "box"),
+    ("boxes_text", each(bbox=["a", "b", "c", "d"]), "bbox|box"),
+    ("boxes_short", each(bbox=[1, 2]), "bbox|box"),
+    ("all_crowds", each(iscrowd=1), "crowd|object|box"),
+    ("other_image_ids", each(image_id=77), "image_id|image|77"),
+    ("missing_images", every_image(file_name="nothing.png"), "nothing.png"),
+    ("absolute_name", every_image(file_name="/etc/hostname"), "/etc/hostname"),
+    ("traversal", every_image(file_name="../../../x.png"), r"\.\./\.\./\.\./x.png"),
+    ("device", every_image(file_name="/dev/zero"), "/dev/zero"),
+    ("duplicate_image_ids", every_image(id=3), "instances_train.json.*3"),
+    ("duplicate_category_ids", lambda content: content["categories"][1].update(id=1), "instances_train.json.*1"),
+    ("names_numbers", lambda content: content["categories"][1].update(name=5), "instances_train.json.*name|name.*5"),
+]
+
+
+def coco_rows() -> list[Row]:
+    """Rows of annotations that cannot be learned from."""
+    rows = []
+    for name, change, error in COCO:
+        arguments = {"raw": change} if isinstance(change, bytes) else {"change": change}
+
+        def build(folder: Path, arguments=arguments) -> None:
+            inputs.coco(folder, **arguments)
+
+        rows.append(Row(f"coco_{name}", DETECTION_ONE, error, build))
+    return rows
+
+
+def model_folder(**files: bytes | dict | None) -> Callable[[Path], None]:
+    """A builder of {in}/m: files by name, with "__" for "."; JSON of a dict."""
+
+    def build(folder: Path) -> None:
+        place = folder / "m"
+        place.mkdir()
+        for name, content in files.items():
+            if content is not None:
+                data = json.dumps(content).encode() if isinstance(content, dict) else content
+                (place / name.replace("__", ".")).write_bytes(data)
+
+    return build
+
+
+VIT = {"model_type": "tfm_vit", "architectures": ["TfmViTForImageClassification"], "image_size": 16, "patch_size": 8}
+VIT |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+FOLDERS: list[tuple[str, dict, str]] = [
+    ("no_config", {}, "m|config.json"),
+    ("config_binary", {"config__json": b"\xff\xfe\x00"}, "config.json"),
+    ("config_broken", {"config__json": b"{"}, "config.json"),
+    ("config_list", {"config__json": b"[1]"}, "config.json"),
+    ("config_deep", {"config__json": b"[" * 100_000}, "config.json"),
+    ("config_unknown_type", {"config__json": {"model_type": "unheard_of"}}, "unheard_of"),
+    ("no_weights", {"config__json": VIT}, "weights|safetensors|m"),
+    ("zero_weights", {"config__json": VIT, "model__safetensors": b""}, "model.safetensors"),
+    ("junk_weights", {"config__json": VIT, "model__safetensors": b"junk" * 50}, "model.safetensors"),
+    ("bad_activation", {"config__json": {**VIT, "hidden_act": "evil"}}, "hidden_act.*evil"),
+    ("negative_size", {"config__json": {**VIT, "hidden_size": -8}}, "hidden_size.*-8"),
+    ("text_size", {"config__json": {**VIT, "hidden_size": "wide"}}, "hidden_size.*wide"),
+]
+
+
+def folder_rows() -> list[Row]:
+    """Rows of folders that hold no usable model, for every command that reads one."""
+    commands = {
+        "evaluate": "evaluate {in}/m --dataset digits --max_samples 2 --progress false",
+        "convert": "convert {in}/m --to vit --output_dir {out}",
+        "show": "show positions {in}/m --output {out}.png",
+    }
+    return [
+        Row(f"{name}_{fault}", command, error, model_folder(**files))
+        for fault, files, error in FOLDERS
+        for name, command in commands.items()
+    ]
+
+
+EVALUATION = "evaluate {models}/vit --dataset {in} --progress false"
+FILES = [
+    Row(
+        "evaluate_output_is_a_folder", f"{EVALUATION} --output {{in}}", "in: Is a directory|output .*in", inputs.images
+    ),
+    Row(
+        "evaluate_label_column_of_images",
+        f"{EVALUATION} --label_column image",
+        got("label_column", "image"),
+        inputs.images,
+    ),
+    Row(
+        "evaluate_broken_images",
+        f"{EVALUATION} --max_bad_images 0",
+        "image|png",
+        lambda folder: inputs.images(folder, test=b"broken"),
+    ),
+    Row("evaluate_model_of_texts", "evaluate {models}/txt --dataset {in} --progress false", "text", inputs.images),
+    Row(
+        "unknown_backbone", f"{DETECTION_ONE} --model.backbone resnet9000", got("backbone", "resnet9000"), inputs.coco
+    ),
+    Row(
+        "distill_detection_from_a_classifier",
+        f"run distill_detection {ONE} {SCENE} --precision no --dataset {{in}} --teacher {{models}}/vit",
+        got("teacher", "vit"),
+        inputs.coco,
+    ),
+    Row("train_from_a_translator", f"{VISION} --init_from {{models}}/tr --model '{{}}'", got("init_from"), None),
+    Row("train_from_a_detector", f"{MAE} --init_from {{models}}/det --model '{{}}'", got("init_from"), None),
+    Row("train_texts_from_images", f"{TEXT} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
+    Row("train_language_from_images", f"{LANGUAGE} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
+]
+
+VALID = [
+    Row("valid_texts", f"{TEXT_ONE} --dataset {{in}} --text_columns [text] --warmup_steps 1", None, inputs.texts),
+    Row("valid_texts_evaluated_at_the_end", f"{TEXT_ONE} --eval_steps 100000 --save_steps 100000", None),
+    Row(
+        "valid_texts_with_quotes_and_empty_cells_elsewhere",
+        f"{TEXT_ONE} --dataset {{in}} --text_columns [text]",
+        None,
+        lambda folder: inputs.texts(folder, train=[['a "quoted, text"', 0], ["NA", 1], ["null", 0], ["None", 1]] * 3),
+    ),
+    Row("valid_images", f"{VISION_ONE} --dataset {{in}} --layer_decay 1 --seed 4294967295", None, inputs.images),
+    Row(
+        "valid_one_broken_image",
+        f"{VISION_ONE} --dataset {{in}} --max_bad_images 1",
+        None,
+        lambda folder: inputs.images(folder, train_ant_0=b"broken"),
+    ),
+    Row(
+        "valid_yaml_with_anchors",
+        f"{VISION_ONE} --config {{in}}/a.yaml",
+        None,
+        text("a.yaml", "mean: &m [0.5, 0.5, 0.5]\nstd: *m\nlearning_rate: 1e-3\nrate_factors: {}\n"),
+    ),
+    Row("valid_coco", DETECTION_ONE, None, inputs.coco),
+    Row("valid_evaluation", f"{EVALUATION} --max_samples 1 --batch_size 1", None, inputs.images),
+    Row("valid_picture", "show positions {models}/vit --output {out}.png", None),
+]
+
+ROWS = [*option_rows(), *YAML, *text_rows(), *image_rows(), *coco_rows(), *folder_rows(), *FILES, *VALID]
