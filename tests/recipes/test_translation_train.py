@@ -203,7 +203,7 @@ def test_changed_data_or_knobs_are_another_run(trained, data, tmp_path):
     for more, named in (
         (["--seed", "1"], "seed: 0 there, 1 now"),
         (["--learning_rate", "0.02"], "learning_rate: 0.01 there, 0.02 now"),
-        (["--target_column", "en"], "target_column: 'de' there, 'en' now"),
+        (["--source_column", "de", "--target_column", "en"], "source_column: 'en' there, 'de' now"),
     ):
         with pytest.raises(ValueError, match=f"holds another run .*{named}"):
             run_recipe(*argv, *more)
