@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
 from hf_tfm.command import run_recipe
 from hf_tfm.data import glue
@@ -25,10 +25,10 @@ from hf_tfm.data.labelled_texts import check_empty, load_texts
 from hf_tfm.data.source import take_split
 from hf_tfm.data.text import column_path
 from hf_tfm.distillation.substitution import Substituter, Substitution, with_copies
-from hf_tfm.finite import check_finite
+from hf_tfm.hub.loading import load_model, load_tokenizer
+from hf_tfm.hub.pretrained import MASKED_WORDS, check_kind
 from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.folder import explain_write_errors
-from hf_tfm.training.run import require_model
 from hf_tfm.values import check_bounds, conform_fields
 
 
@@ -99,16 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in rows.column_names and isinstance(rows[0][name], str):
             check_empty(rows, name, name)
     device = PartialState().device
-    require_model("model", args.model)
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    travels = "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not travels:
-        raise ValueError(f'model "{args.model}" is a {config.model_type} model, not a masked language model')
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForMaskedLM.from_pretrained(
-        args.model, dtype=torch.float32, trust_remote_code=args.trust_remote_code
-    ).to(device)
-    check_finite(model, f'model "{args.model}"')
+    check_kind("model", args.model, MASKED_WORDS["model"], args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, "model", None, args.trust_remote_code)
+    model = load_model(AutoModelForMaskedLM, args.model, "model", None, args.trust_remote_code).to(device)
     substituter = Substituter(model, tokenizer, args.substitution)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         grown = with_copies(rows, columns, substituter, args.batch_tokens, args.progress)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, set_seed
@@ -23,14 +23,15 @@ from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.command import run_recipe
 from hf_tfm.distillation.student import Distilled
-from hf_tfm.tasks.masked_image import MaskedImageTask
+from hf_tfm.hub.pretrained import IMAGE_PATCHES
+from hf_tfm.tasks.masked_image import MaskedImageTask, load_autoencoder
 from hf_tfm.training import evaluate
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
 from hf_tfm.training.memory import new_model
-from hf_tfm.training.model_fields import check_fields, new_config, start_from
+from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -40,6 +41,8 @@ class DistillMAEArguments(DistillImageArguments):
 
     ``model`` takes, among others, patch_size and mask_ratio, which have to be the teacher's.
     """
+
+    fitting: ClassVar = IMAGE_PATCHES
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,7 +72,7 @@ def build_student(args: DistillMAEArguments, size: int | tuple[int, int]) -> Tfm
     set_seed(args.seed)
     if not args.init_from:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    student = start_from(TfmMAEForPreTraining, args.init_from, **args.model)
+    student = load_autoencoder(args.init_from, args.model)
     student.set_image_size(size)
     return student
 

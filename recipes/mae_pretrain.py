@@ -12,12 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import AutoImageProcessor, set_seed
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.command import run_recipe
-from hf_tfm.tasks.masked_image import MaskedImageTask
+from hf_tfm.hub.pretrained import IMAGE_PATCHES
+from hf_tfm.tasks.masked_image import MaskedImageTask, load_autoencoder
 from hf_tfm.training import evaluate
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
@@ -30,7 +32,7 @@ from hf_tfm.training.image_run import (
     new_processor,
 )
 from hf_tfm.training.memory import new_model
-from hf_tfm.training.model_fields import check_fields, new_config, start_from
+from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -40,6 +42,8 @@ class PretrainArguments(ImageRunArguments):
 
     ``model`` takes, among others, patch_size, mask_ratio, norm_pix_loss and the decoder's sizes.
     """
+
+    fitting: ClassVar = IMAGE_PATCHES
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,7 +59,7 @@ def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEF
     set_seed(args.seed)
     if not args.init_from:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    model = start_from(TfmMAEForPreTraining, args.init_from, **args.model)
+    model = load_autoencoder(args.init_from, args.model)
     model.set_image_size(size)
     return model
 

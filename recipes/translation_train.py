@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 from hf_tfm.command import run_recipe
 from hf_tfm.data import text
 from hf_tfm.data.source import describe_source
+from hf_tfm.hub.loading import load_tokenizer as read_tokenizer
+from hf_tfm.hub.pretrained import TRANSLATIONS
 from hf_tfm.limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
@@ -57,6 +59,8 @@ class TranslationArguments(TokenArguments):
         metrics: of the final translations.
         license: licence of the model, for its card.
     """
+
+    fitting: ClassVar = TRANSLATIONS
 
     dataset: str
     dataset_name: str | None = None
@@ -136,7 +140,7 @@ def describe_data(args: TranslationArguments, pairs: dict) -> dict:
 def load_tokenizer(args: TranslationArguments, pairs: dict):
     """The tokenizer that is named, or one trained on the data."""
     if ready := args.tokenizer or args.init_from:
-        return AutoTokenizer.from_pretrained(ready, trust_remote_code=False)
+        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None)
     return text.train_tokenizer(text.sentences(pairs[args.train_split]), args.vocab_size, args.lowercase)
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_device, send_to_device
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..values import one_line
+from ..hub.loading import LoadingError, check_weights, explained
 from .facts import Facts, facts_of
 from .plan import Lesson
 from .signals import Signals, collect
@@ -120,16 +119,16 @@ def load_teacher(
         raise ValueError(f"give device or device_map, not both, got {device} and {device_map}")
     if device_map is not None:
         options |= {"device_map": device_map, "dtype": to_dtype(dtype)}
-    try:
-        model, report = kind.from_pretrained(name, output_loading_info=True, **options)
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f'teacher "{name}" cannot be loaded as {kind.__name__}: {one_line(error)}') from error
-    # A pooler that pretraining leaves out is not looked at, unless a head stands on it, which is then missing too.
-    if missing := sorted(key for key in report["missing_keys"] if "pooler." not in key):
-        raise ValueError(
-            f'teacher "{name}" lacks the weights {", ".join(missing[:3])} of {type(model).__name__}: it was not '
-            "trained for this"
-        )
+    with explained("teacher", name):
+        options = {"trust_remote_code": False, **options}
+        model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        # A pooler that pretraining leaves out is not looked at, unless a head stands on it, which is then missing too.
+        if missing := sorted(key for key in report["missing_keys"] if "pooler." not in key):
+            raise LoadingError(
+                f'teacher "{name}" lacks the weights {", ".join(missing[:3])} of {type(model).__name__}: it was not '
+                "trained for this"
+            )
+        check_weights(model, report, may_lack=lambda key: "pooler." in key)
     return Teacher(model, dtype, device)
 
 

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from ..hub.pretrained import check_kind, load_to_train
 from ..models import TfmDetrConfig, TfmDetrForObjectDetection
 from ..models.backbones import FrozenBatchNorm
 from ..training.memory import new_model
 from ..training.model_fields import new_config
-from ..training.scene_run import CLASSIFIER, QUERIES, labels_of, load_detr
+from ..training.scene_run import CLASSIFIER, QUERIES, head_of, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
@@ -25,8 +26,8 @@ def add_model(case: Case) -> None:
     args, fields = case.args, labels_of(case.train.rows)
     kind = TfmDetrForObjectDetection
     if args.init_from:
-        case.earlier, report = kind.from_pretrained(args.init_from, output_loading_info=True)
-        case.missing = set(report["missing_keys"])
+        check_kind("init_from", args.init_from, args.fitting["init_from"])
+        case.earlier, case.missing = load_to_train(kind, args.init_from, head_of)
         set_seed(args.seed)
         case.model = load_detr(kind, args, fields)
     else:

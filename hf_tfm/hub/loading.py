@@ -7,6 +7,7 @@ Every error is one line that names the argument and the model. Code that a folde
 """
 
 import json
+import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ from .results import memory_gb
 
 # Errors with which libraries end on files of another form than they expect.
 UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
+# Weights of files that some classes of a family do not read: poolers, norms of the other pooling, tables, counts.
+UNREAD = re.compile(
+    r"pooler|position_ids|num_batches_tracked|masked_bias|attn\.bias|inv_freq|vit\.(layernorm|fc_norm)\.|mask_token"
+)
 MOST_CLASSES = 10**6
 MOST_LAYERS = 10**4
 ATTENTION_FIELDS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
@@ -214,8 +219,21 @@ def check_weights(
         raise ValueError(mismatch(wrong))
     if missing := sorted(name for name in report["missing_keys"] if not may_lack(name)):
         raise ValueError(f"it has no weights for {', '.join(missing[:3])}{others(missing, 3)}: they would be random")
+    if left := sorted(unread(model, report)):
+        raise ValueError(no_place(left))
     if name := first_not_finite(model):
         raise ValueError(f"its weight {name} holds values that are not finite")
+
+
+def unread(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    """Weights of the files, below any head, that a model has no place for."""
+    base = f"{model.base_model_prefix}."
+    return [name for name in report["unexpected_keys"] if f".{base}" in f".{name}" and not UNREAD.search(name)]
+
+
+def no_place(names: Sequence[str]) -> str:
+    """Weights of files that config.json leaves out, in words."""
+    return f"its config.json has no place for the weights {', '.join(names[:3])}{others(names, 3)} of its files"
 
 
 def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:

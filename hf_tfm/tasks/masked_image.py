@@ -8,17 +8,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..data.augment import Augmentation
 from ..data.batching import rng
-from ..models import TfmMAEConfig
+from ..hub.pretrained import load_to_train
+from ..models import TfmMAEConfig, TfmMAEForPreTraining
 from ..models.modeling_mae import num_visible
 from ..models.patches import patch_grid
 from .images import Batch, ImageTask
 
 MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")  # types of models: ours and transformers'
+
+
+def load_autoencoder(source: str, fields: dict[str, Any]) -> TfmMAEForPreTraining:
+    """A masked autoencoder to train further, of ``init_from``; a decoder that was not saved is drawn anew.
+
+    Args:
+        source: folder or Hub id.
+        fields: of its configuration that change.
+
+    Raises:
+        ValueError: weights of its encoder are missing or do not fit; see `load_to_train`.
+    """
+
+    def head_of(model: PreTrainedModel, name: str) -> str:
+        return "decoder" if name.startswith("decoder.") else ""
+
+    return load_to_train(TfmMAEForPreTraining, source, head_of, fields)[0]
 
 
 class MaskedImageTask(ImageTask):

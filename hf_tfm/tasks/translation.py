@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import TokenBudgetSampler, part_of_rank, rng
+from ..hub.loading import load_config
+from ..hub.pretrained import load_to_train
 from ..metrics import Bleu, Chrf, ExactMatch
 from ..models import TfmTransformerConfig
 from ..models.cross_entropy import IGNORE_INDEX
@@ -140,13 +142,14 @@ def load_translator(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     Raises:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
     """
-    model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    if model.config.model_type != TfmTransformerConfig.model_type:
+    config = load_config(name, "init_from", trust_remote_code=None)
+    if config.model_type != TfmTransformerConfig.model_type:
         raise ValueError(
-            f'init_from "{name}" is a {model.config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '
+            f'init_from "{name}" is a {config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '
             "first, hf-tfm convert --to tfm"
         )
     check_tokenizer(tokenizer)
+    model, _ = load_to_train(AutoModelForSeq2SeqLM, name, lambda model, weight: "")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f'init_from "{name}" has {model.config.vocab_size} tokens, and its tokenizer more, {len(tokenizer)}'

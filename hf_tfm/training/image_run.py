@@ -1,12 +1,12 @@
 """What the recipes on images share: the knobs of data and pictures, and their loaders."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import images
@@ -16,6 +16,8 @@ from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 from ..data.files import data_roots
 from ..data.images import WatchedLoader, label_ids
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
+from ..hub.loading import load_config
+from ..hub.pretrained import IMAGE_CLASSES, load_to_train
 from ..limits import LARGEST_SIDE
 from ..models import TfmViTForImageClassification
 from ..models.patches import Size, sides
@@ -24,7 +26,7 @@ from ..tasks.images import ImageTask, Pixels, image_processor
 from ..values import check_bounds
 from .arguments import ImageArguments
 from .memory import check_batch_memory
-from .model_fields import fresh_head, label_fields, start_from
+from .model_fields import fresh_head, label_fields
 from .splits import check_holdout, split_rows
 
 IMAGE_SIZE = 224  # of a new model
@@ -151,6 +153,8 @@ class LabelledImageArguments(ImageRunArguments):
     The others are those of `ImageRunArguments`.
     """
 
+    fitting: ClassVar = IMAGE_CLASSES
+
     test_splits: list[str] = field(default_factory=list)
     label_smoothing: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
@@ -219,6 +223,12 @@ def check_readable(rows: Any, split: str, max_bad_images: int) -> None:
         )
 
 
+def head_of(model: PreTrainedModel, name: str) -> str:
+    """Head of a weight, for `load_to_train`; a norm after pooling takes the place of one before it."""
+    top = name.split(".")[0]
+    return top if top in HEADS else "fc_norm" if name.startswith("vit.fc_norm.") else ""
+
+
 def load_classifier(source: str, names: list[str], image_size: Size, **fields: Any) -> TfmViTForImageClassification:
     """A classifier that goes on from another model; if it had other classes, its linear layers are new.
 
@@ -231,21 +241,11 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
     Raises:
         ValueError: its weights, beside those of `HEADS`, do not fit the configuration; or the patch the image.
     """
-    labels, earlier = label_fields(names), AutoConfig.from_pretrained(source, trust_remote_code=False)
-    model, report = start_from(
-        TfmViTForImageClassification,
-        source,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **labels,
-        **fields,
-    )
-    unfit = {name for name, *_ in report["mismatched_keys"]}
-    if odd := sorted(name for name in unfit if name.split(".")[0] not in HEADS):
-        raise ValueError(f"model: the weights of init_from {source} do not fit it: {', '.join(odd)}")
+    labels, earlier = label_fields(names), load_config(source, "init_from", trust_remote_code=None)
+    model, fresh = load_to_train(TfmViTForImageClassification, source, head_of, fields, resized="classifier", **labels)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):
-            if f"{name}.weight" not in unfit | set(report["missing_keys"]):
+            if f"{name}.weight" not in fresh:
                 fresh_head(model, name)  # as many classes, but others
     model.vit.set_image_size(image_size)
     return model

@@ -1,18 +1,20 @@
 """What the recipes of language models share: the knobs of texts, masks and tokens, and their loaders."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data import language, text
 from ..data.language import Corpus
 from ..data.source import describe_source, gather, load_splits, take_split
 from ..data.vocabulary import tell_unknown, train_bytes, train_wordpiece
+from ..hub.loading import load_tokenizer as read_tokenizer
+from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST
 from ..models import (
     TfmBertConfig,
@@ -24,9 +26,11 @@ from ..models import (
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
 from .arguments import TokenArguments
 from .memory import new_model
-from .model_fields import check_fields, new_config, start_from
+from .model_fields import check_fields, new_config
 from .splits import check_holdout, split_rows
 from .token_run import check_stream, token_loader
+
+log = logging.getLogger(__name__)
 
 TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 
@@ -123,6 +127,11 @@ class LanguageArguments(TokenArguments):
                 )
 
     @property
+    def fitting(self) -> dict[str, Suitable]:
+        """Models that ``init_from`` and ``teacher`` may name."""
+        return MASKED_WORDS if self.objective == "masked" else NEXT_WORDS
+
+    @property
     def held_out(self) -> str:
         """The name of the split that decides which weights are best."""
         return self.validation_split or "holdout"
@@ -165,10 +174,16 @@ def describe_data(args: LanguageArguments, texts: dict) -> dict:
 def load_tokenizer(args: LanguageArguments, learned) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on the texts."""
     if ready := args.tokenizer or args.init_from:
-        return AutoTokenizer.from_pretrained(ready, trust_remote_code=False)
+        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None)
     rows = learned if args.tokenizer_rows is None else learned.take(args.tokenizer_rows)
     teach = train_wordpiece if args.objective == "masked" else train_bytes
     return teach(language.Texts(rows), args.vocab_size, args.lowercase)
+
+
+def head_of(model: PreTrainedModel, name: str) -> str:
+    """Head of a weight, for `load_to_train`: an output layer, or the pooler that next sentences are read from."""
+    top = name.split(".")[0]
+    return "pooler" if ".pooler." in name else "" if top == model.base_model_prefix else top
 
 
 def build_model(
@@ -180,11 +195,13 @@ def build_model(
         vocab_size: words of a new model, at least the tokenizer's; default, those.
 
     Raises:
-        ValueError: the model does not fit the tokenizer or ``max_length``.
+        ValueError: the model does not fit the tokenizer or ``max_length``, or lacks weights; see `load_to_train`.
     """
     set_seed(args.seed)
     if args.init_from:
-        model = start_from(args.model_class, args.init_from, dtype=torch.float32)
+        model, fresh = load_to_train(args.model_class, args.init_from, head_of)
+        if fresh:
+            log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(fresh)))
         check_vocabulary(model.config, tokenizer, args.max_length)
         return model
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}

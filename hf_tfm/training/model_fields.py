@@ -53,18 +53,6 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
         raise ValueError(f"model: {one_line(error)}") from error
 
 
-def start_from(kind: Any, source: str, **options: Any) -> Any:
-    """``kind.from_pretrained(source, **options)`` for the option ``init_from``.
-
-    Raises:
-        ValueError: the configuration of ``source`` is none of ``kind``; the message names init_from.
-    """
-    try:
-        return kind.from_pretrained(source, **options)
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f'init_from "{source}" cannot be loaded as {kind.__name__}: {one_line(error)}') from error
-
-
 def label_fields(names: Sequence[str]) -> dict[str, dict]:
     """What a configuration says of classes called ``names``, in order."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}

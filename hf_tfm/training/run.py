@@ -22,6 +22,7 @@ from ..data.source import STREAM
 from ..finite import check_finite, first_not_finite
 from ..hub.card import metadata, write_card
 from ..hub.cost import Cost
+from ..hub.pretrained import check_kind
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
 from .arguments import TrainingArguments, parse_arguments
 from .folder import explain_write_errors
@@ -49,11 +50,13 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     From here on SIGTERM ends the process with exit status 0, see `stop.end_politely`.
 
     Raises:
-        ValueError: the device does not know the precision, or a model to start from is not there.
+        ValueError: the device does not know the precision, or a model to start from is missing or of another kind.
     """
     for knob in ("init_from", "teacher"):
         if source := getattr(args, knob, None):
             require_model(knob, source)
+            trust = getattr(args, "trust_remote_code", None) if knob == "teacher" else None
+            check_kind(knob, source, getattr(args, "fitting", {}).get(knob), trust)
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     end_politely()

@@ -4,14 +4,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
 
 from ..data import detection
 from ..data.batching import StepLoader
@@ -21,6 +21,8 @@ from ..data.scene_augment import SceneAugmentation
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import describe_rows, describe_source
+from ..hub.loading import load_config
+from ..hub.pretrained import OBJECTS, load_to_train
 from ..limits import LARGEST_SIDE
 from ..models import TfmDetrConfig
 from ..models.backbones import TimmFeatures
@@ -28,13 +30,14 @@ from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
 from .memory import new_model
-from .model_fields import check_fields, label_fields, new_config, start_from
+from .model_fields import check_fields, label_fields, new_config
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
 
 log = logging.getLogger(__name__)
 
 CLASSIFIER, QUERIES = "class_labels_classifier", "query_position_embeddings"  # modules whose size the data decides
+HEADS = (CLASSIFIER, "bbox_predictor", "mask_head", "bbox_attention", "num_batches_tracked")
 COLUMNS = ("image_column", "objects_column", "panoptic_column")  # recipes have different ones
 # What is reported of a split, in this order; of a data set without such objects a score is NaN, and left out.
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "PQ", "SQ", "RQ", "PQ_th", "PQ_st")
@@ -54,6 +57,8 @@ class SceneRunArguments(PictureArguments):
 
     The others are those of `PictureArguments`; ``model`` takes, among others, backbone, num_queries, encoder_layers.
     """
+
+    fitting: ClassVar = OBJECTS
 
     test_splits: list[str] = field(default_factory=list)
     shortest_side: int = 800
@@ -126,6 +131,11 @@ def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dic
     return model
 
 
+def head_of(model: PreTrainedModel, name: str) -> str:
+    """Head of a weight, for `load_to_train`; frozen norms count no batches, so those counts may be missing."""
+    return next((head for head in HEADS if head in name.split(".")), "")
+
+
 def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
     """The model of ``init_from`` as one for these classes; says which weights are new.
 
@@ -138,21 +148,16 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     Raises:
         ValueError: weights that do not depend on the data do not fit.
     """
-    saved = AutoConfig.from_pretrained(args.init_from, trust_remote_code=False)
+    saved = load_config(args.init_from, "init_from", trust_remote_code=None)
     earlier, auxiliary = saved.id2label, {"auxiliary_loss": True} if saved.model_type == "detr" else {}
-    chosen = {**auxiliary, **fields, **args.model}
+    chosen = dict(args.model)
     queries = chosen.pop("num_queries", saved.num_queries)
-    model, report = start_from(
-        kind, args.init_from, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **chosen
-    )
-    new = {name for name, *_ in report["mismatched_keys"]}
-    if odd := sorted(name for name in new if f"{CLASSIFIER}." not in name):
-        raise ValueError(f"model: the weights of init_from {args.init_from} do not fit it: {', '.join(odd)}")
+    model, new = load_to_train(kind, args.init_from, head_of, chosen, resized=CLASSIFIER, **{**auxiliary, **fields})
     if len(earlier) == len(fields["id2label"]) and earlier != fields["id2label"]:
         new.add(fresh_head(model, name_of(model, CLASSIFIER)))
     if queries != saved.num_queries:
         new |= resize_queries(model, queries)
-    if new := new | set(report["missing_keys"]):
+    if new:
         log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(new)))
     return model
 

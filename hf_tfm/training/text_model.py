@@ -9,13 +9,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import datasets
-import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +20,8 @@ from transformers import (
 )
 
 from ..data.vocabulary import train_bytes, train_wordpiece
+from ..hub.loading import load_config, load_tokenizer
+from ..hub.pretrained import load_to_train
 from ..models import TfmBertConfig, TfmGPTConfig
 from ..tasks.text_classification import input_names
 from .memory import new_model
@@ -65,7 +64,7 @@ def classifier_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
     if ready := args.tokenizer or args.init_from:
-        return complete(AutoTokenizer.from_pretrained(ready, trust_remote_code=False))
+        return complete(load_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None))
     _, learn = ARCHITECTURES[args.architecture]
     return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
 
@@ -145,6 +144,12 @@ def keep_what_is_read(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = read
 
 
+def head_of(model: PreTrainedModel, name: str) -> str:
+    """Head of a weight, for `load_to_train`: its module, where that is a pooler or above the base model."""
+    below = name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
+    return "" if below else name.rpartition(".")[0]
+
+
 def load_classifier(
     name: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, fields: dict[str, Any]
 ) -> PreTrainedModel:
@@ -156,24 +161,15 @@ def load_classifier(
     Raises:
         ValueError: a field is unknown, or the model lacks weights below its classifier.
     """
-    earlier = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    earlier = load_config(name, "init_from", trust_remote_code=None)
     if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
         raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
-    if getattr(earlier, "pooler", None) == "none":  # a DistilBERT, whose classifier has a layer with ReLU below it
-        fields = {"pooler": "relu", **fields}
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        dtype=torch.float32,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **class_fields(labels),
-        **fields,
+    # A DistilBERT, whose classifier has a layer with ReLU below it.
+    pooler = {"pooler": "relu"} if getattr(earlier, "pooler", None) == "none" else {}
+    model, fresh = load_to_train(
+        AutoModelForSequenceClassification, name, head_of, fields, resized="", **{**pooler, **class_fields(labels)}
     )
     base = f"{model.base_model_prefix}."
-    fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if odd := sorted(key for key in fresh if key.startswith(base) and ".pooler." not in key):
-        raise ValueError(f'init_from "{name}" has no weights that fit {", ".join(odd[:3])}')
     if not any(not key.startswith(base) for key in fresh) and not same_classes(earlier, model.config):
         fresh_classifier(model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:

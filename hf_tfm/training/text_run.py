@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from ..data.labelled_texts import (
 from ..data.source import describe_source, take_split
 from ..data.text import describe
 from ..data.vocabulary import tell_unknown
+from ..hub.pretrained import TEXT_CLASSES
 from ..limits import LARGEST_BATCH, LONGEST
 from ..metrics.glue import check_metrics
 from .arguments import TrainingArguments
@@ -79,6 +80,8 @@ class TextArguments(TrainingArguments):
     Raises:
         ValueError: a value is outside its range, or two do not fit each other.
     """
+
+    fitting: ClassVar = TEXT_CLASSES
 
     dataset: str
     dataset_name: str | None = None

@@ -1,6 +1,7 @@
 """Several of GLUE's tasks distilled by one command, each from a teacher of its own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
         names = dict(enumerate(label.names)) if task == "mrpc" else {0: "LABEL_0"}
         config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, id2label=names, **WIDE)
         save(folder / f"teacher-{task}", TfmBertForSequenceClassification(config), tokenizer)
-    (folder / "teacher-rte").mkdir()  # a task whose data are missing needs no more
+    shutil.copytree(folder / "teacher-mrpc", folder / "teacher-rte")  # of a task whose data are missing
     return folder
 
 

@@ -184,7 +184,7 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
     assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset" in said
     # Each task is a run of its own, and its command repeats it alone.
     alone = record(tmp_path / "run" / "mnli")
-    assert alone.command.endswith(f"--tasks null --task mnli --output_dir {tmp_path}/run/mnli")
+    assert alone.command.endswith("--tasks null --task mnli --output_dir mnli")
     fresh_state()
     again = evaluate(str(tmp_path / "run"), dataset=tasks, tasks="mrpc,stsb,mnli", progress=False)
     assert again["macro_average"] == pytest.approx(result["macro_average"], abs=1e-6)
@@ -305,7 +305,7 @@ def test_models_that_do_not_fit(data, tmp_path):
         (bert, {"language_weight": 0.5}, "a bert model sees all tokens"),
         (bert, {"model": "{hidden: 3}"}, "model.hidden is not a field of BertConfig that can be chosen"),
         (gpt, {"max_length": 100}, "max_length must be at most max_position_embeddings = 64, got 100"),
-        (bert, {"model": "{hidden_size: 32}"}, "has no weights that fit bert.embeddings"),
+        (bert, {"model": "{hidden_size: 32}"}, r"weights of init_from .* do not fit it: bert\.embeddings"),
     ):
         with pytest.raises(ValueError, match=named):
             run_recipe(*words(data, tmp_path / f"run-{named[:5]}", init_from=start, **knobs))

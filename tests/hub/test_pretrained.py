@@ -1,0 +1,221 @@
+"""Models to begin with are of a kind that suits the task, and bring every weight that the task does not replace."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from hf_tfm.cli import main
+from hf_tfm.distillation.teacher import load_teacher
+from hf_tfm.hub import pretrained
+from hf_tfm.hub.loading import LoadingError
+from hf_tfm.hub.pretrained import check_kind, load_to_train
+from hf_tfm.tasks.masked_image import load_autoencoder
+from hf_tfm.training import image_run, language_run, scene_run, text_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
+
+from every_class import FAMILIES, class_of, tiny
+
+SUITABLE = {
+    "TEXT_CLASSES": {"bert", "gpt"},
+    "IMAGE_CLASSES": {"vit", "mae"},
+    "IMAGE_PATCHES": {"mae"},
+    "OBJECTS": {"detr"},
+    "TRANSLATIONS": {"transformer"},
+    "MASKED_WORDS": {"bert"},
+    "NEXT_WORDS": {"gpt"},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model of each family, {name: folder}."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name in (
+        *FAMILIES,
+        "bert-masked",
+        "bert-untied",
+        "gpt-untied",
+        "vit-base",
+        "bert-base",
+        "gpt-base",
+        "detr-base",
+    ):
+        tiny(name).save_pretrained(folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("group", SUITABLE)
+def test_only_models_of_a_suitable_type_are_taken(group, family, saved):
+    suitable = getattr(pretrained, group)["init_from"]
+    if family in SUITABLE[group]:
+        check_kind("init_from", str(saved[family]), suitable)
+        return
+    with pytest.raises(LoadingError) as caught:
+        check_kind("init_from", str(saved[family]), suitable)
+    text = str(caught.value)
+    assert text.startswith(f'init_from "{saved[family]}" is a tfm_{family} model')
+    assert all(kind in text for kind in suitable.types)
+
+
+RECIPES = {
+    "translation_train": ("transformer", "init_from"),
+    "language_pretrain": ("bert", "init_from"),
+    "text_classification_train": ("bert gpt", "init_from"),
+    "image_classification_train": ("vit mae", "init_from"),
+    "mae_pretrain": ("mae", "init_from"),
+    "detection_train": ("detr", "init_from"),
+    "panoptic_train": ("detr", "init_from"),
+    "distill_vision": ("vit", "teacher"),
+    "distill_mae": ("mae", "teacher"),
+    "distill_task": ("bert gpt", "teacher"),
+    "distill_pretrain": ("bert", "teacher"),
+    "distill_detection": ("detr", "teacher"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_refuse_models_of_other_types_before_anything_else(recipe, saved, tmp_path, capsys):
+    fitting, argument = RECIPES[recipe]
+    data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset", str(tmp_path / "data")]
+    for family in FAMILIES:
+        if family in fitting.split():
+            continue
+        words = ["run", recipe, "--config", "quickstart", f"--{argument}", str(saved[family]), "--model", "{}", *data]
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--output_dir", str(tmp_path / "run")])
+        error = capsys.readouterr().err.strip()
+        assert ended.value.code == 1 and error.count("\n") == 0, error
+        assert f'{argument} "{saved[family]}" is a tfm_{family} model' in error
+        assert not (tmp_path / "run").exists()
+
+
+def nothing(model, name):
+    return ""
+
+
+STAGES = ("out_features", "out_indices", "stage_names")
+LOADERS = {
+    "bert": lambda folder: language(folder, "masked"),
+    "bert-masked": lambda folder: language(folder, "masked"),
+    "gpt": lambda folder: language(folder, "causal"),
+    "gpt-untied": lambda folder: language(folder, "causal"),
+    "vit": lambda folder: image_run.load_classifier(folder, ["a", "b", "c"], 16),
+    "mae": lambda folder: load_autoencoder(folder, {}),
+    "detr": lambda folder: load_to_train(class_of("detr"), folder, scene_run.head_of),
+    "transformer": lambda folder: load_to_train(class_of("transformer"), folder, nothing),
+}
+
+
+def language(folder, objective):
+    kind = class_of("bert-masked" if objective == "masked" else "gpt")
+    return load_to_train(kind, folder, language_run.head_of)
+
+
+def changed(folder, target, change):
+    """A copy of a saved model whose weights ``change`` gave other values or names."""
+    shutil.copytree(folder, target)
+    weights = safetensors.torch.load_file(target / "model.safetensors")
+    safetensors.torch.save_file(change(weights), target / "model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+@pytest.mark.parametrize("name", [name for name in LOADERS if name != "bert"])
+def test_a_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
+    weights = safetensors.torch.load_file(saved[name] / "model.safetensors")
+    LOADERS[name](str(saved[name]))
+    parameters = dict(tiny(name).named_parameters())
+    names = [key for key in weights if key in parameters]
+    for number, key in enumerate(names[:: max(1, len(names) // 6)]):
+
+        def without(weights, key=key):
+            return {other: weight for other, weight in weights.items() if other != key}
+
+        alone = key in ("lm_head.weight",)  # all of a head, which may be drawn anew
+        folder = changed(saved[name], tmp_path / str(number), without)
+        if alone:
+            LOADERS[name](folder)
+            continue
+        with pytest.raises(LoadingError, match=re.escape(key)) as caught:
+            LOADERS[name](folder)
+        assert str(caught.value).startswith(f'init_from "{folder}"') and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_damaged_weights_are_refused_in_one_line(name, saved, tmp_path):
+    weights = safetensors.torch.load_file(saved[name] / "model.safetensors")
+    kept = next(
+        key for key, weight in weights.items() if weight.ndim == 2 and not re.search(r"classifier|lm_head|body", key)
+    )
+
+    def wider(weights):
+        return {**weights, kept: torch.zeros(7, 5)}
+
+    def not_a_number(weights):
+        return {**weights, kept: torch.full_like(weights[kept], float("nan"))}
+
+    for number, (change, message) in enumerate(((wider, "shape"), (not_a_number, "finite"))):
+        folder = changed(saved[name], tmp_path / str(number), change)
+        with pytest.raises(LoadingError, match=f"{re.escape(kept)}|{message}") as caught:
+            LOADERS[name](folder)
+        assert folder in str(caught.value) and "\n" not in str(caught.value)
+    content = (saved[name] / "model.safetensors").read_bytes()
+    for number, wrong in enumerate((content[: len(content) // 2], b"", b"\xff" * 64, content[:4])):
+        folder = tmp_path / f"file-{number}"
+        shutil.copytree(saved[name], folder)
+        (folder / "model.safetensors").write_bytes(wrong)
+        with pytest.raises(LoadingError) as caught:
+            LOADERS[name](str(folder))
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
+    for name, field in (("vit", "num_hidden_layers"), ("gpt", "num_hidden_layers"), ("detr", "decoder_layers")):
+        folder = tmp_path / name
+        shutil.copytree(saved[name], folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in config.items() if key not in STAGES} | {field: 1})
+        )
+        with pytest.raises(LoadingError, match="has no place for the weights"):
+            LOADERS[name](str(folder))
+    # Asked for, it is fine: fewer layers, and a new one.
+    image_run.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=1)
+    image_run.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=3)
+
+
+def test_heads_may_be_new(saved):
+    classes = ["a", "b", "c", "d", "e"]
+    for name in ("vit", "vit-base", "mae"):
+        assert image_run.load_classifier(str(saved[name]), classes, 16).num_labels == 5
+    _, fresh = language(str(saved["bert-base"]), "masked")
+    assert {key.split(".")[0] for key in fresh} == {"lm_head"}
+    language(str(saved["gpt-base"]), "causal")
+    for name in ("bert-base", "bert", "bert-masked"):
+        _, fresh = load_to_train(
+            pretrained.AutoModelForSequenceClassification,
+            str(saved[name]),
+            text_model.head_of,
+            resized="",
+            num_labels=5,
+        )
+        assert {"classifier.weight", "classifier.bias"} <= fresh
+    _, fresh = load_to_train(class_of("detr"), str(saved["detr-base"]), scene_run.head_of)
+    assert {key.split(".")[0] for key in fresh} == {"class_labels_classifier", "bbox_predictor"}
+
+
+def test_teachers_bring_every_weight(saved, tmp_path):
+    kind = pretrained.AutoModelForImageClassification
+    load_teacher(str(saved["vit"]), kind)
+    with pytest.raises(LoadingError, match="lacks the weights"):
+        load_teacher(str(saved["vit-base"]), kind)
+    folder = changed(saved["vit"], tmp_path / "x", lambda w: {**w, "classifier.bias": torch.zeros(9)})
+    with pytest.raises(LoadingError, match=r"classifier\.bias"):
+        load_teacher(folder, kind)
