@@ -128,13 +128,24 @@ def test_more_queries_start_anew_and_fewer_are_the_first(trained, monkeypatch):
     assert "start anew" not in only(found, "fresh_weights", "ok").message
 
 
-@pytest.mark.parametrize(("kept", "level"), [("model.", "warning"), ("model.backbone.", "failed")])
-def test_a_model_that_brings_too_little_is_found(kept, level, trained, monkeypatch):
-    file = trained / "model.safetensors"
-    values = {name: value for name, value in load_file(file).items() if name.startswith(kept)}
+def keep(folder, prefix):
+    """Leave in a model's file the weights whose names begin with ``prefix``."""
+    file = folder / "model.safetensors"
+    values = {name: value for name, value in load_file(file).items() if name.startswith(prefix)}
     save_file(values, file, metadata={"format": "pt"})
-    found = only(go_on(monkeypatch, trained), "fresh_weights", level)
+
+
+def test_a_model_without_heads_is_found(trained, monkeypatch):
+    keep(trained, "model.")
+    found = only(go_on(monkeypatch, trained), "fresh_weights", "warning")
     assert "bbox_predictor" in found.message and "start anew" in found.message
+
+
+def test_a_model_that_is_a_backbone_alone_is_found(trained, monkeypatch):
+    """A run of it is refused, so the doctor fails too."""
+    keep(trained, "model.backbone.")
+    found = only(go_on(monkeypatch, trained), "model")
+    assert "it has no weights for model.decoder" in found.message and "they would be random" in found.message
 
 
 def test_frozen_norms_of_no_training_are_found(tmp_path, monkeypatch, trained):
