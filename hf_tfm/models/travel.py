@@ -5,12 +5,16 @@ in config.json then tells each Auto class where to look. The stock map names onl
 names every class of the family, so `AutoModel` and `AutoModelForSeq2SeqLM` load the same repository.
 """
 
+from contextvars import ContextVar
 from dataclasses import fields
 from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
 from .checks import refuse_misspelt, require_label_count
+
+# Files hold fields of other versions and of conversions: only the arguments of a caller are checked for misspelling.
+READING: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 class TravellingConfig(PreTrainedConfig):
@@ -24,8 +28,9 @@ class TravellingConfig(PreTrainedConfig):
     auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs):
-        known = {field.name for field in fields(self)} | set(self.attribute_map)
-        refuse_misspelt(f"field of {type(self).__name__}", kwargs, known | {"num_labels"})
+        if not READING.get():
+            known = {field.name for field in fields(self)} | set(self.attribute_map)
+            refuse_misspelt(f"field of {type(self).__name__}", kwargs, known | {"num_labels"})
         require_label_count(self, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here its error is one line; strict validation makes two of it
@@ -36,7 +41,11 @@ class TravellingConfig(PreTrainedConfig):
         count, labels = kwargs.get("num_labels"), config_dict.get("id2label")
         if count is not None and labels is not None and "id2label" not in kwargs and len(labels) != count:
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
-        return super().from_dict(config_dict, **kwargs)
+        token = READING.set(True)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        finally:
+            READING.reset(token)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save config.json, and the code beside it unless carrying code was turned off for this class."""

@@ -1,5 +1,6 @@
 """Configurations of all families: fields out of range, misspelt, and what saving and loading keeps."""
 
+import json
 import math
 
 import pytest
@@ -165,3 +166,13 @@ def test_what_is_saved_is_loaded(kind, data, tmp_path_factory):
     for name, value in fields.items():
         found = getattr(loaded, name)
         assert (list(found) == list(value)) if isinstance(value, tuple | list) else (found == value), name
+
+
+def test_a_file_may_hold_fields_of_other_versions(tmp_path):
+    """Only arguments are checked for misspelling; files of other versions and of conversions have more fields."""
+    saved = hf_tfm.TfmDetrConfig.of_size("tiny").to_dict() | {"tfm_auxiliary_loss": True, "encoder_layer": 2}
+    assert hf_tfm.TfmDetrConfig.from_dict(saved).tfm_auxiliary_loss is True
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert hf_tfm.TfmDetrConfig.from_pretrained(tmp_path).encoder_layer == 2
+    with pytest.raises(ValueError, match='"encoder_layer" is not a field of TfmDetrConfig: did you mean'):
+        hf_tfm.TfmDetrConfig.of_size("tiny", encoder_layer=2)

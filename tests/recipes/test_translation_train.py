@@ -73,7 +73,7 @@ def test_results_are_complete(trained, data):
     assert set(fingerprints) == {"train", "validation", "test"}
     assert len(set(fingerprints.values())) == 3
     assert results.data == {
-        "path": str(data),
+        "path": data.name,
         "name": None,
         "revision": None,
         "on_hub": False,
