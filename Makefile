@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-slow test-common lint bench clean
+.PHONY: quickstart test test-slow test-clients test-common lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test: $(VENV)/.installed  ## the test suite
 
 test-slow: $(VENV)/.installed  ## the longer proofs alone
 	$(BIN)/python -m pytest -m slow
+
+test-clients: $(VENV)/.installed  ## other libraries on models of every family; writes docs/clients.md
+	$(BIN)/python -m pip install --quiet --editable ".[test,clients]"
+	$(BIN)/python -m pytest -n 0 -m "clients or not clients" --clients-table docs/clients.md tests/clients
 
 test-common: $(VENV)/.installed  ## transformers' own common model tests, on our models and on its own beside them
 	rm -rf $(SOURCES)

@@ -136,6 +136,7 @@ def mask_predict(
     """
     # Evaluation code passes these to every model; with these values they ask for nothing else than what happens here.
     neutral = {"num_beams": (1,), "do_sample": (False,), "use_cache": (True, False), "synced_gpus": (False,)}
+    unknown.pop("labels", None)  # part of the batch that Seq2SeqTrainer passes; read by no `generate`
     refused = [name for name, value in unknown.items() if value is not None and value not in neutral.get(name, ())]
     if refused:
         raise ValueError(

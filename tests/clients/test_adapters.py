@@ -8,7 +8,8 @@ from torch import nn
 
 import hf_tfm.models.generation as generation
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="needs pip install hf-tfm[clients]")
+pytestmark = pytest.mark.clients
 
 # Untied: merging an adapter of an output layer into tied weights also changes the word embeddings.
 NAMES = ["transformer-untied", "bert-untied", "gpt-untied", "vit", "mae", "detr", "detr-panoptic"]
@@ -21,6 +22,7 @@ def with_adapters(model: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Con
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
 
 
+@pytest.mark.client("PEFT: LoRA on every layer, merged", "peft")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_change_the_output_and_merge(name, kind):

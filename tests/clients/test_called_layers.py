@@ -100,6 +100,7 @@ def test_every_layer_is_called_for_a_loss_without_logits(name):
     assert names - called <= {"shared", "model.shared"}
 
 
+@pytest.mark.client("accelerate: cpu_offload, disk_offload", "accelerate")
 @EVERY
 @pytest.mark.parametrize("place", ["cpu", "disk", "disk-with-buffers"])
 def test_offloaded_layers(name, fields, place, tmp_path):
@@ -154,6 +155,7 @@ def map_of(model: PreTrainedModel) -> dict[str, str]:
     return places
 
 
+@pytest.mark.client("accelerate: device map with a block on disk", "accelerate")
 @pytest.mark.parametrize("name", ["transformer", "bert", "gpt", "vit", "mae", "detr"])
 def test_a_block_on_disk(name, tmp_path):
     """`from_pretrained` with a device map."""

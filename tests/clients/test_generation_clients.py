@@ -79,6 +79,9 @@ def test_every_replaced_step_ends_the_short_cut(step, monkeypatch):
     assert not generation.keeps_steps(model)
 
 
+@pytest.mark.client(
+    "continuous batching: generate_batch", "transformers", family="gpt", others="decoder-only models alone"
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_continuous_batching(implementation):
     model = lively("gpt")

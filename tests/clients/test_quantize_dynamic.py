@@ -12,6 +12,7 @@ def count(model: nn.Module, kind: type) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
+@pytest.mark.client("torch.ao: quantize_dynamic", "torch")
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
 def test_every_linear_layer_is_quantized(name):

@@ -57,6 +57,8 @@ LOADERS = {
 }
 
 
+@pytest.mark.client("safetensors: files read by module names", "safetensors")
+@pytest.mark.client("accelerate: load_checkpoint_in_model, load_checkpoint_and_dispatch", "accelerate")
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_program_loads_a_saved_file(name, tmp_path):
     model = tiny(name)

@@ -47,6 +47,7 @@ def test_the_labels_of_a_head(name):
     assert can_return_loss(case.model_class) == (not case.targets)
 
 
+@pytest.mark.client("Trainer: evaluation", "transformers")
 @every_head
 def test_evaluation(name, tmp_path):
     made = trainer(name, tmp_path)
@@ -60,6 +61,7 @@ def test_evaluation(name, tmp_path):
         assert prediction.label_ids.tolist() == CASES[name].columns["labels"].tolist()
 
 
+@pytest.mark.client("Trainer: best model at the end", "transformers")
 @pytest.mark.parametrize("name", ["masked", "pretraining", "causal", "vit", "autoencoder", "seq2seq", "detection"])
 def test_the_best_model_at_the_end(name, tmp_path):
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "eval_loss"}

@@ -78,6 +78,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.client("Trainer: resume", "transformers")
 @pytest.mark.parametrize("name", NAMES)
 def test_resuming_begins_with_the_weights_saved(name, tmp_path):
     model = tiny(name)
@@ -94,6 +95,7 @@ def test_resuming_begins_with_the_weights_saved(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.client("Trainer: best model at the end", "transformers")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_best_weights_come_back(name, tmp_path):
     """The first checkpoint is made the best one, so that the last weights are wrong."""

@@ -1,0 +1,47 @@
+"""ONNX Runtime gives the outputs of the main class of every family, for other batch sizes and lengths too."""
+
+import pytest
+import torch
+from every_class import FAMILIES, inputs_of, tiny
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
+
+
+def shapes_of(inputs: dict[str, Tensor]) -> dict[str, dict[int, object]]:
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=24)
+    return {key: {0: batch, 1: length} if value.dtype == torch.long else {0: batch} for key, value in inputs.items()}
+
+
+@pytest.mark.client("ONNX Runtime", "onnxruntime")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_outputs_are_equal(name, tmp_path):
+    model = tiny(name)
+    model.config.use_cache = False
+    inputs = inputs_of(name, 3)
+    options = {"use_cache": False} if name in ("gpt", "transformer") else {}
+    program = torch.onnx.export(
+        model,
+        (),
+        kwargs={**inputs, **options},
+        dynamo=True,
+        dynamic_shapes={**shapes_of(inputs), **dict.fromkeys(options)},
+        verbose=False,
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    others = [inputs, inputs_of(name, 5, seed=1)]
+    if "input_ids" in inputs:
+        shorter = {key: value[:, :6].clone() for key, value in inputs_of(name, 2, seed=2).items()}
+        shorter["attention_mask"][0, 4:] = 0
+        others.append(shorter)
+    for other in others:
+        found = session.run(None, {each.name: other[each.name].numpy() for each in session.get_inputs()})
+        expected = tree_leaves(model(**other, **options))  # as the exported graph returns them
+        assert len(found) == len(expected) >= 1
+        for one, tensor in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), tensor, rtol=1e-4, atol=1e-4)
