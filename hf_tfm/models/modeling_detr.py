@@ -207,7 +207,9 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         states = outputs.intermediate_hidden_states
         if states is None:
             states = outputs.last_hidden_state[None]
-        return self.class_labels_classifier(states), self.bbox_predictor(states)
+        # Quantised layers of bitsandbytes take at most three dimensions.
+        flat, sizes = states.flatten(0, 1), states.shape[:2]  # (L B, Q, D)
+        return self.class_labels_classifier(flat).unflatten(0, sizes), self.bbox_predictor(flat).unflatten(0, sizes)
 
     @can_return_tuple
     def forward(

@@ -35,3 +35,14 @@ def test_every_linear_layer_is_quantized(name):
 )
 def test_number_of_linear_layers(name, linear):
     assert sum(type(module) is nn.Linear for module in tiny(name).modules()) == linear
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_linear_layers_take_at_most_three_dimensions(name):
+    """Those of bitsandbytes refuse more."""
+    model, dimensions = tiny(name), set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: dimensions.add(inputs[0].ndim))
+    model(**inputs_of(name))
+    assert dimensions and max(dimensions) <= 3
