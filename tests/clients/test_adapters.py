@@ -5,6 +5,7 @@ import torch
 from every_class import inputs_of, tiny
 from test_called_layers import assert_same, language_batch, outputs_of
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_tfm.models.generation as generation
 
@@ -53,6 +54,7 @@ def test_a_loss_without_logits_uses_adapters(name):
     torch.testing.assert_close(found[False], found[True], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.client("PEFT: prompt tuning in generation", "peft", others="generates no text")
 @pytest.mark.parametrize(("name", "task"), [("gpt-untied", "CAUSAL_LM"), ("transformer-untied", "SEQ_2_SEQ_LM")])
 def test_prompts_are_seen_by_generation(name, task, monkeypatch):
     """Not prefix tuning: peft 0.21 does not know the cache under the name it has in transformers 5.24."""
@@ -69,3 +71,61 @@ def test_prompts_are_seen_by_generation(name, task, monkeypatch):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5), plain), "afterwards the model is as before"
     monkeypatch.setattr(generation, "greedy_suits", lambda *_: False)
     assert torch.equal(prompted.generate(**inputs, max_new_tokens=5), found)
+
+
+@pytest.mark.client("PEFT: LoRA trained, saved and loaded", "peft")
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_train_and_come_back(name, kind, tmp_path):
+    """Every adapter gets a gradient, and the weights of the model stay as they are."""
+    model = tiny(name)
+    layers = sum(isinstance(module, kind) for module in model.modules())
+    if not layers:
+        pytest.skip("has no such layer")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adapted = with_adapters(model, (kind,))
+    weights = {key: value for key, value in adapted.named_parameters() if value.requires_grad}
+    assert len(weights) == 2 * layers and all("lora_" in key for key in weights)
+    optimizer = torch.optim.SGD(weights.values(), lr=1e-3)
+    outputs = [value for value in adapted(**inputs_of(name)).values() if isinstance(value, torch.Tensor)]
+    sum(value.square().mean() for value in outputs if value.is_floating_point()).backward()
+    unused = {key for key, value in weights.items() if value.grad is None}
+    assert all("length_head" in key for key in unused), "it has a part in the loss alone"
+    old = {key: value.detach().clone() for key, value in weights.items()}
+    optimizer.step()
+    assert sum(not torch.equal(weights[key], value) for key, value in old.items()) >= layers // 2
+    for key, value in adapted.get_base_model().state_dict().items():
+        if "lora_" not in key:
+            assert torch.equal(value, before[key.replace(".base_layer", "")]) or "num_batches" in key, key
+    adapted.save_pretrained(tmp_path)
+    assert "model.safetensors" not in {path.name for path in tmp_path.iterdir()}
+    again = peft.PeftModel.from_pretrained(tiny(name), tmp_path).eval()
+    assert_same(outputs_of(again.get_base_model(), name), outputs_of(adapted.eval().get_base_model(), name))
+
+
+def stock_gpt():
+    sizes = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
+
+
+def prefixed(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits without and with a random prefix of four tokens before every layer's keys and values."""
+    inputs = inputs_of("gpt")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        for weight in tuned.prompt_encoder.parameters():
+            nn.init.normal_(weight, std=3.0)
+        return plain, tuned(**inputs).logits
+
+
+@pytest.mark.client("PEFT: prefix tuning", "peft", family="gpt", others="not tried")
+def test_prefixes_as_in_a_stock_gpt():
+    try:
+        plain, found = prefixed(stock_gpt())
+    except (TypeError, ValueError, AttributeError) as error:
+        pytest.skip(f"fails for transformers' GPT-2 too: {error}")
+    assert not torch.allclose(found, plain, atol=1e-3)
+    plain, found = prefixed(tiny("gpt", max_position_embeddings=40))
+    assert found.shape == plain.shape and not torch.allclose(found, plain, atol=1e-3)
