@@ -5,7 +5,7 @@ A test names its client with ``@pytest.mark.client(NAME, PACKAGE)``. Its family 
 """
 
 from collections import defaultdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,19 @@ def family_of(item: pytest.Item, marker: pytest.Mark) -> str:
     return family
 
 
+def named(package: str) -> str:
+    """Package and version; without one where it is not installed, and its tests are skipped."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         for marker in item.iter_markers("client"):
             client, package = marker.args
-            row = (client, f"{package} {version(package)}", marker.kwargs.get("others", "-"))
+            row = (client, named(package), marker.kwargs.get("others", "-"))
             item.user_properties.append((PROPERTY, (*row, family_of(item, marker))))
 
 
