@@ -81,6 +81,7 @@ def quickstart(output_dir: str) -> None:
         print(f"  {sentence} -> {translation}")
     model, tokenizer = load_seq2seq(output_dir)
     pictures = [plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")]
+    print(f"where the decoder looked: {pictures[0]}\nfirst result after {time.perf_counter() - start:.0f} s")
 
     ends = ("mae", "finetuned", "scratch", "detection", "text", "text-student")
     mae, tuned, scratch, detector, teacher, student = (folder.with_name(f"{folder.name}-{end}") for end in ends)

@@ -1,4 +1,4 @@
-"""Keeps the test suite out of the user's caches: every library that caches something does so in a temporary folder.
+"""Keeps the test suite out of the user's caches, in a temporary folder, and to one thread a process.
 
 The folder is chosen before anything else is imported, since the libraries read these variables once. Processes of
 pytest-xdist and processes that tests start inherit them; the process that chose the folder removes it.
@@ -31,5 +31,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ or HOME not in os.environ:
     atexit.register(shutil.rmtree, os.environ[HOME], ignore_errors=True)
 for variable, place in VARIABLES.items():
     os.environ[variable] = str(Path(os.environ[HOME], place))
+# Tests compute with small models, in two processes: more threads would make each wait for the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(variable, None)

@@ -32,6 +32,7 @@ from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
 from .session import TrainingResult, train
 from .state import checkpoints
 from .stop import end_politely
+from .threads import limit_threads, threads_restored
 
 # Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
 FREE = {
@@ -206,6 +207,8 @@ class Run:
     def train(self, task: Task, model: nn.Module, *args: Any, **options: Any) -> TrainingResult:
         """`claim` the folder, then `train`."""
         self.claim(model)
+        if limit_threads(model, self.accelerator.device):
+            self.accelerator.print("one CPU thread, for a small model; OMP_NUM_THREADS sets another number")
         return train(self.accelerator, task, model, *args, **options)
 
     def save(self, model: nn.Module, processor: Any) -> None:
@@ -293,7 +296,8 @@ def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iter
     run = Run(start_accelerator(args), args, recipe, argv)
     try:
         on_main(run.accelerator, lambda: run.lock.take(run.command))
-        yield run
+        with threads_restored():
+            yield run
     finally:
         run.close()
 
