@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from test_data_faults import FAULTS as DATA_FAULTS
 from test_planted_faults import FAULTS
 from test_planted_knobs import KNOB_FAULTS
 
@@ -17,6 +18,13 @@ nobody marked, and names that are wrong in every split alike.
 | planted | check | verdict | it says |
 | --- | --- | --- | --- |
 """
+OF_DATA = """
+
+`hf-tfm doctor data` finds these in data sets of other tasks:
+
+| planted | task | check | verdict | it says |
+| --- | --- | --- | --- | --- |
+"""
 
 
 def text() -> str:
@@ -24,7 +32,12 @@ def text() -> str:
     data = [(name, check, level, said) for name, (_, check, level, _, said) in FAULTS.items()]
     knobs = [(name, check, level, said) for name, (_, check, level, said) in KNOB_FAULTS.items()]
     rows = [f"| {name} | `{check}` | {level} | ... {said} ... |" for name, check, level, said in data + knobs]
-    return HEAD + "\n".join(rows) + "\n"
+    others = [
+        f"| {name} | {task.replace('_', ' ')} | `{check}` | {level} | ... {said} ... |"
+        for name, (task, _, _, check, level, _, said) in DATA_FAULTS.items()
+        if level != "ok"
+    ]
+    return HEAD + "\n".join(rows) + OF_DATA + "\n".join(others) + "\n"
 
 
 if __name__ == "__main__":
