@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
+    QuantoConfig,
     TorchAoConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -130,3 +131,14 @@ def test_quanto(name, tmp_path):
     found, expected = outputs_of(loaded_again.eval(), name), outputs_of(other, name)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.client("quanto: QuantoConfig", "optimum-quanto")
+@pytest.mark.parametrize("name", NAMES)
+def test_quanto_by_from_pretrained(name, tmp_path):
+    quanto = pytest.importorskip("optimum.quanto", reason=NEEDS)
+    model = tiny(name)
+    found = loaded(model, tmp_path, QuantoConfig(weights="int8"))
+    quantized = {key for key, module in found.named_modules() if isinstance(module, quanto.QLinear)}
+    assert quantized == own_modules(model)
+    assert_close(found, model, name, 0.1)

@@ -123,6 +123,7 @@ def trained(trainer_class, name: str, batch: int, steps: int, folder) -> Tensor:
     return seen.found
 
 
+@pytest.mark.client("Trainer: accumulation", "transformers")
 @pytest.mark.parametrize(
     "name", ["masked", "pretraining", "regression", "multi-label", "chooser", "causal", "soft labels", "seq2seq"]
 )
@@ -131,6 +132,7 @@ def test_under_trainer(name, tmp_path):
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.client("StepItemsTrainer: accumulation", "transformers")
 @pytest.mark.parametrize("name", ["pretraining", "reader", "autoencoder", "detection", "panoptic", "classes"])
 def test_under_the_trainer_that_counts_items(name, tmp_path):
     """With micro-batches of three, three and two rows, of different numbers of items."""
