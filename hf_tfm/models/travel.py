@@ -24,8 +24,19 @@ class TravellingConfig(PreTrainedConfig):
     """
 
     _auto_class = "AutoConfig"
-    auto_map: ClassVar[dict[str, str]] = {}  # where none was saved; trl and others read it from any configuration
     auto_classes: ClassVar[dict[str, str]] = {}
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The map of the saved model; where there is none, a new {}: trl and others read it from any configuration.
+
+        transformers adds to the dictionary it finds, so that one of the class would gather every family's entries.
+        """
+        return self.__dict__.get("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, str]) -> None:
+        self.__dict__["auto_map"] = value
 
     def __post_init__(self, **kwargs):
         if not READING.get():

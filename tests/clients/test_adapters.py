@@ -119,7 +119,7 @@ def prefixed(model) -> tuple[torch.Tensor, torch.Tensor]:
         return plain, tuned(**inputs).logits
 
 
-@pytest.mark.client("PEFT: prefix tuning", "peft", family="gpt", others="no decoder-only model")
+@pytest.mark.client("PEFT: prefix tuning", "peft", family="gpt", others="tried on GPT alone")
 @pytest.mark.parametrize("make", [stock_gpt, lambda: tiny("gpt", max_position_embeddings=40)], ids=["stock", "ours"])
 def test_prefixes(make):
     plain, found = prefixed(make())

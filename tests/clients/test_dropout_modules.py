@@ -31,3 +31,12 @@ def test_a_configuration_has_an_auto_map(name):
     """trl reads it; {} where the model was not saved with its code."""
     assert tiny(name).config.auto_map == {}
     assert "auto_map" not in tiny(name).config.to_dict()
+
+
+def test_saving_one_family_leaves_the_map_of_another_empty(tmp_path):
+    """And of other configurations of the same family."""
+    saved = tiny("bert")
+    saved.save_pretrained(tmp_path)
+    assert saved.config.auto_map == saved.config.auto_classes
+    assert tiny("gpt").config.auto_map == tiny("bert").config.auto_map == {}
+    assert type(saved).from_pretrained(tmp_path).config.auto_map == saved.config.auto_classes
