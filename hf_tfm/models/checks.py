@@ -40,6 +40,8 @@ def require_common(config: Any) -> None:
             limit = "at least 0" if name in NOT_NEGATIVE else "above 0"
             raise ValueError(f"{name} must be a finite number {limit}, got {value}")
     vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None:
+        require_at_least(config, ["vocab_size"])
     defaults = {field.name: field.default for field in fields(config)}
     for name in TOKENS if vocabulary is not None else ():
         value = getattr(config, name, None)

@@ -12,7 +12,7 @@ Shapes: N positions; D hidden size; V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from .linear import is_plain
+from .linear import embedding_table, is_plain
 
 IGNORE_INDEX = -100  # marks a token, sequence, image or number without a label
 # Positions whose logits are held at once: matrix products of fewer rows are slower, more rows take more memory.
@@ -179,9 +179,14 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor, label_sm
     pass with logits: only the layer itself can compute them, and then they are held.
 
     Args:
-        head: (N, D) -> (N, V), an `nn.Linear` or what has replaced it.
+        head: (N, D) -> (N, V), an `nn.Linear` or what has replaced it; or word embeddings, which stand for the output
+            layer that shares their table.
         hidden, labels, label_smoothing: see `linear_cross_entropy`.
     """
+    if isinstance(head, nn.Embedding):
+        return linear_cross_entropy(
+            hidden, embedding_table(head, head.num_embeddings, hidden.device), labels, label_smoothing
+        )
     if is_plain(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, labels, label_smoothing, head.bias)
     return label_smoothed_cross_entropy(head(hidden), labels, label_smoothing)

@@ -292,12 +292,12 @@ def test_colour_jitter_changes_colours_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scales": ()}, r"scales must be pixels of at least 1, got \(\)"),
-        ({"scales": (0, 5)}, "scales must be pixels of at least 1"),
-        ({"crop_scales": (-1,)}, "crop_scales must be pixels of at least 1"),
+        ({"scales": ()}, r"scales must be pixels in \[1, 65535\], got \(\)"),
+        ({"scales": (0, 5)}, r"scales must be pixels in \[1, 65535\]"),
+        ({"crop_scales": (-1,)}, r"crop_scales must be pixels in \[1, 65535\]"),
         ({"max_size": 700}, r"max_size must be in \[800, 65535\], got 700"),
         ({"max_size": 70_000}, r"max_size must be in \[800, 65535\], got 70000"),
-        ({"crop_size": (600, 384)}, "crop_size must be two numbers of at least 1, the smaller first, got 600, 384"),
+        ({"crop_size": (600, 384)}, r"crop_size must be two numbers in \[1, 65535\], the smaller first, got 600, 384"),
         ({"crop": 1.5}, r"crop must be in \[0, 1\], got 1.5"),
         ({"flip": -0.1}, r"flip must be in \[0, 1\], got -0.1"),
         ({"vertical_flip": 1.1}, r"vertical_flip must be in \[0, 1\], got 1.1"),

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from tiny_detr import tiny_detr, tiny_detr_config, tiny_labels, tiny_photos
-from torch import nn
 
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
+from hf_tfm.models.positions import LearnedPositions2D
 
 
 def test_the_authors_defaults():
@@ -88,8 +88,7 @@ def test_a_mask_head_needs_a_width_it_can_halve():
 
 def test_a_feature_map_larger_than_learned_positions():
     model = tiny_detr(position_embedding_type="learned")
-    model.model.position_embedding.row_embeddings = nn.Embedding(2, 16)
-    model.model.position_embedding.column_embeddings = nn.Embedding(2, 16)
+    model.model.position_embedding = LearnedPositions2D(32, length=2)
     with pytest.raises(ValueError, match="2 x 3 cells, but learned positions end at 2"):
         model(tiny_photos())
 

@@ -73,7 +73,7 @@ def test_inner_layers_leave_the_classifier_alone(data, classifier, tmp_path):
     assert run("distill_task", *longer) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "more"))
     assert torch.equal(one["classifier.weight"], other["classifier.weight"])
-    name = "bert.encoder.layer.0.attention.self.query.weight"
+    name = "bert.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(one[name], other[name])
 
 

@@ -201,7 +201,7 @@ def test_other_test_data_is_the_same_run(tmp_path, monkeypatch):
 def test_a_wrong_licence_of_the_data_is_left_out(tmp_path, licence):
     data = write_data(tmp_path / "pairs")
     (data / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Number words\n")
-    assert run_recipe(*words(data, tmp_path / "run", test_splits="[]", num_steps=1)) == 0
+    assert run_recipe(*words(data, tmp_path / "run", test_splits="[]", num_steps=1, warmup_steps=1)) == 0
     assert record(tmp_path / "run").data["license"] is None
 
 
@@ -231,7 +231,7 @@ def test_a_run_without_a_finite_gradient_fails(numbers, tmp_path, monkeypatch, s
 
     monkeypatch.setattr(translation.TranslationTask, "losses", broken)
     with pytest.raises(FloatingPointError, match=f"nothing was learned: .* any of the {steps} steps"):
-        run_recipe(*words(numbers, tmp_path / "run", num_steps=steps))
+        run_recipe(*words(numbers, tmp_path / "run", num_steps=steps, warmup_steps=1))
     assert (tmp_path / "run" / "checkpoints").is_dir()
     for name in ("results.json", "README.md", "model.safetensors"):
         assert not (tmp_path / "run" / name).exists()

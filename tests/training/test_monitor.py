@@ -89,7 +89,7 @@ def test_history_of_a_run(tmp_path):
 
 
 def test_log_steps_beyond_the_end_give_the_last_line(tmp_path):
-    run_training(arguments(tmp_path / "run", log_steps=1000, num_steps=3))
+    run_training(arguments(tmp_path / "run", log_steps=1000, num_steps=3, warmup_steps=1))
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [3]
 
 

@@ -281,10 +281,12 @@ def test_evaluations_that_are_no_numbers(tmp_path, capsys):
     nan = float("nan")
     progress, _ = scripted(tmp_path / "some", [nan, 4.0, nan, 5.0])
     assert (progress.best, progress.best_step) == (4.0, 2)
-    progress, shipped = scripted(tmp_path / "none", [nan] * 3)
+    progress, shipped = scripted(tmp_path / "none", [nan] * 3, best_metric="bleu")
     assert (progress.best, progress.best_step) == (None, None)
     assert difference(shipped, weights_of(tmp_path / "none", 3)) == 0.0
     assert "the last weights are taken" in capsys.readouterr().out
+    with pytest.raises(FloatingPointError, match="the validation loss is nan after the last of 3 steps"):
+        scripted(tmp_path / "loss", [nan] * 3)
 
 
 def test_a_best_metric_that_is_not_evaluated(tmp_path):

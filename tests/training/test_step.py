@@ -252,7 +252,7 @@ def test_data_without_a_step_is_an_error(tmp_path):
         def steps_per_epoch(self, epoch=0):
             return 0
 
-    args, model = arguments(tmp_path / "run"), tiny_model()
+    args, model = arguments(tmp_path / "run", warmup_steps=1), tiny_model()
     with pytest.raises(ValueError, match="gave no step"):
         train(
             fresh_accelerator(args), TranslationTask(model.config), model, Empty(), args, 3, 3, lambda _: {"loss": 0}
