@@ -9,16 +9,18 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow as pa
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from .annotation_folders import annotation_reader
@@ -199,7 +201,26 @@ def local_builder(
         raise ValueError(f'data_files of dataset "{dataset}" not found: {first_line(error)}') from error
     if empty := [str(split) for split, found in (builder.config.data_files or {}).items() if not found]:
         raise ValueError(f'data_files of dataset "{dataset}" match no file for split {", ".join(empty)}')
+    if isinstance(builder, FolderBasedBuilder):
+        keep_words(builder)
     return CsvFiles.like(builder, cache_dir=cache_dir, hash=builder.hash) if isinstance(builder, Csv) else builder
+
+
+def keep_words(builder: FolderBasedBuilder) -> None:
+    """Have the builder of an image folder read words such as "NA" and "None" in metadata.csv as text.
+
+    pandas takes them for missing values, so a class of that name would vanish.
+    """
+    read = builder._read_metadata
+
+    def read_metadata(metadata_file: str, metadata_ext: str = "") -> Iterator[pa.Table]:
+        if metadata_ext != ".csv" or builder.config.filters is not None:
+            yield from read(metadata_file, metadata_ext)
+            return
+        for frame in pandas.read_csv(metadata_file, chunksize=10_000, keep_default_na=False, na_values=[""]):
+            yield pa.Table.from_pandas(frame, preserve_index=False)
+
+    builder._read_metadata = read_metadata
 
 
 def files_by_kind(folder: Path) -> tuple[str, dict[str, list[str]]] | None:

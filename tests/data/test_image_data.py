@@ -469,3 +469,15 @@ def test_too_many_bad_images_end_the_run():
         next(epoch)
     with pytest.raises(ValueError, match="max_bad_images must be at least 0, got -1"):
         WatchedLoader(Loader(), -1)
+
+
+def test_words_for_missing_values_are_classes_in_metadata_of_images(tmp_path):
+    """pandas, which `datasets` reads metadata.csv with, would take "NA" and "None" for missing values."""
+    rows = ["file_name,label"]
+    for number, label in enumerate(["NA", "None", "null", "cat", ""]):
+        PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{label}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    found = image_rows(load_splits(str(tmp_path))["train"])
+    assert sorted(label or "" for label in found["label"]) == ["", "NA", "None", "cat", "null"]
+    assert label_names(found) == ["NA", "None", "cat", "null"]
