@@ -144,6 +144,8 @@ def load_local(
         # In the usual cache folder, a builder would take over columns and types of other files of the same name.
         builder = local_builder(dataset, name, data_files, empty)
         files = source_files(dataset, builder)
+        if not data_files and not isinstance(builder, FolderBasedBuilder):
+            tell_unread(Path(dataset), files)
         try:
             if streaming:
                 return builder.as_streaming_dataset()
@@ -176,6 +178,23 @@ def load_local(
                 shutil.rmtree(entry / "rows", ignore_errors=True)
                 raise ValueError(problem(files) or f'dataset "{given}" is damaged: {first_line(error)}') from error
     return datasets.DatasetDict({split: with_fingerprint(rows, f"{key}{split}") for split, rows in splits.items()})
+
+
+def tell_unread(folder: Path, files: list[str]) -> None:
+    """Warn of data files in a folder that are not read: of another kind than most, or with names of no split."""
+    if any((folder / card).is_file() for card in CARDS):
+        return  # a card may choose among the files
+    read = {os.path.realpath(file) for file in files}
+    unread = [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if kind_of(path) and path.is_file() and os.path.realpath(path) not in read
+    ]
+    if unread:
+        log.warning(
+            "dataset %s: %d files are not read, since one kind is and names tell the splits: %s",
+            *(folder, len(unread), ", ".join(unread[:5]) + ", ..." * (len(unread) > 5)),
+        )
 
 
 def local_builder(

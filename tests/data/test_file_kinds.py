@@ -205,3 +205,16 @@ def test_any_text_comes_back_from_csv(tmp_path):
         assert [tuple(None if v is None else str(v) for v in row.values()) for row in found] == expected
 
     round_trip()
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    """`datasets` reads the kind that most files of a split have."""
+    for name in ("train-1.csv", "train-2.csv"):
+        (tmp_path / name).write_text("text,label\na,b\n")
+    (tmp_path / "train-3.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    assert len(load_splits(str(tmp_path))["train"]) == 2
+    assert "1 files are not read" in caplog.text and "train-3.jsonl" in caplog.text
+    caplog.clear()
+    (tmp_path / "train-3.jsonl").unlink()
+    load_splits(str(tmp_path))
+    assert not caplog.text
