@@ -84,7 +84,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--warmup_epochs 50", got("warmup_epochs", "10", "50")),
     (VISION, "--warmup_epochs .inf", got("warmup_epochs", "finite", "inf")),
     (VISION, "--warmup_steps 7", got("warmup_steps", "warmup_epochs", "7")),
-    (TRANSLATION, "--warmup_steps 401", got("warmup_steps", "400", "401")),
+    (TRANSLATION, "--warmup_steps 401", got("warmup_steps", "200", "401")),
     (TEXT, "--warmup_ratio 1.5", got("warmup_ratio", "1", "1.5")),
     (TEXT, "--warmup_steps 5", got("warmup_steps", "warmup_ratio", "5")),
     (VISION, "--schedule cosin", got("schedule", "cosine", '"cosin"', "did you mean cosine")),
