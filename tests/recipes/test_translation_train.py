@@ -165,9 +165,7 @@ def test_a_start_that_does_not_fit(trained, data, tmp_path):
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "pad_token_id": 0}
     marian = MarianMTModel(MarianConfig(vocab_size=300, **tiny, **heads))
     cases = {
-        "marian model; a translation model needs one of tfm_transformer": copy_of(
-            folder, tmp_path / "marian", marian
-        ),
+        "marian model; a translation model needs one of tfm_transformer": copy_of(folder, tmp_path / "marian", marian),
         "has 280 tokens, and its tokenizer more, 300": copy_of(folder, tmp_path / "small", small),
         "pad_token_id is 7 in the model, 0 in the tokenizer": copy_of(folder, tmp_path / "pad", pad_token_id=7),
     }
