@@ -7,6 +7,7 @@ Every error is one line that names the argument and the model. Code that a folde
 """
 
 import json
+import logging
 import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -39,11 +40,25 @@ UNREAD = re.compile(
 )
 MOST_CLASSES = 10**6
 MOST_LAYERS = 10**4
+REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")  # loggers of transformers
 ATTENTION_FIELDS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 
 
 class LoadingError(ValueError):
     """A model, tokenizer or image processor cannot be loaded; the message names the argument and the cause."""
+
+
+@contextmanager
+def quiet_reports() -> Iterator[None]:
+    """Leave out transformers' table of missing and unexpected weights, which the caller checks itself."""
+    before = [(logger, logger.level) for logger in map(logging.getLogger, REPORTING)]
+    for logger, _ in before:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -55,7 +70,8 @@ def explained(argument: str, model: str, code_option: bool = True) -> Iterator[N
         code_option: the caller has an argument ``trust_remote_code`` that the message may recommend.
     """
     try:
-        yield
+        with quiet_reports():
+            yield
     except LoadingError:
         raise
     except Exception as error:  # libraries raise all kinds for files they cannot read

@@ -6,8 +6,16 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, BertTokenizer, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    BertTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+    modeling_utils,
+)
 
+import hf_tfm
 from hf_tfm.hub import loading
 from hf_tfm.hub.convert import convert
 from hf_tfm.hub.loading import LoadingError, check_vocabulary, load_config, load_model, load_tokenizer
@@ -157,3 +165,15 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(LoadingError, match=r'init_from ".*config\.json'):
         load_config(str(tmp_path), "init_from")
+
+
+def test_the_table_of_transformers_is_left_out(tmp_path, monkeypatch):
+    """An encoder read from a classifier's folder: the loader has checked the weights itself."""
+    config = hf_tfm.TfmBertConfig.of_size("tiny", vocab_size=64)
+    hf_tfm.TfmBertForSequenceClassification(config).save_pretrained(tmp_path)
+    seen = []
+    monkeypatch.setattr(modeling_utils.logger, "handle", lambda record: seen.append(record.getMessage()))
+    load_model(AutoModel, str(tmp_path), may_lack=lambda name: "pooler" in name)
+    assert not any("LOAD REPORT" in text for text in seen)
+    hf_tfm.TfmBertModel.from_pretrained(tmp_path)
+    assert any("LOAD REPORT" in text for text in seen), "elsewhere it is printed"
