@@ -14,6 +14,8 @@ from .cross_entropy import IGNORE_INDEX
 
 BACKENDS = ("eager", "sdpa", "flex_attention")  # and flash attention
 # What transformers, Trainer and the backends may hand on.
+# Programs give these to every encoder-decoder; DETR's decoder reads queries of its own, as in transformers.
+OF_DECODERS = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"})
 HANDED_ON = {
     *TransformersKwargs.__annotations__,
     *("return_dict", "return_loss", "output_cross_attentions", "use_cache", "cache_position", "dropout", "scaling"),
@@ -133,7 +135,7 @@ def refuse_unknown(kwargs: Mapping[str, object], attention: str) -> None:
     """
     if attention.startswith("flash") or attention in BACKENDS:
         for name in kwargs:
-            if name not in HANDED_ON:
+            if name not in HANDED_ON and name not in OF_DECODERS:
                 raise TypeError(f"forward() got an unexpected keyword argument '{name}'")
 
 

@@ -1,10 +1,14 @@
 """What the adapters of all models to the common tests share."""
 
+import functools
 import unittest
 from typing import ClassVar
+from unittest import mock
 
 import transformers
 from upstream import upstream
+
+from hf_tfm.models.native_names import OwnNamesPreTrainedModel
 
 common = upstream("test_modeling_common")
 configurations = upstream("test_configuration_common")
@@ -43,6 +47,14 @@ class ModelTests(common.ModelTesterMixin):
         self.config_tester = configurations.ConfigTester(
             self, config_class=self.config_class, has_text_modality=self.of_text, **self.config_fields
         )
+
+    def test_reverse_loading_mapping(self, **options):
+        """Of our models: with the native names asked for, since they save the names of their modules."""
+        save = OwnNamesPreTrainedModel.save_pretrained
+        with mock.patch.object(
+            OwnNamesPreTrainedModel, "save_pretrained", functools.partialmethod(save, save_original_format=True)
+        ):
+            super().test_reverse_loading_mapping(**options)
 
     def test_config(self):
         self.config_tester.run_common_tests()

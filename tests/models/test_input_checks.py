@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_detr import tiny_detr
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "clients"))
@@ -198,3 +199,13 @@ def test_input_embeddings_of_a_detector(name):
     assert isinstance(detector.get_input_embeddings(), nn.Conv2d)
     detector.enable_input_require_grads()
     assert detector(**collate(CASES[name].rows()[:2])).loss.requires_grad
+
+
+def test_detr_takes_the_inputs_that_programs_give_every_decoder():
+    """As transformers' DETR does; its common tests give them. A misspelt argument is still refused."""
+    model = tiny_detr()
+    images = torch.zeros(1, 3, 64, 64)
+    expected = model(images).logits
+    torch.testing.assert_close(model(images, decoder_input_ids=torch.zeros(1, 3, dtype=torch.long)).logits, expected)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pixel_maks'"):
+        model(images, pixel_maks=None)
