@@ -29,8 +29,8 @@ NATIVE_NAMES = (
     (r"(?<=\d\.)attention\.output\.dense\.", "self_attn.out_proj."),
     (r"(?<=\d\.)attention\.output\.LayerNorm\.", "self_attn_residual.norm."),
     (r"(?<=\d\.)intermediate\.dense\.", "feed_forward.up_proj."),
-    (r"(layers\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
-    (r"(layers\.\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
+    (r"(layers?\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"(layers?\.\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
     # Of the first BERTs, as in google-bert/bert-base-uncased; "(?!)" matches nothing, so it is never written.
     (r"norm\.gamma", "norm.weight(?!)"),
     (r"norm\.beta", "norm.bias(?!)"),

@@ -41,7 +41,7 @@ NATIVE_NAMES = (
     (r"(?<=\d\.)attention\.attention\.value\.", "self_attn.v_proj."),
     (r"(?<=\d\.)attention\.output\.dense\.", "self_attn.out_proj."),
     (r"(?<=\d\.)intermediate\.dense\.", "feed_forward.up_proj."),
-    (r"(layers\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
+    (r"(layers?\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
     (r"(?<=\d\.)layernorm_before\.", "self_attn_residual.norm."),
     (r"(?<=\d\.)layernorm_after\.", "feed_forward_residual.norm."),
 )
