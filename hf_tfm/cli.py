@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
-    """Command line -> words of the command, its function and the arguments given.
+    """Command line -> command path, its function and the arguments given.
 
     Raises:
         SystemExit: the command line is not valid; status 2.

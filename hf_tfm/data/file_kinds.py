@@ -57,7 +57,7 @@ def problem(files: Iterable[str]) -> str | None:
 
 
 def problem_of(file: str) -> str | None:
-    """What is wrong with one file of a known kind."""
+    """The first problem of one file of a known kind."""
     if not os.path.getsize(file):
         return f"{file} is empty (0 bytes)"
     kind = kind_of(file)
@@ -84,7 +84,7 @@ def problem_of(file: str) -> str | None:
 
 
 def json_problem(file: str, text: str) -> str | None:
-    """What is wrong with a list of objects, or with objects one a line."""
+    """The first problem of a JSON list of objects, or of JSON lines."""
     if not text.strip():
         return f"{file} is empty"
     if text.lstrip().startswith("["):
@@ -126,7 +126,7 @@ def encodable(value) -> bool:
 
 
 def kind_in_words(value) -> str:
-    """What a value of JSON is called."""
+    """The name of a JSON value's type, for errors."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):

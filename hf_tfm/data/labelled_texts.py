@@ -139,11 +139,11 @@ def settle_labels(rows: datasets.Dataset) -> datasets.Dataset:
         return rows
     convert = {"int64": lambda value: int(value.split(".")[0] if text else value), "float64": float}.get(to)
 
-    def settle(values: Sequence[Any]) -> dict[str, list[Any]]:
+    def converted(values: Sequence[Any]) -> dict[str, list[Any]]:
         return {LABEL: [None if no_label(v) else convert(v) if convert else v for v in values]}
 
     return rows.map(
-        settle, batched=True, input_columns=[LABEL], features=datasets.Features({**rows.features, LABEL: Value(to)})
+        converted, batched=True, input_columns=[LABEL], features=datasets.Features({**rows.features, LABEL: Value(to)})
     )
 
 
@@ -153,7 +153,7 @@ def no_label(value: Any) -> bool:
 
 
 def kind_of_label(kind: Any) -> str:
-    """What values of a feature are called."""
+    """The name of a feature's type, for errors."""
     if type(kind).__name__ == "Json":
         return "values of several kinds, or objects"
     return (

@@ -95,7 +95,7 @@ def listed(file: Path, folder: Path) -> list[str]:
 
 
 def stem_of(line: str, folder: Path, source: str) -> str:
-    """What the annotation is called that a line of a list names; the line itself where there is no such file."""
+    """Name of the annotation file that a line of a list refers to; the line itself if no such file exists."""
     flagged = FLAGGED.fullmatch(line)
     for name in (line, flagged["name"] if flagged else line):
         stem, extension = os.path.splitext(name)
