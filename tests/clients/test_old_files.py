@@ -126,5 +126,5 @@ def test_code_of_an_earlier_version_reads_its_own_files(tmp_path):
 
 def test_the_code_of_the_old_run_is_the_old_code():
     """Merging a renamed file could carry today's code into the folder, and its remote code would no longer be old."""
-    folder = Path(__file__).parents[1] / "fixtures" / "native_names" / "run"
+    folder = FIXTURES / "run"
     assert "save_original_format" not in "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
