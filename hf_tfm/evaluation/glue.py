@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.glue import TASKS, GlueTask, MissingData, find_tasks, place_of
-from ..hub.results import RESULTS
+from ..hub.saved_files import RESULTS
 from ..limits import LIMITS
 from ..metrics.glue import macro_average, task_score
 from ..values import checked

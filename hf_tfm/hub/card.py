@@ -14,15 +14,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from .curve import CURVE, write_curve
+from .curve import write_curve
 from .portable import code, fenced, licence_id, plain
 from .results import RunRecord, read_history
+from .saved_files import CARD, CURVE, EVAL_RESULTS, PICTURE, PREDICTIONS
 from .usage import usage
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-CARD = "README.md"
-PREDICTIONS, PICTURE = "predictions/step-*.png", "predictions.png"  # of every evaluation; the last one, for the card
-EVAL_RESULTS = ".eval_results"
 UNKNOWN = "unknown"
 COST_COLUMNS = (
     *("model", "parameters", "GFLOPs of a sample", "ms, 1 sample", "ms, 32 samples", "samples/s", "MB on disk"),

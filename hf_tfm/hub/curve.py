@@ -8,7 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-CURVE = "training_curve.png"
+from .saved_files import CURVE
+
 TRAINING, EVALUATION, RATE = "#4477aa", "#ee6677", "#777777"  # told apart by colour-blind readers too
 SCORES = {"AP": "#aa3377", "AP50": "#ccbb44", "PQ": "#228833"}  # of evaluations, in [0, 1]
 

@@ -15,23 +15,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from ..registration import FAMILIES
-from .card import CARD, EVAL_RESULTS, PICTURE
-from .convert.carry import CODE_FIELDS, PROCESSOR_FILES, TOKENIZER_FILES, inside
-from .convert.parity import CERTIFICATE
-from .convert.tinybert import PROJECTION
-from .curve import CURVE
+from .convert.carry import CODE_FIELDS, inside
 from .loading import read_json
-from .results import HISTORY, RESULTS
+from .saved_files import CARD, EVAL_RESULTS, INDEX, UPLOADED
 
-INDEX = "model.safetensors.index.json"
 MODEL_ID_LINE = re.compile(r'^model_id = ".*"$', re.MULTILINE)
-# Files that are uploaded, by name; besides these the code that config.json names and pictures that the card shows.
-UPLOADED = (
-    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", INDEX, PROJECTION),
-    *TOKENIZER_FILES,
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", *PROCESSOR_FILES),
-    *(CARD, RESULTS, HISTORY, CURVE, PICTURE, CERTIFICATE),
-)
 SHOWN = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.(?:png|jpe?g|gif|svg|webp))\)")  # a picture beside the card
 SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 

@@ -17,11 +17,9 @@ import torch
 
 from .cost import Cost
 from .portable import portable, portable_command
+from .saved_files import HISTORY, RESULTS, RUN
 from .schema import check_keys, check_type
 
-RESULTS = "results.json"
-HISTORY = "history.jsonl"
-RUN = "run.json"  # whose folder it is; see `training.folder`
 PACKAGES = (
     "hf-tfm",
     "torch",

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from ..hub.results import HISTORY
+from ..hub.saved_files import HISTORY
 
 log = logging.getLogger(__name__)
 

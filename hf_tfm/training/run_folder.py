@@ -13,7 +13,7 @@ Claim: what is made before training (tokenizer, image processor) is kept in ``.n
 Identity: run.json says what decides the weights: task, arguments, and the data that is learned from or decides which
     weights are best. What is only scored is no part of it. The same identity resumes the run; another is refused,
     unless the run there has saved nothing yet, or ``overwrite_output_dir`` is set.
-Overwriting: deletes the files that a run writes, known by name, and run.json last, so that an interrupted deletion
+Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), and run.json last, so that an interrupted deletion
     still leaves a run's folder. Links are removed, not followed. All other files stay and are named.
 """
 
@@ -30,9 +30,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .. import models
 from ..data.source import EMBEDDED
-from ..hub.results import HISTORY, RESULTS, RUN
+from ..hub.saved_files import RESULTS, RUN, WEIGHTS, WRITTEN
 from .folder import explain_write_errors, sync, write_text
 
 try:
@@ -41,27 +40,6 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK, NEW = ".lock", ".new"
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
-    *("chat_template.jinja", "preprocessor_config.json", "processor_config.json"),
-)
-WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
-MODEL_FILES = (
-    *("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES),
-    *sorted(path.name for path in Path(models.__file__).parent.glob("*.py")),  # the code that travels with a model
-)
-# All that a run writes, as patterns below its folder. run.json is the last to be deleted and stands apart.
-WRITTEN = (
-    *MODEL_FILES,
-    *(RESULTS, HISTORY, f"{RESULTS}.part", f"{HISTORY}.part", f"{RUN}.part"),
-    *("README.md", "training_curve.png", "predictions.png", ".eval_results/*.yaml", "predictions/step-*.png"),
-    *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in TOKENIZER_FILES),
-    *(f".part-*/{name}" for name in MODEL_FILES),
-    *(f"checkpoints/{kind}step-*/{name}" for kind in ("", ".part-", ".old-", "damaged-") for name in CHECKPOINT_FILES),
-    *("hf-tfm/*tfevents*", "hf-tfm/hparams.yml", "hf-tfm/*/*tfevents*"),  # of TensorBoard
-)
 EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
 INPUTS = ("init_from", "teacher", "tokenizer", "dataset", "data_files", "more_texts", "cache")
 

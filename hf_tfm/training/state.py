@@ -34,15 +34,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from ..hub.saved_files import CHECKPOINT_FILES, CHECKPOINTS, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
 from ..hub.schema import check_keys, check_type
 from .folder import explain_write_errors, sync
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
-STATE_FILE = "state.json"
-FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
 # Errors of files that are damaged or of something else; others, such as too little memory, say nothing about a file.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError)
 COUNTS = ("step", "epoch", "step_in_epoch", "items", "skipped", "streak", "waited", "seconds")
@@ -115,7 +112,7 @@ def clean(output_dir: Path) -> None:
     """Delete what a kill left of checkpoints that were being written or deleted; other files there stay."""
     for pattern in (".part-step-*", ".old-step-*"):
         for path in (output_dir / CHECKPOINTS).glob(pattern):
-            for name in FILES:
+            for name in CHECKPOINT_FILES:
                 (path / name).unlink(missing_ok=True)
             with suppress(OSError):  # it holds something else
                 path.rmdir()
@@ -245,7 +242,7 @@ def resume(
 def step_folders(output_dir: Path) -> list[Path]:
     """Checkpoints, oldest first, damaged or not."""
     found = (output_dir / CHECKPOINTS).glob("step-*")
-    return sorted(path for path in found if any((path / name).exists() for name in FILES))
+    return sorted(path for path in found if any((path / name).exists() for name in CHECKPOINT_FILES))
 
 
 def damage(folder: Path, num_steps: int | None, model: nn.Module, ema: AveragedModel | None) -> str | None:

@@ -20,9 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...command import cause, raised_by_us, reworded
 from ..loading import UNCLEAR, check_config_file, check_size, mismatch, others, read_json
+from ..saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from .authors_files import unpack
 from .bert import BERT, whole_head
-from .carry import PROCESSOR_FILES, TOKENIZER_FILES, copy_files, copy_record, same_tokenizer
+from .carry import copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
 from .deit import DEIT
 from .detr import DETR, DETR_MODEL, DETR_PANOPTIC
@@ -32,7 +33,7 @@ from .gpt2 import GPT2
 from .mae import VIT_MAE, VIT_MAE_MODEL
 from .mae_authors import AUTHORS, AUTHORS_ENCODER
 from .marian_pegasus import MARIAN, PEGASUS
-from .parity import CERTIFICATE, compare, provenance, weight_hashes
+from .parity import compare, provenance, weight_hashes
 from .timm_vit import TIMM
 from .tinybert import TINYBERT, is_authors_tinybert, unpack_tinybert
 from .vit import VIT, VIT_MODEL

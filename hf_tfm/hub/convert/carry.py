@@ -8,25 +8,8 @@ from transformers import CONFIG_MAPPING
 
 from ..card import write_card
 from ..loading import load_tokenizer, read_json
-from ..results import HISTORY, RESULTS, RunRecord
-
-# What a tokenizer is saved as, byte-pair and SentencePiece alike.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "target_vocab.json",
-    "*.spm",
-)
-
-# What an image processor is saved as.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
+from ..results import RunRecord
+from ..saved_files import HISTORY, RESULTS
 
 # Fields of JSON files by which transformers finds code that a folder brings.
 CODE_FIELDS = ("auto_map", "custom_pipelines")

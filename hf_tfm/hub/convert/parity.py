@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...models.patches import patch_grid, sides
 
-CERTIFICATE = "parity_certificate.json"
 SEED = 0
 SOURCE_LENGTHS = (1, 7, 19, 32)
 TARGET_LENGTHS = (3, 1, 24, 11)

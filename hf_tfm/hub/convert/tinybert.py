@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, BertConfig, BertForPreTraining, BertForS
 
 from ...models import TfmBertConfig, TfmBertForPreTraining, TfmBertForSequenceClassification
 from ..loading import read_json
+from ..saved_files import PROJECTION
 from .bert import BERT, from_bert, to_bert
 from .conversion import require_fixed
 from .weight_files import PICKLE, WEIGHTS, weight_names
 
-PROJECTION = "projection.safetensors"
 PREFIX = "fit_dense."
 ACTIVATIONS = ("gelu", "relu", "swish")  # their program knows no others
 FIXED = {"layer_norm_eps": 1e-12, "pad_token_id": 0}

@@ -1,0 +1,48 @@
+"""Names of the files that runs, conversions and ``save_pretrained`` write: the one list of them.
+
+WRITTEN     by a run, as patterns below its folder: what overwriting deletes, and nothing else is deleted
+UPLOADED    by any of them, as patterns of names: what a push takes, besides the code that config.json names, pictures
+            that the card shows and `EVAL_RESULTS`
+"""
+
+from pathlib import Path
+
+from .. import models
+
+RESULTS = "results.json"
+HISTORY = "history.jsonl"
+RUN = "run.json"  # marks the folder of a run; written first and deleted last
+CARD = "README.md"
+CURVE = "training_curve.png"
+PREDICTIONS, PICTURE = "predictions/step-*.png", "predictions.png"  # of every evaluation; the last one, for the card
+EVAL_RESULTS = ".eval_results"
+CERTIFICATE = "parity_certificate.json"  # of a conversion
+PROJECTION = "projection.safetensors"  # of a conversion from TinyBERT
+INDEX = "model.safetensors.index.json"
+
+CHECKPOINTS = "checkpoints"
+MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+STATE_FILE = "state.json"
+CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "target_vocab.json"),  # byte-pair and WordPiece
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm"),
+)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+WEIGHTS = (MODEL_FILE, "model-?????-of-?????.safetensors", INDEX)
+MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES, *PROCESSOR_FILES)
+CODE_FILES = tuple(sorted(path.name for path in Path(models.__file__).parent.glob("*.py")))  # travel with a model
+RECORD_FILES = (CARD, RESULTS, HISTORY, CURVE, PICTURE)
+
+WRITTEN = (
+    *(*MODEL_FILES, *CODE_FILES, *RECORD_FILES),
+    *(f"{name}.part" for name in (RESULTS, HISTORY, RUN)),
+    *(PREDICTIONS, f"{EVAL_RESULTS}/*.yaml"),
+    *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)),
+    *(f".part-*/{name}" for name in (*MODEL_FILES, *CODE_FILES)),
+    *(f"{CHECKPOINTS}/{kind}step-*/{name}" for kind in ("", ".part-", ".old-", "damaged-") for name in CHECKPOINT_FILES),
+    *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # of TensorBoard
+)
+UPLOADED = (*MODEL_FILES, *RECORD_FILES, CERTIFICATE, PROJECTION)

@@ -1,0 +1,38 @@
+"""Runs write the files that `hub.saved_files` lists and no others, so that overwriting and pushing know all of them."""
+
+import pytest
+from recipe_helpers import run_recipe, write_data
+from recipe_helpers import words as translation_words
+from scene_recipes import scenes, train, write_hub
+
+from hf_tfm.hub.push import files_to_push
+from hf_tfm.hub.saved_files import CARD, CHECKPOINT_FILES, CURVE, HISTORY, PICTURE, RESULTS, RUN
+from hf_tfm.training.run_folder import delete_run
+
+KNOBS = {"num_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "trackers": "[tensorboard]"}
+RECORD = {CARD, RESULTS, HISTORY, CURVE, RUN, "config.json", "model.safetensors"}
+
+
+def translation_run(folder):
+    run_recipe(*translation_words(write_data(folder / "data"), folder / "run", **KNOBS))
+    return RECORD | {"generation_config.json", "tokenizer.json", "tokenizer/tokenizer.json"}
+
+
+def detection_run(folder):
+    train(write_hub(folder / "data", scenes()), folder / "run", **KNOBS)
+    return RECORD | {PICTURE, "preprocessor_config.json", "processor/preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("start", [translation_run, detection_run])
+def test_a_run_writes_listed_files_alone(tmp_path, start):
+    expected = start(tmp_path)
+    run = tmp_path / "run"
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert found >= expected
+    assert {name.split("/")[-1] for name in found if name.startswith("checkpoints/")} == set(CHECKPOINT_FILES)
+    assert any("tfevents" in name for name in found)
+    pushed, left_out = files_to_push(run)
+    top = {path.name for path in run.iterdir() if path.is_file()}
+    assert top - set(pushed) == {RUN}, "of the files beside the model, run.json alone stays behind"
+    assert not [name for name in left_out if name.startswith(".eval_results")]
+    assert delete_run(run) == [] and not list(run.iterdir())
