@@ -17,7 +17,7 @@ import torch
 
 from .cost import Cost
 from .portable import portable, portable_command
-from .saved_files import HISTORY, RESULTS, RUN
+from .saved_files import HISTORY, RESULTS
 from .schema import check_keys, check_type
 
 PACKAGES = (

@@ -24,10 +24,11 @@ CHECKPOINTS = "checkpoints"
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE_FILE = "state.json"
 CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
+CHECKPOINT_STATES = ("", ".part-", ".old-", "damaged-")  # prefixes of their folders: whole, and others
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "target_vocab.json"),  # byte-pair and WordPiece
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "target_vocab.json", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm"),
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -42,7 +43,7 @@ WRITTEN = (
     *(PREDICTIONS, f"{EVAL_RESULTS}/*.yaml"),
     *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)),
     *(f".part-*/{name}" for name in (*MODEL_FILES, *CODE_FILES)),
-    *(f"{CHECKPOINTS}/{kind}step-*/{name}" for kind in ("", ".part-", ".old-", "damaged-") for name in CHECKPOINT_FILES),
+    *(f"{CHECKPOINTS}/{state}step-*/{name}" for state in CHECKPOINT_STATES for name in CHECKPOINT_FILES),
     *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # of TensorBoard
 )
 UPLOADED = (*MODEL_FILES, *RECORD_FILES, CERTIFICATE, PROJECTION)

@@ -13,8 +13,9 @@ Claim: what is made before training (tokenizer, image processor) is kept in ``.n
 Identity: run.json says what decides the weights: task, arguments, and the data that is learned from or decides which
     weights are best. What is only scored is no part of it. The same identity resumes the run; another is refused,
     unless the run there has saved nothing yet, or ``overwrite_output_dir`` is set.
-Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), and run.json last, so that an interrupted deletion
-    still leaves a run's folder. Links are removed, not followed. All other files stay and are named.
+Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), and run.json last, so that an
+    interrupted deletion still leaves a run's folder. Links are removed, not followed. All other files stay and are
+    named.
 """
 
 import errno

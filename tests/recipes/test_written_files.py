@@ -1,4 +1,4 @@
-"""Runs write the files that `hub.saved_files` lists and no others, so that overwriting and pushing know all of them."""
+"""Runs write the files that `hub.saved_files` lists and no others: overwriting and pushing know all of them."""
 
 import pytest
 from recipe_helpers import run_recipe, write_data
