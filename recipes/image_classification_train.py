@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, set_seed
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.command import run_recipe
 from hf_tfm.data.images import label_names
+from hf_tfm.memory import new_model
 from hf_tfm.models.configuration_vit import SHARES
 from hf_tfm.tasks.classification import predict, score
 from hf_tfm.tasks.linear_probe import fold_probe, prepare_probe
@@ -34,7 +35,6 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
-from hf_tfm.training.memory import new_model
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 

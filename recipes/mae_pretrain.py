@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, set_seed
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining
 from hf_tfm.command import run_recipe
 from hf_tfm.hub.pretrained import IMAGE_PATCHES
+from hf_tfm.memory import new_model
 from hf_tfm.tasks.masked_image import MaskedImageTask, load_autoencoder
 from hf_tfm.training import evaluate
 from hf_tfm.training.image_run import (
@@ -31,7 +32,6 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
-from hf_tfm.training.memory import new_model
 from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 

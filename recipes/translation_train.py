@@ -22,10 +22,10 @@ from hf_tfm.data.source import describe_source
 from hf_tfm.hub.loading import load_tokenizer as read_tokenizer
 from hf_tfm.hub.pretrained import TRANSLATIONS
 from hf_tfm.limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
+from hf_tfm.memory import new_model
 from hf_tfm.tasks import translation
 from hf_tfm.tasks.translation import TranslationTask, score, translate
 from hf_tfm.training import TokenArguments, evaluate
-from hf_tfm.training.memory import new_model
 from hf_tfm.training.run import Run, finish, recipe_main
 from hf_tfm.training.token_run import check_stream, token_loader
 from hf_tfm.values import check_bounds

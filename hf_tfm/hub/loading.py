@@ -9,14 +9,13 @@ Every error is one line that names the argument and the model. Code that a folde
 import json
 import logging
 import re
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -30,7 +29,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from ..command import REMOTE_CODE, cause
 from ..finite import first_not_finite
-from .results import memory_gb
+from ..memory import check_saved_size
 
 # Errors with which libraries end on files of another form than they expect.
 UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
@@ -275,36 +274,11 @@ def check_size(kind: Any, config: PreTrainedConfig, trust_remote_code: bool = Fa
         kind: an Auto class or a model class.
 
     Raises:
-        ValueError: with the bytes of its weights in float32 and those there are.
+        TooLarge: with the bytes of its weights in float32 and those there are.
     """
     build = getattr(kind, "_from_config", None) or getattr(kind, "from_config", None)
     options = {"trust_remote_code": trust_remote_code} if hasattr(kind, "from_config") else {}
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            needed = size_of(build(config, **options))
-    except (RuntimeError, OverflowError) as error:
-        if "overflow" in str(error).lower():
-            raise ValueError("by its config.json its weights are larger than any memory") from error
-        return  # a model that cannot be made without memory is made as it is
-    except (ImportError, NotImplementedError, TypeError):
-        return
-    if needed > (most := memory_limit()):
-        raise ValueError(
-            f"by its config.json its weights take {needed / 1e9:,.1f} GB, and this machine has {most / 1e9:,.1f} GB"
-        )
-
-
-def size_of(model: nn.Module) -> int:
-    """Bytes of a model's weights and tables, in float32."""
-    return sum(4 * tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-
-
-def memory_limit() -> float:
-    """Bytes of memory that this process may use; infinite where the system does not tell."""
-    memory = memory_gb()
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [float("inf") if memory is None else 1e9 * memory]
-    return min(limits + ([] if soft == resource.RLIM_INFINITY else [float(soft)]))
+    check_saved_size(partial(build, **options), config)
 
 
 def check_vocabulary(

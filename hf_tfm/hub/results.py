@@ -15,6 +15,7 @@ from typing import Any, TypedDict, get_type_hints
 
 import torch
 
+from ..memory import machine_memory
 from .cost import Cost
 from .portable import portable, portable_command
 from .saved_files import HISTORY, RESULTS
@@ -254,7 +255,7 @@ def describe_hardware(device: str | torch.device | None = None, count: int | Non
         "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": memory_gb(),
+        "memory_gb": round(machine_memory() / 1e9, 1),
     }
     if kind == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -271,14 +272,6 @@ def cpu_name() -> str | None:
     except OSError:
         pass
     return platform.processor() or platform.machine() or None
-
-
-def memory_gb() -> float | None:
-    """Memory of the machine in 10^9 bytes; None where the system does not tell."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ from ..data.source import describe_rows, describe_source, gather, load_splits, t
 from ..hub.loading import load_config
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
 from ..limits import LARGEST_SIDE
+from ..memory import check_batch_memory
 from ..models import TfmViTForImageClassification
 from ..models.patches import Size, sides
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
 from ..tasks.images import ImageTask, Pixels, image_processor
 from ..values import check_bounds
 from .arguments import ImageArguments
-from .memory import check_batch_memory
 from .model_fields import fresh_head, label_fields
 from .splits import check_holdout, split_rows
 

@@ -16,6 +16,7 @@ from ..data.vocabulary import tell_unknown, train_bytes, train_wordpiece
 from ..hub.loading import load_tokenizer as read_tokenizer
 from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST
+from ..memory import new_model
 from ..models import (
     TfmBertConfig,
     TfmBertForMaskedLM,
@@ -25,7 +26,6 @@ from ..models import (
 )
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
 from .arguments import TokenArguments
-from .memory import new_model
 from .model_fields import check_fields, new_config
 from .splits import check_holdout, split_rows
 from .token_run import check_stream, token_loader

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..limits import MOST_BLOCKS
+from ..memory import REPEATED
 from ..values import check_bounds, closest, conform, one_line
-from .memory import REPEATED
 
 
 class SizedArguments(Protocol):

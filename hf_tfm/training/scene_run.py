@@ -24,12 +24,12 @@ from ..data.source import describe_rows, describe_source
 from ..hub.loading import load_config
 from ..hub.pretrained import OBJECTS, load_to_train
 from ..limits import LARGEST_SIDE
+from ..memory import new_model
 from ..models import TfmDetrConfig
 from ..models.backbones import TimmFeatures
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
-from .memory import new_model
 from .model_fields import check_fields, label_fields, new_config
 from .run import Run, finish
 from .scene_pictures import PredictionPictures

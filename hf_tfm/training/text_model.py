@@ -22,9 +22,9 @@ from transformers import (
 from ..data.vocabulary import train_bytes, train_wordpiece
 from ..hub.loading import load_config, load_tokenizer
 from ..hub.pretrained import load_to_train
+from ..memory import new_model
 from ..models import TfmBertConfig, TfmGPTConfig
 from ..tasks.text_classification import input_names
-from .memory import new_model
 from .model_fields import fresh_head, label_fields, new_config
 from .optim import height
 

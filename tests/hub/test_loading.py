@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import hf_tfm
-from hf_tfm.hub import loading
+from hf_tfm import memory
 from hf_tfm.hub.convert import convert
 from hf_tfm.hub.loading import LoadingError, check_vocabulary, load_config, load_model, load_tokenizer
 
@@ -107,7 +107,7 @@ def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
     ],
 )
 def test_a_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
-    monkeypatch.setattr(loading, "memory_limit", lambda: 1e9)
+    monkeypatch.setattr(memory, "usable_memory", lambda: 10**9)
     change_config(vit, **fields)
     assert said in refusal(vit)
 
