@@ -23,36 +23,24 @@ from datasets.download.streaming_download_manager import StreamingDownloadManage
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.table import table_cast
 
+from .rebuilt import COMMON, Rebuilt, stated_options
+
 BLOCK = 32 << 20  # bytes of a file that are parsed at once; a row is no longer
 # Numbers that are written as Python writes them, so that the text of each can be had back.
 WHOLE = r"^(?:0|-?[1-9]\d{0,17})$"
 DECIMAL = r"^-?(?:0|[1-9]\d{0,8})\.(?:0|\d{0,5}[1-9])$"
 TINY = r"^-?0\.0000"  # Python writes these as 1e-05
 PARSED = {"sep", "delimiter", "quotechar", "doublequote", "escapechar", "names", "column_names", "encoding"}
-COMMON = {"name", "version", "data_dir", "data_files", "description", "features"}
 
 
-class CsvFiles(Csv):
+class CsvFiles(Rebuilt, Csv):
     """`datasets`' builder of CSV with another reader; options that this reader lacks are left to pandas."""
 
     @classmethod
     def like(cls, builder: Csv, **options: Any) -> "CsvFiles":
-        """The same files with the same options as another builder's."""
-        stated = {f.name: getattr(builder.config, f.name) for f in fields(CsvConfig) if f.name not in COMMON}
-        usual = CsvConfig()
-        stated = {name: value for name, value in stated.items() if value != getattr(usual, name)}
-        found = cls(
-            dataset_name=builder.dataset_name,
-            config_name=builder.config.name,
-            base_path=builder.base_path,
-            data_files=builder.config.data_files,
-            features=builder.info.features,
-            token=builder.token,
-            repo_id=builder.repo_id,
-            **stated,
-            **options,
-        )
-        if not stated.keys() & {"na_values", "keep_default_na", "na_filter"}:
+        """See `Rebuilt`."""
+        found = super().like(builder, **options)
+        if not stated_options(builder).keys() & {"na_values", "keep_default_na", "na_filter"}:
             found.config.na_values, found.config.keep_default_na = [""], False
         return found
 

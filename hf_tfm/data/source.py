@@ -21,12 +21,15 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.json.json import Json
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from .annotation_folders import annotation_reader
 from .csv_files import CsvFiles
 from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
+from .json_files import JsonFiles, with_text
 from .local_files import cache_entry, package_key, state_key
+from .rebuilt import Rebuilt
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ STREAM = "stream"  # instead of a fingerprint of rows that are not read beforeha
 DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the others are the same in both
 FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"}
 EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
+OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
 
 
 Splits = datasets.DatasetDict | datasets.IterableDatasetDict
@@ -200,7 +204,7 @@ def tell_unread(folder: Path, files: list[str]) -> None:
 def local_builder(
     dataset: str, name: str | None, data_files: DataFiles | None, cache_dir: str
 ) -> datasets.DatasetBuilder:
-    """The builder of `datasets` for a folder or for files, with our own reader of CSV.
+    """The builder of `datasets` for a folder or for files, with our own readers of CSV and JSON.
 
     Raises:
         ValueError: there are no files, or none of a kind that is read.
@@ -222,19 +226,27 @@ def local_builder(
         raise ValueError(f'data_files of dataset "{dataset}" match no file for split {", ".join(empty)}')
     if isinstance(builder, FolderBasedBuilder):
         keep_words(builder)
-    return CsvFiles.like(builder, cache_dir=cache_dir, hash=builder.hash) if isinstance(builder, Csv) else builder
+    if (own := own_reader(builder)) is not None:
+        return own.like(builder, cache_dir=cache_dir, hash=builder.hash)
+    return builder
+
+
+def own_reader(builder: datasets.DatasetBuilder) -> type[Rebuilt] | None:
+    """Our class for the files of a builder; None where that of `datasets` reads them."""
+    return next((own for kind, own in OWN_READERS.items() if isinstance(builder, kind)), None)
 
 
 def keep_words(builder: FolderBasedBuilder) -> None:
-    """Have the builder of an image folder read words such as "NA" and "None" in metadata.csv as text.
+    """Have the builder of an image folder read text in its metadata as text.
 
-    pandas takes them for missing values, so a class of that name would vanish.
+    pandas takes words such as "NA" and "None" in metadata.csv for missing values, so a class of that name would
+    vanish; Arrow takes dates in metadata.jsonl for times, see `json_files`.
     """
     read = builder._read_metadata
 
     def read_metadata(metadata_file: str, metadata_ext: str = "") -> Iterator[pa.Table]:
         if metadata_ext != ".csv" or builder.config.filters is not None:
-            yield from read(metadata_file, metadata_ext)
+            yield from with_text(read(metadata_file, metadata_ext))
             return
         for frame in pandas.read_csv(metadata_file, chunksize=10_000, keep_default_na=False, na_values=[""]):
             yield pa.Table.from_pandas(frame, preserve_index=False)
@@ -293,10 +305,10 @@ def load_remote(
         ValueError: there is no network, and the rows in the cache are of local files or of another revision.
     """
     builder = datasets.load_dataset_builder(dataset, name, revision=revision, data_files=data_files)
-    if isinstance(builder, Csv):
-        # Rows that pandas read lie in the cache under the commit itself.
+    if (own := own_reader(builder)) is not None:
+        # Rows that the readers of `datasets` read lie in the cache under the commit itself.
         commit = f"{str(builder.hash)[:32]}{package_key()[:8]}"
-        builder = CsvFiles.like(builder, hash=commit, config_id=builder.config_id)
+        builder = own.like(builder, hash=commit, config_id=builder.config_id)
     if isinstance(builder, Cache):  # the newest rows that were ever loaded under this name, whatever their source
         commit = str(builder.hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
