@@ -9,7 +9,7 @@ data sets are commonly stored behind them; their target must be a regular file, 
 import itertools
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import datasets
 from huggingface_hub import constants
 
+BASE_PATHS = 100
 MAX_BYTES = 2**32  # of one file; COCO's largest annotations have half a gigabyte, Objects365's three
 
 
@@ -124,19 +125,35 @@ def anchored(paths: Sequence[str | None], roots: Sequence[str], source: str) -> 
     Raises:
         ValueError: a path is in none of the folders.
     """
+    base = base_of(paths, roots)
+    return [anchored_path(path, base, roots, f"{source}, row {row}") for row, path in enumerate(paths)]
+
+
+def base_of(paths: Iterable[str | None], roots: Sequence[str]) -> str:
+    """The folder that relative paths are relative to: the first of ``roots``, or the working directory.
+
+    Decided by the first of `BASE_PATHS` relative paths that is there.
+    """
     bases = [roots[0], os.getcwd()] if roots else [os.getcwd()]
     relative = (path for path in paths if path and "://" not in path and not os.path.isabs(path))
-    base = next(
-        (b for path in itertools.islice(relative, 100) for b in bases if os.path.exists(joined(b, path))), bases[0]
-    )
-    found: list[str | None] = []
-    for row, path in enumerate(paths):
-        local = path_of(path) if path else None
-        if local is None:
-            found.append(path)
-            continue
-        absolute = joined(base, local)
-        if not any(is_within(absolute, root) for root in roots):
-            raise ValueError(f'{source}, row {row} names "{path}", which is outside the data set\'s folder {roots[0]}')
-        found.append(absolute if local == path else path)
-    return found
+    near = itertools.islice(relative, BASE_PATHS)
+    return next((base for path in near for base in bases if os.path.exists(joined(base, path))), bases[0])
+
+
+def anchored_path(path: str | None, base: str, roots: Sequence[str], source: str) -> str | None:
+    """A path as an absolute one; URLs, and None, as they are.
+
+    Args:
+        base: see `base_of`.
+
+    Raises:
+        ValueError: it is in none of the folders.
+    """
+    local = path_of(path) if path else None
+    if local is None:
+        return path
+    absolute = joined(base, local)
+    if not any(is_within(absolute, root) for root in roots):
+        where = f"the data set's folder {roots[0]}" if roots else "the data set"
+        raise ValueError(f'{source} names "{path}", which is outside {where}')
+    return absolute if local == path else path

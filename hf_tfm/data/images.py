@@ -5,6 +5,7 @@ load_dataset(...) -> {"image": encoded, "label"} -> uint8 (3, h, w), upright, RG
 
 import functools
 import hashlib
+import itertools
 import logging
 import re
 import struct
@@ -28,12 +29,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from .batching import COPY
-from .files import anchored, open_regular
+from .files import anchored, anchored_path, base_of, open_regular
 
 log = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
 FINGERPRINT_IMAGES = 1000
+CHECKED_ROWS = 100  # of a stream, whose paths are checked before a run
 # Of one image, by its header, before anything is decoded: a quarter of a gigabyte as RGB. It is the number from which
 # on PIL warns of a "decompression bomb".
 MAX_PIXELS = 89_478_485
@@ -60,7 +62,7 @@ def image_rows(
         label_column: a ClassLabel, integers or strings; default, the only ClassLabel or the column "label".
         labelled: False leaves labels out.
         roots: folders that paths must stay in, see `data_roots`; relative paths are relative to the first. Default,
-            paths are taken as they are; so are those of a stream.
+            paths are taken as they are. Paths of a stream are checked as they are read, the first of them now.
 
     Raises:
         ValueError: there are no rows, or no such column, it holds something else, or a path leaves the folders.
@@ -98,7 +100,7 @@ def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> 
         ValueError: a path leaves the folders.
     """
     if not isinstance(rows, datasets.Dataset):
-        return rows
+        return stream_with_paths_in(rows, column, roots, source)
     stored = rows.data.column(column)
     if pa.types.is_struct(stored.type):
         alone = [pc.if_else(pc.is_null(part.field("bytes")), part.field("path"), None) for part in stored.chunks]
@@ -108,6 +110,34 @@ def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> 
         return rows
     paths = anchored(rows[column][:], roots, source)
     return rows.remove_columns(column).add_column(column, paths) if paths != list(rows[column]) else rows
+
+
+def stream_with_paths_in(
+    rows: datasets.IterableDataset, column: str, roots: Sequence[str], source: str
+) -> datasets.IterableDataset:
+    """See `with_paths_in`; the first `CHECKED_ROWS` rows are checked now, all as they are read.
+
+    Raises:
+        ValueError: the path of one of those rows leaves the folders.
+    """
+    first = [path_alone(row.get(column)) for row in itertools.islice(rows, CHECKED_ROWS)]
+    anchored(first, roots, source)
+    keep = functools.partial(keep_inside, column=column, base=base_of(first, roots), roots=roots, source=source)
+    return rows.map(keep, features=rows.features)
+
+
+def path_alone(image: Any) -> str | None:
+    """The path of an image that is not decoded, where it has no bytes."""
+    if isinstance(image, Mapping):
+        return image.get("path") if image.get("bytes") is None else None
+    return image if isinstance(image, str) else None
+
+
+def keep_inside(row: Mapping[str, Any], column: str, base: str, roots: Sequence[str], source: str) -> dict[str, Any]:
+    """The image of a row of a stream, with an absolute path where it is a path; see `anchored_path`."""
+    image = row[column]
+    path = anchored_path(path_alone(image), base, roots, source)
+    return {column: path if isinstance(image, str) else image}
 
 
 def is_label_kind(kind: Any) -> bool:
@@ -404,7 +434,7 @@ def listed(bad: Mapping[int, str]) -> str:
 def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[[Any], Any] | None = None) -> None:
     """Refuse a split before a run where no image can be read, or none of the first ``max_bad_images`` + 1.
 
-    Images are read up to the first that can be: mostly one. A stream is not looked at.
+    Images are read up to the first that can be: mostly one.
 
     Args:
         rows: of `image_rows`, or others where ``read`` is given.
@@ -413,21 +443,21 @@ def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[
         read: reads a row; default, decodes its image.
 
     Raises:
-        ValueError: no image can be read; it says why.
+        ValueError: no image can be read; it says why. Or a stream has no rows.
     """
-    if not isinstance(rows, datasets.Dataset):
-        return
     read = read or (lambda row: decode(row[IMAGE]))
     bad: dict[int, str] = {}
-    for index in range(min(len(rows), max_bad_images + 1)):
-        row = rows[index]
+    for index, row in enumerate(itertools.islice(rows, max_bad_images + 1)):
         try:
             read(row)
             return
         except BadImage as error:
             bad[index] = describe(row[IMAGE], error)
+    if not bad:
+        raise ValueError(f"{split} has no rows")
+    number = f"{len(rows)}" if isinstance(rows, datasets.Dataset) else "a stream"
     raise ValueError(
-        f"no image of {split} can be read, of {len(rows)} the first {len(bad)} were tried (max_bad_images is "
+        f"no image of {split} can be read, of {number} the first {len(bad)} were tried (max_bad_images is "
         f"{max_bad_images}): {listed(bad)}"
     )
 

@@ -1,6 +1,7 @@
 """Data sets of any kind: loading their splits, the commit that was loaded, and the licence the card states."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -9,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
-from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.json.json import FullReadDisallowed, Json
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from .annotation_folders import annotation_reader
@@ -152,7 +153,7 @@ def load_local(
             tell_unread(Path(dataset), files)
         try:
             if streaming:
-                return builder.as_streaming_dataset()
+                return stream_of(builder, given, files)
             config = {field.name: getattr(builder.config, field.name) for field in dataclasses.fields(builder.config)}
             about = (builder.name, builder.hash, str(config), builder.info.features, remote_states(builder))
             key = state_key(files, about, package_key())
@@ -165,8 +166,7 @@ def load_local(
                 verification_mode="no_checks",  # a card may state how many rows there once were
             )
         except Exception as error:  # of any kind, and often without the name of the file
-            reason = problem(files) or f'dataset "{given}" cannot be loaded: {cause(error)}'
-            raise ValueError(reason) from error
+            raise ValueError(reason_of(error, given, files)) from error
         if state_key(files, about, package_key()) != key:
             shutil.rmtree(entry / "rows", ignore_errors=True)
             raise ValueError(f'the files of dataset "{given}" changed while they were read')
@@ -182,6 +182,46 @@ def load_local(
                 shutil.rmtree(entry / "rows", ignore_errors=True)
                 raise ValueError(problem(files) or f'dataset "{given}" is damaged: {first_line(error)}') from error
     return datasets.DatasetDict({split: with_fingerprint(rows, f"{key}{split}") for split, rows in splits.items()})
+
+
+def reason_of(error: BaseException, dataset: str, files: Iterable[str]) -> str:
+    """Why a data set cannot be read, in one line: what is wrong with its local files, else what its reader said."""
+    return problem(files) or f'dataset "{dataset}" cannot be loaded: {cause(error)}'
+
+
+def stream_of(
+    builder: datasets.DatasetBuilder, dataset: str, files: Sequence[str] = ()
+) -> datasets.IterableDatasetDict:
+    """The splits of a builder as streams, whose errors while they are read are of one line.
+
+    Args:
+        dataset: what a user calls it.
+        files: the local ones among its files.
+    """
+    for name in ("_generate_tables", "_generate_examples"):
+        if read := getattr(type(builder), name, None):
+            setattr(builder, name, functools.partial(read_explained, (dataset, files), read, builder))
+    return builder.as_streaming_dataset()
+
+
+def read_explained(
+    source: tuple[str, Sequence[str]], read: Callable[..., Iterator[Any]], /, *args: Any, **options: Any
+) -> Iterator[Any]:
+    """What a builder reads.
+
+    Args:
+        source: what a user calls the data set, and its local files.
+        read: method of the builder, called with the other arguments.
+
+    Raises:
+        ValueError: it cannot be read to its end; see `reason_of`.
+    """
+    try:
+        yield from read(*args, **options)
+    except FullReadDisallowed:  # the builder of JSON tells itself so
+        raise
+    except Exception as error:  # of any kind, and often without the name of the file
+        raise ValueError(reason_of(error, *source)) from error
 
 
 def tell_unread(folder: Path, files: list[str]) -> None:
@@ -321,7 +361,7 @@ def load_remote(
                 f'dataset_revision "{revision}" of "{dataset}" is not to be had from the Hub; the cache holds {commit}'
             )
     if streaming:
-        return builder.as_streaming_dataset()
+        return stream_of(builder, dataset)
     builder.download_and_prepare()
     return builder.as_dataset()
 

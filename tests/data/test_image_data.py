@@ -254,7 +254,18 @@ def test_a_split_without_a_readable_image_is_refused_before_a_run():
         ):
             require_readable(rows, 2, "train")
     require_readable(Dataset.from_dict({"image": [bad, bad, good]}), 2, "train")
-    require_readable(Dataset.from_dict({"image": [bad]}).to_iterable_dataset(), 2, "train")
+
+
+def test_a_stream_without_a_readable_image_is_refused_before_a_run():
+    good, bad = KINDS["png"], b"no image"
+    for pictures in ([bad] * 3, [bad] * 3 + [good]):
+        with pytest.raises(
+            ValueError, match=r"no image of train can be read, of a stream the first 3 .* image 0: it is"
+        ):
+            require_readable(Dataset.from_dict({"image": pictures}).to_iterable_dataset(), 2, "train")
+    require_readable(Dataset.from_dict({"image": [bad, bad, good]}).to_iterable_dataset(), 2, "train")
+    with pytest.raises(ValueError, match="train has no rows"):
+        require_readable(IterableDataset.from_generator(lambda: iter(())), 2, "train")
 
 
 # --- columns and labels

@@ -1,0 +1,88 @@
+"""Streams are checked before a run as far as they are read then, and later fail in one line."""
+
+import pytest
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from hf_tfm.data import images
+from hf_tfm.data.files import data_roots
+from hf_tfm.data.images import image_rows
+from hf_tfm.data.language import text_rows
+from hf_tfm.data.source import load_splits
+
+BAD = {
+    "a.jsonl": ('{"text": "good"}\n', '{"text": "bad"\n', "line 30001 is not JSON"),
+    "a.csv": ("text,other\n" + "good,1\n", "bad,1,2\n", "row 30000: 2 fields expected, got 3"),
+    "a.txt": ("good\n", b"\xff\n", "not UTF-8"),
+}
+
+
+def damaged(path, kind):
+    """A file of 30,000 good rows and one bad, which a stream meets late."""
+    good, bad, _ = BAD[kind]
+    head, row = good.rsplit("\n", 2)[0], good.splitlines()[-1]
+    filler = "x" * 800 if kind != "a.csv" else ""
+    rows = [row.replace("good", f"good{filler}")] * 30_000
+    text = "\n".join(([head] if kind == "a.csv" else []) + rows) + "\n"
+    path.write_bytes(text.encode() + (bad if isinstance(bad, bytes) else bad.encode()))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_late_in_a_stream_is_told_in_one_line(tmp_path, kind):
+    path = tmp_path / kind
+    damaged(path, kind)
+    with pytest.raises(ValueError, match=BAD[kind][2]) as error:
+        list(text_rows(load_splits(str(path), streaming=True)["train"], "text"))
+    assert "\n" not in str(error.value) and kind in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images in a data set, one beside it."""
+    (tmp_path / "data").mkdir()
+    for name in ("data/a.png", "data/b.png", "secret.png"):
+        PILImage.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path / "data"
+
+
+def streamed(folder, paths, kind):
+    values = [{"bytes": None, "path": path} for path in paths] if isinstance(kind, Image) else list(paths)
+    rows = Dataset.from_dict({"image": values, "label": [0] * len(paths)}, features=kinds(kind))
+    return rows.to_iterable_dataset()
+
+
+def kinds(kind):
+    return Features({"image": kind, "label": Value("int64")})
+
+
+KINDS = pytest.mark.parametrize("kind", [Image(), Value("string")], ids=["images", "paths"])
+
+
+@KINDS
+def test_paths_of_a_stream_stay_in_the_data_set(folder, kind):
+    roots = data_roots(str(folder))
+    inside = [str(folder / "a.png"), str(folder / "b.png")]
+    assert len(list(image_rows(streamed(folder, inside, kind), roots=roots))) == 2
+    for outside in (str(folder.parent / "secret.png"), str(folder / ".." / "secret.png"), "/etc/passwd"):
+        with pytest.raises(ValueError, match=r'image_column "image", row 1 names .* outside the data set\'s folder'):
+            image_rows(streamed(folder, [inside[0], outside], kind), roots=roots)
+
+
+@KINDS
+def test_later_paths_of_a_stream_are_checked_as_they_are_read(folder, kind, monkeypatch):
+    monkeypatch.setattr(images, "CHECKED_ROWS", 2)
+    paths = [str(folder / "a.png"), str(folder / "b.png"), "/etc/passwd"]
+    rows = image_rows(streamed(folder, paths, kind), roots=data_roots(str(folder)))
+    with pytest.raises(ValueError, match=r'image_column "image" names "/etc/passwd", which is outside the data set'):
+        list(rows)
+
+
+def test_relative_paths_of_a_stream_are_those_of_the_data_set(folder):
+    rows = image_rows(streamed(folder, ["a.png", "b.png"], Value("string")), roots=data_roots(str(folder)))
+    assert [row["image"] for row in rows] == [str(folder / "a.png"), str(folder / "b.png")]
+
+
+def test_columns_of_a_stream_keep_their_types(folder):
+    rows = streamed(folder, [str(folder / "a.png")], Image())
+    found = image_rows(rows, roots=data_roots(str(folder)))
+    assert found.features == {"image": Image(decode=False), "label": Value("int64")}
