@@ -9,7 +9,9 @@ hypotheses share one memory.
 Shapes: B sentences; R of them still running; S source, T target positions; D = config.hidden_size; V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -252,7 +254,7 @@ class GreedyGenerationMixin(GenerationMixin):
     """
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' `generate`: same arguments, same results.
 
         Raises:
@@ -264,7 +266,60 @@ class GreedyGenerationMixin(GenerationMixin):
             if isinstance(given, Tensor):
                 require_elements(name, given)
         with generating():
-            return super().generate(inputs, **kwargs)
+            return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, **kwargs):
+        """As transformers' `generate_batch`, continuous batching: same arguments, same results.
+
+        Raises:
+            ValueError: a prompt is empty, ``max_new_tokens`` is less than 1, or a text would get longer than the model
+                has learned positions for.
+        """
+        config = self.generation_config if generation_config is None else generation_config
+        asked = kwargs.get("max_new_tokens")
+        for ids in inputs:
+            self.new_tokens_of(ids, config.max_new_tokens if asked is None else asked)
+        return super().generate_batch(inputs, generation_config=generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers', with a manager that checks the length of every request."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if "add_request" not in vars(manager):  # a manager may be kept and handed out again
+            manager.add_request = partial(self.add_request, manager, manager.add_request)
+        return manager
+
+    def add_request(
+        self, manager: Any, add: Callable, input_ids: list[int], request_id: str | None = None, *args, **kwargs
+    ) -> str | None:
+        """``manager.add_request``, which ``add`` is, of a request that there are positions for."""
+        asked = args[0] if args else kwargs.pop("max_new_tokens", None)
+        asked = manager.generation_config.max_new_tokens if asked is None else asked
+        return add(input_ids, request_id, self.new_tokens_of(input_ids, asked), *args[1:], **kwargs)
+
+    def new_tokens_of(self, ids: list[int], max_new_tokens: int | None) -> int | None:
+        """Number of tokens that a prompt may be continued by; without ``max_new_tokens``, as many as have positions.
+
+        Raises:
+            ValueError: the prompt is empty, ``max_new_tokens`` is less than 1, or there are not so many positions.
+        """
+        if not len(ids):
+            raise ValueError("a prompt has no tokens")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if (most := self.most_positions()) is None:
+            return max_new_tokens
+        if len(ids) > most:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for new ones: "
+                f"max_position_embeddings is {most}"
+            )
+        room = most + 1 - len(ids)  # the last token is not read
+        if max_new_tokens is not None and max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens} makes {len(ids) + max_new_tokens} tokens with the prompt, but "
+                f"max_position_embeddings is {most}: the model can continue {most} tokens at most"
+            )
+        return room if max_new_tokens is None else max_new_tokens
 
     def most_positions(self) -> int | None:
         """Number of tokens that have a position, None where any number has."""
@@ -344,9 +399,9 @@ class SharedMemoryGenerationMixin(GreedyGenerationMixin):
     """The same for a model that takes n rows of decoder input to each row of memory."""
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As transformers' `generate`: same arguments, same results."""
-        output = super().generate(inputs, **kwargs)
+        output = super().generate(inputs, *args, **kwargs)
         cache = getattr(output, CACHE_NAME, None)
         if isinstance(cache, EncoderDecoderCache):  # handed out with a row of memory for each hypothesis, as usual
             for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):

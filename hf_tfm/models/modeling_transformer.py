@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -271,8 +271,12 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         return self.config.max_position_embeddings if self.config.position_embedding_type == "learned" else None
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """As transformers' `generate`; a mask-predict model decodes with `mask_predict` and takes its arguments."""
         if self.config.decoding == "mask_predict":
-            return mask_predict(self, inputs, **kwargs)
-        return super().generate(inputs, **kwargs)
+            if args:
+                raise ValueError("a mask-predict model takes inputs and generation_config by place, all else by name")
+            return mask_predict(self, inputs, generation_config=generation_config, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)

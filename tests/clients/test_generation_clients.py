@@ -66,6 +66,16 @@ def test_a_replaced_step_is_used(name, beams, replace, monkeypatch):
     assert torch.equal(model.generate(**source(name), **asked), found)
 
 
+@pytest.mark.parametrize("name", ["gpt", "transformer"])
+def test_arguments_may_be_given_by_place(name):
+    """In the order of transformers' `generate`."""
+    model, asked = lively(name), GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    given = source(name)
+    ids = given.pop("input_ids")
+    by_name = model.generate(input_ids=ids, generation_config=asked, **given)
+    assert torch.equal(model.generate(ids, asked, None, **given), by_name)
+
+
 @pytest.mark.parametrize("step", generation.STEPS)
 def test_every_replaced_step_ends_the_short_cut(step, monkeypatch):
     model = lively("gpt")
@@ -94,6 +104,45 @@ def test_continuous_batching(implementation):
     output = model.generate_batch(inputs=PROMPTS, generation_config=asked, continuous_batching_config=small)
     assert [request.generated_tokens for request in output.values()] == expected
     assert len({tuple(text) for text in expected}) == 3
+
+
+def test_continuous_batching_keeps_to_the_positions():
+    """As `generate` does; the last token needs no position."""
+    model = lively("gpt")
+    most = model.config.max_position_embeddings
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    asked = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+    long = [5] * (most - 7)
+    for ids, new in ((long, 8), ([5] * most, 1)):
+        options = {"generation_config": asked, "max_new_tokens": new}
+        expected = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+        (found,) = model.generate_batch([ids], continuous_batching_config=small, **options).values()
+        assert found.generated_tokens == expected
+    limit = f"max_position_embeddings is {most}"
+    for prompts, new in (([[5], [*long, 5]], None), ([[5, 6]], most), ([[5] * (most + 1)], 1)):
+        with pytest.raises(ValueError, match=limit):
+            model.generate_batch(prompts, asked, continuous_batching_config=small, max_new_tokens=new)
+        with pytest.raises(ValueError, match=limit):
+            model.generate(torch.tensor(prompts[-1:]), asked, max_new_tokens=new or 8)
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate_batch([[5], []], asked, continuous_batching_config=small)
+    with pytest.raises(ValueError, match="max_new_tokens must be"):
+        model.generate_batch([[5]], asked, continuous_batching_config=small, max_new_tokens=0)
+
+
+def test_requests_of_a_manager_keep_to_the_positions():
+    model = lively("gpt")
+    most = model.config.max_position_embeddings
+    endless = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=None)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    with model.continuous_batching_context_manager(endless, continuous_batching_config=small) as manager:
+        with pytest.raises(ValueError, match=f"max_position_embeddings is {most}"):
+            manager.add_request([5] * 3, max_new_tokens=most)
+        with pytest.raises(ValueError, match=f"max_position_embeddings is {most}"):
+            manager.add_request([5] * 3, None, most)
+        manager.add_requests([[5] * (most - 3)])  # without a limit, as far as there are positions
+        found = manager.get_result(timeout=60)
+    assert len(found.generated_tokens) == 4
 
 
 @pytest.mark.parametrize(
