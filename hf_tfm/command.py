@@ -101,9 +101,9 @@ def run_command(
     return status or 0
 
 
-def run_recipe(recipe: str, function: Callable[[list[str]], int], code_option: bool = False) -> None:
-    """`run_command` for the file of a recipe, and ``SystemExit`` with its status."""
-    raise SystemExit(run_command(f"run {Path(recipe).stem}", function, sys.argv[1:], code_option))
+def run_recipe(recipe: str, function: Callable[[list[str]], int]) -> None:
+    """`run_command` for the file of a recipe, and ``SystemExit`` with its status; all know ``trust_remote_code``."""
+    raise SystemExit(run_command(f"run {Path(recipe).stem}", function, sys.argv[1:], code_option=True))
 
 
 def without_debug(words: Sequence[str]) -> list[str]:

@@ -135,7 +135,7 @@ def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
 
     def as_read(source: str) -> BaseImageProcessor:
         try:
-            scale = Scale(AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
+            scale = Scale(AutoImageProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code))
         except OSError as error:
             raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
         mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
@@ -215,4 +215,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_recipe(__file__, main, code_option=True)
+    run_recipe(__file__, main)

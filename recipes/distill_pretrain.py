@@ -120,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_recipe(__file__, main, code_option=True)
+    run_recipe(__file__, main)

@@ -140,7 +140,7 @@ def describe_data(args: TranslationArguments, pairs: dict) -> dict:
 def load_tokenizer(args: TranslationArguments, pairs: dict):
     """The tokenizer that is named, or one trained on the data."""
     if ready := args.tokenizer or args.init_from:
-        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None)
+        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
     return text.train_tokenizer(text.sentences(pairs[args.train_split]), args.vocab_size, args.lowercase)
 
 

@@ -107,6 +107,7 @@ def load_to_train(
     fields: dict[str, Any] | None = None,
     argument: str = "init_from",
     resized: str | None = None,
+    trust_remote_code: bool | None = None,
     **data: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """A model in float32 to train further, and the names of its weights that are random.
@@ -120,20 +121,21 @@ def load_to_train(
             that they leave no place for unread.
         argument: the caller's, for errors.
         resized: pattern of weights of heads whose shape the data decides; in another shape they are random.
+        trust_remote_code: see `load_config`.
         data: fields that the data decides.
 
     Raises:
         LoadingError: weights are missing, left over, not finite or of another shape; or files cannot be read.
     """
     fields = fields or {}
-    with explained(argument, source, code_option=False):
+    with explained(argument, source, trust_remote_code is not None):
         check_index(Path(source))
         model, report = kind.from_pretrained(
             source,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            trust_remote_code=False,
+            trust_remote_code=bool(trust_remote_code),
             **{**data, **fields},
         )
         missing, shapes = set(report["missing_keys"]), {name: rest for name, *rest in report["mismatched_keys"]}

@@ -63,6 +63,8 @@ class TrainingArguments:
         trackers: experiment trackers: tensorboard, wandb, trackio.
         run_name: name of the run in trackers; default, the output folder's.
         progress: show a progress bar; without it, log lines are printed.
+        trust_remote_code: run the code that a model named by another argument brings, or its tokenizer; without it,
+            such a model is refused.
 
     Raises:
         ValueError: a value is outside its range, or two do not fit each other.
@@ -102,6 +104,7 @@ class TrainingArguments:
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     run_name: str | None = None
     progress: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         conform_fields(self)

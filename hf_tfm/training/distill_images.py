@@ -37,12 +37,12 @@ def shared_processor(args: DistillImageArguments) -> BaseImageProcessor:
     Raises:
         ValueError: a knob, or ``init_from``, says something else than the teacher.
     """
-    teacher = as_read(args.teacher)
+    teacher = as_read(args.teacher, args.trust_remote_code)
     size = args.image_size or (teacher.size.height, teacher.size.width)
     scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
     check_processors(image_processor(size, None, *scale), teacher)
     if args.init_from:
-        check_processors(as_read(args.init_from), teacher)
+        check_processors(as_read(args.init_from, args.trust_remote_code), teacher)
     return image_processor(size, args.resize, *scale)
 
 

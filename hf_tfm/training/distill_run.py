@@ -36,7 +36,6 @@ class DistillationKnobs:
 
     Args:
         teacher: folder or Hub id of a model of any kind, with its tokenizer or image processor.
-        trust_remote_code: run the code that the teacher's repository brings.
         teacher_dtype: of the teacher's weights and what it computes; default, what the student computes in.
         teacher_device: where it computes, say cuda:1, or auto, spread over all devices where it does not fit on one;
             default, where the student does.
@@ -58,7 +57,6 @@ class DistillationKnobs:
     """
 
     teacher: str
-    trust_remote_code: bool = False
     teacher_dtype: Dtype | None = None
     teacher_device: str | None = None
     expected_score: float | None = None

@@ -280,19 +280,20 @@ def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_read(source: str) -> BaseImageProcessor:
+def as_read(source: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     """The size and scale of the images that a model reads, as a processor.
 
     How they are resized is left out.
 
     Args:
         source: folder or Hub id of the model.
+        trust_remote_code: run the code that it brings.
 
     Raises:
         ValueError: it has no image processor, or its images have no fixed size.
     """
     try:
-        found = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        found = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
     if data := getattr(found, "data_config", None):  # timm's
@@ -317,7 +318,7 @@ def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
     size = args.image_size or IMAGE_SIZE
     if args.image_size is None and args.init_from:
         try:
-            size = image_size_of(as_read(args.init_from))
+            size = image_size_of(as_read(args.init_from, args.trust_remote_code))
         except ValueError as error:
             raise ValueError(f"init_from: {error}, or give image_size, mean and std") from error
     return image_processor(size, args.resize, *new_scale(args))
@@ -332,7 +333,7 @@ def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, .
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     if args.init_from and not (args.mean and args.std):
         try:
-            earlier = AutoImageProcessor.from_pretrained(args.init_from, trust_remote_code=False)
+            earlier = AutoImageProcessor.from_pretrained(args.init_from, trust_remote_code=args.trust_remote_code)
         except OSError as error:
             raise ValueError(f"init_from {args.init_from} has no image processor: give mean and std") from error
         mean, std = tuple(earlier.image_mean), tuple(earlier.image_std)

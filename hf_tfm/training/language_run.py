@@ -174,7 +174,7 @@ def describe_data(args: LanguageArguments, texts: dict) -> dict:
 def load_tokenizer(args: LanguageArguments, learned) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on the texts."""
     if ready := args.tokenizer or args.init_from:
-        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None)
+        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
     rows = learned if args.tokenizer_rows is None else learned.take(args.tokenizer_rows)
     teach = train_wordpiece if args.objective == "masked" else train_bytes
     return teach(language.Texts(rows), args.vocab_size, args.lowercase)

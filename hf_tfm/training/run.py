@@ -38,7 +38,7 @@ from .threads import limit_threads, threads_restored
 FREE = {
     *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
     *("num_workers", "micro_batch_tokens", "micro_batch_size", "gradient_checkpointing", "max_nonfinite_steps"),
-    *("max_bad_images",),
+    *("max_bad_images", "trust_remote_code"),
     *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
     *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
     *("costs", "teacher_device", "expected_score"),
@@ -56,8 +56,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     for knob in ("init_from", "teacher"):
         if source := getattr(args, knob, None):
             require_model(knob, source)
-            trust = getattr(args, "trust_remote_code", None) if knob == "teacher" else None
-            check_kind(knob, source, getattr(args, "fitting", {}).get(knob), trust)
+            check_kind(knob, source, getattr(args, "fitting", {}).get(knob), args.trust_remote_code)
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     end_politely()
@@ -170,7 +169,7 @@ class Run:
 
         folder = on_main(self.accelerator, place)
         try:
-            return load(folder, trust_remote_code=False)  # of a tokenizer or image processor of others
+            return load(folder, trust_remote_code=self.args.trust_remote_code)
         except (ValueError, OSError, KeyError, TypeError) as error:
             if not self.again:
                 raise

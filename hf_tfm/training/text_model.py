@@ -50,6 +50,7 @@ class ModelArguments(Protocol):
     model: dict[str, Any]
     init_from: str | None
     language_weight: float
+    trust_remote_code: bool
 
 
 def all_texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
@@ -64,7 +65,9 @@ def classifier_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
     if ready := args.tokenizer or args.init_from:
-        return complete(load_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None))
+        return complete(
+            load_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
+        )
     _, learn = ARCHITECTURES[args.architecture]
     return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
 
@@ -118,7 +121,7 @@ def build_classifier(
     """
     set_seed(args.seed)
     if args.init_from:
-        model = load_classifier(args.init_from, tokenizer, labels, args.model)
+        model = load_classifier(args.init_from, tokenizer, labels, args.model, args.trust_remote_code)
     else:
         config_class, _ = ARCHITECTURES[args.architecture]
         tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
@@ -151,23 +154,34 @@ def head_of(model: PreTrainedModel, name: str) -> str:
 
 
 def load_classifier(
-    name: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, fields: dict[str, Any]
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None,
+    fields: dict[str, Any],
+    trust_remote_code: bool | None = None,
 ) -> PreTrainedModel:
     """A pretrained model of any kind with a classifier for these classes, fresh unless it is of the same.
 
     Args:
         fields: of its configuration that are to differ.
+        trust_remote_code: see `load_config`.
 
     Raises:
         ValueError: a field is unknown, or the model lacks weights below its classifier.
     """
-    earlier = load_config(name, "init_from", trust_remote_code=None)
+    earlier = load_config(name, "init_from", trust_remote_code=trust_remote_code)
     if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
         raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
     # A DistilBERT, whose classifier has a layer with ReLU below it.
     pooler = {"pooler": "relu"} if getattr(earlier, "pooler", None) == "none" else {}
     model, fresh = load_to_train(
-        AutoModelForSequenceClassification, name, head_of, fields, resized="", **{**pooler, **class_fields(labels)}
+        AutoModelForSequenceClassification,
+        name,
+        head_of,
+        fields,
+        resized="",
+        trust_remote_code=trust_remote_code,
+        **{**pooler, **class_fields(labels)},
     )
     base = f"{model.base_model_prefix}."
     if not any(not key.startswith(base) for key in fresh) and not same_classes(earlier, model.config):

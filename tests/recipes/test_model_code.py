@@ -1,0 +1,65 @@
+"""Recipes run the code of a model that they begin with if trust_remote_code says so, and only then."""
+
+import json
+
+import pytest
+from recipe_helpers import ROOT, arguments_of, record
+from text_recipes import run_recipe, words, write_pairs
+from transformers import BertConfig, BertForSequenceClassification
+from vision_recipes import classify, write_images
+
+from hf_tfm.data.vocabulary import train_wordpiece
+
+CODE = """open({ran!r}, "w").close()
+from transformers import BertConfig, BertForSequenceClassification
+
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+
+class OwnClassifier(BertForSequenceClassification):
+    config_class = OwnConfig
+"""
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+# The first starts other recipes, the second trains no model and has the option too.
+RECIPES = sorted(
+    path for path in (ROOT / "recipes").glob("*.py") if path.stem not in ("distill_cache", "augment_texts")
+)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A classifier whose folder brings its code; where the code ran, there is a file RAN beside it."""
+    folder = tmp_path / "own"
+    tokenizer = train_wordpiece(["one hundred and two", "hundert zwei"], 90)
+    BertForSequenceClassification(BertConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnClassifier"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": places}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE.format(ran=str(tmp_path / "RAN")))
+    return folder
+
+
+def test_code_is_run_with_the_option_alone(own, tmp_path):
+    given = words(write_pairs(tmp_path / "data"), tmp_path / "run", init_from=own)
+    with pytest.raises(ValueError, match=r'init_from ".*": it brings its own code.* trust_remote_code true') as error:
+        run_recipe(*given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "RAN").exists() and not (tmp_path / "run").exists()
+    assert run_recipe(*given, "--trust_remote_code", "true") == 0
+    assert (tmp_path / "RAN").exists() and record(tmp_path / "run").model_type == "own"
+    assert "trust_remote_code" not in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_a_recipe_of_one_kind_of_model_runs_no_code(own, tmp_path):
+    with pytest.raises(ValueError, match=r'init_from ".*": it brings its own code.* trust_remote_code true'):
+        classify(write_images(tmp_path / "data"), tmp_path / "run", init_from=own)
+    assert not (tmp_path / "RAN").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_a_model_has_the_option(recipe):
+    fields = arguments_of(recipe).__dataclass_fields__
+    assert fields["trust_remote_code"].default is False
