@@ -203,20 +203,29 @@ def check_classes(rows: datasets.Dataset, names: Sequence[str], split: str, know
             f'split "{split}" has {sum(there)} of {len(there)} texts with a label, and all have the same, {one!r}: '
             "there must be at least two classes"
         )
-    if not all(there):
-        log.warning(
-            '%d of %d texts of split "%s" have no label and are not learned from; the first is row %d',
-            len(there) - sum(there),
-            len(there),
-            split,
-            there.index(False),
-        )
+    tell_unlabelled(there, split)
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
     for group in alike.values():
         if len(group) > 1 and not known:
             log.warning("classes differ in case or white space alone: %s", ", ".join(map(repr, group)))
+
+
+def tell_unlabelled(there: Sequence[bool], split: str) -> None:
+    """Warn of texts without a label.
+
+    Args:
+        there: whether each row of the split has one.
+    """
+    if not all(there):
+        log.warning(
+            '%d of %d texts of split "%s" have no label and are not learned from; the first is row %d',
+            len(there) - sum(there),
+            len(there),
+            split,
+            list(there).index(False),
+        )
 
 
 def only_text(features: Mapping[str, Any], label: str | None) -> str:
@@ -257,7 +266,11 @@ def class_names(rows: datasets.Dataset, known: Sequence[str] = ()) -> list[str]:
         raise ValueError("no text has a label")
     names = label_names(rows)
     if len(names) < 2:
-        raise ValueError(f"there must be at least two classes, got {', '.join(names) or 'none'}")
+        negative = any(isinstance(value, int) and value < 0 for value in rows.unique(LABEL))
+        raise ValueError(
+            f"there must be at least two classes of labels, got {', '.join(map(repr, names)) or 'none'}"
+            f"{' (a number below 0 means that a text has no label)' * negative}"
+        )
     return names
 
 

@@ -1,6 +1,6 @@
 """What the recipes on labelled texts share: the knobs of data and batches, the splits, and their loaders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from ..data.labelled_texts import (
     class_names,
     is_regression,
     load_texts,
+    tell_unlabelled,
     text_lengths,
     text_rows,
     tokenize_texts,
@@ -237,9 +238,11 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
     labels = None if regression else class_names(rows[args.train_split], task.labels if task else ())
     if not regression:
         check_classes(rows[args.train_split], labels, args.train_split, known=bool(task))
+    else:
+        tell_unlabelled([value is not None for value in rows[args.train_split][LABEL]], args.train_split)
     arguments = {**dict.fromkeys(args.test_splits, "test_splits"), **dict.fromkeys(validation, "validation_split")}
     for name, argument in arguments.items():
-        check_labelled(rows[name], name, argument, labels)
+        check_labelled(rows[name], name, argument, labels, numbered=bool(task))
     metrics = args.metrics or list(task.metrics if task else ["pearson", "spearman"] if regression else ["accuracy"])
     check_metrics(metrics, regression)
     best = args.best_metric or metrics[0]
@@ -260,11 +263,14 @@ def split_texts(
     return split_rows(chosen, [*names[1:], *args.test_splits], rows_of), names
 
 
-def check_labelled(rows: datasets.Dataset, split: str, argument: str, labels: list[str] | None) -> None:
+def check_labelled(
+    rows: datasets.Dataset, split: str, argument: str, labels: list[str] | None, numbered: bool = False
+) -> None:
     """Refuse a split that cannot be scored, before anything is trained.
 
     Args:
         labels: names of the model's classes; None where numbers are predicted.
+        numbered: labels that are plain integers are places among ``labels``, as of GLUE's tasks.
 
     Raises:
         ValueError: it has no labels, as GLUE's test splits on the Hub, or one that is not a class of the training
@@ -281,7 +287,10 @@ def check_labelled(rows: datasets.Dataset, split: str, argument: str, labels: li
             'problem_type="regression" learns numbers'
         )
     try:
-        known = class_ids(rows, labels)
+        whole = getattr(rows.features[LABEL], "dtype", "").startswith(("int", "uint"))
+        plain = whole and not isinstance(rows.features[LABEL], datasets.ClassLabel)
+        # The training data's labels are words, and numbers are not among them.
+        known = {} if plain and not numbered and not label_ids_fit(labels) else class_ids(rows, labels)
     except ValueError as error:
         raise ValueError(f'{argument} "{split}": {error}') from error
     for value in values:
@@ -290,6 +299,11 @@ def check_labelled(rows: datasets.Dataset, split: str, argument: str, labels: li
                 f'{argument} "{split}": label {value!r} is not a class of the training data; it has '
                 f"{', '.join(labels[:20])}{', ...' * (len(labels) > 20)}"
             )
+
+
+def label_ids_fit(labels: Sequence[str]) -> bool:
+    """Whether all names of classes are whole numbers."""
+    return all(name.lstrip("-").isdecimal() for name in labels)
 
 
 def text_loader(
