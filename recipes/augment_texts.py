@@ -23,7 +23,7 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data import glue
 from hf_tfm.data.labelled_texts import check_empty, load_texts
 from hf_tfm.data.source import take_split
-from hf_tfm.data.text import column_path
+from hf_tfm.data.text import column_path, texts_at
 from hf_tfm.distillation.substitution import Substituter, Substitution, with_copies
 from hf_tfm.hub.loading import load_model, load_tokenizer
 from hf_tfm.hub.pretrained import MASKED_WORDS, check_kind
@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = take_split(splits, args.train_split, "train_split")
     columns = columns_of(args, rows[0])
     for name in columns:
-        if name in rows.column_names and isinstance(rows[0][name], str):
+        path = column_path(rows[0], name, "text_columns")
+        for start in range(0, len(rows), 1000):  # all are text
+            texts_at(rows[start : start + 1000], list(range(start, min(start + 1000, len(rows)))), path)
+        if name in rows.column_names:
             check_empty(rows, name, name)
     device = PartialState().device
     check_kind("model", args.model, MASKED_WORDS["model"], args.trust_remote_code)

@@ -150,7 +150,10 @@ def begin_with_layers(args: DistillationKnobs, student: PreTrainedModel) -> None
     """
     if args.student_layers:
         teacher = load_teacher(args.teacher, type(student), trust_remote_code=args.trust_remote_code).model
-        fresh = copy_layers(student, teacher, args.student_layers, args.truncate_width)
+        try:
+            fresh = copy_layers(student, teacher, args.student_layers, args.truncate_width)
+        except ValueError as error:
+            raise ValueError(f"student_layers: {error}") from error
         if fresh:
             PartialState().print(f"weights the teacher has none for, drawn anew: {', '.join(fresh)}")
 

@@ -102,7 +102,7 @@ def read_image(where: str) -> NamedImage:
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f'data set "{dataset}" has no column of images; it has {", ".join(rows.column_names)}')
-    if not -len(rows) <= index < len(rows):
+    if not 0 <= index < len(rows):
         raise ValueError(f'index must be from 0 to {len(rows) - 1} for split "{split}" of "{dataset}", got {index}')
     value = rows.cast_column(columns[0], datasets.Image(decode=False))[index][columns[0]]
     return NamedImage(f"{Path(dataset).name} {split} {index}", as_picture(value, where))
