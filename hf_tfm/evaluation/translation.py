@@ -20,6 +20,8 @@ def load_seq2seq(model: str, revision: str | None = None, trust_remote_code: boo
     """Model and tokenizer of a folder or a Hub id, on the best device there is."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(model, **options)
+    if tokenizer.pad_token is None:
+        raise ValueError(f'model "{model}": its tokenizer has no pad_token, which shorter texts are filled with')
     loaded = load_model(AutoModelForSeq2SeqLM, model, **options)
     check_vocabulary(model, loaded.config, tokenizer)
     return loaded.to(PartialState().device), tokenizer

@@ -8,6 +8,7 @@ Every error is one line that names the argument and the model. Code that a folde
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,16 @@ UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
 UNREAD = re.compile(
     r"pooler|position_ids|num_batches_tracked|masked_bias|attn\.bias|inv_freq|vit\.(layernorm|fc_norm)\.|mask_token"
 )
+PROCESSOR = "preprocessor_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Fields of an image processor: name -> the numbers it may have, in words, and whether one is among them.
+IMAGE_FIELDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "image_mean": ("finite numbers", math.isfinite),
+    "image_std": ("finite numbers above 0", lambda number: 0 < number < math.inf),
+    "rescale_factor": ("a finite number above 0", lambda number: 0 < number < math.inf),
+    **dict.fromkeys(("size", "crop_size"), ("pixels, at least 1", lambda number: 1 <= number < math.inf)),
+    "resample": ("a filter of PIL, 0 to 5", lambda number: number in range(6)),
+}
 MOST_CLASSES = 10**6
 MOST_LAYERS = 10**4
 REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")  # loggers of transformers
@@ -97,6 +108,7 @@ def load_config(
         LoadingError: there is none, or it cannot be meant.
     """
     with explained(argument, model, trust_remote_code is not None):
+        check_revision(model, revision)
         path = cached_file(model, CONFIG_NAME, revision=revision)
         if path is None:
             raise ValueError(f"it is not a saved model: it has no {CONFIG_NAME}")
@@ -120,6 +132,70 @@ def check_config_file(path: Path) -> None:
                 raise ValueError(f"{field} of its {path.name} must be at most {most:,}, got {value:,}")
         if field in ATTENTION_FIELDS and "/" in str(value):
             raise ValueError(f'{field} of its {path.name} names code of the repository "{value}", which is not run')
+    check_config_types(content, path.name)
+
+
+def check_config_types(content: dict[str, Any], file: str) -> None:
+    """Refuse fields of transformers' own of another type than it expects, on which it ends in unclear errors.
+
+    Raises:
+        ValueError: with the field.
+    """
+    kinds = {**dict.fromkeys(("id2label", "label2id", "quantization_config", "auto_map"), dict), "model_type": str}
+    names = {dict: "a mapping", str: "text"}
+    for field, kind in kinds.items():
+        if (value := content.get(field)) is not None and not isinstance(value, kind):
+            raise ValueError(f"{field} of its {file} must be {names[kind]}, got {value!r:.60}")
+    classes = content.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"architectures of its {file} must be a list of names of classes, got {classes!r:.60}")
+    for field in ("dtype", "torch_dtype"):
+        name = content.get(field)
+        if not isinstance(name, str) or name == "auto":
+            continue
+        if not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+            raise ValueError(f'{field} of its {file} must be a type of torch, say "float32", got "{name}"')
+    labels = content.get("id2label")
+    if labels and {str(number) for number in labels} != {str(number) for number in range(len(labels))}:
+        odd = next(number for number in labels if str(number) not in map(str, range(len(labels))))
+        raise ValueError(f'id2label of its {file} must number {len(labels)} names from 0 on, got "{odd}"')
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Refuse a revision of a local folder or file, which has none.
+
+    Raises:
+        ValueError: with the revision.
+    """
+    if revision is not None and Path(model).exists():
+        raise ValueError(f'revision "{revision}" can be given of a model on the Hub alone, and this is a local path')
+
+
+def check_json_files(model: str, *names: str) -> None:
+    """Refuse a local folder whose files of these names are not JSON mappings.
+
+    Raises:
+        ValueError: with the file.
+    """
+    for name in names:
+        if (path := Path(model) / name).is_file() and not isinstance(content := read_json(path), dict):
+            raise ValueError(f"its {name} must be a mapping, got {content!r:.60}")
+
+
+def check_image_fields(model: str) -> None:
+    """Refuse a local image processor by which pixels become infinite, or images of no size.
+
+    Raises:
+        ValueError: with the field.
+    """
+    path = Path(model) / PROCESSOR
+    for field, value in (read_json(path) if path.is_file() else {}).items():
+        if field not in IMAGE_FIELDS or value is None:
+            continue
+        wanted, fits = IMAGE_FIELDS[field]
+        values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not all(number is None or (type(number) in (int, float) and fits(number)) for number in values):
+            raise ValueError(f"{field} of its {PROCESSOR} must be {wanted}, got {value!r:.60}")
 
 
 def read_json(path: Path) -> Any:
@@ -143,6 +219,8 @@ def load_tokenizer(
         LoadingError: there is none, or it cannot be read.
     """
     with explained(argument, model, trust_remote_code is not None):
+        check_revision(model, revision)
+        check_json_files(model, *TOKENIZER_FILES)
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
 
 
@@ -155,6 +233,9 @@ def load_image_processor(
         LoadingError: there is none, or it cannot be read.
     """
     with explained(argument, model, trust_remote_code is not None):
+        check_revision(model, revision)
+        check_json_files(model, PROCESSOR, "processor_config.json")
+        check_image_fields(model)
         try:
             return AutoImageProcessor.from_pretrained(
                 model, revision=revision, trust_remote_code=bool(trust_remote_code)
@@ -190,6 +271,7 @@ def load_model(
     config = load_config(model, argument, revision, trust_remote_code)
     with explained(argument, model, trust_remote_code is not None):
         check_index(Path(model))
+        check_json_files(model, "generation_config.json")
         check_size(kind, config, bool(trust_remote_code))
         # Weights may be stored in half precision; `precision` alone says what is computed in it. Shapes are reported
         # below, by name.

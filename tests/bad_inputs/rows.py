@@ -341,6 +341,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("push {models}/vit", "me/model --privat true", r"did you mean --private\?"),
     ("show attention {models}/vit", "", "IMAGE|image"),
     ("show attention {models}/vit", "/no/where.png --output_dir {out}", "/no/where.png"),
+    ("show attention {models}/vit digits:train:-1", "--output_dir {out}", got("index", "0", "-1")),
+    ("convert {models}/vit", "--to vit --output_dir {out} --revision v1", got("revision", '"v1"', "local")),
     ("show attention {models}/tr --text word", "--layers [9] --output_dir {out}", got("layers", "9")),
     ("show attention {models}/tr --text ''", "--output_dir {out}", got("text", "empty")),
     ("show attention {models}/vit digits:train:0", "--heads [9] --output_dir {out}", got("heads", "9")),
@@ -459,6 +461,16 @@ TEXTS: list[tuple[str, dict, str | None]] = [
     ("missing_texts", {"train": [["a text", 0], [None, 1], ["other", 1]]}, "text"),
     ("unknown_label", {"validation": [["a text", 7], ["b text", 8]]}, "label.*7|7.*label"),
     ("no_validation", {"validation": None}, "validation"),
+    (
+        "numbers_for_words_in_validation",
+        {"train": [[f"text {i}", "yes" if i % 2 else "no"] for i in range(8)]},
+        "validation_split.*label [01] is not a class.*no, yes",
+    ),
+    (
+        "negative_labels",
+        {"train": [[f"text {i}", -(i % 2)] for i in range(8)]},
+        "two classes of labels, got '0'.*below 0",
+    ),
 ]
 
 
@@ -585,6 +597,12 @@ FOLDERS: list[tuple[str, dict, str]] = [
     ("bad_activation", {"config__json": {**VIT, "hidden_act": "evil"}}, "hidden_act.*evil"),
     ("negative_size", {"config__json": {**VIT, "hidden_size": -8}}, "hidden_size.*-8"),
     ("text_size", {"config__json": {**VIT, "hidden_size": "wide"}}, "hidden_size.*wide"),
+    ("number_as_type", {"config__json": {**VIT, "model_type": 5}}, "model_type.*text, got 5"),
+    ("text_as_classes", {"config__json": {**VIT, "architectures": "TfmViT"}}, "architectures.*list.*TfmViT"),
+    ("list_of_labels", {"config__json": {**VIT, "id2label": ["ant", "bee"]}}, "id2label.*mapping.*ant"),
+    ("labels_with_a_gap", {"config__json": {**VIT, "id2label": {"0": "ant", "5": "bee"}}}, 'id2label.*2 names.*"5"'),
+    ("unknown_dtype", {"config__json": {**VIT, "dtype": "float99"}}, "dtype.*float99"),
+    ("number_as_quantization", {"config__json": {**VIT, "quantization_config": 5}}, "quantization_config.*got 5"),
 ]
 
 
@@ -633,6 +651,12 @@ FILES = [
     Row("train_from_a_detector", f"{MAE} --init_from {{models}}/det --model '{{}}'", got("init_from"), None),
     Row("train_texts_from_images", f"{TEXT} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
     Row("train_language_from_images", f"{LANGUAGE} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
+    Row(
+        "augment_texts_with_missing_ones",
+        "run augment_texts --dataset {in} --text_columns [text] --model {models}/bert --output_dir {out}",
+        'column "text" must hold text, got None in row 1',
+        lambda folder: inputs.texts(folder, train=[["a text", 0], [None, 1]] * 4),
+    ),
 ]
 
 VALID = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...command import cause, raised_by_us, reworded
-from ..loading import UNCLEAR, check_config_file, check_size, mismatch, others, read_json
+from ..loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
 from ..saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from .authors_files import unpack
 from .bert import BERT, whole_head
@@ -101,6 +101,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         explained_source(source, Path(temporary), output_dir),
     ):
         work = Path(temporary) / "model"
+        check_revision(str(source), revision)
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
         folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
         if (folder / "config.json").is_file():
