@@ -135,7 +135,11 @@ class Pooler(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """A dense layer, norm, and the product with the word embeddings (section 3.1, "Masked LM")."""
+    """A dense layer, norm, and the product with the word embeddings (section 3.1, "Masked LM").
+
+    A loss without logits (``return_logits=False``) calls the layers in it one by one: forward hooks on this module do
+    not run then, those on its layers do.
+    """
 
     def __init__(self, config: TfmBertConfig):
         super().__init__()

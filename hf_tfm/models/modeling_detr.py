@@ -304,6 +304,9 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
     ) -> DetrSegmentationOutput:
         """Find objects in images (B, C, H, W), and their masks.
 
+        The masks need the backbone's maps, which the output of ``detr`` and ``detr.model`` does not hold: their parts
+        are called one by one, so forward hooks run on the parts and not on these two.
+
         Args:
             pixel_mask, num_items_in_batch: see `TfmDetrForObjectDetection.forward`.
             labels: as there, and of each image ``masks`` (n, H, W) of 0 and 1, without padding or padded like it.
