@@ -96,9 +96,27 @@ def run_command(
         SystemExit: with the exit status, after an error.
     """
     with short_errors(name, argv, code_option):
+        check_encoding(argv)
         status = function(without_debug(argv))
-        sys.stdout.flush()  # a closed pipe shows here instead of while the interpreter ends
+        if sys.stdout is not None:  # as it is where the shell closed it
+            sys.stdout.flush()  # a closed pipe shows here instead of while the interpreter ends
     return status or 0
+
+
+def check_encoding(words: Sequence[str]) -> None:
+    """Refuse words that are not valid text, which could not be written to the files of a run.
+
+    Raises:
+        ValueError: with the word.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{word.encode(errors='backslashreplace').decode()!r} is not text in the encoding of this shell: set "
+                "LANG=C.UTF-8 or PYTHONUTF8=1"
+            ) from error
 
 
 def run_recipe(recipe: str, function: Callable[[list[str]], int]) -> None:
@@ -147,10 +165,15 @@ def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False
 
 def say(text: str) -> None:
     """Print to standard error after what was printed to standard output."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # closed
             stream.flush()
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Text in which control characters are written out, so that a name cannot add lines or steer a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def discard_output() -> None:

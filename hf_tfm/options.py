@@ -174,6 +174,10 @@ def check_config(path: Path, kind: type) -> None:
         ValueError: see `read_yaml`; or an option is unknown or has a value that its annotation does not allow.
     """
     for name, value in read_yaml(path).items():
+        if "." in str(name):
+            raise ValueError(
+                f"--config {path}: {shown(name)} must be written as a mapping in a mapping, without a dot"
+            )
         if (hint := hint_of(kind, str(name))) is None:
             raise ValueError(f"--config {path}: {shown(name)} is not an option{closest(name, names_of(kind))}")
         try:

@@ -195,3 +195,25 @@ def test_every_recipe_fails_in_one_line(recipe, monkeypatch, capsys):
     assert said.startswith(f"hf-tfm run {recipe}: unexpected TypeError: a fault") and said.count("\n") == 1
     with pytest.raises(TypeError, match="a fault"):
         cli.main(["run", recipe, "--output_dir", "x", "--debug"])
+
+
+def test_control_characters_of_a_message_are_written_out(capsys):
+    from hf_tfm.command import say
+
+    say("no file \x1b[31m a\nb\0 é")
+    assert capsys.readouterr().err == "no file \\x1b[31m a\\nb\\x00 é\n"
+
+
+def test_a_closed_standard_output_is_no_error_of_its_own(monkeypatch):
+    from hf_tfm.command import run_command
+
+    monkeypatch.setattr("sys.stdout", None)
+    assert run_command("show", lambda words: None, []) == 0
+
+
+def test_words_that_are_no_text_are_refused(capsys):
+    from hf_tfm.command import run_command
+
+    with pytest.raises(SystemExit):
+        run_command("run x", lambda words: None, ["--run_name", "caf\udce9"])
+    assert "caf\\\\udce9" in capsys.readouterr().err

@@ -128,6 +128,8 @@ def cause(error: BaseException) -> str:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     line = first_line(error)
+    if line.startswith("Couldn't cast"):  # the types stand in the lines that follow
+        return f"files of the splits differ in the type of a column: {' '.join(str(error).split())[:300]}"
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 

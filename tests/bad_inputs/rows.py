@@ -418,6 +418,7 @@ YAML = [
     yaml_row("deep", f"model: {'[' * 3000}{']' * 3000}\n", "a.yaml.*deep"),
     yaml_row("unknown_key", "learning_rat: 0.1\n", r"a.yaml.*learning_rat.*did you mean learning_rate\?"),
     yaml_row("unknown_nested_key", "augmentation: {flipp: 1}\n", r"a.yaml.*augmentation.flipp.*did you mean flip\?"),
+    yaml_row("dotted_key", "model.patch_size: 4\n", "a.yaml.*model.patch_size.*without a dot"),
     yaml_row("number_as_key", "1: 2\n", "a.yaml.*1.*not an option"),
     yaml_row("infinite", "weight_decay: .inf\n", "a.yaml.*weight_decay.*finite.*inf"),
     yaml_row("nan_in_list", "adam_betas: [0.9, .nan]\n", "a.yaml.*adam_betas.*finite.*nan"),
