@@ -69,7 +69,7 @@ def our_trainer(batch: dict[str, Any], precision: str, device: str) -> Callable[
     AcceleratorState._reset_state()  # one process may else have one precision only
     accelerator = Accelerator(mixed_precision=precision)
     model = ours().to(device).train()
-    args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-5, weight_decay=1e-4)
+    args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-5, weight_decay=1e-4)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     return lambda: train_step(accelerator, Scenes(), prepared, optimizer, [batch], max_grad_norm=0.1)
 

@@ -1,6 +1,6 @@
 """Generation speed: tokens per second of our GPT's `generate` against GPT-2's, same weights, same tokens.
 
-python -m benchmarks language_generation [--model RUN --dataset nyu-mll/glue --dataset_name sst2]
+python -m benchmarks language_generation [--model RUN --dataset_config nyu-mll/glue --dataset_config sst2]
 
 Texts of equal lengths by models of random weights; with ``model``, of language_pretrain with objective causal, also
 texts that end by themselves.
@@ -33,7 +33,7 @@ def main(
     rounds: int = 5,
     model: str | None = None,
     dataset: str = "nyu-mll/glue",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     split: str = "validation",
     text_column: str | None = None,
 ) -> None:
@@ -49,11 +49,11 @@ def main(
         new_tokens: tokens that each prompt gets, of a trained model at most.
         rounds: timed rounds; medians are reported.
         model: folder of a trained TfmGPTForCausalLM with its tokenizer.
-        dataset, dataset_name, split, text_column: texts whose first tokens are its prompts.
+        dataset, dataset_config, split, text_column: texts whose first tokens are its prompts.
     """
     (stock,) = (conversion for conversion in GPT2 if conversion.ours is TfmGPTForCausalLM)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    texts = list(text_rows(load_splits(dataset, dataset_name)[split], text_column)["text"]) if model else []
+    texts = list(text_rows(load_splits(dataset, dataset_config)[split], text_column)["text"]) if model else []
     results = {}
     for name, ours, batch_of, least in contestants(sizes, vocab_size, prompt_length, new_tokens, model, texts):
         for precision in precisions:

@@ -1,6 +1,6 @@
 """Generation speed: sentences per second of our `generate` against Marian's or Pegasus', same weights, same tokens.
 
-python -m benchmarks translation_generation [--model DIR --dataset DATA]
+python -m benchmarks translation_generation [--model DIR --dataset_config DATA]
 
 Random weights give every sentence of a batch equally many tokens. A trained ``model`` is timed on a test set besides:
 its sentences end one after the other, as in use.

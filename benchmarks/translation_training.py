@@ -1,6 +1,6 @@
 """Training speed: real target tokens per second of our model and loop, against Marian in a plain accelerate loop.
 
-python -m benchmarks translation_training --dataset DATA
+python -m benchmarks translation_training --dataset_config DATA
 
 Three contestants of one size, in turn on the same machine, in float32 and bf16 autocast:
   marian_random   transformers' MarianMTModel, Trainer's LabelSmoother, AdamW, random batches of 64
@@ -98,7 +98,7 @@ def contestants(config, task, rows, random, ordered, precision: str, batches: in
 
     accelerator = Accelerator(mixed_precision=precision)
     model = TfmTransformerForConditionalGeneration(config)
-    args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4)
+    args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     model.train()
 

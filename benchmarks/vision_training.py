@@ -72,7 +72,7 @@ def trainer(
     if name == "ours":
         AcceleratorState._reset_state()  # one process may else have one precision only
         accelerator = Accelerator(mixed_precision=precision)
-        args = TrainingArguments(output_dir=".", num_steps=1, learning_rate=1e-4, weight_decay=0.05)
+        args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4, weight_decay=0.05)
         prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
         return lambda: train_step(accelerator, Images(classes), prepared, optimizer, [batch])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)

@@ -24,7 +24,7 @@ def check_finite(model: nn.Module, what: str) -> None:
     """Refuse a model with a weight that is infinite or not a number.
 
     Args:
-        what: the model, for the error, say 'init_from "runs/vit"'.
+        what: the model, for the error, say 'model_name_or_path "runs/vit"'.
 
     Raises:
         ValueError: there is one; the message names it.

@@ -11,7 +11,7 @@ MOST_BLOCKS = 10_000  # layers of a model
 # Least and largest values of options that evaluation and pictures share, beside those of `evaluation.results`.
 LIMITS = {
     "length_penalty": (-100, 100),
-    "mask_share": (0, 1),
+    "mlm_probability": (0, 1),
     "mask_ratio": (0, 1),
     "threshold": (0, 1),
     "queries": (0, None),

@@ -18,6 +18,33 @@ from .values import closest, conform, expected, hints_of, literals, one_line, sh
 LARGEST_FILE = 1_000_000  # bytes; a file of options has a few hundred
 MOST_VALUES = 10_000  # with aliases written out
 DEEPEST = 20  # mappings and lists inside each other
+# Options that had other names: the error for the old name gives the new one.
+RENAMED = {
+    "num_steps": "max_steps",
+    "num_epochs": "num_train_epochs",
+    "log_steps": "logging_steps",
+    "best_metric": "metric_for_best_model",
+    "patience": "early_stopping_patience",
+    "keep_checkpoints": "save_total_limit",
+    "trackers": "report_to",
+    "num_workers": "dataloader_num_workers",
+    "schedule": "lr_scheduler_type",
+    "compile": "torch_compile",
+    "precision": "mixed_precision",
+    "layer_decay": "layer_wise_lr_decay",
+    "drop_after": "lr_drop_ratio",
+    "mask_share": "mlm_probability",
+    "init_from": "model_name_or_path",
+    "dataset": "dataset_name",
+}
+# Options of other trainers that this package does not have: what to use instead.
+ELSEWHERE = {
+    "per_device_train_batch_size": "batch_size is the number of samples of one optimizer step over all processes, "
+    "which makes a run independent of the hardware; micro_batch_size limits how many one process computes at once",
+    "gradient_accumulation_steps": "batch_size is the number of samples of one optimizer step, and micro_batch_size "
+    "how many of them one process computes at once: accumulation follows from the two",
+    "per_device_eval_batch_size": "evaluation uses batch_size and micro_batch_size",
+}
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
@@ -63,7 +90,7 @@ class OptionParser(ArgumentParser):
             if not word.startswith("-"):
                 return f"{shown(word)} stands where an option, --NAME VALUE, is expected"
             known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
-            return f"{word} is not an option{closest(word, known)}"
+            return unknown(word, known)
         if found := re.search(r'Parser key "([^"]+)"', message):
             value = re.search(r"(?:Given value: |Got value: )(.*)", message, re.DOTALL)
             for parser in parsers:
@@ -179,7 +206,7 @@ def check_config(path: Path, kind: type) -> None:
                 f"--config {path}: {shown(name)} must be written as a mapping in a mapping, without a dot"
             )
         if (hint := hint_of(kind, str(name))) is None:
-            raise ValueError(f"--config {path}: {shown(name)} is not an option{closest(name, names_of(kind))}")
+            raise ValueError(f"--config {path}: {unknown(str(name), names_of(kind))}")
         try:
             conform(str(name), value, hint)
         except ValueError as error:
@@ -207,13 +234,31 @@ def check_words(words: Sequence[str], kind: type) -> None:
         key = name.removeprefix("--").removesuffix("+")
         hint = hint_of(kind, key) if name.startswith("--") else None
         if hint is None:
-            raise ValueError(f"{name} is not an option{closest(name, [f'--{one}' for one in names_of(kind)])}")
+            raise ValueError(unknown(name, [f"--{one}" for one in names_of(kind)]))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"{name} needs a value")
             value = rest.pop(0)
         if not name.endswith("+"):  # which adds to a list
             check_word(key, value, hint)
+
+
+def unknown(name: str, known: Sequence[str]) -> str:
+    """The error for an unknown option: its new name, what to use instead, or the closest known one.
+
+    Args:
+        name: as it was written, with or without "--".
+        known: options, written in the same way.
+    """
+    key = name.removeprefix("--")
+    prefix = name.removesuffix(key)
+    if (new := RENAMED.get(key)) and f"{prefix}{new}" in known:
+        also = f"; the configuration of a data set is {prefix}dataset_config" if key == "dataset" else ""
+        return f"{name} is now called {prefix}{new}{also}"
+    if key in ELSEWHERE:
+        return f"{name} is not an option: {ELSEWHERE[key]}"
+    shown_name = name if prefix else shown(name)
+    return f"{shown_name} is not an option{closest(name, known)}"
 
 
 def check_word(name: str, word: str, hint: Any) -> None:

@@ -87,7 +87,7 @@ def quickstart(output_dir: str) -> None:
     mae, tuned, scratch, detector, teacher, student = (folder.with_name(f"{folder.name}-{end}") for end in ends)
     print("\na masked autoencoder on handwritten digits, fine-tuned, and the same classifier from scratch:")
     found["masked autoencoder"] = train("mae_pretrain", mae)
-    found["fine-tuned from it"] = train("image_classification_train", tuned, "--init_from", str(mae))
+    found["fine-tuned from it"] = train("image_classification_train", tuned, "--model_name_or_path", str(mae))
     found["from scratch"] = train("image_classification_train", scratch)
     digits = [read_image(image) for image in DIGITS]
     autoencoder = load_autoencoder(str(mae))

@@ -139,9 +139,9 @@ def show_detections(
 def show_queries(
     model: str,
     image: str | None = None,
-    dataset: str | None = None,
-    split: str = "validation",
     dataset_name: str | None = None,
+    split: str = "validation",
+    dataset_config: str | None = None,
     image_column: str | None = None,
     max_samples: int = 500,
     threshold: float = 0.7,
@@ -154,9 +154,9 @@ def show_queries(
     Args:
         model: folder or Hub id of a DETR, ours or transformers'.
         image: a file, or dataset:split:index: cross-attention of each confident query over it.
-        dataset: what `evaluate` takes: centres of each query's boxes in all images, coloured by shape.
+        dataset_name: what `evaluate` takes: centres of each query's boxes in all images, coloured by shape.
         split: of the data set.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         image_column: images, their bytes or paths; default, the only column of images.
         max_samples: read only the first images of the data set.
         threshold: the least score of a query that is drawn over an image.
@@ -173,8 +173,8 @@ def show_queries(
     check_png("output", output)
     if max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-    if (image is None) == (dataset is None):
-        raise ValueError("queries are drawn over an IMAGE, or of a --dataset: give one of them")
+    if (image is None) == (dataset_name is None):
+        raise ValueError("queries are drawn over an IMAGE, or of a --dataset_name: give one of them")
     if image is not None:
         read = read_image(image)
         print(
@@ -184,11 +184,13 @@ def show_queries(
             )
         )
         return
-    rows = first(read_split(dataset, split, dataset_name, None, None, image_column, labelled=False), max_samples)
+    rows = first(
+        read_split(dataset_name, split, dataset_config, None, None, image_column, labelled=False), max_samples
+    )
     boxes = pictures.query_boxes(
         *load_detector(model, trust_remote_code=trust_remote_code), pictures.read_images(rows)
     )
-    title = f"{Path(model).name}: {Path(dataset).name}, {split}"
+    title = f"{Path(model).name}: {Path(dataset_name).name}, {split}"
     print(pictures.plot_query_slots(boxes, output, title, queries))
 
 

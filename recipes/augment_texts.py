@@ -1,8 +1,8 @@
 """Make a larger data set of texts, whose words a masked language model replaces by likely others (TinyBERT's
 augmentation).
 
-    hf-tfm run augment_texts --dataset nyu-mll/glue --task sst2 --model runs/bert --output_dir data/sst2-augmented
-    hf-tfm run distill_task --dataset data/sst2-augmented --task sst2 ...
+    hf-tfm run augment_texts --dataset_config nyu-mll/glue --task sst2 --model runs/bert --output_dir
+    data/sst2-augmented hf-tfm run distill_task --dataset_config data/sst2-augmented --task sst2 ...
 
 The training split grows, the others are copied; the folder is a data set as `load_dataset` takes it.
 """
@@ -37,10 +37,10 @@ class AugmentArguments:
     """Knobs of the augmentation.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity".
-        dataset_name: configuration of the data set.
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity".
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
-        data_files: files by split, where dataset is a format such as "parquet".
+        data_files: files by split, where dataset_name is a format such as "parquet".
         task: of GLUE; it knows text_columns.
         text_columns: columns of texts that change; default, the task's, or the only column of strings.
         train_split: split that grows.
@@ -48,15 +48,15 @@ class AugmentArguments:
         trust_remote_code: run the code that its repository brings.
         substitution: how words are replaced, see `Substitution`: copies, probability, candidates, max_length, seed.
         batch_tokens: padded tokens the model reads at once.
-        precision: no (float32) or bf16 autocast.
+        mixed_precision: no (float32) or bf16 autocast.
         output_dir: folder to make.
         progress: show a progress bar.
     """
 
-    dataset: str
+    dataset_name: str
     model: str
     output_dir: str
-    dataset_name: str | None = None
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
     task: str | None = None
@@ -65,7 +65,7 @@ class AugmentArguments:
     trust_remote_code: bool = False
     substitution: Substitution = field(default_factory=Substitution)
     batch_tokens: int = 8192
-    precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     progress: bool = True
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ def columns_of(args: AugmentArguments, row: dict) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(AugmentArguments, Path(__file__), argv)
-    where = (args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    where = (args.dataset_config, args.dataset_config, args.dataset_revision, args.data_files)
     splits = glue.load_task(glue.find_task(args.task), *where) if args.task else load_texts(*where)
     rows = take_split(splits, args.train_split, "train_split")
     columns = columns_of(args, rows[0])
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.model, "model", None, args.trust_remote_code)
     model = load_model(AutoModelForMaskedLM, args.model, "model", None, args.trust_remote_code).to(device)
     substituter = Substituter(model, tokenizer, args.substitution)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
         grown = with_copies(rows, columns, substituter, args.batch_tokens, args.progress)
     folder = Path(args.output_dir)
     part = folder.with_name(f".part-{folder.name}")

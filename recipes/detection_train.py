@@ -2,8 +2,8 @@
 
     hf-tfm run detection_train --config quickstart                        about a minute on 2 CPU cores
     hf-tfm run detection_train --config digits                            from random weights
-    hf-tfm run detection_train --config bccd --dataset DATA               goes on from the run before
-    hf-tfm run detection_train --config finetune_small --dataset DATA --init_from MODEL
+    hf-tfm run detection_train --config bccd --dataset_name DATA               goes on from the run before
+    hf-tfm run detection_train --config finetune_small --dataset_name DATA --model_name_or_path MODEL
     accelerate launch recipes/detection_train.py --config r50_300         as many GPUs as the launcher finds
 
 DATA is a folder in COCO's or Pascal VOC's layout, or whatever `load_dataset` reads with a column of objects. Presets
@@ -45,14 +45,16 @@ class DetectionArguments(SceneRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric not in ("loss", "AP", "AP50"):
-            raise ValueError(f'best_metric must be "loss", "AP" or "AP50", got "{self.best_metric}"')
+        if self.metric_for_best_model not in ("loss", "AP", "AP50"):
+            raise ValueError(
+                f'metric_for_best_model must be "loss", "AP" or "AP50", got "{self.metric_for_best_model}"'
+            )
 
 
 def load_rows(args: DetectionArguments) -> dict:
     """Rows of `scene_rows` by the name of their split."""
-    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
-    roots = data_roots(args.dataset, args.data_files)
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
+    roots = data_roots(args.dataset_name, args.data_files)
 
     def rows_of(name: str, argument: str):
         rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)

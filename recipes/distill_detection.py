@@ -82,8 +82,10 @@ class DistillDetectionArguments(DistillationKnobs, SceneRunArguments):
         super().__post_init__()
         if isinstance(self.student_layers, list):
             self.student_layers = {"decoder": self.student_layers}
-        if self.best_metric not in ("loss", "AP", "AP50"):
-            raise ValueError(f'best_metric must be "loss", "AP" or "AP50", got "{self.best_metric}"')
+        if self.metric_for_best_model not in ("loss", "AP", "AP50"):
+            raise ValueError(
+                f'metric_for_best_model must be "loss", "AP" or "AP50", got "{self.metric_for_best_model}"'
+            )
 
 
 @dataclass
@@ -116,8 +118,8 @@ def numbers_of(sampler: ShapeSampler, epoch: int) -> list[int]:
 
 def load_rows(args: DistillDetectionArguments) -> dict[str, datasets.Dataset]:
     """Rows of `scene_rows` by the name of their split."""
-    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
-    roots = data_roots(args.dataset, args.data_files)
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
+    roots = data_roots(args.dataset_name, args.data_files)
 
     def rows_of(name: str, argument: str) -> datasets.Dataset:
         rows, boxes = take_split(splits, name, argument), BoxFormat(args.box_format, args.relative_boxes)
@@ -130,7 +132,7 @@ def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
     """The student's image processor, on the teacher's scale of pixels; sizes are those of the knobs.
 
     Raises:
-        ValueError: a knob, or ``init_from``, has another scale; or a model has no image processor.
+        ValueError: a knob, or ``model_name_or_path``, has another scale; or a model has no image processor.
     """
 
     def as_read(source: str) -> BaseImageProcessor:
@@ -144,7 +146,7 @@ def shared_processor(args: DistillDetectionArguments) -> BaseImageProcessor:
     teacher = as_read(args.teacher)
     mean, std = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
     processor = scene_processor(args.shortest_side, args.longest_side, mean, std)
-    for other in (processor, *([as_read(args.init_from)] if args.init_from else [])):
+    for other in (processor, *([as_read(args.model_name_or_path)] if args.model_name_or_path else [])):
         check_processors(other, teacher)
     return processor
 

@@ -2,11 +2,11 @@
 
     hf-tfm run mae_pretrain --config quickstart                                   the teacher, about 1 minute
     hf-tfm run distill_mae --config quickstart                                    seconds on 2 CPU cores
-    hf-tfm run distill_mae --config cifar10_small --dataset DATA --teacher TEACHER
+    hf-tfm run distill_mae --config cifar10_small --dataset_name DATA --teacher TEACHER
 
 Student and teacher read the same visible patches, so that a teacher costs a quarter of what it does on whole images;
 with a term "label" the student also reconstructs (Bai et al. 2022, "Masked Autoencoders Enable Efficient Knowledge
-Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train --init_from. With --cache DIR
+Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train --model_name_or_path. With --cache DIR
 --write_cache true the teacher's signals are written, with --cache DIR they are read. Presets with their cost:
 recipes/presets/distill_mae/.
 """
@@ -46,8 +46,8 @@ class DistillMAEArguments(DistillImageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric != "loss":
-            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
+        if self.metric_for_best_model != "loss":
+            raise ValueError(f'metric_for_best_model must be "loss", got "{self.metric_for_best_model}"')
         if unfit := sorted({term.kind for term in self.terms} & {"soft_target", "hard_target", "logit", "query"}):
             raise ValueError(f"terms must not have {unfit[0]}: a masked autoencoder gives pixels, not classes")
         check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
@@ -66,11 +66,11 @@ def check_patches(student: TfmMAEConfig, teacher: PreTrainedConfig) -> None:
 
 
 def build_student(args: DistillMAEArguments, size: int | tuple[int, int]) -> TfmMAEForPreTraining:
-    """A new student, or that of ``init_from``, for images of a size."""
+    """A new student, or that of ``model_name_or_path``, for images of a size."""
     set_seed(args.seed)
-    if not args.init_from:
+    if not args.model_name_or_path:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    student = load_autoencoder(args.init_from, args.model)
+    student = load_autoencoder(args.model_name_or_path, args.model)
     student.set_image_size(size)
     return student
 

@@ -5,8 +5,8 @@
     hf-tfm run distill_cache distill_pretrain --config quickstart --teacher TEACHER --cache DIR --cache_epochs 4
 
 Masks follow from the seed, the epoch and the sample, so a cache of some epochs holds what the teacher says of the very
-same masked texts. The student is fine-tuned with text_classification_train --init_from, or with distill_task. Presets
-with their cost and expected numbers: recipes/presets/distill_pretrain/.
+same masked texts. The student is fine-tuned with text_classification_train --model_name_or_path, or with distill_task.
+Presets with their cost and expected numbers: recipes/presets/distill_pretrain/.
 """
 
 from collections.abc import Sequence
@@ -72,8 +72,8 @@ def work(args: DistillPretrainArguments, run: Run) -> int:
     run.open(args, "fill-mask" if masked else "text-generation", data, args.held_out)
     learned = join_texts(args, texts)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
-    if args.init_from:
-        check_tokenizers(AutoTokenizer.from_pretrained(args.init_from, trust_remote_code=False), tokenizer)
+    if args.model_name_or_path:
+        check_tokenizers(AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False), tokenizer)
     tokenizer.model_max_length = args.max_length
     student = build_model(args, tokenizer, teacher_words(args))  # as many logits as the teacher's
     begin_with_layers(args, student)

@@ -2,7 +2,7 @@
 
     hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text      seconds on 2 CPU cores
     hf-tfm run distill_task --config tinybert4_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
-    hf-tfm run distill_task --config tinybert4_prediction --task sst2 --teacher TEACHER --init_from runs/tiny1
+    hf-tfm run distill_task --config tinybert4_prediction --task sst2 --teacher TEACHER --model_name_or_path runs/tiny1
     hf-tfm run distill_task --config distilbert_second --tasks glue --teacher 'runs/glue_base/{task}' ...
 
 With --cache DIR --write_cache true it writes the teacher's signals and ends; with --cache DIR it reads them, and needs
@@ -47,8 +47,8 @@ class DistillTaskArguments(DistillationKnobs, TextArguments):
     Args:
         architecture: of a new student, bert or gpt.
         size: of a new student, see TfmBertConfig and TfmGPTConfig.
-        model: fields of the configuration that differ from the size's, or from init_from's.
-        init_from: folder or Hub id of a student to go on from, with the teacher's tokenizer.
+        model: fields of the configuration that differ from the size's, or from model_name_or_path's.
+        model_name_or_path: folder or Hub id of a student to go on from, with the teacher's tokenizer.
 
     The others are those of `DistillationKnobs` and `TextArguments`.
     """
@@ -56,12 +56,12 @@ class DistillTaskArguments(DistillationKnobs, TextArguments):
     architecture: Literal["bert", "gpt"] = "bert"
     size: str = "tinybert4"
     model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     language_weight: ClassVar[float] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.init_from:
+        if not self.model_name_or_path:
             config_class, _ = ARCHITECTURES[self.architecture]
             check_fields(config_class, self.model, TOKEN_FIELDS)
             new_config(config_class, self)
@@ -74,8 +74,10 @@ def distil(args: DistillTaskArguments, run: Run) -> RunRecord | None:
     data = texts.described(args)
     run.open(args, "text-classification", data, texts.validation[0])
     tokenizer = complete(AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code))
-    if args.init_from:
-        check_tokenizers(complete(AutoTokenizer.from_pretrained(args.init_from, trust_remote_code=False)), tokenizer)
+    if args.model_name_or_path:
+        check_tokenizers(
+            complete(AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)), tokenizer
+        )
     student = build_classifier(args, tokenizer, texts.labels, teacher_words(args))
     begin_with_layers(args, student)
 

@@ -2,7 +2,7 @@
 
     hf-tfm run image_classification_train --config quickstart                     the teacher, about 1 minute
     hf-tfm run distill_vision --config quickstart                                 seconds on 2 CPU cores
-    hf-tfm run distill_vision --config cifar10_small --dataset DATA --teacher TEACHER
+    hf-tfm run distill_vision --config cifar10_small --dataset_name DATA --teacher TEACHER
     accelerate launch recipes/distill_vision.py --config deit_base                as many GPUs as the launcher finds
 
 The teacher is any classifier of images that transformers loads, timm's among them. With --cache DIR --write_cache true
@@ -62,10 +62,10 @@ class DistillVisionArguments(DistillImageArguments, LabelledImageArguments):
 def build_student(
     args: DistillVisionArguments, size: int | tuple[int, int], names: list[str]
 ) -> TfmViTForImageClassification:
-    """A new student, or that of ``init_from``, for images of a size and classes of these names."""
+    """A new student, or that of ``model_name_or_path``, for images of a size and classes of these names."""
     set_seed(args.seed)
-    if args.init_from:
-        return load_classifier(args.init_from, names, size, **args.model)
+    if args.model_name_or_path:
+        return load_classifier(args.model_name_or_path, names, size, **args.model)
     return new_model(
         TfmViTForImageClassification, new_config(TfmViTConfig, args, image_size=size, **label_fields(names))
     )

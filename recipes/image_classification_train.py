@@ -1,9 +1,10 @@
 """Train a Vision Transformer to classify images: from scratch, fine-tuned, or a linear probe of its features.
 
     hf-tfm run image_classification_train --config quickstart                     about 1 minute on 2 CPU cores
-    hf-tfm run image_classification_train --config cifar10 --dataset DATA --output_dir runs/cifar10
-    hf-tfm run image_classification_train --config cifar10_finetune --dataset DATA --init_from runs/cifar10-mae
-    accelerate launch recipes/image_classification_train.py --config deit_small   as many GPUs as the launcher finds
+    hf-tfm run image_classification_train --config cifar10 --dataset_name DATA --output_dir runs/cifar10
+    hf-tfm run image_classification_train --config cifar10_finetune --dataset_name DATA --model_name_or_path
+    runs/cifar10-mae accelerate launch recipes/image_classification_train.py --config deit_small   as many GPUs as the
+    launcher finds
 
 Presets with their cost and expected numbers: recipes/presets/image_classification_train/.
 """
@@ -44,8 +45,8 @@ class ClassificationArguments(LabelledImageArguments):
     """Knobs of image classification.
 
     Args:
-        linear_probe: train a linear classifier on the frozen features of init_from, behind a batch norm; dropout and
-            drop path are off.
+        linear_probe: train a linear classifier on the frozen features of model_name_or_path, behind a batch norm;
+            dropout and drop path are off.
 
     The others are those of `LabelledImageArguments`; ``model`` takes, among others, patch_size, pooling and
     drop_path_rate.
@@ -55,26 +56,29 @@ class ClassificationArguments(LabelledImageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.linear_probe and not self.init_from:
-            raise ValueError("linear_probe needs init_from: features of random weights say nothing")
-        if self.linear_probe and self.layer_decay != 1.0:
-            raise ValueError(f"linear_probe trains one layer alone: layer_decay must be 1, got {self.layer_decay}")
+        if self.linear_probe and not self.model_name_or_path:
+            raise ValueError("linear_probe needs model_name_or_path: features of random weights say nothing")
+        if self.linear_probe and self.layer_wise_lr_decay != 1.0:
+            raise ValueError(
+                f"linear_probe trains one layer alone: layer_wise_lr_decay must be 1, got {self.layer_wise_lr_decay}"
+            )
         check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
-        if not self.init_from:
+        if not self.model_name_or_path:
             new_config(TfmViTConfig, self, image_size=self.image_size or IMAGE_SIZE)
 
 
 def build_model(
     args: ClassificationArguments, size: int | tuple[int, int], names: list[str]
 ) -> TfmViTForImageClassification:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``, for images of a size."""
+    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``, for images of a
+    size."""
     set_seed(args.seed)
-    if not args.init_from:
+    if not args.model_name_or_path:
         return new_model(
             TfmViTForImageClassification, new_config(TfmViTConfig, args, image_size=size, **label_fields(names))
         )
     still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder has nothing to regularise
-    return load_classifier(args.init_from, names, size, **{**still, **args.model})
+    return load_classifier(args.model_name_or_path, names, size, **{**still, **args.model})
 
 
 def work(args: ClassificationArguments, run: Run) -> int:
@@ -94,7 +98,7 @@ def work(args: ClassificationArguments, run: Run) -> int:
     tests = {s: image_loader(args, accelerator, tasks[s], rows[s], learning=False) for s in args.test_splits}
     validation = image_loader(args, accelerator, tasks[args.held_out], rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
     settled, line = args.settle(per_epoch)
     accelerator.print(line)
 
@@ -102,8 +106,8 @@ def work(args: ClassificationArguments, run: Run) -> int:
         found = predict(accelerator, task, trained, validation)
         return {"loss": found.loss, "accuracy": score(found)[0]["value"]}
 
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation)
+    eval_steps = args.eval_steps or per_epoch or max_steps
+    result = run.train(task, model, learning, settled, max_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
     if args.linear_probe:

@@ -4,7 +4,7 @@
     hf-tfm run language_pretrain --config bert_mini --output_dir runs/bert
     accelerate launch recipes/language_pretrain.py --config bert_base      as many GPUs as the launcher finds
 
-What it learned is fine-tuned with text_classification_train --init_from. Presets with their cost and expected
+What it learned is fine-tuned with text_classification_train --model_name_or_path. Presets with their cost and expected
 numbers: recipes/presets/language_pretrain/.
 """
 
@@ -56,13 +56,13 @@ def work(args: PretrainArguments, run: Run) -> int:
     scored = {split: loader(texts[split]) for split in scored_splits(args)}
     validation = scored[args.held_out]
     per_epoch = training.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
 
     def score_validation(trained) -> dict[str, float]:
         return evaluate(accelerator, task, trained, validation)
 
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = run.train(task, model, training, args, num_steps, eval_steps, score_validation)
+    eval_steps = args.eval_steps or per_epoch or max_steps
+    result = run.train(task, model, training, args, max_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
     run.save(model.eval(), tokenizer)

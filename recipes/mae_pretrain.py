@@ -1,11 +1,11 @@
 """Pretrain a masked autoencoder on images alone (He et al. 2021, arXiv:2111.06377).
 
     hf-tfm run mae_pretrain --config quickstart                         about 1 minute on 2 CPU cores
-    hf-tfm run mae_pretrain --config cifar10 --dataset DATA --output_dir runs/cifar10-mae
+    hf-tfm run mae_pretrain --config cifar10 --dataset_name DATA --output_dir runs/cifar10-mae
     accelerate launch recipes/mae_pretrain.py --config imagenet_base    as many GPUs as the launcher finds
 
-The encoder is fine-tuned with image_classification_train --init_from. Presets with their cost and expected numbers:
-recipes/presets/mae_pretrain/.
+The encoder is fine-tuned with image_classification_train --model_name_or_path. Presets with their cost and expected
+numbers: recipes/presets/mae_pretrain/.
 """
 
 import math
@@ -47,19 +47,20 @@ class PretrainArguments(ImageRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric != "loss":
-            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
+        if self.metric_for_best_model != "loss":
+            raise ValueError(f'metric_for_best_model must be "loss", got "{self.metric_for_best_model}"')
         check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
-        if not self.init_from:
+        if not self.model_name_or_path:
             new_config(TfmMAEConfig, self, image_size=self.image_size or IMAGE_SIZE)
 
 
 def build_model(args: PretrainArguments, size: int | tuple[int, int]) -> TfmMAEForPreTraining:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``, for images of a size."""
+    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``, for images of a
+    size."""
     set_seed(args.seed)
-    if not args.init_from:
+    if not args.model_name_or_path:
         return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
-    model = load_autoencoder(args.init_from, args.model)
+    model = load_autoencoder(args.model_name_or_path, args.model)
     model.set_image_size(size)
     return model
 
@@ -75,15 +76,15 @@ def work(args: PretrainArguments, run: Run) -> int:
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True)
     validation = image_loader(args, accelerator, task, rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
     settled, line = args.settle(per_epoch)
     accelerator.print(line)
 
     def score(trained) -> dict[str, float]:
         return evaluate(accelerator, task, trained, validation)
 
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = run.train(task, model, learning, settled, num_steps, eval_steps, score)
+    eval_steps = args.eval_steps or per_epoch or max_steps
+    result = run.train(task, model, learning, settled, max_steps, eval_steps, score)
     if result.stopped:
         return run.stopped(result)
     run.save(model.eval(), processor)

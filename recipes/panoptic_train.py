@@ -1,8 +1,8 @@
 """Train DETR for panoptic segmentation (Carion et al. 2020, arXiv:2005.12872, section 4.4): boxes first, then masks.
 
     hf-tfm run panoptic_train --config quickstart                       a few minutes on 2 CPU cores
-    hf-tfm run panoptic_train --config coco_boxes --dataset COCO        boxes of things and stuff
-    hf-tfm run panoptic_train --config coco_masks --dataset COCO --init_from runs/coco-panoptic-boxes
+    hf-tfm run panoptic_train --config coco_boxes --dataset_name COCO        boxes of things and stuff
+    hf-tfm run panoptic_train --config coco_masks --dataset_name COCO --model_name_or_path runs/coco-panoptic-boxes
     accelerate launch recipes/panoptic_train.py --config coco_boxes     as many GPUs as the launcher finds
 
 A data set has panoptic maps and their segments, as COCO's folders or columns ``panoptic`` and ``segments_info``, and
@@ -32,7 +32,7 @@ class PanopticArguments(SceneRunArguments):
 
     Args:
         stage: "boxes" trains a detector of things and stuff, "masks" the mask head alone on the detector of
-            init_from, "joint" both at once.
+            model_name_or_path, "joint" both at once.
         panoptic_column: PNGs whose colours are segment ids, R + 256 G + 65536 B.
         segments_column: list of the segments of each.
 
@@ -46,17 +46,21 @@ class PanopticArguments(SceneRunArguments):
     def __post_init__(self):
         super().__post_init__()
         scores = ("loss", "AP", "AP50") if self.stage == "boxes" else ("loss", "AP", "AP50", "PQ")
-        if self.best_metric not in scores:
-            raise ValueError(f'best_metric must be one of {", ".join(scores)}, got "{self.best_metric}"')
-        if self.stage == "masks" and not self.init_from:
-            raise ValueError('stage "masks" needs init_from, a detector trained with stage "boxes" or "joint"')
+        if self.metric_for_best_model not in scores:
+            raise ValueError(
+                f'metric_for_best_model must be one of {", ".join(scores)}, got "{self.metric_for_best_model}"'
+            )
+        if self.stage == "masks" and not self.model_name_or_path:
+            raise ValueError(
+                'stage "masks" needs model_name_or_path, a detector trained with stage "boxes" or "joint"'
+            )
 
 
 def work(args: PanopticArguments, run: Run) -> int:
     """A whole run; the exit status."""
-    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
-    categories = panoptic_categories(args.dataset, args.dataset_revision)
-    roots = data_roots(args.dataset, args.data_files)
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
+    categories = panoptic_categories(args.dataset_name, args.dataset_revision)
+    roots = data_roots(args.dataset_name, args.data_files)
 
     def rows_of(name: str, argument: str):
         rows = take_split(splits, name, argument)

@@ -46,8 +46,8 @@ class TextClassificationArguments(TextArguments):
         vocab_size: of the tokenizer that is trained.
         lowercase: the tokenizer that is trained lower-cases all text.
         size: of a new model, see TfmBertConfig and TfmGPTConfig.
-        model: fields of the configuration that differ from the size's, or from init_from's.
-        init_from: folder or Hub id of a model to go on from, ours or transformers', with its tokenizer.
+        model: fields of the configuration that differ from the size's, or from model_name_or_path's.
+        model_name_or_path: folder or Hub id of a model to go on from, ours or transformers', with its tokenizer.
         language_weight: adds so much of the loss of predicting the text itself, for decoders (Radford et al. 2018).
 
     The others are those of `TextArguments`.
@@ -59,7 +59,7 @@ class TextClassificationArguments(TextArguments):
     lowercase: bool = True
     size: str = "small"
     model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     language_weight: float = 0.0
 
     def __post_init__(self):
@@ -69,9 +69,9 @@ class TextClassificationArguments(TextArguments):
             at_least_1="vocab_size",
             at_most={"language_weight": 1000, "vocab_size": LARGEST_VOCABULARY},
         )
-        if self.init_from and self.tokenizer:
-            raise ValueError("init_from brings its own tokenizer: give no tokenizer beside it")
-        if not self.init_from:
+        if self.model_name_or_path and self.tokenizer:
+            raise ValueError("model_name_or_path brings its own tokenizer: give no tokenizer beside it")
+        if not self.model_name_or_path:
             config_class, _ = ARCHITECTURES[self.architecture]
             check_fields(config_class, self.model, TOKEN_FIELDS)
             limit = new_config(config_class, self).max_position_embeddings
@@ -80,7 +80,7 @@ class TextClassificationArguments(TextArguments):
                     f"max_length must be at most max_position_embeddings = {limit}, got {self.max_length}"
                 )
             if self.language_weight and self.architecture != "gpt":
-                raise ValueError('language_weight is for decoders: give architecture="gpt" or init_from')
+                raise ValueError('language_weight is for decoders: give architecture="gpt" or model_name_or_path')
 
 
 def train_classifier(args: TextClassificationArguments, run: Run) -> RunRecord | None:
@@ -107,15 +107,15 @@ def train_classifier(args: TextClassificationArguments, run: Run) -> RunRecord |
     task, learning = task_of(args.train_split), loader_of(args.train_split, learning=True)
     scored = {split: loader_of(split) for split in texts.scored}
     per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
 
     def score_validation(trained) -> dict[str, float]:
         found = predict(accelerator, task, trained, scored[texts.validation[0]])
         return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found, args.metrics)}}
 
     eval_steps = args.eval_steps or per_epoch
-    settled = args.settle(num_steps)
-    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation)
+    settled = args.settle(max_steps)
+    result = run.train(task, model, learning, settled, max_steps, eval_steps, score_validation)
     if result.stopped:
         run.stopped(result)
         return None

@@ -1,7 +1,7 @@
 """Train a Transformer to translate, from scratch or from a checkpoint, and evaluate, save and describe it.
 
     hf-tfm run translation_train --config quickstart                    about a minute on 2 CPU cores
-    hf-tfm run translation_train --config multi30k_tiny --dataset DATA --output_dir runs/multi30k
+    hf-tfm run translation_train --config multi30k_tiny --dataset_name DATA --output_dir runs/multi30k
     accelerate launch recipes/translation_train.py --config wmt14_base  as many GPUs as the launcher finds
 
 Presets with their cost and expected numbers: recipes/presets/translation_train/.
@@ -36,11 +36,11 @@ class TranslationArguments(TokenArguments):
     """Knobs of translation training.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
-        dataset_name: configuration of the data set.
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "parquet".
-        streaming: read the training split as it comes; needs num_steps.
+        streaming: read the training split as it comes; needs max_steps.
         source_column: column of the source text, a dotted path, or a language in a column "translation".
         target_column: of the target text.
         train_split: split to learn from.
@@ -52,7 +52,8 @@ class TranslationArguments(TokenArguments):
         lowercase: the tokenizer that is trained lower-cases all text, source and target.
         size: see TfmTransformerConfig.
         model: fields of TfmTransformerConfig that differ from the size's.
-        init_from: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and model.
+        model_name_or_path: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and
+            model.
         num_beams: of the final translations; 1 is greedy.
         length_penalty: exponent of the length that beam scores are divided by.
         iterations: refinement passes of a mask-predict model.
@@ -62,8 +63,8 @@ class TranslationArguments(TokenArguments):
 
     fitting: ClassVar = TRANSLATIONS
 
-    dataset: str
-    dataset_name: str | None = None
+    dataset_name: str
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
     streaming: bool = False
@@ -78,7 +79,7 @@ class TranslationArguments(TokenArguments):
     lowercase: bool = False
     size: Literal["tiny", "base", "big"] = "tiny"
     model: dict[str, int | float | bool | str] = field(default_factory=dict)
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     num_beams: int = 5
     length_penalty: float = 1.0
     iterations: int = 10
@@ -102,21 +103,27 @@ class TranslationArguments(TokenArguments):
         self.check_distinct("test_splits", "metrics")
         if self.source_column == self.target_column:
             raise ValueError(f"source_column and target_column must be two columns, got {self.source_column} for both")
-        if self.best_metric != "loss":
-            translation.check_metrics([self.best_metric], "best_metric, if not loss,")
+        if self.metric_for_best_model != "loss":
+            translation.check_metrics([self.metric_for_best_model], "metric_for_best_model, if not loss,")
         if self.streaming:
             check_stream(self, self.max_length, (self.validation_split, *self.test_splits))
-        if self.init_from and (self.model or self.tokenizer):
-            raise ValueError("init_from brings its own model and tokenizer: give no model or tokenizer beside it")
-        if self.lowercase and (self.init_from or self.tokenizer):
-            raise ValueError("lowercase is for a tokenizer that is trained: give none, and no init_from, beside it")
-        if not self.init_from:
+        if self.model_name_or_path and (self.model or self.tokenizer):
+            raise ValueError(
+                "model_name_or_path brings its own model and tokenizer: give no model or tokenizer beside it"
+            )
+        if self.lowercase and (self.model_name_or_path or self.tokenizer):
+            raise ValueError(
+                "lowercase is for a tokenizer that is trained: give none, and no model_name_or_path, beside it"
+            )
+        if not self.model_name_or_path:
             translation.check_positions(translation.build_config(self.size, self.model), self.max_length)
 
 
 def load_pairs(args: TranslationArguments) -> dict:
     """{split: text pairs} of every split that is used."""
-    splits = text.load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
+    splits = text.load_splits(
+        args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files, args.streaming
+    )
     knobs = {**dict.fromkeys(args.test_splits, "test_splits"), args.validation_split: "validation_split"}
     pairs = {}
     for name, knob in {**knobs, args.train_split: "train_split"}.items():
@@ -128,9 +135,9 @@ def load_pairs(args: TranslationArguments) -> dict:
 def describe_data(args: TranslationArguments, pairs: dict) -> dict:
     """What the results file and the card say of the data."""
     return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        **describe_source(args.dataset, args.dataset_revision),
+        "path": args.dataset_name,
+        "name": args.dataset_config,
+        **describe_source(args.dataset_name, args.dataset_revision),
         "source_column": args.source_column,
         "target_column": args.target_column,
         **text.describe(pairs),
@@ -139,16 +146,18 @@ def describe_data(args: TranslationArguments, pairs: dict) -> dict:
 
 def load_tokenizer(args: TranslationArguments, pairs: dict):
     """The tokenizer that is named, or one trained on the data."""
-    if ready := args.tokenizer or args.init_from:
-        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
+    if ready := args.tokenizer or args.model_name_or_path:
+        return read_tokenizer(
+            ready, "tokenizer" if args.tokenizer else "model_name_or_path", None, args.trust_remote_code
+        )
     return text.train_tokenizer(text.sentences(pairs[args.train_split]), args.vocab_size, args.lowercase)
 
 
 def build_model(args: TranslationArguments, tokenizer):
-    """The model to train, with weights drawn from the seed or taken from ``init_from``."""
+    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``."""
     set_seed(args.seed)
-    if args.init_from:
-        model = translation.load_translator(args.init_from, tokenizer)
+    if args.model_name_or_path:
+        model = translation.load_translator(args.model_name_or_path, tokenizer)
     else:
         config = translation.build_config(args.size, args.model, tokenizer)
         new = partial(AutoModelForSeq2SeqLM.from_config, trust_remote_code=False)
@@ -178,18 +187,18 @@ def work(args: TranslationArguments, run: Run) -> int:
 
     training, validation = loader(args.train_split, True), loader(args.validation_split, False)
     per_epoch = training.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
 
     def score_validation(trained) -> dict[str, float]:
         values = evaluate(accelerator, task, trained, validation)
-        if args.best_metric != "loss":
+        if args.metric_for_best_model != "loss":
             rows = pairs[args.validation_split]
             said = translate(trained, tokenizer, rows["source"], accelerator, generation)
-            values[args.best_metric] = score(said, rows["target"], [args.best_metric])[0]["value"]
+            values[args.metric_for_best_model] = score(said, rows["target"], [args.metric_for_best_model])[0]["value"]
         return values
 
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    result = run.train(task, model, training, args, num_steps, eval_steps, score_validation)
+    eval_steps = args.eval_steps or per_epoch or max_steps
+    result = run.train(task, model, training, args, max_steps, eval_steps, score_validation)
     if result.stopped:
         return run.stopped(result)
     run.save(model.eval(), tokenizer)

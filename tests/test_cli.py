@@ -87,7 +87,7 @@ def model(tmp_path_factory):
 def test_evaluate(model, data, tmp_path, capsys):
     file = tmp_path / "scores.json"
     options = ("--metrics", "[bleu,bleu_lowercase,chrf,exact_match]", "--output", file, "--progress", "false")
-    hf_tfm("evaluate", model, "--dataset", data, "--split", "test", *options)
+    hf_tfm("evaluate", model, "--dataset_name", data, "--split", "test", *options)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:2] for line in lines] == [["test", n] for n in ("bleu", "bleu_lowercase", "chrf", "exact_match")]
     assert "version:" in lines[0][3]  # the signature
@@ -103,11 +103,11 @@ def test_evaluate(model, data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [("--num_beams", "2", "--length_penalty", "0.6"), ("--precision", "bf16"), ("--max_samples", "2")],
+    [("--num_beams", "2", "--length_penalty", "0.6"), ("--mixed_precision", "bf16"), ("--max_samples", "2")],
 )
 def test_evaluate_options(model, data, tmp_path, capsys, options):
     file = tmp_path / "scores.json"
-    hf_tfm("evaluate", model, "--dataset", data, "--progress", "false", "--output", file, *options)
+    hf_tfm("evaluate", model, "--dataset_name", data, "--progress", "false", "--output", file, *options)
     result = json.loads(file.read_text())
     assert result["rows"] == (2 if "--max_samples" in options else 7)
     assert result["generation"] == ({"num_beams": 2, "length_penalty": 0.6} if "--num_beams" in options else {})
@@ -117,7 +117,7 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
     """A file by format, a mask-predict model with its own option, and transformers' Marian."""
     masked = save_model(tmp_path / "masked", decoding="mask_predict")
     files = json.dumps({"held_out": str(data / "test.parquet")})
-    where = ("--dataset", "parquet", "--data_files", files, "--split", "held_out", "--progress", "false")
+    where = ("--dataset_name", "parquet", "--data_files", files, "--split", "held_out", "--progress", "false")
     hf_tfm("evaluate", masked, *where, "--iterations", "2")
     hf_tfm("convert", model, "--to", "marian", "--output_dir", tmp_path / "marian")
     hf_tfm("evaluate", tmp_path / "marian", *where)
@@ -130,11 +130,11 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--split", "tset"), 'split "tset" is not a split of the data set; it has train, test'),
         (("--metrics", "[bluster]"), "metrics must be among bleu, bleu_lowercase, chrf, chrf_lowercase"),
         (("--source_column", "fr"), 'source_column "fr" is not a column of the data set; it has en, de'),
-        (("--precision", "fp8"), 'precision must be "no" or "bf16", got "fp8"'),
+        (("--mixed_precision", "fp8"), 'precision must be "no" or "bf16", got "fp8"'),
         (("--num_beams", "0"), "num_beams must be at least 1, got 0"),
         (("--max_samples", "-1"), "max_samples must be at least 1, got -1"),
         (("--output", "/nowhere/scores.json"), "there is no folder /nowhere"),
-        (("--dataset", "/nowhere"), "cannot be loaded"),
+        (("--dataset_name", "/nowhere"), "cannot be loaded"),
         (("--batch_tokens", "0"), "batch_tokens must be at least 1, got 0"),
         (("--batch_tokens", "1000000000"), "batch_tokens must be at most 16,777,216, got 1,000,000,000"),
         (("--num_beams", "100000"), "num_beams must be at most 1,024, got 100,000"),
@@ -143,26 +143,26 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
         (("--length_penalty", ".inf"), "length_penalty must be a finite number or null, got inf"),
         (("--metrics", "[]"), "metrics must name at least one metric"),
         (("--output", "/"), "output / is a folder: give the name of a file"),
-        (("--dataset", ""), "dataset must be a name, got ''"),
+        (("--dataset_name", ""), "dataset must be a name, got ''"),
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
     monkeypatch.setattr("hf_tfm.evaluation.translation.translate", None)  # it is never reached
-    said = refused("evaluate", model, "--dataset", data, *options)
+    said = refused("evaluate", model, "--dataset_name", data, *options)
     assert said.startswith("hf-tfm evaluate: ")
     assert named in said
 
 
 def test_evaluate_a_model_that_is_not_there(data, refused):
-    assert "nowhere" in refused("evaluate", "/nowhere", "--dataset", data)
+    assert "nowhere" in refused("evaluate", "/nowhere", "--dataset_name", data)
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (("evaluate", "m", "--spli", "test"), "spli"),  # no abbreviations
-        (("evaluate", "m"), "dataset"),
-        (("evaluate", "m", "--dataset", "d", "--batch_tokens", "many"), "batch_tokens"),
+        (("evaluate", "m"), "dataset_name"),
+        (("evaluate", "m", "--dataset_name", "d", "--batch_tokens", "many"), "batch_tokens"),
         (("fly",), "fly"),
         ((), "a command must be given, one of run, evaluate, convert, push, show"),
     ],
@@ -257,7 +257,7 @@ def test_show_positions(image_models, tmp_path, capsys):
         ("positions {0}/vit --output {0}", 'output must be a ".png" file'),
         ("attention {0}/vit {0}/0.png --output_dir {0}/0.png", "is a file: give the name of a folder"),
         ("attention {0}/vit {0}/0.png --heads [-3]", "heads must be one or more of 0 to 1, got [-3]"),
-        ("queries {0}/vit --dataset digits --max_samples 0", "max_samples must be at least 1, got 0"),
+        ("queries {0}/vit --dataset_name digits --max_samples 0", "max_samples must be at least 1, got 0"),
     ],
 )
 def test_show_errors(words, named, image_models, model, refused):
@@ -324,9 +324,9 @@ def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch
         raise TypeError("a fault")
 
     monkeypatch.setattr("hf_tfm.evaluation.translation.translate", broken)
-    assert "unexpected TypeError: a fault" in refused("evaluate", model, "--dataset", data)
+    assert "unexpected TypeError: a fault" in refused("evaluate", model, "--dataset_name", data)
     with pytest.raises(TypeError, match="a fault"):
-        hf_tfm("evaluate", model, "--dataset", data, "--debug")
+        hf_tfm("evaluate", model, "--dataset_name", data, "--debug")
 
 
 def test_quickstart(tmp_path, monkeypatch, capfd):
@@ -345,13 +345,13 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         "[validation]",
     ]
     images = [
-        *("--num_epochs", "null", "--warmup_epochs", "null"),
+        *("--num_train_epochs", "null", "--warmup_epochs", "null"),
         "--model",
         "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
     ]
 
     detection = ["--model", "{d_model: 16, encoder_layers: 1, decoder_layers: 1}", "--warmup_steps", "1"]
-    short = ["--num_epochs", "null"]
+    short = ["--num_train_epochs", "null"]
     brief_words = {
         "translation_train": text,
         "detection_train": detection,
@@ -361,7 +361,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 
     def brief(recipe, argv):
         small = brief_words.get(recipe, images)
-        cli.run(recipe, [*argv, *small, "--num_steps", "2", "--precision", "no", "--progress", "false"])
+        cli.run(recipe, [*argv, *small, "--max_steps", "2", "--mixed_precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", brief)
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
@@ -397,5 +397,5 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("command", [("evaluate",), ("show", "positions"), ("show", "detections")])
 def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    more = {"evaluate": ["--dataset", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
+    more = {"evaluate": ["--dataset_name", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
     assert f'model "{tmp_path}/none" is neither a local folder nor' in refused(*command, tmp_path / "none", *more)

@@ -128,7 +128,7 @@ def test_the_argument_is_named_whose_value_the_message_has():
     expected = '"./no/where" is neither a local folder nor a repository name of the Hub'
     assert describe(error, ["--tokenizer", "./no/where", "--seed", "1"]) == f"tokenizer: {expected}"
     assert describe(error, ["--tokenizer=./no/where"]) == f"tokenizer: {expected}"
-    assert describe(error, ["--tokenizer", "./no/where", "--init_from", "./no/where"]) == expected
+    assert describe(error, ["--tokenizer", "./no/where", "--model_name_or_path", "./no/where"]) == expected
 
 
 def test_an_option_is_recommended_only_by_a_command_that_has_it():

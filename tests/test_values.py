@@ -80,7 +80,7 @@ def test_values_that_fit(value, hint, found):
         ({1: 2}, dict[str, int], "a key of x must be a string, got 1"),
         ({"flipp": 1}, Augmentation, "x.flipp is not an option; did you mean flip?"),
         ({"flip": "a"}, Augmentation, 'x.flip must be a finite number, got "a"'),
-        ({}, Corpus, "x needs dataset, got {}"),
+        ({}, Corpus, "x needs dataset_name, got {}"),
         (5, Augmentation, "x must be a mapping of names to values, got 5"),
     ],
 )
@@ -120,7 +120,7 @@ GROUPS = {
     Corpus: {"split": ["", None, 3]},
     Term: {"weight": [NAN, INFINITE, 0.0, "1", 1e300], "temperature": [INFINITE, -1.0], "tokens": ["each"]},
 }
-NEEDED = {Corpus: {"dataset": "d"}, Term: {"kind": "soft_target"}}
+NEEDED = {Corpus: {"dataset_name": "d"}, Term: {"kind": "soft_target"}}
 
 
 @pytest.mark.parametrize(
@@ -136,31 +136,31 @@ WRONG = {
     "output_dir": ["", " ", None, 5],
     "overwrite_output_dir": ["true", 1],
     "seed": [-1, 2**32, 1.5, None, True],
-    "num_epochs": [0, NAN, INFINITE, 1e12, "3"],
-    "num_steps": [2.5, 0, -1, 10**18, "3", 2**80],
-    "num_workers": [-1, 100_000, None],
+    "num_train_epochs": [0, NAN, INFINITE, 1e12, "3"],
+    "max_steps": [2.5, 0, -1, 10**18, "3", 2**80],
+    "dataloader_num_workers": [-1, 100_000, None],
     "optimizer": ["lamb", None],
     "learning_rate": [NAN, INFINITE, -1.0, 0, 1e9, "fast"],
-    "layer_decay": [5, 0.0, NAN],
+    "layer_wise_lr_decay": [5, 0.0, NAN],
     "rate_factors": [{"backbone": INFINITE}, {"backbone": 0}, {"": 1.0}, 0.1],
-    "schedule": ["nosuch", None],
-    "drop_after": [1.0, NAN],
+    "lr_scheduler_type": ["nosuch", None],
+    "lr_drop_ratio": [1.0, NAN],
     "warmup_steps": [-1, 11, 1.5, INFINITE],
     "adam_betas": [(0.9,), (0.9, 0.98, 0.99), (0.9, 1.0), (0.9, NAN), None, 0.9],
     "adam_epsilon": [0.0, INFINITE, 2.0],
     "momentum": [1.0, NAN],
     "weight_decay": [-1, NAN, INFINITE, 1e6],
     "max_grad_norm": [INFINITE, -1],
-    "precision": ["fp8", None],
-    "compile": [1, "yes"],
+    "mixed_precision": ["fp8", None],
+    "torch_compile": [1, "yes"],
     "ema_decay": [1.0, NAN],
     "final_weights": ["median"],
     "eval_steps": [0, 1.5],
     "save_steps": [0, -3],
-    "log_steps": [0, None],
-    "patience": [-1, 1.5],
-    "keep_checkpoints": [0],
-    "trackers": ["tensorboard", ["mlflow"]],
+    "logging_steps": [0, None],
+    "early_stopping_patience": [-1, 1.5],
+    "save_total_limit": [0],
+    "report_to": ["tensorboard", ["mlflow"]],
     "run_name": ["", 3],
     "progress": ["maybe", None],
 }
@@ -168,26 +168,26 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_arguments_in_python_refuse_as_on_the_command_line(name, value):
-    steps = {} if name == "num_epochs" else {"num_steps": 10}
+    steps = {} if name == "num_train_epochs" else {"max_steps": 10}
     with pytest.raises(ValueError, match=name) as caught:
         TrainingArguments(**{"output_dir": "o", **steps, name: value})
     assert "\n" not in str(caught.value)
 
 
 def test_every_option_has_a_wrong_value_in_the_table():
-    untested = {"gradient_checkpointing", "average_checkpoints", "best_metric", "max_nonfinite_steps"}
+    untested = {"gradient_checkpointing", "average_checkpoints", "metric_for_best_model", "max_nonfinite_steps"}
     assert {one.name for one in dataclasses.fields(TrainingArguments)} == WRONG.keys() | untested
 
 
 def test_values_near_the_limits_are_accepted():
     args = TrainingArguments(
-        output_dir=Path("o"), num_steps=10, warmup_steps=10, layer_decay=1, adam_betas=[0, 0.5], seed=2**32 - 1
+        output_dir=Path("o"), max_steps=10, warmup_steps=10, layer_wise_lr_decay=1, adam_betas=[0, 0.5], seed=2**32 - 1
     )
     assert (args.output_dir, args.adam_betas) == ("o", (0, 0.5))
     assert args.warmup(10) == 10
     with pytest.raises(ValueError, match=r"warmup_steps must be at most the 9 steps of the run .*, got 10"):
         args.warmup(9)
-    default = TrainingArguments(output_dir="o", num_epochs=1, eval_steps=10**6)
+    default = TrainingArguments(output_dir="o", num_train_epochs=1, eval_steps=10**6)
     assert [default.warmup(steps) for steps in (3, 50, 10**6)] == [0, 5, 1000]
 
 
@@ -195,7 +195,10 @@ def test_values_near_the_limits_are_accepted():
     ("options", "message"),
     [
         ({"warmup_epochs": 2, "warmup_steps": 1}, "give one of warmup_steps and warmup_epochs, got 1 and 2"),
-        ({"num_steps": None, "num_epochs": 2, "warmup_epochs": 3}, "warmup_epochs must be at most num_epochs = 2"),
+        (
+            {"max_steps": None, "num_train_epochs": 2, "warmup_epochs": 3},
+            "warmup_epochs must be at most num_train_epochs = 2",
+        ),
         ({"batch_size": 10**9}, "batch_size must be at most 10,000,000, got 1000000000"),
         ({"learning_rate": None, "base_learning_rate": INFINITE}, "base_learning_rate must be a finite number"),
         ({"weight_decay": 100, "learning_rate": 0.1}, "weight_decay times learning_rate must be below 1"),
@@ -203,13 +206,13 @@ def test_values_near_the_limits_are_accepted():
 )
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageArguments(**{"output_dir": "o", "num_steps": 10, "learning_rate": 0.1, **options})
+        ImageArguments(**{"output_dir": "o", "max_steps": 10, "learning_rate": 0.1, **options})
 
 
 def test_options_of_tokens():
     for name, value in {"batch_tokens": 0, "micro_batch_tokens": 1.5}.items():
         with pytest.raises(ValueError, match=name):
-            TokenArguments(output_dir="o", num_steps=1, **{name: value})
+            TokenArguments(output_dir="o", max_steps=1, **{name: value})
 
 
 @dataclass(frozen=True)
@@ -222,10 +225,10 @@ class Group:
 
 
 def test_fields_become_what_their_annotations_say():
-    group = Group(items=[1, 2], corpora=[{"dataset": "d"}])
-    assert group.items == (1, 2) and group.corpora == [Corpus(dataset="d")]
+    group = Group(items=[1, 2], corpora=[{"dataset_name": "d"}])
+    assert group.items == (1, 2) and group.corpora == [Corpus(dataset_name="d")]
     with pytest.raises(ValueError, match=r"corpora\[0\].splitt is not an option; did you mean split?"):
-        Group(corpora=[{"dataset": "d", "splitt": "x"}])
+        Group(corpora=[{"dataset_name": "d", "splitt": "x"}])
 
 
 @checked(tokens=(1, None), share=(0, 1))

@@ -49,7 +49,7 @@ def load_texts(
     if dataset not in EMBEDDED:
         return load_splits(dataset, name, revision, data_files)
     if name or revision or data_files:
-        raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision or data_files')
+        raise ValueError(f'dataset_name "{dataset}" is embedded: it takes no name, revision or data_files')
     splits = EMBEDDED[dataset]()
     announce(splits, dataset)
     return splits

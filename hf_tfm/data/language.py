@@ -31,15 +31,15 @@ class Corpus:
     """Texts to learn from beside the main ones.
 
     Args:
-        dataset: what `datasets.load_dataset` takes.
-        dataset_name: configuration of the data set.
+        dataset_name: what `datasets.load_dataset` takes.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         text_column: see `text_rows`.
         split: of the data set.
     """
 
-    dataset: str
-    dataset_name: str | None = None
+    dataset_name: str
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     text_column: str | None = None
     split: str = "train"
@@ -49,8 +49,8 @@ class Corpus:
 
     def rows(self):
         """Its texts, as `text_rows` gives them."""
-        splits = load_splits(self.dataset, self.dataset_name, self.dataset_revision)
-        return text_rows(take_split(splits, self.split, f"split of {self.dataset}"), self.text_column)
+        splits = load_splits(self.dataset_name, self.dataset_config, self.dataset_revision)
+        return text_rows(take_split(splits, self.split, f"split of {self.dataset_name}"), self.text_column)
 
 
 def text_rows(rows, text_column: str | None = None):

@@ -76,7 +76,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
 
         if dataset in DIGIT_SCENES:
             return digit_scenes.CATEGORIES
-        raise ValueError(f'dataset "{dataset}" has no panoptic maps')
+        raise ValueError(f'dataset_name "{dataset}" has no panoptic maps')
     folder = Path(dataset)
     if files := sorted(folder.glob("annotations/panoptic_*.json")):
         found = [read_categories(listed(load_json(file)), str(file)) for file in files]
@@ -91,7 +91,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
         try:
             file = Path(hf_hub_download(dataset, CATEGORIES_FILE, repo_type="dataset", revision=revision))
         except OSError as error:
-            raise ValueError(f'dataset "{dataset}" has no {CATEGORIES_FILE}: {error}') from error
+            raise ValueError(f'dataset_name "{dataset}" has no {CATEGORIES_FILE}: {error}') from error
     return read_categories(load_json(file), str(file))
 
 

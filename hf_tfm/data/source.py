@@ -60,9 +60,9 @@ def load_splits(
     are used again only where path, size and times of every file are the same, see `local_files`.
 
     Args:
-        dataset: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of one
-            file of `file_kinds.KINDS`, compressed or not, a folder with annotations as COCO, Roboflow or Pascal VOC
-            have them (see `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
+        dataset_name: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of
+            one file of `file_kinds.KINDS`, compressed or not, a folder with annotations as COCO, Roboflow or Pascal
+            VOC have them (see `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
         name: configuration of the data set.
         revision: commit, tag or branch on the Hub.
         data_files: files by split, for a builder name such as "parquet".
@@ -82,22 +82,27 @@ def read_splits(
     """See `load_splits`."""
     if dataset in EMBEDDED:
         if streaming or name or revision or data_files:
-            raise ValueError(f'dataset "{dataset}" is embedded: it takes no name, revision, data_files or streaming')
+            raise ValueError(
+                f'dataset_name "{dataset}" is embedded: it takes no dataset_config, dataset_revision, data_files or '
+                "streaming"
+            )
         return embedded(dataset)
     if reader := annotation_reader(Path(dataset)):
         if streaming or name or revision or data_files:
             raise ValueError(
-                f"dataset {dataset} is a folder of images with annotations: it takes no name, revision, data_files or "
-                "streaming"
+                f"dataset_name {dataset} is a folder of images with annotations: it takes no "
+                "dataset_config, dataset_revision, data_files or streaming"
             )
         return reader(Path(dataset))
     if dataset in FORMATS and not data_files:
-        raise ValueError(f'dataset "{dataset}" is the name of a format: give data_files, the files to read')
+        raise ValueError(f'dataset_name "{dataset}" is the name of a format: give data_files, the files to read')
     if is_local_file(dataset):
         if (kind := kind_of(dataset)) is None:
-            raise ValueError(f'dataset "{dataset}" is not of a kind that is read: {READ}')
+            raise ValueError(f'dataset_name "{dataset}" is not of a kind that is read: {READ}')
         if data_files:
-            raise ValueError(f'dataset "{dataset}" is a file: name others with dataset "{kind}" and data_files')
+            raise ValueError(
+                f'dataset_name "{dataset}" is a file: name others with dataset_name "{kind}" and data_files'
+            )
         return load_local(kind, name, {"train": dataset}, streaming, dataset)
     try:
         if Path(dataset).is_dir() or (data_files and "/" not in dataset):
@@ -106,7 +111,7 @@ def read_splits(
     except ValueError:
         raise
     except Exception as error:  # `datasets` raises errors of many kinds where it finds nothing, or has no network
-        raise ValueError(f'dataset "{dataset}" cannot be loaded: {cause(error)}') from error
+        raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {cause(error)}') from error
 
 
 def is_local_file(dataset: str) -> bool:
@@ -117,9 +122,9 @@ def is_local_file(dataset: str) -> bool:
     """
     path = Path(dataset)
     if path.exists() and not path.is_dir() and not path.is_file():
-        raise ValueError(f'dataset "{dataset}" is neither a regular file nor a folder')
+        raise ValueError(f'dataset_name "{dataset}" is neither a regular file nor a folder')
     if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or kind_of(dataset)):
-        raise ValueError(f'dataset "{dataset}" cannot be loaded: it does not exist')
+        raise ValueError(f'dataset_name "{dataset}" cannot be loaded: it does not exist')
     return path.is_file()
 
 
@@ -146,7 +151,9 @@ def load_local(
     """
     given = given or dataset
     if Path(dataset, datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
-        raise ValueError(f"dataset {dataset} was written by save_to_disk: write it with to_parquet or to_json instead")
+        raise ValueError(
+            f"dataset_name {dataset} was written by save_to_disk: write it with to_parquet or to_json instead"
+        )
     with tempfile.TemporaryDirectory(prefix="hf-tfm-") as empty:
         # In the usual cache folder, a builder would take over columns and types of other files of the same name.
         builder = local_builder(dataset, name, data_files, empty)
@@ -171,7 +178,7 @@ def load_local(
             raise ValueError(reason_of(error, given, files)) from error
         if state_key(files, about, package_key()) != key:
             shutil.rmtree(entry / "rows", ignore_errors=True)
-            raise ValueError(f'the files of dataset "{given}" changed while they were read')
+            raise ValueError(f'the files of dataset_name "{given}" changed while they were read')
         splits = {
             split: builder.as_dataset(split) if info.num_examples else no_rows(builder, split)
             for split, info in builder.info.splits.items()
@@ -182,13 +189,15 @@ def load_local(
                     rows.data.validate(full=True)  # the reader of JSON takes bytes that are not UTF-8
             except pa.ArrowInvalid as error:
                 shutil.rmtree(entry / "rows", ignore_errors=True)
-                raise ValueError(problem(files) or f'dataset "{given}" is damaged: {first_line(error)}') from error
+                raise ValueError(
+                    problem(files) or f'dataset_name "{given}" is damaged: {first_line(error)}'
+                ) from error
     return datasets.DatasetDict({split: with_fingerprint(rows, f"{key}{split}") for split, rows in splits.items()})
 
 
 def reason_of(error: BaseException, dataset: str, files: Iterable[str]) -> str:
     """Why a data set cannot be read, in one line: what is wrong with its local files, else what its reader said."""
-    return problem(files) or f'dataset "{dataset}" cannot be loaded: {cause(error)}'
+    return problem(files) or f'dataset_name "{dataset}" cannot be loaded: {cause(error)}'
 
 
 def stream_of(
@@ -197,7 +206,7 @@ def stream_of(
     """The splits of a builder as streams, whose errors while they are read are of one line.
 
     Args:
-        dataset: what a user calls it.
+        dataset_name: what a user calls it.
         files: the local ones among its files.
     """
     for name in ("_generate_tables", "_generate_examples"):
@@ -260,12 +269,12 @@ def local_builder(
         if Path(dataset).is_dir():
             there = sorted(path.name for path in Path(dataset).iterdir())
             found = f"it has {', '.join(there[:5])}{' ...' * (len(there) > 5)}" if there else "it is empty"
-            raise ValueError(f"dataset {dataset} has no file of a kind that is read ({READ}): {found}") from error
-        raise ValueError(f'dataset "{dataset}" cannot be loaded: {first_line(error)}') from error
+            raise ValueError(f"dataset_name {dataset} has no file of a kind that is read ({READ}): {found}") from error
+        raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {first_line(error)}') from error
     except FileNotFoundError as error:
-        raise ValueError(f'data_files of dataset "{dataset}" not found: {first_line(error)}') from error
+        raise ValueError(f'data_files of dataset_name "{dataset}" not found: {first_line(error)}') from error
     if empty := [str(split) for split, found in (builder.config.data_files or {}).items() if not found]:
-        raise ValueError(f'data_files of dataset "{dataset}" match no file for split {", ".join(empty)}')
+        raise ValueError(f'data_files of dataset_name "{dataset}" match no file for split {", ".join(empty)}')
     if isinstance(builder, FolderBasedBuilder):
         keep_words(builder)
     if (own := own_reader(builder)) is not None:
@@ -355,7 +364,7 @@ def load_remote(
         commit = str(builder.hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise ValueError(
-                f'dataset "{dataset}" is neither a local file or folder nor to be had from the Hub; '
+                f'dataset_name "{dataset}" is neither a local file or folder nor to be had from the Hub; '
                 "rows of local files of that name in the cache of datasets are not used"
             )
         if revision and commit[:32] != revision[:32]:

@@ -260,7 +260,7 @@ def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding
 def doctor_data(
     dataset: str,
     task: Task | None = None,
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     text_columns: list[str] | None = None,
@@ -278,7 +278,7 @@ def doctor_data(
     Args:
         dataset: a Hub id, local folder or file, or an embedded data set, as for the recipes.
         task: task that the data set is for; default, the one that its columns suggest.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "csv".
         text_columns: one column of texts or two.
@@ -299,7 +299,7 @@ def doctor_data(
     """
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
-    splits = load_texts(dataset, dataset_name, dataset_revision, data_files)
+    splits = load_texts(dataset, dataset_config, dataset_revision, data_files)
     if train_split not in splits:
         raise ValueError(f'train_split "{train_split}" is not a split of the data set; it has {", ".join(splits)}')
     ordered = sorted(splits, key=lambda name: name != train_split)
@@ -324,7 +324,7 @@ def doctor_data(
             if (error := readable(split, task, source)) is not None:
                 yield replace(error, check="reading", split=split.name)
         if task == "object_detection":
-            yield from detection_findings(dataset, dataset_name, dataset_revision, ordered)
+            yield from detection_findings(dataset, dataset_config, dataset_revision, ordered)
         else:
             yield from examine(task, case)
 
@@ -347,7 +347,7 @@ def detection_findings(dataset: str, name: str | None, revision: str | None, spl
     held_out = [split for split in splits[1:] if split != splits[0]]
     options = ["--data", dataset, "--train_split", splits[0], "--test_splits", str(held_out[1:])]
     options += ["--validation_split", held_out[0]] if held_out else ["--validation_split", "null", "--holdout", "1"]
-    for option, value in (("dataset_name", name), ("dataset_revision", revision)):
+    for option, value in (("dataset_config", name), ("dataset_revision", revision)):
         options += [f"--{option}", value] if value else []
     _, args, _ = detection.parse(options)
     yield from (finding for _, finding in detection.examine_data(args))

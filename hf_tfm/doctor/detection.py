@@ -113,15 +113,16 @@ def run_checks(checks: tuple[Callable, ...], case: Case) -> Iterator[Finding]:
 
 
 def translate(argv: Sequence[str]) -> list[str]:
-    """The doctor's words for two knobs as the recipe has them: --data is --dataset, --model FOLDER is --init_from."""
+    """The doctor's words for two knobs as the recipe has them: --data is --dataset_name, --model FOLDER is
+    --model_name_or_path."""
     words: list[str] = []
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         model = value if equals else next(iter(argv[i + 1 : i + 2]), "")
         if name == "--data":
-            name = "--dataset"
+            name = "--dataset_name"
         elif name == "--model" and not model.lstrip().startswith("{"):  # else fields of a new model
-            name = "--init_from"
+            name = "--model_name_or_path"
         words.append(name + equals + value)
     return words
 
@@ -138,8 +139,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
         prog="hf-tfm doctor detection",
         usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--KNOB VALUE ...] [options]",
         description="Find out why AP would be 0 before a run of detection_train starts: a minute on two CPU cores.",
-        epilog="DATA is the knob dataset, MODEL (a folder or Hub id to go on from) the knob init_from. Knobs are "
-        f"those of hf-tfm run {RECIPE}: give the same words, and what is examined is what would be run. Without "
+        epilog="DATA is the option dataset_name, MODEL (a folder or Hub id to start from) the option "
+        f"model_name_or_path. Other options are those of hf-tfm run {RECIPE}: give the arguments of the run. Without "
         f"--config they are those of the preset {DEFAULTS[False]}, with --model of {DEFAULTS[True]}.",
         allow_abbrev=False,
     )
@@ -155,9 +156,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
         parser.error(f"--json {own.json}: there is no folder {Path(own.json).parent}")
     given = {word.partition("=")[0] for word in words}
     if "--config" not in given:
-        if "--dataset" not in given:
+        if "--dataset_name" not in given:
             parser.error("give --data, or a --config that names a dataset")
-        words = ["--config", DEFAULTS["--init_from" in given], "--validation_split", "validation", *words]
+        words = ["--config", DEFAULTS["--model_name_or_path" in given], "--validation_split", "validation", *words]
     recipe = recipes_folder() / f"{RECIPE}.py"
     kind = runpy.run_path(str(recipe))["DetectionArguments"]
     return own, parse_arguments(kind, recipe, words), words
@@ -166,9 +167,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status, 1 where a check failed, 2 where nothing could be examined."""
     own, args, words = parse(sys.argv[1:] if argv is None else argv)
-    if args.init_from:
+    if args.model_name_or_path:
         try:
-            require_model("init_from", args.init_from)
+            require_model("model_name_or_path", args.model_name_or_path)
         except ValueError as error:
             print(f"hf-tfm doctor detection: {error}", file=sys.stderr)
             return 2

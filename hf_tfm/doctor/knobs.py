@@ -46,7 +46,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
             f"{used}; {rule} (limits: {low:.2g} to {high:.2g})",
             f"a rate from {min(PAPER_RATE, linear):.2g} to {max(PAPER_RATE, linear):.2g}",
         )
-    trained = bool(args.init_from or args.pretrained_backbone)
+    trained = bool(args.model_name_or_path or args.pretrained_backbone)
     if backbone is not None and trained and backbone > 0.5 * rate:
         yield warning("the backbone is trained already and learns as fast as the rest", "--rate_factors.backbone 0.1")
     if backbone is not None and not trained and backbone < 0.5 * rate:
@@ -58,7 +58,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
 def schedule(case: Case) -> Finding:
     """The warm-up ends in time, and a new model gets more than a few hundred steps."""
     args = case.args
-    steps = args.num_steps or math.ceil(args.num_epochs * case.steps_per_epoch)
+    steps = args.max_steps or math.ceil(args.num_train_epochs * case.steps_per_epoch)
     settled = args.settle(case.steps_per_epoch)[0]
     warmup = settled.warmup(steps) if settled.warmup_steps is None else settled.warmup_steps
     message = f"{steps} steps, {steps / case.steps_per_epoch:.4g} epochs of {len(case.train.rows)} images; warm-up "
@@ -68,7 +68,7 @@ def schedule(case: Case) -> Finding:
             f"{message}: the learning rate never reaches its height",
             f"--warmup_steps {steps // 20} or longer training",
         )
-    if not args.init_from and steps < FEWEST_STEPS:
+    if not args.model_name_or_path and steps < FEWEST_STEPS:
         return warning(
             f"{message} (limit: {FEWEST_STEPS} for a new model)", "train longer, or go on from a trained DETR"
         )

@@ -77,8 +77,8 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDet
     args, labels = case.args, labels_of(case.train.rows)
     weights = sum(parameter.numel() for parameter in case.model.parameters())
     set_seed(args.seed)
-    if full or args.init_from or (weights <= SMALL_MODEL and not args.pretrained_backbone):
-        plain = dataclasses.replace(args, model={**args.model, **PLAIN, **({} if args.init_from else QUICK)})
+    if full or args.model_name_or_path or (weights <= SMALL_MODEL and not args.pretrained_backbone):
+        plain = dataclasses.replace(args, model={**args.model, **PLAIN, **({} if args.model_name_or_path else QUICK)})
         return build_detr(TfmDetrForObjectDetection, plain, labels), "the model itself"
     shared = {name: getattr(case.config, name) for name in SHARED}
     queries = max(LEAST_QUERIES, 2 * most)
@@ -164,11 +164,11 @@ def overfit(case: Case, full: bool) -> Finding:
         processor = scene_processor(side, round(side * LONGEST), *new_scale(args))
     except (ValueError, OSError) as error:
         return failed(str(error), "see the message")
-    accelerator = Accelerator(mixed_precision=args.precision if args.precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision if args.mixed_precision == "bf16" else "no")
     task = DetectionTask(model.config, processor, category_ids(rows, class_names(rows)), seed=args.seed)
     large = sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL
     rate, limit = RATE * min(1.0, WIDTH / model.config.d_model) ** 2, STEPS * (MORE_STEPS if large else 1)
-    if args.init_from:
+    if args.model_name_or_path:
         rate, limit = 0.1 * RATE, STEPS
     lesson = Lesson(accelerator, task, accelerator.prepare(model), rows)
     scores, steps = lesson.learn(rate, limit)

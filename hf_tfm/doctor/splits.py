@@ -75,7 +75,7 @@ class Split:
         Raises:
             ValueError: they cannot be read, see `scene_rows`.
         """
-        roots = data_roots(args.dataset, args.data_files)
+        roots = data_roots(args.dataset_name, args.data_files)
         _, ids, sizes = picture_rows(rows, args.image_column, roots)
         found = FlatList.of(rows, find_objects(rows.features, args.objects_column))
         boxes = BoxFormat(args.box_format, args.relative_boxes)
@@ -152,7 +152,7 @@ class Case:
         args: the knobs of the run.
         splits: by name.
         model: the one that would be trained; its backbone has random weights where a download would fill it.
-        earlier: the model of ``init_from`` as it is saved; None without one.
+        earlier: the model of ``model_name_or_path`` as it is saved; None without one.
         missing: weights that it does not have.
     """
 
@@ -189,7 +189,7 @@ def read_splits(args: SceneRunArguments) -> dict[str, Split]:
     Raises:
         ValueError: the data set cannot be read.
     """
-    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
     rows = split_rows(args, args.test_splits, lambda name, argument: take_split(splits, name, argument))
     ordered = sorted(rows, key=lambda name: name != args.train_split)
     return {name: Split.read(name, rows[name], args) for name in ordered}

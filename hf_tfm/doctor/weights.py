@@ -21,13 +21,13 @@ def add_model(case: Case) -> None:
     """Build the model of a case; nothing is downloaded for its backbone.
 
     Raises:
-        ValueError, OSError: the knobs, or the weights of ``init_from``, do not fit.
+        ValueError, OSError: the knobs, or the weights of ``model_name_or_path``, do not fit.
     """
     args, fields = case.args, labels_of(case.train.rows)
     kind = TfmDetrForObjectDetection
-    if args.init_from:
-        check_kind("init_from", args.init_from, args.fitting["init_from"])
-        case.earlier, case.missing = load_to_train(kind, args.init_from, head_of)
+    if args.model_name_or_path:
+        check_kind("model_name_or_path", args.model_name_or_path, args.fitting["model_name_or_path"])
+        case.earlier, case.missing = load_to_train(kind, args.model_name_or_path, head_of)
         set_seed(args.seed)
         case.model = load_detr(kind, args, fields)
     else:
@@ -52,7 +52,7 @@ def fresh_weights(case: Case) -> Finding:
     fresh = [name for name in sizes if name not in kept]
     share = sum(sizes[name] for name in fresh) / sum(sizes.values())
     if not fresh:
-        return ok(f"all {millions} are those of {case.args.init_from}")
+        return ok(f"all {millions} are those of {case.args.model_name_or_path}")
     message = f"{share:.2%} of {millions} start anew: {', '.join(sorted({top(name) for name in fresh}))}"
     if all(CLASSIFIER in name or QUERIES in name for name in fresh):
         return ok(message)
@@ -81,7 +81,7 @@ def frozen_norms(case: Case) -> Finding:
         return ok(f"{len(norms)} frozen norms with statistics")
     return failed(
         f"all {len(norms)} frozen norms have mean 0 and variance 1: the backbone's weights are of no training",
-        "--model.backbone_norm batch to train it from random weights, or another init_from",
+        "--model.backbone_norm batch to train it from random weights, or another model_name_or_path",
     )
 
 

@@ -60,7 +60,7 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: the model is of another kind, or an option is for another kind.
     """
-    for option in ("dataset", "split"):
+    for option in ("dataset_name", "split"):
         if not options.get(option, option):
             raise ValueError(f"{option} must be a name, got {options[option]!r}")
     kind = "classifiers of GLUE's tasks"

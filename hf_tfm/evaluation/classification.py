@@ -21,9 +21,9 @@ from .results import check_options, check_png, describe, metric, write
 @checked(**LIMITS)
 def evaluate_classification(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str = "test",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     image_column: str | None = None,
@@ -34,8 +34,8 @@ def evaluate_classification(
     max_samples: int | None = None,
     max_bad_images: int = 10,
     batch_size: int = 64,
-    num_workers: int = 0,
-    precision: str = "no",
+    dataloader_num_workers: int = 0,
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -45,11 +45,11 @@ def evaluate_classification(
 
     Args:
         model: folder or Hub id of an image classifier, ours or any other, with its image processor.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, "number-words" or "digits".
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, "number-words" or "digits".
         split: of the data set.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
-        data_files: files by split, where dataset is a format such as "parquet".
+        data_files: files by split, where dataset_name is a format such as "parquet".
         image_column: images, their bytes or paths; default, the only column of images.
         label_column: a ClassLabel, integers or strings; default, the only ClassLabel or "label".
         match_labels: labels are the model's classes of the same name, or of the same number. A model without names,
@@ -60,8 +60,8 @@ def evaluate_classification(
         max_samples: score only the first rows.
         max_bad_images: images that cannot be read are reported and left out, up to so many.
         batch_size: images in a batch.
-        num_workers: processes that read images.
-        precision: no (float32) or bf16 autocast.
+        dataloader_num_workers: processes that read images.
+        mixed_precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
         output: also write the result, with the predictions of all images, to this JSON file.
@@ -70,17 +70,17 @@ def evaluate_classification(
     Returns:
         ``metrics``, rows of name, value, split and signature: accuracy, top5_accuracy where there are five classes,
         real_accuracy; no row for a split without labels. ``images`` that were classified, ``left_out`` how many could
-        not be read and how many have no label; ``throughput``, see `Stopwatch`; model, dataset and versions.
+        not be read and how many have no label; ``throughput``, see `Stopwatch`; model, dataset_name and versions.
 
     Raises:
         ValueError: split, column or option is not known, labels and classes do not match, a number is too small, or
             the confusion matrix would have no image with a label, or too many classes.
         FileNotFoundError: a file or the folder of ``output`` does not exist.
     """
-    counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
-    check_options(precision, output, max_bad_images=max_bad_images, **counts)
+    counts = {"max_samples": max_samples, "batch_size": batch_size, "dataloader_num_workers": dataloader_num_workers}
+    check_options(mixed_precision, output, max_bad_images=max_bad_images, **counts)
     check_png("confusion", confusion)
-    where = (dataset, split, dataset_name, dataset_revision, data_files)
+    where = (dataset_name, split, dataset_config, dataset_revision, data_files)
     rows = read_split(*where, image_column, label_column)
     real = read_real_labels(real_labels, len(rows)) if real_labels else None
     accelerator = one_process()
@@ -92,23 +92,23 @@ def evaluate_classification(
         check_confusion(rows, names)
     task = ClassificationTask(processor, ids)
     on_gpu = accelerator.device.type == "cuda"
-    loader = EvaluationLoader(rows, task, batch_size, num_workers, max_bad_images, on_gpu, progress)
-    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    loader = EvaluationLoader(rows, task, batch_size, dataloader_num_workers, max_bad_images, on_gpu, progress)
+    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
     with Stopwatch(loaded) as watch, bf16:
         found = predict(accelerator, task, loaded, loader)
     unlabelled = int((found.labels == IGNORE_LABEL).sum())
     result = {
-        **describe(model, dataset, split, rows, score_classes(found, real, ids, split)),
+        **describe(model, dataset_name, split, rows, score_classes(found, real, ids, split)),
         "images": len(found.indices),
         "left_out": {"unreadable": len(loader.bad), "unlabelled": unlabelled},
         "match_labels": matched,
-        "precision": precision,
+        "mixed_precision": mixed_precision,
         "throughput": watch.throughput(len(found.indices)),
     }
     if output:  # first: what was computed is not lost if the picture cannot be drawn
         write({**result, "unreadable": loader.bad, "predictions": named(found, names)}, output)
     if confusion:
-        draw_confusion(found, names, f"{Path(model).name}: {Path(dataset).name}, {split}", confusion)
+        draw_confusion(found, names, f"{Path(model).name}: {Path(dataset_name).name}, {split}", confusion)
     return result
 
 

@@ -42,9 +42,9 @@ PQ_SCORES = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_
 @checked(**LIMITS)
 def evaluate_detection(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str = "test",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     image_column: str | None = None,
@@ -58,8 +58,8 @@ def evaluate_detection(
     max_samples: int | None = None,
     max_bad_images: int = 10,
     batch_size: int = 8,
-    num_workers: int = 0,
-    precision: str = "no",
+    dataloader_num_workers: int = 0,
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -69,12 +69,12 @@ def evaluate_detection(
 
     Args:
         model: folder or Hub id of a detector, ours or any other, with its image processor.
-        dataset: what `datasets.load_dataset` takes, a folder in COCO's or Pascal VOC's layout, or one of
+        dataset_name: what `datasets.load_dataset` takes, a folder in COCO's or Pascal VOC's layout, or one of
             `DIGIT_SCENES`.
         split: of the data set.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
-        data_files: files by split, where dataset is a format such as "parquet".
+        data_files: files by split, where dataset_name is a format such as "parquet".
         image_column: images, their bytes or paths; default, the only column of images.
         objects_column: list of objects with a box and a category; default, the only column with boxes.
         box_format: what four numbers of a box stand for: xywh (left, top, width, height), xyxy (left, top, right,
@@ -89,8 +89,8 @@ def evaluate_detection(
         max_samples: score only the first rows.
         max_bad_images: images that cannot be read are reported and left out, up to so many.
         batch_size: images in a batch.
-        num_workers: processes that read images.
-        precision: no (float32) or bf16 autocast.
+        dataloader_num_workers: processes that read images.
+        mixed_precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
         output: also write the result, with detections of a score from 0.05 on, to this JSON file.
@@ -99,24 +99,24 @@ def evaluate_detection(
     Returns:
         ``metrics``, rows of name, value, split and signature, see `AP_SCORES` and `PQ_SCORES`; scores of which the
         split has no object are left out; ``per_class``, {class: {score: value}}; ``images`` that were scored,
-        ``left_out`` how many could not be read; ``throughput``, see `Stopwatch`; model, dataset and versions.
+        ``left_out`` how many could not be read; ``throughput``, see `Stopwatch`; model, dataset_name and versions.
 
     Raises:
         ValueError: split, column or option is not known, categories and classes do not match, a number is too small,
             or ``segments`` is asked of a model without masks.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
-    counts = {"max_samples": max_samples, "batch_size": batch_size, "num_workers": num_workers}
-    check_options(precision, output, max_bad_images=max_bad_images, **counts)
+    counts = {"max_samples": max_samples, "batch_size": batch_size, "dataloader_num_workers": dataloader_num_workers}
+    check_options(mixed_precision, output, max_bad_images=max_bad_images, **counts)
     accelerator = one_process()
     loaded, processor = load_detector(model, revision, trust_remote_code)
     segments = has_masks(loaded.config) if segments is None else segments
     if segments and not has_masks(loaded.config):
         raise ValueError(f'segments needs a model with masks, and "{model}" is a {type(loaded).__name__}')
-    rows = take_split(load_splits(dataset, dataset_name, dataset_revision, data_files), split, "split")
-    roots = data_roots(dataset, data_files)
+    rows = take_split(load_splits(dataset_name, dataset_config, dataset_revision, data_files), split, "split")
+    roots = data_roots(dataset_name, data_files)
     if segments:
-        categories = panoptic_categories(dataset, dataset_revision)
+        categories = panoptic_categories(dataset_name, dataset_revision)
         rows = panoptic_rows(rows, categories, image_column, panoptic_column, segments_column, roots)
     else:
         boxes = BoxFormat(box_format, relative_boxes)
@@ -130,8 +130,10 @@ def evaluate_detection(
     task = WholeScenes(processor, ids, segments, takes_mask(loaded) or batch_size == 1)
     sampler = ShapeSampler(np.stack([rows["height"], rows["width"]], axis=1), batch_size)
     on_gpu = accelerator.device.type == "cuda"
-    loader = EvaluationLoader(rows, task, batch_size, num_workers, max_bad_images, on_gpu, progress, sampler)
-    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    loader = EvaluationLoader(
+        rows, task, batch_size, dataloader_num_workers, max_bad_images, on_gpu, progress, sampler
+    )
+    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
     found = Scores(names, things)
     with Stopwatch(loaded) as watch, bf16:
         for batch in (batch for step in loader.epoch(0) for batch in step if batch["images"]):
@@ -139,12 +141,12 @@ def evaluate_detection(
     whole, per_class, count = found.compute()
     rows_of_scores = [metric(name, value, split) for name, value in whole.items()]
     result = {
-        **describe(model, dataset, split, rows, rows_of_scores, fingerprint),
+        **describe(model, dataset_name, split, rows, rows_of_scores, fingerprint),
         "per_class": per_class,
         "images": count,
         "left_out": {"unreadable": len(loader.bad)},
         "match_labels": matched,
-        "precision": precision,
+        "mixed_precision": mixed_precision,
         "throughput": watch.throughput(count),
     }
     if output:

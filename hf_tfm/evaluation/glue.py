@@ -59,15 +59,15 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 @checked(**LIMITS)
 def evaluate_glue(
     model: str,
-    dataset: str,
+    dataset_name: str,
     tasks: str = "glue",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     match_labels: Literal["name", "number"] = "name",
     max_length: int | None = None,
     max_samples: int | None = None,
     batch_size: int = 64,
-    precision: str = "no",
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -78,29 +78,30 @@ def evaluate_glue(
     Args:
         model: folder with a classifier for each task, called like it; or a folder or Hub id with "{task}" in it; or,
             of one task, its classifier.
-        dataset: "nyu-mll/glue", or local folders, "data/glue-{task}"; see `place_of`.
+        dataset_name: "nyu-mll/glue", or local folders, "data/glue-{task}"; see `place_of`.
         tasks: of GLUE, with commas between, or "glue" for all nine.
-        dataset_name: configuration of the data set; "{task}" in it stands for the task's name.
+        dataset_config: configuration of the data set; "{task}" in it stands for the task's name.
         output: also write the result, with the predictions of all texts, to this JSON file.
-        dataset_revision, match_labels, max_length, max_samples, batch_size, precision, revision, trust_remote_code,
+        dataset_revision, match_labels, max_length, max_samples, batch_size, mixed_precision, revision,
+        trust_remote_code,
             progress: see `evaluate_text_classification`.
 
     Returns:
-        See `summarise`; also model, dataset and ``details``, the results of `evaluate_text_classification`. A task
-        without data or model is ``missing``.
+        See `summarise`; also model, dataset_name and ``details``, the results of `evaluate_text_classification`. A
+        task without data or model is ``missing``.
 
     Raises:
         ValueError: a task is unknown or given twice, none has data, or what `evaluate_text_classification` raises.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
     chosen = find_tasks(tasks)
-    check_options(precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
+    check_options(mixed_precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
     options = {
         "match_labels": match_labels,
         "max_length": max_length,
         "max_samples": max_samples,
         "batch_size": batch_size,
-        "precision": precision,
+        "mixed_precision": mixed_precision,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "progress": progress,
@@ -109,14 +110,14 @@ def evaluate_glue(
     for task in chosen:
         try:
             place = model_of(task.name, model, alone=len(chosen) == 1)
-            where = (dataset, dataset_name, dataset_revision)
+            where = (dataset_name, dataset_config, dataset_revision)
             parts = [evaluate_split(task, place, split, *where, **options) for split in task.validation]
         except MissingData as error:
             missing[task.name] = str(error)
             continue
         found[task.name] = [row for part in parts for row in part["metrics"]]
         details += parts
-    result = {"model": model, "dataset": dataset, **summarise(found, missing)}
+    result = {"model": model, "dataset": dataset_name, **summarise(found, missing)}
     if output:
         write({**result, "details": details}, output)
     return {**result, "details": [{k: v for k, v in part.items() if k != "predictions"} for part in details]}
@@ -126,14 +127,14 @@ def evaluate_split(
     task: GlueTask,
     model: str,
     split: str,
-    dataset: str,
-    dataset_name: str | None,
+    dataset_name: str,
+    dataset_config: str | None,
     dataset_revision: str | None,
     **options: Any,
 ) -> dict[str, Any]:
     """See `evaluate_rows`; with ``task``."""
-    rows = read_texts(dataset, split, dataset_name, dataset_revision, None, task.name, (), None)
-    place, _ = place_of(task.name, dataset, dataset_name)
+    rows = read_texts(dataset_name, split, dataset_config, dataset_revision, None, task.name, (), None)
+    place, _ = place_of(task.name, dataset_name, dataset_config)
     return {"task": task.name, **evaluate_rows(model, place, split, rows, task.metrics, **options)}
 
 

@@ -25,21 +25,21 @@ from .results import check_options, describe, write
 @checked(**LIMITS)
 def evaluate_language(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str = "test",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     text_column: str | None = None,
     documents: bool = True,
     sequences: Literal["packed", "rows"] = "packed",
     max_length: int | None = None,
-    mask_share: float = 0.15,
+    mlm_probability: float = 0.15,
     whole_words: bool = False,
     seed: int = 0,
     max_samples: int | None = None,
     batch_tokens: int = 4096,
-    precision: str = "no",
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -48,27 +48,27 @@ def evaluate_language(
 
     Args:
         model: folder or Hub id of a language model, ours or any other, with its tokenizer.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
         split: of the data set.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
-        data_files: files by split, where dataset is a format such as "text" or "parquet".
+        data_files: files by split, where dataset_name is a format such as "text" or "parquet".
         text_column: a column or a dotted path; default, "text" or the only column of strings.
         documents: each row is a document of its own; false: rows are pieces of a running text.
         sequences: packed blocks of running text, or rows, a text each.
         max_length: tokens of a sequence; default, the longest the model and its tokenizer take.
-        mask_share: share of tokens that are masked.
+        mlm_probability: share of tokens that are masked.
         whole_words: mask words and not tokens.
         seed: of the masks.
         max_samples: score only the first rows.
         batch_tokens: padded tokens in a batch.
-        precision: no (float32) or bf16 autocast.
+        mixed_precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
         output: also write the result to this JSON file.
 
     Returns:
-        ``metrics``, rows of name, value, split and signature: perplexity and token_loss; model, dataset, rows,
+        ``metrics``, rows of name, value, split and signature: perplexity and token_loss; model, dataset_name, rows,
         ``max_length`` and versions.
 
     Raises:
@@ -76,10 +76,10 @@ def evaluate_language(
         FileNotFoundError: the folder of ``output`` does not exist.
     """
     counts = {"max_length": max_length, "max_samples": max_samples, "batch_tokens": batch_tokens, "seed": seed}
-    check_options(precision, output, **counts)
+    check_options(mixed_precision, output, **counts)
     if sequences not in ("packed", "rows"):
         raise ValueError(f'sequences must be "packed" or "rows", got "{sequences}"')
-    splits = load_splits(dataset, dataset_name, dataset_revision, data_files)
+    splits = load_splits(dataset_name, dataset_config, dataset_revision, data_files)
     rows = first(text_rows(take_split(splits, split, "split"), text_column), max_samples)
     accelerator = one_process()
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -93,13 +93,13 @@ def evaluate_language(
     check_vocabulary(loaded.config, tokenizer, length)
     task: LanguageTask = CausalLanguageTask(tokenizer)
     if not causal:
-        task = MaskedLanguageTask(tokenizer, mask_share, whole_words, seed)
+        task = MaskedLanguageTask(tokenizer, mlm_probability, whole_words, seed)
     examples = token_sequences(rows, tokenizer, length, sequences, documents)
     sampler = TokenBudgetSampler(sequence_lengths(examples), max(batch_tokens, length), shuffle=False)
     loader = StepLoader(examples, sampler, task.collate)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         metrics = [{**row, "split": split} for row in score(accelerator, task, loaded, loader)]
-    result = {**describe(model, dataset, split, rows, metrics, fingerprint), "max_length": length}
+    result = {**describe(model, dataset_name, split, rows, metrics, fingerprint), "max_length": length}
     if output:
         write(result, output)
     return result

@@ -94,9 +94,9 @@ def suitable(processor: BaseImageProcessor) -> Any:
 
 
 def read_split(
-    dataset: str,
+    dataset_name: str,
     split: str,
-    dataset_name: str | None,
+    dataset_config: str | None,
     dataset_revision: str | None,
     data_files: dict[str, str | list[str]] | None,
     image_column: str | None,
@@ -104,8 +104,8 @@ def read_split(
     labelled: bool = True,
 ) -> datasets.Dataset:
     """A split as `image_rows`."""
-    splits = load_splits(dataset, dataset_name, dataset_revision, data_files)
-    roots = data_roots(dataset, data_files)
+    splits = load_splits(dataset_name, dataset_config, dataset_revision, data_files)
+    roots = data_roots(dataset_name, data_files)
     rows = image_rows(take_split(splits, split, "split"), image_column, label_column, labelled, roots)
     require_readable(rows, len(rows), split)
     return rows

@@ -15,24 +15,30 @@ PRECISIONS = ("no", "bf16")
 
 # The largest values of options that set how much is computed at once, or how often.
 MOST = {
-    **{"batch_size": 2**16, "batch_tokens": 2**24, "num_beams": 1024, "iterations": 1000, "num_workers": 256},
+    **{
+        "batch_size": 2**16,
+        "batch_tokens": 2**24,
+        "num_beams": 1024,
+        "iterations": 1000,
+        "dataloader_num_workers": 256,
+    },
     **{"seed": 2**32 - 1},
 }
-LEAST = {"num_workers": 0, "max_bad_images": 0, "seed": 0}
+LEAST = {"dataloader_num_workers": 0, "max_bad_images": 0, "seed": 0}
 
 
-def check_options(precision: str, output: str | None, **counts: int | None) -> None:
+def check_options(mixed_precision: str, output: str | None, **counts: int | None) -> None:
     """Refuse options that are out of range, before anything is loaded.
 
     Args:
         counts: by name, each None or from 1 (`LEAST`) to `MOST`.
 
     Raises:
-        ValueError: the precision is not known, or a number is out of range.
+        ValueError: mixed_precision is not known, or a number is out of range.
         OSError: ``output`` cannot be written.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision must be "no" or "bf16", got "{precision}"')
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f'mixed_precision must be "no" or "bf16", got "{mixed_precision}"')
     for name, value in counts.items():
         if value is None:
             continue
@@ -89,14 +95,20 @@ def metric(name: str, value: float, split: str) -> dict[str, Any]:
 
 def describe(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str,
     rows: datasets.Dataset,
     metrics: list[dict[str, Any]],
     fingerprint: Callable[[datasets.Dataset], str] = fingerprint,
 ) -> dict[str, Any]:
     """What every result begins with; ``fingerprint`` is that of this kind of rows."""
-    found = {"model": model, "dataset": dataset, "split": split, "fingerprint": fingerprint(rows), "rows": len(rows)}
+    found = {
+        "model": model,
+        "dataset": dataset_name,
+        "split": split,
+        "fingerprint": fingerprint(rows),
+        "rows": len(rows),
+    }
     return {**found, "metrics": metrics, "versions": collect_versions()}
 
 

@@ -44,9 +44,9 @@ LONGEST = 512  # tokens of a text, where neither model nor tokenizer has a limit
 @checked(**LIMITS)
 def evaluate_text_classification(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str = "test",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     task: str | None = None,
@@ -58,7 +58,7 @@ def evaluate_text_classification(
     max_length: int | None = None,
     max_samples: int | None = None,
     batch_size: int = 64,
-    precision: str = "no",
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -68,12 +68,12 @@ def evaluate_text_classification(
 
     Args:
         model: folder or Hub id of a text classifier, ours or any other, with its tokenizer.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity"; "{task}" in
-            it stands for the task's name.
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity"; "{task}"
+            in it stands for the task's name.
         split: of the data set.
-        dataset_name: configuration of the data set; default, the task's name where the data set is called "glue".
+        dataset_config: configuration of the data set; default, the task's name where the data set is called "glue".
         dataset_revision: commit, tag or branch of the data set on the Hub.
-        data_files: files by split, where dataset is a format such as "parquet".
+        data_files: files by split, where dataset_name is a format such as "parquet".
         task: of GLUE; it knows text_columns and metrics.
         text_columns: one or two columns, or dotted paths; default, the task's, or the only column of texts.
         label_column: a ClassLabel, integers or strings, or numbers; default, the only ClassLabel or "label".
@@ -85,7 +85,7 @@ def evaluate_text_classification(
         max_length: longer texts are cut to so many tokens; default, the longest the model and its tokenizer take.
         max_samples: score only the first rows.
         batch_size: texts in a batch.
-        precision: no (float32) or bf16 autocast.
+        mixed_precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
         output: also write the result, with the predictions of all texts, to this JSON file; labels may then be
@@ -94,20 +94,22 @@ def evaluate_text_classification(
 
     Returns:
         ``metrics``, rows of name, value, split and signature; ``texts`` that were read and how many ``unlabelled``;
-        ``throughput``, see `Stopwatch`; model, dataset and versions.
+        ``throughput``, see `Stopwatch`; model, dataset_name and versions.
 
     Raises:
         ValueError: split, column or option is not known, labels and classes do not match, or a number is too small.
         FileNotFoundError: the folder of ``output`` does not exist.
     """
-    check_options(precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
+    check_options(mixed_precision, output, max_length=max_length, max_samples=max_samples, batch_size=batch_size)
     check_png("confusion", confusion)
-    rows = read_texts(dataset, split, dataset_name, dataset_revision, data_files, task, text_columns, label_column)
+    rows = read_texts(
+        dataset_name, split, dataset_config, dataset_revision, data_files, task, text_columns, label_column
+    )
     if not output and not any(is_label(value) for value in rows.unique(LABEL)):
         raise ValueError(f'split "{split}" has no labels, so it cannot be scored; output writes its predictions')
     result = evaluate_rows(
         model,
-        dataset,
+        dataset_name,
         split,
         rows,
         metrics or (glue.find_task(task).metrics if task else ()),
@@ -116,7 +118,7 @@ def evaluate_text_classification(
         max_length=max_length,
         max_samples=max_samples,
         batch_size=batch_size,
-        precision=precision,
+        mixed_precision=mixed_precision,
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=progress,
@@ -128,7 +130,7 @@ def evaluate_text_classification(
 
 def evaluate_rows(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str,
     rows: datasets.Dataset,
     metrics: Sequence[str] = (),
@@ -138,7 +140,7 @@ def evaluate_rows(
     max_length: int | None,
     max_samples: int | None,
     batch_size: int,
-    precision: str,
+    mixed_precision: str,
     revision: str | None,
     trust_remote_code: bool,
     progress: bool,
@@ -156,17 +158,17 @@ def evaluate_rows(
     check_metrics(metrics, numbers)
     matched, ids = (None, None) if numbers else match_classes(rows, names, match_labels)
     rows = first(rows, max_samples)
-    found, throughput = classify(loaded, tokenizer, rows, ids, max_length, batch_size, precision, progress)
+    found, throughput = classify(loaded, tokenizer, rows, ids, max_length, batch_size, mixed_precision, progress)
     labelled = ~np.isnan(found.labels) if numbers else found.labels != IGNORE_LABEL
     scores = [{**row, "split": split} for row in score(found, metrics)] if labelled.any() else []
     if confusion:
         draw_confusion(found.labels[labelled], found.predicted[labelled], names, Path(model).name, confusion)
     return {
-        **describe(model, dataset, split, rows, scores, fingerprint),
+        **describe(model, dataset_name, split, rows, scores, fingerprint),
         "texts": len(rows),
         "unlabelled": int((~labelled).sum()),
         "match_labels": matched,
-        "precision": precision,
+        "mixed_precision": mixed_precision,
         "throughput": throughput,
         "predictions": named(found, labelled, names),
     }
@@ -178,9 +180,9 @@ def is_label(value: Any) -> bool:
 
 
 def read_texts(
-    dataset: str,
+    dataset_name: str,
     split: str,
-    dataset_name: str | None,
+    dataset_config: str | None,
     dataset_revision: str | None,
     data_files: dict[str, str | list[str]] | None,
     task: str | None,
@@ -193,7 +195,7 @@ def read_texts(
         MissingData: the task has no such data set.
         ValueError: there is no such data set, split, column or task.
     """
-    where = (dataset, dataset_name, dataset_revision, data_files)
+    where = (dataset_name, dataset_config, dataset_revision, data_files)
     if task is None:
         return text_rows(take_split(load_texts(*where), split, "split"), text_columns, label_column)
     known = glue.find_task(task)
@@ -238,7 +240,7 @@ def classify(
     ids: dict[int | str, int] | None,
     max_length: int | None,
     batch_size: int,
-    precision: str,
+    mixed_precision: str,
     progress: bool,
 ) -> tuple[Predictions, dict[str, float]]:
     """What a model says of every text, and how many texts a second; see `evaluate_text_classification`.
@@ -253,7 +255,7 @@ def classify(
             f"max_length must be at most {limits[1]}, max_position_embeddings of the model, got {max_length}"
         )
     task = TextClassificationTask(tokenizer, ids, input_names(model))
-    bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
+    bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
     with TextStopwatch(model) as watch, bf16:
         tokens = tokenize_texts(rows, tokenizer, max_length or min(limits))
         sampler = LengthBatchSampler(text_lengths(tokens), batch_size, shuffle=False)

@@ -52,9 +52,9 @@ def check_decoding(
 @checked(**LIMITS)
 def evaluate_translation(
     model: str,
-    dataset: str,
+    dataset_name: str,
     split: str = "test",
-    dataset_name: str | None = None,
+    dataset_config: str | None = None,
     dataset_revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
     source_column: str = "en",
@@ -65,7 +65,7 @@ def evaluate_translation(
     iterations: int | None = None,
     max_samples: int | None = None,
     batch_tokens: int = 4096,
-    precision: str = "no",
+    mixed_precision: str = "no",
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | None = None,
@@ -75,11 +75,11 @@ def evaluate_translation(
 
     Args:
         model: folder or Hub id of a sequence-to-sequence model, ours or any other, with its tokenizer.
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
         split: of the data set.
-        dataset_name: configuration of the data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch of the data set on the Hub.
-        data_files: files by split, where dataset is a format such as "parquet".
+        data_files: files by split, where dataset_name is a format such as "parquet".
         source_column: column of the source text, a dotted path, or a language in a column "translation".
         target_column: of the reference translation.
         metrics: bleu, bleu_lowercase, chrf, chrf_lowercase, exact_match.
@@ -88,14 +88,14 @@ def evaluate_translation(
         iterations: refinement passes of a mask-predict model.
         max_samples: score only the first rows.
         batch_tokens: padded source tokens times beams in a batch.
-        precision: no (float32) or bf16 autocast.
+        mixed_precision: no (float32) or bf16 autocast.
         revision: commit, tag or branch of the model on the Hub.
         trust_remote_code: run the code a Hub repository brings; our own models need none where hf_tfm is installed.
         output: also write the result, with the answer to every row, to this JSON file.
         progress: show a progress bar.
 
     Returns:
-        ``metrics``, rows of name, value, split and signature; model, dataset, rows and versions.
+        ``metrics``, rows of name, value, split and signature; model, dataset_name, rows and versions.
 
     Raises:
         ValueError: split, column or metric is not known, or a number is too small.
@@ -105,10 +105,10 @@ def evaluate_translation(
         raise ValueError("metrics must name at least one metric")
     check_metrics(metrics)
     counts = {"num_beams": num_beams, "iterations": iterations, "batch_tokens": batch_tokens}
-    check_options(precision, output, max_samples=max_samples, **counts)
+    check_options(mixed_precision, output, max_samples=max_samples, **counts)
     if length_penalty is not None and not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
-    splits = text.load_splits(dataset, dataset_name, dataset_revision, data_files)
+    splits = text.load_splits(dataset_name, dataset_config, dataset_revision, data_files)
     rows = text.text_pairs(text.take_split(splits, split, "split"), source_column, target_column)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
@@ -116,10 +116,10 @@ def evaluate_translation(
     check_decoding(loaded, model, num_beams, length_penalty, iterations)
     options = {"num_beams": num_beams, "length_penalty": length_penalty, "iterations": iterations}
     generation = {name: value for name, value in options.items() if value is not None}
-    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
         said = translate(loaded, tokenizer, rows["source"], None, generation, batch_tokens, progress)
     scores = [{**row, "split": split} for row in score(said, rows["target"], metrics)]
-    result = {**describe(model, dataset, split, rows, scores, text.fingerprint), "generation": generation}
+    result = {**describe(model, dataset_name, split, rows, scores, text.fingerprint), "generation": generation}
     if output:
         pairs = [
             {"source": s, "target": t, "translation": p}

@@ -73,29 +73,29 @@ def check_kind(
 
 # {argument: models that fit it} by what a recipe trains.
 TEXT_CLASSES = {
-    "init_from": Suitable("a text classifier", TEXT_TYPES, AutoModelForSequenceClassification),
+    "model_name_or_path": Suitable("a text classifier", TEXT_TYPES, AutoModelForSequenceClassification),
     "teacher": Suitable("teaching text classes", TEXT_TYPES, AutoModelForSequenceClassification),
 }
 IMAGE_CLASSES = {
-    "init_from": Suitable("an image classifier", ("tfm_vit", "tfm_mae", "vit", "vit_mae")),
+    "model_name_or_path": Suitable("an image classifier", ("tfm_vit", "tfm_mae", "vit", "vit_mae")),
     "teacher": Suitable("teaching image classes", ("tfm_vit", "vit", "deit"), AutoModelForImageClassification),
 }
 IMAGE_PATCHES = {
-    "init_from": Suitable("a masked autoencoder", ("tfm_mae", "vit_mae")),
+    "model_name_or_path": Suitable("a masked autoencoder", ("tfm_mae", "vit_mae")),
     "teacher": Suitable("teaching a masked autoencoder", ("tfm_mae", "vit_mae")),
 }
 OBJECTS = {
-    "init_from": Suitable("a detector", ("tfm_detr", "detr")),
+    "model_name_or_path": Suitable("a detector", ("tfm_detr", "detr")),
     "teacher": Suitable("teaching a detector", ("tfm_detr", "detr")),
 }
-TRANSLATIONS = {"init_from": Suitable("a translation model", ("tfm_transformer",))}
+TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", ("tfm_transformer",))}
 MASKED_WORDS = {
-    "init_from": Suitable("a masked language model", ("tfm_bert", "bert")),
+    "model_name_or_path": Suitable("a masked language model", ("tfm_bert", "bert")),
     "teacher": Suitable("teaching masked words", ("tfm_bert", "bert", "distilbert"), AutoModelForMaskedLM),
     "model": Suitable("filling in words", ("tfm_bert", "bert", "distilbert"), AutoModelForMaskedLM),
 }
 NEXT_WORDS = {
-    "init_from": Suitable("a causal language model", ("tfm_gpt", "gpt2")),
+    "model_name_or_path": Suitable("a causal language model", ("tfm_gpt", "gpt2")),
     "teacher": Suitable("teaching next words", ("tfm_gpt", "gpt2"), AutoModelForCausalLM),
 }
 
@@ -105,7 +105,7 @@ def load_to_train(
     source: str,
     head_of: Callable[[PreTrainedModel, str], str],
     fields: dict[str, Any] | None = None,
-    argument: str = "init_from",
+    argument: str = "model_name_or_path",
     resized: str | None = None,
     trust_remote_code: bool | None = None,
     **data: Any,

@@ -46,25 +46,29 @@ class MaskedLanguageTask:
 
     Args:
         tokenizer: needs a mask and a padding token.
-        mask_share: share of tokens chosen, at least one a sequence.
+        mlm_probability: share of tokens chosen, at least one a sequence.
         whole_words: choose words and not tokens, as many as fit in the share.
         seed: of what is chosen.
 
     Raises:
         ValueError: the tokenizer has no mask or padding token, or with ``whole_words`` does not mark words; or
-            ``mask_share`` is out of range.
+            ``mlm_probability`` is out of range.
     """
 
     item = "masked tokens"
     term = "token"
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, mask_share: float = 0.15, whole_words: bool = False, seed: int = 0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm_probability: float = 0.15,
+        whole_words: bool = False,
+        seed: int = 0,
     ):
         require_tokens(tokenizer, "pad_token", "mask_token")
-        if not 0.0 < mask_share < 1.0:
-            raise ValueError(f"mask_share must be in (0, 1), got {mask_share}")
-        self.mask_share, self.seed = mask_share, seed
+        if not 0.0 < mlm_probability < 1.0:
+            raise ValueError(f"mlm_probability must be in (0, 1), got {mlm_probability}")
+        self.mlm_probability, self.seed = mlm_probability, seed
         self.pad, self.mask = tokenizer.pad_token_id, tokenizer.mask_token_id
         self.vocabulary = len(tokenizer)
         self.special = np.zeros(self.vocabulary, dtype=bool)
@@ -115,7 +119,7 @@ class MaskedLanguageTask:
         word = np.cumsum(self.starts[ids[places]] | np.r_[True, np.diff(places) > 1]) - 1  # of each place
         order = random.permutation(word[-1] + 1)
         lengths = np.bincount(word)[order]
-        wanted = max(1, round(self.mask_share * len(places)))
+        wanted = max(1, round(self.mlm_probability * len(places)))
         fit = np.cumsum(lengths) <= wanted
         fit[0] = True  # a word longer than the share still is better than none
         return places[np.isin(word, order[fit])]
@@ -253,7 +257,9 @@ def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
 def score(accelerator: Accelerator, task: LanguageTask, model: nn.Module, loader: Loader) -> list[dict[str, Any]]:
     """Scores of a split as rows of name, value and signature: perplexity, the exponential of a token's mean loss (for
     a masked model, of the masked tokens), and the loss of each term."""
-    signature = f"masked: {task.mask_share:g}, seed: {task.seed}" if isinstance(task, MaskedLanguageTask) else None
+    signature = (
+        f"masked: {task.mlm_probability:g}, seed: {task.seed}" if isinstance(task, MaskedLanguageTask) else None
+    )
     losses = evaluate(accelerator, task, model, loader)
     tokens = losses.get("token", losses["loss"])
     rows = {"perplexity": math.exp(tokens), "token_loss": tokens}

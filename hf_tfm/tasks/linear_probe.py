@@ -57,14 +57,14 @@ class ProbeHead(nn.Module):
 
 @torch.no_grad()
 def measure_features(
-    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, num_steps: int
+    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, max_steps: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance (D,) of what each of a model's `HEADS` gets, equal on all ranks; float64, on the CPU.
 
     Args:
         model: on the device, without dropout; not prepared.
         loader: of training images, as they are changed and mixed in training.
-        num_steps: steps of the loader's first epoch that are looked at.
+        max_steps: steps of the loader's first epoch that are looked at.
 
     Raises:
         ValueError: no image of them can be read.
@@ -79,7 +79,7 @@ def measure_features(
     hooks = [
         head.register_forward_pre_hook(lambda _, given, name=name: add(name, given[0])) for name, head in heads.items()
     ]
-    for _, micro_batches in zip(range(num_steps), loader.epoch(0), strict=False):
+    for _, micro_batches in zip(range(max_steps), loader.epoch(0), strict=False):
         for batch in micro_batches:
             if not batch["images"]:
                 continue

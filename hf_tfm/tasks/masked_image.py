@@ -23,7 +23,7 @@ MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")  # types of models: ours and transf
 
 
 def load_autoencoder(source: str, fields: dict[str, Any]) -> TfmMAEForPreTraining:
-    """A masked autoencoder to train further, of ``init_from``; a decoder that was not saved is drawn anew.
+    """A masked autoencoder to train further, of ``model_name_or_path``; a decoder that was not saved is drawn anew.
 
     Args:
         source: folder or Hub id.

@@ -142,22 +142,25 @@ def load_translator(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     Raises:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
     """
-    config = load_config(name, "init_from", trust_remote_code=None)
+    config = load_config(name, "model_name_or_path", trust_remote_code=None)
     if config.model_type != TfmTransformerConfig.model_type:
         raise ValueError(
-            f'init_from "{name}" is a {config.model_type}, not a {TfmTransformerConfig.model_type}: convert it '
-            "first, hf-tfm convert --to tfm"
+            f'model_name_or_path "{name}" is a {config.model_type} model, not a {TfmTransformerConfig.model_type}: '
+            "convert it first with hf-tfm convert --to tfm"
         )
     check_tokenizer(tokenizer)
     model, _ = load_to_train(AutoModelForSeq2SeqLM, name, lambda model, weight: "")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f'init_from "{name}" has {model.config.vocab_size} tokens, and its tokenizer more, {len(tokenizer)}'
+            f'model_name_or_path "{name}" has {model.config.vocab_size} tokens, fewer than the '
+            f"{len(tokenizer)} of its tokenizer"
         )
     for token in ("pad", "eos"):
         ours, theirs = getattr(model.config, f"{token}_token_id"), getattr(tokenizer, f"{token}_token_id")
         if theirs not in (ours if isinstance(ours, list) else [ours]):
-            raise ValueError(f'init_from "{name}": {token}_token_id is {ours} in the model, {theirs} in the tokenizer')
+            raise ValueError(
+                f'model_name_or_path "{name}": {token}_token_id is {ours} in the model, {theirs} in the tokenizer'
+            )
     return model
 
 

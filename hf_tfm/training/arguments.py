@@ -16,7 +16,10 @@ from ..options import OptionParser, check_config, check_words
 from ..values import check_bounds, closest, conform_fields, shown
 
 DEFAULT_WARMUP = 1000  # steps
-WORKERS_PER_CORE, FEWEST_WORKERS = 4, 64  # the limit of num_workers; presets are written for larger machines than this
+WORKERS_PER_CORE, FEWEST_WORKERS = (
+    4,
+    64,
+)  # the limit of dataloader_num_workers; presets are written for larger machines than this
 
 
 @dataclass(kw_only=True)
@@ -28,17 +31,17 @@ class TrainingArguments:
         overwrite_output_dir: delete another run, one with other data or knobs, that the folder holds; this run itself
             goes on.
         seed: of weights, order of data, dropout and masks.
-        num_epochs: passes over the training data; or give num_steps.
-        num_steps: optimizer steps; takes the place of num_epochs, which is then null.
-        num_workers: processes that prepare batches, beside each training process.
+        num_train_epochs: passes over the training data; or give max_steps.
+        max_steps: optimizer steps; takes the place of num_train_epochs, which is then null.
+        dataloader_num_workers: processes that prepare batches, beside each training process.
         optimizer: Adam with decoupled (adamw) or with L2 weight decay (adam), or stochastic gradient descent (sgd).
         learning_rate: the highest of the schedule.
-        layer_decay: layer-wise learning-rate decay factor (Clark et al. 2020), in (0, 1]; 1.0 disables it.
+        layer_wise_lr_decay: layer-wise learning-rate decay factor (Clark et al. 2020), in (0, 1]; 1.0 disables it.
         rate_factors: parts of the model by a piece of their weights' names, and what their learning rate is multiplied
             by, say {backbone: 0.1}.
-        schedule: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear, constant, or step (constant, and a
-            tenth from drop_after on), each after a warm-up.
-        drop_after: share of the steps after which the step schedule drops.
+        lr_scheduler_type: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear, constant, or step (constant,
+            and a tenth from lr_drop_ratio on), each after a warm-up.
+        lr_drop_ratio: share of the steps after which the step schedule drops.
         warmup_steps: steps of linear rise from 0, at most the run's; default, the smaller of 1,000 and a tenth of the
             run.
         adam_betas: decay rates of the moments.
@@ -46,21 +49,23 @@ class TrainingArguments:
         momentum: of sgd.
         weight_decay: of weight matrices; biases, norms, positions and single tokens have none.
         max_grad_norm: gradients are scaled down to this norm; 0 turns it off.
-        precision: no (float32), bf16 or fp16 autocast.
+        mixed_precision: no (float32), bf16 or fp16 autocast.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        compile: compile the model (pays on GPUs).
+        torch_compile: compile the model (pays on GPUs).
         ema_decay: decay of an exponential moving average of the weights; 0 turns it off.
         average_checkpoints: number of last checkpoints that final_weights "average" takes the mean of.
         final_weights: which weights are saved in the end.
         eval_steps: steps between evaluations, of which one is always at the end; default, once an epoch.
         save_steps: steps between checkpoints; default, with every evaluation.
-        log_steps: steps between log lines.
-        best_metric: what "best" and early stopping look at: loss, or a metric of the task (higher is better then).
-        patience: evaluations without a better best_metric before the run stops; 0 never stops.
-        keep_checkpoints: last checkpoints kept, beside the best and those to be averaged.
+        logging_steps: steps between log lines.
+        metric_for_best_model: what "best" and early stopping look at: loss, or a metric of the task (higher is better
+            then).
+        early_stopping_patience: evaluations without a better metric_for_best_model before the run stops; 0 never
+            stops.
+        save_total_limit: last checkpoints kept, beside the best and those to be averaged.
         max_nonfinite_steps: the run ends after this many steps in a row whose gradient is not finite; fp16, which
             searches its loss scale that way, has 16 more.
-        trackers: experiment trackers: tensorboard, wandb, trackio.
+        report_to: experiment trackers: tensorboard, wandb, trackio.
         run_name: name of the run in trackers; default, the output folder's.
         progress: show a progress bar; without it, log lines are printed.
         trust_remote_code: run the code that a model named by another argument brings, or its tokenizer; without it,
@@ -73,66 +78,68 @@ class TrainingArguments:
     output_dir: str
     overwrite_output_dir: bool = False
     seed: int = 0
-    num_epochs: float | None = None
-    num_steps: int | None = None
-    num_workers: int = 0
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+    dataloader_num_workers: int = 0
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
-    layer_decay: float = 1.0
+    layer_wise_lr_decay: float = 1.0
     rate_factors: dict[str, float] = field(default_factory=dict)
-    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant", "step"] = "inverse_sqrt"
-    drop_after: float = 2 / 3
+    lr_scheduler_type: Literal["inverse_sqrt", "cosine", "linear", "constant", "step"] = "inverse_sqrt"
+    lr_drop_ratio: float = 2 / 3
     warmup_steps: int | None = None
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-9
     momentum: float = 0.9
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
-    compile: bool = False
+    torch_compile: bool = False
     ema_decay: float = 0.0
     average_checkpoints: int = 0
     final_weights: Literal["last", "best", "average", "ema"] = "best"
     eval_steps: int | None = None
     save_steps: int | None = None
-    log_steps: int = 50
-    best_metric: str = "loss"
-    patience: int = 0
-    keep_checkpoints: int = 2
+    logging_steps: int = 50
+    metric_for_best_model: str = "loss"
+    early_stopping_patience: int = 0
+    save_total_limit: int = 2
     max_nonfinite_steps: int = 5
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     run_name: str | None = None
     progress: bool = True
     trust_remote_code: bool = False
 
     def __post_init__(self):
         conform_fields(self)
-        if (self.num_epochs is None) == (self.num_steps is None):
+        if (self.num_train_epochs is None) == (self.max_steps is None):
             raise ValueError(
-                f"give exactly one of num_epochs and num_steps, got {self.num_epochs} and {self.num_steps}; "
-                "null takes back what a preset gives"
+                f"give exactly one of num_train_epochs and max_steps, got {self.num_train_epochs} and "
+                f"{self.max_steps}; null removes the value of a preset"
             )
         self.check_range(
-            at_least_0="seed num_workers warmup_steps weight_decay max_grad_norm average_checkpoints patience",
-            at_least_1="num_steps eval_steps save_steps log_steps keep_checkpoints max_nonfinite_steps",
-            above_0="num_epochs learning_rate adam_epsilon layer_decay",
+            at_least_0="seed dataloader_num_workers warmup_steps weight_decay max_grad_norm average_checkpoints "
+            "early_stopping_patience",
+            at_least_1="max_steps eval_steps save_steps logging_steps save_total_limit max_nonfinite_steps",
+            above_0="num_train_epochs learning_rate adam_epsilon layer_wise_lr_decay",
             at_most={
                 "seed": SEEDS - 1,
-                "num_steps": 1_000_000_000,
-                "num_epochs": 1_000_000,
-                "layer_decay": 1,
+                "max_steps": 1_000_000_000,
+                "num_train_epochs": 1_000_000,
+                "layer_wise_lr_decay": 1,
                 "learning_rate": 1000,
                 "adam_epsilon": 1,
             },
         )
         cores = os.cpu_count() or 1
-        if self.num_workers > (most := max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)):
+        if self.dataloader_num_workers > (most := max(FEWEST_WORKERS, WORKERS_PER_CORE * cores)):
             raise ValueError(
-                f"num_workers must be at most {most} on a machine with {cores} CPU cores, got {self.num_workers}"
+                f"dataloader_num_workers must be at most {most} on a machine with {cores} CPU cores, got "
+                f"{self.dataloader_num_workers}"
             )
-        if self.num_steps is not None:
-            self.warmup(self.num_steps)
+        if self.max_steps is not None:
+            self.warmup(self.max_steps)
         if self.optimizer != "adam" and self.learning_rate is not None and self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
                 "weight_decay times learning_rate must be below 1, or a step turns the sign of the weights; got "
@@ -142,7 +149,7 @@ class TrainingArguments:
             if not 0.0 < factor <= 1000.0:
                 raise ValueError(f"rate_factors must be above 0 and at most 1000, got {factor} for {part}")
         below_1 = [("adam_betas", beta) for beta in self.adam_betas]
-        shares = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "drop_after")]
+        shares = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "lr_drop_ratio")]
         for name, value in (*shares, *below_1):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
@@ -150,23 +157,23 @@ class TrainingArguments:
             raise ValueError('final_weights="ema" needs ema_decay above 0, got 0')
         if self.final_weights == "average" and self.average_checkpoints < 1:
             raise ValueError(f'final_weights="average" needs average_checkpoints, got {self.average_checkpoints}')
-        self.check_distinct("trackers")
-        for name in self.trackers:
+        self.check_distinct("report_to")
+        for name in self.report_to:
             # accelerate would leave out a tracker that is not installed without a word.
             if importlib.util.find_spec(name) is None:
-                raise ValueError(f"trackers: {name} is not installed")
+                raise ValueError(f"report_to: {name} is not installed")
 
-    def warmup(self, num_steps: int) -> int:
-        """Steps of warm-up of a run of ``num_steps``.
+    def warmup(self, max_steps: int) -> int:
+        """Steps of warm-up of a run of ``max_steps``.
 
         Raises:
-            ValueError: ``warmup_steps`` is above ``num_steps``: the run would never reach its learning rate.
+            ValueError: ``warmup_steps`` is above ``max_steps``: the run would never reach its learning rate.
         """
         if self.warmup_steps is None:
-            return min(DEFAULT_WARMUP, num_steps // 10)
-        if self.warmup_steps > num_steps:
+            return min(DEFAULT_WARMUP, max_steps // 10)
+        if self.warmup_steps > max_steps:
             raise ValueError(
-                f"warmup_steps must be at most the {num_steps} steps of the run (num_steps), got {self.warmup_steps}"
+                f"warmup_steps must be at most the {max_steps} steps of the run (max_steps), got {self.warmup_steps}"
             )
         return self.warmup_steps
 
@@ -272,8 +279,10 @@ class ImageArguments(TrainingArguments):
                 f"give one of warmup_steps and warmup_epochs, got {self.warmup_steps} and {self.warmup_epochs}; null "
                 "takes back what a preset gives"
             )
-        if None not in (self.warmup_epochs, self.num_epochs) and self.warmup_epochs > self.num_epochs:
-            raise ValueError(f"warmup_epochs must be at most num_epochs = {self.num_epochs}, got {self.warmup_epochs}")
+        if None not in (self.warmup_epochs, self.num_train_epochs) and self.warmup_epochs > self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs must be at most num_train_epochs = {self.num_train_epochs}, got {self.warmup_epochs}"
+            )
 
     def settle(self, steps_per_epoch: int | None) -> tuple["ImageArguments", str]:
         """Work out the learning rate and the warm-up.

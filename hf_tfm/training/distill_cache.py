@@ -24,7 +24,7 @@ from .distill_run import DistillationKnobs, Lessons, open_teacher
 
 # Knobs that decide what a teacher reads, but for the data and chance; a cache is of the same ones.
 READING = (
-    *("max_length", "sequences", "documents", "objective", "mask_share", "whole_words"),
+    *("max_length", "sequences", "documents", "objective", "mlm_probability", "whole_words"),
     *("image_size", "resize", "mean", "std", "augmentation", "shortest_side", "longest_side"),
 )
 
@@ -142,7 +142,7 @@ def fill_cache(
         knobs=reading_knobs(args),
         temperature=temperature,
         numbers=numbers,
-        num_workers=args.num_workers,
+        num_workers=args.dataloader_num_workers,
         accelerator=accelerator,
         progress=args.progress,
     )

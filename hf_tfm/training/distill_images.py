@@ -35,19 +35,19 @@ def shared_processor(args: DistillImageArguments) -> BaseImageProcessor:
     """The student's image processor; what it gives is what the teacher reads.
 
     Raises:
-        ValueError: a knob, or ``init_from``, says something else than the teacher.
+        ValueError: a knob, or ``model_name_or_path``, says something else than the teacher.
     """
     teacher = as_read(args.teacher, args.trust_remote_code)
     size = args.image_size or (teacher.size.height, teacher.size.width)
     scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
     check_processors(image_processor(size, None, *scale), teacher)
-    if args.init_from:
-        check_processors(as_read(args.init_from, args.trust_remote_code), teacher)
+    if args.model_name_or_path:
+        check_processors(as_read(args.model_name_or_path, args.trust_remote_code), teacher)
     return image_processor(size, args.resize, *scale)
 
 
 def settle(
-    args: DistillImageArguments, accelerator: Accelerator, per_epoch: int | None, num_steps: int
+    args: DistillImageArguments, accelerator: Accelerator, per_epoch: int | None, max_steps: int
 ) -> DistillImageArguments:
     """The knobs with what follows from the steps of an epoch, which is said; for `learn`."""
     settled, line = args.settle(per_epoch)

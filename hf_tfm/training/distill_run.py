@@ -39,7 +39,8 @@ class DistillationKnobs:
         teacher_dtype: of the teacher's weights and what it computes; default, what the student computes in.
         teacher_device: where it computes, say cuda:1, or auto, spread over all devices where it does not fit on one;
             default, where the student does.
-        expected_score: the run ends at once if the teacher's best_metric on the validation data is worse than this.
+        expected_score: the run ends at once if the teacher's metric_for_best_model on the validation data is worse
+            than this.
         terms: what student and teacher are compared in, each {kind, weight, temperature, layers, ...}; see
             `distillation.terms.Term`.
         match_labels: name refuses a teacher whose classes are called otherwise than the student's, but for upper and
@@ -75,7 +76,7 @@ class DistillationKnobs:
     def __post_init__(self):
         super().__post_init__()
         self.terms = read_terms(self.terms)
-        self.teacher_dtype = self.teacher_dtype or ("fp32" if self.precision == "no" else self.precision)
+        self.teacher_dtype = self.teacher_dtype or ("fp32" if self.mixed_precision == "no" else self.mixed_precision)
         self.check_range(at_least_1="cache_epochs cache_top_k", at_most={"cache_epochs": 100_000})
         layers = self.student_layers if isinstance(self.student_layers, dict) else {"": self.student_layers}
         for stack, numbers in layers.items():
@@ -85,8 +86,8 @@ class DistillationKnobs:
             raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")
         if self.write_cache and not self.cache:
             raise ValueError("write_cache needs cache, the folder to write")
-        if self.student_layers and self.init_from:
-            raise ValueError("init_from brings its own weights: give no student_layers beside it")
+        if self.student_layers and self.model_name_or_path:
+            raise ValueError("model_name_or_path brings its own weights: give no student_layers beside it")
         if self.cache and not self.write_cache and self.expected_score is not None:
             raise ValueError("expected_score needs the teacher, and cache takes its place: check it at write_cache")
 
@@ -213,7 +214,7 @@ def check_teacher(
 ) -> None:
     """Refuse a teacher that is worse than ``expected_score``, where that is given; see `check_score`."""
     if args.expected_score is not None:
-        check_score(scores_of(lessons.teacher), args.best_metric, args.expected_score)
+        check_score(scores_of(lessons.teacher), args.metric_for_best_model, args.expected_score)
 
 
 def learn(
@@ -234,10 +235,10 @@ def learn(
     """
     freeze_rest(run.accelerator, lessons, learning)
     per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
-    eval_steps = args.eval_steps or per_epoch or num_steps
-    settled = settle(per_epoch, num_steps) if settle else args
-    return run.train(lessons.task, lessons.model, learning, settled, num_steps, eval_steps, score, show)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
+    eval_steps = args.eval_steps or per_epoch or max_steps
+    settled = settle(per_epoch, max_steps) if settle else args
+    return run.train(lessons.task, lessons.model, learning, settled, max_steps, eval_steps, score, show)
 
 
 def freeze_rest(accelerator: Accelerator, lessons: Lessons, learning: Loader) -> None:

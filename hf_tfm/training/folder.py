@@ -71,7 +71,7 @@ def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool
     if free < needed:
         raise OSError(
             f"{checkpoints} checkpoints take about {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free for "
-            f"output_dir {output_dir}: make room, or lower keep_checkpoints or average_checkpoints"
+            f"output_dir {output_dir}: make room, or lower save_total_limit or average_checkpoints"
         )
 
 

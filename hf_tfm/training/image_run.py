@@ -39,8 +39,8 @@ class PictureArguments(ImageArguments):
     """Knobs of data, and of the model that reads it.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, with a column of images, or an embedded data set.
-        dataset_name: configuration of the data set.
+        dataset_name: what `datasets.load_dataset` takes, with a column of images, or an embedded data set.
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "imagefolder" or "parquet".
         image_column: images, their bytes or paths; default, the only column of images.
@@ -49,18 +49,18 @@ class PictureArguments(ImageArguments):
         holdout: so many images of the training split, drawn at random, are the validation split where that is null.
         max_train_samples: learn from the first of the training images only, after they were shuffled by the seed.
         max_bad_images: images that cannot be read are reported and left out, up to so many.
-        mean: of the channels, of pixels in [0, 1]; default, that of init_from, or of ImageNet.
+        mean: of the channels, of pixels in [0, 1]; default, that of model_name_or_path, or of ImageNet.
         std: their standard deviation; the same default.
-        init_from: folder or Hub id of a model to go on from, with its image processor.
-        size: of a new model, see its configuration; a model of init_from has its own.
-        model: fields of the configuration that differ from the size's, or from init_from's.
+        model_name_or_path: folder or Hub id of a model to go on from, with its image processor.
+        size: of a new model, see its configuration; a model of model_name_or_path has its own.
+        model: fields of the configuration that differ from the size's, or from model_name_or_path's.
         license: licence of the model, for its card.
 
     The others are those of `ImageArguments`.
     """
 
-    dataset: str
-    dataset_name: str | None = None
+    dataset_name: str
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
     image_column: str | None = None
@@ -71,7 +71,7 @@ class PictureArguments(ImageArguments):
     max_bad_images: int = 10
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     size: str = "base"
     model: dict[str, int | float | bool | str | tuple[int, int] | None] = field(default_factory=dict)
     license: str | None = None
@@ -97,12 +97,12 @@ class ImageRunArguments(PictureArguments):
     """Knobs of images of one size, and their labels.
 
     Args:
-        streaming: read the training split as it comes; needs num_steps.
+        streaming: read the training split as it comes; needs max_steps.
         shuffle_buffer: images of a stream that are shuffled together, see `ShuffledStream`; not decoded, 10,000 of
             ImageNet's are about 1 GB, and up to three times that while they are shuffled. A stream that is sorted by
             class needs as many as several classes have.
         label_column: a ClassLabel, integers or strings; default, the only ClassLabel or "label".
-        image_size: pixels of the model's images; default, those of init_from's image processor, or 224.
+        image_size: pixels of the model's images; default, those of model_name_or_path's image processor, or 224.
         resize: evaluation resizes the shorter edge to this and cuts out the centre; default, it resizes to image_size.
         augmentation: see `Augmentation`.
         repeats: copies of a sample in a step, each changed in its own way.
@@ -131,8 +131,8 @@ class ImageRunArguments(PictureArguments):
         if None not in (self.image_column, self.label_column) and self.image_column == self.label_column:
             raise ValueError(f"image_column and label_column must be two columns, got {self.label_column} for both")
         if self.streaming:
-            if self.num_steps is None:
-                raise ValueError("streaming needs num_steps: the length of a stream is not known")
+            if self.max_steps is None:
+                raise ValueError("streaming needs max_steps: the length of a stream is not known")
             if self.holdout is not None or self.max_train_samples is not None:
                 raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
             if self.warmup_epochs is not None:
@@ -163,8 +163,8 @@ class LabelledImageArguments(ImageRunArguments):
         super().__post_init__()
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.best_metric not in ("loss", "accuracy"):
-            raise ValueError(f'best_metric must be "loss" or "accuracy", got "{self.best_metric}"')
+        if self.metric_for_best_model not in ("loss", "accuracy"):
+            raise ValueError(f'metric_for_best_model must be "loss" or "accuracy", got "{self.metric_for_best_model}"')
 
 
 def label_tasks(
@@ -241,7 +241,7 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
     Raises:
         ValueError: its weights, beside those of `HEADS`, do not fit the configuration; or the patch the image.
     """
-    labels, earlier = label_fields(names), load_config(source, "init_from", trust_remote_code=None)
+    labels, earlier = label_fields(names), load_config(source, "model_name_or_path", trust_remote_code=None)
     model, fresh = load_to_train(TfmViTForImageClassification, source, head_of, fields, resized="classifier", **labels)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):
@@ -253,8 +253,10 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
 
 def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -> dict[str, Any]:
     """Rows of `image_rows` by the name of their split; see `split_rows`."""
-    splits = load_splits(args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming)
-    roots = data_roots(args.dataset, args.data_files)
+    splits = load_splits(
+        args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files, args.streaming
+    )
+    roots = data_roots(args.dataset_name, args.data_files)
 
     def rows_of(name: str, argument: str):
         rows = take_split(splits, name, argument)
@@ -271,9 +273,9 @@ def load_rows(args: ImageRunArguments, test_splits: list[str], labelled: bool) -
 def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:
     """What the results file and the card say of the data."""
     return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        **describe_source(args.dataset, args.dataset_revision),
+        "path": args.dataset_name,
+        "name": args.dataset_config,
+        **describe_source(args.dataset_name, args.dataset_revision),
         "image_column": args.image_column,
         "label_column": args.label_column,
         **describe_rows(rows, images.fingerprint),
@@ -313,29 +315,34 @@ def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
     """The image processor of a new run: its size is the model's.
 
     Raises:
-        ValueError: ``init_from`` has none that tells size or scale, and the knobs do not.
+        ValueError: ``model_name_or_path`` has none that tells size or scale, and the knobs do not.
     """
     size = args.image_size or IMAGE_SIZE
-    if args.image_size is None and args.init_from:
+    if args.image_size is None and args.model_name_or_path:
         try:
-            size = image_size_of(as_read(args.init_from, args.trust_remote_code))
+            size = image_size_of(as_read(args.model_name_or_path, args.trust_remote_code))
         except ValueError as error:
-            raise ValueError(f"init_from: {error}, or give image_size, mean and std") from error
+            raise ValueError(f"model_name_or_path: {error}, or give image_size, mean and std") from error
     return image_processor(size, args.resize, *new_scale(args))
 
 
 def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of a new run's pixels: what `init_from` was trained on unless the knobs say otherwise.
+    """Mean and deviation of a new run's pixels: what `model_name_or_path` was trained on unless the knobs say
+    otherwise.
 
     Raises:
-        ValueError: ``init_from`` has no image processor, and mean and std are not given.
+        ValueError: ``model_name_or_path`` has no image processor, and mean and std are not given.
     """
     mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-    if args.init_from and not (args.mean and args.std):
+    if args.model_name_or_path and not (args.mean and args.std):
         try:
-            earlier = AutoImageProcessor.from_pretrained(args.init_from, trust_remote_code=args.trust_remote_code)
+            earlier = AutoImageProcessor.from_pretrained(
+                args.model_name_or_path, trust_remote_code=args.trust_remote_code
+            )
         except OSError as error:
-            raise ValueError(f"init_from {args.init_from} has no image processor: give mean and std") from error
+            raise ValueError(
+                f"model_name_or_path {args.model_name_or_path} has no image processor: give mean and std"
+            ) from error
         mean, std = tuple(earlier.image_mean), tuple(earlier.image_std)
     return args.mean or mean, args.std or std
 
@@ -346,7 +353,7 @@ def placement(args: PictureArguments, accelerator: Accelerator) -> dict[str, Any
         "micro_batch_tokens": args.micro_batch_size,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
-        "num_workers": args.num_workers,
+        "num_workers": args.dataloader_num_workers,
         "pin_memory": accelerator.device.type == "cuda",
     }
 

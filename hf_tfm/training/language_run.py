@@ -40,11 +40,11 @@ class LanguageArguments(TokenArguments):
     """Knobs of language-model pretraining.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
-        dataset_name: configuration of the data set.
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-words".
+        dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "text" or "parquet".
-        streaming: read the training split as it comes; needs num_steps.
+        streaming: read the training split as it comes; needs max_steps.
         text_column: a column or a dotted path; default, "text" or the only column of strings.
         more_texts: other data sets to learn from too, each {dataset, split, text_column, ...}.
         documents: each row is a document of its own; false: rows are pieces of a running text.
@@ -57,7 +57,7 @@ class LanguageArguments(TokenArguments):
         sequences: packed blocks of running text, rows (a text each, cut off), or pairs of segments, which adds next
             sentence prediction.
         max_length: tokens of a sequence.
-        mask_share: share of tokens that are masked.
+        mlm_probability: share of tokens that are masked.
         whole_words: mask words and not tokens.
         tokenizer: folder or Hub id of a ready tokenizer; default, one is trained on the training texts: WordPiece for
             masked, byte-pair encoding for next tokens.
@@ -66,12 +66,13 @@ class LanguageArguments(TokenArguments):
         lowercase: the tokenizer that is trained lower-cases all text.
         size: of a new model, see TfmBertConfig and TfmGPTConfig.
         model: fields of the configuration that differ from the size's.
-        init_from: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and model.
+        model_name_or_path: folder or Hub id of a model to go on from, with its tokenizer; takes the place of size and
+            model.
         license: licence of the model, for its card.
     """
 
-    dataset: str
-    dataset_name: str | None = None
+    dataset_name: str
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
     streaming: bool = False
@@ -86,7 +87,7 @@ class LanguageArguments(TokenArguments):
     objective: Literal["masked", "causal"] = "masked"
     sequences: Literal["packed", "rows", "pairs"] = "packed"
     max_length: int = 128
-    mask_share: float = 0.15
+    mlm_probability: float = 0.15
     whole_words: bool = False
     tokenizer: str | None = None
     tokenizer_rows: int | None = None
@@ -94,7 +95,7 @@ class LanguageArguments(TokenArguments):
     lowercase: bool = True
     size: str = "small"
     model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     license: str | None = None
 
     def __post_init__(self):
@@ -105,20 +106,22 @@ class LanguageArguments(TokenArguments):
         )
         self.check_distinct("test_splits")
         check_holdout(self)
-        if self.best_metric != "loss":
-            raise ValueError(f'best_metric must be "loss", got "{self.best_metric}"')
+        if self.metric_for_best_model != "loss":
+            raise ValueError(f'metric_for_best_model must be "loss", got "{self.metric_for_best_model}"')
         if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):
             raise ValueError('sequences="pairs" and whole_words are for objective="masked"')
-        if not 0.0 < self.mask_share < 1.0:
-            raise ValueError(f"mask_share must be in (0, 1), got {self.mask_share}")
+        if not 0.0 < self.mlm_probability < 1.0:
+            raise ValueError(f"mlm_probability must be in (0, 1), got {self.mlm_probability}")
         if self.streaming:
             check_stream(self, self.max_length, (self.validation_split, *self.test_splits))
             if self.more_texts or self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads one split: give no more_texts, holdout and max_train_samples")
-        if self.init_from and (self.model or self.tokenizer):
-            raise ValueError("init_from brings its own model and tokenizer: give no model or tokenizer beside it")
+        if self.model_name_or_path and (self.model or self.tokenizer):
+            raise ValueError(
+                "model_name_or_path brings its own model and tokenizer: give no model or tokenizer beside it"
+            )
         check_fields(self.config_class, self.model, TOKEN_FIELDS)
-        if not self.init_from:
+        if not self.model_name_or_path:
             config = new_config(self.config_class, self)
             if self.max_length > config.max_position_embeddings:
                 raise ValueError(
@@ -128,7 +131,7 @@ class LanguageArguments(TokenArguments):
 
     @property
     def fitting(self) -> dict[str, Suitable]:
-        """Models that ``init_from`` and ``teacher`` may name."""
+        """Models that ``model_name_or_path`` and ``teacher`` may name."""
         return MASKED_WORDS if self.objective == "masked" else NEXT_WORDS
 
     @property
@@ -149,7 +152,7 @@ class LanguageArguments(TokenArguments):
 
 def load_texts(args: LanguageArguments) -> dict:
     """{split: rows with a text} of every split, and {"DATA SET, SPLIT": rows} of more_texts."""
-    source = args.dataset, args.dataset_name, args.dataset_revision, args.data_files, args.streaming
+    source = args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files, args.streaming
     splits = load_splits(*source)
 
     def rows_of(name: str, argument: str):
@@ -163,9 +166,9 @@ def load_texts(args: LanguageArguments) -> dict:
 def describe_data(args: LanguageArguments, texts: dict) -> dict:
     """What the results file and the card say of the data."""
     return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        **describe_source(args.dataset, args.dataset_revision),
+        "path": args.dataset_name,
+        "name": args.dataset_config,
+        **describe_source(args.dataset_name, args.dataset_revision),
         "text_column": args.text_column,
         **text.describe(texts),
     }
@@ -173,8 +176,10 @@ def describe_data(args: LanguageArguments, texts: dict) -> dict:
 
 def load_tokenizer(args: LanguageArguments, learned) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on the texts."""
-    if ready := args.tokenizer or args.init_from:
-        return read_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
+    if ready := args.tokenizer or args.model_name_or_path:
+        return read_tokenizer(
+            ready, "tokenizer" if args.tokenizer else "model_name_or_path", None, args.trust_remote_code
+        )
     rows = learned if args.tokenizer_rows is None else learned.take(args.tokenizer_rows)
     teach = train_wordpiece if args.objective == "masked" else train_bytes
     return teach(language.Texts(rows), args.vocab_size, args.lowercase)
@@ -189,7 +194,7 @@ def head_of(model: PreTrainedModel, name: str) -> str:
 def build_model(
     args: LanguageArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 ) -> PreTrainedModel:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``.
+    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``.
 
     Args:
         vocab_size: words of a new model, at least the tokenizer's; default, those.
@@ -198,10 +203,10 @@ def build_model(
         ValueError: the model does not fit the tokenizer or ``max_length``, or lacks weights; see `load_to_train`.
     """
     set_seed(args.seed)
-    if args.init_from:
-        model, fresh = load_to_train(args.model_class, args.init_from, head_of)
+    if args.model_name_or_path:
+        model, fresh = load_to_train(args.model_class, args.model_name_or_path, head_of)
         if fresh:
-            log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(fresh)))
+            log.warning("weights that model_name_or_path does not have start anew: %s", ", ".join(sorted(fresh)))
         check_vocabulary(model.config, tokenizer, args.max_length)
         return model
     tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
@@ -231,7 +236,7 @@ def new_task(args: LanguageArguments, tokenizer: PreTrainedTokenizerBase) -> Lan
     """What a step computes."""
     if args.objective == "causal":
         return CausalLanguageTask(tokenizer)
-    return MaskedLanguageTask(tokenizer, args.mask_share, args.whole_words, args.seed)
+    return MaskedLanguageTask(tokenizer, args.mlm_probability, args.whole_words, args.seed)
 
 
 def language_loader(

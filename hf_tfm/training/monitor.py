@@ -1,6 +1,6 @@
 """What a run says while it trains: a progress bar, log lines in history.jsonl, and the same in trackers.
 
-result of a step -> sums on the device -> every log_steps: means -> history.jsonl, trackers, terminal
+result of a step -> sums on the device -> every logging_steps: means -> history.jsonl, trackers, terminal
 """
 
 import time
@@ -32,16 +32,16 @@ class Monitor:
     """
 
     def __init__(
-        self, accelerator: Accelerator, args: TrainingArguments, num_steps: int, progress: Progress, item: str
+        self, accelerator: Accelerator, args: TrainingArguments, max_steps: int, progress: Progress, item: str
     ):
-        self.accelerator, self.num_steps, self.progress, self.item = accelerator, num_steps, progress, item
+        self.accelerator, self.max_steps, self.progress, self.item = accelerator, max_steps, progress, item
         self.history = History(Path(args.output_dir), progress.step) if accelerator.is_main_process else None
         self.window = {name: self.tensor(value) for name, value in progress.window.items()}
         self.items = self.tensor(progress.items)
         self.skipped = self.tensor(progress.skipped)
         self.streak = self.tensor(progress.streak)
         self.bar = tqdm(
-            total=num_steps,
+            total=max_steps,
             initial=progress.step,
             desc="train",
             unit="step",
@@ -121,8 +121,8 @@ class Monitor:
         speed = f"loss {row['loss']:.3f}, {row['items_per_second']:.0f} {self.item}/s"
         self.bar.set_postfix_str(speed)
         if self.bar.disable:  # a log file has no bar; the line says as much
-            left = progress.seconds / progress.step * (self.num_steps - progress.step)
-            self.say(f"step {progress.step} of {self.num_steps}: {speed}, {timedelta(seconds=round(left))} left")
+            left = progress.seconds / progress.step * (self.max_steps - progress.step)
+            self.say(f"step {progress.step} of {self.max_steps}: {speed}, {timedelta(seconds=round(left))} left")
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row to history.jsonl and send it to the trackers."""

@@ -34,9 +34,10 @@ def height(name: str) -> float:
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
     """Parameters by weight decay and learning rate.
 
-    Matrices of layers decay; vectors (biases, norms), positions and single tokens do not. With ``layer_decay`` d, of N
-    blocks, what stands above them has the full rate, block i of 1..N that times ``d ** (N + 1 - i)``, and embeddings
-    ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9). ``rate_factors`` come on top.
+    Matrices of layers decay; vectors (biases, norms), positions and single tokens do not. With ``layer_wise_lr_decay``
+    d, of N blocks, what stands above them has the full rate, block i of 1..N that times ``d ** (N + 1 - i)``, and
+    embeddings ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9). ``rate_factors`` come
+    on top.
 
     Raises:
         ValueError: a part of ``rate_factors`` is in no weight's name.
@@ -49,7 +50,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
         raise ValueError(f"rate_factors: no weight that learns has {unknown[0]} in its name")
     for name, parameter in named:
         decays = parameter.ndim >= 2 and name.endswith("weight")
-        scale = args.layer_decay ** (top - min(heights[name], top))
+        scale = args.layer_wise_lr_decay ** (top - min(heights[name], top))
         scale *= math.prod(factor for part, factor in args.rate_factors.items() if part in name)
         groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)
     return [{"params": own, "weight_decay": decay, "lr": rate} for (decay, rate), own in groups.items()]
@@ -64,19 +65,19 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
     return kind(groups, lr=args.learning_rate, betas=tuple(args.adam_betas), eps=args.adam_epsilon, fused=True)
 
 
-def build_schedule(optimizer: Optimizer, args: TrainingArguments, num_steps: int) -> LRScheduler:
-    """The schedules of ``args.schedule``; they scale ``learning_rate``, which is their highest value.
+def build_schedule(optimizer: Optimizer, args: TrainingArguments, max_steps: int) -> LRScheduler:
+    """The schedules of ``args.lr_scheduler_type``; they scale ``learning_rate``, which is their highest value.
 
     Raises:
-        ValueError: ``args.warmup_steps`` is above ``num_steps``.
+        ValueError: ``args.warmup_steps`` is above ``max_steps``.
     """
-    warmup = args.warmup(num_steps)
-    if args.schedule != "step":
-        return get_scheduler(SCHEDULES[args.schedule], optimizer, warmup, num_steps)
+    warmup = args.warmup(max_steps)
+    if args.lr_scheduler_type != "step":
+        return get_scheduler(SCHEDULES[args.lr_scheduler_type], optimizer, warmup, max_steps)
 
     def factor(step: int) -> float:
         rise = min(step / warmup, 1.0) if warmup else 1.0
-        return rise * (0.1 if step >= round(args.drop_after * num_steps) else 1.0)
+        return rise * (0.1 if step >= round(args.lr_drop_ratio * max_steps) else 1.0)
 
     return LambdaLR(optimizer, factor)
 

@@ -36,10 +36,16 @@ from .threads import limit_threads, threads_restored
 
 # Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
 FREE = {
-    *("output_dir", "overwrite_output_dir", "run_name", "trackers", "progress", "log_steps", "license"),
-    *("num_workers", "micro_batch_tokens", "micro_batch_size", "gradient_checkpointing", "max_nonfinite_steps"),
+    *("output_dir", "overwrite_output_dir", "run_name", "report_to", "progress", "logging_steps", "license"),
+    *(
+        "dataloader_num_workers",
+        "micro_batch_tokens",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "max_nonfinite_steps",
+    ),
     *("max_bad_images", "trust_remote_code"),
-    *("eval_steps", "save_steps", "patience", "keep_checkpoints", "average_checkpoints"),
+    *("eval_steps", "save_steps", "early_stopping_patience", "save_total_limit", "average_checkpoints"),
     *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
     *("costs", "teacher_device", "expected_score"),
 }
@@ -53,7 +59,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     Raises:
         ValueError: the device does not know the precision, or a model to start from is missing or of another kind.
     """
-    for knob in ("init_from", "teacher"):
+    for knob in ("model_name_or_path", "teacher"):
         if source := getattr(args, knob, None):
             require_model(knob, source)
             check_kind(knob, source, getattr(args, "fitting", {}).get(knob), args.trust_remote_code)
@@ -61,15 +67,17 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     end_politely()
     accelerator = Accelerator(
-        mixed_precision=args.precision,
-        log_with=list(args.trackers) or None,
+        mixed_precision=args.mixed_precision,
+        log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
         # Buffers are fixed tables here; sending them round at every forward would be waste.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         step_scheduler_with_optimizer=False,
     )
-    if args.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would take float32 without a word
-        raise ValueError('precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
+    if (
+        args.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate would take float32 without a word
+        raise ValueError('mixed_precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
     return accelerator
 
 
@@ -188,17 +196,17 @@ class Run:
             ValueError: its weights are not finite.
             WriteError: the folder cannot be written.
         """
-        source = getattr(self.args, "init_from", None)
-        check_finite(model, f'init_from "{source}"' if source else "the new model")
+        source = getattr(self.args, "model_name_or_path", None)
+        check_finite(model, f'model_name_or_path "{source}"' if source else "the new model")
         left = on_main(self.accelerator, lambda: self.folder.claim())
         if left:
             self.accelerator.print(
                 f"the earlier run in {self.output_dir} is deleted; files that no run wrote stay: "
                 f"{', '.join(left[:10])}{', ...' * (len(left) > 10)}"
             )
-        if self.args.trackers:
+        if self.args.report_to:
             name = self.args.run_name or self.output_dir.name
-            options = {kind: {"name": name} for kind in self.args.trackers if kind in ("wandb", "trackio")}
+            options = {kind: {"name": name} for kind in self.args.report_to if kind in ("wandb", "trackio")}
             knobs = identifying(self.args)
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
             self.accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
@@ -250,7 +258,7 @@ class Run:
             task=self.task,
             model_type=model_type,
             parameters=parameters,
-            base_model=getattr(self.args, "init_from", None),
+            base_model=getattr(self.args, "model_name_or_path", None),
             data=self.data,
             arguments=dataclasses.asdict(self.args),
             command=self.command,
@@ -332,8 +340,8 @@ def recipe_main(
 def identifying(args: TrainingArguments) -> dict[str, Any]:
     """The arguments that decide the weights of a run."""
     # With these schedules a longer run begins as a shorter one, unless its length decides the warm-up.
-    extends = args.schedule in ("inverse_sqrt", "constant") and args.warmup_steps is not None
-    free = FREE | ({"num_steps", "num_epochs"} if extends else set())
+    extends = args.lr_scheduler_type in ("inverse_sqrt", "constant") and args.warmup_steps is not None
+    free = FREE | ({"max_steps", "num_train_epochs"} if extends else set())
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
 
 
@@ -398,7 +406,7 @@ def finish(
         "items_per_second": round(progress.items / max(progress.seconds, 1e-9), 1),
         "item": task.item,
         "skipped_steps": progress.skipped,
-        "best": {"metric": args.best_metric, "value": progress.best, "step": progress.best_step},
+        "best": {"metric": args.metric_for_best_model, "value": progress.best, "step": progress.best_step},
         "weights": args.final_weights,
     }
     metrics = finite_metrics(accelerator, metrics)

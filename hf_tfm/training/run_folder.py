@@ -42,7 +42,7 @@ except ImportError:  # Windows
 
 LOCK, NEW = ".lock", ".new"
 EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
-INPUTS = ("init_from", "teacher", "tokenizer", "dataset", "data_files", "more_texts", "cache")
+INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
 
 
 def check_place(folder: str, argument: str = "output_dir") -> None:
@@ -94,7 +94,7 @@ def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_di
                     f'{argument} "{folder}" is or holds {name} "{value}", which the run reads: choose another '
                     f"{argument}"
                 )
-            if name.endswith("dataset") and path.is_dir() and inside(folder, path):
+            if name.endswith("dataset_name") and path.is_dir() and inside(folder, path):
                 raise ValueError(
                     f'{argument} "{folder}" lies inside {name} "{value}", where the files of the run would become '
                     f"data: choose another {argument}"
@@ -105,7 +105,7 @@ def inputs(args: Any) -> Iterator[tuple[str, str]]:
     """(argument, value) of everything that may be a local path to be read."""
     for name in INPUTS:
         for argument, value in strings(name, getattr(args, name, None)):
-            if not (argument.endswith("dataset") and value in EMBEDDED_SETS):
+            if not (argument.endswith("dataset_name") and value in EMBEDDED_SETS):
                 yield argument, value
 
 
@@ -120,7 +120,7 @@ def strings(name: str, value: Any) -> Iterator[tuple[str, str]]:
         for item in value:
             yield from strings(name, item)
     elif value is not None:  # a data set beside the data set
-        for inner in ("dataset", "data_files"):
+        for inner in ("dataset_name", "data_files"):
             yield from strings(f"{name}.{inner}", getattr(value, inner, None))
 
 

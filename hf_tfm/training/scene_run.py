@@ -79,15 +79,15 @@ class SceneRunArguments(PictureArguments):
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
         check_fields(TfmDetrConfig, self.model, taken=("thing_ids", "num_channels"))
-        if self.init_from:
+        if self.model_name_or_path:
             if self.pretrained_backbone:
-                raise ValueError("init_from brings its own backbone: give no pretrained_backbone beside it")
+                raise ValueError("model_name_or_path brings its own backbone: give no pretrained_backbone beside it")
             return
         config = new_config(TfmDetrConfig, self)
         if config.backbone_norm == "frozen" and not self.pretrained_backbone:
             raise ValueError(
                 'model.backbone_norm "frozen" is for weights that are trained already: give pretrained_backbone, '
-                'init_from, or backbone_norm "batch" or "group"'
+                'model_name_or_path, or backbone_norm "batch" or "group"'
             )
         if config.backbone_norm == "group" and self.pretrained_backbone:
             raise ValueError(
@@ -98,9 +98,9 @@ class SceneRunArguments(PictureArguments):
 def describe(args: SceneRunArguments, rows: dict[str, datasets.Dataset]) -> dict[str, Any]:
     """What the results file and the card say of the data."""
     return {
-        "path": args.dataset,
-        "name": args.dataset_name,
-        **describe_source(args.dataset, args.dataset_revision),
+        "path": args.dataset_name,
+        "name": args.dataset_config,
+        **describe_source(args.dataset_name, args.dataset_revision),
         **{name: getattr(args, name) for name in COLUMNS if hasattr(args, name)},
         **describe_rows(rows, detection.fingerprint),
     }
@@ -117,13 +117,13 @@ def labels_of(rows: datasets.Dataset) -> dict[str, Any]:
 
 
 def build_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
-    """The model to train, with weights drawn at random or taken from ``init_from``.
+    """The model to train, with weights drawn at random or taken from ``model_name_or_path``.
 
     Args:
         kind: of the model.
         fields: of the configuration that the data decides.
     """
-    if args.init_from:
+    if args.model_name_or_path:
         return load_detr(kind, args, fields)
     model = new_model(kind, new_config(TfmDetrConfig, args, **fields))
     if args.pretrained_backbone:
@@ -137,7 +137,7 @@ def head_of(model: PreTrainedModel, name: str) -> str:
 
 
 def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict[str, Any]) -> PreTrainedModel:
-    """The model of ``init_from`` as one for these classes; says which weights are new.
+    """The model of ``model_name_or_path`` as one for these classes; says which weights are new.
 
     One of transformers' own class learns from all decoder layers, as in the paper, unless the knobs say otherwise: its
     configuration has auxiliary losses turned off by default.
@@ -148,17 +148,19 @@ def load_detr(kind: type[PreTrainedModel], args: SceneRunArguments, fields: dict
     Raises:
         ValueError: weights that do not depend on the data do not fit.
     """
-    saved = load_config(args.init_from, "init_from", trust_remote_code=None)
+    saved = load_config(args.model_name_or_path, "model_name_or_path", trust_remote_code=None)
     earlier, auxiliary = saved.id2label, {"auxiliary_loss": True} if saved.model_type == "detr" else {}
     chosen = dict(args.model)
     queries = chosen.pop("num_queries", saved.num_queries)
-    model, new = load_to_train(kind, args.init_from, head_of, chosen, resized=CLASSIFIER, **{**auxiliary, **fields})
+    model, new = load_to_train(
+        kind, args.model_name_or_path, head_of, chosen, resized=CLASSIFIER, **{**auxiliary, **fields}
+    )
     if len(earlier) == len(fields["id2label"]) and earlier != fields["id2label"]:
         new.add(fresh_head(model, name_of(model, CLASSIFIER)))
     if queries != saved.num_queries:
         new |= resize_queries(model, queries)
     if new:
-        log.warning("weights that init_from does not have start anew: %s", ", ".join(sorted(new)))
+        log.warning("weights that model_name_or_path does not have start anew: %s", ", ".join(sorted(new)))
     return model
 
 
@@ -259,7 +261,7 @@ def train_scenes(
         for split in (args.held_out, *args.test_splits)
     }
     per_epoch = learning.steps_per_epoch()
-    num_steps = args.num_steps or math.ceil(args.num_epochs * per_epoch)
+    max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
     settled, line = args.settle(per_epoch)
     accelerator.print(line)
 
@@ -275,7 +277,7 @@ def train_scenes(
     show = PredictionPictures(
         accelerator, tasks[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
     )
-    result = run.train(task, model, learning, settled, num_steps, eval_steps, score_validation, show)
+    result = run.train(task, model, learning, settled, max_steps, eval_steps, score_validation, show)
     if result.stopped:
         return run.stopped(result)
     run.save(model.eval(), processor)

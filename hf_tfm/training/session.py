@@ -57,34 +57,37 @@ class Session:
         task: Task,
         model: nn.Module,
         args: TrainingArguments,
-        num_steps: int,
+        max_steps: int,
         score: Score,
         eval_steps: int,
         show: Show | None = None,
     ):
-        self.accelerator, self.task, self.args, self.num_steps = accelerator, task, args, num_steps
+        self.accelerator, self.task, self.args, self.max_steps = accelerator, task, args, max_steps
         self.score, self.eval_steps, self.show = score, eval_steps, show
         self.output_dir = Path(args.output_dir)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        if args.compile:
+        if args.torch_compile:
             model.compile(dynamic=True)
         self.plain = model
         optimizer = build_optimizer(model, args)
-        self.schedule = build_schedule(optimizer, args, num_steps)
+        self.schedule = build_schedule(optimizer, args, max_steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
-        self.keep = max(args.keep_checkpoints, args.average_checkpoints)
+        self.keep = max(args.save_total_limit, args.average_checkpoints)
         if accelerator.is_main_process:
             states.clean(self.output_dir)
             to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # with the best and the next
             folders.require_room(self.output_dir, model, to_come, self.ema is not None)
         accelerator.wait_for_everyone()
-        shortened = args.schedule in ("inverse_sqrt", "constant")  # it has the same steps whatever comes after them
+        shortened = args.lr_scheduler_type in (
+            "inverse_sqrt",
+            "constant",
+        )  # it has the same steps whatever comes after them
         self.progress = states.resume(
             accelerator,
             self.output_dir,
-            None if shortened else num_steps,
+            None if shortened else max_steps,
             self.model,
             self.optimizer,
             self.schedule,
@@ -95,15 +98,15 @@ class Session:
             accelerator.print(f"the best weights, of step {best}, are lost: the best from here on count")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
-        self.monitor = Monitor(accelerator, args, num_steps, self.progress, task.item)
+        self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item)
         self.unseen = 0  # micro-batches since the last look
         self.stopped = False
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done and evaluated, or evaluations have not become better for long enough."""
-        done = self.progress.step >= self.num_steps and not self.progress.pending
-        return done or 0 < self.args.patience <= self.progress.waited
+        done = self.progress.step >= self.max_steps and not self.progress.pending
+        return done or 0 < self.args.early_stopping_patience <= self.progress.waited
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Train on one step; ``stop``: this rank was asked to stop."""
@@ -120,7 +123,7 @@ class Session:
         self.progress.step_in_epoch += 1
         self.unseen += len(micro_batches)
         on_host = self.accelerator.device.type == "cpu"
-        if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.num_steps:
+        if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.max_steps:
             self.unseen = 0
             self.check_finite()
             self.stopped = bool(stops.item())
@@ -141,8 +144,8 @@ class Session:
     def end_of_step(self, request: StopRequest) -> None:
         """Log, evaluate and save where it is time to."""
         step = self.progress.step
-        last = step == self.num_steps
-        if step % self.args.log_steps == 0 or last:
+        last = step == self.max_steps
+        if step % self.args.logging_steps == 0 or last:
             self.monitor.log(max(self.schedule.get_last_lr()))
         self.progress.pending = step % self.eval_steps == 0 or last
         self.evaluate_and_save(request)
@@ -161,7 +164,7 @@ class Session:
             self.save()
 
     def evaluate(self, request: StopRequest) -> bool:
-        """Evaluate, and say whether best_metric is better than ever.
+        """Evaluate, and say whether metric_for_best_model is better than ever.
 
         Raises:
             Interrupted: a stop was asked for.
@@ -173,10 +176,10 @@ class Session:
             scores = self.score(model)
             if self.show is not None:
                 self.show(model, self.progress.step)
-        name, progress = self.args.best_metric, self.progress
+        name, progress = self.args.metric_for_best_model, self.progress
         self.monitor.write({"step": progress.step, "epoch": progress.epoch, "evaluation": scores})
         if name not in scores:
-            raise ValueError(f'best_metric "{name}" is not evaluated; there are {", ".join(scores)}')
+            raise ValueError(f'metric_for_best_model "{name}" is not evaluated; there are {", ".join(scores)}')
         value = scores[name]
         better = math.isfinite(value) and (
             progress.best is None or (value < progress.best if name == "loss" else value > progress.best)
@@ -214,21 +217,21 @@ def train(
     model: nn.Module,
     loader: Loader,
     args: TrainingArguments,
-    num_steps: int,
+    max_steps: int,
     eval_steps: int,
     score: Score,
     show: Show | None = None,
 ) -> TrainingResult:
-    """Train until ``num_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
+    """Train until ``max_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
 
     SIGTERM ends the run after the step that is under way; an evaluation is left at once and made when the run goes
     on, but several processes finish it. In the end the model holds the weights ``args.final_weights`` names, and
     computes in their own precision.
 
     Args:
-        num_steps: optimizer steps of the whole run; the schedule's length.
+        max_steps: optimizer steps of the whole run; the schedule's length.
         eval_steps: steps between evaluations.
-        score: model -> {metric: value}, with ``args.best_metric`` among them.
+        score: model -> {metric: value}, with ``args.metric_for_best_model`` among them.
         show: called with the model and the step at every evaluation, on all processes; it draws a picture, say.
 
     Raises:
@@ -236,7 +239,7 @@ def train(
         OSError: a checkpoint could not be written.
         ValueError: the checkpoint is of another model, or the loader gives no step.
     """
-    session = Session(accelerator, task, model, args, num_steps, score, eval_steps, show)
+    session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show)
     progress = session.progress
     session.model.train()
     with StopRequest() as request, session.monitor.bar as bar:
@@ -289,7 +292,9 @@ def take_final_weights(session: Session) -> None:
     """Put the weights that the run ships into its model."""
     args, output_dir, best_step = session.args, session.output_dir, session.progress.best_step
     if args.final_weights == "best" and best_step is None:
-        session.monitor.say(f"no evaluation gave a {args.best_metric} that is a number: the last weights are taken")
+        session.monitor.say(
+            f"no evaluation gave a {args.metric_for_best_model} that is a number: the last weights are taken"
+        )
     elif args.final_weights == "best":
         states.load_weights(session.plain, states.checkpoint_path(output_dir, best_step) / states.MODEL_FILE)
     elif args.final_weights == "average":

@@ -55,7 +55,7 @@ class Progress:
         epoch: epoch of the next step; step_in_epoch: its place there.
         items: items of the task's main term learned from, say target tokens.
         skipped: steps left out because a gradient was not finite; streak: how many of them in a row by now.
-        best: the best value of best_metric so far, at step best_step; waited: evaluations since.
+        best: the best value of metric_for_best_model so far, at step best_step; waited: evaluations since.
         window: sums since the last log line.
         pending: the step is to be evaluated yet: a stop came before, or in between.
         unplanned: step of the last checkpoint that a stop made; it goes with the next, so that the last N are the same
@@ -182,7 +182,7 @@ def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: s
 def resume(
     accelerator: Accelerator,
     output_dir: Path,
-    num_steps: int | None,
+    max_steps: int | None,
     model: nn.Module,
     optimizer: Optimizer,
     schedule: LRScheduler,
@@ -194,7 +194,7 @@ def resume(
     starting over would silently lose the training so far.
 
     Args:
-        num_steps: of the whole run; a checkpoint of a later step is damaged. None where a run may be shortened.
+        max_steps: of the whole run; a checkpoint of a later step is damaged. None where a run may be shortened.
 
     Raises:
         ValueError: no checkpoint is sound; the message names them, and what is wrong.
@@ -212,7 +212,7 @@ def resume(
         return bool(reasons)
 
     folders = [output_dir / CHECKPOINTS / name for name in names[0]]
-    sound = [folder for folder in folders if not note(folder.name, damage(folder, num_steps, plain, ema))]
+    sound = [folder for folder in folders if not note(folder.name, damage(folder, max_steps, plain, ema))]
     progress = Progress()
     while sound:
         reason = None
@@ -245,18 +245,18 @@ def step_folders(output_dir: Path) -> list[Path]:
     return sorted(path for path in found if any((path / name).exists() for name in CHECKPOINT_FILES))
 
 
-def damage(folder: Path, num_steps: int | None, model: nn.Module, ema: AveragedModel | None) -> str | None:
+def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedModel | None) -> str | None:
     """A reason not to load a checkpoint, found in state.json and the headers of its files; None if it is sound.
 
     Args:
-        num_steps: see `resume`.
+        max_steps: see `resume`.
     """
     try:
         progress = read_state(folder / STATE_FILE)[1]
         if folder.name != checkpoint_path(folder, progress.step).name:
             raise ValueError(f"{folder / STATE_FILE} is damaged: its step is {progress.step}")
-        if num_steps is not None and progress.step > num_steps:
-            raise ValueError(f"{folder} is of step {progress.step}, and the run has {num_steps}")
+        if max_steps is not None and progress.step > max_steps:
+            raise ValueError(f"{folder} is of step {progress.step}, and the run has {max_steps}")
         check_weights(model, folder / MODEL_FILE)
         if ema is not None:
             check_weights(ema.module, folder / EMA_FILE)

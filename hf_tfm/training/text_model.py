@@ -41,14 +41,14 @@ class ModelArguments(Protocol):
 
     seed: int
     max_length: int
-    layer_decay: float
+    layer_wise_lr_decay: float
     architecture: str
     tokenizer: str | None
     vocab_size: int
     lowercase: bool
     size: str
     model: dict[str, Any]
-    init_from: str | None
+    model_name_or_path: str | None
     language_weight: float
     trust_remote_code: bool
 
@@ -64,9 +64,11 @@ def classifier_tokenizer(
     args: ModelArguments, rows: datasets.Dataset, columns: Sequence[str]
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
-    if ready := args.tokenizer or args.init_from:
+    if ready := args.tokenizer or args.model_name_or_path:
         return complete(
-            load_tokenizer(ready, "tokenizer" if args.tokenizer else "init_from", None, args.trust_remote_code)
+            load_tokenizer(
+                ready, "tokenizer" if args.tokenizer else "model_name_or_path", None, args.trust_remote_code
+            )
         )
     _, learn = ARCHITECTURES[args.architecture]
     return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
@@ -108,7 +110,7 @@ def class_fields(labels: Sequence[str] | None) -> dict[str, Any]:
 def build_classifier(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, vocab_size: int = 0
 ) -> PreTrainedModel:
-    """The model to train, with weights drawn from the seed or taken from ``init_from``.
+    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``.
 
     The tokenizer learns the model's longest input; what else of its outputs the model reads, `keep_what_is_read` says.
 
@@ -120,8 +122,8 @@ def build_classifier(
         ValueError: the model does not fit the tokenizer, ``max_length`` or ``args.model``, or lacks weights.
     """
     set_seed(args.seed)
-    if args.init_from:
-        model = load_classifier(args.init_from, tokenizer, labels, args.model, args.trust_remote_code)
+    if args.model_name_or_path:
+        model = load_classifier(args.model_name_or_path, tokenizer, labels, args.model, args.trust_remote_code)
     else:
         config_class, _ = ARCHITECTURES[args.architecture]
         tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
@@ -169,7 +171,7 @@ def load_classifier(
     Raises:
         ValueError: a field is unknown, or the model lacks weights below its classifier.
     """
-    earlier = load_config(name, "init_from", trust_remote_code=trust_remote_code)
+    earlier = load_config(name, "model_name_or_path", trust_remote_code=trust_remote_code)
     if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
         raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
     # A DistilBERT, whose classifier has a layer with ReLU below it.
@@ -217,15 +219,18 @@ def fresh_classifier(model: PreTrainedModel) -> None:
 
 
 def check_height(args: ModelArguments, model: PreTrainedModel) -> None:
-    """Refuse ``layer_decay`` for a model whose layers `optim.height` cannot tell from the names of its weights.
+    """Refuse ``layer_wise_lr_decay`` for a model whose layers `optim.height` cannot tell from the names of its
+    weights.
 
     Raises:
         ValueError: it cannot.
     """
-    if args.layer_decay == 1.0:
+    if args.layer_wise_lr_decay == 1.0:
         return
     words = model.get_input_embeddings().weight
     heights = [(parameter is words, height(name)) for name, parameter in model.named_parameters()]
     blocks = any(0 < place < float("inf") for _, place in heights)
     if not blocks or any(place != 0 for embedded, place in heights if embedded):
-        raise ValueError(f"layer_decay must be 1 for a {model.config.model_type} model, got {args.layer_decay}")
+        raise ValueError(
+            f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model, got {args.layer_wise_lr_decay}"
+        )

@@ -37,7 +37,7 @@ from .arguments import TrainingArguments
 from .splits import split_rows
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-PLACES = ("init_from", "teacher", "cache")  # knobs whose "{task}" stands for the task's name
+PLACES = ("model_name_or_path", "teacher", "cache")  # knobs whose "{task}" stands for the task's name
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
 
 
@@ -46,9 +46,9 @@ class TextArguments(TrainingArguments):
     """Training on texts, or pairs of them, with labels.
 
     Args:
-        dataset: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity"; "{task}" in
-            it stands for the task's name.
-        dataset_name: configuration of the data set; default, the task's name where the data set is called "glue".
+        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity"; "{task}"
+            in it stands for the task's name.
+        dataset_config: configuration of the data set; default, the task's name where the data set is called "glue".
         dataset_revision: commit, tag or branch on the Hub.
         data_files: files by split, where dataset is a format such as "parquet".
         tasks: of GLUE, with commas between, or "glue" for all nine: each is a run of its own, in a folder of
@@ -73,7 +73,7 @@ class TextArguments(TrainingArguments):
         micro_batch_tokens: padded tokens that one process computes at once, in place of micro_batch_size.
         warmup_ratio: share of the steps, in place of warmup_steps, which is then null.
         metrics: of the final scores; default, the task's, otherwise accuracy, or pearson and spearman of numbers.
-        best_metric: loss or one of the metrics; default, the first.
+        metric_for_best_model: loss or one of the metrics; default, the first.
         license: licence of the model, for its card.
 
     The others are those of `TrainingArguments`.
@@ -84,8 +84,8 @@ class TextArguments(TrainingArguments):
 
     fitting: ClassVar = TEXT_CLASSES
 
-    dataset: str
-    dataset_name: str | None = None
+    dataset_name: str
+    dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: dict[str, str | list[str]] | None = None
     tasks: str | None = None
@@ -106,7 +106,7 @@ class TextArguments(TrainingArguments):
     micro_batch_tokens: int | None = None
     warmup_ratio: float | None = None
     metrics: list[Metric] = field(default_factory=list)
-    best_metric: str | None = None
+    metric_for_best_model: str | None = None
     license: str | None = None
 
     def __post_init__(self):
@@ -166,11 +166,11 @@ class TextArguments(TrainingArguments):
         if self.warmup_ratio is not None and not 0.0 <= self.warmup_ratio < 1.0:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
 
-    def settle(self, num_steps: int) -> "TextArguments":
+    def settle(self, max_steps: int) -> "TextArguments":
         """These knobs with ``warmup_steps`` alone, for the optimizer."""
         if self.warmup_ratio is None:
             return self
-        return replace(self, warmup_steps=round(self.warmup_ratio * num_steps), warmup_ratio=None)
+        return replace(self, warmup_steps=round(self.warmup_ratio * max_steps), warmup_ratio=None)
 
 
 @dataclass
@@ -200,7 +200,7 @@ class LabelledTexts:
 
     def described(self, args: TextArguments) -> dict[str, Any]:
         """What the results file and the card say of the data."""
-        dataset, name = args.dataset, args.dataset_name
+        dataset, name = args.dataset_name, args.dataset_config
         if args.task:
             dataset, name = glue.place_of(args.task, dataset, name)
         return {
@@ -220,7 +220,7 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
         MissingData: the data set cannot be found, and ``args.task`` names a task.
         ValueError: there is no such data set, split, column or label.
     """
-    where = (args.dataset, args.dataset_name, args.dataset_revision, args.data_files)
+    where = (args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
     task = glue.find_task(args.task) if args.task else None
     splits = glue.load_task(task, *where) if task else load_texts(*where)
     columns = args.text_columns or list(task.text_columns if task else ())
@@ -245,10 +245,10 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
         check_labelled(rows[name], name, argument, labels, numbered=bool(task))
     metrics = args.metrics or list(task.metrics if task else ["pearson", "spearman"] if regression else ["accuracy"])
     check_metrics(metrics, regression)
-    best = args.best_metric or metrics[0]
+    best = args.metric_for_best_model or metrics[0]
     if best not in ("loss", *metrics):
-        raise ValueError(f'best_metric must be loss or among metrics, {", ".join(metrics)}, got "{best}"')
-    args = replace(args, text_columns=columns, metrics=metrics, best_metric=best)
+        raise ValueError(f'metric_for_best_model must be loss or among metrics, {", ".join(metrics)}, got "{best}"')
+    args = replace(args, text_columns=columns, metrics=metrics, metric_for_best_model=best)
     return args, LabelledTexts(rows, labels, validation, args.test_splits)
 
 
@@ -332,6 +332,6 @@ def text_loader(
         micro_batch_tokens=args.micro_batch_size or args.micro_batch_tokens,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=args.num_workers if learning else 0,
+        num_workers=args.dataloader_num_workers if learning else 0,
         pin_memory=accelerator.device.type == "cuda",
     )

@@ -31,7 +31,7 @@ def token_loader(
         "micro_batch_tokens": args.micro_batch_tokens,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
-        "num_workers": args.num_workers if learning else 0,
+        "num_workers": args.dataloader_num_workers if learning else 0,
         "pin_memory": accelerator.device.type == "cuda",
     }
     if isinstance(rows, datasets.IterableDataset):
@@ -50,8 +50,8 @@ def check_stream(args: TokenArguments, max_length: int, scored: Sequence[str]) -
     Raises:
         ValueError: the length of the run is not given, the stream is scored too, or a sample may not fit a batch.
     """
-    if args.num_steps is None:
-        raise ValueError("streaming needs num_steps: the length of a stream is not known")
+    if args.max_steps is None:
+        raise ValueError("streaming needs max_steps: the length of a stream is not known")
     if args.train_split in scored:
         raise ValueError(f'streaming: train_split "{args.train_split}" cannot be scored too')
     budget = min(args.batch_tokens, args.micro_batch_tokens or args.batch_tokens)

@@ -47,13 +47,15 @@ def got(option: str, *parts: str) -> str:
 
 
 SHORT = "--config quickstart --output_dir {out} --progress false"
-ONE = f"{SHORT} --num_steps 1 --eval_steps 1"
-NO_EPOCHS = "--num_epochs null --warmup_epochs null"
+ONE = f"{SHORT} --max_steps 1 --eval_steps 1"
+NO_EPOCHS = "--num_train_epochs null --warmup_epochs null"
 VISION = f"run image_classification_train {SHORT}"
 VISION_ONE = f"run image_classification_train {ONE} {NO_EPOCHS} --test_splits [] --batch_size 4"
 VISION_ONE += " --model.hidden_size 16 --model.num_hidden_layers 1 --image_size 16 --model.num_attention_heads 2"
 TEXT = f"run text_classification_train {SHORT}"
-TEXT_ONE = f"run text_classification_train {ONE} --num_epochs null --warmup_ratio null --test_splits [] --batch_size 4"
+TEXT_ONE = (
+    f"run text_classification_train {ONE} --num_train_epochs null --warmup_ratio null --test_splits [] --batch_size 4"
+)
 TEXT_ONE += " --model.hidden_size 16 --model.num_attention_heads 2"
 LANGUAGE = f"run language_pretrain {SHORT}"
 TRANSLATION = f"run translation_train {SHORT}"
@@ -61,7 +63,7 @@ MAE = f"run mae_pretrain {SHORT}"
 DETECTION = f"run detection_train {SHORT}"
 SCENE = "--warmup_steps 0 --batch_size 2 --max_train_samples null --shortest_side 64 --longest_side 64"
 SCENE += ' --validation_split validation --augmentation \'{"scales": [64], "max_size": 64, "crop": 0.0, "flip": 0.0}\''
-DETECTION_ONE = f"run detection_train {ONE} {SCENE} --precision no --model.num_queries 5 --dataset {{in}}"
+DETECTION_ONE = f"run detection_train {ONE} {SCENE} --mixed_precision no --model.num_queries 5 --dataset_name {{in}}"
 PANOPTIC = f"run panoptic_train {SHORT}"
 DISTIL = {
     name: f"run {name} {SHORT}"
@@ -71,28 +73,28 @@ DISTIL = {
 # Options of every recipe: (command, words, pattern).
 OPTIONS: list[tuple[str, str, str]] = [
     # lengths and schedules
-    (VISION, "--num_epochs null --num_steps 2.5", got("num_steps", "2.5")),
-    (VISION, "--num_epochs null --num_steps 0", got("num_steps", "1", "0")),
-    (VISION, "--num_epochs null --num_steps -3", got("num_steps", "1", "-3")),
-    (VISION, "--num_epochs null --num_steps many", got("num_steps", "integer", "many")),
-    (VISION, "--num_epochs null --num_steps 99999999999999999999", got("num_steps", "99999999999999999999")),
-    (VISION, "--num_epochs .nan", got("num_epochs", "nan")),
-    (VISION, "--num_epochs -1", got("num_epochs", "0", "-1")),
-    (VISION, "--num_epochs 1e30", got("num_epochs", "1,000,000", "1e+30")),
-    (VISION, "--num_steps 5", got("num_epochs", "num_steps", "5")),
-    (VISION, "--num_epochs null", got("num_epochs", "num_steps", "None")),
+    (VISION, "--num_train_epochs null --max_steps 2.5", got("max_steps", "2.5")),
+    (VISION, "--num_train_epochs null --max_steps 0", got("max_steps", "1", "0")),
+    (VISION, "--num_train_epochs null --max_steps -3", got("max_steps", "1", "-3")),
+    (VISION, "--num_train_epochs null --max_steps many", got("max_steps", "integer", "many")),
+    (VISION, "--num_train_epochs null --max_steps 99999999999999999999", got("max_steps", "99999999999999999999")),
+    (VISION, "--num_train_epochs .nan", got("num_train_epochs", "nan")),
+    (VISION, "--num_train_epochs -1", got("num_train_epochs", "0", "-1")),
+    (VISION, "--num_train_epochs 1e30", got("num_train_epochs", "1,000,000", "1e+30")),
+    (VISION, "--max_steps 5", got("num_train_epochs", "max_steps", "5")),
+    (VISION, "--num_train_epochs null", got("num_train_epochs", "max_steps", "None")),
     (VISION, "--warmup_epochs 50", got("warmup_epochs", "10", "50")),
     (VISION, "--warmup_epochs .inf", got("warmup_epochs", "finite", "inf")),
     (VISION, "--warmup_steps 7", got("warmup_steps", "warmup_epochs", "7")),
     (TRANSLATION, "--warmup_steps 401", got("warmup_steps", "200", "401")),
     (TEXT, "--warmup_ratio 1.5", got("warmup_ratio", "1", "1.5")),
     (TEXT, "--warmup_steps 5", got("warmup_steps", "warmup_ratio", "5")),
-    (VISION, "--schedule cosin", got("schedule", "cosine", '"cosin"', "did you mean cosine")),
-    (VISION, "--drop_after 2", got("drop_after", "1", "2")),
+    (VISION, "--lr_scheduler_type cosin", got("schedule", "cosine", '"cosin"', "did you mean cosine")),
+    (VISION, "--lr_drop_ratio 2", got("lr_drop_ratio", "1", "2")),
     (VISION, "--eval_steps 0", got("eval_steps", "1", "0")),
     (VISION, "--save_steps -1", got("save_steps", "1", "-1")),
-    (VISION, "--log_steps 0", got("log_steps", "1", "0")),
-    (VISION, "--patience -1", got("patience", "0", "-1")),
+    (VISION, "--logging_steps 0", got("logging_steps", "1", "0")),
+    (VISION, "--early_stopping_patience -1", got("early_stopping_patience", "0", "-1")),
     # optimizers
     (VISION, "--learning_rate .inf", got("learning_rate", "finite", "inf")),
     (VISION, "--learning_rate .nan", got("learning_rate", "finite", "nan")),
@@ -103,8 +105,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--weight_decay .inf", got("weight_decay", "finite", "inf")),
     (VISION, "--weight_decay -1", got("weight_decay", "0", "-1")),
     (VISION, "--weight_decay 5000", got("weight_decay", "learning_rate", "5000")),
-    (VISION, "--layer_decay 5", got("layer_decay", "1", "5")),
-    (VISION, "--layer_decay 0", got("layer_decay", "0", "0")),
+    (VISION, "--layer_wise_lr_decay 5", got("layer_wise_lr_decay", "1", "5")),
+    (VISION, "--layer_wise_lr_decay 0", got("layer_wise_lr_decay", "0", "0")),
     (VISION, "--adam_betas [0.9]", got("adam_betas", "2", "[0.9]")),
     (VISION, "--adam_betas [0.9,1.0]", got("adam_betas", "1", "1.0")),
     (VISION, "--adam_betas 0.9", got("adam_betas", "2", "0.9")),
@@ -114,25 +116,25 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--rate_factors '{embeddings: .inf}'", got("rate_factors", "embeddings", "inf")),
     (VISION, "--rate_factors 0.1", got("rate_factors", "mapping", "0.1")),
     (VISION, "--optimizer adamm", got("optimizer", "adamw", '"adamm"')),
-    (VISION, "--precision fp16", got("precision", "fp16", "accelerator")),
-    (VISION, "--precision half", got("precision", "fp16", '"half"')),
+    (VISION, "--mixed_precision fp16", got("precision", "fp16", "accelerator")),
+    (VISION, "--mixed_precision half", got("precision", "fp16", '"half"')),
     (VISION, "--ema_decay 1", got("ema_decay", "1", "1")),
     (VISION, "--final_weights ema", got("final_weights", "ema", "0")),
     (VISION, "--final_weights average", got("final_weights", "average", "0")),
-    (VISION, "--keep_checkpoints 0", got("keep_checkpoints", "1", "0")),
+    (VISION, "--save_total_limit 0", got("save_total_limit", "1", "0")),
     (VISION, "--seed -1", got("seed", "0", "-1")),
     (VISION, "--seed 4294967296", got("seed", "4,294,967,295", "4294967296")),
     (VISION, "--seed 1.5", got("seed", "integer", "1.5")),
-    (VISION, "--num_workers 100000", got("num_workers", "cores", "100000")),
-    (VISION, "--trackers [mlflow]", got("trackers", "tensorboard", "mlflow")),
+    (VISION, "--dataloader_num_workers 100000", got("num_workers", "cores", "100000")),
+    (VISION, "--report_to [mlflow]", got("trackers", "tensorboard", "mlflow")),
     (VISION, "--progress maybe", got("progress", "true or false", "maybe")),
-    (VISION, "--compile 1", got("compile", "true or false", "1")),
-    (VISION, "--best_metric bleu", got("best_metric", "accuracy", "bleu")),
+    (VISION, "--torch_compile 1", got("compile", "true or false", "1")),
+    (VISION, "--metric_for_best_model bleu", got("metric_for_best_model", "accuracy", "bleu")),
     # names
     (VISION, "--output_dir ''", got("output_dir", "empty", '""')),
     (VISION, "--output_dir ' '", got("output_dir", "blank", '" "')),
     (VISION, "--run_name ''", got("run_name", "empty", '""')),
-    (VISION, "--dataset ''", got("dataset", "empty", '""')),
+    (VISION, "--dataset_name ''", got("dataset", "empty", '""')),
     (VISION, "--train_split ''", got("train_split", "empty", '""')),
     (VISION, "--learning_rat 1", r"--learning_rat is not an option; did you mean --learning_rate\?"),
     (VISION, "--epochs 3", r"--epochs is not an option"),
@@ -159,7 +161,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--holdout 5", got("validation_split", "holdout", "5")),
     (VISION, "--validation_split null", got("validation_split", "holdout", "None")),
     (VISION, "--holdout 100000 --validation_split null", got("holdout", "rows of train", "100000")),
-    (VISION, "--streaming true", got("streaming", "num_steps")),
+    (VISION, "--streaming true", got("streaming", "max_steps")),
     (VISION, "--label_smoothing 1", got("label_smoothing", "1", "1.0")),
     (VISION, "--test_splits test", got("test_splits", "list", '"test"')),
     (VISION, "--test_splits [test,test]", got("test_splits", '"test"', "twice")),
@@ -182,16 +184,16 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--model.num_attention_heads 5", got("hidden_size", "5", "64")),
     (VISION, "--model.num_hidden_layers 1000000000", got("model.num_hidden_layers", "10,000", "1000000000")),
     (VISION, "--size giant", got("size", "huge", '"giant"')),
-    (VISION, "--linear_probe true", got("linear_probe", "init_from")),
-    (VISION, "--init_from /no/where", got("init_from", "/no/where")),
-    (VISION, "--dataset /no/where", got("dataset", "/no/where")),
-    (VISION, "--dataset no-such-set", got("dataset", "no-such-set")),
+    (VISION, "--linear_probe true", got("linear_probe", "model_name_or_path")),
+    (VISION, "--model_name_or_path /no/where", got("model_name_or_path", "/no/where")),
+    (VISION, "--dataset_name /no/where", got("dataset", "/no/where")),
+    (VISION, "--dataset_name no-such-set", got("dataset", "no-such-set")),
     # masked autoencoders
     (MAE, "--model.mask_ratio 1.5", got("mask_ratio", "1", "1.5")),
     (MAE, "--model.mask_ratio .nan", got("mask_ratio", "finite", "nan")),
     (MAE, "--model.decoder_hidden_size 6", got("decoder_hidden_size", "4", "6")),
-    (MAE, "--best_metric accuracy", got("best_metric", "loss", "accuracy")),
-    (MAE, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    (MAE, "--metric_for_best_model accuracy", got("metric_for_best_model", "loss", "accuracy")),
+    (MAE, "--model_name_or_path /no/where --model '{}'", got("model_name_or_path", "/no/where")),
     (MAE, "--shuffle_buffer 0", got("shuffle_buffer", "1", "0")),
     # texts
     (TEXT, "--text_columns [text,text]", got("text_columns", '"text"', "twice")),
@@ -215,12 +217,12 @@ OPTIONS: list[tuple[str, str, str]] = [
     (TEXT, "--language_weight 1", got("language_weight", "gpt")),
     (TEXT, "--architecture t5", got("architecture", "bert", '"t5"')),
     (TEXT, "--tokenizer /no/where", got("tokenizer", "/no/where")),
-    (TEXT, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    (TEXT, "--model_name_or_path /no/where --model '{}'", got("model_name_or_path", "/no/where")),
     # language models
     (LANGUAGE, "--objective next", got("objective", "causal", '"next"')),
     (LANGUAGE, "--sequences triples", got("sequences", "packed", '"triples"')),
     (LANGUAGE, "--objective causal --sequences pairs", got("sequences", "masked")),
-    (LANGUAGE, "--mask_share 1", got("mask_share", "1", "1.0")),
+    (LANGUAGE, "--mlm_probability 1", got("mlm_probability", "1", "1.0")),
     (LANGUAGE, "--max_length 33", got("max_length", "32", "33")),
     (LANGUAGE, "--batch_tokens 0", got("batch_tokens", "1", "0")),
     (LANGUAGE, "--batch_tokens 1.5", got("batch_tokens", "integer", "1.5")),
@@ -252,11 +254,11 @@ OPTIONS: list[tuple[str, str, str]] = [
     (DETECTION, "--augmentation.max_size 4", got("max_size", "128", "4")),
     (DETECTION, "--augmentation.crop_size [5,1]", got("crop_size", "smaller first", "5, 1")),
     (DETECTION, "--box_format yxyx", got("box_format", "xywh", '"yxyx"')),
-    (DETECTION, "--best_metric PQ", got("best_metric", "AP", "PQ")),
+    (DETECTION, "--metric_for_best_model PQ", got("metric_for_best_model", "AP", "PQ")),
     (DETECTION, "--model.num_queries 0", got("num_queries", "1", "0")),
-    (DETECTION, "--init_from /no/where --model '{}'", got("init_from", "/no/where")),
+    (DETECTION, "--model_name_or_path /no/where --model '{}'", got("model_name_or_path", "/no/where")),
     (PANOPTIC, "--stage mask", got("stage", "masks", '"mask"')),
-    (PANOPTIC, "--stage masks", got("stage", "masks", "init_from")),
+    (PANOPTIC, "--stage masks", got("stage", "masks", "model_name_or_path")),
     (PANOPTIC, "--panoptic_column ''", got("panoptic_column", "empty", '""')),
     # distillation
     (DISTIL["distill_vision"], "--teacher ''", got("teacher", "empty", '""')),
@@ -295,16 +297,20 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("run distill_cache distill_vision --config quickstart", "--output_dir {out}", got("write_cache", "cache")),
     ("run distill_cache distill_visions", "--output_dir {out}", "distill_visions"),
     # augmentation of texts
-    ("run augment_texts --dataset number-parity --output_dir {out}", "", got("model")),
-    ("run augment_texts --dataset number-parity --model /no/where", "--output_dir {out}", got("model", "/no/where")),
-    ("run augment_texts --dataset number-parity --model x", "--output_dir {in}", "output_dir .*in exists"),
+    ("run augment_texts --dataset_name number-parity --output_dir {out}", "", got("model")),
     (
-        "run augment_texts --dataset number-parity --model x --output_dir {out}",
+        "run augment_texts --dataset_name number-parity --model /no/where",
+        "--output_dir {out}",
+        got("model", "/no/where"),
+    ),
+    ("run augment_texts --dataset_name number-parity --model x", "--output_dir {in}", "output_dir .*in exists"),
+    (
+        "run augment_texts --dataset_name number-parity --model x --output_dir {out}",
         "--substitution.copies 0",
         got("copies", "1", "0"),
     ),
     (
-        "run augment_texts --dataset number-parity --model {models}/bert --output_dir {out}",
+        "run augment_texts --dataset_name number-parity --model {models}/bert --output_dir {out}",
         "--text_columns [words]",
         got("text_columns", "words"),
     ),
@@ -312,23 +318,31 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("run", "nosuch", r'no recipe "nosuch"'),
     ("nosuch", "", 'no command "nosuch"'),
     ("evaluate", "", "model and dataset"),
-    ("evaluate {models}/tr --dataset number-words", "--batch_tokens 0", got("batch_tokens", "1", "0")),
-    ("evaluate {models}/tr --dataset number-words", "--num_beams 100000", got("num_beams", "1,024", "100")),
-    ("evaluate {models}/tr --dataset number-words", "--max_sample 2", r"did you mean --max_samples\?"),
-    ("evaluate {models}/tr --dataset number-words", "--split dev", got("split", "dev", "train")),
-    ("evaluate {models}/tr --dataset number-words", "--confusion x.png", got("confusion", "classifiers")),
-    ("evaluate {models}/tr --dataset number-words", "--metrics [accuracy]", got("metrics", "bleu", "accuracy")),
-    ("evaluate {models}/vit --dataset digits", "--max_samples 0", got("max_samples", "1", "0")),
-    ("evaluate {models}/vit --dataset digits", "--max_samples few", got("max_samples", "integer", "few")),
-    ("evaluate {models}/vit --dataset digits", "--batch_size -1", got("batch_size", "1", "-1")),
-    ("evaluate {models}/vit --dataset digits", "--num_workers 100000", got("num_workers", "256", "100")),
-    ("evaluate {models}/vit --dataset digits", "--precision half", got("precision", "half")),
-    ("evaluate {models}/vit --dataset /no/where", "", got("dataset", "/no/where")),
-    ("evaluate {models}/gpt --dataset number-words --text_column translation.en", "--batch_tokens 0", "batch_tokens"),
-    ("evaluate {models}/gpt --dataset number-words", "--mask_share 2", got("mask_share", "1", "2")),
-    ("evaluate {models}/txt --dataset number-parity", "--max_length 0", got("max_length", "1", "0")),
-    ("evaluate /no/where --dataset digits", "", got("model", "/no/where")),
-    ("evaluate {models}/nothing --dataset digits", "", got("model", "nothing")),
+    ("evaluate {models}/tr --dataset_name number-words", "--batch_tokens 0", got("batch_tokens", "1", "0")),
+    ("evaluate {models}/tr --dataset_name number-words", "--num_beams 100000", got("num_beams", "1,024", "100")),
+    ("evaluate {models}/tr --dataset_name number-words", "--max_sample 2", r"did you mean --max_samples\?"),
+    ("evaluate {models}/tr --dataset_name number-words", "--split dev", got("split", "dev", "train")),
+    ("evaluate {models}/tr --dataset_name number-words", "--confusion x.png", got("confusion", "classifiers")),
+    ("evaluate {models}/tr --dataset_name number-words", "--metrics [accuracy]", got("metrics", "bleu", "accuracy")),
+    ("evaluate {models}/vit --dataset_name digits", "--max_samples 0", got("max_samples", "1", "0")),
+    ("evaluate {models}/vit --dataset_name digits", "--max_samples few", got("max_samples", "integer", "few")),
+    ("evaluate {models}/vit --dataset_name digits", "--batch_size -1", got("batch_size", "1", "-1")),
+    (
+        "evaluate {models}/vit --dataset_name digits",
+        "--dataloader_num_workers 100000",
+        got("num_workers", "256", "100"),
+    ),
+    ("evaluate {models}/vit --dataset_name digits", "--mixed_precision half", got("precision", "half")),
+    ("evaluate {models}/vit --dataset_name /no/where", "", got("dataset", "/no/where")),
+    (
+        "evaluate {models}/gpt --dataset_name number-words --text_column translation.en",
+        "--batch_tokens 0",
+        "batch_tokens",
+    ),
+    ("evaluate {models}/gpt --dataset_name number-words", "--mlm_probability 2", got("mlm_probability", "1", "2")),
+    ("evaluate {models}/txt --dataset_name number-parity", "--max_length 0", got("max_length", "1", "0")),
+    ("evaluate /no/where --dataset_name digits", "", got("model", "/no/where")),
+    ("evaluate {models}/nothing --dataset_name digits", "", got("model", "nothing")),
     ("convert {models}/vit", "--to gguf --output_dir {out}", got("to", "vit", "gguf")),
     ("convert {models}/vit", "--to vit", "output_dir"),
     ("convert {models}/vit", "--to gpt2 --output_dir {out}", "gpt2"),
@@ -403,7 +417,7 @@ BOMB = "\n".join(
     ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
 )
 YAML = [
-    yaml_row("duplicate_key", "seed: 1\nlog_steps: 5\nseed: 2\n", "a.yaml.*line 3.*seed.*twice"),
+    yaml_row("duplicate_key", "seed: 1\nlogging_steps: 5\nseed: 2\n", "a.yaml.*line 3.*seed.*twice"),
     yaml_row("duplicate_nested_key", "model: {patch_size: 4, patch_size: 8}\n", "a.yaml.*patch_size.*twice"),
     yaml_row("list", "- seed\n- 1\n", "a.yaml must be a mapping"),
     yaml_row("scalar", "fast", "a.yaml must be a mapping"),
@@ -480,7 +494,7 @@ def text_rows() -> list[Row]:
     return [
         Row(
             f"texts_{name}",
-            f"{TEXT_ONE} --dataset {{in}} --text_columns [text]",
+            f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text]",
             error,
             lambda folder, changes=changes: inputs.texts(folder, **changes),
         )
@@ -501,7 +515,7 @@ def image_rows() -> list[Row]:
     return [
         Row(
             f"images_{name}",
-            f"{VISION_ONE} --dataset {{in}} --max_bad_images 3",
+            f"{VISION_ONE} --dataset_name {{in}} --max_bad_images 3",
             error,
             lambda folder, changes=changes: inputs.images(folder, **changes),
         )
@@ -610,7 +624,7 @@ FOLDERS: list[tuple[str, dict, str]] = [
 def folder_rows() -> list[Row]:
     """Rows of folders that hold no usable model, for every command that reads one."""
     commands = {
-        "evaluate": "evaluate {in}/m --dataset digits --max_samples 2 --progress false",
+        "evaluate": "evaluate {in}/m --dataset_name digits --max_samples 2 --progress false",
         "convert": "convert {in}/m --to vit --output_dir {out}",
         "show": "show positions {in}/m --output {out}.png",
     }
@@ -621,7 +635,7 @@ def folder_rows() -> list[Row]:
     ]
 
 
-EVALUATION = "evaluate {models}/vit --dataset {in} --progress false"
+EVALUATION = "evaluate {models}/vit --dataset_name {in} --progress false"
 FILES = [
     Row(
         "evaluate_output_is_a_folder", f"{EVALUATION} --output {{in}}", "in: Is a directory|output .*in", inputs.images
@@ -638,41 +652,68 @@ FILES = [
         "image|png",
         lambda folder: inputs.images(folder, test=b"broken"),
     ),
-    Row("evaluate_model_of_texts", "evaluate {models}/txt --dataset {in} --progress false", "text", inputs.images),
+    Row(
+        "evaluate_model_of_texts", "evaluate {models}/txt --dataset_name {in} --progress false", "text", inputs.images
+    ),
     Row(
         "unknown_backbone", f"{DETECTION_ONE} --model.backbone resnet9000", got("backbone", "resnet9000"), inputs.coco
     ),
     Row(
         "distill_detection_from_a_classifier",
-        f"run distill_detection {ONE} {SCENE} --precision no --dataset {{in}} --teacher {{models}}/vit",
+        f"run distill_detection {ONE} {SCENE} --mixed_precision no --dataset_name {{in}} --teacher {{models}}/vit",
         got("teacher", "vit"),
         inputs.coco,
     ),
-    Row("train_from_a_translator", f"{VISION} --init_from {{models}}/tr --model '{{}}'", got("init_from"), None),
-    Row("train_from_a_detector", f"{MAE} --init_from {{models}}/det --model '{{}}'", got("init_from"), None),
-    Row("train_texts_from_images", f"{TEXT} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
-    Row("train_language_from_images", f"{LANGUAGE} --init_from {{models}}/vit --model '{{}}'", got("init_from"), None),
+    Row(
+        "train_from_a_translator",
+        f"{VISION} --model_name_or_path {{models}}/tr --model '{{}}'",
+        got("model_name_or_path"),
+        None,
+    ),
+    Row(
+        "train_from_a_detector",
+        f"{MAE} --model_name_or_path {{models}}/det --model '{{}}'",
+        got("model_name_or_path"),
+        None,
+    ),
+    Row(
+        "train_texts_from_images",
+        f"{TEXT} --model_name_or_path {{models}}/vit --model '{{}}'",
+        got("model_name_or_path"),
+        None,
+    ),
+    Row(
+        "train_language_from_images",
+        f"{LANGUAGE} --model_name_or_path {{models}}/vit --model '{{}}'",
+        got("model_name_or_path"),
+        None,
+    ),
     Row(
         "augment_texts_with_missing_ones",
-        "run augment_texts --dataset {in} --text_columns [text] --model {models}/bert --output_dir {out}",
+        "run augment_texts --dataset_name {in} --text_columns [text] --model {models}/bert --output_dir {out}",
         'column "text" must hold text, got None in row 1',
         lambda folder: inputs.texts(folder, train=[["a text", 0], [None, 1]] * 4),
     ),
 ]
 
 VALID = [
-    Row("valid_texts", f"{TEXT_ONE} --dataset {{in}} --text_columns [text] --warmup_steps 1", None, inputs.texts),
+    Row("valid_texts", f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text] --warmup_steps 1", None, inputs.texts),
     Row("valid_texts_evaluated_at_the_end", f"{TEXT_ONE} --eval_steps 100000 --save_steps 100000", None),
     Row(
         "valid_texts_with_quotes_and_empty_cells_elsewhere",
-        f"{TEXT_ONE} --dataset {{in}} --text_columns [text]",
+        f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text]",
         None,
         lambda folder: inputs.texts(folder, train=[['a "quoted, text"', 0], ["NA", 1], ["null", 0], ["None", 1]] * 3),
     ),
-    Row("valid_images", f"{VISION_ONE} --dataset {{in}} --layer_decay 1 --seed 4294967295", None, inputs.images),
+    Row(
+        "valid_images",
+        f"{VISION_ONE} --dataset_name {{in}} --layer_wise_lr_decay 1 --seed 4294967295",
+        None,
+        inputs.images,
+    ),
     Row(
         "valid_one_broken_image",
-        f"{VISION_ONE} --dataset {{in}} --max_bad_images 1",
+        f"{VISION_ONE} --dataset_name {{in}} --max_bad_images 1",
         None,
         lambda folder: inputs.images(folder, train_ant_0=b"broken"),
     ),

@@ -105,7 +105,7 @@ def test_a_run_of_an_earlier_version_is_evaluated(tmp_path):
         for row in json.loads((FIXTURES / "run" / "results.json").read_text())["metrics"]
         if row["split"] == "test"
     ]
-    found = evaluate(str(FIXTURES / "run"), dataset="number-parity", split="test", progress=False)
+    found = evaluate(str(FIXTURES / "run"), dataset_name="number-parity", split="test", progress=False)
     scores = {row["name"]: row["value"] for row in found["metrics"]}
     assert expected and all(scores[name] == pytest.approx(value, abs=2e-3) for name, value in expected)
 

@@ -136,7 +136,7 @@ def test_what_is_made_of_rows_is_made_of_these(tmp_path):
 def test_more_texts_and_labelled_texts_are_read_again(tmp_path):
     for texts in (OLD, NEW):
         place = folder(tmp_path / "mydata", texts)
-        assert Corpus(dataset=place).rows()["text"][:] == texts
+        assert Corpus(dataset_name=place).rows()["text"][:] == texts
         assert load_texts(place)["train"]["text"][:] == texts
 
 

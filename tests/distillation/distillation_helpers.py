@@ -181,7 +181,7 @@ def detection_task(config: TfmDetrConfig) -> DetectionTask:
 
 
 def language_task(seed: int = 0) -> MaskedLanguageTask:
-    return MaskedLanguageTask(tokenizer(), mask_share=0.3, seed=seed)
+    return MaskedLanguageTask(tokenizer(), mlm_probability=0.3, seed=seed)
 
 
 def distillation(
@@ -218,7 +218,7 @@ def trained(
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
-    args = TrainingArguments(output_dir=".", **{"num_steps": 1, "warmup_steps": 0, "adam_epsilon": 1e-4, **knobs})
+    args = TrainingArguments(output_dir=".", **{"max_steps": 1, "warmup_steps": 0, "adam_epsilon": 1e-4, **knobs})
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
     found = []

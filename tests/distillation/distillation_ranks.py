@@ -42,7 +42,7 @@ def train_steps(
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collate, micro, **place)
     freeze_unused(accelerator, task, model, task.collate(rows[:1], [0], 0))
-    args = TrainingArguments(output_dir=".", num_steps=2, adam_epsilon=1e-4, warmup_steps=0)
+    args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
     for step in loader.epoch(0):

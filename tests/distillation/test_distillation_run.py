@@ -21,9 +21,9 @@ TERMS = [
     {"kind": "attention_score"},
 ]
 KNOBS = {
-    "num_steps": 8,
+    "max_steps": 8,
     "warmup_steps": 2,
-    "log_steps": 2,
+    "logging_steps": 2,
     "save_steps": 2,
     "learning_rate": 3e-3,
     "final_weights": "last",
@@ -64,21 +64,21 @@ def run(folder, last=None, cache=None, **knobs):
         write_cache(task.teacher, plain, rows, cache, 2, names, dtype="fp32", data="abc")
         task = DistillationTask(plain, CachedTeacher(cache), task.lessons)
     args = TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
-    learning = StepLoader(rows, BatchSampler(12, 4, seed=0), task.collate, 2, num_workers=args.num_workers)
+    learning = StepLoader(rows, BatchSampler(12, 4, seed=0), task.collate, 2, num_workers=args.dataloader_num_workers)
     held_out = StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), plain.collate)
 
     def score(trained):
         return evaluate(accelerator, plain, trained.student, held_out)
 
     loader = learning if last is None else CuttingLoader(learning, last)
-    result = train(accelerator, task, model, loader, args, args.num_steps, 2, score)
-    assert not result.stopped and result.progress.step == args.num_steps
+    result = train(accelerator, task, model, loader, args, args.max_steps, 2, score)
+    assert not result.stopped and result.progress.step == args.max_steps
     return model, score(model)
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path, cached):
-    options = {"cache": tmp_path / "cache", "num_workers": 1} if cached else {}
+    options = {"cache": tmp_path / "cache", "dataloader_num_workers": 1} if cached else {}
     whole, _ = run(tmp_path / "whole", **options)
     with pytest.raises(Cut):
         run(tmp_path / "cut", last=5, **options)
@@ -108,7 +108,7 @@ def test_a_run_from_a_cache_ends_where_one_with_its_teacher_does(tmp_path):
     ours, theirs = online.state_dict(), cached.state_dict()
     difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
     assert difference > 1e-4  # the third epoch has the masks of the first
-    early, _ = run(tmp_path / "early", num_steps=6)
-    other, _ = run(tmp_path / "other", num_steps=6, cache=tmp_path / "cache")
+    early, _ = run(tmp_path / "early", max_steps=6)
+    other, _ = run(tmp_path / "other", max_steps=6, cache=tmp_path / "cache")
     ours, theirs = early.state_dict(), other.state_dict()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5

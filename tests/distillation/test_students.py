@@ -135,7 +135,7 @@ def test_projections_are_shared_within_a_term_and_not_saved(tmp_path):
 def test_layer_decay_sees_the_student_s_layers():
     _, model = distillation(language_task(), bert(4), bert(2, 16), TERMS)
     groups = parameter_groups(
-        model, TrainingArguments(output_dir=".", num_steps=1, layer_decay=0.5, learning_rate=1.0)
+        model, TrainingArguments(output_dir=".", max_steps=1, layer_wise_lr_decay=0.5, learning_rate=1.0)
     )
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     student = model.student.bert

@@ -87,7 +87,7 @@ def test_the_recipe_writes_a_data_set(tokenizer, tmp_path, capsys):
         rows = datasets.Dataset.from_dict({"sentence": texts, "label": [0] * len(texts)})
         (tmp_path / "data").mkdir(exist_ok=True)
         rows.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
-    argv = ["--dataset", str(tmp_path / "data"), "--model", str(tmp_path / "model"), "--progress", "false"]
+    argv = ["--dataset_name", str(tmp_path / "data"), "--model", str(tmp_path / "model"), "--progress", "false"]
     argv += ["--output_dir", str(tmp_path / "grown"), "--substitution.copies", "3"]
     main = runpy.run_path(str(ROOT / "recipes" / "augment_texts.py"))["main"]
     assert main(argv) == 0

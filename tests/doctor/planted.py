@@ -27,12 +27,12 @@ KNOBS = {
     "config": "digits",
     "data": "planted",
     "test_splits": "[]",
-    "num_epochs": 2000,
+    "num_train_epochs": 2000,
     "batch_size": 8,
     "learning_rate": 1e-4,
     "shortest_side": 64,
     "longest_side": 96,
-    "precision": "no",
+    "mixed_precision": "no",
     "model": MODEL + "}",
 }
 Rows = dict[str, list[dict[str, Any]]]

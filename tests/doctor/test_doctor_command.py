@@ -60,13 +60,13 @@ def test_a_failed_check_is_told_with_its_sample_and_remedy(tmp_path, capsys):
 
 def test_words_become_those_of_the_recipe():
     own, args, given = detection.parse(["--data", "d", "--model", "runs/m", "--full", "--batch_size", "4"])
-    assert own.full and (args.dataset, args.init_from, args.batch_size) == ("d", "runs/m", 4)
+    assert own.full and (args.dataset_name, args.model_name_or_path, args.batch_size) == ("d", "runs/m", 4)
     assert given[:2] == ["--config", "finetune_small"]
     _, args, given = detection.parse(["--data", "d", "--model", MODEL + "}", "--model.num_queries", "7"])
     assert given[:2] == ["--config", "r50_300"] and args.validation_split == "validation"
-    assert args.init_from is None and args.model["num_queries"] == 7
+    assert args.model_name_or_path is None and args.model["num_queries"] == 7
     _, args, given = detection.parse(["--config", "digits"])
-    assert args.dataset == "digit-scenes-large" and given == ["--config", "digits"]
+    assert args.dataset_name == "digit-scenes-large" and given == ["--config", "digits"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,9 @@ def test_a_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, mo
     monkeypatch.setattr(TfmDetrForObjectDetection, "forward", never)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    given = [word if word != "--data" else "--dataset" for word in words(data=data, num_epochs=1, warmup_steps=0)]
+    given = [
+        word if word != "--data" else "--dataset_name" for word in words(data=data, num_train_epochs=1, warmup_steps=0)
+    ]
     main = runpy.run_path(str(ROOT / "recipes" / "detection_train.py"))["main"]
     with pytest.raises(ValueError, match=said):
         main([*given, "--output_dir", str(tmp_path / "run"), "--progress", "false"])
@@ -200,4 +202,4 @@ def test_the_files_of_samples_are_named(tmp_path, capsys):
 
 def test_a_model_that_is_not_there_is_named(capsys):
     assert detection.main(["--data", "d", "--model", "runs/no-such-run"]) == 2
-    assert 'init_from "runs/no-such-run" is neither a local folder' in capsys.readouterr().err
+    assert 'model_name_or_path "runs/no-such-run" is neither a local folder' in capsys.readouterr().err

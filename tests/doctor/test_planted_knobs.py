@@ -34,7 +34,7 @@ KNOB_FAULTS = {
     "slow backbone": ({"rate_factors": "{backbone: 0.1}"}, "learning_rate", "warning", "starts from random weights"),
     "part": ({"rate_factors": "{backbon_: 0.1}"}, "learning_rate", "failed", "no weight that learns has backbon_ in"),
     "warm-up": ({"warmup_steps": 6000}, "schedule", "failed", "6000 steps, 2000 epochs of 24 images; warm-up 6000"),
-    "brief": ({"num_epochs": 20, "warmup_steps": 0}, "schedule", "warning", "60 steps"),
+    "brief": ({"num_train_epochs": 20, "warmup_steps": 0}, "schedule", "warning", "60 steps"),
     "no clipping": ({"max_grad_norm": 0}, "gradient_clipping", "warning", "gradients are not clipped"),
     "loose clipping": ({"max_grad_norm": 2.0}, "gradient_clipping", "warning", "max_grad_norm 2 (limit: at most 1)"),
     "last layer": (
@@ -97,7 +97,7 @@ def trained(tmp_path, monkeypatch):
 def go_on(monkeypatch, folder, names=None, **knobs):
     """What is found where a run goes on from a model."""
     data = as_splits(healthy(), names=names)
-    return examine(monkeypatch, data, **{"model": "{}", "init_from": str(folder), **knobs})
+    return examine(monkeypatch, data, **{"model": "{}", "model_name_or_path": str(folder), **knobs})
 
 
 def test_a_model_of_the_same_classes_passes(trained, monkeypatch):

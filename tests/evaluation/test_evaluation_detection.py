@@ -70,7 +70,7 @@ def test_boxes_are_scored_as_those_of_the_model_called_by_hand(kind, together, m
     expected = metric.compute()
     assert 0.05 < expected["AP"] < 0.95, "scores that tell something"
     file = tmp_path / "result.json"
-    result = evaluate(case["model"], dataset=case["data"], batch_size=batch_size, output=str(file), **QUIET)
+    result = evaluate(case["model"], dataset_name=case["data"], batch_size=batch_size, output=str(file), **QUIET)
     assert values(result) == without_nan(expected, AP_SCORES)
     assert result["per_class"] == {
         name: {key: pytest.approx(value, abs=1e-6) for key, value in scores.items()}
@@ -106,7 +106,7 @@ def test_segments_are_scored_as_those_of_the_model_called_by_hand(kind, together
     metric.add_batch(predictions=case["maps"], references=case["segments"])
     expected = metric.compute()
     assert 0.05 < expected["PQ"] < 0.95
-    result = evaluate(case["model"], dataset=case["panoptic"], batch_size=batch_size, **QUIET)
+    result = evaluate(case["model"], dataset_name=case["panoptic"], batch_size=batch_size, **QUIET)
     found = values(result)
     assert {name: found[name] for name in PQ_SCORES if name in found} == without_nan(expected, PQ_SCORES)
     assert "AP" in found and all({"PQ", "SQ", "RQ"} <= scores.keys() for scores in result["per_class"].values())
@@ -116,7 +116,7 @@ def test_a_model_with_masks_is_scored_by_its_boxes_where_asked(made):
     case = made["tfm_panoptic", False]
     metric = CocoAP(class_names=NAMES)
     metric.add_batch(predictions=case["boxes"], references=case["references"])
-    result = evaluate(case["model"], dataset=case["data"], segments=False, batch_size=1, **QUIET)
+    result = evaluate(case["model"], dataset_name=case["data"], segments=False, batch_size=1, **QUIET)
     assert values(result) == without_nan(metric.compute(), AP_SCORES)
 
 
@@ -134,21 +134,21 @@ def test_boxes_in_another_format_are_scored_the_same(made, tmp_path):
 
     rows.map(corners, features=rows.features).to_parquet(tmp_path / "data" / "test.parquet")
     options = {"box_format": "xyxy", "relative_boxes": True}
-    one = evaluate(case["model"], dataset=str(tmp_path / "data"), batch_size=1, **options, **QUIET)
-    other = evaluate(case["model"], dataset=case["data"], batch_size=1, **QUIET)
+    one = evaluate(case["model"], dataset_name=str(tmp_path / "data"), batch_size=1, **options, **QUIET)
+    other = evaluate(case["model"], dataset_name=case["data"], batch_size=1, **QUIET)
     assert values(one) == pytest.approx(values(other), abs=1e-4)
 
 
 def test_a_model_that_knows_of_no_padding_reads_images_one_by_one(made):
     case = made["yolos", False]
     with pytest.raises(ValueError, match="which part of an image is padding: give batch_size=1"):
-        evaluate(case["model"], dataset=case["data"], batch_size=6, **QUIET)
+        evaluate(case["model"], dataset_name=case["data"], batch_size=6, **QUIET)
 
 
 def test_workers_and_the_first_rows(made):
     case = made["tfm", False]
-    one = evaluate(case["model"], dataset=case["data"], max_samples=4, batch_size=2, **QUIET)
-    two = evaluate(case["model"], dataset=case["data"], max_samples=4, batch_size=2, num_workers=1, **QUIET)
+    one = evaluate(case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, **QUIET)
+    two = evaluate(case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, num_workers=1, **QUIET)
     assert one["metrics"] == two["metrics"] and one["images"] == 4
 
 
@@ -156,7 +156,7 @@ def test_bf16_computes_in_bf16(made, monkeypatch):
     case, seen = made["tfm", False], set()
     layer = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add(layer(*a).dtype) or layer(*a))
-    result = evaluate(case["model"], dataset=case["data"], precision="bf16", **QUIET)
+    result = evaluate(case["model"], dataset_name=case["data"], mixed_precision="bf16", **QUIET)
     assert torch.bfloat16 in seen and result["precision"] == "bf16"
     assert values(result)["AP50"] > 0.05
 
@@ -165,13 +165,13 @@ def test_images_that_cannot_be_read_are_left_out(made, tmp_path):
     case = made["tfm", False]
     rows, references = objects_in(case["boxes"])
     data = write_objects(tmp_path / "data", rows, bad=(0, 1, 4))
-    result = evaluate(case["model"], dataset=data, batch_size=1, **QUIET)
+    result = evaluate(case["model"], dataset_name=data, batch_size=1, **QUIET)
     metric = CocoAP(class_names=NAMES)
     metric.add_batch(predictions=[case["boxes"][i] for i in (2, 3, 5)], references=[references[i] for i in (2, 3, 5)])
     assert values(result) == without_nan(metric.compute(), AP_SCORES)
     assert (result["images"], result["left_out"]) == (3, {"unreadable": 3})
     with pytest.raises(ValueError, match="max_bad_images=2"):
-        evaluate(case["model"], dataset=data, max_bad_images=2, **QUIET)
+        evaluate(case["model"], dataset_name=data, max_bad_images=2, **QUIET)
 
 
 # --- classes
@@ -180,24 +180,24 @@ def test_images_that_cannot_be_read_are_left_out(made, tmp_path):
 def test_categories_go_by_name_or_by_number(made, tmp_path):
     case = made["tfm", False]
     rows, _ = objects_in(case["boxes"])
-    expected = values(evaluate(case["model"], dataset=case["data"], **QUIET))
+    expected = values(evaluate(case["model"], dataset_name=case["data"], **QUIET))
     turned = [[{**o, "category": len(NAMES) - 1 - o["category"]} for o in objects] for objects in rows]
     by_name = write_objects(tmp_path / "names", turned, NAMES[::-1])
-    assert values(evaluate(case["model"], dataset=by_name, **QUIET)) == expected
+    assert values(evaluate(case["model"], dataset_name=by_name, **QUIET)) == expected
     by_number = write_objects(tmp_path / "numbers", rows, ["a", "b", "c", "d", "e"])
-    result = evaluate(case["model"], dataset=by_number, match_labels="number", **QUIET)
+    result = evaluate(case["model"], dataset_name=by_number, match_labels="number", **QUIET)
     assert values(result) == expected and result["match_labels"] == "number"
     with pytest.raises(ValueError, match='5 of 5 categories are not classes of the model, the first is "a"'):
-        evaluate(case["model"], dataset=by_number, **QUIET)
+        evaluate(case["model"], dataset_name=by_number, **QUIET)
     more = write_objects(tmp_path / "more", rows, [*"abcdefg"])
     with pytest.raises(ValueError, match="7 categories and the model 5 classes"):
-        evaluate(case["model"], dataset=more, match_labels="number", **QUIET)
+        evaluate(case["model"], dataset_name=more, match_labels="number", **QUIET)
 
 
 def test_classes_without_names_and_with_the_same_name(made, tmp_path):
     """As transformers gives them by default, and as COCO's 91 have several N/A."""
     plain = save_detector(tmp_path / "plain", "tfm", id2label={i: f"LABEL_{i}" for i in range(5)})
-    assert evaluate(plain, dataset=made["tfm", False]["data"], **QUIET)["match_labels"] == "number"
+    assert evaluate(plain, dataset_name=made["tfm", False]["data"], **QUIET)["match_labels"] == "number"
     gaps = {0: "N/A", 1: "boat", 2: "cow", 3: "N/A", 4: "elm"}
     model = save_detector(tmp_path / "gaps", "tfm", id2label=gaps)
     rows, _ = objects_in(found_by_hand(model)[0])
@@ -207,7 +207,7 @@ def test_classes_without_names_and_with_the_same_name(made, tmp_path):
     ]
     data = write_objects(tmp_path / "data", kept, ["boat", "cow", "elm"])
     there = {("boat", "cow", "elm")[o["category"]] for objects in kept for o in objects}
-    assert len(there) > 1 and set(evaluate(model, dataset=data, **QUIET)["per_class"]) == there
+    assert len(there) > 1 and set(evaluate(model, dataset_name=data, **QUIET)["per_class"]) == there
 
 
 # --- the command line, and what is refused
@@ -215,7 +215,7 @@ def test_classes_without_names_and_with_the_same_name(made, tmp_path):
 
 def test_the_command_line(made, tmp_path, capsys):
     case = made["tfm_panoptic", False]
-    words = ["evaluate", case["model"], "--dataset", case["panoptic"], "--progress", "false", "--batch_size", "3"]
+    words = ["evaluate", case["model"], "--dataset_name", case["panoptic"], "--progress", "false", "--batch_size", "3"]
     cli.main([*words, "--segments", "true", "--output", str(tmp_path / "scores.json")])
     said = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "scores.json").read_text())
@@ -248,11 +248,11 @@ def test_the_command_line(made, tmp_path, capsys):
 )
 def test_options_that_do_not_fit(made, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(made["tfm", False]["model"], dataset=made["tfm", False]["data"], **QUIET, **options)
+        evaluate(made["tfm", False]["model"], dataset_name=made["tfm", False]["data"], **QUIET, **options)
 
 
 def test_a_model_of_another_kind(models, made):
     with pytest.raises(ValueError, match="is a tfm_vit model saved as TfmViTForImageClassification, and no detector"):
-        evaluate_detection(models["tfm"], dataset=made["tfm", False]["data"], **QUIET)
+        evaluate_detection(models["tfm"], dataset_name=made["tfm", False]["data"], **QUIET)
     with pytest.raises(ValueError, match=r"panoptic_categories\.json is missing"):
-        evaluate(made["tfm_panoptic", False]["model"], dataset=made["tfm_panoptic", False]["data"], **QUIET)
+        evaluate(made["tfm_panoptic", False]["model"], dataset_name=made["tfm_panoptic", False]["data"], **QUIET)

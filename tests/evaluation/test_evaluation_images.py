@@ -52,7 +52,7 @@ from hf_tfm.tasks.images import Pixels
 def test_scores_are_those_of_the_model_called_by_hand(name, models, data, tmp_path):
     top = ranked(models[name])
     file = tmp_path / "result.json"
-    result = evaluate(models[name], dataset=data, output=str(file), **QUIET)
+    result = evaluate(models[name], dataset_name=data, output=str(file), **QUIET)
     right = [place.tolist().index(label) for place, label in zip(top, LABELS, strict=True)]
     assert len({*top[:, 0]}) > 1
     assert values(result) == {"accuracy": np.mean(np.equal(right, 0)), "top5_accuracy": np.mean(np.less(right, 5))}
@@ -67,9 +67,9 @@ def test_scores_are_those_of_the_model_called_by_hand(name, models, data, tmp_pa
 
 
 def test_batches_and_workers_change_nothing(models, data):
-    options = {"dataset": data, "progress": False}
+    options = {"dataset_name": data, "progress": False}
     one = evaluate(models["tfm"], batch_size=COUNT, **options)
-    two = evaluate(models["tfm"], batch_size=1, num_workers=1, **options)
+    two = evaluate(models["tfm"], batch_size=1, dataloader_num_workers=1, **options)
     assert one["metrics"] == two["metrics"]
 
 
@@ -79,7 +79,7 @@ def test_bf16_computes_in_bf16(models, data, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add(layer(*a).dtype) or layer(*a))
     for precision, expected in (("no", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
-        assert evaluate(models["tfm"], dataset=data, precision=precision, **QUIET)["precision"] == precision
+        assert evaluate(models["tfm"], dataset_name=data, mixed_precision=precision, **QUIET)["precision"] == precision
         assert seen == {expected}
 
 
@@ -89,12 +89,12 @@ def test_weights_stored_in_half_precision(models, data, tmp_path):
     whole = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.float32)
     whole.save_pretrained(tmp_path / "whole")
     AutoImageProcessor.from_pretrained(models["tfm"]).save_pretrained(tmp_path / "whole")
-    one, two = (evaluate(str(folder), dataset=data, **QUIET) for folder in (tmp_path, tmp_path / "whole"))
+    one, two = (evaluate(str(folder), dataset_name=data, **QUIET) for folder in (tmp_path, tmp_path / "whole"))
     assert one["metrics"] == two["metrics"]
 
 
 def test_the_first_rows(models, data):
-    result = evaluate(models["tfm"], dataset=data, max_samples=7, **QUIET)
+    result = evaluate(models["tfm"], dataset_name=data, max_samples=7, **QUIET)
     assert result["rows"] == result["images"] == 7
     assert values(result)["accuracy"] == np.mean(ranked(models["tfm"])[:7, 0] == LABELS[:7])
 
@@ -102,14 +102,14 @@ def test_the_first_rows(models, data):
 def test_figures_are_those_of_the_training_run(tmp_path):
     """The same model and split as in the results file that the recipe wrote."""
     folder, small = tmp_path / "run", "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
-    options = ["--config", "quickstart", "--model", small, "--num_epochs", "null", "--num_steps", "2"]
-    options += ["--warmup_epochs", "null", "--warmup_steps", "1", "--precision", "no", "--progress", "false"]
+    options = ["--config", "quickstart", "--model", small, "--num_train_epochs", "null", "--max_steps", "2"]
+    options += ["--warmup_epochs", "null", "--warmup_steps", "1", "--mixed_precision", "no", "--progress", "false"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "image_classification_train", *options, "--output_dir", str(folder)])
     assert ended.value.code == 0
     told = json.loads((folder / "results.json").read_text())["metrics"]
     for split in ("validation", "test"):
-        result = evaluate(str(folder), dataset="digits", split=split, progress=False)
+        result = evaluate(str(folder), dataset_name="digits", split=split, progress=False)
         assert values(result) == {row["name"]: row["value"] for row in told if row["split"] == split}
 
 
@@ -121,21 +121,21 @@ def test_images_without_label_or_content_are_left_out(models, tmp_path):
     labels = [-1 if i < 4 else label for i, label in enumerate(LABELS)]
     rows = save_rows(tmp_path / "rows", labels, ClassLabel(names=NAMES), images)
     file, real = tmp_path / "result.json", tmp_path / "real.json"
-    result = evaluate(models["tfm"], dataset=rows, output=str(file), **QUIET)
+    result = evaluate(models["tfm"], dataset_name=rows, output=str(file), **QUIET)
     assert (result["images"], result["left_out"]) == (COUNT - 1, {"unreadable": 1, "unlabelled": 4})
     assert values(result)["accuracy"] == np.mean(ranked(models["tfm"])[4:-1, 0] == LABELS[4:-1])
     said = json.loads(file.read_text())
     assert list(said["unreadable"]) == [str(COUNT - 1)]
     assert [row["label"] for row in said["predictions"][:5]] == [None] * 4 + [NAMES[LABELS[4]]]
     with pytest.raises(ValueError, match="max_bad_images=0"):
-        evaluate(models["tfm"], dataset=rows, max_bad_images=0, **QUIET)
+        evaluate(models["tfm"], dataset_name=rows, max_bad_images=0, **QUIET)
     blank = save_rows(tmp_path / "blank", [-1] * COUNT, ClassLabel(names=NAMES))
-    result = evaluate(models["tfm"], dataset=blank, output=str(file), **QUIET)
+    result = evaluate(models["tfm"], dataset_name=blank, output=str(file), **QUIET)
     assert (result["metrics"], result["left_out"]) == ([], {"unreadable": 0, "unlabelled": COUNT})
     predicted = [NAMES[best] for best in ranked(models["tfm"])[:, 0]]
     assert [row["predicted"][0] for row in json.loads(file.read_text())["predictions"]] == predicted
     real.write_text(json.dumps([[label] for label in LABELS]))
-    result = evaluate(models["tfm"], dataset=blank, real_labels=str(real), **QUIET)
+    result = evaluate(models["tfm"], dataset_name=blank, real_labels=str(real), **QUIET)
     assert values(result) == {"real_accuracy": np.mean(ranked(models["tfm"])[:, 0] == LABELS)}
 
 
@@ -149,14 +149,14 @@ def test_a_confusion_matrix_that_cannot_be_drawn_is_refused_at_once(kind, models
     else:
         where, named = save_rows(tmp_path / "blank", [-1] * COUNT, ClassLabel(names=NAMES)), "no row of the split has"
     with pytest.raises(ValueError, match=named):
-        evaluate(models["tfm"], dataset=where, confusion=str(tmp_path / "c.png"), **QUIET)
+        evaluate(models["tfm"], dataset_name=where, confusion=str(tmp_path / "c.png"), **QUIET)
 
 
 def test_the_result_is_written_before_the_picture(models, data, tmp_path, monkeypatch):
     file = tmp_path / "result.json"
     monkeypatch.setattr("hf_tfm.viz.confusion.save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluate(models["tfm"], dataset=data, confusion=str(tmp_path / "c.png"), output=str(file), **QUIET)
+        evaluate(models["tfm"], dataset_name=data, confusion=str(tmp_path / "c.png"), output=str(file), **QUIET)
     assert len(json.loads(file.read_text())["predictions"]) == COUNT
 
 
@@ -173,10 +173,10 @@ def test_reconstruction_loss_is_that_of_the_model_called_by_hand(name, models, d
         pixels = processor(images=photo, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             losses.append(loaded(pixel_values=pixels, noise=noise).loss.item())
-    result = evaluate(models[name], dataset=data, seed=3, **QUIET)
+    result = evaluate(models[name], dataset_name=data, seed=3, **QUIET)
     assert values(result) == {"reconstruction_loss": pytest.approx(np.mean(losses), rel=1e-5)}
     assert (result["images"], result["left_out"]) == (COUNT, {"unreadable": 0})
-    other = values(evaluate(models[name], dataset=data, seed=4, **QUIET))["reconstruction_loss"]
+    other = values(evaluate(models[name], dataset_name=data, seed=4, **QUIET))["reconstruction_loss"]
     assert other != pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -236,10 +236,10 @@ def test_stopwatch(monkeypatch):
         ("tfm", {"seed": 1}, "seed is for masked autoencoders"),
         ("tfm", {"beams": 1}, "beams is no option of evaluate"),
         ("tfm", {"split": "tset"}, 'split "tset" is not a split'),
-        ("tfm", {"precision": "fp8"}, 'got "fp8"'),
+        ("tfm", {"mixed_precision": "fp8"}, 'got "fp8"'),
         ("tfm", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ("mae", {"max_samples": 0}, "max_samples must be at least 1, got 0"),
-        ("mae", {"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ("mae", {"dataloader_num_workers": -1}, "num_workers must be at least 0, got -1"),
         ("tfm", {"image_column": "picture"}, 'image_column "picture" is not a column'),
         ("tfm", {"label_column": "fine"}, 'label_column "fine" is not a column'),
         ("tfm", {"confusion": "a.jpg"}, 'confusion must be a ".png" file'),
@@ -248,7 +248,7 @@ def test_stopwatch(monkeypatch):
 )
 def test_errors(name, options, named, models, data):
     with pytest.raises(ValueError, match=named):
-        evaluate(models[name], **{"dataset": data, **QUIET, **options})
+        evaluate(models[name], **{"dataset_name": data, **QUIET, **options})
 
 
 def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
@@ -265,17 +265,17 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     }
     for model, saved in kinds.items():
         with pytest.raises(ValueError, match=f"saved as {saved}, and evaluate is for translation models, image"):
-            evaluate(str(model), dataset=data)
+            evaluate(str(model), dataset_name=data)
     with pytest.raises(ValueError, match="no weights for classifier"):
         evaluate_classification(headless, data, **QUIET)
     with pytest.raises(ValueError, match="no weights for decoder"):
         evaluate_masked_autoencoder(save_model(tmp_path / "half", TfmMAEModel, TfmMAEConfig(**SIZES)), data, **QUIET)
     TfmViTForImageClassification(TfmViTConfig(**SIZES)).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no image processor"):
-        evaluate(str(tmp_path / "bare"), dataset=data)
+        evaluate(str(tmp_path / "bare"), dataset_name=data)
     grey = save_model(tmp_path / "grey", TfmViTForImageClassification, TfmViTConfig(**SIZES, num_channels=1))
     with pytest.raises(ValueError, match=r"num_channels of .* must be 3"):
-        evaluate(grey, dataset=data)
+        evaluate(grey, dataset_name=data)
 
 
 def test_several_processes_are_refused(models, data, monkeypatch):
@@ -283,7 +283,7 @@ def test_several_processes_are_refused(models, data, monkeypatch):
     monkeypatch.setattr(reading_module, "Accelerator", lambda: SimpleNamespace(num_processes=2))
     for name in ("tfm", "mae"):
         with pytest.raises(ValueError, match="evaluate runs in one process, got 2"):
-            evaluate(models[name], dataset=data, **QUIET)
+            evaluate(models[name], dataset_name=data, **QUIET)
 
 
 # --- the command
@@ -291,7 +291,7 @@ def test_several_processes_are_refused(models, data, monkeypatch):
 
 def test_the_command(models, data, tmp_path, capsys):
     picture = tmp_path / "new" / "confusion.png"
-    words = ["--dataset", data, "--confusion", str(picture), "--progress", "false"]
+    words = ["--dataset_name", data, "--confusion", str(picture), "--progress", "false"]
     cli.main(["evaluate", models["tfm"], *words])
     said = capsys.readouterr().out.splitlines()
     accuracy = np.mean(ranked(models["tfm"])[:, 0] == LABELS)
@@ -299,7 +299,7 @@ def test_the_command(models, data, tmp_path, capsys):
     assert said[2] == f"{COUNT} images; left out: 0 unreadable, 0 unlabelled"
     assert "by the model alone" in said[3]
     assert imread(picture).shape[2] == 4
-    cli.main(["evaluate", "--dataset", data, models["mae"], "--progress", "false"])  # options may stand first
+    cli.main(["evaluate", "--dataset_name", data, models["mae"], "--progress", "false"])  # options may stand first
     assert capsys.readouterr().out.split()[:2] == ["test", "reconstruction_loss"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", models["mae"], *words])
@@ -316,7 +316,7 @@ def test_help_tells_whose_each_option_is(capsys):
             group = line[:-1]
         elif line.startswith("  --"):
             groups.setdefault(group, []).append(line.split()[0].removeprefix("--"))
-    assert {"dataset", "max_samples", "precision", "output"} < set(groups["all models"])
+    assert {"dataset_name", "max_samples", "mixed_precision", "output"} < set(groups["all models"])
     assert {"num_beams", "source_column"} < set(groups["translation models"])
     assert {"num_workers", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
     assert groups["image classifiers"] == ["real_labels"]
@@ -324,4 +324,4 @@ def test_help_tells_whose_each_option_is(capsys):
     boxes = {"objects_column", "box_format", "relative_boxes"}
     assert set(groups["detectors"]) == {*boxes, "segments", "panoptic_column", "segments_column"}
     assert groups["masked autoencoders and language models"] == ["seed"]
-    assert {"mask_share", "text_column"} < set(groups["language models"])
+    assert {"mlm_probability", "text_column"} < set(groups["language models"])

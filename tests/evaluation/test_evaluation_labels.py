@@ -27,12 +27,12 @@ from hf_tfm.evaluation import evaluate
 
 def test_classes_are_matched_by_name(models, data, tmp_path):
     """The same labels in a data set that counts its classes in another order, and lacks one, or stores text."""
-    expected = evaluate(models["tfm"], dataset=data, max_samples=9, **QUIET)["metrics"]
+    expected = evaluate(models["tfm"], dataset_name=data, max_samples=9, **QUIET)["metrics"]
     other = [name for name in sorted(NAMES, reverse=True) if name in {NAMES[label] for label in LABELS}]
     turned = save_rows(tmp_path / "a", [other.index(NAMES[label]) for label in LABELS], ClassLabel(names=other))
     text = save_rows(tmp_path / "b", [NAMES[label] for label in LABELS], Value("string"))
     for where in (turned, text):
-        result = evaluate(models["tfm"], dataset=where, max_samples=9, **QUIET)
+        result = evaluate(models["tfm"], dataset_name=where, max_samples=9, **QUIET)
         assert (result["metrics"], result["match_labels"]) == (expected, "name")
 
 
@@ -40,17 +40,17 @@ def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_
     names = ["ant", "bee", "cat", "dog", "elk", "fly"]
     other = save_rows(tmp_path / "a", LABELS, ClassLabel(names=names))
     with pytest.raises(ValueError, match=r"the data set alone has elk, fly; the model alone has eel, fox\. .*number"):
-        evaluate(models["tfm"], dataset=other, **QUIET)
+        evaluate(models["tfm"], dataset_name=other, **QUIET)
     numbers = save_rows(tmp_path / "b", LABELS, Value("int64"))
     with pytest.raises(ValueError, match="the data set alone has 0, 1, 2"):
-        evaluate(models["tfm"], dataset=numbers, **QUIET)
-    expected = evaluate(models["tfm"], dataset=data, **QUIET)["metrics"]
+        evaluate(models["tfm"], dataset_name=numbers, **QUIET)
+    expected = evaluate(models["tfm"], dataset_name=data, **QUIET)["metrics"]
     for where in (other, numbers):
-        result = evaluate(models["tfm"], dataset=where, match_labels="number", **QUIET)
+        result = evaluate(models["tfm"], dataset_name=where, match_labels="number", **QUIET)
         assert (result["metrics"], result["match_labels"]) == (expected, "number")
     more = save_rows(tmp_path / "c", LABELS, ClassLabel(names=[*names, "gnu"]))
     with pytest.raises(ValueError, match="0 to 5; the data set also has 6"):
-        evaluate(models["tfm"], dataset=more, match_labels="number", **QUIET)
+        evaluate(models["tfm"], dataset_name=more, match_labels="number", **QUIET)
 
 
 def test_truth_values(tmp_path):
@@ -61,14 +61,14 @@ def test_truth_values(tmp_path):
         config = TfmViTConfig(**SIZES, **labels_of(names))
         model = save_model(tmp_path / names[0], TfmViTForImageClassification, config)
         by_number = names == ["no", "yes"]
-        result = evaluate(model, dataset=where, **({"match_labels": "number"} if by_number else {}), **QUIET)
+        result = evaluate(model, dataset_name=where, **({"match_labels": "number"} if by_number else {}), **QUIET)
         right = [int(flag) if by_number else names.index(str(flag)) for flag in flags]
         assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == right)
 
 
 def test_a_model_without_names_is_matched_by_number(data, tmp_path):
     model = save_model(tmp_path / "m", TfmViTForImageClassification, TfmViTConfig(**SIZES, num_labels=6))
-    result = evaluate(model, dataset=data, **QUIET)
+    result = evaluate(model, dataset_name=data, **QUIET)
     assert result["match_labels"] == "number"
     assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == LABELS)
 
@@ -77,7 +77,7 @@ def test_two_classes_of_one_name_are_refused(data, tmp_path):
     config = TfmViTConfig(**SIZES, id2label=dict(enumerate([*NAMES, "cat"])), label2id={"cat": 2})
     model = save_model(tmp_path / "m", TfmViTForImageClassification, config)
     with pytest.raises(ValueError, match=r"several classes called cat: .*number"):
-        evaluate(model, dataset=data, **QUIET)
+        evaluate(model, dataset_name=data, **QUIET)
 
 
 def test_real_labels(models, data, tmp_path):
@@ -86,17 +86,17 @@ def test_real_labels(models, data, tmp_path):
     lists = [[] if i % 5 == 0 else [(c + 1) % 6] if i % 5 == 1 else [(c + 2) % 6, c] for i, c in enumerate(first)]
     file = tmp_path / "real.json"
     file.write_text(json.dumps(lists))
-    result = evaluate(models["tfm"], dataset=data, real_labels=str(file), **QUIET)
+    result = evaluate(models["tfm"], dataset_name=data, real_labels=str(file), **QUIET)
     counted = [i for i in range(COUNT) if i % 5]
     assert values(result)["real_accuracy"] == np.mean([i % 5 > 1 for i in counted])
     assert set(values(result)) == {"accuracy", "top5_accuracy", "real_accuracy"}
     counted = [i for i in range(8) if i % 5]
-    short = evaluate(models["tfm"], dataset=data, real_labels=str(file), max_samples=8, **QUIET)
+    short = evaluate(models["tfm"], dataset_name=data, real_labels=str(file), max_samples=8, **QUIET)
     assert values(short)["real_accuracy"] == np.mean([i % 5 > 1 for i in counted])
     # They are numbers of the data set's labels, whatever the model calls those.
     turned = save_rows(tmp_path / "a", [5 - label for label in LABELS], ClassLabel(names=NAMES[::-1]))
     file.write_text(json.dumps([[5 - label for label in labels] for labels in lists]))
-    assert evaluate(models["tfm"], dataset=turned, real_labels=str(file), **QUIET)["metrics"] == result["metrics"]
+    assert evaluate(models["tfm"], dataset_name=turned, real_labels=str(file), **QUIET)["metrics"] == result["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_real_labels_that_do_not_fit(content, named, models, data, tmp_path):
     file = tmp_path / "real.json"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=named):
-        evaluate(models["tfm"], dataset=data, real_labels=str(file), **QUIET)
+        evaluate(models["tfm"], dataset_name=data, real_labels=str(file), **QUIET)

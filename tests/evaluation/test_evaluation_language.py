@@ -39,7 +39,7 @@ def gpt2(tmp_path_factory):
 
 def test_perplexity_of_next_tokens(gpt2, texts):
     folder, model, tokenizer = gpt2
-    result = evaluate(str(folder), dataset=texts, sequences="rows")
+    result = evaluate(str(folder), dataset_name=texts, sequences="rows")
     assert result["max_length"] == 64
     total = count = 0
     for text in TEXTS:
@@ -64,7 +64,9 @@ def test_ours_and_transformers_own_have_the_same_score(texts, tmp_path):
     for name in ("native", "ours"):
         tokenizer.save_pretrained(tmp_path / name)
     scores = [
-        evaluate(str(tmp_path / name), dataset=texts, max_length=16, output=str(tmp_path / f"{name}.json"))["metrics"]
+        evaluate(str(tmp_path / name), dataset_name=texts, max_length=16, output=str(tmp_path / f"{name}.json"))[
+            "metrics"
+        ]
         for name in ("native", "ours")
     ]
     assert scores[0][0]["signature"] == "masked: 0.15, seed: 0"
@@ -76,8 +78,8 @@ def test_ours_and_transformers_own_have_the_same_score(texts, tmp_path):
 def test_what_cannot_be_meant_is_refused(gpt2, texts):
     folder = str(gpt2[0])
     with pytest.raises(ValueError, match="at most the model's max_position_embeddings = 64, got 65"):
-        evaluate(folder, dataset=texts, max_length=65)
+        evaluate(folder, dataset_name=texts, max_length=65)
     with pytest.raises(ValueError, match='sequences must be one of packed, rows, got "pairs"'):
-        evaluate(folder, dataset=texts, sequences="pairs")
+        evaluate(folder, dataset_name=texts, sequences="pairs")
     with pytest.raises(ValueError, match="num_beams is for translation models"):
-        evaluate(folder, dataset=texts, num_beams=2)
+        evaluate(folder, dataset_name=texts, num_beams=2)

@@ -90,7 +90,7 @@ def test_scores_are_those_of_the_model(kind, pairs, tmp_path):
     columns = ("premise", "hypothesis") if pairs else ("sentence",)
     where = save_rows(tmp_path / "data", columns=columns)
     folder = save_model(tmp_path / "model", kind)
-    result = evaluate(folder, dataset=where, split="validation", text_columns=list(columns), **QUIET)
+    result = evaluate(folder, dataset_name=where, split="validation", text_columns=list(columns), **QUIET)
     predicted = logits(folder, pairs).argmax(axis=1)
     assert values(result) == Glue(metrics=["accuracy", "f1"]).compute(predictions=predicted, references=LABELS)
     assert (result["texts"], result["unlabelled"], result["match_labels"]) == (COUNT, 0, "name")
@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_model(kind, pairs, tmp_path):
 def test_command_line_and_predictions(model, data, tmp_path, capsys):
     file, picture = tmp_path / "out.json", tmp_path / "confusion.png"
     more = ["--progress", "false", "--output", str(file), "--confusion", str(picture)]
-    cli.main(["evaluate", model, "--dataset", data, "--task", "sst2", "--split", "validation", *more])
+    cli.main(["evaluate", model, "--dataset_name", data, "--task", "sst2", "--split", "validation", *more])
     said = capsys.readouterr().out
     scores = logits(model)
     accuracy = np.mean(scores.argmax(axis=1) == LABELS)
@@ -116,25 +116,25 @@ def test_command_line_and_predictions(model, data, tmp_path, capsys):
 
 def test_labels_by_name_and_number(model, data, tmp_path):
     """The same labels in another order, as text, or as numbers of the task's classes."""
-    expected = evaluate(model, dataset=data, split="validation", **QUIET)["metrics"]
+    expected = evaluate(model, dataset_name=data, split="validation", **QUIET)["metrics"]
     turned = save_rows(tmp_path / "a", [1 - label for label in LABELS], ClassLabel(names=NAMES[::-1]))
     text = save_rows(tmp_path / "b", [NAMES[label] for label in LABELS], Value("string"))
     for where in (turned, text):
         columns = {"text_columns": ["sentence"], "label_column": "label"}
-        assert evaluate(model, dataset=where, split="validation", **columns, **QUIET)["metrics"] == expected
+        assert evaluate(model, dataset_name=where, split="validation", **columns, **QUIET)["metrics"] == expected
     plain = save_rows(tmp_path / "c", kind=Value("int64"))
     options = {"metrics": ["accuracy", "f1"], "split": "validation", **QUIET}
-    assert evaluate(model, dataset=plain, task="sst2", **options)["metrics"] == expected
+    assert evaluate(model, dataset_name=plain, task="sst2", **options)["metrics"] == expected
     with pytest.raises(ValueError, match="the data set alone has 0, 1; the model alone has negative, positive"):
-        evaluate(model, dataset=plain, **options)
-    assert evaluate(model, dataset=plain, match_labels="number", **options)["metrics"] == expected
+        evaluate(model, dataset_name=plain, **options)
+    assert evaluate(model, dataset_name=plain, match_labels="number", **options)["metrics"] == expected
 
 
 def test_hidden_labels_are_predicted_for_a_file_alone(model, tmp_path):
     hidden = save_rows(tmp_path / "a", [-1] * COUNT, split="test")
     with pytest.raises(ValueError, match='split "test" has no labels, so it cannot be scored; output writes its'):
-        evaluate(model, dataset=hidden, **QUIET)
-    result = evaluate(model, dataset=hidden, output=str(tmp_path / "out.json"), **QUIET)
+        evaluate(model, dataset_name=hidden, **QUIET)
+    result = evaluate(model, dataset_name=hidden, output=str(tmp_path / "out.json"), **QUIET)
     assert result["metrics"] == [] and result["unlabelled"] == COUNT and "predictions" not in result
     rows = json.loads((tmp_path / "out.json").read_text())["predictions"]
     assert [row["label"] for row in rows] == [None] * COUNT and rows[0]["predicted"] in NAMES
@@ -144,15 +144,17 @@ def test_numbers(tmp_path):
     folder = save_model(tmp_path / "model", id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
     labels = [0.25 * i if i % 4 else -1.0 for i in range(COUNT)]  # STS-B hides labels as -1
     where = save_rows(tmp_path / "data", labels, Value("float32"), ("sentence1", "sentence2"))
-    result = evaluate(folder, dataset=where, split="validation", task="stsb", **QUIET)
+    result = evaluate(folder, dataset_name=where, split="validation", task="stsb", **QUIET)
     known = [i for i in range(COUNT) if i % 4]
     pair = logits(folder, pairs=True)[known, 0], np.array(labels)[known]
     assert values(result)["pearson"] == pytest.approx(np.corrcoef(*pair)[0, 1], abs=1e-5)
     assert result["unlabelled"] == COUNT - len(known)
     with pytest.raises(ValueError, match="confusion is for classes, and the model predicts a number"):
-        evaluate(folder, dataset=where, split="validation", task="stsb", confusion=str(tmp_path / "c.png"), **QUIET)
+        evaluate(
+            folder, dataset_name=where, split="validation", task="stsb", confusion=str(tmp_path / "c.png"), **QUIET
+        )
     with pytest.raises(ValueError, match="predicts a number, and the labels of the data set are ClassLabel"):
-        evaluate(folder, dataset=save_rows(tmp_path / "classes"), split="validation", **QUIET)
+        evaluate(folder, dataset_name=save_rows(tmp_path / "classes"), split="validation", **QUIET)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_numbers(tmp_path):
 )
 def test_what_is_refused(model, data, options, message):
     with pytest.raises(ValueError if "output" not in options else FileNotFoundError, match=message):
-        evaluate(model, dataset=data, **{"split": "validation", **QUIET, **options})
+        evaluate(model, dataset_name=data, **{"split": "validation", **QUIET, **options})
 
 
 def test_a_model_without_its_classifier(data, tmp_path):
@@ -183,7 +185,7 @@ def test_a_model_without_its_classifier(data, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no weights for classifier\.bias, classifier\.weight"):
-        evaluate(str(tmp_path), dataset=data, split="validation", **QUIET)
+        evaluate(str(tmp_path), dataset_name=data, split="validation", **QUIET)
 
 
 # --- several tasks
@@ -205,16 +207,16 @@ def glue(tmp_path_factory):
 
 def test_tasks_and_their_average(glue, tmp_path, capsys):
     models, data = glue
-    alone = evaluate(str(models / "sst2"), dataset=data, task="sst2", split="validation", **QUIET)["metrics"]
+    alone = evaluate(str(models / "sst2"), dataset_name=data, task="sst2", split="validation", **QUIET)["metrics"]
     for name in (str(models), str(models / "{task}")):
-        result = evaluate(name, dataset=data, tasks="glue", output=str(tmp_path / "out.json"), **QUIET)
+        result = evaluate(name, dataset_name=data, tasks="glue", output=str(tmp_path / "out.json"), **QUIET)
         assert [{k: v for k, v in row.items() if k != "task"} for row in result["metrics"]] == alone
         assert result["scores"] == {"sst2": alone[0]["value"]} and result["macro_average"] == alone[0]["value"]
         assert set(result["missing"]) == set(TASKS) - {"sst2"}
         assert "there is no model" in result["missing"]["rte"] and "cannot be loaded" in result["missing"]["cola"]
         written = json.loads((tmp_path / "out.json").read_text())
         assert len(written["details"][0]["predictions"]) == COUNT and "predictions" not in result["details"][0]
-    cli.main(["evaluate", str(models), "--dataset", data, "--tasks", "sst2,rte", "--progress", "false"])
+    cli.main(["evaluate", str(models), "--dataset_name", data, "--tasks", "sst2,rte", "--progress", "false"])
     said = capsys.readouterr().out.splitlines()
     assert said[-2].startswith("macro average of 1 of GLUE's 9 tasks: 0.")
     assert said[-1].startswith("rte: not scored, there is no model ")
@@ -222,9 +224,9 @@ def test_tasks_and_their_average(glue, tmp_path, capsys):
 
 def test_one_task_by_its_model(glue):
     models, data = glue
-    result = evaluate(str(models / "sst2"), dataset=data, tasks="sst2", **QUIET)
+    result = evaluate(str(models / "sst2"), dataset_name=data, tasks="sst2", **QUIET)
     assert list(result["scores"]) == ["sst2"]
     with pytest.raises(ValueError, match="is one classifier, and each task has its own: give a folder of them"):
-        evaluate(str(models / "sst2"), dataset=data, tasks="sst2,rte", **QUIET)
+        evaluate(str(models / "sst2"), dataset_name=data, tasks="sst2,rte", **QUIET)
     with pytest.raises(ValueError, match=r"no task can be scored\. wnli: there is no model"):
-        evaluate(str(models), dataset=data, tasks="wnli", **QUIET)
+        evaluate(str(models), dataset_name=data, tasks="wnli", **QUIET)

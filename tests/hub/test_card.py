@@ -37,7 +37,7 @@ RECORD = {
         "learning_rate": 0.005,
         "adam_betas": [0.9, 0.98],
         "model": {"dropout": 0.3},
-        "init_from": None,
+        "model_name_or_path": None,
         "license": "apache-2.0",
     },
     "command": "hf-tfm run translation_train --config tiny",

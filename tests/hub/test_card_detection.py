@@ -42,7 +42,12 @@ CHANGES = {
         "objects_column": "annotations",
         "rows": {"train": 205, "validation": 87},
     },
-    "arguments": {"output_dir": "runs/pets", "learning_rate": 1e-4, "init_from": None, "pretrained_backbone": True},
+    "arguments": {
+        "output_dir": "runs/pets",
+        "learning_rate": 1e-4,
+        "model_name_or_path": None,
+        "pretrained_backbone": True,
+    },
     "command": "hf-tfm run detection_train --config finetune_small",
     "metrics": [
         {"name": "AP", "value": 0.41234, "split": "validation"},

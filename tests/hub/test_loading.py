@@ -163,8 +163,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
-    with pytest.raises(LoadingError, match=r'init_from ".*config\.json'):
-        load_config(str(tmp_path), "init_from")
+    with pytest.raises(LoadingError, match=r'model_name_or_path ".*config\.json'):
+        load_config(str(tmp_path), "model_name_or_path")
 
 
 def test_the_table_of_transformers_is_left_out(tmp_path, monkeypatch):

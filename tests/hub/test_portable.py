@@ -62,8 +62,12 @@ def test_results_and_card_hold_no_path_of_this_machine(tmp_path, monkeypatch):
             data__path=f"{home}/pairs",
             data__revision=None,
             base_model=f"{home}/base",
-            command=f"hf-tfm run distill_task --teacher {home}/teacher --dataset ~/pairs",
-            arguments={"output_dir": f"{home}/run", "init_from": "~/base", "data_files": {"train": f"{home}/a.csv"}},
+            command=f"hf-tfm run distill_task --teacher {home}/teacher --dataset_name ~/pairs",
+            arguments={
+                "output_dir": f"{home}/run",
+                "model_name_or_path": "~/base",
+                "data_files": {"train": f"{home}/a.csv"},
+            },
         )
         | {"distillation": {"teacher": f"{home}/teacher", "student_layers": None, "cached": False, "terms": [term]}}
     )

@@ -54,25 +54,25 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group", SUITABLE)
 def test_only_models_of_a_suitable_type_are_taken(group, family, saved):
-    suitable = getattr(pretrained, group)["init_from"]
+    suitable = getattr(pretrained, group)["model_name_or_path"]
     if family in SUITABLE[group]:
-        check_kind("init_from", str(saved[family]), suitable)
+        check_kind("model_name_or_path", str(saved[family]), suitable)
         return
     with pytest.raises(LoadingError) as caught:
-        check_kind("init_from", str(saved[family]), suitable)
+        check_kind("model_name_or_path", str(saved[family]), suitable)
     text = str(caught.value)
-    assert text.startswith(f'init_from "{saved[family]}" is a tfm_{family} model')
+    assert text.startswith(f'model_name_or_path "{saved[family]}" is a tfm_{family} model')
     assert all(kind in text for kind in suitable.types)
 
 
 RECIPES = {
-    "translation_train": ("transformer", "init_from"),
-    "language_pretrain": ("bert", "init_from"),
-    "text_classification_train": ("bert gpt", "init_from"),
-    "image_classification_train": ("vit mae", "init_from"),
-    "mae_pretrain": ("mae", "init_from"),
-    "detection_train": ("detr", "init_from"),
-    "panoptic_train": ("detr", "init_from"),
+    "translation_train": ("transformer", "model_name_or_path"),
+    "language_pretrain": ("bert", "model_name_or_path"),
+    "text_classification_train": ("bert gpt", "model_name_or_path"),
+    "image_classification_train": ("vit mae", "model_name_or_path"),
+    "mae_pretrain": ("mae", "model_name_or_path"),
+    "detection_train": ("detr", "model_name_or_path"),
+    "panoptic_train": ("detr", "model_name_or_path"),
     "distill_vision": ("vit", "teacher"),
     "distill_mae": ("mae", "teacher"),
     "distill_task": ("bert gpt", "teacher"),
@@ -84,7 +84,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_refuse_models_of_other_types_before_anything_else(recipe, saved, tmp_path, capsys):
     fitting, argument = RECIPES[recipe]
-    data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset", str(tmp_path / "data")]
+    data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset_name", str(tmp_path / "data")]
     for family in FAMILIES:
         if family in fitting.split():
             continue
@@ -145,7 +145,7 @@ def test_a_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
             continue
         with pytest.raises(LoadingError, match=re.escape(key)) as caught:
             LOADERS[name](folder)
-        assert str(caught.value).startswith(f'init_from "{folder}"') and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f'model_name_or_path "{folder}"') and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", LOADERS)

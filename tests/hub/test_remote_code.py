@@ -79,11 +79,11 @@ def eager_user(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "recommended"),
     [
-        ("evaluate {0}/config --dataset digits", True),
+        ("evaluate {0}/config --dataset_name digits", True),
         ("show positions {0}/config", True),
         ("show attention {0}/config {0}/photo.png", True),
         ("show attention {0}/tokenizer --text two --output_dir {1}/maps", None),
-        ("evaluate {0}/tokenizer --dataset number-parity", None),
+        ("evaluate {0}/tokenizer --dataset_name number-parity", None),
         ("convert {0}/config --to vit --output_dir {1}/out", False),
         ("convert {0}/tokenizer --to tfm --output_dir {1}/out", None),
         ("show attention {0}/processor {0}/photo.png --output_dir {1}/maps", None),

@@ -23,14 +23,14 @@ def run(recipe: str, *argv: str) -> int:
 def words(data, output_dir, **knobs) -> list[str]:
     """The command line of a short run; a knob that is None is left out."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
-        "num_steps": 3,
+        "max_steps": 3,
         "warmup_steps": 1,
         "max_length": 16,
         "size": "tiny",
         "progress": "false",
-        **({} if "init_from" in knobs else {"model": SMALL}),
+        **({} if "model_name_or_path" in knobs else {"model": SMALL}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

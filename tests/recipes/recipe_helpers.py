@@ -34,9 +34,9 @@ def write_data(folder: Path, changes: dict[int, dict[str, str]] | None = None) -
 def words(data: Path, output_dir: Path, **knobs) -> list[str]:
     """The command line of a short run."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
-        "num_steps": 2,
+        "max_steps": 2,
         "batch_tokens": 400,
         "max_length": 100,
         "vocab_size": 300,
@@ -44,7 +44,7 @@ def words(data: Path, output_dir: Path, **knobs) -> list[str]:
         "test_splits": "[test]",
         "num_beams": 2,
         "progress": "false",
-        **({} if "init_from" in knobs else {"model": TINY}),
+        **({} if "model_name_or_path" in knobs else {"model": TINY}),
         **knobs,
     }
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]

@@ -89,11 +89,11 @@ LAYOUTS = {"hub": write_hub, "coco": write_coco, "voc": write_voc}
 def words(data: Path, output_dir: Path, **knobs) -> list[str]:
     """The command line of a short run; a knob that is None is left out."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
-        "num_steps": 2,
+        "max_steps": 2,
         "warmup_steps": 1,
-        "schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "batch_size": 4,
         "learning_rate": 0.001,
         "shortest_side": 64,
@@ -103,7 +103,7 @@ def words(data: Path, output_dir: Path, **knobs) -> list[str]:
         "progress": "false",
         "final_weights": "last",
         "num_pictures": 2,
-        **({} if "init_from" in knobs else {"size": "tiny", "model": f"{{{MODEL}}}"}),
+        **({} if "model_name_or_path" in knobs else {"size": "tiny", "model": f"{{{MODEL}}}"}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

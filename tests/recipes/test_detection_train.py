@@ -49,7 +49,7 @@ def data(splits, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """Six steps with two evaluations."""
-    return train(data, tmp_path_factory.mktemp("trained") / "run", num_steps=6, eval_steps=3)
+    return train(data, tmp_path_factory.mktemp("trained") / "run", max_steps=6, eval_steps=3)
 
 
 # --- what a run leaves
@@ -76,7 +76,7 @@ def test_pictures_of_every_evaluation(trained, data, tmp_path):
     assert imread(trained / "predictions" / files[0]).shape[1] > 400
     assert "](predictions.png)" in (trained / "README.md").read_text(), "the card shows the last one"
     assert (trained / "predictions.png").read_bytes() == (trained / "predictions" / files[1]).read_bytes()
-    other = train(data, tmp_path / "run", num_steps=6, eval_steps=3, num_pictures=0)
+    other = train(data, tmp_path / "run", max_steps=6, eval_steps=3, num_pictures=0)
     assert not (other / "predictions").exists() and "predictions.png" not in (other / "README.md").read_text()
     assert distance(trained, other) == 0.0, "they change nothing"
 
@@ -91,7 +91,7 @@ def test_what_is_saved_loads_and_scores_the_same(trained, data):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for split in ("validation", "test"):
-        result = evaluate(str(trained), dataset=str(data), split=split, batch_size=4, progress=False)
+        result = evaluate(str(trained), dataset_name=str(data), split=split, batch_size=4, progress=False)
         again = {row["name"]: row["value"] for row in result["metrics"]}
         for name, value in scores(trained, split).items():
             assert again[name] == pytest.approx(value, abs=1e-6), name
@@ -108,9 +108,9 @@ def test_stored_arguments_are_a_config(trained, data, tmp_path):
     file = tmp_path / "arguments.yaml"
     file.write_text(json.dumps(record(trained).arguments))
     kind = arguments_of(RECIPE)
-    given = words(data, trained, num_steps=6, eval_steps=3)
+    given = words(data, trained, max_steps=6, eval_steps=3)
     # Of paths the record holds the last part alone.
-    first = replace(parse_arguments(kind, RECIPE, given), output_dir=trained.name, dataset=data.name)
+    first = replace(parse_arguments(kind, RECIPE, given), output_dir=trained.name, dataset_name=data.name)
     assert parse_arguments(kind, RECIPE, ["--config", str(file)]) == first
 
 
@@ -138,15 +138,15 @@ KNOBS = {
 @pytest.mark.parametrize(("kind", "workers"), [("plain", 2), ("parts", 0), ("ema", 0)])
 def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
-    knobs = {**KNOBS[kind], "num_steps": 5, "save_steps": 1, "keep_checkpoints": 9, "eval_steps": 5}
+    knobs = {**KNOBS[kind], "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
     whole = train(data, tmp_path / "whole", **knobs)
-    part = train(data, tmp_path / "part", num_workers=workers, **knobs)
+    part = train(data, tmp_path / "part", dataloader_num_workers=workers, **knobs)
     for step in (3, 4, 5):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     for name in ("results.json", "model.safetensors", "predictions/step-00000005.png"):
         (part / name).unlink()
     capsys.readouterr()
-    train(data, part, num_workers=workers, **knobs)
+    train(data, part, dataloader_num_workers=workers, **knobs)
     assert "going on from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
@@ -156,13 +156,13 @@ def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
 
 def test_knobs_change_the_weights(data, trained, tmp_path):
     """What the test above resumes does something: no two runs end with equal weights."""
-    runs = [train(data, tmp_path / kind, num_steps=6, eval_steps=6, **knobs) for kind, knobs in KNOBS.items()]
+    runs = [train(data, tmp_path / kind, max_steps=6, eval_steps=6, **knobs) for kind, knobs in KNOBS.items()]
     assert all(distance(one, other) > 1e-6 for i, one in enumerate(runs) for other in runs[:i])
 
 
 def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
     """By hf-tfm run in two processes (gloo), which share each step, and in one, a scene at a time."""
-    knobs = {"num_steps": 3, "adam_epsilon": 1e-4}
+    knobs = {"max_steps": 3, "adam_epsilon": 1e-4}
     alone = train(data, tmp_path / "alone", **knobs)
     single = train(data, tmp_path / "single", micro_batch_size=1, **knobs)
     assert distance(alone, single) < 5e-6  # of rounding; the steps are 1e-3 long
@@ -193,7 +193,7 @@ def renamed(splits, names):
 
 
 def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_path, caplog):
-    folder = train(data, tmp_path / "run", init_from=trained, learning_rate=1e-6, num_steps=3)
+    folder = train(data, tmp_path / "run", model_name_or_path=trained, learning_rate=1e-6, max_steps=3)
     assert 0 < distance(trained, folder) < 1e-5
     assert "start anew" not in caplog.text
     assert record(folder).base_model == trained.name
@@ -211,7 +211,7 @@ def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained,
     for case, (source, names, model) in cases.items():
         caplog.clear()
         folder = write_hub(tmp_path / f"data-{case}", renamed(source, names))
-        start = {"init_from": trained, "learning_rate": 1e-9, "num_steps": 1, "model": model}
+        start = {"model_name_or_path": trained, "learning_rate": 1e-9, "max_steps": 1, "model": model}
         new = weights(train(folder, tmp_path / case, **start))
         moved = {
             name for name in new if new[name].shape != old[name].shape or (new[name] - old[name]).abs().max() > 1e-6
@@ -225,7 +225,7 @@ def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained,
 
 
 def test_fewer_queries_are_the_first_of_those_there_are(trained, data, tmp_path, caplog):
-    start = {"init_from": trained, "learning_rate": 1e-9, "num_steps": 1, "model": "{num_queries: 5}"}
+    start = {"model_name_or_path": trained, "learning_rate": 1e-9, "max_steps": 1, "model": "{num_queries: 5}"}
     folder = train(data, tmp_path / "run", **start)
     name = "model.query_position_embeddings.weight"
     assert (weights(folder)[name] - weights(trained)[name][:5]).abs().max() < 1e-6
@@ -245,23 +245,23 @@ def test_all_decoder_layers_of_a_stock_model_learn(trained, data, tmp_path):
     stock.save_pretrained(tmp_path / "stock")
     AutoImageProcessor.from_pretrained(trained).save_pretrained(tmp_path / "stock")
     assert not stock.config.auxiliary_loss
-    start = {"init_from": tmp_path / "stock", "num_steps": 1}
+    start = {"model_name_or_path": tmp_path / "stock", "max_steps": 1}
     for name, knobs, expected in (("on", {}, True), ("off", {"model": "{auxiliary_loss: false}"}, False)):
         folder = train(data, tmp_path / name, **start, **knobs)
         assert AutoModelForObjectDetection.from_pretrained(folder).config.auxiliary_loss is expected
 
 
 def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_path):
-    with pytest.raises(ValueError, match=r"weights of init_from .* do not fit it: .*encoder"):
-        train(data, tmp_path / "run", init_from=trained, model="{encoder_ffn_dim: 48}")
+    with pytest.raises(ValueError, match=r"weights of model_name_or_path .* do not fit it: .*encoder"):
+        train(data, tmp_path / "run", model_name_or_path=trained, model="{encoder_ffn_dim: 48}")
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp_path):
     with pytest.raises(
-        ValueError, match=r'init_from "runs/no-such-run" is neither a local folder nor to be found on the Hub'
+        ValueError, match=r'model_name_or_path "runs/no-such-run" is neither a local folder nor to be found on the Hub'
     ):
-        train(data, tmp_path / "run", init_from="runs/no-such-run")
+        train(data, tmp_path / "run", model_name_or_path="runs/no-such-run")
     assert not (tmp_path / "run").exists()
 
 
@@ -277,7 +277,10 @@ def test_categories_that_training_does_not_have_are_refused(splits, tmp_path):
 # --- knobs
 
 MISFITS = {
-    "metric": ({"best_metric": "accuracy"}, 'best_metric must be "loss", "AP" or "AP50", got "accuracy"'),
+    "metric": (
+        {"metric_for_best_model": "accuracy"},
+        'metric_for_best_model must be "loss", "AP" or "AP50", got "accuracy"',
+    ),
     "sides": ({"shortest_side": 100}, "shortest_side must be at most longest_side = 96, got 100"),
     "field": ({"model": "{num_querys: 9}"}, "model.num_querys is not a field of TfmDetrConfig that can be chosen"),
     "things": ({"model": "{thing_ids: 0}"}, "model.thing_ids is not a field of TfmDetrConfig that can be chosen"),
@@ -289,14 +292,14 @@ MISFITS = {
     ),
     "norm": ({"pretrained_backbone": "true"}, 'model.backbone_norm must be "frozen" or "batch", got "group"'),
     "both": (
-        {"init_from": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
-        "init_from brings its own backbone: give no pretrained_backbone beside it",
+        {"model_name_or_path": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
+        "model_name_or_path brings its own backbone: give no pretrained_backbone beside it",
     ),
     "pictures": ({"num_pictures": -1}, "num_pictures must be at least 0, got -1"),
     "splits": ({"holdout": 3}, "exactly one of validation_split and holdout, got validation and 3"),
     "crop": ({"augmentation": "{crop: 2.0}"}, "crop must be in [0, 1], got 2.0"),
     "scales": ({"augmentation": "{scales: []}"}, "scales"),
-    "lengths": ({"num_epochs": 1}, "exactly one of num_epochs and num_steps, got 1.0 and 2"),
+    "lengths": ({"num_train_epochs": 1}, "exactly one of num_train_epochs and max_steps, got 1.0 and 2"),
 }
 
 

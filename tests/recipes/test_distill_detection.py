@@ -30,7 +30,7 @@ def teacher(data, tmp_path_factory):
     """Four decoder layers, one step of training."""
     model = MODEL.replace("decoder_layers: 2", "decoder_layers: 4")
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    return train(data, folder, model=f"{{{model}}}", num_steps=1, mean="[0.5, 0.4, 0.3]", std="[0.2, 0.2, 0.3]")
+    return train(data, folder, model=f"{{{model}}}", max_steps=1, mean="[0.5, 0.4, 0.3]", std="[0.2, 0.2, 0.3]")
 
 
 def distil(data, output_dir, recipe="distill_detection", **knobs):
@@ -74,7 +74,7 @@ def test_a_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
 
 @pytest.mark.parametrize("layers", ["[3]", "{decoder: [3], encoder: [0]}"])
 def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "student_layers": layers, "num_steps": 1, "learning_rate": 1e-9}
+    knobs = {"teacher": teacher, "student_layers": layers, "max_steps": 1, "learning_rate": 1e-9}
     student, source = weights(distil(data, tmp_path / "run", **knobs)), weights(teacher)
     assert any("decoder.layers.0." in name for name in student)
     for name, value in student.items():
@@ -98,7 +98,7 @@ def test_transformers_own_teacher_says_the_same(data, teacher, tmp_path):
 
 
 def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
-    common = {"teacher": teacher, "num_steps": None, "num_epochs": 2, "num_workers": 1}
+    common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "dataloader_num_workers": 1}
     common["augmentation"] = "{scales: [64], max_size: 90, crop: 0.0, flip: 0.5}"
     distil(data, tmp_path / "online", **common)
     cache = {**common, "cache": tmp_path / "cache"}
@@ -110,23 +110,23 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
     # After the last of its epochs a cache begins anew, with the same steps: each leaves out scenes of its own.
-    distil(data, tmp_path / "longer", **{**cache, "num_epochs": 3})
+    distil(data, tmp_path / "longer", **{**cache, "num_train_epochs": 3})
     assert record(tmp_path / "longer").training["epochs"] == 3
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "schedule": "constant", "eval_steps": 2}
-    distil(data, tmp_path / "whole", **knobs, num_steps=4)
-    distil(data, tmp_path / "cut", **knobs, num_steps=2)
-    distil(data, tmp_path / "cut", **knobs, num_steps=4)
+    knobs = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **knobs, max_steps=4)
+    distil(data, tmp_path / "cut", **knobs, max_steps=2)
+    distil(data, tmp_path / "cut", **knobs, max_steps=4)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        distil(data, tmp_path / "run", teacher=teacher, best_metric="accuracy")
-    assert 'best_metric must be "loss", "AP" or "AP50"' in capsys.readouterr().err
+        distil(data, tmp_path / "run", teacher=teacher, metric_for_best_model="accuracy")
+    assert 'metric_for_best_model must be "loss", "AP" or "AP50"' in capsys.readouterr().err
     with pytest.raises(ValueError, match="the same image_mean in their image processors"):
         distil(data, tmp_path / "run", teacher=teacher, mean="[0.1, 0.1, 0.1]")
     with pytest.raises(ValueError, match=r"layers of the decoder must be in \[0, 4\), the teacher's, got 6"):
@@ -136,5 +136,5 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys):
     with pytest.raises(ValueError, match='use kind "query"'):
         distil(data, tmp_path / "run", teacher=teacher, terms="[{kind: soft_target}]")
     with pytest.raises(ValueError, match=r"the teacher's AP is .* and should be 0.9"):
-        distil(data, tmp_path / "run", teacher=teacher, expected_score=0.9, best_metric="AP")
+        distil(data, tmp_path / "run", teacher=teacher, expected_score=0.9, metric_for_best_model="AP")
     assert not (tmp_path / "run").exists()

@@ -32,11 +32,11 @@ def run(recipe: str, *argv: str) -> int:
 def words(data, output_dir, **knobs) -> list[str]:
     """The command line of a short run; a knob that is None is left out."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
-        "num_steps": 3,
+        "max_steps": 3,
         "warmup_steps": 1,
-        "schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "batch_size": 8,
         "learning_rate": 0.01,
         "augmentation": "{crop: pad, padding: 2, flip: 0.5}",
@@ -44,7 +44,7 @@ def words(data, output_dir, **knobs) -> list[str]:
         "terms": "[{kind: soft_target, temperature: 2.0}, {kind: label, weight: 0.5}]",
         "progress": "false",
         "final_weights": "last",
-        **({} if "init_from" in knobs else {"model": f"{{{SMALL}}}"}),
+        **({} if "model_name_or_path" in knobs else {"model": f"{{{SMALL}}}"}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
@@ -101,7 +101,12 @@ def test_a_classifier_learns_from_its_teacher(name, data, teacher, tmp_path):
 
 def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
     knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "eval_steps": 1}
-    knobs |= {"num_steps": 30, "schedule": "constant", "augmentation": "{crop: none, flip: 0}", "learning_rate": 0.003}
+    knobs |= {
+        "max_steps": 30,
+        "lr_scheduler_type": "constant",
+        "augmentation": "{crop: none, flip: 0}",
+        "learning_rate": 0.003,
+    }
     distil(data, tmp_path / "run", **knobs, validation_split="train", batch_size=24)
     losses = [row["evaluation"]["distillation"] for row in history(tmp_path / "run") if "evaluation" in row]
     assert losses[-1] < losses[0] / 2
@@ -119,8 +124,8 @@ def test_the_two_heads_of_deit_learn_from_labels_and_teacher(data, teacher, tmp_
     model = {
         "model": f"{{{SMALL}, distillation_token: true}}",
         "costs": "false",
-        "num_steps": 2,
-        "schedule": "constant",
+        "max_steps": 2,
+        "lr_scheduler_type": "constant",
     }
     begun = distil(data, tmp_path / "begun", teacher=teacher, terms=f"[{label}, {hard}]", **model, learning_rate=1e-12)
     both = distil(data, tmp_path / "both", teacher=teacher, terms=f"[{label}, {hard}]", **model)
@@ -154,7 +159,7 @@ def test_a_student_begins_with_layers_of_transformers_own(data, tmp_path):
     teacher = ViTForImageClassification(ViTConfig(num_hidden_layers=4, **WIDE, **NAMES)).eval()
     save(tmp_path / "teacher", teacher)
     model = "{patch_size: 4, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2}"
-    knobs = {"student_layers": "[1, 3]", "model": model, "num_steps": 1, "learning_rate": 1e-9, "costs": "false"}
+    knobs = {"student_layers": "[1, 3]", "model": model, "max_steps": 1, "learning_rate": 1e-9, "costs": "false"}
     distil(data, tmp_path / "run", teacher=tmp_path / "teacher", **knobs)
     source = TfmViTForImageClassification.from_pretrained(tmp_path / "teacher").state_dict()
     student, moved = weights(tmp_path / "run"), {"layers.0.": "layers.1.", "layers.1.": "layers.3."}
@@ -165,7 +170,13 @@ def test_a_student_begins_with_layers_of_transformers_own(data, tmp_path):
 
 def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
     terms = "[{kind: hidden_state}, {kind: soft_target}, {kind: label}]"
-    common = {"teacher": teacher, "terms": terms, "num_steps": None, "num_epochs": 2, "num_workers": 1}
+    common = {
+        "teacher": teacher,
+        "terms": terms,
+        "max_steps": None,
+        "num_train_epochs": 2,
+        "dataloader_num_workers": 1,
+    }
     distil(data, tmp_path / "online", **common)
     cache = {**common, "cache": tmp_path / "cache"}
     written = words(data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
@@ -184,11 +195,11 @@ def test_a_stream_is_read_as_it_comes(data, teacher, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "terms": TERMS["inner_layers"], "schedule": "constant", "eval_steps": 2}
+    knobs = {"teacher": teacher, "terms": TERMS["inner_layers"], "lr_scheduler_type": "constant", "eval_steps": 2}
     knobs |= {"costs": "false", "mixing": "{mixup: 0.8}"}
-    distil(data, tmp_path / "whole", **knobs, num_steps=4)
-    distil(data, tmp_path / "cut", **knobs, num_steps=2)
-    distil(data, tmp_path / "cut", **knobs, num_steps=4)
+    distil(data, tmp_path / "whole", **knobs, max_steps=4)
+    distil(data, tmp_path / "cut", **knobs, max_steps=2)
+    distil(data, tmp_path / "cut", **knobs, max_steps=4)
     assert distance(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
@@ -200,7 +211,7 @@ REFUSED = {
     ),
     "repeats": ({"cache": "x", "repeats": 2}, "turn repeats off"),
     "field": ({"model": "{image_size: 8}"}, "model.image_size is not a field"),
-    "metric": ({"best_metric": "AP"}, 'best_metric must be "loss" or "accuracy"'),
+    "metric": ({"metric_for_best_model": "AP"}, 'metric_for_best_model must be "loss" or "accuracy"'),
 }
 
 
@@ -222,9 +233,9 @@ def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
         attempt(mean="[0.1, 0.1, 0.1]", std="[0.2, 0.2, 0.3]")
     with pytest.raises(ValueError, match="the same image_std in their image processors"):
         other = save(tmp_path / "other", AutoModelForImageClassification.from_pretrained(teacher), std=(0.1, 0.1, 0.1))
-        attempt(init_from=other)
+        attempt(model_name_or_path=other)
     with pytest.raises(ValueError, match=r"the teacher's accuracy is .* and should be 0.99"):
-        attempt(expected_score=0.99, best_metric="accuracy")
+        attempt(expected_score=0.99, metric_for_best_model="accuracy")
     with pytest.raises(ValueError, match=r'label maps differ: class 0 is "ant" for the student, "bee" for the teach'):
         config = TfmViTConfig(num_hidden_layers=1, id2label={0: "bee", 1: "ant", 2: "cat"}, **WIDE)
         attempt(teacher=save(tmp_path / "turned", TfmViTForImageClassification(config)))

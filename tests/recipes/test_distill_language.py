@@ -19,7 +19,7 @@ def test_a_language_model_begins_with_the_teachers_layers(data, language_model, 
     model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
     terms = "[{kind: soft_target, weight: 5, temperature: 2}, {kind: label, weight: 2}, {kind: cosine}]"
     common = {"teacher": language_model, "terms": terms, "model": model, "batch_tokens": 128, "vocab_size": None}
-    argv = words(data, tmp_path / "run", **common, student_layers="[1, 3]", num_steps=1, learning_rate=1e-9)
+    argv = words(data, tmp_path / "run", **common, student_layers="[1, 3]", max_steps=1, learning_rate=1e-9)
     assert run("distill_pretrain", *argv) == 0
     fresh_state()
     student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
@@ -38,7 +38,7 @@ def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, toke
     model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
     model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
     knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
-    knobs |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "num_steps": 1}
+    knobs |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "max_steps": 1}
     assert run("distill_pretrain", *words(data, tmp_path / "run", **knobs, learning_rate=1e-9)) == 0
     student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
     for mine, number in zip(student.bert.layers, (1, 3), strict=True):
@@ -54,7 +54,7 @@ def test_a_teacher_may_have_more_words_than_its_tokenizer(layers, data, tokenize
     model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
     model += "max_position_embeddings: 64}"
     knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "batch_tokens": 128}
-    argv = words(data, tmp_path / "run", **knobs, model=model, student_layers=layers, num_steps=1)
+    argv = words(data, tmp_path / "run", **knobs, model=model, student_layers=layers, max_steps=1)
     assert run("distill_pretrain", *argv) == 0
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 128 > len(tokenizer)
 

@@ -48,7 +48,7 @@ def distil(data, output_dir, **knobs):
 
 
 def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
-    distil(data, tmp_path / "run", teacher=teacher, num_steps=20, eval_steps=5, costs="true", image_size=None)
+    distil(data, tmp_path / "run", teacher=teacher, max_steps=20, eval_steps=5, costs="true", image_size=None)
     results = record(tmp_path / "run")
     assert [cost["model"] for cost in results.costs] == ["teacher", "student"]
     (row,) = results.metrics
@@ -75,13 +75,13 @@ def test_both_see_the_same_patches(data, teacher, tmp_path):
 
 def test_the_student_is_a_start_for_a_classifier(data, teacher, tmp_path):
     distil(data, tmp_path / "student", teacher=teacher)
-    classify(data, tmp_path / "run", init_from=tmp_path / "student")
+    classify(data, tmp_path / "run", model_name_or_path=tmp_path / "student")
     model = TfmViTForImageClassification.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 2
 
 
 def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
-    common = {"teacher": teacher, "num_steps": None, "num_epochs": 2, "terms": TERMS}
+    common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "terms": TERMS}
     distil(data, tmp_path / "online", **common)
     cache = {**common, "cache": tmp_path / "cache", "costs": "false"}
     written = words("distill_mae", data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
@@ -93,10 +93,10 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "schedule": "constant", "eval_steps": 2}
-    distil(data, tmp_path / "whole", **knobs, num_steps=4)
-    distil(data, tmp_path / "cut", **knobs, num_steps=2)
-    distil(data, tmp_path / "cut", **knobs, num_steps=4)
+    knobs = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **knobs, max_steps=4)
+    distil(data, tmp_path / "cut", **knobs, max_steps=2)
+    distil(data, tmp_path / "cut", **knobs, max_steps=4)
     assert distance(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
     ("knobs", "message"),
     [
         ({"terms": "[{kind: soft_target}]"}, "terms must not have soft_target: a masked autoencoder gives pixels"),
-        ({"best_metric": "accuracy"}, 'best_metric must be "loss"'),
+        ({"metric_for_best_model": "accuracy"}, 'metric_for_best_model must be "loss"'),
         ({"cache": "x", "repeats": 2}, "turn repeats off"),
         ({"model": "{image_size: 8}"}, "model.image_size is not a field"),
     ],

@@ -15,7 +15,13 @@ CACHED = {"terms": "[{kind: soft_target}]", "batch_size": 8}
 
 def test_a_cached_teacher_teaches_the_same(data, classifier, tmp_path, capsys):
     terms = "[{kind: hidden_state}, {kind: soft_target}, {kind: label}]"
-    common = {"teacher": classifier, "terms": terms, "precision": "no", "num_workers": 1, "final_weights": "last"}
+    common = {
+        "teacher": classifier,
+        "terms": terms,
+        "mixed_precision": "no",
+        "dataloader_num_workers": 1,
+        "final_weights": "last",
+    }
     assert run("distill_task", *words(data, tmp_path / "online", **common)) == 0
     cache = {**common, "cache": tmp_path / "cache"}
     assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **cache, cache_dtype="fp32")) == 0
@@ -91,7 +97,7 @@ def test_what_the_largest_logits_cannot_teach_is_refused_before_they_are_written
 def test_a_cached_language_teacher_knows_the_masks_of_its_epochs(data, language_model, tmp_path):
     terms = "[{kind: soft_target}, {kind: label}]"
     common = {"teacher": language_model, "terms": terms, "batch_tokens": 128, "sequences": "rows"}
-    common |= {"vocab_size": None, "num_steps": None, "num_epochs": 3, "final_weights": "last"}
+    common |= {"vocab_size": None, "max_steps": None, "num_train_epochs": 3, "final_weights": "last"}
     cache = {**common, "cache": tmp_path / "cache"}
     assert run("distill_cache", "distill_pretrain", *words(data, tmp_path / "no", **cache, cache_epochs=2)) == 0
     assert run("distill_pretrain", *words(data, tmp_path / "cached", **cache)) == 0

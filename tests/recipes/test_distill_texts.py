@@ -69,7 +69,7 @@ def test_inner_layers_leave_the_classifier_alone(data, classifier, tmp_path):
     argv = words(data, tmp_path / "run", teacher=classifier, terms=INNER, final_weights="last", learning_rate=0.01)
     assert run("distill_task", *argv) == 0
     fresh_state()
-    longer = words(data, tmp_path / "more", teacher=classifier, terms=INNER, final_weights="last", num_steps=6)
+    longer = words(data, tmp_path / "more", teacher=classifier, terms=INNER, final_weights="last", max_steps=6)
     assert run("distill_task", *longer) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "more"))
     assert torch.equal(one["classifier.weight"], other["classifier.weight"])
@@ -94,11 +94,11 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier,
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
-    knobs = {"teacher": classifier, "terms": TERMS["mapped"], "schedule": "constant", "final_weights": "last"}
+    knobs = {"teacher": classifier, "terms": TERMS["mapped"], "lr_scheduler_type": "constant", "final_weights": "last"}
     knobs |= {"eval_steps": 2, "costs": "false"}
-    assert run("distill_task", *words(data, tmp_path / "whole", **knobs, num_steps=4)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, num_steps=2)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, num_steps=4)) == 0
+    assert run("distill_task", *words(data, tmp_path / "whole", **knobs, max_steps=4)) == 0
+    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, max_steps=2)) == 0
+    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, max_steps=4)) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -171,7 +171,7 @@ def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
     config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_labels=1, **WIDE)
     teacher = save(tmp_path / "teacher", TfmBertForSequenceClassification(config), tokenizer)
     knobs = {"teacher": teacher, "costs": "false", "task": "stsb", "model": SMALL.replace("{", "{pooler: relu, ")}
-    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **knobs, num_epochs="null", warmup_ratio="null")
+    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **knobs, num_train_epochs="null", warmup_ratio="null")
     assert run("distill_task", "--config", preset, *argv) == 0
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"pearson", "spearman"}
 
@@ -183,7 +183,7 @@ REFUSED = {
     "kind": ("distill_task", {"terms": "[{kind: warmth}]"}, "kind must be one of label, soft_target"),
     "layers_and_init": (
         "distill_task",
-        {"student_layers": "[0]", "init_from": "x"},
+        {"student_layers": "[0]", "model_name_or_path": "x"},
         "give no student_layers beside it",
     ),
     "nowhere_to_write": ("distill_task", {"write_cache": "true"}, "write_cache needs cache"),
@@ -228,7 +228,7 @@ def test_terms_of_a_command_line_take_the_place_of_a_presets():
     ("recipe", "given", "dtype"),
     [
         ("distill_task", [], "bf16"),
-        ("distill_task", ["--precision", "no"], "fp32"),
+        ("distill_task", ["--mixed_precision", "no"], "fp32"),
         ("distill_task", ["--teacher_dtype", "fp32"], "fp32"),
         ("distill_detection", [], "fp32"),
     ],

@@ -23,16 +23,16 @@ def run_recipe(*argv: str) -> int:
 def words(data, output_dir, **knobs) -> list[str]:
     """The command line of a short run; a knob that is None is left out."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
-        "num_steps": 3,
+        "max_steps": 3,
         "batch_tokens": 256,
         "max_length": 32,
         "vocab_size": 320,
         "warmup_steps": 1,
         "size": "tiny",
         "progress": "false",
-        **({} if "init_from" in knobs else {"model": TINY}),
+        **({} if "model_name_or_path" in knobs else {"model": TINY}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
@@ -56,9 +56,9 @@ def data(tmp_path_factory):
 KINDS = {
     "packed": ({}, AutoModelForMaskedLM),
     "rows_whole_words": ({"sequences": "rows", "whole_words": "true", "micro_batch_tokens": 64}, AutoModelForMaskedLM),
-    "pairs": ({"sequences": "pairs", "num_workers": 1, "documents": "false"}, AutoModelForPreTraining),
+    "pairs": ({"sequences": "pairs", "dataloader_num_workers": 1, "documents": "false"}, AutoModelForPreTraining),
     "causal": ({"objective": "causal", "lowercase": "false"}, AutoModelForCausalLM),
-    "causal_rows": ({"objective": "causal", "sequences": "rows", "precision": "bf16"}, AutoModelForCausalLM),
+    "causal_rows": ({"objective": "causal", "sequences": "rows", "mixed_precision": "bf16"}, AutoModelForCausalLM),
     "streaming": ({"streaming": "true", "tokenizer_rows": 30}, AutoModelForMaskedLM),
     "holdout": ({"validation_split": "null", "holdout": 9, "max_train_samples": 40}, AutoModelForMaskedLM),
 }
@@ -88,7 +88,7 @@ def test_a_few_steps(name, data, tmp_path):
 
 def test_it_learns_and_fills_masks(data, tmp_path):
     """Where the text leaves no doubt, the pipeline knows the word."""
-    knobs = {"num_steps": 150, "learning_rate": 0.01, "sequences": "rows", "batch_tokens": 512, "eval_steps": 50}
+    knobs = {"max_steps": 150, "learning_rate": 0.01, "sequences": "rows", "batch_tokens": 512, "eval_steps": 50}
     assert run_recipe(*words(data[0], tmp_path / "run", **knobs)) == 0
     fresh_state()
     scores = {row["name"]: row["value"] for row in record(tmp_path / "run").metrics}
@@ -98,7 +98,7 @@ def test_it_learns_and_fills_masks(data, tmp_path):
 
 
 def test_gpt_learns_to_go_on(data, tmp_path):
-    knobs = {"num_steps": 150, "learning_rate": 0.01, "objective": "causal", "batch_tokens": 512, "eval_steps": 50}
+    knobs = {"max_steps": 150, "learning_rate": 0.01, "objective": "causal", "batch_tokens": 512, "eval_steps": 50}
     assert run_recipe(*words(data[0], tmp_path / "run", sequences="rows", **knobs)) == 0
     fresh_state()
     write = pipeline("text-generation", str(tmp_path / "run"))
@@ -109,14 +109,14 @@ def test_gpt_learns_to_go_on(data, tmp_path):
 
 
 def test_more_texts_are_learned_too(data, tmp_path):
-    more = json.dumps([{"dataset": str(data[1])}])
+    more = json.dumps([{"dataset_name": str(data[1])}])
     assert run_recipe(*words(data[0], tmp_path / "run", more_texts=more)) == 0
     results = record(tmp_path / "run")
     assert results.data["rows"][f"{data[1].name}, train"] == 10
     assert results.arguments["more_texts"] == [
         {
-            "dataset": data[1].name,
-            "dataset_name": None,
+            "dataset_name": data[1].name,
+            "dataset_config": None,
             "dataset_revision": None,
             "split": "train",
             "text_column": None,
@@ -125,9 +125,9 @@ def test_more_texts_are_learned_too(data, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
-    knobs = {"num_steps": 6, "eval_steps": 2, "schedule": "constant"}
+    knobs = {"max_steps": 6, "eval_steps": 2, "lr_scheduler_type": "constant"}
     assert run_recipe(*words(data[0], tmp_path / "whole", **knobs)) == 0
-    assert run_recipe(*words(data[0], tmp_path / "cut", **{**knobs, "num_steps": 4})) == 0
+    assert run_recipe(*words(data[0], tmp_path / "cut", **{**knobs, "max_steps": 4})) == 0
     assert run_recipe(*words(data[0], tmp_path / "cut", **knobs)) == 0
     cut, whole = ([row for row in history(tmp_path / name) if "evaluation" in row] for name in ("cut", "whole"))
     assert cut == whole and [row["step"] for row in cut] == [2, 4, 6]
@@ -137,13 +137,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
 
 def test_it_goes_on_from_a_model(data, tmp_path):
     assert run_recipe(*words(data[0], tmp_path / "first")) == 0
-    again = words(data[0], tmp_path / "second", init_from=tmp_path / "first", num_steps=1)
+    again = words(data[0], tmp_path / "second", model_name_or_path=tmp_path / "first", max_steps=1)
     assert run_recipe(*again) == 0
     assert record(tmp_path / "second").base_model == "first"
     with pytest.raises(
         ValueError, match="max_length must be at most the model's max_position_embeddings = 512, got 600"
     ):
-        run_recipe(*words(data[0], tmp_path / "third", init_from=tmp_path / "first", max_length=600, batch_tokens=600))
+        run_recipe(
+            *words(
+                data[0], tmp_path / "third", model_name_or_path=tmp_path / "first", max_length=600, batch_tokens=600
+            )
+        )
 
 
 REFUSED = {
@@ -151,9 +155,12 @@ REFUSED = {
     "too_long": ({"max_length": 600}, "max_length must be at most model.max_position_embeddings = 512, got 600"),
     "field": ({"model": "{vocab_size: 7}"}, "model.vocab_size is not a field of TfmBertConfig that can be chosen"),
     "size": ({"size": "huge"}, "size must be one of tiny, mini, small"),
-    "share": ({"mask_share": 1.5}, "mask_share must be in (0, 1), got 1.5"),
+    "share": ({"mlm_probability": 1.5}, "mlm_probability must be in (0, 1), got 1.5"),
     "stream_of_two": ({"streaming": "true", "holdout": 3, "validation_split": "null"}, "streaming reads one split"),
-    "stream_without_end": ({"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
+    "stream_without_end": (
+        {"streaming": "true", "max_steps": "null", "num_train_epochs": 1},
+        "streaming needs max_steps",
+    ),
     "no_validation": ({"validation_split": "null"}, "give exactly one of validation_split and holdout"),
     "corpus": ({"more_texts": '[{"datasets": "x"}]'}, "datasets"),
 }

@@ -43,8 +43,10 @@ def own(tmp_path):
 
 
 def test_code_is_run_with_the_option_alone(own, tmp_path):
-    given = words(write_pairs(tmp_path / "data"), tmp_path / "run", init_from=own)
-    with pytest.raises(ValueError, match=r'init_from ".*": it brings its own code.* trust_remote_code true') as error:
+    given = words(write_pairs(tmp_path / "data"), tmp_path / "run", model_name_or_path=own)
+    with pytest.raises(
+        ValueError, match=r'model_name_or_path ".*": it brings its own code.* trust_remote_code true'
+    ) as error:
         run_recipe(*given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "RAN").exists() and not (tmp_path / "run").exists()
@@ -54,8 +56,8 @@ def test_code_is_run_with_the_option_alone(own, tmp_path):
 
 
 def test_a_recipe_of_one_kind_of_model_runs_no_code(own, tmp_path):
-    with pytest.raises(ValueError, match=r'init_from ".*": it brings its own code.* trust_remote_code true'):
-        classify(write_images(tmp_path / "data"), tmp_path / "run", init_from=own)
+    with pytest.raises(ValueError, match=r'model_name_or_path ".*": it brings its own code.* trust_remote_code true'):
+        classify(write_images(tmp_path / "data"), tmp_path / "run", model_name_or_path=own)
     assert not (tmp_path / "RAN").exists() and not (tmp_path / "run").exists()
 
 

@@ -49,7 +49,7 @@ def test_boxes_of_things_and_stuff(boxes):
 
 
 def test_masks_alone_learn_on_a_frozen_detector(boxes, data, tmp_path):
-    run = train(data, tmp_path / "masks", "panoptic_train", stage="masks", init_from=boxes)
+    run = train(data, tmp_path / "masks", "panoptic_train", stage="masks", model_name_or_path=boxes)
     before, after = (load_file(folder / "model.safetensors") for folder in (boxes, run))
     assert all(torch.equal(value, after[f"detr.{name}"]) for name, value in before.items())
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -89,8 +89,11 @@ def test_the_pipeline_runs(joint, splits, subtask, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"stage": "masks"}, 'stage "masks" needs init_from'),
-        ({"stage": "boxes", "best_metric": "PQ"}, 'best_metric must be one of loss, AP, AP50, got "PQ"'),
+        ({"stage": "masks"}, 'stage "masks" needs model_name_or_path'),
+        (
+            {"stage": "boxes", "metric_for_best_model": "PQ"},
+            'metric_for_best_model must be one of loss, AP, AP50, got "PQ"',
+        ),
         ({"model": "{d_model: 36, encoder_attention_heads: 4, decoder_attention_heads: 4}"}, "multiple of 16"),
     ],
 )

@@ -11,7 +11,14 @@ from recipe_helpers import ROOT, finish_process, history, record, run_recipe, st
 from safetensors.torch import load_file
 from server import TOKEN, HubServer
 
-KNOBS = {"num_steps": 60, "save_steps": 5, "eval_steps": 20, "log_steps": 7, "learning_rate": 0.01, "num_workers": 1}
+KNOBS = {
+    "max_steps": 60,
+    "save_steps": 5,
+    "eval_steps": 20,
+    "logging_steps": 7,
+    "learning_rate": 0.01,
+    "dataloader_num_workers": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
 
 def test_two_processes(data, whole, tmp_path):
     """They begin where one process stopped, make one folder, and translate the test set together."""
-    knobs = {**KNOBS, "num_steps": 60, "adam_epsilon": 1e-4}
+    knobs = {**KNOBS, "max_steps": 60, "adam_epsilon": 1e-4}
     argv = words(data, tmp_path / "run", **knobs)
     run_recipe(*words(data, tmp_path / "one", **knobs))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")

@@ -46,7 +46,7 @@ def test_a_run_leaves_no_lock_and_nothing_half_made(trained):
         ({"validation_split": "nosuch"}, "nosuch"),
         ({"target_column": "nosuch"}, "nosuch"),
         ({"vocab_size": 1}, ""),
-        ({"init_from": "broken"}, ""),
+        ({"model_name_or_path": "broken"}, ""),
     ],
 )
 def test_a_failed_start_leaves_nothing(numbers, tmp_path, monkeypatch, wrong, message):
@@ -89,10 +89,10 @@ def test_a_run_that_fails_in_its_first_step_gives_way(numbers, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])
-@pytest.mark.parametrize("knob", ["init_from", "tokenizer"])
+@pytest.mark.parametrize("knob", ["model_name_or_path", "tokenizer"])
 def test_what_a_run_reads_is_not_overwritten(numbers, trained, knob, overwrite):
     before = contents(trained)
-    place = {"init_from": trained, "tokenizer": trained / "tokenizer"}[knob]
+    place = {"model_name_or_path": trained, "tokenizer": trained / "tokenizer"}[knob]
     with pytest.raises(ValueError, match=f'output_dir .* is or holds {knob} "{place}", which the run reads'):
         run_recipe(*words(numbers, trained, **{knob: place}, seed=4, overwrite_output_dir=overwrite))
     with pytest.raises(ValueError, match="is or holds dataset"):
@@ -105,7 +105,7 @@ def test_a_teacher_is_not_overwritten(numbers, trained, classifier, tmp_path):
     for overwrite in ("true", "false"):
         with pytest.raises(ValueError, match="is or holds teacher"):
             argv = ["--teacher", str(classifier), "--output_dir", str(classifier), "--overwrite_output_dir", overwrite]
-            run_text("distill_task", "--config", "quickstart", "--dataset", "number-parity", *argv)
+            run_text("distill_task", "--config", "quickstart", "--dataset_name", "number-parity", *argv)
     assert contents(classifier) == before
 
 
@@ -113,7 +113,15 @@ def test_a_cache_is_written_into_no_folder_of_something_else(classifier, tmp_pat
     before = contents(classifier)
     with pytest.raises(ValueError, match=r"cache .* is or holds teacher"):
         run_text(
-            *("distill_task", "--config", "quickstart", "--dataset", "number-parity", "--teacher", str(classifier)),
+            *(
+                "distill_task",
+                "--config",
+                "quickstart",
+                "--dataset_name",
+                "number-parity",
+                "--teacher",
+                str(classifier),
+            ),
             *("--output_dir", str(tmp_path / "out"), "--write_cache", "true", "--cache", str(classifier)),
         )
     assert contents(classifier) == before
@@ -201,7 +209,7 @@ def test_other_test_data_is_the_same_run(tmp_path, monkeypatch):
 def test_a_wrong_licence_of_the_data_is_left_out(tmp_path, licence):
     data = write_data(tmp_path / "pairs")
     (data / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Number words\n")
-    assert run_recipe(*words(data, tmp_path / "run", test_splits="[]", num_steps=1, warmup_steps=1)) == 0
+    assert run_recipe(*words(data, tmp_path / "run", test_splits="[]", max_steps=1, warmup_steps=1)) == 0
     assert record(tmp_path / "run").data["license"] is None
 
 
@@ -216,8 +224,10 @@ def test_a_start_that_is_not_finite_is_refused(numbers, trained, tmp_path):
     name = sorted(weights)[3]
     weights[name].view(-1)[0] = float("nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r'init_from ".*nan": its weight .* holds values that are not finite'):
-        run_recipe(*words(numbers, tmp_path / "run", init_from=tmp_path / "nan"))
+    with pytest.raises(
+        ValueError, match=r'model_name_or_path ".*nan": its weight .* holds values that are not finite'
+    ):
+        run_recipe(*words(numbers, tmp_path / "run", model_name_or_path=tmp_path / "nan"))
     assert not (tmp_path / "run").exists()
 
 
@@ -231,7 +241,7 @@ def test_a_run_without_a_finite_gradient_fails(numbers, tmp_path, monkeypatch, s
 
     monkeypatch.setattr(translation.TranslationTask, "losses", broken)
     with pytest.raises(FloatingPointError, match=f"nothing was learned: .* any of the {steps} steps"):
-        run_recipe(*words(numbers, tmp_path / "run", num_steps=steps, warmup_steps=1))
+        run_recipe(*words(numbers, tmp_path / "run", max_steps=steps, warmup_steps=1))
     assert (tmp_path / "run" / "checkpoints").is_dir()
     for name in ("results.json", "README.md", "model.safetensors"):
         assert not (tmp_path / "run" / name).exists()

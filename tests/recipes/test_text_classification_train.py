@@ -30,11 +30,16 @@ def values(folder) -> dict:
 
 VARIANTS = {
     "bert": {"test_splits": "[test]"},
-    "one_text": {"text_columns": "[en]", "bucketing": "false", "num_workers": 1},
+    "one_text": {"text_columns": "[en]", "bucketing": "false", "dataloader_num_workers": 1},
     "tokens": {"batch_size": "null", "batch_tokens": 1024, "micro_batch_tokens": 512},
     "gpt": {"architecture": "gpt", "language_weight": 0.5, "micro_batch_size": 5},
-    "epochs": {"num_steps": "null", "num_epochs": 0.5, "warmup_steps": None, "warmup_ratio": 0.5, "holdout": 10},
-    "bf16": {"precision": "bf16", "layer_decay": 0.9, "metrics": "[f1,matthews]", "max_train_samples": 40},
+    "epochs": {"max_steps": "null", "num_train_epochs": 0.5, "warmup_steps": None, "warmup_ratio": 0.5, "holdout": 10},
+    "bf16": {
+        "mixed_precision": "bf16",
+        "layer_wise_lr_decay": 0.9,
+        "metrics": "[f1,matthews]",
+        "max_train_samples": 40,
+    },
 }
 
 
@@ -60,11 +65,11 @@ def test_two_steps_from_scratch(data, tmp_path, name):
 def test_it_learns_and_its_scores_are_those_of_the_saved_model(tmp_path):
     """Even and odd numbers, from a seed's weights, in a few seconds."""
     argv = ["--config", "quickstart", "--output_dir", str(tmp_path / "run"), "--progress", "false"]
-    run_recipe(*argv, "--num_epochs", "3", "--max_train_samples", "3000", "--precision", "no")
+    run_recipe(*argv, "--num_train_epochs", "3", "--max_train_samples", "3000", "--mixed_precision", "no")
     found = values(tmp_path / "run")
     assert found["test", "accuracy"] > 0.9
     fresh_state()
-    again = evaluate(str(tmp_path / "run"), dataset="number-parity", split="test", progress=False)
+    again = evaluate(str(tmp_path / "run"), dataset_name="number-parity", split="test", progress=False)
     assert {row["name"]: row["value"] for row in again["metrics"]}["accuracy"] == found["test", "accuracy"]
     said = pipeline("text-classification", model=str(tmp_path / "run"))(
         ["two hundred and six thousand and one", "one hundred and twenty-two"]
@@ -77,7 +82,7 @@ def test_numbers_are_learned_by_regression(tmp_path):
     data = write_pairs(tmp_path / "data", kind=Value("float32"), labels=lambda row: len(row["en"]) / 40)
     still = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = TINY[:-1] + "".join(f", {name}: {value}" for name, value in still.items()) + "}"
-    knobs = {"num_steps": 100, "learning_rate": 1e-3, "schedule": "linear", "holdout": 20, "model": model}
+    knobs = {"max_steps": 100, "learning_rate": 1e-3, "lr_scheduler_type": "linear", "holdout": 20, "model": model}
     run_recipe(*words(data, tmp_path / "run", **knobs))
     found = values(tmp_path / "run")
     assert found["holdout", "pearson"] > 0.5 and set(found) == {("holdout", "pearson"), ("holdout", "spearman")}
@@ -85,7 +90,7 @@ def test_numbers_are_learned_by_regression(tmp_path):
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert "logits.item()" in (tmp_path / "run" / "README.md").read_text()
     fresh_state()
-    options = {"dataset": str(data), "split": "train", "text_columns": ["en", "de"], "progress": False}
+    options = {"dataset_name": str(data), "split": "train", "text_columns": ["en", "de"], "progress": False}
     again = evaluate(str(tmp_path / "run"), **options)
     assert {row["name"]: row["value"] for row in again["metrics"]}["pearson"] > 0.5
 
@@ -99,7 +104,7 @@ def test_numbers_are_learned_by_regression(tmp_path):
 def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
     start = pretrained(tmp_path / "start", kind)
     weight = {"language_weight": 0.5} if "gpt" in kind else {}
-    run_recipe(*words(data, tmp_path / "run", init_from=start, learning_rate=1e-9, **weight))
+    run_recipe(*words(data, tmp_path / "run", model_name_or_path=start, learning_rate=1e-9, **weight))
     assert record(tmp_path / "run").base_model == start.name
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
@@ -116,7 +121,7 @@ def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
         assert model.config.pooler == "relu"
     assert model(**tokenizer("one", "two", return_tensors="pt")).logits.shape == (1, 2)
     fresh_state()
-    options = {"dataset": str(data), "split": "validation", "text_columns": ["en", "de"], "progress": False}
+    options = {"dataset_name": str(data), "split": "validation", "text_columns": ["en", "de"], "progress": False}
     again = evaluate(str(tmp_path / "run"), metrics=["accuracy"], **options)
     assert again["metrics"][0]["value"] == values(tmp_path / "run")["validation", "accuracy"]
 
@@ -126,7 +131,7 @@ def test_a_classifier_is_kept_where_its_classes_are(data, tmp_path):
     run_recipe(*words(data, tmp_path / "one"))
     other = write_pairs(tmp_path / "data", kind=ClassLabel(names=["yes", "no"]))
     for name, where in (("kept", data), ("anew", other)):
-        run_recipe(*words(where, tmp_path / name, init_from=tmp_path / "one", learning_rate=1e-9))
+        run_recipe(*words(where, tmp_path / name, model_name_or_path=tmp_path / "one", learning_rate=1e-9))
     first, kept, anew = (
         load_file(tmp_path / name / "model.safetensors")["classifier.weight"] for name in ("one", "kept", "anew")
     )
@@ -186,7 +191,7 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
     alone = record(tmp_path / "run" / "mnli")
     assert alone.command.endswith("--tasks null --task mnli --output_dir mnli")
     fresh_state()
-    again = evaluate(str(tmp_path / "run"), dataset=tasks, tasks="mrpc,stsb,mnli", progress=False)
+    again = evaluate(str(tmp_path / "run"), dataset_name=tasks, tasks="mrpc,stsb,mnli", progress=False)
     assert again["macro_average"] == pytest.approx(result["macro_average"], abs=1e-6)
 
 
@@ -207,9 +212,9 @@ def test_two_processes_train_several_tasks(tasks, tmp_path):
 
 
 def test_a_run_goes_on(data, tmp_path):
-    argv = words(data, tmp_path / "whole", num_steps=8, save_steps=2, eval_steps=4, log_steps=2)
+    argv = words(data, tmp_path / "whole", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
     run_recipe(*argv)
-    part = words(data, tmp_path / "part", num_steps=8, save_steps=2, eval_steps=4, log_steps=2)
+    part = words(data, tmp_path / "part", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
     recipe = runpy.run_path(str(RECIPE))["main"]
 
     def stop(*_):
@@ -248,9 +253,9 @@ def test_a_run_goes_on(data, tmp_path):
         ({"warmup_ratio": 0.5}, "one of warmup_steps and warmup_ratio, got 1 and 0.5"),
         ({"warmup_ratio": 1.5, "warmup_steps": None}, "warmup_ratio must be in [0, 1), got 1.5"),
         ({"max_length": 600}, "max_length must be at most max_position_embeddings = 512, got 600"),
-        ({"language_weight": 0.5}, 'language_weight is for decoders: give architecture="gpt" or init_from'),
+        ({"language_weight": 0.5}, 'language_weight is for decoders: give architecture="gpt" or model_name_or_path'),
         ({"model": "{pad_token_id: 3}"}, "model.pad_token_id is not a field of TfmBertConfig that can be chosen"),
-        ({"init_from": "x", "tokenizer": "y"}, "init_from brings its own tokenizer"),
+        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path brings its own tokenizer"),
         ({"metrics": "[bleu]"}, "metrics"),
     ],
 )
@@ -270,7 +275,7 @@ def test_knobs_that_do_not_fit(data, tmp_path, capsys, knobs, named):
         ({"task": "rte", "text_columns": None}, 'text_columns "sentence1" is not a column of the data set'),
         ({"task": "rte"}, 'label "other" is not a class of the model; it has entailment, not_entailment'),
         ({"metrics": "[pearson]"}, 'metrics of classes must be among accuracy, f1, f1_macro, matthews, got "pearson"'),
-        ({"best_metric": "f1"}, 'best_metric must be loss or among metrics, accuracy, got "f1"'),
+        ({"metric_for_best_model": "f1"}, 'metric_for_best_model must be loss or among metrics, accuracy, got "f1"'),
         ({"holdout": 90}, "holdout must be below the 90 rows of train, got 90"),
         ({"model": TINY[:-1] + ", pooler: none}"}, "this classifier reads the pooler"),
     ],
@@ -305,13 +310,13 @@ def test_models_that_do_not_fit(data, tmp_path):
         (bert, {"language_weight": 0.5}, "a bert model sees all tokens"),
         (bert, {"model": "{hidden: 3}"}, "model.hidden is not a field of BertConfig that can be chosen"),
         (gpt, {"max_length": 100}, "max_length must be at most max_position_embeddings = 64, got 100"),
-        (bert, {"model": "{hidden_size: 32}"}, r"weights of init_from .* do not fit it: bert\.embeddings"),
+        (bert, {"model": "{hidden_size: 32}"}, r"weights of model_name_or_path .* do not fit it: bert\.embeddings"),
     ):
         with pytest.raises(ValueError, match=named):
-            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", init_from=start, **knobs))
+            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", model_name_or_path=start, **knobs))
 
 
 def test_layers_that_cannot_be_told_apart(data, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tfm.training.text_model.height", lambda name: math.inf)
-    with pytest.raises(ValueError, match=r"layer_decay must be 1 for a tfm_bert model, got 0\.5"):
-        run_recipe(*words(data, tmp_path / "run", layer_decay=0.5))
+    with pytest.raises(ValueError, match=r"layer_wise_lr_decay must be 1 for a tfm_bert model, got 0\.5"):
+        run_recipe(*words(data, tmp_path / "run", layer_wise_lr_decay=0.5))

@@ -25,7 +25,7 @@ def trained(data, tmp_path_factory):
     """A finished run of 30 steps, and its command line."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
-    argv = words(data, folder, num_steps=30, eval_steps=10, log_steps=10, license="apache-2.0", learning_rate=0.01)
+    argv = words(data, folder, max_steps=30, eval_steps=10, logging_steps=10, license="apache-2.0", learning_rate=0.01)
     assert run_recipe(*argv) == 0
     return folder, argv
 
@@ -36,11 +36,17 @@ VARIANTS = {
         "model": TINY[:-1] + ", norm_first: true, position_embedding_type: learned, max_position_embeddings: 100, "
         "hidden_act: gelu}",
     },
-    "additive": {"model": TINY[:-1] + ", attention_score: additive}", "num_workers": 1},
+    "additive": {"model": TINY[:-1] + ", attention_score: additive}", "dataloader_num_workers": 1},
     "mask_predict": {"model": TINY[:-1] + ", decoding: mask_predict}", "iterations": 2, "micro_batch_tokens": 200},
-    "streaming": {"streaming": "true", "num_workers": 1},
-    "bf16": {"precision": "bf16", "best_metric": "chrf", "eval_steps": 1},
-    "epochs": {"num_steps": "null", "num_epochs": 0.4, "ema_decay": 0.5, "final_weights": "ema", "lowercase": "true"},
+    "streaming": {"streaming": "true", "dataloader_num_workers": 1},
+    "bf16": {"mixed_precision": "bf16", "metric_for_best_model": "chrf", "eval_steps": 1},
+    "epochs": {
+        "max_steps": "null",
+        "num_train_epochs": 0.4,
+        "ema_decay": 0.5,
+        "final_weights": "ema",
+        "lowercase": "true",
+    },
 }
 
 
@@ -82,7 +88,7 @@ def test_results_are_complete(trained, data):
         "target_column": "de",
         "rows": {"train": 90, "validation": 15, "test": 10},
     }
-    assert results.arguments["num_steps"] == 30 and results.arguments["license"] == "apache-2.0"
+    assert results.arguments["max_steps"] == 30 and results.arguments["license"] == "apache-2.0"
     assert results.command == portable_command(shlex.join(["hf-tfm", "run", "translation_train", *argv]))
     training = results.training
     assert training["steps"] == 30
@@ -129,7 +135,7 @@ def test_bf16_is_scored_as_saved_too(data, tmp_path):
     """Autocast ends with training: whoever loads the model gets the figures of results.json."""
     from hf_tfm.evaluation import evaluate_translation
 
-    run_recipe(*words(data, tmp_path / "run", precision="bf16", num_steps=20, learning_rate=0.01))
+    run_recipe(*words(data, tmp_path / "run", mixed_precision="bf16", max_steps=20, learning_rate=0.01))
     fresh_state()
     again = evaluate_translation(str(tmp_path / "run"), str(data), "test", progress=False)
     assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(tmp_path / "run").metrics]
@@ -137,7 +143,7 @@ def test_bf16_is_scored_as_saved_too(data, tmp_path):
 
 def test_going_on_from_a_saved_model(trained, data, tmp_path):
     folder, _ = trained
-    run_recipe(*words(data, tmp_path / "run", init_from=folder, learning_rate=1e-9))
+    run_recipe(*words(data, tmp_path / "run", model_name_or_path=folder, learning_rate=1e-9))
     results = record(tmp_path / "run")
     assert results.base_model == folder.name
     models = [AutoModelForSeq2SeqLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "run")]
@@ -166,12 +172,12 @@ def test_a_start_that_does_not_fit(trained, data, tmp_path):
     marian = MarianMTModel(MarianConfig(vocab_size=300, **tiny, **heads))
     cases = {
         "marian model; a translation model needs one of tfm_transformer": copy_of(folder, tmp_path / "marian", marian),
-        "has 280 tokens, and its tokenizer more, 300": copy_of(folder, tmp_path / "small", small),
+        "has 280 tokens, fewer than the 300 of its tokenizer": copy_of(folder, tmp_path / "small", small),
         "pad_token_id is 7 in the model, 0 in the tokenizer": copy_of(folder, tmp_path / "pad", pad_token_id=7),
     }
     for number, (message, start) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=message):
-            run_recipe(*words(data, tmp_path / f"run{number}", init_from=start))
+            run_recipe(*words(data, tmp_path / f"run{number}", model_name_or_path=start))
         assert not (tmp_path / f"run{number}" / "checkpoints").exists()
 
 
@@ -253,14 +259,14 @@ def said(capsys, *argv):
         ),
         ({"size": "huge"}, "size"),
         ({"metrics": "[bluster]"}, "metrics"),
-        ({"best_metric": "bluster"}, "best_metric"),
-        ({"num_epochs": 3}, "exactly one of num_epochs and num_steps"),
+        ({"metric_for_best_model": "bluster"}, "metric_for_best_model"),
+        ({"num_train_epochs": 3}, "exactly one of num_train_epochs and max_steps"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"max_length": 0}, "max_length must be at least 1"),
-        ({"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
+        ({"streaming": "true", "max_steps": "null", "num_train_epochs": 1}, "streaming needs max_steps"),
         ({"streaming": "true", "validation_split": "train"}, 'train_split "train" cannot be scored too'),
         ({"streaming": "true", "batch_tokens": 50}, "max_length must be at most the 50 tokens of a batch, got 100"),
-        ({"init_from": "x", "tokenizer": "y"}, "init_from brings its own model and tokenizer"),
+        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path brings its own model and tokenizer"),
         ({"tokenizer": "y", "lowercase": "true"}, "lowercase is for a tokenizer that is trained"),
     ],
 )
@@ -279,12 +285,12 @@ def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
         ),
         ({"validation_split": "valid"}, 'validation_split "valid" is not a split'),
         ({"source_column": "fr"}, 'source_column "fr" is not a column of the data set; it has en, de'),
-        ({"dataset": "/nowhere/at/all"}, "cannot be loaded"),
+        ({"dataset_name": "/nowhere/at/all"}, "cannot be loaded"),
         ({"vocab_size": 100}, "vocab_size must be at least 261"),
         ({"max_length": 3}, "all 90 pairs are longer than max_length = 3 tokens"),
         ({"batch_tokens": 20}, "max_tokens must be at least the longest sample, got 20"),
         ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the longest sample, got 20"),
-        ({"precision": "fp16"}, "fp16"),
+        ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
 def test_data_that_does_not_fit(tmp_path, data, knobs, named):

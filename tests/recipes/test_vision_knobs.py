@@ -26,8 +26,8 @@ MISFITS = {
         "exactly one of validation_split and holdout, got None and None",
     ),
     "two rates": (BOTH, {"base_learning_rate": 0.1}, "exactly one of learning_rate and base_learning_rate"),
-    "two lengths": (BOTH, {"num_epochs": 1}, "exactly one of num_epochs and num_steps, got 1.0 and 3"),
-    "endless": (BOTH, {"streaming": "true", "num_steps": "null", "num_epochs": 1}, "streaming needs num_steps"),
+    "two lengths": (BOTH, {"num_train_epochs": 1}, "exactly one of num_train_epochs and max_steps, got 1.0 and 3"),
+    "endless": (BOTH, {"streaming": "true", "max_steps": "null", "num_train_epochs": 1}, "streaming needs max_steps"),
     "epochs of a stream": (
         BOTH,
         {"streaming": "true", "warmup_epochs": 1, "warmup_steps": None},
@@ -46,10 +46,22 @@ MISFITS = {
     "size": (BOTH, {"size": "giant"}, 'size must be one of tiny, small, base, large, huge, got "giant"'),
     "crop": (BOTH, {"augmentation": "{crop: middle}"}, "crop"),
     "smoothing": (CLASSIFY, {"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), got 1.0"),
-    "metric": (CLASSIFY, {"best_metric": "bleu"}, 'best_metric must be "loss" or "accuracy", got "bleu"'),
-    "metric of labels": (BOTH[:1], {"best_metric": "accuracy"}, 'best_metric must be "loss", got "accuracy"'),
-    "probe": (CLASSIFY, {"linear_probe": "true"}, "linear_probe needs init_from"),
-    "probe decay": (CLASSIFY, {"linear_probe": "true", "layer_decay": 0.5, "init_from": "x"}, "layer_decay must be 1"),
+    "metric": (
+        CLASSIFY,
+        {"metric_for_best_model": "bleu"},
+        'metric_for_best_model must be "loss" or "accuracy", got "bleu"',
+    ),
+    "metric of labels": (
+        BOTH[:1],
+        {"metric_for_best_model": "accuracy"},
+        'metric_for_best_model must be "loss", got "accuracy"',
+    ),
+    "probe": (CLASSIFY, {"linear_probe": "true"}, "linear_probe needs model_name_or_path"),
+    "probe decay": (
+        CLASSIFY,
+        {"linear_probe": "true", "layer_wise_lr_decay": 0.5, "model_name_or_path": "x"},
+        "layer_wise_lr_decay must be 1",
+    ),
     "mixing": (CLASSIFY, {"mixing": "{mixup: -1}"}, "mixup must be at least 0, got -1"),
 }
 
@@ -90,15 +102,15 @@ def test_knobs_that_do_not_fit_the_data(recipe, knobs, message, data, tmp_path):
 
 
 def test_an_image_size_that_the_pretrained_patch_does_not_divide(data, tmp_path):
-    mae = pretrain(data, tmp_path / "mae", num_steps=1)
+    mae = pretrain(data, tmp_path / "mae", max_steps=1)
     with pytest.raises(ValueError, match="image_size"):
-        classify(data, tmp_path / "run", init_from=mae, image_size=18, model="{}")
+        classify(data, tmp_path / "run", model_name_or_path=mae, image_size=18, model="{}")
 
 
 def test_an_encoder_of_other_sizes_is_not_drawn_anew_in_silence(data, tmp_path):
-    mae = pretrain(data, tmp_path / "mae", num_steps=1)
+    mae = pretrain(data, tmp_path / "mae", max_steps=1)
     with pytest.raises(ValueError, match=r"do not fit it: .*patch_embeddings.projection.weight"):
-        classify(data, tmp_path / "run", init_from=mae, model="{patch_size: 8}")
+        classify(data, tmp_path / "run", model_name_or_path=mae, model="{patch_size: 8}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_small"])
@@ -106,10 +118,10 @@ def test_presets_of_cifar10_fit_each_other(name):
     """Fine-tuning and from scratch differ in where weights come from and how fast layers learn, in nothing else."""
     scratch, tuned = (preset("image_classification_train", kind) for kind in (name, f"{name}_finetune"))
     other = {key for key in scratch.keys() | tuned.keys() if scratch.get(key) != tuned.get(key)}
-    assert other == {"init_from", "layer_decay", "output_dir", "size", "model"}
+    assert other == {"model_name_or_path", "layer_wise_lr_decay", "output_dir", "size", "model"}
     pretrained = preset("mae_pretrain", name)
-    assert tuned["init_from"] == pretrained["output_dir"]
-    shared = {"dataset", "image_size", "mean", "std", "holdout", "validation_split"}
+    assert tuned["model_name_or_path"] == pretrained["output_dir"]
+    shared = {"dataset_name", "image_size", "mean", "std", "holdout", "validation_split"}
     assert all(pretrained[key] == scratch[key] == tuned[key] for key in shared)
     mine = TfmViTConfig.of_size(scratch["size"], image_size=32, **scratch["model"])
     theirs = TfmMAEConfig.of_size(pretrained["size"], image_size=32, **pretrained["model"])
@@ -121,16 +133,16 @@ def test_presets_of_cifar10_fit_each_other(name):
 def test_the_probe_of_cifar10_small_fits_the_others():
     """It goes on from the pretraining that fine-tuning does, and is scored on the same images."""
     tuned, probe = (preset("image_classification_train", f"cifar10_small_{kind}") for kind in ("finetune", "probe"))
-    assert probe["linear_probe"] and "layer_decay" not in probe
+    assert probe["linear_probe"] and "layer_wise_lr_decay" not in probe
     shared = {
-        "dataset",
+        "dataset_name",
         "image_size",
         "mean",
         "std",
         "holdout",
         "validation_split",
         "test_splits",
-        "init_from",
+        "model_name_or_path",
         "model",
     }
     assert all(probe[key] == tuned[key] for key in shared)
@@ -141,7 +153,7 @@ def test_the_probe_of_cifar10_small_fits_the_others():
             preset("mae_pretrain", "cifar10_small"),
         )
         (teacher,) = (one for one in teachers if one["output_dir"] == student["teacher"])
-        assert all(student[key] == teacher[key] for key in ("dataset", "holdout", "validation_split"))
+        assert all(student[key] == teacher[key] for key in ("dataset_name", "holdout", "validation_split"))
 
 
 @pytest.mark.parametrize("name", ["mae_finetune", "mae_linear_probe"])
@@ -149,15 +161,19 @@ def test_the_probe_of_cifar10_small_fits_the_others():
 def test_presets_of_imagenet_go_on_from_each_other(name, size):
     """From the run of the command that their first lines give: 1600 epochs, of which their numbers are."""
     later, earlier = preset("image_classification_train", f"{name}_{size}"), preset("mae_pretrain", f"imagenet_{size}")
-    folder = later["init_from"]
-    command = f"mae_pretrain --config imagenet_{size} --num_epochs 1600 --output_dir {folder}"
+    folder = later["model_name_or_path"]
+    command = f"mae_pretrain --config imagenet_{size} --num_train_epochs 1600 --output_dir {folder}"
     for recipe, file in (("image_classification_train", f"{name}_{size}"), ("mae_pretrain", f"imagenet_{size}")):
         text = (ROOT / "recipes" / "presets" / recipe / f"{file}.yaml").read_text()
         assert f"hf-tfm run {command}" in " ".join(text.replace("\n#", " ").split())
     script = ROOT / "recipes" / "mae_pretrain.py"
     longer = parse_arguments(arguments_of(script), script, command.split()[1:])
-    assert (longer.num_epochs, longer.output_dir) == (1600, folder) != (earlier["num_epochs"], earlier["output_dir"])
-    assert all(later[key] == earlier[key] for key in ("dataset", "image_size", "resize"))
+    assert (
+        (longer.num_train_epochs, longer.output_dir)
+        == (1600, folder)
+        != (earlier["num_train_epochs"], earlier["output_dir"])
+    )
+    assert all(later[key] == earlier[key] for key in ("dataset_name", "image_size", "resize"))
 
 
 def preset(recipe: str, name: str) -> dict:

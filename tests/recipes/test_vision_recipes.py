@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scratch(data, tmp_path_factory):
     """A classifier from scratch."""
-    return classify(data, tmp_path_factory.mktemp("scratch") / "run", num_steps=12)
+    return classify(data, tmp_path_factory.mktemp("scratch") / "run", max_steps=12)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,9 @@ def test_pretraining(mae, data):
 
 def test_fine_tuning_at_another_size(mae, data, tmp_path):
     model = "{pooling: mean, drop_path_rate: 0.1}"
-    folder = classify(data, tmp_path / "run", init_from=mae, image_size=24, model=model, layer_decay=0.75)
+    folder = classify(
+        data, tmp_path / "run", model_name_or_path=mae, image_size=24, model=model, layer_wise_lr_decay=0.75
+    )
     trained, old = weights(folder), weights(mae)
     assert trained["vit.embeddings.position_embeddings"].shape == (1, 1 + 36, 16)
     assert record(folder).base_model == mae.name
@@ -109,8 +111,10 @@ def test_fine_tuning_at_another_size(mae, data, tmp_path):
 
 
 def test_linear_probe(mae, data, tmp_path):
-    folder = classify(data, tmp_path / "run", init_from=mae, linear_probe="true", optimizer="sgd", learning_rate=0.1)
-    untouched = classify(data, tmp_path / "other", init_from=mae, linear_probe="true", learning_rate=1e-9)
+    folder = classify(
+        data, tmp_path / "run", model_name_or_path=mae, linear_probe="true", optimizer="sgd", learning_rate=0.1
+    )
+    untouched = classify(data, tmp_path / "other", model_name_or_path=mae, linear_probe="true", learning_rate=1e-9)
     trained, start = weights(folder), weights(untouched)
     moved = {name for name in trained if not torch.equal(trained[name], start[name])}
     assert moved == {"classifier.weight", "classifier.bias"}
@@ -146,7 +150,7 @@ def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, reci
     folder, earlier = classifier_of(names, tmp_path / "earlier", distillation_token=token)
     path = ROOT / "recipes" / f"{recipe}.py"
     build = runpy.run_path(str(path))["build_model" if recipe == "image_classification_train" else "build_student"]
-    model = build(SimpleNamespace(seed=0, init_from=folder, linear_probe=False, model={}), 16, CLASSES)
+    model = build(SimpleNamespace(seed=0, model_name_or_path=folder, linear_probe=False, model={}), 16, CLASSES)
     assert model.config.id2label == dict(enumerate(CLASSES)) and hasattr(model, "distillation_classifier") == token
     for name in ["classifier", "distillation_classifier"][: 1 + token]:
         mine, theirs = getattr(model, name), getattr(earlier, name)
@@ -159,7 +163,7 @@ def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, reci
 
 def test_a_new_pooling_does_not_keep_a_stale_head(data, tmp_path):
     folder, earlier = classifier_of(OTHERS, tmp_path / "earlier")
-    begun = classify(data, tmp_path / "run", init_from=folder, model="{pooling: mean}", learning_rate=1e-12)
+    begun = classify(data, tmp_path / "run", model_name_or_path=folder, model="{pooling: mean}", learning_rate=1e-12)
     assert "vit.fc_norm.weight" in weights(begun), "a weight that the earlier model has not"
     assert not torch.allclose(weights(begun)["classifier.weight"], earlier.classifier.weight, atol=1e-4)
 
@@ -167,7 +171,7 @@ def test_a_new_pooling_does_not_keep_a_stale_head(data, tmp_path):
 def test_linear_probe_of_a_model_with_a_distillation_token(data, tmp_path):
     folder, earlier = classifier_of(MORE, tmp_path / "earlier", distillation_token=True)
     probe = {"linear_probe": "true", "optimizer": "sgd", "learning_rate": 0.1}
-    trained = classify(data, tmp_path / "run", init_from=folder, **probe)
+    trained = classify(data, tmp_path / "run", model_name_or_path=folder, **probe)
     heads = {f"{head}.{kind}" for head in ("classifier", "distillation_classifier") for kind in ("weight", "bias")}
     state = earlier.save_pretrained(tmp_path / "again") or weights(tmp_path / "again")
     assert {name for name, value in weights(trained).items() if not torch.equal(value, state[name])} == heads
@@ -178,7 +182,7 @@ def test_linear_probe_of_a_model_with_a_distillation_token(data, tmp_path):
 def test_the_size_of_images_is_that_of_init_from(recipe, mae, data, tmp_path):
     """By its image processor; another size is the model's, the processor's and the configuration's."""
     for size, expected in ((None, 16), (24, 24), ("[24, 16]", (24, 16))):
-        folder = run(recipe, data, tmp_path / str(size), init_from=mae, image_size=size, num_steps=1)
+        folder = run(recipe, data, tmp_path / str(size), model_name_or_path=mae, image_size=size, max_steps=1)
         height, width = (expected, expected) if isinstance(expected, int) else expected
         assert AutoImageProcessor.from_pretrained(folder).size == {"height": height, "width": width}
         found = AutoConfig.from_pretrained(folder).image_size
@@ -197,9 +201,9 @@ def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
     folder, _ = classifier_of(SAME, tmp_path / "earlier")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no image processor: .*, or give image_size, mean and std"):
-        classify(data, tmp_path / "run", init_from=folder, image_size=None)
+        classify(data, tmp_path / "run", model_name_or_path=folder, image_size=None)
     scale = {"image_size": 16, "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"}
-    classify(data, tmp_path / "other", init_from=folder, **scale, num_steps=1)
+    classify(data, tmp_path / "other", model_name_or_path=folder, **scale, max_steps=1)
 
 
 def test_a_stream_is_shuffled_by_its_buffer(data):
@@ -207,8 +211,8 @@ def test_a_stream_is_shuffled_by_its_buffer(data):
     task = MaskedImageTask(TfmMAEConfig(image_size=16, patch_size=4), image_processor(16))
     orders = []
     for buffer in (1, 24):
-        knobs = {"streaming": True, "num_steps": 1, "learning_rate": 0.1, "batch_size": 8, "shuffle_buffer": buffer}
-        args = ImageRunArguments(dataset=str(data), output_dir=".", **knobs)
+        knobs = {"streaming": True, "max_steps": 1, "learning_rate": 0.1, "batch_size": 8, "shuffle_buffer": buffer}
+        args = ImageRunArguments(dataset_name=str(data), output_dir=".", **knobs)
         rows = load_rows(args, [], labelled=False)
         loader = image_loader(args, Accelerator(cpu=True), task, rows["train"], learning=True)
         for epoch in (0, 1):
@@ -226,7 +230,7 @@ KNOBS = {
     "mixing": {"mixing": "{mixup: 0.8, cutmix: 1.0}", "label_smoothing": 0.1, "micro_batch_size": 4},
     "repeats": {"repeats": 3, "augmentation": "{crop: resized, rand_augment: 1, erasing: 0.5}"},
     "ema": {"ema_decay": 0.5, "final_weights": "ema"},
-    "sgd": {"optimizer": "sgd", "max_grad_norm": 1.0, "precision": "bf16"},
+    "sgd": {"optimizer": "sgd", "max_grad_norm": 1.0, "mixed_precision": "bf16"},
     "stream": {"streaming": "true", "repeats": 2},
     "probe": {"linear_probe": "true", "optimizer": "sgd"},
 }
@@ -241,16 +245,16 @@ RESUMED = {
 )
 def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, capsys):
     """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
-    start = {"init_from": mae} if kind == "probe" else {}
-    knobs = {**KNOBS[kind], **start, "num_steps": 5, "save_steps": 1, "keep_checkpoints": 9, "eval_steps": 5}
+    start = {"model_name_or_path": mae} if kind == "probe" else {}
+    knobs = {**KNOBS[kind], **start, "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
     whole = run(recipe, data, tmp_path / "whole", **knobs)
-    part = run(recipe, data, tmp_path / "part", num_workers=workers, **knobs)
+    part = run(recipe, data, tmp_path / "part", dataloader_num_workers=workers, **knobs)
     for step in (3, 4, 5):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     for name in ("results.json", "model.safetensors"):
         (part / name).unlink()
     capsys.readouterr()
-    run(recipe, data, part, num_workers=workers, **knobs)
+    run(recipe, data, part, dataloader_num_workers=workers, **knobs)
     assert "going on from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
@@ -285,8 +289,8 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
     """Those that choose the fine-tuned model were never trained on, and the rest is no less than the whole."""
 
     def read(labelled: bool) -> dict[str, set[bytes]]:
-        knobs = {"num_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
-        rows = load_rows(ImageRunArguments(dataset=str(data), output_dir=".", **knobs), [], labelled)
+        knobs = {"max_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
+        rows = load_rows(ImageRunArguments(dataset_name=str(data), output_dir=".", **knobs), [], labelled)
         return {split: {row["image"]["bytes"] for row in part} for split, part in rows.items()}
 
     tuned, pretrained = read(True), read(False)
@@ -296,7 +300,7 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
 
 def test_base_learning_rate_and_warm_up_are_told(data, tmp_path, capsys):
     knobs = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 2}
-    folder = classify(data, tmp_path / "run", num_steps=8, **knobs)
+    folder = classify(data, tmp_path / "run", max_steps=8, **knobs)
     assert "learning rate 0.005 = 0.16 x 8 images / 256; warm-up 6 steps of 3 an epoch" in capsys.readouterr().out
     rates = [row["learning_rate"] for row in history(folder) if "learning_rate" in row]
     assert rates and max(rates) <= 0.005
@@ -314,7 +318,7 @@ def test_stored_arguments_are_a_config(recipe, data, tmp_path):
     again = parse_arguments(kind, script, ["--config", str(file)])
     # Of paths the record holds the last part alone.
     first = parse_arguments(kind, script, words(recipe, data, folder, **given))
-    assert again == replace(first, output_dir=folder.name, dataset=data.name)
+    assert again == replace(first, output_dir=folder.name, dataset_name=data.name)
 
 
 def test_bad_images_are_left_out_and_told(tmp_path, caplog):
@@ -328,7 +332,7 @@ def test_bad_images_are_left_out_and_told(tmp_path, caplog):
             run(recipe, broken, tmp_path / f"{recipe}-strict", max_bad_images=1)
 
 
-LAUNCHED = {"num_steps": 3, "adam_epsilon": 1e-4, "augmentation": "{rand_augment: 1}"}
+LAUNCHED = {"max_steps": 3, "adam_epsilon": 1e-4, "augmentation": "{rand_augment: 1}"}
 CASES = {
     "mae": ("mae_pretrain", {}),
     "mixed": ("image_classification_train", {"mixing": "{mixup: 0.8, cutmix: 1.0}", "repeats": 2}),
@@ -341,7 +345,7 @@ def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_
     """As a script, by hf-tfm run, and as two processes (gloo), which share each step."""
     recipe, knobs = CASES[case]
     if case == "probe":
-        knobs = {**knobs, "init_from": mae, "model": None}
+        knobs = {**knobs, "model_name_or_path": mae, "model": None}
     alone = run(recipe, data, tmp_path / "alone", **LAUNCHED, **knobs)
     script = str(ROOT / "recipes" / f"{recipe}.py")
     two = ("-m", "torch.distributed.run", "--nproc_per_node", "2")

@@ -9,7 +9,7 @@ from hf_tfm.hub.push import files_to_push
 from hf_tfm.hub.saved_files import CARD, CHECKPOINT_FILES, CURVE, HISTORY, PICTURE, RESULTS, RUN
 from hf_tfm.training.run_folder import delete_run
 
-KNOBS = {"num_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "trackers": "[tensorboard]"}
+KNOBS = {"max_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "report_to": "[tensorboard]"}
 RECORD = {CARD, RESULTS, HISTORY, CURVE, RUN, "config.json", "model.safetensors"}
 
 

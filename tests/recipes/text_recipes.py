@@ -58,15 +58,15 @@ def write_pairs(
 def words(data: Path | str, output_dir: Path, **knobs) -> list[str]:
     """The command line of a short run."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
         "text_columns": "[en,de]",
-        "num_steps": 2,
+        "max_steps": 2,
         "batch_size": 16,
         "max_length": 64,
         "warmup_steps": 1,
         "progress": "false",
-        **({} if "init_from" in knobs else {"model": TINY, "vocab_size": 300}),
+        **({} if "model_name_or_path" in knobs else {"model": TINY, "vocab_size": 300}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

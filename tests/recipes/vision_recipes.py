@@ -66,19 +66,19 @@ def write_imagefolder(folder: Path) -> Path:
 def words(recipe: str, data: Path, output_dir: Path, **knobs) -> list[str]:
     """The command line of a short run; a knob that is None is left out."""
     given = {
-        "dataset": data,
+        "dataset_name": data,
         "output_dir": output_dir,
         "image_size": 16,
-        "num_steps": 3,
+        "max_steps": 3,
         "warmup_steps": 1,
-        "schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "batch_size": 8,
         "learning_rate": 0.01,
         "size": "tiny",
         "progress": "false",
         "final_weights": "last",
         **({"test_splits": "[test]"} if recipe == "image_classification_train" else {}),
-        **({} if "init_from" in knobs else {"model": VIT if recipe == "image_classification_train" else MAE}),
+        **({} if "model_name_or_path" in knobs else {"model": VIT if recipe == "image_classification_train" else MAE}),
         **knobs,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

@@ -23,7 +23,7 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
     make, build = CASES[name]
     task = make()
     # A large epsilon keeps rounding noise of gradients that are truly 0 small.
-    args = TrainingArguments(output_dir=".", num_steps=2, adam_epsilon=1e-4, warmup_steps=0)
+    args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     model = build()
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()

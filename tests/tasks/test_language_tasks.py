@@ -194,11 +194,11 @@ def test_tokenizers_that_cannot_mask_are_refused():
     wordpiece.mask_token = None
     with pytest.raises(ValueError, match="has no mask_token"):
         MaskedLanguageTask(wordpiece)
-    with pytest.raises(ValueError, match=r"mask_share must be in \(0, 1\), got 1"):
-        MaskedLanguageTask(train_wordpiece(TEXTS, 60), mask_share=1.0)
+    with pytest.raises(ValueError, match=r"mlm_probability must be in \(0, 1\), got 1"):
+        MaskedLanguageTask(train_wordpiece(TEXTS, 60), mlm_probability=1.0)
 
 
 def test_a_corpus_is_loaded_by_its_split():
     words = number_words()
-    corpus = Corpus(dataset="number-words", text_column="translation.en", split="validation")
+    corpus = Corpus(dataset_name="number-words", text_column="translation.en", split="validation")
     assert list(Texts(corpus.rows())) == [row["en"] for row in words["validation"]["translation"]]

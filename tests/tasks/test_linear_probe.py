@@ -53,7 +53,7 @@ TOKENS = pytest.mark.parametrize("token", [False, True])  # whether there is a d
 def test_statistics_are_those_of_all_features(accelerator, bad, token):
     """Of the images as training changes and mixes them, those that cannot be read left out."""
     task, model = classification(), tiny_vit(distillation_token=token).eval()
-    found = measure_features(accelerator, task, model, loader_of(task, bad=bad), num_steps=2)
+    found = measure_features(accelerator, task, model, loader_of(task, bad=bad), max_steps=2)
     with torch.no_grad():
         batches = [batch for step in loader_of(task, bad=bad).epoch(0) for batch in step]
         states = torch.cat([model.vit(**task.inputs(batch)).last_hidden_state for batch in batches]).double()
@@ -94,7 +94,7 @@ def test_only_the_linear_layers_learn(accelerator, micro, token):
     task, model = classification(), tiny_vit(distillation_token=token)
     prepare_probe(accelerator, task, model, loader_of(task), batch_size=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    args = TrainingArguments(output_dir=".", num_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
+    args = TrainingArguments(output_dir=".", max_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
     for step in loader_of(task, micro=micro).epoch(0):
@@ -114,7 +114,7 @@ def test_micro_batches_equal_one_batch(accelerator):
     for micro in (None, 2):
         task, model = classification(), tiny_vit()
         prepare_probe(accelerator, task, model, loader_of(task, micro=micro), batch_size=6)
-        args = TrainingArguments(output_dir=".", num_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
+        args = TrainingArguments(output_dir=".", max_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
         optimizer = build_optimizer(model, args)
         for step in loader_of(task, micro=micro).epoch(0):
             train_step(accelerator, task, model.train(), optimizer, step)

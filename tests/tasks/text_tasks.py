@@ -73,7 +73,7 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
     make, build = CASES[name]
     task, model = make(), build()
     # A large epsilon keeps rounding noise of gradients that are truly 0 small.
-    args = TrainingArguments(output_dir=".", num_steps=2, adam_epsilon=1e-4, warmup_steps=0)
+    args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

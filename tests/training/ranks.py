@@ -17,7 +17,7 @@ from hf_tfm.training.state import full_weights, share_statistics
 # name -> knobs and model fields; all are compared with the same run on one process.
 EQUAL = {
     "plain": ({}, {}),
-    "micro_batches": ({"micro_batch_tokens": 20, "num_workers": 1}, {}),
+    "micro_batches": ({"micro_batch_tokens": 20, "dataloader_num_workers": 1}, {}),
     "one_sample_a_step": ({"batch_tokens": 13}, {}),  # less than there are processes
     "mask_predict": ({"micro_batch_tokens": 30}, {"decoding": "mask_predict"}),
     "ema": ({"ema_decay": 0.8, "final_weights": "ema", "max_grad_norm": 0.5}, {}),

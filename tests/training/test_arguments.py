@@ -40,18 +40,18 @@ def refused(capsys, *argv):
 
 def test_yaml_and_overrides(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("output_dir: there\nnum_steps: 5\nadam_betas: [0.8, 0.9]\nmodel: {dropout: 0.1}\n")
-    args = parse("--config", str(file), "--num_steps", "7", "--model.hidden_size", "64")
-    assert (args.output_dir, args.num_steps, args.adam_betas) == ("there", 7, (0.8, 0.9))
+    file.write_text("output_dir: there\nmax_steps: 5\nadam_betas: [0.8, 0.9]\nmodel: {dropout: 0.1}\n")
+    args = parse("--config", str(file), "--max_steps", "7", "--model.hidden_size", "64")
+    assert (args.output_dir, args.max_steps, args.adam_betas) == ("there", 7, (0.8, 0.9))
     assert args.model == {"dropout": 0.1, "hidden_size": 64}
     assert parse(f"--config={file}", "--seed=3").seed == 3
 
 
 def test_null_takes_back_what_a_file_gives(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("output_dir: there\nnum_epochs: 5\n")
-    args = parse("--config", str(file), "--num_epochs", "null", "--num_steps", "7")
-    assert (args.num_epochs, args.num_steps) == (None, 7)
+    file.write_text("output_dir: there\nnum_train_epochs: 5\n")
+    args = parse("--config", str(file), "--num_train_epochs", "null", "--max_steps", "7")
+    assert (args.num_train_epochs, args.max_steps) == (None, 7)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,15 @@ def test_null_takes_back_what_a_file_gives(tmp_path):
         (["--learning_rat", "1"], "learning_rat"),  # not an abbreviation of learning_rate
         (["--learning_rate", "fast"], "learning_rate"),
         (["--batch_tokens", "1.5"], "batch_tokens"),
-        (["--schedule", "cosin"], "schedule"),
-        (["--trackers", "[mlflow]"], "trackers"),
+        (["--lr_scheduler_type", "cosin"], "schedule"),
+        (["--report_to", "[mlflow]"], "report_to"),
         (["--adam_betas", "[0.9]"], "adam_betas"),
-        (["--num_steps", "3", "--num_epochs", "3"], "exactly one of num_epochs and num_steps, got 3.0 and 3"),
-        ([], "exactly one of num_epochs and num_steps, got None and None"),
-        (["--num_steps", "3", "--config", "nope"], "neither a file nor a preset; presets: multi30k_tiny, quickstart"),
+        (
+            ["--max_steps", "3", "--num_train_epochs", "3"],
+            "exactly one of num_train_epochs and max_steps, got 3.0 and 3",
+        ),
+        ([], "exactly one of num_train_epochs and max_steps, got None and None"),
+        (["--max_steps", "3", "--config", "nope"], "neither a file nor a preset; presets: multi30k_tiny, quickstart"),
     ],
 )
 def test_errors_name_the_key(capsys, words, named):
@@ -80,7 +83,7 @@ def test_errors_name_the_key(capsys, words, named):
 )
 def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
     file = tmp_path / "run.yaml"
-    file.write_text(f"num_steps: 4\n{text}\n")
+    file.write_text(f"max_steps: 4\n{text}\n")
     assert named in refused(capsys, "--config", str(file))
 
 
@@ -88,19 +91,19 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
     "knobs",
     [
         {"seed": -1},
-        {"num_workers": -1},
+        {"dataloader_num_workers": -1},
         {"batch_tokens": 0},
         {"micro_batch_tokens": 0},
-        {"num_steps": 0},
+        {"max_steps": 0},
         {"eval_steps": 0},
         {"save_steps": 0},
-        {"log_steps": 0},
+        {"logging_steps": 0},
         {"warmup_steps": -1},
         {"weight_decay": -0.1},
         {"max_grad_norm": -1.0},
         {"average_checkpoints": -1},
-        {"keep_checkpoints": 0},
-        {"patience": -1},
+        {"save_total_limit": 0},
+        {"early_stopping_patience": -1},
         {"max_nonfinite_steps": 0},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
@@ -114,16 +117,16 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
 def test_values_out_of_range(knobs):
     (name,) = knobs
     with pytest.raises(ValueError, match=name):
-        TokenArguments(output_dir="o", **{"num_steps": 1, **knobs})
+        TokenArguments(output_dir="o", **{"max_steps": 1, **knobs})
 
 
 def test_epochs_out_of_range():
-    with pytest.raises(ValueError, match="num_epochs must be above 0, got 0"):
-        TokenArguments(output_dir="o", num_epochs=0)
+    with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
+        TokenArguments(output_dir="o", num_train_epochs=0)
 
 
 def test_printed_config_is_a_config(tmp_path, capsys):
-    words = ["--output_dir", "o", "--num_steps", "3", "--learning_rate", "1e-4", "--model.dropout", "0.2"]
+    words = ["--output_dir", "o", "--max_steps", "3", "--learning_rate", "1e-4", "--model.dropout", "0.2"]
     with pytest.raises(SystemExit) as caught:
         parse(*words, "--print_config")
     assert caught.value.code == 0
@@ -162,7 +165,7 @@ def test_command_that_repeats_a_run(monkeypatch):
 
 
 def image_arguments(**options) -> ImageArguments:
-    return ImageArguments(output_dir="o", num_steps=10_000, **options)
+    return ImageArguments(output_dir="o", max_steps=10_000, **options)
 
 
 def test_the_learning_rate_of_images_follows_the_batch():
@@ -187,7 +190,7 @@ def test_the_learning_rate_of_images_follows_the_batch():
         ({"learning_rate": 0.1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": 0.1, "micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
         ({"learning_rate": 0.1, "warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
-        ({"learning_rate": 0.1, "layer_decay": 0.0}, "layer_decay must be above 0, got 0.0"),
+        ({"learning_rate": 0.1, "layer_wise_lr_decay": 0.0}, "layer_wise_lr_decay must be above 0, got 0.0"),
         ({"learning_rate": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -198,7 +201,7 @@ def test_image_arguments_out_of_range(knobs, message):
 
 def test_what_is_given_overrides_a_preset_wherever_it_stands(tmp_path):
     file = tmp_path / "knobs.yaml"
-    file.write_text("output_dir: there\nseed: 5\nnum_steps: 9\n")
+    file.write_text("output_dir: there\nseed: 5\nmax_steps: 9\n")
     for words in (["--seed", "3", "--config", str(file)], ["--seed=3", f"--config={file}"]):
         args = parse(*words)
-        assert (args.seed, args.num_steps) == (3, 9)
+        assert (args.seed, args.max_steps) == (3, 9)

@@ -17,14 +17,14 @@ STEPS = 24
 
 
 def run_args(folder, **knobs):
-    return arguments(folder, num_steps=STEPS, ema_decay=0.9, **knobs)
+    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **knobs)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run that was stopped after step 13; it has checkpoints of steps 5, 10 and 13, the last not planned."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    result, _ = run_training(run_args(folder, keep_checkpoints=3), events={12: "SIGTERM"})
+    result, _ = run_training(run_args(folder, save_total_limit=3), events={12: "SIGTERM"})
     assert result.stopped
     assert [path.name[-2:] for path in checkpoints(folder)] == ["05", "10", "13"]
     return folder
@@ -35,14 +35,14 @@ def run(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def go_on(folder, num_steps=STEPS, **fields):
+def go_on(folder, max_steps=STEPS, **fields):
     """Resume without training."""
     args = run_args(folder)
     accelerator, model = fresh_accelerator(args), tiny_model(**fields)
     optimizer = build_optimizer(model, args)
     schedule = build_schedule(optimizer, args, STEPS)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return resume(accelerator, folder, num_steps, prepared, optimizer, schedule, build_ema(model, 0.9))
+    return resume(accelerator, folder, max_steps, prepared, optimizer, schedule, build_ema(model, 0.9))
 
 
 def change(file, **values):

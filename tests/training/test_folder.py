@@ -223,7 +223,7 @@ def test_places_that_are_refused(tmp_path, monkeypatch, place, message):
 @dataclass
 class Inputs:
     output_dir: str
-    init_from: str | None = None
+    model_name_or_path: str | None = None
     teacher: str | None = None
     tokenizer: str | None = None
     dataset: str | None = None
@@ -232,7 +232,9 @@ class Inputs:
     more_texts: list = field(default_factory=list)
 
 
-@pytest.mark.parametrize("name", ["init_from", "teacher", "tokenizer", "dataset", "cache", "data_files", "more_texts"])
+@pytest.mark.parametrize(
+    "name", ["model_name_or_path", "teacher", "tokenizer", "dataset_name", "cache", "data_files", "more_texts"]
+)
 @pytest.mark.parametrize("place", ["run", "run/part", "run/../run/part", "link", "alias/part", "snapshot"])
 def test_inputs_in_the_output_folder_are_refused(tmp_path, name, place):
     (tmp_path / "run" / "part").mkdir(parents=True)
@@ -270,7 +272,7 @@ def test_an_output_folder_in_the_data_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match=r'lies inside dataset ".*data"'):
         check_inputs(Inputs(str(tmp_path / "data" / "run"), dataset=str(tmp_path / "data")))
-    check_inputs(Inputs(str(tmp_path / "data" / "run"), init_from=str(tmp_path / "data")))  # nothing is lost
+    check_inputs(Inputs(str(tmp_path / "data" / "run"), model_name_or_path=str(tmp_path / "data")))  # nothing is lost
 
 
 # --- one process at a time
@@ -373,7 +375,7 @@ def test_write_errors_are_explained_once(tmp_path):
 @pytest.mark.parametrize("limit", [20_000, 45_000])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit):
     """Writing a file stops at a size: that of the weights, or that of the moments, which are twice as large."""
-    args = arguments(tmp_path / "run", num_steps=12, keep_checkpoints=1)
+    args = arguments(tmp_path / "run", max_steps=12, save_total_limit=1)
     code, report = start(args, events={6: "SIGTERM"})
     assert code == 0
     before = contents(tmp_path / "run" / "checkpoints")

@@ -77,7 +77,7 @@ def test_a_window_outlives_a_restart_to_the_last_bit(tmp_path):
 
 
 def test_history_of_a_run(tmp_path):
-    args = arguments(tmp_path / "run", log_steps=5, eval_steps=4)
+    args = arguments(tmp_path / "run", logging_steps=5, eval_steps=4)
     result, _ = run_training(args)
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [5, 10, 12]
@@ -89,7 +89,7 @@ def test_history_of_a_run(tmp_path):
 
 
 def test_log_steps_beyond_the_end_give_the_last_line(tmp_path):
-    run_training(arguments(tmp_path / "run", log_steps=1000, num_steps=3, warmup_steps=1))
+    run_training(arguments(tmp_path / "run", logging_steps=1000, max_steps=3, warmup_steps=1))
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [3]
 
 
@@ -99,8 +99,8 @@ def test_epochs_are_passes_over_the_data(tmp_path):
     task = TranslationTask(model.config)
     loader = tiny_loader(pairs(), task, args, accelerator)
     steps = [loader.steps_per_epoch(epoch) for epoch in range(3)]
-    args.num_steps = steps[0] + steps[1] + steps[2] // 2
-    result = train(accelerator, task, model, loader, args, args.num_steps, 99, lambda _: {"loss": 1.0})
+    args.max_steps = steps[0] + steps[1] + steps[2] // 2
+    result = train(accelerator, task, model, loader, args, args.max_steps, 99, lambda _: {"loss": 1.0})
     assert result.epochs == pytest.approx(2 + (steps[2] // 2) / steps[2])
 
 
@@ -136,7 +136,7 @@ def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = TokenArguments(**{**vars(arguments(tmp_path / "run")), "trackers": ["tensorboard"]})
+    args = TokenArguments(**{**vars(arguments(tmp_path / "run")), "report_to": ["tensorboard"]})
     accelerator = fresh_accelerator(args)
     run = Run(accelerator, args, "recipe", [])
     run.open(args, "translation", {"path": "x", "fingerprint": {"train": "x"}})
@@ -158,11 +158,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="trackers: trackio is not installed"):
-        arguments(".", trackers=["trackio"])
+        arguments(".", report_to=["trackio"])
 
 
 def test_a_failing_write_of_the_history_ends_the_run(tmp_path):
-    code, report = start(arguments(tmp_path / "run", log_steps=1), file_limit=300)
+    code, report = start(arguments(tmp_path / "run", logging_steps=1), file_limit=300)
     assert code == 3
     assert report["error"].startswith("WriteError: could not write") and "history.jsonl" in report["error"]
     assert checkpoints(tmp_path / "run") == []

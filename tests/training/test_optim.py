@@ -21,7 +21,7 @@ TINY_VIT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "n
 
 def rates(schedule):
     """The learning rate of each step."""
-    args = arguments(".", schedule=schedule, warmup_steps=WARMUP, num_steps=STEPS, learning_rate=PEAK)
+    args = arguments(".", lr_scheduler_type=schedule, warmup_steps=WARMUP, max_steps=STEPS, learning_rate=PEAK)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), args)
     schedule = build_schedule(optimizer, args, STEPS)
     found = []
@@ -99,7 +99,7 @@ def test_positions_and_single_tokens_do_not_decay():
 def test_layers_learn_slower_the_lower_they_stand():
     """Embeddings, 3 blocks, and what is above: rates d^4, d^3, d^2, d, 1 of the highest."""
     model = TfmViTForImageClassification(TfmViTConfig(image_size=8, patch_size=4, **TINY_VIT))
-    args = arguments(".", layer_decay=0.5, learning_rate=1.6, weight_decay=0.1)
+    args = arguments(".", layer_wise_lr_decay=0.5, learning_rate=1.6, weight_decay=0.1)
     optimizer = build_optimizer(model, args)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: rate[id(p)] for name, p in model.named_parameters()}
@@ -136,7 +136,7 @@ def test_sgd_with_momentum_by_hand():
         assert weight.item() == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("knobs", [{"optimizer": "sgd"}, {"layer_decay": 0.7}])
+@pytest.mark.parametrize("knobs", [{"optimizer": "sgd"}, {"layer_wise_lr_decay": 0.7}])
 def test_a_resumed_run_is_bit_equal(tmp_path, knobs):
     """The state of other optimizers and of many groups comes back whole."""
     _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **knobs))
@@ -178,7 +178,7 @@ def test_ema_by_hand():
 
 
 def test_average_is_the_mean(tmp_path):
-    run_training(arguments(tmp_path / "run", save_steps=2, keep_checkpoints=4))
+    run_training(arguments(tmp_path / "run", save_steps=2, save_total_limit=4))
     folders = checkpoints(tmp_path / "run")[-3:]
     stacks = [load_file(folder / "model.safetensors") for folder in folders]
     mean = {name: torch.stack([weights[name] for weights in stacks]).mean(dim=0) for name in stacks[0]}
@@ -213,7 +213,7 @@ def test_averaged_weights(tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
-    folder, knobs = tmp_path / "run", {"ema_decay": 0.9, "precision": precision}
+    folder, knobs = tmp_path / "run", {"ema_decay": 0.9, "mixed_precision": precision}
     _, shipped = ended(folder, final_weights="ema", **knobs)
     assert difference(shipped, weights_of(folder, 12, "ema")) == 0.0
     assert difference(shipped, weights_of(folder, 12)) > 1e-3
@@ -227,8 +227,8 @@ def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
 
 def scripted(folder, scores, **knobs):
     """A run of steps with evaluations whose results are given; returns its progress and what it ships."""
-    short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "log_steps": 100, "learning_rate": 0.03}
-    args = arguments(folder, num_steps=len(scores), **{**short, **knobs})
+    short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "logging_steps": 100, "learning_rate": 0.03}
+    args = arguments(folder, max_steps=len(scores), **{**short, **knobs})
     accelerator, model = fresh_accelerator(args), tiny_model()
     task, values = TranslationTask(model.config), iter(scores)
     rows = pairs(3)
@@ -242,9 +242,9 @@ def scripted(folder, scores, **knobs):
             return None
 
     def score(_):
-        return {"loss": 1.0, args.best_metric: next(values)}
+        return {"loss": 1.0, args.metric_for_best_model: next(values)}
 
-    result = train(accelerator, task, model, Same(), args, args.num_steps, args.eval_steps, score)
+    result = train(accelerator, task, model, Same(), args, args.max_steps, args.eval_steps, score)
     return result.progress, full_weights(model)
 
 
@@ -256,24 +256,24 @@ def test_best_weights_by_loss_are_kept_and_shipped(tmp_path):
 
 
 def test_best_weights_by_another_metric_are_the_highest(tmp_path):
-    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 9.0, 4.0, 8.0, 3.5], best_metric="bleu")
+    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 9.0, 4.0, 8.0, 3.5], metric_for_best_model="bleu")
     assert (progress.best, progress.best_step) == (9.0, 3)
     assert difference(shipped, weights_of(tmp_path / "run", 3)) == 0.0
 
 
 def test_patience_ends_the_run_early(tmp_path):
     scores = [5.0, 3.0, 4.0, 2.9, 4.0, 3.5, 3.0, 1.0]
-    progress, shipped = scripted(tmp_path / "run", scores, patience=3)
+    progress, shipped = scripted(tmp_path / "run", scores, early_stopping_patience=3)
     assert (progress.step, progress.best_step, progress.waited) == (7, 4, 3)
     assert difference(shipped, weights_of(tmp_path / "run", 4)) == 0.0
-    progress, _ = scripted(tmp_path / "patient", scores, patience=0)
+    progress, _ = scripted(tmp_path / "patient", scores, early_stopping_patience=0)
     assert (progress.step, progress.best_step) == (8, 8)
 
 
 def test_more_patience_goes_on(tmp_path):
-    scripted(tmp_path / "run", [3.0, 4.0, 4.0, 4.0, 4.0, 4.0], patience=2)
+    scripted(tmp_path / "run", [3.0, 4.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=2)
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
-    progress, _ = scripted(tmp_path / "run", [4.0, 2.0, 4.0, 4.0, 4.0, 4.0], patience=4)
+    progress, _ = scripted(tmp_path / "run", [4.0, 2.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=4)
     assert (progress.step, progress.best_step) == (6, 5)
 
 
@@ -281,7 +281,7 @@ def test_evaluations_that_are_no_numbers(tmp_path, capsys):
     nan = float("nan")
     progress, _ = scripted(tmp_path / "some", [nan, 4.0, nan, 5.0])
     assert (progress.best, progress.best_step) == (4.0, 2)
-    progress, shipped = scripted(tmp_path / "none", [nan] * 3, best_metric="bleu")
+    progress, shipped = scripted(tmp_path / "none", [nan] * 3, metric_for_best_model="bleu")
     assert (progress.best, progress.best_step) == (None, None)
     assert difference(shipped, weights_of(tmp_path / "none", 3)) == 0.0
     assert "the last weights are taken" in capsys.readouterr().out
@@ -290,16 +290,16 @@ def test_evaluations_that_are_no_numbers(tmp_path, capsys):
 
 
 def test_a_best_metric_that_is_not_evaluated(tmp_path):
-    with pytest.raises(ValueError, match='best_metric "bleu" is not evaluated; there are loss'):
-        run_training(arguments(tmp_path / "run", best_metric="bleu"))
+    with pytest.raises(ValueError, match='metric_for_best_model "bleu" is not evaluated; there are loss'):
+        run_training(arguments(tmp_path / "run", metric_for_best_model="bleu"))
 
 
 @pytest.mark.parametrize(
     ("knobs", "kept"),
     [
-        ({"keep_checkpoints": 1}, [12]),
-        ({"keep_checkpoints": 3}, [8, 10, 12]),
-        ({"keep_checkpoints": 1, "average_checkpoints": 4}, [6, 8, 10, 12]),
+        ({"save_total_limit": 1}, [12]),
+        ({"save_total_limit": 3}, [8, 10, 12]),
+        ({"save_total_limit": 1, "average_checkpoints": 4}, [6, 8, 10, 12]),
     ],
 )
 def test_rotation(tmp_path, knobs, kept):

@@ -18,7 +18,7 @@ STEPS = 24  # two epochs and a half, of 9 or 10 steps
 def whole(tmp_path_factory):
     """Weights, history and checkpoints of a run that was left alone."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    code, report = start(arguments(folder, num_steps=STEPS, ema_decay=0.9), DROPOUT)
+    code, report = start(arguments(folder, max_steps=STEPS, ema_decay=0.9), DROPOUT)
     assert (code, report["step"]) == (0, STEPS)
     return report["weights"], history(folder), tensors(folder)
 
@@ -29,7 +29,7 @@ def tensors(folder):
 
 
 def run_args(folder, **knobs):
-    return arguments(folder, num_steps=STEPS, ema_decay=0.9, **knobs)
+    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **knobs)
 
 
 def assert_same(folder, report, whole):
@@ -48,7 +48,7 @@ def test_whole_run_evaluates_and_logs_in_between(whole):
 @pytest.mark.parametrize(("workers", "seed"), [(0, 0), (0, 1), (2, 2)])
 def test_killed_in_any_epoch(tmp_path, whole, workers, seed):
     draw = random.Random(seed)
-    args = run_args(tmp_path / "run", num_workers=workers)
+    args = run_args(tmp_path / "run", dataloader_num_workers=workers)
     for step in (draw.randint(1, 7), draw.randint(20, 23)):  # in epoch 0 and in epoch 2
         assert start(args, DROPOUT, events={step: "SIGKILL"}) == (-9, None)
     code, report = start(args, DROPOUT)
@@ -89,7 +89,7 @@ def test_half_written_files_are_not_picked_up(tmp_path, whole):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
-    args = run_args(tmp_path / "run", num_workers=workers)
+    args = run_args(tmp_path / "run", dataloader_num_workers=workers)
     code, report = start(args, DROPOUT, events={12: "SIGTERM"})
     assert code == 0
     assert (report["stopped"], report["step"]) == (True, 13)  # the step under way is finished
@@ -104,7 +104,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
     """It is made when the run goes on, also after the last step."""
     args = run_args(tmp_path / "run")
     code, report = start(args, DROPOUT, stop_evaluation=evaluation)
-    assert (code, report["stopped"], report["step"]) == (0, True, min(5 * evaluation, args.num_steps))
+    assert (code, report["stopped"], report["step"]) == (0, True, min(5 * evaluation, args.max_steps))
     assert sum("evaluation" in row for row in history(tmp_path / "run")) == evaluation - 1
     code, report = start(args, DROPOUT)
     assert (code, report["stopped"]) == (0, False)
@@ -112,7 +112,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
 
 
 def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
-    knobs = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "keep_checkpoints": 1}
+    knobs = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "save_total_limit": 1}
     reports = []
     for name, stops in (("whole", ()), ("stopped", (6, 8, 10))):
         args = arguments(tmp_path / name, **knobs)
@@ -138,7 +138,7 @@ def test_mask_predict_repeats_its_masks(tmp_path):
     fields = {**DROPOUT, "decoding": "mask_predict"}
     reports = []
     for name, events in (("whole", {}), ("killed", {8: "SIGKILL"}), ("killed", {})):
-        args = arguments(tmp_path / name, num_workers=len(events))
+        args = arguments(tmp_path / name, dataloader_num_workers=len(events))
         reports.append(start(args, fields, events=events)[1])
     assert reports[1] is None
     assert reports[2] == reports[0]
@@ -156,16 +156,16 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 
 def test_more_steps_go_on_from_the_end(tmp_path):
-    knobs = {"schedule": "constant", "final_weights": "last"}
-    run_training(arguments(tmp_path / "longer", num_steps=10, **knobs))
-    result, longer = run_training(arguments(tmp_path / "longer", num_steps=20, **knobs))
-    _, whole = run_training(arguments(tmp_path / "whole", num_steps=20, **knobs))
+    knobs = {"lr_scheduler_type": "constant", "final_weights": "last"}
+    run_training(arguments(tmp_path / "longer", max_steps=10, **knobs))
+    result, longer = run_training(arguments(tmp_path / "longer", max_steps=20, **knobs))
+    _, whole = run_training(arguments(tmp_path / "whole", max_steps=20, **knobs))
     assert result.progress.step == 20
     assert digest(full_weights(longer)) == digest(full_weights(whole))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    run_training(arguments(tmp_path / "run", num_steps=5))
+    run_training(arguments(tmp_path / "run", max_steps=5))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for fields in (
         {"hidden_size": 32},
@@ -173,12 +173,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         {"norm_first": False, "attention_score": "additive"},
     ):
         with pytest.raises(ValueError, match="is of another model"):
-            run_training(arguments(tmp_path / "run", num_steps=10), tiny_model(**fields))
+            run_training(arguments(tmp_path / "run", max_steps=10), tiny_model(**fields))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_checkpoint_is_json_and_safetensors(tmp_path):
-    run_training(arguments(tmp_path / "run", num_steps=5, ema_decay=0.9))
+    run_training(arguments(tmp_path / "run", max_steps=5, ema_decay=0.9))
     (folder,) = checkpoints(tmp_path / "run")
     names = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert sorted(path.name for path in folder.iterdir()) == names

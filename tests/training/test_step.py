@@ -148,7 +148,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_run_counts_what_it_skips_and_goes_on(tmp_path, precision):
-    knobs = {"log_steps": 1, "precision": precision, "final_weights": "last"}
+    knobs = {"logging_steps": 1, "mixed_precision": precision, "final_weights": "last"}
     result, model = run_training(arguments(tmp_path / "run", **knobs), bad={4: float("nan"), 7: float("inf")})
     rows = [row for row in history(tmp_path / "run") if "loss" in row]
     assert [row["skipped"] for row in rows] == [0] * 4 + [1] * 3 + [2] * 5
@@ -187,7 +187,7 @@ def scaled_accelerator():
 
 
 def test_loss_scaler_gives_the_same_steps(tmp_path):
-    knobs = {"final_weights": "last", "max_grad_norm": 0.5, "log_steps": 1}
+    knobs = {"final_weights": "last", "max_grad_norm": 0.5, "logging_steps": 1}
     run_training(arguments(tmp_path / "plain", **knobs))
     result, _ = run_training(arguments(tmp_path / "scaled", **knobs), accelerator=scaled_accelerator())
     assert result.progress.skipped == 0
@@ -214,8 +214,8 @@ def test_loss_scaler_skips_lowers_and_is_saved(tmp_path):
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     if fresh_accelerator().device.type != "cpu":
         pytest.skip("there is an accelerator, on which fp16 works")
-    with pytest.raises(ValueError, match='precision="fp16" needs an accelerator'):
-        fresh_accelerator(arguments(tmp_path, precision="fp16"))
+    with pytest.raises(ValueError, match='mixed_precision="fp16" needs an accelerator'):
+        fresh_accelerator(arguments(tmp_path, mixed_precision="fp16"))
 
 
 def test_an_optimizer_that_cannot_skip_is_refused():

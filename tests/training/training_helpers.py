@@ -31,7 +31,7 @@ from hf_tfm.training.state import full_weights
 VOCABULARY = 40
 # The bias of keys moves all scores of a query alike, so it changes nothing and its gradient is rounding noise. Adam
 # divides that noise by its own size; a large epsilon keeps it small, so that every weight of equal runs is comparable.
-KNOBS = {"num_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "log_steps": 3, "adam_epsilon": 1e-4}
+KNOBS = {"max_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "logging_steps": 3, "adam_epsilon": 1e-4}
 
 
 def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
@@ -59,7 +59,14 @@ def tiny_loader(rows: list, task: TranslationTask, args: TokenArguments, acceler
     lengths = np.array([[len(row["input_ids"]), len(row["labels"])] for row in rows])
     sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed)
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    return StepLoader(rows, sampler, task.collate, args.micro_batch_tokens, num_workers=args.num_workers, **place)
+    return StepLoader(
+        rows,
+        sampler,
+        task.collate,
+        args.micro_batch_tokens,
+        num_workers=args.dataloader_num_workers,
+        **place,
+    )
 
 
 def fresh_accelerator(args: TokenArguments | None = None) -> Accelerator:
@@ -142,7 +149,7 @@ def run_training(
         return evaluate(accelerator, task, trained, held_out)
 
     loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {})
-    return train(accelerator, task, model, loader, args, args.num_steps, args.eval_steps or eval_steps, score), model
+    return train(accelerator, task, model, loader, args, args.max_steps, args.eval_steps or eval_steps, score), model
 
 
 def digest(weights: dict[str, Tensor]) -> str:

@@ -216,12 +216,14 @@ def test_the_command_line(models, tmp_path, capsys, monkeypatch):
     rows.to_parquet(folder / "validation.parquet")
     drawn = []
     monkeypatch.setattr(queries_module, "plot_query_slots", lambda boxes, *rest: drawn.append((boxes, rest)) or output)
-    cli.main(["show", "queries", models["detr"], "--dataset", str(folder), "--max_samples", "4", "--queries", "[1,2]"])
+    cli.main(
+        ["show", "queries", models["detr"], "--dataset_name", str(folder), "--max_samples", "4", "--queries", "[1,2]"]
+    )
     ((boxes, rest),) = drawn
     np.testing.assert_allclose(boxes, query_boxes(*load_detector(models["detr"]), tensors()[:4]), atol=1e-6)
     assert rest == ("queries.png", "detr: data, validation", [1, 2])
     assert capsys.readouterr().out.split() == [output, output] and over_image.shape[1] > 500
-    for words in ([], [str(tmp_path / "a.png"), "--dataset", str(folder)]):
+    for words in ([], [str(tmp_path / "a.png"), "--dataset_name", str(folder)]):
         with pytest.raises(SystemExit, match="1"):
             cli.main(["show", "queries", models["detr"], *words])
         assert "give one of them" in capsys.readouterr().err

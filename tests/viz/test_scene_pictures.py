@@ -142,7 +142,7 @@ def test_segments_stand_below_the_true_ones(drawn, tmp_path):
 def test_every_process_computes_and_one_draws(boxes, tmp_path):
     model, calls = boxes[0], []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    other = SimpleNamespace(is_main_process=False, device=torch.device("cpu"), trackers=[])
+    other = SimpleNamespace(is_main_process=False, device=torch.device("cpu"), report_to=[])
     assert make(boxes, tmp_path, other)(model, 1) is None
     hook.remove()
     assert len(calls) == 5 and not list(tmp_path.iterdir())
