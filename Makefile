@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-slow test-clients test-common lint bench clean
+.PHONY: quickstart test test-slow test-clients test-common lint stubs bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ test-common: $(VENV)/.installed  ## transformers' own common model tests, on our
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+stubs: $(VENV)/.installed  ## hf_tfm/__init__.pyi from the table of model families
+	$(BIN)/python -c "from hf_tfm.families import stub; print(stub(), end='')" > hf_tfm/__init__.pyi
 
 bench: $(VENV)/.installed  ## speed against the peers; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -1,6 +1,6 @@
 """How much of a batch of scenes is padding, by the way batches are made.
 
-python -m benchmarks detection_padding --dataset_config DATA
+python -m benchmarks detection_padding --dataset DATA
 
 The paper's augmentation (Carion et al. 2020, appendix A.4), an epoch of images with the sizes of a real data set:
   random            batches in random order, a scale for each image, as the authors' code makes them

@@ -1,6 +1,6 @@
 """Distillation speed: steps of DistilBERT and TinyBERT with the engine, against the plain way, and sizes of caches.
 
-python -m benchmarks distillation --dataset_config nyu-mll/glue --dataset_config sst2
+python -m benchmarks distillation --dataset nyu-mll/glue --dataset_name sst2
 
 DistilBERT's step (a BERT-base teacher, 6 layers, 8 sequences of 128 tokens):
   plain    both models' logits of all tokens, the teacher in memory, soft targets and cosine over all tokens
@@ -52,7 +52,7 @@ TINYBERT = (Term(kind="embedding"), Term(kind="hidden_state"), Term(kind="attent
 
 def main(
     dataset: str = "nyu-mll/glue",
-    dataset_config: str | None = None,
+    dataset_name: str | None = None,
     text_column: str | None = None,
     batch_size: int = 8,
     length: int = 128,
@@ -63,13 +63,13 @@ def main(
     """Measure and write benchmarks/results/distillation.json.
 
     Args:
-        dataset, dataset_config, text_column: texts, of which one batch is learned from again and again.
+        dataset, dataset_name, text_column: texts, of which one batch is learned from again and again.
         batch_size: sequences; length: tokens of each.
         vocab_size: of the models; tokens are those of a smaller vocabulary trained on the texts.
         rounds: timed rounds; medians are reported.
         precisions: no (float32) and bf16: autocast of the students and of the plain teacher, ours has such weights.
     """
-    rows = text_rows(load_splits(dataset, dataset_config)["train"], text_column)
+    rows = text_rows(load_splits(dataset, dataset_name)["train"], text_column)
     tokenizer = train_wordpiece(Texts(rows), 8000)
     found = token_sequences(rows.take(2000), tokenizer, length).filter(lambda row: len(row["input_ids"]) == length)
     examples = [found[i] for i in range(batch_size)]

@@ -1,6 +1,6 @@
 """How fast images are read, augmented and put into batches, against a PIL pipeline.
 
-python -m benchmarks image_loading --dataset_config DATA [--dataloader_num_workers 8]
+python -m benchmarks image_loading --dataset DATA [--num_workers 8]
 
   ours      torchvision's decoder, v2 transforms on uint8 tensors, every sample seeded; scaled as a batch
   pil       PIL's decoder, torchvision's v1 transforms, ToTensor and Normalize per image, torch's DataLoader

@@ -1,6 +1,6 @@
 """Generation speed: tokens per second of our GPT's `generate` against GPT-2's, same weights, same tokens.
 
-python -m benchmarks language_generation [--model RUN --dataset_config nyu-mll/glue --dataset_config sst2]
+python -m benchmarks language_generation [--model RUN --dataset nyu-mll/glue --dataset_name sst2]
 
 Texts of equal lengths by models of random weights; with ``model``, of language_pretrain with objective causal, also
 texts that end by themselves.
@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
+from hf_tfm.conversion import converted
+from hf_tfm.conversion.gpt2 import GPT2
 from hf_tfm.data.language import text_rows
 from hf_tfm.data.source import load_splits
-from hf_tfm.hub.convert import converted
-from hf_tfm.hub.convert.gpt2 import GPT2
 
 from . import common, translation_generation
 
@@ -33,7 +33,7 @@ def main(
     rounds: int = 5,
     model: str | None = None,
     dataset: str = "nyu-mll/glue",
-    dataset_config: str | None = None,
+    dataset_name: str | None = None,
     split: str = "validation",
     text_column: str | None = None,
 ) -> None:
@@ -49,11 +49,11 @@ def main(
         new_tokens: tokens that each prompt gets, of a trained model at most.
         rounds: timed rounds; medians are reported.
         model: folder of a trained TfmGPTForCausalLM with its tokenizer.
-        dataset, dataset_config, split, text_column: texts whose first tokens are its prompts.
+        dataset, dataset_name, split, text_column: texts whose first tokens are its prompts.
     """
     (stock,) = (conversion for conversion in GPT2 if conversion.ours is TfmGPTForCausalLM)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    texts = list(text_rows(load_splits(dataset, dataset_config)[split], text_column)["text"]) if model else []
+    texts = list(text_rows(load_splits(dataset, dataset_name)[split], text_column)["text"]) if model else []
     results = {}
     for name, ours, batch_of, least in contestants(sizes, vocab_size, prompt_length, new_tokens, model, texts):
         for precision in precisions:

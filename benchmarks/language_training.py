@@ -1,6 +1,6 @@
 """Training speed of language models: real tokens per second of our models and loop, against their peers.
 
-python -m benchmarks language_training --dataset_config nyu-mll/glue --dataset_config sst2 [--nanogpt DIR]
+python -m benchmarks language_training --dataset nyu-mll/glue --dataset_name sst2 [--nanogpt DIR]
 
 Masked tokens, on single sentences, sizes of BERT:
   bert   transformers' BertForMaskedLM, its DataCollatorForLanguageModeling, AdamW, random batches
@@ -36,7 +36,7 @@ Work = Callable[[int], int]
 
 def main(
     dataset: str = "nyu-mll/glue",
-    dataset_config: str | None = None,
+    dataset_name: str | None = None,
     text_column: str | None = None,
     bert_sizes: tuple[str, ...] = ("mini", "base"),
     gpt_sizes: tuple[str, ...] = ("small",),
@@ -52,7 +52,7 @@ def main(
     """Measure and write benchmarks/results/language_training.json.
 
     Args:
-        dataset, dataset_config, text_column: training texts.
+        dataset, dataset_name, text_column: training texts.
         bert_sizes: of TfmBertConfig.
         gpt_sizes: of TfmGPTConfig.
         precisions: no (float32) and bf16.
@@ -63,7 +63,7 @@ def main(
         rounds: timed rounds; medians are reported.
         nanogpt: folder with nanoGPT's model.py.
     """
-    rows = text_rows(load_splits(dataset, dataset_config)["train"], text_column)
+    rows = text_rows(load_splits(dataset, dataset_name)["train"], text_column)
     results = {}
     for size in bert_sizes:
         config, variants = masked(rows, size, precisions, vocab_size, batch_size, batches)

@@ -1,6 +1,6 @@
 """How much of what a model computes is padding, by the way batches are made.
 
-python -m benchmarks padding_waste --dataset_config DATA
+python -m benchmarks padding_waste --dataset DATA
 
 Padded to the longest source and the longest target of a batch, an epoch of training pairs:
   random               batches of 64 in random order

@@ -1,6 +1,6 @@
 """Generation speed: sentences per second of our `generate` against Marian's or Pegasus', same weights, same tokens.
 
-python -m benchmarks translation_generation [--model DIR --dataset_config DATA]
+python -m benchmarks translation_generation [--model DIR --dataset DATA]
 
 Random weights give every sentence of a batch equally many tokens. A trained ``model`` is timed on a test set besides:
 its sentences end one after the other, as in use.
@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+from hf_tfm.conversion import converted
+from hf_tfm.conversion.marian_pegasus import MARIAN, PEGASUS
 from hf_tfm.data import text
-from hf_tfm.hub.convert import MARIAN, PEGASUS, converted
 
 from . import common, peers
 

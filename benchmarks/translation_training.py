@@ -1,6 +1,6 @@
 """Training speed: real target tokens per second of our model and loop, against Marian in a plain accelerate loop.
 
-python -m benchmarks translation_training --dataset_config DATA
+python -m benchmarks translation_training --dataset DATA
 
 Three contestants of one size, in turn on the same machine, in float32 and bf16 autocast:
   marian_random   transformers' MarianMTModel, Trainer's LabelSmoother, AdamW, random batches of 64
@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
 from hf_tfm.data.text import pair_lengths
-from hf_tfm.tasks.translation import TranslationTask
+from hf_tfm.tasks.translation import TranslationCollator, TranslationTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
@@ -54,7 +54,7 @@ def main(
     results = {}
     for size in sizes:
         config = TfmTransformerConfig.of_size(size, vocab_size=vocab_size, max_position_embeddings=256)
-        task = TranslationTask(config, None)
+        task = TranslationTask.for_model(None)
         variants = {}
         for precision in precisions:
             variants |= contestants(config, task, rows, random, ordered, precision, batches)
@@ -73,7 +73,7 @@ def contestants(config, task, rows, random, ordered, precision: str, batches: in
 
     def collated(plan, number: int):
         chosen = peers.spread(plan, batches, number)
-        return [task.collate(rows.__getitems__(batch), batch, 0) for batch in chosen]
+        return [TranslationCollator(config)(rows.__getitems__(batch), batch, 0) for batch in chosen]
 
     def peer(plan):
         accelerator = Accelerator(mixed_precision=precision)

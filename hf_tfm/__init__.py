@@ -1,68 +1,14 @@
 """The classic Transformer family for the Hugging Face ecosystem.
 
-Importing this package registers its configurations and models with transformers' Auto classes.
+Importing this package registers its configurations and models with transformers' Auto classes. Its classes are those
+of the table in `families`; __init__.pyi lists them for type checkers.
 """
 
-from .models import (
-    TfmBertConfig,
-    TfmBertForMaskedLM,
-    TfmBertForMultipleChoice,
-    TfmBertForPreTraining,
-    TfmBertForQuestionAnswering,
-    TfmBertForSequenceClassification,
-    TfmBertForTokenClassification,
-    TfmBertModel,
-    TfmDetrConfig,
-    TfmDetrForObjectDetection,
-    TfmDetrForPanopticSegmentation,
-    TfmDetrModel,
-    TfmGPTConfig,
-    TfmGPTForCausalLM,
-    TfmGPTForSequenceClassification,
-    TfmGPTModel,
-    TfmMAEConfig,
-    TfmMAEForPreTraining,
-    TfmMAEModel,
-    TfmTransformerConfig,
-    TfmTransformerForConditionalGeneration,
-    TfmTransformerModel,
-    TfmViTBackbone,
-    TfmViTConfig,
-    TfmViTForImageClassification,
-    TfmViTModel,
-)
-from .registration import carry_code, register
+from .families import carry_code, exports, register
 
 __version__ = "0.1.0"
-__all__ = [
-    "TfmBertConfig",
-    "TfmBertForMaskedLM",
-    "TfmBertForMultipleChoice",
-    "TfmBertForPreTraining",
-    "TfmBertForQuestionAnswering",
-    "TfmBertForSequenceClassification",
-    "TfmBertForTokenClassification",
-    "TfmBertModel",
-    "TfmDetrConfig",
-    "TfmDetrForObjectDetection",
-    "TfmDetrForPanopticSegmentation",
-    "TfmDetrModel",
-    "TfmGPTConfig",
-    "TfmGPTForCausalLM",
-    "TfmGPTForSequenceClassification",
-    "TfmGPTModel",
-    "TfmMAEConfig",
-    "TfmMAEForPreTraining",
-    "TfmMAEModel",
-    "TfmTransformerConfig",
-    "TfmTransformerForConditionalGeneration",
-    "TfmTransformerModel",
-    "TfmViTBackbone",
-    "TfmViTConfig",
-    "TfmViTForImageClassification",
-    "TfmViTModel",
-    "carry_code",
-    "register",
-]
+
+globals().update(exports())
+__all__ = [*sorted(exports()), "carry_code", "register"]
 
 register()

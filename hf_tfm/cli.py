@@ -59,7 +59,7 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
         output_dir: folder to make.
         revision: branch, tag or commit on the Hub.
     """
-    from .hub.convert import convert as convert_model
+    from .conversion import convert as convert_model
 
     certificate = convert_model(model, to, output_dir, revision)
     differences = ", ".join(f"{name} {value:.2g}" for name, value in certificate["differences"].items())
@@ -176,7 +176,7 @@ def option_names(function: Callable) -> set[str]:
     """Names of the options of a command."""
     from .evaluation import KINDS, evaluate
 
-    functions = KINDS.values() if function is evaluate else [function]
+    functions = map(callable_of, KINDS.values()) if function is evaluate else [function]
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
@@ -245,16 +245,22 @@ def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], sk
     """
     takers: dict[str, list[str]] = {}
     for kind, function in kinds.items():
-        for name in inspect.signature(function).parameters:
+        for name in inspect.signature(callable_of(function)).parameters:
             takers.setdefault(name, []).append(kind)
     groups: dict[str, set[str]] = {}
     for name, kind in takers.items():
         groups.setdefault("all models" if len(kind) == len(kinds) else enumerated(kind), set()).add(name)
     for title, names in groups.items():
-        function = kinds[takers[next(iter(names))][0]]
+        function = callable_of(kinds[takers[next(iter(names))][0]])
         others = set(inspect.signature(function).parameters) - names
         group = parser.add_argument_group(title)
-        group.add_function_arguments(function, as_group=False, skip=others | skip, fail_untyped=True)
+        add = group.add_class_arguments if isinstance(function, type) else group.add_function_arguments
+        add(function, as_group=False, skip=others | skip, fail_untyped=True)
+
+
+def callable_of(kind: Any) -> Callable:
+    """The function, or class of arguments, whose parameters are the options of a kind of model."""
+    return kind.EvaluationArguments if isinstance(kind, type) else kind
 
 
 def enumerated(words: Sequence[str]) -> str:

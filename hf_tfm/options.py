@@ -4,6 +4,7 @@ words or a YAML file, the dataclass of a command's options -> nothing, or a Valu
 """
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
+from .command import DEBUG_HELP
 from .values import closest, conform, expected, hints_of, literals, one_line, shown
 
 LARGEST_FILE = 1_000_000  # bytes; a file of options has a few hundred
@@ -257,8 +259,7 @@ def unknown(name: str, known: Sequence[str]) -> str:
         return f"{name} is now called {prefix}{new}{also}"
     if key in ELSEWHERE:
         return f"{name} is not an option: {ELSEWHERE[key]}"
-    shown_name = name if prefix else shown(name)
-    return f"{shown_name} is not an option{closest(name, known)}"
+    return f"{name if name.startswith('-') else shown(name)} is not an option{closest(name, known)}"
 
 
 def check_word(name: str, word: str, hint: Any) -> None:
@@ -307,3 +308,70 @@ def hint_of(kind: Any, name: str) -> Any:
         if hint is None:
             return None
     return hint
+
+
+def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
+    """Command line and YAML -> a dataclass of options.
+
+    ``--config`` takes a file or the name of one of the recipe's presets; all other words override it, wherever they
+    stand.
+    ``--print_config`` prints the result instead of running it.
+
+    Args:
+        kind: the recipe's dataclass.
+        recipe: the recipe's file; its presets are in ``presets/<recipe>/`` beside it.
+        argv: the command line, without the program.
+
+    Raises:
+        SystemExit: a key is unknown or a value is not one it may have; the message names it.
+    """
+    name = f"hf-tfm run {recipe.stem}"
+    parser = OptionParser(
+        prog=name,
+        usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
+        description=recipe_summary(recipe),
+        epilog=DEBUG_HELP,
+        allow_abbrev=False,  # a mistyped option must not pass for another
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
+    parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
+    presets = recipe.parent / "presets" / recipe.stem
+    configs, words = [], []
+    rest = iter(argv)
+    try:
+        for word in rest:
+            config = word.removeprefix("--config=") if word.startswith("--config=") else None
+            config = next(rest, None) if word == "--config" else config
+            if config is None:
+                words.append(word)
+            else:
+                configs += ["--config", preset_path(config, presets)]
+                check_config(Path(configs[-1]), kind)
+        check_words(words, kind)
+        values = parser.parse_args([*configs, *words])
+        values.pop("config")
+        return kind(**values.as_dict())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def preset_path(name: str, presets: Path) -> str:
+    """The file of a preset, or ``name`` itself where it is a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    file = presets / f"{name}.yaml"
+    if not name or not file.is_file():
+        known = sorted(p.stem for p in presets.glob("*.yaml"))
+        raise ValueError(
+            f"--config {shown(name)} is neither a file nor a preset; presets: {', '.join(known)}{closest(name, known)}"
+        )
+    return str(file)
+
+
+def recipe_summary(recipe: Path) -> str:
+    """The first paragraph of a recipe's docstring."""
+    return ast.get_docstring(ast.parse(recipe.read_text())).split("\n\n")[0]

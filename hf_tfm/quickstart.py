@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from .cli import run
-from .evaluation import load_seq2seq
 from .hub.loading import load_image_processor
+from .tasks.translation import load_seq2seq
 from .viz.attention import attention_maps, plot_alignment
 from .viz.image_maps import image_attention_maps, plot_image_attention
 from .viz.images import load_autoencoder, load_encoder, read_image

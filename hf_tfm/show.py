@@ -61,7 +61,7 @@ def show_attention(
         draw = text_attention.plot_beside if beside else text_attention.plot_text_attention
         paths = [draw(*found, Path(output_dir) / "text.png", layers, heads)]
     elif text is not None:
-        from .evaluation import load_seq2seq
+        from .tasks.translation import load_seq2seq
 
         if pair is not None or beside is not None:
             raise ValueError(f'pair and beside are for an encoder or a decoder, and "{model}" is both')

@@ -1,8 +1,8 @@
 """Make a larger data set of texts, whose words a masked language model replaces by likely others (TinyBERT's
 augmentation).
 
-    hf-tfm run augment_texts --dataset_config nyu-mll/glue --task sst2 --model runs/bert --output_dir
-    data/sst2-augmented hf-tfm run distill_task --dataset_config data/sst2-augmented --task sst2 ...
+    hf-tfm run augment_texts --dataset_name nyu-mll/glue --task sst2 --model runs/bert --output_dir data/augmented
+    hf-tfm run distill_task --dataset_name data/augmented --task sst2 ...
 
 The training split grows, the others are copied; the folder is a data set as `load_dataset` takes it.
 """
@@ -27,7 +27,7 @@ from hf_tfm.data.text import column_path, texts_at
 from hf_tfm.distillation.substitution import Substituter, Substitution, with_copies
 from hf_tfm.hub.loading import load_model, load_tokenizer
 from hf_tfm.hub.pretrained import MASKED_WORDS, check_kind
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.options import parse_arguments
 from hf_tfm.training.folder import explain_write_errors
 from hf_tfm.values import check_bounds, conform_fields
 
@@ -91,7 +91,7 @@ def columns_of(args: AugmentArguments, row: dict) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(AugmentArguments, Path(__file__), argv)
-    where = (args.dataset_config, args.dataset_config, args.dataset_revision, args.data_files)
+    where = (args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
     splits = glue.load_task(glue.find_task(args.task), *where) if args.task else load_texts(*where)
     rows = take_split(splits, args.train_split, "train_split")
     columns = columns_of(args, rows[0])

@@ -35,6 +35,7 @@ from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
 from hf_tfm.tasks.images import Scale
 from hf_tfm.tasks.scenes import scene_processor
+from hf_tfm.tasks.splits import split_rows
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import DistillationKnobs, begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.loop import Loader
@@ -50,7 +51,6 @@ from hf_tfm.training.scene_run import (
     score_rows,
     warn_of_batch_norm,
 )
-from hf_tfm.training.splits import split_rows
 
 DETECTOR = TfmDetrForObjectDetection  # transformers' DETR loads as one of ours, and computes the same
 
@@ -190,8 +190,8 @@ def work(args: DistillDetectionArguments, run: Run) -> int:
         names = ("loss", *own[args.held_out].term_names, "AP", "AP50")
         return {name: found[name] for name in names} | lessons.distance(accelerator, trained, held_out[args.held_out])
 
-    def settle(per_epoch: int, _: int) -> SceneRunArguments:
-        settled, line = args.settle(per_epoch)
+    def settle(per_epoch: int, max_steps: int) -> SceneRunArguments:
+        settled, line = args.resolve(per_epoch, max_steps)
         accelerator.print(line)
         return settled
 

@@ -26,12 +26,12 @@ from hf_tfm.distillation.student import Distilled
 from hf_tfm.hub.pretrained import IMAGE_PATCHES
 from hf_tfm.memory import new_model
 from hf_tfm.tasks.masked_image import MaskedImageTask, load_autoencoder
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.training import evaluate
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
 from hf_tfm.training.image_run import IMAGE_FIELDS, describe, image_loader, image_size_of, load_rows
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 

@@ -21,6 +21,7 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.hub.results import RunRecord
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
@@ -31,7 +32,6 @@ from hf_tfm.training.distill_run import (
     prepare,
     teacher_words,
 )
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish
 from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
@@ -112,7 +112,9 @@ def distil(args: DistillTaskArguments, run: Run) -> RunRecord | None:
     def score_validation(trained) -> dict[str, float]:
         return scores_of(trained.student) | lessons.distance(accelerator, trained, decisive)
 
-    result = learn(args, run, lessons, learning, score_validation, lambda _, steps: args.settle(steps))
+    result = learn(
+        args, run, lessons, learning, score_validation, lambda per_epoch, steps: args.resolve(per_epoch, steps)[0]
+    )
     if result.stopped:
         run.stopped(result)
         return None

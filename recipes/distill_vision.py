@@ -25,6 +25,7 @@ from hf_tfm.data.images import label_names
 from hf_tfm.distillation.student import Distilled
 from hf_tfm.memory import new_model
 from hf_tfm.tasks.classification import predict, score
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_images import DistillImageArguments, settle, shared_processor
 from hf_tfm.training.distill_run import begin_with_layers, check_teacher, learn, prepare
@@ -39,7 +40,6 @@ from hf_tfm.training.image_run import (
     load_classifier,
     load_rows,
 )
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 CLASSIFIER = AutoModelForImageClassification

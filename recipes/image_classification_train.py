@@ -23,6 +23,7 @@ from hf_tfm.memory import new_model
 from hf_tfm.models.configuration_vit import SHARES
 from hf_tfm.tasks.classification import predict, score
 from hf_tfm.tasks.linear_probe import fold_probe, prepare_probe
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
     IMAGE_SIZE,
@@ -36,7 +37,6 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -86,7 +86,7 @@ def work(args: ClassificationArguments, run: Run) -> int:
     accelerator = run.accelerator
     rows = load_rows(args, args.test_splits, labelled=True)
     run.open(args, "image-classification", describe(args, rows), args.held_out)
-    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
+    processor = run.load_or_create("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     names = label_names(rows[args.train_split])
     model = build_model(args, image_size_of(processor), names)
     tasks = label_tasks(args, processor, rows, names)
@@ -99,7 +99,7 @@ def work(args: ClassificationArguments, run: Run) -> int:
     validation = image_loader(args, accelerator, tasks[args.held_out], rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
+    settled, line = args.resolve(per_epoch, max_steps)
     accelerator.print(line)
 
     def score_validation(trained) -> dict[str, float]:

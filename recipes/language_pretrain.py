@@ -44,7 +44,7 @@ def work(args: PretrainArguments, run: Run) -> int:
     kind = "fill-mask" if args.objective == "masked" else "text-generation"
     run.open(args, kind, describe_data(args, texts), args.held_out)
     learned = join_texts(args, texts)
-    tokenizer = run.once("tokenizer", lambda: load_tokenizer(args, learned), AutoTokenizer.from_pretrained)
+    tokenizer = run.load_or_create("tokenizer", lambda: load_tokenizer(args, learned), AutoTokenizer.from_pretrained)
     tokenizer.model_max_length = args.max_length
     model = build_model(args, tokenizer)
     task = new_task(args, tokenizer)

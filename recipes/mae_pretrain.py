@@ -21,6 +21,7 @@ from hf_tfm.command import run_recipe
 from hf_tfm.hub.pretrained import IMAGE_PATCHES
 from hf_tfm.memory import new_model
 from hf_tfm.tasks.masked_image import MaskedImageTask, load_autoencoder
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.training import evaluate
 from hf_tfm.training.image_run import (
     IMAGE_FIELDS,
@@ -32,7 +33,6 @@ from hf_tfm.training.image_run import (
     load_rows,
     new_processor,
 )
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish, recipe_main
 
 
@@ -70,14 +70,14 @@ def work(args: PretrainArguments, run: Run) -> int:
     accelerator = run.accelerator
     rows = load_rows(args, [], labelled=False)
     run.open(args, "image-feature-extraction", describe(args, rows), args.held_out)
-    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
+    processor = run.load_or_create("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     model = build_model(args, image_size_of(processor))
     task = MaskedImageTask(model.config, processor, args.augmentation, args.seed)
     learning = image_loader(args, accelerator, task, rows[args.train_split], learning=True)
     validation = image_loader(args, accelerator, task, rows[args.held_out], learning=False)
     per_epoch = learning.steps_per_epoch()
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
+    settled, line = args.resolve(per_epoch, max_steps)
     accelerator.print(line)
 
     def score(trained) -> dict[str, float]:

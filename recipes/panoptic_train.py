@@ -21,9 +21,9 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.files import data_roots
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits, take_split
+from hf_tfm.tasks.splits import split_rows
 from hf_tfm.training.run import Run, recipe_main
 from hf_tfm.training.scene_run import SceneRunArguments, build_detr, train_scenes
-from hf_tfm.training.splits import split_rows
 
 
 @dataclass(kw_only=True)

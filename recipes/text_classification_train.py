@@ -20,8 +20,8 @@ from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import PAIR, TEXT
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.limits import LARGEST_VOCABULARY
+from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.tasks.text_classification import TextClassificationTask, input_names, predict, score
-from hf_tfm.training.model_fields import check_fields, new_config
 from hf_tfm.training.run import Run, finish
 from hf_tfm.training.text_model import (
     ARCHITECTURES,
@@ -90,7 +90,7 @@ def train_classifier(args: TextClassificationArguments, run: Run) -> RunRecord |
     run.open(args, "text-classification", texts.described(args), texts.validation[0])
     learned = texts.rows[args.train_split]
     sides = [part for part in (TEXT, PAIR) if part in learned.column_names]
-    tokenizer = run.once(
+    tokenizer = run.load_or_create(
         "tokenizer", lambda: classifier_tokenizer(args, learned, sides), AutoTokenizer.from_pretrained
     )
     model = build_classifier(args, tokenizer, texts.labels)
@@ -114,7 +114,7 @@ def train_classifier(args: TextClassificationArguments, run: Run) -> RunRecord |
         return {"loss": found.loss, **{row["name"]: row["value"] for row in score(found, args.metrics)}}
 
     eval_steps = args.eval_steps or per_epoch
-    settled = args.settle(max_steps)
+    settled = args.resolve(per_epoch, max_steps)[0]
     result = run.train(task, model, learning, settled, max_steps, eval_steps, score_validation)
     if result.stopped:
         run.stopped(result)

@@ -122,7 +122,7 @@ def test_peak_rate_of_a_device(name, peak, monkeypatch):
 
 def test_page_tells_memory_and_share_of_the_peak_rate():
     model = {"images_per_second": {"train ours bf16": 4.0}, "ratios": {}, "share_of_floor": {}}
-    results = {"batch_size": 8, "image_size": 224, "torch_compile": False, "models": {"vit base": model}, "threads": 1}
+    results = {"batch_size": 8, "image_size": 224, "compile": False, "models": {"vit base": model}, "threads": 1}
     results |= {
         "command": "python",
         "versions": {"torch": "2", "transformers": "5"},

@@ -93,12 +93,12 @@ def test_evaluate(model, data, tmp_path, capsys):
     assert "version:" in lines[0][3]  # the signature
     result = json.loads(file.read_text())
     assert [row["name"] for row in result["metrics"]] == [line[1] for line in lines]
-    assert result["rows"] == len(result["translations"]) == 7
-    assert result["translations"][0]["source"] == ROWS[0]["en"]
+    assert result["rows"] == len(result["predictions"]) == 7
+    assert result["predictions"][0]["source"] == ROWS[0]["en"]
     assert result["fingerprint"] == text.fingerprint(text.text_pairs(text.load_splits(str(data))["test"], "en", "de"))
     loaded, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     output = loaded.generate(**tokenizer([ROWS[3]["en"]], return_tensors="pt"), max_length=20)
-    assert result["translations"][3]["translation"] == tokenizer.decode(output[0], skip_special_tokens=True).strip()
+    assert result["predictions"][3]["translation"] == tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(
@@ -128,26 +128,24 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
     ("options", "named"),
     [
         (("--split", "tset"), 'split "tset" is not a split of the data set; it has train, test'),
-        (("--metrics", "[bluster]"), "metrics must be among bleu, bleu_lowercase, chrf, chrf_lowercase"),
         (("--source_column", "fr"), 'source_column "fr" is not a column of the data set; it has en, de'),
-        (("--mixed_precision", "fp8"), 'precision must be "no" or "bf16", got "fp8"'),
         (("--num_beams", "0"), "num_beams must be at least 1, got 0"),
         (("--max_samples", "-1"), "max_samples must be at least 1, got -1"),
         (("--output", "/nowhere/scores.json"), "there is no folder /nowhere"),
         (("--dataset_name", "/nowhere"), "cannot be loaded"),
         (("--batch_tokens", "0"), "batch_tokens must be at least 1, got 0"),
-        (("--batch_tokens", "1000000000"), "batch_tokens must be at most 16,777,216, got 1,000,000,000"),
-        (("--num_beams", "100000"), "num_beams must be at most 1,024, got 100,000"),
-        (("--num_beams", "1000"), "num_beams must be at most 280, the size of the vocabulary, got 1000"),
+        (("--batch_tokens", "1000000000"), "batch_tokens must be at most 16,777,216, got 1000000000"),
+        (("--num_beams", "100000"), "num_beams must be at most 1,024, got 100000"),
+        (("--num_beams", "1000"), "num_beams must be at most the vocabulary size 280, got 1000"),
         (("--iterations", "5"), "iterations is for mask-predict models"),
         (("--length_penalty", ".inf"), "length_penalty must be a finite number or null, got inf"),
-        (("--metrics", "[]"), "metrics must name at least one metric"),
+        (("--metrics", "[]"), "metrics must contain at least one metric"),
         (("--output", "/"), "output / is a folder: give the name of a file"),
-        (("--dataset_name", ""), "dataset must be a name, got ''"),
+        (("--dataset_name", ""), "dataset_name must be a name, got ''"),
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
-    monkeypatch.setattr("hf_tfm.evaluation.translation.translate", None)  # it is never reached
+    monkeypatch.setattr("hf_tfm.tasks.translation.translate", None)  # it is never reached
     said = refused("evaluate", model, "--dataset_name", data, *options)
     assert said.startswith("hf-tfm evaluate: ")
     assert named in said
@@ -163,6 +161,12 @@ def test_evaluate_a_model_that_is_not_there(data, refused):
         (("evaluate", "m", "--spli", "test"), "spli"),  # no abbreviations
         (("evaluate", "m"), "dataset_name"),
         (("evaluate", "m", "--dataset_name", "d", "--batch_tokens", "many"), "batch_tokens"),
+        (("evaluate", "m", "--dataset_name", "d", "--metrics", "[bluster]"), "each one of bleu, bleu_lowercase, chrf"),
+        (("evaluate", "m", "--dataset_name", "d", "--mixed_precision", "fp8"), 'one of no, bf16, got "fp8"'),
+        (
+            ("evaluate", "m", "--dataset_name", "d", "--precision", "bf16"),
+            "--precision is now called --mixed_precision",
+        ),
         (("fly",), "fly"),
         ((), "a command must be given, one of run, evaluate, convert, push, show"),
     ],
@@ -323,7 +327,7 @@ def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch
     def broken(*args, **kwargs):
         raise TypeError("a fault")
 
-    monkeypatch.setattr("hf_tfm.evaluation.translation.translate", broken)
+    monkeypatch.setattr("hf_tfm.tasks.translation.translate", broken)
     assert "unexpected TypeError: a fault" in refused("evaluate", model, "--dataset_name", data)
     with pytest.raises(TypeError, match="a fault"):
         hf_tfm("evaluate", model, "--dataset_name", data, "--debug")

@@ -186,8 +186,8 @@ def test_every_recipe_fails_in_one_line(recipe, monkeypatch, capsys):
     def broken(*arguments):
         raise TypeError("a fault")
 
-    for module in ("arguments", "run", "text_tasks"):
-        monkeypatch.setattr(f"hf_tfm.training.{module}.parse_arguments", broken)
+    for module in ("options", "training.run", "training.text_tasks", "training.trainer"):
+        monkeypatch.setattr(f"hf_tfm.{module}.parse_arguments", broken)
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", recipe, "--output_dir", "x"])
     assert ended.value.code == 1

@@ -41,7 +41,7 @@ def test_contestants_give_the_same_batches_but_for_chance(rows, monkeypatch):
 def test_section_of_the_page():
     measured = {"images_per_second": {"ours": 3.0, "ours, uint8": 4.0, "pil": 2.0}, "ratios": {"a": 1.5, "b": 2.0}}
     results = {
-        "dataloader_num_workers": 0,
+        "num_workers": 0,
         "torchvision": "0.29",
         "threads": 1,
         "command": "c",

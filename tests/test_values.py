@@ -14,7 +14,7 @@ from hf_tfm.data.scene_augment import SceneAugmentation
 from hf_tfm.distillation.substitution import Substitution
 from hf_tfm.distillation.terms import Term
 from hf_tfm.options import load_yaml
-from hf_tfm.training import ImageArguments, TokenArguments, TrainingArguments
+from hf_tfm.training import ImageBatchArguments, TokenBatchArguments, TrainingArguments
 from hf_tfm.values import checked, closest, conform, conform_fields, one_line, shown
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -162,6 +162,8 @@ WRONG = {
     "save_total_limit": [0],
     "report_to": ["tensorboard", ["mlflow"]],
     "run_name": ["", 3],
+    "trust_remote_code": ["yes", None],
+    "license": ["", 3],
     "progress": ["maybe", None],
 }
 
@@ -194,7 +196,7 @@ def test_values_near_the_limits_are_accepted():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup_epochs": 2, "warmup_steps": 1}, "give one of warmup_steps and warmup_epochs, got 1 and 2"),
+        ({"warmup_epochs": 2, "warmup_steps": 1}, "give at most one of warmup_steps and warmup_epochs, got 1 and 2"),
         (
             {"max_steps": None, "num_train_epochs": 2, "warmup_epochs": 3},
             "warmup_epochs must be at most num_train_epochs = 2",
@@ -206,13 +208,13 @@ def test_values_near_the_limits_are_accepted():
 )
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageArguments(**{"output_dir": "o", "max_steps": 10, "learning_rate": 0.1, **options})
+        ImageBatchArguments(**{"output_dir": "o", "max_steps": 10, "learning_rate": 0.1, **options})
 
 
 def test_options_of_tokens():
     for name, value in {"batch_tokens": 0, "micro_batch_tokens": 1.5}.items():
         with pytest.raises(ValueError, match=name):
-            TokenArguments(output_dir="o", max_steps=1, **{name: value})
+            TokenBatchArguments(output_dir="o", max_steps=1, **{name: value})
 
 
 @dataclass(frozen=True)

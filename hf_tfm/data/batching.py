@@ -25,6 +25,14 @@ Steps = list[list[int]]
 COPY = 2**40
 
 
+def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of ids -> (B, longest) int64, padded with ``value``."""
+    table = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        table[i, : len(row)] = row
+    return torch.from_numpy(table)
+
+
 def rng(*key: int) -> np.random.Generator:
     """A random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
     return np.random.default_rng(np.random.SeedSequence(key))

@@ -424,6 +424,11 @@ def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
     return datasets.Dataset.from_list(list(rows), features=rows.features)
 
 
+def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
+    """The first ``max_samples`` rows, or all."""
+    return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+
+
 def show_progress_of(rows) -> None:
     """Show `datasets`' progress bars for large data alone."""
     if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:

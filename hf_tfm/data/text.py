@@ -24,6 +24,8 @@ from .vocabulary import cut_words
 
 log = logging.getLogger(__name__)
 
+EXTRA_LENGTH = 50  # a translation ends at the source's length plus 50 tokens (Vaswani et al. 2017, section 6.1)
+
 PAD, BOS, EOS, UNK, MASK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")  # ids 0 to 4
 
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..options import PlainParser
-from ..training.arguments import parse_arguments
+from ..options import PlainParser, parse_arguments
 from ..training.run import require_model
 from ..training.scene_run import SceneRunArguments
 from . import boxes, classes, images, knobs, weights

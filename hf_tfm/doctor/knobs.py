@@ -19,7 +19,7 @@ FEWEST_STEPS = 2000  # of a new model: the preset digits has 3,000 for a tiny on
 def learning_rate(case: Case) -> Iterator[Finding]:
     """The learning rates and the batch fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images a step."""
     args = case.args
-    settled, _ = args.settle(case.steps_per_epoch)
+    settled, _ = args.resolve(case.steps_per_epoch, 0)
     try:
         groups = parameter_groups(case.model, settled)
     except ValueError as error:  # a part of rate_factors that is in no weight's name
@@ -59,7 +59,7 @@ def schedule(case: Case) -> Finding:
     """The warm-up ends in time, and a new model gets more than a few hundred steps."""
     args = case.args
     steps = args.max_steps or math.ceil(args.num_train_epochs * case.steps_per_epoch)
-    settled = args.settle(case.steps_per_epoch)[0]
+    settled = args.resolve(case.steps_per_epoch, 0)[0]
     warmup = settled.warmup(steps) if settled.warmup_steps is None else settled.warmup_steps
     message = f"{steps} steps, {steps / case.steps_per_epoch:.4g} epochs of {len(case.train.rows)} images; warm-up "
     message += f"{warmup} steps"

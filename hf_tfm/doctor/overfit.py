@@ -18,8 +18,8 @@ from ..data.batching import StepLoader
 from ..data.detection import category_ids, class_names
 from ..data.images import IMAGE
 from ..data.shape_batches import ShapeSampler
-from ..models import TfmDetrConfig, TfmDetrForObjectDetection
-from ..models.configuration_detr import WEIGHTS
+from ..models.configuration_detr import WEIGHTS, TfmDetrConfig
+from ..models.modeling_detr import TfmDetrForObjectDetection
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from ..training.image_run import new_scale

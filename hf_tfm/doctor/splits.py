@@ -19,9 +19,10 @@ from ..data.files import data_roots
 from ..data.image_sizes import ORIENTATION
 from ..data.images import IMAGE, BadImage, decode, encoded
 from ..data.source import load_splits, take_split
-from ..models import TfmDetrConfig, TfmDetrForObjectDetection
+from ..models.configuration_detr import TfmDetrConfig
+from ..models.modeling_detr import TfmDetrForObjectDetection
+from ..tasks.splits import split_rows
 from ..training.scene_run import SceneRunArguments
-from ..training.splits import split_rows
 from .findings import Sample
 
 LOOKED_AT = 500  # images of a split, evenly spread, that are decoded

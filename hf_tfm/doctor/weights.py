@@ -6,9 +6,10 @@ from transformers import set_seed
 
 from ..hub.pretrained import check_kind, load_to_train
 from ..memory import new_model
-from ..models import TfmDetrConfig, TfmDetrForObjectDetection
 from ..models.backbones import FrozenBatchNorm
-from ..training.model_fields import new_config
+from ..models.configuration_detr import TfmDetrConfig
+from ..models.modeling_detr import TfmDetrForObjectDetection
+from ..tasks.model_fields import new_config
 from ..training.scene_run import CLASSIFIER, QUERIES, head_of, labels_of, load_detr
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case

@@ -4,13 +4,14 @@ config.json -> the kind of model -> the function of `KINDS` that scores it
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..hub.loading import load_config
+from ..tasks.evaluation import evaluate_task
 from ..tasks.masked_image import MASKED_AUTOENCODERS
+from ..tasks.translation import TranslationTask
 from ..training.run import require_model
 from .classification import evaluate_classification
 from .detection import evaluate_detection
@@ -19,7 +20,6 @@ from .glue import evaluate_glue, summary_lines
 from .language import evaluate_language, is_language_model
 from .masked_image import evaluate_masked_autoencoder
 from .text_classification import evaluate_text_classification
-from .translation import evaluate_translation, load_seq2seq
 
 __all__ = [
     "KINDS",
@@ -30,13 +30,11 @@ __all__ = [
     "evaluate_language",
     "evaluate_masked_autoencoder",
     "evaluate_text_classification",
-    "evaluate_translation",
     "lines",
-    "load_seq2seq",
 ]
 
-KINDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "translation models": evaluate_translation,
+KINDS: dict[str, Any] = {
+    "translation models": TranslationTask,
     "image classifiers": evaluate_classification,
     "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
@@ -69,13 +67,21 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
         require_model("model", model, revision)
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         kind = kind_of(config, model)
-    takes = {name: set(inspect.signature(function).parameters) for name, function in KINDS.items()}
+    takes = {name: set(options_of(kind)) for name, kind in KINDS.items()}
     for option in options:
         if option not in takes[kind]:
             others = " and ".join(name for name in KINDS if option in takes[name])
             reason = f"is for {others}" if others else "is no option of evaluate"
             raise ValueError(f'{option} {reason}; "{model}" is one of the {kind}')
-    return KINDS[kind](model, **options)
+    chosen = KINDS[kind]
+    if isinstance(chosen, type):
+        return evaluate_task(chosen, chosen.EvaluationArguments(model=model, **options))
+    return chosen(model, **options)
+
+
+def options_of(kind: Any) -> list[str]:
+    """Names of the options of one of `KINDS`."""
+    return list(inspect.signature(kind.EvaluationArguments if isinstance(kind, type) else kind).parameters)
 
 
 def kind_of(config: PreTrainedConfig, model: str) -> str:

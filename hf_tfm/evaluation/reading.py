@@ -6,7 +6,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -17,8 +16,10 @@ from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler
 from ..data.files import data_roots
 from ..data.images import WatchedLoader, image_rows, require_readable
+from ..data.source import first as first
 from ..data.source import load_splits, take_split
 from ..hub.loading import load_image_processor, load_model
+from ..tasks.evaluation import one_process as one_process
 from ..tasks.images import ImageTask, Pixels
 from ..tasks.scenes import SceneTask
 
@@ -111,11 +112,6 @@ def read_split(
     return rows
 
 
-def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
-    """The first ``max_samples`` rows, or all."""
-    return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
-
-
 class EvaluationLoader(WatchedLoader):
     """All images once, with a progress bar; in order, unless a sampler has another.
 
@@ -193,15 +189,3 @@ class Stopwatch:
         """
         counts, seconds = zip(*(self.passes[1:] or self.passes), strict=True)
         return {"model": sum(counts) / sum(seconds), "whole": images / self.seconds}
-
-
-def one_process() -> Accelerator:
-    """The device.
-
-    Raises:
-        ValueError: there are several processes.
-    """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(f"evaluate runs in one process, got {accelerator.num_processes}")
-    return accelerator

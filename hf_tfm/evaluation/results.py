@@ -1,6 +1,5 @@
 """What evaluations of several kinds of models share: checks of options, and the result."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ import datasets
 
 from ..data.images import fingerprint
 from ..hub.results import collect_versions
+from ..tasks.evaluation import require_writable
+from ..tasks.evaluation import write as write
 
 PRECISIONS = ("no", "bf16")
 
@@ -50,29 +51,6 @@ def check_options(mixed_precision: str, output: str | None, **counts: int | None
         require_writable("output", output)
 
 
-def require_writable(argument: str, file: str | Path) -> None:
-    """Refuse a file that cannot be written, before time is spent on its content.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-        IsADirectoryError: it is a folder.
-        OSError: it cannot be written; the message names the argument.
-    """
-    path = Path(file)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{argument} {file}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{argument} {file} is a folder: give the name of a file")
-    existed = path.exists()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise OSError(f"{argument} {file} cannot be written: {error.strerror}") from error
-    if not existed:
-        path.unlink()
-
-
 def check_png(argument: str, file: str | None) -> None:
     """Refuse a picture that is no ".png" file, or cannot be written.
 
@@ -110,8 +88,3 @@ def describe(
         "rows": len(rows),
     }
     return {**found, "metrics": metrics, "versions": collect_versions()}
-
-
-def write(result: dict[str, Any], output: str) -> None:
-    """A result as a JSON file."""
-    Path(output).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from ..registration import FAMILIES
-from .convert.carry import CODE_FIELDS, inside
+from ..conversion.carry import CODE_FIELDS, inside
+from ..families import FAMILIES
 from .loading import read_json
 from .saved_files import CARD, EVAL_RESULTS, INDEX, UPLOADED
 
@@ -125,7 +125,7 @@ def code_files(folder: Path) -> set[str]:
         ValueError: a class of transformers is said to have code of its own.
     """
     config = read_json(folder / "config.json")
-    ours = config.get("model_type") in {family.model_type for family in FAMILIES}
+    ours = config.get("model_type") in {family.config.model_type for family in FAMILIES}
     if not config.get(CODE_FIELDS[0]):
         return set()
     if config.get("model_type") in CONFIG_MAPPING and not ours:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from ..registration import FAMILIES
+from ..families import FAMILIES
 
 # What follows loading, by the Auto class that loads the model.
 OPEN_IMAGE = """
@@ -98,7 +98,7 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     of_images = "num_channels" in config
     name, processor = ("processor", "AutoImageProcessor") if of_images else ("tokenizer", "AutoTokenizer")
     first, second = sorted((auto_class, processor))
-    ours = config["model_type"] in {family.model_type for family in FAMILIES}
+    ours = config["model_type"] in {family.config.model_type for family in FAMILIES}
     code = "\n".join(
         [
             *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
@@ -132,7 +132,7 @@ def usage(config: dict[str, Any], model_id: str) -> str:
 
 def loading_class(config: dict[str, Any]) -> str:
     """The Auto class for the architecture that was saved."""
-    families = {family.model_type: family.auto_classes for family in FAMILIES}
+    families = {family.config.model_type: family.config.auto_classes for family in FAMILIES}
     classes = config.get("auto_map") or families.get(config["model_type"], {})
     architecture = (config.get("architectures") or [""])[0]
     for auto_class, path in classes.items():

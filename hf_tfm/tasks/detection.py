@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from ..data.scene_augment import SceneAugmentation
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
-from ..models import TfmDetrConfig
+from ..models.configuration_detr import TfmDetrConfig
 from ..models.set_loss import query_weight, term_weights
 from ..training.loop import Loader, mean
 from .images import Batch

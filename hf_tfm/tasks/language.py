@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..data.batching import rng
+from ..data.batching import pad, rng
 from ..data.vocabulary import word_starts
-from ..models import TfmBertConfig, TfmGPTConfig
+from ..models.configuration_bert import TfmBertConfig
+from ..models.configuration_gpt import TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
 from ..training.loop import Loader, evaluate
-from .translation import pad
 
 Batch = dict[str, Tensor]
 NEXT = "next_sentence_label"

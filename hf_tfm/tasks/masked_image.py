@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 from ..data.augment import Augmentation
 from ..data.batching import rng
 from ..hub.pretrained import load_to_train
-from ..models import TfmMAEConfig, TfmMAEForPreTraining
-from ..models.modeling_mae import num_visible
+from ..models.configuration_mae import TfmMAEConfig
+from ..models.modeling_mae import TfmMAEForPreTraining, num_visible
 from ..models.patches import patch_grid
 from .images import Batch, ImageTask
 

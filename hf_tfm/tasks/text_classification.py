@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.batching import pad
 from ..data.labelled_texts import LABEL
 from ..metrics.glue import Glue
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.modeling_gpt import language_loss
 from ..training.loop import Loader
 from .language import padded
-from .translation import pad
 
 Batch = dict[str, Any]
 SEGMENTS = "token_type_ids"

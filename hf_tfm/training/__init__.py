@@ -1,7 +1,7 @@
-"""One training loop for every recipe, and what it needs: arguments, optimizer, checkpoints."""
+"""One training loop for every task, and what it needs: optimizer, checkpoints, run folders."""
 
-from .arguments import ImageArguments, TokenArguments, TrainingArguments
+from ..arguments import ImageBatchArguments, TokenBatchArguments, TrainingArguments
 from .loop import evaluate, train_step
 from .session import train
 
-__all__ = ["ImageArguments", "TokenArguments", "TrainingArguments", "evaluate", "train", "train_step"]
+__all__ = ["ImageBatchArguments", "TokenBatchArguments", "TrainingArguments", "evaluate", "train", "train_step"]

@@ -50,6 +50,6 @@ def settle(
     args: DistillImageArguments, accelerator: Accelerator, per_epoch: int | None, max_steps: int
 ) -> DistillImageArguments:
     """The knobs with what follows from the steps of an epoch, which is said; for `learn`."""
-    settled, line = args.settle(per_epoch)
+    settled, line = args.resolve(per_epoch, max_steps)
     accelerator.print(line)
     return settled

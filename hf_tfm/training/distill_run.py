@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from transformers import AutoConfig, PreTrainedModel
 
+from ..arguments import TrainingArguments
 from ..distillation.cache import CachedTeacher
 from ..distillation.facts import facts_of
 from ..distillation.plan import describe, plan
@@ -22,7 +23,6 @@ from ..finite import check_finite
 from ..hub.results import Distillation
 from ..tasks.distill import DistillationTask, Teaching
 from ..values import check_bounds, shown
-from .arguments import TrainingArguments
 from .loop import Loader, evaluate
 from .run import Run
 from .session import TrainingResult

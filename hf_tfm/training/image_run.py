@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..arguments import ImageBatchArguments
 from ..data import images
 from ..data.augment import Augmentation, Mixing
 from ..data.batching import StepLoader
@@ -20,14 +21,13 @@ from ..hub.loading import load_config
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
 from ..limits import LARGEST_SIDE
 from ..memory import check_batch_memory
-from ..models import TfmViTForImageClassification
+from ..models.modeling_vit import TfmViTForImageClassification
 from ..models.patches import Size, sides
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
 from ..tasks.images import ImageTask, Pixels, image_processor
+from ..tasks.model_fields import fresh_head, label_fields
+from ..tasks.splits import check_holdout, split_rows
 from ..values import check_bounds
-from .arguments import ImageArguments
-from .model_fields import fresh_head, label_fields
-from .splits import check_holdout, split_rows
 
 IMAGE_SIZE = 224  # of a new model
 CHECKED_IMAGES = 256  # of a test split, before training
@@ -35,7 +35,7 @@ IMAGE_FIELDS = ("image_size", "num_channels")  # of a configuration: knobs decid
 
 
 @dataclass(kw_only=True)
-class PictureArguments(ImageArguments):
+class PictureArguments(ImageBatchArguments):
     """Knobs of data, and of the model that reads it.
 
     Args:
@@ -56,7 +56,7 @@ class PictureArguments(ImageArguments):
         model: fields of the configuration that differ from the size's, or from model_name_or_path's.
         license: licence of the model, for its card.
 
-    The others are those of `ImageArguments`.
+    The others are those of `ImageBatchArguments`.
     """
 
     dataset_name: str

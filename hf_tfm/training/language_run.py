@@ -9,6 +9,7 @@ import datasets
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..arguments import TokenBatchArguments
 from ..data import language, text
 from ..data.language import Corpus
 from ..data.source import describe_source, gather, load_splits, take_split
@@ -17,17 +18,13 @@ from ..hub.loading import load_tokenizer as read_tokenizer
 from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST
 from ..memory import new_model
-from ..models import (
-    TfmBertConfig,
-    TfmBertForMaskedLM,
-    TfmBertForPreTraining,
-    TfmGPTConfig,
-    TfmGPTForCausalLM,
-)
+from ..models.configuration_bert import TfmBertConfig
+from ..models.configuration_gpt import TfmGPTConfig
+from ..models.modeling_bert import TfmBertForMaskedLM, TfmBertForPreTraining
+from ..models.modeling_gpt import TfmGPTForCausalLM
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
-from .arguments import TokenArguments
-from .model_fields import check_fields, new_config
-from .splits import check_holdout, split_rows
+from ..tasks.model_fields import check_fields, new_config
+from ..tasks.splits import check_holdout, split_rows
 from .token_run import check_stream, token_loader
 
 log = logging.getLogger(__name__)
@@ -36,7 +33,7 @@ TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  #
 
 
 @dataclass(kw_only=True)
-class LanguageArguments(TokenArguments):
+class LanguageArguments(TokenBatchArguments):
     """Knobs of language-model pretraining.
 
     Args:
@@ -160,7 +157,7 @@ def load_texts(args: LanguageArguments) -> dict:
         return gather(rows) if args.streaming and argument != "train_split" else rows
 
     texts = split_rows(args, args.test_splits, rows_of)
-    return {**texts, **{f"{Path(more.dataset).name}, {more.split}": more.rows() for more in args.more_texts}}
+    return {**texts, **{f"{Path(more.dataset_name).name}, {more.split}": more.rows() for more in args.more_texts}}
 
 
 def describe_data(args: LanguageArguments, texts: dict) -> dict:

@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .state import inner
+from .checkpoint import inner
 
 
 class Task(Protocol):

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import TrainingArguments
+from ..arguments import TrainingArguments
+from .checkpoint import Progress
 from .folder import History
 from .loop import widest_float
-from .state import Progress
 
 
 class Monitor:

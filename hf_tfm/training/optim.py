@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import get_scheduler
 
-from .arguments import TrainingArguments
+from ..arguments import TrainingArguments
 
 SCHEDULES = {  # those of transformers
     "inverse_sqrt": "inverse_sqrt",

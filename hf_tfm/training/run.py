@@ -18,20 +18,21 @@ from torch import nn
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
 
+from ..arguments import TrainingArguments
 from ..data.source import STREAM
 from ..finite import check_finite, first_not_finite
 from ..hub.card import metadata, write_card
 from ..hub.cost import Cost
 from ..hub.pretrained import check_kind
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
-from .arguments import TrainingArguments, parse_arguments
+from ..options import parse_arguments
+from .checkpoint import checkpoints
 from .folder import explain_write_errors
 from .loop import Task
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
 from .session import TrainingResult, train
-from .state import checkpoints
-from .stop import end_politely
+from .sigterm import install_sigterm_handler
 from .threads import limit_threads, threads_restored
 
 # Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
@@ -54,7 +55,7 @@ FREE = {
 def start_accelerator(args: TrainingArguments) -> Accelerator:
     """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher.
 
-    From here on SIGTERM ends the process with exit status 0, see `stop.end_politely`.
+    From here on SIGTERM ends the process with exit status 0, see `stop.install_sigterm_handler`.
 
     Raises:
         ValueError: the device does not know the precision, or a model to start from is missing or of another kind.
@@ -65,7 +66,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             check_kind(knob, source, getattr(args, "fitting", {}).get(knob), args.trust_remote_code)
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
-    end_politely()
+    install_sigterm_handler()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=list(args.report_to) or None,
@@ -157,7 +158,7 @@ class Run:
         if self.again and (saved := checkpoints(self.output_dir)):
             self.accelerator.print(f"going on from {saved[-1]}")
 
-    def once(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
+    def load_or_create(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
         """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume.
 
         Raises:

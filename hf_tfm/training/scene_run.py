@@ -25,12 +25,12 @@ from ..hub.loading import load_config
 from ..hub.pretrained import OBJECTS, load_to_train
 from ..limits import LARGEST_SIDE
 from ..memory import new_model
-from ..models import TfmDetrConfig
 from ..models.backbones import TimmFeatures
+from ..models.configuration_detr import TfmDetrConfig
 from ..tasks.detection import DetectionTask, score
+from ..tasks.model_fields import check_fields, label_fields, new_config
 from ..tasks.scenes import scene_processor
 from .image_run import PictureArguments, fresh_head, new_scale, placement
-from .model_fields import check_fields, label_fields, new_config
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
 
@@ -250,7 +250,7 @@ def train_scenes(
     check_order(rows, args.train_split)
     require_scenes(rows, args.max_bad_images)
     run.open(args, kind, describe(args, rows), args.held_out)
-    processor = run.once("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
+    processor = run.load_or_create("processor", lambda: new_processor(args), AutoImageProcessor.from_pretrained)
     set_seed(args.seed)
     model = build(labels_of(rows[args.train_split]))
     warn_of_batch_norm(args, accelerator, model)
@@ -262,7 +262,7 @@ def train_scenes(
     }
     per_epoch = learning.steps_per_epoch()
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * per_epoch)
-    settled, line = args.settle(per_epoch)
+    settled, line = args.resolve(per_epoch, max_steps)
     accelerator.print(line)
 
     def score_split(trained: nn.Module, split: str) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..arguments import TrainingArguments
 from ..hub.results import read_history
+from . import checkpoint as states
 from . import folder as folders
-from . import state as states
-from .arguments import TrainingArguments
 from .loop import Loader, Task, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
-from .stop import Interrupted, StopRequest
+from .sigterm import Interrupted, StopRequest
 
 # Reading a number back makes the host wait for the device: on an accelerator the loop looks only after so many
 # micro-batches whether gradients were finite and whether a rank was asked to stop.

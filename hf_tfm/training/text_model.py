@@ -23,9 +23,10 @@ from ..data.vocabulary import train_bytes, train_wordpiece
 from ..hub.loading import load_config, load_tokenizer
 from ..hub.pretrained import load_to_train
 from ..memory import new_model
-from ..models import TfmBertConfig, TfmGPTConfig
+from ..models.configuration_bert import TfmBertConfig
+from ..models.configuration_gpt import TfmGPTConfig
+from ..tasks.model_fields import fresh_head, label_fields, new_config
 from ..tasks.text_classification import input_names
-from .model_fields import fresh_head, label_fields, new_config
 from .optim import height
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ import datasets
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import TrainingArguments
 from ..data import glue
 from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.equal_batches import BatchSampler
@@ -33,8 +34,7 @@ from ..data.vocabulary import tell_unknown
 from ..hub.pretrained import TEXT_CLASSES
 from ..limits import LARGEST_BATCH, LONGEST
 from ..metrics.glue import check_metrics
-from .arguments import TrainingArguments
-from .splits import split_rows
+from ..tasks.splits import split_rows
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 PLACES = ("model_name_or_path", "teacher", "cache")  # knobs whose "{task}" stands for the task's name
@@ -166,11 +166,11 @@ class TextArguments(TrainingArguments):
         if self.warmup_ratio is not None and not 0.0 <= self.warmup_ratio < 1.0:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
 
-    def settle(self, max_steps: int) -> "TextArguments":
-        """These knobs with ``warmup_steps`` alone, for the optimizer."""
+    def resolve(self, steps_per_epoch: int | None, max_steps: int) -> tuple["TextArguments", None]:
+        """See `TrainingArguments.resolve`."""
         if self.warmup_ratio is None:
-            return self
-        return replace(self, warmup_steps=round(self.warmup_ratio * max_steps), warmup_ratio=None)
+            return self, None
+        return replace(self, warmup_steps=round(self.warmup_ratio * max_steps), warmup_ratio=None), None
 
 
 @dataclass

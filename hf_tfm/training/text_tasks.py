@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from ..data.glue import MissingData, find_tasks
 from ..evaluation.glue import summarise, summary_lines, write_summary
 from ..hub.results import RunRecord
-from .arguments import parse_arguments
+from ..options import parse_arguments
 from .run import Run, begin_run, check_folder
 from .text_run import TextArguments
 

@@ -7,13 +7,13 @@ import datasets
 import numpy as np
 from accelerate import Accelerator
 
+from ..arguments import TokenBatchArguments
 from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.stream import StreamLoader
-from .arguments import TokenArguments
 
 
 def token_loader(
-    args: TokenArguments,
+    args: TokenBatchArguments,
     accelerator: Accelerator,
     collate: Callable[..., Any],
     rows: Any,
@@ -40,7 +40,7 @@ def token_loader(
     return StepLoader(rows, sampler, collate, **placement)
 
 
-def check_stream(args: TokenArguments, max_length: int, scored: Sequence[str]) -> None:
+def check_stream(args: TokenBatchArguments, max_length: int, scored: Sequence[str]) -> None:
     """Refuse knobs that a stream of training data does not allow.
 
     Args:

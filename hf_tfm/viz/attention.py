@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tasks.translation import EXTRA_LENGTH
+from ..data.text import EXTRA_LENGTH
 from .grid import Grid, check_tokens
 from .tokens import token_labels
 

@@ -91,7 +91,6 @@ def save_models(folder: Path) -> None:
     import torch
 
     import hf_tfm
-    from hf_tfm import models
     from hf_tfm.data.text import train_tokenizer
     from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
     from hf_tfm.tasks.images import image_processor
@@ -113,36 +112,36 @@ def save_models(folder: Path) -> None:
     sides = {"num_encoder_layers": 1, "num_decoder_layers": 1}
     tokens = {name: getattr(pieces, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     found = {
-        "vit": (hf_tfm.TfmViTForImageClassification, models.TfmViTConfig(**flat, **pixels, **names), read),
-        "mae": (hf_tfm.TfmMAEForPreTraining, models.TfmMAEConfig(**flat, **pixels, **decoder), read),
+        "vit": (hf_tfm.TfmViTForImageClassification, hf_tfm.TfmViTConfig(**flat, **pixels, **names), read),
+        "mae": (hf_tfm.TfmMAEForPreTraining, hf_tfm.TfmMAEConfig(**flat, **pixels, **decoder), read),
         "det": (
             hf_tfm.TfmDetrForObjectDetection,
-            models.TfmDetrConfig(**detr, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}),
+            hf_tfm.TfmDetrConfig(**detr, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}),
             scene_processor(64, 64, (0.5,) * 3, (0.5,) * 3),
         ),
         "txt": (
-            models.TfmBertForSequenceClassification,
-            models.TfmBertConfig(vocab_size=len(words), max_position_embeddings=64, **flat, **names),
+            hf_tfm.TfmBertForSequenceClassification,
+            hf_tfm.TfmBertConfig(vocab_size=len(words), max_position_embeddings=64, **flat, **names),
             words,
         ),
         "bert": (
-            models.TfmBertForMaskedLM,
-            models.TfmBertConfig(vocab_size=len(words), max_position_embeddings=64, **flat),
+            hf_tfm.TfmBertForMaskedLM,
+            hf_tfm.TfmBertConfig(vocab_size=len(words), max_position_embeddings=64, **flat),
             words,
         ),
         "gpt": (
-            models.TfmGPTForCausalLM,
-            models.TfmGPTConfig(
+            hf_tfm.TfmGPTForCausalLM,
+            hf_tfm.TfmGPTConfig(
                 vocab_size=len(pieces),
                 max_position_embeddings=64,
-                **{name: value for name, value in flat.items() if name in models.TfmGPTConfig.__dataclass_fields__},
+                **{name: value for name, value in flat.items() if name in hf_tfm.TfmGPTConfig.__dataclass_fields__},
                 **tokens,
             ),
             pieces,
         ),
         "tr": (
             hf_tfm.TfmTransformerForConditionalGeneration,
-            models.TfmTransformerConfig(
+            hf_tfm.TfmTransformerConfig(
                 vocab_size=len(pairs), **SIZES, **sides, **{name: getattr(pairs, name) for name in tokens}
             ),
             pairs,

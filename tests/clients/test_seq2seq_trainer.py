@@ -140,5 +140,5 @@ def test_the_best_model_by_generated_texts(name, tmp_path):
     made.add_callback(EarlyStoppingCallback(early_stopping_patience=5))
     made.train()
     scores = [entry["eval_right"] for entry in made.state.log_history if "eval_right" in entry]
-    assert len(scores) == 3 and made.state.metric_for_best_model == max(scores)
+    assert len(scores) == 3 and made.state.best_metric == max(scores)
     assert made.evaluate()["eval_right"] == max(scores)

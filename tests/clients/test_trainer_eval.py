@@ -68,7 +68,7 @@ def test_the_best_model_at_the_end(name, tmp_path):
     made = trainer(name, tmp_path, num_train_epochs=2, load_best_model_at_end=True, save_total_limit=1, **options)
     made.train()
     losses = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
-    assert len(losses) == 2 and made.state.metric_for_best_model == pytest.approx(min(losses))
+    assert len(losses) == 2 and made.state.best_metric == pytest.approx(min(losses))
     assert made.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 

@@ -104,7 +104,7 @@ def test_the_best_weights_come_back(name, tmp_path):
     class Judge(TrainerCallback):
         def on_save(self, args, state, control, model=None, **kwargs):
             seen[state.global_step] = weights(model)
-            state.best_model_checkpoint, state.metric_for_best_model = str(tmp_path / "checkpoint-2"), 0.0
+            state.best_model_checkpoint, state.best_metric = str(tmp_path / "checkpoint-2"), 0.0
             state.best_global_step = 2
 
     run = trainer(model, name, tmp_path, max_steps=4)

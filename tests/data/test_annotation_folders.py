@@ -208,7 +208,7 @@ def test_panoptic_categories_beside_the_data(tmp_path):
     (tmp_path / "panoptic_categories.json").unlink()
     with pytest.raises(ValueError, match=r"panoptic_categories.json is missing"):
         panoptic_categories(str(tmp_path))
-    with pytest.raises(ValueError, match='dataset "digits" has no panoptic maps'):
+    with pytest.raises(ValueError, match='dataset_name "digits" has no panoptic maps'):
         panoptic_categories("digits")
 
 
@@ -554,5 +554,5 @@ def test_a_list_that_names_a_missing_annotation(tmp_path):
 
 
 def test_such_folders_take_no_options_of_others(tmp_path):
-    with pytest.raises(ValueError, match="is a folder of images with annotations: it takes no name"):
+    with pytest.raises(ValueError, match="is a folder of images with annotations: it takes no dataset_config"):
         load_splits(str(coco(tmp_path)), streaming=True)

@@ -64,5 +64,5 @@ def test_errors(options, message):
 
 
 def test_it_takes_no_options_of_other_data_sets():
-    with pytest.raises(ValueError, match='dataset "digits" is embedded'):
+    with pytest.raises(ValueError, match='dataset_name "digits" is embedded'):
         load_splits("digits", streaming=True)

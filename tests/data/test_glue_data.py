@@ -88,7 +88,7 @@ def test_classes(kind, labels, known, names, ids):
 
 
 def test_classes_that_do_not_fit():
-    with pytest.raises(ValueError, match="at least two classes, got 4"):
+    with pytest.raises(ValueError, match="at least two classes of labels, got '4'"):
         texts.class_names(Dataset.from_dict({"label": [4, 4]}))
     with pytest.raises(ValueError, match="no text has a label"):
         texts.class_names(Dataset.from_dict({"label": [None, None]}))

@@ -98,7 +98,7 @@ def run(tmp_path, files, **knobs):
         file = io.StringIO()
         csv.writer(file).writerows([("text", "label"), *((f"text {i}", label) for i, label in enumerate(labels))])
         (folder / f"{split}.csv").write_text(file.getvalue())
-    return load_labelled_texts(TextArguments(dataset=str(folder), output_dir="unused", max_steps=1, **knobs))
+    return load_labelled_texts(TextArguments(dataset_name=str(folder), output_dir="unused", max_steps=1, **knobs))
 
 
 def test_the_training_split_decides_for_all(tmp_path):
@@ -121,7 +121,7 @@ def test_problem_type_is_chosen(tmp_path):
     with pytest.raises(ValueError, match="labels must be numbers for regression, got string"):
         run(tmp_path, {"train": ["a", "b"], "validation": ["a", "b"]}, problem_type="regression")
     with pytest.raises(ValueError, match="task decides problem_type"):
-        TextArguments(dataset="x", output_dir="y", max_steps=1, task="sst2", problem_type="regression")
+        TextArguments(dataset_name="x", output_dir="y", max_steps=1, task="sst2", problem_type="regression")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_one_class_of_several_named_is_refused(tmp_path):
     for split in ("train", "validation"):
         rows.to_parquet(str(tmp_path / f"{split}.parquet"))
     with pytest.raises(ValueError, match="has 2 of 2 texts with a label, and all have the same, 1"):
-        load_labelled_texts(TextArguments(dataset=str(tmp_path), output_dir="unused", max_steps=1))
+        load_labelled_texts(TextArguments(dataset_name=str(tmp_path), output_dir="unused", max_steps=1))
 
 
 def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):

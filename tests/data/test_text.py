@@ -77,8 +77,11 @@ def test_number_words():
     ("arguments", "message"),
     [
         (("no/such/folder",), '"no/such/folder" cannot be loaded'),
-        (("number-words", "config"), "is embedded: it takes no name"),
-        (("number-words", None, None, None, True), "it takes no name, revision, data_files or streaming"),
+        (("number-words", "config"), "is embedded: it takes no dataset_config"),
+        (
+            ("number-words", None, None, None, True),
+            "it takes no dataset_config, dataset_revision, data_files or streaming",
+        ),
     ],
 )
 def test_loading_errors(arguments, message, monkeypatch):

@@ -43,8 +43,8 @@ from hf_tfm.tasks.images import image_processor
 from hf_tfm.tasks.language import MaskedLanguageTask
 from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
-from hf_tfm.training.state import full_weights
 
 WORDS = [f"w{i}" for i in range(55)]
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -16,8 +16,8 @@ from hf_tfm.distillation.plan import signals_of
 from hf_tfm.distillation.student import Distilled, freeze_unused
 from hf_tfm.tasks.distill import DistillationTask
 from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
-from hf_tfm.training.state import full_weights
 
 TERMS = {
     "pretraining": [

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, ViTImageProcessor
 from hf_tfm.distillation.facts import Facts, check_processors, check_tokenizers, facts_of
 from hf_tfm.distillation.plan import describe, layer_map, plan, signals_of
 from hf_tfm.distillation.terms import Term, read_terms
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.options import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 TINY_TO_BASE = (facts_of(bert(4, 16)), facts_of(bert(12, 32)))

@@ -17,8 +17,8 @@ from distillation_helpers import (
     vit,
 )
 
+from hf_tfm.arguments import TrainingArguments
 from hf_tfm.distillation.student import Distilled, copy_layers, freeze_unused, student_of
-from hf_tfm.training.arguments import TrainingArguments
 from hf_tfm.training.optim import parameter_groups
 
 DISTILBERT = (0, 2, 4, 7, 9, 11)

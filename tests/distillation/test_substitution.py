@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_tfm import TfmBertConfig
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.distillation.substitution import Substituter, Substitution, Word, substituted, with_copies
-from hf_tfm.models import TfmBertForMaskedLM
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["The dog barks, loudly!", "A cat sleeps in 2019.", "Unbelievable players..."]

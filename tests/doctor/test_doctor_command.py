@@ -87,7 +87,7 @@ def test_words_that_do_not_fit(given, said, capsys):
 def test_help_tells_of_knobs_and_options(capsys):
     assert doctor("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Knobs are those of hf-tfm run detection_train" in said and "--quick" in said
+    assert "Other options are those of hf-tfm run detection_train" in said and "--quick" in said
 
 
 # --- findings

@@ -26,7 +26,7 @@ from hf_tfm import (
     TfmViTConfig,
     TfmViTForImageClassification,
 )
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 COUNT = 23

@@ -148,7 +148,9 @@ def test_a_model_that_knows_of_no_padding_reads_images_one_by_one(made):
 def test_workers_and_the_first_rows(made):
     case = made["tfm", False]
     one = evaluate(case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, **QUIET)
-    two = evaluate(case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, num_workers=1, **QUIET)
+    two = evaluate(
+        case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, dataloader_num_workers=1, **QUIET
+    )
     assert one["metrics"] == two["metrics"] and one["images"] == 4
 
 
@@ -157,7 +159,7 @@ def test_bf16_computes_in_bf16(made, monkeypatch):
     layer = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add(layer(*a).dtype) or layer(*a))
     result = evaluate(case["model"], dataset_name=case["data"], mixed_precision="bf16", **QUIET)
-    assert torch.bfloat16 in seen and result["precision"] == "bf16"
+    assert torch.bfloat16 in seen and result["mixed_precision"] == "bf16"
     assert values(result)["AP50"] > 0.05
 
 

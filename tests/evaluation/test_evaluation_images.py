@@ -79,7 +79,10 @@ def test_bf16_computes_in_bf16(models, data, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add(layer(*a).dtype) or layer(*a))
     for precision, expected in (("no", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
-        assert evaluate(models["tfm"], dataset_name=data, mixed_precision=precision, **QUIET)["precision"] == precision
+        assert (
+            evaluate(models["tfm"], dataset_name=data, mixed_precision=precision, **QUIET)["mixed_precision"]
+            == precision
+        )
         assert seen == {expected}
 
 
@@ -280,7 +283,7 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
 
 def test_several_processes_are_refused(models, data, monkeypatch):
     """Each would score everything, and write the same files."""
-    monkeypatch.setattr(reading_module, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("hf_tfm.tasks.evaluation.Accelerator", lambda: SimpleNamespace(num_processes=2))
     for name in ("tfm", "mae"):
         with pytest.raises(ValueError, match="evaluate runs in one process, got 2"):
             evaluate(models[name], dataset_name=data, **QUIET)
@@ -318,7 +321,9 @@ def test_help_tells_whose_each_option_is(capsys):
             groups.setdefault(group, []).append(line.split()[0].removeprefix("--"))
     assert {"dataset_name", "max_samples", "mixed_precision", "output"} < set(groups["all models"])
     assert {"num_beams", "source_column"} < set(groups["translation models"])
-    assert {"num_workers", "image_column"} < set(groups["image classifiers, detectors and masked autoencoders"])
+    assert {"dataloader_num_workers", "image_column"} < set(
+        groups["image classifiers, detectors and masked autoencoders"]
+    )
     assert groups["image classifiers"] == ["real_labels"]
     assert set(groups["image classifiers and text classifiers"]) == {"confusion", "label_column"}
     boxes = {"objects_column", "box_format", "relative_boxes"}

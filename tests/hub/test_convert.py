@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-import hf_tfm.hub.convert.marian_pegasus as tables
+import hf_tfm.conversion.marian_pegasus as tables
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
-from hf_tfm.hub.convert import MARIAN, PEGASUS, convert
+from hf_tfm.conversion import convert
+from hf_tfm.conversion.marian_pegasus import MARIAN, PEGASUS
 from hf_tfm.hub.results import RunRecord
 
 TINY = {

@@ -14,7 +14,7 @@ from test_convert import assert_same_weights
 from transformers import DetrConfig, DetrImageProcessor, pipeline
 
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 
 @pytest.mark.parametrize("model_class", STOCK, ids=lambda c: c.__name__)

@@ -8,11 +8,11 @@ import torch
 from detr_helpers import AUTHORS, PANOPTIC, TINY, authors_weights, drawn, ours
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-import hf_tfm.hub.convert
+import hf_tfm.conversion
 from hf_tfm import TfmDetrConfig, TfmDetrForPanopticSegmentation
-from hf_tfm.hub.convert import convert
-from hf_tfm.hub.convert.detr import to_detr
-from hf_tfm.hub.convert.detr_authors import DETR_AUTHORS
+from hf_tfm.conversion import convert
+from hf_tfm.conversion.detr import to_detr
+from hf_tfm.conversion.detr_authors import DETR_AUTHORS
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_difference_is_refused(tmp_path, monkeypatch):
         table = DETR_AUTHORS.names(config)
         return {name: table[name] for name in sorted(table, key=lambda name: name.replace("k_proj", "a_proj"))}
 
-    monkeypatch.setattr(hf_tfm.hub.convert, "CONVERSIONS", (replace(DETR_AUTHORS, names=wrong),))
+    monkeypatch.setattr(hf_tfm.conversion, "conversions", lambda: [replace(DETR_AUTHORS, names=wrong)])
     ours(fields=AUTHORS).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="differ by"):
         convert(tmp_path / "ours", "detr_authors", tmp_path / "theirs")

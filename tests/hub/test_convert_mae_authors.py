@@ -21,7 +21,7 @@ from hf_tfm import (
     TfmMAEModel,
     TfmViTForImageClassification,
 )
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 # Of a width that they published, so that the number of heads is known; the decoder has always 16.
 PUBLISHED = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 64}

@@ -6,8 +6,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_convert import BOTH, ours, stock
 
-import hf_tfm.hub.convert as convert_module
-from hf_tfm.hub.convert import MARIAN, convert
+import hf_tfm.conversion as convert_module
+from hf_tfm.conversion import convert
+from hf_tfm.conversion.marian_pegasus import MARIAN
 
 
 @BOTH
@@ -67,7 +68,7 @@ def test_a_difference_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
         table[query], table[key] = table[key], table[query]
         return table
 
-    monkeypatch.setattr(convert_module, "CONVERSIONS", (dataclasses.replace(MARIAN, names=swapped),))
+    monkeypatch.setattr(convert_module, "conversions", lambda: [dataclasses.replace(MARIAN, names=swapped)])
     ours().save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="logits differ by"):
         convert(tmp_path / "ours", "marian", tmp_path / "deep" / "marian")
@@ -86,7 +87,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 def test_arguments_are_checked(tmp_path):
     ours().save_pretrained(tmp_path / "ours")
-    names = "marian, pegasus, vit, deit, vit_mae, timm, mae_authors, detr, detr_authors, bert, distilbert, tinybert, "
+    names = "marian, pegasus, vit, deit, timm, vit_mae, mae_authors, detr, detr_authors, bert, distilbert, tinybert, "
     names += "gpt2, tfm"
     with pytest.raises(ValueError, match=f'to must be one of {names}, got "bart"'):
         convert(tmp_path / "ours", "bart", tmp_path / "out")

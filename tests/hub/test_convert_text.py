@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertModel, GPT2LMHeadModel, pipeline
 
 import hf_tfm
 from hf_tfm import TfmBertForPreTraining, TfmBertForSequenceClassification, TfmBertForTokenClassification
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 EVERY = pytest.mark.parametrize("name", BY_NAME)
 # Theirs, and without effect here.

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 from text_helpers import BY_NAME, ours, theirs
 from transformers import BertForNextSentencePrediction, BertLMHeadModel
 
-import hf_tfm.hub.convert.distilbert as table
-from hf_tfm.hub.convert import convert
-from hf_tfm.hub.convert.gpt2 import THEIRS_FIXED
+import hf_tfm.conversion.distilbert as table
+from hf_tfm.conversion import convert
+from hf_tfm.conversion.gpt2 import THEIRS_FIXED
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_difference_is_refused(tmp_path, monkeypatch):
 
 def test_other_segments_are_felt(tmp_path, monkeypatch):
     """The check reads several segments and padded texts: what treats them otherwise does not pass."""
-    import hf_tfm.hub.convert as conversions
+    import hf_tfm.conversion as conversions
 
     name = "bert-TfmBertForSequenceClassification"
     ours(BY_NAME[name]).save_pretrained(tmp_path / "ours")

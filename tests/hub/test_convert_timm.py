@@ -18,7 +18,8 @@ from hf_tfm import (
     TfmViTConfig,
     TfmViTForImageClassification,
 )
-from hf_tfm.hub.convert import TIMM, convert
+from hf_tfm.conversion import convert
+from hf_tfm.conversion.timm_vit import TIMM
 
 
 @pytest.mark.parametrize(

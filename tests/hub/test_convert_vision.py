@@ -36,7 +36,7 @@ from hf_tfm import (
     TfmViTForImageClassification,
     TfmViTModel,
 )
-from hf_tfm.hub.convert import CONVERSIONS, convert, parity
+from hf_tfm.conversion import conversions, convert, parity
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.models.positions import sincos_2d
 
@@ -212,7 +212,7 @@ def test_a_position_table_more_exact_than_the_weights_stays_so(tmp_path):
 
 @pytest.mark.parametrize(
     "conversion",
-    [c for c in CONVERSIONS if c.name in ("vit", "vit_mae", "timm", "mae_authors")],
+    [c for c in conversions() if c.name in ("vit", "vit_mae", "timm", "mae_authors")],
     ids=lambda c: f"{c.name}-{c.ours.__name__}",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

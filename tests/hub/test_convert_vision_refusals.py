@@ -11,7 +11,7 @@ from hf_tfm import (
     TfmViTBackbone,
     TfmViTForImageClassification,
 )
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_incomplete_folder_of_timm_is_refused(tmp_path, lost):
 
 def test_a_difference_is_refused(tmp_path, monkeypatch):
     """Queries and keys the wrong way round have the same shapes."""
-    import hf_tfm.hub.convert.timm_vit as table
+    import hf_tfm.conversion.timm_vit as table
 
     parts = {"self_attn.k_proj": "attn.qkv", "self_attn.q_proj": "attn.qkv", "self_attn.v_proj": "attn.qkv"}
     monkeypatch.setattr(

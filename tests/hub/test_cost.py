@@ -5,11 +5,10 @@ import torch
 from test_card import RECORD
 from torch import nn
 
-from hf_tfm import TfmBertConfig
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.hub.card import write_card
 from hf_tfm.hub.cost import beside_teacher, measure_cost
 from hf_tfm.hub.results import RunRecord
-from hf_tfm.models import TfmBertForMaskedLM
 
 T = 16
 SAMPLE = {"input_ids": torch.zeros(1, T, dtype=torch.long)}

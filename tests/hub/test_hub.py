@@ -29,7 +29,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_tfm
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 from hf_tfm.hub.push import files_to_push, push, write_model_id
 
 commit = push("run", "user/run", private=True, commit_message="A run")

@@ -17,7 +17,7 @@ from transformers import (
 
 import hf_tfm
 from hf_tfm import memory
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 from hf_tfm.hub.loading import LoadingError, check_vocabulary, load_config, load_model, load_tokenizer
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_tfm import cli
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

@@ -6,8 +6,8 @@ from detr_helpers import drawn
 from torch import Tensor, nn
 from transformers import BertTokenizer, PreTrainedModel
 
-from hf_tfm.hub.convert import CONVERSIONS
-from hf_tfm.hub.convert.conversion import Conversion
+from hf_tfm.conversion import conversions
+from hf_tfm.conversion.conversion import Conversion
 
 SHAPE = {
     "vocab_size": 50,
@@ -18,7 +18,7 @@ SHAPE = {
 }
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##ed", "##ing", "the", "one"]
 LIBRARIES = ("bert", "distilbert", "tinybert", "gpt2")
-BY_NAME = {f"{c.name}-{c.ours.__name__}": c for c in CONVERSIONS if c.name in LIBRARIES}
+BY_NAME = {f"{c.name}-{c.ours.__name__}": c for c in conversions() if c.name in LIBRARIES}
 OUTPUTS = (
     *("logits", "prediction_logits", "seq_relationship_logits", "start_logits", "end_logits"),
     *("last_hidden_state", "pooler_output"),

@@ -7,7 +7,7 @@ from tiny_vision import TINY, scramble, tiny_backbone, tiny_images, tiny_vit, ti
 from transformers import AutoModelForImageClassification, DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_tfm import TfmViTForImageClassification
-from hf_tfm.hub.convert import convert
+from hf_tfm.conversion import convert
 from hf_tfm.hub.cost import measure_cost
 
 

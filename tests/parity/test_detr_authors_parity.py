@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
-from hf_tfm.hub.convert.detr_authors import names
+from hf_tfm.conversion.detr_authors import names
 
 FOLDER = os.environ.get("DETR_AUTHORS_FOLDER")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="DETR_AUTHORS_FOLDER names no checkout of the authors' code")

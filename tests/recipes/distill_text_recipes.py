@@ -7,8 +7,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from recipe_helpers import ROOT, fresh_state
 
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
 from hf_tfm.data.vocabulary import train_wordpiece
-from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmBertForSequenceClassification
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
 SMALL = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_hidden_layers: 2}"

@@ -69,7 +69,10 @@ def record(folder: Path) -> RunRecord:
 
 def arguments_of(recipe: Path) -> type[TrainingArguments]:
     """The dataclass of a recipe's knobs, the one it defines."""
-    kinds = [kind for kind in runpy.run_path(str(recipe)).values() if isinstance(kind, type)]
+    module = runpy.run_path(str(recipe))
+    if task_class := getattr(module["main"], "task_class", None):
+        return task_class.Arguments
+    kinds = [kind for kind in module.values() if isinstance(kind, type)]
     (own,) = [k for k in kinds if issubclass(k, TrainingArguments) and k.__module__ == "<run_path>"]
     return own
 

@@ -23,7 +23,7 @@ from transformers import (
 from vision_recipes import distance, scores, weights
 
 from hf_tfm.evaluation import evaluate
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.options import parse_arguments
 
 RECIPE = ROOT / "recipes" / "detection_train.py"
 

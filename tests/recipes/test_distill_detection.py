@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from scene_recipes import MODEL, scenes, train, words, write_hub
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
+from hf_tfm.conversion import convert
 from hf_tfm.data.digit_scenes import THINGS
-from hf_tfm.hub.convert import convert
-from hf_tfm.models import TfmDetrConfig, TfmDetrForObjectDetection
 
 QUERIES = "[{kind: query, temperature: 2.0}, {kind: label}]"
 SHALLOW = MODEL.replace("decoder_layers: 2", "decoder_layers: 1")

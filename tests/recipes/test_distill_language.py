@@ -7,8 +7,8 @@ from recipe_helpers import fresh_state, record
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmGPTConfig, TfmGPTForCausalLM
 from hf_tfm.data.vocabulary import train_bytes
-from hf_tfm.models import TfmBertConfig, TfmBertForMaskedLM, TfmGPTConfig, TfmGPTForCausalLM
 
 GPT = SMALL.replace("}", ", max_position_embeddings: 64}")
 LANGUAGE = {"batch_tokens": 128, "vocab_size": None, "costs": "false"}

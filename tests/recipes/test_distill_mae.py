@@ -9,7 +9,7 @@ from recipe_helpers import ROOT, fresh_state, history, record
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 from vision_recipes import MAE, classify, distance, run, weights, words, write_images
 
-from hf_tfm.models import TfmMAEConfig, TfmMAEForPreTraining, TfmViTForImageClassification
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTForImageClassification
 from hf_tfm.tasks.images import image_processor
 
 FIELDS = {

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from distill_text_recipes import WIDE, run, save, teach_tokenizer, words, write_texts
 from recipe_helpers import record
 
-from hf_tfm.models import TfmBertConfig, TfmBertForSequenceClassification
+from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification
 
 TASKS = {"mrpc": ClassLabel(names=["not_equivalent", "equivalent"]), "stsb": Value("float32")}
 

@@ -22,9 +22,9 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from hf_tfm.models import TfmBertConfig, TfmBertForSequenceClassification
+from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification
+from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.text_classification import TextClassificationTask
-from hf_tfm.training.arguments import parse_arguments
 
 INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
 TERMS = {

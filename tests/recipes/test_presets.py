@@ -11,8 +11,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from recipe_helpers import arguments_of
 
 from hf_tfm.models.configuration_transformer import SIZES
+from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.translation import METRICS, build_config
-from hf_tfm.training.arguments import parse_arguments
 from hf_tfm.training.text_run import PLACES
 
 RECIPES = Path(__file__).parents[2] / "recipes"

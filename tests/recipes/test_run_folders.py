@@ -67,7 +67,7 @@ def test_what_fails_last_before_training_leaves_nothing_and_the_mended_command_r
         raise ValueError("no such batches")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_tfm.training.token_run.token_loader", fail)
+        patched.setattr("hf_tfm.tasks.translation.token_loader", fail)
         for folder, knobs in ((tmp_path / "run", {}), (tmp_path / "old", {"overwrite_output_dir": "true"})):
             with pytest.raises(ValueError, match="no such batches"):
                 run_recipe(*words(numbers, folder, **knobs))

@@ -186,7 +186,7 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
     assert result["macro_average"] == pytest.approx(sum(means) / 3)
     assert set(result["missing"]) == {"cola", "sst2", "qqp", "qnli", "rte", "wnli"}
     said = capsys.readouterr().out
-    assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset" in said
+    assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset_name" in said
     # Each task is a run of its own, and its command repeats it alone.
     alone = record(tmp_path / "run" / "mnli")
     assert alone.command.endswith("--tasks null --task mnli --output_dir mnli")
@@ -196,7 +196,7 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
 
 
 def test_no_task_has_data(tmp_path):
-    with pytest.raises(ValueError, match=r"no task can be scored. sst2: dataset .*; rte: dataset"):
+    with pytest.raises(ValueError, match=r"no task can be scored. sst2: dataset_name .*; rte: dataset_name"):
         run_recipe(*words(f"{tmp_path}/none-{{task}}", tmp_path / "run", text_columns=None, tasks="sst2,rte"))
 
 
@@ -299,7 +299,7 @@ def test_labels_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match='validation_split "validation": label "7" is not a class of the model'):
         run_recipe(*words(third, tmp_path / "run2"))
     one = write_pairs(tmp_path / "c", kind=kind, splits=splits, labels=lambda row: 1)
-    with pytest.raises(ValueError, match="at least two classes, got 1"):
+    with pytest.raises(ValueError, match="at least two classes of labels, got '1'"):
         run_recipe(*words(one, tmp_path / "run3"))
 
 

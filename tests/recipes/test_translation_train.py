@@ -124,20 +124,20 @@ def test_its_own_command_repeats_a_run(trained, data, monkeypatch):
 
 def test_scores_are_those_of_the_saved_model(trained, data):
     folder, _ = trained
-    from hf_tfm.evaluation import evaluate_translation
+    from hf_tfm.evaluation import evaluate
 
     fresh_state()
-    again = evaluate_translation(str(folder), str(data), "test", progress=False)
+    again = evaluate(str(folder), dataset_name=str(data), split="test", progress=False)
     assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(folder).metrics]
 
 
 def test_bf16_is_scored_as_saved_too(data, tmp_path):
     """Autocast ends with training: whoever loads the model gets the figures of results.json."""
-    from hf_tfm.evaluation import evaluate_translation
+    from hf_tfm.evaluation import evaluate
 
     run_recipe(*words(data, tmp_path / "run", mixed_precision="bf16", max_steps=20, learning_rate=0.01))
     fresh_state()
-    again = evaluate_translation(str(tmp_path / "run"), str(data), "test", progress=False)
+    again = evaluate(str(tmp_path / "run"), dataset_name=str(data), split="test", progress=False)
     assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(tmp_path / "run").metrics]
 
 
@@ -267,7 +267,7 @@ def said(capsys, *argv):
         ({"streaming": "true", "validation_split": "train"}, 'train_split "train" cannot be scored too'),
         ({"streaming": "true", "batch_tokens": 50}, "max_length must be at most the 50 tokens of a batch, got 100"),
         ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path brings its own model and tokenizer"),
-        ({"tokenizer": "y", "lowercase": "true"}, "lowercase is for a tokenizer that is trained"),
+        ({"tokenizer": "y", "lowercase": "true"}, "lowercase applies to a trained tokenizer"),
     ],
 )
 def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):

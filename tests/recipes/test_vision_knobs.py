@@ -8,7 +8,7 @@ from recipe_helpers import ROOT, arguments_of
 from vision_recipes import classify, pretrain, run, write_images
 
 from hf_tfm import TfmMAEConfig, TfmViTConfig
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.options import parse_arguments
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from hf_tfm.data.images import WatchedLoader
 from hf_tfm.tasks.classification import predict
 from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
-from hf_tfm.training.state import full_weights
 
 BAD = (4, 9)
 

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_tfm import TfmBertConfig, TfmGPTConfig
+from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmBertForPreTraining, TfmGPTConfig, TfmGPTForCausalLM
 from hf_tfm.data.language import Corpus, Texts, sequence_lengths, text_rows, token_sequences
 from hf_tfm.data.number_words import number_words
 from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-from hf_tfm.models import TfmBertForMaskedLM, TfmBertForPreTraining, TfmGPTForCausalLM
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
 from hf_tfm.tasks.language import CausalLanguageTask, MaskedLanguageTask
 

@@ -11,8 +11,8 @@ from hf_tfm.data.labelled_texts import LengthBatchSampler
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.tasks.text_classification import Predictions, TextClassificationTask, predict
 from hf_tfm.training import TrainingArguments, train_step
+from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
-from hf_tfm.training.state import full_weights
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, run_training, tiny_model
 
+from hf_tfm.training.checkpoint import full_weights, share_statistics
 from hf_tfm.training.ranks import on_main
-from hf_tfm.training.state import full_weights, share_statistics
 
 # name -> knobs and model fields; all are compared with the same run on one process.
 EQUAL = {

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_tfm.training import ImageArguments, TokenArguments
-from hf_tfm.training.arguments import parse_arguments
+from hf_tfm.options import parse_arguments
+from hf_tfm.tasks.translation import TranslationTask
+from hf_tfm.training import ImageBatchArguments, TokenBatchArguments
 from hf_tfm.training.distill_run import DistillationKnobs
 from hf_tfm.training.run import FREE, repeat_command
 from hf_tfm.training.scene_run import SceneRunArguments
@@ -16,7 +17,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "translation_train.py"
 
 
 @dataclass(kw_only=True)
-class Knobs(TokenArguments):
+class Knobs(TokenBatchArguments):
     """Knobs of a recipe.
 
     Args:
@@ -117,12 +118,12 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
 def test_values_out_of_range(knobs):
     (name,) = knobs
     with pytest.raises(ValueError, match=name):
-        TokenArguments(output_dir="o", **{"max_steps": 1, **knobs})
+        TokenBatchArguments(output_dir="o", **{"max_steps": 1, **knobs})
 
 
 def test_epochs_out_of_range():
     with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
-        TokenArguments(output_dir="o", num_train_epochs=0)
+        TokenBatchArguments(output_dir="o", num_train_epochs=0)
 
 
 def test_printed_config_is_a_config(tmp_path, capsys):
@@ -143,15 +144,12 @@ def test_help_tells_every_knob(capsys):
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert "Train a Transformer to translate" in said
-    for field in fields(TokenArguments):
+    for field in fields(TokenBatchArguments):
         assert f"--{field.name}" in said
 
 
 def test_knobs_that_a_run_may_change_exist():
-    from runpy import run_path
-
-    recipe = run_path(str(RECIPE))["TranslationArguments"]
-    kinds = (recipe, SceneRunArguments, DistillationKnobs)
+    kinds = (TranslationTask.Arguments, SceneRunArguments, DistillationKnobs)
     assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
 
@@ -164,20 +162,20 @@ def test_command_that_repeats_a_run(monkeypatch):
     assert repeat_command(8, "r", []) == f"{launcher} --nnodes 2 --nproc_per_node 4 -m hf_tfm.cli run r"
 
 
-def image_arguments(**options) -> ImageArguments:
-    return ImageArguments(output_dir="o", max_steps=10_000, **options)
+def image_arguments(**options) -> ImageBatchArguments:
+    return ImageBatchArguments(output_dir="o", max_steps=10_000, **options)
 
 
 def test_the_learning_rate_of_images_follows_the_batch():
     """MAE's fine-tuning: base rate 5e-4 at 1024 images, 5 epochs of warm-up."""
     args = image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5)
-    settled, line = args.settle(steps_per_epoch=1251)
+    settled, line = args.resolve(steps_per_epoch=1251, max_steps=12510)
     assert settled.learning_rate == pytest.approx(2e-3) and settled.warmup_steps == 6255
     assert line == "learning rate 0.002 = 0.0005 x 1024 images / 256; warm-up 6255 steps of 1251 an epoch"
     assert args == image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5), "as it was given"
     args = image_arguments(learning_rate=0.1, warmup_steps=7)
-    assert args.settle(100) == (args, "learning rate 0.1; warm-up 7 steps of 100 an epoch")
-    assert args.settle(None) == (args, "learning rate 0.1; warm-up 7 steps"), "of a stream"
+    assert args.resolve(100, 1000) == (args, "learning rate 0.1; warm-up 7 steps of 100 an epoch")
+    assert args.resolve(None, 1000) == (args, "learning rate 0.1; warm-up 7 steps"), "of a stream"
 
 
 @pytest.mark.parametrize(

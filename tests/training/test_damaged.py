@@ -8,10 +8,10 @@ import pytest
 import torch
 from training_helpers import arguments, fresh_accelerator, history, run_training, tiny_model
 
+from hf_tfm.training.checkpoint import checkpoints, resume
 from hf_tfm.training.folder import History
 from hf_tfm.training.optim import build_ema, build_optimizer, build_schedule
 from hf_tfm.training.session import Session
-from hf_tfm.training.state import checkpoints, resume
 
 STEPS = 24
 

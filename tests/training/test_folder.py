@@ -12,12 +12,12 @@ import pytest
 import torch
 from training_helpers import arguments, history, run_training, start
 
+from hf_tfm.training import checkpoint as states
 from hf_tfm.training import folder as folders
 from hf_tfm.training import run_folder
-from hf_tfm.training import state as states
+from hf_tfm.training.checkpoint import checkpoints
 from hf_tfm.training.folder import History, WriteError, explain_write_errors, require_room
 from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_place
-from hf_tfm.training.state import checkpoints
 
 RUN = {"task": "translation", "seed": 0, "adam_betas": (0.9, 0.98), "data": {"train": "abc"}}
 
@@ -226,7 +226,7 @@ class Inputs:
     model_name_or_path: str | None = None
     teacher: str | None = None
     tokenizer: str | None = None
-    dataset: str | None = None
+    dataset_name: str | None = None
     data_files: dict | None = None
     cache: str | None = None
     more_texts: list = field(default_factory=list)
@@ -244,7 +244,7 @@ def test_inputs_in_the_output_folder_are_refused(tmp_path, name, place):
     (tmp_path / "snapshot").mkdir()  # as the Hub's cache: a folder of links
     (tmp_path / "snapshot" / "weights").symlink_to(tmp_path / "run" / "part" / "weights")
     value = str(tmp_path / place)
-    given = {"data_files": {"train": [value]}, "more_texts": [Inputs("", dataset=value)]}.get(name, value)
+    given = {"data_files": {"train": [value]}, "more_texts": [Inputs("", dataset_name=value)]}.get(name, value)
     with pytest.raises(ValueError, match=rf'output_dir ".*run" is or holds {name}.* ".*{place}", which the run reads'):
         check_inputs(Inputs(str(tmp_path / "run"), **{name: given}))
     check_inputs(Inputs(str(tmp_path / "other"), **{name: given}))
@@ -265,13 +265,13 @@ def test_names_of_presets_and_embedded_data_are_no_folders(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "digits", "number-parity"):
         (tmp_path / name).mkdir()
-        check_inputs(Inputs(name, dataset=name if name != "quickstart" else "digits"), ["--config", "quickstart"])
+        check_inputs(Inputs(name, dataset_name=name if name != "quickstart" else "digits"), ["--config", "quickstart"])
 
 
 def test_an_output_folder_in_the_data_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match=r'lies inside dataset ".*data"'):
-        check_inputs(Inputs(str(tmp_path / "data" / "run"), dataset=str(tmp_path / "data")))
+    with pytest.raises(ValueError, match=r'lies inside dataset_name ".*data"'):
+        check_inputs(Inputs(str(tmp_path / "data" / "run"), dataset_name=str(tmp_path / "data")))
     check_inputs(Inputs(str(tmp_path / "data" / "run"), model_name_or_path=str(tmp_path / "data")))  # nothing is lost
 
 

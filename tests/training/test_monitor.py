@@ -9,10 +9,10 @@ import torch
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, start, tiny_loader, tiny_model
 
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training import TokenArguments, train
+from hf_tfm.training import TokenBatchArguments, train
+from hf_tfm.training.checkpoint import Progress, checkpoints
 from hf_tfm.training.monitor import Monitor
 from hf_tfm.training.run import Run
-from hf_tfm.training.state import Progress, checkpoints
 
 
 def rows_of(folder):
@@ -96,7 +96,7 @@ def test_log_steps_beyond_the_end_give_the_last_line(tmp_path):
 def test_epochs_are_passes_over_the_data(tmp_path):
     args = arguments(tmp_path / "run")
     accelerator, model = fresh_accelerator(args), tiny_model()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     loader = tiny_loader(pairs(), task, args, accelerator)
     steps = [loader.steps_per_epoch(epoch) for epoch in range(3)]
     args.max_steps = steps[0] + steps[1] + steps[2] // 2
@@ -136,7 +136,7 @@ def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = TokenArguments(**{**vars(arguments(tmp_path / "run")), "report_to": ["tensorboard"]})
+    args = TokenBatchArguments(**{**vars(arguments(tmp_path / "run")), "report_to": ["tensorboard"]})
     accelerator = fresh_accelerator(args)
     run = Run(accelerator, args, "recipe", [])
     run.open(args, "translation", {"path": "x", "fingerprint": {"train": "x"}})
@@ -157,7 +157,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="trackers: trackio is not installed"):
+    with pytest.raises(ValueError, match="report_to: trackio is not installed"):
         arguments(".", report_to=["trackio"])
 
 

@@ -11,9 +11,9 @@ from training_helpers import arguments, difference, fresh_accelerator, history, 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import train
+from hf_tfm.training.checkpoint import checkpoints, full_weights
 from hf_tfm.training.loop import Loader
 from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, height, parameter_groups
-from hf_tfm.training.state import checkpoints, full_weights
 
 WARMUP, STEPS, PEAK = 40, 200, 3e-3
 TINY_VIT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -230,13 +230,13 @@ def scripted(folder, scores, **knobs):
     short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "logging_steps": 100, "learning_rate": 0.03}
     args = arguments(folder, max_steps=len(scores), **{**short, **knobs})
     accelerator, model = fresh_accelerator(args), tiny_model()
-    task, values = TranslationTask(model.config), iter(scores)
+    task, values = TranslationTask.for_model(model), iter(scores)
     rows = pairs(3)
 
     class Same(Loader):
         def epoch(self, epoch, start=0):
             while True:
-                yield [task.collate(rows, [0, 1, 2], epoch)]
+                yield [task.collator()(rows, [0, 1, 2], epoch)]
 
         def steps_per_epoch(self, epoch=0):
             return None

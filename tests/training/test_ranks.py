@@ -11,7 +11,7 @@ from ranks import EQUAL
 from safetensors.torch import load_file
 from training_helpers import arguments, difference, history, run_training, tiny_model
 
-from hf_tfm.training.state import checkpoints, full_weights
+from hf_tfm.training.checkpoint import checkpoints, full_weights
 
 
 @pytest.fixture(scope="module")

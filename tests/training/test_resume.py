@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_helpers import arguments, digest, history, run_training, start, tiny_model
 
-from hf_tfm.training.state import checkpoints, full_weights, seed_step
+from hf_tfm.training.checkpoint import checkpoints, full_weights, seed_step
 
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.1}
 STEPS = 24  # two epochs and a half, of 9 or 10 steps
@@ -59,7 +59,7 @@ def test_killed_in_any_epoch(tmp_path, whole, workers, seed):
 @pytest.mark.parametrize(
     ("deadly", "left"),
     [
-        (("hf_tfm.training.state.sync", 9), ".part-step-00000010"),  # before the second checkpoint is renamed
+        (("hf_tfm.training.checkpoint.sync", 9), ".part-step-00000010"),  # before the second checkpoint is renamed
         (("shutil.rmtree", 5), ".old-step-00000005"),  # while the first is deleted
     ],
 )

@@ -20,9 +20,9 @@ from training_helpers import (
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import evaluate, train, train_step
+from hf_tfm.training.checkpoint import full_weights, inner
 from hf_tfm.training.optim import build_optimizer
 from hf_tfm.training.session import LOOK_MICRO_BATCHES
-from hf_tfm.training.state import full_weights, inner
 
 ROWS = sorted(pairs(8), key=lambda row: len(row["labels"]))
 
@@ -34,7 +34,7 @@ def cuts(count):
 
 
 def micro_batches(task, count):
-    return [task.collate([ROWS[i] for i in indices], indices, epoch=0) for indices in cuts(count)]
+    return [task.collator()([ROWS[i] for i in indices], indices, epoch=0) for indices in cuts(count)]
 
 
 def step_once(count, steps=3, max_grad_norm=0.0, adam_epsilon=1e-4, **fields):
@@ -42,7 +42,7 @@ def step_once(count, steps=3, max_grad_norm=0.0, adam_epsilon=1e-4, **fields):
     args = arguments(".", adam_epsilon=adam_epsilon)
     accelerator = fresh_accelerator(args)
     model = tiny_model(**fields)
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     for _ in range(steps):
         result = train_step(accelerator, task, prepared, optimizer, micro_batches(task, count), max_grad_norm)
@@ -72,7 +72,7 @@ def test_with_the_paper_s_epsilon_only_the_bias_of_keys_differs():
 def test_averaging_micro_batch_means_would_differ():
     """The usual accumulation, the mean of means, is another gradient here: the test above has power."""
     model = tiny_model()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     assert len({task.count(batch)["token"] for batch in micro_batches(task, 2)}) == 2
     gradients = []
     for count in (1, 2):
@@ -85,7 +85,7 @@ def test_averaging_micro_batch_means_would_differ():
 
 def test_loss_is_the_model_s_own_mean():
     model = tiny_model()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     (batch,) = micro_batches(task, 1)
     _, result = step_once(1, steps=1)
     assert result.losses["token"].item() == pytest.approx(model(**batch).loss.item(), abs=1e-6)
@@ -95,8 +95,8 @@ def test_loss_is_the_model_s_own_mean():
 @pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
 def test_hidden_batch_counts_for_nothing(decoding):
     model = tiny_model(decoding=decoding)
-    task = TranslationTask(model.config)
-    hidden = task.collate(ROWS[:1], [0], epoch=0, hidden=True)
+    task = TranslationTask.for_model(model)
+    hidden = task.collator()(ROWS[:1], [0], epoch=0, hidden=True)
     assert set(task.count(hidden).values()) == {0}
     losses = task.losses(model, hidden)
     assert losses.keys() == task.count(hidden).keys()
@@ -117,7 +117,7 @@ def test_clipped_gradient_has_the_limit_s_norm():
     """Plain gradient descent shows it: the step's length is the rate times the clipped norm."""
     accelerator = fresh_accelerator()
     model = tiny_model()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5, fused=True))
     result = train_step(accelerator, task, prepared, optimizer, micro_batches(task, 2), max_grad_norm=0.25)
@@ -132,7 +132,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     args = arguments(".", optimizer=kind, weight_decay=0.1)
     accelerator = fresh_accelerator(args)
     model = tiny_model()
-    task = FaultyTask(model.config, {1: bad})
+    task = FaultyTask.for_model(model)
+    task.bad = {1: bad}
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     snapshots = []
     for _ in range(3):
@@ -220,7 +221,7 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
 
 def test_an_optimizer_that_cannot_skip_is_refused():
     accelerator, model = fresh_accelerator(), tiny_model()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
     for fused in (None, False):
         prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
         with pytest.raises(ValueError, match="fused=True, got AdamW without"):
@@ -230,7 +231,7 @@ def test_an_optimizer_that_cannot_skip_is_refused():
 def test_evaluation_is_the_mean_over_all_items():
     accelerator = fresh_accelerator()
     model = tiny_model(dropout=0.5).train()
-    task = TranslationTask(model.config)
+    task = TranslationTask.for_model(model)
 
     class Pieces:
         def epoch(self, epoch):
@@ -255,7 +256,14 @@ def test_data_without_a_step_is_an_error(tmp_path):
     args, model = arguments(tmp_path / "run", warmup_steps=1), tiny_model()
     with pytest.raises(ValueError, match="gave no step"):
         train(
-            fresh_accelerator(args), TranslationTask(model.config), model, Empty(), args, 3, 3, lambda _: {"loss": 0}
+            fresh_accelerator(args),
+            TranslationTask.for_model(model),
+            model,
+            Empty(),
+            args,
+            3,
+            3,
+            lambda _: {"loss": 0},
         )
 
 

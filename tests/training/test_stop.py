@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from hf_tfm.training.stop import Interrupted, StopRequest, end_politely
+from hf_tfm.training.sigterm import Interrupted, StopRequest, install_sigterm_handler
 
 
 def terminate() -> None:
@@ -46,7 +46,7 @@ def test_what_must_be_finished_is():
 
 def ended(reports) -> None:
     """A process that is told to end, after a child of its own that it forked."""
-    end_politely()
+    install_sigterm_handler()
     if (child := os.fork()) == 0:
         terminate()
         os._exit(1)

@@ -24,9 +24,9 @@ from torch import Tensor
 from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
 from hf_tfm.data.batching import StepLoader, TokenBudgetSampler
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training import TokenArguments, evaluate, train
+from hf_tfm.training import TokenBatchArguments, evaluate, train
+from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.run import start_accelerator
-from hf_tfm.training.state import full_weights
 
 VOCABULARY = 40
 # The bias of keys moves all scores of a query alike, so it changes nothing and its gradient is rounding noise. Adam
@@ -54,7 +54,7 @@ def pairs(count: int = 50, seed: int = 0) -> list[dict[str, list[int]]]:
     return rows
 
 
-def tiny_loader(rows: list, task: TranslationTask, args: TokenArguments, accelerator: Accelerator) -> StepLoader:
+def tiny_loader(rows: list, task: TranslationTask, args: TokenBatchArguments, accelerator: Accelerator) -> StepLoader:
     """Shuffled steps of ``rows`` for this rank."""
     lengths = np.array([[len(row["input_ids"]), len(row["labels"])] for row in rows])
     sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed)
@@ -62,14 +62,14 @@ def tiny_loader(rows: list, task: TranslationTask, args: TokenArguments, acceler
     return StepLoader(
         rows,
         sampler,
-        task.collate,
+        task.collator(),
         args.micro_batch_tokens,
         num_workers=args.dataloader_num_workers,
         **place,
     )
 
 
-def fresh_accelerator(args: TokenArguments | None = None) -> Accelerator:
+def fresh_accelerator(args: TokenBatchArguments | None = None) -> Accelerator:
     """An accelerator as of a new process."""
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -77,9 +77,9 @@ def fresh_accelerator(args: TokenArguments | None = None) -> Accelerator:
     return start_accelerator(args or arguments("."))
 
 
-def arguments(folder: Path | str, **knobs) -> TokenArguments:
+def arguments(folder: Path | str, **knobs) -> TokenBatchArguments:
     """Knobs of a short run."""
-    return TokenArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+    return TokenBatchArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
 
 
 class FaultyLoader:
@@ -107,9 +107,8 @@ class FaultyLoader:
 class FaultyTask(TranslationTask):
     """A task some of whose losses are not finite: those of the steps with these numbers (counted by `losses`)."""
 
-    def __init__(self, config: TfmTransformerConfig, bad: dict[int, float]):
-        super().__init__(config)
-        self.bad, self.done = bad, 0
+    bad: dict[int, float]
+    done = 0
 
     def losses(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = super().losses(model, batch)
@@ -121,7 +120,7 @@ class FaultyTask(TranslationTask):
 
 
 def run_training(
-    args: TokenArguments,
+    args: TokenBatchArguments,
     model: TfmTransformerForConditionalGeneration | None = None,
     events: dict[int, str] | None = None,
     bad: dict[int, float] | None = None,
@@ -137,7 +136,9 @@ def run_training(
     """
     accelerator = accelerator or fresh_accelerator(args)
     model = model or tiny_model(args.seed)
-    task = FaultyTask(model.config, bad) if bad else TranslationTask(model.config, args.seed)
+    task = (FaultyTask if bad else TranslationTask).for_model(model, seed=args.seed)
+    if bad:
+        task.bad = bad
     rows = rows or pairs()
     held_out = tiny_loader(pairs(20, seed=1), task, arguments(args.output_dir), accelerator)
 
@@ -195,7 +196,7 @@ def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: d
         kill_at_call(*deadly)
     if limit := options.pop("file_limit", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    args = TokenArguments(**knobs)
+    args = TokenBatchArguments(**knobs)
     try:
         result, model = run_training(args, tiny_model(args.seed, **fields), **options)
     except OSError as error:
@@ -206,7 +207,7 @@ def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: d
 
 
 def start(
-    args: TokenArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
+    args: TokenBatchArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
 ) -> tuple[int, dict[str, Any] | None]:
     """Train in a process of its own, forked from a server that has imported everything once.
 

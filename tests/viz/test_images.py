@@ -48,11 +48,17 @@ def test_images_beyond_the_limit_are_refused(tmp_path, monkeypatch):
         read_image(f"{tmp_path / 'data'}:test:0")
 
 
-@pytest.mark.parametrize(("index", "row"), [(0, 0), (2, 2), (-1, 2)])
+@pytest.mark.parametrize(("index", "row"), [(0, 0), (2, 2)])
 def test_a_row_of_a_data_set(rows, index, row):
     read = read_image(f"{rows[0]}:test:{index}")
     assert read.name == f"{rows[0].name} test {index}"
     np.testing.assert_array_equal(np.asarray(read.image), np.asarray(photo(seed=row).image))
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_a_row_that_is_not_there(rows, index):
+    with pytest.raises(ValueError, match=f"index must be from 0 to 2 .*, got {index}"):
+        read_image(f"{rows[0]}:test:{index}")
 
 
 def test_a_row_of_an_embedded_data_set():

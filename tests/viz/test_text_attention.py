@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_tfm import TfmBertConfig, TfmGPTConfig
+from hf_tfm import TfmBertConfig, TfmBertModel, TfmGPTConfig, TfmGPTModel
 from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-from hf_tfm.models import TfmBertModel, TfmGPTModel
 from hf_tfm.show import show_attention
 from hf_tfm.viz import plot_beside, plot_text_attention, text_attention_maps
 from hf_tfm.viz.grid import Grid

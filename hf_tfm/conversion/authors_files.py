@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...command import reworded
-from ..loading import read_json
+from ..command import reworded
+from ..hub.loading import read_json
 from . import detr_authors, mae_authors
 from .weight_files import WEIGHTS
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
-from ...models import TfmViTConfig, TfmViTForImageClassification
+from ..models.configuration_vit import TfmViTConfig
+from ..models.modeling_vit import TfmViTForImageClassification
 from .conversion import Conversion, require_fixed
 from .vit import FIELDS, OURS_CARRIED, THEIRS_CARRIED, translated, with_learned_positions
 
@@ -69,3 +70,4 @@ DEIT = Conversion(
     file_to_theirs=file_to_deit,
     file_to_ours=file_from_deit,
 )
+CONVERSIONS = (DEIT,)

@@ -47,7 +47,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self.before)
 
 
-def end_politely() -> None:
+def install_sigterm_handler() -> None:
     """From now on SIGTERM ends this process with exit status 0, where a `StopRequest` does not ask for more.
 
     Before and after the steps of a run there is nothing to save that the same command would not make again.

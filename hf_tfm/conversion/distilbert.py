@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ...models import (
-    TfmBertConfig,
+from ..models.configuration_bert import TfmBertConfig
+from ..models.modeling_bert import (
     TfmBertForMaskedLM,
     TfmBertForMultipleChoice,
     TfmBertForQuestionAnswering,
@@ -135,3 +135,4 @@ DISTILBERT = tuple(
     )
     for ours, theirs in STOCK.items()
 )
+CONVERSIONS = DISTILBERT

@@ -4,6 +4,7 @@ source folder -> configuration and weights under the other names -> saved, loade
 """
 
 import copy
+import importlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,35 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...command import cause, raised_by_us, reworded
-from ..loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
-from ..saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
+from ..command import cause, raised_by_us, reworded
+from ..families import FAMILIES
+from ..hub.loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
+from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from .authors_files import unpack
-from .bert import BERT, whole_head
+from .bert import whole_head
 from .carry import copy_files, copy_record, same_tokenizer
 from .conversion import Conversion
-from .deit import DEIT
-from .detr import DETR, DETR_MODEL, DETR_PANOPTIC
-from .detr_authors import DETR_AUTHORS, DETR_AUTHORS_PANOPTIC
-from .distilbert import DISTILBERT
-from .gpt2 import GPT2
-from .mae import VIT_MAE, VIT_MAE_MODEL
-from .mae_authors import AUTHORS, AUTHORS_ENCODER
-from .marian_pegasus import MARIAN, PEGASUS
 from .parity import compare, provenance, weight_hashes
-from .timm_vit import TIMM
-from .tinybert import TINYBERT, is_authors_tinybert, unpack_tinybert
-from .vit import VIT, VIT_MODEL
+from .tinybert import is_authors_tinybert, unpack_tinybert
 from .weight_files import WEIGHTS, saved_dtype
 
-CONVERSIONS = (
-    *(MARIAN, PEGASUS),
-    *(VIT, VIT_MODEL, DEIT, VIT_MAE, VIT_MAE_MODEL, TIMM, AUTHORS, AUTHORS_ENCODER),
-    *(DETR, DETR_MODEL, DETR_PANOPTIC, DETR_AUTHORS, DETR_AUTHORS_PANOPTIC),
-    *(*BERT, *DISTILBERT, *TINYBERT, *GPT2),
-)
 OURS = "tfm"
-TARGETS = (*dict.fromkeys(conversion.name for conversion in CONVERSIONS), OURS)
 # Loading info of transformers in words.
 PROBLEMS = {
     "missing_keys": "it lacks the weight",
@@ -55,6 +40,17 @@ PROBLEMS = {
 }
 # Of a model without a representation layer, which its configuration does not tell.
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def conversions() -> list[Conversion]:
+    """The conversions of all model families."""
+    modules = [name for family in FAMILIES for name in family.conversions]
+    return [one for name in modules for one in importlib.import_module(name, __package__).CONVERSIONS]
+
+
+def targets() -> list[str]:
+    """Names of the classes that `convert` writes."""
+    return [*dict.fromkeys(conversion.name for conversion in conversions()), OURS]
 
 
 def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict:
@@ -174,8 +170,8 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
 
 def find_conversion(folder: Path, to: str) -> Conversion:
     """The conversion of the model in ``folder`` to the class named ``to``."""
-    if to not in TARGETS:
-        raise ValueError(f'to must be one of {", ".join(TARGETS)}, got "{to}"')
+    if to not in targets():
+        raise ValueError(f'to must be one of {", ".join(targets())}, got "{to}"')
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f'model "{folder}" is not a saved model: it has no config.json')
@@ -186,7 +182,7 @@ def find_conversion(folder: Path, to: str) -> Conversion:
     class_name = whole_head(folder, (config.get("architectures") or [None])[0])
     fitting = {
         source_class(conversion, to).__name__: conversion
-        for conversion in CONVERSIONS
+        for conversion in conversions()
         if to in (conversion.name, OURS) and source_type(conversion, to) == model_type
     }
     if not fitting:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel, PreTrainedModel
 
-from ...models import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
-from ...models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
-from ...models.configuration_detr import WEIGHTS, dilated, timm_name
+from ..models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
+from ..models.configuration_detr import WEIGHTS, TfmDetrConfig, dilated, timm_name
+from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
 from .conversion import Conversion, refuse, require_fixed
 from .vit import translated
 
@@ -133,3 +133,4 @@ DETR = Conversion(
 )
 DETR_MODEL = replace(DETR, ours=TfmDetrModel, theirs=DetrModel)
 DETR_PANOPTIC = replace(DETR, ours=TfmDetrForPanopticSegmentation, theirs=DetrForSegmentation)
+CONVERSIONS = (DETR, DETR_MODEL, DETR_PANOPTIC)

@@ -14,8 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from transformers import PreTrainedModel
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput, DetrSegmentationOutput
 
-from ...models import TfmDetrConfig
-from ...models.positions import sine_2d
+from ..models.configuration_detr import TfmDetrConfig
+from ..models.positions import sine_2d
 
 POSITIONS = 50  # rows and columns of learned positions
 

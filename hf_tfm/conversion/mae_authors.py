@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput, ViTMAEModelOutput
 
-from ...models import TfmMAEConfig, TfmMAEForPreTraining, TfmMAEModel, TfmViTConfig
-from ...models.configuration_vit import SIZES
-from ...models.modeling_mae import normalize_patches, random_masking
-from ...models.patches import patchify
+from ..models.configuration_mae import TfmMAEConfig
+from ..models.configuration_vit import SIZES, TfmViTConfig
+from ..models.modeling_mae import TfmMAEForPreTraining, TfmMAEModel, normalize_patches, random_masking
+from ..models.patches import patchify
 from .conversion import Conversion, refuse, require_fixed
 from .mae import FIELDS, require_same_share, square
 from .timm_vit import EPS, block_names, encoder_names, mlp_ratio, to_timm
@@ -210,3 +210,4 @@ AUTHORS = Conversion(
     to_ours=from_authors,
 )
 AUTHORS_ENCODER = replace(AUTHORS, ours=TfmMAEModel, theirs=AuthorsMAEEncoder, names=encoder_table)
+CONVERSIONS = (AUTHORS, AUTHORS_ENCODER)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from ...models import TfmViTConfig, TfmViTForImageClassification, TfmViTModel
+from ..models.configuration_vit import TfmViTConfig
+from ..models.modeling_vit import TfmViTForImageClassification, TfmViTModel
 from .conversion import Conversion, carried, require_fixed
 
 # Fields of the same name and meaning on both sides.
@@ -105,3 +106,4 @@ VIT_MODEL = Conversion(
 VIT = replace(
     VIT_MODEL, ours=TfmViTForImageClassification, theirs=ViTForImageClassification, to_theirs=to_vit_classifier
 )
+CONVERSIONS = (VIT, VIT_MODEL)

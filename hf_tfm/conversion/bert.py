@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ...models import (
-    TfmBertConfig,
+from ..models.configuration_bert import TfmBertConfig
+from ..models.modeling_bert import (
     TfmBertForMaskedLM,
     TfmBertForMultipleChoice,
     TfmBertForPreTraining,
@@ -151,3 +151,4 @@ BERT = tuple(
     )
     for ours, theirs in STOCK.items()
 )
+CONVERSIONS = BERT

@@ -6,8 +6,8 @@ modeling_gpt.py), so what is left to convert is the configuration.
 
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
-from ...models import TfmGPTConfig, TfmGPTForCausalLM, TfmGPTForSequenceClassification, TfmGPTModel
-from ...models.configuration_gpt import NATIVE_FIELDS
+from ..models.configuration_gpt import NATIVE_FIELDS, TfmGPTConfig
+from ..models.modeling_gpt import TfmGPTForCausalLM, TfmGPTForSequenceClassification, TfmGPTModel
 from .conversion import Conversion, carried, refuse, require_fixed
 from .vit import LABELS
 
@@ -81,3 +81,4 @@ GPT2 = tuple(
     Conversion(name="gpt2", ours=ours, theirs=theirs, to_theirs=to_gpt2, to_ours=from_gpt2)
     for ours, theirs in STOCK.items()
 )
+CONVERSIONS = GPT2

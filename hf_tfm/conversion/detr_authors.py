@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from ..models.configuration_detr import TfmDetrConfig
+from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from .conversion import Conversion, refuse, require_fixed
 from .detr import EPS, with_frozen_norms
 from .detr import FIELDS as SHARED_FIELDS
@@ -188,3 +189,4 @@ DETR_AUTHORS_PANOPTIC = replace(
     names=panoptic_names,
     to_theirs=to_authors_panoptic,
 )
+CONVERSIONS = (DETR_AUTHORS, DETR_AUTHORS_PANOPTIC)

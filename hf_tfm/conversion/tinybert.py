@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForPreTraining, BertForSequenceClassification, BertTokenizer
 
-from ...models import TfmBertConfig, TfmBertForPreTraining, TfmBertForSequenceClassification
-from ..loading import read_json
-from ..saved_files import PROJECTION
+from ..hub.loading import read_json
+from ..hub.saved_files import PROJECTION
+from ..models.configuration_bert import TfmBertConfig
+from ..models.modeling_bert import TfmBertForPreTraining, TfmBertForSequenceClassification
 from .bert import BERT, from_bert, to_bert
 from .conversion import require_fixed
 from .weight_files import PICKLE, WEIGHTS, weight_names
@@ -138,3 +139,4 @@ TINYBERT = tuple(
     for conversion in BERT
     if conversion.ours in STOCK
 )
+CONVERSIONS = TINYBERT

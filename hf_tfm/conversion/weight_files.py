@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..loading import read_json
+from ..hub.loading import read_json
 
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 

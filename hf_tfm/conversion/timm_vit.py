@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ...command import reworded
-from ...models import TfmViTConfig, TfmViTForImageClassification
-from ...models.configuration_vit import SIZES, ImageEncoderConfig
-from ...models.patches import sides
-from ..loading import read_json
+from ..command import reworded
+from ..hub.loading import read_json
+from ..models.configuration_vit import SIZES, ImageEncoderConfig, TfmViTConfig
+from ..models.modeling_vit import TfmViTForImageClassification
+from ..models.patches import sides
 from .conversion import Conversion, refuse, require_fixed
 from .vit import with_learned_positions
 from .weight_files import WEIGHTS
@@ -288,3 +288,4 @@ TIMM = Conversion(
     write=write,
     carry_processor=carry_processor,
 )
+CONVERSIONS = (TIMM,)

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from ...models import TfmMAEConfig, TfmMAEForPreTraining, TfmMAEModel
-from ...models.configuration_mae import DECODER_FIELDS
-from ...models.modeling_mae import num_visible
-from ...models.patches import patch_grid, sides
+from ..models.configuration_mae import DECODER_FIELDS, TfmMAEConfig
+from ..models.modeling_mae import TfmMAEForPreTraining, TfmMAEModel, num_visible
+from ..models.patches import patch_grid, sides
 from .conversion import Conversion, refuse
 from .vit import ENCODER_FIELDS, OURS_CARRIED, translated
 
@@ -67,3 +66,4 @@ VIT_MAE = Conversion(
     to_ours=from_vit_mae,
 )
 VIT_MAE_MODEL = replace(VIT_MAE, ours=TfmMAEModel, theirs=ViTMAEModel)
+CONVERSIONS = (VIT_MAE, VIT_MAE_MODEL)

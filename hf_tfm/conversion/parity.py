@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...models.patches import patch_grid, sides
+from ..models.patches import patch_grid, sides
 
 SEED = 0
 SOURCE_LENGTHS = (1, 7, 19, 32)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
-from ..card import write_card
-from ..loading import load_tokenizer, read_json
-from ..results import RunRecord
-from ..saved_files import HISTORY, RESULTS
+from ..hub.card import write_card
+from ..hub.loading import load_tokenizer, read_json
+from ..hub.results import RunRecord
+from ..hub.saved_files import HISTORY, RESULTS
 
 # Fields of JSON files by which transformers finds code that a folder brings.
 CODE_FIELDS = ("auto_map", "custom_pipelines")

@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from ...models import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+from ..models.configuration_transformer import TfmTransformerConfig
+from ..models.modeling_transformer import TfmTransformerForConditionalGeneration
 from .conversion import Conversion, refuse
 
 # Fields with one counterpart, and fields that they split in two.
@@ -200,3 +201,4 @@ PEGASUS_CLASS = StockClass(
     fixed=THEIRS_FIXED,
 )
 MARIAN, PEGASUS = MARIAN_CLASS.conversion(), PEGASUS_CLASS.conversion()
+CONVERSIONS = (MARIAN, PEGASUS)

@@ -1,0 +1,144 @@
+"""The table of model families: a family is one line of `FAMILIES`.
+
+Exports of the package, registration with transformers' Auto classes, conversions and tests are derived from it. Other
+packages add families with `register_family` or through entry points of the group "hf_tfm.families".
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from .models.configuration_bert import TfmBertConfig
+from .models.configuration_detr import TfmDetrConfig
+from .models.configuration_gpt import TfmGPTConfig
+from .models.configuration_mae import TfmMAEConfig
+from .models.configuration_transformer import TfmTransformerConfig
+from .models.configuration_vit import TfmViTConfig
+
+ENTRY_POINTS = "hf_tfm.families"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Args:
+        name: short name, for instance in ``--architecture``.
+        config: configuration class. Its ``auto_classes``, {Auto class: "module.Class"} of modules beside it, become
+            the ``auto_map`` of saved models; ``model_type`` is the type in config.json.
+        conversions: modules with a tuple ``CONVERSIONS``, by absolute name or relative to `hf_tfm.conversion`.
+    """
+
+    name: str
+    config: type[PreTrainedConfig]
+    conversions: tuple[str, ...] = ()
+
+    def classes(self) -> dict[str, type]:
+        """{Auto class: class}."""
+        package = self.config.__module__.rpartition(".")[0]
+        found = {}
+        for auto_class, path in self.config.auto_classes.items():
+            module, name = path.split(".")
+            found[auto_class] = getattr(importlib.import_module(f"{package}.{module}" if package else module), name)
+        return found
+
+
+FAMILIES: list[Family] = [
+    Family("transformer", TfmTransformerConfig, (".marian_pegasus",)),
+    Family("vit", TfmViTConfig, (".vit", ".deit", ".timm_vit")),
+    Family("mae", TfmMAEConfig, (".mae", ".mae_authors")),
+    Family("detr", TfmDetrConfig, (".detr", ".detr_authors")),
+    Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert")),
+    Family("gpt", TfmGPTConfig, (".gpt2",)),
+]
+
+
+def register_family(family: Family) -> None:
+    """Add a family and make transformers' Auto classes know it. Safe to call again.
+
+    Raises:
+        ValueError: another family has this name or model type.
+    """
+    for known in FAMILIES:
+        if known == family:
+            break
+        if known.name == family.name or known.config.model_type == family.config.model_type:
+            raise ValueError(
+                f'family "{family.name}" of model type "{family.config.model_type}": there is a family "{known.name}" '
+                f'of model type "{known.config.model_type}" already'
+            )
+    else:
+        FAMILIES.append(family)
+    for auto_class, registered in family.classes().items():
+        auto = getattr(transformers, auto_class)
+        if auto is transformers.AutoConfig:
+            auto.register(family.config.model_type, family.config, exist_ok=True)
+        else:
+            auto.register(family.config, registered, exist_ok=True)
+            # Names that a pipeline looks up before it reports that a model is unsupported.
+            auto._model_mapping._model_mapping[family.config.model_type] = registered.__name__
+
+
+def register() -> None:
+    """Make ``AutoConfig``, ``AutoModel`` ... know every family, those of plug-ins included. Safe to call again."""
+    for family in [*FAMILIES, *plugins()]:
+        register_family(family)
+
+
+def plugins() -> Iterator[Family]:
+    """Families of other packages: entry points of the group "hf_tfm.families", each a `Family`.
+
+    A plug-in that cannot be imported is reported on standard error and skipped.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            family = point.load()
+        except Exception as error:  # whatever the other package raises
+            print(f"hf-tfm: the plug-in {point.name} ({point.value}) cannot be loaded: {error}", file=sys.stderr)
+            continue
+        yield family
+
+
+def family_of(name: str) -> Family:
+    """The family called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ValueError(f'there is no model family "{name}"; there are {", ".join(one.name for one in FAMILIES)}')
+
+
+def carry_code(enabled: bool) -> None:
+    """Whether `save_pretrained` and `push_to_hub` save the code with the weights; on by default.
+
+    If it is off, config.json has no ``auto_map``, and loading needs ``import hf_tfm``.
+    """
+    for family in FAMILIES:
+        for auto_class, owner in family.classes().items():
+            owner._auto_class = auto_class if enabled else None
+
+
+def exports() -> dict[str, Any]:
+    """{name: class} of all families of this package, for its namespace."""
+    own = [family for family in FAMILIES if family.config.__module__.startswith(f"{__package__}.")]
+    return {kind.__name__: kind for family in own for kind in family.classes().values()}
+
+
+def stub() -> str:
+    """The content of __init__.pyi, which lists `exports` for type checkers."""
+    kinds = sorted(exports().values(), key=lambda kind: kind.__name__)
+    modules = [(kind.__module__.replace(__package__, "", 1), kind.__name__) for kind in kinds]
+    names = [(".families", "carry_code"), (".families", "register"), *sorted(modules)]
+    lines = [f"from {module} import {name} as {name}" for module, name in names]
+    return "\n".join(
+        ['"""Generated from hf_tfm/families.py by `make stubs`."""', "", *lines, "", "__version__: str", ""]
+    )

@@ -1,0 +1,297 @@
+"""The contract of a task: everything that training, evaluation and distillation ask of one.
+
+arguments -> splits -> processor -> model -> batches -> {term: items}, {term: sum of losses} -> scores
+
+A task is one module: its arguments, data, model, losses and scores. `training.Trainer` trains it, `tasks.evaluate`
+scores any saved model with it, and `distillation.DistillationTask` wraps it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..arguments import EvaluationArguments, TrainingArguments
+from ..data.source import describe_rows, describe_source
+
+Batch = dict[str, Any]
+Collator = Callable[..., Batch]
+
+
+class Loader(Protocol):
+    """The steps of an epoch.
+
+    ``epoch(epoch, start)`` yields this rank's micro-batches of every optimizer step from step ``start`` on, equally
+    many on every rank; ``steps_per_epoch(epoch)`` is the number of steps, or None for a stream.
+    """
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]: ...
+
+    def steps_per_epoch(self, epoch: int = 0) -> int | None: ...
+
+
+@dataclass
+class Scores:
+    """Scores of a model on a split.
+
+    Args:
+        values: {name: value}; "loss" and its terms are among them if the task computed them.
+        signatures: {name: how the metric was computed}, in sacrebleu's format.
+        details: further results for the report of ``hf-tfm evaluate``: JSON values.
+        predictions: one JSON value per sample, for the file of ``--output``.
+    """
+
+    values: dict[str, float]
+    signatures: dict[str, str | None] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    predictions: list[Any] | None = None
+
+    def rows(self, split: str, names: Collection[str]) -> list[dict[str, Any]]:
+        """Rows of name, value, signature and split, for results.json."""
+        return [
+            {"name": name, "value": self.values[name], "signature": self.signatures.get(name), "split": split}
+            for name in names
+            if name in self.values
+        ]
+
+
+class Task(ABC):
+    """A task, for one run or one evaluation.
+
+    Subclasses set the class attributes and the abstract methods; the others have defaults.
+
+    Args:
+        args: of the class `Arguments` (a run) or `EvaluationArguments` (an evaluation).
+        accelerator: of this process.
+
+    Attributes:
+        args: may be replaced by `load_splits`, which resolves what the data decides.
+        splits: {name: rows}, of `load_splits`.
+        processor: tokenizer or image processor.
+        model: the model that is trained or evaluated.
+    """
+
+    Arguments: ClassVar[type[TrainingArguments]]
+    EvaluationArguments: ClassVar[type[EvaluationArguments]]
+    hub_task: str  # the Hub's name of the task, for the model card
+    item: ClassVar[str]  # the unit of throughput in logs, say "target tokens"
+    term: ClassVar[str]  # the term of `count` that counts these
+    processor_class: ClassVar[Any]  # Auto class that loads the processor
+    described_columns: ClassVar[tuple[str, ...]] = ()  # arguments with column names that the results file records
+    processor_folder: ClassVar[str]  # subfolder of the run's folder that holds the processor during training
+
+    def __init__(self, args: Any, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.splits: dict[str, Any] = {}
+        self.processor: Any = None
+        self.model: PreTrainedModel | None = None
+        self.loaders: dict[str, Loader] = {}
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, processor: Any = None, **options: Any) -> "Task":
+        """A task around an existing model, without data: for its `collator`, `count` and `losses` in a custom loop.
+
+        Args:
+            options: arguments that these read; ``seed`` is 0 by default.
+        """
+        task = cls(SimpleNamespace(**{"seed": 0, **options}), None)
+        task.model, task.processor = model, processor
+        return task
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether this is the evaluation of a saved model and not a run."""
+        return isinstance(self.args, EvaluationArguments)
+
+    # --- data, processor and model
+
+    @abstractmethod
+    def load_splits(self) -> dict[str, Any]:
+        """Rows by split: of a run, all splits it uses; of an evaluation, ``args.split``."""
+
+    @abstractmethod
+    def fingerprint(self, rows: Any) -> str:
+        """A hash of the content of some rows."""
+
+    def describe_data(self) -> dict[str, Any]:
+        """Fields of `hub.results.Data` for the results file and the card."""
+        args = self.args
+        return {
+            "path": args.dataset_name,
+            "name": args.dataset_config,
+            **describe_source(args.dataset_name, args.dataset_revision),
+            **{name: getattr(args, name) for name in self.described_columns},
+            **describe_rows(self.splits, self.fingerprint),
+        }
+
+    @abstractmethod
+    def build_processor(self) -> Any:
+        """The tokenizer or image processor of a new run."""
+
+    @abstractmethod
+    def build_model(self) -> PreTrainedModel:
+        """The model to train: new, with weights drawn from ``args.seed``, or from ``args.model_name_or_path``."""
+
+    @abstractmethod
+    def load_pretrained(self) -> None:
+        """Load ``args.model`` and its processor for an evaluation."""
+
+    @abstractmethod
+    def collator(self, split: str = "", training: bool = False) -> Collator:
+        """``collate(examples, indices, epoch, hidden) -> batch`` for a split; a hidden batch counts for nothing."""
+
+    @abstractmethod
+    def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> Loader:
+        """Batches of a split.
+
+        Args:
+            training: shuffled and augmented.
+            collate: takes the place of `collator`.
+        """
+
+    def evaluation_loader(self, split: str) -> Loader:
+        """The `dataloader` of a split that is scored, made once."""
+        if split not in self.loaders:
+            self.loaders[split] = self.dataloader(split)
+        return self.loaders[split]
+
+    # --- one step
+
+    @abstractmethod
+    def count(self, batch: Batch) -> dict[str, float]:
+        """{term: number of items}, from the targets alone; `term` and every term of `losses` are among them."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """{term: weighted sum of losses over its items}."""
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the forward pass, without targets: what both teacher and student read."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be distilled")
+
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments with the targets, for a model that needs them to compute its loss."""
+        return {}
+
+    def target_positions(self, batch: Batch) -> Tensor | None:
+        """(n,) flat positions of the rows of logits (B T) that have a target; None if every row has one."""
+        return None
+
+    def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """`losses` of the output of a forward pass.
+
+        Args:
+            output: of ``model(**inputs(batch), **targets(batch))``.
+            logits: its rows at `target_positions`, if the model gives logits.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be distilled")
+
+    # --- scores
+
+    @property
+    def validation_split(self) -> str:
+        """The split whose scores decide which weights are best."""
+        return self.args.held_out
+
+    @property
+    def scored_splits(self) -> list[str]:
+        """Splits that are scored after training."""
+        return list(dict.fromkeys([self.args.held_out, *self.args.test_splits]))
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Names of the scores that are logged at every evaluation during training."""
+        return ("loss",)
+
+    @property
+    @abstractmethod
+    def reported_metrics(self) -> tuple[str, ...]:
+        """Names of the scores in results.json and in the output of ``hf-tfm evaluate``."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: str, metrics: Collection[str] | None = None) -> Scores:
+        """Score a model on a split; every rank computes its share and has the result.
+
+        Args:
+            metrics: names of scores to compute, default `reported_metrics`; cheap ones may be computed besides.
+        """
+
+    def validate(self, module: nn.Module, metrics: Collection[str]) -> dict[str, float]:
+        """Scores of `trained_module`, or of the average of its weights, on `validation_split`."""
+        return self.evaluate(module, self.validation_split, metrics).values
+
+    @torch.no_grad()
+    def mean_losses(self, model: nn.Module, loader: Loader) -> dict[str, float]:
+        """Mean of each loss term over a data set, exact over uneven ranks; "loss" is their sum."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, float] = {}
+        wide = widest_float(self.accelerator.device)
+        training = model.training
+        model.eval()
+        for micro_batches in loader.epoch(0):
+            for batch in micro_batches:
+                for term, count in self.count(batch).items():
+                    counts[term] = counts.get(term, 0) + count
+                for term, value in self.losses(model, send_to_device(batch, self.accelerator.device)).items():
+                    sums[term] = sums.get(term, 0) + value.to(wide)
+        model.train(training)
+        totals = self.accelerator.reduce(
+            {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}
+        )
+        means = {term: mean(total, count).item() for term, (total, count) in totals.items()}
+        return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}
+
+    # --- hooks of a run
+
+    @classmethod
+    def run_all(cls, args: TrainingArguments, fit: Callable[..., Any]) -> int:
+        """The runs that a command line asks for, usually one; the exit status.
+
+        Args:
+            fit: (arguments, extra words of the command line) -> the record of a run.
+        """
+        fit(args)
+        return 0
+
+    def prepare(self) -> bool:
+        """Called once data, processor and model are there; False ends the run, whose work is then done."""
+        return True
+
+    def begin_training(self, loader: Loader) -> None:
+        """Called before the first step of a run that is not resumed yet; ``loader`` gives its training batches."""
+
+    def trained_module(self) -> nn.Module:
+        """The module whose parameters are optimized; the model, or a wrapper around it."""
+        return self.model
+
+    def show(self, module: nn.Module, step: int) -> None:
+        """Called on all ranks at every evaluation; draws a picture, say.
+
+        Args:
+            module: `trained_module` or the average of its weights.
+        """
+
+    def end_training(self) -> None:
+        """Called when `model` holds its final weights, before it is saved."""
+
+    def report(self) -> dict[str, Any]:
+        """Further fields of `hub.results.RunRecord`; called after the model is saved."""
+        return {}
+
+
+def mean(total: Tensor, count: Tensor) -> Tensor:
+    """``total / count``; the total if the count is 0."""
+    return total / count.where(count != 0, 1)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Dtype of sums over many items: float64 where the device supports it."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,63 @@
+"""Dataloaders that several tasks share: how arguments and this process's rank become batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..arguments import TokenBatchArguments
+from ..data.batching import StepLoader, TokenBudgetSampler
+from ..data.stream import StreamLoader
+from .base import Task
+
+
+def placement(task: Task, training: bool) -> dict[str, Any]:
+    """Arguments of a loader that depend on this process."""
+    return {
+        "rank": task.accelerator.process_index,
+        "world_size": task.accelerator.num_processes,
+        "num_workers": task.args.dataloader_num_workers if training else 0,
+        "pin_memory": task.accelerator.device.type == "cuda",
+    }
+
+
+def token_loader(
+    task: Task,
+    rows: Any,
+    collate: Callable[..., Any],
+    lengths: Callable[[datasets.Dataset], np.ndarray],
+    length: Callable[[dict], Sequence[int]],
+    training: bool,
+) -> StepLoader | StreamLoader:
+    """Batches of about equally many tokens of a split.
+
+    Args:
+        rows: examples, or a stream of them.
+        lengths: all rows -> tokens of the sides of each; ``length``: one example -> tokens of its sides.
+    """
+    args = task.args
+    options = {"micro_batch_tokens": args.micro_batch_tokens, **placement(task, training)}
+    if isinstance(rows, datasets.IterableDataset):
+        return StreamLoader(rows, length, args.batch_tokens, collate, args.seed, **options)
+    sampler = TokenBudgetSampler(lengths(rows), args.batch_tokens, args.seed, shuffle=training)
+    return StepLoader(rows, sampler, collate, **options)
+
+
+def check_stream(args: TokenBatchArguments, max_length: int, scored: Sequence[str]) -> None:
+    """Refuse arguments that a stream of training data does not allow.
+
+    Args:
+        max_length: tokens of the longest sample.
+        scored: splits that are evaluated.
+
+    Raises:
+        ValueError: the length of the run is not given, the stream is scored too, or a sample may exceed a batch.
+    """
+    if args.max_steps is None:
+        raise ValueError("streaming needs max_steps: the length of a stream is not known")
+    if args.train_split in scored:
+        raise ValueError(f'streaming: train_split "{args.train_split}" cannot be scored too')
+    budget = min(args.batch_tokens, args.micro_batch_tokens or args.batch_tokens)
+    if max_length > budget:
+        raise ValueError(f"max_length must be at most the {budget} tokens of a batch, got {max_length}")

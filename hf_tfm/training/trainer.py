@@ -1,0 +1,103 @@
+"""The main of every recipe: one run of a task, from its arguments to its scores and card.
+
+command line -> arguments -> splits -> processor -> model -> training -> saved model -> scores -> results.json, card
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..command import run_command
+from ..hub.results import RunRecord
+from ..options import parse_arguments
+from ..tasks.base import Task
+from .run import Run, begin_run, finish
+
+
+class Trainer:
+    """One run of a task.
+
+    Args:
+        task: with arguments and nothing loaded yet.
+        run: its folder and accelerator.
+    """
+
+    def __init__(self, task: Task, run: Run):
+        self.task, self.run = task, run
+
+    def fit(self) -> RunRecord | None:
+        """Train, save and score; the record of the run, or None if it was stopped or had nothing to train.
+
+        Raises:
+            ValueError: arguments, data and model do not fit each other; raised before training.
+            FloatingPointError: training diverged or nothing was learned.
+            OSError: a file cannot be written.
+        """
+        task, run = self.task, self.run
+        task.splits = task.load_splits()
+        run.open(task.args, task.hub_task, task.describe_data(), task.validation_split)
+        task.processor = run.load_or_create(
+            task.processor_folder, task.build_processor, task.processor_class.from_pretrained
+        )
+        task.model = task.build_model()
+        if not task.prepare():
+            return None
+        loader = task.dataloader(task.args.train_split, training=True)
+        task.begin_training(loader)
+        per_epoch = loader.steps_per_epoch()
+        max_steps = task.args.max_steps or math.ceil(task.args.num_train_epochs * per_epoch)
+        resolved, line = task.args.resolve(per_epoch, max_steps)
+        if line:
+            run.accelerator.print(line)
+        eval_steps = task.args.eval_steps or per_epoch or max_steps
+        result = run.train(
+            task, task.trained_module(), loader, resolved, max_steps, eval_steps, self.validate, task.show
+        )
+        if result.stopped:
+            run.stopped(result)
+            return None
+        task.end_training()
+        run.save(task.model.eval(), task.processor)
+        metrics = []
+        for split in task.scored_splits:
+            metrics += task.evaluate(task.model, split).rows(split, task.reported_metrics)
+        return finish(run, task.model, task, result, metrics, **task.report())
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """{name: value} on the validation split, for `training.train`."""
+        names = self.task.validation_metrics
+        values = self.task.validate(module, names)
+        return {name: values[name] for name in names if name in values}
+
+
+def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None], int]:
+    """The ``main`` of a recipe: command line without the program (default, this process's) -> exit status.
+
+    Args:
+        task_class: what the recipe trains.
+        file: ``__file__`` of the recipe; its presets are in presets/<recipe>/ beside it.
+    """
+    path = Path(file)
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(task_class.Arguments, path, argv)
+        return task_class.run_all(args, lambda own, extra=(): fit(task_class, own, path.stem, [*argv, *extra]))
+
+    main.task_class = task_class
+    return main
+
+
+def fit(task_class: type[Task], args, recipe_name: str, argv: Sequence[str]) -> RunRecord | None:
+    """One run in its folder; see `Trainer.fit`."""
+    with begin_run(args, recipe_name, argv) as run:
+        return Trainer(task_class(args, run.accelerator), run).fit()
+
+
+def run_recipe(file: str, main: Callable[[list[str]], int]) -> None:
+    """Run a recipe's ``main`` on this process's command line and exit with its status; errors take one line."""
+    trust = "trust_remote_code" in main.task_class.Arguments.__dataclass_fields__
+    raise SystemExit(run_command(f"run {Path(file).stem}", main, sys.argv[1:], trust))
