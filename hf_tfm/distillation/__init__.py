@@ -1,1 +1,1 @@
-"""Knowledge distillation: what a student is compared with, and how, for texts, images and detection alike."""
+"""Knowledge distillation for text, image and detection models: loss terms, signals, teachers, students and caches."""

@@ -1,11 +1,11 @@
-"""Attention scores of any model that computes attention through transformers' interface, ours and its own.
+"""Record attention scores and probabilities of any model that uses transformers' attention interface.
 
     with record_attention(model) as recorded: model(...) -> raw scores and probabilities of every attention layer
 
-TinyBERT learns from scores before the softmax, which no model returns. Here they are taken where they arise: for a
-while the model's attention is a function that forms them and notes them down.
+TinyBERT's loss uses attention scores before the softmax, which no model returns. While recording, the model's
+attention implementation is replaced with a function that computes the scores explicitly and stores them.
 
-Shapes: B sequences; H heads; Tq, Tk query and key positions; Dh features a head.
+Shapes: B sequences; H heads; Tq, Tk query and key positions; Dh features per head.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,20 +20,20 @@ from transformers.masking_utils import eager_mask
 
 from ..models.dropout import dropout as fast_dropout
 
-NAME = "tfm_recorded"  # of the attention implementation
-CROSS = ("cross", "encoder_attn", "encdec")  # parts of the names that attention over an encoder's output has
+NAME = "tfm_recorded"  # name of the attention implementation
+CROSS = ("cross", "encoder_attn", "encdec")  # substrings that identify cross-attention modules by name
 
 
 @dataclass
 class RecordedAttention:
-    """What `record_attention` notes down.
+    """Scores and probabilities collected by `record_attention`.
 
     Args:
-        names: of the model's modules, by identity.
-        wanted: (stack, layer) -> whether a layer is noted down; layers count from 1.
-        layers: by stack, see `stack_of`, the names of its attention modules as they ran.
-        scores: by name, (B, H, Tq, Tk) before the softmax, -inf where a query may not look.
-        probabilities: by name, the same after it, before dropout.
+        names: maps id(module) to the module's name.
+        wanted: (stack, layer) -> True if the layer is recorded; layers count from 1.
+        layers: names of the attention modules of each stack (see `stack_of`), in execution order.
+        scores: maps a module name to its scores (B, H, Tq, Tk) before the softmax; -inf at masked positions.
+        probabilities: maps a module name to its attention probabilities, before dropout.
     """
 
     names: dict[int, str]
@@ -43,7 +43,7 @@ class RecordedAttention:
     probabilities: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, module: nn.Module, scores: Tensor, probabilities: Tensor) -> None:
-        """Note down what a layer computed, if it is one of this model."""
+        """Store the output of an attention module if it belongs to this model and is wanted."""
         name = self.names.get(id(module))
         if name is None:
             return
@@ -55,7 +55,7 @@ class RecordedAttention:
             self.scores[name], self.probabilities[name] = scores, probabilities
 
     def of(self, stack: str) -> list[str]:
-        """Names of the layers of a stack; "" is that of a model with one."""
+        """Return the layer names of a stack; "" selects the only stack of a single-stack model."""
         if not stack and len(self.layers) == 1:
             return next(iter(self.layers.values()))
         return self.layers.get(stack, [])
@@ -75,16 +75,16 @@ def recorded_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that forms its scores, as an attention function of transformers' interface (Vaswani et al. 2017,
-    equation 1).
+    """Compute attention with explicit scores, as an attention function for transformers' interface (Vaswani et al.
+    2017, equation 1).
 
     Args:
-        query: (B, H, Tq, Dh); key, value: (B, G, Tk, Dh), G a divisor of H.
-        attention_mask: broadcastable to (B, H, Tq, Tk), bool or additive; None means everything may be seen, but for
-            a causal module's own rule.
+        query: (B, H, Tq, Dh); key, value: (B, G, Tk, Dh), where G divides H.
+        attention_mask: broadcastable to (B, H, Tq, Tk), bool or additive; None attends to every position, except
+            that a causal module still applies its causal mask.
 
     Returns:
-        mixed values (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
+        attention output (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -99,8 +99,8 @@ def recorded_attention(
         unseen = ~attention_mask
     else:
         unseen = attention_mask <= lowest / 2
-        scores = scores + attention_mask.masked_fill(unseen, 0.0)  # what is left is part of the score, a bias
-    # In the softmax the lowest number, as everywhere: a row without anything to see stays finite.
+        scores = scores + attention_mask.masked_fill(unseen, 0.0)  # the remaining mask values are a bias
+    # The softmax uses the lowest finite number instead of -inf: a fully masked row stays finite.
     probabilities = (scores if unseen is None else scores.masked_fill(unseen, lowest)).softmax(-1)
     for recorder in recorders.get():
         recorder.add(module, scores if unseen is None else scores.masked_fill(unseen, -torch.inf), probabilities)
@@ -113,7 +113,7 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def configurations(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every configuration that tells a part of the model which attention to use, once."""
+    """Return every distinct configuration that sets the attention implementation of a part of the model."""
     found: dict[int, PreTrainedConfig] = {}
     todo = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     while todo:
@@ -129,14 +129,14 @@ def configurations(model: nn.Module) -> list[PreTrainedConfig]:
 def record_attention(
     model: nn.Module, wanted: Callable[[str, int], bool] = lambda stack, layer: True
 ) -> Iterator[RecordedAttention]:
-    """Note down the attention of a model's forward passes; behind it the model attends as before.
+    """Record the attention of a model's forward passes; the original implementation is restored on exit.
 
     Args:
-        model: one of transformers' kind, or around some.
-        wanted: (stack, layer) -> whether a layer is noted down; default, all are.
+        model: a `PreTrainedModel`, or a module that contains some.
+        wanted: (stack, layer) -> True if the layer is recorded; by default all layers are.
 
     Raises:
-        ValueError: in the end, where no layer has passed by: the model's attention is not transformers'.
+        ValueError: on exit, if no layer was recorded because the model does not use transformers' attention interface.
     """
     names = {id(module): name for name, module in model.named_modules()}
     recorded = RecordedAttention(names, wanted)
@@ -149,7 +149,7 @@ def record_attention(
     finally:
         recorders.reset(token)
         for config, implementation in before:
-            config._attn_implementation = {"": implementation}  # its own alone, not that of configurations inside
+            config._attn_implementation = {"": implementation}  # restores this config only, not its sub-configs
     if not recorded.layers:
         raise ValueError(
             f"{type(model).__name__} has no attention that goes through transformers' interface: its scores cannot be "
@@ -158,7 +158,7 @@ def record_attention(
 
 
 def stack_of(name: str) -> str:
-    """Where an attention module stands, by its name: "encoder", "decoder", or "cross" between them."""
+    """Return the stack of an attention module, from its name: "encoder", "decoder" or "cross"."""
     above, _, leaf = f".{name}".rpartition(".")
     if ".decoder." not in f"{above}.":
         return "encoder"

@@ -1,10 +1,10 @@
-"""A teacher's signals written once, and read by runs that then need no teacher in memory.
+"""Cache of a teacher's signals: written once, then read by runs that do not need the teacher in memory.
 
-    teacher, batches -> signals of each sample -> shards (see `shards`) -> signals of a batch, made in loader workers
+    teacher, batches -> signals of each sample -> shards (see `shards`) -> signals of a batch, loaded in workers
 
-A sample's place is ``epoch * rows + row``: its masks and changes follow from (seed, epoch, index) alone, so a run that
-reads epoch e mod E of a cache of E epochs sees the very samples the teacher saw. A writer that was killed goes on with
-the first shard that is missing.
+The position of a sample is ``epoch * rows + row``. Its masks and augmentation depend only on (seed, epoch, index), so
+a run that reads epoch e mod E from a cache of E epochs gets exactly the samples the teacher saw. An interrupted writer
+resumes at the first missing shard.
 """
 
 import json
@@ -36,7 +36,7 @@ OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Size of a cache: its samples, and bytes on disk."""
+    """Size of a cache: number of samples, and bytes on disk."""
 
     samples: int
     bytes: int
@@ -68,27 +68,27 @@ def write_cache(
     accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> CacheReport:
-    """Write a teacher's signals of every row and epoch; go on where a killed writer of the same cache stopped.
+    """Write a teacher's signals for every row and epoch; resume an interrupted write of the same cache.
 
     Args:
-        task: gives batches, see `tasks.distill.Teaching`; of images as they are in training, not mixed.
-        rows: of the training data.
-        epochs: passes that a run makes before it sees the same chances again.
-        signals: names, see `signals`; those of lessons are ``signals_of(lessons, "teacher")``.
-        top_k: keep so many logits of a row; default, all.
+        task: creates batches, see `tasks.distill.Teaching`; images are augmented as in training but not mixed.
+        rows: training data.
+        epochs: number of epochs with distinct masks and augmentation; training then cycles through them.
+        signals: names, see `signals`; for lessons, pass ``signals_of(lessons, "teacher")``.
+        top_k: number of largest logits stored per row; by default all are stored.
         dtype: "fp32", "bf16" or "fp16".
         data: fingerprint of the rows.
-        name: folder or Hub id of the teacher, by which a run is known to be another's without loading it.
-        knobs: those of the run that decide what is read; JSON values.
-        temperature: of the soft targets that are learned from the top_k logits.
-        numbers: epoch -> numbers of its samples, where they carry more than the row, as a `ShapeSampler`'s.
-        batch_size: samples the teacher reads at once.
-        shard_samples: samples of a file.
-        accelerator: its processes share the work; None where there is one.
+        name: folder or Hub id of the teacher; identifies the teacher without loading it.
+        knobs: options of the run that determine the model inputs; JSON values.
+        temperature: temperature of the soft targets that will be trained on the top_k logits.
+        numbers: epoch -> sample numbers, if these encode more than the row, as those of a `ShapeSampler` do.
+        batch_size: samples per forward pass of the teacher.
+        shard_samples: samples per file.
+        accelerator: its processes share the work; None for a single process.
 
     Raises:
-        ValueError: the folder holds another cache, and the error says in what it differs; an option is out of range;
-            or samples depend on their neighbours.
+        ValueError: the folder holds a different cache (the error lists the differences), an option is out of range, or
+            samples depend on the other samples of their batch.
         WriteError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -131,7 +131,7 @@ def write_cache(
 def check_cacheable(
     teacher: Teacher, task: Any, signals: Sequence[str], dtype: str, sizes: dict[str, int | None]
 ) -> None:
-    """See `write_cache`."""
+    """Validate the arguments of `write_cache`."""
     if getattr(task, "mixing", None) is not None:
         raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
     for name, value in sizes.items():
@@ -147,10 +147,10 @@ def check_cacheable(
 
 
 def begin(folder: Path, index: CacheIndex) -> None:
-    """Make a folder this cache's own, or find that it is.
+    """Create the cache folder, or check that an existing one holds this cache.
 
     Raises:
-        ValueError: it holds another, or other files.
+        ValueError: the folder holds a different cache, or other files.
     """
     if (folder / INDEX_FILE).is_file():
         if changed := differences(CacheIndex.load(folder), index):
@@ -167,19 +167,19 @@ def begin(folder: Path, index: CacheIndex) -> None:
 
 
 def differs(held: CacheIndex, knob: str, now: Any) -> bool:
-    """Whether a knob is known to have had another value when a cache was written."""
+    """Return True if the cache was written with another value of an option; unrecorded options do not count."""
     return knob in held.knobs and held.knobs[knob] != now
 
 
 def check_top_k(lessons: Sequence[Lesson], top_k: int | None, temperature: float, cache: str) -> None:
-    """Refuse lessons for which the largest logits alone do not do; of a cache that is written or read.
+    """Refuse lessons that cannot be computed from the top_k logits of a cache, when writing or reading it.
 
     Args:
-        temperature: that of the rest.
-        cache: its name, for the error.
+        temperature: temperature at which the remaining logits were summed.
+        cache: name of the cache, for the error.
 
     Raises:
-        ValueError: it names the lesson.
+        ValueError: names the lesson.
     """
     for lesson in lessons:
         if top_k is None or LOGITS not in signals_of([lesson], "teacher"):
@@ -194,13 +194,13 @@ def check_top_k(lessons: Sequence[Lesson], top_k: int | None, temperature: float
 
 
 class CachedTeacher:
-    """Signals of a cache, read by the processes that make batches; in the place of a `Teacher`.
+    """Drop-in replacement for `Teacher` that reads signals from a cache in the data loader workers.
 
     Args:
-        folder: of `write_cache`.
+        folder: folder written by `write_cache`.
 
     Raises:
-        ValueError: it holds no cache, or one that is not whole or damaged.
+        ValueError: the folder holds no cache, or an incomplete or damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -220,11 +220,11 @@ class CachedTeacher:
         self.open_shards()
 
     def open_shards(self) -> None:
-        """Have shards opened as they are needed, and the last few stay open."""
+        """Open shards lazily and keep the most recently used ones open."""
         self.shard = lru_cache(OPEN_SHARDS)(lambda number: Shard(shard_path(self.folder, number)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "shard"}  # open files do not travel
+        return {name: value for name, value in vars(self).items() if name != "shard"}  # open files cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -240,20 +240,20 @@ class CachedTeacher:
         name: str | None = None,
         knobs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Refuse a cache of something else, before anything is trained.
+        """Refuse a cache that does not match the run, before training starts.
 
         Args:
-            task, rows, data, knobs: of the run, see `write_cache`.
-            teacher: hash of the teacher it should be of, see `Teacher`; None takes the cache's.
-            name: folder or Hub id of that teacher, whose weights need not be there any more: then it is the name that
-                has to be the same.
+            task, rows, data, knobs: those of the run, see `write_cache`.
+            teacher: expected weights hash, see `Teacher`; None accepts the cache's own.
+            name: folder or Hub id of the expected teacher. Its weights need not exist any more: the names are compared
+                if an origin is unknown.
 
         Raises:
-            ValueError: it names what differs: teacher, data, knobs or preprocessing.
+            ValueError: lists the differences in teacher, data, options or preprocessing.
         """
         held = self.index
         wanted = {"teacher": teacher or held.teacher, "data": data}
-        # Inputs of other data say nothing of how they are made.
+        # The preprocessing hash is comparable only if the data is the same.
         wanted["preprocessing"] = inputs_hash(task, rows, held.epochs) if data == held.data else held.preprocessing
         changed = [(what, getattr(held, what), now) for what, now in wanted.items() if now != getattr(held, what)]
         if name is not None and held.name is not None:
@@ -266,10 +266,10 @@ class CachedTeacher:
             raise ValueError(f"{self.folder} is the cache of another run: {words}")
 
     def require(self, lessons: Sequence[Lesson]) -> None:
-        """Refuse lessons that need what is not in the cache.
+        """Refuse lessons that need signals the cache does not contain.
 
         Raises:
-            ValueError: it names the lesson.
+            ValueError: names the lesson.
         """
         for lesson in lessons:
             if missing := [theirs for _, theirs in lesson.pairs if theirs and theirs not in self.index.signals]:
@@ -277,21 +277,21 @@ class CachedTeacher:
         check_top_k(lessons, self.index.top_k, self.index.temperature, str(self.folder))
 
     def epoch(self, epoch: int) -> int:
-        """The epoch whose samples the cache holds."""
+        """Map a training epoch to the cached epoch."""
         return epoch % self.index.epochs
 
     def attach(
         self, batch: dict[str, Any], names: Sequence[str], indices: list[int], epoch: int, places: Tensor | None
     ) -> dict[str, Any]:
-        """``signals`` of a batch.
+        """Load the ``signals`` of a batch.
 
         Args:
-            batch: as the task collated it.
-            indices: numbers of its samples, some of which a batch of images may lack.
-            places: of its rows of logits.
+            batch: output of the task's collate function.
+            indices: sample numbers; unreadable images are missing from the batch.
+            places: positions of the rows of logits.
 
         Raises:
-            ValueError: a sample is not in the cache, or is another there.
+            ValueError: a sample is not in the cache, or the cache holds a different one in its position.
         """
         kept = {i % COPY for i in batch["indices"].tolist()} if "images" in batch else None
         stored = [TOP, PLACES, REST] if self.index.top_k is not None else [LOGITS]
@@ -300,7 +300,7 @@ class CachedTeacher:
         return {"signals": join(batch, samples, places)}
 
     def sample(self, number: int, epoch: int, names: Sequence[str]) -> Signals:
-        """Signals of one sample."""
+        """Load the signals of one sample."""
         row = number % COPY
         if row >= self.index.rows:
             raise ValueError(f"sample {row} is not in {self.folder}, which has {self.index.rows} rows")
@@ -314,5 +314,5 @@ class CachedTeacher:
         return opened.sample(place, names)
 
     def signals(self, attached: dict[str, Any], *_: Any) -> Signals:
-        """What `attach` put into the batch."""
+        """Return the signals that `attach` added to the batch."""
         return attached["signals"]

@@ -1,4 +1,4 @@
-"""Pieces of a cache as it is written: places of samples -> batches for the teacher -> the content of a shard."""
+"""Batches for writing a cache: sample positions -> teacher batches -> tensors of a shard."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from .teacher import Teacher, to_dtype
 
 
 class Chunks(Dataset):
-    """Some places of a cache as batches for the teacher, texts of like length together."""
+    """Teacher batches for a range of cache positions; texts are grouped by length."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Chunks(Dataset):
         batch_size: int,
     ):
         self.task, self.rows, self.places = task, rows, places
-        self.chunks: list[tuple[int, list[int]]] = []  # epoch, numbers
+        self.chunks: list[tuple[int, list[int]]] = []  # epoch, sample numbers
         for epoch in range(places.start // len(rows), (places.stop - 1) // len(rows) + 1):
             here = range(max(places.start - epoch * len(rows), 0), min(places.stop - epoch * len(rows), len(rows)))
             own = list(here)
@@ -46,7 +46,7 @@ class Chunks(Dataset):
 
 
 def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
-    """Numbers of texts in order of their tokens, so that little is padding; others as they come."""
+    """Sort the numbers of texts by token count to reduce padding; other samples keep their order."""
     found = fetch(rows, [numbers[0] % COPY]) if numbers else [{}]
     if "input_ids" not in found[0]:
         return numbers
@@ -59,11 +59,11 @@ def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
 def shard_tensors(
     teacher: Teacher, task: Any, chunks: Chunks, index: CacheIndex, num_workers: int
 ) -> dict[str, Tensor]:
-    """The content of a shard."""
+    """Compute the tensors of a shard."""
     found: dict[int, tuple[int, Signals]] = {}
     for epoch, numbers, batch in worker_loader(chunks, range(len(chunks)), num_workers):
         if batch.get("images", len(numbers)) == 0:
-            continue  # none of them can be read
+            continue  # no image of this batch can be read
         places = task.places(batch)
         given = teacher.signals({}, task.inputs(batch), index.signals, places)
         stored = encode(given, index.top_k, index.temperature, to_dtype(index.dtype))

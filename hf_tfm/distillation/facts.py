@@ -1,4 +1,4 @@
-"""What of a model decides whether it can teach or learn from another; small enough to stand in a cache's index."""
+"""Model properties that distillation depends on; small enough to be stored in a cache's index."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,13 +8,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .signals import timm_blocks
 
-# Texts in which tokenizers that are not the same one differ: case, accents, numbers, punctuation, unknown signs.
+# Texts for comparing tokenizers: they cover case, accents, numbers, punctuation and unknown characters.
 PROBES = ("The café's  10,000 QUESTIONS — aren't they\tfunny?", "naïve don't\n日本語 🙂 x_1=3.14")
 
 
 @dataclass(frozen=True)
 class StackFacts:
-    """A stack of blocks: how many there are, their features and attention heads."""
+    """Number of layers, hidden size and attention heads of a stack of blocks."""
 
     layers: int
     width: int
@@ -23,15 +23,16 @@ class StackFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What of a model matters in distillation.
+    """Model properties that distillation depends on.
 
     Args:
-        kind: its class.
-        stacks: by name, "" of a model with one.
-        outputs: logits of a row: tokens, classes (with "no object" of a detector), or None without a head.
-        labels: names of classes, or None where there are none or the names say nothing.
+        kind: class name of the model.
+        stacks: stacks of blocks by name; "" is the only stack of a single-stack model.
+        outputs: logits per row: vocabulary size, or classes (for a detector, including "no object"); None without a
+            head.
+        labels: class names; None if there are no classes or the names are placeholders.
         queries: object queries of a detector, or None.
-        widths: channels of the modules that give maps, by name.
+        widths: output channels of the modules that produce feature maps, by module name.
     """
 
     kind: str
@@ -42,10 +43,10 @@ class Facts:
     widths: dict[str, int] = field(default_factory=dict)
 
     def stack(self, name: str, side: str) -> StackFacts:
-        """A stack by name.
+        """Return a stack by name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the model has no such stack.
         """
         if name not in self.stacks:
             known = ", ".join(f'"{stack}"' for stack in self.stacks) or "none that is known"
@@ -53,10 +54,10 @@ class Facts:
         return self.stacks[name]
 
     def channels(self, module: str, side: str) -> int:
-        """Channels of what a module gives.
+        """Return the number of output channels of a module.
 
         Raises:
-            ValueError: there is no such module, or it does not say.
+            ValueError: there is no such module, or its number of channels is unknown.
         """
         if module not in self.widths:
             raise ValueError(
@@ -66,19 +67,19 @@ class Facts:
         return self.widths[module]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Convert to JSON-serialisable values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> "Facts":
-        """The inverse of `to_json`."""
+        """Rebuild from the output of `to_json`."""
         labels = None if given["labels"] is None else tuple(given["labels"])
         stacks = {name: StackFacts(**stack) for name, stack in given["stacks"].items()}
         return cls(**{**given, "labels": labels, "stacks": stacks})
 
 
 def facts_of(model: PreTrainedModel) -> Facts:
-    """The facts of a model."""
+    """Collect the properties of a model."""
     config = model.config
     queries = getattr(config, "num_queries", None)
     return Facts(
@@ -92,7 +93,7 @@ def facts_of(model: PreTrainedModel) -> Facts:
 
 
 def stacks_of(model: PreTrainedModel) -> dict[str, StackFacts]:
-    """Every stack of blocks by name."""
+    """Return every stack of blocks by name."""
     config, blocks = model.config, timm_blocks(model)
     if blocks is not None:
         return {"": StackFacts(len(blocks), model.timm_model.num_features, None)}
@@ -112,12 +113,12 @@ def stacks_of(model: PreTrainedModel) -> dict[str, StackFacts]:
 
 
 def has_classes(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are of classes."""
+    """Return True if the model predicts classes."""
     return any(part in type(model).__name__ for part in ("Classification", "Detection", "Segmentation"))
 
 
 def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
-    """See `Facts`."""
+    """Return the number of logits per row, see `Facts.outputs`."""
     if (head := model.get_output_embeddings()) is not None:
         return head.weight.shape[0]
     if not has_classes(model):
@@ -126,13 +127,13 @@ def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
-    """Names of classes in order; None where they are those transformers invents."""
+    """Return class names in order; None if they are transformers' placeholders (LABEL_0, LABEL_1, ...)."""
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names
 
 
 def width_of(module: nn.Module) -> int | None:
-    """Channels of what a module gives, where it says."""
+    """Return the number of output channels of a convolution or norm; None for other modules."""
     if isinstance(module, nn.Conv2d):
         return module.out_channels
     if isinstance(module, nn.BatchNorm2d):
@@ -141,10 +142,10 @@ def width_of(module: nn.Module) -> int | None:
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher that reads other tokens than its student.
+    """Refuse a teacher whose tokenizer differs from the student's.
 
     Raises:
-        ValueError: with the first difference.
+        ValueError: reports the first difference.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
@@ -162,10 +163,10 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def check_processors(student: Any, teacher: Any) -> None:
-    """Refuse a teacher that reads images of another size or scale than its student.
+    """Refuse a teacher whose image processor resizes or normalises differently from the student's.
 
     Raises:
-        ValueError: with the first difference.
+        ValueError: reports the first difference.
     """
     fields = ("size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize")
     for name in (*fields, "image_mean", "image_std"):

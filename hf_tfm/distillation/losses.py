@@ -1,10 +1,10 @@
-"""The terms that a distillation loss is made of, each a sum over its items.
+"""Distillation losses, each summed over its items (rows, tokens or objects).
 
-    what a student gives, what a teacher gives -> their distance, item by item -> weighted sum
+    student signal, teacher signal -> loss per item -> weighted sum
 
-Shapes: n rows with a target; C classes, or tokens of a vocabulary; B samples; T tokens of each; D features; H heads.
-``weights`` (B, T) says how much every token counts: 1 for a token and 0 for padding in texts; of images, whose item is
-the image, 1 / T. Scores are -inf where a query may not look. Whatever the dtype of the signals, sums are in float32.
+Shapes: n rows with a target; C classes or vocabulary size; B samples; T tokens per sample; D features; H heads.
+``weights`` (B, T) weights each token: for texts 1 for a token and 0 for padding; for images 1 / T, because an item is
+an image. Scores are -inf at masked positions. Sums are computed in float32, whatever the dtype of the signals.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from ..models.set_loss import box_losses, term_weights
 
 
 def require_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32.
+    """Check that the shapes match, and return both tensors in float32.
 
     Raises:
-        ValueError: their shapes differ.
+        ValueError: the shapes differ.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -31,11 +31,12 @@ def require_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """``T^2 KL(softmax(z_t / T) || softmax(z_s / T))`` of logits (n, C), summed over rows.
+    """Compute ``T^2 KL(softmax(z_t / T) || softmax(z_s / T))`` of logits (n, C), summed over rows.
 
     Hinton et al. 2015 (arXiv:1503.02531), section 2; L_ce of DistilBERT (arXiv:1910.01108, section 2). T^2 keeps the
-    size of gradients. TinyBERT (arXiv:1909.10351, equation 10) writes the cross-entropy, with the same gradients but
-    for T^2. One output, of regression, has no softmax: of its logits it is `logit_loss`, which T^2 leaves as it is.
+    gradient magnitude independent of T. TinyBERT (arXiv:1909.10351, equation 10) uses the cross-entropy, which has the
+    same gradients except for the factor T^2. With a single output (regression) there is no softmax: the loss is then
+    `logit_loss`, to which T^2 does not apply.
     """
     if student.shape[-1] == 1:
         return logit_loss(student, teacher)
@@ -47,15 +48,15 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0)
 def soft_target_top_loss(
     student: Tensor, top: Tensor, places: Tensor, rest: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """`soft_target_loss` from the k largest logits of a teacher and the sum of the others, as one class more.
+    """Compute `soft_target_loss` from the teacher's k largest logits, with all other classes merged into one.
 
-    The k probabilities are then the teacher's own. Normalising the k anew would make them larger, and the student
-    would learn to be surer than its teacher of what is in the list. Summing classes up makes no divergence larger.
+    The k probabilities are then exactly the teacher's. Renormalising over the k classes would inflate them and train
+    the student to be overconfident. Merging classes never increases a divergence.
 
     Args:
         student: (n, C) logits.
         top: (n, k) logits; places: (n, k) int64, their classes.
-        rest: (n,) log of the sum of ``exp(z / T)`` over all other classes, of this same temperature; k < C.
+        rest: (n,) log of the sum of ``exp(z / T)`` over all other classes, at this same temperature; k < C.
     """
     student, top = student.float() / temperature, top.float() / temperature
     others = student.scatter(1, places, -torch.inf).logsumexp(1, keepdim=True)
@@ -65,74 +66,78 @@ def soft_target_top_loss(
 
 
 def hard_target_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of logits (n, C) with the teacher's best class as label, summed over rows.
+    """Compute the cross-entropy of logits (n, C) with the teacher's argmax as label, summed over rows.
 
-    DeiT (Touvron et al. 2021, arXiv:2012.12877), equation 3; there with weight 1/2, as the true labels.
+    DeiT (Touvron et al. 2021, arXiv:2012.12877), equation 3, where it and the true-label loss have weight 1/2 each.
     """
     student, teacher = require_shape(student, teacher)
     return cross_entropy(student, teacher.argmax(-1), reduction="sum")
 
 
 def hard_target_top_loss(student: Tensor, top: Tensor, places: Tensor, rest: Tensor) -> Tensor:
-    """`hard_target_loss` from the k largest logits of a teacher, best first; see `soft_target_top_loss`."""
+    """Compute `hard_target_loss` from the teacher's k largest logits, in descending order; see
+    `soft_target_top_loss`."""
     return cross_entropy(student.float(), places[:, 0], reduction="sum")
 
 
 def logit_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of logits (n, C), the mean over classes, summed over rows (Ba and Caruana 2014, arXiv:1312.6184,
-    section 2.1). For regression, where one output has no softmax, the only one that fits."""
+    """Compute the squared error of logits (n, C), averaged over classes and summed over rows (Ba and Caruana 2014,
+    arXiv:1312.6184, section 2.1). The only loss on logits that suits regression, where a single output has no
+    softmax."""
     student, teacher = require_shape(student, teacher)
     return (student - teacher).square().mean(-1).sum()
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Squared error of states (B, T, D), the mean over features, summed over tokens (TinyBERT, equation 8).
+    """Compute the squared error of hidden states (B, T, D), averaged over features and summed over tokens (TinyBERT,
+    equation 8).
 
-    The student's stand behind the projection W_h already. Padding is left out; the authors' code counts it too.
+    The student's states are already projected with W_h. Padding is excluded; the authors' code includes it.
     """
     student, teacher = require_shape(student, teacher)
     return ((student - teacher).square().mean(-1) * weights).sum()
 
 
 def embedding_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """`hidden_state_loss` of what the first layer reads, with a projection of its own, W_e (TinyBERT, equation 9)."""
+    """Compute `hidden_state_loss` of the input of the first layer, with a separate projection W_e (TinyBERT, equation
+    9)."""
     return hidden_state_loss(student, teacher, weights)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """``1 - cos`` of states (B, T, D), summed over tokens (L_cos of DistilBERT, section 2)."""
+    """Compute ``1 - cos`` of hidden states (B, T, D), summed over tokens (L_cos of DistilBERT, section 2)."""
     student, teacher = require_shape(student, teacher)
     return ((1.0 - cosine_similarity(student, teacher, dim=-1)) * weights).sum()
 
 
 def attention_score_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Squared error of scores (B, H, T, T) before the softmax, the mean over heads and over the keys that a query may
-    see, summed over queries (TinyBERT, equation 7, and its note that raw scores are better than probabilities).
+    """Compute the squared error of scores (B, H, T, T) before the softmax, averaged over heads and visible keys and
+    summed over queries (TinyBERT, equation 7, which finds raw scores better than probabilities).
 
-    Padding is left out, as key and as query. The authors' code sets the scores of masked keys to 0 on both sides, so
-    that they add nothing, but divides by their number, and counts the queries of padding as well.
+    Padding is excluded as key and as query. The authors' code sets the scores of masked keys to 0 on both sides, so
+    they contribute no error, but it divides by the number of all keys and includes padding queries.
     """
     student, teacher = require_shape(student, teacher)
     error = student - teacher
-    seen = error.detach().abs() < torch.inf  # not where either is -inf; and fewer passes than isfinite of both
+    seen = error.detach().abs() < torch.inf  # False where either score is -inf; cheaper than isfinite of both
     error = torch.where(seen, error, 0.0).square()
     return ((error.sum(-1) / seen.sum(-1, dtype=torch.int32).clamp_min(1)).mean(1) * weights).sum()
 
 
 def attention_probability_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """``KL(a_t || a_s)`` of the probabilities that scores (B, H, T, T) make, the mean over heads, summed over queries
-    (MiniLM, Wang et al. 2020, arXiv:2002.10957, equation 5)."""
+    """Compute ``KL(a_t || a_s)`` of the attention probabilities of scores (B, H, T, T), averaged over heads and summed
+    over queries (MiniLM, Wang et al. 2020, arXiv:2002.10957, equation 5)."""
     student, teacher = require_shape(student, teacher)
     seen = teacher.isfinite() & student.isfinite()
-    # The lowest number and not -inf: a query of padding may see nothing at all, and its weight of 0 does not undo NaN.
+    # The lowest finite number, not -inf: a padding query may be fully masked, and a weight of 0 does not cancel NaN.
     ours, theirs = (log_softmax(x.where(seen, torch.finfo(x.dtype).min), -1) for x in (student, teacher))
     divergence = kl_div(ours, theirs, reduction="none", log_target=True).where(seen, 0.0).sum(-1)
     return (divergence.mean(1) * weights).sum()
 
 
 def feature_map_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Squared error of maps (B, D, h, w), the mean over channels, summed over cells (FitNets, Romero et al. 2015,
-    arXiv:1412.6550, equation 3); weights (B, h w), row by row."""
+    """Compute the squared error of feature maps (B, D, h, w), averaged over channels and summed over cells (FitNets,
+    Romero et al. 2015, arXiv:1412.6550, equation 3); weights (B, h w) in row-major order."""
     student, teacher = require_shape(student, teacher)
     return ((student - teacher).square().mean(1).flatten(1) * weights).sum()
 
@@ -144,18 +149,19 @@ def query_loss(
     config: Any,
     temperature: float = 1.0,
 ) -> Tensor:
-    """What the teacher's queries say of the objects, as targets of the student's, of all its decoder layers.
+    """Compute the loss of all student decoder layers against the teacher's predictions for the labelled objects.
 
-    The teacher's query that is matched to an object gives the target, its classes' probabilities and its box; a
-    student's query is matched to it, anew in every layer (DETRDistill, Chang et al. 2023, arXiv:2211.10156, section
-    3.2, positive targets). Summed over objects: `soft_target_loss` of classes, "no object" among them, and L1 and GIoU
-    of boxes with the weights of the model's own loss. What is nobody's, the labels teach better.
+    The teacher query matched to an object provides the target: its class probabilities and its box. Student queries
+    are matched to these targets separately in every layer (DETRDistill, Chang et al. 2023, arXiv:2211.10156, section
+    3.2, positive targets). The result is the sum over objects of `soft_target_loss` of the classes (including "no
+    object") and of the L1 and GIoU box losses, with the weights of the model's own loss. Unmatched queries are left to
+    the labels.
 
     Args:
         student: logits (L, B, Q, C + 1) and boxes (L, B, Q, 4) cxcywh of L layers.
-        teacher: logits (B, R, C + 1) and boxes (B, R, 4); R need not be Q.
+        teacher: logits (B, R, C + 1) and boxes (B, R, 4); R may differ from Q.
         labels: see `match`.
-        config: has ``num_labels`` and the weights of cost and loss.
+        config: provides ``num_labels`` and the weights of matching cost and loss.
     """
     (logits, boxes), (their_logits, their_boxes) = student, (part.float() for part in teacher)
     R, Q = their_boxes.shape[1], boxes.shape[2]
@@ -164,7 +170,7 @@ def query_loss(
     targets = Objects(objects.classes, their_boxes.gather(1, places.expand(-1, -1, 4)), objects.counts)
     cost = matching_cost(logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost)
     queries = torch.from_numpy(assign(cost, objects.counts)).to(chosen)  # (L, B, M)
-    queries = queries.where(chosen < R, Q)  # an object that none of the teacher's queries is left for
+    queries = queries.where(chosen < R, Q)  # no student query for objects without a teacher query
     classes = their_logits.gather(1, places.expand(-1, -1, their_logits.shape[-1])).expand(len(logits), -1, -1, -1)
     own = logits.gather(2, queries.clamp_max(Q - 1)[..., None].expand_as(classes))
     matched = queries < Q

@@ -1,4 +1,4 @@
-"""Terms as a student and its teacher have them, checked before anything is trained.
+"""Resolve distillation terms against a student and a teacher, before training starts.
 
 Term(kind, weight, layers, ...) + facts of student and teacher -> Lesson(pairs of signals, projection, items)
 """
@@ -15,13 +15,13 @@ from .terms import KINDS, Kind, Term, on_logits
 
 @dataclass(frozen=True)
 class Lesson:
-    """A term as student and teacher have it.
+    """A term resolved for a student and a teacher.
 
     Args:
-        name: of the term in logs.
-        term: as it was given.
-        pairs: (student's signal, teacher's) that are compared; their losses are added up.
-        widths: features of the student's and the teacher's signals where a projection stands between.
+        name: name of the term in logs.
+        term: the original term.
+        pairs: (student signal, teacher signal) names to compare; the losses of all pairs are summed.
+        widths: feature sizes of the student's and the teacher's signals if there is a projection.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Lesson:
         return KINDS[self.term.kind]
 
     def projected(self, name: str) -> str:
-        """The name of the student's signal as it is compared."""
+        """Return the name of a student signal after the projection, if there is one."""
         return f"{self.name}:{name}" if self.widths else name
 
 
 def layer_map(rule: str, student: int, teacher: int) -> dict[int, int]:
-    """{student's layer: teacher's} of a rule, see `Term`.
+    """Return {student layer: teacher layer} for a rule, see `Term`.
 
     Raises:
         ValueError: the student has more layers than the teacher.
@@ -59,15 +59,15 @@ def layer_map(rule: str, student: int, teacher: int) -> dict[int, int]:
 def plan(
     terms: Sequence[Term], student: Facts, teacher: Facts, match_labels: Literal["name", "number"] = "name"
 ) -> list[Lesson]:
-    """Check terms against both models, before anything is trained.
+    """Resolve and check terms against both models.
 
     Args:
-        match_labels: "name" refuses classes of other names, see `check_labels`; "number" takes those of the same
-            number for the same, whatever they are called.
+        match_labels: "name" refuses models whose class names differ, see `check_labels`; "number" identifies classes
+            by index, whatever their names.
 
     Raises:
-        ValueError: none of the terms needs a teacher, there are several of "label", or one does not fit the models;
-            the error names both sides.
+        ValueError: no term needs a teacher, there are several "label" terms, or a term does not fit the models; the
+            error names both sides.
     """
     if all(term.kind == "label" for term in terms):
         raise ValueError(f"terms must have one that compares student and teacher, got {[t.kind for t in terms]}")
@@ -93,7 +93,7 @@ Resolved = tuple[list[tuple[str, str]], tuple[int, int] | None]
 
 
 def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
-    """A term on what the models give in the end."""
+    """Resolve a term on model outputs."""
     if term.kind == "label":
         return [(term.output, "")], None
     if student.outputs != teacher.outputs:
@@ -113,15 +113,15 @@ def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
 
 
 def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
-    """Refuse classes of other names, or in another order; upper and lower case are the same.
+    """Refuse models whose class names or their order differ; the comparison ignores case.
 
-    A name that several classes of a model share, as the two cranes of ImageNet, says nothing of which is which: such
-    classes are taken for the same if all others are.
+    A name shared by several classes of one model, such as the two cranes of ImageNet, is ambiguous: such classes are
+    accepted if all others match.
 
     Raises:
-        ValueError: with the first that differs; or no class has a name of its own.
+        ValueError: reports the first difference, or that no class has a unique name.
     """
-    if student is None or teacher is None:  # without names there is nothing to compare
+    if student is None or teacher is None:  # no names to compare
         return
     ours, theirs = ([name.casefold() for name in names] for names in (student, teacher))
     often = [Counter(ours), Counter(theirs)]
@@ -138,7 +138,7 @@ def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -
 
 
 def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
-    """A term on layers."""
+    """Resolve a term on layers."""
     kind = KINDS[term.kind]
     stack = "decoder" if term.stack == "cross" else term.stack
     ours, theirs = student.stack(stack, "student"), teacher.stack(stack, "teacher")
@@ -162,7 +162,7 @@ def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
 
 
 def check_maps(term: Term, student: Facts, teacher: Facts) -> Resolved:
-    """A term on what modules give."""
+    """Resolve a term on feature maps of modules."""
     widths = {
         (student.channels(ours, "student"), teacher.channels(theirs, "teacher"))
         for ours, theirs in term.layers.items()
@@ -173,7 +173,7 @@ def check_maps(term: Term, student: Facts, teacher: Facts) -> Resolved:
 
 
 def projection(term: Term, student: int, teacher: int) -> tuple[int, int] | None:
-    """Widths of the linear layer between; None where there is none."""
+    """Return the input and output size of the linear projection; None if there is none."""
     if term.projection == "none" and student != teacher:
         raise ValueError(f'projection "none" needs equal widths, got {student} and {teacher}: use "auto"')
     return (student, teacher) if term.projection == "linear" or student != teacher else None
@@ -188,13 +188,13 @@ CHECKS: dict[str | None, Callable[[Term, Facts, Facts], Resolved]] = {
 
 
 def signals_of(lessons: Sequence[Lesson], side: Literal["student", "teacher"]) -> list[str]:
-    """Names of the signals of one side that lessons compare, once each."""
+    """Return the distinct signal names that the lessons compare on one side."""
     place = 0 if side == "student" else 1
     return list(dict.fromkeys(pair[place] for lesson in lessons for pair in lesson.pairs if pair[place]))
 
 
 def describe(lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
-    """What a results file says of the terms."""
+    """Describe the terms for the results file."""
     return [
         {"name": lesson.name, **{field: getattr(lesson.term, field) for field in ("weight", "temperature", "tokens")}}
         | {"pairs": [list(pair) for pair in lesson.pairs], "projection": lesson.widths and list(lesson.widths)}

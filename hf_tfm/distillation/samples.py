@@ -1,6 +1,6 @@
-"""A teacher's signals of a batch cut into those of its samples, as a cache keeps them, and put together again.
+"""Split the signals of a batch into samples, as stored in a cache, and collate them again.
 
-(B, T, D), (B, H, T, T), (n, C) of a batch -> of each sample without padding -> of another batch, padded anew
+(B, T, D), (B, H, T, T), (n, C) of a batch -> of each sample without padding -> of another batch, padded again
 """
 
 import hashlib
@@ -14,19 +14,19 @@ from torch import Tensor
 from ..data.batching import fetch
 from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
 
-PROBES = 32  # samples whose inputs make the hash of the preprocessing
-WIDE = 2**16  # classes whose numbers fit two bytes
+PROBES = 32  # samples whose inputs are hashed
+WIDE = 2**16  # largest number of classes whose indices fit in uint16
 
 
 def training_collate(task: Any) -> Callable[..., dict[str, Any]]:
-    """How a task makes batches to learn from."""
+    """Return the collate function of a task for training."""
     return getattr(task, "collate_training", task.collate)
 
 
 def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
-    """A hash of what a teacher is given to read of some samples, at even distances, in the first and last epoch.
+    """Hash the model inputs of evenly spaced samples in the first and the last epoch.
 
-    It changes with the tokenizer, the processor, the longest length, masks, augmentation and the seed of these.
+    The hash depends on the tokenizer, the processor, the maximum length, masking, augmentation and their seed.
     """
     digest = hashlib.sha256()
     for epoch in sorted({0, epochs - 1}):
@@ -41,10 +41,10 @@ def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
 
 
 def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch.dtype) -> Signals:
-    """Signals as a cache stores them: in its dtype, and of logits (n, C) the ``top_k`` largest where it is given.
+    """Convert signals to the stored form: in the cache's dtype and, if ``top_k`` is given, only the largest logits.
 
     Args:
-        temperature: at which the others are summed up.
+        temperature: temperature at which the remaining logits are summed.
     """
     found = {name: value.to(dtype) for name, value in signals.items() if name != LOGITS or top_k is None}
     if LOGITS in signals and top_k is not None:
@@ -59,7 +59,7 @@ def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch
 
 
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """(B, T) bool of a batch of texts, True where there is a token; None of images."""
+    """Return (B, T) bool of a batch of texts, True at tokens; None for images."""
     if "input_ids" not in batch:
         return None
     ids = batch["input_ids"]
@@ -67,13 +67,13 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def split(batch: Mapping[str, Any], signals: Signals, places: Tensor | None) -> list[Signals]:
-    """Signals of each sample of a batch, without padding.
+    """Split the signals of a batch into samples, without padding.
 
     Args:
-        places: of the rows of logits among the B T, ascending.
+        places: positions of the rows of logits among the B T tokens, ascending.
 
     Raises:
-        ValueError: the places do not ascend, so that rows of a sample do not stand together.
+        ValueError: the positions are not ascending, so the rows of a sample may not be contiguous.
     """
     mask = token_mask(batch)
     size = len(next(batch[name] for name in ("input_ids", "pixel_values") if name in batch))
@@ -94,10 +94,10 @@ def split(batch: Mapping[str, Any], signals: Signals, places: Tensor | None) -> 
 
 
 def join(batch: Mapping[str, Any], samples: Sequence[Signals], places: Tensor | None) -> Signals:
-    """The inverse of `split`, for a batch whose padding may be another.
+    """Collate the signals of samples, the inverse of `split`; the padding of the batch may differ.
 
     Raises:
-        ValueError: there are more or fewer rows than places, or tokens than in the batch.
+        ValueError: the number of rows or tokens does not match the batch.
     """
     mask = token_mask(batch)
     found: Signals = {}
@@ -117,7 +117,7 @@ def join(batch: Mapping[str, Any], samples: Sequence[Signals], places: Tensor | 
 
 
 def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """States (t, D) of each sample as (B, T, D), 0 in padding, or scores (H, t, t) as (B, H, T, T), -inf there."""
+    """Pad states (t, D) of each sample to (B, T, D) with 0, or scores (H, t, t) to (B, H, T, T) with -inf."""
     B, T = mask.shape
     first = values[0]
     shape = (B, T, first.shape[-1]) if kind == HIDDEN else (B, first.shape[0], T, T)
@@ -128,7 +128,7 @@ def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tens
     found = first.new_full(shape, 0.0 if kind == HIDDEN else -torch.inf)
     for i, value in enumerate(values):
         start, length = int(mask[i].int().argmax()), value.shape[-2]
-        here = slice(start, start + length)  # copied several times as fast as single places
+        here = slice(start, start + length)  # a slice is copied several times faster than single positions
         if not mask[i, here].all():
             here = mask[i].nonzero()[:, 0]
         if kind == HIDDEN:
@@ -139,7 +139,7 @@ def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tens
 
 
 def check_length(name: str, cached: int, wanted: int, what: str) -> None:
-    """Refuse a sample that is not the one that was cached."""
+    """Raise ValueError if the cached length differs from that of the batch."""
     if cached != wanted:
         raise ValueError(
             f'the cache has {cached} {what} of signal "{name}" where the batch has {wanted}: it is of other samples'

@@ -1,11 +1,12 @@
-"""The files of a cache of a teacher's signals.
+"""Files of a cache of a teacher's signals.
 
-    <folder>/index.json                    what was cached: of which teacher, data and preprocessing, and its format
-    <folder>/teacher.json                  what the teacher costs and scores, where that was measured
-    <folder>/shards/00000.safetensors      the signals of some samples, one after the other, and their shapes
+    <folder>/index.json                    teacher, data, preprocessing and format of the cache
+    <folder>/teacher.json                  the teacher's cost and score, if measured
+    <folder>/shards/00000.safetensors      concatenated signals of a range of samples, and their shapes
 
-A shard has for every signal the numbers of all its samples in one row, ``<signal>#shape`` with the shape of each, and
-`NUMBER`. It is written under another name and renamed when it is whole and on disk.
+For every signal, a shard holds the values of all its samples in one flat tensor and their shapes in
+``<signal>#shape``; `NUMBER` holds the sample numbers. A shard is written under a temporary name, synced to disk and
+then renamed.
 """
 
 import json
@@ -26,24 +27,24 @@ from ..training.folder import explain_write_errors, sync, write_text
 from .signals import Signals
 
 INDEX_FILE, COST_FILE, SHARDS = "index.json", "teacher.json", "shards"
-NUMBER = "number"  # of each sample as it was collated; -1 where there is none
+NUMBER = "number"  # sample number at collation; -1 for a missing sample
 SHAPE = "#shape"
 
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """What index.json says.
+    """Content of index.json.
 
     Args:
-        teacher: hash of its weights; data: fingerprint of the rows; preprocessing: hash of what it was given to read.
-        rows, epochs: of the data, and how often each is there, with other chances.
-        shard_samples: samples of a shard.
-        signals: names of what was asked for.
-        dtype: of the numbers; top_k: logits kept of a row, or None for all; temperature: of those that are not.
-        facts: of the teacher, see `Facts`.
-        name: folder or id it was loaded from, and its origin, see `origin_of`; None of a model in memory.
-        knobs: of the run that wrote it, those that decide what is read.
-        teacher_dtype: what the teacher computed in.
+        teacher: hash of the teacher's weights; data: fingerprint of the rows; preprocessing: hash of the model inputs.
+        rows, epochs: number of rows, and of epochs with distinct masks and augmentation.
+        shard_samples: samples per shard.
+        signals: names of the requested signals.
+        dtype: storage dtype; top_k: logits kept per row, None for all; temperature: at which the others are summed.
+        facts: those of the teacher, see `Facts`.
+        name, origin: folder or Hub id of the teacher, and its `origin_of`; None for a model created in memory.
+        knobs: options of the writing run that determine the model inputs.
+        teacher_dtype: dtype of the teacher's computation.
     """
 
     teacher: str
@@ -64,16 +65,16 @@ class CacheIndex:
 
     @property
     def shards(self) -> int:
-        """How many there are in a whole cache."""
+        """Number of shards of a complete cache."""
         return math.ceil(self.rows * self.epochs / self.shard_samples)
 
     def places(self, shard: int) -> range:
-        """Places of a shard's samples."""
+        """Return the range of sample positions of a shard."""
         return range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.rows * self.epochs))
 
     @classmethod
     def load(cls, folder: Path) -> "CacheIndex":
-        """Read it.
+        """Load and validate the index of a cache.
 
         Raises:
             ValueError: there is none, or it is damaged.
@@ -99,25 +100,25 @@ class CacheIndex:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a shard."""
+    """Return the path of a shard."""
     return folder / SHARDS / f"{shard:05d}.safetensors"
 
 
 def differences(held: CacheIndex, wanted: CacheIndex) -> list[str]:
-    """In what two caches differ, in words; the rest follows from these and from knobs."""
+    """List the differences between two caches, for an error message."""
     ours, theirs = json.loads(json.dumps(asdict(held))), json.loads(json.dumps(asdict(wanted)))
-    same = ("name", "origin")  # the hash of the weights says more
+    same = ("name", "origin")  # not compared: the weights hash identifies the teacher
     changed = [name for name in ours if name not in same and ours[name] != theirs[name]]
     return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in changed]
 
 
 def save_cost(folder: Path, cost: dict[str, Any], of: str) -> None:
-    """Keep what the teacher costs, a row of `hub.cost`, and what its score is of."""
+    """Save the teacher's cost, a row of `hub.cost`, and the identifier of what its score was measured on."""
     write_text(folder / COST_FILE, json.dumps({"of": of, "cost": cost}, indent=2) + "\n")
 
 
 def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
-    """The row of `save_cost`, without its score where that is of something else; None where there is none.
+    """Load the row of `save_cost`, without its score if that was measured on something else; None if there is none.
 
     Raises:
         ValueError: the file is damaged.
@@ -137,10 +138,11 @@ def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
 
 
 def pack(samples: Sequence[tuple[int, Signals] | None]) -> dict[str, Tensor]:
-    """The tensors of a shard.
+    """Concatenate samples into the tensors of a shard.
 
     Args:
-        samples: number and signals of each, the same ones; None where there is none. Not all are.
+        samples: number and signals of each sample, all with the same signal names; None for a missing sample. At least
+            one must be present.
     """
     first = next(sample[1] for sample in samples if sample is not None)
     tensors = {NUMBER: torch.tensor([-1 if sample is None else sample[0] for sample in samples])}
@@ -152,7 +154,7 @@ def pack(samples: Sequence[tuple[int, Signals] | None]) -> dict[str, Tensor]:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a shard, whole or not at all."""
+    """Write a shard atomically."""
     part = path.with_name(f".part-{path.name}")
     with explain_write_errors(path):
         save_file(tensors, part)
@@ -162,10 +164,10 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def check_shard(path: Path) -> None:
-    """Refuse a shard that is damaged; its header and length are looked at.
+    """Refuse a damaged shard, judging by its header and length.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -181,7 +183,7 @@ def check_shard(path: Path) -> None:
 
 
 class Shard:
-    """A shard, open for reading; its numbers stay on disk, memory-mapped."""
+    """A shard opened for reading; its values stay memory-mapped on disk."""
 
     def __init__(self, path: Path):
         self.file = safe_open(path, framework="pt")
@@ -194,7 +196,7 @@ class Shard:
             self.ends[name] = shapes.long().prod(dim=1).cumsum(0).tolist()
 
     def sample(self, place: int, names: Sequence[str]) -> Signals:
-        """Signals of the sample at a place of the shard."""
+        """Load the signals of the sample at a position of the shard."""
         found = {}
         for name in names:
             end, shape = self.ends[name][place], self.shapes[name][place]

@@ -1,16 +1,16 @@
-"""What a model gives for a batch: its signals, named, of teacher and student alike.
+"""Signals: the named outputs and activations of a teacher or a student that distillation compares.
 
     model, inputs, names -> one forward pass -> {name: tensor}
 
 A name is "logits", "boxes", "<kind>/<layer>" or "<stack>/<kind>/<layer>":
 
-    logits                 (n, C) at the places that have a target, (B, C), or of queries (B, Q, C + 1)
+    logits                 (n, C) at the positions that have a target, (B, C), or of queries (B, Q, C + 1)
     boxes                  (B, Q, 4) cxcywh
-    set_logits, set_boxes  the same of all decoder layers that learn, (L, B, Q, ...)
-    hidden/3               (B, T, D) behind block 3; 0 is what the first block reads
-    score/3                (B, H, T, T) before the softmax, -inf where a query may not look; blocks count from 1
-    decoder/score/3        the same in one of several stacks: "encoder", "decoder", "cross"
-    map/<module>           (B, D, h, w) what the module of this name gives
+    set_logits, set_boxes  the same for all supervised decoder layers, (L, B, Q, ...)
+    hidden/3               (B, T, D) output of block 3; 0 is the input of the first block
+    score/3                (B, H, T, T) before the softmax, -inf at masked positions; blocks count from 1
+    decoder/score/3        the same for one of several stacks: "encoder", "decoder", "cross"
+    map/<module>           (B, D, h, w) output of the named module
 """
 
 import inspect
@@ -30,18 +30,18 @@ Signals = dict[str, Tensor]
 LOGITS, BOXES = "logits", "boxes"
 SET_LOGITS, SET_BOXES = "set_logits", "set_boxes"
 HIDDEN, SCORE, MAP = "hidden", "score", "map"
-# In the place of a teacher's logits (n, C): the k largest (n, k), best first, their classes (n, k), and the log of the
-# sum of the exponentials of the others (n,).
+# Stored instead of a teacher's logits (n, C): the k largest (n, k) in descending order, their classes (n, k), and the
+# log of the sum of the exponentials of all others (n,).
 TOP, PLACES, REST = "logits/top", "logits/places", "logits/rest"
 
 
 def signal(kind: str, layer: int | str, stack: str = "") -> str:
-    """The name of a signal of a layer."""
+    """Return the name of a layer's signal."""
     return "/".join([*([stack] if stack else []), kind, str(layer)])
 
 
 def parts(name: str) -> tuple[str, str, str]:
-    """A name as (stack, kind, layer)."""
+    """Split a name into (stack, kind, layer)."""
     if name.startswith(f"{MAP}/"):
         return "", MAP, name.removeprefix(f"{MAP}/")
     stack, kind, layer = (["", "", *name.split("/")])[-3:] if "/" in name else ("", name, "")
@@ -51,19 +51,20 @@ def parts(name: str) -> tuple[str, str, str]:
 def collect(
     model: nn.Module, inputs: dict[str, Any], names: Collection[str], places: Tensor | None = None
 ) -> tuple[Signals, ModelOutput]:
-    """Run a model once, and take what is asked for.
+    """Run a model once and collect the requested signals.
 
     Args:
-        inputs: keyword arguments of the model; segments it does not take are left out, for the other model may.
+        inputs: keyword arguments of the model; token_type_ids are dropped if the model does not accept them, because
+            the other model may.
         names: of signals, see above.
-        places: (n,) int64, which of the B T rows of logits are wanted; only these are computed where the model has an
-            output embedding, and none where no name asks for logits. None takes them as they are.
+        places: (n,) int64 indices of the wanted rows among the B T rows of logits. If the model has an output
+            embedding, only these rows are computed, and none if no name asks for logits. None keeps all rows.
 
     Returns:
-        the signals, and the model's output, whose logits are those rows.
+        the signals, and the model's output, whose logits are restricted to those rows.
 
     Raises:
-        ValueError: the model does not give one of them; the error names it.
+        ValueError: the model does not provide a signal; the error names it.
     """
     wanted = {name: parts(name) for name in names}
     kinds = {kind for _, kind, _ in wanted.values()}
@@ -98,12 +99,12 @@ def collect(
 
 
 def is_wanted(wanted: Mapping[str, tuple[str, str, str]], stack: str, layer: int) -> bool:
-    """Whether the scores of a layer are among some signals, given as `parts`."""
+    """Return True if the scores of a layer are among the wanted signals, given as `parts`."""
     return any(kind == SCORE and part in ("", stack) and int(n) == layer for part, kind, n in wanted.values())
 
 
 def pick(model: nn.Module, name: str, values: Any, place: int) -> Tensor:
-    """One of some values.
+    """Return the value at an index.
 
     Raises:
         ValueError: there is no such value.
@@ -114,17 +115,17 @@ def pick(model: nn.Module, name: str, values: Any, place: int) -> Tensor:
 
 
 def logits_of(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
-    """Logits at `places`; of a model for pretraining those of tokens."""
+    """Return the logits at `places`; for a pretraining model, those of the tokens."""
     logits = output.get("prediction_logits") if output.get("logits") is None else output.logits
     if logits is None:
         raise ValueError(f"{type(model).__name__} gives no logits")
-    if places is not None and logits.ndim == 3:  # it has no output embedding, and computed them all
+    if places is not None and logits.ndim == 3:  # no output embedding to restrict: all rows were computed
         return logits.flatten(0, 1)[places.to(logits.device)]
     return logits
 
 
 def layers_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], Tensor]:
-    """Reader of ``field`` of every decoder layer that learns, the last one last: (L, ...)."""
+    """Return a reader that stacks ``field`` of every supervised decoder layer, the last layer last: (L, ...)."""
 
     def read(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
         earlier = [part[field] for part in output.get("auxiliary_outputs") or ()]
@@ -134,7 +135,7 @@ def layers_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], T
 
 
 def field_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], Tensor]:
-    """Reader of ``field``."""
+    """Return a reader of ``field``."""
 
     def read(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
         if output.get(field) is None:
@@ -149,7 +150,7 @@ READERS = {
     BOXES: field_of("pred_boxes"),
     SET_LOGITS: layers_of("logits"),
     SET_BOXES: layers_of("pred_boxes"),
-    # DeiT's two heads (Touvron et al. 2021, section 3): the class token's and the distillation token's.
+    # The two heads of DeiT (Touvron et al. 2021, section 3), on the class token and on the distillation token.
     "cls_logits": field_of("cls_logits"),
     "distillation_logits": field_of("distillation_logits"),
 }
@@ -157,9 +158,9 @@ READERS = {
 
 @contextmanager
 def only_rows(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Have the output embedding, where there is one, read only some of the B T rows: (B, T, D) -> (n, V).
+    """Restrict the output embedding, if there is one, to some of the B T rows: (B, T, D) -> (n, V).
 
-    The product with V words is most of a masked language model's work, and 15 % of the tokens are masked.
+    The projection to the vocabulary dominates the cost of a masked language model, and only 15 % of tokens are masked.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -176,10 +177,10 @@ def only_rows(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 @contextmanager
 def output_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """The first tensor that the module called ``name`` gives, in a list that is filled by the forward pass.
+    """Yield a list to which the forward pass appends the first tensor that the named module returns.
 
     Raises:
-        ValueError: there is no such module, or it has not run.
+        ValueError: there is no such module, or it did not run.
     """
     try:
         module = model.get_submodule(name)
@@ -200,9 +201,10 @@ def output_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def timm_blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The blocks of a Vision Transformer of timm inside transformers' wrapper; None of any other model.
+    """Return the blocks of a timm Vision Transformer in transformers' wrapper; None for any other model.
 
-    The wrapper's hidden states are maps without the class token, and without what the first block reads.
+    They are hooked because the wrapper's hidden states are feature maps without the class token and the first block's
+    input.
     """
     blocks = getattr(getattr(model, "timm_model", None), "blocks", None)
     return blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else None
@@ -210,7 +212,7 @@ def timm_blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
 
 @contextmanager
 def states_of(blocks: nn.ModuleList | nn.Sequential) -> Iterator[list[Tensor]]:
-    """What the first block reads and every block gives, filled by the forward pass: L + 1 of (B, T, D)."""
+    """Yield a list that the forward pass fills with the input and all outputs of the blocks: L + 1 of (B, T, D)."""
     states: list[Tensor] = []
 
     def first(_: nn.Module, given: tuple) -> None:

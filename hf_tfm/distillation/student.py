@@ -1,4 +1,4 @@
-"""Students: made of some of a teacher's layers, and wrapped with what stands between them and the teacher.
+"""Students: initialised from some of a teacher's layers, and wrapped with the projections to the teacher's width.
 
 teacher, layers -> a smaller model with their weights (DistilBERT, arXiv:1910.01108, section 3)
 """
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .plan import Lesson, signals_of
 from .signals import MAP, SCORE, Signals, collect, parts
 
-# Where the number of a block stands in the name of a weight, by stack; "" is the only stack of a model.
+# Position of the block number in a weight's name, by stack; "" is the only stack of a single-stack model.
 BLOCK = r"(?:layers|layer|h|blocks|block)\.(\d+)\."
 STACKS = {"": rf"(?:^|\.){BLOCK}", "encoder": rf"(?:^|\.)encoder\.{BLOCK}", "decoder": rf"(?:^|\.)decoder\.{BLOCK}"}
 DEPTHS = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
@@ -26,12 +26,12 @@ DEPTHS = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("deco
 def student_of(
     teacher: PreTrainedModel, layers: Sequence[int] | dict[str, Sequence[int]], **fields: Any
 ) -> PreTrainedModel:
-    """A student of the teacher's class, made of some of its layers.
+    """Create a student of the teacher's class from some of the teacher's layers.
 
     Args:
-        layers: the teacher's blocks, counted from 0, in order; DistilBERT's are 0, 2, 4, 7, 9, 11 of 12. Of a model
-            with an encoder and a decoder, {stack: blocks}; a stack that is not named stays whole.
-        fields: of the configuration that differ from the teacher's, say ``type_vocab_size=0``; not widths.
+        layers: indices of the teacher's blocks, from 0, in order; DistilBERT uses 0, 2, 4, 7, 9, 11 of 12. For an
+            encoder-decoder model, {stack: blocks}; a stack that is not named is copied whole.
+        fields: configuration fields that differ from the teacher's, for example ``type_vocab_size=0``; not widths.
 
     Raises:
         ValueError: a layer does not exist, or the widths differ.
@@ -52,20 +52,20 @@ def copy_layers(
     layers: Sequence[int] | dict[str, Sequence[int]],
     truncate_width: bool = False,
 ) -> list[str]:
-    """Give a student the weights of some of the teacher's layers, and those of all that is not in a layer.
+    """Copy the weights of some of the teacher's layers, and all weights outside layers, into a student.
 
     Args:
-        student, teacher: whose weights have the same names; a model of transformers is first loaded as one of ours.
+        student, teacher: must have the same weight names; load a transformers model as one of this package's first.
         layers: see `student_of`.
-        truncate_width: of wider weights take the first rows and columns. What they compute together is lost by that,
-            so it has to be asked for.
+        truncate_width: copy the first rows and columns of wider weights. This destroys the function they compute
+            together, so it is off by default.
 
     Returns:
-        The names of the student's weights that the teacher has none for.
+        The names of the student's weights that the teacher does not have.
 
     Raises:
-        ValueError: a layer does not exist, or is one too many or few; a width differs; or the teacher has nothing for
-            the student's layers.
+        ValueError: a layer does not exist, the number of layers is wrong, a width differs, or the teacher has no
+            weights for the student's layers.
     """
     chosen = layers if isinstance(layers, dict) else {"": layers}
     source = teacher.state_dict()
@@ -89,12 +89,12 @@ def copy_layers(
 
 
 def block_of(name: str, stack: str) -> re.Match | None:
-    """Where the name of a weight has the number of its block in a stack."""
+    """Find the block number in the name of a weight of a stack."""
     return re.search(STACKS[stack], name)
 
 
 def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
-    """See `copy_layers`."""
+    """Check the number of layers and their indices, see `copy_layers`."""
     if stack not in STACKS:
         raise ValueError(f'stack must be one of {", ".join(STACKS)}, got "{stack}"')
     ours, theirs = (
@@ -110,7 +110,7 @@ def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], t
 
 
 def origin_of(name: str, layers: dict[str, Sequence[int]]) -> str:
-    """The teacher's name of a student's weight."""
+    """Return the teacher's name for a student's weight."""
     for stack, blocks in layers.items():
         if found := block_of(name, stack):
             return f"{name[: found.start(1)]}{blocks[int(found[1])]}{name[found.end(1) :]}"
@@ -118,7 +118,7 @@ def origin_of(name: str, layers: dict[str, Sequence[int]]) -> str:
 
 
 def fitted(name: str, given: Tensor, own: Tensor, truncate: bool) -> Tensor:
-    """A teacher's weight in the shape of the student's."""
+    """Return a teacher's weight in the shape of the student's."""
     if given.shape == own.shape:
         return given
     smaller = given.ndim == own.ndim and all(a <= b for a, b in zip(own.shape, given.shape, strict=True))
@@ -131,13 +131,13 @@ def fitted(name: str, given: Tensor, own: Tensor, truncate: bool) -> Tensor:
 
 
 class Distilled(nn.Module):
-    """A student with the learned projections between it and its teacher; what the loop trains as its model.
+    """A student with the trainable projections to its teacher's width; the model that the training loop optimises.
 
-    In the end the student alone is saved. What one term compares in several layers goes through one projection, as in
-    TinyBERT (arXiv:1909.10351, equations 8 and 9).
+    Only the student is saved at the end. All layer pairs of a term share one projection, as in TinyBERT
+    (arXiv:1909.10351, equations 8 and 9).
 
     Args:
-        student: on which `lessons` were planned.
+        student: model for which `lessons` were planned.
         lessons: see `plan.plan`.
     """
 
@@ -148,19 +148,19 @@ class Distilled(nn.Module):
         widths = {lesson.name: lesson.widths for lesson in lessons if lesson.widths}
         self.projections = nn.ModuleDict({name: nn.Linear(*pair, bias=False) for name, pair in widths.items()})
         for projection in self.projections.values():
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # states keep their size
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # preserves the scale of the states
 
     @property
     def config(self):
-        """The student's."""
+        """Configuration of the student."""
         return self.student.config
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """See transformers.
+        """Enable gradient checkpointing of the student, see transformers.
 
         Raises:
-            ValueError: attention scores are compared: they are formed in the forward pass alone, and a layer that runs
-                again in the backward pass would form others.
+            ValueError: attention scores are compared. They are recorded in the forward pass, and recomputation in the
+                backward pass would create different ones.
         """
         if any(parts(name)[1] == SCORE for name in self.names):
             raise ValueError("gradient_checkpointing does not work with terms on attention: turn one of them off")
@@ -173,7 +173,7 @@ class Distilled(nn.Module):
             inputs, places: see `collect`.
 
         Returns:
-            its signals, projected ones under `Lesson.projected`; and its output.
+            its signals, with projected ones named by `Lesson.projected`; and its output.
         """
         signals, output = collect(self.student, inputs, self.names, places)
         for lesson in self.lessons:
@@ -185,25 +185,26 @@ class Distilled(nn.Module):
 
 
 def project(projection: nn.Linear, states: Tensor, channels_first: bool) -> Tensor:
-    """States (B, T, D), or maps (B, D, h, w), of the student in the teacher's width."""
+    """Project states (B, T, D), or feature maps (B, D, h, w), of the student to the teacher's width."""
     return projection(states.movedim(1, -1)).movedim(-1, 1) if channels_first else projection(states)
 
 
 def freeze_unused(accelerator: Accelerator, task: Any, model: nn.Module, batch: Any) -> list[str]:
-    """Freeze what a loss does not reach, say the classifier where only inner layers are compared.
+    """Freeze parameters that the loss does not reach, such as the classifier if only hidden layers are compared.
 
-    Data-parallel training waits for the gradient of every weight that learns; and one without would still decay.
+    Distributed data parallel waits for the gradient of every trainable parameter, and weight decay would still shrink
+    parameters without a gradient.
 
     Args:
-        task: gives the losses.
+        task: computes the losses.
         model: not prepared yet.
-        batch: one that counts, as the task's ``collate`` gives it.
+        batch: a non-empty batch from the task's ``collate``.
 
     Returns:
-        The names of the frozen weights.
+        The names of the frozen parameters.
 
     Raises:
-        ValueError: the loss reaches no weight.
+        ValueError: the loss reaches no parameter.
     """
     model.to(accelerator.device)
     sum(task.losses(model, send_to_device(batch, accelerator.device)).values()).backward()

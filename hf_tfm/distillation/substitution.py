@@ -1,9 +1,9 @@
-"""More texts to learn from: words replaced by others that a masked language model finds likely in their place.
+"""Text augmentation: replace words with others that a masked language model considers likely.
 
-    text -> each word masked in turn -> the model's k likeliest words there -> copies in which some words are others
+    text -> each word masked in turn -> the model's k likeliest words -> copies with some words replaced
 
-TinyBERT's augmentation (Jiao et al. 2020, arXiv:1909.10351, section 3.2 and algorithm 1) without its word vectors:
-words of several pieces, for which the paper asks GloVe, are masked like all others and replaced by words of one piece.
+TinyBERT's augmentation (Jiao et al. 2020, arXiv:1909.10351, section 3.2 and algorithm 1) without word vectors: words
+of several pieces, for which the paper uses GloVe, are masked like all others and replaced by single-piece words.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from .signals import only_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Substitution:
-    """How texts are changed.
+    """Options of the augmentation.
 
     Args:
-        copies: changed texts made of each.
-        probability: that a word of a copy is replaced (threshold p_t).
-        candidates: likeliest words that one is drawn from (K).
-        max_length: tokens of a text that the model reads; words beyond stay as they are.
-        seed: of the draws.
+        copies: Number of augmented copies of each text.
+        probability: Probability that a word of a copy is replaced (threshold p_t).
+        candidates: Number of likeliest words to sample a replacement from (K).
+        max_length: Maximum number of tokens of a text that the model reads; later words stay unchanged.
+        seed: Random seed.
 
     Raises:
         ValueError: a value is out of range.
@@ -55,7 +55,7 @@ class Substitution:
 
 @dataclass
 class Word:
-    """A word of a text: its place in characters, and what may stand there instead."""
+    """A word of a text: its character span and its possible replacements."""
 
     start: int
     end: int
@@ -63,7 +63,7 @@ class Word:
 
 
 def substituted(text: str, words: Sequence[Word], chances: np.random.Generator, probability: float) -> str:
-    """A copy of a text in which some words are others."""
+    """Return a copy of a text with some words replaced."""
     parts, end = [], 0
     for word in words:
         replaced = chances.random() < probability
@@ -75,15 +75,15 @@ def substituted(text: str, words: Sequence[Word], chances: np.random.Generator, 
 
 
 class Substituter:
-    """Finds words that may stand in the place of others.
+    """Find possible replacements of words with a masked language model.
 
     Args:
-        model: a masked language model, ours or transformers'.
-        tokenizer: of the model; a fast one with a mask token, whose vocabulary marks words.
+        model: a masked language model, of this package or of transformers.
+        tokenizer: fast tokenizer of the model, with a mask token and a vocabulary that marks word boundaries.
         options: see `Substitution`.
 
     Raises:
-        ValueError: the tokenizer has no mask token, or does not mark words.
+        ValueError: the tokenizer has no mask token, or does not mark word boundaries.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: Substitution):
@@ -97,15 +97,15 @@ class Substituter:
         self.unwanted = torch.tensor([not w for w in whole], device=model.device)
 
     def words(self, texts: Sequence[str], batch_tokens: int = 4096, progress: bool = False) -> list[list[Word]]:
-        """The words of each text that have a letter, with the likeliest others.
+        """Return the words of each text that contain a letter, with their likeliest replacements.
 
         Args:
-            texts: to be changed.
-            batch_tokens: padded tokens in a forward pass.
+            texts: texts to augment.
+            batch_tokens: tokens per forward pass, including padding.
         """
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.options.max_length)
         found: list[list[Word]] = [[] for _ in texts]
-        masked: list[tuple[int, list[int], int]] = []  # text, ids, place of the mask
+        masked: list[tuple[int, list[int], int]] = []  # text number, ids, mask position
         for number, text in enumerate(texts):
             ids, of_word = encoded["input_ids"][number], encoded.word_ids(number)
             for word in dict.fromkeys(w for w in of_word if w is not None):
@@ -117,7 +117,7 @@ class Substituter:
                     masked.append((number, left_out, place))
         lengths = np.array([len(ids) for _, ids, _ in masked])
         seen = [0] * len(texts)
-        slots = []  # of each masked text, the word it asks for
+        slots = []  # the word that each masked text predicts
         for number, _, _ in masked:
             slots.append(found[number][seen[number]])
             seen[number] += 1
@@ -133,7 +133,7 @@ class Substituter:
 
     @torch.inference_mode()
     def likeliest(self, rows: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[str]]:
-        """The likeliest words at a place of each row of ids, one more than candidates are wanted."""
+        """Return the likeliest words at one position of each row of ids, one more than the number of candidates."""
         longest = max(map(len, rows))
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)
         seen = np.zeros_like(ids)
@@ -144,7 +144,7 @@ class Substituter:
         at_masks = torch.arange(len(rows), device=device) * longest + torch.tensor(places, device=device)
         with only_rows(self.model, at_masks):
             logits = self.model(**inputs).logits.float()
-        if logits.ndim == 3:  # a model without an output embedding computed them all
+        if logits.ndim == 3:  # no output embedding to restrict: all rows were computed
             logits = logits.flatten(0, 1)[at_masks]
         logits = logits[:, : len(self.names)].masked_fill(self.unwanted, -torch.inf)
         best = logits.topk(min(self.options.candidates + 1, logits.shape[1])).indices.tolist()
@@ -154,12 +154,12 @@ class Substituter:
 def with_copies(
     rows: datasets.Dataset, columns: Sequence[str], substituter: Substituter, batch_tokens: int = 4096, progress=False
 ) -> datasets.Dataset:
-    """Rows, and behind each its changed copies, as often as they differ from it and from each other.
+    """Insert after each row its augmented copies, dropping copies equal to the row or to each other.
 
-    A copy follows from (seed, number of the row, number of the copy) alone. Of a row with two texts both change.
+    A copy depends only on (seed, row number, copy number). For a row with two texts, both are augmented.
 
     Args:
-        columns: of texts that change; all others are repeated.
+        columns: text columns to augment; all other columns are repeated.
     """
     options = substituter.options
     words = {name: substituter.words(rows[name][:], batch_tokens, progress) for name in columns}

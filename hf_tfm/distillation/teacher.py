@@ -1,4 +1,4 @@
-"""Teachers: loaded, put where there is room, and looked at before anything is trained.
+"""Teachers: load them, place them on a device, and check them before training.
 
 model -> in evaluation mode, without gradients, in its dtype, on its device -> signals of a batch
 """
@@ -24,10 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def to_dtype(name: str, argument: str = "dtype") -> torch.dtype:
-    """A dtype by its short name.
+    """Return the dtype with a short name.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no such name.
     """
     if name not in DTYPES:
         raise ValueError(f'{argument} must be one of {", ".join(DTYPES)}, got "{name}"')
@@ -35,21 +35,23 @@ def to_dtype(name: str, argument: str = "dtype") -> torch.dtype:
 
 
 class Teacher:
-    """A model that gives signals and learns nothing.
+    """A frozen model that provides signals.
+
+    Its model accepts inputs on another device or in another dtype and returns outputs on the device of the inputs, so
+    callers need not know where it is placed.
 
     Args:
-        model: of transformers' kind. One that is spread over devices (``device_map``) stays as it is.
-        dtype: "fp32", "bf16" or "fp16", of its weights and what it computes.
-        device: where it computes, which need not be where the student does; default, where it is.
+        model: a `PreTrainedModel`. A model dispatched over several devices (``device_map``) is not moved.
+        dtype: "fp32", "bf16" or "fp16", for weights and computation.
+        device: device of the teacher, which may differ from the student's; by default the model is not moved.
 
-    Its model may be called with what is on another device, or in another dtype, and answers on the device of that: so
-    whoever scores it need not know where it stands.
-
-    `facts` is what its lessons are planned on; `hash` is of its weights as they were loaded, None where some of them
-    are not in memory; `dtype` as it was given.
+    Attributes:
+        facts: the properties that lessons are planned on.
+        hash: hash of the weights as loaded; None if some weights are not in memory.
+        dtype: as passed.
 
     Raises:
-        ValueError: there is no such dtype.
+        ValueError: unknown dtype.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: str = "fp32", device: torch.device | str | None = None):
@@ -63,32 +65,32 @@ class Teacher:
         Visits(self.model, spread)
 
     def __getstate__(self) -> dict[str, Any]:
-        # It goes to workers that make batches, and need no model.
+        # Sent to data loader workers, which do not need the model.
         return {name: value for name, value in vars(self).items() if name != "model"}
 
     def require(self, lessons: Sequence[Lesson]) -> None:
-        """Nothing: it can compute all that was planned on its facts. See `cache.CachedTeacher`."""
+        """Accept all lessons: a model can compute every planned signal. See `cache.CachedTeacher`."""
 
     def epoch(self, epoch: int) -> int:
-        """It knows them all."""
+        """Return the epoch unchanged: a model can compute every epoch."""
         return epoch
 
     def attach(self, *_: Any) -> dict[str, Any]:
-        """Nothing is added to a batch: this teacher computes when it is asked."""
+        """Add nothing to a batch: signals are computed on demand."""
         return {}
 
     @torch.no_grad()
     def signals(
         self, attached: dict[str, Any], inputs: dict[str, Any], names: Collection[str], places: Tensor | None
     ) -> Signals:
-        """Signals for a batch, on the device of the inputs.
+        """Compute the signals of a batch, on the device of the inputs.
 
         Args:
-            attached: what `attach` gave, is not looked at.
+            attached: result of `attach`, unused.
             inputs, names, places: see `collect`.
         """
         if self.model.training:
-            self.model.eval()  # whoever else used it
+            self.model.eval()  # another user of the model may have left it in training mode
         home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
         own = next(self.model.parameters()).device
         with torch.autocast(home.type, enabled=False), torch.autocast(own.type, enabled=False):
@@ -104,16 +106,16 @@ def load_teacher(
     device_map: str | dict[str, Any] | None = None,
     **options: Any,
 ) -> Teacher:
-    """A teacher of a folder or the Hub.
+    """Load a teacher from a folder or the Hub.
 
     Args:
-        kind: the Auto class, or the model's own, that has the head it teaches with.
+        kind: an Auto class or a model class that has the head to distill from.
         dtype, device: see `Teacher`.
-        device_map: spreads a model that fits on no device alone, see transformers; takes the place of ``device``.
-        options: others of ``from_pretrained``, say ``revision``.
+        device_map: spreads a model over several devices, see transformers; replaces ``device``.
+        options: further arguments of ``from_pretrained``, for example ``revision``.
 
     Raises:
-        ValueError: both a device and a map are given, or the weights lack a head, which would then be random.
+        ValueError: both a device and a device_map are given, or the weights lack a head, which would then be random.
     """
     if device is not None and device_map is not None:
         raise ValueError(f"give device or device_map, not both, got {device} and {device_map}")
@@ -122,7 +124,7 @@ def load_teacher(
     with explained("teacher", name):
         options = {"trust_remote_code": False, **options}
         model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-        # A pooler that pretraining leaves out is not looked at, unless a head stands on it, which is then missing too.
+        # A missing pooler is harmless unless a head uses it, and then the head is missing too.
         if missing := sorted(key for key in report["missing_keys"] if "pooler." not in key):
             raise LoadingError(
                 f'teacher "{name}" lacks the weights {", ".join(missing[:3])} of {type(model).__name__}: it was not '
@@ -133,20 +135,20 @@ def load_teacher(
 
 
 class Visits:
-    """Hooks of a model that bring what it is given to its device, and what it gives back to where that came from.
+    """Hooks that move a model's inputs to its device, and its outputs back to the device of the inputs.
 
     Args:
-        model: gets the hooks. Where its weights are, is looked up each time.
-        spread: it is on several devices, and has hooks of its own that bring tensors from one to the other.
+        model: gets the hooks. Its device is looked up at every call.
+        spread: True for a model on several devices, whose own hooks move tensors between them.
     """
 
     def __init__(self, model: nn.Module, spread: bool):
         self.spread, self.home = spread, None
         model.register_forward_pre_hook(self.come, with_kwargs=True)
-        model.register_forward_hook(self.go, prepend=True)  # the last to come is the first to go
+        model.register_forward_hook(self.go, prepend=True)  # runs first, as the input hook ran last
 
     def come(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments on the model's device, images in its dtype."""
+        """Move the arguments to the model's device, and cast floating-point tensors to its dtype."""
         own = next(model.parameters())
         self.home = find_device((args, kwargs))
         dtype = own.dtype
@@ -159,12 +161,12 @@ class Visits:
         return tuple(map(brought, args)), {name: brought(value) for name, value in kwargs.items()}
 
     def go(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        """What the model gives, where its arguments came from."""
+        """Move the output to the device of the arguments."""
         return output if self.home is None else send_to_device(output, self.home)
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of every weight and buffer that is saved, with its name, shape and dtype."""
+    """Hash all saved weights and buffers with their names, shapes and dtypes."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -173,15 +175,15 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def origin_of(name: str) -> str | None:
-    """What tells a teacher from others without loading it; None where nothing does.
+    """Identify a teacher without loading it; None if that is impossible.
 
     Args:
-        name: a folder, of whose files of weights it is a hash; or an id on the Hub, of which it is the commit.
+        name: a folder, identified by a hash of its weight files, or a Hub id, identified by its commit.
     """
     if not Path(name).is_dir():
         try:
             return PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash")
-        except OSError:  # no network, and not on this machine
+        except OSError:  # no network, and not in the local cache
             return None
     digest = hashlib.sha256()
     files = sorted(path for like in ("model*.safetensors", "pytorch_model*.bin") for path in Path(name).glob(like))
@@ -194,18 +196,18 @@ def origin_of(name: str) -> str | None:
 
 
 def check_score(scores: dict[str, float], metric: str, expected: float, tolerance: float = 0.01) -> None:
-    """Refuse a teacher that is worse on the validation data than it should be, before a student learns from it.
+    """Refuse a teacher that scores worse on the validation data than expected, before training starts.
 
-    What is behind it mostly: a checkpoint without its fine-tuning, labels in another order, or another tokenizer.
+    Typical causes: a checkpoint that was not fine-tuned, labels in another order, or another tokenizer.
 
     Args:
-        scores: of the teacher, by metric.
-        metric: the one that is expected; higher is better, but of "loss".
-        expected: what it should be.
-        tolerance: how much worse it may be.
+        scores: the teacher's scores, by metric.
+        metric: metric to check; higher is better, except for "loss".
+        expected: expected score.
+        tolerance: largest accepted shortfall.
 
     Raises:
-        ValueError: with both numbers, or the metrics there are.
+        ValueError: reports both numbers, or the available metrics.
     """
     if metric not in scores:
         raise ValueError(f'metric "{metric}" is not evaluated; there are {", ".join(scores)}')

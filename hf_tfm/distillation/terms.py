@@ -1,6 +1,6 @@
-"""What a student is asked to be like its teacher in: terms, as a YAML file gives them.
+"""Distillation loss terms, as specified in YAML.
 
-{kind, weight, layers, ...} -> Term, checked in itself; `plan` checks it against both models
+{kind, weight, layers, ...} -> Term, validated on its own; `plan` checks it against both models
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ..values import check_bounds, closest, conform_fields, shown
 from . import losses
 from .signals import HIDDEN, LOGITS, MAP, SCORE
 
-ROWS, TOKENS, OBJECTS = "rows", "tokens", "objects"  # what a loss is summed over
+ROWS, TOKENS, OBJECTS = "rows", "tokens", "objects"  # the items that a loss is summed over
 RULES = ("uniform", "skip", "last", "final")
 Layers = dict[int, int] | dict[str, str] | Literal["uniform", "skip", "last", "final"]
 
@@ -23,13 +23,13 @@ class Kind:
     """A kind of term.
 
     Args:
-        loss: its function in `losses`; None of the true labels', which the task computes.
-        items: what it is summed over.
-        signal: the kind of signals it compares, of layers; None of one that compares logits.
-        layers: the rule where a term names no layers.
-        heads: student and teacher need equally many.
-        top: its function where the teacher's largest logits alone are known; None where they do not do.
-        temperature: it has one.
+        loss: its function in `losses`; None for the true labels, whose loss the task computes.
+        items: items that the loss is summed over.
+        signal: kind of the layer signals to compare; None if it compares logits.
+        layers: default layer mapping rule.
+        heads: student and teacher need the same number of attention heads.
+        top: loss function if only the teacher's largest logits are known; None if these are not enough.
+        temperature: the kind has a temperature.
     """
 
     loss: Callable[..., Tensor] | None
@@ -58,29 +58,29 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One term of a distillation loss; see `losses` for each.
+    """One term of a distillation loss; see `losses` for each kind.
 
     Args:
-        kind: what is compared: label (the true labels: no teacher), soft_target (of one output, where a number is
-            predicted, its squared error), hard_target, logit, hidden_state, embedding, cosine, attention_score,
+        kind: Loss to compute: label (true labels, no teacher), soft_target (for regression with a single output:
+            squared error), hard_target, logit, hidden_state, embedding, cosine, attention_score,
             attention_probability, feature_map or query.
-        weight: how much it counts.
-        temperature: of soft_target and query.
-        layers: {student's layer: teacher's}, where blocks count from 1 and 0 is what the first one reads; of
-            feature_map, {student's module: teacher's}. Or a rule, for M layers of a student and N of a teacher:
-            uniform, m -> m N / M (TinyBERT, section 3.1; halves rounded up); skip, the same without the last
-            (PKD-Skip, Sun et al. 2019, arXiv:1908.09355, section 3); last, m -> N - M + m (PKD-Last); final, M -> N
-            alone. Default, uniform, and of cosine final.
-        stack: encoder, decoder or cross, of models with both (cross: attention alone); default, the only one.
-        projection: auto puts a linear layer behind the student's states where they are not as wide as the teacher's;
-            linear always; none never.
-        tokens: which of a text count: targets, those that a language model is to predict, the default of terms on
-            logits; all, the default of terms on states and attention; or of these first, that of the class alone (PKD,
-            section 3). Terms on logits must agree.
-        output: the logits of the student that are compared, of DeiT "cls_logits" or "distillation_logits".
+        weight: Weight of the term.
+        temperature: Softmax temperature of soft_target and query.
+        layers: Mapping {student layer: teacher layer}, where blocks count from 1 and 0 is the input of the first
+            block; for feature_map, {student module: teacher module}. Or a rule, for a student of M layers and a
+            teacher of N: uniform, m -> m N / M (TinyBERT, section 3.1; halves rounded up); skip, uniform without the
+            last layer (PKD-Skip, Sun et al. 2019, arXiv:1908.09355, section 3); last, m -> N - M + m (PKD-Last);
+            final, only M -> N. Default: uniform, or final for cosine.
+        stack: encoder, decoder or cross (attention only) of an encoder-decoder model; by default the only stack.
+        projection: auto adds a linear layer to the student's states if their width differs from the teacher's; linear
+            always adds it; none never does.
+        tokens: Tokens of a text that count: targets, those that a language model predicts (default for terms on
+            logits); all (default for terms on states and attention); or, for the latter, first, the class token only
+            (PKD, section 3). All terms on logits must use the same value.
+        output: Student logits to compare; for DeiT also cls_logits or distillation_logits.
 
     Raises:
-        ValueError: a value is not one it may have, or of no use for the kind.
+        ValueError: a value is invalid, or does not apply to the kind.
     """
 
     kind: str
@@ -128,17 +128,17 @@ class Term:
 
 
 def tokens_of(kind: Kind) -> tuple[str, ...]:
-    """Which tokens may count in a kind of term, its default first."""
+    """Return the valid values of `Term.tokens` for a kind, the default first."""
     if kind.items == ROWS:
         return ("targets", "all") if kind.loss else ("targets",)
     return ("all", "targets", "first") if kind.signal in (HIDDEN, SCORE) else ("all",)
 
 
 def read_terms(given: Sequence[Term | dict[str, Any]]) -> list[Term]:
-    """Terms of a list as YAML has it; for the ``__post_init__`` of a recipe's knobs.
+    """Convert a list from YAML to terms; for the ``__post_init__`` of argument dataclasses.
 
     Raises:
-        ValueError: see `Term`; the error says which it is.
+        ValueError: see `Term`; the error gives the index of the term.
     """
     found = []
     for i, term in enumerate(given):
@@ -157,5 +157,5 @@ def read_terms(given: Sequence[Term | dict[str, Any]]) -> list[Term]:
 
 
 def on_logits(term: Term) -> bool:
-    """Whether a term compares the logits of rows."""
+    """Return True if a term compares the logits of rows."""
     return KINDS[term.kind].items == ROWS and term.kind != "label"
