@@ -1,6 +1,6 @@
-"""Metrics as `evaluate` modules that need no network.
+"""Metrics as `evaluate` modules that work offline.
 
-Make one from its class, ``Bleu(lowercase=True)``, or by name, ``evaluate.load(path("bleu"), lowercase=True)``.
+Create one from its class, ``Bleu(lowercase=True)``, or by name, ``evaluate.load(path("bleu"), lowercase=True)``.
 """
 
 from pathlib import Path
@@ -37,14 +37,14 @@ DETECTION_METRICS = {"coco_ap": CocoAP, "panoptic_quality": PanopticQuality}
 
 
 def path(name: str) -> str:
-    """The script of a metric, for `evaluate.load`.
+    """Return the path of a metric's script, for `evaluate.load`.
 
     Args:
-        name: one of `METRICS`, which are of texts, of `CLASS_METRICS`, of image classification, of `LABEL_METRICS`, of
-            labels of texts, or of `DETECTION_METRICS`, of detection and segmentation.
+        name: a key of `METRICS` (text), `CLASS_METRICS` (image classification), `LABEL_METRICS` (text labels) or
+            `DETECTION_METRICS` (detection and segmentation).
 
     Raises:
-        ValueError: there is no such metric.
+        ValueError: if the metric is unknown.
     """
     known = METRICS | CLASS_METRICS | LABEL_METRICS | DETECTION_METRICS
     if name not in known:

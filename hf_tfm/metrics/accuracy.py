@@ -1,21 +1,21 @@
-"""Accuracy: how often the label is the first class of a prediction, and how often among the first five."""
+"""Top-1 and top-5 accuracy of image classification."""
 
 from hf_tfm.metrics.classes import ClassMetric
 
 
 class Accuracy(ClassMetric):
-    """Share of images whose label is predicted.
+    """Top-1 accuracy, and top-5 accuracy if enough classes are predicted.
 
         Accuracy().compute(predictions=[[2, 0, 1, 3, 4], [1, 0, 2, 3, 5]], references=[2, 4])
 
-    The result holds ``accuracy`` in [0, 1] and, where predictions name five classes or more, ``top5_accuracy``. Images
-    whose label is negative have none and are left out.
+    The result holds ``accuracy`` in [0, 1] and, if predictions list at least five classes, ``top5_accuracy``. Images
+    with a negative label are unlabelled and are skipped.
 
     Args:
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: if an option is unknown.
     """
 
     source = "Russakovsky et al. 2015, arXiv:1409.0575, section 4.1"

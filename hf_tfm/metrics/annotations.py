@@ -1,4 +1,4 @@
-"""Boxes, masks, segments and labels as users have them, tensors or lists -> checked arrays."""
+"""Validate user-supplied boxes, masks, segments and labels (tensors, arrays or lists) and convert them to arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 
 
 def records(values: Any, argument: str) -> list[Mapping]:
-    """A list of mappings.
+    """Return ``values`` as a list of mappings.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: if ``values`` is not a list of mappings.
     """
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
         raise ValueError(f"{argument} must be a list of dictionaries, got {type(values).__name__}")
@@ -22,10 +22,10 @@ def records(values: Any, argument: str) -> list[Mapping]:
 
 
 def entry(record: Mapping, key: str, place: str) -> Any:
-    """``record[key]``.
+    """Return ``record[key]``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if the key is missing or its value is None.
     """
     if record.get(key) is None:
         raise ValueError(f'{place} needs "{key}"; it has {", ".join(map(str, record)) or "nothing"}')
@@ -33,24 +33,24 @@ def entry(record: Mapping, key: str, place: str) -> Any:
 
 
 def image_id(reference: Mapping, place: str) -> int:
-    """The image id of a reference.
+    """Return the image id of a reference.
 
     Raises:
-        ValueError: there is none, or it is not an integer.
+        ValueError: if it is missing or not an integer.
     """
     value = entry(reference, "image_id", place)
     if isinstance(value, str):
         raise ValueError(f'{place}["image_id"] must be an integer, got "{value}"')
     place = f'{place}["image_id"]'
-    # transformers' labels hold it as a tensor of one element.
+    # transformers' labels store the id as a one-element tensor.
     return int(integers(to_array(value, place).reshape(-1), place, limit=None, count=1, least=None)[0])
 
 
 def ordered_names(names: Sequence[str] | Mapping[int, str] | None) -> list[str] | None:
-    """Names of the classes 0 to N - 1, in order.
+    """Return the names of classes 0 to N - 1 in order.
 
     Raises:
-        ValueError: classes are missing, or two have the same name.
+        ValueError: if a class is missing or two classes share a name.
     """
     if names is None:
         return None
@@ -66,10 +66,10 @@ def ordered_names(names: Sequence[str] | Mapping[int, str] | None) -> list[str] 
 
 
 def to_array(values: Any, place: str) -> np.ndarray:
-    """A tensor, an array or nested lists of numbers as an array.
+    """Convert a tensor, an array or nested lists of numbers to an array.
 
     Raises:
-        ValueError: it is no regular array of numbers.
+        ValueError: if the values do not form a regular numeric array.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
@@ -84,10 +84,10 @@ def to_array(values: Any, place: str) -> np.ndarray:
 
 
 def numbers(values: Any, place: str, count: int | None = None) -> np.ndarray:
-    """Finite numbers, (n,) float64.
+    """Return finite numbers as (n,) float64.
 
     Raises:
-        ValueError: they are not, or not ``count``.
+        ValueError: if a number is not finite, or there are not ``count`` numbers.
     """
     array = to_array(values, place)
     if array.ndim != 1 or count not in (None, len(array)):
@@ -100,10 +100,11 @@ def numbers(values: Any, place: str, count: int | None = None) -> np.ndarray:
 def integers(
     values: Any, place: str, limit: int | None, count: int | None = None, least: int | None = 0
 ) -> np.ndarray:
-    """Integers, (n,) int64.
+    """Return integers as (n,) int64.
 
     Raises:
-        ValueError: they are not, not ``count``, below ``least``, or not below ``limit``.
+        ValueError: if a value is not an integer, is below ``least`` or not below ``limit``, or there are not ``count``
+            values.
     """
     array = to_array(values, place)
     if array.ndim != 1 or count not in (None, len(array)):
@@ -120,10 +121,10 @@ def integers(
 
 
 def boxes(values: Any, place: str, count: int) -> np.ndarray:
-    """Boxes x1, y1, x2, y2 in pixels -> x, y, width, height in pixels, (n, 4) float64.
+    """Convert boxes from (x1, y1, x2, y2) to (x, y, width, height), both in pixels, (n, 4) float64.
 
     Raises:
-        ValueError: they are not (count, 4) or not finite, or a box ends before it begins.
+        ValueError: if the shape is not (count, 4), a value is not finite, or x2 < x1 or y2 < y1.
     """
     array = to_array(values, place)
     array = array.reshape(0, 4) if array.shape == (0,) else array  # an empty list has no second axis
@@ -139,10 +140,10 @@ def boxes(values: Any, place: str, count: int) -> np.ndarray:
 
 
 def masks(values: Any, place: str, count: int) -> np.ndarray:
-    """Masks, (n, H, W) bool; no masks at all are (0, 0, 0).
+    """Return masks as (n, H, W) bool; an empty list gives (0, 0, 0).
 
     Raises:
-        ValueError: they are not (count, H, W), or not made of 0 and 1.
+        ValueError: if the shape is not (count, H, W) or a value is neither 0 nor 1.
     """
     array = to_array(values, place)
     array = array.reshape(0, 0, 0) if array.shape == (0,) else array
@@ -154,15 +155,15 @@ def masks(values: Any, place: str, count: int) -> np.ndarray:
 
 
 def segment_map(values: Any, place: str) -> np.ndarray:
-    """A map of segment ids, (H, W) int64.
+    """Return a map of segment ids as (H, W) int64.
 
     Raises:
-        ValueError: it has another shape, or numbers that are not whole.
+        ValueError: if it is not two-dimensional or holds non-integer values.
     """
     array = to_array(values, place)
     if array.ndim != 2:
         raise ValueError(f"{place} must have shape (H, W), got {array.shape}")
-    # transformers gives a float map of -1 where it finds no segment, so the type alone is no mistake.
-    if array.dtype.kind == "f" and (wrong := np.trunc(array) != array).any():  # NaN differs from itself
+    # transformers returns a float map filled with -1 if it finds no segment, so a float dtype is not an error.
+    if array.dtype.kind == "f" and (wrong := np.trunc(array) != array).any():  # also true for NaN
         raise ValueError(f"{place} must hold integers, got {array[wrong][0]}")
     return array.astype(np.int64)

@@ -1,4 +1,4 @@
-"""What all metrics share: options are checked, a lone process keeps its samples in memory, a share may be empty."""
+"""Base class of all metrics: validates options, keeps samples in memory in a single process, allows empty shards."""
 
 import inspect
 from abc import ABC
@@ -8,22 +8,23 @@ import evaluate
 
 
 class OfflineMetric(evaluate.Metric, ABC):
-    """An `evaluate.Metric` that needs no network.
+    """An `evaluate.Metric` that needs no network access.
 
-    A lone process keeps its samples in memory, so it leaves no cache or lock file and collides with no other. Several
-    processes meet in files, as `evaluate` arranges it: process 0 returns the result of all, the others None.
+    A single process keeps its samples in memory: it leaves no cache or lock file and cannot collide with another run.
+    Several processes exchange samples through files, as in `evaluate`: process 0 returns the result over all samples,
+    the others None.
 
     Args:
-        kwargs: those of `evaluate.Metric`; ``keep_in_memory`` follows from ``num_process``.
+        kwargs: options of `evaluate.Metric`; ``keep_in_memory`` is set according to ``num_process``.
 
     Raises:
-        ValueError: an option is unknown, or ``num_process`` is above 1 and there is no ``experiment_id``.
+        ValueError: if an option is unknown, or ``num_process`` is above 1 and ``experiment_id`` is not set.
     """
 
-    source: str  # where the metric is defined
+    source: str  # reference that defines the metric
 
     def __init__(self, **kwargs):
-        # evaluate.Metric swallows what it does not know.
+        # evaluate.Metric ignores unknown options silently.
         known = inspect.signature(evaluate.Metric).parameters
         unknown = [name for name in kwargs if name not in known]
         if unknown:
@@ -32,28 +33,28 @@ class OfflineMetric(evaluate.Metric, ABC):
         if processes == 1:
             kwargs["keep_in_memory"] = True
         elif kwargs.get("experiment_id") is None:
-            # Under evaluate's fixed default two runs on one machine can mix their samples.
+            # With evaluate's fixed default id, two runs on one machine can mix their samples.
             raise ValueError(f"num_process={processes} needs an experiment_id, the same in all processes of a run")
         super().__init__(**kwargs)
 
     def add(self, *, prediction=None, reference=None) -> None:
-        """Add one prediction and what belongs to it."""
+        """Add one prediction and its reference."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def compute(
         self, *, predictions: Sequence | None = None, references: Sequence | None = None, **options
     ) -> dict | None:
-        """Score what was added, and ``predictions`` with ``references`` if given; then start anew.
+        """Score all added samples, plus ``predictions`` and ``references`` if given, then reset.
 
         Returns:
-            the result, or None in a process other than 0.
+            The result in process 0, None in the other processes.
 
         Raises:
-            ValueError: there is nothing to score, predictions differ in their number of references, or an option is
-                given here instead of to the constructor.
+            ValueError: if there is nothing to score, predictions differ in their number of references, or an option is
+                passed here instead of to the constructor.
         """
         if options:
             raise ValueError(f"{', '.join(options)}: give options to {type(self).__name__}(...) or evaluate.load(...)")
         if predictions is None and references is None and self.writer is None:
-            predictions, references = [], []  # the share of a process that has seen no sample
+            predictions, references = [], []  # a process whose shard is empty
         return super().compute(predictions=predictions, references=references)

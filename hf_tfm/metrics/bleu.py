@@ -1,4 +1,4 @@
-"""BLEU, by sacrebleu: precision of word n-grams up to 4, times a penalty for short output."""
+"""BLEU, computed by sacrebleu: word n-gram precision up to 4, times a brevity penalty."""
 
 from sacrebleu.metrics import BLEU
 
@@ -6,21 +6,21 @@ from hf_tfm.metrics.text import TextMetric
 
 
 class Bleu(TextMetric):
-    """Corpus BLEU (Papineni et al. 2002) as sacrebleu computes it (Post 2018).
+    """Corpus BLEU (Papineni et al. 2002) as computed by sacrebleu (Post 2018).
 
         Bleu(lowercase=True).compute(predictions=["a b"], references=[["a b", "a c"]])
 
     The result holds ``bleu`` and the four ``precisions`` in percent, the brevity penalty ``bp`` in (0, 1], ``sys_len``
-    and ``ref_len`` in tokens, and sacrebleu's ``signature``, without which a score cannot be compared.
+    and ``ref_len`` in tokens, and sacrebleu's ``signature``, which is needed to compare scores.
 
     Args:
-        lowercase: compare without case.
-        tokenize: a tokeniser of sacrebleu, "13a" being WMT's. Those for Japanese and Korean need sacrebleu's extras;
-            "flores101", "flores200" and the like download a model when first used.
+        lowercase: ignore case.
+        tokenize: a sacrebleu tokenizer; "13a" is WMT's. Japanese and Korean need sacrebleu's extras; "flores101",
+            "flores200" and similar ones download a model on first use.
         kwargs: see `TextMetric`.
 
     Raises:
-        ValueError: the tokeniser or an option is unknown.
+        ValueError: if the tokenizer or an option is unknown.
     """
 
     source = "Papineni et al. 2002, doi:10.3115/1073083.1073135; Post 2018, arXiv:1804.08771"

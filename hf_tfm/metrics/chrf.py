@@ -1,4 +1,4 @@
-"""chrF and chrF++, by sacrebleu: F-score of character n-grams up to 6, and of word n-grams."""
+"""chrF and chrF++, computed by sacrebleu: F-score of character n-grams up to 6 and, for chrF++, of word n-grams."""
 
 from sacrebleu.metrics import CHRF
 
@@ -6,19 +6,19 @@ from hf_tfm.metrics.text import TextMetric
 
 
 class Chrf(TextMetric):
-    """Corpus chrF (Popovic 2015) or chrF++ (Popovic 2017) as sacrebleu computes it (Post 2018).
+    """Corpus chrF (Popovic 2015) or chrF++ (Popovic 2017) as computed by sacrebleu (Post 2018).
 
         Chrf(word_order=2).compute(predictions=["a b"], references=["a c"])
 
     The result holds ``chrf`` in percent and sacrebleu's ``signature``.
 
     Args:
-        word_order: longest word n-gram; 0 is chrF, 2 is chrF++.
-        lowercase: compare without case.
+        word_order: maximum word n-gram order; 0 is chrF, 2 is chrF++.
+        lowercase: ignore case.
         kwargs: see `TextMetric`.
 
     Raises:
-        ValueError: ``word_order`` is negative, or an option is unknown.
+        ValueError: if ``word_order`` is negative or an option is unknown.
     """
 
     source = (

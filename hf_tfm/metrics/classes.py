@@ -1,6 +1,6 @@
-"""What the metrics of image classification share: ranked classes against labels.
+"""Base class of the image classification metrics: ranked classes against labels.
 
-predictions [N] or [N][k], best first; references [N] or [N][R] -> checked -> score
+predictions [N] or [N][k], best first; references [N] or [N][R] -> validated -> score
 """
 
 import inspect
@@ -12,7 +12,7 @@ import evaluate
 
 from hf_tfm.metrics.base import OfflineMetric
 
-MOST = 2**31  # classes that there may be
+MOST = 2**31  # exclusive upper bound of class ids
 INPUTS = """
 Args:
     predictions: N classes, or N lists of k classes, the most likely first; k is the same for every image.
@@ -21,10 +21,10 @@ Args:
 
 
 def class_lists(values: Sequence, argument: str) -> list[list[int]]:
-    """Integers, or lists of them (arrays too), as lists of plain integers.
+    """Convert integers, or lists or arrays of integers, to lists of Python ints.
 
     Raises:
-        ValueError: something is not an integer.
+        ValueError: if a value is not an integer.
     """
     if values is None or isinstance(values, str):
         raise ValueError(f"{argument} must be a list of classes, got {type(values).__name__}")
@@ -45,13 +45,13 @@ class ClassMetric(OfflineMetric):
 
     @abstractmethod
     def score(self, predictions: list[list[int]], references: list[list[int]]) -> dict:
-        """Score N images: k ranked classes, and any number of labels each."""
+        """Score N images, each with k ranked classes and any number of labels."""
 
     def add_batch(self, *, predictions: Sequence | None = None, references: Sequence | None = None) -> None:
         """Add N predictions and their labels.
 
         Raises:
-            ValueError: there are not as many references as predictions, or something is not an integer.
+            ValueError: if the numbers of predictions and references differ, or a value is not an integer.
         """
         predictions = class_lists(predictions, "predictions")
         references = class_lists(references, "references")

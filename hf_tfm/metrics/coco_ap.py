@@ -1,4 +1,4 @@
-"""COCO's average precision and recall of detection, by faster-coco-eval, with boxes or masks."""
+"""COCO average precision and recall for boxes or masks, computed by faster-coco-eval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -27,27 +27,27 @@ DETECTION = np.dtype(
 
 
 class CocoAP(StreamingMetric):
-    """Average precision and recall of detection as COCO defines and pycocotools computes them.
+    """Detection average precision and recall as defined by COCO and computed by pycocotools.
 
         metric = CocoAP(class_names=model.config.id2label)
         metric.add_batch(predictions=[{"boxes": ..., "scores": ..., "labels": ...}], references=[...])
         metric.compute()["AP50"]
 
-    The result holds ``AP`` (mean over the IoU thresholds 0.5 to 0.95), ``AP50``, ``AP75``, ``AP_small`` (area to 32²
-    pixels), ``AP_medium`` (to 96²), ``AP_large``; ``AR1``, ``AR10``, ``AR100`` (by the limit on detections),
-    ``AR_small``, ``AR_medium``, ``AR_large``; ``per_class``, AP and AP50 by name; and ``images``. A score lies in
-    [0, 1], or is NaN where there is no such object.
+    The result holds ``AP`` (mean over IoU thresholds 0.5 to 0.95), ``AP50``, ``AP75``, ``AP_small`` (area up to 32²
+    pixels), ``AP_medium`` (up to 96²), ``AP_large``; ``AR1``, ``AR10``, ``AR100`` (by detection limit), ``AR_small``,
+    ``AR_medium``, ``AR_large``; ``per_class``, AP and AP50 by class name; and ``images``. Scores are in [0, 1], or NaN
+    if there is no such object.
 
-    Kept are 30 bytes a detection and 16 an object, but neither boxes nor masks.
+    The metric keeps 30 bytes per detection and 16 per object, but no boxes or masks.
 
     Args:
-        iou_type: compare boxes, "bbox", or masks, "segm".
-        max_detections: limits on the detections of an image and class, ascending; AP is at the last.
+        iou_type: "bbox" compares boxes, "segm" compares masks.
+        max_detections: ascending limits on the detections per image and class; AP uses the last one.
         class_names: see `StreamingMetric`.
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: an option is unknown or out of range.
+        ValueError: if an option is unknown or out of range.
     """
 
     source = "Lin et al. 2014, arXiv:1405.0312; cocodataset.org/#detection-eval"
@@ -70,7 +70,7 @@ class CocoAP(StreamingMetric):
         super().__init__(class_names, **kwargs)
 
     def labels(self, reference: Mapping, place: str) -> np.ndarray:
-        """The classes of a reference's objects."""
+        """Return the classes of a reference's objects."""
         return self.check_labels(entry(reference, "labels", place), f'{place}["labels"]')
 
     def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
@@ -86,7 +86,7 @@ class CocoAP(StreamingMetric):
         return {"objects": objects, "detections": detections}
 
     def detections(self, prediction: Mapping, place: str) -> tuple[Regions, np.ndarray]:
-        """The detections within the limit, and their scores (D,), descending."""
+        """Return the detections within the limit and their scores (D,), descending."""
         labels = self.labels(prediction, place)
         scores = numbers(entry(prediction, "scores", place), f'{place}["scores"]', len(labels))
         best = np.argsort(-scores, kind="stable")
@@ -94,7 +94,7 @@ class CocoAP(StreamingMetric):
         return self.regions(prediction, place, labels, best), scores[best]
 
     def objects(self, reference: Mapping, place: str) -> tuple[Regions, np.ndarray]:
-        """The objects of an image, and whether each is a crowd, (G,) bool."""
+        """Return the objects of an image and their crowd flags, (G,) bool."""
         labels = self.labels(reference, place)
         regions = self.regions(reference, place, labels, np.arange(len(labels)))
         if (area := reference.get("area")) is not None:
@@ -105,7 +105,7 @@ class CocoAP(StreamingMetric):
         return regions, crowd
 
     def regions(self, record: Mapping, place: str, labels: np.ndarray, chosen: np.ndarray) -> Regions:
-        """The ``chosen`` boxes or masks of an image."""
+        """Return the ``chosen`` boxes or masks of an image."""
         if self.iou_type == "bbox":
             found = boxes(entry(record, "boxes", place), f'{place}["boxes"]', len(labels))[chosen]
             return Regions(found, labels[chosen], found[:, 2] * found[:, 3], ())
@@ -114,7 +114,7 @@ class CocoAP(StreamingMetric):
         return Regions(codes, labels[chosen], coco_matching.areas(codes), bits.shape[1:] if len(bits) else ())
 
     def result(self, rows: Rows) -> dict[str, Any]:
-        """Precision and recall of each class, and their means."""
+        """Compute precision and recall of each class and their means."""
         objects, detections = rows["objects"], rows["detections"]
         names = self.classes(np.concatenate([objects["label"], detections["label"]]))
         ranges = list(coco_matching.AREA_RANGES)
@@ -124,7 +124,7 @@ class CocoAP(StreamingMetric):
             there = objects["counted"][objects["label"] == label].sum(axis=0)
             found = detections[detections["label"] == label]
             rank = coco_matching.ranks(found["image"])
-            for m, limit in enumerate(self.limits[:-1]):  # recall alone, of objects of any size
+            for m, limit in enumerate(self.limits[:-1]):  # recall only, over objects of any size
                 few = found[rank < limit]
                 recall[k, m] = coco_matching.accumulate(few["score"], few["flags"], there[:1])[1][0]
             curves, recall[k, len(self.limits) - 1 :] = coco_matching.accumulate(found["score"], found["flags"], there)

@@ -1,4 +1,4 @@
-"""COCO's matching and accumulation, by faster-coco-eval's compiled functions, an image and a class at a time.
+"""COCO matching and accumulation for one image and one class at a time, using faster-coco-eval's compiled functions.
 
 boxes or masks of an image -> `overlaps` (D, G) -> `match` -> flags of D detections -> `accumulate` over a class
 
@@ -12,11 +12,11 @@ import faster_coco_eval.faster_eval_api_cpp as compiled
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
-# cocodataset.org/#detection-eval, section 2. NumPy's arange would not give the exact thresholds.
+# cocodataset.org/#detection-eval, section 2. np.arange would not give the exact thresholds.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 AREA_RANGES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
-FLAGS = (2, len(AREA_RANGES), len(IOU_THRESHOLDS))  # whether matched, whether ignored
+FLAGS = (2, len(AREA_RANGES), len(IOU_THRESHOLDS))  # matched flag, ignored flag
 BITS = int(np.prod(FLAGS))
 FLAG_BYTES = -(-BITS // 8)
 
@@ -24,32 +24,32 @@ FLAG_BYTES = -(-BITS // 8)
 class Regions(NamedTuple):
     """Boxes or masks of an image, with their classes."""
 
-    shapes: np.ndarray | list[dict]  # (n, 4) x, y, width, height in pixels; or n masks as run lengths
+    shapes: np.ndarray | list[dict]  # (n, 4) x, y, width, height in pixels; or n run-length encoded masks
     labels: np.ndarray  # (n,)
     areas: np.ndarray  # (n,) square pixels
-    size: tuple[int, ...]  # height and width of masks; nothing of boxes, nor where there are no masks
+    size: tuple[int, ...]  # height and width of the masks; empty for boxes and if there are no masks
 
 
 def encode(masks: np.ndarray) -> list[dict]:
-    """Masks (n, H, W) bool -> n run-length codes."""
+    """Run-length encode masks (n, H, W) bool into n codes."""
     if not len(masks):
         return []
-    # The code runs down the columns: (n, W, H) in memory, seen as (H, W, n).
+    # The encoding is column-major: (n, W, H) in memory, viewed as (H, W, n).
     return rle.encode(np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8).T)
 
 
 def areas(codes: list[dict]) -> np.ndarray:
-    """Pixels of each mask, (n,) float64."""
+    """Return the area of each mask in pixels, (n,) float64."""
     return np.asarray(rle.area(codes) if codes else [], np.float64)
 
 
 def take(shapes: np.ndarray | list[dict], indices: np.ndarray) -> np.ndarray | list[dict]:
-    """Some boxes or masks."""
+    """Select boxes or masks by index."""
     return shapes[indices] if isinstance(shapes, np.ndarray) else [shapes[i] for i in indices]
 
 
 def ranks(groups: np.ndarray) -> np.ndarray:
-    """How many earlier entries are equal, for each of (n,)."""
+    """Return, for each entry of (n,), the number of earlier equal entries."""
     order = np.argsort(groups, kind="stable")
     ordered = groups[order]
     result = np.empty(len(groups), np.int64)
@@ -58,9 +58,9 @@ def ranks(groups: np.ndarray) -> np.ndarray:
 
 
 def overlaps(detections: Regions, objects: Regions, crowd: np.ndarray) -> np.ndarray:
-    """IoU of detections and objects of the same class, 0 for others, (D, G) float64.
+    """Return the IoU of detections and objects of the same class, 0 for different classes, (D, G) float64.
 
-    With a crowd region the union is the detection alone, so that any detection inside matches it.
+    For a crowd region the denominator is the area of the detection, so any detection inside it matches.
     """
     result = np.zeros((len(detections.labels), len(objects.labels)))
     for label in np.intersect1d(detections.labels, objects.labels):
@@ -73,18 +73,17 @@ def overlaps(detections: Regions, objects: Regions, crowd: np.ndarray) -> np.nda
 def match(detections: Regions, scores: np.ndarray, objects: Regions, crowd: np.ndarray) -> np.ndarray:
     """Match the detections of an image to its objects, greedily by score.
 
-    All classes are matched at once: without an overlap, those of different classes never match.
+    All classes are matched in one call: detections and objects of different classes have no overlap and never match.
 
     Args:
         scores: (D,), descending.
         crowd: (G,) bool.
 
     Returns:
-        (D, F) uint8, F = `FLAG_BYTES`: for each area range and threshold a bit whether a detection is matched, and one
-        whether it is ignored.
+        (D, F) uint8, F = `FLAG_BYTES`: for each area range and IoU threshold, one bit for matched and one for ignored.
     """
     detected, real = compiled.Dataset(), compiled.Dataset()
-    # Identities begin at 1, for 0 says "unmatched".
+    # Ids start at 1 because 0 means "unmatched".
     for i, (score, area) in enumerate(zip(scores.tolist(), detections.areas.tolist(), strict=True), 1):
         detected.append(0, 0, {"id": i, "score": score, "area": area})
     for i, (ignore, area) in enumerate(zip(crowd.tolist(), objects.areas.tolist(), strict=True), 1):
@@ -103,7 +102,7 @@ def match(detections: Regions, scores: np.ndarray, objects: Regions, crowd: np.n
     )
     flags = np.zeros((*FLAGS, len(scores)), bool)
     for a, evaluation in enumerate(found):
-        # Its pickle protocol is the only way into an evaluation.
+        # The pickle protocol is the only access to the contents of an evaluation.
         matches, _, _, _, ignored, _ = evaluation.__getstate__()
         flags[0, a] = np.array(matches, np.int64).reshape(len(IOU_THRESHOLDS), -1) > 0
         flags[1, a] = np.array(ignored, bool).reshape(len(IOU_THRESHOLDS), -1)
@@ -111,23 +110,25 @@ def match(detections: Regions, scores: np.ndarray, objects: Regions, crowd: np.n
 
 
 def counted(areas: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Whether an object is to be found, in each area range, (G, A) bool."""
+    """Return whether each object counts in each area range, (G, A) bool."""
     low, high = np.array(list(AREA_RANGES.values())).T
     return ~crowd[:, None] & (areas[:, None] >= low) & (areas[:, None] <= high)
 
 
 def accumulate(scores: np.ndarray, flags: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall of a class from the detections of all images.
+    """Compute precision and recall of a class from the detections of all images.
 
     Args:
-        scores: (D,); of equal ones the first counts as the higher.
-        flags: (D, F) of `match`.
-        objects: (A,), how many there are to be found; shorter for the first area ranges alone.
+        scores: (D,); ties are broken by order.
+        flags: (D, F), from `match`.
+        objects: (A,), number of objects to find; a shorter array restricts the result to the first area ranges.
 
     Returns:
-        precision (A, T, R) and recall (A, T); NaN where there are no objects.
+        Precision (A, T, R) and recall (A, T); NaN if there are no objects.
     """
-    order = np.argsort(-scores, kind="stable")  # they are sorted anyway, but memory is then read in order
+    order = np.argsort(
+        -scores, kind="stable"
+    )  # the compiled code sorts anyway, but this makes its memory access sequential
     scores, flags = scores[order], flags[order]
     bits = np.unpackbits(flags, axis=1, count=BITS).reshape(-1, *FLAGS).view(bool)
     thresholds = len(IOU_THRESHOLDS)
@@ -139,7 +140,7 @@ def accumulate(scores: np.ndarray, flags: np.ndarray, objects: np.ndarray) -> tu
         evaluation.__setstate__(
             (matched.tolist(), [], scores.tolist(), [False] * int(objects[a]), ignored.tolist(), [])
         )
-        # All images as one, for no limit on detections is left to apply.
+        # All images are passed as one, since the limit on detections is already applied.
         parameters = SimpleNamespace(
             recThrs=RECALL_THRESHOLDS.tolist(),
             iouThrs=IOU_THRESHOLDS.tolist(),

@@ -1,21 +1,21 @@
-"""Exact match: how many predictions equal a reference."""
+"""Exact match: the fraction of predictions that equal a reference."""
 
 from hf_tfm.metrics.text import TextMetric
 
 
 class ExactMatch(TextMetric):
-    """Share of predictions that equal one of their references.
+    """Fraction of predictions that equal one of their references.
 
         ExactMatch().compute(predictions=["a b", "c"], references=["a b", "d"])
 
-    The result holds ``exact_match`` in [0, 1]. White space at the ends does not count, as in BLEU.
+    The result holds ``exact_match`` in [0, 1]. Leading and trailing whitespace is ignored, as in BLEU.
 
     Args:
-        lowercase: compare without case.
+        lowercase: ignore case.
         kwargs: see `TextMetric`.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: if an option is unknown.
     """
 
     source = "Rajpurkar et al. 2016, arXiv:1606.05250 (there after articles and punctuation are removed)"
@@ -32,5 +32,5 @@ class ExactMatch(TextMetric):
         return {"exact_match": hits / len(predictions)}
 
     def normalise(self, text: str) -> str:
-        """What of a sentence is compared."""
+        """Return the part of a sentence that is compared."""
         return text.strip().lower() if self.lowercase else text.strip()

@@ -1,6 +1,6 @@
-"""The metrics of GLUE: accuracy, F1, Matthews, Pearson and Spearman correlation, and the score over all tasks.
+"""GLUE metrics: accuracy, F1, Matthews, Pearson and Spearman correlation, and the average over tasks.
 
-predictions (N,), references (N,) -> those without a label left out -> scikit-learn, scipy -> {metric: value}
+predictions (N,), references (N,) -> drop unlabelled -> scikit-learn, scipy -> {metric: value}
 """
 
 import inspect
@@ -24,10 +24,10 @@ Args:
 
 
 def f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    """F1 of class 1, of two classes.
+    """Compute the binary F1 of class 1.
 
     Raises:
-        ValueError: there are others.
+        ValueError: if there are other classes than 0 and 1.
     """
     if found := sorted({*predictions.tolist(), *references.tolist()} - {0, 1}):
         raise ValueError(f"f1 is that of class 1 of two classes, got class {found[0]}: use f1_macro")
@@ -35,15 +35,15 @@ def f1(predictions: np.ndarray, references: np.ndarray) -> float:
 
 
 def f1_macro(predictions: np.ndarray, references: np.ndarray) -> float:
-    """The mean of the F1 of every class there is."""
+    """Compute the mean of the F1 scores of all classes that occur."""
     return f1_score(references, predictions, average="macro", zero_division=0.0)
 
 
 def correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
-    """A correlation of scipy's; 0 where one side is constant, for which it is not defined.
+    """Compute a scipy correlation; 0 if either side is constant, where it is undefined.
 
     Raises:
-        ValueError: there are fewer than two numbers.
+        ValueError: if there are fewer than two numbers.
     """
     if len(predictions) < 2:
         raise ValueError(f"a correlation needs at least 2 numbers, got {len(predictions)}")
@@ -66,10 +66,10 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = CLASSES | NUMBER
 
 
 def check_metrics(names: Sequence[str], regression: bool, argument: str = "metrics") -> None:
-    """Refuse a metric that is not known, or not for this kind of label.
+    """Check that metrics are known and fit the kind of label.
 
     Raises:
-        ValueError: it names the metrics there are.
+        ValueError: if not; the message lists the available metrics.
     """
     known = NUMBERS if regression else CLASSES
     for name in names:
@@ -79,21 +79,21 @@ def check_metrics(names: Sequence[str], regression: bool, argument: str = "metri
 
 
 class Glue(base.OfflineMetric):
-    """The official metrics of a GLUE task, or metrics by name.
+    """The official metrics of a GLUE task, or metrics selected by name.
 
         Glue("mrpc").compute(predictions=[0, 1], references=[0, 1])
         Glue(metrics=["matthews"]).compute(predictions=[0, 1], references=[0, 1])
 
-    The result holds each metric by name: shares in [0, 1], correlations in [-1, 1]. F1 is that of class 1. What has no
-    label is left out.
+    The result holds each metric by name: accuracy and F1 in [0, 1], correlations in [-1, 1]. F1 is that of class 1.
+    Unlabelled samples are skipped.
 
     Args:
         config_name: a task of `data.glue.TASKS`.
-        metrics: of `METRICS`, all of classes or all of numbers; they take the place of a task.
+        metrics: keys of `METRICS`, either all for classes or all for numbers; replaces ``config_name``.
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: a name or an option is unknown, or there are neither or both.
+        ValueError: if a name or an option is unknown, or neither or both of task and metrics are given.
     """
 
     source = "Wang et al. 2018, arXiv:1804.07461, table 1"
@@ -121,7 +121,7 @@ class Glue(base.OfflineMetric):
         """Add N predictions and their labels.
 
         Raises:
-            ValueError: there are not as many references as predictions.
+            ValueError: if the numbers of predictions and references differ.
         """
         pair = [[] if values is None else np.asarray(values).tolist() for values in (predictions, references)]
         if len(pair[0]) != len(pair[1]):
@@ -147,15 +147,15 @@ class Glue(base.OfflineMetric):
 
 
 def task_score(values: Sequence[float]) -> float:
-    """The score of a task: the mean of its metrics, and of its validation splits (section 3)."""
+    """Return the score of a task: the mean over its metrics and validation splits (section 3)."""
     return sum(values) / len(values)
 
 
 def macro_average(scores: Mapping[str, float]) -> float:
-    """The score over tasks: the mean of `task_score` of each (section 3).
+    """Return the score over tasks: the mean of each task's `task_score` (section 3).
 
     Raises:
-        ValueError: there are no tasks.
+        ValueError: if there are no tasks.
     """
     if not scores:
         raise ValueError("there are no tasks to average")

@@ -1,4 +1,4 @@
-"""Panoptic quality: how well the segments of an image are recognised and drawn, things and stuff alike."""
+"""Panoptic quality: recognition and segmentation quality, for things and stuff alike."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +17,7 @@ Args:
     references: for each image "image_id", "segmentation" (H, W) and "segments_info", a list of "id", "category_id" and
         where known "iscrowd". In both, pixels of 0 or -1 that no segment lists are void.
 """
-VOID = (0, -1)  # COCO's, and what transformers gives where it finds no segment at all
+VOID = (0, -1)  # COCO's void id, and transformers' id for an image in which no segment is found
 
 CLASS = np.dtype(
     [
@@ -30,40 +30,40 @@ CLASS = np.dtype(
 
 
 class Segments(NamedTuple):
-    """The segments of an image, without those that share a stuff class."""
+    """The segments of an image, after segments of the same stuff class are merged."""
 
-    index: np.ndarray  # (H, W), the number of a pixel's segment; S where it is void
+    index: np.ndarray  # (H, W), segment index of each pixel; S if void
     labels: np.ndarray  # (S,)
     crowd: np.ndarray  # (S,) bool
 
 
 class PanopticQuality(StreamingMetric):
-    """PQ, and its factors SQ (how well segments are drawn) and RQ (how well they are recognised).
+    """PQ and its factors SQ (segmentation quality) and RQ (recognition quality).
 
         metric = PanopticQuality(class_names=model.config.id2label, thing_ids=range(80))
         metric.add_batch(predictions=processor.post_process_panoptic_segmentation(...), references=[...])
         metric.compute()["PQ"]
 
-    A predicted and a true segment of the same class match if their IoU, without void pixels, is above 0.5. Of those
-    unmatched, predicted ones that lie by more than half in void or in crowds of their class are left out, and so are
-    crowds. A class is PQ = SQ x RQ, SQ = mean IoU of its matches, RQ = TP / (TP + FP / 2 + FN / 2); a result is the
-    mean over the classes that occur. SQ of a class without match is 0, as in the authors' code, where the paper leaves
+    A predicted and a true segment of the same class match if their IoU, excluding void pixels, is above 0.5. Unmatched
+    predictions are ignored if more than half of their area is void or in crowds of their class; unmatched crowds are
+    ignored too. Per class, PQ = SQ x RQ, SQ = mean IoU of the matches, RQ = TP / (TP + FP / 2 + FN / 2); the result is
+    the mean over the classes that occur. SQ of a class without matches is 0, as in the authors' code; the paper leaves
     it undefined.
 
-    The result holds ``PQ``, ``SQ``, ``RQ`` in [0, 1]; where things are told from stuff the same with ``_th`` and
-    ``_st``; ``per_class`` by name; and ``images``. NaN says that no such segment occurs.
+    The result holds ``PQ``, ``SQ``, ``RQ`` in [0, 1]; the same with suffixes ``_th`` and ``_st`` if ``thing_ids`` is
+    given; ``per_class`` by name; and ``images``. NaN means that no such segment occurs.
 
-    Kept are 32 bytes for each class in an image. Sums over images would do, were not images that samplers give to two
-    processes to be counted once.
+    The metric keeps 32 bytes per class and image. It cannot keep sums over images, because images that samplers hand
+    to two processes must count once.
 
     Args:
-        thing_ids: the classes that are things. All others are stuff: segments of such a class in an image are one, as
-            in the paper's section 3, whatever their ids.
+        thing_ids: ids of the thing classes. All other classes are stuff: segments of the same stuff class in an image
+            are merged, whatever their ids, as in section 3 of the paper.
         class_names: see `StreamingMetric`.
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: an option is unknown or out of range.
+        ValueError: if an option is unknown or out of range.
     """
 
     source = "Kirillov et al. 2019, arXiv:1801.00868, section 4"
@@ -81,7 +81,7 @@ class PanopticQuality(StreamingMetric):
         self.settings = {"thing_ids": None if self.things is None else sorted(self.things)}
 
     def labels(self, reference: Mapping, place: str) -> np.ndarray:
-        """The classes of a reference's segments."""
+        """Return the classes of a reference's segments."""
         return self.read_segments(reference, place, "category_id")[1]
 
     def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
@@ -96,19 +96,19 @@ class PanopticQuality(StreamingMetric):
         return {"classes": self.match(found, real)}
 
     def match(self, found: Segments, real: Segments) -> np.ndarray:
-        """Rows of the table "classes", one for each class in the image (sections 4.1 and 4.2).
+        """Build the rows of the table "classes", one per class in the image (sections 4.1 and 4.2).
 
         Shapes: P predicted and G true segments.
         """
         P, G = len(found.labels), len(real.labels)
         joint = np.bincount((found.index * (G + 1) + real.index).ravel(), minlength=(P + 1) * (G + 1))
-        joint = joint.reshape(P + 1, G + 1)  # pixels; last row and column are void
+        joint = joint.reshape(P + 1, G + 1)  # pixel counts; the last row and column are void
         same = found.labels[:, None] == real.labels
         overlap = joint[:P, :G]
         areas, areas_real = joint.sum(axis=1)[:P], joint.sum(axis=0)[:G]
-        union = areas[:, None] - joint[:P, G:] + areas_real - overlap  # void in the reference is in no union
+        union = areas[:, None] - joint[:P, G:] + areas_real - overlap  # excludes void pixels of the reference
         iou = np.where(same & ~real.crowd, overlap / np.maximum(union, 1), 0.0)
-        matched = iou > 0.5  # at most one in each row and column
+        matched = iou > 0.5  # at most one per row and column
         left_out = joint[:P, G] + (overlap * (same & real.crowd)).sum(axis=1)
         fp = ~matched.any(axis=1) & (areas > 0) & (2 * left_out <= areas)
         fn = ~matched.any(axis=0) & ~real.crowd
@@ -121,7 +121,7 @@ class PanopticQuality(StreamingMetric):
         return rows
 
     def read_segments(self, record: Mapping, place: str, label_key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, classes and crowd flags of all that "segments_info" lists."""
+        """Return ids, classes and crowd flags of the segments listed in "segments_info"."""
         listed, place = entry(record, "segments_info", place), f'{place}["segments_info"]'
         listed = records(listed, place)
         ids = [entry(segment, "id", f"{place}[{i}]") for i, segment in enumerate(listed)]
@@ -137,15 +137,16 @@ class PanopticQuality(StreamingMetric):
         """Read a segmentation.
 
         Raises:
-            ValueError: an id has two classes, or a pixel has an id that is not listed.
+            ValueError: if an id has two classes, or a pixel has an id that is not listed.
         """
         ids, labels, crowd = self.read_segments(record, place, label_key)
-        number: dict[int, int] = {}  # segment id -> its segment
-        first: dict[tuple, int] = {}  # what segments are one by -> the segment
+        number: dict[int, int] = {}  # segment id -> segment index
+        first: dict[tuple, int] = {}  # merge key -> segment index
         kept: list[int] = []
         for i, (segment, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
             if segment in number and labels[kept[number[segment]]] != label:
-                # transformers' label_ids_to_fuse does so: after a fused segment it counts on from that one's id.
+                # Happens with transformers' label_ids_to_fuse: after a fused segment it continues counting from that
+                # segment's id.
                 raise ValueError(
                     f'{place}["segments_info"] gives id {segment} to segments of the classes '
                     f"{labels[kept[number[segment]]]} and {label}"
@@ -167,7 +168,7 @@ class PanopticQuality(StreamingMetric):
         return Segments(np.array([number[i] for i in known.tolist()])[found], labels[kept], crowd[kept])
 
     def result(self, rows: Rows) -> dict[str, Any]:
-        """PQ, SQ and RQ of each class, and their means."""
+        """Compute PQ, SQ and RQ of each class and their means."""
         rows = rows["classes"]
         names = self.classes(rows["label"])
         scores = np.full((len(names), 3), np.nan)

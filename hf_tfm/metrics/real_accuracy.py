@@ -1,21 +1,21 @@
-"""Accuracy on images with any number of right labels, as ImageNet-ReaL has them."""
+"""Accuracy on images with any number of correct labels, as in ImageNet-ReaL."""
 
 from hf_tfm.metrics.classes import ClassMetric
 
 
 class RealAccuracy(ClassMetric):
-    """Share of images whose predicted class is one of their labels.
+    """Fraction of images whose predicted class is one of their labels.
 
         RealAccuracy().compute(predictions=[3, 1, 4], references=[[3, 7], [2], []])
 
-    The result holds ``real_accuracy`` in [0, 1] and ``images``, over how many it is: those without any label are left
-    out, as by the labels' authors. Of ranked predictions the first class counts.
+    The result holds ``real_accuracy`` in [0, 1] and ``images``, the number of images scored: images without a label
+    are skipped, as in the ReaL authors' code. Only the first of ranked predictions counts.
 
     Args:
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: if an option is unknown.
     """
 
     source = "Beyer et al. 2020, arXiv:2006.07159, section 3"

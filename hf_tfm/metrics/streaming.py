@@ -1,4 +1,4 @@
-"""What the metrics of detection and segmentation share: an image is reduced to a few numbers as soon as it is added.
+"""Base class of the detection and segmentation metrics: each image is reduced to a few numbers when it is added.
 
 prediction, reference -> `reduce` -> rows of numbers -> `state` -> `merge` over processes -> `result`
 """
@@ -15,30 +15,31 @@ import numpy as np
 from hf_tfm.metrics.annotations import image_id, integers, ordered_names, records
 from hf_tfm.metrics.base import OfflineMetric
 
-Rows = dict[str, np.ndarray]  # table -> structured array
+Rows = dict[str, np.ndarray]  # table name -> structured array
 
 
 class StreamingMetric(OfflineMetric):
-    """An `OfflineMetric` that keeps no predictions, only rows of numbers made of them.
+    """An `OfflineMetric` that stores rows of numbers derived from the predictions instead of the predictions.
 
-    Every image has an ``image_id``, an integer that no other image of the data set has, and counts once, however often
-    it is added: samplers repeat images to give all processes equally many. Each process has a metric of its own, and
+    Each image has an integer ``image_id``, unique in the data set. An image counts once even if it is added several
+    times, since samplers repeat images to give all processes the same number. Each process has its own metric, and
 
         metric.merge(accelerate.utils.gather_object([metric.state()]))
 
-    makes each that of all images. The result depends neither on how the images were spread nor on their order.
+    makes each of them cover all images. The result depends neither on the distribution of images over processes nor on
+    their order.
 
     Args:
-        class_names: of the classes 0 to N - 1 in order, or a configuration's ``id2label``. By default any class from 0
-            on is taken, and called by its number.
+        class_names: names of classes 0 to N - 1 in order, or a config's ``id2label``. By default any non-negative
+            class is accepted and named by its number.
         kwargs: see `OfflineMetric`.
 
     Raises:
-        ValueError: class names are not those of 0 to N - 1 or not distinct, or an option is unknown.
+        ValueError: if class names do not cover 0 to N - 1 or are not distinct, or an option is unknown.
     """
 
-    tables: ClassVar[dict[str, np.dtype]]  # what is kept; each has a field "image", the image id of a row
-    settings: dict[str, Any]  # what must be the same in two metrics whose states are merged
+    tables: ClassVar[dict[str, np.dtype]]  # stored tables; the field "image" of each holds the image id of a row
+    settings: dict[str, Any]  # must be equal in metrics whose states are merged
 
     def __init__(self, class_names: Sequence[str] | Mapping[int, str] | None = None, **kwargs):
         if kwargs.get("num_process", 1) != 1:
@@ -52,27 +53,27 @@ class StreamingMetric(OfflineMetric):
 
     @abstractmethod
     def labels(self, reference: Mapping, place: str) -> np.ndarray:
-        """The classes of a reference's objects; ``place`` is what errors call it."""
+        """Return the classes of a reference's objects; ``place`` names the reference in error messages."""
 
     @abstractmethod
     def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
-        """What is kept of an image, without its id; ``places`` are what errors call prediction and reference."""
+        """Reduce an image to rows, without its id; ``places`` names prediction and reference in error messages."""
 
     @abstractmethod
     def result(self, rows: Rows) -> dict[str, Any]:
-        """The scores of the rows of all images, which stand by ascending image id."""
+        """Compute the scores from the rows of all images, sorted by ascending image id."""
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         self.images: dict[int, int] = {}  # image id -> checksum of the classes in its reference
         self.parts: dict[str, list[np.ndarray]] = {table: [] for table in self.tables}
 
     def add_batch(self, *, predictions: Sequence | None = None, references: Sequence | None = None) -> None:
-        """Add predictions for some images; those added before are left out.
+        """Add predictions for some images; images added before are skipped.
 
         Raises:
-            ValueError: there are not as many references as predictions, one of them cannot be read, or an image id
-                comes again with other objects. Nothing of the batch is added then.
+            ValueError: if the numbers of predictions and references differ, one of them cannot be read, or an image id
+                was already added with other objects. In that case nothing of the batch is added.
         """
         predictions, references = records(predictions, "predictions"), records(references, "references")
         if len(predictions) != len(references):
@@ -93,10 +94,10 @@ class StreamingMetric(OfflineMetric):
         self.extend(images, rows)
 
     def is_new(self, image: int, checksum: int, others: Mapping[int, int]) -> bool:
-        """Whether an image is neither among those added nor among ``others``.
+        """Return whether an image is neither added yet nor in ``others``.
 
         Raises:
-            ValueError: it is, with other objects.
+            ValueError: if it is there, with other objects.
         """
         known = others.get(image, self.images.get(image))
         if known is not None and known != checksum:
@@ -104,14 +105,14 @@ class StreamingMetric(OfflineMetric):
         return known is None
 
     def extend(self, images: Mapping[int, int], rows: Sequence[Rows]) -> None:
-        """Take over new images and their rows."""
+        """Add new images and their rows."""
         self.images.update(images)
         for table, parts in self.parts.items():
             if new := [of_image[table] for of_image in rows if len(of_image[table])]:
                 parts.append(np.concatenate(new))
 
     def rows(self) -> Rows:
-        """All rows, by ascending image id, and within an image as `reduce` gave them."""
+        """Return all rows, sorted by image id; within an image they keep the order of `reduce`."""
         rows = {}
         for table, dtype in self.tables.items():
             whole = np.concatenate([np.zeros(0, dtype), *self.parts[table]])
@@ -119,11 +120,11 @@ class StreamingMetric(OfflineMetric):
         return rows
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that was added, as plain arrays, ready to be sent to another process or saved.
+        """Return the metric's contents as plain arrays, to send to another process or to save.
 
         Returns:
-            ``images`` (I,) int64; ``checksums`` (I,) int64 of their objects' classes; ``settings`` (1,) int64, a
-            checksum; and the columns of each table, called "table.column", as long as each other.
+            ``images`` (I,) int64; ``checksums`` (I,) int64 of the classes of their objects; ``settings`` (1,) int64, a
+            checksum; and the columns of each table as "table.column", equally long within a table.
         """
         rows = self.rows()
         return {
@@ -138,19 +139,19 @@ class StreamingMetric(OfflineMetric):
         }
 
     def settings_checksum(self) -> int:
-        """A number that metrics with the same classes and settings share."""
+        """Return a checksum shared by metrics with the same classes and settings."""
         return zlib.crc32(repr((type(self).__name__, self.class_names, self.settings)).encode())
 
     def merge(self, states: Iterable[Mapping[str, np.ndarray]]) -> None:
-        """Add what other metrics were given; images that several have count once, as does a state given twice.
+        """Add the contents of other metrics; an image that several of them hold, or a state given twice, counts once.
 
         Args:
-            states: of metrics with the same options, this one's own or not. Earlier ones come first where the
-                predictions for an image differ.
+            states: states of metrics with the same options; this metric's own state may be among them. If predictions
+                for an image differ, the earliest state wins.
 
         Raises:
-            ValueError: a state is of a metric with other options, or an image id belongs to two references with
-                different objects.
+            ValueError: if a state comes from a metric with other options, or an image id belongs to two references
+                with different objects.
         """
         for state in states:
             if "settings" not in state or int(state["settings"][0]) != self.settings_checksum():
@@ -168,13 +169,13 @@ class StreamingMetric(OfflineMetric):
     def compute(
         self, *, predictions: Sequence | None = None, references: Sequence | None = None, **options
     ) -> dict[str, Any]:
-        """Score what was added or merged, and ``predictions`` with ``references`` if given; then start anew.
+        """Score all added or merged images, plus ``predictions`` and ``references`` if given, then reset.
 
         Returns:
-            the scores, and ``images``, how many there were.
+            The scores, and ``images``, the number of images.
 
         Raises:
-            ValueError: there is nothing to score, or an option is given here instead of to the constructor.
+            ValueError: if there is nothing to score, or an option is passed here instead of to the constructor.
         """
         if options:
             raise ValueError(f"{', '.join(options)}: give options to {type(self).__name__}(...) or evaluate.load(...)")
@@ -187,17 +188,17 @@ class StreamingMetric(OfflineMetric):
         return result
 
     def classes(self, seen: np.ndarray) -> dict[int, str]:
-        """Number and name of each class: all that have a name, or those of ``seen`` labels."""
+        """Return number and name of each class: all named classes, or those in ``seen`` if there are no names."""
         if self.class_names is None:
             return {label: str(label) for label in np.unique(seen).tolist()}
         return dict(enumerate(self.class_names))
 
     def check_labels(self, values: Any, place: str) -> np.ndarray:
-        """Labels as (n,) int64, each of a class there is."""
+        """Return labels as (n,) int64, after checking that each is a known class."""
         return integers(values, place, limit=None if self.class_names is None else len(self.class_names))
 
     def describe(self, inputs: str, features: Any) -> evaluate.MetricInfo:
-        """The information `evaluate` keeps of a metric."""
+        """Return the `evaluate.MetricInfo` of the metric."""
         return evaluate.MetricInfo(
             description=inspect.getdoc(type(self)),
             citation=self.source,
@@ -207,6 +208,6 @@ class StreamingMetric(OfflineMetric):
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     valid = values[~np.isnan(values)]
     return float(valid.mean()) if valid.size else float("nan")

@@ -1,6 +1,6 @@
-"""What the text metrics share: checked input, references in sacrebleu's order.
+"""Base class of the text metrics: validates input and puts references in sacrebleu's order.
 
-predictions [N], references [N] or [N][R] -> checked [N][R] -> R streams of N -> score
+predictions [N], references [N] or [N][R] -> validated [N][R] -> R streams of N -> score
 """
 
 import inspect
@@ -20,14 +20,14 @@ Args:
 
 
 def sentences(values: Sequence, argument: str) -> list:
-    """``values`` as a list; a lone string is refused, for it would be read letter by letter."""
+    """Return ``values`` as a list; a single string is rejected, since it would be read character by character."""
     if values is None or isinstance(values, str):
         raise ValueError(f"{argument} must be a list of sentences, got {type(values).__name__}")
     return list(values)
 
 
 def check_text(value, argument: str) -> str:
-    """``value``, which must be a string."""
+    """Return ``value`` after checking that it is a string."""
     if not isinstance(value, str):
         raise ValueError(f"{argument} must be a str, got {type(value).__name__}")
     return value
@@ -38,13 +38,13 @@ class TextMetric(OfflineMetric):
 
     @abstractmethod
     def score(self, predictions: list[str], references: list[list[str]]) -> dict:
-        """Score N predictions against R streams of N references each, the order sacrebleu takes."""
+        """Score N predictions against R streams of N references each, sacrebleu's order."""
 
     def add_batch(self, *, predictions: Sequence | None = None, references: Sequence | None = None) -> None:
         """Add N predictions and their references.
 
         Raises:
-            ValueError: there are not as many references as predictions, or something is not a string.
+            ValueError: if the numbers of predictions and references differ, or a value is not a string.
         """
         predictions = sentences(predictions, "predictions")
         references = sentences(references, "references")
