@@ -1,4 +1,4 @@
-"""Configuration of BERT (Devlin et al. 2019, arXiv:1810.04805) and of the students distilled from it."""
+"""Configuration of BERT (Devlin et al. 2019, arXiv:1810.04805) and of its distilled variants."""
 
 from typing import ClassVar
 
@@ -31,28 +31,28 @@ SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dro
 
 @strict
 class TfmBertConfig(TravellingConfig):
-    """What defines a `TfmBertModel`. The defaults are the paper's BERT-base; names are those of `BertConfig`.
+    """Configuration of a `TfmBertModel`. Defaults to the paper's BERT-base; field names are those of `BertConfig`.
 
     Args:
-        vocab_size: tokens there are.
-        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
-        num_hidden_layers: blocks, L.
-        num_attention_heads: heads of every attention.
-        intermediate_size: width inside the feed-forward layers.
+        vocab_size: vocabulary size.
+        hidden_size: hidden size, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: number of blocks, L.
+        num_attention_heads: number of attention heads.
+        intermediate_size: hidden size of the feed-forward layers.
         hidden_act: activation of the feed-forward layers.
-        hidden_dropout_prob: on embeddings and on every sublayer's output.
-        attention_probs_dropout_prob: on attention probabilities.
-        activation_dropout: inside the feed-forward layers.
-        classifier_dropout: before a classifier; default, hidden_dropout_prob.
-        max_position_embeddings: the longest input, in tokens.
-        type_vocab_size: segments an input may have; 0 has no embeddings of segments (DistilBERT).
-        pooler: what the first token's state becomes for a classifier: a linear layer with "tanh" (BERT), "relu" (what
-            DistilBERT calls ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
-        initializer_range: standard deviation of initial weights.
-        layer_norm_eps: added to the variance in layer norms.
+        hidden_dropout_prob: dropout rate of the embeddings and of every sublayer's output.
+        attention_probs_dropout_prob: dropout rate of the attention probabilities.
+        activation_dropout: dropout rate inside the feed-forward layers.
+        classifier_dropout: dropout rate before a classifier; default: ``hidden_dropout_prob``.
+        max_position_embeddings: maximum input length in tokens.
+        type_vocab_size: number of segment types; 0 disables segment embeddings (DistilBERT).
+        pooler: transform of the first token's state for a classifier: a linear layer with "tanh" (BERT), "relu"
+            (DistilBERT's ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
+        initializer_range: standard deviation of the initial weights.
+        layer_norm_eps: epsilon of the layer norms.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_bert"
@@ -77,7 +77,7 @@ class TfmBertConfig(TravellingConfig):
         "layers.*.feed_forward.down_proj": "rowwise",
     }
     base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
-    # Part of every BERT; the blocks ask for them.
+    # The same for every BERT; required by the blocks.
     norm_first: ClassVar = False
     attention_score: ClassVar = "dot_product"
 
@@ -103,15 +103,15 @@ class TfmBertConfig(TravellingConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields):
-        """The configuration of a named size, see `SIZES`, with ``fields`` changed.
+        """Return the configuration of a named size, see `SIZES`, overridden by ``fields``.
 
         Raises:
-            ValueError: the size is not known.
+            ValueError: the size is unknown.
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
-        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_choice(self, "pooler", POOLERS)

@@ -8,13 +8,13 @@ from transformers.activations import ACT2FN
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .travel import TravellingConfig
 
-# "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen,
-# and in "tiny" a finer feature map. From scratch, the paper's weights of boxes or group norm leave classes unlearned
-# for the first thousand steps.
+# "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen
+# and, in "tiny", a higher-resolution feature map. From scratch, with the paper's box loss weights or with group norm,
+# classification does not improve for the first thousand steps.
 EQUAL_WEIGHTS = {"bbox_cost": 1.0, "giou_cost": 1.0, "bbox_loss_coefficient": 1.0, "giou_loss_coefficient": 1.0}
 SIZES = {
     "tiny": {
-        "backbone": "test_resnet",  # timm's smallest
+        "backbone": "test_resnet",  # the smallest in timm
         "backbone_norm": "batch",
         "backbone_frozen_stages": 0,
         "dilation": True,
@@ -63,44 +63,46 @@ WEIGHTS = (
 
 @strict
 class TfmDetrConfig(TravellingConfig):
-    """What defines a `TfmDetrForObjectDetection`. The defaults are the paper's DETR with a ResNet-50.
+    """Configuration of a `TfmDetrForObjectDetection`. Defaults to the paper's DETR with a ResNet-50.
 
-    Names are those of transformers' `DetrConfig`. Unlike there, dropout also works inside attention and feed-forward
-    layers and auxiliary losses are on, as in the paper and the authors' code.
+    Field names are those of transformers' `DetrConfig`. Unlike there, dropout is also applied inside attention and
+    feed-forward layers, and auxiliary losses are on by default, as in the paper and the authors' code.
 
     Args:
-        backbone: name of a timm model whose feature maps are read.
-        backbone_norm: what its batch norms become: "frozen" (statistics and affine parameters fixed, for pretrained
-            weights), "batch" (as they are, with the statistics of a micro-batch on its rank: a step then depends on
-            how it is cut) or "group" (for training from scratch with few images a batch).
-        backbone_norm_momentum: of the running statistics of "batch". Over many steps, less than torch's 0.1 is
-            steadier: it matters less which batches came last; over a few hundred steps it lags behind the weights.
-        backbone_frozen_stages: its stem and this many stages do not learn: 1 in the paper; 0 for random weights.
-        dilation: the last stage keeps the size of the feature map (DC5).
-        num_channels: of the images.
-        num_queries: objects that can be found in an image.
-        d_model: features a token, D; a multiple of 4 and of the numbers of heads.
-        encoder_layers, decoder_layers: blocks.
-        encoder_attention_heads, decoder_attention_heads: heads of every attention.
-        encoder_ffn_dim, decoder_ffn_dim: width inside the feed-forward layers.
-        activation_function: of the feed-forward layers.
-        dropout: on every sublayer's output.
-        attention_dropout: on attention probabilities.
-        activation_dropout: inside the feed-forward layers.
-        norm_first: pre-norm blocks instead of post-norm ones.
-        layer_norm_eps: added to the variance in layer norms.
-        position_embedding_type: "sine" (fixed) or "learned" positions of the feature map.
+        backbone: name of the timm model that computes the feature maps.
+        backbone_norm: how to convert its batch norms: "frozen" (fixed statistics and affine parameters, for pretrained
+            weights), "batch" (unchanged; uses the statistics of the micro-batch on each rank, so a step depends on how
+            it is split) or "group" (group norm, for training from scratch with few images per batch).
+        backbone_norm_momentum: momentum of the running statistics with "batch". Over many steps a value below torch's
+            0.1 is more stable, since the last batches matter less; over a few hundred steps it lags behind
+            the weights.
+        backbone_frozen_stages: number of frozen stages, in addition to the stem: 1 in the paper. 0 freezes nothing,
+            for random weights.
+        dilation: dilate the last stage instead of reducing its resolution (DC5).
+        num_channels: number of image channels.
+        num_queries: number of object queries, the maximum number of objects detected in an image.
+        d_model: hidden size, D; a multiple of 4 and of the numbers of heads.
+        encoder_layers, decoder_layers: number of blocks.
+        encoder_attention_heads, decoder_attention_heads: number of attention heads.
+        encoder_ffn_dim, decoder_ffn_dim: hidden size of the feed-forward layers.
+        activation_function: activation of the feed-forward layers.
+        dropout: dropout rate of every sublayer's output.
+        attention_dropout: dropout rate of the attention probabilities.
+        activation_dropout: dropout rate inside the feed-forward layers.
+        norm_first: use pre-norm instead of post-norm blocks.
+        layer_norm_eps: epsilon of the layer norms.
+        position_embedding_type: position embedding of the feature map: "sine" (fixed) or "learned".
         init_xavier_std: gain of the Xavier initialisation.
-        auxiliary_loss: every decoder layer's predictions are learned from, not the last one's alone.
-        class_cost, bbox_cost, giou_cost: weights in the matching cost.
-        bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights in the
-            loss; that of the classes is 1.
-        eos_coefficient: weight of queries without an object in the class loss.
-        thing_ids: classes that are counted; the others are stuff, of which an image has one segment at most. Default,
-            all are things.
+        auxiliary_loss: compute the loss on the predictions of every decoder layer, not only of the last.
+        class_cost, bbox_cost, giou_cost: weights of the terms of the matching cost.
+        bbox_loss_coefficient, giou_loss_coefficient, mask_loss_coefficient, dice_loss_coefficient: weights of the loss
+            terms; the weight of the classification loss is 1.
+        eos_coefficient: weight of queries without an object in the classification loss.
+        thing_ids: ids of the classes with countable instances; the others are stuff, with at most one segment per
+            image. By default all classes are things.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_detr"
@@ -133,7 +135,7 @@ class TfmDetrConfig(TravellingConfig):
         "encoder.layers.*": "free_full_weight",
         "decoder.layers.*": "free_full_weight",
     }
-    attention_score: ClassVar = "dot_product"  # part of every DETR; the blocks ask for it
+    attention_score: ClassVar = "dot_product"  # the same for every DETR; required by the blocks
 
     backbone: str = "resnet50"
     backbone_norm: str = "frozen"
@@ -171,10 +173,10 @@ class TfmDetrConfig(TravellingConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields):
-        """The configuration of a named size, "tiny" to "base", with ``fields`` changed.
+        """Return the configuration of a named size, "tiny" to "base", overridden by ``fields``.
 
         Raises:
-            ValueError: the size is not known.
+            ValueError: the size is unknown.
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
@@ -184,7 +186,7 @@ class TfmDetrConfig(TravellingConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         require_choice(self, "backbone_norm", NORMS)
         require_choice(self, "position_embedding_type", POSITIONS)
@@ -207,10 +209,10 @@ class TfmDetrConfig(TravellingConfig):
 
 
 def timm_name(backbone: Any) -> str:
-    """The timm model that the ``backbone_config`` of transformers' `DetrConfig` names.
+    """Return the name of the timm model given by the ``backbone_config`` of transformers' `DetrConfig`.
 
     Raises:
-        ValueError: it is of another library.
+        ValueError: the backbone is not a timm model.
     """
     fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
     if fields.get("model_type") != "timm_backbone":
@@ -219,6 +221,6 @@ def timm_name(backbone: Any) -> str:
 
 
 def dilated(backbone: Any) -> bool:
-    """Whether a ``backbone_config`` keeps the size of the last feature map."""
+    """Return whether a ``backbone_config`` dilates the last stage."""
     fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
     return fields.get("output_stride") == 16

@@ -17,7 +17,7 @@ SIZES = {
         "vocab_size": 40478,
         "max_position_embeddings": 512,
         "classifier_dropout": 0.1,
-        "bos_token_id": None,  # its vocabulary has no special tokens
+        "bos_token_id": None,  # no special tokens in the vocabulary
         "eos_token_id": None,
     },
     "small": {},
@@ -25,7 +25,7 @@ SIZES = {
     "large": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
     "xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
-# How transformers' `GPT2Config` calls the fields.
+# Field names of transformers' `GPT2Config`.
 NATIVE_FIELDS = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -46,28 +46,28 @@ SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dro
 
 @strict
 class TfmGPTConfig(TravellingConfig):
-    """What defines a `TfmGPTModel`. The defaults are the smallest GPT-2.
+    """Configuration of a `TfmGPTModel`. Defaults to the smallest GPT-2.
 
     Args:
-        vocab_size: tokens there are.
-        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
-        num_hidden_layers: blocks, L.
-        num_attention_heads: heads of every attention.
-        intermediate_size: width inside the feed-forward layers; default, 4 D.
+        vocab_size: vocabulary size.
+        hidden_size: hidden size, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: number of blocks, L.
+        num_attention_heads: number of attention heads.
+        intermediate_size: hidden size of the feed-forward layers; default: 4 D.
         hidden_act: activation of the feed-forward layers; "gelu_new" is the authors' approximation of GELU.
-        hidden_dropout_prob: on embeddings and on every sublayer's output.
-        attention_probs_dropout_prob: on attention probabilities.
-        activation_dropout: inside the feed-forward layers.
-        classifier_dropout: before a classifier (2018, section 4.1: 0.1); transformers' GPT-2 has none.
-        max_position_embeddings: the longest input, in tokens.
-        norm_first: pre-norm blocks and a last norm (GPT-2) instead of post-norm ones (GPT-1).
-        initializer_range: standard deviation of initial weights; those that end a residual branch are smaller by the
-            root of 2 L in pre-norm models (2019, section 2.3).
-        layer_norm_eps: added to the variance in layer norms.
-        use_cache: keep keys and values of earlier tokens in generation.
+        hidden_dropout_prob: dropout rate of the embeddings and of every sublayer's output.
+        attention_probs_dropout_prob: dropout rate of the attention probabilities.
+        activation_dropout: dropout rate inside the feed-forward layers.
+        classifier_dropout: dropout rate before a classifier (2018, section 4.1: 0.1); transformers' GPT-2 has none.
+        max_position_embeddings: maximum input length in tokens.
+        norm_first: use pre-norm blocks and a final norm (GPT-2) instead of post-norm blocks (GPT-1).
+        initializer_range: standard deviation of the initial weights; in pre-norm models the last layer of each
+            residual branch is scaled down by sqrt(2 L) (2019, section 2.3).
+        layer_norm_eps: epsilon of the layer norms.
+        use_cache: cache keys and values of earlier tokens during generation.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_gpt"
@@ -79,7 +79,7 @@ class TfmGPTConfig(TravellingConfig):
         "AutoModelForSequenceClassification": "modeling_gpt.TfmGPTForSequenceClassification",
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
-    # For files under the names of the modules; matrices of a GPT-2 file are cut before they are transposed.
+    # Applies to checkpoints with this package's weight names; GPT-2's matrices would be sharded before the transpose.
     base_model_tp_plan: ClassVar = {
         "wte": "embedding_rowwise",
         "layers.*.self_attn.q_proj": "colwise",
@@ -90,7 +90,7 @@ class TfmGPTConfig(TravellingConfig):
         "layers.*.feed_forward.down_proj": "rowwise",
     }
     base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
-    attention_score: ClassVar = "dot_product"  # part of every GPT; the blocks ask for it
+    attention_score: ClassVar = "dot_product"  # the same for every GPT; required by the blocks
 
     vocab_size: int = 50257
     hidden_size: int = 768
@@ -114,10 +114,10 @@ class TfmGPTConfig(TravellingConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields):
-        """The configuration of a named size, see `SIZES`, with ``fields`` changed.
+        """Return the configuration of a named size, see `SIZES`, overridden by ``fields``.
 
         Raises:
-            ValueError: the size is not known.
+            ValueError: the size is unknown.
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
@@ -129,7 +129,7 @@ class TfmGPTConfig(TravellingConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)

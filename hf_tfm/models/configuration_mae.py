@@ -17,20 +17,20 @@ DECODER_FIELDS = (
 
 @strict
 class TfmMAEConfig(ImageEncoderConfig):
-    """What defines a `TfmMAEForPreTraining`. The defaults are the paper's ViT-B/16 with its default decoder.
+    """Configuration of a `TfmMAEForPreTraining`. Defaults to the paper's ViT-B/16 with its default decoder.
 
     Args:
-        decoder_hidden_size: features a token in the decoder; a multiple of ``decoder_num_attention_heads`` and of 4.
-        decoder_num_hidden_layers: blocks of the decoder.
-        decoder_num_attention_heads: heads of its attention.
-        decoder_intermediate_size: width inside its MLPs.
-        mask_ratio: share of patches hidden from the encoder, in [0, 1).
+        decoder_hidden_size: hidden size of the decoder; a multiple of ``decoder_num_attention_heads`` and of 4.
+        decoder_num_hidden_layers: number of decoder blocks.
+        decoder_num_attention_heads: number of attention heads of the decoder.
+        decoder_intermediate_size: hidden size of the decoder's MLPs.
+        mask_ratio: fraction of patches hidden from the encoder, in [0, 1).
         norm_pix_loss: predict pixels normalised over each patch (table 1d).
 
-    The other fields are those of `ImageEncoderConfig`; positions are fixed 2-D sine-cosine ones.
+    The other fields are those of `ImageEncoderConfig`; position embeddings are fixed 2-D sine-cosine.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_mae"

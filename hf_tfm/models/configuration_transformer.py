@@ -55,36 +55,38 @@ LEAST_1 = (
 
 @strict
 class TfmTransformerConfig(TravellingConfig):
-    """What defines a `TfmTransformerModel`. The defaults are the paper's base model.
+    """Configuration of a `TfmTransformerModel`. Defaults to the paper's base model.
 
     Args:
-        vocab_size: tokens in the vocabulary that source and target share.
-        hidden_size: features a position, the paper's d_model; a multiple of ``num_attention_heads``.
-        intermediate_size: width inside the feed-forward layers, d_ff.
-        num_attention_heads: heads of every attention, h.
-        num_encoder_layers: blocks of the encoder, N.
-        num_decoder_layers: blocks of the decoder, N.
-        hidden_act: activation of the feed-forward layers; the paper's is "relu".
-        norm_first: layer norm before each sublayer (pre-norm) instead of after the sum (post-norm, the paper).
-        layer_norm_eps: added to the variance in layer norms.
+        vocab_size: size of the vocabulary shared by source and target.
+        hidden_size: hidden size, the paper's d_model; a multiple of ``num_attention_heads``.
+        intermediate_size: hidden size of the feed-forward layers, d_ff.
+        num_attention_heads: number of attention heads, h.
+        num_encoder_layers: number of encoder blocks, N.
+        num_decoder_layers: number of decoder blocks, N.
+        hidden_act: activation of the feed-forward layers; "relu" in the paper.
+        norm_first: apply layer norm before each sublayer (pre-norm) instead of after the residual sum (post-norm, the
+            paper).
+        layer_norm_eps: epsilon of the layer norms.
         position_embedding_type: "sinusoidal" (any length) or "learned" (up to ``max_position_embeddings``).
-        max_position_embeddings: positions in the table.
+        max_position_embeddings: number of positions in the position embedding table.
         attention_score: "dot_product" (the paper) or "additive" (Bahdanau et al. 2015; eager only).
-        decoding: "autoregressive" (left to right), or "mask_predict" (all tokens at once, then refined;
+        decoding: "autoregressive" (left to right), or "mask_predict" (all tokens in parallel, then refined;
             Ghazvininejad et al. 2019, arXiv:1904.09324).
-        max_length_offset: "mask_predict" only: the predicted target length is within this many tokens of the source's.
-        dropout: on embeddings and on every sublayer's output, P_drop.
-        attention_dropout: on attention probabilities.
-        activation_dropout: inside the feed-forward layers.
-        label_smoothing: of the loss that ``forward(labels=...)`` returns, epsilon_ls.
+        max_length_offset: maximum difference in tokens between the predicted target length and the source length;
+            "mask_predict" only.
+        dropout: dropout rate of the embeddings and of every sublayer's output, P_drop.
+        attention_dropout: dropout rate of the attention probabilities.
+        activation_dropout: dropout rate inside the feed-forward layers.
+        label_smoothing: label smoothing of the loss returned by ``forward(labels=...)``, epsilon_ls.
         scale_embedding: multiply embeddings by sqrt(hidden_size) (section 3.4).
-        initializer_factor: scales the initial weights.
-        tie_word_embeddings: source, target and output embeddings are one matrix (section 3.4).
-        output_bias: a learned bias on the logits, one number a token; the paper has none.
-        mask_token_id: "mask_predict" only: the token that stands for one still to be predicted.
+        initializer_factor: scale of the initial weights.
+        tie_word_embeddings: share one matrix between source, target and output embeddings (section 3.4).
+        output_bias: add a learned bias to the logits; the paper has none.
+        mask_token_id: id of the token that marks positions still to be predicted; "mask_predict" only.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_transformer"
@@ -152,15 +154,15 @@ class TfmTransformerConfig(TravellingConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields) -> "TfmTransformerConfig":
-        """The configuration of a named size, "tiny", "base" or "big", with ``fields`` changed.
+        """Return the configuration of a named size, "tiny", "base" or "big", overridden by ``fields``.
 
         Raises:
-            ValueError: the size is not known.
+            ValueError: the size is unknown.
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
-        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         for name, choices in CHOICES.items():
             require_choice(self, name, choices)

@@ -10,7 +10,7 @@ from .checks import fields_of_size, require_at_least, require_choice, require_co
 from .patches import patch_grid, sides
 from .travel import TravellingConfig
 
-# Base, large and huge: table 1 of the paper (huge with patches of 14). Tiny and small: Touvron et al. 2021
+# Base, large and huge: table 1 of the paper (huge with 14 x 14 patches). Tiny and small: Touvron et al. 2021
 # (DeiT, arXiv:2012.12877), table 1.
 SIZES = {
     "tiny": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3},
@@ -32,27 +32,27 @@ LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 @strict
 class ImageEncoderConfig(TravellingConfig):
-    """What every Vision Transformer encoder has; `TfmViTConfig` and `TfmMAEConfig` add to it.
+    """Base configuration of Vision Transformer encoders, extended by `TfmViTConfig` and `TfmMAEConfig`.
 
     Args:
-        hidden_size: features a token, D; a multiple of ``num_attention_heads``.
-        num_hidden_layers: blocks, L.
-        num_attention_heads: heads of every attention.
-        intermediate_size: width inside the MLPs.
+        hidden_size: hidden size, D; a multiple of ``num_attention_heads``.
+        num_hidden_layers: number of blocks, L.
+        num_attention_heads: number of attention heads.
+        intermediate_size: hidden size of the MLPs.
         hidden_act: activation of the MLPs.
-        hidden_dropout_prob: on tokens after positions were added and on every sublayer's output.
-        attention_probs_dropout_prob: on attention probabilities.
-        activation_dropout: inside the MLPs.
-        drop_path_rate: of the last block; that of earlier ones grows linearly from 0 (stochastic depth).
-        initializer_range: standard deviation of initial weights.
-        layer_norm_eps: added to the variance in layer norms.
-        image_size: pixels, one number or (height, width), of the images that positions are for.
-        patch_size: pixels, one number or (height, width); with a ``backbone``, cells of its feature map.
-        num_channels: of the images.
-        qkv_bias: whether queries, keys and values have a bias.
+        hidden_dropout_prob: dropout rate of the tokens after adding positions, and of every sublayer's output.
+        attention_probs_dropout_prob: dropout rate of the attention probabilities.
+        activation_dropout: dropout rate inside the MLPs.
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 in the first.
+        initializer_range: standard deviation of the initial weights.
+        layer_norm_eps: epsilon of the layer norms.
+        image_size: image size in pixels that the position embeddings are defined for, a number or (height, width).
+        patch_size: patch size in pixels, a number or (height, width); with a ``backbone``, in feature-map cells.
+        num_channels: number of image channels.
+        qkv_bias: add a bias to queries, keys and values.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
@@ -65,10 +65,10 @@ class ImageEncoderConfig(TravellingConfig):
         "layers.*.feed_forward.down_proj": "rowwise",
     }
     base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
-    # Part of every Vision Transformer; the blocks ask for them.
+    # The same for every Vision Transformer; required by the blocks.
     norm_first: ClassVar = True
     attention_score: ClassVar = "dot_product"
-    # What a family may make a field.
+    # Defaults that a model family can turn into fields.
     position_embedding_type: ClassVar = "sincos_2d"
     backbone: ClassVar = None
 
@@ -90,15 +90,15 @@ class ImageEncoderConfig(TravellingConfig):
 
     @classmethod
     def of_size(cls, size: str, **fields):
-        """The configuration of a named size, "tiny" to "huge", with ``fields`` changed.
+        """Return the configuration of a named size, "tiny" to "huge", overridden by ``fields``.
 
         Raises:
-            ValueError: the size is not known.
+            ValueError: the size is unknown.
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
     def validate_architecture(self) -> None:
-        """Part of transformers' and huggingface_hub's strict validation: relations between fields."""
+        """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)
@@ -116,25 +116,26 @@ class ImageEncoderConfig(TravellingConfig):
 
 @strict
 class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
-    """What defines a `TfmViTModel`. The defaults are the paper's ViT-B/16.
+    """Configuration of a `TfmViTModel`. Defaults to the paper's ViT-B/16.
 
     Args:
-        position_embedding_type: "learned" (one vector a patch, the paper), "learned_2d" (half a vector a row and half
-            a column; appendix D.4) or "sincos_2d" (fixed).
-        pooling: what stands for the image: the "cls" token, or the "mean" of the patches, normed after pooling.
-        representation_layer: a linear layer with an activation before the classifier, as in the paper's pre-training.
-        pooler_output_size: features of the representation; default, hidden_size.
-        pooler_act: its activation.
-        backbone: name of a timm model whose feature map takes the place of the pixels (the paper's hybrid); its batch
-            norms become group norms.
-        backbone_out_index: which of its feature maps.
-        distillation_token: a second token, with a classifier of its own, that learns what a teacher says, between the
-            class token and the patches (Touvron et al. 2021, arXiv:2012.12877, section 4).
+        position_embedding_type: "learned" (one vector per patch, the paper), "learned_2d" (half a vector per row and
+            half per column; appendix D.4) or "sincos_2d" (fixed).
+        pooling: image representation: the "cls" token, or the "mean" of the patches, normalised after pooling.
+        representation_layer: add a linear layer with an activation before the classifier, as in the paper's
+            pre-training.
+        pooler_output_size: output size of the representation layer; default: ``hidden_size``.
+        pooler_act: activation of the representation layer.
+        backbone: name of a timm model whose feature map replaces the pixels (the paper's hybrid); its batch norms are
+            replaced by group norms.
+        backbone_out_index: index of the backbone's feature map to use.
+        distillation_token: add a second token, between the class token and the patches, with its own classifier that
+            is trained on a teacher's predictions (Touvron et al. 2021, arXiv:2012.12877, section 4).
 
     The other fields are those of `ImageEncoderConfig`; ``out_features`` and ``out_indices`` are for `TfmViTBackbone`.
 
     Raises:
-        ValueError: a field has the wrong type or a value outside its range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     model_type = "tfm_vit"
