@@ -1,9 +1,9 @@
-"""BERT, an encoder that is pretrained by filling in masked words (Devlin et al. 2019, arXiv:1810.04805, figures 1, 2).
+"""BERT, a masked language model (Devlin et al. 2019, arXiv:1810.04805, figures 1, 2).
 
-    ids (B, T) -> words + positions + segments -> norm -> post-norm blocks -> (B, T, D) -> heads
+    ids (B, T) -> token + position + segment embeddings -> norm -> post-norm blocks -> (B, T, D) -> heads
 
 Shapes: B sequences; T tokens; D = config.hidden_size; H heads; V = config.vocab_size; C = config.num_labels. An
-attention mask is 1 for a token, 0 for padding.
+attention mask is 1 for tokens and 0 for padding.
 """
 
 from collections.abc import Mapping
@@ -40,15 +40,15 @@ from .dropout import Dropout
 from .losses import choice_loss, class_loss, labelled, sequence_loss, span_loss, token_loss, weights_of_rows
 from .native_names import register_native_names
 
-# What files of transformers may hold and a model with a language head does not read.
+# Entries of transformers' checkpoints that models with a language-modelling head do not use.
 UNREAD = [r"embeddings\.position_ids", r"cls\.predictions\.decoder\.bias"]
 
 
 class TfmBertModel(TfmBertPreTrainedModel):
-    """The encoder.
+    """BERT encoder.
 
     Args:
-        add_pooling_layer: put the pooler on the first token's state, where the configuration has one.
+        add_pooling_layer: add the pooler over the first token, unless the configuration disables it.
     """
 
     _auto_class = "AutoModel"
@@ -78,11 +78,11 @@ class TfmBertModel(TfmBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """Encode ids (B, T), or ``inputs_embeds`` (B, T, D), under ``attention_mask`` (B, T).
+        """Encode ids (B, T), or ``inputs_embeds`` (B, T, D), with ``attention_mask`` (B, T).
 
         Returns:
-            ``last_hidden_state`` (B, T, D); ``pooler_output`` (B, D) or None; on request ``hidden_states``, L + 1 of
-            (B, T, D), and ``attentions``, L of (B, H, T, T).
+            ``last_hidden_state`` (B, T, D); ``pooler_output`` (B, D) or None; on request ``hidden_states``, L + 1
+            tensors (B, T, D), and ``attentions``, L tensors (B, H, T, T).
         """
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
@@ -95,7 +95,7 @@ class TfmBertModel(TfmBertPreTrainedModel):
 
 
 class TfmBertForMaskedLM(TfmBertPreTrainedModel):
-    """BERT that fills in masked words."""
+    """BERT with a masked language modelling head."""
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
@@ -128,14 +128,14 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """Predict tokens; with ``labels``, also their loss.
+        """Predict masked tokens; with ``labels``, also compute the loss.
 
         Args:
-            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
-            num_items_in_batch: what the sum of losses is divided by, see `losses`; default, the number of labels.
-            return_logits: False computes the loss of the labelled tokens alone, without holding logits.
-            masked_positions: (n,) int64, of the labelled tokens among the B T, for ``return_logits=False``: then a GPU
-                need not wait for them to be found.
+            labels: (B, T), `IGNORE_INDEX` at positions excluded from the loss.
+            num_items_in_batch: divisor of the summed loss, see `losses`; default: the number of labels.
+            return_logits: if False, compute the loss of the labelled tokens only, without materialising the logits.
+            masked_positions: (n,) int64 indices of the labelled tokens among the B T, for ``return_logits=False``;
+                avoids a GPU synchronisation to find them.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, V) or None; on request hidden states and attentions.
@@ -151,7 +151,7 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
 
 
 class TfmBertForPreTraining(TfmBertPreTrainedModel):
-    """BERT with both heads of its pretraining: masked words, and whether the second segment follows the first."""
+    """BERT with both pre-training heads: masked language modelling and next sentence prediction."""
 
     _auto_class = "AutoModelForPreTraining"
     _tied_weights_keys = {"lm_head.decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
@@ -188,22 +188,23 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BertForPreTrainingOutput:
-        """Predict tokens, and whether the segments belong together.
+        """Predict masked tokens and whether the second segment follows the first.
 
         Args:
-            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted.
-            next_sentence_label: (B,), 0 where the second segment follows the first, 1 where it is a random one,
-                `IGNORE_INDEX` for no pair.
+            labels: (B, T), `IGNORE_INDEX` at positions excluded from the loss.
+            next_sentence_label: (B,), 0 if the second segment follows the first, 1 if it is random, `IGNORE_INDEX` if
+                there is no pair.
             num_items_in_batch: number of labels of each kind in the whole step, {"labels": tokens,
-                "next_sentence_label": pairs}, see `count_items`. A single number counts the tokens, as Trainer does;
-                each pair then counts by its share of them, so that micro-batches add up to the step all the same.
+                "next_sentence_label": pairs}, see `count_items`. A single number is the token count, as Trainer passes
+                it; each pair is then weighted by its share of those tokens, so that micro-batches still add up to the
+                step.
             return_logits, masked_positions: see `TfmBertForMaskedLM.forward`.
 
-        Trainer evaluates a data set without ``next_sentence_label`` only with ``label_names=["labels"]``, as with
+        To evaluate a data set without ``next_sentence_label``, Trainer needs ``label_names=["labels"]``, as with
         transformers' `BertForPreTraining`.
 
         Returns:
-            ``loss`` scalar, the sum of the tokens' and the segments', each where it has labels; ``prediction_logits``
+            ``loss`` scalar, the sum of the token and pair losses for which there are labels; ``prediction_logits``
             (B, T, V) or None; ``seq_relationship_logits`` (B, 2); on request hidden states and attentions.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
@@ -231,7 +232,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         labels: Tensor | None,
         counts: Mapping[str, int | Tensor | None],
     ) -> Tensor:
-        """Cross-entropy of next sentence prediction from logits (B, 2); see `forward` for ``counts``."""
+        """Return the next sentence prediction loss of logits (B, 2); see `forward` for ``counts``."""
         name = "next_sentence_label"
         if counts.get("labels") is None or name in counts or labels is None:
             return class_loss(logits, next_sentence_label, counts.get(name), name)
@@ -239,17 +240,17 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         return class_loss(logits, next_sentence_label, name=name, weights=weights)
 
     def count_items(self, labels: Tensor | None = None, next_sentence_label: Tensor | None = None, **batch) -> dict:
-        """The ``num_items_in_batch`` of a batch; the sum over the micro-batches of a step is that of the step."""
+        """Return the ``num_items_in_batch`` of a batch; counts of micro-batches add up to that of the step."""
         given = {"labels": labels, "next_sentence_label": next_sentence_label}
         return {name: labelled(values).sum() for name, values in given.items() if values is not None}
 
 
 class TfmBertClassifier(TfmBertPreTrainedModel):
-    """What BERT with a linear classifier has in common: dropout, then a linear layer.
+    """Base class of BERT classifiers: dropout, then a linear layer.
 
     Args:
-        outputs: numbers the classifier gives.
-        pooled: it reads the pooler's output instead of every token's state.
+        outputs: output size of the classifier.
+        pooled: classify the pooler output instead of the state of every token.
     """
 
     def __init__(self, config: TfmBertConfig, outputs: int, pooled: bool):
@@ -265,7 +266,7 @@ class TfmBertClassifier(TfmBertPreTrainedModel):
 
 
 class TfmBertForSequenceClassification(TfmBertClassifier):
-    """BERT that classifies a sequence, or a pair of them; with one label, regression (section 4.1)."""
+    """BERT for classification, or regression with one label, of a sequence or sentence pair (section 4.1)."""
 
     _auto_class = "AutoModelForSequenceClassification"
     _loss_function = staticmethod(sequence_loss)
@@ -284,7 +285,7 @@ class TfmBertForSequenceClassification(TfmBertClassifier):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        """Classify sequences (B, T); ``labels`` (B,) as transformers' `BertForSequenceClassification` takes them.
+        """Classify sequences (B, T); ``labels`` (B,) are those of transformers' `BertForSequenceClassification`.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, C); on request hidden states and attentions.
@@ -298,7 +299,7 @@ class TfmBertForSequenceClassification(TfmBertClassifier):
 
 
 class TfmBertForTokenClassification(TfmBertClassifier):
-    """BERT that classifies every token (section 5.3)."""
+    """BERT for token classification (section 5.3)."""
 
     _auto_class = "AutoModelForTokenClassification"
     _loss_function = staticmethod(token_loss)
@@ -317,7 +318,7 @@ class TfmBertForTokenClassification(TfmBertClassifier):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """Classify tokens (B, T); ``labels`` (B, T), `IGNORE_INDEX` where there is none.
+        """Classify tokens (B, T); ``labels`` (B, T), `IGNORE_INDEX` where a token has no label.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, C); on request hidden states and attentions.
@@ -331,7 +332,7 @@ class TfmBertForTokenClassification(TfmBertClassifier):
 
 
 class TfmBertForMultipleChoice(TfmBertClassifier):
-    """BERT that scores several endings and takes the best (section 4.4)."""
+    """BERT for multiple choice (section 4.4)."""
 
     _auto_class = "AutoModelForMultipleChoice"
     _loss_function = staticmethod(choice_loss)
@@ -350,7 +351,7 @@ class TfmBertForMultipleChoice(TfmBertClassifier):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
-        """Choose among n sequences; inputs are (B, n, T), embeddings (B, n, T, D), ``labels`` (B,) the right one.
+        """Score n choices; inputs are (B, n, T), embeddings (B, n, T, D), ``labels`` (B,) the correct choice.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, n); on request hidden states and attentions of the B n sequences.
@@ -371,7 +372,7 @@ class TfmBertForMultipleChoice(TfmBertClassifier):
 
 
 class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
-    """BERT that marks where an answer starts and ends in a text (section 4.2)."""
+    """BERT for extractive question answering (section 4.2)."""
 
     _auto_class = "AutoModelForQuestionAnswering"
     _loss_function = staticmethod(span_loss)
@@ -394,8 +395,11 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Mark answers in sequences (B, T); ``start_positions`` and ``end_positions`` (B,); none from T on,
-        as where a long text was cut, or with `IGNORE_INDEX`.
+        """Predict answer spans in sequences (B, T).
+
+        Args:
+            start_positions, end_positions: (B,); positions of T or more (the answer was truncated) and `IGNORE_INDEX`
+                are ignored.
 
         Returns:
             ``loss`` scalar, ``start_logits`` and ``end_logits`` (B, T); on request hidden states and attentions.
@@ -416,7 +420,7 @@ class TfmBertForQuestionAnswering(TfmBertPreTrainedModel):
         )
 
     def count_items(self, start_positions: Tensor, end_positions: Tensor, input_ids: Tensor, **batch) -> Tensor:
-        """The ``num_items_in_batch`` of a batch: texts with a start or an end."""
+        """Return the ``num_items_in_batch`` of a batch: the number of texts with a start or end position."""
         length = input_ids.shape[1]
         known = [labelled(positions) & (positions < length) for positions in (start_positions, end_positions)]
         return (known[0] | known[1]).sum()

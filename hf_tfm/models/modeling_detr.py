@@ -5,8 +5,8 @@
     -> attention maps over the memory -> mask logits (B, Q, H / 4, W / 4)
 
 Shapes: B images; H, W pixels; N cells of the last feature map; D = config.d_model; Q = config.num_queries;
-L = config.decoder_layers; C = config.num_labels, class C is "no object". Boxes are cxcywh in shares of the image
-without its padding. A pixel mask is 1 where there is image, 0 in padding.
+L = config.decoder_layers; C = config.num_labels, where class C is "no object". Boxes are cxcywh, normalised by the
+unpadded image size. A pixel mask is 1 for image and 0 for padding.
 """
 
 from typing import ClassVar
@@ -44,14 +44,16 @@ Labels = list[dict[str, Tensor]]
 
 
 class PartOfPanoptic:
-    """A model that loads from a checkpoint of the panoptic one too, whose part it is; transformers' DETR then leaves
-    every weight random (5.23)."""
+    """Mixin for a submodule of the panoptic model that also loads from a panoptic checkpoint.
 
-    part: ClassVar[str]  # its name there
+    transformers' DETR leaves every weight random in that case (5.23).
+    """
+
+    part: ClassVar[str]  # name of this model as a submodule of the panoptic model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, config=None, **kwargs):
-        """As in transformers."""
+        """Load as in transformers, from a checkpoint of this model or of the panoptic model."""
         source, given = pretrained_model_name_or_path, {} if config is None else {"config": config}
         if isinstance(config, PreTrainedConfig):
             saved = config.architectures
@@ -66,7 +68,7 @@ class PartOfPanoptic:
 
 
 class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
-    """Backbone, encoder and decoder, without heads."""
+    """DETR without heads: backbone, encoder and decoder."""
 
     _auto_class = "AutoModel"
     part = "detr.model"
@@ -91,27 +93,27 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         self.post_init()
 
     def freeze_backbone(self) -> None:
-        """Let the backbone not learn; its batch norms keep their statistics."""
+        """Freeze the backbone, including the statistics of its batch norms."""
         self.backbone.requires_grad_(False)
-        self.backbone.train(self.backbone.training)  # its batch norms take notice
+        self.backbone.train(self.backbone.training)  # puts frozen batch norms in eval mode
 
     def unfreeze_backbone(self) -> None:
-        """Let all of the backbone learn, its frozen stages too; frozen norms have nothing to learn."""
+        """Unfreeze the whole backbone, including its frozen stages; frozen norms have no trainable parameters."""
         self.backbone.requires_grad_(True)
         self.backbone.train(self.backbone.training)
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
-        """What the Transformer reads of images (B, C, H, W) with a mask (B, H, W).
+        """Compute the Transformer's inputs from images (B, C, H, W) and their mask (B, H, W).
 
         Raises:
-            ValueError: the images have another number of channels, or the mask another size.
+            ValueError: the images have a wrong number of channels, or the mask has another size than the images.
         """
         B, C, H, W = pixel_values.shape
         if self.config.num_channels != C:
             raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {C}")
         if pixel_mask is not None and pixel_mask.shape != (B, H, W):
             raise ValueError(f"pixel_mask must have shape {(B, H, W)}, got {tuple(pixel_mask.shape)}")
-        # Channels last is how convolutions like their input best.
+        # Convolutions are fastest with channels-last input.
         maps = self.backbone(pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last))
         projected = self.input_projection(maps[-1])
         size = maps[-1].shape[2:]
@@ -128,10 +130,10 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         )
 
     def transform(self, features: ImageFeatures, **kwargs) -> DetrModelOutput:
-        """Encoder and decoder.
+        """Run the encoder and decoder.
 
         Raises:
-            TypeError: an argument is not known.
+            TypeError: an argument is unknown.
         """
         refuse_unknown(kwargs, self.config._attn_implementation)
         encoded = self.encoder(
@@ -163,7 +165,7 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> DetrModelOutput:
-        """Read images (B, C, H, W), with ``pixel_mask`` (B, H, W) where some are padded.
+        """Compute query states of images (B, C, H, W), with ``pixel_mask`` (B, H, W) if some images are padded.
 
         Returns:
             ``last_hidden_state`` (B, Q, D); with auxiliary losses ``intermediate_hidden_states`` (L, B, Q, D);
@@ -173,24 +175,24 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
 
 
 class BoxPredictor(nn.Module):
-    """Three linear layers with ReLU between (section 3.2, "Prediction feed-forward networks")."""
+    """Box head: three linear layers with ReLU in between (section 3.2, "Prediction feed-forward networks")."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(hidden_size, width) for width in (hidden_size, hidden_size, 4))
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., D) -> boxes (..., 4) cxcywh in (0, 1)."""
+        """Predict boxes from states: (..., D) -> (..., 4) cxcywh in (0, 1)."""
         for layer in self.layers[:-1]:
             states = layer(states).relu()
-        # A box is a fine measure: bf16 knows places near 1 to 1/256, half a pixel of 128.
+        # Boxes need more precision than bf16, whose spacing just below 1 is 1/256: half a pixel of a 128-pixel image.
         with maybe_autocast(states.device.type, enabled=False):
             last = self.layers[-1]
             return last(states.to(floating_dtype(last, states.dtype))).sigmoid()
 
 
 class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
-    """DETR with its heads for classes and boxes, shared by all decoder layers."""
+    """DETR for object detection: class and box heads shared by all decoder layers."""
 
     _auto_class = "AutoModelForObjectDetection"
     part = "detr"
@@ -203,11 +205,11 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         self.post_init()
 
     def heads(self, outputs: DetrModelOutput) -> tuple[Tensor, Tensor]:
-        """Logits (L, B, Q, C + 1) and boxes (L, B, Q, 4); without auxiliary losses of the last layer alone, L = 1."""
+        """Return logits (L, B, Q, C + 1) and boxes (L, B, Q, 4); without auxiliary losses L = 1 (last layer)."""
         states = outputs.intermediate_hidden_states
         if states is None:
             states = outputs.last_hidden_state[None]
-        # Quantised layers of bitsandbytes take at most three dimensions.
+        # Quantised layers of bitsandbytes accept at most three dimensions.
         flat, sizes = states.flatten(0, 1), states.shape[:2]  # (L B, Q, D)
         return self.class_labels_classifier(flat).unflatten(0, sizes), self.bbox_predictor(flat).unflatten(0, sizes)
 
@@ -220,18 +222,18 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         num_items_in_batch: dict[str, float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DetrObjectDetectionOutput:
-        """Find objects in images (B, C, H, W).
+        """Detect objects in images (B, C, H, W).
 
         Args:
-            pixel_mask: (B, H, W), where some images are padded.
-            labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
-            num_items_in_batch: what each term's sum is divided by, see `count_items`; default, the items of this
-                batch. A loop that cuts a step into micro-batches or ranks gives those of the whole step. Trainer
-                gives none.
+            pixel_mask: (B, H, W), needed if some images are padded.
+            labels: one dict per image with ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
+            num_items_in_batch: divisor of each summed loss term, see `count_items`; default: the counts of this batch.
+                A training loop that splits a step into micro-batches or ranks passes the counts of the whole step.
+                Trainer passes none.
 
         Returns:
             ``logits`` (B, Q, C + 1); ``pred_boxes`` (B, Q, 4); with labels ``loss``, ``loss_dict`` (terms of the last
-            layer, and of the others with their number behind the name) and, with auxiliary losses,
+            layer, and of the other layers with their index as a suffix) and, with auxiliary losses,
             ``auxiliary_outputs``, the predictions of the other layers; on request hidden states and attentions.
         """
         outputs = self.model(pixel_values, pixel_mask, **kwargs)
@@ -251,16 +253,16 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         )
 
     def count_items(self, labels: Labels, **batch) -> dict[str, float]:
-        """The ``num_items_in_batch`` of a batch; the sum over the micro-batches of a step is that of the step."""
+        """Return the ``num_items_in_batch`` of a batch; counts of micro-batches add up to those of the step."""
         counts = [len(label["class_labels"]) for label in labels]
         return normalizers(counts, self.config.num_queries, self.config.eos_coefficient)
 
 
 class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
-    """DETR with a mask for each query: things and stuff alike (section 4.4).
+    """DETR for panoptic segmentation: a mask for each query, for things and stuff alike (section 4.4).
 
-    A checkpoint of `TfmDetrForObjectDetection` loads into it; `freeze_detector` then makes the mask head the only part
-    that learns, as in the paper.
+    It loads checkpoints of `TfmDetrForObjectDetection`; call `freeze_detector` to train only the mask head, as in the
+    paper.
     """
 
     _auto_class = "AutoModelForUniversalSegmentation"
@@ -281,12 +283,12 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         self.post_init()
 
     def freeze_detector(self) -> None:
-        """Let nothing learn but the mask head."""
+        """Freeze everything except the mask head."""
         self.detr.requires_grad_(False)
-        self.train(self.training)  # its batch norms take notice
+        self.train(self.training)  # puts frozen batch norms in eval mode
 
     def masks(self, features: ImageFeatures, outputs: DetrModelOutput, images: Tensor, queries: Tensor) -> Tensor:
-        """Mask logits (n, h, w) of n queries, given by their image and number, (n,) each."""
+        """Return mask logits (n, h, w) of n queries, given by image and query indices of shape (n,)."""
         size = features.projected.shape[2:]
         maps = self.bbox_attention(outputs.last_hidden_state, outputs.encoder_last_hidden_state, features.mask)
         return self.mask_head(
@@ -302,18 +304,19 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         num_items_in_batch: dict[str, float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DetrSegmentationOutput:
-        """Find objects in images (B, C, H, W), and their masks.
+        """Detect and segment objects in images (B, C, H, W).
 
-        The masks need the backbone's maps, which the output of ``detr`` and ``detr.model`` does not hold: their parts
-        are called one by one, so forward hooks run on the parts and not on these two.
+        The masks need the backbone's feature maps, which the outputs of ``detr`` and ``detr.model`` do not include.
+        Their submodules are called one by one, so forward hooks on the submodules run, but not hooks on these two.
 
         Args:
             pixel_mask, num_items_in_batch: see `TfmDetrForObjectDetection.forward`.
-            labels: as there, and of each image ``masks`` (n, H, W) of 0 and 1, without padding or padded like it.
+            labels: as in `TfmDetrForObjectDetection.forward`, plus ``masks`` (n, H, W) of 0 and 1 for each image,
+                unpadded or padded like the image.
 
         Returns:
-            as there, and ``pred_masks`` (B, Q, H / 4, W / 4); in training with labels None, since only the masks that
-            the loss looks at are computed then.
+            The outputs of `TfmDetrForObjectDetection.forward`, plus ``pred_masks`` (B, Q, H / 4, W / 4); None when
+            training with labels, where only the masks needed by the loss are computed.
         """
         model = self.detr.model
         features = model.features(pixel_values, pixel_mask)
@@ -351,13 +354,13 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
 
 
 def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:
-    """Predictions of all decoder layers but the last, where there are any."""
+    """Return the predictions of all decoder layers but the last, or None if there are none."""
     pairs = zip(logits[:-1], boxes[:-1], strict=True)
     return [{"logits": own, "pred_boxes": box} for own, box in pairs] or None
 
 
 def shared_outputs(outputs: DetrModelOutput) -> dict[str, Tensor]:
-    """What the outputs of the heads repeat of the model's."""
+    """Return the fields of the base model's output that the outputs of the heads repeat."""
     return {name: outputs.get(name) for name in outputs if name != "intermediate_hidden_states"}
 
 

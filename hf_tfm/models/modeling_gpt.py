@@ -1,9 +1,10 @@
-"""GPT, a decoder that predicts the next token (Radford et al. 2018, 2019; the blocks: Vaswani et al. 2017, figure 1).
+"""GPT, a causal language model (Radford et al. 2018, 2019; blocks: Vaswani et al. 2017, figure 1).
 
-    ids (B, T) -> words + positions -> causal blocks, pre-norm (GPT-2) or post-norm (GPT-1) -> (B, T, D) -> logits
+    ids (B, T) -> token + position embeddings -> causal blocks, pre-norm (GPT-2) or post-norm (GPT-1) -> (B, T, D)
+    -> logits (B, T, V)
 
 Shapes: B sequences; T tokens; D = config.hidden_size; H heads; V = config.vocab_size; C = config.num_labels. An
-attention mask is 1 for a token, 0 for padding.
+attention mask is 1 for tokens and 0 for padding.
 """
 
 import math
@@ -39,10 +40,10 @@ from .native_names import OwnNamesPreTrainedModel
 
 
 def native_names() -> list:
-    """Names and shapes of weights in files of transformers' GPT-2, and of earlier versions of this package.
+    """Return the conversions from weights of transformers' GPT-2 and of earlier versions of this package.
 
-    There one matrix computes queries, keys and values, and matrices are transposed. Patterns are anchored to a block,
-    so that modules which a subclass adds keep their names.
+    GPT-2 files store one matrix for queries, keys and values, and store matrices transposed. Each pattern is anchored
+    to a block, so that modules added by a subclass keep their names.
     """
     turned = (
         (r"attn\.c_proj\.weight", "self_attn.out_proj.weight"),
@@ -69,7 +70,7 @@ def native_names() -> list:
 
 
 class TfmGPTPreTrainedModel(OwnNamesPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the GPT models: weight initialisation, loading and saving."""
 
     config: TfmGPTConfig
     base_model_prefix = "transformer"
@@ -86,7 +87,9 @@ class TfmGPTPreTrainedModel(OwnNamesPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, ``initializer_range``); what a residual branch adds starts smaller in deep pre-norm models."""
+        """Initialise from N(0, ``initializer_range``); in pre-norm models, scale down the last layer of each residual
+        branch by sqrt(2 L).
+        """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
@@ -104,7 +107,7 @@ class TfmGPTPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class TfmGPTModel(TfmGPTPreTrainedModel):
-    """The decoder, without a head."""
+    """GPT decoder without a head."""
 
     _auto_class = "AutoModel"
 
@@ -114,7 +117,7 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(EncoderBlock(config, i, is_causal=True) for i in range(config.num_hidden_layers))
-        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.ln_f = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
@@ -138,17 +141,17 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Read ids (B, T), or ``inputs_embeds`` (B, T, D).
+        """Decode ids (B, T), or ``inputs_embeds`` (B, T, D).
 
         Args:
             attention_mask: (B, cached + T).
-            position_ids: (B, T) or (1, T); default, those that follow the cached tokens. Without ``attention_mask``
-                and cache a row may hold several texts: where positions start anew, no token sees what is before.
-            cache: keys and values of earlier tokens; grows by T.
+            position_ids: (B, T) or (1, T); default: the positions after the cached tokens. Without ``attention_mask``
+                and cache a row may pack several texts: where positions restart, attention to earlier tokens is masked.
+            cache: keys and values of earlier tokens; extended by T.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, L + 1 of (B, T, D), and
-            ``attentions``, L of (B, H, T, cached + T).
+            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, L + 1 tensors (B, T, D), and
+            ``attentions``, L tensors (B, H, T, cached + T).
 
         Raises:
             ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty or too
@@ -158,17 +161,18 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()  # a paged cache has no such length
+            seen = 0 if cache is None else cache.get_seq_length()  # a paged cache has no single length
             end, longest = seen + words.shape[1], self.config.max_position_embeddings
             if isinstance(end, int) and end > longest:
                 raise ValueError(f"the input reaches {end} tokens, but max_position_embeddings is {longest}")
             places = (torch.arange(words.shape[1], device=words.device) + seen)[None]
         else:
-            places = kwargs["position_ids"] = position_ids  # flash attention tells texts in a row apart by them
+            places = kwargs["position_ids"] = position_ids  # flash attention separates packed texts by position_ids
         hidden_states = self.drop(words + look_up(self.wpe, places, "position_ids", "max_position_embeddings"))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
-        # One token may look at all that a growing cache holds; finding that out anew is a tenth of a small step.
+        # A single token may attend to everything in a growing cache; building the mask would cost a tenth of a small
+        # decoding step.
         sees_all = attention_mask is None and words.shape[1] == 1 and type(cache) is DynamicCache
         mask = None if sees_all else create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
         for layer in self.layers:
@@ -187,12 +191,12 @@ def language_loss(
     shift_labels: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the next token of labels (B, T), from logits (B, T, V) or else from states (B, T, D).
+    """Return the next-token cross-entropy for labels (B, T), from logits (B, T, V) or, if None, states (B, T, D).
 
     Args:
-        head: the output layer, or its weight (V, D); read without logits.
-        row_weights: (B T,), of the losses; for a head given by its weight.
-        shift_labels: (B, T), in place of labels: the token that each state is to predict.
+        head: output layer or its weight (V, D); used only without logits.
+        row_weights: (B T,) weights of the per-token losses; only with ``head`` given as a weight.
+        shift_labels: (B, T) target token of each state; replaces ``labels``.
     """
     # State t predicts token t + 1.
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shift_labels is None else shift_labels
@@ -207,7 +211,7 @@ def language_loss(
 
 
 class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
-    """GPT with its output layer, tied to the word embeddings."""
+    """GPT with a language-modelling head tied to the token embeddings."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
@@ -235,17 +239,17 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
         return_logits: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Predict the token after each; with labels of either kind, also the loss.
+        """Predict the next token at each position; with ``labels`` or ``shift_labels``, also compute the loss.
 
         Args:
-            labels: (B, T), the ids themselves, `IGNORE_INDEX` where nothing is to be predicted.
-            logits_to_keep: logits of so many last tokens, or of the tokens of an index; 0 is all.
-            num_items_in_batch: what the sum of losses is divided by, see `losses`; default, the number of labels that
-                a token is predicted for: all but the first of each row.
-            return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
-            shift_labels: (B, T), a keyword argument in place of ``labels``: the token that each state is to predict.
-                Sequence-parallel training moves labels before it cuts a sequence. It is not in the signature, where
-                Trainer would take it for a label that every batch has.
+            labels: (B, T) the input ids, `IGNORE_INDEX` at positions excluded from the loss.
+            logits_to_keep: number of last tokens, or index of the tokens, to compute logits for; 0 means all.
+            num_items_in_batch: divisor of the summed loss, see `losses`; default: the number of predicted labels,
+                which excludes the first token of each row.
+            return_logits: if False, compute the loss without materialising the logits (see `linear_cross_entropy`).
+            shift_labels: (B, T) target token of each state, a keyword argument that replaces ``labels``.
+                Sequence-parallel training shifts labels before it splits a sequence. It is not in the signature
+                because Trainer would treat it as a label present in every batch.
 
         Returns:
             ``loss`` scalar, ``logits`` (B, T, V) or None, ``cache``; on request hidden states, attentions.
@@ -272,7 +276,7 @@ class TfmGPTForCausalLM(TfmGPTPreTrainedModel, GreedyGenerationMixin):
 
 
 class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
-    """GPT that classifies a sequence by the state of its last token (2018, section 3.2)."""
+    """GPT with a sequence classifier on the state of the last token (2018, section 3.2)."""
 
     _auto_class = "AutoModelForSequenceClassification"
     _loss_function = staticmethod(sequence_loss)
@@ -299,16 +303,16 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         language_weight: float = 0.0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        """Classify sequences (B, T) by their last token that is not padding.
+        """Classify sequences (B, T) by their last non-padding token.
 
         Args:
-            attention_mask: (B, T); without one, ``pad_token_id`` tells which tokens are padding.
-            labels: (B,), as transformers' `GPT2ForSequenceClassification` takes them.
-            language_weight: weight of a second term (2018, equation 5, lambda 0.5): each sequence's mean loss of
-                predicting its own tokens, and the mean of these over labelled sequences, as in the authors' code.
+            attention_mask: (B, T); by default, tokens equal to ``pad_token_id`` are treated as padding.
+            labels: (B,), as in transformers' `GPT2ForSequenceClassification`.
+            language_weight: weight of an auxiliary language-modelling loss (2018, equation 5, lambda 0.5): the mean
+                next-token loss of each sequence, averaged over labelled sequences, as in the authors' code.
 
         Returns:
-            ``loss`` scalar, ``logits`` (B, C); on request what `TfmGPTModel` gives.
+            ``loss`` scalar, ``logits`` (B, C); on request the hidden states, attentions and cache of `TfmGPTModel`.
 
         Raises:
             ValueError: ``language_weight`` is given without ``input_ids``.
@@ -323,7 +327,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             last = hidden[:, -1]
         else:
             places = torch.arange(attention_mask.shape[1], device=hidden.device)
-            place = (attention_mask.to(hidden.device) * places).argmax(dim=1)  # of the last token, however padded
+            place = (attention_mask.to(hidden.device) * places).argmax(dim=1)  # last token, for left or right padding
             last = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
         logits = self.score(self.dropout(last))
         loss = None
@@ -350,7 +354,7 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Each sequence's mean loss of predicting its tokens (B, T) from states (B, T, D), per labelled sequence."""
+        """Return the mean next-token loss of tokens (B, T) from states (B, T, D), averaged over labelled sequences."""
         known = labelled(labels).reshape(hidden.shape[0], -1).to(hidden.device)  # (B, classes or 1)
         weights = known.sum(dim=1) / labelled(tokens[:, 1:]).sum(dim=1).clamp_min(1)  # (B,)
         row_weights = weights[:, None].expand(tokens.shape).flatten()  # (B T,)

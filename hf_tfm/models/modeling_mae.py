@@ -1,10 +1,9 @@
-"""The masked autoencoder: hide most patches, encode the rest, reconstruct the hidden ones (He et al. 2021,
-arXiv:2111.06377, figure 1).
+"""Masked autoencoder (He et al. 2021, arXiv:2111.06377, figure 1).
 
-    pixels (B, C, H, W) -> K of N patches -> encoder -> (B, 1 + K, D) -> mask tokens put in -> decoder -> (B, N, P P C)
+    pixels (B, C, H, W) -> K of N patches -> encoder -> (B, 1 + K, D) -> insert mask tokens -> decoder -> (B, N, P P C)
 
-Shapes: B images; C channels; H, W pixels; P patch side; N patches, row by row; K kept; D = config.hidden_size;
-E = config.decoder_hidden_size. In a mask 1 is hidden, 0 visible.
+Shapes: B images; C channels; H, W pixels; P patch side; N patches in row-major order; K visible patches;
+D = config.hidden_size; E = config.decoder_hidden_size. In a mask, 1 is hidden and 0 is visible.
 """
 
 import math
@@ -31,9 +30,9 @@ from .patches import Size, patchify, resize_grid, sides, unpatchify
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """``floor(N (1 - mask_ratio))``, at least 1.
+    """Return the number of visible patches, ``floor(N (1 - mask_ratio))``, at least 1.
 
-    The 1e-6 absorbs rounding: ``100 * (1 - 0.9)`` is 9.999..., which the authors' ``int()`` makes 9, not 10.
+    The 1e-6 absorbs rounding errors: ``100 * (1 - 0.9)`` is 9.999..., which the authors' ``int()`` truncates to 9.
     """
     return max(1, math.floor(num_patches * (1.0 - mask_ratio) + 1e-6))
 
@@ -41,17 +40,17 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def random_masking(
     batch_size: int, num_patches: int, mask_ratio: float, noise: Tensor | None = None, device: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose K patches of each image at random, without replacement (section 3, "Simple implementation").
+    """Sample K visible patches of each image without replacement (section 3, "Simple implementation").
 
     Args:
         batch_size, num_patches: B and N.
-        mask_ratio: share of patches hidden, in [0, 1); the paper uses 0.75.
-        noise: (B, N); the K smallest scores of a row stay visible. Default: uniform, from torch's global generator.
+        mask_ratio: fraction of patches to hide, in [0, 1); 0.75 in the paper.
+        noise: (B, N) scores; the K smallest of each row stay visible. Default: uniform, from torch's global generator.
 
     Returns:
-        keep: (B, K) int64, the visible patches in shuffled order.
+        keep: (B, K) int64, indices of the visible patches, in shuffled order.
         mask: (B, N) float32, 1 = hidden, in image order.
-        restore: (B, N) int64; gathering ``cat([visible, hidden], dim=1)`` with it puts patches back in image order.
+        restore: (B, N) int64; gathering ``cat([visible, hidden], dim=1)`` with it restores the image order.
 
     Raises:
         ValueError: ``noise`` is not (B, N).
@@ -62,35 +61,37 @@ def random_masking(
         raise ValueError(f"noise must have shape {(batch_size, num_patches)}, got {tuple(noise.shape)}")
     visible = num_visible(num_patches, mask_ratio)
     shuffle = noise.to(device).argsort(dim=1)
-    restore = shuffle.argsort(dim=1)  # the inverse permutation: place of each patch in the shuffled list
+    restore = shuffle.argsort(dim=1)  # inverse permutation: index of each patch in the shuffled order
     return shuffle[:, :visible], (restore >= visible).float(), restore
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch with mean 0 and variance 1 over its pixels: (B, N, P P C), and the mean and deviation (B, N, 1)."""
+    """Normalise each patch over its pixels; return patches (B, N, P P C), mean and standard deviation (B, N, 1)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     deviation = (variance + 1e-6).sqrt()
     return (patches - mean) / deviation, mean, deviation
 
 
 def decoder_view(config: TfmMAEConfig) -> ConfigView:
-    """The configuration as the decoder's blocks read it: ``hidden_size`` is ``decoder_hidden_size`` and so on."""
+    """Return a view of the configuration for the decoder's blocks, with the ``decoder_`` fields unprefixed."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return ConfigView(config, **{name: getattr(config, f"decoder_{name}") for name in names})
 
 
 class TfmMAEPreTrainedModel(TfmViTPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the MAE models: weight initialisation, loading and saving."""
 
     config: TfmMAEConfig
     _no_split_modules = ["TfmViTEmbeddings", "EncoderBlock", "TfmMAEDecoder"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As in appendix A.1: Xavier uniform for matrices, the patch embedding among them; N(0, 0.02) for tokens."""
+        """Initialise as in appendix A.1: Xavier uniform for matrices and the patch embedding, N(0, 0.02) for
+        tokens.
+        """
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
-            # The patch embedding as the matrix it is: of a convolution Xavier would take the fan-out for P P D.
+            # Flatten the patch embedding to a matrix: for the convolution Xavier would compute the fan-out as P P D.
             init.xavier_uniform_(module.weight.flatten(1))
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -104,10 +105,10 @@ class TfmMAEPreTrainedModel(TfmViTPreTrainedModel):
 
 
 class TfmMAEModel(TfmMAEPreTrainedModel):
-    """The encoder: a Vision Transformer that sees the visible patches alone (section 3, "MAE encoder")."""
+    """MAE encoder: a Vision Transformer over the visible patches only (section 3, "MAE encoder")."""
 
     _auto_class = "AutoModel"
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  of the whole autoencoder
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  in checkpoints of the full autoencoder
 
     def __init__(self, config: TfmMAEConfig):
         super().__init__(config)
@@ -118,10 +119,10 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         self.post_init()
 
     def set_image_size(self, image_size: Size) -> None:
-        """Make the model one for images of another size in pixels, to go on with training there.
+        """Adapt the model to images of another size in pixels, to continue training at that size.
 
         Raises:
-            ValueError: the patch does not divide the images.
+            ValueError: the image size is not divisible by the patch size.
         """
         self.embeddings.set_image_size(image_size)
         self.config.image_size = image_size
@@ -135,10 +136,10 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTMAEModelOutput:
-        """Encode a random part of the patches of images (B, C, H, W).
+        """Encode a random subset of the patches of images (B, C, H, W).
 
         Args:
-            noise: (B, N), decides which patches stay; see `random_masking`.
+            noise: (B, N) scores that select the visible patches; see `random_masking`.
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
 
         Returns:
@@ -158,7 +159,7 @@ class TfmMAEModel(TfmMAEPreTrainedModel):
 
 
 class TfmMAEDecoder(nn.Module):
-    """Mask tokens take the place of hidden patches; a small Transformer predicts pixels (section 3, "MAE decoder")."""
+    """MAE decoder: insert mask tokens for hidden patches, then predict pixels (section 3, "MAE decoder")."""
 
     def __init__(self, config: TfmMAEConfig, grid: tuple[int, int]):
         super().__init__()
@@ -173,20 +174,27 @@ class TfmMAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(view.hidden_size, height * width * config.num_channels)
 
     def fixed_positions(self) -> Tensor:
-        """Those of the grid, zero for the [class] token: (1, 1 + N, E)."""
+        """Return the fixed positions of the grid, zero for the [class] token: (1, 1 + N, E)."""
         return fixed_positions(self.grid, self.mask_token.shape[-1])
 
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Make it a decoder of (rows, columns) of patches."""
+        """Resize the decoder to a grid of (rows, columns) patches."""
         self.grid = grid
         self.decoder_pos_embed = self.fixed_positions().to(self.decoder_pos_embed)
 
     def forward(self, hidden_states: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Encoded visible patches (B, 1 + K, D) and their places (B, N) of a ``grid`` -> pixels (B, N, P P C)."""
+        """Predict the pixels (B, N, P P C) of a grid of patches from the encoded visible patches.
+
+        Args:
+            hidden_states: (B, 1 + K, D).
+            restore: (B, N) int64, see `random_masking`.
+            grid: (rows, columns) of patches.
+        """
         states = self.decoder_embed(hidden_states)  # (B, 1 + K, E)
         B, N = restore.shape
-        # Under autocast the mask token, in float32, makes all tokens so, as in the encoder and transformers' ViTMAE:
-        # what the blocks add up is not rounded. In a model of half precision all but the sum of positions is of that.
+        # Under autocast the float32 mask token promotes all tokens to float32, as in the encoder and transformers'
+        # ViTMAE, so that residual sums are not rounded. In a half-precision model only the sum with the positions is
+        # float32.
         dtype = self.mask_token.dtype
         hidden = self.mask_token.expand(B, N + 1 - states.shape[1], -1)
         tokens = torch.cat([states[:, 1:].to(dtype), hidden], dim=1)  # (B, N, E), still shuffled
@@ -199,10 +207,10 @@ class TfmMAEDecoder(nn.Module):
 
 
 class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
-    """The masked autoencoder with its reconstruction loss."""
+    """Masked autoencoder with its reconstruction loss."""
 
     _auto_class = "AutoModelForPreTraining"
-    # The encoder's plans are in the configuration.
+    # The encoder's plans are defined in the configuration.
     _tp_plan = {  # noqa: RUF012
         f"decoder.decoder_layers.*.{part}": "rowwise" if part.endswith(("out_proj", "down_proj")) else "colwise"
         for part in (
@@ -233,13 +241,13 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTMAEForPreTrainingOutput:
-        """Reconstruct images (B, C, H, W) from a random part of their patches.
+        """Reconstruct images (B, C, H, W) from a random subset of their patches.
 
         Args:
-            noise: (B, N), decides which patches stay visible; see `random_masking`.
+            noise: (B, N) scores that select the visible patches; see `random_masking`.
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
-            num_items_in_batch: hidden patches of the whole step, see `losses`; default, of this batch.
-            return_loss: compute the loss; by this argument Trainer knows that it needs no labels.
+            num_items_in_batch: number of hidden patches in the whole step, see `losses`; default: in this batch.
+            return_loss: compute the loss; Trainer detects by this argument that the model needs no labels.
 
         Returns:
             ``loss`` scalar, the mean squared error over hidden patches; ``logits`` (B, N, P P C), pixels, normalised
@@ -262,7 +270,7 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
         )
 
     def count_items(self, pixel_values: Tensor, **batch) -> int:
-        """The ``num_items_in_batch`` of a batch: hidden patches."""
+        """Return the ``num_items_in_batch`` of a batch: the number of hidden patches."""
         rows, columns = self.vit.embeddings.patch_embeddings.check(pixel_values)
         visible = num_visible(rows * columns, self.config.mask_ratio)
         return pixel_values.shape[0] * (rows * columns - visible)
@@ -270,7 +278,7 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
     def reconstruction_loss(
         self, pixel_values: Tensor, logits: Tensor, mask: Tensor, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
-        """Mean squared error over the pixels of hidden patches, a scalar (section 3, "Reconstruction target")."""
+        """Return the mean squared error over the pixels of hidden patches (section 3, "Reconstruction target")."""
         target = patchify(pixel_values, self.config.patch_size).float()
         if self.config.norm_pix_loss:
             target = normalize_patches(target)[0]
@@ -279,9 +287,9 @@ class TfmMAEForPreTraining(TfmMAEPreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-        """The images with their hidden patches replaced by the prediction, in the scale of the input: (B, C, H, W).
+        """Replace the hidden patches of images by their prediction, in the scale of the input: (B, C, H, W).
 
-        Normalised predictions get back mean and deviation of the true patch, as in the paper's figures.
+        Normalised predictions are rescaled with the mean and deviation of the true patch, as in the paper's figures.
         """
         patches = patchify(pixel_values, self.config.patch_size).float()
         predicted = logits.float()

@@ -1,10 +1,10 @@
-"""The encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762, figure 1).
+"""Encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762, figure 1).
 
     source ids (B, S) -> embed + positions -> encoder blocks -> memory (B, S, D)
     target ids (B, T) -> embed + positions -> decoder blocks over the memory -> (B, T, D) -> logits (B, T, V)
 
 Shapes: B sentences; S source, T target positions; D = config.hidden_size; V = config.vocab_size; H heads.
-Attention masks that users give are (B, S) or (B, T), 1 = a token, 0 = padding.
+Attention masks passed by the user are (B, S) or (B, T), 1 for tokens and 0 for padding.
 """
 
 from dataclasses import dataclass
@@ -29,18 +29,18 @@ from .transformer_stacks import TfmTransformerDecoder, TfmTransformerEncoder, Tf
 
 
 def shift_right(labels: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Decoder inputs for teacher forcing: the start token, then all labels but the last; (B, T) -> (B, T)."""
+    """Return teacher-forcing decoder inputs: the start token, then all labels but the last; (B, T) -> (B, T)."""
     start = labels.new_full((labels.shape[0], 1), decoder_start_token_id)
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, pad_token_id)], dim=1)
 
 
 @dataclass
 class TfmTransformerLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` with the parts of the loss.
+    """`Seq2SeqLMOutput` with the components of the loss.
 
     Args:
-        token_loss: scalar, cross-entropy of the target tokens; all of ``loss`` for an autoregressive model.
-        length_loss: scalar, cross-entropy of the target length (``decoding="mask_predict"``).
+        token_loss: scalar cross-entropy of the target tokens; equal to ``loss`` for an autoregressive model.
+        length_loss: scalar cross-entropy of the target length (``decoding="mask_predict"``).
     """
 
     token_loss: Tensor | None = None
@@ -72,7 +72,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
             self.shared = value
             self.decoder.set_input_embeddings(value)
         elif value.num_embeddings != self.decoder.get_input_embeddings().num_embeddings:
-            # Source and target have one vocabulary: the decoder's own table grows or shrinks with the encoder's.
+            # Source and target share one vocabulary, so the separate decoder table is resized with the encoder's.
             self.decoder.resize_token_embeddings(value.num_embeddings)
 
     @takes_cache
@@ -90,18 +90,19 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
-        """Encode, then decode.
+        """Run the encoder, then the decoder.
 
         Args:
             input_ids: (B, S), or ``inputs_embeds`` (B, S, D).
             attention_mask: (B, S).
             decoder_input_ids: (B, T), or ``decoder_inputs_embeds`` (B, T, D).
             decoder_attention_mask: (B, cached + T).
-            encoder_outputs: of an earlier call, instead of the source.
+            encoder_outputs: output of an earlier encoder call, used instead of the source.
             cache: see `TfmTransformerDecoder.forward`.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), ``encoder_last_hidden_state`` (B, S, D), and what was asked for.
+            ``last_hidden_state`` (B, T, D), ``encoder_last_hidden_state`` (B, S, D); on request hidden states,
+            attentions and cache.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -132,7 +133,7 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
 
 
 class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, SharedMemoryGenerationMixin):
-    """The Transformer with its output layer: translation and any other text-to-text task."""
+    """Transformer with a language-modelling head, for translation and other text-to-text tasks."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -156,10 +157,10 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         return self.model.decoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Decoder inputs (B, T) of labels (B, T); transformers' data collators call it.
+        """Return decoder inputs (B, T) for labels (B, T); called by transformers' data collators.
 
-        Of an autoregressive model they are the labels shifted by one; of a mask-predict model the labels with a random
-        share masked, drawn from torch's global generator.
+        For an autoregressive model these are the labels shifted right by one. For a mask-predict model they are the
+        labels with a random share masked, drawn from torch's global generator.
         """
         if self.config.decoding == "mask_predict":
             return mask_targets(labels, self.config)[0]
@@ -183,23 +184,23 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         return_logits: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TfmTransformerLMOutput:
-        """Predict target tokens; with ``labels``, also their label-smoothed loss.
+        """Predict target tokens; with ``labels``, also compute the label-smoothed loss.
 
         Args:
-            labels: (B, T), `IGNORE_INDEX` where nothing is to be predicted. Without decoder inputs, those of
-                `prepare_decoder_input_ids_from_labels` are taken. A mask-predict model learns only from labels at
-                which ``decoder_input_ids`` hold ``mask_token_id``.
-            num_items_in_batch: what the sum of token losses is divided by, see `losses`; default, the number of labels
-                that the model learns from. ``length_loss`` is the mean over sentences by default, and their sum
-                otherwise; in ``loss`` each sentence then counts by its share of the labels of the step.
-            return_logits: False computes the loss without holding the logits (see `linear_cross_entropy`).
+            labels: (B, T), `IGNORE_INDEX` at positions excluded from the loss. Without decoder inputs,
+                `prepare_decoder_input_ids_from_labels` provides them. A mask-predict model is trained only on labels
+                where ``decoder_input_ids`` is ``mask_token_id``.
+            num_items_in_batch: divisor of the summed token loss, see `losses`; default: the number of labels used for
+                training. ``length_loss`` is the mean over sentences by default and their sum otherwise; in ``loss``
+                each sentence is then weighted by its share of the labels of the step.
+            return_logits: if False, compute the loss without materialising the logits (see `linear_cross_entropy`).
 
         Returns:
-            ``loss`` scalar, its parts, ``logits`` (B, T, V) or None, and what `TfmTransformerModel` returns.
+            ``loss`` scalar and its components, ``logits`` (B, T, V) or None, and the outputs of `TfmTransformerModel`.
 
         Raises:
-            TypeError, ValueError: labels are empty, have another shape than the decoder's inputs or, on a CPU, values
-                outside the vocabulary; or no label of a mask-predict model is masked.
+            TypeError, ValueError: labels are empty, have a different shape from the decoder inputs or, on a CPU,
+                contain values outside the vocabulary; or no label of a mask-predict model is masked.
         """
         if labels is not None:
             use_cache = False
@@ -239,7 +240,7 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
                 length_loss = each.mean() if num_items_in_batch is None else each.sum()
                 if num_items_in_batch is None:
                     loss = token_loss + length_loss
-                else:  # by each sentence's share of the tokens of the step, so that micro-batches add up
+                else:  # weighted by each sentence's share of the tokens of the step, so that micro-batches add up
                     loss = token_loss + (each * weights_of_rows(targets, num_items_in_batch)).sum()
         return TfmTransformerLMOutput(
             loss=loss,
@@ -256,7 +257,9 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         )
 
     def token_loss(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, items: int | Tensor | None) -> Tensor:
-        """Label-smoothed cross-entropy of (B, T) labels, from logits (B, T, V) or else from states (B, T, D)."""
+        """Return the label-smoothed cross-entropy of labels (B, T), from logits (B, T, V) or, if None, from states
+        (B, T, D).
+        """
         require_tensor("labels", labels, tuple(hidden.shape[:2]))
         labels = labels.reshape(-1)
         smoothing = self.config.label_smoothing
@@ -267,14 +270,14 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         return per_item(total, labelled(labels).sum(), items)
 
     def most_positions(self) -> int | None:
-        """See `GreedyGenerationMixin`."""
+        """See `GreedyGenerationMixin.most_positions`."""
         return self.config.max_position_embeddings if self.config.position_embedding_type == "learned" else None
 
     @torch.no_grad()
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
     ):
-        """As transformers' `generate`; a mask-predict model decodes with `mask_predict` and takes its arguments."""
+        """Generate as in transformers; a mask-predict model decodes with `mask_predict` and takes its arguments."""
         if self.config.decoding == "mask_predict":
             if args:
                 raise ValueError("a mask-predict model takes inputs and generation_config by place, all else by name")

@@ -1,12 +1,13 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929, figure 1).
+"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929, figure 1).
 
     pixels (B, C, H, W) -> patches (B, N, D) + positions -> [class] + N tokens -> pre-norm blocks -> (B, 1 + N, D)
     -> class token or mean of patches (B, D) -> logits (B, labels)
 
-With DeiT's distillation token (Touvron et al. 2021, arXiv:2012.12877, section 4) it is [class] + [distillation] + N.
+With DeiT's distillation token (Touvron et al. 2021, arXiv:2012.12877, section 4) the tokens are [class] +
+[distillation] + N.
 
-Shapes: B images; C channels; H, W pixels; N patches, row by row; D = config.hidden_size; A heads; S tokens before the
-patches, 1 or, with a distillation token, 2.
+Shapes: B images; C channels; H, W pixels; N patches in row-major order; D = config.hidden_size; A heads; S prefix
+tokens before the patches: 1, or 2 with a distillation token.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ from .losses import sequence_loss
 from .native_names import OwnNamesPreTrainedModel, register_native_names
 from .patches import Size, patch_grid
 
-# Files of transformers' own ViT, and of earlier versions of this package: (name in a file, name in the model), in
-# this order when loading. Anchored to a block, so that modules which a subclass adds keep their names.
+# Weight names of transformers' ViT and of earlier versions of this package: (name in the file, name in the model),
+# applied in this order on loading. Each pattern is anchored to a block, so that modules added by a subclass keep their
+# names.
 NATIVE_NAMES = (
     (r"encoder\.layer\.", "layers."),
     (r"(?<=\d\.)attention\.attention\.query\.", "self_attn.q_proj."),
@@ -48,18 +50,18 @@ NATIVE_NAMES = (
 
 
 def drop_path_rates(config: TfmViTConfig) -> list[float]:
-    """The rate of each block, from 0 in the first to ``drop_path_rate`` in the last."""
+    """Return the drop-path rate of each block, rising linearly from 0 to ``drop_path_rate``."""
     last = max(config.num_hidden_layers - 1, 1)
     return [config.drop_path_rate * i / last for i in range(config.num_hidden_layers)]
 
 
 def encoder_blocks(config: TfmViTConfig) -> nn.ModuleList:
-    """The L blocks of equations 2 and 3."""
+    """Build the L encoder blocks (equations 2 and 3)."""
     return nn.ModuleList(EncoderBlock(config, i, rate) for i, rate in enumerate(drop_path_rates(config)))
 
 
 class TfmViTPreTrainedModel(OwnNamesPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the ViT models: weight initialisation, loading and saving."""
 
     config: TfmViTConfig
     base_model_prefix = "vit"
@@ -77,7 +79,7 @@ class TfmViTPreTrainedModel(OwnNamesPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normal of ``initializer_range``, as DeiT; zeros for biases."""
+        """Initialise weights from a truncated normal of ``initializer_range``, as DeiT does, and biases to zero."""
         std = self.config.initializer_range
         if reset(module):
             return
@@ -102,7 +104,7 @@ class TfmViTPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class TfmViTPooler(nn.Module):
-    """The representation layer: a linear layer with an activation (section 3.1)."""
+    """Representation layer: a linear layer followed by an activation (section 3.1)."""
 
     def __init__(self, config: TfmViTConfig):
         super().__init__()
@@ -115,10 +117,10 @@ class TfmViTPooler(nn.Module):
 
 
 class TfmViTModel(TfmViTPreTrainedModel):
-    """The encoder, without a classifier.
+    """ViT encoder without a classifier.
 
     Args:
-        add_pooling_layer: put the representation layer on what stands for the image.
+        add_pooling_layer: apply the representation layer to the pooled features.
     """
 
     _auto_class = "AutoModel"
@@ -126,13 +128,13 @@ class TfmViTModel(TfmViTPreTrainedModel):
     def __init__(self, config: TfmViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = TfmViTEmbeddings(config)
-        # Its position is part of it: DeiT learns both, but only their sum is ever seen.
+        # Has no separate position embedding: DeiT learns one, but only its sum with the token is ever used.
         token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
         self.distillation_token = token
         self.num_prefix_tokens = 1 if token is None else 2
         self.layers = encoder_blocks(config)
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # A mean is normed after pooling, and nothing before it (MAE's fine-tuning; He et al. 2021, appendix A.1).
+        # With mean pooling the norm is applied after pooling, not before (MAE fine-tuning; He et al. 2021, app. A.1).
         self.layernorm = norm if config.pooling == "cls" else nn.Identity()
         self.fc_norm = norm if config.pooling == "mean" else None
         self.pooler = TfmViTPooler(config) if add_pooling_layer else None
@@ -140,16 +142,16 @@ class TfmViTModel(TfmViTPreTrainedModel):
         self.post_init()
 
     def set_image_size(self, image_size: Size) -> None:
-        """Make the model one for images of another size in pixels, to fine-tune it there: positions are resized.
+        """Adapt the model to images of another size in pixels, for fine-tuning, by resizing the position embeddings.
 
         Raises:
-            ValueError: the patch does not divide the images.
+            ValueError: the image size is not divisible by the patch size.
         """
         self.embeddings.set_image_size(image_size)
         self.config.image_size = image_size
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """What stands for the image: (B, S + N, D) -> (B, D), or the features of the representation layer."""
+        """Pool to one vector per image: (B, S + N, D) -> (B, D), or (B, pooler_output_size) with a pooler."""
         features = hidden_states[:, 0] if self.fc_norm is None else self.fc_norm(hidden_states[:, 1:].mean(dim=1))
         return features if self.pooler is None else self.pooler(features)
 
@@ -158,20 +160,21 @@ class TfmViTModel(TfmViTPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
-        """Encode images (B, C, H, W) of any height and width that the patch divides.
+        """Encode images (B, C, H, W) of any height and width divisible by the patch size.
 
         Args:
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
 
         Returns:
             ``last_hidden_state`` (B, S + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
-            ``hidden_states``, L + 1 of (B, S + N, D), and ``attentions``, L of (B, A, S + N, S + N).
+            ``hidden_states``, L + 1 tensors (B, S + N, D), and ``attentions``, L tensors (B, A, S + N, S + N).
         """
         refuse_unknown(kwargs, self.config._attn_implementation)
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
         if self.distillation_token is not None:
-            # A copy: in inference mode a view of a parameter still wants gradients, and operations cannot be counted.
+            # Copy instead of expand: in inference mode a view of a parameter still requires grad, and operation
+            # counters fail on it.
             token = self.embeddings.dropout(self.distillation_token.repeat(len(hidden_states), 1, 1))
             hidden_states = torch.cat([hidden_states[:, :1], token, hidden_states[:, 1:]], dim=1)  # (B, 2 + N, D)
         for layer in self.layers:
@@ -182,22 +185,25 @@ class TfmViTModel(TfmViTPreTrainedModel):
 
 @dataclass
 class TfmViTDistilledOutput(ImageClassifierOutput):
-    """What a classifier with a distillation token gives; ``logits`` are the mean of ``cls_logits``, the class token's,
-    and ``distillation_logits``, (B, labels) each."""
+    """Output of a classifier with a distillation token.
+
+    ``logits`` is the mean of ``cls_logits`` (class token) and ``distillation_logits``; all have shape (B, labels).
+    """
 
     cls_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
 
 
 class TfmViTForImageClassification(TfmViTPreTrainedModel):
-    """The Vision Transformer with a linear classifier, and with a second one on the distillation token if it has one.
+    """Vision Transformer with a linear classifier, plus a second one on the distillation token if there is one.
 
-    DeiT adds the softmax of both (section 4); its code and transformers' class take the mean of the logits, as here.
+    The DeiT paper adds the softmax outputs of both (section 4). Its code and transformers' class average the logits,
+    as is done here.
     """
 
     _auto_class = "AutoModelForImageClassification"
     _loss_function = staticmethod(sequence_loss)
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  a masked autoencoder's; its encoder is taken
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012  when loading the encoder of an MAE checkpoint
 
     def __init__(self, config: TfmViTConfig):
         super().__init__(config)
@@ -222,12 +228,12 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
         """Classify images (B, C, H, W).
 
         Args:
-            labels: (B,) int64 for single-label classification, or (B, labels) probabilities when ``problem_type`` says
-                so (mixup); else as transformers' `ViTForImageClassification`.
+            labels: (B,) int64 for single-label classification, or (B, labels) probabilities if ``problem_type`` is
+                "single_label_classification" (mixup); otherwise as in transformers' `ViTForImageClassification`.
 
         Returns:
-            ``loss`` scalar, ``logits`` (B, labels), those of a distillation token as `TfmViTDistilledOutput`; on
-            request what `TfmViTModel` gives.
+            ``loss`` scalar, ``logits`` (B, labels); a `TfmViTDistilledOutput` with a distillation token; on request
+            the hidden states and attentions of `TfmViTModel`.
         """
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits, heads = self.classifier(outputs.pooler_output), {}  # (B, labels)
@@ -245,7 +251,7 @@ class TfmViTForImageClassification(TfmViTPreTrainedModel):
 
 
 class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
-    """The encoder as a backbone: feature maps of chosen blocks, for detection and segmentation heads."""
+    """ViT encoder as a backbone that returns feature maps of selected blocks for detection and segmentation heads."""
 
     _auto_class = "AutoBackbone"
 
@@ -258,7 +264,9 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """Feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), under the final norm."""
+        """Return the feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), after the final
+        norm.
+        """
         kwargs["output_hidden_states"] = True
         outputs = self.vit(pixel_values, **kwargs)
         embeddings = self.vit.embeddings
