@@ -1,1 +1,1 @@
-"""Data sets, tokenizers, and batches in an order that is a pure function of (seed, epoch, sample index)."""
+"""Data sets, tokenizers, and batches whose order is a pure function of (seed, epoch, sample index)."""

@@ -1,6 +1,6 @@
-"""Folders of images with annotation files that `datasets.load_dataset` does not know: COCO's and Pascal VOC's.
+"""Folders of images with annotation formats that `datasets.load_dataset` does not support: COCO and Pascal VOC.
 
-folder -> its kind, by the files in it -> rows, which `datasets` keeps on disk until a file changes
+folder -> annotation format, from the files in it -> rows, which `datasets` caches until a file changes
 """
 
 import json
@@ -18,29 +18,29 @@ from .local_files import cache_entry, package_key, state_key
 
 log = logging.getLogger(__name__)
 
-NOTES: list[str] = []  # of the rows that are being read
+NOTES: list[str] = []  # warnings about the rows being read
 
 
 def note(message: str) -> None:
-    """Warn of annotations that are left out; the warning is repeated whenever the rows are taken from the cache."""
+    """Warn about skipped annotations; the warning is repeated each time the rows are loaded from the cache."""
     NOTES.append(message)
     log.warning("%s", message)
 
 
 @dataclass
 class Count:
-    """How many annotations have a problem, and the first of them."""
+    """Number of annotations with a problem, and the first of them."""
 
     number: int = 0
     first: str = ""
 
     def add(self, where: str) -> None:
-        """Count one."""
+        """Count one annotation."""
         self.number, self.first = self.number + 1, self.first or where
 
 
 def annotation_reader(folder: Path) -> Callable[[Path], datasets.DatasetDict] | None:
-    """What reads a folder's splits; None of a folder for `datasets.load_dataset`."""
+    """Return the function that loads a folder's splits; None if `datasets.load_dataset` should load the folder."""
     from . import coco, voc
 
     if coco.coco_files(folder):
@@ -55,14 +55,14 @@ def from_generator(
     split: str,
     options: dict[str, Any],
 ) -> datasets.Dataset:
-    """`Dataset.from_generator`, read again whenever one of ``sources``, an option or the code of the readers changes.
+    """Call `Dataset.from_generator`, regenerating if a file of ``sources``, an option or the readers' code changes.
 
     Args:
-        generate: ``generate(**options)`` gives the rows; among the options are no lists, for `datasets` would take
-            them for shards.
+        generate: ``generate(**options)`` yields the rows. Options must not be lists, which `datasets` would treat as
+            shards.
 
     Raises:
-        ValueError: ``generate`` raised it, or another error, which it then names.
+        ValueError: if ``generate`` raises it, or any other error, which the message then names.
     """
     sources = list(sources)
     about = (generate.__module__, generate.__qualname__, split, features.to_dict(), options)

@@ -1,4 +1,4 @@
-"""Columns of lists of structs as flat NumPy arrays, and back: 100,000 images' objects without a Python loop."""
+"""Conversion between columns of lists of structs and flat NumPy arrays, without a Python loop over images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ import pyarrow.compute as pc
 
 
 def whole(rows: datasets.Dataset, column: str) -> pa.Array:
-    """A column of a data set, as its rows are chosen and ordered."""
+    """Return a column of a data set as one Arrow array, with the data set's row selection and order applied."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a type is one of lists, of any kind."""
+    """Return whether an Arrow type is a list type of any kind."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def lengths(lists: pa.Array) -> np.ndarray:
-    """Elements of each list, (N,) int64; none where there is no list."""
+    """Return the length of each list, (N,) int64; 0 for null."""
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def subfields(feature: Any) -> dict[str, Any]:
-    """The fields of a list of structs or a struct of lists, as `datasets` describes them; {} of anything else."""
+    """Return the fields of a list of structs or a struct of lists as `datasets` features; {} for any other feature."""
     if isinstance(feature, Mapping):
         return {name: kind.feature for name, kind in feature.items() if hasattr(kind, "feature")}
     inner = getattr(feature, "feature", None)
@@ -36,11 +36,11 @@ def subfields(feature: Any) -> dict[str, Any]:
 
 @dataclass
 class FlatList:
-    """The elements of a column's lists, all rows' one after the other.
+    """The elements of a column's lists, concatenated over all rows.
 
     Args:
-        column: its name, for errors.
-        counts: (N,) elements of each row.
+        column: name of the column, for error messages.
+        counts: (N,) number of elements in each row.
         fields: {name: M values}.
         kinds: {name: `datasets` feature}.
     """
@@ -52,10 +52,10 @@ class FlatList:
 
     @classmethod
     def of(cls, rows: datasets.Dataset, column: str) -> "FlatList":
-        """A column of lists of structs, or of structs of lists.
+        """Flatten a column of lists of structs, or of structs of lists.
 
         Raises:
-            ValueError: the lists of a struct differ in length.
+            ValueError: if the lists of a struct differ in length.
         """
         kinds = subfields(rows.features[column])
         values = whole(rows, column)
@@ -75,14 +75,14 @@ class FlatList:
         return cls(column, counts[first], {name: array.flatten() for name, array in lists.items()}, kinds)
 
     def rows(self) -> np.ndarray:
-        """(M,) the row of each element."""
+        """Return the row of each element, (M,)."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     def find(self, names: Sequence[str]) -> str:
-        """The field with one of some names.
+        """Return the first of ``names`` that is a field.
 
         Raises:
-            ValueError: there is none; the error names those there are.
+            ValueError: if none is; the message lists the fields.
         """
         for name in names:
             if name in self.fields:
@@ -91,17 +91,17 @@ class FlatList:
         raise ValueError(f'column "{self.column}" must have a field {" or ".join(names)}; it has {have}')
 
     def numbers(self, name: str, default: float) -> np.ndarray:
-        """(M,) float64; ``default`` where there is no number, or no such field.
+        """Return a field as (M,) float64; ``default`` replaces nulls and a missing field.
 
         Raises:
-            ValueError: the field holds something else.
+            ValueError: if the field is not numeric.
         """
         if name not in self.fields:
             return np.full(int(self.counts.sum()), default)
         return self.to_float(self.fields[name], name, default)
 
     def to_float(self, values: pa.Array, name: str, default: float) -> np.ndarray:
-        """Numbers as float64."""
+        """Convert numbers to float64."""
         if not (
             pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)
         ):
@@ -109,10 +109,10 @@ class FlatList:
         return pc.fill_null(pc.cast(values, pa.float64()), default).to_numpy(zero_copy_only=False)
 
     def fours(self, name: str) -> np.ndarray:
-        """A field of four numbers each, (M, 4) float64; NaN where there are none.
+        """Return a field of four numbers per element, (M, 4) float64; NaN if there are none.
 
         Raises:
-            ValueError: it holds something else.
+            ValueError: if the field holds anything else.
         """
         lists = self.fields[name]
         if not is_list(lists.type):
@@ -129,6 +129,6 @@ class FlatList:
 
 
 def nest(fields: Mapping[str, pa.Array], counts: np.ndarray) -> pa.ListArray:
-    """The inverse of `FlatList.of`: M elements of each field -> N lists of structs."""
+    """Invert `FlatList.of`: M elements of each field -> N lists of structs."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(list(fields.values()), list(fields)))

@@ -1,8 +1,8 @@
-"""Random changes of training images: torchvision's transforms on uint8 tensors, and mixing of two images.
+"""Augmentation of training images: torchvision transforms on uint8 tensors, and mixing of two images.
 
     uint8 (3, h, w) -> crop -> flip -> RandAugment or colour jitter -> erasing -> uint8 (3, H, W)
 
-What happens to a sample is a pure function of (seed, epoch, sample index): see `seeded`, `Mixing`.
+The augmentation of a sample is a pure function of (seed, epoch, sample index): see `seeded`, `Mixing`.
 """
 
 import hashlib
@@ -19,50 +19,52 @@ from torchvision.transforms import InterpolationMode, v2
 from ..values import check_bounds, conform_fields
 from .batching import rng
 
-# timm, the DeiT and the MAE authors count RandAugment's magnitude from 0 to 10, torchvision by default from 0 to 30.
+# timm, DeiT and MAE use RandAugment magnitudes from 0 to 10; torchvision's default range is 0 to 30.
 MAGNITUDES = 11
 
 
 @contextmanager
 def seeded() -> Iterator[Callable[..., None]]:
-    """Gives ``seed(*key)``, which seeds torch's CPU generator, torchvision's source; afterwards it is as before.
+    """Yield ``seed(*key)``, which seeds torch's CPU generator, the one torchvision uses; restore its state on exit.
 
-    A key is integers of at most 64 bits. ``torch.manual_seed`` would do the same 100 times slower: it seeds every
-    device.
+    A key consists of integers of at most 64 bits. ``torch.manual_seed`` does the same but is 100 times slower, because
+    it seeds every device.
     """
     with torch.random.fork_rng(devices=[]):
         yield lambda *key: torch.default_generator.manual_seed(hash_key(*key))
 
 
 def hash_key(*key: int) -> int:
-    """64 bits that depend on every bit of a key of integers, in a microsecond; the same on every machine."""
+    """Hash a key of integers to 64 bits that depend on every bit of it, in about 1 µs; the same on every machine."""
     packed = struct.pack(f"<{len(key)}q", *key)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training images are changed. The defaults are Inception's crop and flip, usual for ImageNet.
+    """Augmentation of training images. The defaults are the Inception-style crop and flip commonly used for ImageNet.
 
     Args:
-        crop: "resized", a random part of the image resized; "pad", the image resized and shifted, usual for CIFAR;
-            "none", as in evaluation.
-        scale: least and largest share of the image's area in a "resized" crop.
-        ratio: least and largest width by height of it.
-        padding: pixels of zeros around the image of which a "pad" crop is taken.
-        flip: probability of mirroring left and right.
-        rand_augment: operations of torchvision's RandAugment for each image; 0 turns it off.
-        magnitude: their strength, 0 to 10.
-        color_jitter: largest relative change of brightness, contrast and saturation, in [0, 1]; 0 turns it off.
-        erasing: probability that a rectangle is replaced by noise, normal in the model's scale (timm's "pixel").
+        crop: "resized" resizes a random part of the image, "pad" resizes and shifts the image (common for CIFAR),
+            "none" preprocesses as in evaluation.
+        scale: minimum and maximum fraction of the image area covered by a "resized" crop.
+        ratio: minimum and maximum aspect ratio (width / height) of a "resized" crop.
+        padding: number of zero pixels added on each side before a "pad" crop.
+        flip: probability of a horizontal flip.
+        rand_augment: number of torchvision RandAugment operations per image; 0 disables RandAugment.
+        magnitude: magnitude of the RandAugment operations, 0 to 10.
+        color_jitter: maximum relative change of brightness, contrast and saturation, in [0, 1]; 0 disables it.
+        erasing: probability of replacing a rectangle with noise that is standard normal after normalisation (timm's
+            "pixel" mode).
 
-    RandAugment is not quite that of timm, which DeiT and MAE take as "rand-m9-mstd0.5-inc1". There each operation that
-    is drawn is applied with probability 0.5, here always; there the magnitude is drawn around 9 with a deviation of
-    0.5, here it is 9; there 15 operations are drawn from, Invert and SolarizeAdd among them, here 14, with Identity in
-    place of these two. At 9 posterizing leaves one bit there and four here; the other operations are as strong.
+    RandAugment differs from timm's "rand-m9-mstd0.5-inc1", which DeiT and MAE use. timm applies each drawn operation
+    with probability 0.5, here it is always applied; timm draws the magnitude around 9 with a standard deviation of
+    0.5, here it is exactly 9; timm draws from 15 operations including Invert and SolarizeAdd, here there are 14, with
+    Identity instead of these two. At magnitude 9, Posterize keeps one bit in timm and four here; the other operations
+    are equally strong.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     crop: Literal["resized", "pad", "none"] = "resized"
@@ -97,13 +99,13 @@ class Augmentation:
         std: list[float],
         fixed: Callable[[Tensor], Tensor],
     ) -> Callable[[Tensor], Tensor]:
-        """The transform of uint8 (3, h, w) to uint8 (3, H, W).
+        """Build the transform from uint8 (3, h, w) to uint8 (3, H, W).
 
         Args:
             size: H, W.
-            interpolation: of resized crops, always antialiased.
-            mean, std: of the channels that the model subtracts and divides by, in [0, 255].
-            fixed: what evaluation does, for ``crop="none"``.
+            interpolation: interpolation of resized crops, always antialiased.
+            mean, std: per-channel normalisation constants of the model, in [0, 255].
+            fixed: the evaluation transform, used for ``crop="none"``.
         """
         steps: list[Callable] = []
         if self.crop == "resized":
@@ -125,9 +127,9 @@ class Augmentation:
 
 
 class NoiseErasing(v2.RandomErasing):
-    """`v2.RandomErasing` that fills with noise of the channels' mean and deviation, also in uint8.
+    """`v2.RandomErasing` that fills with noise of the channels' mean and standard deviation; also works for uint8.
 
-    Its own "random" is noise of deviation 1, meant for normalised images.
+    torchvision's "random" value is noise with standard deviation 1, meant for normalised images.
     """
 
     def __init__(self, p: float, mean: list[float], std: list[float]):
@@ -146,24 +148,24 @@ class NoiseErasing(v2.RandomErasing):
 class Mixing:
     """Mixup (Zhang et al. 2018, arXiv:1710.09412) and CutMix (Yun et al. 2019, arXiv:1905.04899) of two neighbours.
 
-    Two samples that stand side by side in a step, at an even place and the next, are each mixed with the other, by a
-    share that each draws for itself from (seed, epoch, index). Since ranks and micro-batches never part them (``unit``
-    of `BatchSampler`), a step is the same however it is cut, and no image is read twice. With an even batch size
-    neighbours also depend on nothing but (seed, epoch). A sample without a neighbour, the last of an odd step or that
-    of an image that cannot be read, stays as it is.
+    Adjacent samples of a step, at an even position and the next one, are mixed with each other; each draws its own
+    mixing share from (seed, epoch, index). Ranks and micro-batches never separate the two (``unit`` of
+    `BatchSampler`), so a step is the same however it is split, and no image is read twice. With an even batch size,
+    the pairing also depends only on (seed, epoch). A sample without a neighbour (the last of an odd step, or one whose
+    neighbour cannot be read) stays unmixed.
 
-    The arithmetic is that of timm's `Mixup` and torchvision's `MixUp` and `CutMix`. They cannot be used: they draw
-    from a global generator, once a batch, and mix a batch with itself in another order, so that a step would depend
-    on what was drawn before it, and on the micro-batches and ranks that it is cut into.
+    The arithmetic is that of timm's `Mixup` and torchvision's `MixUp` and `CutMix`. These are not used because they
+    draw from a global generator once per batch and mix a batch with a permutation of itself, so a step would depend on
+    earlier draws and on how it is split into micro-batches and ranks.
 
     Args:
-        mixup: both parameters of the Beta distribution of mixup's share; 0 turns it off.
-        cutmix: the same of CutMix's.
-        probability: of a sample to be mixed.
-        switch: probability of CutMix where both are on.
+        mixup: alpha of the Beta(alpha, alpha) distribution of the mixup share; 0 disables mixup.
+        cutmix: alpha of the Beta(alpha, alpha) distribution of the CutMix share; 0 disables CutMix.
+        probability: probability that a sample is mixed.
+        switch: probability of CutMix instead of mixup if both are enabled.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     mixup: float = 0.0
@@ -181,19 +183,19 @@ class Mixing:
 
     @property
     def on(self) -> bool:
-        """Whether anything is mixed."""
+        """Return whether mixing is enabled."""
         return bool(self.probability and (self.mixup or self.cutmix))
 
     def draw(self, size: tuple[int, int], *key: int) -> tuple[float, tuple[int, int, int, int]]:
-        """What a sample takes of its neighbour.
+        """Draw the share and region that a sample takes from its neighbour.
 
         Args:
             size: H, W.
             key: (seed, epoch, sample index).
 
         Returns:
-            share: of the neighbour in the mixed image and label, in [0, 1].
-            box: top, bottom, left, right of the rectangle that is the neighbour's; empty for mixup.
+            share: weight of the neighbour in the mixed image and label, in [0, 1].
+            box: top, bottom, left, right of the rectangle taken from the neighbour; empty for mixup.
         """
         random = rng(*key)
         mixed, which = random.random(2)
@@ -209,12 +211,12 @@ class Mixing:
             half, centre = int(side * share**0.5) // 2, int(side * middle)
             box += [max(centre - half, 0), min(centre + half, side)]
         top, bottom, left, right = box
-        # The rectangle may stick out of the image: what is in it counts.
+        # The rectangle may extend beyond the image; only the part inside counts.
         return (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
 
 
 def partners(places: list[int]) -> list[int]:
-    """For each of the samples at ``places`` of a step, which of them its neighbour is; without one, itself."""
+    """Return the index of the neighbour of each sample at ``places`` of a step; its own index if it has none."""
     position = {place: i for i, place in enumerate(places)}
     return [position.get(place ^ 1, i) for i, place in enumerate(places)]
 
@@ -224,9 +226,9 @@ def mix(pixels: Tensor, partner: Tensor, share: Tensor, box: Tensor) -> Tensor:
 
     Args:
         pixels: (B, C, H, W), normalised.
-        partner: (B,) int64, place of each one's partner in the batch.
-        share: (B,) of the partner.
-        box: (B, 4) int64, top, bottom, left, right; where it is empty, all pixels are mixed by ``share``.
+        partner: (B,) int64, index of each sample's partner in the batch.
+        share: (B,) weight of the partner.
+        box: (B, 4) int64, top, bottom, left, right; if empty, all pixels are mixed with weight ``share``.
     """
     H, W = pixels.shape[-2:]
     top, bottom, left, right = box.unbind(dim=1)

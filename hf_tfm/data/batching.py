@@ -1,9 +1,9 @@
-"""Batches of equal cost, in an order that depends on nothing but (seed, epoch, sample index).
+"""Batches of equal cost, in an order that depends only on (seed, epoch, sample index).
 
     lengths of all samples -> one list of indices per optimizer step -> a part for each rank -> micro-batches
 
-A *step* is what one optimizer step learns from, over all ranks. Ranks and micro-batches only cut it into pieces, so
-another number of either changes neither the samples of a step nor the order of steps.
+A *step* is the set of samples of one optimizer step, over all ranks. Ranks and micro-batches only split a step, so
+their number changes neither the samples of a step nor the order of steps.
 """
 
 import math
@@ -20,13 +20,13 @@ Example = dict[str, Any]
 Steps = list[list[int]]
 
 
-# A sample that comes several times in an epoch has the numbers index, index + COPY, index + 2 * COPY ...: the same
-# data with other chances, since those follow the number.
+# A sample that occurs several times in an epoch has the numbers index, index + COPY, index + 2 * COPY ...: the same
+# data with different augmentation, since random draws depend on the number.
 COPY = 2**40
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of ids -> (B, longest) int64, padded with ``value``."""
+    """Pad rows of ids with ``value``; returns (B, longest) int64."""
     table = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
@@ -34,19 +34,20 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def rng(*key: int) -> np.random.Generator:
-    """A random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
+    """Return a random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
 def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Sort samples so that neighbours are alike on both sides.
+    """Sort samples so that neighbours have similar lengths on both sides.
 
-    By the longer side, which the budget counts; among equals by how much longer the first side is than the last, up
-    and down in turn, so that neither side jumps where the longer one grows.
+    The primary key is the longer side, which the token budget counts. Samples with an equal longer side are sorted by
+    the difference between the first and the last side, alternately ascending and descending, so that neither side
+    jumps when the longer one grows.
 
     Args:
-        lengths: (N, sides) lengths in tokens, say of source and target.
-        order: (N,) a permutation that decides between equals.
+        lengths: (N, sides) lengths in tokens, for example of source and target.
+        order: (N,) a permutation that breaks ties.
 
     Returns:
         (N,) indices.
@@ -63,7 +64,7 @@ def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples:
     Args:
         order: indices of samples, none longer than ``max_tokens``.
         longest: (N,) tokens on the longer side of each sample.
-        max_samples: upper bound of samples in a run.
+        max_samples: maximum number of samples per run.
     """
     indices = np.asarray(order, dtype=np.int64)
     runs: Steps = []
@@ -82,17 +83,17 @@ def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples:
 
 
 def checked_counts(name: str, values: Any) -> np.ndarray:
-    """Counts (N,) or (N, k) as an array.
+    """Return counts (N,) or (N, k) as an array.
 
     Raises:
-        ValueError: there are other dimensions, or a value is negative or no whole number.
+        ValueError: if the array has other dimensions, or a value is negative or not an integer.
     """
     values = np.asarray(values)
     if values.ndim not in (1, 2):
         raise ValueError(f"{name} must have one or two dimensions, got shape {values.shape}")
     if values.size and not np.issubdtype(values.dtype, np.number):
         raise ValueError(f"{name} must be numbers, got {values.dtype}")
-    wrong = ~((values >= 0) & (values == np.floor(values)))  # a NaN is neither
+    wrong = ~((values >= 0) & (values == np.floor(values)))  # also true for NaN
     if wrong.any():
         row = int(np.argwhere(wrong)[0][0])
         raise ValueError(f"{name}[{row}] must be a whole number of at least 0, got {values[row].tolist()}")
@@ -104,13 +105,13 @@ class TokenBudgetSampler:
 
     Args:
         lengths: (N,) or (N, sides) tokens of each sample.
-        max_tokens: the budget of a step, in padded tokens (fairseq's ``--max-tokens``, summed over ranks).
-        seed: with the epoch, decides the order.
-        shuffle: False keeps the steps in order of length, for evaluation.
-        max_samples: upper bound of samples in a step.
+        max_tokens: budget of a step in padded tokens (fairseq's ``--max-tokens``, summed over ranks).
+        seed: determines the order, together with the epoch.
+        shuffle: False keeps the steps sorted by length, for evaluation.
+        max_samples: maximum number of samples per step.
 
     Raises:
-        ValueError: a sample alone exceeds the budget, there are no samples, or a length is no count.
+        ValueError: if a single sample exceeds the budget, there are no samples, or a length is not a valid count.
     """
 
     unit = 1
@@ -124,11 +125,11 @@ class TokenBudgetSampler:
             raise ValueError("there are no samples to batch")
         self.longest = self.lengths.max(axis=1)
         self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
-        self.last: tuple[int | None, Steps] = (None, [])  # the epoch made last
+        self.last: tuple[int | None, Steps] = (None, [])  # the epoch built last, and its steps
         self.check_budget("max_tokens", max_tokens)
 
     def check_budget(self, name: str, tokens: int) -> None:
-        """Refuse a budget, called ``name``, that is too small for a sample."""
+        """Raise if the budget ``tokens`` of the argument ``name`` is too small for a sample."""
         worst = int(self.longest.argmax())
         if self.longest[worst] > tokens:
             raise ValueError(
@@ -137,17 +138,17 @@ class TokenBudgetSampler:
             )
 
     def cut(self, part: Sequence[int], tokens: int) -> Steps:
-        """A part of a step as runs of at most ``tokens`` padded tokens."""
+        """Split a part of a step into runs of at most ``tokens`` padded tokens."""
         return cut(part, self.longest, tokens)
 
     def steps(self, epoch: int) -> Steps:
-        """The steps of an epoch, each a list of sample indices sorted by length."""
+        """Return the steps of an epoch, each a list of sample indices sorted by length."""
         if self.last[0] != epoch:
             self.last = epoch, self.make_steps(epoch)
         return self.last[1]
 
     def make_steps(self, epoch: int) -> Steps:
-        """See `steps`; of millions of samples this takes seconds."""
+        """Build `steps`; takes seconds for millions of samples."""
         count = len(self.lengths)
         random = rng(self.seed, epoch)
         order = random.permutation(count) if self.shuffle else np.arange(count)
@@ -156,10 +157,11 @@ class TokenBudgetSampler:
 
 
 class Sampler(Protocol):
-    """What a loader needs to know of a sampler; `TokenBudgetSampler` and `equal_batches.BatchSampler` are ones.
+    """The interface of a sampler, implemented by `TokenBudgetSampler` and `equal_batches.BatchSampler`.
 
-    ``steps(epoch)`` gives lists of sample numbers; ``cut`` the micro-batches of a rank's part of one, where
-    ``check_budget`` refuses a size, called ``name``; ``unit`` neighbours always stay together.
+    ``steps(epoch)`` returns lists of sample numbers; ``cut`` splits a rank's part of a step into micro-batches;
+    ``check_budget`` raises if ``size``, the value of the argument ``name``, is invalid. Groups of ``unit`` neighbours
+    always stay together.
     """
 
     unit: int
@@ -172,34 +174,35 @@ class Sampler(Protocol):
 
 
 def padding_waste(steps: Steps, lengths: np.ndarray) -> float:
-    """Share of padded tokens that are padding, over all sides, if each step is padded to its longest samples."""
+    """Return the fraction of padding tokens, over all sides, if each step is padded to its longest samples."""
     padded = sum(len(step) * lengths[step].max(axis=0).sum() for step in steps)
     return 1.0 - lengths[[i for step in steps for i in step]].sum() / padded
 
 
 def part_of_rank(step: Sequence[Any], rank: int, world_size: int, unit: int = 1) -> Sequence[Any]:
-    """The contiguous part of a step that a rank computes: whole units; neighbours in length stay together."""
+    """Return the contiguous part of a step for a rank, in whole units; samples of similar length stay together."""
     bounds = [round(math.ceil(len(step) / unit) * r / world_size) * unit for r in (rank, rank + 1)]
     return step[bounds[0] : bounds[1]]
 
 
 class StepLoader:
-    """The steps of an epoch as this rank's lists of micro-batches.
+    """Yields the steps of an epoch as lists of this rank's micro-batches.
 
     Args:
         examples: the data set.
-        sampler: gives ``steps(epoch)``.
-        collate: ``collate(examples, indices, epoch, hidden)`` -> batch; a hidden batch must count for nothing. It is
-            asked for where a step has fewer samples than there are ranks.
-        micro_batch_tokens: upper bound of a micro-batch, in padded tokens or what else the sampler counts; None
-            computes a rank's part at once.
+        sampler: provides ``steps(epoch)``.
+        collate: ``collate(examples, indices, epoch, hidden)`` -> batch. A hidden batch is a dummy that must not count;
+            it is requested if a step has fewer samples than there are ranks.
+        micro_batch_tokens: maximum size of a micro-batch, in padded tokens or the sampler's own unit; None computes a
+            rank's part in one micro-batch.
         rank, world_size: this process and the number of processes.
-        num_workers: processes that prepare batches; their number never changes a batch.
-        pin_memory: for faster copies to a GPU.
-        first_index: of the examples, where they are a piece of something longer; ``collate`` is given indices there.
+        num_workers: number of worker processes; it never changes a batch.
+        pin_memory: pin memory for faster copies to a GPU.
+        first_index: index of the first example if the examples are a piece of a longer sequence; ``collate`` receives
+            indices into that sequence.
 
     Raises:
-        ValueError: ``micro_batch_tokens`` does not fit the samples.
+        ValueError: if ``micro_batch_tokens`` does not fit the samples.
     """
 
     def __init__(
@@ -221,11 +224,11 @@ class StepLoader:
             sampler.check_budget("micro_batch_tokens", micro_batch_tokens)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Optimizer steps in an epoch; may differ by a few from epoch to epoch."""
+        """Return the number of optimizer steps in an epoch; may vary slightly between epochs."""
         return len(self.sampler.steps(epoch))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
-        """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
+        """Yield this rank's micro-batches of every step of an epoch, starting at step ``start``."""
         steps = self.sampler.steps(epoch)
         order = range(start, len(steps))
         return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
@@ -233,8 +236,8 @@ class StepLoader:
     def micro_batches(self, step: list[int], epoch: int) -> list[Any]:
         """Collate this rank's part of a step.
 
-        Every rank gets the same number of micro-batches, since sharded models exchange weights in each; hidden ones
-        fill up.
+        Every rank gets the same number of micro-batches, because sharded models communicate in each of them; hidden
+        batches fill the gaps.
         """
         runs = [
             self.runs(part_of_rank(step, rank, self.world_size, self.sampler.unit)) for rank in range(self.world_size)
@@ -246,27 +249,27 @@ class StepLoader:
         ]
 
     def runs(self, part: Sequence[int]) -> Steps:
-        """The micro-batches of a rank's part of a step, as indices."""
+        """Split a rank's part of a step into micro-batches of indices."""
         if self.micro_batch_tokens is None:
             return [list(part)] if len(part) else []
         return self.sampler.cut(part, self.micro_batch_tokens)
 
     def batch(self, run: list[int], epoch: int, hidden: bool) -> Any:
-        """Collate some examples."""
+        """Collate the examples of a run."""
         return self.collate(
             fetch(self.examples, [i % COPY for i in run]), [self.first_index + i for i in run], epoch, hidden
         )
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:
-    """Several examples at once, by torch's ``__getitems__`` where the data set has it (much faster for `datasets`)."""
+    """Fetch several examples at once, with torch's ``__getitems__`` if available (much faster for `datasets`)."""
     if hasattr(examples, "__getitems__"):
         return examples.__getitems__(indices)
     return [examples[i] for i in indices]
 
 
 class _StepDataset(Dataset):
-    """Item i: this rank's micro-batches of step i."""
+    """Item i holds this rank's micro-batches of step i."""
 
     def __init__(self, loader: StepLoader, steps: Steps, epoch: int):
         self.loader, self.steps, self.number = loader, steps, epoch
@@ -278,7 +281,7 @@ class _StepDataset(Dataset):
 def worker_loader(
     steps: Dataset, order: Iterable[int] | None = None, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """torch's loader over the finished steps of a data set, in an order or as a stream has them."""
+    """Return torch's loader over the finished steps of a data set, in ``order`` or as they are streamed."""
     return DataLoader(
         steps,
         batch_size=None,
@@ -286,13 +289,14 @@ def worker_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        # Its own generator: a loader otherwise draws from torch's global one, and a resumed run would then differ.
+        # Own generator: a loader otherwise draws from torch's global one, so a resumed run would differ.
         generator=torch.Generator(),
     )
 
 
 def _start_worker(_: int) -> None:
-    # A cluster's SIGTERM goes to every process of a job; the training process still needs batches to end its step.
+    # A cluster sends SIGTERM to every process of a job, but the training process still needs batches to finish its
+    # step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # A fork of a process whose tokenizer has used threads has none of them, and would wait for them for ever.
+    # If the parent's tokenizer has used threads, a forked process would wait forever for threads it does not have.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

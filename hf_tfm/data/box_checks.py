@@ -1,4 +1,4 @@
-"""Are the boxes of a data set what they are said to be? Mistaken formats are found, bad boxes cut off or dropped.
+"""Validation of the boxes of a data set: detects a wrong box format, clips or drops invalid boxes.
 
 boxes as stored (M, 4) + image sizes -> the format in which they lie inside their images -> clipped xywh + a report
 """
@@ -12,22 +12,22 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 FORMATS = ("xywh", "xyxy", "cxcywh")
-ROUNDING = 1.0  # pixels by which a box may leave its image without a word: COCO's own are off by hundredths
-# A format is taken to be a mistake where another one puts nearly all boxes inside their images, and it does not.
+ROUNDING = 1.0  # pixels by which a box may exceed its image without a report; COCO's own boxes are off by hundredths
+# A format is considered wrong if another one puts nearly all boxes inside their images and the stated one does not.
 NEARLY_ALL, LESS, EVIDENCE = 0.98, 0.05, 5
 
 
 @dataclass(frozen=True)
 class BoxFormat:
-    """How four numbers stand for a box.
+    """Format of the four numbers of a box.
 
     Args:
-        corners: "xywh" (left, top, width, height; COCO's), "xyxy" (left, top, right, bottom; Pascal VOC's) or "cxcywh"
-            (centre, width, height; YOLO's).
-        relative: in shares of the image's width and height instead of pixels.
+        corners: "xywh" (left, top, width, height; COCO), "xyxy" (left, top, right, bottom; Pascal VOC) or "cxcywh"
+            (centre, width, height; YOLO).
+        relative: coordinates are fractions of the image's width and height instead of pixels.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: if the format is unknown.
     """
 
     corners: str = "xywh"
@@ -41,11 +41,11 @@ class BoxFormat:
         return f"{self.corners} in {'shares of the image' if self.relative else 'pixels'}"
 
     def to_corners(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Boxes -> left, top, right, bottom in pixels.
+        """Convert boxes to left, top, right, bottom in pixels.
 
         Args:
             boxes: (M, 4).
-            sizes: (M, 2) height and width of each one's image.
+            sizes: (M, 2) height and width of the image of each box.
         """
         first, second = boxes[:, :2], boxes[:, 2:]
         if self.relative:
@@ -59,7 +59,7 @@ class BoxFormat:
 
 @dataclass
 class Problem:
-    """How many boxes have it, and the image id of the first."""
+    """Number of boxes with a problem, and the image id of the first one."""
 
     count: int
     image_id: int
@@ -67,15 +67,15 @@ class Problem:
 
 @dataclass
 class BoxReport:
-    """What was found in the boxes of a data set.
+    """Findings about the boxes of a data set.
 
     Args:
-        images, boxes: how many there are.
-        format: what the boxes are said to be.
-        suspected: what they seem to be, where that is something else.
-        inside: share of the boxes that lie in their images: as they are said to be, and as suspected.
-        clipped: problems of boxes that were cut off at the image's edge.
-        dropped: problems of boxes that were left out.
+        images, boxes: number of images and boxes.
+        format: the stated format.
+        suspected: the format the boxes seem to have, if it differs.
+        inside: fraction of boxes inside their images, in the stated and in the suspected format.
+        clipped: problems of boxes that were clipped to the image.
+        dropped: problems of boxes that were dropped.
     """
 
     images: int
@@ -88,20 +88,20 @@ class BoxReport:
 
     @property
     def kept(self) -> int:
-        """Boxes that were not left out."""
+        """Return the number of boxes that were not dropped."""
         return self.boxes - sum(problem.count for problem in self.dropped.values())
 
     def lines(self) -> Iterator[str]:
-        """A line for each problem."""
+        """Yield one line per problem."""
         for action, problems in (("clipped", self.clipped), ("left out", self.dropped)):
             for name, problem in problems.items():
                 yield f"{problem.count} of {self.boxes} boxes {action}: {name} (first in image {problem.image_id})"
 
     def require_format(self) -> None:
-        """Refuse boxes that are something else than they are said to be.
+        """Raise if the boxes seem to have another format than stated.
 
         Raises:
-            ValueError: they are; the error says what to do.
+            ValueError: if they do; the message says which options to set.
         """
         if self.suspected is not None:
             stated, found = self.inside
@@ -112,13 +112,16 @@ class BoxReport:
             )
 
     def log(self) -> None:
-        """Tell of every problem, a line each."""
+        """Log one warning per problem."""
         for line in self.lines():
             log.warning("%s", line)
 
 
 def inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which boxes have an area and lie in their images, up to a hundredth of its sides or two pixels; (M,) bool."""
+    """Return which boxes have a positive area and lie in their images, (M,) bool.
+
+    A box may exceed its image by a hundredth of the side or by two pixels, whichever is larger.
+    """
     height, width = sizes.T
     limits = np.stack([width, height], axis=1)
     slack = np.maximum(limits / 100, 2.0)
@@ -127,18 +130,18 @@ def inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def suspect(boxes: np.ndarray, sizes: np.ndarray, stated: BoxFormat) -> tuple[BoxFormat | None, tuple[float, float]]:
-    """Another format that boxes seem to have, by where they would lie.
+    """Return another format that the boxes seem to have, judged by how many would lie inside their images.
 
-    Boxes in shares of the image, read as pixels, all lie inside its first pixel. Corners read as corner and size stick
-    out of it wherever a box is right of or below the middle; sizes read as corners end before they begin.
+    Relative boxes read as pixels all lie inside the first pixel. xyxy read as xywh extends beyond the image for boxes
+    in the right or bottom half; xywh read as xyxy gives boxes that end before they begin.
 
     Args:
         boxes: (M, 4), finite.
         sizes: (M, 2) height and width of their images.
-        stated: what they are said to be.
+        stated: the stated format.
 
     Returns:
-        the format, or None where ``stated`` is as good, and the shares of boxes inside: as stated, as suspected.
+        The format, or None if ``stated`` fits as well; and the fractions of boxes inside, as stated and as suspected.
     """
     if not len(boxes):
         return None, (1.0, 1.0)
@@ -150,7 +153,7 @@ def suspect(boxes: np.ndarray, sizes: np.ndarray, stated: BoxFormat) -> tuple[Bo
         if (other := BoxFormat(corners, relative)) != stated
     }
     best = max(others, key=others.get)
-    # Pixels of a tiny box in the corner look like shares, but not all boxes of a data set are such.
+    # A tiny box in the corner in pixels can look relative, but not all boxes of a data set can.
     mistaken_unit = relative and not stated.relative and len(boxes) >= EVIDENCE
     share = 0.0 if mistaken_unit else float(good.mean())
     wrong = len(boxes) if mistaken_unit else int((~good).sum())
@@ -162,19 +165,19 @@ def suspect(boxes: np.ndarray, sizes: np.ndarray, stated: BoxFormat) -> tuple[Bo
 def check_boxes(
     boxes: np.ndarray, sizes: np.ndarray, image_ids: np.ndarray, images: int, stated: BoxFormat
 ) -> tuple[np.ndarray, np.ndarray, BoxReport]:
-    """Bring boxes into their images.
+    """Validate boxes and clip them to their images.
 
     Args:
-        boxes: (M, 4) as stored; NaN stands for what is missing.
-        sizes: (M, 2) height and width of each one's image in pixels; 0 where it is not known.
+        boxes: (M, 4) as stored; NaN marks missing values.
+        sizes: (M, 2) height and width in pixels of the image of each box; 0 if unknown.
         image_ids: (M,) int64.
-        images: how many images there are, those without a box among them.
-        stated: what the boxes are said to be.
+        images: number of images, including those without boxes.
+        stated: the stated format.
 
     Returns:
         xywh: (M, 4) float64 in pixels, inside the images.
-        keep: (M,) bool, False for boxes that have no area or are no numbers.
-        report: what was found.
+        keep: (M,) bool, False for boxes that have no area or are not finite.
+        report: the findings.
     """
     finite = np.isfinite(boxes).all(axis=1)
     known = finite & (sizes > 0).all(axis=1)

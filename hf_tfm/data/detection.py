@@ -1,12 +1,12 @@
-"""Objects in images from any data set, in one form, and their categories by name.
+"""Objects in images from any data set in one common form, with categories matched by name.
 
     image, objects                  -> flat arrays -> `check_boxes`                  -> `scene_rows`
     image, panoptic, segments_info  -> flat arrays -> categories by COCO's ids       -> `panoptic_rows`
 
 Rows have ``image`` (encoded, see `images`), ``image_id`` (int64), ``width`` and ``height`` (of the upright image), and
 
-    objects        list of bbox [x, y, w, h] in pixels, category 0..N-1 (a ClassLabel), area, iscrowd, and, where masks
-                   are asked for, segmentation (see `run_lengths`)
+    objects        list of bbox [x, y, w, h] in pixels, category 0..N-1 (a ClassLabel), area, iscrowd and, if masks
+                   are requested, segmentation (see `run_lengths`)
   or
     panoptic       PNG of segment ids, id = R + 256 G + 65536 B, and
     segments_info  list of id, category 0..N-1 (a ClassLabel), area, iscrowd
@@ -46,25 +46,25 @@ def scene_rows(
     strict: bool = True,
     roots: Sequence[str] | None = None,
 ) -> tuple[datasets.Dataset, BoxReport]:
-    """Rows with ``objects``: boxes checked and categories numbered; images are not decoded.
+    """Return rows with ``objects``: boxes validated and categories numbered; images are not decoded.
 
     Args:
-        rows: a `datasets` split with a list of structs, or a struct of lists, for each image. Categories are a
-            ClassLabel, integers with or without gaps, or strings.
+        rows: a `datasets` split with a list of structs, or a struct of lists, per image. Categories are a ClassLabel,
+            integers with or without gaps, or strings.
         image_column: see `image_rows`.
-        objects_column: default, the only column with boxes in it.
-        masks: keep outlines too; objects without one are left out.
-        box_format: what the boxes are; default, x, y, width and height in pixels.
-        strict: refuse boxes of another format, categories without a name and rows without an object to find, and log
-            what was clipped or left out; otherwise the report alone tells.
+        objects_column: column of the objects; default: the only column with boxes.
+        masks: also keep segmentation masks; objects without one are dropped.
+        box_format: format of the boxes; default: x, y, width and height in pixels.
+        strict: raise if boxes have another format, a category has no name or there is no object to find, and log which
+            boxes were clipped or dropped. If False, these findings are only in the report.
         roots: see `image_rows`.
 
     Returns:
-        the rows, and what was found in the boxes.
+        The rows, and the report on the boxes.
 
     Raises:
-        ValueError: the rows are none or a stream, a column or field is missing or of the wrong kind, or boxes are not
-            what they are said to be.
+        ValueError: if there are no rows or the rows are a stream, a column or field is missing or has the wrong type,
+            or the boxes do not have the stated format.
     """
     pictures, ids, sizes = picture_rows(rows, image_column, roots)
     found = FlatList.of(rows, find_objects(rows.features, objects_column))
@@ -112,13 +112,13 @@ def scene_rows(
 
 
 def require_objects(report: BoxReport, good: np.ndarray, crowd: np.ndarray) -> None:
-    """Refuse rows in which there is nothing to find.
+    """Raise if the rows contain no object to find.
 
     Args:
         good, crowd: (M,) bool, which objects are kept and which are crowds.
 
     Raises:
-        ValueError: all objects are crowds or left out, or there are none; the error counts them.
+        ValueError: if all objects are crowds or dropped, or there are none; the message counts them.
     """
     if (good & ~crowd).any():
         return
@@ -131,7 +131,7 @@ def require_objects(report: BoxReport, good: np.ndarray, crowd: np.ndarray) -> N
 
 
 def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
-    """Which good elements are not bad, the others noted in a report."""
+    """Return which elements are good and not bad; record the dropped ones in the report."""
     out = good & bad
     if out.any():
         report.dropped[name] = Problem(int(out.sum()), int(image_ids[out.argmax()]))
@@ -141,13 +141,13 @@ def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, i
 def picture_rows(
     rows: datasets.Dataset, image_column: str | None, roots: Sequence[str] | None = None
 ) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
-    """The images of rows, their ids (N,) and their sizes (N, 2), height and width in pixels; 0 where unreadable.
+    """Return the images of rows, their ids (N,) and their sizes (N, 2), height and width in pixels, 0 if unreadable.
 
-    Ids are the column "image_id" where it holds distinct integers, else the rows' numbers. Sizes are the columns
-    "height" and "width" where they are full, else read from the images' headers.
+    Ids come from the column "image_id" if it holds distinct integers, otherwise they are the row numbers. Sizes come
+    from the columns "height" and "width" if these are complete, otherwise from the image headers.
 
     Raises:
-        ValueError: the rows are a stream, or none, or have no images.
+        ValueError: if the rows are a stream, are empty or have no images.
     """
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("objects in images cannot be read as a stream: batches by shape need every size first")
@@ -162,7 +162,7 @@ def picture_rows(
 
 
 def integers(rows: datasets.Dataset, column: str) -> np.ndarray | None:
-    """A column of integers without gaps, (N,) int64; None where there is no such column."""
+    """Return a column of integers without nulls as (N,) int64; None if there is no such column."""
     if column not in rows.column_names:
         return None
     values = whole(rows, column)
@@ -170,10 +170,10 @@ def integers(rows: datasets.Dataset, column: str) -> np.ndarray | None:
 
 
 def find_objects(features: Features, name: str | None) -> str:
-    """The column called ``name``; without one, the only one with boxes.
+    """Return the column called ``name``, or the only column with boxes if ``name`` is None.
 
     Raises:
-        ValueError: there is none, or several; the error names the columns there are.
+        ValueError: if there is none, or several; the message lists the columns.
     """
     columns = ", ".join(features)
     if name is not None:
@@ -182,7 +182,7 @@ def find_objects(features: Features, name: str | None) -> str:
         if not subfields(features[name]):
             raise ValueError(f'objects_column "{name}" must hold lists of objects, got {features[name]}')
         return name
-    # A panoptic data set has boxes in segments_info as well.
+    # In a panoptic data set, segments_info has boxes as well.
     found = [c for c in features if c != SEGMENTS and set(BOX_FIELDS) & subfields(features[c]).keys()]
     if len(found) != 1:
         raise ValueError(
@@ -192,12 +192,12 @@ def find_objects(features: Features, name: str | None) -> str:
 
 
 def number_categories(found: FlatList) -> tuple[list[str], np.ndarray]:
-    """The names of categories, and each object's category as a place among them, -1 where it has none.
+    """Return the category names, and the index of each object's category, -1 if it has none.
 
-    Names are a ClassLabel's own; otherwise the values there are, sorted.
+    Names are those of the ClassLabel, or the sorted distinct values.
 
     Raises:
-        ValueError: categories are neither integers nor strings.
+        ValueError: if categories are neither integers nor strings.
     """
     field = found.find(CATEGORY_FIELDS)
     values, kind = found.fields[field], found.kinds[field]
@@ -213,10 +213,10 @@ def number_categories(found: FlatList) -> tuple[list[str], np.ndarray]:
 
 
 def outlines_of(found: FlatList, sizes: np.ndarray) -> tuple[list[dict[str, Any] | None], str | None]:
-    """The run lengths of every object, None where it has none; and the first that is malformed, with its row.
+    """Return the run lengths of every object, None if it has none; and a message about the first malformed outline.
 
     Raises:
-        ValueError: there is no field of outlines.
+        ValueError: if there is no segmentation field.
     """
     if "segmentation" not in found.fields:
         raise ValueError(
@@ -241,7 +241,7 @@ def assemble(
     elements: pa.ListArray,
     kinds: Mapping[str, Any],
 ) -> datasets.Dataset:
-    """Rows of ``parts``' columns, which stay where they are stored, beside new ones in memory."""
+    """Concatenate the columns of ``parts``, which stay where they are stored, with new in-memory columns."""
     features = Features(
         {"image_id": Value("int64"), "width": Value("int32"), "height": Value("int32"), column: List(dict(kinds))}
     )
@@ -258,23 +258,23 @@ def assemble(
 
 
 def class_names(rows: datasets.Dataset) -> list[str]:
-    """The names of the categories of `scene_rows` or `panoptic_rows`, in order: a model's ``id2label``."""
+    """Return the category names of `scene_rows` or `panoptic_rows`, in the order of a model's ``id2label``."""
     return list(category_field(rows).names)
 
 
 def category_field(rows: datasets.Dataset) -> ClassLabel:
-    """The feature that names categories."""
+    """Return the ClassLabel feature of the categories."""
     return subfields(rows.features[SEGMENTS if SEGMENTS in rows.features else OBJECTS])["category"]
 
 
 def category_ids(rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
-    """From a category of `scene_rows` or `panoptic_rows` to its place in ``names``, a model's classes.
+    """Map each category of `scene_rows` or `panoptic_rows` to its index in ``names``, a model's classes.
 
     Args:
-        names: of `class_names` of the training data, or a model's ``id2label`` in order.
+        names: `class_names` of the training data, or a model's ``id2label`` in order.
 
     Raises:
-        ValueError: a category is not among the names; the error names both.
+        ValueError: if a category is not among the names; the message lists the names.
     """
     places = {name: place for place, name in enumerate(names)}
     own = class_names(rows)
@@ -287,20 +287,20 @@ def category_ids(rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
 
 
 def first_moved(names: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
-    """The first two names that stand in each other's order in two lists of classes; None where shared names agree."""
+    """Return the first two names that appear in different order in two class lists; None if shared names agree."""
     shared = set(names) & set(others)
     pairs = zip(*([name for name in own if name in shared] for own in (names, others)), strict=False)
     return next(((ours, theirs) for ours, theirs in pairs if ours != theirs), None)
 
 
 def check_order(rows: dict[str, datasets.Dataset], train_split: str) -> None:
-    """Refuse splits whose categories are numbered in another order than those of training: one list is wrong.
+    """Raise if a split numbers its categories in another order than the training split: one of the lists is wrong.
 
     Args:
-        rows: of each split, by its name.
+        rows: {split name: rows}.
 
     Raises:
-        ValueError: it names the split and the first such category.
+        ValueError: if so; the message names the split and the first such category.
     """
     ours = class_names(rows[train_split])
     for split, part in rows.items():
@@ -313,7 +313,7 @@ def check_order(rows: dict[str, datasets.Dataset], train_split: str) -> None:
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """A hash of the number of rows, their objects or segments, and 1,000 images; see `images.fingerprint`."""
+    """Return a hash of the number of rows, their objects or segments, and 1,000 images; see `images.fingerprint`."""
     digest = hashlib.sha256(images.fingerprint(rows.select_columns([IMAGE])).encode())
     found = FlatList.of(rows, SEGMENTS if SEGMENTS in rows.features else OBJECTS)
     digest.update(found.counts.tobytes())

@@ -1,8 +1,8 @@
-"""The embedded scenes: scikit-learn's digits at random places on textured grounds, for detection and segmentation.
+"""Built-in scenes for detection and segmentation: scikit-learn's digits placed randomly on textured backgrounds.
 
     seed -> digits of a split -> sizes, places, colours -> one or two textures behind them -> image, boxes, segments
 
-Digits are things; the three textures are stuff. No digit of the training scenes is in a held-out one (see `digits`).
+Digits are things; the three textures are stuff. Training scenes and held-out scenes share no digit (see `digits`).
 """
 
 from io import BytesIO
@@ -16,15 +16,15 @@ from . import run_lengths
 from .digits import digits
 from .panoptic import Category
 
-# Things are counted, stuff is not (Kirillov et al. 2019).
+# Things are countable, stuff is not (Kirillov et al. 2019).
 THINGS = [str(digit) for digit in range(10)]
 STUFF = ["plain", "stripes", "noise"]
 CATEGORIES = [Category(i, name, i < len(THINGS)) for i, name in enumerate(THINGS + STUFF)]
 LARGEST_NUMBER = 6
-SIDES = (0.2, 0.45)  # of a digit, in shares of the scene
-LEAST_GROUND = 0.1  # of the second texture, in shares of the scene; below it there is one alone
-OVERLAP = 0.1  # of two digits' boxes, at most, in shares of the smaller
-INK = 0.4  # a pixel with so much of a digit's colour belongs to it
+SIDES = (0.2, 0.45)  # side of a digit, as a fraction of the scene
+LEAST_GROUND = 0.1  # minimum area of the second texture, as a fraction of the scene; if smaller, it is not used
+OVERLAP = 0.1  # maximum overlap of two digits' boxes, as a fraction of the smaller one
+INK = 0.4  # minimum ink intensity for a pixel to belong to a digit
 FEATURES = Features(
     {
         "image": Image(),
@@ -51,46 +51,47 @@ FEATURES = Features(
 def digit_scenes(
     seed: int = 0, train: int = 2000, validation: int = 200, test: int = 400, size: int = 128
 ) -> DatasetDict:
-    """Generate the scenes, some hundreds a second; each is a function of (seed, split, number, size) alone.
+    """Generate the scenes, several hundred per second; each depends only on (seed, split, number, size).
 
     Args:
-        seed: 0 to 2^32 - 1; also decides which digit goes to which split.
-        train, validation, test: scenes of each split.
+        seed: 0 to 2^32 - 1; also determines which digit goes to which split.
+        train, validation, test: number of scenes in each split.
         size: height and width in pixels.
 
     Returns:
-        splits "train", "validation" and "test" with the columns ``image`` (RGB, PNG), ``image_id``, ``width``,
+        Splits "train", "validation" and "test" with the columns ``image`` (RGB, PNG), ``image_id``, ``width``,
         ``height``, ``objects`` (bbox, category, area, iscrowd, segmentation), ``panoptic`` (PNG of segment ids) and
-        ``segments_info`` (id, category_id of `CATEGORIES`, area, iscrowd). Digits in front hide those behind; boxes,
-        outlines and areas are of what is seen.
+        ``segments_info`` (id, category_id of `CATEGORIES`, area, iscrowd). Digits in front occlude those behind;
+        boxes, outlines and areas cover the visible part only.
 
     Raises:
-        ValueError: a size or the seed is out of range.
+        ValueError: if a size or the seed is out of range.
     """
     splits = {"train": train, "validation": validation, "test": test}
     for name, value, least in (*((name, count, 0) for name, count in splits.items()), ("size", size, 32)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    sources = digits(seed, size=8)  # refuses a seed out of range
+    sources = digits(seed, size=8)  # raises if the seed is out of range
     found = DatasetDict()
     for number, (name, count) in enumerate(splits.items()):
         source = sources[name]
         greys = np.stack([np.array(image.convert("L")) for image in source["image"]])
         labels = np.array(source["label"])
-        # numpy keeps the stream of this generator frozen between versions, which it does not promise for default_rng.
+        # NumPy guarantees a stable stream across versions for this legacy generator, but not for default_rng.
         rows = [scene(np.random.RandomState([seed, number, i]), greys, labels, size, i) for i in range(count)]
         found[name] = Dataset.from_dict({key: [row[key] for row in rows] for key in FEATURES}, features=FEATURES)
     return found
 
 
 def scene(random: np.random.RandomState, greys: np.ndarray, labels: np.ndarray, size: int, image_id: int) -> dict:
-    """One row.
+    """Generate one row.
 
     Args:
-        greys: (K, 8, 8) uint8 digits to choose from; labels: (K,) what they are.
+        greys: (K, 8, 8) uint8 digits to choose from.
+        labels: (K,) their classes.
     """
     pixels, ground = paint_ground(random, size)
-    front = np.zeros((size, size), np.uint8)  # 0 ground, k the k-th digit
+    front = np.zeros((size, size), np.uint8)  # 0 is background, k the k-th digit
     shown: list[int] = []
     for top, left, side in places(random, size, random.randint(1, LARGEST_NUMBER + 1)):
         chosen = random.randint(len(greys))
@@ -108,7 +109,7 @@ def scene(random: np.random.RandomState, greys: np.ndarray, labels: np.ndarray, 
     for mask, category in masks:
         if not mask.any():
             continue
-        # Neighbouring numbers would be colours that nobody can tell apart.
+        # Consecutive ids would give colours that cannot be told apart by eye.
         name = (len(kinds) + 1) * 2_654_435 % 2**24
         segments[mask] = name
         area = float(mask.sum())
@@ -136,7 +137,7 @@ def scene(random: np.random.RandomState, greys: np.ndarray, labels: np.ndarray, 
 
 
 def places(random: np.random.RandomState, size: int, count: int) -> list[tuple[int, int, int]]:
-    """Top, left and side of up to ``count`` squares that hardly overlap; those that find no room are left out."""
+    """Return top, left and side of up to ``count`` squares with little overlap; those that do not fit are skipped."""
     found: list[tuple[int, int, int]] = []
     for _ in range(count):
         side = int(random.uniform(*SIDES) * size)
@@ -148,18 +149,18 @@ def places(random: np.random.RandomState, size: int, count: int) -> list[tuple[i
 
 
 def shared(first: tuple[int, int, int], second: tuple[int, int, int]) -> int:
-    """Pixels that two squares have in common."""
+    """Return the number of pixels shared by two squares."""
     sides = [min(a + first[2], b + second[2]) - max(a, b) for a, b in zip(first[:2], second[:2], strict=True)]
     return max(sides[0], 0) * max(sides[1], 0)
 
 
 def paint_ground(random: np.random.RandomState, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A dark ground, one texture or two with a straight border.
+    """Paint a dark background with one texture, or with two separated by a straight line.
 
     Returns:
-        pixels: (size, size, 3) float32 in [0, 255]; kinds: (size, size) uint8, the place in `STUFF`.
+        pixels: (size, size, 3) float32 in [0, 255]; kinds: (size, size) uint8, index into `STUFF`.
     """
-    x = (np.arange(size, dtype=np.float32) / size - 0.5)[None]  # 0 is the middle, the edges are half a scene away
+    x = (np.arange(size, dtype=np.float32) / size - 0.5)[None]  # 0 is the centre, ±0.5 the edges
     first, second = random.permutation(len(STUFF))[:2].tolist()
     angle, distance = random.uniform(0, 2 * np.pi), random.uniform(-0.5, 0.3)
     behind = np.cos(angle) * x + np.sin(angle) * x.T < distance
@@ -170,7 +171,7 @@ def paint_ground(random: np.random.RandomState, size: int) -> tuple[np.ndarray, 
 
 
 def texture(random: np.random.RandomState, kind: str, x: np.ndarray) -> np.ndarray:
-    """One of `STUFF` in a dark colour; ``x`` (1, size) are the places of columns, and of rows."""
+    """Return one of the textures `STUFF` in a dark colour; ``x`` (1, size) holds the column (and row) coordinates."""
     colour, contrast = random.uniform(20, 90, 3), random.uniform(15, 30)
     if kind == "stripes":
         direction, waves = random.uniform(0, np.pi), 2 * np.pi / random.uniform(0.05, 0.12)
@@ -183,13 +184,13 @@ def texture(random: np.random.RandomState, kind: str, x: np.ndarray) -> np.ndarr
 
 
 def box(mask: np.ndarray) -> list[float]:
-    """x, y, width and height of what is True."""
+    """Return x, y, width and height of the True region."""
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     return [float(v) for v in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
 
 
 def png(pixels: np.ndarray) -> dict[str, Any]:
-    """(h, w, 3) of 0 to 255 -> an encoded image."""
+    """Encode (h, w, 3) values of 0 to 255 as a PNG image."""
     file = BytesIO()
     PILImage.fromarray(pixels.astype(np.uint8)).save(file, "PNG", compress_level=1)
     return {"bytes": file.getvalue(), "path": None}

@@ -1,4 +1,4 @@
-"""Batches of equally many samples, in an order that depends on nothing but (seed, epoch)."""
+"""Batches with an equal number of samples, in an order that depends only on (seed, epoch)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -9,26 +9,27 @@ import numpy as np
 from .batching import COPY, Example, Steps, rng
 from .stream import StreamLoader
 
-READ_ROWS = 100  # of a stream at once
-FILES = 10  # of a shuffled stream, read in turn
+READ_ROWS = 100  # rows of a stream read at once
+FILES = 10  # files of a shuffled stream that are read in turn
 
 
 class BatchSampler:
-    """Steps of equally many samples.
+    """Steps with an equal number of samples.
 
     Args:
-        count: samples of the data set.
-        batch_size: samples of a step, over all ranks.
-        seed: with the epoch, decides the order.
+        count: number of samples in the data set.
+        batch_size: samples per step, over all ranks.
+        seed: determines the order, together with the epoch.
         shuffle: False keeps the order of the data set, for evaluation.
-        drop_last: leave out the samples that do not fill a step.
-        repeats: copies of a sample in a step, each augmented in its own way (Hoffer et al. 2020, arXiv:1901.09335). An
-            epoch keeps its number of steps, so it has one in ``repeats`` of the samples, as DeiT's. Copies have
-            numbers of their own, see `COPY`.
-        unit: neighbours in a step that ranks and micro-batches never part, say 2 for mixup with the neighbour.
+        drop_last: drop the samples that do not fill a step.
+        repeats: copies of a sample in a step, each augmented differently (Hoffer et al. 2020, arXiv:1901.09335). The
+            number of steps per epoch does not change, so an epoch covers 1 / ``repeats`` of the samples, as in DeiT.
+            Copies have their own numbers, see `COPY`.
+        unit: number of neighbours in a step that ranks and micro-batches never separate, for example 2 for mixup with
+            the neighbour.
 
     Raises:
-        ValueError: there are no samples, or an option is out of range.
+        ValueError: if there are no samples or an option is out of range.
     """
 
     def __init__(
@@ -52,21 +53,21 @@ class BatchSampler:
             raise ValueError(f"repeats={repeats} leaves samples out: it needs shuffle")
         self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
         self.drop_last, self.repeats, self.unit = drop_last, repeats, unit
-        self.last: tuple[int | None, Steps] = (None, [])  # the epoch made last
+        self.last: tuple[int | None, Steps] = (None, [])  # the epoch built last, and its steps
         self.check_budget("batch_size", batch_size)
 
     def check_budget(self, name: str, samples: int) -> None:
-        """Refuse a number of samples, called ``name``, that would part neighbours."""
-        name = name.replace("tokens", "size")  # as the knobs of images call it
+        """Raise if ``samples``, the value of the argument ``name``, would separate neighbours."""
+        name = name.replace("tokens", "size")  # the name of the argument for images
         if samples % self.unit:
             raise ValueError(f"{name} must be a multiple of {self.unit}, so that pairs stay together, got {samples}")
 
     def cut(self, part: Sequence[int], samples: int) -> Steps:
-        """A part of a step as runs of at most ``samples``."""
+        """Split a part of a step into runs of at most ``samples``."""
         return [list(part[i : i + samples]) for i in range(0, len(part), samples)]
 
     def steps(self, epoch: int) -> Steps:
-        """The steps of an epoch, each a list of sample numbers; copies stand apart."""
+        """Return the steps of an epoch, each a list of sample numbers; copies of a sample are not adjacent."""
         if self.last[0] != epoch:
             self.last = epoch, self.make_steps(epoch)
         return self.last[1]
@@ -88,42 +89,42 @@ class BatchSampler:
 
 
 def one(example: Example) -> tuple[int]:
-    """What a sample counts in a budget of samples."""
+    """Return the cost of a sample when the budget counts samples."""
     return (1,)
 
 
 class ShuffledStream:
     """The rows of a stream in an order that is a pure function of (seed, epoch), whichever process reads them.
 
-    The order of its files is drawn anew, `FILES` are read in turn, and what they give waits in a buffer. Every rank
-    reads the same, and from the beginning also to go on in the middle of an epoch: a position in the stream, as
-    `datasets` would store it, says nothing of what the buffer held.
+    The order of the files is shuffled for each epoch, `FILES` of them are read in turn, and their rows pass through a
+    shuffle buffer. Every rank reads the same rows, and resuming in the middle of an epoch reads from its beginning: a
+    position in the stream, as `datasets` stores it, does not include the contents of the buffer.
 
     Args:
-        rows: a split of `datasets`, streamed.
-        seed: with `epoch`, decides the order.
-        buffer_size: rows in the buffer.
+        rows: a streamed `datasets` split.
+        seed: determines the order, together with `epoch`.
+        buffer_size: number of rows in the buffer.
     """
 
     def __init__(self, rows: datasets.IterableDataset, seed: int, buffer_size: int):
-        files = min(FILES, rows.num_shards)  # for one alone, `datasets` would start a thread, and wait for it 5 s
+        files = min(FILES, rows.num_shards)  # for a single file, `datasets` would start a thread and wait 5 s for it
         self.rows = rows.shuffle(seed, buffer_size=buffer_size, max_buffer_input_shards=files)
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Example]:
         self.rows.set_epoch(self.epoch)
-        # Not `iter(rows)`: that draws another order where a worker of torch's loader reads.
+        # Not `iter(rows)`, which draws another order inside a worker of torch's loader.
         for batch in self.rows.iter(READ_ROWS):
             yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
 class EqualStreamLoader(StreamLoader):
-    """Steps of equally many samples of a stream; only its last one may have fewer.
+    """Steps with an equal number of samples of a stream; only the last one may have fewer.
 
     Args:
-        stream: examples; iterated again for every epoch, which a `ShuffledStream` is told before.
+        stream: examples; iterated again in every epoch. The epoch of a `ShuffledStream` is set first.
         batch_size, seed, repeats, unit: see `BatchSampler`.
-        pool_samples: samples shuffled together, held in memory; rounded up to whole steps.
+        pool_samples: samples held in memory and shuffled together; rounded up to whole steps.
         placement: see `StreamLoader`.
     """
 

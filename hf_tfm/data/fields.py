@@ -1,4 +1,4 @@
-"""Fields of annotation files, converted one by one; errors name the file, the entry, the field and its value.
+"""Conversion of single fields of annotation files; errors name the file, the entry, the field and its value.
 
 Entry({"id": "7", "iscrowd": "no"}, file, "annotation 7") -> .identity("id") "7", .flag("iscrowd", False) False
 """
@@ -13,16 +13,16 @@ from typing import Any
 from .files import read_bytes
 
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-LARGEST = 2**63 - 1  # an int64
-SHOWN = 60  # letters of a value in an error
+LARGEST = 2**63 - 1  # maximum int64
+SHOWN = 60  # maximum number of characters of a value in an error message
 REQUIRED = object()
 
 
 def load_json(file: Path) -> Any:
-    """The content of a JSON file.
+    """Load a JSON file.
 
     Raises:
-        ValueError: it cannot be read, or is not JSON; the error names the file.
+        ValueError: if it cannot be read or is not JSON; the message names the file.
     """
     try:
         return json.loads(read_bytes(file))
@@ -35,10 +35,10 @@ def load_json(file: Path) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as errors print it, cut to a length."""
+    """Format a value for error messages, truncated to `SHOWN` characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
+    except (ValueError, RecursionError):  # an integer with thousands of digits
         text = type(value).__name__
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -49,8 +49,8 @@ class Entry:
 
     Args:
         values: its fields.
-        file: that holds it, for errors.
-        name: of the entry, for errors.
+        file: file that contains it, for error messages.
+        name: name of the entry, for error messages.
     """
 
     values: Mapping[str, Any]
@@ -58,14 +58,14 @@ class Entry:
     name: str
 
     def error(self, key: str, wanted: str) -> ValueError:
-        """A field has a value that it must not have."""
+        """Return the error for a field with an invalid value."""
         return ValueError(f'{self.file}, {self.name}: "{key}" must be {wanted}, got {shown(self.values.get(key))}')
 
     def value(self, key: str, default: Any = REQUIRED) -> Any:
-        """A field as it is stored; ``default`` where it is missing or null.
+        """Return a field as stored; ``default`` if it is missing or null.
 
         Raises:
-            ValueError: it is missing and there is no default.
+            ValueError: if it is missing and there is no default.
         """
         value = self.values.get(key)
         if value is not None:
@@ -78,18 +78,18 @@ class Entry:
         raise ValueError(f'{self.file}, {self.name} has no "{key}"; it has {have}')
 
     def identity(self, key: str) -> str:
-        """An id, an integer or text, as text: annotations refer to 7 as "7" too.
+        """Return an id, an integer or a string, as a string: annotations may refer to 7 as "7".
 
         Raises:
-            ValueError: it is missing, or neither.
+            ValueError: if it is missing or of another type.
         """
         return identity(self.value(key)) or self.fail(key, "an integer or text")
 
     def integer(self, key: str, default: Any = REQUIRED, least: int = -LARGEST, most: int = LARGEST) -> Any:
-        """A whole number, also as text.
+        """Return an integer, which may be stored as a string.
 
         Raises:
-            ValueError: it is missing, not whole, or out of range.
+            ValueError: if it is missing, not an integer or out of range.
         """
         if (value := self.value(key, default)) is default:
             return value
@@ -101,10 +101,10 @@ class Entry:
         return found
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """A number, also as text; it may be NaN or infinite.
+        """Return a number, which may be stored as a string and may be NaN or infinite.
 
         Raises:
-            ValueError: it is missing or something else.
+            ValueError: if it is missing or not a number.
         """
         if (value := self.value(key, default)) is default:
             return value
@@ -112,19 +112,19 @@ class Entry:
         return self.fail(key, "a number") if found is None else found
 
     def text(self, key: str) -> str:
-        """Text that is not empty.
+        """Return a non-empty string.
 
         Raises:
-            ValueError: it is missing, empty or something else.
+            ValueError: if it is missing, empty or of another type.
         """
         value = self.value(key)
         return value if is_text(value) and value.strip() else self.fail(key, "text that is not empty")
 
     def flag(self, key: str, default: Any = REQUIRED) -> Any:
-        """True or false: a boolean, 0 or 1, or "yes", "no", "true", "false", "0", "1".
+        """Return a flag, stored as a boolean, 0 or 1, or "yes", "no", "true", "false", "0", "1".
 
         Raises:
-            ValueError: it is missing or something else.
+            ValueError: if it is missing or anything else.
         """
         if (value := self.value(key, default)) is default:
             return value
@@ -132,10 +132,10 @@ class Entry:
         return self.fail(key, "true or false") if found is None else found
 
     def box(self, key: str) -> list[float] | None:
-        """Four numbers; None of a field that is null or an empty list.
+        """Return four numbers; None for a null field or an empty list.
 
         Raises:
-            ValueError: it is missing or something else.
+            ValueError: if it is missing or anything else.
         """
         value = self.value(key, REQUIRED if key not in self.values else None)
         if value is None or (isinstance(value, list) and not value):
@@ -144,10 +144,10 @@ class Entry:
         return self.fail(key, "four numbers") if len(numbers) != 4 or None in numbers else numbers
 
     def entries(self, key: str, name: str) -> list["Entry"]:
-        """A list of objects, each called by its id or else its place.
+        """Return a list of objects, each named by its id or, without one, by its position.
 
         Raises:
-            ValueError: it is missing or something else.
+            ValueError: if it is missing or anything else.
         """
         value = self.value(key)
         if not isinstance(value, list):
@@ -164,15 +164,15 @@ class Entry:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that files can be called, and Arrow can store."""
+    """Return whether a value is a string that is valid as a file name and in Arrow."""
     try:
         return isinstance(value, str) and "\0" not in value and bool(value.encode() or True)
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # an unpaired surrogate
         return False
 
 
 def identity(value: Any) -> str | None:
-    """An id as text; None of what is no id. Whole floats, as pandas writes integers, are integers."""
+    """Return an id as a string; None if it is not an id. Integral floats, as pandas writes integers, are integers."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -184,7 +184,7 @@ def identity(value: Any) -> str | None:
 
 
 def as_int64(text: str) -> int | None:
-    """The integer that a text is; None of other text, and of integers of more than 64 bits."""
+    """Parse a string as an integer; None if it is not one or exceeds 64 bits."""
     digits = text.removeprefix("-")
     if not (digits.isdecimal() and len(digits) <= len(str(LARGEST))):
         return None
@@ -192,7 +192,7 @@ def as_int64(text: str) -> int | None:
 
 
 def number(value: Any) -> float | None:
-    """A number, also as text; None of anything else."""
+    """Convert a number or numeric string to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -204,13 +204,13 @@ def number(value: Any) -> float | None:
 
 
 def flag(value: Any) -> bool | None:
-    """True or false in any of the forms of `Entry.flag`; None of anything else."""
+    """Convert any of the forms of `Entry.flag` to a bool; None for anything else."""
     if isinstance(value, bool):
         return value
     return FLAGS.get((identity(value) or "").lower())
 
 
 def twice(values: list[Any]) -> Any | None:
-    """The first value that is there before; None where all are distinct."""
+    """Return the first value that occurs a second time; None if all are distinct."""
     seen: set[Any] = set()
     return next((value for value in values if value in seen or seen.add(value)), None)

@@ -1,8 +1,8 @@
-"""Local files that annotations name: paths that stay inside the data set, and reads of regular files alone.
+"""Local files named by annotations: paths must stay inside the data set, and only regular files are read.
 
 name in an annotation -> `inside` the data set's folder, by its text -> `read_bytes`, if it is a regular file
 
-A path is judged by its text, after "." and ".." are taken out. Symbolic links are followed wherever they lead, because
+A path is judged by its text, after "." and ".." are resolved. Symbolic links are followed wherever they lead, because
 data sets are commonly stored behind them; their target must be a regular file, never a device, pipe or folder.
 """
 
@@ -18,20 +18,20 @@ import datasets
 from huggingface_hub import constants
 
 BASE_PATHS = 100
-MAX_BYTES = 2**32  # of one file; COCO's largest annotations have half a gigabyte, Objects365's three
+MAX_BYTES = 2**32  # of one file; COCO's largest annotation file has about 0.5 GB, that of Objects365 about 3 GB
 
 
 def inside(root: str | Path, name: str, source: str, folder: str | Path | None = None) -> str:
-    """The path of a file that an annotation names, normalised.
+    """Return the normalised path of a file named by an annotation.
 
     Args:
-        root: folder of the data set, which the path must not leave. An absolute path has to lie in it as well.
-        name: as written in the annotation; backslashes separate folders unless a file is called so.
-        source: the annotation in errors.
-        folder: that ``name`` is relative to; default, ``root``.
+        root: folder of the data set, which the path must not leave; this also applies to absolute paths.
+        name: the path as written in the annotation; backslashes are separators unless a file has that exact name.
+        source: name of the annotation in error messages.
+        folder: folder that ``name`` is relative to; default: ``root``.
 
     Raises:
-        ValueError: the path leaves the data set.
+        ValueError: if the path leaves the data set.
     """
     path, root = joined(folder or root, name), os.path.abspath(root)
     if not is_within(path, root):
@@ -40,7 +40,7 @@ def inside(root: str | Path, name: str, source: str, folder: str | Path | None =
 
 
 def joined(folder: str | Path, name: str) -> str:
-    """A name relative to a folder as a normalised absolute path; see `inside` for backslashes."""
+    """Join a folder and a name to a normalised absolute path; see `inside` for backslashes."""
     folder = os.path.abspath(folder)
     if "\\" in name and not os.path.isfile(os.path.join(folder, name)):
         name = name.replace("\\", "/")
@@ -48,17 +48,17 @@ def joined(folder: str | Path, name: str) -> str:
 
 
 def is_within(path: str, root: str) -> bool:
-    """Whether a normalised absolute path lies below a folder, by its text."""
+    """Return whether a normalised absolute path is below a folder, judged by its text."""
     return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file of at most `MAX_BYTES`, opened for reading.
+    """Open a regular file of at most `MAX_BYTES` for reading.
 
     Raises:
-        OSError: it is missing, cannot be read, is no regular file, or is too large.
+        OSError: if it is missing, unreadable, not a regular file or too large.
     """
-    # Opened without waiting, or a pipe that nobody writes to would block here for ever.
+    # Non-blocking, because opening a pipe that has no writer would block forever.
     file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: SIM115
     state = os.fstat(file.fileno())
     if stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES:
@@ -69,16 +69,16 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; see `open_regular`."""
+    """Return the content of a file; see `open_regular`."""
     with open_regular(path) as file:
         return file.read()
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file in UTF-8, with or without a byte order mark.
+    """Return the content of a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        ValueError: it cannot be read, or is not UTF-8; the error names the file.
+        ValueError: if it cannot be read or is not UTF-8; the message names the file.
     """
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -89,7 +89,7 @@ def read_text(path: str | Path) -> str:
 
 
 def data_roots(dataset: str, data_files: Any = None) -> list[str]:
-    """The folders that the image paths of a data set may lie in: its own, and the caches of downloads.
+    """Return the folders that image paths of a data set may be in: its own folders and the download caches.
 
     Args:
         dataset: as for `load_splits`.
@@ -107,7 +107,7 @@ def data_roots(dataset: str, data_files: Any = None) -> list[str]:
 
 
 def path_of(url: str) -> str | None:
-    """The local path of a path or URL, of an archive's member that of the archive; None where it is not local."""
+    """Return the local path of a path or URL, for an archive member that of the archive; None if it is not local."""
     last = url.rsplit("::", 1)[-1]
     if "://" not in last:
         return last
@@ -116,23 +116,23 @@ def path_of(url: str) -> str | None:
 
 
 def anchored(paths: Sequence[str | None], roots: Sequence[str], source: str) -> list[str | None]:
-    """Paths as absolute ones, relative to the first of some folders, or to the working directory if it is there.
+    """Make paths absolute, relative to the first of ``roots`` or to the working directory (see `base_of`).
 
     Args:
         roots: see `data_roots`.
-        source: of the paths, in errors.
+        source: name of the paths' origin in error messages.
 
     Raises:
-        ValueError: a path is in none of the folders.
+        ValueError: if a path is in none of the folders.
     """
     base = base_of(paths, roots)
     return [anchored_path(path, base, roots, f"{source}, row {row}") for row, path in enumerate(paths)]
 
 
 def base_of(paths: Iterable[str | None], roots: Sequence[str]) -> str:
-    """The folder that relative paths are relative to: the first of ``roots``, or the working directory.
+    """Return the base folder of relative paths: the first of ``roots``, or the working directory.
 
-    Decided by the first of `BASE_PATHS` relative paths that is there.
+    The first existing file among the first `BASE_PATHS` relative paths decides.
     """
     bases = [roots[0], os.getcwd()] if roots else [os.getcwd()]
     relative = (path for path in paths if path and "://" not in path and not os.path.isabs(path))
@@ -141,13 +141,13 @@ def base_of(paths: Iterable[str | None], roots: Sequence[str]) -> str:
 
 
 def anchored_path(path: str | None, base: str, roots: Sequence[str], source: str) -> str | None:
-    """A path as an absolute one; URLs, and None, as they are.
+    """Make a path absolute; URLs and None are returned unchanged.
 
     Args:
         base: see `base_of`.
 
     Raises:
-        ValueError: it is in none of the folders.
+        ValueError: if it is in none of the folders.
     """
     local = path_of(path) if path else None
     if local is None:

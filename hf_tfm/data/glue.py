@@ -1,7 +1,7 @@
-"""The nine tasks of GLUE: what their texts and labels are, how each is scored, and where a split is found.
+"""The nine GLUE tasks: their text columns, labels, metrics and splits.
 
 Wang et al. 2018, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding"
-(arXiv:1804.07461), table 1 and section 3. Columns, splits and classes are called as in the Hub's nyu-mll/glue.
+(arXiv:1804.07461), table 1 and section 3. Columns, splits and classes are named as in nyu-mll/glue on the Hub.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import datasets
 
 from .labelled_texts import LABEL, as_numbers, load_texts
 
-HIDDEN = -1  # the label of a text whose label GLUE keeps to itself
+HIDDEN = -1  # label of test samples, whose true labels GLUE does not publish
 ENTAILMENT = ("entailment", "not_entailment")
 
 
 class MissingData(ValueError):
-    """The data of a task cannot be found."""
+    """Raised if the data of a task cannot be found."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class GlueTask:
     Args:
         name: as in the Hub's configurations.
         title: as in the paper.
-        text_columns: one column of texts, or two.
-        labels: names of the classes by number; none where a number is predicted.
-        metrics: official ones, see `metrics.glue.METRICS`; the first decides which weights are best.
-        validation: splits with labels that no model learns from.
-        test: splits whose labels are hidden.
+        text_columns: one or two text columns.
+        labels: class names by number; empty for regression.
+        metrics: official metrics, see `metrics.glue.METRICS`; the first one selects the best checkpoint.
+        validation: labelled splits that are not trained on.
+        test: splits with hidden labels.
     """
 
     name: str
@@ -44,7 +44,7 @@ class GlueTask:
 
     @property
     def regression(self) -> bool:
-        """Whether a number is predicted."""
+        """Return whether the task is a regression."""
         return not self.labels
 
 
@@ -74,10 +74,10 @@ TASKS = {
 
 
 def find_task(name: str) -> GlueTask:
-    """A task by name.
+    """Return a task by name.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: if the task is unknown.
     """
     if name not in TASKS:
         raise ValueError(f'task must be one of {", ".join(TASKS)}, got "{name}"')
@@ -85,13 +85,13 @@ def find_task(name: str) -> GlueTask:
 
 
 def find_tasks(names: str) -> list[GlueTask]:
-    """Tasks by name.
+    """Return tasks by name.
 
     Args:
-        names: with commas between, each once, or "glue" for all nine.
+        names: comma-separated distinct names, or "glue" for all nine.
 
     Raises:
-        ValueError: a name is unknown, or there twice.
+        ValueError: if a name is unknown or repeated.
     """
     chosen = list(TASKS) if names.strip() == "glue" else [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
@@ -100,10 +100,10 @@ def find_tasks(names: str) -> list[GlueTask]:
 
 
 def place_of(task: str, dataset: str, name: str | None = None) -> tuple[str, str | None]:
-    """Where a task's data are: ``dataset`` and ``name`` as `load_texts` takes them.
+    """Return ``dataset`` and ``name`` of a task's data, as `load_texts` takes them.
 
-    ``{task}`` in either stands for the task's name, say "data/glue-{task}". A data set called "glue", as the Hub's
-    nyu-mll/glue, has a configuration for each task: it needs no name.
+    ``{task}`` in either is replaced with the task's name, as in "data/glue-{task}". A data set called "glue", such as
+    nyu-mll/glue on the Hub, has one configuration per task and needs no name.
     """
     dataset = dataset.replace("{task}", task)
     if name is None and Path(dataset).name == "glue":
@@ -118,10 +118,10 @@ def load_task(
     revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
 ) -> datasets.DatasetDict:
-    """The splits of a task; see `place_of` and `load_texts`.
+    """Load the splits of a task; see `place_of` and `load_texts`.
 
     Raises:
-        MissingData: there is no such data set, or no network to fetch it.
+        MissingData: if the data set does not exist or cannot be downloaded.
     """
     try:
         return load_texts(*place_of(task.name, dataset, name), revision, data_files)
@@ -130,7 +130,7 @@ def load_task(
 
 
 def hide(rows: datasets.Dataset) -> datasets.Dataset:
-    """Numbers in the ``label`` of a split, where `HIDDEN` becomes none: a score, unlike a class, might be -1."""
+    """Convert the ``label`` of a split to numbers, with None for `HIDDEN`: unlike a class, a score may be -1."""
 
     def known(values: Sequence[float | None]) -> dict[str, list[float | None]]:
         return {LABEL: [None if value == HIDDEN else value for value in values]}

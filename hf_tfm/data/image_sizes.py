@@ -1,4 +1,4 @@
-"""Heights and widths of images from their headers, without decoding them."""
+"""Heights and widths of images from their headers, without decoding."""
 
 import os
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from .images import IMAGE, decode, open_image, opened
 from .local_files import package_key, state_key
 from .source import show_progress_of
 
-ORIENTATION = 0x0112  # EXIF's tag; its values from 5 on turn an image on its side
+ORIENTATION = 0x0112  # EXIF tag; values of 5 and above rotate the image by 90 degrees
 
 
 def image_size(value: Any) -> tuple[int, int]:
-    """Height and width of an image as `decode` shows it, upright; (0, 0) where it cannot be read.
+    """Return height and width of an image as `decode` returns it, upright; (0, 0) if it cannot be read.
 
     Args:
-        value: see `decode`; of an image that lies on its side in a rare format, all is read, else the header alone.
+        value: see `decode`. Only the header is read, except for a rotated image in a rare format, which is decoded.
     """
     try:
         if isinstance(value, PIL.Image.Image):
@@ -27,17 +27,17 @@ def image_size(value: Any) -> tuple[int, int]:
         with opened(value) as file, open_image(file) as image:
             size = upright_size(image)
         return size or tuple(decode(value).shape[-2:])
-    except Exception:  # whatever the parser of a broken image meets; reading the image itself will tell
+    except Exception:  # parsers of broken images raise anything; reading the image itself reports the error
         return 0, 0
 
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int] | None:
-    """Height and width after the turn that a camera noted; None where only decoding tells.
+    """Return height and width after EXIF rotation; None if they are known only after decoding.
 
-    PIL's reader of TIFF turns the image itself, in some versions before it tells the size.
+    PIL's TIFF reader rotates the image itself, in some versions before it reports the size.
     """
     width, height = image.size
-    if image.format in ("JPEG", "MPO"):  # torchvision's reader follows EXIF, and not the same mark in XMP
+    if image.format in ("JPEG", "MPO"):  # torchvision's decoder follows EXIF but not the same tag in XMP
         exif = PIL.Image.Exif()
         exif.load(image.info.get("exif", b""))
     else:
@@ -48,7 +48,7 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int] | None:
 
 
 def image_sizes(rows: datasets.Dataset) -> np.ndarray:
-    """(N, 2) int64 height and width of the images of `image_rows`, kept in the cache until a file changes."""
+    """Return (N, 2) int64 height and width of the images of `image_rows`, cached until a file changes."""
     show_progress_of(rows)
 
     def read(batch: dict[str, list]) -> dict[str, list[int]]:
@@ -62,7 +62,7 @@ def image_sizes(rows: datasets.Dataset) -> np.ndarray:
 
 
 def image_files(rows: datasets.Dataset) -> list[str]:
-    """The local files that hold the images of `image_rows`; none where the rows hold the bytes."""
+    """Return the local files of the images of `image_rows`; empty if the rows hold the bytes."""
     files = []
     for batch in rows.select_columns([IMAGE]).iter(10_000):
         for value in batch[IMAGE]:

@@ -25,9 +25,8 @@ except ImportError:  # Windows has none: there, only entries that have not been 
     fcntl = None
 
 ROOT = ".hf-tfm"  # in datasets' cache folder; no data set's name begins with a dot, so no other rows are kept there
-USED = (
-    "used"  # file of an entry; its time says when the entry was used last, and who reads the entry holds a lock on it
-)
+# File of an entry; its mtime is the time of last use, and processes that read the entry hold a lock on it.
+USED = "used"
 SPARE_SECONDS = 3600  # an older state of the same source is removed after so long without use
 KEPT_SECONDS = 30 * 24 * 3600  # any other entry, after so long
 _held: dict[Path, Any] = {}  # open lock files of the entries this process reads

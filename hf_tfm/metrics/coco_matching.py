@@ -126,9 +126,8 @@ def accumulate(scores: np.ndarray, flags: np.ndarray, objects: np.ndarray) -> tu
     Returns:
         Precision (A, T, R) and recall (A, T); NaN if there are no objects.
     """
-    order = np.argsort(
-        -scores, kind="stable"
-    )  # the compiled code sorts anyway, but this makes its memory access sequential
+    # The compiled code sorts anyway; sorting first makes its memory access sequential.
+    order = np.argsort(-scores, kind="stable")
     scores, flags = scores[order], flags[order]
     bits = np.unpackbits(flags, axis=1, count=BITS).reshape(-1, *FLAGS).view(bool)
     thresholds = len(IOU_THRESHOLDS)
