@@ -1,9 +1,9 @@
-"""Multi-head attention in its three uses (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
+"""Multi-head self-, cross- and causal attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
 
     queries (B, Tq, D), keys and values (B, Tk, D) -> heads (B, H, T, Dh) -> scores -> softmax -> mix -> (B, Tq, D)
 
 Shapes: B sequences; Tq, Tk query and key positions; D = config.hidden_size; H heads; Dh = D / H.
-A mask is True (or 0.0) where a query may look, False (or a large negative number) where it may not.
+A mask is True (or 0.0) where a query may attend and False (or a large negative number) where it may not.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from .dropout import dropout as drop
 from .input_checks import require_mask
 from .linear import project
 
-# Before transformers 5.24 the attention function, and not the model, updates the cache of continuous batching.
+# Before transformers 5.24 the attention function, not the model, updates the cache of continuous batching.
 PAGED_ELSEWHERE = CACHE_NAME != "cache"
-# On a CPU in bf16 two batched matrix products beat torch's flash kernel until the score tables outgrow the cache: a
-# training step's attention by 3x to 6x at 50 x 50, 2.4x to 2.9x at 197 x 197, 1.3x to 2.3x at 577 x 577, equal near
-# 1,000 x 1,000 (torch 2.14, Zen 4, heads of 32 and 64). In float32 the kernel is the faster one.
+# On a CPU in bf16 two batched matrix products are faster than torch's flash kernel until the score tables outgrow the
+# cache: attention in a training step is 3x to 6x as fast at 50 x 50, 2.4x to 2.9x at 197 x 197, 1.3x to 2.3x at
+# 577 x 577 and equal near 1,000 x 1,000 (torch 2.14, Zen 4, heads of 32 and 64). In float32 the kernel is faster.
 SMALL_SCORE_TABLE = 640 * 640
 
 
@@ -40,16 +40,16 @@ def explicit_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that forms its probabilities (equation 1), as an attention function of transformers' interface.
+    """Compute attention with explicit probabilities (equation 1); a transformers attention function.
 
-    It serves the "eager" backend, additive scores, and small shapes on a CPU; it reads the mask of either of
-    transformers' "eager" and "sdpa" forms.
+    Used for the "eager" backend, additive scores, and small shapes on a CPU. Accepts masks in the form of either
+    transformers' "eager" or "sdpa" backend.
 
     Args:
-        module: the `MultiHeadAttention` that calls; its ``scores`` method gives the raw scores.
+        module: the calling `MultiHeadAttention`; its ``scores`` method computes the raw scores.
         query: (B, H, Tq, Dh); key, value: (B, H, Tk, Dh).
-        attention_mask: broadcastable to (B, H, Tq, Tk), bool or additive; None means everything may be seen, but
-            for a causal module's own rule.
+        attention_mask: bool or additive, broadcastable to (B, H, Tq, Tk); None masks nothing, except that a causal
+            module applies a causal mask.
 
     Returns:
         mixed values (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
@@ -58,10 +58,10 @@ def explicit_attention(
     query_length, key_length = scores.shape[-2:]
     causal = module.is_causal if is_causal is None else is_causal
     if attention_mask is None and causal and query_length > 1:
-        # Aligned at the first key, as torch's `is_causal`: a static cache may hold empty slots behind the last query.
+        # Aligned at the first key, like torch's `is_causal`: a static cache may have empty slots after the last query.
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=scores.device).tril_()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # Added, not filled in: a quarter of the time on a CPU, and none in the backward pass.
+        # Adding the mask takes a quarter of the time of filling on a CPU, and none in the backward pass.
         shut = torch.finfo(scores.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(~attention_mask, shut)
     if attention_mask is not None:
@@ -72,13 +72,13 @@ def explicit_attention(
 
 
 class ConfigView:
-    """A configuration of which some fields read differently; all else follows the original.
+    """View of a configuration that overrides some fields.
 
-    A view and not a copy, so that a later change, say of the attention backend, reaches it too.
+    A view rather than a copy, so that later changes of the original, such as the attention backend, take effect.
 
     Args:
-        config: the original.
-        fields: names and values that differ.
+        config: original configuration.
+        fields: names and values of the overridden fields.
     """
 
     def __init__(self, config: PreTrainedConfig, **fields: Any):
@@ -87,18 +87,18 @@ class ConfigView:
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "original":  # while it is copied there is no original yet
+        if name.startswith("__") or name == "original":  # ``original`` is not set yet while the view is being copied
             raise AttributeError(name)
         return getattr(self.original, name)
 
 
 def eager_view(config: PreTrainedConfig) -> ConfigView:
-    """``config`` asking for the eager backend, to build masks in the form that backend reads."""
+    """Return a view of ``config`` with the eager backend, to build masks in the form that backend expects."""
     return ConfigView(config, _attn_implementation="eager")
 
 
 def wants_maps(config: PreTrainedConfig, kwargs: dict) -> bool:
-    """Whether a call asks for attention maps, by argument or by configuration."""
+    """Return whether a call requests attention maps, by argument or by configuration."""
     asked = kwargs.get("output_attentions")
     return bool(config.output_attentions if asked is None else asked) or bool(kwargs.get("output_cross_attentions"))
 
@@ -106,17 +106,17 @@ def wants_maps(config: PreTrainedConfig, kwargs: dict) -> bool:
 def padding_mask(
     config: PreTrainedConfig, queries: Tensor, attention_mask: Tensor | None, memory: Tensor | None = None
 ) -> Tensor | None:
-    """Padding (B, Tk), 1 = a token, in the form of the backend, for attention that looks both ways.
+    """Convert a padding mask (B, Tk), 1 = token, to the backend's form for bidirectional attention.
 
-    transformers' helper first looks whether anything is masked, which makes a GPU wait in every forward. The two
-    common backends also take one row a sentence, True where there is a token, and need not know.
+    transformers' helper first checks whether anything is masked, which synchronises the GPU in every forward. The two
+    most common backends also accept one bool row per sentence, True at tokens, which needs no check.
 
     Args:
-        queries: (B, Tq, D) hidden states that attend, or (n B, T, D) when n rows share a row of memory.
-        memory: (B, Tk, D) when they attend to it and not to themselves.
+        queries: (B, Tq, D) hidden states that attend, or (n B, T, D) if n rows share a row of memory.
+        memory: (B, Tk, D) for cross-attention; None for self-attention.
 
     Raises:
-        ValueError: a mask of two dimensions is not (B, Tk).
+        ValueError: a two-dimensional mask is not (B, Tk).
     """
     keys = queries if memory is None else memory
     require_mask("attention_mask", attention_mask, keys.shape[0], keys.shape[1])
@@ -128,18 +128,18 @@ def padding_mask(
 
 
 def placed(states: Tensor, positions: Tensor | None) -> Tensor:
-    """States with their positions added, where there are any."""
+    """Add positions to states, if there are any."""
     return states if positions is None else states + positions
 
 
 class MultiHeadAttention(nn.Module):
-    """H attention heads side by side; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
+    """Multi-head attention; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
 
     Args:
         config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``;
-            ``qkv_bias=False`` leaves out the biases of queries, keys and values.
-        is_causal: a query sees no later key, as in the decoder's self-attention.
-        layer_idx: number of the layer in its stack, the key into a cache.
+            ``qkv_bias=False`` omits the biases of queries, keys and values.
+        is_causal: mask later keys, as in the decoder's self-attention.
+        layer_idx: index of the layer in its stack, used to index the cache.
     """
 
     def __init__(self, config: PreTrainedConfig, is_causal: bool = False, layer_idx: int | None = None):
@@ -155,25 +155,25 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.attention_dropout)  # gives the rate; the attention function drops
+        self.dropout = Dropout(config.attention_dropout)  # holds the rate; the attention function applies it
         if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
             self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        """Raw scores before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
+        """Compute raw scores, before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
         if self.additive:
             joint = torch.tanh(query[:, :, :, None] + key[:, :, None])  # (B, H, Tq, Tk, Dh)
             return torch.einsum("bhqkd,hd->bhqk", joint, self.score_vector)
-        # Scaling the queries costs less than scaling the larger score table.
+        # Scaling the queries is cheaper than scaling the larger score table.
         return (query * scaling) @ key.transpose(2, 3)
 
     def dropout_rate(self) -> float:
-        """Rate at which probabilities are dropped now, 0 in evaluation."""
+        """Return the current dropout rate of the probabilities, 0 in evaluation."""
         return self.dropout.p if self.training else 0.0
 
     def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
-        """The attention function for these queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
+        """Select the attention function for queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
         chosen = self.config._attn_implementation
         if self.additive:
             if chosen not in ("eager", "sdpa"):
@@ -182,7 +182,7 @@ class MultiHeadAttention(nn.Module):
         if output_attentions:
             return explicit_attention
         if chosen == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():
-            # torch has no kernel there that drops, and would form the probabilities too, more slowly.
+            # torch has no CPU kernel with dropout; it would also form the probabilities, but more slowly.
             drops = self.dropout_rate() > 0.0
             small = query.dtype == torch.bfloat16 and query.shape[2] * key.shape[2] <= SMALL_SCORE_TABLE
             if drops or small:
@@ -200,27 +200,27 @@ class MultiHeadAttention(nn.Module):
         key_positions: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Compute attention.
 
         Args:
-            hidden_states: (B, Tq, D), the queries' source, and the keys' unless ``memory`` is given.
-            memory: (B, Tk, D), the encoder's output (cross-attention); (B / n, Tk, D) when n rows of hidden states in
-                turn share one row of memory, as the beams of a sentence do.
-            attention_mask: in the form of the chosen backend; of the eager one with ``output_attentions``.
-            cache: grows by Tq keys here; for cross-attention, filled once and then reused.
-            output_attentions: form the probabilities, whatever the backend.
-            query_positions, key_positions: added to what queries, or keys, are made of and not to the values' source,
-                broadcastable to it (Carion et al. 2020, figure 10).
+            hidden_states: (B, Tq, D), source of the queries, and of keys and values unless ``memory`` is given.
+            memory: (B, Tk, D), the encoder's output (cross-attention); (B / n, Tk, D) if n consecutive rows of hidden
+                states share one row of memory, such as the beams of a sentence.
+            attention_mask: in the form of the selected backend; of the eager one with ``output_attentions``.
+            cache: extended by Tq keys in self-attention; filled once and then reused in cross-attention.
+            output_attentions: compute the probabilities, whatever the backend.
+            query_positions, key_positions: added to the input of the query and key projections but not to that of the
+                values, broadcastable to it (Carion et al. 2020, figure 10).
 
         Returns:
-            (B, Tq, D), and the probabilities (B, H, Tq, Tk) or None where the backend does not form them.
+            (B, Tq, D), and the probabilities (B, H, Tq, Tk), or None if the backend does not compute them.
         """
         B, Tq = hidden_states.shape[:2]
-        if memory is not None or kwargs.get("is_causal") is None:  # continuous batching says so of self-attention
+        if memory is not None or kwargs.get("is_causal") is None:  # continuous batching sets it for self-attention
             kwargs["is_causal"] = self.is_causal
         query = project(self.q_proj, placed(hidden_states, query_positions))  # (B, Tq, D)
         shared = memory is not None and memory.shape[0] != B
-        if shared:  # rows that share a memory stand side by side, as more queries to it; from here B is B / n, Tq n Tq
+        if shared:  # treat rows that share a memory as additional queries: from here B is B / n and Tq is n Tq
             query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
         if PAGED_ELSEWHERE and cache is not None and not isinstance(cache, Cache):
@@ -248,9 +248,9 @@ class MultiHeadAttention(nn.Module):
         positions: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, Tk, Dh) of this call, from and into the cache where there is one.
+        """Return keys and values (B, H, Tk, Dh), reading from and updating the cache if there is one.
 
-        A paged cache reads and changes ``kwargs``, the attention function's.
+        A paged cache reads and modifies ``kwargs``, the keyword arguments of the attention function.
         """
         crossing = memory is not None
         cache = past

@@ -1,6 +1,6 @@
-"""Feature maps of timm's models, as the stem of a Transformer (hybrid ViT; DETR).
+"""Feature maps of timm models, used as the stem of a Transformer (hybrid ViT; DETR).
 
-pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), s the stride of a stage
+pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), where s is the stride of a stage
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from transformers.utils import is_timm_available
 from .linear import is_plain
 
 NORMS = ("batch", "frozen", "group")
-MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # of group norm, and of its groups' channels
+MOST_GROUPS, LEAST_OF_GROUP = 32, 16  # group norm: maximum number of groups, minimum number of channels per group
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm whose statistics and affine parameters are fixed (Carion et al. 2020, appendix A.4).
+    """Batch norm with fixed statistics and affine parameters (Carion et al. 2020, appendix A.4).
 
-    Where it follows a convolution directly, `fold` moves its scale into the convolution's weights: the feature map is
-    then read and written once less, in the forward and in the backward pass.
+    If it directly follows a convolution, `Fold` folds its scale and shift into the convolution, which saves one read
+    and write of the feature map in both the forward and the backward pass.
 
     Args:
         channels: F.
@@ -37,14 +37,14 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def reset_parameters(self) -> None:
-        """Make it the identity."""
+        """Reset to the identity."""
         init.ones_(self.weight)
         init.zeros_(self.bias)
         init.zeros_(self.running_mean)
         init.ones_(self.running_var)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What it multiplies by and adds: (F,) each."""
+        """Return the factor and the offset that the norm applies: (F,) each."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -57,7 +57,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class FrozenBatchNormAct(FrozenBatchNorm):
-    """The same with what timm's `BatchNormAct2d` does after it: dropout and an activation."""
+    """`FrozenBatchNorm` followed by the dropout and activation of timm's `BatchNormAct2d`."""
 
     def __init__(self, channels: int, eps: float, drop: nn.Module, act: nn.Module):
         super().__init__(channels, eps)
@@ -69,10 +69,9 @@ class FrozenBatchNormAct(FrozenBatchNorm):
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution that also applies the frozen norm behind it, while ``norm.folded``; its own weights stay as they
-    are."""
+    """Convolution that also applies the following frozen norm while ``norm.folded``; its weights stay unchanged."""
 
-    norm: FrozenBatchNorm | None = None  # of a layer that an adapter makes of this class
+    norm: FrozenBatchNorm | None = None  # None in a layer that an adapter creates from this class
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, F, h', w')."""
@@ -85,25 +84,25 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class Fold:
-    """A convolution that applies the norm behind it, as long as both stand where they stood and are called plainly.
+    """Fold a frozen norm into the preceding convolution, as long as neither is replaced or wrapped.
 
-    An adapter around the convolution, for instance, adds to its output what the norm has to scale too.
+    For example, an adapter around the convolution adds to its output, and the norm has to scale that sum.
 
     Args:
-        body: the model with both.
-        convolution, norm: their names there.
+        body: model that contains both.
+        convolution, norm: their module names in ``body``.
     """
 
     def __init__(self, body: nn.Module, convolution: str, norm: str):
         self.slots = [(body.get_submodule(parent), name) for parent, name in map(split_name, (convolution, norm))]
         self.convolution, self.norm = body.get_submodule(convolution), body.get_submodule(norm)
         self.convolution.__class__ = FoldedConv2d
-        # Not through nn.Module, which would take the norm for a part of the convolution and list its buffers twice.
+        # Bypass nn.Module, which would register the norm as a submodule and list its buffers twice.
         object.__setattr__(self.convolution, "norm", self.norm)
         self.norm.folded = True
 
     def check(self) -> None:
-        """Undo the fold if either was replaced, hooked or offloaded since, and redo it when that has ended."""
+        """Disable the fold if either module has been replaced, hooked or offloaded, and restore it afterwards."""
         (outer, first), (inner, second) = self.slots
         folded = (
             outer._modules.get(first) is self.convolution
@@ -116,26 +115,26 @@ class Fold:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Name of a module's parent, and its own name there."""
+    """Split a module name into the name of its parent and its name there."""
     parent, _, own = name.rpartition(".")
     return parent, own
 
 
 class _FoldTracer(fx.Tracer):
-    """Sees convolutions and frozen norms as wholes."""
+    """Tracer that treats convolutions and frozen norms as leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d | FrozenBatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_norms(body: nn.Module) -> list[Fold]:
-    """Fold every frozen norm that reads a plain convolution which nothing else reads; none if ``body`` hides that.
+    """Fold every frozen norm that is the only consumer of a plain convolution; none if ``body`` cannot be traced.
 
-    Both must run once in a forward pass: what runs twice has two readers, or two sources.
+    Both must run exactly once per forward pass, since a module that runs twice has two consumers or two inputs.
     """
     try:
         graph = _FoldTracer().trace(body)
-    except Exception:  # whatever a model's own code raises when it is run on symbols
+    except Exception:  # a model's own code may raise anything when it is traced
         return []
     calls = [node for node in graph.nodes if node.op == "call_module"]
     runs, folds = Counter(body.get_submodule(node.target) for node in calls), []
@@ -150,12 +149,12 @@ def fold_norms(body: nn.Module) -> list[Fold]:
 
 
 def convert_norms(module: nn.Module, kind: str, momentum: float) -> None:
-    """Make every batch norm below ``module`` what a model wants.
+    """Convert every batch norm below ``module`` in place.
 
     Args:
-        kind: "frozen", see `FrozenBatchNorm`, or "group", group norm (Wu and He 2018, arXiv:1803.08494), which
-            also works for small batches; "batch" leaves them.
-        momentum: of batch norm's running statistics.
+        kind: "frozen", see `FrozenBatchNorm`; "group", group norm (Wu and He 2018, arXiv:1803.08494), which also works
+            for small batches; or "batch", which keeps batch norm.
+        momentum: momentum of the running statistics with "batch".
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and kind == "batch":
@@ -167,17 +166,17 @@ def convert_norms(module: nn.Module, kind: str, momentum: float) -> None:
 
 
 def frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm:
-    """A batch norm, or timm's one with an activation, with its statistics fixed."""
+    """Convert a batch norm, or timm's batch norm with activation, to a frozen one."""
     if hasattr(norm, "act"):
         return FrozenBatchNormAct(norm.num_features, norm.eps, norm.drop, norm.act)
     return FrozenBatchNorm(norm.num_features, norm.eps)
 
 
 def grouped(norm: nn.BatchNorm2d) -> nn.Module:
-    """Group norm in the place of a batch norm, with its activation if it has one.
+    """Convert a batch norm to group norm, keeping its activation if it has one.
 
-    At most 32 groups of at least 16 channels, two settings of Wu and He 2018, table 3: with less, a narrow layer's
-    groups are its channels, which then lose how strong they are (and torch's kernel is many times as slow).
+    At most 32 groups of at least 16 channels, two settings of Wu and He 2018, table 3. With fewer channels, the groups
+    of a narrow layer are single channels, whose magnitude is then lost (and torch's kernel is many times slower).
     """
     most = max(1, min(MOST_GROUPS, norm.num_features // LEAST_OF_GROUP))
     groups = next(n for n in range(most, 0, -1) if norm.num_features % n == 0)
@@ -186,21 +185,21 @@ def grouped(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 class TimmFeatures(nn.Module):
-    """Feature maps of a timm model with random weights; a checkpoint brings its own.
+    """Feature maps of a timm model with random weights; pretrained weights come from a checkpoint.
 
     Args:
-        name: of the timm model.
-        num_channels: of the images.
-        out_indices: which of its feature maps, as timm counts them.
-        norm: what `convert_norms` makes of its batch norms.
-        frozen_stages: the stem and this many stages do not learn; no gradient flows into them. 0 freezes nothing.
-            A stage halves the size of the feature map; the first of a ResNet is at a quarter of the image's.
-        output_stride: of the last feature map, reached by dilation where the model would go below; default, its own.
-        momentum: of batch norm's running statistics.
+        name: name of the timm model.
+        num_channels: number of image channels.
+        out_indices: indices of the feature maps, as numbered by timm.
+        norm: conversion of its batch norms, see `convert_norms`.
+        frozen_stages: number of frozen stages, in addition to the stem; no gradient flows into them. 0 freezes
+            nothing. Each stage halves the feature map; the first stage of a ResNet has a quarter of the image's size.
+        output_stride: maximum stride of the last feature map, enforced by dilation; default: that of the model.
+        momentum: momentum of batch norm's running statistics.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm has no model of this name, there is no such norm, or the model cannot be frozen in stages.
+        ValueError: timm has no such model, ``norm`` is unknown, or the model cannot be frozen in stages.
     """
 
     def __init__(
@@ -216,7 +215,7 @@ class TimmFeatures(nn.Module):
         super().__init__()
         if not is_timm_available():
             raise ImportError(f'backbone="{name}" needs timm: pip install timm')
-        if is_timm_available():  # here and in this form, since the import is slow and the file travels
+        if is_timm_available():  # local import: slow; this condition is required by transformers' import check
             import timm
         if norm not in NORMS:
             raise ValueError(f'norm must be one of {", ".join(NORMS)}, got "{norm}"')
@@ -229,14 +228,14 @@ class TimmFeatures(nn.Module):
         self.folds = fold_norms(self.body) if norm == "frozen" else []
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # Swin, MambaOut and others
         for module in self.body.modules():
-            module.of_timm = True  # for `reset`: transformers hands over modules one by one, without their names
+            module.of_timm = True  # read by `reset`: transformers initialises modules one by one, without their names
         self.channels = self.body.feature_info.channels()
         self.stride = self.body.feature_info.reduction()[-1]
         self.frozen_stages = frozen_stages
         self.freeze()
 
     def freeze(self) -> None:
-        """Take the gradient off the frozen stages."""
+        """Disable gradients of the frozen stages."""
         stages, info = self.frozen_stages, self.body.feature_info.info
         if not stages:
             return
@@ -252,10 +251,10 @@ class TimmFeatures(nn.Module):
             raise ValueError(f"backbone {self.name} has no stages that could be frozen: use backbone_frozen_stages=0")
         for _, parameter in named[: inside[-1] + 1]:
             parameter.requires_grad_(False)
-        self.train(self.training)  # their batch norms take notice
+        self.train(self.training)  # puts the frozen batch norms in eval mode
 
     def train(self, mode: bool = True) -> "TimmFeatures":
-        """As in torch; but a batch norm that does not learn keeps its statistics too."""
+        """Set training mode as in torch, but keep the statistics of batch norms whose weights are frozen."""
         super().train(mode)
         for module in self.body.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
@@ -263,7 +262,7 @@ class TimmFeatures(nn.Module):
         return self
 
     def load_pretrained(self) -> None:
-        """Take the weights that timm has for this model, from the Hub where they are not in its cache."""
+        """Load timm's pretrained weights, downloading them from the Hub if they are not cached."""
         import timm
 
         weights = timm.create_model(self.name, features_only=True, pretrained=True, **self.options).state_dict()
@@ -271,19 +270,19 @@ class TimmFeatures(nn.Module):
         self.body.load_state_dict(kept)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> maps (B, F, ceil(H / s), ceil(W / s)), one for each of ``out_indices``."""
+        """Compute one feature map (B, F, ceil(H / s), ceil(W / s)) per entry of ``out_indices`` from (B, C, H, W)."""
         for fold in self.folds:
             fold.check()
         maps = self.body(pixel_values)
         return [states.permute(0, 3, 1, 2) for states in maps] if self.channels_last else maps
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the last feature map of an image."""
+        """Return the height and width of the last feature map for an image size."""
         return -(-height // self.stride), -(-width // self.stride)
 
 
 def reset(module: nn.Module) -> bool:
-    """Draw new weights by torch's own rule if the module is part of a timm model; whether it is."""
+    """Reset a module of a timm model by its own ``reset_parameters``; return whether it belongs to a timm model."""
     of_timm = getattr(module, "of_timm", False)
     if of_timm and hasattr(module, "reset_parameters"):
         module.reset_parameters()

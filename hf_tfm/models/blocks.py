@@ -1,9 +1,10 @@
-"""The layers that encoders and decoders stack (Vaswani et al. 2017, figure 1; pre-norm: Xiong et al. 2020).
+"""Encoder and decoder blocks (Vaswani et al. 2017, figure 1; pre-norm: Xiong et al. 2020).
 
     encoder block: x -> self-attention -> feed-forward
     decoder block: x -> masked self-attention -> cross-attention over the encoder's output -> feed-forward
 
-Each sublayer f stands in a residual: post-norm ``norm(x + f(x))`` (the paper), pre-norm ``x + f(norm(x))`` (ViT).
+Each sublayer f has a residual connection: post-norm ``norm(x + f(x))`` (the paper) or pre-norm
+``x + f(norm(x))`` (ViT).
 
 Shapes: B sequences; T target, S source positions; D = config.hidden_size; F = config.intermediate_size.
 """
@@ -23,7 +24,7 @@ FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation 
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between, the same at every position (section 3.3, equation 2)."""
+    """Position-wise feed-forward layer: two linear layers with an activation in between (section 3.3, equation 2)."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -39,10 +40,10 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: some samples of a batch skip a residual branch (Huang et al. 2016, arXiv:1603.09382).
+    """Stochastic depth: drop a residual branch for random samples of a batch (Huang et al. 2016, arXiv:1603.09382).
 
     Args:
-        rate: probability that a sample loses the branch, in [0, 1); those that keep it are scaled by 1 / (1 - rate).
+        rate: probability of dropping the branch for a sample, in [0, 1); kept branches are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate: float):
@@ -61,7 +62,7 @@ class DropPath(nn.Module):
 
 
 class Residual(nn.Module):
-    """The wrapping of a sublayer: dropout, drop path, residual sum and layer norm, in post- or pre-norm order."""
+    """Residual wrapper of a sublayer: dropout, drop path, residual sum and layer norm, in post- or pre-norm order."""
 
     def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0):
         super().__init__()
@@ -71,11 +72,11 @@ class Residual(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        """Apply a sublayer with its residual: (B, T, D) -> (B, T, D).
 
         Args:
-            sublayer: a function that calls a module, not the module itself: accelerate moves modules among a call's
-                arguments to another device, which an offloaded one does not survive.
+            sublayer: a function that calls a module, not the module itself: accelerate moves modules among the
+                arguments of a call to another device, which breaks offloaded modules.
         """
         if self.norm_first:
             return hidden_states + self.drop_path(self.dropout(sublayer(self.norm(hidden_states))))
@@ -83,11 +84,11 @@ class Residual(nn.Module):
 
 
 class EncoderBlock(GradientCheckpointingLayer):
-    """One of the N layers at the left of figure 1; with ``is_causal``, one of a decoder without an encoder (GPT).
+    """Encoder block (figure 1, left); with ``is_causal``, a block of a decoder-only model (GPT).
 
     Args:
         drop_path: see `DropPath`.
-        is_causal: a token sees no later one.
+        is_causal: mask later tokens.
     """
 
     def __init__(
@@ -110,10 +111,10 @@ class EncoderBlock(GradientCheckpointingLayer):
         positions: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """(B, S, D) -> (B, S, D); the mask is in the form of the attention backend.
+        """Apply the block: (B, S, D) -> (B, S, D); the mask is in the form of the attention backend.
 
         Args:
-            positions: added to queries and keys here, for a stack whose input does not hold them.
+            positions: added to queries and keys in this block, for stacks whose input does not include positions.
         """
         place = {"query_positions": positions, "key_positions": positions}
 
@@ -125,10 +126,10 @@ class EncoderBlock(GradientCheckpointingLayer):
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """One of the N layers at the right of figure 1.
+    """Decoder block (figure 1, right).
 
     Args:
-        is_causal: False for a decoder that sees its whole input at once (non-autoregressive).
+        is_causal: False for a decoder that attends to its whole input (non-autoregressive).
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, is_causal: bool = True):
@@ -151,11 +152,12 @@ class DecoderBlock(GradientCheckpointingLayer):
         memory_positions: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D); masks are in the attention backend's form.
+        """Apply the block to (B, T, D) and the encoder's output (B, S, D): -> (B, T, D).
 
         Args:
-            positions, memory_positions: added here to queries, and to keys, for a stack whose input does not hold
-                them.
+            attention_mask, memory_mask: in the form of the attention backend.
+            positions, memory_positions: added to queries and keys in this block, for stacks whose input does not
+                include positions.
         """
         kwargs["cache"] = cache
         place = {"query_positions": positions, "key_positions": positions}

@@ -1,7 +1,7 @@
-"""Boxes: two forms of them, and how much two overlap.
+"""Box formats and generalised IoU.
 
-A box is (centre x, centre y, width, height), "cxcywh", or (left, top, right, bottom), "xyxy", in shares of the image.
-Shapes: ... any leading dimensions; N, M boxes.
+A box is (centre x, centre y, width, height), "cxcywh", or (left, top, right, bottom), "xyxy", normalised by the image
+size. Shapes: ... any leading dimensions; N, M boxes.
 """
 
 import torch
@@ -9,27 +9,27 @@ from torch import Tensor
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) -> (..., 4)."""
+    """Convert cxcywh boxes to xyxy: (..., 4) -> (..., 4)."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) -> (..., 4)."""
+    """Convert xyxy boxes to cxcywh: (..., 4) -> (..., 4)."""
     first, last = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(first + last) / 2, last - first], dim=-1)
 
 
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised intersection over union (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1), in (-1, 1].
+    """Compute the generalised intersection over union (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1).
 
-    Boxes without area give finite values and gradients: what is divided by is at least 1e-7.
+    Boxes without area give finite values and gradients: denominators are at least 1e-7.
 
     Args:
         boxes, others: (..., 4) xyxy, broadcastable; (..., N, 1, 4) and (..., 1, M, 4) give all pairs.
 
     Returns:
-        (...).
+        (...), values in (-1, 1].
     """
 
     def area(first: Tensor, last: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Images as the tokens a Vision Transformer reads (Dosovitskiy et al. 2021, arXiv:2010.11929, equation 1).
+"""Input embeddings of Vision Transformers (Dosovitskiy et al. 2021, arXiv:2010.11929, equation 1).
 
     pixels (B, C, H, W) -> patches (B, N, P P C), or K of them -> linear + positions -> [class] + tokens (B, 1 + N, D)
 
-Shapes: B images; C channels; H, W pixels; P patch side; N patches, row by row; D = config.hidden_size.
+Shapes: B images; C channels; H, W pixels; P patch side; N patches in row-major order; D = config.hidden_size.
 """
 
 import torch
@@ -16,16 +16,17 @@ from .positions import join_axes, sincos_2d
 
 
 def fixed_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Sine-cosine positions of a grid of patches, zero for the [class] token before them: (1, 1 + N, dim)."""
+    """Return sine-cosine positions of a grid of patches, with zeros for a leading [class] token: (1, 1 + N, dim)."""
     return nn.functional.pad(sincos_2d(*grid, dim), (0, 0, 1, 0))[None]
 
 
 class TfmViTEmbeddings(nn.Module):
-    """Patches as tokens with their positions, and the [class] token before them (equation 1).
+    """Patch embeddings plus position embeddings, preceded by the [class] token (equation 1).
 
-    The batch norms of a backbone become group norms, as in the paper's hybrids (section 4.1, "Model Variants", after
-    Kolesnikov et al. 2020, BiT, arXiv:1912.11370): an image is then encoded alike whatever others are in its batch.
-    The paper's standardised convolutions are a backbone's own affair: timm's "bit" ResNets have them.
+    The batch norms of a backbone are replaced by group norms, as in the paper's hybrids (section 4.1, "Model
+    Variants", following Kolesnikov et al. 2020, BiT, arXiv:1912.11370), so that an image's encoding does not depend on
+    the rest of the batch. The paper's standardised convolutions depend on the backbone: timm's "bit" ResNets have
+    them.
     """
 
     def __init__(self, config: ImageEncoderConfig):
@@ -45,21 +46,21 @@ class TfmViTEmbeddings(nn.Module):
         if self.kind == "learned":
             self.position_embeddings = nn.Parameter(table)
         elif self.kind == "sincos_2d":
-            # Fixed, and yet in the file: transformers' ViTMAE reads it there.
+            # Fixed, but saved in checkpoints, where transformers' ViTMAE expects it.
             self.register_buffer("position_embeddings", self.fixed_positions())
         else:
             self.row_embeddings = nn.Parameter(torch.zeros(rows, config.hidden_size // 2))
             self.column_embeddings = nn.Parameter(torch.zeros(columns, config.hidden_size // 2))
 
     def fixed_positions(self) -> Tensor:
-        """Those of "sincos_2d", (1, 1 + N, D)."""
+        """Return the positions of "sincos_2d", (1, 1 + N, D)."""
         return fixed_positions(self.grid, self.cls_token.shape[-1])
 
     def set_image_size(self, image_size: Size) -> None:
-        """Resize the positions once and for all to images of another size in pixels (section 3.2).
+        """Resize the position embeddings permanently to images of another size in pixels (section 3.2).
 
         Raises:
-            ValueError: the patch does not divide the images.
+            ValueError: the image size is not divisible by the patch size.
         """
         height, width = sides(image_size)
         if self.backbone is not None:
@@ -68,7 +69,7 @@ class TfmViTEmbeddings(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """The same for (rows, columns) of patches."""
+        """Resize the position embeddings permanently to a grid of (rows, columns) patches."""
         if self.kind == "learned_2d":
             for name, old, new in zip(("row_embeddings", "column_embeddings"), self.grid, grid, strict=True):
                 resized = resize_grid(getattr(self, name)[None], (old, 1), (new, 1))[0]
@@ -83,7 +84,7 @@ class TfmViTEmbeddings(nn.Module):
             self.position_embeddings = self.fixed_positions().to(self.position_embeddings)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
+        """Return positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
         if self.kind == "learned_2d":
             table = join_axes(self.row_embeddings, self.column_embeddings)
             return torch.zeros_like(self.cls_token), resize_grid(table, self.grid, grid)
@@ -96,9 +97,9 @@ class TfmViTEmbeddings(nn.Module):
 
         Args:
             pixel_values: (B, C, H, W).
-            interpolate_pos_encoding: False refuses images of another size than the configuration's; by default their
-                positions are resized.
-            keep: (B, K) int64, the patches to embed, in this order; default, all in theirs.
+            interpolate_pos_encoding: False raises an error for images of another size than the configuration's; by
+                default the position embeddings are resized to them.
+            keep: (B, K) int64, indices of the patches to embed, in this order; default: all, in image order.
 
         Returns:
             (B, 1 + K, D), K = N by default.
@@ -113,7 +114,7 @@ class TfmViTEmbeddings(nn.Module):
                 f"pixel_values make {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
                 f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
             )
-        # A fixed table stays float32 in a checkpoint loaded in half precision.
+        # In a checkpoint loaded in half precision a fixed table stays float32.
         first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid))
         if keep is not None:
             positions = positions[0][keep]  # (B, K, D)

@@ -1,11 +1,11 @@
-"""Products by the weight of a linear layer, and the test of whether a layer's weight may be read at all.
+"""Linear layers: faster products on a CPU, and a test of whether a layer's weight may be read directly.
 
-Models call their layers, so that hooks, adapters, offloading and quantisation work. Where reading the weight instead
-saves time or memory, `is_plain` first makes sure that a call would compute nothing else.
+Models call their layers, so that hooks, adapters, offloading and quantisation work. Where reading the weight directly
+saves time or memory, `is_plain` first checks that the result would be the same as calling the layer.
 
-In generation on a CPU, `project` multiplies by oneDNN instead of MKL. MKL is slow where few rows meet a large matrix:
-16 rows by GPT-2's output matrix took 28 ms with MKL and 12 with oneDNN, one row 13 and 6 (torch 2.14, 2 cores of an
-AMD processor).
+During generation on a CPU, `project` uses oneDNN instead of MKL, which is slow for few rows and a large matrix: for
+GPT-2's output matrix, 16 rows took 28 ms with MKL and 12 ms with oneDNN, one row 13 ms and 6 ms (torch 2.14, 2 cores
+of an AMD processor).
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-LARGE = 2**19  # elements of a matrix; for smaller ones oneDNN's preparation costs more than it gains
-GENERATING: ContextVar[bool] = ContextVar("generating", default=False)  # each thread has its own value
+LARGE = 2**19  # minimum number of elements of a matrix for which oneDNN gains more than its preparation costs
+GENERATING: ContextVar[bool] = ContextVar("generating", default=False)  # separate value per thread
 
 
 @contextmanager
 def generating() -> Iterator[None]:
-    """Let `project` use oneDNN in this block."""
+    """Enable oneDNN in `project` within this context."""
     token = GENERATING.set(True)
     try:
         yield
@@ -30,14 +30,14 @@ def generating() -> Iterator[None]:
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``layer`` runs ``kind.forward`` on an ordinary weight and nothing else.
+    """Return whether calling ``layer`` is just ``kind.forward`` on an ordinary weight.
 
     False for a layer that an adapter or a quantiser has replaced, whose weight is sharded or on the meta device, that
-    has hooks, or whose ``forward`` was replaced (as accelerate does to offload it): such a layer has to be called.
-    Hooks on all modules at once do not count; profilers and operation counters use them to observe.
+    has hooks, or whose ``forward`` was replaced (as accelerate does for offloading): such a layer must be called.
+    Global module hooks do not count; profilers and operation counters use them to observe.
 
     Args:
-        kind: a class with the attribute ``weight``, as `nn.Linear`.
+        kind: a class with the attribute ``weight``, such as `nn.Linear`.
     """
     return (
         type(layer) is kind
@@ -50,10 +50,10 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, (..., in) -> (..., out); in `generating` by oneDNN where that is faster.
+    """Compute ``layer(x)``, (..., in) -> (..., out); within `generating` by oneDNN where that is faster.
 
-    oneDNN adds in another order, so results differ in the last digits. The layer is not changed, and generation in one
-    thread does not affect other threads.
+    oneDNN sums in a different order, so results differ in the last digits. The layer is not changed, and generation in
+    one thread does not affect other threads.
     """
     if not torch.compiler.is_compiling() and GENERATING.get() and suits_onednn(layer, x):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
@@ -61,7 +61,7 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def suits_onednn(layer: nn.Module, x: Tensor) -> bool:
-    """Whether this is a product of ordinary float32 matrices on a CPU, and the weight is `LARGE`."""
+    """Return whether this is a product of ordinary float32 matrices on a CPU with a `LARGE` weight."""
     if type(layer) is not nn.Linear or layer.weight.numel() < LARGE:
         return False
     weight = layer.weight
@@ -80,14 +80,15 @@ def suits_onednn(layer: nn.Module, x: Tensor) -> bool:
 
 
 def floating_dtype(layer: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Dtype of the first floating-point parameter of ``layer``; ``default`` where it has none (quantised)."""
+    """Return the dtype of the layer's first floating-point parameter, or ``default`` if it has none (quantised)."""
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), default)
 
 
 def embedding_table(embedding: nn.Module, length: int, device: torch.device) -> Tensor:
-    """The first ``length`` rows of an embedding, (length, D), on ``device``.
+    """Return the first ``length`` rows of an embedding, (length, D), on ``device``.
 
-    Those of a plain one are read: what several checkpointed blocks use must not save tensors for its backward pass.
+    The weight of a plain embedding is read directly: a table shared by several checkpointed blocks must not save
+    tensors for its own backward pass.
     """
     if is_plain(embedding, nn.Embedding):
         return embedding.weight if embedding.num_embeddings == length else embedding.weight[:length]

@@ -1,9 +1,9 @@
-"""Images as sequences of patches, and back (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1).
+"""Conversion between images and sequences of patches (Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.1).
 
     pixels (B, C, H, W) -> patches (B, N, P P C) -> linear -> tokens (B, N, D)
 
-Shapes: B images; C channels; H, W pixels; P patch side (Ph x Pw where the sides differ); N = (H / Ph)(W / Pw) patches,
-row by row; D hidden size.
+Shapes: B images; C channels; H, W pixels; P patch side (Ph x Pw if the sides differ); N = (H / Ph)(W / Pw) patches in
+row-major order; D hidden size.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ Size = int | Sequence[int]
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as two."""
+    """Return a size given as one number or a pair as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def patch_grid(height: int, width: int, patch_size: Size, argument: str = "pixel_values") -> tuple[int, int]:
-    """Rows and columns of patches in an image.
+    """Return the number of rows and columns of patches in an image.
 
     Raises:
-        ValueError: the patch does not divide the image.
+        ValueError: the image size is not divisible by the patch size.
     """
     patch_height, patch_width = sides(patch_size)
     if height % patch_height or width % patch_width:
@@ -36,7 +36,7 @@ def patch_grid(height: int, width: int, patch_size: Size, argument: str = "pixel
 
 
 def patchify(pixel_values: Tensor, patch_size: Size) -> Tensor:
-    """Cut images into patches; in a patch row by row, the channels of a pixel side by side.
+    """Split images into patches; pixels of a patch are in row-major order with channels last.
 
     Args:
         pixel_values: (B, C, H, W).
@@ -52,10 +52,11 @@ def patchify(pixel_values: Tensor, patch_size: Size) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: Size, image_size: Size) -> Tensor:
-    """The reverse of `patchify`: (B, N, P P C) -> (B, C, H, W) of the given size in pixels.
+    """Invert `patchify`: (B, N, P P C) -> (B, C, H, W) of the given image size in pixels.
 
     Raises:
-        ValueError: there are more or fewer patches than the image has, or a patch is no whole number of channels.
+        ValueError: the number of patches does not match the image size, or the patch length is not a multiple of the
+            number of pixels in a patch.
     """
     height, width = sides(patch_size)
     rows, columns = patch_grid(*sides(image_size), patch_size, "image_size")
@@ -70,12 +71,12 @@ def unpatchify(patches: Tensor, patch_size: Size, image_size: Size) -> Tensor:
 
 
 def resize_grid(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of one vector a patch to another grid, for images of another size (section 3.2).
+    """Resize a table of one vector per patch to another grid by bicubic interpolation (section 3.2).
 
     Args:
-        table: (1, rows * columns, D), row by row.
-        grid: its (rows, columns).
-        new_grid: the (rows, columns) wanted.
+        table: (1, rows * columns, D), in row-major order.
+        grid: (rows, columns) of the table.
+        new_grid: (rows, columns) of the result.
 
     Returns:
         (1, new rows * new columns, D).
@@ -88,15 +89,15 @@ def resize_grid(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int])
 
 
 def select(patches: Tensor, keep: Tensor | None) -> Tensor:
-    """The patches ``keep`` (B, K) of (B, N, D), in that order: (B, K, D); without ``keep``, all."""
+    """Select the patches ``keep`` (B, K) of (B, N, D), in that order: (B, K, D); return all if ``keep`` is None."""
     return patches if keep is None else patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 class PatchEmbedding(nn.Module):
-    """A linear layer over each patch (equation 1), stored as the convolution that computes it, as in checkpoints.
+    """Linear patch embedding (equation 1), stored as the equivalent convolution, as in checkpoints.
 
-    The convolution's weight (D, C, Ph, Pw) is applied as a matrix to the patches that are wanted; a convolution that
-    is not plain (see `is_plain`) is called.
+    The convolution's weight (D, C, Ph, Pw) is applied as a matrix to the selected patches only; a convolution that is
+    not plain (see `is_plain`) is called instead.
 
     Args:
         num_channels: C.
@@ -111,7 +112,7 @@ class PatchEmbedding(nn.Module):
         self.projection = nn.Conv2d(num_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) -> (B, N, D), or (B, K, D) of the patches ``keep`` (B, K) int64."""
+        """Embed patches of images (B, C, H, W) -> (B, N, D), or (B, K, D) for the patches ``keep`` (B, K) int64."""
         pixel_values = pixel_values.to(floating_dtype(self.projection, pixel_values.dtype))
         if not is_plain(self.projection, nn.Conv2d):
             return select(self.projection(pixel_values).flatten(2).transpose(1, 2), keep)
@@ -120,10 +121,10 @@ class PatchEmbedding(nn.Module):
         return nn.functional.linear(patches, weight, self.projection.bias)
 
     def check(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in images (B, C, H, W).
+        """Check images (B, C, H, W) and return the number of rows and columns of patches.
 
         Raises:
-            ValueError: the images have another number of channels, or the patch does not divide them.
+            ValueError: the number of channels is wrong, or the image size is not divisible by the patch size.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(

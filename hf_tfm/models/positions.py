@@ -1,4 +1,4 @@
-"""Position embeddings: where a token stands, added to what it is (Vaswani et al. 2017, section 3.5).
+"""Position embeddings (Vaswani et al. 2017, section 3.5).
 
 Shapes: T positions; D = hidden size.
 """
@@ -12,30 +12,30 @@ from .linear import embedding_table
 
 
 def sinusoidal(positions: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of geometrically spaced wavelengths, 2 pi to 10000 x 2 pi (section 3.5).
+    """Return sines and cosines of geometrically spaced wavelengths, 2 pi to 10000 x 2 pi (section 3.5).
 
-    The paper writes sine and cosine in turn (features 2i, 2i + 1); here all sines come first, then all cosines, as in
-    the authors' tensor2tensor and in Marian. The two differ by a fixed permutation of features.
+    The paper interleaves sine and cosine (features 2i, 2i + 1); here all sines come first, then all cosines, as in the
+    authors' tensor2tensor and in Marian. The two differ by a fixed permutation of features.
 
     Args:
         positions: (T,), any numbers.
-        dim: D, features a position.
+        dim: D, number of features.
 
     Returns:
         (T, D) float32.
     """
-    # float64 keeps late positions exact to float32: 10000 ** x of a float32 x is already off in the 7th digit.
+    # float64 keeps large positions exact to float32: 10000 ** x of a float32 x is already off in the 7th digit.
     even = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.double()[:, None] / 10000.0 ** (even / dim)  # (T, ceil(D / 2))
     return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], dim=1).float()
 
 
 class SinusoidalPositions(nn.Module):
-    """The sinusoidal table, computed once; longer inputs are computed as they come.
+    """Sinusoidal position table, computed once; positions beyond it are computed on the fly.
 
     Args:
-        length: positions in the table.
-        dim: D, features a position.
+        length: number of positions in the table.
+        dim: D, number of features.
     """
 
     def __init__(self, length: int, dim: int):
@@ -45,26 +45,26 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", self.compute(), persistent=False)
 
     def compute(self) -> Tensor:
-        """The table, (length, D)."""
+        """Compute the table, (length, D)."""
         return sinusoidal(torch.arange(self.length), self.dim)
 
     def forward(self, positions: Tensor, length: int | None = None) -> Tensor:
-        """Embed ``positions`` (T,), the largest below ``length`` when that is known: (T, D)."""
+        """Embed ``positions`` (T,), all below ``length`` if that is known: (T, D)."""
         if length is None or length > self.length:
             return sinusoidal(positions, self.dim).to(self.table.dtype)
         return nn.functional.embedding(positions, self.table)
 
 
 class LearnedPositions(nn.Embedding):
-    """One learned vector a position (section 3.5, the alternative of table 3 row E; BERT, GPT, ViT).
+    """Learned position embeddings (section 3.5, the alternative of table 3 row E; BERT, GPT, ViT).
 
     Args:
-        length: positions there are; a longer input is refused.
-        dim: D, features a position.
+        length: number of positions; a longer input raises an error.
+        dim: D, number of features.
     """
 
     def forward(self, positions: Tensor, length: int | None = None) -> Tensor:
-        """Embed ``positions`` (T,), the largest below ``length`` when that is known: (T, D).
+        """Embed ``positions`` (T,), all below ``length`` if that is known: (T, D).
 
         Raises:
             ValueError: ``length`` exceeds the table.
@@ -78,7 +78,7 @@ class LearnedPositions(nn.Embedding):
 
 
 def positions_1d(kind: str, length: int, dim: int) -> nn.Module:
-    """The position module of a kind, "sinusoidal" or "learned"."""
+    """Create the position module of a kind, "sinusoidal" or "learned"."""
     if kind == "sinusoidal":
         return SinusoidalPositions(length, dim)
     if kind == "learned":
@@ -87,17 +87,17 @@ def positions_1d(kind: str, length: int, dim: int) -> nn.Module:
 
 
 def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
-    """Fixed positions of a grid: half of the features say where in a row, the other half in which row.
+    """Return fixed positions of a grid; half of the features encode the column, the other half the row.
 
-    In the order of the MAE authors' released weights, column before row, each as sines then cosines (He et al. 2021,
+    In the order of the MAE authors' released weights: column before row, each as sines then cosines (He et al. 2021,
     arXiv:2111.06377, appendix A.1). Wavelengths as in `sinusoidal`.
 
     Args:
-        rows, columns: of the grid.
+        rows, columns: size of the grid.
         dim: D, a multiple of 4.
 
     Returns:
-        (rows * columns, D) float32, row by row.
+        (rows * columns, D) float32, in row-major order.
 
     Raises:
         ValueError: ``dim`` is not a multiple of 4.
@@ -109,18 +109,18 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
 
 
 def sine_2d(mask: Tensor, dim: int) -> Tensor:
-    """Fixed positions of the cells of padded images, each coordinate scaled to 2 pi over the image without its padding
-    (Carion et al. 2020, arXiv:2005.12872, appendix A.4; Parmar et al. 2018, arXiv:1802.05751).
+    """Return fixed positions of the cells of padded images (Carion et al. 2020, arXiv:2005.12872, appendix A.4; Parmar
+    et al. 2018, arXiv:1802.05751).
 
-    Half of the features say in which row, then half where in it, sine and cosine in turn, as in the authors' released
-    weights.
+    Each coordinate is scaled to 2 pi over the unpadded image. The first half of the features encodes the row, the
+    second half the column, with sine and cosine interleaved, as in the authors' released weights.
 
     Args:
-        mask: (B, rows, columns) bool, True where there is image; padding is below and to the right.
+        mask: (B, rows, columns) bool, True at image cells; padding is at the bottom and right.
         dim: D, a multiple of 4.
 
     Returns:
-        (B, rows * columns, D) float32, row by row.
+        (B, rows * columns, D) float32, in row-major order.
     """
     half = dim // 2
     wavelengths = 10000.0 ** (torch.arange(0, half, 2, device=mask.device) / half)  # (D / 4,)
@@ -134,9 +134,9 @@ def sine_2d(mask: Tensor, dim: int) -> Tensor:
 
 
 def join_axes(rows: Tensor, columns: Tensor) -> Tensor:
-    """A vector for each row (R, D / 2) and each column (C, D / 2) -> one for each cell of the grid, (1, R C, D).
+    """Combine a vector per row (R, D / 2) and per column (C, D / 2) into one per cell of the grid, (1, R C, D).
 
-    Row by row, the column's half first.
+    Cells are in row-major order; the column's half of the features comes first.
     """
     across = columns.expand(len(rows), -1, -1)
     down = rows[:, None].expand(-1, len(columns), -1)
@@ -144,11 +144,11 @@ def join_axes(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class LearnedPositions2D(nn.Module):
-    """One learned vector a row and one a column (Carion et al. 2020, table 3, "learned at input").
+    """Learned position embeddings, one per row and one per column (Carion et al. 2020, table 3, "learned at input").
 
     Args:
         dim: D, even.
-        length: rows, and columns, there are; a larger feature map is refused.
+        length: maximum number of rows, and of columns; a larger feature map raises an error.
     """
 
     def __init__(self, dim: int, length: int = 50):
@@ -158,10 +158,10 @@ class LearnedPositions2D(nn.Module):
         self.column_embeddings = nn.Embedding(length, dim // 2)
 
     def forward(self, mask: Tensor) -> Tensor:
-        """(B, rows, columns) -> (1, rows * columns, D), the column's half first.
+        """Return the positions of a grid: (B, rows, columns) -> (1, rows * columns, D), the column's half first.
 
         Raises:
-            ValueError: there are more rows or columns than vectors.
+            ValueError: the feature map has more rows or columns than there are embeddings.
         """
         rows, columns = mask.shape[1:]
         length = self.length
