@@ -1,10 +1,11 @@
-"""Checkpoints: what a run needs to go on exactly where it stopped.
+"""Checkpoints that resume a run exactly.
 
     <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors  state.json
 
-A checkpoint is written under another name and renamed when it is whole and on disk, and renamed again before it is
-deleted, so a half of one is never found. One that is damaged all the same is set aside, see `resume`. Random states
-are not stored: those of a step are set from (seed, step, rank), see `seed_step`.
+A checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed again
+before it is deleted, so an incomplete checkpoint is never loaded. A checkpoint that is damaged nevertheless is set
+aside, see `resume`. Random states are not stored: those of a step are derived from (seed, step, rank), see
+`seed_step`.
 """
 
 import json
@@ -40,7 +41,7 @@ from .folder import explain_write_errors, sync
 
 log = logging.getLogger(__name__)
 
-# Errors of files that are damaged or of something else; others, such as too little memory, say nothing about a file.
+# Errors caused by a damaged or wrong file; others, such as running out of memory, do not indicate a bad file.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError)
 COUNTS = ("step", "epoch", "step_in_epoch", "items", "skipped", "streak", "waited", "seconds")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -48,19 +49,19 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """State of a run.
 
     Args:
-        step: optimizer steps done.
-        epoch: epoch of the next step; step_in_epoch: its place there.
-        items: items of the task's main term learned from, say target tokens.
-        skipped: steps left out because a gradient was not finite; streak: how many of them in a row by now.
-        best: the best value of metric_for_best_model so far, at step best_step; waited: evaluations since.
+        step: completed optimizer steps.
+        epoch, step_in_epoch: position of the next step.
+        items: items of the task's main term trained on, for example target tokens.
+        skipped: steps skipped because of a non-finite gradient; streak: consecutive ones up to now.
+        best: best value of metric_for_best_model so far, at step best_step; waited: evaluations since then.
         window: sums since the last log line.
-        pending: the step is to be evaluated yet: a stop came before, or in between.
-        unplanned: step of the last checkpoint that a stop made; it goes with the next, so that the last N are the same
-            as of a run that was not stopped.
-        seconds: training time, without evaluation and set-up; logged_seconds: the same at the last log line.
+        pending: the evaluation of this step is still due, because the run was stopped before or during it.
+        unplanned: step of the last checkpoint saved because of a stop. The next save deletes it, so the last N
+            checkpoints equal those of an uninterrupted run.
+        seconds: training time, without evaluation and set-up; logged_seconds: its value at the last log line.
     """
 
     step: int = 0
@@ -80,9 +81,9 @@ class Progress:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set every random generator for a step, so that it draws the same whatever came before.
+    """Seed all random generators for a step, independently of earlier steps.
 
-    A resumed run thus repeats dropout and masks exactly, evaluation in between changes nothing, and ranks differ.
+    A resumed run thus reproduces dropout and masks exactly, evaluations have no side effects, and ranks differ.
     """
     value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     random.seed(value)
@@ -91,17 +92,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """List complete checkpoints, oldest first."""
     return sorted(p for p in (output_dir / CHECKPOINTS).glob("step-*") if (p / STATE_FILE).is_file())
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint after ``step`` steps."""
+    """Return the folder of the checkpoint after ``step`` steps."""
     return output_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint."""
+    """Delete a checkpoint, renaming it first."""
     old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
@@ -109,17 +110,17 @@ def discard(folder: Path) -> None:
 
 
 def clean(output_dir: Path) -> None:
-    """Delete what a kill left of checkpoints that were being written or deleted; other files there stay."""
+    """Delete leftovers of checkpoints whose writing or deletion was interrupted; other files are kept."""
     for pattern in (".part-step-*", ".old-step-*"):
         for path in (output_dir / CHECKPOINTS).glob(pattern):
             for name in CHECKPOINT_FILES:
                 (path / name).unlink(missing_ok=True)
-            with suppress(OSError):  # it holds something else
+            with suppress(OSError):  # it contains other files
                 path.rmdir()
 
 
 def rotate(output_dir: Path, keep: int, best_step: int | None) -> None:
-    """Delete old checkpoints, all but the last ``keep`` and the best."""
+    """Delete all checkpoints except the last ``keep`` and the best."""
     for folder in checkpoints(output_dir)[:-keep]:
         if best_step is None or folder != checkpoint_path(output_dir, best_step):
             discard(folder)
@@ -134,13 +135,13 @@ def save_checkpoint(
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
 ) -> None:
-    """Write everything about this step; every process calls it.
+    """Write a checkpoint of this step; every process must call it.
 
     Raises:
-        WriteError: nothing of it was written.
+        WriteError: it could not be written; no partial checkpoint is left.
     """
     model = accelerator.unwrap_model(model)
-    # Every process takes part in gathering, and only the main one gets the tensors.
+    # Gathering involves every process, but only the main one receives the tensors.
     weights = full_weights(model)
     averaged = None if ema is None else full_weights(ema.module)
     optimizer_state = get_optimizer_state_dict(model, inner(optimizer), options=FULL)
@@ -159,7 +160,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: str) -> None:
-    """Write a checkpoint's files, whole or not at all."""
+    """Write a checkpoint's files atomically."""
     part = folder.with_name(f".part-{folder.name}")
     with explain_write_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
@@ -188,16 +189,17 @@ def resume(
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
 ) -> Progress:
-    """Go on from the newest sound checkpoint, the same on all processes; without any, from the start.
+    """Load the newest intact checkpoint, the same on all processes; without any checkpoint, start from step 0.
 
-    Damaged ones are renamed to damaged-step-*, with a warning, if a sound one is left. If none is, nothing is changed:
-    starting over would silently lose the training so far.
+    Damaged checkpoints are renamed to damaged-step-*, with a warning, if an intact one is left. If none is left,
+    nothing is changed: starting over would silently discard the training so far.
 
     Args:
-        max_steps: of the whole run; a checkpoint of a later step is damaged. None where a run may be shortened.
+        max_steps: steps of the whole run; a checkpoint of a later step counts as damaged. None if the run may be
+            shortened.
 
     Raises:
-        ValueError: no checkpoint is sound; the message names them, and what is wrong.
+        ValueError: no checkpoint is intact; the message lists them and their problems.
     """
     plain = accelerator.unwrap_model(model)
     names = [[path.name for path in step_folders(output_dir)]]
@@ -205,7 +207,7 @@ def resume(
     wrong: dict[str, str] = {}
 
     def note(name: str, reason: str | None) -> bool:
-        """Whether a checkpoint is wrong on any process."""
+        """Record a problem of a checkpoint on any process; return True if there is one."""
         reasons = [reason for reason in gather_object([reason]) if reason is not None]
         if reasons:
             wrong[name] = reasons[0]
@@ -240,13 +242,13 @@ def resume(
 
 
 def step_folders(output_dir: Path) -> list[Path]:
-    """Checkpoints, oldest first, damaged or not."""
+    """List checkpoints, intact or damaged, oldest first."""
     found = (output_dir / CHECKPOINTS).glob("step-*")
     return sorted(path for path in found if any((path / name).exists() for name in CHECKPOINT_FILES))
 
 
 def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedModel | None) -> str | None:
-    """A reason not to load a checkpoint, found in state.json and the headers of its files; None if it is sound.
+    """Check state.json and the headers of a checkpoint's files; return the problem, or None if it is intact.
 
     Args:
         max_steps: see `resume`.
@@ -267,12 +269,13 @@ def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedM
 
 
 def read_state(file: Path) -> tuple[dict[str, Any], Progress]:
-    """The content of state.json, and the progress in it.
+    """Return the content of state.json and its progress.
 
-    Fields of progress that a newer version wrote are left out.
+    Progress fields unknown to this version are dropped.
 
     Raises:
-        ValueError: it is missing, no JSON, or a value is missing or of the wrong type; the message names the file.
+        ValueError: it is missing, not valid JSON, or a value is missing or has the wrong type; the message names the
+            file.
     """
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -302,10 +305,10 @@ def load_checkpoint(
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
 ) -> Progress:
-    """Put a checkpoint back into a prepared model and optimizer, on any number of processes.
+    """Load a checkpoint into a prepared model and optimizer, on any number of processes.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another model.
+        ValueError: the checkpoint is damaged, or belongs to another model.
     """
     state, progress = read_state(folder / STATE_FILE)
     if accelerator.is_main_process and (unknown := sorted(state["progress"].keys() - asdict(progress).keys())):
@@ -318,7 +321,7 @@ def load_checkpoint(
     moments = nested_moments(load_file(folder / OPTIMIZER_FILE))
     optimizer_state = {"state": moments, "param_groups": state["optimizer"]}
     set_optimizer_state_dict(model, inner(optimizer), optimizer_state, options=FULL)
-    # LambdaLR keeps its functions where the state says None.
+    # LambdaLR keeps its own function where the state has None.
     schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(inner(optimizer).param_groups)})
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -326,12 +329,12 @@ def load_checkpoint(
 
 
 def flat_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """{weight: {key: tensor}} -> {"weight.key": tensor}, as a safetensors file has it."""
+    """Flatten {weight: {key: tensor}} to {"weight.key": tensor}, as stored in a safetensors file."""
     return {f"{weight}.{key}": value.contiguous() for weight, own in moments.items() for key, value in own.items()}
 
 
 def nested_moments(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flat_moments`."""
+    """Undo `flat_moments`."""
     moments: dict[str, dict[str, Tensor]] = {}
     for name, value in flat.items():
         weight, key = name.rsplit(".", 1)
@@ -340,7 +343,7 @@ def nested_moments(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file; its header alone is read.
+    """Return the names and shapes of the tensors in a safetensors file; only its header is read.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -354,10 +357,10 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(model: nn.Module, file: Path) -> None:
-    """Refuse a weights file that is not the model's; tied weights stand in it once.
+    """Refuse a weights file that does not match the model; tied weights are stored once.
 
     Raises:
-        ValueError: it is damaged, or the names or shapes are others.
+        ValueError: it is damaged, or names or shapes differ.
     """
     found = shapes_in(file)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -371,10 +374,10 @@ def check_weights(model: nn.Module, file: Path) -> None:
 
 
 def check_moments(model: nn.Module, file: Path) -> None:
-    """Refuse an optimizer's state that is not of the model's weights.
+    """Refuse an optimizer state that does not match the model's parameters.
 
     Raises:
-        ValueError: it is damaged, or of other weights.
+        ValueError: it is damaged, or belongs to other parameters.
     """
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     for name, shape in shapes_in(file).items():
@@ -384,10 +387,10 @@ def check_moments(model: nn.Module, file: Path) -> None:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a weights file; tied weights stand in it once.
+    """Load a weights file; tied weights are stored once.
 
     Raises:
-        ValueError: it is damaged, or the names or shapes are not the model's.
+        ValueError: it is damaged, or names or shapes differ from the model's.
     """
     check_weights(model, file)
     set_weights(model, load_file(file))
@@ -395,7 +398,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 @torch.no_grad()
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every rank the mean of all ranks' running statistics of batch norms: each has seen its own images."""
+    """Average the running statistics of batch norms over all ranks, each of which saw only its own images."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
     if running and accelerator.num_processes > 1:
@@ -404,23 +407,23 @@ def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put full weights, tied ones once, into a model on any number of processes."""
+    """Load full weights, with tied ones stored once, into a model on any number of processes."""
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """Names of weights that are the same tensor as one named before them."""
+    """Return the names of parameters tied to one with an earlier name."""
     first = {name for name, _ in model.named_parameters()}
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, gathered on the main process, every tied one once, contiguous, as safetensors wants them."""
+    """Gather all weights on the main process, tied ones once, contiguous as safetensors requires."""
     ties = tied_names(model)
     weights = get_model_state_dict(model, options=FULL)
     return {name: value.contiguous() for name, value in weights.items() if name not in ties}
 
 
 def inner(optimizer: Optimizer) -> Optimizer:
-    """The torch optimizer inside accelerate's."""
+    """Return the torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

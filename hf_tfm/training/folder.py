@@ -1,4 +1,4 @@
-"""Writing in a run's folder: whole files, errors that say where and how much room there is, and history.jsonl."""
+"""Writing to a run's folder: atomic writes, informative errors, and history.jsonl."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 
 class WriteError(OSError):
-    """A file could not be written; the message says where, how much room there is, and what is still there."""
+    """A file could not be written; the message gives the path, the free disk space and how to resume."""
 
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write below ``path`` into a `WriteError`."""
+    """Convert a failed write below ``path`` to a `WriteError`."""
     try:
         yield
     except WriteError:
@@ -38,7 +38,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file or folder on disk."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -47,7 +47,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whole."""
+    """Write a file atomically."""
     with explain_write_errors(path):
         part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
@@ -56,13 +56,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool) -> None:
-    """Refuse to go on with a run whose checkpoints the disk cannot hold: weights, two moments, and the average.
+    """Refuse a run whose checkpoints (weights, two moments and the EMA) do not fit on the disk.
 
     Args:
-        checkpoints: number of those still to be written before old ones are deleted.
+        checkpoints: number of checkpoints still to be written before old ones are deleted.
 
     Raises:
-        OSError: with the room needed and the room there is.
+        OSError: reports the space required and the space available.
     """
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) * (4 if ema else 3) * checkpoints
     with explain_write_errors(output_dir):
@@ -76,10 +76,7 @@ def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool
 
 
 class History:
-    """The rows of history.jsonl; going back to an earlier step forgets what came after it.
-
-    Damaged lines are left out.
-    """
+    """Rows of history.jsonl; rows after ``step`` are dropped, as are damaged lines."""
 
     def __init__(self, output_dir: Path, step: int = 0):
         self.path = output_dir / HISTORY
@@ -92,7 +89,7 @@ class History:
                     rows.append(row)
             except (ValueError, TypeError, KeyError):
                 damaged.append(number)
-        if set(damaged) - {len(lines)}:  # the last line may be cut off by a kill
+        if set(damaged) - {len(lines)}:  # an interrupted write may have truncated the last line
             log.warning("%s: damaged lines are left out: %s", self.path, ", ".join(map(str, damaged)))
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 

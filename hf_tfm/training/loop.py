@@ -1,10 +1,10 @@
-"""One training step, and one evaluation, of every recipe.
+"""Training step and evaluation, shared by all recipes.
 
     micro-batches of a step -> count items over all of them and all ranks -> backward of sums / counts -> clip -> step
 
-Counts come before losses: the normalisers (tokens, boxes, masked patches) of the whole optimizer step are known before
-the first backward, and each sum of losses is divided once. So a step is the same, to rounding, however it is cut into
-micro-batches and ranks.
+Items are counted before losses are computed: the normalisers (tokens, boxes, masked patches) of the whole optimizer
+step are known before the first backward pass, and each sum of losses is divided once. A step is therefore the same, up
+to rounding, however it is divided into micro-batches and ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,11 @@ from .checkpoint import inner
 
 
 class Task(Protocol):
-    """What the loop needs to know of a task.
+    """Interface of a task for the training loop.
 
-    ``count(batch)`` -> {term: items, or their weight}, from the targets alone; ``losses(model, batch)`` -> {term: sum
-    over items}. ``term`` names what throughput is counted in, a term with or without a loss; ``item`` is its plural.
+    ``count(batch)`` -> {term: number or total weight of items}, from the targets alone; ``losses(model, batch)`` ->
+    {term: sum over items}. ``term`` is the term whose items measure throughput and need not have a loss; ``item`` is
+    the plural name of these items.
     """
 
     item: str
@@ -37,10 +38,10 @@ class Task(Protocol):
 
 
 class Loader(Protocol):
-    """Where steps come from.
+    """Interface of a source of training steps.
 
-    ``epoch(epoch, start)`` gives this rank's micro-batches of every step of an epoch, from step ``start`` on, equally
-    many on every rank; ``steps_per_epoch(epoch)`` the number of steps, or None where it is not known.
+    ``epoch(epoch, start)`` yields this rank's micro-batches of every step of an epoch, from step ``start`` on; all
+    ranks get the same number of micro-batches. ``steps_per_epoch(epoch)`` is the number of steps, or None if unknown.
     """
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]: ...
@@ -50,10 +51,10 @@ class Loader(Protocol):
 
 @dataclass
 class StepResult:
-    """What a step was, all tensors on the device.
+    """Result of a step; all tensors are on the device.
 
     Args:
-        losses: {term: mean over its items}, of this rank's part alone times the number of ranks; see `train`.
+        losses: {term: mean over its items}, of this rank's items only, times the number of ranks; see `train_step`.
         counts: {term: items}, over all ranks.
         gradient_norm: before clipping.
     """
@@ -66,7 +67,7 @@ class StepResult:
 def global_counts(
     accelerator: Accelerator, task: Task, micro_batches: Sequence[Any], flag: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Items of each term over all micro-batches and ranks; and on how many ranks ``flag`` is set."""
+    """Count the items of each term over all micro-batches and ranks, and the ranks on which ``flag`` is set."""
     totals: dict[str, float] = {}
     for batch in micro_batches:
         for term, count in task.count(batch).items():
@@ -77,7 +78,7 @@ def global_counts(
 
 
 def mean(total: Tensor, count: Tensor) -> Tensor:
-    """``total / count``; of nothing, the total."""
+    """Return ``total / count``, or ``total`` if the count is 0."""
     return total / count.where(count != 0, 1)
 
 
@@ -90,18 +91,19 @@ def train_step(
     max_grad_norm: float = 0.0,
     counts: dict[str, Tensor] | None = None,
 ) -> StepResult:
-    """One optimizer step over a list of micro-batches; equal to one large batch, on any number of ranks.
+    """Run one optimizer step over a list of micro-batches, equivalent to one large batch on any number of ranks.
 
-    A step whose gradient is not finite changes nothing; on the device's own word, without the host waiting for it.
+    A step whose gradient is not finite leaves the weights unchanged. The check runs on the device, without a
+    synchronisation with the host.
 
     Args:
-        model, optimizer: prepared by the accelerator; the optimizer with ``fused=True``.
-        micro_batches: this rank's, at least one (a rank without samples gives one that counts for nothing).
-        max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
-        counts: as `global_counts` gives them, where they are known already.
+        model, optimizer: prepared by the accelerator; the optimizer needs ``fused=True``.
+        micro_batches: those of this rank, at least one; a rank without samples passes a batch with zero items.
+        max_grad_norm: clips the gradient to this norm; 0 disables clipping.
+        counts: result of `global_counts`, if already known.
 
     Raises:
-        ValueError: the optimizer is not a fused one, which alone can leave out a step on the device's word.
+        ValueError: the optimizer is not fused; only fused ones can skip a step on the device.
     """
     if not inner(optimizer).defaults.get("fused"):
         raise ValueError(f"optimizer must be made with fused=True, got {type(inner(optimizer)).__name__} without")
@@ -113,14 +115,14 @@ def train_step(
         last = i == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             sums = task.losses(model, batch)
-            # Data-parallel training averages gradients over ranks; the sums need adding up.
+            # Data-parallel training averages gradients over ranks, but the sums have to be added up.
             means = {term: mean(value * accelerator.num_processes, counts[term]) for term, value in sums.items()}
             accelerator.backward(sum(means.values()))
         for term, value in means.items():
             losses[term] = losses.get(term, 0) + value.detach()
     limit = max_grad_norm or torch.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-    if accelerator.scaler is None:  # a loss scaler makes the same check itself
+    if accelerator.scaler is None:  # a gradient scaler does the same check itself
         inner(optimizer).found_inf = (~torch.isfinite(norm)).float()
     optimizer.step()
     optimizer.zero_grad()
@@ -128,13 +130,13 @@ def train_step(
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """What sums over many items are kept in: float64 where the device has it."""
+    """Return the dtype for sums over many items: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loader) -> dict[str, float]:
-    """Mean of each loss term over a data set, exact over uneven ranks; ``loss`` is their sum."""
+    """Return the mean of each loss term over a data set, exact for uneven ranks; ``loss`` is the sum of all terms."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     wide = widest_float(accelerator.device)

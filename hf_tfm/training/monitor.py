@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, log lines in history.jsonl, and the same in trackers.
+"""Training logs: progress bar, history.jsonl and trackers.
 
 result of a step -> sums on the device -> every logging_steps: means -> history.jsonl, trackers, terminal
 """
@@ -22,13 +22,13 @@ from .loop import widest_float
 
 
 class Monitor:
-    """Counts steps, items and time, and writes them down.
+    """Count steps, items and time, and log them.
 
-    Sums stay on the device between log lines, where reading them would make the host wait.
+    Sums stay on the device between log lines, because reading them synchronises with the host.
 
     Args:
-        progress: of the run; read here, and written by `record` and when time is counted.
-        item: what is counted, say "target tokens".
+        progress: state of the run; updated by `record` and when time is counted.
+        item: name of the counted items, for example "target tokens".
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Monitor:
         self.clock = time.perf_counter()
 
     def tensor(self, value: float | Tensor) -> Tensor:
-        """A number as a scalar on the device, in float64 where there is one."""
+        """Convert a number to a scalar tensor on the device, in float64 if supported."""
         device = self.accelerator.device
         return torch.as_tensor(value, dtype=widest_float(device), device=device)
 
     def add(self, losses: dict[str, Tensor], gradient_norm: Tensor, items: Tensor) -> None:
-        """Count a step; one whose gradient is not finite counts as skipped, and nothing was learned from its items."""
+        """Count a step; with a non-finite gradient it counts as skipped, and its items do not count as trained on."""
         good = torch.isfinite(gradient_norm)
         numbers = {f"loss/{term}": loss for term, loss in losses.items()}
         for name, value in {**numbers, "gradient_norm": gradient_norm, "steps": good}.items():
@@ -67,7 +67,7 @@ class Monitor:
         self.streak = (self.streak + 1) * ~good
 
     def record(self) -> None:
-        """Bring ``progress`` up to date; called on all ranks, of which one writes it down for all."""
+        """Update ``progress``; called on all ranks, because losses are averaged over ranks."""
         self.count_time()
         self.window |= self.mean_losses()
         self.progress.window = {name: value.item() for name, value in self.window.items()}
@@ -85,7 +85,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time in here is not training time."""
+        """Exclude the time in this context from the training time."""
         self.count_time()
         try:
             yield
@@ -93,12 +93,12 @@ class Monitor:
             self.clock = time.perf_counter()
 
     def mean_losses(self) -> dict[str, Tensor]:
-        """Sums of losses since the last log line; of several ranks, which each know their own part, the mean."""
+        """Return sums of losses since the last log line, averaged over ranks, each of which has only its own share."""
         losses = {name: value for name, value in self.window.items() if name.startswith("loss/")}
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
 
     def log(self, learning_rate: float) -> None:
-        """Write a line with the means since the last one."""
+        """Log the means since the last log line."""
         self.count_time()
         progress = self.progress
         losses = {name: value.item() for name, value in self.mean_losses().items()}
@@ -120,12 +120,12 @@ class Monitor:
         self.write(row)
         speed = f"loss {row['loss']:.3f}, {row['items_per_second']:.0f} {self.item}/s"
         self.bar.set_postfix_str(speed)
-        if self.bar.disable:  # a log file has no bar; the line says as much
+        if self.bar.disable:  # without a bar, for example in a log file, print a line instead
             left = progress.seconds / progress.step * (self.max_steps - progress.step)
             self.say(f"step {progress.step} of {self.max_steps}: {speed}, {timedelta(seconds=round(left))} left")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row to history.jsonl and send it to the trackers."""
+        """Append a row to history.jsonl and send it to the trackers."""
         if self.history is not None:
             self.history.add(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
@@ -133,6 +133,6 @@ class Monitor:
         self.accelerator.log(numbers, step=row["step"])
 
     def say(self, text: str) -> None:
-        """Print a line above the bar, on the main process."""
+        """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, and weights averaged over training."""
+"""Optimizer, learning-rate schedule, EMA and checkpoint averaging."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from ..arguments import TrainingArguments
 
-SCHEDULES = {  # those of transformers
+SCHEDULES = {  # names in transformers
     "inverse_sqrt": "inverse_sqrt",
     "cosine": "cosine",
     "linear": "linear",
@@ -23,24 +23,24 @@ SCHEDULES = {  # those of transformers
 
 
 def height(name: str) -> float:
-    """How high the parameter called ``name`` stands: 0 embeddings; 1, 2, ... blocks; infinity what is above."""
+    """Return the layer id of a parameter: 0 for embeddings; 1, 2, ... for blocks; infinity above the blocks."""
     if block := re.search(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name):
         return 1 + int(block[1])
     return (
         0 if re.search(r"embedding|distillation_token|(?:^|\.)w[tp]e\.", name) else math.inf
-    )  # GPT's are called wte and wpe
+    )  # GPT names its embeddings wte and wpe
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
-    """Parameters by weight decay and learning rate.
+    """Group parameters by weight decay and learning rate.
 
-    Matrices of layers decay; vectors (biases, norms), positions and single tokens do not. With ``layer_wise_lr_decay``
-    d, of N blocks, what stands above them has the full rate, block i of 1..N that times ``d ** (N + 1 - i)``, and
-    embeddings ``d ** (N + 1)`` (Clark et al. 2020, arXiv:2003.10555; He et al. 2021, table 9). ``rate_factors`` come
-    on top.
+    Weight decay applies to weight matrices of layers, not to vectors (biases, norms), positions and single tokens.
+    With ``layer_wise_lr_decay`` d and N blocks, the learning rate is multiplied by 1 above the blocks, by
+    ``d ** (N + 1 - i)`` in block i of 1..N, and by ``d ** (N + 1)`` in embeddings (Clark et al. 2020,
+    arXiv:2003.10555; He et al. 2021, table 9). ``rate_factors`` multiply this.
 
     Raises:
-        ValueError: a part of ``rate_factors`` is in no weight's name.
+        ValueError: a key of ``rate_factors`` occurs in no parameter name.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heights = {name: height(name) for name, _ in named}
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
-    """A fused optimizer: one kernel, and it can leave out a step on the device's own word (see `train_step`)."""
+    """Create a fused optimizer: a single kernel, which can skip a step on the device (see `train_step`)."""
     groups = parameter_groups(model, args)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum, fused=True)
@@ -66,7 +66,7 @@ def build_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
 
 
 def build_schedule(optimizer: Optimizer, args: TrainingArguments, max_steps: int) -> LRScheduler:
-    """The schedules of ``args.lr_scheduler_type``; they scale ``learning_rate``, which is their highest value.
+    """Create the schedule ``args.lr_scheduler_type``, which scales ``learning_rate``, its peak value.
 
     Raises:
         ValueError: ``args.warmup_steps`` is above ``max_steps``.
@@ -83,15 +83,16 @@ def build_schedule(optimizer: Optimizer, args: TrainingArguments, max_steps: int
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows its weights: ``ema = decay * ema + (1 - decay) * weights`` a step."""
+    """Create an exponential moving average of the weights: ``ema = decay * ema + (1 - decay) * weights`` every
+    step."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def average_weights(checkpoints: list[Path]) -> dict[str, Tensor]:
-    """The mean of the weights of several checkpoints (Vaswani et al. 2017, section 6.1), summed in float64.
+    """Average the weights of several checkpoints (Vaswani et al. 2017, section 6.1), accumulated in float64.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no checkpoints.
     """
     if not checkpoints:
         raise ValueError("there are no checkpoints to average")

@@ -1,4 +1,4 @@
-"""Work of one process whose result, or error, all processes share."""
+"""Work done by the main process whose result or error is shared with all processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from accelerate.utils import broadcast_object_list
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """The result of ``work`` on the main process, or the error it raised, on all processes.
+    """Return the result of ``work`` on the main process, or raise its error, on all processes.
 
-    So no process waits for one that has failed.
+    Without sharing the error, the other processes would wait for the failed one.
     """
     if accelerator.num_processes == 1:
         return work()

@@ -1,4 +1,4 @@
-"""The frame around `train`: an accelerator, a folder that belongs to the run, and in the end a model with its card."""
+"""Life cycle of a run around `train`: accelerator, exclusive output folder, saved model and model card."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ from .session import TrainingResult, train
 from .sigterm import install_sigterm_handler
 from .threads import limit_threads, threads_restored
 
-# Knobs that change nothing about the weights of a given step, nor which is best: a run may go on with others.
+# Arguments that affect neither the weights of a given step nor the choice of the best: a resumed run may change them.
 FREE = {
     *("output_dir", "overwrite_output_dir", "run_name", "report_to", "progress", "logging_steps", "license"),
     *(
@@ -53,12 +53,12 @@ FREE = {
 
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
-    """The accelerator of a run: precision and trackers from the knobs, the rest from the launcher.
+    """Create the accelerator: mixed precision and trackers from the arguments, the rest from the launcher.
 
-    From here on SIGTERM ends the process with exit status 0, see `stop.install_sigterm_handler`.
+    From here on SIGTERM ends the process with exit status 0, see `sigterm.install_sigterm_handler`.
 
     Raises:
-        ValueError: the device does not know the precision, or a model to start from is missing or of another kind.
+        ValueError: the device does not support the precision, or a model to start from is missing or of another kind.
     """
     for knob in ("model_name_or_path", "teacher"):
         if source := getattr(args, knob, None):
@@ -71,13 +71,11 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
-        # Buffers are fixed tables here; sending them round at every forward would be waste.
+        # Buffers are constant tables here; broadcasting them in every forward pass would be wasteful.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         step_scheduler_with_optimizer=False,
     )
-    if (
-        args.mixed_precision == "fp16" and accelerator.device.type == "cpu"
-    ):  # accelerate would take float32 without a word
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
         raise ValueError('mixed_precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
     return accelerator
 
@@ -85,11 +83,11 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
 def require_model(
     argument: str, source: str, revision: str | None = None, files: Sequence[str] = (CONFIG_NAME,)
 ) -> None:
-    """Check that a model or tokenizer, a local folder or Hub id, exists.
+    """Check that a model or tokenizer exists, as a local folder or a Hub id.
 
     Args:
-        argument: its name, for the error.
-        files: of which it has one on the Hub.
+        argument: name of the argument, for the error.
+        files: files of which at least one must exist on the Hub.
 
     Raises:
         ValueError: it does not exist.
@@ -109,11 +107,11 @@ def require_model(
 
 
 class Run:
-    """A run of a recipe and its folder, from the first check to the card; see `begin_run`.
+    """A run of a recipe and its folder, from the first check to the model card; see `begin_run`.
 
     Args:
-        args: of the recipe.
-        recipe, argv: the recipe's name and the words of its command line.
+        args: arguments of the recipe.
+        recipe, argv: name of the recipe and its command-line arguments.
     """
 
     def __init__(self, accelerator: Accelerator, args: TrainingArguments, recipe: str, argv: Sequence[str]):
@@ -121,7 +119,7 @@ class Run:
         self.command, self.started = repeat_command(accelerator.num_processes, recipe, argv), now()
         argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
         self.lock = Lock(Path(getattr(args, argument)), argument)
-        self.folder: RunFolder | None = None  # of the main process
+        self.folder: RunFolder | None = None  # only on the main process
         self.task, self.data, self.again = "", {}, False
 
     @property
@@ -129,15 +127,16 @@ class Run:
         return Path(self.args.output_dir)
 
     def open(self, args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> None:
-        """Look whether ``args.output_dir`` is free for this run, or holds it already; nothing is changed there.
+        """Check that ``args.output_dir`` is free for this run or already holds it; nothing is written.
 
-        A run that writes a cache has no output folder to look at.
+        A run that only writes a cache has no output folder to check.
 
         Args:
-            args: of the recipe, completed by what the data decides.
-            task: what the model is trained for, as the Hub calls it, say "translation".
-            data: see `hub.results.Data`; its ``fingerprint`` is part of what makes this run itself.
-            decisive: the split whose scores decide which weights are best; it counts even if it is a test split too.
+            args: arguments of the recipe, completed with values that depend on the data.
+            task: pipeline tag of the Hub, for example "translation".
+            data: see `hub.results.Data`; its ``fingerprint`` is part of the run's identity.
+            decisive: split whose scores select the best weights; it is part of the identity even if it is a test
+                split.
 
         Raises:
             ValueError: the folder holds another run or other files; or a field of ``data`` is not one of `Data`.
@@ -151,7 +150,7 @@ class Run:
             self.folder = RunFolder(self.output_dir, identity, args.overwrite_output_dir, FREE)
             return self.folder.again
 
-        # What the results file and the card would refuse is refused before training.
+        # Checks that the results file and the card make are done before training.
         record = self.record("model", 0, {"steps": 0, "epochs": 0.0, "seconds": 0.0}, [])
         metadata(record, self.output_dir.name)
         self.again = on_main(self.accelerator, look)
@@ -159,10 +158,11 @@ class Run:
             self.accelerator.print(f"going on from {saved[-1]}")
 
     def load_or_create(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
-        """An object with ``save_pretrained`` that is made once a run, and loaded by other processes and on resume.
+        """Return an object with ``save_pretrained`` that one process creates; other processes and resumed runs load
+        it.
 
         Raises:
-            ValueError: what an earlier start of this run saved cannot be loaded.
+            ValueError: the object saved earlier by this run cannot be loaded.
         """
 
         def place() -> Path:
@@ -188,10 +188,10 @@ class Run:
             ) from error
 
     def claim(self, model: nn.Module) -> None:
-        """Make the folder this run's own and start the trackers; the last thing before training.
+        """Claim the folder for this run and start the trackers; the last step before training.
 
         Args:
-            model: to be trained.
+            model: model to train.
 
         Raises:
             ValueError: its weights are not finite.
@@ -222,12 +222,11 @@ class Run:
     def save(self, model: nn.Module, processor: Any) -> None:
         """Save the trained model and its processor in the run's folder, before anything else can fail.
 
-        Files are written elsewhere and moved into place, so an interrupted save leaves the old model or the new one's
-        whole files.
+        Files are written elsewhere and moved into place one by one, so an interrupted save leaves no partial file.
 
         Raises:
             FloatingPointError: a weight is not finite; nothing is saved.
-            WriteError: something could not be written.
+            WriteError: a file could not be written.
         """
         if name := first_not_finite(model):
             raise FloatingPointError(
@@ -254,7 +253,7 @@ class Run:
         costs: list[Cost] | None = None,
         distillation: Distillation | None = None,
     ) -> RunRecord:
-        """The record of this run, as it ends now; see `RunRecord`."""
+        """Create the record of this run, finished now; see `RunRecord`."""
         return RunRecord(
             task=self.task,
             model_type=model_type,
@@ -274,7 +273,7 @@ class Run:
         )
 
     def stopped(self, result: TrainingResult) -> int:
-        """Print how to resume; the exit status."""
+        """Print how to resume; return the exit status."""
         self.accelerator.print(
             f"asked to stop: state saved at step {result.progress.step} in {self.output_dir}; the same command goes on"
         )
@@ -282,7 +281,7 @@ class Run:
         return 0
 
     def close(self) -> None:
-        """Free the folder; what was made for a run that did not come to train is removed."""
+        """Release the folder, and remove what was created for a run that never started training."""
         if self.folder is not None:
             self.folder.give_up()
         self.lock.release()
@@ -290,14 +289,14 @@ class Run:
 
 @contextmanager
 def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iterator[Run]:
-    """A run that has its folder to itself, until the context ends.
+    """Create a run with exclusive access to its folder while the context lasts.
 
     Args:
-        recipe, argv: the recipe's name and the words of its command line.
+        recipe, argv: name of the recipe and its command-line arguments.
 
     Raises:
-        ValueError: the folder cannot be one of the run's own, holds something the run reads, or is in use by another
-            process; see `run_folder`.
+        ValueError: the folder is not usable, holds something the run reads, or is in use by another process; see
+            `run_folder`.
         WriteError: the folder cannot be written.
     """
     check_folder(args, argv)
@@ -311,10 +310,10 @@ def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iter
 
 
 def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
-    """Refuse an output folder, or a cache to be written, that cannot be one of the run's own; see `run_folder`.
+    """Refuse an output folder, or a cache to be written, that the run cannot own; see `run_folder`.
 
     Raises:
-        ValueError: it says why.
+        ValueError: gives the reason.
     """
     argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
     check_place(getattr(args, argument), argument)
@@ -324,12 +323,12 @@ def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
 def recipe_main(
     kind: type, recipe: Path, argv: Sequence[str] | None, work: Callable[[TrainingArguments, Run], int]
 ) -> int:
-    """Command line -> arguments -> a run; the exit status.
+    """Parse the arguments, execute a run, and return its exit status.
 
     Args:
-        kind: the recipe's dataclass of arguments.
-        recipe: the recipe's file.
-        argv: the command line without the program; default, this process's.
+        kind: argument dataclass of the recipe.
+        recipe: file of the recipe.
+        argv: arguments; by default those of this process.
         work: the run itself.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -339,15 +338,15 @@ def recipe_main(
 
 
 def identifying(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that decide the weights of a run."""
-    # With these schedules a longer run begins as a shorter one, unless its length decides the warm-up.
+    """Return the arguments that determine the weights of a run."""
+    # With these schedules a longer run starts like a shorter one, unless its length determines the warm-up.
     extends = args.lr_scheduler_type in ("inverse_sqrt", "constant") and args.warmup_steps is not None
     free = FREE | ({"max_steps", "num_train_epochs"} if extends else set())
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
 
 
 def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> dict[str, Any]:
-    """What decides the weights of a run: the task, arguments, and data that is learned from or decides what is best.
+    """Return what determines the weights of a run: task, arguments, and the data for training and model selection.
 
     Args:
         data, decisive: see `Run.open`.
@@ -359,13 +358,13 @@ def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive:
     if isinstance(knobs.get("data_files"), dict):
         knobs["data_files"] = {split: files for split, files in knobs["data_files"].items() if split not in scored}
     identity = {"task": task, **knobs, "data": fingerprint}
-    if f"'{STREAM}'" in str(fingerprint):  # what is not read beforehand is known by its commit alone
+    if f"'{STREAM}'" in str(fingerprint):  # streamed data is identified by its commit only
         identity["revision"] = data.get("revision")
     return identity
 
 
 def repeat_command(processes: int, recipe: str, argv: Sequence[str]) -> str:
-    """The line that runs a recipe again, on as many processes."""
+    """Return the command that repeats a recipe on the same number of processes."""
     words = ["run", recipe, *argv]
     if processes == 1:
         return shlex.join(["hf-tfm", *words])
@@ -375,7 +374,7 @@ def repeat_command(processes: int, recipe: str, argv: Sequence[str]) -> str:
 
 
 def now() -> str:
-    """Date and time, ISO 8601 with time zone."""
+    """Return the current date and time in ISO 8601 format with time zone."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -388,16 +387,16 @@ def finish(
     costs: list[Cost] | None = None,
     distillation: Distillation | None = None,
 ) -> RunRecord:
-    """Write results.json and the card beside the model that `Run.save` saved; print the results.
+    """Write results.json and the model card next to the model that `Run.save` saved; print the results.
 
     Args:
         metrics: rows of name, value, split and signature.
-        costs: of the model and those it is compared with.
-        distillation: what it learned from.
+        costs: costs of the model and of the models it is compared with.
+        distillation: what it was distilled from.
 
     Raises:
-        FloatingPointError: a loss of the final scores is not finite.
-        WriteError: something could not be written.
+        FloatingPointError: a loss among the final scores is not finite.
+        WriteError: a file could not be written.
     """
     accelerator, args, progress = run.accelerator, run.args, result.progress
     training = {
@@ -426,7 +425,7 @@ def finish(
 
 
 def finite_metrics(accelerator: Accelerator, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores that are numbers; others, say the correlation with predictions that are all the same, are named.
+    """Return the finite scores; report others, for example the correlation with constant predictions.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -444,7 +443,7 @@ def finite_metrics(accelerator: Accelerator, metrics: list[dict[str, Any]]) -> l
 
 
 def print_table(accelerator: Accelerator, record: RunRecord) -> None:
-    """The results as a table on the main process."""
+    """Print the results as a table, on the main process."""
     rows = [(m["split"], m["name"], f"{m['value']:.4g}") for m in record.metrics]
     minutes = record.training["seconds"] / 60
     rows += [

@@ -1,21 +1,21 @@
-"""The output folder of a run: who may use it, when it is claimed, and what may be deleted from it.
+"""The output folder of a run: valid locations, locking, claiming, identity and overwriting.
 
-Place: the folder must be one of its own. "", the root, the home and the working directory (or a folder that holds
-    them), an existing file and a link to nothing are refused, and so is a folder with files but without run.json: no
-    run made it. It must not hold, or be, anything the run reads, nor lie inside its data set.
-Lock: a run holds ``.lock`` from before it reads data until it ends, on the main process. The file names host, process
-    id, start and command; a second run in the folder is refused with them. The lock belongs to the process (POSIX
-    record lock), so a killed run frees it. One that another host holds is never taken over: only the user can know
+Place: the folder must belong to the run alone. Refused are "", the root, the home and the working directory (or a
+    folder that contains them), an existing file, a dangling link, and a non-empty folder without run.json, which no
+    run created. It must neither be nor contain anything the run reads, nor lie inside its data set.
+Lock: the main process holds ``.lock`` from before it reads data until the run ends. The file names host, process id,
+    start and command, which the error for a second run in the folder repeats. The lock belongs to the process (POSIX
+    record lock), so a killed run releases it. A lock held by another host is never taken over: only the user can know
     whether that run is alive.
-Claim: what is made before training (tokenizer, image processor) is kept in ``.new``. Only when nothing but training is
-    left to do is run.json written and ``.new`` moved into place. A run that fails before leaves the folder as it was,
-    or removes the one it made.
-Identity: run.json says what decides the weights: task, arguments, and the data that is learned from or decides which
-    weights are best. What is only scored is no part of it. The same identity resumes the run; another is refused,
-    unless the run there has saved nothing yet, or ``overwrite_output_dir`` is set.
-Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), and run.json last, so that an
-    interrupted deletion still leaves a run's folder. Links are removed, not followed. All other files stay and are
-    named.
+Claim: files created before training (tokenizer, image processor) are kept in ``.new``. run.json is written, and
+    ``.new`` moved into place, right before training. A run that fails earlier leaves the folder as it was, or removes
+    the folder it created.
+Identity: run.json records what determines the weights: task, arguments, and the data for training and for selecting
+    the best weights. Data that is only scored is excluded. The same identity resumes the run; a different one is
+    refused, unless the run in the folder has saved nothing yet, or ``overwrite_output_dir`` is set.
+Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), and run.json last, so that the folder is
+    still a run's folder after an interrupted deletion. Links are removed, not followed. All other files are kept and
+    reported.
 """
 
 import errno
@@ -41,15 +41,15 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK, NEW = ".lock", ".new"
-EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
+EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # names of built-in data sets, not folders
 INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
 
 
 def check_place(folder: str, argument: str = "output_dir") -> None:
-    """Refuse a name that is not, and cannot become, a folder of a run's own; looks at names alone.
+    """Refuse a path that is not, and cannot become, a folder of the run alone; checks paths, not contents.
 
     Raises:
-        ValueError: the message names the argument and what the folder is.
+        ValueError: the message names the argument and the problem.
     """
     path = Path(folder)
     if not folder.strip():
@@ -60,7 +60,7 @@ def check_place(folder: str, argument: str = "output_dir") -> None:
     for name, place in (("the working directory", Path.cwd), ("the home directory", Path.home)):
         try:
             kept = real_path(place())
-        except (OSError, RuntimeError):  # it was deleted, or is not known
+        except (OSError, RuntimeError):  # it was deleted, or is unknown
             continue
         if kept == real:
             raise ValueError(f'{argument} "{folder}" is {name}: choose a folder of its own')
@@ -75,11 +75,11 @@ def check_place(folder: str, argument: str = "output_dir") -> None:
 
 
 def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_dir") -> None:
-    """Refuse an output folder that holds what the run reads, or lies inside its data set.
+    """Refuse an output folder that contains an input of the run, or lies inside its data set.
 
     Args:
-        args: of the recipe; those of `INPUTS` that it has are looked at, and files of ``--config`` in ``argv``.
-        argument: the one that names the folder.
+        args: arguments of the recipe; those in `INPUTS` are checked, and the files of ``--config`` in ``argv``.
+        argument: name of the argument that sets the folder.
 
     Raises:
         ValueError: the message names the input.
@@ -102,7 +102,7 @@ def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_di
 
 
 def inputs(args: Any) -> Iterator[tuple[str, str]]:
-    """(argument, value) of everything that may be a local path to be read."""
+    """Yield (argument, value) of everything that may be a local input path."""
     for name in INPUTS:
         for argument, value in strings(name, getattr(args, name, None)):
             if not (argument.endswith("dataset_name") and value in EMBEDDED_SETS):
@@ -110,7 +110,7 @@ def inputs(args: Any) -> Iterator[tuple[str, str]]:
 
 
 def strings(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The texts in an argument's value."""
+    """Yield the strings in an argument's value."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict):
@@ -119,13 +119,13 @@ def strings(name: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from strings(name, item)
-    elif value is not None:  # a data set beside the data set
+    elif value is not None:  # options of a further data set
         for inner in ("dataset_name", "data_files"):
             yield from strings(f"{name}.{inner}", getattr(value, inner, None))
 
 
 def configs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The files that ``--config`` names; it may name presets too."""
+    """Yield the files passed as ``--config``, which may also name presets."""
     for word, following in pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
         value = value if equals else following
@@ -134,7 +134,7 @@ def configs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def places(value: str) -> list[Path]:
-    """The local files or folders that a value names, itself or as a pattern."""
+    """Return the local files or folders that a value names, directly or as a glob pattern."""
     if not value or "\0" in value:
         return []
     path = Path(value)
@@ -148,7 +148,7 @@ def places(value: str) -> list[Path]:
 
 
 def links(path: Path) -> list[Path]:
-    """Links in a folder of inputs, as snapshots of the Hub's cache have them."""
+    """Return the symbolic links in an input folder, such as those in a snapshot of the Hub's cache."""
     if not path.is_dir():
         return []
     with suppress(OSError), os.scandir(path) as entries:
@@ -157,40 +157,40 @@ def links(path: Path) -> list[Path]:
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, by its name or where its links lead."""
+    """Return True if a path is a folder or lies in it, by its own name or after resolving links."""
     places, outers = ((named_path(place), real_path(place)) for place in (path, folder))
     if any(place.is_relative_to(outer) for place in places for outer in outers):
         return True
     if not folder.exists():
         return False
-    with suppress(OSError):  # two names of one folder: mounts, names that differ in case
+    with suppress(OSError):  # the same folder under two names: mounts, case-insensitive file systems
         return any(os.path.samefile(place, folder) for place in (real_path(path), *real_path(path).parents))
     return False
 
 
 def named_path(path: Path) -> Path:
-    """Absolute, without following links."""
+    """Return the absolute path without resolving links."""
     return Path(os.path.abspath(path))
 
 
 def real_path(path: Path) -> Path:
-    """Absolute, links followed."""
+    """Return the absolute path with links resolved."""
     return Path(os.path.realpath(path))
 
 
 class InUse(ValueError):
-    """Another process works in the folder."""
+    """The folder is in use by another process."""
 
 
 class Lock:
-    """A folder that one process at a time writes.
+    """Exclusive write access of one process to a folder.
 
     Args:
-        folder: made where it does not exist, and removed again if nothing was put into it.
-        argument: that names the folder, for the error.
+        folder: created if missing, and removed again if it stays empty.
+        argument: name of the argument that sets the folder, for the error.
     """
 
-    held: ClassVar[set[str]] = set()  # by this process, to which record locks do not apply
+    held: ClassVar[set[str]] = set()  # held by this process, within which record locks have no effect
 
     def __init__(self, folder: Path, argument: str = "output_dir"):
         self.folder, self.argument, self.path = folder, argument, folder / LOCK
@@ -201,7 +201,7 @@ class Lock:
         """Lock the folder for this process.
 
         Raises:
-            InUse: another process holds it, or one on another host did not release it.
+            InUse: another process holds the lock, or one on another host did not release it.
             WriteError: the folder cannot be written.
         """
         self.key = os.path.realpath(self.path)
@@ -218,7 +218,7 @@ class Lock:
                     except BaseException:
                         os.close(handle)
                         raise
-                    with suppress(FileNotFoundError):  # the holder before has just deleted the file
+                    with suppress(FileNotFoundError):  # the previous holder has just deleted the file
                         if os.path.samestat(os.fstat(handle), os.stat(self.path)):
                             break
                     os.close(handle)
@@ -245,14 +245,14 @@ class Lock:
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise self.refusal(read_holder(handle)) from None
-                locks = False  # a file system without locks
+                locks = False  # a file system without lock support
         holder = read_holder(handle)
         elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
         if elsewhere or (not locks and alive(holder.get("pid"))):
             raise self.refusal(holder, certain=False)
 
     def refusal(self, holder: dict[str, Any], certain: bool = True) -> InUse:
-        """The error that names the holder."""
+        """Create the error that names the holder."""
         since = f" since {holder['started']}" if holder.get("started") else ""
         command = f" ({holder['command']})" if holder.get("command") else ""
         remedy = "wait until it ends, or choose another folder"
@@ -264,7 +264,7 @@ class Lock:
         )
 
     def release(self) -> None:
-        """Free the folder; an empty one that was made for the lock is removed."""
+        """Release the lock; remove the folder if the lock created it and it is empty."""
         if self.handle is None or self.pid != os.getpid():
             return
         with suppress(OSError):
@@ -276,14 +276,14 @@ class Lock:
         self.remove_made()
 
     def remove_made(self) -> None:
-        """Remove the folders that were made, as far as they are empty."""
+        """Remove the folders that were created, if they are empty."""
         with suppress(OSError):
             for path in self.made:
                 path.rmdir()
 
 
 def read_holder(handle: int) -> dict[str, Any]:
-    """What a lock file says; nothing where it is empty or damaged."""
+    """Return the content of a lock file; {} if it is empty or damaged."""
     try:
         holder = json.loads(os.pread(handle, 65536, 0))
     except (ValueError, OSError):
@@ -292,7 +292,7 @@ def read_holder(handle: int) -> dict[str, Any]:
 
 
 def alive(pid: Any) -> bool:
-    """Whether a process of this host runs."""
+    """Return True if another process with this id runs on this host."""
     if not isinstance(pid, int) or pid < 1:
         return False
     try:
@@ -305,15 +305,16 @@ def alive(pid: Any) -> bool:
 
 
 class RunFolder:
-    """An output folder on its way from free to claimed; the main process alone uses it, holding its lock.
+    """State of an output folder, from free to claimed; used by the main process only, while it holds the lock.
 
     Args:
         path: the folder.
-        identity: what decides the weights of the run; JSON values.
-        overwrite: another run that is there may be deleted.
+        identity: what determines the weights of the run; JSON values.
+        overwrite: allows deletion of another run in the folder.
         ignored: names in an older run's identity that no longer count.
 
-    `again` is whether the folder holds this very run already.
+    Attributes:
+        again: True if the folder already holds this run.
 
     Raises:
         ValueError: the folder holds another run, or files but no run.
@@ -331,30 +332,30 @@ class RunFolder:
                     "overwrite_output_dir to delete that run"
                 )
         elif found := others(path):
-            # Not even with overwrite_output_dir: no run made what is there.
+            # Not even with overwrite_output_dir: these files were not created by a run.
             raise ValueError(
                 f"output_dir {path} is not empty and holds no run ({', '.join(found[:3])}"
                 f"{', ...' * (len(found) > 3)}): choose another folder"
             )
         with explain_write_errors(path):
-            shutil.rmtree(path / NEW, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(path / NEW, ignore_errors=True)  # left by a killed run
 
     @property
     def run_file(self) -> Path:
         return self.path / RUN
 
     def part(self, name: str) -> Path:
-        """Where a part of the run is, or is to be made: in place when the run is resumed, otherwise in ``.new``."""
+        """Return the path of a part of the run: in the folder itself for a resumed run, otherwise in ``.new``."""
         return kept if self.again and (kept := self.path / name).is_dir() else self.path / NEW / name
 
     def claim(self) -> list[str]:
-        """Make the folder this run's own.
+        """Claim the folder for this run.
 
         Returns:
-            Names of files that stay although another run was deleted.
+            Names of files that are kept although another run was deleted.
 
         Raises:
-            WriteError: the folder cannot be written; claimed or not, it is still known as a run's.
+            WriteError: the folder cannot be written; claimed or not, it is still recognised as a run's folder.
         """
         left = []
         with explain_write_errors(self.path):
@@ -375,17 +376,17 @@ class RunFolder:
         return left
 
     def give_up(self) -> None:
-        """Remove what was made for a run that did not come to its claim."""
+        """Remove what was created for a run that was never claimed."""
         shutil.rmtree(self.path / NEW, ignore_errors=True)
 
 
 def others(folder: Path) -> list[str]:
-    """Names in a folder beside those of a run that was not claimed."""
+    """List the names in a folder, except those of an unclaimed run."""
     return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, NEW)) if folder.is_dir() else []
 
 
 def saved_anything(folder: Path) -> bool:
-    """Whether a run has saved something of worth: a checkpoint, weights or results."""
+    """Return True if a run has saved a checkpoint, weights or results."""
     return (folder / RESULTS).exists() or any(
         not path.name.startswith(".")
         for pattern in ("*.safetensors", "checkpoints/*step-*")
@@ -394,10 +395,10 @@ def saved_anything(folder: Path) -> bool:
 
 
 def changes(run_file: Path, identity: dict[str, Any], ignored: Collection[str] = ()) -> list[str]:
-    """Differences between an identity and that in run.json, in words.
+    """Describe the differences between an identity and that in run.json.
 
     Args:
-        ignored: names that do not count when only the file has them; of data, splits that only the file has.
+        ignored: names that do not count if only the file has them; likewise for data, splits that only the file has.
 
     Raises:
         ValueError: the file is damaged.
@@ -423,7 +424,7 @@ def delete_run(folder: Path) -> list[str]:
     """Delete the files of a run, run.json last.
 
     Returns:
-        Names of what stays, since no run wrote it.
+        Names of what is kept, because no run wrote it.
     """
     folders = set()
     for pattern in WRITTEN:
@@ -432,14 +433,14 @@ def delete_run(folder: Path) -> list[str]:
             folders |= {parent for parent in path.parents if parent != folder and parent.is_relative_to(folder)}
     folders |= {folder / name for name in ("checkpoints", "predictions", "tokenizer", "processor")}
     for path in sorted(folders, key=lambda path: -len(path.parts)):
-        with suppress(OSError):  # it is not empty, or not there
+        with suppress(OSError):  # not empty, or missing
             path.rmdir()
     (folder / RUN).unlink()
     return others(folder)
 
 
 def matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Files that match a pattern, one part a level; links to files or folders are found and not followed."""
+    """Yield files that match a pattern given as one part per level; links are yielded and not followed."""
     for path in sorted(folder.iterdir()):
         if not fnmatchcase(path.name, parts[0]):
             continue
@@ -450,9 +451,9 @@ def matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 
 def place_new(part: Path, folder: Path) -> None:
-    """Move the files of a whole new model into a folder, each at once: none is ever half written.
+    """Move the files of a complete new model into a folder, each atomically.
 
-    Weights of an older save that the new one does not have, shards of another number say, are deleted.
+    Weights of an older save that the new one does not contain, such as a different number of shards, are deleted.
     """
     with explain_write_errors(folder):
         names = [path.name for path in sorted(part.iterdir())]

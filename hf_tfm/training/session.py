@@ -1,6 +1,6 @@
-"""The training loop: steps until the end, with log lines, evaluations and checkpoints in between.
+"""Training loop, with logging, evaluation and checkpointing.
 
-checkpoint, if there is one -> step -> log? -> evaluate? -> save? -> step -> ... -> the weights to ship
+latest checkpoint, if any -> step -> log? -> evaluate? -> save? -> step -> ... -> final weights
 """
 
 import math
@@ -22,11 +22,11 @@ from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
 from .sigterm import Interrupted, StopRequest
 
-# Reading a number back makes the host wait for the device: on an accelerator the loop looks only after so many
+# Reading a value back synchronises host and device. On an accelerator the loop therefore checks only once in this many
 # micro-batches whether gradients were finite and whether a rank was asked to stop.
 LOOK_MICRO_BATCHES = 10
 
-# fp16's loss scale starts at 2^16 and halves at every overflow: so many in a row are its search, not a divergence.
+# The fp16 loss scale starts at 2^16 and halves at every overflow: this many non-finite steps are its warm-up.
 SCALE_SEARCH_STEPS = 16
 
 Score = Callable[[nn.Module], dict[str, float]]
@@ -35,12 +35,12 @@ Show = Callable[[nn.Module, int], object]
 
 @dataclass
 class TrainingResult:
-    """How a run ended.
+    """Outcome of a run.
 
     Args:
-        progress: where it stands.
-        epochs: passes over the training data; of a stream, whole ones.
-        stopped: it was asked to stop (SIGTERM) and has saved its state; the same command goes on.
+        progress: state of the run.
+        epochs: passes over the training data; whole passes only for a stream.
+        stopped: the run received SIGTERM and saved its state; the same command resumes it.
     """
 
     progress: states.Progress
@@ -49,7 +49,7 @@ class TrainingResult:
 
 
 class Session:
-    """One run of `train`: its objects, and what happens in and after a step."""
+    """State of one call of `train`: its objects, and the work in and after each step."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class Session:
         self.keep = max(args.save_total_limit, args.average_checkpoints)
         if accelerator.is_main_process:
             states.clean(self.output_dir)
-            to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # with the best and the next
+            to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # plus best and next
             folders.require_room(self.output_dir, model, to_come, self.ema is not None)
         accelerator.wait_for_everyone()
         shortened = args.lr_scheduler_type in (
             "inverse_sqrt",
             "constant",
-        )  # it has the same steps whatever comes after them
+        )  # schedules that do not depend on max_steps
         self.progress = states.resume(
             accelerator,
             self.output_dir,
@@ -99,17 +99,17 @@ class Session:
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item)
-        self.unseen = 0  # micro-batches since the last look
+        self.unseen = 0  # micro-batches since the last check
         self.stopped = False
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and evaluated, or evaluations have not become better for long enough."""
+        """True if all steps are done and evaluated, or early stopping applies."""
         done = self.progress.step >= self.max_steps and not self.progress.pending
         return done or 0 < self.args.early_stopping_patience <= self.progress.waited
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
-        """Train on one step; ``stop``: this rank was asked to stop."""
+        """Run one training step; ``stop`` is True if this rank was asked to stop."""
         states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
         counts, stops = global_counts(self.accelerator, self.task, micro_batches, stop)
         result = train_step(
@@ -131,7 +131,7 @@ class Session:
             self.stopped = stop
 
     def check_finite(self) -> None:
-        """Raise once too many gradients in a row were not finite."""
+        """Raise FloatingPointError after too many consecutive non-finite gradients."""
         limit = self.args.max_nonfinite_steps + (SCALE_SEARCH_STEPS if self.accelerator.scaler else 0)
         streak = int(self.monitor.streak.item())
         if streak >= limit:
@@ -142,7 +142,7 @@ class Session:
             )
 
     def end_of_step(self, request: StopRequest) -> None:
-        """Log, evaluate and save where it is time to."""
+        """Log, evaluate and save if they are due."""
         step = self.progress.step
         last = step == self.max_steps
         if step % self.args.logging_steps == 0 or last:
@@ -151,7 +151,8 @@ class Session:
         self.evaluate_and_save(request)
 
     def evaluate_and_save(self, request: StopRequest) -> None:
-        """What is left of the end of a step; a stop that comes in the evaluation has the next run evaluate first."""
+        """Run a pending evaluation, then save if due; an evaluation that is interrupted is repeated by the next
+        run."""
         better = False
         if self.progress.pending:
             try:
@@ -164,14 +165,14 @@ class Session:
             self.save()
 
     def evaluate(self, request: StopRequest) -> bool:
-        """Evaluate, and say whether metric_for_best_model is better than ever.
+        """Evaluate; return True if metric_for_best_model improved.
 
         Raises:
-            Interrupted: a stop was asked for.
+            Interrupted: SIGTERM arrived.
         """
         model = self.ema.module if self.args.final_weights == "ema" else self.plain
         states.share_statistics(self.accelerator, model)
-        # Several processes exchange numbers in an evaluation: one that left would keep the others waiting.
+        # With several processes an evaluation communicates: a process that left would block the others.
         with self.monitor.paused(), request.at_once(self.accelerator.num_processes == 1):
             scores = self.score(model)
             if self.show is not None:
@@ -193,7 +194,7 @@ class Session:
         return better
 
     def save(self, planned: bool = True) -> None:
-        """Write a checkpoint, unless there is one of this step; one that is not planned lasts until the next."""
+        """Write a checkpoint unless this step has one; an unplanned one (on SIGTERM) is deleted by the next save."""
         progress = self.progress
         if self.saved_step == progress.step:
             return
@@ -222,22 +223,22 @@ def train(
     score: Score,
     show: Show | None = None,
 ) -> TrainingResult:
-    """Train until ``max_steps``, early stopping or SIGTERM; go on from the last checkpoint in ``args.output_dir``.
+    """Train until ``max_steps``, early stopping or SIGTERM; resume from the last checkpoint in ``args.output_dir``.
 
-    SIGTERM ends the run after the step that is under way; an evaluation is left at once and made when the run goes
-    on, but several processes finish it. In the end the model holds the weights ``args.final_weights`` names, and
-    computes in their own precision.
+    SIGTERM ends the run after the current step. On a single process it also aborts an evaluation, which the resumed
+    run repeats; several processes finish the evaluation. At the end the model holds the weights selected by
+    ``args.final_weights`` and no longer runs under autocast.
 
     Args:
-        max_steps: optimizer steps of the whole run; the schedule's length.
+        max_steps: optimizer steps of the whole run, which is also the length of the schedule.
         eval_steps: steps between evaluations.
-        score: model -> {metric: value}, with ``args.metric_for_best_model`` among them.
-        show: called with the model and the step at every evaluation, on all processes; it draws a picture, say.
+        score: model -> {metric: value}; must include ``args.metric_for_best_model``.
+        show: called with the model and the step at every evaluation, on all processes, for example to plot images.
 
     Raises:
-        FloatingPointError: too many steps in a row had a gradient that is not finite, or nothing was learned.
+        FloatingPointError: too many consecutive steps had a non-finite gradient, or nothing was learned.
         OSError: a checkpoint could not be written.
-        ValueError: the checkpoint is of another model, or the loader gives no step.
+        ValueError: the checkpoint belongs to another model, or the loader yields no step.
     """
     session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show)
     progress = session.progress
@@ -260,7 +261,7 @@ def train(
     if stopped:
         session.save(planned=False)
     else:
-        accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # takes autocast off the model
+        accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # removes autocast from the model's forward
         on_main(accelerator, lambda: check_learned(session))
         take_final_weights(session)
     steps = loader.steps_per_epoch(progress.epoch)
@@ -268,7 +269,7 @@ def train(
 
 
 def check_learned(session: Session) -> None:
-    """Refuse a run in which nothing was learned; its checkpoints stay.
+    """Refuse a run in which nothing was learned; its checkpoints are kept.
 
     Raises:
         FloatingPointError: no step changed the weights, or the last validation loss is not finite.
@@ -289,7 +290,7 @@ def check_learned(session: Session) -> None:
 
 
 def take_final_weights(session: Session) -> None:
-    """Put the weights that the run ships into its model."""
+    """Load the weights selected by ``final_weights`` into the model."""
     args, output_dir, best_step = session.args, session.output_dir, session.progress.best_step
     if args.final_weights == "best" and best_step is None:
         session.monitor.say(

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM, a cluster's notice that the job ends soon."""
+"""Graceful shutdown on SIGTERM, which a cluster sends before it ends a job."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """SIGTERM came in what `StopRequest.at_once` surrounds."""
+    """SIGTERM arrived inside `StopRequest.at_once`."""
 
 
 class StopRequest:
@@ -21,13 +21,13 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.main_thread = threading.current_thread() is threading.main_thread()
-        if self.main_thread:  # Python delivers signals nowhere else
+        if self.main_thread:  # Python handles signals only in the main thread
             self.before = signal.signal(signal.SIGTERM, self.notice)
         return self
 
     @contextmanager
     def at_once(self, on: bool = True) -> Iterator[None]:
-        """SIGTERM ends what runs in here by `Interrupted`; it can be repeated, and may be long."""
+        """Raise `Interrupted` on SIGTERM in this context; for long work that can be repeated."""
         self.leave = on
         try:
             if on and self.set:
@@ -39,7 +39,7 @@ class StopRequest:
     def notice(self, *_: Any) -> None:
         self.set = True
         if self.leave:
-            self.leave = False  # a second notice finds the state being saved
+            self.leave = False  # a second SIGTERM must not interrupt saving
             raise Interrupted
 
     def __exit__(self, *_: Any) -> None:
@@ -48,16 +48,16 @@ class StopRequest:
 
 
 def install_sigterm_handler() -> None:
-    """From now on SIGTERM ends this process with exit status 0, where a `StopRequest` does not ask for more.
+    """Make SIGTERM end this process with exit status 0, outside of a `StopRequest`.
 
-    Before and after the steps of a run there is nothing to save that the same command would not make again.
+    Before and after the training steps there is no state to save: the same command reproduces it.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     process = os.getpid()
 
     def leave(*_: Any) -> None:
-        if os.getpid() != process:  # a child that was forked since then, and is ended by its parent
+        if os.getpid() != process:  # a forked child uses the default handler, so that its parent can end it
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -1,11 +1,11 @@
-"""transformers' Trainer with exact gradient accumulation for every head.
+"""Exact gradient accumulation in transformers' Trainer, for every head.
 
     micro-batches of a step -> model.count_items of each -> sum, over ranks too -> num_items_in_batch of every forward
 
-Trainer counts ``labels`` that are not -100, which is right for heads with one kind of label. Where a batch has none
-(question answering, masked autoencoders), has a list of them (detection) or has two kinds (BERT's pretraining),
-Trainer averages the means of micro-batches instead: 4 x 2 then differs from 1 x 8 whenever micro-batches differ in
-their number of items. Models with such heads have a method ``count_items``.
+Trainer counts ``labels`` that are not -100, which is right for heads with one kind of label. If a batch has none
+(question answering, masked autoencoders), a list of them (detection) or two kinds (BERT pretraining), Trainer averages
+the means of micro-batches instead: 4 x 2 then differs from 1 x 8 if micro-batches differ in their number of items.
+Models with such heads have a method ``count_items``.
 """
 
 from collections.abc import Iterator
@@ -19,23 +19,23 @@ Items = dict[str, Tensor] | Tensor | None
 
 
 def total(counts: list[Any]) -> Any:
-    """The sum of numbers, or of dictionaries of numbers, each number a float64 tensor."""
+    """Sum numbers, or dictionaries of numbers; each sum is a float64 tensor."""
     if isinstance(counts[0], dict):
         return {name: total([count[name] for count in counts]) for name in counts[0]}
     return torch.stack([torch.as_tensor(count).detach().to("cpu", torch.float64) for count in counts]).sum()
 
 
 class StepItemsMixin:
-    """Counts the items of a step by the model's ``count_items``, where it has one.
+    """Count the items of a step with the model's ``count_items``, if it has one.
 
-    For use before a Trainer class: ``class MyTrainer(StepItemsMixin, Seq2SeqTrainer)``; `StepItemsTrainer` is
-    `transformers.Trainer` with it.
+    Put it before a Trainer class: ``class MyTrainer(StepItemsMixin, Seq2SeqTrainer)``; `StepItemsTrainer` combines it
+    with `transformers.Trainer`.
     """
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Items]:
-        """The micro-batches of a step, and their number of items."""
+        """Return the micro-batches of a step, and their number of items."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = getattr(self.accelerator.unwrap_model(self.model), "count_items", None)
         if count is None or not batches:
@@ -49,4 +49,4 @@ class StepItemsMixin:
 
 
 class StepItemsTrainer(StepItemsMixin, Trainer):
-    """See `StepItemsMixin`."""
+    """`transformers.Trainer` with `StepItemsMixin`."""

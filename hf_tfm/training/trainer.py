@@ -1,4 +1,4 @@
-"""The main of every recipe: one run of a task, from its arguments to its scores and card.
+"""Entry point of every recipe: one training run of a task, from its arguments to its scores and model card.
 
 command line -> arguments -> splits -> processor -> model -> training -> saved model -> scores -> results.json, card
 """
@@ -18,21 +18,21 @@ from .run import Run, begin_run, finish
 
 
 class Trainer:
-    """One run of a task.
+    """One training run of a task.
 
     Args:
-        task: with arguments and nothing loaded yet.
-        run: its folder and accelerator.
+        task: a task with its arguments; nothing is loaded yet.
+        run: folder and accelerator of the run.
     """
 
     def __init__(self, task: Task, run: Run):
         self.task, self.run = task, run
 
     def fit(self) -> RunRecord | None:
-        """Train, save and score; the record of the run, or None if it was stopped or had nothing to train.
+        """Train, save and score. Return the run's record, or None if it was stopped or had nothing to train.
 
         Raises:
-            ValueError: arguments, data and model do not fit each other; raised before training.
+            ValueError: arguments, data and model are incompatible; raised before training.
             FloatingPointError: training diverged or nothing was learned.
             OSError: a file cannot be written.
         """
@@ -67,18 +67,18 @@ class Trainer:
         return finish(run, task.model, task, result, metrics, **task.report())
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        """{name: value} on the validation split, for `training.train`."""
+        """Return {name: value} on the validation split, for `training.train`."""
         names = self.task.validation_metrics
         values = self.task.validate(module, names)
         return {name: values[name] for name in names if name in values}
 
 
 def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None], int]:
-    """The ``main`` of a recipe: command line without the program (default, this process's) -> exit status.
+    """Create the ``main`` of a recipe: arguments (by default those of this process) -> exit status.
 
     Args:
-        task_class: what the recipe trains.
-        file: ``__file__`` of the recipe; its presets are in presets/<recipe>/ beside it.
+        task_class: task that the recipe trains.
+        file: ``__file__`` of the recipe; its presets are in presets/<recipe>/ next to it.
     """
     path = Path(file)
 
@@ -92,12 +92,13 @@ def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None]
 
 
 def fit(task_class: type[Task], args, recipe_name: str, argv: Sequence[str]) -> RunRecord | None:
-    """One run in its folder; see `Trainer.fit`."""
+    """Execute one run in its folder; see `Trainer.fit`."""
     with begin_run(args, recipe_name, argv) as run:
         return Trainer(task_class(args, run.accelerator), run).fit()
 
 
 def run_recipe(file: str, main: Callable[[list[str]], int]) -> None:
-    """Run a recipe's ``main`` on this process's command line and exit with its status; errors take one line."""
+    """Run a recipe's ``main`` with this process's arguments and exit with its status; errors are printed as one
+    line."""
     trust = "trust_remote_code" in main.task_class.Arguments.__dataclass_fields__
     raise SystemExit(run_command(f"run {Path(file).stem}", main, sys.argv[1:], trust))
