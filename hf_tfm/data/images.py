@@ -1,4 +1,4 @@
-"""Images with labels from any data set: columns, labels, decoding with limits, and the count of unreadable images.
+"""Labelled images from any data set: columns, labels, size-limited decoding, and counting of unreadable images.
 
 load_dataset(...) -> {"image": encoded, "label"} -> uint8 (3, h, w), upright, RGB
 """
@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
 FINGERPRINT_IMAGES = 1000
-CHECKED_ROWS = 100  # of a stream, whose paths are checked before a run
-# Of one image, by its header, before anything is decoded: a quarter of a gigabyte as RGB. It is the number from which
-# on PIL warns of a "decompression bomb".
+CHECKED_ROWS = 100  # rows of a stream whose paths are checked before a run
+# Maximum number of pixels of an image, checked in its header before decoding: a quarter of a gigabyte as RGB. PIL
+# warns of a "decompression bomb" above the same number.
 MAX_PIXELS = 89_478_485
-TOLD = 3  # images that an error names
-POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # first bytes of drawings, which PIL reads by starting another program
+TOLD = 3  # number of images listed in an error message
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # magic bytes of PostScript, which PIL reads by starting another program
 
 
 class BadImage(Exception):
-    """An image that cannot be read; its text says why."""
+    """An image that cannot be read; the message says why."""
 
 
 def image_rows(
@@ -54,23 +54,25 @@ def image_rows(
     labelled: bool = True,
     roots: Sequence[str] | None = None,
 ) -> Any:
-    """Rows with ``image``, not decoded, and ``label``, as it is stored.
+    """Return rows with ``image``, not decoded, and ``label``, as stored.
 
     Args:
         rows: a `datasets` split, streamed or not.
-        image_column: images (`datasets.Image`), or their bytes or paths; default, the only column of images.
-        label_column: a ClassLabel, integers or strings; default, the only ClassLabel or the column "label".
-        labelled: False leaves labels out.
-        roots: folders that paths must stay in, see `data_roots`; relative paths are relative to the first. Default,
-            paths are taken as they are. Paths of a stream are checked as they are read, the first of them now.
+        image_column: column of images (`datasets.Image`), or of their bytes or paths; default: the only image column.
+        label_column: column of type ClassLabel, integer or string; default: the only ClassLabel, or the column
+            "label".
+        labelled: False omits labels.
+        roots: folders that paths must be in, see `data_roots`; relative paths are relative to the first. Default:
+            paths are not checked. Paths of a stream are checked as they are read, the first ones immediately.
 
     Raises:
-        ValueError: there are no rows, or no such column, it holds something else, or a path leaves the folders.
+        ValueError: if there are no rows, a column is missing or has the wrong type, or a path is outside the folders.
     """
     features = rows.features
     if isinstance(rows, datasets.Dataset) and not len(rows):
         raise ValueError("the data set has no rows")
-    if features is None:  # a stream that has to be read for its columns; else nothing is, for images may be broken
+    # A stream without features has to be read for its columns. Otherwise nothing is read, as images may be broken.
+    if features is None:
         features = dict.fromkeys(next(iter(rows), {}))
     names = {find_column(features, image_column, "image_column", Image, IMAGE): IMAGE}
     if labelled:
@@ -90,14 +92,14 @@ def image_rows(
 
 
 def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> Any:
-    """Rows whose images have absolute paths below some folders, where they have paths alone.
+    """Return rows in which images stored as paths have absolute paths inside some folders.
 
     Args:
-        column: of images that are not decoded.
+        column: column of undecoded images.
         roots, source: see `anchored`.
 
     Raises:
-        ValueError: a path leaves the folders.
+        ValueError: if a path is outside the folders.
     """
     if not isinstance(rows, datasets.Dataset):
         return stream_with_paths_in(rows, column, roots, source)
@@ -115,10 +117,12 @@ def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> 
 def stream_with_paths_in(
     rows: datasets.IterableDataset, column: str, roots: Sequence[str], source: str
 ) -> datasets.IterableDataset:
-    """See `with_paths_in`; the first `CHECKED_ROWS` rows are checked now, all as they are read.
+    """Do the same as `with_paths_in` for a stream.
+
+    The first `CHECKED_ROWS` rows are checked now, and every row when it is read.
 
     Raises:
-        ValueError: the path of one of those rows leaves the folders.
+        ValueError: if the path of one of the first rows is outside the folders.
     """
     first = [path_alone(row.get(column)) for row in itertools.islice(rows, CHECKED_ROWS)]
     anchored(first, roots, source)
@@ -127,38 +131,38 @@ def stream_with_paths_in(
 
 
 def path_alone(image: Any) -> str | None:
-    """The path of an image that is not decoded, where it has no bytes."""
+    """Return the path of an undecoded image that has no bytes."""
     if isinstance(image, Mapping):
         return image.get("path") if image.get("bytes") is None else None
     return image if isinstance(image, str) else None
 
 
 def keep_inside(row: Mapping[str, Any], column: str, base: str, roots: Sequence[str], source: str) -> dict[str, Any]:
-    """The image of a row of a stream, with an absolute path where it is a path; see `anchored_path`."""
+    """Return the image of a stream's row, with an absolute path if it is stored as a path; see `anchored_path`."""
     image = row[column]
     path = anchored_path(path_alone(image), base, roots, source)
     return {column: path if isinstance(image, str) else image}
 
 
 def is_label_kind(kind: Any) -> bool:
-    """Whether a feature is one of labels; of a column whose kind is not known, values are looked at later."""
+    """Return whether a feature can hold labels; if the type of the column is unknown, values are checked later."""
     if kind is None or isinstance(kind, ClassLabel):
         return True
     return isinstance(kind, Value) and bool(re.fullmatch(r"u?int\d+|float\d+|bool|(large_)?string|null", kind.dtype))
 
 
 def is_encoded(kind: Any) -> bool:
-    """Whether a feature is one of bytes or of paths, or of both as `datasets.Image` stores them."""
+    """Return whether a feature holds bytes, paths, or both as `datasets.Image` stores them."""
     if isinstance(kind, Mapping):
         return set(kind) == {"bytes", "path"}
     return isinstance(kind, Value) and kind.dtype.removeprefix("large_") in ("binary", "string")
 
 
 def find_column(features: Mapping[str, Any], name: str | None, argument: str, kind: type, usual: str) -> str:
-    """The column called ``name``; without one, the only one of a kind, or the one with the usual name.
+    """Return the column called ``name``; without a name, the only column of type ``kind``, or the column ``usual``.
 
     Raises:
-        ValueError: there is none; the error names the columns there are.
+        ValueError: if there is none; the message lists the columns.
     """
     columns = ", ".join(features)
     if name is not None:
@@ -174,12 +178,12 @@ def find_column(features: Mapping[str, Any], name: str | None, argument: str, ki
 
 
 def is_label(value: Any) -> bool:
-    """Whether a row has a label: None, NaN, negative numbers and empty text mean that it has none."""
+    """Return whether a row is labelled: None, NaN, negative numbers and empty strings mean that it is not."""
     return value is not None and (bool(value.strip()) if isinstance(value, str) else value >= 0)
 
 
 def stated_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
-    """The names of the labels 0, 1 and so on where their type tells: a ClassLabel's, "False" and "True" of a bool."""
+    """Return the label names that the type defines: those of a ClassLabel, "False" and "True" of a bool; else None."""
     feature = (rows.features or {}).get(LABEL)
     if isinstance(feature, ClassLabel):
         return list(feature.names)
@@ -187,17 +191,17 @@ def stated_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]
 
 
 def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """The names of the labels of `image_rows`: those of `stated_names`, otherwise the values there are, sorted.
+    """Return the label names of `image_rows`: `stated_names` if available, otherwise the sorted distinct values.
 
     Raises:
-        ValueError: the rows are a stream without stated names, or a label is neither a number nor a string.
+        ValueError: if the rows are a stream without stated names, or a label is neither a number nor a string.
     """
     if names := stated_names(rows):
         return names
     if isinstance(rows, datasets.IterableDataset):
         raise ValueError("the labels of a stream must be a ClassLabel: its values are not known before it is read")
     values = [value for value in rows.unique(LABEL) if is_label(value)]
-    # Tables store integers as floats where a cell is empty.
+    # Tables store integers as floats if a cell is empty.
     values = sorted({int(value) if isinstance(value, float) and value.is_integer() else value for value in values})
     if len({type(value) for value in values}) != 1 or not isinstance(values[0], (int, str)):
         raise ValueError(f"labels must be integers or strings, got {values[:5]}")
@@ -205,19 +209,21 @@ def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
 
 
 def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence[str]) -> dict[int | str, int]:
-    """From a label as it is stored in `image_rows` to its place in ``names``, a model's classes.
+    """Map each label, as stored in `image_rows`, to its index in ``names``, a model's classes.
 
     Args:
-        names: of `label_names` of the training data, or a model's ``id2label`` in order.
+        names: `label_names` of the training data, or a model's ``id2label`` in order.
 
     Raises:
-        ValueError: one of `stated_names`, or a label of rows that are no stream, is not among the names.
+        ValueError: if one of `stated_names`, or a label of non-streamed rows, is not among the names.
     """
     places = {name: place for place, name in enumerate(names)}
     if (stated := stated_names(rows)) is not None:
         if unknown := [name for name in stated if name not in places]:
             raise ValueError(f'label "{unknown[0]}" is not a class of the model; it has {", ".join(names)}')
-        found = {number: places[name] for number, name in enumerate(stated)}  # False and True are 0 and 1 as keys
+        found = {
+            number: places[name] for number, name in enumerate(stated)
+        }  # as dict keys, False and True equal 0 and 1
     else:
         found = places | {int(name): place for name, place in places.items() if name.lstrip("-").isdecimal()}
     if isinstance(rows, datasets.Dataset):
@@ -228,18 +234,18 @@ def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence
 
 
 def encoded(value: Any) -> bytes:
-    """The bytes of an image that is given as such, as a path or URL, or as `datasets.Image` stores it.
+    """Return the bytes of an image given as bytes, path or URL, or as `datasets.Image` stores it.
 
     Raises:
-        BadImage: there is none.
-        OSError: the file cannot be read, or is not a regular file.
+        BadImage: if there is no image.
+        OSError: if the file cannot be read or is not a regular file.
     """
     with opened(value) as file:
         return file.read()
 
 
 def opened(value: Any) -> Any:
-    """The bytes of an image as a file; see `encoded`."""
+    """Return the bytes of an image as a file object; see `encoded`."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
@@ -254,19 +260,19 @@ def opened(value: Any) -> Any:
 
 
 def decode(value: Any) -> Tensor:
-    """Read an image: RGB, upright, uint8 (3, h, w).
+    """Decode an image to upright RGB, uint8 (3, h, w).
 
-    JPEG by torchvision, straight to a tensor and about twice as fast as PIL with the same pixels; all else by PIL, PNG
-    too, since torchvision's reader ends the process on a damaged one (seen with 0.29). The orientation a camera noted
-    (EXIF) is followed, as `datasets` and the pipelines of transformers do. Transparency is dropped, as they do too; 16
-    bits of grey become 8. Of an animation, the first image is read.
+    JPEG is decoded by torchvision, directly to a tensor and about twice as fast as PIL with identical pixels. All
+    other formats are decoded by PIL, including PNG, since torchvision's decoder crashes the process on a damaged file
+    (seen with 0.29). As in `datasets` and the transformers pipelines, EXIF orientation is applied and transparency is
+    dropped. 16-bit greyscale becomes 8-bit. Of an animation, the first frame is read.
 
     Args:
         value: bytes, path, URL, PIL image, or a dict of ``bytes`` and ``path``.
 
     Raises:
-        BadImage: it cannot be read to its end, or has more than `MAX_PIXELS`. Damage that the decoder can bridge goes
-            unnoticed.
+        BadImage: if it cannot be decoded completely, or has more than `MAX_PIXELS`. Damage that the decoder can
+            conceal goes unnoticed.
     """
     try:
         if isinstance(value, PIL.Image.Image):
@@ -278,42 +284,42 @@ def decode(value: Any) -> Tensor:
                 content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
             except RuntimeError:
-                pass  # PIL reads a few more, and says more clearly what is wrong with the others
+                pass  # PIL reads a few more files and gives clearer errors for the others
         with open_image(BytesIO(data)) as image:
             return from_pil(image)
     except BadImage:
         raise
     except PIL.UnidentifiedImageError:
         raise BadImage(unknown_format(data)) from None
-    except Exception as error:  # PIL's readers raise whatever their format's parser meets
+    except Exception as error:  # PIL's decoders raise whatever error their parser runs into
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Refuse an image that would fill the memory.
+    """Raise if an image is too large to decode safely.
 
     Raises:
-        BadImage: it has more than `MAX_PIXELS`.
+        BadImage: if it has more than `MAX_PIXELS`.
     """
     if height * width > MAX_PIXELS:
         raise BadImage(f"it has {height} x {width} pixels, more than the limit of {MAX_PIXELS:,}")
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG by its frame header (ITU-T T.81, B.2.2); None of other data.
+    """Return height and width from the frame header of a JPEG (ITU-T T.81, B.2.2); None for other data.
 
-    A few microseconds, where PIL takes a hundred.
+    Takes a few microseconds; PIL takes a hundred.
     """
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # fill byte
             place += 1
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # without a length: readers differ in what follows
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD9:  # marker without a length; decoders disagree on what follows
             return None
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables, not frames
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # C4, C8 and CC are not frame headers
             return struct.unpack_from(">HH", data, place + 5)
         else:
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
@@ -322,17 +328,17 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 @functools.cache
 def silence() -> None:
-    """Turn off PIL's warning of large images: `open_image` refuses those it would warn of."""
+    """Disable PIL's warning about large images: `open_image` raises for those anyway."""
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 @contextmanager
 def open_image(file: Any) -> Iterator[PIL.Image.Image]:
-    """PIL's image of a file, of which only the header is read.
+    """Open an image file with PIL, reading only the header.
 
     Raises:
-        BadImage: it has more than `MAX_PIXELS`.
-        UnidentifiedImageError: it has another format.
+        BadImage: if it has more than `MAX_PIXELS`.
+        UnidentifiedImageError: if the format is unknown.
     """
     silence()
     if file.read(4) in POSTSCRIPT:
@@ -344,7 +350,7 @@ def open_image(file: Any) -> Iterator[PIL.Image.Image]:
 
 
 def unknown_format(data: bytes) -> str:
-    """The reason why data are no image."""
+    """Return why data are not an image."""
     if not data:
         return "the file is empty"
     if b"<svg" in data[:1000]:
@@ -353,10 +359,10 @@ def unknown_format(data: bytes) -> str:
 
 
 def from_pil(image: PIL.Image.Image) -> Tensor:
-    """A PIL image of any mode as upright RGB, uint8 (3, h, w)."""
+    """Convert a PIL image of any mode to upright RGB, uint8 (3, h, w)."""
     check_pixels(image.height, image.width)
     image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL itself would cut all above 255
+    if image.mode.startswith("I;16"):  # PIL's own conversion would clip values above 255
         image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise BadImage(f'mode "{image.mode}" does not say which numbers are black and white')
@@ -364,9 +370,9 @@ def from_pil(image: PIL.Image.Image) -> Tensor:
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """A hash of the number of rows, their labels, and 1,000 images at even distances as they are stored.
+    """Return a hash of the number of rows, their labels, and 1,000 evenly spaced images as stored.
 
-    A large data set is not read as a whole for it.
+    Hashing a sample avoids reading a large data set completely.
     """
     digest = hashlib.sha256(str(len(rows)).encode())
     if LABEL in rows.column_names:
@@ -380,15 +386,15 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 
 class WatchedLoader:
-    """A loader of image batches that tells of images that could not be read, and gives up at too many.
+    """A loader of image batches that logs unreadable images and raises if there are too many.
 
-    Their samples are left out of the batch; those of others are what they would be without them.
+    Samples with unreadable images are dropped from the batch; the other samples are not affected.
 
     Args:
-        loader: gives batches with ``bad``, a list of (sample index, what is wrong); it is taken out of them here.
-        max_bad_images: how many images this process leaves out before it stops.
+        loader: yields batches with ``bad``, a list of (sample index, reason), which is removed from the batch here.
+        max_bad_images: maximum number of images that this process drops.
 
-    `bad` holds what was left out so far, by sample index.
+    `bad` holds the dropped images so far, {sample index: reason}.
     """
 
     def __init__(self, loader: Any, max_bad_images: int = 10):
@@ -405,7 +411,7 @@ class WatchedLoader:
         """See `StepLoader`.
 
         Raises:
-            ValueError: there are more than ``max_bad_images``.
+            ValueError: if more than ``max_bad_images`` images cannot be read.
         """
         for micro_batches in self.loader.epoch(epoch, start):
             for batch in micro_batches:
@@ -414,7 +420,7 @@ class WatchedLoader:
             yield micro_batches
 
     def report(self, index: int, reason: str) -> None:
-        """Tell of an image, once."""
+        """Log an unreadable image once."""
         if index in self.bad:
             return
         self.bad[index] = reason
@@ -426,24 +432,24 @@ class WatchedLoader:
 
 
 def listed(bad: Mapping[int, str]) -> str:
-    """The first images that cannot be read, on one line."""
+    """Return the first unreadable images on one line."""
     told = "; ".join(f"image {i}: {why}" for i, why in list(bad.items())[:TOLD])
     return told + (f"; and {len(bad) - TOLD} more" if len(bad) > TOLD else "")
 
 
 def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[[Any], Any] | None = None) -> None:
-    """Refuse a split before a run where no image can be read, or none of the first ``max_bad_images`` + 1.
+    """Raise before a run if none of the first ``max_bad_images`` + 1 images of a split can be read.
 
-    Images are read up to the first that can be: mostly one.
+    Reading stops at the first readable image, usually after one.
 
     Args:
-        rows: of `image_rows`, or others where ``read`` is given.
+        rows: rows of `image_rows`, or other rows if ``read`` is given.
         max_bad_images: see `WatchedLoader`.
-        split: its name, for the error.
-        read: reads a row; default, decodes its image.
+        split: name of the split, for the error message.
+        read: reads a row; default: decodes its image.
 
     Raises:
-        ValueError: no image can be read; it says why. Or a stream has no rows.
+        ValueError: if no image can be read, with the reasons, or a stream has no rows.
     """
     read = read or (lambda row: decode(row[IMAGE]))
     bad: dict[int, str] = {}
@@ -463,6 +469,6 @@ def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[
 
 
 def describe(image: Any, error: BadImage) -> str:
-    """Why an image cannot be read, with its path where it has one."""
+    """Return why an image cannot be read, with its path if it has one."""
     path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
     return f"{path}: {error}" if path and path not in str(error) else str(error)

@@ -1,9 +1,9 @@
-"""Texts, or pairs of them, with a label, from any data set; and batches of texts of like length.
+"""Labelled texts or text pairs from any data set, and batches of texts of similar length.
 
-    load_dataset(...) -> {"text", "pair", "label"} -> tokens, cut to a length: {"input_ids", ..., "label"} -> steps
+    load_dataset(...) -> {"text", "pair", "label"} -> tokens, truncated: {"input_ids", ..., "label"} -> steps
 
-The label is a class, or a number where the data set's are not whole: then a model learns it by regression. Whether
-labels are stored as text, integers or floating-point numbers decides nothing.
+Labels are classes, or regression targets if the data set's numbers are not all integers. It does not matter whether
+they are stored as strings, integers or floats.
 """
 
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TEXT, PAIR = "text", "pair"
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-WHOLE_NUMBER = r"(?:0|-?[1-9]\d{0,17})(?:\.0*)?"  # "01" and "+1" are names
+WHOLE_NUMBER = r"(?:0|-?[1-9]\d{0,17})(?:\.0*)?"  # "01" and "+1" are class names
 ProblemType = Literal["regression", "single_label_classification"]
 EMBEDDED = {"number-parity": number_parity}
 
@@ -41,7 +41,7 @@ def load_texts(
     revision: str | None = None,
     data_files: dict[str, str | list[str]] | None = None,
 ) -> datasets.DatasetDict:
-    """Every split of a data set: `load_splits`, and the embedded data set "number-parity".
+    """Load every split of a data set, as `load_splits` does, or the built-in data set "number-parity".
 
     Raises:
         ValueError: see `load_splits`.
@@ -58,17 +58,18 @@ def load_texts(
 def text_rows(
     rows: datasets.Dataset, text_columns: Sequence[str] = (), label_column: str | None = None, labelled: bool = True
 ) -> datasets.Dataset:
-    """Rows with ``text``, of two columns also ``pair``, and ``label``, see `settle_labels`.
+    """Return rows with ``text``, ``pair`` if there are two text columns, and ``label`` (see `settle_labels`).
 
     Args:
         rows: a split.
-        text_columns: one or two columns, or dotted paths into them; default, the only column of texts.
-        label_column: a ClassLabel, integers, strings or numbers; default, the only ClassLabel or the column "label".
-        labelled: False leaves labels out.
+        text_columns: one or two columns, or dotted paths into them; default: the only text column.
+        label_column: column of type ClassLabel, integer, string or float; default: the only ClassLabel, or the column
+            "label".
+        labelled: False omits labels.
 
     Raises:
-        ValueError: there are no rows, no such column, a column is named twice, a value that should be text is none,
-            all texts are empty, or labels are neither classes nor numbers.
+        ValueError: if there are no rows, a column is missing or named twice, a text value is not a string, all texts
+            are empty, or labels are neither classes nor numbers.
     """
     if not len(rows):
         raise ValueError("the data set has no rows")
@@ -96,10 +97,10 @@ def text_rows(
 
 
 def check_empty(rows: datasets.Dataset, part: str, column: str) -> None:
-    """Warn of texts that are empty.
+    """Warn about empty texts.
 
     Raises:
-        ValueError: all are.
+        ValueError: if all texts are empty.
     """
     empty = pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(rows.data.column(part))), 0)).as_py()
     if empty == len(rows):
@@ -109,13 +110,13 @@ def check_empty(rows: datasets.Dataset, part: str, column: str) -> None:
 
 
 def settle_labels(rows: datasets.Dataset) -> datasets.Dataset:
-    """Labels as integers where all are whole numbers, as floats where all are numbers and one is not whole.
+    """Convert labels to integers if all are integers, or to floats if all are numbers and one is not an integer.
 
-    Others stay as they are: classes of a ClassLabel, truth values, and text that is no number or has another form, say
-    "01". An empty text and NaN become None: the row has no label.
+    Other labels are unchanged: classes of a ClassLabel, booleans, and strings that are not numbers or are written
+    differently, such as "01". Empty strings and NaN become None: the row is unlabelled.
 
     Raises:
-        ValueError: labels are lists, objects, dates or of several kinds.
+        ValueError: if labels are lists, objects or dates, or have mixed types.
     """
     kind = rows.features[LABEL]
     dtype = getattr(kind, "dtype", "")
@@ -148,12 +149,12 @@ def settle_labels(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def no_label(value: Any) -> bool:
-    """Whether a label as it is stored means that there is none: None, NaN, or text without a sign."""
+    """Return whether a stored label is missing: None, NaN, or an empty or whitespace-only string."""
     return value is None or (isinstance(value, str) and not value.strip()) or value != value
 
 
 def kind_of_label(kind: Any) -> str:
-    """The name of a feature's type, for errors."""
+    """Return the name of a feature's type, for error messages."""
     if type(kind).__name__ == "Json":
         return "values of several kinds, or objects"
     return (
@@ -162,10 +163,10 @@ def kind_of_label(kind: Any) -> str:
 
 
 def as_numbers(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of `text_rows` whose labels are numbers for regression, whole or not.
+    """Convert the labels of `text_rows` to float64 regression targets.
 
     Raises:
-        ValueError: labels are classes with names.
+        ValueError: if labels are named classes.
     """
     kind = rows.features[LABEL]
     if isinstance(kind, ClassLabel) or not re.match("u?int|float|double|null", kind.dtype):
@@ -174,7 +175,7 @@ def as_numbers(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def as_classes(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of `text_rows` whose labels are classes, also those that are numbers which are not whole."""
+    """Convert the labels of `text_rows` to classes, including non-integer numbers."""
     if not is_regression(rows):
         return rows
 
@@ -186,14 +187,14 @@ def as_classes(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def check_classes(rows: datasets.Dataset, names: Sequence[str], split: str, known: bool = False) -> None:
-    """Warn of texts without a label, and of classes whose names are all but the same.
+    """Warn about unlabelled texts, and about class names that differ only in case or whitespace.
 
     Args:
-        split: that the rows are of.
-        known: the names do not come from the rows.
+        split: name of the split.
+        known: whether the names come from somewhere other than these rows.
 
     Raises:
-        ValueError: all texts with a label have the same one, or fewer than two classes are named.
+        ValueError: if fewer than two different labels occur.
     """
     labels = rows[LABEL][:]
     there = [is_label(value) for value in labels]
@@ -213,10 +214,10 @@ def check_classes(rows: datasets.Dataset, names: Sequence[str], split: str, know
 
 
 def tell_unlabelled(there: Sequence[bool], split: str) -> None:
-    """Warn of texts without a label.
+    """Warn about unlabelled texts.
 
     Args:
-        there: whether each row of the split has one.
+        there: for each row of the split, whether it is labelled.
     """
     if not all(there):
         log.warning(
@@ -229,10 +230,10 @@ def tell_unlabelled(there: Sequence[bool], split: str) -> None:
 
 
 def only_text(features: Mapping[str, Any], label: str | None) -> str:
-    """The only column of texts beside the label.
+    """Return the only text column besides the label.
 
     Raises:
-        ValueError: there is none, or several; the error names the columns there are.
+        ValueError: if there is none, or several; the message lists the columns.
     """
     found = [
         name
@@ -249,16 +250,16 @@ def only_text(features: Mapping[str, Any], label: str | None) -> str:
 
 
 def is_regression(rows: datasets.Dataset) -> bool:
-    """Whether the labels of `text_rows` are numbers that need not be whole."""
+    """Return whether the labels of `text_rows` are regression targets."""
     kind = rows.features[LABEL]
     return isinstance(kind, Value) and kind.dtype.startswith("float")
 
 
 def class_names(rows: datasets.Dataset, known: Sequence[str] = ()) -> list[str]:
-    """The names of the classes: those ``known`` beforehand, otherwise those of the labels; see `label_names`.
+    """Return the class names: ``known`` if given, otherwise those of the labels; see `label_names`.
 
     Raises:
-        ValueError: labels are neither numbers nor strings, there is none, or they are fewer than two.
+        ValueError: if labels are neither numbers nor strings, or there are fewer than two classes.
     """
     if known:
         return list(known)
@@ -275,12 +276,12 @@ def class_names(rows: datasets.Dataset, known: Sequence[str] = ()) -> list[str]:
 
 
 def class_ids(rows: datasets.Dataset, names: Sequence[str]) -> dict[int | str, int]:
-    """From a label as it is stored to its place in ``names``.
+    """Map each label as stored to its index in ``names``.
 
-    Plain integers are places already, unless the names are numbers themselves.
+    Plain integers already are indices, unless the names are numbers themselves.
 
     Raises:
-        ValueError: a class of a ClassLabel is not among the names.
+        ValueError: if a class of a ClassLabel is not among the names.
     """
     kind = rows.features[LABEL]
     whole = isinstance(kind, Value) and "int" in kind.dtype
@@ -290,10 +291,10 @@ def class_ids(rows: datasets.Dataset, names: Sequence[str]) -> dict[int | str, i
 
 
 def tokenize_texts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """``text`` and ``pair`` -> ``input_ids``, and ``token_type_ids`` where the tokenizer gives them.
+    """Tokenize ``text`` and ``pair`` to ``input_ids``, and ``token_type_ids`` if the tokenizer returns them.
 
-    What is longer than ``max_length`` tokens is cut, the longer text of a pair first (Devlin et al. 2019, the authors'
-    run_classifier.py).
+    Inputs longer than ``max_length`` tokens are truncated, the longer text of a pair first (Devlin et al. 2019, the
+    authors' run_classifier.py).
     """
     paired = PAIR in rows.column_names
 
@@ -303,26 +304,26 @@ def tokenize_texts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, m
         return dict(encoded)
 
     show_progress_of(rows)
-    # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
+    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return rows.map(tokenize, batched=True, remove_columns=[TEXT, PAIR][: 1 + paired])
 
 
 def text_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """(N,) tokens of each of `tokenize_texts`."""
+    """Return the number of tokens of each row of `tokenize_texts`, (N,)."""
     return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
 
 
 class LengthBatchSampler(TokenBudgetSampler):
-    """Steps of equally many texts of like length: what papers call a batch size, with little padding.
+    """Steps with an equal number of texts of similar length: a conventional batch size with little padding.
 
     Args:
         lengths: (N,) tokens of each text.
-        batch_size: texts of a step, over all ranks; only the step of the longest texts may have fewer.
+        batch_size: texts per step, over all ranks; only the step of the longest texts may have fewer.
         seed, shuffle: see `TokenBudgetSampler`.
 
     Raises:
-        ValueError: ``batch_size`` is below 1, or there are no texts.
+        ValueError: if ``batch_size`` is below 1 or there are no texts.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):
@@ -332,8 +333,8 @@ class LengthBatchSampler(TokenBudgetSampler):
         super().__init__(lengths, max(longest, 1) * batch_size, seed, shuffle, max_samples=batch_size)
 
     def check_budget(self, name: str, samples: int) -> None:
-        """Any number of texts fits."""
+        """Accept any number of texts."""
 
     def cut(self, part: Sequence[int], samples: int) -> Steps:
-        """A part of a step as runs of at most ``samples`` texts."""
+        """Split a part of a step into runs of at most ``samples`` texts."""
         return [list(part[i : i + samples]) for i in range(0, len(part), samples)]

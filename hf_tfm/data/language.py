@@ -1,6 +1,6 @@
-"""Sequences of tokens from running text, to pretrain a language model on.
+"""Token sequences from running text, for language model pretraining.
 
-load_dataset(...) -> {"text"} -> tokens -> {"input_ids"}: packed blocks, a row each, or pairs of segments
+load_dataset(...) -> {"text"} -> tokens -> {"input_ids"}: packed blocks, one row per text, or pairs of segments
 """
 
 import logging
@@ -28,14 +28,14 @@ Sequences = Literal["packed", "rows", "pairs"]
 
 @dataclass(kw_only=True)
 class Corpus:
-    """Texts to learn from beside the main ones.
+    """An additional training corpus.
 
     Args:
-        dataset_name: what `datasets.load_dataset` takes.
+        dataset_name: any data set that `datasets.load_dataset` accepts.
         dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
-        text_column: see `text_rows`.
-        split: of the data set.
+        text_column: text column, or a dotted path into one; default: "text" or the only string column.
+        split: split of the data set.
     """
 
     dataset_name: str
@@ -48,21 +48,21 @@ class Corpus:
         conform_fields(self)
 
     def rows(self):
-        """Its texts, as `text_rows` gives them."""
+        """Load the texts, as `text_rows` returns them."""
         splits = load_splits(self.dataset_name, self.dataset_config, self.dataset_revision)
         return text_rows(take_split(splits, self.split, f"split of {self.dataset_name}"), self.text_column)
 
 
 def text_rows(rows, text_column: str | None = None):
-    """Rows with one text each, as ``text``; rows of nothing but white space are left out.
+    """Return rows with a single column ``text``; rows that are empty or only whitespace are dropped.
 
     Args:
         rows: a `datasets` split, streamed or not.
-        text_column: a column or a dotted path into one; default, "text" or the only column of strings.
+        text_column: a column or a dotted path into one; default: "text" or the only string column.
 
     Raises:
-        ValueError: there are no rows, there is no such column or several that could be meant, a value in it is not
-            text, or all are empty.
+        ValueError: if there are no rows, the column is missing or ambiguous, a value is not a string, or all texts are
+            empty.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -80,7 +80,8 @@ def text_rows(rows, text_column: str | None = None):
         return {TEXT: [text for text in texts_at(batch, indices, path) if text.strip()]}
 
     show_progress_of(rows)
-    features = datasets.Features({TEXT: datasets.Value("string")})  # the same of every corpus, so that they join
+    # The same features for every corpus, so that corpora can be concatenated.
+    features = datasets.Features({TEXT: datasets.Value("string")})
     found = rows.map(pick, batched=True, with_indices=True, remove_columns=list(first), features=features)
     if isinstance(rows, datasets.Dataset) and (empty := len(rows) - len(found)):
         if not len(found):
@@ -90,7 +91,7 @@ def text_rows(rows, text_column: str | None = None):
 
 
 class Texts:
-    """The texts of `text_rows`, as often as they are wanted."""
+    """A re-iterable over the texts of `text_rows`."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -108,23 +109,25 @@ def token_sequences(
     documents: bool = True,
     seed: int = 0,
 ):
-    """Texts -> sequences of at most ``max_length`` tokens, as ``input_ids``.
+    """Convert texts to sequences of at most ``max_length`` tokens, as ``input_ids``.
 
-    Texts are taken a thousand at a time, so once in a thousand rows a block may end early, or a segment be left over.
+    Texts are processed in batches of a thousand, so once per thousand rows a block may end early or a segment may be
+    left over.
 
     Args:
-        rows: of `text_rows`.
-        tokenizer: its special tokens stand around a sequence as around a text, [CLS] ... [SEP]. Where it adds none,
-            as a decoder's, blocks are cut right through.
-        sequences: "packed", text after text cut into full blocks, with an end token after each document (Liu et al.
-            2019, arXiv:1907.11692, section 4.2); "rows", a text each, cut off at the end; "pairs", two segments of a
-            document, the second in half of the pairs a random one, as ``second`` (where it begins) and ``random`` say
-            (Devlin et al. 2019, section 3.1); it is always random after a document of one segment.
-        documents: each row is a document; False: rows are pieces of a running text.
-        seed: of the random second segments.
+        rows: rows of `text_rows`.
+        tokenizer: its special tokens are put around each sequence as around a text, [CLS] ... [SEP]. If it adds none,
+            as for a decoder, blocks are cut without any.
+        sequences: "packed" concatenates texts and cuts them into full blocks, with an end token after each document
+            (Liu et al. 2019, arXiv:1907.11692, section 4.2); "rows" makes one truncated sequence per text; "pairs"
+            takes two segments of a document and replaces the second by a random one in half of the pairs (Devlin et
+            al. 2019, section 3.1). The columns ``second`` (where the second segment begins) and ``random`` describe
+            the pair. After a document with a single segment the second one is always random.
+        documents: whether each row is a document; if False, rows are pieces of a running text.
+        seed: seed of the random second segments.
 
     Raises:
-        ValueError: the tokenizer has no token that ends a text, or ``max_length`` leaves no room for tokens.
+        ValueError: if the tokenizer has no end token, or ``max_length`` leaves no room for tokens.
     """
     around = SpecialTokens(tokenizer)
     room = max_length - len(around.before) - len(around.after) * (2 if sequences == "pairs" else 1)
@@ -146,7 +149,7 @@ def token_sequences(
         return {"input_ids": [around.wrap(block) for block in packed]}
 
     show_progress_of(rows)
-    # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
+    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     found = rows.map(make, batched=True, with_indices=True, remove_columns=[TEXT], features=datasets.Features(columns))
     if isinstance(rows, datasets.Dataset) and not len(found):
@@ -155,10 +158,10 @@ def token_sequences(
 
 
 class SpecialTokens:
-    """The tokens a tokenizer puts before and after a text; `end` is the one that ends a document.
+    """The special tokens that a tokenizer adds before and after a text; `end` is the token that ends a document.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is no end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -173,17 +176,17 @@ class SpecialTokens:
         self.end = next(token for token in ends if token is not None)
 
     def wrap(self, *segments: np.ndarray) -> np.ndarray:
-        """Segments with the special tokens around them, those after each."""
+        """Concatenate segments with special tokens: `before` once, `after` after each segment."""
         return np.concatenate([self.before, *(part for segment in segments for part in (segment, self.after))])
 
 
 def join(ids: list[np.ndarray]) -> list[np.ndarray]:
-    """Pieces of a running text as one."""
+    """Concatenate pieces of a running text."""
     return [np.concatenate(ids)] if ids else []
 
 
 def blocks(ids: list[np.ndarray], end: int | None, size: int) -> list[np.ndarray]:
-    """Texts one after the other, with ``end`` after each if there is one, cut into blocks of ``size`` tokens."""
+    """Concatenate texts, with ``end`` after each unless it is None, and cut them into blocks of ``size`` tokens."""
     if not ids:
         return []
     parts = ids if end is None else [np.append(row, np.int32(end)) for row in ids]
@@ -194,14 +197,15 @@ def blocks(ids: list[np.ndarray], end: int | None, size: int) -> list[np.ndarray
 def segment_pairs(
     documents: list[np.ndarray], around: SpecialTokens, room: int, random: np.random.Generator
 ) -> dict[str, list]:
-    """Neighbouring segments of documents, the second replaced by one of another place in half of the pairs."""
+    """Pair neighbouring segments of documents, replacing the second one by a random segment in half of the pairs."""
     half = room // 2
     pieces = [[text[i : i + half] for i in range(0, len(text), half)] for text in documents]
     segments = [(d, piece) for d, own in enumerate(pieces) for piece in own]
     rows: dict[str, list] = {"input_ids": [], "second": [], "random": []}
     for i in range(0, len(segments) - 1, 2):
         (document, first), (other, second) = segments[i], segments[i + 1]
-        replaced = other != document or bool(random.integers(2))  # the next document's segment does not follow
+        # A segment of the next document does not continue the first one.
+        replaced = other != document or bool(random.integers(2))
         if replaced and other == document:
             second = segments[other_place(len(segments), i, random)][1]
         rows["input_ids"].append(around.wrap(first, second))
@@ -211,7 +215,7 @@ def segment_pairs(
 
 
 def other_place(count: int, i: int, random: np.random.Generator) -> int:
-    """A number below ``count`` that is neither i nor i + 1; i + 1 where there is no other."""
+    """Draw a number below ``count`` other than i and i + 1; returns i + 1 if there is none."""
     if count <= 2:
         return i + 1
     drawn = int(random.integers(count - 2))
@@ -219,10 +223,10 @@ def other_place(count: int, i: int, random: np.random.Generator) -> int:
 
 
 def sequence_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """(N,) tokens of each sequence."""
+    """Return the number of tokens of each sequence, (N,)."""
     return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
 
 
 def sequence_length(example: dict[str, Any]) -> tuple[int]:
-    """Tokens of one sequence."""
+    """Return the number of tokens of one sequence."""
     return (len(example["input_ids"]),)

@@ -1,10 +1,10 @@
-"""Local data files: their state on disk, and prepared rows that are kept until a file changes.
+"""State of local data files, and a cache of prepared rows that is valid until a file changes.
 
 files -> path, size and times of each -> key -> folder of prepared rows in the cache of `datasets`
 
-`datasets` names the prepared rows of a local folder by its last name and its README alone when the README has
-``configs``, and an extracted archive by its path, so other or changed files would give old rows. Here every set of
-files has a folder of its own, named by the state of all of them.
+`datasets` identifies the prepared rows of a local folder only by the folder's name and its README if the README has
+``configs``, and an extracted archive by its path, so other or changed files would yield stale rows. Here every set of
+files has its own cache folder, named by the state of all files.
 """
 
 import functools
@@ -21,37 +21,37 @@ import datasets
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there, only entries that have not been used for long are removed
+except ImportError:  # not available on Windows: there, entries are removed only after a long time without use
     fcntl = None
 
-ROOT = ".hf-tfm"  # in datasets' cache folder; no data set's name begins with a dot, so no other rows are kept there
+ROOT = ".hf-tfm"  # inside datasets' cache folder; names of data sets do not begin with a dot, so this cannot collide
 # File of an entry; its mtime is the time of last use, and processes that read the entry hold a lock on it.
 USED = "used"
-SPARE_SECONDS = 3600  # an older state of the same source is removed after so long without use
-KEPT_SECONDS = 30 * 24 * 3600  # any other entry, after so long
+SPARE_SECONDS = 3600  # unused time after which an older state of the same source is removed
+KEPT_SECONDS = 30 * 24 * 3600  # unused time after which any other entry is removed
 _held: dict[Path, Any] = {}  # open lock files of the entries this process reads
 
 
 def file_state(path: str | os.PathLike) -> tuple[str, str, int, int, int]:
-    """Path as given, resolved path, size in bytes, and times of the last change of content and of status in ns.
+    """Return absolute path, resolved path, size in bytes, mtime and ctime in ns.
 
-    The time of status (ctime) also tells of a file whose content changed while its size and mtime were put back.
+    ctime also reveals a file whose content changed although its size and mtime were restored.
 
     Raises:
-        OSError: there is no such file.
+        OSError: if the file does not exist.
     """
     state = os.stat(path)
     return os.path.abspath(path), os.path.realpath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def state_key(files: Iterable[str | os.PathLike], *also: Any) -> str:
-    """64 hexadecimal digits that change with the state of any of the files, their order, or what else is given.
+    """Return a hash of 64 hex digits of the state of files in order and of any other values.
 
     Args:
-        also: values that JSON can write, or whose ``str`` tells them apart.
+        also: values that are JSON-serialisable or have a distinctive ``str``.
 
     Raises:
-        OSError: a file is missing.
+        OSError: if a file is missing.
     """
     states = [file_state(file) for file in files]
     return hashlib.sha256(json.dumps([states, also], default=str).encode()).hexdigest()
@@ -59,7 +59,7 @@ def state_key(files: Iterable[str | os.PathLike], *also: Any) -> str:
 
 @functools.cache
 def package_key() -> str:
-    """A hash of `datasets`' version and the code of this folder: rows that other code prepared are prepared again."""
+    """Return a hash of `datasets`' version and the code of this folder; code changes thus invalidate prepared rows."""
     digest = hashlib.sha256(datasets.__version__.encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -67,11 +67,11 @@ def package_key() -> str:
 
 
 def cache_entry(source: str, key: str) -> Path:
-    """The folder in which the rows of a state of a source are kept; older states that nobody reads are removed.
+    """Return the cache folder for one state of a source; unused older states are removed.
 
     Args:
-        source: tells sources apart, say the path of a folder.
-        key: of `state_key`.
+        source: identifies the source, for example the path of a folder.
+        key: hash from `state_key`.
     """
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / ROOT
     entry = root / hashlib.sha256(source.encode()).hexdigest()[:16] / key[:32]
@@ -85,7 +85,7 @@ def cache_entry(source: str, key: str) -> Path:
 
 
 def hold(entry: Path) -> None:
-    """Mark an entry as used now, and as read by this process until it ends."""
+    """Mark an entry as used now, and as being read by this process until it ends."""
     while True:
         entry.mkdir(parents=True, exist_ok=True)
         file = open(entry / USED, "a")  # noqa: SIM115 held open until the process ends
@@ -103,7 +103,7 @@ def hold(entry: Path) -> None:
 
 
 def remove_unused(root: Path, keep: Path) -> None:
-    """Remove entries that no process reads: earlier states of the source of ``keep``, and what is long unused."""
+    """Remove entries that no process reads: older states of the source of ``keep``, and entries unused for long."""
     for mark in root.glob(f"*/*/{USED}"):
         entry = mark.parent
         try:
@@ -117,5 +117,5 @@ def remove_unused(root: Path, keep: Path) -> None:
             with open(mark, "a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(entry)
-        except OSError:  # another process reads it, or removes it too
+        except OSError:  # another process reads it, or is removing it too
             continue

@@ -1,9 +1,9 @@
-"""The embedded data set of texts with labels: is the number that these English words say even or odd?
+"""Built-in text classification data set: is a number written in English words even or odd?
 
 number words -> "nine hundred and eighty-four" -> even
 
-A small but real classification task that needs no download: one word of up to ten decides, and which one that is takes
-attention to its place ("sixty thousand and one" is odd, "one thousand and sixty" is even).
+A small but real classification task that needs no download: one of up to ten words decides, and finding it requires
+attention to position ("sixty thousand and one" is odd, "one thousand and sixty" is even).
 """
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -14,13 +14,13 @@ FEATURES = Features({"number": Value("int64"), "text": Value("string"), "label":
 
 
 def number_parity(seed: int = 0, train: int = 5_000, validation: int = 500, test: int = 1_000) -> DatasetDict:
-    """The numbers of `number_words`, with their parity.
+    """Return the numbers of `number_words` with their parity.
 
     Args:
         seed, train, validation, test: see `number_words`.
 
     Returns:
-        splits "train", "validation" and "test" with ``number``, ``text`` (English words) and ``label`` (even, odd).
+        Splits "train", "validation" and "test" with ``number``, ``text`` (English words) and ``label`` (even, odd).
     """
     splits = DatasetDict()
     for name, rows in number_words(seed, train, validation, test).items():

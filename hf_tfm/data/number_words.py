@@ -1,9 +1,10 @@
-"""The embedded data set: English number words and their German, "twenty-one" -> "einundzwanzig".
+"""Built-in translation data set: English number words and their German translation, "twenty-one" -> "einundzwanzig".
 
     seed -> numbers drawn without replacement -> shuffle -> train | validation | test -> words of both languages
 
-A small but real translation task that needs no download: tens and units change places, words merge into one.
-The words are num2words'. Numbers drawn below 100 are training rows: their words make up all others.
+A small but real translation task that needs no download: tens and units swap places, and words merge into one. The
+words come from num2words. Numbers below 100 are assigned to the training split first: all other numbers are composed
+of their words.
 """
 
 from functools import cache
@@ -12,8 +13,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Translation, Value
 from num2words import num2words
 
-# Below a million, German writes a number as one lower-case word. Zero is left out: its word occurs in no other number,
-# and one row among thousands does not teach it.
+# Below a million, German writes a number as one lower-case word. Zero is excluded: its word occurs in no other number,
+# so it could not be learned from one row among thousands.
 LARGEST = 999_999
 FEATURES = Features({"number": Value("int64"), "translation": Translation(languages=["en", "de"])})
 
@@ -26,15 +27,16 @@ def _spell(number: int, language: str) -> str:
 
 
 def spell(number: int) -> dict[str, str]:
-    """The words of a number: ``{"en": ..., "de": ...}``, in num2words' British English and in German.
+    """Return the words of a number, ``{"en": ..., "de": ...}``, in num2words' British English and in German.
 
-    Thousands and rest are spelled apart and remembered, which makes a data set 10 times faster than num2words alone.
+    Thousands and remainder are spelled separately and cached, which is 10 times faster for a data set than num2words
+    alone.
 
     Args:
         number: 1 to 999,999.
 
     Raises:
-        ValueError: the number is outside this range.
+        ValueError: if the number is outside this range.
     """
     if not 1 <= number <= LARGEST:
         raise ValueError(f"number must be in [1, {LARGEST}], got {number}")
@@ -50,20 +52,20 @@ def spell(number: int) -> dict[str, str]:
 
 
 def draw_numbers(seed: int, count: int) -> np.ndarray:
-    """Draw numbers without replacement, every order of magnitude about as likely as the next.
+    """Draw numbers without replacement, with every order of magnitude about equally likely.
 
-    A number n is drawn with weight 1 / n: the ``count`` smallest of E * n are taken, E exponential (Efraimidis and
-    Spirakis 2006, doi:10.1016/j.ipl.2005.11.003). Of 6,500 drawn this way all 99 below 100 are there, and 800 below
-    1,000, where as many uniform draws would have 7.
+    A number n is drawn with weight 1 / n by taking the ``count`` smallest values of E * n, E exponential (Efraimidis
+    and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003). 6,500 numbers drawn this way include all 99 below 100 and 800
+    below 1,000; a uniform draw would include 7 below 1,000.
 
     Args:
-        seed: 0 to 2^32 - 1; a seed gives the same numbers on every machine.
+        seed: 0 to 2^32 - 1; gives the same numbers on every machine.
         count: at most 999,999.
 
     Returns:
-        (count,) int64; first those below 100, then the others, both in random order.
+        (count,) int64; numbers below 100 first, then the others, both in random order.
     """
-    # numpy keeps the stream of this generator frozen between versions, which it does not promise for default_rng.
+    # NumPy guarantees a stable stream across versions for this legacy generator, but not for default_rng.
     random = np.random.RandomState(seed)
     numbers = np.arange(1, LARGEST + 1)
     keys = random.standard_exponential(LARGEST) * numbers
@@ -72,20 +74,20 @@ def draw_numbers(seed: int, count: int) -> np.ndarray:
 
 
 def number_words(seed: int = 0, train: int = 5_000, validation: int = 500, test: int = 1_000) -> DatasetDict:
-    """Generate the data set; no number stands in two splits.
+    """Generate the data set; the splits are disjoint.
 
     Args:
-        seed: 0 to 2^32 - 1; draws and splits the numbers.
+        seed: 0 to 2^32 - 1; determines the numbers and their split.
         train: rows of the training split.
         validation: rows of the validation split.
         test: rows of the test split.
 
     Returns:
-        splits "train", "validation" and "test" with the columns ``number`` (int64) and ``translation``
-        ({"en": words, "de": words}).
+        Splits "train", "validation" and "test" with the columns ``number`` (int64) and ``translation`` ({"en": words,
+        "de": words}).
 
     Raises:
-        ValueError: a size or the seed is out of range, or there are more rows than the 999,999 numbers.
+        ValueError: if a size or the seed is out of range, or more than 999,999 rows are requested.
     """
     sizes = {"train": train, "validation": validation, "test": test}
     for name, size in sizes.items():

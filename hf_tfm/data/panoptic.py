@@ -1,9 +1,9 @@
-"""Panoptic segmentation from any data set: every pixel belongs to a segment, and a segment to a category.
+"""Panoptic segmentation from any data set: every pixel belongs to a segment, and every segment to a category.
 
     image, panoptic, segments_info + categories by COCO's ids -> `panoptic_rows` -> (h, w) segment ids
 
-A panoptic map is a PNG whose colours are segment ids, id = R + 256 G + 65536 B; 0 belongs to none (Kirillov et al.
-2019, arXiv:1801.00868, and COCO's format).
+A panoptic map is a PNG whose colours encode segment ids, id = R + 256 G + 65536 B; 0 is void (Kirillov et al. 2019,
+arXiv:1801.00868, and COCO's format).
 """
 
 import logging
@@ -33,7 +33,7 @@ CATEGORIES_FILE = "panoptic_categories.json"
 
 @dataclass(frozen=True)
 class Category:
-    """A category as COCO's JSON has it; a thing can be counted, stuff cannot."""
+    """A category as in COCO's JSON; things are countable, stuff is not."""
 
     id: int
     name: str
@@ -41,14 +41,14 @@ class Category:
 
 
 def read_categories(entries: Any, source: str) -> list[Category]:
-    """Categories of a JSON file, in order of their ids.
+    """Parse the categories of a JSON file, sorted by id.
 
     Args:
         entries: list of {id, name, isthing}.
-        source: what errors call the file.
+        source: name of the file in error messages.
 
     Raises:
-        ValueError: a field is missing or of the wrong kind, or two categories have the same id or name.
+        ValueError: if a field is missing or has the wrong type, or two categories share an id or a name.
     """
     if not isinstance(entries, list):
         raise ValueError(f"{source} must hold a list of categories with id, name and isthing, got {shown(entries)}")
@@ -61,15 +61,15 @@ def read_categories(entries: Any, source: str) -> list[Category]:
 
 
 def panoptic_categories(dataset: str, revision: str | None = None) -> list[Category]:
-    """The categories of a data set's panoptic maps.
+    """Load the categories of a data set's panoptic maps.
 
     Args:
-        dataset: as for `load_splits`. Categories are those of COCO's annotations/panoptic_*.json, or of a file
-            panoptic_categories.json beside the data: a list of {id, name, isthing}.
+        dataset: as for `load_splits`. Categories are read from COCO's annotations/panoptic_*.json, or from a file
+            panoptic_categories.json next to the data: a list of {id, name, isthing}.
         revision: commit, tag or branch on the Hub.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: if there is no such file.
     """
     if dataset in EMBEDDED:
         from . import digit_scenes
@@ -96,7 +96,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
 
 
 def listed(content: Any) -> Any:
-    """The categories of the content of a file of COCO's; None where it has none."""
+    """Return the categories in the content of a COCO file; None if it has none."""
     return content.get("categories") if isinstance(content, dict) else None
 
 
@@ -108,16 +108,16 @@ def panoptic_rows(
     segments_column: str = SEGMENTS,
     roots: Sequence[str] | None = None,
 ) -> datasets.Dataset:
-    """Rows with ``panoptic`` and ``segments_info``; images without a map are left out, and counted in the log.
+    """Return rows with ``panoptic`` and ``segments_info``; images without a map are dropped and counted in the log.
 
     Args:
-        rows: a `datasets` split; segments have ``category_id``, as the categories have it.
+        rows: a `datasets` split; the ``category_id`` of segments refers to the ids of ``categories``.
         categories: see `panoptic_categories`; their order becomes 0..N-1.
         roots: see `image_rows`.
 
     Raises:
-        ValueError: the rows are none or a stream, a column or field is missing, a category is unknown, or the id of a
-            segment is out of range or that of another one of the same image.
+        ValueError: if there are no rows or the rows are a stream, a column or field is missing, a category is unknown,
+            or a segment id is out of range or repeated within an image.
     """
     for name, argument in ((panoptic_column, "panoptic_column"), (segments_column, "segments_column")):
         if name not in rows.features:
@@ -163,13 +163,13 @@ def panoptic_rows(
 
 
 def check_segment_ids(segment_ids: np.ndarray, image_ids: np.ndarray, column: str) -> None:
-    """Refuse segments whose ids no colour stands for, or that share one.
+    """Raise if a segment id cannot be encoded as a colour, or occurs twice in an image.
 
     Args:
         segment_ids, image_ids: (M,) of each segment.
 
     Raises:
-        ValueError: it names the image and the id.
+        ValueError: if so; the message names the image and the id.
     """
     if (odd := (segment_ids < 1) | (segment_ids > LARGEST_SEGMENT)).any():
         k = int(odd.argmax())
@@ -183,10 +183,10 @@ def check_segment_ids(segment_ids: np.ndarray, image_ids: np.ndarray, column: st
 
 
 def decode_segments(value: Any) -> np.ndarray:
-    """The segment ids of a panoptic PNG, int32 (h, w).
+    """Decode a panoptic PNG to segment ids, int32 (h, w).
 
     Raises:
-        BadImage: it cannot be read.
+        BadImage: if it cannot be read.
     """
     colours = decode(value).permute(1, 2, 0).numpy()
     numbers = np.zeros((*colours.shape[:2], 4), np.uint8)

@@ -1,4 +1,4 @@
-"""Builders of `datasets` with a reader of our own: the same files with the same options as another builder's."""
+"""Base of `datasets` builders with a custom reader, which take over the files and options of the original builder."""
 
 from dataclasses import fields
 from typing import Any
@@ -9,22 +9,22 @@ COMMON = {"name", "version", "data_dir", "data_files", "description", "features"
 
 
 def stated_options(builder: datasets.DatasetBuilder) -> dict[str, Any]:
-    """The options of a builder that differ from the default and are not `COMMON`."""
+    """Return the options of a builder that differ from the default and are not in `COMMON`."""
     usual = type(builder).BUILDER_CONFIG_CLASS()
     stated = {f.name: getattr(builder.config, f.name) for f in fields(usual) if f.name not in COMMON}
     return {name: value for name, value in stated.items() if value != getattr(usual, name)}
 
 
 class Rebuilt:
-    """Beside a builder of `datasets`, as the other base of a builder with another reader."""
+    """Mixin for a `datasets` builder with a custom reader."""
 
     @classmethod
     def like(cls, builder: datasets.DatasetBuilder, **options: Any) -> Any:
-        """The same files with the same options as another builder's.
+        """Create a builder with the same files and options as another one.
 
         Args:
-            builder: of the class that this one reads instead of.
-            options: others of the builder, such as ``hash`` and ``cache_dir``.
+            builder: instance of the builder class that this one replaces.
+            options: further builder options, such as ``hash`` and ``cache_dir``.
         """
         return cls(
             dataset_name=builder.dataset_name,

@@ -1,4 +1,4 @@
-"""Outlines of objects as COCO's compressed run lengths: ``{"size": [height, width], "counts": text}``.
+"""Segmentation masks as COCO's compressed run lengths: ``{"size": [height, width], "counts": text}``.
 
 polygons | counts as numbers | counts as text -> text of a few hundred bytes -> (n, h, w) bool
 """
@@ -13,23 +13,23 @@ from datasets import List, Value
 from faster_coco_eval.core import mask as coco_mask
 
 FEATURE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
-MAX_SIDE = 1_000_000  # pixels that an annotation may state as the height or width of an image
-# Pixels along all edges of an outline. Points are laid on every edge, 80 bytes a pixel, before they are cut off at the
-# image; outlines of COCO have up to 7,000.
+MAX_SIDE = 1_000_000  # maximum height or width in pixels that an annotation may state for an image
+# Maximum total edge length of an outline in pixels. Points are sampled along all edges, 80 bytes per pixel, before
+# clipping to the image; COCO's outlines have up to 7,000.
 MAX_EDGES = 1_000_000
 ARROW_TYPE = pa.struct({"size": pa.list_(pa.int32(), 2), "counts": pa.string()})
 
 
 def run_lengths(outline: Any, height: int, width: int) -> dict[str, Any] | None:
-    """An outline in any of COCO's forms -> run lengths; None where there is no outline.
+    """Convert an outline in any COCO format to run lengths; None if there is no outline.
 
     Args:
-        outline: polygons [[x, y, x, y, ...], ...], one polygon, or a dict of ``size`` and ``counts``, numbers or text.
-            What lies outside the image is cut off.
-        height, width: of the image, in pixels.
+        outline: polygons [[x, y, x, y, ...], ...], a single polygon, or a dict of ``size`` and ``counts`` (numbers or
+            text). Parts outside the image are clipped.
+        height, width: size of the image in pixels.
 
     Raises:
-        ValueError: it has another form, or is of an image of another size.
+        ValueError: if the outline has another form, or belongs to an image of another size.
     """
     if outline is None or (isinstance(outline, str | Sequence) and not len(outline)):
         return None
@@ -40,10 +40,10 @@ def run_lengths(outline: Any, height: int, width: int) -> dict[str, Any] | None:
 
 
 def packed_counts(outline: Mapping[str, Any], height: int, width: int) -> str:
-    """The compressed counts of run lengths.
+    """Return the compressed counts of run lengths.
 
     Raises:
-        ValueError: a field is missing or malformed, or they are of an image of another size.
+        ValueError: if a field is missing or malformed, or the image has another size.
     """
     size, counts = outline.get("size"), outline.get("counts")
     if not isinstance(size, Sequence) or list(size) != [height, width]:
@@ -58,10 +58,10 @@ def packed_counts(outline: Mapping[str, Any], height: int, width: int) -> str:
 
 
 def check_counts(counts: Sequence[int] | np.ndarray, height: int, width: int) -> None:
-    """Refuse runs that are negative, or do not make up an image.
+    """Raise if a run is negative or the runs do not sum to the number of pixels.
 
     Raises:
-        ValueError: they do not.
+        ValueError: if so.
     """
     if len(counts) and min(counts) < 0:
         raise ValueError(f"segmentation has a run of {min(counts)} pixels")
@@ -70,10 +70,12 @@ def check_counts(counts: Sequence[int] | np.ndarray, height: int, width: int) ->
 
 
 def unpacked(counts: str | bytes) -> np.ndarray:
-    """Compressed counts as numbers, int64: of five bits a letter, and from the fourth on less the last but one.
+    """Decode compressed counts to int64.
+
+    A character holds five bits. From the fourth count on, the difference to the count two places before is stored.
 
     Raises:
-        ValueError: it is other text.
+        ValueError: if the text is not valid compressed counts.
     """
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
     letters = np.frombuffer(data, np.uint8).astype(np.int64) - 48
@@ -82,22 +84,22 @@ def unpacked(counts: str | bytes) -> np.ndarray:
     ends = np.flatnonzero(letters & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     sizes = ends - starts + 1
-    if sizes.max() > 7:  # of 32 bits
+    if sizes.max() > 7:  # numbers have 32 bits
         raise ValueError("segmentation has counts that are no compressed run lengths")
     places = np.arange(letters.size) - np.repeat(starts, sizes)
     found = np.add.reduceat((letters & 31) << (5 * places), starts)
-    found -= np.where(letters[ends] & 16 > 0, 1 << (5 * sizes), 0)  # of the last letter, a bit is the sign
-    for first in (1, 2):  # the first three are not relative, so that 3, 5, ... add up from 1, and 4, 6, ... from 2
+    found -= np.where(letters[ends] & 16 > 0, 1 << (5 * sizes), 0)  # bit 4 of the last character is the sign
+    for first in (1, 2):  # the first three are absolute: 3, 5, ... accumulate from 1, and 4, 6, ... from 2
         found[first::2] = np.cumsum(found[first::2])
     return found
 
 
 def polygons(outline: Any) -> list[list[float]]:
-    """One polygon or several as a list of several.
+    """Return one polygon or several as a list of polygons.
 
     Raises:
-        ValueError: one has fewer than three corners, or a coordinate without its other or that is no finite number, or
-            their edges are longer than `MAX_EDGES` together.
+        ValueError: if a polygon has fewer than three corners, an odd number of coordinates or a non-finite one, or the
+            total edge length exceeds `MAX_EDGES`.
     """
     if not isinstance(outline, Sequence) or isinstance(outline, str | bytes):
         raise ValueError(f"segmentation must be polygons or run lengths, got {type(outline).__name__}")
@@ -121,21 +123,21 @@ def polygons(outline: Any) -> list[list[float]]:
 
 
 def text(counts: str | bytes) -> str:
-    """Compressed counts as text; some tools keep them as bytes."""
+    """Return compressed counts as str; some tools store them as bytes."""
     return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """(h, w) bool -> run lengths."""
+    """Encode a mask (h, w) bool as run lengths."""
     packed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": text(packed["counts"])}
 
 
 def decode(outlines: Sequence[Mapping[str, Any]], height: int, width: int) -> np.ndarray:
-    """Run lengths of n objects of an image -> (n, h, w) bool.
+    """Decode the run lengths of n objects of an image to (n, h, w) bool.
 
     Raises:
-        ValueError: one is of an image of another size.
+        ValueError: if one belongs to an image of another size.
     """
     masks = np.zeros((len(outlines), height, width), bool)
     for mask, outline in zip(masks, outlines, strict=True):

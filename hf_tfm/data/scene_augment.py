@@ -1,9 +1,9 @@
-"""Random changes of training scenes: those of DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4).
+"""Augmentation of training scenes as in DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4).
 
     scene -> crop -> flip -> resize to a scale, or into its step's canvas -> colour jitter
 
-What happens to a scene is a pure function of (seed, epoch, row), and its shape is known from its size alone, before it
-is read: so `ShapeSampler` can bring scenes of the same shape together.
+The augmentation of a scene is a pure function of (seed, epoch, row), and the resulting shape follows from the image
+size alone, before the image is read, so `ShapeSampler` can batch scenes of similar shape.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from torchvision.transforms import InterpolationMode, v2
 from ..values import check_bounds, conform_fields
 from .scenes import Scene
 
-# The chances of a scene, uniform in [0, 1): what each decides.
+# The random numbers of a scene, uniform in [0, 1), by the decision they determine.
 FLIP, CROP, CROP_SCALE, CROP_HEIGHT, CROP_WIDTH, TOP, LEFT, SCALE = range(8)
 CHANCES = 8
 
 
 def chances(seed: int, epoch: int, first: int, count: int = 1) -> np.ndarray:
-    """The chances of rows ``first`` to ``first + count``, (count, 8); of each row the same whatever the others are."""
+    """Return the random numbers of ``count`` rows from ``first`` on, (count, 8); they depend on the row alone."""
     bits = np.random.PCG64(np.random.SeedSequence((seed, epoch), spawn_key=(CHANCES,)))
     bits.advance(first * CHANCES)
     return np.random.Generator(bits).random((count, CHANCES))
 
 
 def scaled(sizes: np.ndarray, shortest: np.ndarray | int, longest: int) -> np.ndarray:
-    """Sizes with a given shortest side, and a longest of at most ``longest``, as `DetrImageProcessor` rounds them.
+    """Scale sizes to a shortest side, with the longest side at most ``longest``, rounded as in `DetrImageProcessor`.
 
-    No side is below one pixel, where the processor of a long and thin image fails.
+    No side is smaller than one pixel, where that processor fails on long, thin images.
 
     Args:
         sizes: (N, 2) height and width.
@@ -44,14 +44,14 @@ def scaled(sizes: np.ndarray, shortest: np.ndarray | int, longest: int) -> np.nd
     short = np.where(limited, np.round(exact), shortest).astype(np.int64)
     long = (exact * large / small).astype(np.int64)
     wide = sizes[:, 1] >= sizes[:, 0]
-    # What has the right shortest side already keeps its size, even where the longest is above its limit by a rounding.
+    # A size that already has the right shortest side is kept, even if rounding puts its longest side above the limit.
     keep = small == short
     found = np.stack([np.where(wide, short, long), np.where(wide, long, short)], axis=1)
     return np.where(keep[:, None], sizes, np.maximum(found, 1)).astype(np.int64)
 
 
 def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """The largest size of the same shape on a canvas, both height and width."""
+    """Return the largest size (height, width) with the same aspect ratio that fits a canvas."""
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
     height, width = (max(1, min(round(side * scale), limit)) for side, limit in zip(size, canvas, strict=True))
     return height, width
@@ -59,23 +59,24 @@ def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneAugmentation:
-    """How training scenes are changed. The defaults are the paper's, for images of COCO.
+    """Augmentation of training scenes. The defaults are the paper's, for COCO images.
 
-    The crop is that of an image resized to one of ``crop_scales``, with sides of ``crop_size`` pixels; since it is cut
-    from the original, which is then resized once, the numbers fit images of any size. The authors' code resizes twice.
+    The crop is defined on the image resized to one of ``crop_scales``, with sides of ``crop_size`` pixels. It is cut
+    from the original image, which is then resized once, so the same numbers suit images of any size. The authors' code
+    resizes twice.
 
     Args:
-        scales: pixels of the shortest side, one of which is drawn.
-        max_size: limit of the longest side.
+        scales: candidate lengths of the shortest side in pixels, one of which is drawn.
+        max_size: maximum length of the longest side in pixels.
         crop: probability of a crop.
-        crop_scales: pixels of the shortest side before a crop, one of which is drawn.
-        crop_size: least and largest height and width of a crop, in pixels.
-        flip: probability of mirroring left and right.
-        vertical_flip: probability of mirroring top and bottom; 0, the paper's, is for scenes that have an up and down.
-        color_jitter: largest relative change of brightness, contrast and saturation; 0, the paper's, turns it off.
+        crop_scales: candidate lengths of the shortest side before a crop in pixels, one of which is drawn.
+        crop_size: minimum and maximum height and width of a crop in pixels.
+        flip: probability of a horizontal flip.
+        vertical_flip: probability of a vertical flip; 0, as in the paper, suits scenes with an up and down.
+        color_jitter: maximum relative change of brightness, contrast and saturation; 0, as in the paper, disables it.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     scales: tuple[int, ...] = tuple(range(480, 801, 32))
@@ -103,16 +104,16 @@ class SceneAugmentation:
         check_bounds("color_jitter", self.color_jitter, 0, 1.0)
 
     def crops(self, sizes: np.ndarray, chances: np.ndarray) -> np.ndarray:
-        """Which part of each image is taken; the whole image where none is.
+        """Return the crop of each image; the whole image if it is not cropped.
 
         Args:
             sizes: (N, 2) height and width.
-            chances: (N, 8).
+            chances: (N, 8) random numbers.
 
         Returns:
             (N, 4) int64 top, left, height, width.
         """
-        resized = pick(self.crop_scales, chances[:, CROP_SCALE]) / sizes.min(axis=1)  # how much larger, (N,)
+        resized = pick(self.crop_scales, chances[:, CROP_SCALE]) / sizes.min(axis=1)  # scale factor, (N,)
         low, high = (np.minimum(side, resized[:, None] * sizes) for side in self.crop_size)
         drawn = low + chances[:, [CROP_HEIGHT, CROP_WIDTH]] * (high - low)
         inside = np.clip(np.round(drawn / resized[:, None]), 1, sizes).astype(np.int64)
@@ -127,12 +128,13 @@ class SceneAugmentation:
         canvas: tuple[int, int] | None = None,
         interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     ) -> Scene:
-        """Change a scene.
+        """Augment a scene.
 
         Args:
-            chances: (8,); the colour jitter draws from torch's CPU generator.
-            canvas: height and width that the scene is to fill as far as its shape allows; default, a scale of its own.
-            interpolation: of the image.
+            chances: (8,) random numbers; colour jitter draws from torch's CPU generator.
+            canvas: height and width that the scene is fitted into, keeping its aspect ratio; default: a scale drawn
+                for this scene.
+            interpolation: interpolation of the image.
         """
         part = self.crops(np.array([scene.size]), chances[None])[0].tolist()
         if (part[2], part[3]) != scene.size:
@@ -140,7 +142,7 @@ class SceneAugmentation:
         chance, flipped = chances[FLIP], chances[FLIP] < self.flip
         if flipped:
             scene = scene.flip()
-        # What is left of that chance is uniform again, and says nothing of how it fell.
+        # Given the outcome of the first flip, the rescaled random number is again uniform and independent of it.
         if (chance / self.flip if flipped else (chance - self.flip) / (1 - self.flip)) < self.vertical_flip:
             scene = scene.flip(vertical=True)
         if canvas is None:
@@ -156,5 +158,5 @@ class SceneAugmentation:
 
 
 def pick(values: tuple[int, ...], chance: np.ndarray) -> np.ndarray:
-    """One of some values, by chances in [0, 1)."""
+    """Pick one of ``values`` by a random number in [0, 1)."""
     return np.asarray(values)[np.floor(chance * len(values)).astype(np.int64)]

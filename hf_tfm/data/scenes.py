@@ -1,4 +1,4 @@
-"""A scene: a decoded image with its objects, which are cut, mirrored and resized with it.
+"""Scenes: decoded images with their objects, which are cropped, flipped and resized together.
 
     row of `scene_rows` or `panoptic_rows` -> `read_scene` -> crop | flip | resize -> boxes, masks and areas follow
 
@@ -26,22 +26,22 @@ from .detection import OBJECTS, SEGMENTS
 from .images import IMAGE, BadImage, decode, require_readable
 from .panoptic import PANOPTIC, decode_segments
 
-THINNEST = 1.0  # pixels; the authors' code keeps any sliver that a crop leaves of a box
+THINNEST = 1.0  # pixels; the authors' code keeps any sliver of a box that a crop leaves
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is in it.
+    """An image with its objects.
 
     Args:
         image: uint8 (3, h, w).
         boxes: (n, 4) float32, left, top, right, bottom in pixels.
-        labels: (n,) int64, categories as the rows have them.
+        labels: (n,) int64, categories as in the rows.
         area: (n,) float32, pixels.
         iscrowd: (n,) bool.
-        masks: (n, h, w) bool; or with ``ids`` one map, (1, h, w) uint8 or int32, so that a crop or a resize costs the
-            same for any number of segments; None without masks.
-        ids: (n,) the numbers of the objects in the map, from 1 on; 0 belongs to none.
+        masks: (n, h, w) bool; with ``ids``, a single map (1, h, w) uint8 or int32, so that the cost of a crop or
+            resize does not depend on the number of segments; None without masks.
+        ids: (n,) numbers of the objects in the map, starting at 1; 0 is void.
     """
 
     image: ImageTensor
@@ -54,15 +54,17 @@ class Scene:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Return height and width in pixels."""
         height, width = self.image.shape[-2:]
         return height, width
 
     def object_masks(self, canvas: tuple[int, int] | None = None) -> Tensor:
-        """A mask for each object, (n, h, w) bool, or (n, H, W) on a larger canvas, False below and to the right.
+        """Return one mask per object, (n, h, w) bool, or (n, H, W) on a larger canvas.
+
+        The canvas is padded with False at the bottom and on the right.
 
         Raises:
-            ValueError: the scene was read without masks.
+            ValueError: if the scene was read without masks.
         """
         if self.masks is None:
             raise ValueError("the scene was read without masks")
@@ -71,14 +73,14 @@ class Scene:
         return masks if self.ids is None else masks == self.ids[:, None, None].to(masks.dtype)
 
     def seen(self) -> Tensor:
-        """Which objects have a pixel in their mask, (n,) bool."""
+        """Return which objects have a pixel in their mask, (n,) bool."""
         masks = self.masks.as_subclass(Tensor)
         if self.ids is None:
             return masks.flatten(1).any(dim=1)
         return torch.bincount(masks.flatten(), minlength=256)[self.ids.long()] > 0
 
     def keep(self, which: Tensor) -> "Scene":
-        """The scene with some of its objects; ``which`` (n,) bool."""
+        """Return the scene with a subset of its objects; ``which`` (n,) bool."""
         if which.all():
             return self
         own_masks = self.masks is not None and self.ids is None
@@ -93,9 +95,10 @@ class Scene:
         )
 
     def crop(self, top: int, left: int, height: int, width: int) -> "Scene":
-        """A part of the image; of objects what is in it.
+        """Crop the image and its objects.
 
-        An object's area shrinks as its box does; one of which less than a pixel is left, or none of its mask, goes.
+        An object's area shrinks in proportion to its box. Objects of which less than a pixel, or no mask pixel, is
+        left are removed.
         """
         place = (top, left, height, width)
         boxes = functional.clamp_bounding_boxes(functional.crop(self.boxes, *place))
@@ -111,7 +114,7 @@ class Scene:
         return scene.keep(left_over)
 
     def flip(self, vertical: bool = False) -> "Scene":
-        """Mirrored left and right, or top and bottom."""
+        """Flip horizontally, or vertically."""
         mirror = functional.vertical_flip if vertical else functional.horizontal_flip
         masks = None if self.masks is None else mirror(self.masks)
         return replace(self, image=mirror(self.image), boxes=mirror(self.boxes), masks=masks)
@@ -119,7 +122,7 @@ class Scene:
     def resize(
         self, height: int, width: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR
     ) -> "Scene":
-        """The scene of another size; masks take the nearest pixel."""
+        """Resize the scene; masks use the nearest pixel."""
         if (height, width) == self.size:
             return self
         scale = height * width / (self.size[0] * self.size[1])
@@ -133,27 +136,27 @@ class Scene:
 
 
 def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:
-    """(k, h, w) bool, uint8 or int32 -> (k, height, width) of the same type, by the pixel whose centre is nearest.
+    """Resize (k, h, w) bool, uint8 or int32 to (k, height, width) of the same type, using the nearest pixel centre.
 
-    `functional.resize` of a `Mask` has another rule, by which masks move against their image.
+    `functional.resize` of a `Mask` uses another rule, which shifts masks relative to their image.
     """
     numbers = masks.view(torch.uint8) if masks.dtype == torch.bool else masks
     return functional.resize_image(numbers, [height, width], InterpolationMode.NEAREST_EXACT).to(masks.dtype)
 
 
 def boxes_like(xyxy: Tensor, size: tuple[int, int]) -> BoundingBoxes:
-    """(n, 4) left, top, right, bottom as torchvision's boxes in an image of a size."""
+    """Convert (n, 4) left, top, right, bottom to torchvision boxes in an image of the given size."""
     return BoundingBoxes(xyxy.reshape(-1, 4), format="XYXY", canvas_size=size)
 
 
 def box_sizes(boxes: Tensor) -> Tensor:
-    """Left, top, right, bottom -> width and height, (n, 2)."""
+    """Return width and height, (n, 2), of boxes given as left, top, right, bottom."""
     corners = boxes.as_subclass(Tensor)
     return corners[:, 2:] - corners[:, :2]
 
 
 def empty_scene(size: tuple[int, int]) -> Scene:
-    """A black image, height x width, without objects; its masks are none of any."""
+    """Return a black image of height x width without objects or masks."""
     none = torch.zeros(0)
     return Scene(
         ImageTensor(torch.zeros(3, *size, dtype=torch.uint8)),
@@ -169,10 +172,10 @@ def read_scene(row: Mapping[str, Any], masks: bool = False) -> Scene:
     """Decode a row of `scene_rows` or `panoptic_rows`.
 
     Args:
-        masks: decode masks too; those of `panoptic_rows` are decoded in any case, for their boxes.
+        masks: also decode masks; those of `panoptic_rows` are always decoded, because their boxes come from the masks.
 
     Raises:
-        BadImage: image or panoptic map cannot be read, or have another size than the row says.
+        BadImage: if the image or panoptic map cannot be read, or its size differs from the one stated in the row.
     """
     image = decode(row[IMAGE])
     size = tuple(image.shape[-2:])
@@ -183,14 +186,14 @@ def read_scene(row: Mapping[str, Any], masks: bool = False) -> Scene:
 
 
 def require_scenes(rows: Mapping[str, datasets.Dataset], max_bad_images: int) -> None:
-    """Refuse, before a run, splits without an object to find or without a readable image; see `require_readable`.
+    """Raise before a run if a split has no object to find or no readable image; see `require_readable`.
 
     Args:
-        rows: of `scene_rows` or `panoptic_rows`, by the name of the split.
+        rows: {split name: rows of `scene_rows` or `panoptic_rows`}.
         max_bad_images: see `WatchedLoader`.
 
     Raises:
-        ValueError: it names the split, and counts its images and objects.
+        ValueError: if so; the message names the split and counts its images and objects.
     """
     for split, part in rows.items():
         found = FlatList.of(part, SEGMENTS if SEGMENTS in part.features else OBJECTS)
@@ -204,7 +207,7 @@ def require_scenes(rows: Mapping[str, datasets.Dataset], max_bad_images: int) ->
 
 
 def read_objects(row: Mapping[str, Any], image: Tensor, masks: bool) -> Scene:
-    """The scene of a row with ``objects``."""
+    """Build the scene of a row with ``objects``."""
     found = row[OBJECTS]
     boxes = torch.tensor([o["bbox"] for o in found], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -220,20 +223,21 @@ def read_objects(row: Mapping[str, Any], image: Tensor, masks: bool) -> Scene:
 
 
 def read_segments(row: Mapping[str, Any], image: Tensor) -> Scene:
-    """The scene of a row with ``panoptic`` and ``segments_info``; a segment without a pixel is left out.
+    """Build the scene of a row with ``panoptic`` and ``segments_info``; segments without a pixel are dropped.
 
-    Boxes hold their segments' last pixels, as those of objects do; the authors' code and transformers' image processor
-    end a pixel earlier, so that a segment one pixel wide has an empty box.
+    Boxes include the last pixel of their segment, like the boxes of objects. The authors' code and transformers' image
+    processor end one pixel earlier, so that a segment one pixel wide has an empty box.
     """
     ids = decode_segments(row[PANOPTIC])
     if ids.shape != image.shape[-2:]:
         have, want = tuple(ids.shape), tuple(image.shape[-2:])
         raise BadImage(f"its panoptic map has {have[0]} x {have[1]} pixels, the image {want[0]} x {want[1]}")
     stated = row[SEGMENTS]
-    table = np.zeros(2**24, np.uint8 if len(stated) < 256 else np.int32)  # from ids to numbers; mostly never touched
+    # Lookup table from id to number; most of its memory is never touched.
+    table = np.zeros(2**24, np.uint8 if len(stated) < 256 else np.int32)
     table[[s["id"] for s in stated]] = np.arange(1, len(stated) + 1)
     numbers = table[ids]
-    places = find_objects(numbers, len(stated))  # (rows, columns) of each, or None
+    places = find_objects(numbers, len(stated))  # (rows, columns) of each segment, or None
     found = [(k + 1, s, place) for k, (s, place) in enumerate(zip(stated, places, strict=True)) if place is not None]
     if not found:
         raise BadImage(f"none of its {len(stated)} segments is in its panoptic map, whose first pixel is {ids[0, 0]}")

@@ -1,9 +1,9 @@
-"""Steps of images of about the same shape, all on one canvas, so that little of a batch is padding.
+"""Steps of images of similar shape, all on one canvas, which minimises padding.
 
     sizes -> shape of each image in this epoch, after its crop -> neighbours in shape -> a scale and a canvas a step
 
-Which canvas a step has is decided here, and its images are made elsewhere, by workers that see a few of them: so a
-sample's number carries the canvas, see `number_with_canvas`.
+The canvas of a step is chosen here, but its images are prepared by workers that see only a few of them, so each sample
+number carries the canvas; see `number_with_canvas`.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from .batching import COPY, Steps, checked_counts, rng
 from .equal_batches import BatchSampler
 from .scene_augment import SceneAugmentation, chances, fitted, pick, scaled
 
-SIDE = 2**16  # above the largest height and width of a canvas
-POOL_STEPS = 50  # samples of so many steps, drawn at random, are sorted together
+SIDE = 2**16  # exclusive upper bound of the height and width of a canvas
+POOL_STEPS = 50  # number of steps whose samples, drawn at random, are sorted together
 
 
 def number_with_canvas(row: int, canvas: tuple[int, int]) -> int:
-    """A sample's number: row + COPY * (height * 2^16 + width); the number modulo `COPY` is the row, as everywhere."""
+    """Return row + COPY * (height * 2^16 + width); as everywhere, the number modulo `COPY` is the row."""
     return row + COPY * (canvas[0] * SIDE + canvas[1])
 
 
 def split_number(number: int) -> tuple[int, tuple[int, int] | None]:
-    """The row and the canvas of a sample's number; None where it carries none.
+    """Return the row and the canvas of a sample number; the canvas is None if the number carries none.
 
     Raises:
-        ValueError: it is the number of a copy, see `BatchSampler`.
+        ValueError: if it is the number of a copy, see `BatchSampler`.
     """
     place, row = divmod(number, COPY)
     height, width = divmod(place, SIDE)
@@ -37,20 +37,21 @@ def split_number(number: int) -> tuple[int, tuple[int, int] | None]:
 
 
 class ShapeSampler(BatchSampler):
-    """Steps of equally many scenes of about the same shape.
+    """Steps with an equal number of scenes of similar shape.
 
-    The order is a function of (seed, epoch), and of each scene of its size alone; ranks and micro-batches only cut it.
-    Every scene has every scale equally often, as in the paper; in a step, all have the same.
+    The order depends only on (seed, epoch) and the sizes of the scenes; ranks and micro-batches only split it. As in
+    the paper, every scene sees every scale equally often; all scenes of a step share one scale.
 
     Args:
         sizes: (N, 2) height and width of the images, see `scene_rows`.
-        batch_size: scenes of a step, over all ranks.
-        augmentation: of the training scenes; None keeps them as they are, in order of their shape, for evaluation.
-        seed: with the epoch, decides the order; the same as the task's.
-        drop_last: leave out the scenes, drawn at random, that do not fill a step.
+        batch_size: scenes per step, over all ranks.
+        augmentation: augmentation of the training scenes; None keeps scenes unchanged and sorted by shape, for
+            evaluation.
+        seed: determines the order, together with the epoch; must equal the task's seed.
+        drop_last: drop the randomly chosen scenes that do not fill a step.
 
     Raises:
-        ValueError: there are no samples, or an option is out of range.
+        ValueError: if there are no samples or an option is out of range.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ShapeSampler(BatchSampler):
         if sizes.ndim != 2 or sizes.shape[1] != 2:
             raise ValueError(f"sizes must have shape (N, 2), height and width of each image, got {sizes.shape}")
         super().__init__(len(sizes), batch_size, seed, shuffle=augmentation is not None, drop_last=drop_last)
-        self.sizes = np.maximum(sizes.astype(np.int64), 1)  # an image that cannot be read has none
+        self.sizes = np.maximum(sizes.astype(np.int64), 1)  # an unreadable image has size 0
         self.augmentation = augmentation
 
     def make_steps(self, epoch: int) -> Steps:
@@ -85,26 +86,27 @@ class ShapeSampler(BatchSampler):
         return [self.with_canvas(steps[i], shapes, int(shortest[i])) for i in random.permutation(len(steps)).tolist()]
 
     def with_canvas(self, step: Sequence[int], shapes: np.ndarray, shortest: int) -> list[int]:
-        """The numbers of a step's samples: all on the canvas that the largest need at a scale."""
+        """Return the sample numbers of a step: all on the smallest canvas that fits its scenes at the given scale."""
         canvas = scaled(shapes[step], shortest, self.augmentation.max_size).max(axis=0)
         return [number_with_canvas(int(row), (int(canvas[0]), int(canvas[1]))) for row in step]
 
 
 def by_shape(shapes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows from upright to wide; among equals as they come.
+    """Sort rows by aspect ratio, from tall to wide; the sort is stable.
 
     Args:
         shapes: (N, 2) height and width.
-        rows: (k,) some of them.
+        rows: (k,) row indices.
     """
     return rows[np.argsort(shapes[rows, 1] / shapes[rows, 0], kind="stable")]
 
 
 def padding_share(steps: Steps, sizes: np.ndarray, augmentation: SceneAugmentation, seed: int, epoch: int) -> float:
-    """Share of an epoch's pixels that are padding.
+    """Return the fraction of padding pixels in an epoch.
 
     Args:
-        steps: of any sampler; samples without a canvas have a scale each, and their step pads to the largest.
+        steps: steps of any sampler; samples without a canvas draw a scale each, and their step is padded to the
+            largest.
         sizes: (N, 2) height and width of the images.
         seed, epoch: of the steps.
     """

@@ -1,8 +1,8 @@
-"""Batches of a stream: samples are gathered into pools, and each pool is batched like a small data set.
+"""Batches of a stream: samples are collected into pools, and each pool is batched like a small data set.
 
     stream -> pools of samples -> one list of samples per optimizer step -> a part for each rank -> micro-batches
 
-Every rank reads the whole stream and keeps its part, so the samples of a step depend on the stream alone.
+Every rank reads the whole stream and keeps its part, so the samples of a step depend only on the stream.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +18,9 @@ class StreamLoader:
     """`StepLoader` for a stream.
 
     Args:
-        stream: examples; iterated again for every epoch.
+        stream: examples; iterated again in every epoch.
         measure: example -> lengths of its sides.
-        pool_samples: samples sorted and shuffled together.
+        pool_samples: number of samples that are sorted and shuffled together.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class StreamLoader:
         self.num_workers = min(1, num_workers)  # a second worker would read the same stream again
 
     def steps_per_epoch(self, epoch: int = 0) -> None:
-        """None: a stream does not tell its length."""
+        """Return None: the length of a stream is unknown."""
         return None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
-        """This rank's micro-batches of every step of an epoch, from step ``start`` on."""
+        """Yield this rank's micro-batches of every step of an epoch, starting at step ``start``."""
         steps = _StreamDataset(self, epoch, start)
         return iter(worker_loader(steps, num_workers=self.num_workers, pin_memory=self.pin_memory))
 
     def pools(self) -> Iterator[tuple[int, list[Example]]]:
-        """(index of the first sample, samples) of each pool."""
+        """Yield (index of the first sample, samples) of each pool."""
         pool: list[Example] = []
         first = 0
         for example in self.stream:
@@ -64,12 +64,12 @@ class StreamLoader:
             yield first, pool
 
     def sampler(self, pool: list[Example], seed: int) -> Sampler:
-        """How a pool is batched."""
+        """Return the sampler that batches a pool."""
         lengths = np.array([self.measure(example) for example in pool])
         return TokenBudgetSampler(lengths, self.max_tokens, seed)
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
-        """See `epoch`; earlier steps are read and left out, which costs reading but no collating."""
+        """See `epoch`; steps before ``start`` are read and skipped without collating."""
         number = 0
         for first, pool in self.pools():
             sampler = self.sampler(pool, int(rng(self.seed, first).integers(2**32)))

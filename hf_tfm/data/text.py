@@ -17,28 +17,28 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .csv_files import written
 from .source import describe_rows, show_progress_of
-from .source import gather as gather  # part of what recipes need of texts, like the next two
+from .source import gather as gather  # re-exported for the recipes, like the next two
 from .source import load_splits as load_splits
 from .source import take_split as take_split
 from .vocabulary import cut_words
 
 log = logging.getLogger(__name__)
 
-EXTRA_LENGTH = 50  # a translation ends at the source's length plus 50 tokens (Vaswani et al. 2017, section 6.1)
+EXTRA_LENGTH = 50  # a translation is at most the source length plus 50 tokens (Vaswani et al. 2017, section 6.1)
 
 PAD, BOS, EOS, UNK, MASK = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")  # ids 0 to 4
 
 
 def text_pairs(rows, source_column: str, target_column: str):
-    """Rows with the two texts alone, as ``source`` and ``target``; pairs with an empty side are left out.
+    """Return rows with only ``source`` and ``target`` texts; pairs with an empty side are dropped.
 
     Args:
         rows: a `datasets` split, streamed or not.
         source_column: a column, a dotted path into one, or a language in a column named "translation".
-        target_column: the same.
+        target_column: like ``source_column``.
 
     Raises:
-        ValueError: there are no rows, there is no such column, a value in it is not text, or all pairs have an empty
+        ValueError: if there are no rows, a column is missing, a value is not a string, or all pairs have an empty
             side.
     """
     first = next(iter(rows), None)
@@ -68,12 +68,12 @@ def text_pairs(rows, source_column: str, target_column: str):
 
 
 def column_path(row: Mapping, name: str, argument: str) -> list[str]:
-    """The keys that lead to a text of a row.
+    """Return the keys that lead to a text of a row.
 
     Raises:
-        ValueError: they lead nowhere; the error names the columns there are.
+        ValueError: if the column does not exist; the message lists the columns.
     """
-    # "translation" is `datasets`' own feature for text pairs: a column of languages.
+    # "translation" is the usual column of `datasets`' Translation feature: a dict of languages.
     for path in ([name], name.split("."), ["translation", name]):
         value = row
         for key in path:
@@ -86,7 +86,7 @@ def column_path(row: Mapping, name: str, argument: str) -> list[str]:
 
 
 def leaves(row: Mapping, prefix: str = "") -> list[str]:
-    """The columns of a row, as dotted paths."""
+    """Return the columns of a row as dotted paths."""
     names = []
     for key, value in row.items():
         names += leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
@@ -94,10 +94,10 @@ def leaves(row: Mapping, prefix: str = "") -> list[str]:
 
 
 def texts_at(batch: Mapping[str, list], indices: list[int], path: list[str]) -> list[str]:
-    """The texts of a batch of rows that ``path`` leads to.
+    """Return the texts at ``path`` in a batch of rows.
 
     Raises:
-        ValueError: one is not text; the error names the row.
+        ValueError: if a value is not a string; the message names the row.
     """
     values = batch[path[0]]
     for key in path[1:]:
@@ -109,7 +109,7 @@ def texts_at(batch: Mapping[str, list], indices: list[int], path: list[str]) -> 
 
 
 def fingerprint(rows: datasets.Dataset) -> str:
-    """A hash of the rows' content, the same wherever and however they are stored."""
+    """Return a hash of the rows' content, independent of how and where they are stored."""
     digest = hashlib.sha256()
     for batch in rows.select_columns(sorted(rows.column_names)).iter(1000):
         digest.update(repr(batch).encode())
@@ -117,30 +117,31 @@ def fingerprint(rows: datasets.Dataset) -> str:
 
 
 def describe(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`describe_rows` with the `fingerprint` of texts."""
+    """Call `describe_rows` with the `fingerprint` of texts."""
     return describe_rows(splits, fingerprint)
 
 
 def sentences(rows) -> Iterator[str]:
-    """All texts of both sides of text pairs."""
+    """Yield all texts of both sides of text pairs."""
     for batch in rows.iter(1000):
         yield from batch["source"]
         yield from batch["target"]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
-    """Train a joint byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes, so nothing is unknown.
+    """Train a joint byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) without unknown tokens.
 
     Args:
         texts: sentences of both sides.
-        vocab_size: tokens, the special ones and 256 bytes among them; fewer come of a small corpus.
-        lowercase: lower-case everything.
+        vocab_size: maximum vocabulary size, including special tokens and 256 bytes; a small corpus yields fewer
+            tokens.
+        lowercase: lower-case all text.
 
     Returns:
         A tokenizer that ends every sentence with ``</s>``.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the bytes.
+        ValueError: if ``vocab_size`` is too small for the bytes.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -150,7 +151,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
     tokenizer.normalizer = normalizers.Sequence(steps)
     words = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.pre_tokenizer = cut_words(words)
-    # Words carry their leading space; the first one's is not part of the text.
+    # Words carry their leading space, which is not part of the text for the first word.
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.train_from_iterator(
         texts,
@@ -179,12 +180,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
 
 
 def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
-    """``source`` and ``target`` texts -> ``input_ids`` and ``labels``, each with its end token.
+    """Tokenize ``source`` and ``target`` texts to ``input_ids`` and ``labels``, each with its end token.
 
-    Pairs with a side longer than ``max_length`` tokens are left out.
+    Pairs with a side longer than ``max_length`` tokens are dropped.
 
     Raises:
-        ValueError: all pairs are longer.
+        ValueError: if all pairs are longer.
     """
 
     def tokenize(batch: dict) -> dict:
@@ -198,7 +199,7 @@ def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
         return [max(len(source), len(target)) <= max_length for source, target in pairs]
 
     show_progress_of(rows)
-    # Said in words, it quiets the tokenizers library, which warns when a data loader forks after it used its threads.
+    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     kept = rows.map(tokenize, batched=True, remove_columns=["source", "target"]).filter(short, batched=True)
     if isinstance(rows, datasets.IterableDataset):
@@ -216,10 +217,10 @@ def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
 
 
 def pair_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """(N, 2) tokens of source and target."""
+    """Return the number of source and target tokens, (N, 2)."""
     return np.stack([pc.list_value_length(rows.data.column(c)).to_numpy() for c in ("input_ids", "labels")], axis=1)
 
 
 def pair_length(example: dict) -> tuple[int, int]:
-    """Tokens of source and target of one example."""
+    """Return the number of source and target tokens of one example."""
     return len(example["input_ids"]), len(example["labels"])

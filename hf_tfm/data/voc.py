@@ -1,8 +1,8 @@
-"""Pascal VOC's folders, as the columns `detection` reads.
+"""Pascal VOC folders, converted to the columns that `detection` reads.
 
     Annotations/<image>.xml + JPEGImages/<image>.jpg + ImageSets/Main/<split>.txt
 
-(Everingham et al. 2010, doi:10.1007/s11263-009-0275-4.) Images stay where they are; their paths are stored.
+(Everingham et al. 2010, doi:10.1007/s11263-009-0275-4.) Images stay where they are; only their paths are stored.
 """
 
 import os
@@ -22,29 +22,30 @@ from .run_lengths import MAX_SIDE
 
 SPLITS = {"train": "train", "val": "validation", "trainval": "trainval", "test": "test"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp", ".webp")
-FLAGGED = re.compile(r"(?P<name>.*\S)\s+(-1|0|1)")  # a line of the list of a class: 1 where an image has one
+FLAGGED = re.compile(r"(?P<name>.*\S)\s+(-1|0|1)")  # a line in the list of a single class; 1 if the image contains it
 
 
 def is_voc(folder: Path) -> bool:
-    """Whether a folder is one of Pascal VOC's kind."""
+    """Return whether a folder is in Pascal VOC format."""
     return (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()
 
 
 def load_voc(folder: Path) -> datasets.DatasetDict:
-    """Every split of a folder of VOC's kind; all images are "train" where ImageSets/Main has no lists.
+    """Load every split of a VOC folder; all images are "train" if ImageSets/Main has no lists.
 
-    Lists have a name a line, which may contain spaces, end in an extension, or be followed by 1, 0 or -1 as in the
-    lists of single classes; that number is not used.
+    Each line of a list names an image. The name may contain spaces, end in an extension, or be followed by 1, 0 or -1
+    as in the lists of single classes; that number is ignored.
 
-    Objects marked as difficult get ``iscrowd``: VOC's rules neither ask for them nor hold finding them against a
-    detector, and so it is with COCO's crowds.
+    Objects marked as difficult get ``iscrowd``: VOC neither requires them nor counts their detection as false
+    positives, which is how COCO treats crowds.
 
     Returns:
-        splits with ``image`` (a path), ``image_id``, ``width``, ``height`` and ``objects``. Categories are all that
-        occur in the folder, by the alphabet.
+        Splits with ``image`` (a path), ``image_id``, ``width``, ``height`` and ``objects``. Categories are all that
+        occur in the folder, in alphabetical order.
 
     Raises:
-        ValueError: an annotation is missing or not VOC's XML, a list has an image twice, or a path leaves the folder.
+        ValueError: if an annotation is missing or not VOC XML, a list contains an image twice, or a path leaves the
+            folder.
     """
     lists = {split: folder / "ImageSets" / "Main" / f"{split}.txt" for split in SPLITS}
     lists = {SPLITS[split]: file for split, file in lists.items() if file.is_file()}
@@ -72,7 +73,7 @@ def load_voc(folder: Path) -> datasets.DatasetDict:
     for split, chosen in stems.items():
         if not chosen:
             raise ValueError(f"{lists[split]} names no image")
-    # A changed XML file does not change the lists, so all of them decide whether to read again.
+    # A changed XML file does not change the lists, so the cache depends on all XML files as well.
     files = [*lists.values(), *every]
     splits = datasets.DatasetDict()
     for split, chosen in stems.items():
@@ -82,10 +83,10 @@ def load_voc(folder: Path) -> datasets.DatasetDict:
 
 
 def listed(file: Path, folder: Path) -> list[str]:
-    """The images of a list, as their annotations are called.
+    """Return the images of a list, by the names of their annotations.
 
     Raises:
-        ValueError: it cannot be read, names an image twice, or one outside the folder.
+        ValueError: if it cannot be read, contains an image twice, or names one outside the folder.
     """
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     stems = [stem_of(line, folder, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
@@ -95,7 +96,7 @@ def listed(file: Path, folder: Path) -> list[str]:
 
 
 def stem_of(line: str, folder: Path, source: str) -> str:
-    """Name of the annotation file that a line of a list refers to; the line itself if no such file exists."""
+    """Return the annotation name that a line of a list refers to; the line itself if no such file exists."""
     flagged = FLAGGED.fullmatch(line)
     for name in (line, flagged["name"] if flagged else line):
         stem, extension = os.path.splitext(name)
@@ -106,10 +107,10 @@ def stem_of(line: str, folder: Path, source: str) -> str:
 
 
 def parse(file: Path) -> ElementTree.Element:
-    """The root of an annotation.
+    """Return the root element of an annotation.
 
     Raises:
-        ValueError: it is missing or no XML.
+        ValueError: if the file is missing or not valid XML.
     """
     try:
         return ElementTree.fromstring(read_bytes(file))
@@ -118,10 +119,10 @@ def parse(file: Path) -> ElementTree.Element:
 
 
 def text(element: ElementTree.Element, path: str, file: Path) -> str:
-    """The text at a path of an annotation.
+    """Return the text at a path of an annotation.
 
     Raises:
-        ValueError: there is nothing.
+        ValueError: if it is missing or empty.
     """
     value = (element.findtext(path) or "").strip()
     if not value:
@@ -130,10 +131,10 @@ def text(element: ElementTree.Element, path: str, file: Path) -> str:
 
 
 def number(element: ElementTree.Element, path: str, file: Path) -> float:
-    """The number at a path of an annotation.
+    """Return the number at a path of an annotation.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is none.
     """
     value = text(element, path, file)
     try:
@@ -143,10 +144,10 @@ def number(element: ElementTree.Element, path: str, file: Path) -> float:
 
 
 def is_difficult(element: ElementTree.Element, file: Path) -> bool:
-    """Whether an object is marked as difficult.
+    """Return whether an object is marked as difficult.
 
     Raises:
-        ValueError: the mark is neither true nor false.
+        ValueError: if the mark is neither true nor false.
     """
     value = (element.findtext("difficult") or "0").strip()
     found = flag(value)
@@ -156,12 +157,12 @@ def is_difficult(element: ElementTree.Element, file: Path) -> bool:
 
 
 def object_names(file: Path) -> list[str]:
-    """The categories of an annotation's objects."""
+    """Return the category names of an annotation's objects."""
     return [text(found, "name", file) for found in parse(file).iter("object")]
 
 
 def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a split."""
+    """Yield the rows of a split."""
     root, places = Path(folder), {name: place for place, name in enumerate(names)}
     for row, stem in enumerate(stems):
         file = root / "Annotations" / f"{stem}.xml"
@@ -171,7 +172,7 @@ def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Itera
             left, top, right, bottom = (
                 number(found, f"bndbox/{edge}", file) for edge in ("xmin", "ymin", "xmax", "ymax")
             )
-            # VOC counts pixels from 1, and the last one belongs to the box.
+            # VOC counts pixels from 1, and the last pixel is part of the box.
             objects.append(
                 {
                     "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
@@ -189,10 +190,10 @@ def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Itera
 
 
 def picture(root: Path, stem: str, annotation: ElementTree.Element, file: Path) -> str:
-    """The image of an annotation: of its own name, or of the name that it states, in JPEGImages.
+    """Return the image path of an annotation: the image with the annotation's name, or the stated one, in JPEGImages.
 
     Raises:
-        ValueError: it states a name outside the folder.
+        ValueError: if the stated name is outside the folder.
     """
     stated = (annotation.findtext("filename") or f"{stem}.jpg").strip()
     stated = inside(root, stated, f"{file}, filename", root / "JPEGImages")
@@ -201,6 +202,6 @@ def picture(root: Path, stem: str, annotation: ElementTree.Element, file: Path) 
 
 
 def side(annotation: ElementTree.Element, path: str) -> int | None:
-    """A side of the image; None where there is none, or 0, as some tools write sizes they do not know."""
+    """Return the height or width of the image; None if missing or 0, which some tools write for unknown sizes."""
     value = as_int64((annotation.findtext(path) or "").strip())
     return value if value is not None and 1 <= value <= MAX_SIDE else None

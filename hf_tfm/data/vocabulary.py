@@ -1,4 +1,4 @@
-"""Vocabularies of encoders and decoders, learned from texts, and where words begin among their tokens.
+"""Vocabularies of encoders and decoders, trained on texts, and which of their tokens begin a word.
 
 WordPiece: words -> pieces, "playing" -> "play", "##ing" (Schuster and Nakajima 2012; Devlin et al. 2019, section 3.1)
 bytes: words with the space before them -> pieces of bytes (Radford et al. 2019, section 2.2)
@@ -21,28 +21,29 @@ from transformers import BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 log = logging.getLogger(__name__)
 
 WORDPIECE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
-CONTINUES = "##"  # begins a WordPiece token that goes on with a word
-FEW_LETTERS = 1000  # a WordPiece vocabulary has all letters of the texts if they are no more
-COVERAGE = 0.9995  # of the letters of texts with more, as SentencePiece's character_coverage; the rarest are unknown
-LONGEST_WORD = 100  # characters; BERT's tokenizer has longer words unknown, and learning from them takes for ever
-UNKNOWN_SHARE = 0.01  # of the tokens of texts, above which a vocabulary is said not to fit them
+CONTINUES = "##"  # prefix of a WordPiece token that continues a word
+FEW_LETTERS = 1000  # up to this number, a WordPiece vocabulary includes all characters of the texts
+COVERAGE = 0.9995  # character coverage beyond FEW_LETTERS, like SentencePiece's; the rarest characters are unknown
+LONGEST_WORD = 100  # characters; BERT's tokenizer maps longer words to [UNK], and training on them is extremely slow
+UNKNOWN_SHARE = 0.01  # fraction of unknown tokens above which a warning is logged
 BYTES_TOKENS = ("<|endoftext|>", "<|pad|>")  # ids 0 and 1
-BEGINS = ("Ġ", "▁")  # begin a token that begins a word, in byte-level BPE and in SentencePiece
+BEGINS = ("Ġ", "▁")  # prefixes of tokens that begin a word, in byte-level BPE and in SentencePiece
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
-    """Learn a WordPiece vocabulary; the same texts give the same.
+    """Train a WordPiece vocabulary; the result is deterministic.
 
     Args:
-        texts: of the corpus, read twice.
-        vocab_size: tokens, special ones and letters among them; fewer come of a small corpus.
-        lowercase: lower-case everything and strip accents, as BERT's "uncased" models.
+        texts: texts of the corpus, read twice.
+        vocab_size: maximum vocabulary size, including special tokens and single characters; a small corpus yields
+            fewer tokens.
+        lowercase: lower-case all text and strip accents, as in BERT's "uncased" models.
 
     Returns:
-        transformers' own tokenizer of BERT, so that a model trained with it also runs as a stock one.
+        transformers' own BERT tokenizer, so that a model trained with it also runs as a stock BERT.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for letters.
+        ValueError: if ``vocab_size`` leaves no room for characters.
     """
     if vocab_size <= len(WORDPIECE_TOKENS):
         raise ValueError(f"vocab_size must be above the {len(WORDPIECE_TOKENS)} special tokens, got {vocab_size}")
@@ -54,8 +55,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     learner.pre_tokenizer = cut_words(learner.pre_tokenizer)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        # Among pieces equally common the first number wins, and the library would number letters inside a word in no
-        # fixed order.
+        # Ties between equally frequent pieces are broken by id, and the library would number the characters inside
+        # words in no fixed order.
         special_tokens=[*WORDPIECE_TOKENS, *letters, *(CONTINUES + letter for letter in inside)],
         initial_alphabet=letters,
         limit_alphabet=len(letters),
@@ -67,11 +68,11 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
 
 
 def alphabet(texts: Iterable[str], learner: Tokenizer, room: int) -> tuple[list[str], list[str]]:
-    """The letters of a vocabulary, sorted; and those of them that occur inside a word, past its first letter.
+    """Return the sorted characters of a vocabulary, and those that occur inside a word, after its first character.
 
     Args:
-        learner: its normalizer and pre-tokenizer make words of texts.
-        room: pieces that there may be, letters that begin a word and letters inside one together.
+        learner: its normalizer and pre-tokenizer split texts into words.
+        room: maximum number of pieces, counting word-initial and word-internal characters separately.
     """
     counts: Counter[str] = Counter()
     words: set[str] = set()
@@ -105,19 +106,19 @@ def alphabet(texts: Iterable[str], learner: Tokenizer, room: int) -> tuple[list[
 
 
 def cut_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    """Words of at most `LONGEST_WORD` characters, for learning: its time grows with the square of a word's length."""
+    """Limit words to `LONGEST_WORD` characters for training, whose time grows quadratically with word length."""
     return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
 
 
 def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, samples: int = 1000) -> float | None:
-    """Print how many tokens of held-out texts are unknown, and warn where they are many.
+    """Print the fraction of unknown tokens in held-out texts, and warn if it is large.
 
     Args:
-        rows: with ``input_ids``.
-        samples: rows that are looked at.
+        rows: rows with ``input_ids``.
+        samples: number of rows examined.
 
     Returns:
-        The share of unknown tokens; None of a tokenizer that knows everything.
+        The fraction of unknown tokens; None if the tokenizer has no unknown token.
     """
     unknown, name = tokenizer.unk_token_id, tokenizer.name_or_path
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
@@ -137,18 +138,19 @@ def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, sam
 
 
 def train_bytes(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> GPT2Tokenizer:
-    """Learn a byte-pair encoding of bytes, so that nothing is unknown.
+    """Train a byte-level byte-pair encoding without unknown tokens.
 
     Args:
-        texts: of the corpus.
-        vocab_size: tokens, special ones and 256 bytes among them; fewer come of a small corpus.
-        lowercase: lower-case everything.
+        texts: texts of the corpus.
+        vocab_size: maximum vocabulary size, including special tokens and 256 bytes; a small corpus yields fewer
+            tokens.
+        lowercase: lower-case all text.
 
     Returns:
-        transformers' own tokenizer of GPT-2. It adds no token to a text; ``<|endoftext|>`` ends a document.
+        transformers' own GPT-2 tokenizer. It adds no special token to a text; ``<|endoftext|>`` ends a document.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the bytes.
+        ValueError: if ``vocab_size`` is too small for the bytes.
     """
     smallest = 256 + len(BYTES_TOKENS)
     if vocab_size < smallest:
@@ -179,10 +181,10 @@ def train_bytes(texts: Iterable[str], vocab_size: int, lowercase: bool = False) 
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Which tokens begin a word: bool (V,); special tokens do.
+    """Return which tokens begin a word, bool (V,); special tokens do.
 
     Raises:
-        ValueError: the vocabulary does not mark words.
+        ValueError: if the vocabulary does not mark words.
     """
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_tokens)
