@@ -1,4 +1,4 @@
-"""Convert a trained model into another library's class and back, with proof that both compute the same.
+"""Convert a trained model to another library's class and back, and verify that both compute the same function.
 
 source folder -> configuration and weights under the other names -> saved, loaded again, compared -> output folder
 """
@@ -32,61 +32,61 @@ from .tinybert import is_authors_tinybert, unpack_tinybert
 from .weight_files import WEIGHTS, saved_dtype
 
 OURS = "tfm"
-# Loading info of transformers in words.
+# Messages for the fields of transformers' loading report.
 PROBLEMS = {
     "missing_keys": "it lacks the weight",
     "unexpected_keys": "the class has no weight",
     "mismatched_keys": "",  # see `mismatch`
 }
-# Of a model without a representation layer, which its configuration does not tell.
+# Weights missing from a model without a pooler, which its configuration does not record.
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 def conversions() -> list[Conversion]:
-    """The conversions of all model families."""
+    """Return the conversions of all model families."""
     modules = [name for family in FAMILIES for name in family.conversions]
     return [one for name in modules for one in importlib.import_module(name, __package__).CONVERSIONS]
 
 
 def targets() -> list[str]:
-    """Names of the classes that `convert` writes."""
+    """Return the names of the classes that `convert` can write."""
     return [*dict.fromkeys(conversion.name for conversion in conversions()), OURS]
 
 
 def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict:
-    """Write ``source`` as a model of another class, with a parity certificate beside it.
+    """Write ``source`` as a model of another class, with a parity certificate next to it.
 
-    Both models are run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they
-    agree. Files of tokenizer and image processor are copied; the record of the run that trained the model too, and its
-    card written anew.
+    Both models run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they
+    agree. Tokenizer and image processor files are copied, and so is the record of the training run; its model card is
+    rewritten.
 
     Args:
-        source: folder of a saved model, also of TinyBERT's authors, its id on the Hub, or a file ``*.pth`` of the
-            authors of the masked autoencoder or of DETR.
+        source: folder of a saved model (also one of TinyBERT's authors), a Hub id, or a ``*.pth`` file of the authors
+            of the masked autoencoder or of DETR.
         to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
-            (post-norm), "pegasus" for its `PegasusForConditionalGeneration` (pre-norm), "vit" for its
-            `ViTForImageClassification` or `ViTModel`, "deit" for its `DeiTForImageClassificationWithTeacher` (of a
-            model with a distillation token), "vit_mae" for its `ViTMAEForPreTraining` or `ViTMAEModel`,
-            "timm" for timm's `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`,
-            `DetrForSegmentation` or `DetrModel`, "bert", "distilbert" (of a model without segments) and "gpt2" for
-            its model of that name with the same head; "mae_authors", "detr_authors" and "tinybert" for a file with
-            the names of the authors of the masked autoencoder, of DETR and of TinyBERT; "tfm" for our own class.
-        output_dir: folder to make; it may exist if it is empty.
+            (post-norm), "pegasus" for `PegasusForConditionalGeneration` (pre-norm), "vit" for
+            `ViTForImageClassification` or `ViTModel`, "deit" for `DeiTForImageClassificationWithTeacher` (from a model
+            with a distillation token), "vit_mae" for `ViTMAEForPreTraining` or `ViTMAEModel`, "timm" for timm's
+            `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`, `DetrForSegmentation` or
+            `DetrModel`, "bert", "distilbert" (from a model without segments) and "gpt2" for the class of that family
+            with the same head; "mae_authors", "detr_authors" and "tinybert" for a file with the weight names of the
+            authors of the masked autoencoder, DETR and TinyBERT; "tfm" for this package's class.
+        output_dir: folder to create; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
 
     Returns:
-        The certificate, as in ``parity_certificate.json``: ``source`` and ``target`` (class and sha256 of each weight
-        file), what `compare` finds, ``tokenizer_equal`` (None without a tokenizer), ``versions``, ``date``.
+        The certificate, as in ``parity_certificate.json``: ``source`` and ``target`` (class, and sha256 of each weight
+        file), the results of `compare`, ``tokenizer_equal`` (None without a tokenizer), ``versions``, ``date``.
 
     Raises:
         ValueError: ``to`` is unknown or already the class of the source; the target cannot express the source; or the
             two models differ.
-        FileExistsError: ``output_dir`` is a file, or a folder that is not empty.
+        FileExistsError: ``output_dir`` is a file or a non-empty folder.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
-    # The nearest folder that exists is on the same disk, so the finished model moves into place in one step.
+    # The nearest existing folder is on the same disk, so the finished model can be moved into place atomically.
     nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-").cleanup()
@@ -105,7 +105,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         if is_authors_tinybert(folder):
             folder = unpack_tinybert(folder, Path(temporary) / "source")
         conversion = find_conversion(folder, to)
-        # In float32, so that nothing is rounded on the way; then in the dtype it was saved in.
+        # Convert in float32 to avoid rounding, then store in the original dtype.
         origin = load(conversion, to != OURS, folder)
         target = converted(conversion, origin, to, saved_dtype(folder))
         save(conversion, target, work)
@@ -113,7 +113,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         carry_processor(conversion, folder, work, to == OURS)
         certificate = {
             "source": {
-                # Of a local folder the name only: certificates travel, and paths say things about their machine.
+                # Only the name of a local folder: certificates are published, and paths reveal details of the machine.
                 "model": files.resolve().name if Path(source).exists() else str(source),
                 "revision": None if Path(source).exists() else folder.name,
                 "class": type(origin).__name__,
@@ -135,7 +135,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
 
 @contextmanager
 def explained_source(source: str | Path, temporary: Path, output_dir: Path) -> Iterator[None]:
-    """Turn errors of libraries into a ValueError that names the source, and no path that is deleted afterwards."""
+    """Convert library errors to a ValueError that names the source and no temporary path."""
     try:
         yield
     except Exception as error:
@@ -151,7 +151,7 @@ def explained_source(source: str | Path, temporary: Path, output_dir: Path) -> I
 
 
 def local_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder of a saved model, downloaded where ``source`` is an id on the Hub.
+    """Return the folder of a saved model, downloading it if ``source`` is a Hub id.
 
     Raises:
         ValueError: it is neither.
@@ -163,13 +163,13 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, ignore_patterns=ignored))
     except HFValidationError as error:
         raise ValueError(f'model "{source}" is neither a local folder nor a model on the Hub') from error
-    except Exception as error:  # of its network libraries too
+    except Exception as error:  # including errors of the network libraries
         reason = reworded(error)
         raise ValueError(f'model "{source}" is no local folder, and not found on the Hub: {reason}') from error
 
 
 def find_conversion(folder: Path, to: str) -> Conversion:
-    """The conversion of the model in ``folder`` to the class named ``to``."""
+    """Return the conversion of the model in ``folder`` to the class named ``to``."""
     if to not in targets():
         raise ValueError(f'to must be one of {", ".join(targets())}, got "{to}"')
     path = folder / "config.json"
@@ -177,7 +177,7 @@ def find_conversion(folder: Path, to: str) -> Conversion:
         raise ValueError(f'model "{folder}" is not a saved model: it has no config.json')
     check_config_file(path)
     config = read_json(path)
-    # A folder of timm names no type, but one of its architectures.
+    # A timm folder has no model type, only an architecture.
     model_type = config.get("model_type", "timm" if "architecture" in config else None)
     class_name = whole_head(folder, (config.get("architectures") or [None])[0])
     fitting = {
@@ -195,18 +195,18 @@ def find_conversion(folder: Path, to: str) -> Conversion:
 
 
 def source_class(conversion: Conversion, to: str) -> type[nn.Module]:
-    """The class that a conversion to ``to`` starts from."""
+    """Return the class that a conversion to ``to`` starts from."""
     return conversion.theirs if to == OURS else conversion.ours
 
 
 def source_type(conversion: Conversion, to: str) -> str:
-    """The model type in config.json of what a conversion to ``to`` starts from."""
+    """Return the model type in config.json of the class that a conversion to ``to`` starts from."""
     config_class = getattr(source_class(conversion, to), "config_class", None)
     return config_class.model_type if config_class else conversion.name
 
 
 def load(conversion: Conversion, ours: bool, folder: Path) -> nn.Module:
-    """The model in ``folder``, ours or theirs, in float32."""
+    """Load the model in ``folder``, of our class or of theirs, in float32."""
     if not ours and conversion.read:
         return conversion.read(folder)
     model_class = conversion.ours if ours else conversion.theirs
@@ -221,16 +221,16 @@ def load_whole(
     may_hold: tuple[str, ...] = (),
     **options: Any,
 ) -> PreTrainedModel:
-    """The model in ``folder``, in float32, with every weight accounted for.
+    """Load the model in ``folder`` in float32, and require that no weight is missing or unused.
 
     Args:
-        may_lack: weights that the class computes where the file does not hold them.
-        may_hold: weights that the file may hold and the class has no use for.
-        options: of `from_pretrained`.
+        may_lack: weights that may be missing because the class computes them.
+        may_hold: weights that the file may contain although the class does not use them.
+        options: passed to `from_pretrained`.
     """
     if "config" not in options:
         check_size(model_class, model_class.config_class.from_pretrained(folder))
-    # Shapes that differ are reported below, by name.
+    # Shape mismatches are reported below, by name.
     report_all = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(folder, dtype=torch.float32, **report_all, **options)
     if set(report["missing_keys"]) == POOLER:
@@ -245,7 +245,7 @@ def load_whole(
 
 
 def save(conversion: Conversion, model: nn.Module, folder: Path) -> None:
-    """Save ``model``, ours or theirs."""
+    """Save ``model``, of our class or of theirs."""
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
     else:
@@ -253,17 +253,18 @@ def save(conversion: Conversion, model: nn.Module, folder: Path) -> None:
 
 
 def carry_processor(conversion: Conversion, source: Path, target: Path, to_ours: bool) -> None:
-    """Say beside the converted model how images are prepared for it, where the source says that."""
+    """Write the image preprocessing of the converted model, if the source specifies it."""
     copy_files(source, target, PROCESSOR_FILES)
     if conversion.carry_processor:
         conversion.carry_processor(source, target, to_ours)
 
 
 def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model ``origin`` as the class named ``to``: same weights, bit for bit, same generation settings.
+    """Convert the model ``origin`` to the class named ``to``, with bit-identical weights and the same generation
+    config.
 
     Args:
-        dtype: for weights that lose nothing by it; default, that of ``origin``.
+        dtype: dtype for the weights that it represents exactly; by default that of ``origin``.
     """
     dtype = dtype or next(origin.parameters()).dtype
     to_ours = to == OURS
@@ -288,7 +289,7 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
         )
     with torch.no_grad():
         for name, weight in weights.items():
-            # Some classes keep a vector as a matrix of one row.
+            # Some classes store a vector as a matrix with one row.
             own[name].copy_(weight.reshape(own[name].shape))
     if getattr(origin, "generation_config", None) is not None:
         target.generation_config = copy.deepcopy(origin.generation_config)
@@ -301,8 +302,8 @@ def reread(
     config: PreTrainedConfig,
     changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
-    """The model ``origin`` as another class that reads transformers' names, or the ``changed`` file, in float32."""
-    origin._weight_conversions = None  # names of an older file that it was read from would be written again
+    """Load the model ``origin`` in float32 as another class that reads the same file, or the ``changed`` file."""
+    origin._weight_conversions = None  # would restore the names of an older file that the model was read from
     with tempfile.TemporaryDirectory() as folder:
         own = other = Path(folder) / "own"
         origin.save_pretrained(own, save_original_format=True)
@@ -315,7 +316,7 @@ def reread(
 
 @torch.no_grad()
 def round_without_loss(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` in ``dtype``, but for position tables that are kept more exactly than the weights."""
+    """Convert ``model`` to ``dtype``, except tensors that it cannot represent exactly, such as position tables."""
     for tensor in (*model.parameters(), *model.buffers()):
         rounded = tensor.to(dtype)
         if tensor.is_floating_point() and torch.equal(rounded.to(tensor.dtype), tensor):

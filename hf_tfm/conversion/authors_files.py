@@ -1,4 +1,4 @@
-"""Files as the authors of the papers publish them, a pickle of ``{"model": weights}``, as folders for `convert`."""
+"""Unpack files published by the papers' authors, pickles of ``{"model": weights}``, into folders for `convert`."""
 
 import argparse
 import json
@@ -16,23 +16,23 @@ from .weight_files import WEIGHTS
 
 
 def unpack(path: Path, folder: Path) -> Path:
-    """Write one of the authors' files as a folder with a config.json.
+    """Write a file of the authors as a folder with a config.json.
 
-    A fine-tuned classifier of the masked autoencoder's authors has timm's names and becomes a folder of timm.
+    A fine-tuned classifier of the masked autoencoder's authors uses timm's names and becomes a timm folder.
 
     Args:
-        path: the file; a config.json beside it, as `convert` writes it, tells what the weights do not: the number of
-            heads, ``norm_pix_loss``, ``dilation``.
-        folder: to make.
+        path: the file. A config.json next to it, as written by `convert`, provides what the weights do not: the number
+            of heads, ``norm_pix_loss``, ``dilation``.
+        folder: folder to create.
 
     Raises:
-        ValueError: the file holds something else, or what its weights do not tell is not known.
+        ValueError: the file has other content, or a value that the weights do not determine is unknown.
     """
-    # Checkpoints of a training hold its command line too.
+    # Training checkpoints also contain the parsed arguments.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of whatever stands where the pickle should
+    except Exception as error:  # an invalid pickle can raise anything
         reason = reworded(error) if isinstance(error, UnpicklingError) else "torch cannot read it"
         raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
     if not isinstance(checkpoint, dict):

@@ -1,7 +1,7 @@
-"""TfmBert <-> transformers' BERT: one architecture, two sets of names.
+"""TfmBert <-> transformers' BERT: the same architecture with other weight names.
 
 Our classes read files of transformers' BERT, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
-bert_parts.py), so what is left to convert is the configuration.
+bert_parts.py), so only the configuration is converted.
 """
 
 from functools import partial
@@ -43,11 +43,11 @@ STOCK = {
     TfmBertForMultipleChoice: BertForMultipleChoice,
     TfmBertForQuestionAnswering: BertForQuestionAnswering,
 }
-# Heads that read the pooler's output, and heads with a language model's output layer.
+# Heads that read the pooler's output, and heads with the output layer of a language model.
 POOLED = (TfmBertForPreTraining, TfmBertForSequenceClassification, TfmBertForMultipleChoice)
 LANGUAGE = (TfmBertForPreTraining, TfmBertForMaskedLM)
 
-# Fields of the same name and meaning on both sides.
+# Fields with the same name and meaning in both configurations.
 FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -67,17 +67,18 @@ FIELDS = (
     "eos_token_id",
     "tie_word_embeddings",
 )
-# Fields that say nothing about the outputs: they ride along. The pooler does where no head reads it.
+# Fields that do not affect the outputs are carried along; this includes the pooler if no head reads it.
 OURS_CARRIED = ("activation_dropout", "pooler")
 THEIRS_CARRIED = ("use_cache",)
-# What files of older versions hold and a class without a pooler never reads.
+# Weights in files of older versions that a class without a pooler never reads.
 POOLER_WEIGHTS = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
 
 
 def require_head(target: str, config: TfmBertConfig | BertConfig, ours: type[PreTrainedModel]) -> None:
-    """Refuse what the head of the class ``ours`` has in one library alone.
+    """Refuse head settings of the class ``ours`` that only one library supports.
 
-    The two count answers' labels otherwise, and keep the bias of a language head that is not tied in two places.
+    The two define the labels of question answering differently, and store the bias of an untied language model head in
+    different places.
     """
     if ours in LANGUAGE:
         require_fixed(target, config, {"tie_word_embeddings": True})
@@ -88,10 +89,10 @@ def require_head(target: str, config: TfmBertConfig | BertConfig, ours: type[Pre
 def to_bert(
     config: TfmBertConfig, ours: type[PreTrainedModel], theirs: type[BertConfig] = BertConfig, pooler: str = "tanh"
 ) -> BertConfig:
-    """Our architecture, of the class ``ours``, as a configuration of the class ``theirs``.
+    """Convert our configuration of the class ``ours`` to the class ``theirs``.
 
     Args:
-        pooler: the one that their head reads.
+        pooler: the pooler that their head reads.
 
     Raises:
         ValueError: a field has a value that their model cannot express.
@@ -108,7 +109,7 @@ def to_bert(
 
 
 def from_bert(model: PreTrainedModel, ours: type[PreTrainedModel], pooler: str = "tanh") -> TfmBertConfig:
-    """The architecture of transformers' ``model`` as the configuration of our class ``ours``.
+    """Convert the configuration of transformers' ``model`` to that of our class ``ours``.
 
     Raises:
         ValueError: a field has a value that `TfmBertConfig` cannot express.
@@ -123,10 +124,10 @@ def from_bert(model: PreTrainedModel, ours: type[PreTrainedModel], pooler: str =
 
 
 def whole_head(folder: Path, class_name: str | None) -> str | None:
-    """The class whose heads are all in ``folder``; files of the first BERTs name the smaller of two.
+    """Return the class with all heads stored in ``folder``; early BERT files name a class with fewer heads.
 
     Args:
-        class_name: what config.json says.
+        class_name: the class in config.json.
     """
     if class_name == "BertForMaskedLM" and "cls.seq_relationship.weight" in weight_names(folder):
         return "BertForPreTraining"
@@ -134,7 +135,7 @@ def whole_head(folder: Path, class_name: str | None) -> str | None:
 
 
 def carry_vocabulary(source: Path, target: Path, to_ours: bool) -> None:
-    """Write the tokenizer of a folder that holds no more than vocab.txt; of our model type none would be guessed."""
+    """Write a full tokenizer for a folder with only vocab.txt, because none is inferred from our model type."""
     if to_ours and (source / "vocab.txt").is_file() and not (source / "tokenizer_config.json").is_file():
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
 

@@ -1,4 +1,4 @@
-"""What goes along with a converted model: its tokenizer or image processor, and the record of its training."""
+"""Copy tokenizer or image processor files and the training record to a converted model."""
 
 import json
 import shutil
@@ -11,19 +11,19 @@ from ..hub.loading import load_tokenizer, read_json
 from ..hub.results import RunRecord
 from ..hub.saved_files import HISTORY, RESULTS
 
-# Fields of JSON files by which transformers finds code that a folder brings.
+# Fields of JSON files with which a folder points transformers to its own code.
 CODE_FIELDS = ("auto_map", "custom_pipelines")
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match, byte for byte but for references to code, which is not copied.
+    """Copy the matching files unchanged, except for references to remote code, which is not copied.
 
     Raises:
-        ValueError: a file is a symbolic link that leads out of the folder, or a damaged JSON file.
+        ValueError: a file is a symbolic link to outside of the folder, or a damaged JSON file.
     """
     for pattern in patterns:
         for path in source.glob(pattern):
-            # A snapshot of the Hub's cache is made of links to its own blobs.
+            # A snapshot in the Hub's cache consists of links to its blobs.
             if path.is_symlink() and not is_cached(source) and not inside(path, source):
                 raise ValueError(f"{path} is a link that leads out of the folder: it is not copied")
             content = read_json(path) if path.suffix == ".json" else None
@@ -36,19 +36,19 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, after all links."""
+    """Return True if a file lies in a folder after resolving links."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
 def is_cached(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the Hub's cache."""
+    """Return True if a folder is a snapshot in the Hub's cache."""
     return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
 def copy_record(source: Path, target: Path, name: str) -> None:
-    """Copy what is known of the training run, where there is a record, and write the card of the new model.
+    """Copy the record of the training run, if there is one, and write the card of the new model.
 
-    The card shows how transformers loads the model, so there is none for a folder of another library.
+    The card shows how to load the model with transformers, so a folder of another library gets none.
     """
     if not (source / RESULTS).is_file():
         return
@@ -61,10 +61,10 @@ def copy_record(source: Path, target: Path, name: str) -> None:
 
 
 def same_tokenizer(source: Path, target: Path) -> bool | None:
-    """Whether both folders load as the same tokenizer; None where there is none.
+    """Check that both folders load as the same tokenizer; return None if there is no tokenizer.
 
     Raises:
-        ValueError: they differ, for instance because the target's model type brings a tokenizer class of its own.
+        ValueError: they differ, for instance because the target's model type implies its own tokenizer class.
     """
     if not (source / "tokenizer_config.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""What a conversion is: a two-way table between one of our classes and a class of another library."""
+"""Two-way mapping between one of our classes and a class of another library."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,45 +11,45 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def refuse(target: str, field: str, value: Any, needed: Any) -> NoReturn:
-    """Say that ``target`` cannot express ``field=value``."""
+    """Raise a ValueError: ``target`` cannot express ``field=value``."""
     raise ValueError(f"{target} cannot express {field}={value!r}: it needs {needed!r}")
 
 
 def require_fixed(target: str, config: Any, fixed: dict[str, Any]) -> None:
-    """Refuse a configuration in which a field has another value than the one that ``target`` can express."""
+    """Refuse a configuration in which a field differs from the only value that ``target`` can express."""
     for field, value in fixed.items():
         if getattr(config, field) != value:
             refuse(target, field, getattr(config, field), value)
 
 
 def carried(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Those of ``fields`` that the configuration has, and says something of: what rides along to the other side."""
+    """Return those of ``fields`` that are set in the configuration, to be carried along in the other one."""
     return {field: getattr(config, field) for field in fields if getattr(config, field, None) is not None}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Names and configurations of two classes that compute the same.
+    """Mapping of names and configurations between two classes that compute the same function.
 
     Args:
-        name: what a user calls the other side, as in ``--to marian``.
+        name: user-facing name of the other class, as in ``--to marian``.
         ours: our class.
-        theirs: the class of the other library.
-        to_theirs: our configuration -> theirs; ValueError names a field that cannot be expressed.
-        to_ours: their model -> our configuration; the model, because some of it shows in the weights alone.
-        names: our configuration -> {our weight name: their weight name}, all of ours. Several of ours may go to one of
-            theirs, which holds them one below the other (a fused projection). None where our class reads their files,
-            and writes them with ``save_original_format=True``.
-        file_to_theirs, file_to_ours: the weights of a file of the one side -> those of the other's, where ``names`` is
-            None and their files differ in a few names.
-        prepare: our model -> the same function in the form that they have.
-        zero_in_theirs: weights that are zero in theirs where ``names`` leaves them out.
-        computed_in_theirs: weights that only they have, fixed by their class.
-        unread_by_theirs: weights that files of theirs may hold and their class has no use for; they are left out.
-        build, read, write: how theirs is made of a configuration, read from a folder, written to a folder, where it is
-            not a class of transformers.
-        carry_processor: (source folder, target folder, to_ours) -> None, says how images or texts are prepared, and
-            keeps what else only one side has; None where both sides read the same files.
+        theirs: class of the other library.
+        to_theirs: our configuration -> theirs; a ValueError names a field that cannot be expressed.
+        to_ours: their model -> our configuration; takes the model because some properties show only in the weights.
+        names: our configuration -> {our weight name: their weight name} for all of our weights. Several of ours may
+            map to one of theirs that concatenates them along the first dimension (a fused projection). None if our
+            class reads their files, and writes them with ``save_original_format=True``.
+        file_to_theirs, file_to_ours: convert the weights of one side's file to those of the other's, if ``names`` is
+            None and the files differ in a few names.
+        prepare: our model -> an equivalent model in a form that their class supports.
+        zero_in_theirs: weights of theirs that are zero if ``names`` omits them.
+        computed_in_theirs: weights that only their class has, and computes itself.
+        unread_by_theirs: weights that their files may contain although their class does not use them; dropped.
+        build, read, write: build their model from a configuration, read it from a folder, and write it to a folder, if
+            it is not a class of transformers.
+        carry_processor: (source folder, target folder, to_ours) -> None, converts the preprocessing and keeps other
+            data that only one side has; None if both sides read the same files.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Conversion:
     carry_processor: Callable[[Path, Path, bool], None] | None = None
 
     def weights_to_theirs(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Weights of our ``model`` under their names.
+        """Return the weights of our ``model`` under their names.
 
         Raises:
-            ValueError: a weight of the model is not in the table, or the reverse.
+            ValueError: a weight of the model is missing from the table, or vice versa.
         """
         weights, names = model.state_dict(), self.names(model.config)
         require_same(weights.keys(), names.keys())
@@ -83,10 +83,10 @@ class Conversion:
         }
 
     def weights_to_ours(self, model: nn.Module, config: PreTrainedConfig) -> dict[str, Tensor]:
-        """Weights of their ``model`` under our names; ``config`` is ours.
+        """Return the weights of their ``model`` under our names; ``config`` is ours.
 
         Raises:
-            ValueError: a weight of the model is not in the table, or the reverse.
+            ValueError: a weight of the model is missing from the table, or vice versa.
         """
         groups = grouped(self.names(config))
         only_theirs = {*self.zero_in_theirs, *self.computed_in_theirs} - groups.keys()
@@ -100,7 +100,7 @@ class Conversion:
 
 
 def grouped(names: dict[str, str]) -> dict[str, list[str]]:
-    """{ours: theirs} the other way round: {theirs: [ours, ...]}, in the order of the table."""
+    """Invert {ours: theirs} to {theirs: [ours, ...]}, in the order of the table."""
     groups: dict[str, list[str]] = {}
     for ours, theirs in names.items():
         groups.setdefault(theirs, []).append(ours)
@@ -108,7 +108,7 @@ def grouped(names: dict[str, str]) -> dict[str, list[str]]:
 
 
 def require_same(weights, names) -> None:
-    """Refuse a table that does not name the weights of the model, all of them and no others."""
+    """Require that the table names exactly the weights of the model."""
     if weights != names:
         raise ValueError(
             f"the name table does not fit the model: not in the table {sorted(weights - names)}, "

@@ -1,7 +1,7 @@
-"""TfmDetr <-> transformers' DETR: one architecture, two sets of names.
+"""TfmDetr <-> transformers' DETR: the same architecture with other weight names.
 
 Our classes read files of transformers' DETR, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
-detr_stacks.py), so what is left to convert is the configuration.
+detr_stacks.py), so only the configuration is converted.
 """
 
 import copy
@@ -17,7 +17,7 @@ from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanoptic
 from .conversion import Conversion, refuse, require_fixed
 from .vit import translated
 
-# Fields of the same name and meaning on both sides.
+# Fields with the same name and meaning in both configurations.
 FIELDS = (
     "num_channels",
     "num_queries",
@@ -39,25 +39,25 @@ FIELDS = (
     "eos_coefficient",
 )
 
-# Fields that say nothing about the outputs. They ride along as extra fields of the other configuration, so that a
-# round trip gives back what it took.
+# Fields that do not affect the outputs are carried along as extra fields of the other configuration, so that a round
+# trip is lossless.
 OURS_CARRIED = ("backbone_frozen_stages", "backbone_norm_momentum")
 THEIRS_CARRIED = ("encoder_layerdrop", "decoder_layerdrop", "init_std")
 
-# With auxiliary losses on, transformers' DETR feeds layer-normed states into the next decoder layer (5.23) and so
-# computes another function than the paper's; our knob for the training rides along under this name.
+# With auxiliary losses, transformers' DETR feeds layer-normed states into the next decoder layer (5.23) and so
+# computes a different function from the paper's; our training option is carried along under this name.
 CARRIED_AUXILIARY = "tfm_auxiliary_loss"
-EPS = 1e-5  # of all norms there, whatever the timm model has
+EPS = 1e-5  # of all norms in transformers, whatever the timm model uses
 
 
 def to_detr(config: TfmDetrConfig) -> DetrConfig:
-    """Our architecture as transformers' configuration.
+    """Convert our configuration to transformers'.
 
     Raises:
         ValueError: a field has a value that `DetrForObjectDetection` cannot express.
     """
     require_fixed("detr", config, {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS})
-    # Whole numbers there, and nowhere else.
+    # Loss weights are integers in transformers.
     weights = {name: int(getattr(config, name)) for name in WEIGHTS}
     for name, value in weights.items():
         if value != getattr(config, name):
@@ -91,7 +91,7 @@ def to_detr(config: TfmDetrConfig) -> DetrConfig:
 
 
 def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -> TfmDetrConfig:
-    """The architecture of transformers' ``model`` as our configuration.
+    """Convert the configuration of transformers' ``model`` to ours.
 
     Raises:
         ValueError: a field has a value that `TfmDetrConfig` cannot express.
@@ -112,7 +112,7 @@ def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -
 
 @torch.no_grad()
 def with_frozen_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with the statistics of its batch norms fixed: what it computes in evaluation anyway."""
+    """Freeze the statistics of the batch norms of ``model``, which does not change its output in evaluation mode."""
     if model.config.backbone_norm != "batch":
         return model
     config = copy.deepcopy(model.config)

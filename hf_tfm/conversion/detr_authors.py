@@ -1,6 +1,6 @@
-"""TfmDetr <-> the names of DETR's authors (Carion et al. 2020, arXiv:2005.12872).
+"""TfmDetr <-> the weight names of DETR's authors (Carion et al. 2020, arXiv:2005.12872).
 
-Many programs read their files. A converted model is run and compared by parts that are not ours, see
+Many programs read these files. A converted model is verified against an implementation from independent parts, see
 detr_authors_model.py.
 """
 
@@ -26,16 +26,16 @@ FIELDS = (
     *("backbone", "backbone_norm", "backbone_norm_momentum", "backbone_frozen_stages"),
     *("norm_first", "layer_norm_eps", "auxiliary_loss"),
 )
-# Their program knows no others: blocks of layer1 and layer3, whether they have three convolutions.
+# The authors' code supports only these: number of blocks in layer1 and layer3, and whether blocks are bottlenecks.
 BACKBONES = {
     (2, 2, False): "resnet18",
     (3, 6, False): "resnet34",
     (3, 6, True): "resnet50",
     (3, 23, True): "resnet101",
 }
-PUBLISHED_WIDTH, PUBLISHED_HEADS = 256, 8  # of every model they published; a file does not tell the heads
+PUBLISHED_WIDTH, PUBLISHED_HEADS = 256, 8  # of every published model; a file does not contain the number of heads
 
-# (in our names, in theirs), applied one after the other.
+# (our name, their name), applied in order.
 RENAMES = (
     (r"model\.backbone\.body\.", "backbone.0.body."),
     (r"model\.position_embedding\.row_embeddings\.", "backbone.1.row_embed."),
@@ -68,7 +68,7 @@ RENAMES = (
 
 
 def names(config: TfmDetrConfig, panoptic: bool = False) -> dict[str, str]:
-    """Every weight: {ours: theirs}."""
+    """Map every weight: {ours: theirs}."""
     with torch.device("meta"):
         own = (TfmDetrForPanopticSegmentation if panoptic else TfmDetrForObjectDetection)(config).state_dict()
     table = {}
@@ -81,12 +81,12 @@ def names(config: TfmDetrConfig, panoptic: bool = False) -> dict[str, str]:
 
 
 def panoptic_names(config: TfmDetrConfig) -> dict[str, str]:
-    """Every weight of detector and mask head: {ours: theirs}."""
+    """Map every weight of the detector and the mask head: {ours: theirs}."""
     return names(config, panoptic=True)
 
 
 def to_authors(config: TfmDetrConfig) -> AuthorsDetrConfig:
-    """Our architecture as one that their program builds.
+    """Convert our configuration to one that the authors' code can build.
 
     Raises:
         ValueError: a field has a value that it cannot express.
@@ -105,7 +105,7 @@ def to_authors(config: TfmDetrConfig) -> AuthorsDetrConfig:
 
 
 def to_authors_panoptic(config: TfmDetrConfig) -> AuthorsDetrConfig:
-    """Like `to_authors`; their mask head moreover fits one size of backbone and has eight groups in every norm."""
+    """Extend `to_authors`: their mask head requires a ResNet-50 or -101, and norms with eight groups."""
     if config.backbone not in ("resnet50", "resnet101"):
         refuse("detr_authors", "backbone", config.backbone, "resnet50, resnet101")
     if config.d_model % 128:
@@ -114,25 +114,24 @@ def to_authors_panoptic(config: TfmDetrConfig) -> AuthorsDetrConfig:
 
 
 def from_authors(model: AuthorsDetr | AuthorsDetrSegm) -> TfmDetrConfig:
-    """The architecture of a model under their names as our configuration."""
+    """Convert the configuration of a model with the authors' names to ours."""
     return translated(model.config, TfmDetrConfig, FIELDS, ())
 
 
 def is_authors_detr(weights: dict[str, Tensor]) -> bool:
-    """Whether these are weights of DETR under the authors' names, with a mask head or without."""
+    """Return True for DETR weights with the authors' names, with or without a mask head."""
     return any(f"{prefix}transformer.decoder.norm.weight" in weights for prefix in ("", "detr."))
 
 
 def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> dict:
-    """config.json for weights under their names, from shapes and the command line that trained them.
+    """Infer config.json for weights with the authors' names, from shapes and the training arguments.
 
     Args:
-        arguments: the command line, a namespace; None where the file holds none, as those they published.
-        path: of the file, in whose name "dc5" then tells that the last stage is dilated.
+        arguments: namespace of the training arguments; None if the file has none, as the published files.
+        path: path of the file; without arguments, "dc5" in its name indicates a dilated last stage.
 
     Raises:
-        ValueError: the width is not the one they published, so that the number of heads is not known; or the
-            backbone is unknown.
+        ValueError: the width is not the published one, so the number of heads is unknown; or the backbone is unknown.
     """
     panoptic = "mask_head.lay1.weight" in weights
     weights = {name.removeprefix("detr."): weight for name, weight in weights.items()}
@@ -169,7 +168,7 @@ def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> di
 
 
 def depth(weights: dict[str, Tensor], prefix: str) -> int:
-    """How many numbered parts there are under ``prefix``."""
+    """Count the numbered submodules under ``prefix``."""
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
 

@@ -1,7 +1,7 @@
-"""DETR put together from layers of torch and torchvision, under the names of its authors (Carion et al. 2020,
-arXiv:2005.12872); nothing of their code is here.
+"""DETR built from layers of torch and torchvision, with the weight names of its authors (Carion et al. 2020,
+arXiv:2005.12872); it contains none of their code.
 
-Shapes: B images; N = h w cells of the last feature map, row by row; D = config.d_model; Q = config.num_queries.
+Shapes: B images; N = h w cells of the last feature map in row-major order; D = config.d_model; Q = config.num_queries.
 """
 
 from typing import ClassVar
@@ -22,7 +22,7 @@ POSITIONS = 50  # rows and columns of learned positions
 
 @strict
 class AuthorsDetrConfig(TfmDetrConfig):
-    """Beside their weights, which do not tell the number of heads, nor whether the last stage is dilated."""
+    """Configuration stored with the weights, which determine neither the number of heads nor the dilation."""
 
     model_type = "detr_authors"
     _auto_class = None
@@ -30,7 +30,7 @@ class AuthorsDetrConfig(TfmDetrConfig):
 
 
 class AuthorsBackbone(nn.Module):
-    """torchvision's ResNet with frozen norms."""
+    """torchvision's ResNet with frozen batch norms."""
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__()
@@ -41,7 +41,7 @@ class AuthorsBackbone(nn.Module):
         self.body.fc = nn.Identity()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> four maps, the largest first."""
+        """Images (B, 3, H, W) -> four feature maps, the largest first."""
         body, maps = self.body, []
         states = body.maxpool(body.relu(body.bn1(body.conv1(images))))
         for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
@@ -51,7 +51,7 @@ class AuthorsBackbone(nn.Module):
 
 
 class AuthorsPositions(nn.Module):
-    """Learned positions, or none that a file would hold."""
+    """Learned positions, or sinusoidal ones without weights."""
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__()
@@ -62,7 +62,7 @@ class AuthorsPositions(nn.Module):
             self.col_embed = nn.Embedding(POSITIONS, config.d_model // 2)
 
     def forward(self, mask: Tensor) -> Tensor:
-        """(B, h, w), True where there is image -> (B, N, D)."""
+        """Mask (B, h, w), True at image pixels -> (B, N, D)."""
         if not self.learned:
             return sine_2d(mask, self.width)
         B, h, w = mask.shape
@@ -72,20 +72,20 @@ class AuthorsPositions(nn.Module):
 
 
 def before(norm: nn.LayerNorm, states: Tensor, norm_first: bool) -> Tensor:
-    """What a sublayer reads."""
+    """Normalise the input of a sublayer if pre-norm."""
     return norm(states) if norm_first else states
 
 
 def after(norm: nn.LayerNorm, states: Tensor, norm_first: bool) -> Tensor:
-    """What becomes of the sum behind a sublayer."""
+    """Normalise the residual sum after a sublayer if post-norm."""
     return states if norm_first else norm(states)
 
 
 class AuthorsEncoderLayer(nn.TransformerEncoderLayer):
-    """torch's layer, with positions added to queries and keys."""
+    """torch's encoder layer, with positions added to queries and keys."""
 
     def forward(self, states: Tensor, places: Tensor, padding: Tensor) -> Tensor:
-        """Cells (B, N, D), their positions, (B, N) True in padding -> (B, N, D)."""
+        """Cells (B, N, D), their positions, padding (B, N) True at padding -> (B, N, D)."""
         first = self.norm_first
         normed = before(self.norm1, states, first)
         keys = normed + places
@@ -96,10 +96,11 @@ class AuthorsEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class AuthorsDecoderLayer(nn.TransformerDecoderLayer):
-    """torch's layer, with positions added to queries and keys."""
+    """torch's decoder layer, with positions added to queries and keys."""
 
     def forward(self, states: Tensor, queries: Tensor, memory: Tensor, places: Tensor, padding: Tensor) -> Tensor:
-        """States and queries (B, Q, D), memory (B, N, D), its positions, (B, N) True in padding -> (B, Q, D)."""
+        """States and queries (B, Q, D), memory (B, N, D), its positions, padding (B, N) True at padding -> (B, Q,
+        D)."""
         first = self.norm_first
         normed = before(self.norm1, states, first)
         keys = normed + queries
@@ -113,7 +114,7 @@ class AuthorsDecoderLayer(nn.TransformerDecoderLayer):
 
 
 class AuthorsStack(nn.Module):
-    """Layers, and a norm at the end of those that need one."""
+    """Stack of layers with an optional final norm."""
 
     def __init__(self, layer_class: type[nn.Module], layers: int, config: TfmDetrConfig, norm: bool):
         super().__init__()
@@ -140,14 +141,15 @@ class AuthorsTransformer(nn.Module):
         self.decoder = AuthorsStack(AuthorsDecoderLayer, config.decoder_layers, config, norm=True)
 
     def forward(self, cells: Tensor, places: Tensor, padding: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells (B, N, D), their positions, (B, N) True in padding, queries (Q, D) -> (B, Q, D), memory (B, N, D)."""
+        """Cells (B, N, D), positions, padding (B, N) True at padding, queries (Q, D) -> (B, Q, D), memory (B, N,
+        D)."""
         memory = self.encoder(cells, places, padding)
         queries = queries.expand(len(cells), -1, -1)
         return self.decoder(torch.zeros_like(queries), queries, memory, places, padding), memory
 
 
 class AuthorsBoxes(nn.Module):
-    """Three linear layers."""
+    """Box head: three linear layers."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -160,7 +162,7 @@ class AuthorsBoxes(nn.Module):
 
 
 class AuthorsDetr(PreTrainedModel):
-    """The detector under the authors' names."""
+    """Detector with the authors' weight names."""
 
     config: AuthorsDetrConfig
     main_input_name = "pixel_values"
@@ -176,7 +178,7 @@ class AuthorsDetr(PreTrainedModel):
         self.post_init()
 
     def run(self, images: Tensor, pixel_mask: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """Maps of the backbone, the last one projected, its padding, query states (B, Q, D), memory (B, N, D)."""
+        """Return backbone maps, the projected last map, its padding, query states (B, Q, D) and memory (B, N, D)."""
         backbone, positions = self.backbone
         maps = backbone(images)
         projected = self.input_proj(maps[-1])
@@ -196,7 +198,7 @@ class AuthorsDetr(PreTrainedModel):
 
 
 class AuthorsAttentionMap(nn.Module):
-    """Scores of queries over the memory under one softmax."""
+    """Attention weights of the queries over the memory, with one softmax over all heads and cells."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -204,7 +206,7 @@ class AuthorsAttentionMap(nn.Module):
         self.q_linear, self.k_linear = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, states: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """(B, Q, D), (B, N, D), (B, h, w) True in padding -> (B, Q, heads, h, w)."""
+        """States (B, Q, D), memory (B, N, D), padding (B, h, w) True at padding -> (B, Q, heads, h, w)."""
         query, key = (
             linear(each).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear, each in ((self.q_linear, states), (self.k_linear, memory))
@@ -215,7 +217,7 @@ class AuthorsAttentionMap(nn.Module):
 
 
 class AuthorsMaskHead(nn.Module):
-    """Five convolutions, enlarged three times along the backbone's maps."""
+    """Five convolutions, upsampled three times to the sizes of the backbone's maps (FPN)."""
 
     def __init__(self, width: int, heads: int, channels: list[int]):
         super().__init__()
@@ -228,7 +230,8 @@ class AuthorsMaskHead(nn.Module):
         self.out_lay = nn.Conv2d(widths[5], 1, 3, padding=1)
 
     def forward(self, states: Tensor, maps: list[Tensor], queries: int) -> Tensor:
-        """(B Q, D + heads, h, w) and maps (B, F, h', w'), the largest first -> (B Q, 1, h', w') of the largest."""
+        """(B Q, D + heads, h, w) and maps (B, F, h', w'), the largest first -> (B Q, 1, h', w') at the largest
+        size."""
         for i in range(1, 6):
             if i > 2:
                 larger = self.get_submodule(f"adapter{i - 2}")(maps[5 - i]).repeat_interleave(queries, dim=0)
@@ -238,7 +241,7 @@ class AuthorsMaskHead(nn.Module):
 
 
 class AuthorsDetrSegm(PreTrainedModel):
-    """Detector and mask head under the authors' names."""
+    """Detector and mask head with the authors' weight names."""
 
     config: AuthorsDetrConfig
     main_input_name = "pixel_values"

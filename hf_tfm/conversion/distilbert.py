@@ -1,7 +1,7 @@
 """TfmBert <-> transformers' DistilBERT (Sanh et al. 2019, arXiv:1910.01108): a BERT without segments and pooler.
 
-Its ``pre_classifier`` is our pooler with ReLU. Theirs drops nothing on what attention gives, which training alone
-feels.
+Its ``pre_classifier`` is our pooler with ReLU. DistilBERT applies no dropout to the attention output, which matters
+only in training.
 """
 
 import re
@@ -40,7 +40,7 @@ STOCK = {
     TfmBertForMultipleChoice: DistilBertForMultipleChoice,
     TfmBertForQuestionAnswering: DistilBertForQuestionAnswering,
 }
-EPS = 1e-12  # of every norm; it is no field of theirs
+EPS = 1e-12  # of every norm; not a field of DistilBertConfig
 
 # {ours: theirs}
 FIELDS = {
@@ -60,11 +60,11 @@ FIELDS = {
     "tie_word_embeddings": "tie_word_embeddings",
     **{field: field for field in LABELS},
 }
-# Fields that say nothing about the outputs: they ride along. The pooler does where no head reads it.
+# Fields that do not affect the outputs are carried along; this includes the pooler if no head reads it.
 OURS_CARRIED = ("activation_dropout", "classifier_dropout", "pooler")
-THEIRS_CARRIED = ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout")  # the first is about initial weights
+THEIRS_CARRIED = ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout")  # the first affects only initialisation
 
-# (in our names, in theirs), applied one after the other.
+# (our name, their name), applied in order.
 RENAMES = (
     (r"^bert\.pooler\.dense\.", "pre_classifier."),
     (r"^bert\.", "distilbert."),
@@ -83,7 +83,7 @@ RENAMES = (
 
 
 def names(config: TfmBertConfig, ours: type[PreTrainedModel]) -> dict[str, str]:
-    """Every weight of the class ``ours``: {ours: theirs}."""
+    """Map every weight of the class ``ours``: {ours: theirs}."""
     with torch.device("meta"):
         table = {name: name for name in ours(config).state_dict()}
     for pattern, theirs in RENAMES:
@@ -92,7 +92,7 @@ def names(config: TfmBertConfig, ours: type[PreTrainedModel]) -> dict[str, str]:
 
 
 def to_distilbert(config: TfmBertConfig, ours: type[PreTrainedModel]) -> DistilBertConfig:
-    """Our architecture, of the class ``ours``, as transformers' configuration.
+    """Convert our configuration of the class ``ours`` to transformers'.
 
     Raises:
         ValueError: a field has a value that transformers' class cannot express.
@@ -113,7 +113,7 @@ def to_distilbert(config: TfmBertConfig, ours: type[PreTrainedModel]) -> DistilB
 
 
 def from_distilbert(model: PreTrainedModel, ours: type[PreTrainedModel]) -> TfmBertConfig:
-    """The architecture of transformers' ``model`` as the configuration of our class ``ours``."""
+    """Convert the configuration of transformers' ``model`` to that of our class ``ours``."""
     config = model.config
     fields = {name: getattr(config, theirs) for name, theirs in FIELDS.items()}
     fields |= {"pooler": "none", "type_vocab_size": 0, "layer_norm_eps": EPS}

@@ -1,7 +1,7 @@
-"""TfmGPT <-> transformers' GPT-2: one architecture, two sets of names and shapes.
+"""TfmGPT <-> transformers' GPT-2: the same architecture with other weight names and shapes.
 
 Our classes read files of transformers' GPT-2, and ``save_original_format=True`` writes them (`native_names` in
-modeling_gpt.py), so what is left to convert is the configuration.
+modeling_gpt.py), so only the configuration is converted.
 """
 
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, PreTrainedModel
@@ -33,9 +33,9 @@ FIELDS = {
         )
     },
 }
-# The one value of a field of theirs that we can express.
+# Fields of theirs of which we can express only one value.
 THEIRS_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-# Fields that say nothing about the outputs: they ride along.
+# Fields that do not affect the outputs are carried along.
 OURS_CARRIED = ("activation_dropout", "classifier_dropout")
 THEIRS_CARRIED = (
     "reorder_and_upcast_attn",
@@ -48,7 +48,7 @@ THEIRS_CARRIED = (
 
 
 def to_gpt2(config: TfmGPTConfig) -> GPT2Config:
-    """Our architecture as transformers' configuration.
+    """Convert our configuration to transformers'.
 
     Raises:
         ValueError: a field has a value that `GPT2Model` cannot express.
@@ -58,12 +58,12 @@ def to_gpt2(config: TfmGPTConfig) -> GPT2Config:
     fields |= carried(config, (*OURS_CARRIED, *THEIRS_CARRIED))
     fields["embd_pdrop"] = config.hidden_dropout_prob
     if config.intermediate_size == 4 * config.hidden_size:
-        fields["n_inner"] = None  # as their files say it
+        fields["n_inner"] = None  # as in the published files
     return GPT2Config(**fields)
 
 
 def from_gpt2(model: PreTrainedModel) -> TfmGPTConfig:
-    """The architecture of transformers' ``model`` as our configuration.
+    """Convert the configuration of transformers' ``model`` to ours.
 
     Raises:
         ValueError: a field has a value that `TfmGPTConfig` cannot express.

@@ -1,4 +1,4 @@
-"""TfmMAE <-> transformers' ViTMAE: one architecture, one file layout, two configurations; see vit.py."""
+"""TfmMAE <-> transformers' ViTMAE: the same architecture and weight files, different configurations; see vit.py."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ FIELDS = (*ENCODER_FIELDS, *DECODER_FIELDS, "mask_ratio", "norm_pix_loss")
 
 
 def square(target: str, config: PreTrainedConfig) -> dict[str, int]:
-    """``image_size`` and ``patch_size`` as one number each.
+    """Return ``image_size`` and ``patch_size`` as integers.
 
     Raises:
         ValueError: one of them is not square, which ``target`` cannot express.
@@ -27,9 +27,9 @@ def square(target: str, config: PreTrainedConfig) -> dict[str, int]:
 
 
 def require_same_share(target: str, config: PreTrainedConfig) -> None:
-    """Refuse a ``mask_ratio`` of which the other class keeps another number of patches.
+    """Refuse a ``mask_ratio`` with which the other class keeps a different number of patches.
 
-    It keeps ``int(N * (1 - mask_ratio))``: 9 patches of 100 at 0.9 by rounding, where we keep 10.
+    It keeps ``int(N * (1 - mask_ratio))``: at a ratio of 0.9, 9 of 100 patches because of rounding, where we keep 10.
     """
     rows, columns = patch_grid(*sides(config.image_size), config.patch_size)
     total = rows * columns
@@ -39,7 +39,7 @@ def require_same_share(target: str, config: PreTrainedConfig) -> None:
 
 
 def to_vit_mae(config: TfmMAEConfig) -> ViTMAEConfig:
-    """Our architecture as transformers' configuration.
+    """Convert our configuration to transformers'.
 
     Raises:
         ValueError: a field has a value that `ViTMAEForPreTraining` cannot express.
@@ -49,7 +49,7 @@ def to_vit_mae(config: TfmMAEConfig) -> ViTMAEConfig:
 
 
 def from_vit_mae(model: ViTMAEForPreTraining | ViTMAEModel) -> TfmMAEConfig:
-    """The architecture of transformers' ``model`` as our configuration.
+    """Convert the configuration of transformers' ``model`` to ours.
 
     Raises:
         ValueError: a field has a value that `TfmMAEConfig` cannot express.

@@ -1,7 +1,7 @@
-"""TfmMAE <-> the names of the masked autoencoder's authors (He et al. 2021, arXiv:2111.06377).
+"""TfmMAE <-> the weight names of the masked autoencoder's authors (He et al. 2021, arXiv:2111.06377).
 
-Their files are read by many programs. Nothing of their code is here: the classes below put timm's blocks together
-under those names, after the paper, so that a converted model can be run and compared by parts that are not ours.
+Many programs read these files. This file contains none of the authors' code: its classes combine timm's blocks under
+those names, following the paper, so that a converted model can be verified against independent parts.
 """
 
 import json
@@ -27,14 +27,14 @@ from .mae import FIELDS, require_same_share, square
 from .timm_vit import EPS, block_names, encoder_names, mlp_ratio, to_timm
 from .vit import OURS_CARRIED, translated
 
-DECODER_HEADS = 16  # of every model they published; a file does not tell
+DECODER_HEADS = 16  # of every published model; not recorded in a file
 DECODER_MODULES = ("decoder_embed", "decoder_norm", "decoder_pred")
 DECODER_TABLES = ("mask_token", "decoder_pos_embed")
 
 
 @strict
 class AuthorsMAEConfig(TfmMAEConfig):
-    """Beside their weights, which do not tell the number of heads."""
+    """Configuration stored with the weights, which do not determine the number of heads."""
 
     model_type = "mae_authors"
     _auto_class = None
@@ -42,7 +42,7 @@ class AuthorsMAEConfig(TfmMAEConfig):
 
 
 class AuthorsMAEEncoder(PreTrainedModel):
-    """The encoder under the authors' names."""
+    """Encoder with the authors' weight names."""
 
     config: AuthorsMAEConfig
     main_input_name = "pixel_values"
@@ -60,10 +60,10 @@ class AuthorsMAEEncoder(PreTrainedModel):
         self.post_init()
 
     def add_decoder(self) -> None:
-        """The encoder has none."""
+        """Do nothing: the encoder alone has no decoder."""
 
     def encode(self, pixel_values: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, H, W) -> visible tokens (B, 1 + K, D), mask (B, N), places in the shuffled list (B, N)."""
+        """Images (B, C, H, W) -> visible tokens (B, 1 + K, D), mask (B, N), positions in the shuffled order (B, N)."""
         patches = self.patch_embed(pixel_values) + self.pos_embed[:, 1:]
         keep, mask, restore = random_masking(*patches.shape[:2], self.config.mask_ratio, noise, patches.device)
         visible = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
@@ -77,7 +77,7 @@ class AuthorsMAEEncoder(PreTrainedModel):
 
 
 class AuthorsMAE(AuthorsMAEEncoder):
-    """Encoder and decoder under the authors' names."""
+    """Encoder and decoder with the authors' weight names."""
 
     def add_decoder(self) -> None:
         config, width = self.config, self.config.decoder_hidden_size
@@ -107,23 +107,23 @@ class AuthorsMAE(AuthorsMAEEncoder):
 
 
 def stack(width: int, heads: int, ratio: float, layers: int) -> nn.Sequential:
-    """``layers`` of timm's blocks."""
+    """Create a stack of timm's blocks."""
     norm = partial(nn.LayerNorm, eps=EPS)
     return nn.Sequential(*(Block(width, heads, ratio, qkv_bias=True, norm_layer=norm) for _ in range(layers)))
 
 
 def pairs(modules: dict[str, str]) -> dict[str, str]:
-    """Weight and bias of each module: {ours: theirs}."""
+    """Map weight and bias of each module: {ours: theirs}."""
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
 
 
 def encoder_table(config: TfmMAEConfig, prefix: str = "") -> dict[str, str]:
-    """Every weight of the encoder: {ours: theirs}."""
+    """Map every weight of the encoder: {ours: theirs}."""
     return {**encoder_names(config, prefix), **pairs({f"{prefix}layernorm": "norm"})}
 
 
 def names(config: TfmMAEConfig) -> dict[str, str]:
-    """Every weight of encoder and decoder: {ours: theirs}."""
+    """Map every weight of encoder and decoder: {ours: theirs}."""
     return {
         **encoder_table(config, "vit."),
         **{f"decoder.{name}": name for name in DECODER_TABLES},
@@ -133,14 +133,14 @@ def names(config: TfmMAEConfig) -> dict[str, str]:
 
 
 def to_authors(config: TfmMAEConfig) -> AuthorsMAEConfig:
-    """Our architecture as one that their program builds.
+    """Convert our configuration to one that the authors' code can build.
 
     Raises:
         ValueError: a field has a value that it cannot express.
     """
     require_fixed("mae_authors", config, {"hidden_act": "gelu", "layer_norm_eps": EPS, "qkv_bias": True})
     require_same_share("mae_authors", config)
-    # They have one ratio for both.
+    # The authors use one MLP ratio for encoder and decoder.
     width = config.decoder_hidden_size * config.intermediate_size / config.hidden_size
     if config.decoder_intermediate_size != width:
         refuse("mae_authors", "decoder_intermediate_size", config.decoder_intermediate_size, width)
@@ -148,21 +148,21 @@ def to_authors(config: TfmMAEConfig) -> AuthorsMAEConfig:
 
 
 def from_authors(model: AuthorsMAEEncoder) -> TfmMAEConfig:
-    """The architecture of a model under their names as our configuration."""
+    """Convert the configuration of a model with the authors' names to ours."""
     require_same_share(TfmMAEConfig.__name__, model.config)
     return translated(model.config, TfmMAEConfig, FIELDS, OURS_CARRIED)
 
 
 def is_authors_mae(weights: dict[str, Tensor]) -> bool:
-    """Whether these are weights under their names; a fine-tuned classifier has timm's."""
+    """Return True for weights with the authors' names; a fine-tuned classifier uses timm's."""
     return {"pos_embed", "patch_embed.proj.weight"} <= weights.keys()
 
 
 def guessed_config(weights: dict[str, Tensor], norm_pix_loss: bool) -> dict:
-    """config.json for weights under their names, from the shapes and what they published.
+    """Infer config.json for weights with the authors' names, from shapes and the published models.
 
     Raises:
-        ValueError: the width is none of those published, so that the number of heads is not known.
+        ValueError: the width is not that of a published model, so the number of heads is unknown.
     """
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     heads = {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
@@ -197,7 +197,7 @@ def guessed_config(weights: dict[str, Tensor], norm_pix_loss: bool) -> dict:
 
 
 def depth(weights: dict[str, Tensor], stack_name: str) -> int:
-    """How many blocks a stack has."""
+    """Count the blocks of a stack."""
     return len({name.split(".")[1] for name in weights if name.split(".")[0] == stack_name})
 
 

@@ -1,8 +1,9 @@
-"""TfmTransformer <-> transformers' Marian (post-norm) and Pegasus (pre-norm): one architecture under other names.
+"""TfmTransformer <-> transformers' Marian (post-norm) and Pegasus (pre-norm): the same architecture, other names.
 
 Both are the Transformer with sinusoidal positions and one shared embedding. Marian (Junczys-Dowmunt et al. 2018,
-arXiv:1804.00344) is the paper's form; Pegasus (Zhang et al. 2020, arXiv:1912.08777) norms before each sublayer and
-once more at the end of each stack. So each holds a `TfmTransformerForConditionalGeneration` weight for weight.
+arXiv:1804.00344) has the paper's form; Pegasus (Zhang et al. 2020, arXiv:1912.08777) applies norms before each
+sublayer and once more at the end of each stack. Each therefore represents a `TfmTransformerForConditionalGeneration`
+weight for weight.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..models.configuration_transformer import TfmTransformerConfig
 from ..models.modeling_transformer import TfmTransformerForConditionalGeneration
 from .conversion import Conversion, refuse
 
-# Fields with one counterpart, and fields that they split in two.
+# Fields with one counterpart, and fields that the other configurations split in two.
 FIELDS = {
     "vocab_size": ("vocab_size",),
     "hidden_size": ("d_model",),
@@ -41,7 +42,7 @@ FIELDS = {
     "decoder_start_token_id": ("decoder_start_token_id",),
 }
 
-# The one value of a field that the other side can express.
+# Fields of which the other side can express only one value.
 OURS_FIXED = {
     "layer_norm_eps": 1e-5,
     "position_embedding_type": "sinusoidal",
@@ -58,8 +59,8 @@ THEIRS_FIXED = {
     "is_encoder_decoder": True,
 }
 
-# Fields that say nothing about the outputs. They ride along as extra fields of the other configuration, so that a
-# round trip gives back what it took.
+# Fields that do not affect the outputs are carried along as extra fields of the other configuration, so that a round
+# trip is lossless.
 OURS_CARRIED = ("label_smoothing", "initializer_factor", "mask_token_id", "max_length_offset")
 THEIRS_CARRIED = ("init_std",)
 
@@ -91,7 +92,7 @@ DECODER_NAMES = {
 
 
 def names(config: TfmTransformerConfig) -> dict[str, str]:
-    """Every weight of the model by its name in both stock classes: {ours: theirs}."""
+    """Map every weight of the model to its name in both stock classes: {ours: theirs}."""
     modules = {}
     stacks = (
         ("model.encoder", config.num_encoder_layers, ENCODER_NAMES),
@@ -108,15 +109,15 @@ def names(config: TfmTransformerConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StockClass:
-    """One of the two classes: what sets it apart from the other.
+    """One of the two stock classes, and its differences from the other.
 
     Args:
-        name: what a user calls it, as in ``--to marian``.
-        model: its class with an output layer.
-        norm_first: the order of norms that it computes.
-        other: the name of the class that computes the other order.
+        name: user-facing name, as in ``--to marian``.
+        model: model class with an output layer.
+        norm_first: True for pre-norm.
+        other: name of the class with the other norm placement.
         fields: {our field: its fields}.
-        fixed: {its field: the one value that we can express}.
+        fixed: {its field: the only value that we can express}.
     """
 
     name: str
@@ -127,7 +128,7 @@ class StockClass:
     fixed: dict[str, Any]
 
     def to_theirs(self, config: TfmTransformerConfig) -> PreTrainedConfig:
-        """Our architecture as a configuration of this class.
+        """Convert our configuration to that of this class.
 
         Raises:
             ValueError: a field has a value that the class cannot express.
@@ -145,11 +146,11 @@ class StockClass:
         fields = {theirs: getattr(config, ours) for ours, pair in self.fields.items() for theirs in pair}
         fields.update({field: getattr(config, field) for field in OURS_CARRIED})
         fields.update({field: getattr(config, field) for field in THEIRS_CARRIED if hasattr(config, field)})
-        # Their default would force a token at the greatest length; the generation configuration says what is meant.
+        # Their default forces a token at the maximum length; the generation configuration has the intended value.
         return self.model.config_class(**fields, **self.fixed, forced_eos_token_id=None)
 
     def to_ours(self, model: PreTrainedModel) -> TfmTransformerConfig:
-        """The architecture of ``model``, of this class, as our configuration.
+        """Convert the configuration of ``model``, of this class, to ours.
 
         Raises:
             ValueError: a field has a value that `TfmTransformerConfig` cannot express.
@@ -161,16 +162,16 @@ class StockClass:
         for first, second in (pair for pair in self.fields.values() if len(pair) == 2):
             if getattr(config, first) != getattr(config, second):
                 refuse(target, second, getattr(config, second), f"the value of {first}, {getattr(config, first)}")
-        # Pegasus has no token for the beginning of a sentence, unless one of ours rides along.
+        # Pegasus has no beginning-of-sentence token, unless one of ours was carried along.
         fields = {ours: getattr(config, pair[0], None) for ours, pair in self.fields.items()}
         fields.update({field: getattr(config, field) for field in OURS_CARRIED if hasattr(config, field)})
         fields.update({field: getattr(config, field) for field in THEIRS_CARRIED})
-        # Their configuration does not say whether the bias, which every model has, was trained.
+        # Every model has the bias, and the configuration does not record whether it was trained.
         output_bias = bool(model.final_logits_bias.any())
         return TfmTransformerConfig(**fields, **OURS_FIXED, norm_first=self.norm_first, output_bias=output_bias)
 
     def conversion(self) -> Conversion:
-        """The conversion between our class and this one."""
+        """Create the conversion between our class and this one."""
         return Conversion(
             name=self.name,
             ours=TfmTransformerForConditionalGeneration,
@@ -179,7 +180,7 @@ class StockClass:
             to_theirs=self.to_theirs,
             to_ours=self.to_ours,
             zero_in_theirs=tuple(BIAS_NAME.values()),
-            # The sinusoidal tables, which each class computes for itself.
+            # Sinusoidal tables, which each class computes itself.
             computed_in_theirs=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
         )
 

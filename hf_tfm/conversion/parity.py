@@ -1,4 +1,4 @@
-"""Proof that a converted model computes what its source computes: both are run, and the difference is written down."""
+"""Verify that a converted model computes the same function as its source: run both and record the differences."""
 
 import hashlib
 import platform
@@ -17,8 +17,8 @@ SOURCE_LENGTHS = (1, 7, 19, 32)
 TARGET_LENGTHS = (3, 1, 24, 11)
 NEW_TOKENS = 24
 IMAGES = 3
-PHOTOS = ((160, 224), (128, 192), (97, 150))  # heights and widths of a padded batch, for models of any size of image
-# Those of both models are compared.
+PHOTOS = ((160, 224), (128, 192), (97, 150))  # heights and widths in a padded batch, for models without a fixed size
+# Outputs to compare, if both models have them.
 OUTPUTS = (
     *("logits", "prediction_logits", "seq_relationship_logits", "start_logits", "end_logits"),
     *("cls_logits", "distillation_logits", "pred_boxes", "pred_masks"),
@@ -29,17 +29,18 @@ LOGIT_SCALE = 10.0
 
 
 def random_batch(lengths: tuple[int, ...], vocab_size: int, pad: int, generator: torch.Generator):
-    """Random tokens, padded on the right: ids and attention mask, both (B, T) int64, T the greatest length."""
+    """Create random right-padded tokens: ids and attention mask, both (B, T) int64, T the maximum length."""
     position = torch.arange(max(lengths))
     mask = (position < torch.tensor(lengths)[:, None]).long()  # (B, T)
-    # Any token but the padding.
+    # Any token except padding.
     tokens = torch.randint(vocab_size - 1, mask.shape, generator=generator)
     tokens += (tokens >= pad).long()
     return tokens.masked_fill(mask == 0, pad), mask
 
 
 def fixed_inputs(vocab_size: int, pad: int, limit: int) -> dict[str, Tensor]:
-    """The inputs of every check: four sentences of different lengths, at most ``limit`` tokens, on both sides."""
+    """Create the inputs for encoder-decoder models: four sentence pairs of different lengths, at most ``limit``
+    tokens."""
     generator = torch.Generator().manual_seed(SEED)
     source, source_mask = random_batch(tuple(min(n, limit) for n in SOURCE_LENGTHS), vocab_size, pad, generator)
     target, target_mask = random_batch(tuple(min(n, limit) for n in TARGET_LENGTHS), vocab_size, pad, generator)
@@ -52,12 +53,13 @@ def fixed_inputs(vocab_size: int, pad: int, limit: int) -> dict[str, Tensor]:
 
 
 def fixed_texts(config: PreTrainedConfig, choices: bool) -> dict[str, Tensor]:
-    """The inputs of every check of a model of one text: four of different lengths, as many segments as it knows.
+    """Create the inputs for single-text models: four texts of different lengths, using all segments of the model.
 
-    Without a token for padding it is one text, since classifiers by the last token could not tell the others' ends.
+    Without a padding token there is only one text, because classifiers on the last token could not find the end of the
+    others.
 
     Args:
-        choices: the texts are endings to choose among, (1, 4, T) instead of (4, T).
+        choices: the texts are multiple-choice endings, (1, 4, T) instead of (4, T).
     """
     generator = torch.Generator().manual_seed(SEED)
     pad, limit = config.pad_token_id, config.max_position_embeddings
@@ -70,7 +72,7 @@ def fixed_texts(config: PreTrainedConfig, choices: bool) -> dict[str, Tensor]:
 
 
 def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The inputs of every check of a vision model: images (B, C, H, W) of its size, with what masks them."""
+    """Create the inputs for vision models: images (B, C, H, W) of the model's size, and masking noise if it masks."""
     generator = torch.Generator().manual_seed(SEED)
     height, width = sides(config.image_size)
     images = torch.randn(IMAGES, config.num_channels, height, width, generator=generator)
@@ -81,7 +83,7 @@ def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def fixed_photos(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The inputs of every check of a detector: padded images (B, C, H, W) of different sizes, and their pixel mask."""
+    """Create the inputs for detectors: padded images (B, C, H, W) of different sizes, and their pixel mask."""
     generator = torch.Generator().manual_seed(SEED)
     height, width = (max(sizes) for sizes in zip(*PHOTOS, strict=True))
     mask = torch.zeros(len(PHOTOS), height, width, dtype=torch.int64)
@@ -92,15 +94,15 @@ def fixed_photos(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> dict:
-    """Run two models on the fixed inputs; of two that generate text, compare that too.
+    """Compare the outputs of two models on the fixed inputs, including generated tokens if they generate text.
 
     Args:
         source, target: models in float32 on one device, of the same architecture.
-        config: that of the one which is ours.
+        config: configuration of our model of the two.
 
     Returns:
-        ``max_abs_difference`` of the main output, logits where there are any, with ``max_abs_output`` and
-        ``tolerance``; ``differences`` of every output; for text ``greedy_tokens_equal``; the ``inputs`` in words.
+        ``max_abs_difference`` of the main output (logits if there are any), with ``max_abs_output`` and ``tolerance``;
+        ``differences`` of every output; for text ``greedy_tokens_equal``; a description of the ``inputs``.
 
     Raises:
         ValueError: an output differs by more than the tolerance, or the generated tokens differ.
@@ -126,7 +128,7 @@ def compare(source: nn.Module, target: nn.Module, config: PreTrainedConfig) -> d
 
 
 def compare_texts(source: PreTrainedModel, target: PreTrainedModel, config: PreTrainedConfig) -> dict:
-    """What `compare` finds of models of one text; of those that continue it, the texts padded on the left too."""
+    """`compare` single-text models; for causal models, generation starts from left-padded prompts."""
     inputs = fixed_texts(config, choices=type(source).__name__.endswith("ForMultipleChoice"))
     lengths = {"lengths": inputs["attention_mask"].sum(-1).flatten().tolist()}
     found = compare_outputs(source, target, inputs)
@@ -138,15 +140,16 @@ def compare_texts(source: PreTrainedModel, target: PreTrainedModel, config: PreT
 
 
 def described(model: nn.Module, inputs: dict) -> dict:
-    """What the certificate says of the inputs, and of the precision it took."""
+    """Describe the inputs and the precision for the certificate."""
     parameter = next(model.parameters())
     return {"seed": SEED, **inputs, "dtype": str(parameter.dtype).split(".")[1], "device": parameter.device.type}
 
 
 def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict:
-    """Differences of all outputs that both models have; see `compare`.
+    """Compare all outputs that both models have; see `compare`.
 
-    In float32; where that leaves a doubt, as the rounding of a deep model may, both go to float64 and are run again.
+    In float32 first; if a difference exceeds the tolerance, which rounding in a deep model may cause, again in
+    float64.
     """
     found = differences(source, target, inputs)
     if not all(within_tolerance(*pair) for pair in found.values()):
@@ -168,21 +171,21 @@ def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tens
 
 
 def tolerance_for(largest: float) -> float:
-    """How far values up to ``largest`` may differ."""
+    """Return the tolerance for values up to ``largest``."""
     return TOLERANCE * max(1.0, largest / LOGIT_SCALE)
 
 
 def within_tolerance(difference: float, largest: float) -> bool:
-    """Whether the difference is one of rounding; not if it is a NaN."""
+    """Return True if the difference is within rounding error; False for NaN."""
     return difference <= tolerance_for(largest)
 
 
 @torch.no_grad()
 def differences(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """(largest difference, largest value) of each output that both models have."""
+    """Return (largest difference, largest value) of each output that both models have."""
     outputs = []
     for model in (source.eval(), target.eval()):
-        # Images by position, as the first argument has another name in timm.
+        # Images are passed by position, because timm names the first argument differently.
         output = model(*inputs.values()) if "pixel_values" in inputs else model(**inputs)
         outputs.append({"logits": output} if isinstance(output, Tensor) else output)
     found = {}
@@ -201,7 +204,7 @@ def differences(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor])
 def compare_generated(
     source: PreTrainedModel, target: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int
 ) -> bool:
-    """True: both generate the same tokens, greedily.
+    """Check that both models generate the same tokens greedily, and return True.
 
     Raises:
         ValueError: they differ.
@@ -223,7 +226,8 @@ def compare_generated(
 
 
 def weight_hashes(path: Path) -> dict[str, str]:
-    """sha256 in hex of each weight file in the folder ``path``, or of that one file, by file name."""
+    """Return the sha256 hex digest of each weight file in the folder ``path``, or of that single file, by file
+    name."""
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     hashes = {}
     for weights in [path] if path.is_file() else files:
@@ -236,7 +240,7 @@ def weight_hashes(path: Path) -> dict[str, str]:
 
 
 def provenance() -> dict:
-    """Versions of what ran, and when (UTC)."""
+    """Return package versions and the date (UTC)."""
     return {
         "versions": {
             "python": platform.python_version(),

@@ -1,7 +1,7 @@
-"""TfmViT <-> timm's VisionTransformer: queries, keys and values in one matrix, the classifier's pooling by name.
+"""TfmViT <-> timm's VisionTransformer, which fuses query, key and value projections and names its pooling differently.
 
-The folder is one that timm reads (``timm.create_model("local-dir:FOLDER", pretrained=True)``) and the Hub shows as a
-timm model: config.json with the architecture and its arguments, model.safetensors.
+The folder can be loaded by timm (``timm.create_model("local-dir:FOLDER", pretrained=True)``), and the Hub shows it as
+a timm model: config.json with the architecture and its arguments, model.safetensors.
 """
 
 import json
@@ -28,7 +28,7 @@ from .vit import with_learned_positions
 from .weight_files import WEIGHTS
 
 PROCESSOR = "preprocessor_config.json"
-EPS = 1e-6  # of every layer norm; a file of timm cannot say another
+EPS = 1e-6  # of every layer norm; a timm file cannot specify another value
 # {our name: timm's}
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu"}
 POOLING = {"cls": "token", "mean": "avg"}
@@ -44,12 +44,12 @@ BLOCK_NAMES = {
     "feed_forward.down_proj": "mlp.fc2",
     "feed_forward_residual.norm": "norm2",
 }
-# What timm says of a model that has nothing of the kind, by attribute; the name table shows the rest.
+# Attribute values of a timm model without these extensions; the name table covers the others.
 PLAIN = {"has_class_token": True, "no_embed_class": False, "num_reg_tokens": 0, "pool_include_prefix": False}
 
 
 def block_names(config: ImageEncoderConfig, ours: str, theirs: str, layers: int) -> dict[str, str]:
-    """Every weight of a stack of ``layers`` blocks: {ours: timm's}."""
+    """Map every weight of a stack of ``layers`` blocks: {ours: timm's}."""
     return {
         f"{ours}.{layer}.{module}.{kind}": f"{theirs}.{layer}.{BLOCK_NAMES[module]}.{kind}"
         for layer in range(layers)
@@ -60,7 +60,7 @@ def block_names(config: ImageEncoderConfig, ours: str, theirs: str, layers: int)
 
 
 def encoder_names(config: ImageEncoderConfig, prefix: str = "vit.") -> dict[str, str]:
-    """Every weight of the encoder under ``prefix`` but its last norm: {ours: timm's}."""
+    """Map every weight of the encoder under ``prefix`` except its final norm: {ours: timm's}."""
     names = {prefix + ours: theirs for ours, theirs in TOP_NAMES.items()}
     for kind in ("weight", "bias"):
         names[f"{prefix}embeddings.patch_embeddings.projection.{kind}"] = f"patch_embed.proj.{kind}"
@@ -68,7 +68,7 @@ def encoder_names(config: ImageEncoderConfig, prefix: str = "vit.") -> dict[str,
 
 
 def names(config: TfmViTConfig) -> dict[str, str]:
-    """Every weight of the classifier: {ours: timm's}."""
+    """Map every weight of the classifier: {ours: timm's}."""
     modules = {"vit.layernorm": "norm"} if config.pooling == "cls" else {"vit.fc_norm": "fc_norm"}
     if config.num_labels:
         modules["classifier"] = "head"
@@ -77,13 +77,13 @@ def names(config: TfmViTConfig) -> dict[str, str]:
 
 
 def mlp_ratio(width: int, hidden_size: int) -> float:
-    """The ratio of which timm's ``int(hidden_size * ratio)`` is ``width``, also after rounding."""
+    """Return the ratio for which timm's ``int(hidden_size * ratio)`` is exactly ``width``, despite rounding."""
     ratio = width / hidden_size
     return ratio if int(hidden_size * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def architecture(config: TfmViTConfig) -> str:
-    """The name of timm's nearest architecture; the arguments beside it say every number."""
+    """Return timm's closest architecture name; the arguments next to it specify all sizes."""
     for size, fields in SIZES.items():
         if config.hidden_size == fields["hidden_size"]:
             name = f"vit_{size}_patch{sides(config.patch_size)[0]}_{sides(config.image_size)[0]}"
@@ -93,7 +93,7 @@ def architecture(config: TfmViTConfig) -> str:
 
 
 def to_timm(config: TfmViTConfig) -> dict[str, Any]:
-    """Our architecture as the config.json of a timm model.
+    """Convert our configuration to the config.json of a timm model.
 
     Raises:
         ValueError: a field has a value that timm's `VisionTransformer` or its file cannot express.
@@ -135,10 +135,10 @@ def to_timm(config: TfmViTConfig) -> dict[str, Any]:
 
 
 def from_timm(model: VisionTransformer) -> TfmViTConfig:
-    """The architecture of timm's ``model`` as our configuration.
+    """Convert the architecture of timm's ``model`` to our configuration.
 
     Raises:
-        ValueError: the model has something that `TfmViTConfig` cannot express.
+        ValueError: the model has a feature that `TfmViTConfig` cannot express.
     """
     ours = TfmViTConfig.__name__
     if type(model) is not VisionTransformer:
@@ -150,7 +150,7 @@ def from_timm(model: VisionTransformer) -> TfmViTConfig:
     norm = model.fc_norm if mean else model.norm
     if not isinstance(norm, nn.LayerNorm):
         refuse(ours, "fc_norm", isinstance(model.fc_norm, nn.LayerNorm), mean)
-    # By what they compute, as timm has several classes for one function.
+    # Compared by their values, because timm has several classes for the same function.
     probe = torch.linspace(-4, 4, 65)
     activations = [name for name in ACTIVATIONS if torch.allclose(ACT2FN[name](probe), block.mlp.act(probe.clone()))]
     if not activations:
@@ -179,22 +179,22 @@ def from_timm(model: VisionTransformer) -> TfmViTConfig:
 
 
 def one_or_two(size: tuple[int, int]) -> int | list[int]:
-    """A size as configurations have it: one number if it is square."""
+    """Return a size as in configurations: one integer if it is square."""
     return size[0] if size[0] == size[1] else list(size)
 
 
 def build(config: dict[str, Any]) -> VisionTransformer:
-    """A new model of timm from its config.json, which stays at hand to be saved."""
+    """Build a timm model from its config.json, and attach the latter for saving."""
     model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     model.file_config = config
     return model
 
 
 def read(folder: Path) -> nn.Module:
-    """A model that timm reads from ``folder``, in float32.
+    """Load a timm model from ``folder``, in float32.
 
     Raises:
-        ValueError: timm finds that weights are missing or left over.
+        ValueError: weights are missing or unexpected.
     """
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -203,7 +203,7 @@ def read(folder: Path) -> nn.Module:
 
 
 def write(model: VisionTransformer, folder: Path) -> None:
-    """Save what `build` made."""
+    """Save a model created by `build`."""
     folder.mkdir(parents=True)
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -211,9 +211,9 @@ def write(model: VisionTransformer, folder: Path) -> None:
 
 
 def carry_processor(source: Path, target: Path, to_ours: bool) -> None:
-    """Translate how images are prepared between transformers' file and timm's config.json.
+    """Convert the preprocessing between transformers' file and timm's config.json.
 
-    Warns where transformers' processor cannot express what timm's configuration says; then no file is written.
+    Warns, and writes no file, if transformers' processor cannot express timm's configuration.
     """
     path = (source if to_ours else target) / "config.json"
     config = read_json(path)
@@ -222,7 +222,7 @@ def carry_processor(source: Path, target: Path, to_ours: bool) -> None:
         processor = read_json(source / PROCESSOR)
         config["pretrained_cfg"].update(to_data_config(processor))
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # In files older than timm 0.9 the settings stand at the top.
+    # Before timm 0.9 these settings were at the top level.
     data = config.get("pretrained_cfg", config)
     if to_ours and not said and "mean" in data:
         height, width = sides(config.get("model_args", {}).get("img_size") or data["input_size"][1:])
@@ -239,7 +239,7 @@ def carry_processor(source: Path, target: Path, to_ours: bool) -> None:
 
 
 def to_data_config(processor: dict[str, Any]) -> dict[str, Any]:
-    """A saved image processor of transformers as timm's names have it."""
+    """Convert a saved image processor of transformers to timm's data config."""
     normalized = processor.get("do_normalize", True)
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     cropped = bool(processor.get("do_center_crop")) and "shortest_edge" in size
@@ -253,7 +253,7 @@ def to_data_config(processor: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_data_config(data: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """timm's settings as a saved `ViTImageProcessor` of transformers, for images of ``height`` and ``width``."""
+    """Convert timm's data config to a saved `ViTImageProcessor` of transformers, for images of this size."""
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_rescale": True,
@@ -266,7 +266,7 @@ def from_data_config(data: dict[str, Any], height: int, width: int) -> dict[str,
     }
     if data.get("crop_mode") == "squash":
         return {**processor, "size": {"height": height, "width": width}}
-    # As timm: the shorter side somewhat larger than the crop.
+    # As in timm: the shorter side is resized to slightly more than the crop.
     return {
         **processor,
         "size": {"shortest_edge": math.floor(height / (data.get("crop_pct") or 1.0))},

@@ -1,9 +1,9 @@
 """TfmBert <-> the files of TinyBERT's authors (Jiao et al. 2020, arXiv:1909.10351).
 
-Theirs are a BERT's, under BERT's names, with two differences. A file also holds the projection that hidden states were
-compared with the teacher's through, ``fit_dense``; we keep it beside the model, in `PROJECTION`. And their classifiers
-put a ReLU on the pooler's output, so that transformers' `BertForSequenceClassification` reads such a file and computes
-something else. Their program reads ``pytorch_model.bin``, a pickle; what is written here holds the same in
+These are BERT files with BERT's weight names and two differences. They also hold ``fit_dense``, the projection of
+hidden states to the teacher's width, which we store next to the model in `PROJECTION`. And their classifiers apply a
+ReLU to the pooler's output, so transformers' `BertForSequenceClassification` reads such a file but computes something
+else. The authors' code reads ``pytorch_model.bin``, a pickle; this module writes the same content to
 ``model.safetensors``.
 """
 
@@ -25,32 +25,32 @@ from .conversion import require_fixed
 from .weight_files import PICKLE, WEIGHTS, weight_names
 
 PREFIX = "fit_dense."
-ACTIVATIONS = ("gelu", "relu", "swish")  # their program knows no others
+ACTIVATIONS = ("gelu", "relu", "swish")  # supported by the authors' code
 FIXED = {"layer_norm_eps": 1e-12, "pad_token_id": 0}
 
 
 class TinyBertConfig(BertConfig):
-    """Beside their weights; their program takes no notice of what it does not know."""
+    """Configuration stored with the weights; the authors' code ignores unknown fields."""
 
     model_type = "tinybert"
 
 
 class TinyBertForPreTraining(BertForPreTraining):
-    """The student of the general distillation, whose heads are BERT's."""
+    """Student of general distillation, with BERT's heads."""
 
     config: TinyBertConfig
     _keys_to_ignore_on_load_unexpected = [r"^fit_dense\."]  # noqa: RUF012
 
 
 class TinyBertForSequenceClassification(BertForSequenceClassification):
-    """The student of the task distillation."""
+    """Student of task-specific distillation."""
 
     config: TinyBertConfig
     _keys_to_ignore_on_load_unexpected = [r"^fit_dense\."]  # noqa: RUF012
 
     def __init__(self, config: TinyBertConfig):
         super().__init__(config)
-        self.dropout = nn.ReLU()  # in its place: between pooler and classifier they drop nothing
+        self.dropout = nn.ReLU()  # replaces the dropout: they apply none between pooler and classifier
 
 
 POOLERS = {TfmBertForPreTraining: "tanh", TfmBertForSequenceClassification: "tanh_relu"}
@@ -61,7 +61,7 @@ STOCK = {
 
 
 def is_authors_tinybert(folder: Path) -> bool:
-    """Whether ``folder`` holds a student as their program saves it, or as the Hub has it."""
+    """Return True if ``folder`` holds a student as saved by the authors' code or as published on the Hub."""
     if not (folder / "config.json").is_file():
         return False
     config = read_json(folder / "config.json")
@@ -71,7 +71,7 @@ def is_authors_tinybert(folder: Path) -> bool:
 
 
 def unpack_tinybert(source: Path, folder: Path) -> Path:
-    """Write the folder ``source`` of theirs as one with safetensors, a whole config.json, and a tokenizer."""
+    """Write the authors' folder ``source`` with safetensors, a complete config.json and a tokenizer."""
     path = source / WEIGHTS
     weights = load_file(path) if path.is_file() else torch.load(source / PICKLE, map_location="cpu", weights_only=True)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -90,19 +90,19 @@ def unpack_tinybert(source: Path, folder: Path) -> Path:
 
 
 def read_vocabulary(path: Path) -> BertTokenizer:
-    """Their tokenizer; whether it lowers letters, which they say on the command line, shows in the words."""
+    """Load their tokenizer; lower-casing, which they set on the command line, is inferred from the vocabulary."""
     words = path.read_text(encoding="utf-8").splitlines()
     lowers = all(word == word.lower() for word in words if not (word.startswith("[") and word.endswith("]")))
     return BertTokenizer({word: index for index, word in enumerate(words)}, do_lower_case=lowers)
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Save weights as transformers reads them."""
+    """Save weights in transformers' format."""
     save_file({name: weight.contiguous() for name, weight in weights.items()}, path, {"format": "pt"})
 
 
 def to_tinybert(config: TfmBertConfig, ours: type) -> TinyBertConfig:
-    """Our architecture, of the class ``ours``, as one that their program builds.
+    """Convert our configuration of the class ``ours`` to one that the authors' code can build.
 
     Raises:
         ValueError: a field has a value that it cannot express.
@@ -114,7 +114,7 @@ def to_tinybert(config: TfmBertConfig, ours: type) -> TinyBertConfig:
 
 
 def carry_projection(source: Path, target: Path, to_ours: bool) -> None:
-    """Put the projection where it belongs on the other side, and the vocabulary as their program reads it."""
+    """Move the projection to where the other side stores it, and write the vocabulary that the authors' code reads."""
     if to_ours:
         projection = {name: w for name, w in load_file(source / WEIGHTS).items() if name.startswith(PREFIX)}
         if projection:

@@ -1,7 +1,7 @@
-"""TfmViT <-> transformers' ViT: one architecture, two sets of names.
+"""TfmViT <-> transformers' ViT: the same architecture with other weight names.
 
 Our classes read files of transformers' ViT, and ``save_original_format=True`` writes them (`NATIVE_NAMES` in
-modeling_vit.py), so what is left to convert is the configuration and the kind of positions.
+modeling_vit.py), so only the configuration and the kind of positions are converted.
 """
 
 import copy
@@ -16,7 +16,7 @@ from ..models.configuration_vit import TfmViTConfig
 from ..models.modeling_vit import TfmViTForImageClassification, TfmViTModel
 from .conversion import Conversion, carried, require_fixed
 
-# Fields of the same name and meaning on both sides.
+# Fields with the same name and meaning in both configurations.
 ENCODER_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -35,8 +35,8 @@ ENCODER_FIELDS = (
 FIELDS = (*ENCODER_FIELDS, "pooler_output_size", "pooler_act")
 LABELS = ("id2label", "label2id", "problem_type")
 
-# Fields that say nothing about the outputs. They ride along as extra fields of the other configuration, so that a
-# round trip gives back what it took.
+# Fields that do not affect the outputs are carried along as extra fields of the other configuration, so that a round
+# trip is lossless.
 OURS_CARRIED = ("drop_path_rate", "activation_dropout")
 THEIRS_CARRIED = ("encoder_stride",)
 
@@ -44,17 +44,17 @@ THEIRS_CARRIED = ("encoder_stride",)
 def translated(
     config: PreTrainedConfig, target: type[PreTrainedConfig], fields: tuple[str, ...], riding: tuple[str, ...], **new
 ) -> Any:
-    """``config`` as a configuration of the class ``target``: its ``fields``, those of ``riding`` it has, its labels.
+    """Convert ``config`` to the class ``target``: copy ``fields`` and labels, and those of ``riding`` that are set.
 
     Args:
-        new: fields with another value, or only of the target.
+        new: fields with a different value, or that only the target has.
     """
     kept = {field: getattr(config, field) for field in (*fields, *LABELS)}
     return target(**{**kept, **carried(config, riding), **new})
 
 
 def to_vit(config: TfmViTConfig) -> ViTConfig:
-    """Our architecture as transformers' configuration.
+    """Convert our configuration to transformers'.
 
     Raises:
         ValueError: a field has a value that `ViTModel` cannot express.
@@ -68,24 +68,24 @@ def to_vit(config: TfmViTConfig) -> ViTConfig:
 
 
 def to_vit_classifier(config: TfmViTConfig) -> ViTConfig:
-    """Like `to_vit`; `ViTForImageClassification` moreover has its classifier right on the class token."""
+    """Extend `to_vit`: the classifier of `ViTForImageClassification` must read the class token directly."""
     require_fixed("vit", config, {"representation_layer": False})
     return to_vit(config)
 
 
 def from_vit(model: ViTForImageClassification | ViTModel) -> TfmViTConfig:
-    """The architecture of transformers' ``model`` as our configuration."""
+    """Convert the configuration of transformers' ``model`` to ours."""
     return translated(model.config, TfmViTConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED))
 
 
 @torch.no_grad()
 def with_learned_positions(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with its positions written out as one vector a patch, whatever their kind."""
+    """Replace the positions of ``model``, of any kind, with an equivalent learned table, one vector per patch."""
     if model.config.position_embedding_type == "learned":
         return model
     model = copy.deepcopy(model)
     embeddings = model.base_model.embeddings
-    first, patches = embeddings.positions(embeddings.grid)  # the class token's, 0 where it has none
+    first, patches = embeddings.positions(embeddings.grid)  # the class token's position is 0 if it has none
     table = torch.cat([torch.zeros_like(patches[:, :1]) + first, patches], dim=1)  # (1, 1 + N, D)
     for name in ("position_embeddings", "row_embeddings", "column_embeddings"):
         if hasattr(embeddings, name):

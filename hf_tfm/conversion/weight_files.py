@@ -1,4 +1,4 @@
-"""What is in the weight files of a folder, without reading the weights."""
+"""Inspect the weight files of a folder without reading the weights."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 def weight_names(folder: Path) -> set[str]:
-    """The names of all weights in ``folder``."""
+    """Return the names of all weights in ``folder``."""
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -24,7 +24,7 @@ def weight_names(folder: Path) -> set[str]:
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in ``folder``; of pickled ones, what config.json says."""
+    """Return the dtype of most weights in ``folder``; for pickled weights, the dtype in config.json."""
     counts = Counter()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
