@@ -1,14 +1,14 @@
-"""The losses of all heads: a sum over items, divided by their number.
+"""Losses of all heads: a sum over items, divided by the number of items.
 
     logits, labels -> sum of losses of labelled items -> / items
 
-An item is a token, a sequence, an image or, where numbers are predicted, one number. ``num_items_in_batch`` is the
-number of items of a whole optimizer step; with it the losses, and gradients, of micro-batches and ranks add up to
-those of the step computed at once. By default it is the number of items of the batch. `IGNORE_INDEX` marks an item
-without a label in every head; a batch without labels has a loss of 0.
+An item is a token, a sequence, an image or, for regression and multi-label classification, one number.
+``num_items_in_batch`` is the number of items of a whole optimizer step; with it the losses and gradients of
+micro-batches and ranks add up to those of the step computed at once. By default it is the number of items of the
+batch. In every head `IGNORE_INDEX` marks an item without a label; a batch without labels has a loss of 0.
 
 The arguments are those of transformers' loss functions (`transformers.loss.loss_utils`), and `model.loss_function` can
-be replaced as there.
+be replaced in the same way.
 
 Shapes: B sequences or images; T tokens; C = config.num_labels.
 """
@@ -25,11 +25,11 @@ Items = int | float | Tensor
 
 
 def per_item(total: Tensor, here: Items, num_items_in_batch: Items | None = None) -> Tensor:
-    """A sum of losses divided by the number of items: 0, with gradients of 0, where there are none.
+    """Divide a sum of losses by the number of items; return 0, with zero gradients, if there are none.
 
     Args:
-        here: items of this batch.
-        num_items_in_batch: items of the whole step; default, those of this batch.
+        here: number of items of this batch.
+        num_items_in_batch: number of items of the whole step; default: those of this batch.
     """
     items = here if num_items_in_batch is None else num_items_in_batch
     if not isinstance(items, Tensor):
@@ -39,17 +39,17 @@ def per_item(total: Tensor, here: Items, num_items_in_batch: Items | None = None
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """Which labels are there: bool of their shape."""
+    """Return a bool mask of the labels that are not `IGNORE_INDEX`, in their shape."""
     return labels != IGNORE_INDEX
 
 
 def require_labels(
     labels: Tensor, vocab_size: int, shape: tuple[int, ...] | None = None, name: str = "labels"
 ) -> None:
-    """Refuse labels of tokens (B, T) that are empty, of another shape or, on a CPU, not in the vocabulary.
+    """Raise if token labels (B, T) are empty, have a wrong shape or, on a CPU, are not in the vocabulary.
 
     Raises:
-        TypeError, ValueError: with the value and its limit.
+        TypeError, ValueError: with the value and the limit.
     """
     require_tensor(name, labels, shape)
     require_elements(name, labels)
@@ -63,14 +63,14 @@ def class_loss(
     name: str = "labels",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of logits (n, C) and labels (n,), in float32.
+    """Compute the cross-entropy of logits (n, C) and labels (n,), in float32.
 
     Args:
-        name: of the argument, for errors.
-        weights: (n,), of the losses in a sum that is not divided by anything.
+        name: name of the labels argument, for errors.
+        weights: (n,) weights of the losses; with them the weighted sum is returned, without division.
 
     Raises:
-        TypeError, ValueError: there are more or fewer labels than rows of logits, labels are no integers, or, on a
+        TypeError, ValueError: the number of labels differs from the rows of logits, labels are not integers, or, on a
             CPU, a label is not in [0, C).
     """
     require_tensor(name, labels)
@@ -86,11 +86,11 @@ def class_loss(
 
 
 def soft_label_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Items | None = None) -> Tensor:
-    """Cross-entropy against probabilities, as mixup makes them.
+    """Compute the cross-entropy with target probabilities, as produced by mixup.
 
     Args:
         logits, labels: (B, C).
-        num_items_in_batch: entries of the labels, C an image, as Trainer counts them.
+        num_items_in_batch: number of entries of the labels, C per image, as counted by Trainer.
     """
     require_tensor("labels", labels, tuple(logits.shape))
     require_numbers("labels", labels, 0.0, 1.0)
@@ -101,14 +101,15 @@ def soft_label_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Items | 
 
 
 def number_loss(kind: str, logits: Tensor, labels: Tensor, num_items_in_batch: Items | None = None) -> Tensor:
-    """Mean over all numbers of the squared error ("regression") or of the binary cross-entropy (else).
+    """Compute the mean over all numbers of the squared error ("regression") or binary cross-entropy (otherwise).
 
     Args:
         logits: (B, C).
-        labels: (B, C), or (B,) where C is 1.
+        labels: (B, C), or (B,) if C is 1.
 
     Raises:
-        TypeError, ValueError: labels have another shape or, on a CPU, are not finite or, of classes, not in [0, 1].
+        TypeError, ValueError: labels have a wrong shape or, on a CPU, are not finite or, for binary cross-entropy, not
+            in [0, 1].
     """
     require_tensor("labels", labels)
     if labels.numel() != logits.numel() or labels.shape[:1] != logits.shape[:1]:
@@ -132,18 +133,18 @@ def number_loss(kind: str, logits: Tensor, labels: Tensor, num_items_in_batch: I
 def sequence_loss(
     labels: Tensor, logits: Tensor, config: Any, num_items_in_batch: Items | None = None, **kwargs
 ) -> Tensor:
-    """The loss of a classifier of sequences or images, by ``config.problem_type``.
+    """Compute the loss of a sequence or image classifier according to ``config.problem_type``.
 
-    Without one it is, as in transformers, "regression" for one class, "single_label_classification" for integers and
-    "multi_label_classification" else, and is then written into the configuration.
+    If unset it is inferred as in transformers and written to the configuration: "regression" for one class,
+    "single_label_classification" for integer labels, otherwise "multi_label_classification".
 
     Args:
-        labels: (B,) classes; (B, C) probabilities with "single_label_classification"; (B, C) of 0 to 1 with
-            "multi_label_classification"; (B,) or (B, C) numbers with "regression".
+        labels: (B,) classes, or (B, C) probabilities, for "single_label_classification"; (B, C) in [0, 1] for
+            "multi_label_classification"; (B,) or (B, C) numbers for "regression".
         logits: (B, C).
 
     Raises:
-        TypeError, ValueError: labels have another shape or type or, on a CPU, values out of range.
+        TypeError, ValueError: labels have a wrong shape or type or, on a CPU, values out of range.
     """
     require_tensor("labels", labels)
     if config.problem_type is None:
@@ -163,7 +164,7 @@ def sequence_loss(
 def token_loss(
     logits: Tensor, labels: Tensor, config: Any, num_items_in_batch: Items | None = None, **kwargs
 ) -> Tensor:
-    """Cross-entropy of a classifier of tokens: logits (B, T, C), labels (B, T).
+    """Compute the cross-entropy of a token classifier: logits (B, T, C), labels (B, T).
 
     Raises:
         TypeError, ValueError: see `class_loss`.
@@ -175,7 +176,7 @@ def token_loss(
 def choice_loss(
     labels: Tensor, logits: Tensor, config: Any, num_items_in_batch: Items | None = None, **kwargs
 ) -> Tensor:
-    """Cross-entropy of the right one (B,) among n choices: logits (B, n).
+    """Compute the cross-entropy of a multiple-choice model: logits (B, n), correct choices (B,).
 
     Raises:
         TypeError, ValueError: see `class_loss`.
@@ -191,15 +192,17 @@ def span_loss(
     num_items_in_batch: Items | None = None,
     **kwargs,
 ) -> Tensor:
-    """Mean of the cross-entropies of an answer's start and end.
+    """Compute the mean of the cross-entropies of an answer's start and end positions.
 
     Args:
         start_logits, end_logits: (B, T).
-        start_positions, end_positions: (B,); none from T on, as where a long text was cut, or with `IGNORE_INDEX`.
-        num_items_in_batch: answers.
+        start_positions, end_positions: (B,); positions of T or more (the answer was truncated) and `IGNORE_INDEX` are
+            ignored.
+        num_items_in_batch: number of answers.
 
     Raises:
-        TypeError, ValueError: there are more or fewer positions than texts, or, on a CPU, a position is negative.
+        TypeError, ValueError: the number of positions differs from the number of texts, or, on a CPU, a position is
+            negative.
     """
     total, length = 0.0, start_logits.shape[1]
     for name, logits, positions in (
@@ -213,6 +216,9 @@ def span_loss(
 
 
 def weights_of_rows(labels: Tensor, num_items_in_batch: Items) -> Tensor:
-    """Each row's share (B,) of the labelled tokens (B, T) of a step: the weights of a term with one item a row, where
-    only the tokens of the step are counted. The rows of all micro-batches of a step together weigh 1."""
+    """Return each row's share (B,) of the labelled tokens (B, T) of a step.
+
+    These are the weights of a loss term with one item per row when only the tokens of the step are counted. Over all
+    micro-batches of a step they sum to 1.
+    """
     return per_item(labelled(labels).sum(dim=1).float(), 0, num_items_in_batch)

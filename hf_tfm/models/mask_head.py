@@ -1,9 +1,9 @@
-"""The mask head of panoptic DETR (Carion et al. 2020, arXiv:2005.12872, section 4.4, figure 8).
+"""Mask head of panoptic DETR (Carion et al. 2020, arXiv:2005.12872, section 4.4, figure 8).
 
     object queries (B, Q, D), memory (B, N, D) -> attention maps (B, Q, A, h, w)
-    maps of n queries + features of their images -> convolutions, enlarged along the backbone's maps -> (n, H/4, W/4)
+    maps of n queries + features of their images -> convolutions, upsampled along the backbone's maps -> (n, H/4, W/4)
 
-Shapes: B images; Q queries, n chosen ones; N = h w cells of the last feature map; D = config.d_model; A heads.
+Shapes: B images; Q queries, n of them selected; N = h w cells of the last feature map; D = config.d_model; A heads.
 """
 
 import torch
@@ -14,7 +14,7 @@ from .linear import is_plain
 
 
 class BoxAttention(nn.Module):
-    """How much each query looks at each cell, with no values mixed: one softmax over heads and cells together.
+    """Attention maps of queries over cells, without values; one softmax over heads and cells together.
 
     Args:
         hidden_size: D.
@@ -29,7 +29,7 @@ class BoxAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, Q, D), (B, N, D) -> (B, Q, A, N); ``mask`` (B, N) is True where there is image."""
+        """Compute maps: (B, Q, D), (B, N, D) -> (B, Q, A, N); ``mask`` (B, N) is True for image, False for padding."""
         query = (self.q_proj(queries) * self.scaling).unflatten(-1, (self.num_heads, -1))  # (B, Q, A, Dh)
         key = self.k_proj(memory).unflatten(-1, (self.num_heads, -1))  # (B, N, A, Dh)
         scores = torch.einsum("bqad,bnad->bqan", query, key)
@@ -39,7 +39,7 @@ class BoxAttention(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """3 x 3 convolution, group norm, activation."""
+    """3 x 3 convolution, group norm and activation."""
 
     def __init__(self, in_channels: int, out_channels: int, activation: str):
         super().__init__()
@@ -49,12 +49,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, C, h, w) -> (n, C', h, w)."""
-        # On a CPU, torch's group norm of few channels a group is slow where channels come last.
+        # On a CPU, torch's group norm with few channels per group is slow in channels-last format.
         return self.activation(self.norm(self.conv(features).contiguous()))
 
 
 class Enlarge(nn.Module):
-    """One step of the feature pyramid: enlarge, add a larger map of the backbone, refine (Lin et al. 2017)."""
+    """One FPN step: upsample, add a larger feature map of the backbone, refine (Lin et al. 2017)."""
 
     def __init__(self, map_channels: int, in_channels: int, out_channels: int, activation: str):
         super().__init__()
@@ -62,20 +62,20 @@ class Enlarge(nn.Module):
         self.refine = ConvBlock(in_channels, out_channels, activation)
 
     def forward(self, features: Tensor, feature_map: Tensor, images: Tensor) -> Tensor:
-        """(n, C, h, w) and maps (B, F, h', w') of images, ``images`` (n,) saying whose -> (n, C / 2, h', w')."""
-        larger = self.adapter(feature_map)  # once an image, not once a query
+        """Combine (n, C, h, w) with maps (B, F, h', w') of images ``images`` (n,): -> (n, C / 2, h', w')."""
+        larger = self.adapter(feature_map)  # once per image, not per query
         enlarged = nn.functional.interpolate(features, size=larger.shape[-2:], mode="nearest")
         return self.refine(enlarged + larger[images])
 
 
 class MaskHead(nn.Module):
-    """Mask logits of chosen queries.
+    """Predict mask logits of selected queries.
 
     Args:
         hidden_size: D, a multiple of 16.
         num_heads: A; D + A must be a multiple of 8.
-        map_channels: F of the backbone's maps but the last, the smallest of these first.
-        activation: after every norm.
+        map_channels: channels F of the backbone's feature maps except the last, smallest map first.
+        activation: activation after every norm.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, map_channels: list[int], activation: str):
@@ -89,19 +89,19 @@ class MaskHead(nn.Module):
         self.last = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
 
     def forward(self, projected: Tensor, attention: Tensor, maps: list[Tensor], images: Tensor) -> Tensor:
-        """Masks of n queries.
+        """Predict the masks of n queries.
 
         Args:
             projected: (B, D, h, w).
             attention: (n, A, h, w).
-            maps: of the backbone but the last, the largest first, (B, F, h', w').
+            maps: feature maps of the backbone except the last, largest first, (B, F, h', w').
             images: (n,) int64, the image of each query.
 
         Returns:
-            (n, H', W'), as large as the first of ``maps``.
+            (n, H', W'), the size of the first of ``maps``.
         """
-        # The authors convolve [features, attention] of every query; the features' part is the same for all queries of
-        # an image, and a convolution is linear: once an image is enough.
+        # The authors convolve [features, attention] for every query. The features are the same for all queries of an
+        # image and convolution is linear, so that part is computed once per image.
         first, D = self.first, self.hidden_size
         if is_plain(first.conv, nn.Conv2d):
             weight, bias = first.conv.weight, first.conv.bias

@@ -1,9 +1,9 @@
-"""Which prediction answers for which object: the matching cost and the assignment of least cost
+"""Bipartite matching of predictions and objects: matching cost and minimum-cost assignment
 (Carion et al. 2020, arXiv:2005.12872, section 3.1).
 
     predictions of all layers and images, padded objects -> cost (L, B, Q, M) -> host -> query of each object (L, B, M)
 
-Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image, the others padded; C classes.
+Shapes: L decoder layers; B images; Q object queries; M maximum number of objects per image, with padding; C classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from .input_checks import ROUNDING, readable, require_tensor
 
 logger = logging.get_logger(__name__)
 
-NEVER = 1e6  # the cost of a pair that is not finite, far above any other
+NEVER = 1e6  # replaces costs that are not finite; far above any other cost
 
 
 class Objects(NamedTuple):
-    """The objects of a batch, padded to those of the fullest image.
+    """Objects of a batch, padded to the maximum number per image.
 
     Args:
         classes: (B, M) int64.
         boxes: (B, M, 4) cxcywh in [0, 1].
-        counts: objects of each image, on the host.
+        counts: number of objects of each image, on the host.
     """
 
     classes: Tensor
@@ -38,7 +38,7 @@ class Objects(NamedTuple):
 
 
 def require_values(classes: Tensor, boxes: Tensor, num_labels: int) -> None:
-    """Refuse classes (B, M) outside [0, ``num_labels``) and boxes (B, M, 4) outside [0, 1], on a CPU.
+    """Raise if, on a CPU, a class (B, M) is outside [0, ``num_labels``) or a box (B, M, 4) outside [0, 1].
 
     Raises:
         ValueError: with the image and the first such class or box.
@@ -46,7 +46,7 @@ def require_values(classes: Tensor, boxes: Tensor, num_labels: int) -> None:
     if not readable(classes) or not classes.numel():
         return
     outside = (classes < 0) | (classes >= num_labels)
-    wrong = ~((boxes >= -ROUNDING) & (boxes <= 1 + ROUNDING)).all(dim=2)  # a NaN is neither
+    wrong = ~((boxes >= -ROUNDING) & (boxes <= 1 + ROUNDING)).all(dim=2)  # also true for NaN
     if not (outside | wrong).any():
         return
     if outside.any():
@@ -64,12 +64,12 @@ def require_values(classes: Tensor, boxes: Tensor, num_labels: int) -> None:
 
 
 def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.device) -> Objects:
-    """Labels of each image, ``class_labels`` (n,) and ``boxes`` (n, 4), as one batch.
+    """Batch the labels of the images, ``class_labels`` (n,) and ``boxes`` (n, 4) each.
 
     Raises:
-        TypeError: labels of an image are no dictionary of tensors.
-        ValueError: an image has no classes or boxes, its boxes are not (n, 4) for its n classes, or, where labels can
-            be read without waiting for a GPU, a class does not exist or a box is not in [0, 1].
+        TypeError: the labels of an image are not a dictionary of tensors.
+        ValueError: an image has no classes or boxes, its boxes are not (n, 4) for its n classes, or, if labels can be
+            read without synchronising a GPU, a class does not exist or a box is not in [0, 1].
     """
     for i, label in enumerate(labels):
         if not isinstance(label, Mapping):
@@ -101,15 +101,15 @@ def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.
 def matching_cost(
     logits: Tensor, boxes: Tensor, objects: Objects, class_cost: float, bbox_cost: float, giou_cost: float
 ) -> Tensor:
-    """What it costs that a query answers for an object: ``-p(class) + L1 + (-GIoU)``, weighted (section 3.1).
+    """Compute the cost of matching each query to each object: ``-p(class) + L1 + (-GIoU)``, weighted (section 3.1).
 
     Args:
         logits: (L, B, Q, C + 1).
         boxes: (L, B, Q, 4) cxcywh.
-        class_cost, bbox_cost, giou_cost: the weights.
+        class_cost, bbox_cost, giou_cost: weights of the terms.
 
     Returns:
-        (L, B, Q, M) float32; of padding, meaningless.
+        (L, B, Q, M) float32; undefined for padding.
     """
     classes = objects.classes[None, :, None].expand(*logits.shape[:3], -1)  # (L, B, Q, M)
     cost = logits.float().softmax(-1).gather(-1, classes).mul_(-class_cost)
@@ -120,14 +120,14 @@ def matching_cost(
 
 
 def highest_cost(config: Any) -> float:
-    """Above the cost of any pair of boxes in [0, 1]: an L1 distance of 4, a GIoU of -1, a probability of 0."""
+    """Return an upper bound on the cost of boxes in [0, 1]: an L1 distance of 4, a GIoU of -1, a probability of 0."""
     return 4.0 * config.bbox_cost + config.giou_cost + 1.0
 
 
 def require_costs(cost: np.ndarray, counts: list[int], limit: float) -> None:
-    """Refuse an object that no query could stand for, while other objects have costs: its label is wrong.
+    """Raise if an object has no query with a valid cost although other objects do: its label is wrong.
 
-    On a GPU labels cannot be read without waiting for it; here their costs are on the host anyway.
+    On a GPU labels cannot be read without synchronising; the costs are on the host at this point anyway.
 
     Raises:
         ValueError: with the image and the object.
@@ -144,33 +144,33 @@ def require_costs(cost: np.ndarray, counts: list[int], limit: float) -> None:
 
 
 def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray:
-    """The assignment of objects to queries with the least cost, of every layer and image (equation 1).
+    """Assign queries to objects at minimum cost, for every layer and image (equation 1).
 
-    One copy to the host for all of them. Costs that are not finite are taken as very high, and reported.
+    The costs are copied to the host once. Costs that are not finite are treated as very high and reported.
 
     Args:
         cost: (L, B, Q, M).
-        counts: objects of each image.
-        limit: above the cost of any box in [0, 1], see `highest_cost`.
+        counts: number of objects of each image.
+        limit: upper bound on the cost of boxes in [0, 1], see `highest_cost`.
 
     Returns:
-        (L, B, M) int64: the query of each object; Q for padding, and for objects that found none, where an image has
-        more of them than there are queries.
+        (L, B, M) int64: the query of each object; Q for padding, and for objects left unmatched because an image has
+        more objects than there are queries.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: no query has a finite cost below ``limit`` for an object, but some has for another: its box in the
+        ValueError: an object has no query with a finite cost below ``limit`` while another object does: its box in the
             labels is out of range.
     """
     if not is_scipy_available():
         raise ImportError("matching predictions to objects needs scipy: pip install scipy")
-    if is_scipy_available():  # here and in this form, since the file travels
+    if is_scipy_available():  # local import; this condition is required by transformers' import check
         from scipy.optimize import linear_sum_assignment
 
     L, _, Q, M = cost.shape
     host = cost.cpu().numpy()
     queries = np.full((L, len(counts), M), Q)
-    if host.size and not host.max() < limit:  # a NaN is not below it
+    if host.size and not host.max() < limit:  # also true for NaN
         require_costs(host, counts, limit)
     if not np.isfinite(host).all():
         real = np.concatenate([host[:, i, :, :count].ravel() for i, count in enumerate(counts)])
@@ -185,10 +185,10 @@ def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray
 
 
 class Matching(NamedTuple):
-    """Which query answers for which object.
+    """Assignment of queries to objects.
 
     Args:
-        objects: of the batch.
+        objects: objects of the batch.
         queries: (L, B, M) int64, see `assign`, on the device.
         on_host: the same on the host.
     """
@@ -199,16 +199,16 @@ class Matching(NamedTuple):
 
 
 def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
-    """Match predictions of all layers to the objects of a batch.
+    """Match the predictions of all layers to the objects of a batch.
 
     Args:
         logits: (L, B, Q, C + 1).
         boxes: (L, B, Q, 4) cxcywh.
-        labels: of each image ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
+        labels: one dict per image with ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
         config: has ``num_labels`` and the weights of the cost.
 
     Raises:
-        ValueError: there are labels of more or fewer images, or they are not as they should be, see `pad_objects`.
+        ValueError: the number of labels differs from the number of images, or labels are invalid, see `pad_objects`.
     """
     if not isinstance(labels, Sequence):
         raise TypeError(f"labels must be a list of dictionaries, one for each image, got {type(labels).__name__}")
@@ -221,7 +221,7 @@ def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config
 
 
 def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image and query of every matched object of the last layer, and its number among all objects: (n,) each."""
+    """Return image, query and object index of every matched object of the last layer: (n,) each."""
     device, counts = matching.queries.device, matching.objects.counts
     images, queries, objects = [], [], []
     first = 0

@@ -1,12 +1,13 @@
-"""The loss over matched pairs of queries and objects (Carion et al. 2020, arXiv:2005.12872, section 3.1, equation 2;
-masks: section 4.4).
+"""Set prediction loss over matched pairs of queries and objects (Carion et al. 2020, arXiv:2005.12872, section 3.1,
+equation 2; masks: section 4.4).
 
     logits, boxes of all layers, labels -> assignment -> {term: sum over items of each layer}
 
-Every term is a sum, so that a loop can divide by the items of a whole step: class terms by the weight of all queries
-(`query_weight`), box and mask terms by the number of objects.
+Every term is a sum, so that a training loop can divide by the items of a whole step: class terms by the total weight
+of the queries (`query_weight`), box and mask terms by the number of objects.
 
-Shapes: L decoder layers; B images; Q object queries; M objects of the fullest image; C classes; h, w of mask logits.
+Shapes: L decoder layers; B images; Q object queries; M maximum number of objects per image; C classes; h, w size of
+mask logits.
 """
 
 from collections.abc import Mapping
@@ -21,28 +22,28 @@ from .matching import Matching, Objects
 
 
 def query_weight(counts: list[int], num_queries: int, eos_coefficient: float) -> float:
-    """Weight of all queries of some images in the class loss: 1 with an object, ``eos_coefficient`` without."""
+    """Return the total weight of queries in the class loss: 1 if matched to an object, else ``eos_coefficient``."""
     matched = sum(min(count, num_queries) for count in counts)
     return matched + eos_coefficient * (num_queries * len(counts) - matched)
 
 
 def class_loss(logits: Tensor, queries: Tensor, objects: Objects, eos_coefficient: float) -> Tensor:
-    """Weighted cross-entropy of every query: (L,).
+    """Compute the weighted cross-entropy of the queries, summed per layer: (L,).
 
     Args:
-        logits: (L, B, Q, C + 1), the last for "no object".
+        logits: (L, B, Q, C + 1), the last class being "no object".
         queries: (L, B, M), see `assign`.
     """
     L, B, Q, classes = logits.shape
     nothing = classes - 1
-    target = objects.classes.new_full((L, B, Q + 1), nothing)  # the last place takes what has no query
+    target = objects.classes.new_full((L, B, Q + 1), nothing)  # the last slot collects objects without a query
     target = target.scatter(2, queries, objects.classes.expand(L, -1, -1))[:, :, :Q]
     loss = nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(L, -1)
     return (loss * torch.where(target == nothing, eos_coefficient, 1.0).view(L, -1)).sum(dim=1)
 
 
 def box_losses(boxes: Tensor, queries: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
-    """Sums of the L1 distance and of 1 - GIoU over matched pairs: (L,) each.
+    """Sum the L1 distance and 1 - GIoU over matched pairs: (L,) each.
 
     Args:
         boxes: (L, B, Q, 4) cxcywh.
@@ -58,24 +59,26 @@ def box_losses(boxes: Tensor, queries: Tensor, objects: Objects) -> tuple[Tensor
 
 @torch.no_grad()
 def cardinality_error(logits: Tensor, counts: list[int]) -> Tensor:
-    """How far the number of queries that see an object is off, summed over images (to look at; no gradient): (L,)."""
+    """Sum the absolute error of the number of predicted objects over images, for logging (no gradient): (L,)."""
     seen = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # (L, B)
     return (seen - torch.tensor(counts, device=seen.device)).abs().float().sum(1)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of masks, the mean over the pixels of each (Lin et al. 2017, arXiv:1708.02002, equation 5): (n,).
+    """Compute the focal loss of masks, averaged over pixels (Lin et al. 2017, arXiv:1708.02002, equation 5): (n,).
 
     Args:
         logits, targets: (n, pixels); targets 0 or 1.
     """
     loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    wrong = (logits.sigmoid() - targets).abs()  # 1 - p of the true side
+    wrong = (logits.sigmoid() - targets).abs()  # 1 - p of the true class
     return (loss * wrong**gamma * (alpha * targets + (1 - alpha) * (1 - targets))).mean(-1)
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - the Dice coefficient of masks, both sides with 1 added (Milletari et al. 2016, arXiv:1606.04797): (n,).
+    """Compute 1 - the Dice coefficient of masks, smoothed by 1 (Milletari et al. 2016, arXiv:1606.04797): (n,).
+
+    1 is added to both the numerator and the denominator.
 
     Args:
         logits, targets: (n, pixels); targets 0 or 1.
@@ -87,14 +90,15 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def target_masks(
     labels: list[dict[str, Tensor]], size: tuple[int, int], counts: list[int], device: torch.device
 ) -> Tensor:
-    """Masks of the objects of all images, one after the other, padded below and right: (n, H, W) float32.
+    """Concatenate the masks of the objects of all images, padded at the bottom and right: (n, H, W) float32.
 
     Args:
         size: H and W of the images.
-        counts: objects of each image.
+        counts: number of objects of each image.
 
     Raises:
-        ValueError: an image has no masks, one for each object of it is not what it has, or they exceed the images.
+        ValueError: an image has no masks, its number of masks differs from its number of objects, or its masks are
+            larger than the images.
     """
     padded = []
     for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
@@ -112,7 +116,7 @@ def target_masks(
 
 
 def mask_losses(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Sums of focal and Dice loss over masks, the logits enlarged to their targets: {term: (1,)}.
+    """Sum the focal and Dice losses over masks, upsampling the logits to the target size: {term: (1,)}.
 
     Args:
         logits: (n, h, w).
@@ -128,7 +132,7 @@ def mask_losses(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def set_losses(logits: Tensor, boxes: Tensor, matching: Matching, config: Any) -> dict[str, Tensor]:
-    """Sums of every term but those of masks, of every layer, in float32: {term: (L,)}.
+    """Sum every loss term except the mask losses for each layer, in float32: {term: (L,)}.
 
     Args:
         logits: (L, B, Q, C + 1).
@@ -146,9 +150,10 @@ def set_losses(logits: Tensor, boxes: Tensor, matching: Matching, config: Any) -
 
 
 def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> dict[str, float]:
-    """What the sums of `set_losses` and `mask_losses` are divided by, from the objects of each image: {term: items}.
+    """Return the divisors of the sums of `set_losses` and `mask_losses` from the object counts: {term: items}.
 
-    Boxes and masks by the number of objects, which may be 0. The sum over micro-batches is that of the step.
+    For boxes and masks it is the number of objects, which may be 0. Divisors of micro-batches add up to those of the
+    step.
     """
     terms = dict.fromkeys(("loss_bbox", "loss_giou", "loss_mask", "loss_dice"), float(sum(counts)))
     return {
@@ -159,7 +164,7 @@ def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> 
 
 
 def term_weights(config: Any) -> dict[str, float]:
-    """How much every term counts in the loss (equation 2)."""
+    """Return the weight of every loss term (equation 2)."""
     return {
         "loss_ce": 1.0,
         "loss_bbox": config.bbox_loss_coefficient,
@@ -170,7 +175,7 @@ def term_weights(config: Any) -> dict[str, float]:
 
 
 def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{term: (L,)} as transformers' DETR names them: the last layer's as they are, the others with their number."""
+    """Name terms (L,) as in transformers' DETR: plain names for the last layer, a layer index suffix for others."""
     named = {}
     for name, values in terms.items():
         named[name] = values[-1]
@@ -181,10 +186,10 @@ def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 def total_loss(
     terms: dict[str, Tensor], matching: Matching, config: Any, items: Mapping[str, float | Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all terms and layers, and each of them, divided by their items.
+    """Return the weighted sum of all terms and layers, and every term by name, each divided by its items.
 
     Raises:
-        ValueError: ``items`` are not given for every term.
+        ValueError: ``items`` lacks a term.
     """
     here = normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
     if items is not None and not (isinstance(items, Mapping) and terms.keys() <= items.keys()):
