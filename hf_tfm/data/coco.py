@@ -1,9 +1,9 @@
-"""COCO's JSON files with their folders of images, as the columns `detection` and `panoptic` read.
+"""COCO's JSON files with their image folders, converted to the columns that `detection` and `panoptic` read.
 
     annotations/instances_<split>.json, panoptic_<split>.json + <split>/ or images/<split>/ or images/   COCO's own
     <split>/_annotations.coco.json beside the images                                                    Roboflow's
 
-(Lin et al. 2014, arXiv:1405.0312.) Images stay where they are; their paths are stored.
+(Lin et al. 2014, arXiv:1405.0312.) Images stay where they are; only their paths are stored.
 """
 
 import os
@@ -30,11 +30,11 @@ SEGMENT = {
     "area": Value("float32"),
     "iscrowd": Value("bool"),
 }
-LARGEST_SEGMENT = 2**24 - 1  # the id of a white pixel
+LARGEST_SEGMENT = 2**24 - 1  # id of a white pixel
 
 
 def coco_files(folder: Path) -> dict[str, dict[str, Path]]:
-    """The JSON files of a folder, {split: {"instances" or "panoptic": file}}; {} if it is not one of COCO's kind."""
+    """Return a folder's JSON files, {split: {"instances" or "panoptic": file}}; {} if it is not a COCO folder."""
     found: dict[str, dict[str, Path]] = {}
     for kind in KINDS:
         for file in sorted(folder.glob(f"annotations/{kind}_*.json")):
@@ -45,9 +45,9 @@ def coco_files(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def split_names(names: list[str]) -> dict[str, str]:
-    """The usual names of splits: {"train2017": "train", "val2017": "validation", "valid": "validation"}.
+    """Map split names to the usual ones: {"train2017": "train", "val2017": "validation", "valid": "validation"}.
 
-    Where two would have the same name, all keep theirs.
+    If two names would become equal, all names are kept.
     """
     usual = {}
     for name in names:
@@ -57,18 +57,18 @@ def split_names(names: list[str]) -> dict[str, str]:
 
 
 def load_coco(folder: Path) -> datasets.DatasetDict:
-    """Every split of a folder of COCO's kind.
+    """Load every split of a COCO folder.
 
-    Ids are compared as text, so that an annotation of the image "7" belongs to the image 7. An outline that is
-    malformed is missing, and counted in the log; its box is read.
+    Ids are compared as strings, so that an annotation of image "7" belongs to image 7. A malformed outline is treated
+    as missing and counted in the log; its box is kept.
 
     Returns:
-        splits with ``image`` (a path), ``image_id``, ``width``, ``height``, and ``objects`` where there are instances,
-        ``panoptic`` (a path) and ``segments_info`` where there are panoptic maps.
+        Splits with ``image`` (a path), ``image_id``, ``width``, ``height``, ``objects`` if there are instances, and
+        ``panoptic`` (a path) and ``segments_info`` if there are panoptic maps.
 
     Raises:
-        ValueError: a file is not COCO's JSON, two entries have the same id, a field has a value that it must not have,
-            a category is not listed, or a path leaves the folder; the error names file, entry and value.
+        ValueError: if a file is not COCO JSON, two entries share an id, a field has an invalid value, a category is
+            not listed, or a path leaves the folder; the message names file, entry and value.
     """
     files = coco_files(folder)
     usual = split_names(list(files))
@@ -91,7 +91,7 @@ def load_coco(folder: Path) -> datasets.DatasetDict:
 
 
 def features(names: list[str] | None, panoptic: bool) -> Features:
-    """The columns of a split, with objects of categories ``names``, with panoptic maps, or both."""
+    """Return the features of a split, with objects of categories ``names``, with panoptic maps, or with both."""
     columns: dict[str, Any] = {
         "image": Image(decode=False),
         "image_id": Value("int64"),
@@ -115,13 +115,13 @@ def features(names: list[str] | None, panoptic: bool) -> Features:
 
 
 def entries(content: Any, key: str, file: Path, name: str) -> list[Entry]:
-    """One of the lists of a COCO file.
+    """Return the entries of a list in a COCO file.
 
     Args:
-        name: of one of its entries, for errors.
+        name: what an entry is called in error messages.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is no such list.
     """
     if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
         raise ValueError(f'{file} has no list "{key}", as COCO\'s JSON has')
@@ -129,10 +129,10 @@ def entries(content: Any, key: str, file: Path, name: str) -> list[Entry]:
 
 
 def identities(found: list[Entry], file: Path, name: str) -> list[str]:
-    """The ids of entries.
+    """Return the ids of entries.
 
     Raises:
-        ValueError: two entries have the same.
+        ValueError: if two entries share an id.
     """
     ids = [entry.identity("id") for entry in found]
     if (again := twice(ids)) is not None:
@@ -141,10 +141,10 @@ def identities(found: list[Entry], file: Path, name: str) -> list[str]:
 
 
 def read_names(content: Any, file: Path) -> list[tuple[str, str]]:
-    """Id, as text, and name of the categories of instances, by ascending id.
+    """Return (id as string, name) of the instance categories, sorted by id.
 
     Raises:
-        ValueError: the file has none, or two have the same id or name.
+        ValueError: if the file has none, or two share an id or a name.
     """
     categories = entries(content, "categories", file, "category")
     ids = identities(categories, file, "categories")
@@ -157,7 +157,7 @@ def read_names(content: Any, file: Path) -> list[tuple[str, str]]:
 
 
 def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of a split."""
+    """Yield the rows of a split."""
     paths = {kind: Path(file) for kind, file in files.items()}
     contents = {kind: load_json(file) for kind, file in paths.items()}
     first = next(iter(paths))
@@ -171,7 +171,7 @@ def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[s
     if "instances" in paths:
         objects = read_objects(contents["instances"], paths["instances"], sizes, dict(zip(keys, images, strict=True)))
     maps = read_maps(contents["panoptic"], paths["panoptic"], Path(folder), sizes) if "panoptic" in paths else None
-    # The column of ids has integers: other ids, as some tools have them, become the numbers of their images.
+    # The id column holds integers: if some ids are not integers, as some tools write them, image numbers replace them.
     whole = [as_int64(key) for key in keys]
     numbered = None not in whole
     for number, (key, path) in enumerate(zip(keys, images, strict=True)):
@@ -190,21 +190,21 @@ def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[s
 
 
 def stated_size(picture: Entry) -> tuple[int | None, int | None]:
-    """Height and width that a file states; None where it states none, or 0, as tools write what they do not know."""
+    """Return the stated height and width; None if missing or 0, which tools write for unknown values."""
     height, width = (picture.integer(key, None, least=0, most=MAX_SIDE) or None for key in ("height", "width"))
     return height, width
 
 
 def locate(named: list[Entry], folder: Path, split: str, file: Path) -> list[str]:
-    """The paths of the images or maps that entries name, in the folder where the first of them is.
+    """Return the paths of the images or maps that entries name, in the folder that contains the first one found.
 
     Args:
-        folder: of the data set.
-        split: name of the folder of images.
-        file: of the entries.
+        folder: folder of the data set.
+        split: name of the image folder.
+        file: file that contains the entries.
 
     Raises:
-        ValueError: a path leaves the data set, or none of the files is there; the error names the places.
+        ValueError: if a path leaves the data set or none of the files exists; the message lists the folders tried.
     """
     places = [folder / split, folder / "images" / split, folder / "images", folder, file.parent / split, file.parent]
     places = list(dict.fromkeys(places))
@@ -222,11 +222,11 @@ def locate(named: list[Entry], folder: Path, split: str, file: Path) -> list[str
 def read_objects(
     content: Any, file: Path, sizes: Mapping[str, tuple[int | None, int | None]], images: Mapping[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The objects of each image, by its id as text.
+    """Return the objects of each image, by image id as string.
 
     Args:
-        sizes: height and width of the images that the file states, by their ids as text.
-        images: their paths, whose headers are read where a size is not stated.
+        sizes: stated height and width of the images, by id as string.
+        images: paths of the images, whose headers are read if a size is not stated.
 
     Raises:
         ValueError: see `load_coco`.
@@ -273,14 +273,14 @@ def read_objects(
 
 
 def read_maps(content: Any, file: Path, folder: Path, images: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Panoptic map and segments of each image, by its id as text.
+    """Return the panoptic map and segments of each image, by image id as string.
 
     Args:
-        folder: of the data set.
-        images: ids of the images, as text.
+        folder: folder of the data set.
+        images: ids of the images as strings.
 
     Raises:
-        ValueError: the maps are nowhere, two are of one image or two segments of a map have the same id, or see
+        ValueError: if no map is found, two maps belong to one image, two segments of a map share an id, or see
             `load_coco`.
     """
     annotations = [
@@ -305,10 +305,10 @@ def read_maps(content: Any, file: Path, folder: Path, images: Collection[str]) -
 
 
 def read_segments(annotation: Entry, file: Path) -> list[dict[str, Any]]:
-    """The segments of a panoptic map.
+    """Return the segments of a panoptic map.
 
     Raises:
-        ValueError: two have the same id, or a field has a value that it must not have.
+        ValueError: if two segments share an id, or a field has an invalid value.
     """
     segments = [
         Entry(segment.values, file, f"{annotation.name}, {segment.name}")

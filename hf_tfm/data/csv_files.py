@@ -1,9 +1,9 @@
-"""CSV and TSV files in which text stays text: only an empty field is missing, and no row or digit is lost.
+"""Lossless reading of CSV and TSV files: text stays text, only an empty field is missing, no row or digit is lost.
 
-files -> fields as text -> columns of whole or decimal numbers where that loses nothing -> Arrow tables
+files -> fields as text -> columns of integers or decimals if the conversion is lossless -> Arrow tables
 
-pandas, by which `datasets` reads CSV, takes "NA", "None" or "null" for missing values, "01" for 1, and the first of
-too many fields for an index.
+pandas, which `datasets` uses to read CSV, treats "NA", "None" and "null" as missing values, reads "01" as 1, and uses
+the first of too many fields as an index.
 """
 
 import csv
@@ -25,8 +25,8 @@ from datasets.table import table_cast
 
 from .rebuilt import COMMON, Rebuilt, stated_options
 
-BLOCK = 32 << 20  # bytes of a file that are parsed at once; a row is no longer
-# Numbers that are written as Python writes them, so that the text of each can be had back.
+BLOCK = 32 << 20  # bytes of a file that are parsed at once; also the maximum length of a row
+# Numbers written the way Python writes them, so that their text can be restored.
 WHOLE = r"^(?:0|-?[1-9]\d{0,17})$"
 DECIMAL = r"^-?(?:0|[1-9]\d{0,8})\.(?:0|\d{0,5}[1-9])$"
 TINY = r"^-?0\.0000"  # Python writes these as 1e-05
@@ -34,7 +34,7 @@ PARSED = {"sep", "delimiter", "quotechar", "doublequote", "escapechar", "names",
 
 
 class CsvFiles(Rebuilt, Csv):
-    """`datasets`' builder of CSV with another reader; options that this reader lacks are left to pandas."""
+    """`datasets`' CSV builder with a lossless reader; options that the reader does not support are left to pandas."""
 
     @classmethod
     def like(cls, builder: Csv, **options: Any) -> "CsvFiles":
@@ -45,7 +45,7 @@ class CsvFiles(Rebuilt, Csv):
         return found
 
     def by_pandas(self) -> bool:
-        """Whether an option is set that only pandas knows."""
+        """Return whether an option is set that only pandas supports."""
         usual, own = CsvConfig(), PARSED | COMMON | {"na_values", "keep_default_na", "chunksize"}
         return len(self.config.sep) != 1 or any(
             getattr(self.config, f.name) != getattr(usual, f.name) for f in fields(CsvConfig) if f.name not in own
@@ -66,10 +66,10 @@ class CsvFiles(Rebuilt, Csv):
         return generators
 
     def find_features(self, splits: Iterable[tuple[list[str], list[list[str]]]], streaming: bool) -> Features:
-        """The columns of all splits, numbers where every field is one; of a stream, all are text.
+        """Infer the columns of all splits: numeric if every field is a number; for a stream, all columns are strings.
 
         Raises:
-            ValueError: the files of a split have other columns than its first file.
+            ValueError: if the files of a split have different columns.
         """
         kinds: dict[str, set[str]] = {}
         for named, paths in splits:
@@ -88,16 +88,16 @@ class CsvFiles(Rebuilt, Csv):
                             kinds[column] &= number_kinds(table[column])
         chosen = {column: "string" if streaming else min(found, default="string") for column, found in kinds.items()}
         chosen = {column: "int64" if kinds[column] == {"int64"} else kind for column, kind in chosen.items()}
-        # A column without any value would fit both.
+        # A column without any value would fit both numeric types.
         return Features(
             {column: Value("string" if len(kinds[column]) == 2 else kind) for column, kind in chosen.items()}
         )
 
     def columns(self, path: str, name: str) -> list[str]:
-        """The names of a file's columns.
+        """Return the column names of a file.
 
         Raises:
-            ValueError: it is empty, or two columns have the same name.
+            ValueError: if the file is empty, or two columns share a name.
         """
         if self.config.names:
             return list(self.config.names)
@@ -111,7 +111,7 @@ class CsvFiles(Rebuilt, Csv):
         return [column or f"Unnamed: {place}" for place, column in enumerate(names)]
 
     def dialect(self, name: str) -> dict[str, Any]:
-        """How Python's reader reads a line."""
+        """Return the dialect for Python's csv reader."""
         return {
             "delimiter": self.separator(name),
             "quotechar": self.config.quotechar,
@@ -120,14 +120,14 @@ class CsvFiles(Rebuilt, Csv):
         }
 
     def separator(self, name: str) -> str:
-        """The stated one; a tab in files called .tsv."""
+        """Return the configured separator; by default, a tab for .tsv files."""
         return "\t" if self.config.sep == "," and ".tsv" in name.lower().rsplit("/", 1)[-1] else self.config.sep
 
     def read(self, path: str, name: str) -> Iterator[pa.Table]:
-        """Tables of text with the rows of a file.
+        """Yield tables of strings with the rows of a file.
 
         Raises:
-            ValueError: a row has too many or too few fields, or the text is not in the file's encoding.
+            ValueError: if a row has too many or too few fields, or the text is not in the file's encoding.
         """
         columns = self.columns(path, name)
         row_problem: list[str] = []
@@ -144,7 +144,7 @@ class CsvFiles(Rebuilt, Csv):
                 reader = pa_csv.open_csv(
                     file,
                     pa_csv.ReadOptions(
-                        use_threads=False,  # rows are then counted for errors
+                        use_threads=False,  # needed for row numbers in errors
                         block_size=BLOCK,
                         column_names=columns,
                         skip_rows_after_names=0 if self.config.names else 1,
@@ -169,7 +169,7 @@ class CsvFiles(Rebuilt, Csv):
             except pa.ArrowInvalid as error:
                 if row_problem:
                     raise ValueError(row_problem[0]) from None
-                if "Empty CSV file" in str(error):  # a header alone
+                if "Empty CSV file" in str(error):  # only a header
                     return
                 raise ValueError(f"{name} cannot be read as CSV: {error}") from error
 
@@ -187,7 +187,7 @@ class CsvFiles(Rebuilt, Csv):
 
 
 def number_kinds(values: pa.ChunkedArray) -> set[str]:
-    """Which types of number the text of all fields fits, so that it can be had back: int64, float64, both or none."""
+    """Return which of int64 and float64 represent all fields losslessly, so that their text can be restored."""
     if values.null_count == len(values):
         return {"int64", "float64"}
     kinds = set()
@@ -200,7 +200,7 @@ def number_kinds(values: pa.ChunkedArray) -> set[str]:
 
 
 def open_text(path: str, encoding: str | None):
-    """A text file, compressed by gzip or not."""
+    """Open a text file, gzip-compressed or not."""
     file = open(path, "rb")  # noqa: SIM115 closed with what is returned
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
@@ -208,7 +208,7 @@ def open_text(path: str, encoding: str | None):
 
 
 def written(rows: datasets.Dataset, columns: Iterable[str]) -> datasets.Dataset:
-    """Rows in which columns of numbers that a CSV file holds are text again, as it was written."""
+    """Convert numeric columns read from a CSV file back to text, exactly as written in the file."""
     if getattr(rows.info, "builder_name", None) != __name__.rsplit(".", 1)[-1]:
         return rows
     for column in columns:

@@ -1,6 +1,6 @@
-"""The kinds of data files that are read, by their names, and why a file of a kind cannot be read.
+"""Supported kinds of data files, by file name, and diagnosis of files that cannot be read.
 
-name -> kind, the name of a builder of `datasets`; bytes -> None or the first thing that is wrong, with its place
+name -> kind, the name of a builder of `datasets`; bytes -> None or the first problem, with its location
 """
 
 import bz2
@@ -26,11 +26,11 @@ KINDS = {
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXT_KINDS = ("csv", "json", "text")
 READ = f"{', '.join(KINDS)}, also compressed: {', '.join(COMPRESSED)}"
-LOOKED_AT = 1 << 30  # bytes of a file, at most, in which the cause of an error is looked for
+LOOKED_AT = 1 << 30  # maximum number of bytes of a file that are searched for the cause of an error
 
 
 def kind_of(file: str | os.PathLike) -> str | None:
-    """The builder that reads a file, by the end of its name in capitals or not; None of another file."""
+    """Return the builder for a file, by its extension in any case; None if the extension is not supported."""
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -38,13 +38,13 @@ def kind_of(file: str | os.PathLike) -> str | None:
 
 
 def usual_name(file: str | os.PathLike) -> bool:
-    """Whether the end of a name is in the small letters by which `datasets` knows it."""
+    """Return whether a file's extensions are in lower case, the only form `datasets` recognises."""
     ends = "".join(Path(file).suffixes[-2:])
     return ends == ends.lower()
 
 
 def problem(files: Iterable[str]) -> str | None:
-    """The first thing that is wrong with local files, with file and place; None where nothing is found."""
+    """Return the first problem of local files, with file and location; None if none is found."""
     for file in files:
         if kind_of(file) is None:
             continue
@@ -57,7 +57,7 @@ def problem(files: Iterable[str]) -> str | None:
 
 
 def problem_of(file: str) -> str | None:
-    """The first problem of one file of a known kind."""
+    """Return the first problem of one file of a supported kind."""
     if not os.path.getsize(file):
         return f"{file} is empty (0 bytes)"
     kind = kind_of(file)
@@ -84,7 +84,7 @@ def problem_of(file: str) -> str | None:
 
 
 def json_problem(file: str, text: str) -> str | None:
-    """The first problem of a JSON list of objects, or of JSON lines."""
+    """Return the first problem of a JSON list of objects, or of JSON lines."""
     if not text.strip():
         return f"{file} is empty"
     if text.lstrip().startswith("["):
@@ -117,7 +117,7 @@ def json_problem(file: str, text: str) -> str | None:
 
 
 def encodable(value) -> bool:
-    """Whether all text in a value can be written as UTF-8."""
+    """Return whether all text in a value can be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -126,7 +126,7 @@ def encodable(value) -> bool:
 
 
 def kind_in_words(value) -> str:
-    """The name of a JSON value's type, for errors."""
+    """Return the name of a JSON value's type, for error messages."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):
@@ -135,5 +135,5 @@ def kind_in_words(value) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
+    """Return the first line of an error's message, or the error's type if it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__

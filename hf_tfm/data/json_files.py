@@ -1,8 +1,8 @@
-"""JSON files in which text stays text: dates in ISO form too.
+"""JSON reading in which strings stay strings, including ISO dates.
 
-Arrow's reader of JSON takes a column of text such as "2024-01-02" for one of times, whose text cannot be had back.
-Builders of `datasets` call the readers here instead, while they read for this package; other readers of the process
-are as they were.
+Arrow's JSON reader converts a column of strings such as "2024-01-02" to timestamps, whose text cannot be restored.
+`datasets`' builders call the readers defined here instead while they read for this package; other readers in the
+process are not affected.
 """
 
 import sys
@@ -20,7 +20,7 @@ from .rebuilt import Rebuilt
 
 
 def read_json(file: BinaryIO, read_options: pa_json.ReadOptions | None = None) -> pa.Table:
-    """`pyarrow.json.read_json` of a file that can be read twice, with text for times."""
+    """Call `pyarrow.json.read_json` on a seekable file, with strings instead of timestamps."""
     start = file.tell()
     table = pa_json.read_json(file, read_options)
     schema = pa.schema([field.with_type(text_for_times(field.type)) for field in table.schema])
@@ -31,7 +31,7 @@ def read_json(file: BinaryIO, read_options: pa_json.ReadOptions | None = None) -
 
 
 def text_for_times(kind: pa.DataType) -> pa.DataType:
-    """An inferred type with strings in the place of times, at any depth."""
+    """Replace timestamps by strings in an inferred type, at any depth."""
     if pa.types.is_timestamp(kind):
         return pa.string()
     if pa.types.is_list(kind):
@@ -42,7 +42,7 @@ def text_for_times(kind: pa.DataType) -> pa.DataType:
 
 
 class JsonReaders(threading.local):
-    """Replaces `pyarrow.json` in modules of `datasets`; while ``own`` is set, in this thread, it is `read_json`."""
+    """Replaces `pyarrow.json` in `datasets`' modules; uses `read_json` above in threads in which ``own`` is set."""
 
     own = False
 
@@ -60,7 +60,7 @@ _by_pandas = sys.modules[Json.__module__].pandas_read_json
 
 
 def pandas_read_json(file: Any, **options: Any) -> pandas.DataFrame:
-    """`datasets`' function of this name, for files that Arrow does not read, without a search for dates."""
+    """Wrap `datasets`' function of this name, used for files that Arrow cannot read, to disable date detection."""
     return _by_pandas(file, **({"convert_dates": False} if READERS.own else {}), **options)
 
 
@@ -68,20 +68,20 @@ sys.modules[Json.__module__].pandas_read_json = pandas_read_json
 
 
 def with_text(tables: Iterator[Any]) -> Iterator[Any]:
-    """What a builder of `datasets` reads, with text for times."""
+    """Yield what a `datasets` builder yields, reading strings instead of timestamps."""
     while True:
         READERS.own = True
         try:
             item = next(tables, None)
         finally:
-            READERS.own = False  # whoever takes the table may read other files
+            READERS.own = False  # the consumer of the table may read other files
         if item is None:
             return
         yield item
 
 
 class JsonFiles(Rebuilt, Json):
-    """`datasets`' builder of JSON, which takes no text for times."""
+    """`datasets`' JSON builder, with strings instead of timestamps."""
 
     def _generate_tables(self, *args: Any, **options: Any) -> Iterator[tuple[Any, pa.Table]]:
         return with_text(super()._generate_tables(*args, **options))

@@ -1,4 +1,4 @@
-"""Data sets of any kind: loading their splits, the commit that was loaded, and the licence the card states."""
+"""Loading of data sets of any kind, and lookup of their commit and licence."""
 
 import dataclasses
 import functools
@@ -35,9 +35,9 @@ from .rebuilt import Rebuilt
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
-CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder states its splits and columns
-STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
-DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the others are the same in both
+CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder declares its splits and columns
+STREAM = "stream"  # replaces the fingerprint of rows that are not read in advance
+DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; other splits are the same size
 FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"}
 EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
 OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
@@ -56,20 +56,20 @@ def load_splits(
 ) -> Splits:
     """Load every split of a data set, and print how many rows each has.
 
-    All data are loaded here. The rows are those of the files as they are now: rows that `datasets` prepared earlier
-    are used again only where path, size and times of every file are the same, see `local_files`.
+    All data sets are loaded here. The rows always match the current files: rows prepared earlier by `datasets` are
+    reused only if path, size and times of every file are unchanged, see `local_files`.
 
     Args:
-        dataset_name: whatever `datasets.load_dataset` takes (Hub id, local folder, "json", "parquet" ...), the path of
-            one file of `file_kinds.KINDS`, compressed or not, a folder with annotations as COCO, Roboflow or Pascal
-            VOC have them (see `coco` and `voc`), or one of the embedded sets, `EMBEDDED`.
+        dataset: anything `datasets.load_dataset` accepts (Hub id, local folder, "json", "parquet" ...), the path of a
+            single file of `file_kinds.KINDS`, compressed or not, a folder with COCO, Roboflow or Pascal VOC
+            annotations (see `coco` and `voc`), or one of the built-in data sets `EMBEDDED`.
         name: configuration of the data set.
         revision: commit, tag or branch on the Hub.
         data_files: files by split, for a builder name such as "parquet".
-        streaming: read rows as they come instead of the whole set first.
+        streaming: stream rows instead of preparing the whole data set first.
 
     Raises:
-        ValueError: the data set cannot be found, or does not fit the options.
+        ValueError: if the data set cannot be found, or does not fit the options.
     """
     splits = read_splits(dataset, name, revision, data_files, streaming)
     announce(splits, dataset, data_files)
@@ -110,15 +110,15 @@ def read_splits(
         return load_remote(dataset, name, revision, data_files, streaming)
     except ValueError:
         raise
-    except Exception as error:  # `datasets` raises errors of many kinds where it finds nothing, or has no network
+    except Exception as error:  # `datasets` raises many kinds of errors if it finds nothing or there is no network
         raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {cause(error)}') from error
 
 
 def is_local_file(dataset: str) -> bool:
-    """Whether a path leads to a file.
+    """Return whether a path is a file.
 
     Raises:
-        ValueError: it leads to a device, a pipe or the like, or looks like a local path and leads nowhere.
+        ValueError: if it is a device, a pipe or similar, or looks like a local path but does not exist.
     """
     path = Path(dataset)
     if path.exists() and not path.is_dir() and not path.is_file():
@@ -129,11 +129,11 @@ def is_local_file(dataset: str) -> bool:
 
 
 def cause(error: BaseException) -> str:
-    """The first line of what an error of `datasets` was raised from."""
+    """Return the first line of the underlying cause of an error of `datasets`."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     line = first_line(error)
-    if line.startswith("Couldn't cast"):  # the types stand in the lines that follow
+    if line.startswith("Couldn't cast"):  # the types are on the following lines
         return f"files of the splits differ in the type of a column: {' '.join(str(error).split())[:300]}"
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
@@ -141,13 +141,13 @@ def cause(error: BaseException) -> str:
 def load_local(
     dataset: str, name: str | None, data_files: DataFiles | None, streaming: bool, given: str | None = None
 ) -> Splits:
-    """A local folder, or files by the name of their format, prepared anew unless every file is as it was.
+    """Load a local folder, or files by format name, preparing rows again unless every file is unchanged.
 
     Args:
-        given: what a user calls the data set, for errors.
+        given: the user's name for the data set, for error messages.
 
     Raises:
-        ValueError: see `load_splits`; or a file changed while it was read.
+        ValueError: see `load_splits`; or if a file changed while it was read.
     """
     given = given or dataset
     if Path(dataset, datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
@@ -155,7 +155,7 @@ def load_local(
             f"dataset_name {dataset} was written by save_to_disk: write it with to_parquet or to_json instead"
         )
     with tempfile.TemporaryDirectory(prefix="hf-tfm-") as empty:
-        # In the usual cache folder, a builder would take over columns and types of other files of the same name.
+        # In the usual cache folder, a builder would reuse columns and types of other files with the same name.
         builder = local_builder(dataset, name, data_files, empty)
         files = source_files(dataset, builder)
         if not data_files and not isinstance(builder, FolderBasedBuilder):
@@ -170,11 +170,11 @@ def load_local(
             fresh = not (entry / "rows").is_dir()
             builder.download_and_prepare(
                 str(entry / "rows"),
-                # An extracted archive is otherwise found again by its path alone.
+                # Otherwise an extracted archive is looked up in the cache by its path alone.
                 download_config=datasets.DownloadConfig(cache_dir=str(entry / "files")),
-                verification_mode="no_checks",  # a card may state how many rows there once were
+                verification_mode="no_checks",  # a card may state an outdated number of rows
             )
-        except Exception as error:  # of any kind, and often without the name of the file
+        except Exception as error:  # can be any type, often without the name of the file
             raise ValueError(reason_of(error, given, files)) from error
         if state_key(files, about, package_key()) != key:
             shutil.rmtree(entry / "rows", ignore_errors=True)
@@ -186,7 +186,7 @@ def load_local(
         if fresh:
             try:
                 for rows in splits.values():
-                    rows.data.validate(full=True)  # the reader of JSON takes bytes that are not UTF-8
+                    rows.data.validate(full=True)  # the JSON reader accepts bytes that are not UTF-8
             except pa.ArrowInvalid as error:
                 shutil.rmtree(entry / "rows", ignore_errors=True)
                 raise ValueError(
@@ -196,17 +196,17 @@ def load_local(
 
 
 def reason_of(error: BaseException, dataset: str, files: Iterable[str]) -> str:
-    """Why a data set cannot be read, in one line: what is wrong with its local files, else what its reader said."""
+    """Return in one line why a data set cannot be read: a problem of its local files, or else the reader's message."""
     return problem(files) or f'dataset_name "{dataset}" cannot be loaded: {cause(error)}'
 
 
 def stream_of(
     builder: datasets.DatasetBuilder, dataset: str, files: Sequence[str] = ()
 ) -> datasets.IterableDatasetDict:
-    """The splits of a builder as streams, whose errors while they are read are of one line.
+    """Return the splits of a builder as streams that report read errors on one line.
 
     Args:
-        dataset_name: what a user calls it.
+        dataset: the user's name for the data set.
         files: the local ones among its files.
     """
     for name in ("_generate_tables", "_generate_examples"):
@@ -218,27 +218,27 @@ def stream_of(
 def read_explained(
     source: tuple[str, Sequence[str]], read: Callable[..., Iterator[Any]], /, *args: Any, **options: Any
 ) -> Iterator[Any]:
-    """What a builder reads.
+    """Yield what a builder's method yields.
 
     Args:
-        source: what a user calls the data set, and its local files.
-        read: method of the builder, called with the other arguments.
+        source: the user's name for the data set, and its local files.
+        read: method of the builder, called with the remaining arguments.
 
     Raises:
-        ValueError: it cannot be read to its end; see `reason_of`.
+        ValueError: if reading fails; see `reason_of`.
     """
     try:
         yield from read(*args, **options)
-    except FullReadDisallowed:  # the builder of JSON tells itself so
+    except FullReadDisallowed:  # the JSON builder handles this one itself
         raise
-    except Exception as error:  # of any kind, and often without the name of the file
+    except Exception as error:  # can be any type, often without the name of the file
         raise ValueError(reason_of(error, *source)) from error
 
 
 def tell_unread(folder: Path, files: list[str]) -> None:
-    """Warn of data files in a folder that are not read: of another kind than most, or with names of no split."""
+    """Warn about data files in a folder that are not read: of a less common type, or named after no split."""
     if any((folder / card).is_file() for card in CARDS):
-        return  # a card may choose among the files
+        return  # a card may select files
     read = {os.path.realpath(file) for file in files}
     unread = [
         str(path.relative_to(folder))
@@ -255,10 +255,10 @@ def tell_unread(folder: Path, files: list[str]) -> None:
 def local_builder(
     dataset: str, name: str | None, data_files: DataFiles | None, cache_dir: str
 ) -> datasets.DatasetBuilder:
-    """The builder of `datasets` for a folder or for files, with our own readers of CSV and JSON.
+    """Return the `datasets` builder for a folder or files, with the CSV and JSON readers of this package.
 
     Raises:
-        ValueError: there are no files, or none of a kind that is read.
+        ValueError: if there are no files, or none of a supported kind.
     """
     try:
         files = None if data_files or not Path(dataset).is_dir() else files_by_kind(Path(dataset))
@@ -283,15 +283,15 @@ def local_builder(
 
 
 def own_reader(builder: datasets.DatasetBuilder) -> type[Rebuilt] | None:
-    """Our class for the files of a builder; None where that of `datasets` reads them."""
+    """Return this package's builder class for the files of a builder; None if `datasets`' own class is used."""
     return next((own for kind, own in OWN_READERS.items() if isinstance(builder, kind)), None)
 
 
 def keep_words(builder: FolderBasedBuilder) -> None:
-    """Have the builder of an image folder read text in its metadata as text.
+    """Make an image folder builder read text in its metadata as text.
 
-    pandas takes words such as "NA" and "None" in metadata.csv for missing values, so a class of that name would
-    vanish; Arrow takes dates in metadata.jsonl for times, see `json_files`.
+    pandas treats "NA", "None" and similar words in metadata.csv as missing values, so a class of that name would
+    disappear; Arrow converts dates in metadata.jsonl to timestamps, see `json_files`.
     """
     read = builder._read_metadata
 
@@ -306,7 +306,7 @@ def keep_words(builder: FolderBasedBuilder) -> None:
 
 
 def files_by_kind(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
-    """Kind and files by split of a folder in which some names end in capitals; None where `datasets` knows all."""
+    """Return kind and files by split of a folder with upper-case extensions; None if `datasets` knows all files."""
     named = [path for path in folder.rglob("*") if kind_of(path) and not usual_name(path) and path.is_file()]
     if not named or any((folder / card).is_file() for card in CARDS):
         return None
@@ -321,20 +321,20 @@ def files_by_kind(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
 
 
 def no_rows(builder: datasets.DatasetBuilder, split: str) -> datasets.Dataset:
-    """A split without rows, which a builder does not give."""
+    """Return an empty split, which builders do not provide."""
     columns = builder.info.features or {}
     return datasets.Dataset.from_dict({name: [] for name in columns}, features=builder.info.features, split=split)
 
 
 def source_files(dataset: str, builder: datasets.DatasetBuilder) -> list[str]:
-    """All local files that decide what a builder reads."""
+    """Return all local files that determine what a builder reads."""
     cards = [str(Path(dataset) / name) for name in CARDS if Path(dataset, name).is_file()]
     named = [file for files in (builder.config.data_files or {}).values() for file in files if "://" not in file]
     return cards + named
 
 
 def remote_states(builder: datasets.DatasetBuilder) -> list[Any]:
-    """Splits with the addresses of their files, and what servers say of the state of those that are not local."""
+    """Return, by split, the URLs of remote files and the metadata that servers report for them."""
     return [
         [str(split), [file if "://" in file else len(file) for file in files], getattr(files, "origin_metadata", None)]
         for split, files in (builder.config.data_files or {}).items()
@@ -342,7 +342,7 @@ def remote_states(builder: datasets.DatasetBuilder) -> list[Any]:
 
 
 def with_fingerprint(rows: datasets.Dataset, key: str) -> datasets.Dataset:
-    """Rows whose fingerprint, by which `datasets` finds what was made of them, tells their files' state."""
+    """Return rows whose fingerprint, by which `datasets` caches transforms, depends on the state of their files."""
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
     return datasets.Dataset(rows.data, rows.info, rows.split, fingerprint=fingerprint)
 
@@ -350,17 +350,17 @@ def with_fingerprint(rows: datasets.Dataset, key: str) -> datasets.Dataset:
 def load_remote(
     dataset: str, name: str | None, revision: str | None, data_files: DataFiles | None, streaming: bool
 ) -> Splits:
-    """A data set of the Hub, whose commit is part of the name under which `datasets` keeps its rows.
+    """Load a data set from the Hub; its commit is part of the name under which `datasets` caches the rows.
 
     Raises:
-        ValueError: there is no network, and the rows in the cache are of local files or of another revision.
+        ValueError: if there is no network and the cached rows come from local files or another revision.
     """
     builder = datasets.load_dataset_builder(dataset, name, revision=revision, data_files=data_files)
     if (own := own_reader(builder)) is not None:
-        # Rows that the readers of `datasets` read lie in the cache under the commit itself.
+        # Rows read by `datasets`' own readers are cached under the commit itself.
         commit = f"{str(builder.hash)[:32]}{package_key()[:8]}"
         builder = own.like(builder, hash=commit, config_id=builder.config_id)
-    if isinstance(builder, Cache):  # the newest rows that were ever loaded under this name, whatever their source
+    if isinstance(builder, Cache):  # the latest rows ever loaded under this name, from any source
         commit = str(builder.hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise ValueError(
@@ -378,7 +378,7 @@ def load_remote(
 
 
 def announce(splits: Mapping[str, Any], dataset: str, data_files: DataFiles | None = None) -> None:
-    """Print the number of rows of each split, on standard error of the first process of a run."""
+    """Print the number of rows of each split to standard error, in the first process of a run only."""
     if os.environ.get("RANK", "0") != "0":
         return
     for name, rows in splits.items():
@@ -391,7 +391,7 @@ def announce(splits: Mapping[str, Any], dataset: str, data_files: DataFiles | No
 
 
 def embedded(dataset: str) -> datasets.DatasetDict:
-    """One of the data sets `EMBEDDED` names; each needs a library of its own, and no download."""
+    """Load one of the built-in data sets `EMBEDDED`; each needs its own library but no download."""
     if dataset == "digits":
         from .digits import digits
 
@@ -406,10 +406,10 @@ def embedded(dataset: str) -> datasets.DatasetDict:
 
 
 def take_split(splits: dict, split: str, argument: str):
-    """One split by name.
+    """Return one split by name.
 
     Raises:
-        ValueError: there is no such split, or it has no rows; the error names those there are.
+        ValueError: if the split does not exist or has no rows; the message lists the available splits.
     """
     if split not in splits:
         raise ValueError(f'{argument} "{split}" is not a split of the data set; it has {", ".join(splits)}')
@@ -420,17 +420,17 @@ def take_split(splits: dict, split: str, argument: str):
 
 
 def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
-    """All rows of a stream, in memory, with the features the stream states."""
+    """Read all rows of a stream into memory, with the features of the stream."""
     return datasets.Dataset.from_list(list(rows), features=rows.features)
 
 
 def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
-    """The first ``max_samples`` rows, or all."""
+    """Return the first ``max_samples`` rows, or all rows if it is None."""
     return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
 
 
 def show_progress_of(rows) -> None:
-    """Show `datasets`' progress bars for large data alone."""
+    """Show `datasets`' progress bars only for large data sets."""
     if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
         datasets.enable_progress_bars()
     else:
@@ -440,7 +440,7 @@ def show_progress_of(rows) -> None:
 def describe_rows(
     splits: Mapping[str, Any], fingerprint: Callable[[datasets.Dataset], str]
 ) -> dict[str, dict[str, Any]]:
-    """``fingerprint`` of the content and ``rows`` by split; of a stream, which is not read, `STREAM` and None."""
+    """Return ``fingerprint`` and number of ``rows`` by split; `STREAM` and None for a stream, which is not read."""
     streams = {name for name, rows in splits.items() if isinstance(rows, datasets.IterableDataset)}
     return {
         "fingerprint": {name: STREAM if name in streams else fingerprint(rows) for name, rows in splits.items()},
@@ -449,33 +449,34 @@ def describe_rows(
 
 
 def describe_source(dataset: str, revision: str | None = None) -> dict[str, Any]:
-    """Commit and licence of a data set; None for what does not exist or, without a network, is not known.
+    """Look up commit and licence of a data set; None if it does not exist or, offline, is unknown.
 
     Args:
         dataset: as for `load_splits`.
         revision: commit, tag or branch on the Hub.
 
     Returns:
-        ``revision``, the commit that ``revision`` or the newest version stands for, ``license`` by its short name, and
-        ``on_hub``, whether it is a data set of the Hub.
+        ``revision``, the commit that ``revision`` or the latest version resolves to, ``license``, its short name, and
+        ``on_hub``, whether the data set is on the Hub.
     """
-    if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # embedded, local, or a format's name
+    if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # embedded, local, or a format name
         card = Path(dataset) / CARD
         return {"revision": None, "license": licence(card) if card.is_file() else None, "on_hub": False}
     try:
         revision = HfApi().dataset_info(dataset, revision=revision).sha
         card = hf_hub_download(dataset, CARD, repo_type="dataset", revision=revision)
-    except Exception:  # no network, which every client says in its own words, or no card: the rows are loaded already
+    # No network, for which every client raises its own error, or no card; the rows are already loaded.
+    except Exception:
         return {"revision": revision, "license": None, "on_hub": True}
     return {"revision": revision, "license": licence(Path(card)), "on_hub": True}
 
 
 def licence(card: Path) -> str | None:
-    """The licence in a card's metadata; None, with a warning, where it is no text."""
+    """Return the licence stated in a card's metadata; None, with a warning, if it is not text."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
         stated = DatasetCard(text, ignore_metadata_errors=True).data.license
-    except Exception as error:  # YAML errors of several kinds; a card is no reason not to train
+    except Exception as error:  # YAML errors of several kinds; a broken card must not prevent training
         log.warning("%s: the licence cannot be read: %s", card, str(error).splitlines()[0])
         return None
     names = stated if isinstance(stated, list) else [] if stated is None else [stated]
