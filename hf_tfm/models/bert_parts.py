@@ -1,5 +1,5 @@
-"""The parts of BERT below its models: embeddings, pooler, and the head that fills in words (Devlin et al. 2019,
-arXiv:1810.04805, figure 2 and section 3.1).
+"""Components of BERT: embeddings, pooler and masked language modelling head (Devlin et al. 2019, arXiv:1810.04805,
+figure 2 and section 3.1).
 
 Shapes: B sequences; T tokens; D = config.hidden_size; V = config.vocab_size.
 """
@@ -18,8 +18,9 @@ from .input_checks import embed, look_up
 from .losses import labelled, per_item, require_labels
 from .native_names import OwnNamesPreTrainedModel
 
-# Files of transformers' own BERT, and of earlier versions of this package: (name in a file, name in the model), in
-# this order when loading. Anchored to a block, so that modules which a subclass adds keep their names.
+# Weight names of transformers' BERT and of earlier versions of this package: (name in the file, name in the model),
+# applied in this order on loading. Each pattern is anchored to a block, so that modules added by a subclass keep their
+# names.
 NATIVE_NAMES = (
     (r"embeddings\.LayerNorm\.", "embeddings.norm."),
     (r"encoder\.layer\.", "layers."),
@@ -31,7 +32,7 @@ NATIVE_NAMES = (
     (r"(?<=\d\.)intermediate\.dense\.", "feed_forward.up_proj."),
     (r"(layers?\.\d+)\.output\.dense\.", r"\1.feed_forward.down_proj."),
     (r"(layers?\.\d+)\.output\.LayerNorm\.", r"\1.feed_forward_residual.norm."),
-    # Of the first BERTs, as in google-bert/bert-base-uncased; "(?!)" matches nothing, so it is never written.
+    # The first BERT checkpoints, such as google-bert/bert-base-uncased; "(?!)" never matches, so it is never written.
     (r"norm\.gamma", "norm.weight(?!)"),
     (r"norm\.beta", "norm.bias(?!)"),
 )
@@ -44,7 +45,7 @@ NSP_NAMES = ((r"cls\.seq_relationship\.", "nsp_head."),)
 
 
 class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the BERT models: weight initialisation, loading and saving."""
 
     config: TfmBertConfig
     base_model_prefix = "bert"
@@ -60,7 +61,7 @@ class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, ``initializer_range``) for matrices and embeddings, as the authors; zeros for biases."""
+        """Initialise matrices and embeddings from N(0, ``initializer_range``), as the authors do, biases to zero."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
@@ -76,7 +77,7 @@ class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class TfmBertEmbeddings(nn.Module):
-    """Word, position and segment, summed and normed (figure 2)."""
+    """Sum of token, position and segment embeddings, normalised (figure 2)."""
 
     def __init__(self, config: TfmBertConfig):
         super().__init__()
@@ -94,12 +95,12 @@ class TfmBertEmbeddings(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T), or word embeddings (B, T, D) -> (B, T, D).
+        """Embed ids (B, T), or word embeddings (B, T, D), to (B, T, D).
 
         Args:
-            token_type_ids: (B, T), the segment of each token; default, all the first. A model without segments takes
-                no notice of them, so that a tokenizer need not know.
-            position_ids: (B, T) or (1, T); default, 0 to T - 1.
+            token_type_ids: (B, T), segment of each token; default: all 0. Ignored by a model without segment
+                embeddings, so that any tokenizer can be used.
+            position_ids: (B, T) or (1, T); default: 0 to T - 1.
 
         Raises:
             ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty or too
@@ -122,7 +123,7 @@ class TfmBertEmbeddings(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The first token's state through a linear layer and an activation (section 3, "[CLS]")."""
+    """Linear layer and activation on the first token's state (section 3, "[CLS]")."""
 
     def __init__(self, config: TfmBertConfig):
         super().__init__()
@@ -130,15 +131,15 @@ class Pooler(nn.Module):
         self.activation = nn.Sequential(*(ACT2FN[name] for name in config.pooler.split("_")))
 
     def forward(self, states: Tensor) -> Tensor:
-        """(B, T, D) -> (B, D)."""
+        """Pool the states: (B, T, D) -> (B, D)."""
         return self.activation(self.dense(states[:, 0]))
 
 
 class MaskedLMHead(nn.Module):
-    """A dense layer, norm, and the product with the word embeddings (section 3.1, "Masked LM").
+    """Masked language modelling head: dense layer, norm, and output layer (section 3.1, "Masked LM").
 
-    A loss without logits (``return_logits=False``) calls the layers in it one by one: forward hooks on this module do
-    not run then, those on its layers do.
+    The output layer is tied to the word embeddings. A loss without logits (``return_logits=False``) calls the layers
+    of the head one by one: forward hooks on the layers then run, but not hooks on this module.
     """
 
     def __init__(self, config: TfmBertConfig):
@@ -149,23 +150,24 @@ class MaskedLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def transform(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., D), what the word embeddings are compared with."""
+        """Transform states (..., D) -> (..., D) for the product with the word embeddings."""
         return self.norm(self.activation(self.dense(states)))
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Compute logits: (..., D) -> (..., V)."""
         return self.decoder(self.transform(states))
 
     def loss(self, states: Tensor, labels: Tensor, items: Tensor | int | None, positions: Tensor | None) -> Tensor:
-        """Cross-entropy of labels (B, T) from states (B, T, D), without holding logits; the mean, or the sum / items.
+        """Compute the cross-entropy of labels (B, T) from states (B, T, D) without materialising the logits.
 
         Args:
-            positions: (n,) int64, of the labelled tokens among the B T; default, found here, for which the host waits
-                on a GPU.
+            items: divisor of the summed loss; default: the number of labels.
+            positions: (n,) int64 indices of the labelled tokens among the B T; by default they are searched here,
+                which synchronises a GPU.
         """
         states, labels = states.flatten(0, 1), labels.flatten()
         positions = labelled(labels).nonzero()[:, 0] if positions is None else positions
-        # Only these rows: the product with V words is most of the work, and about 15 % of the tokens are masked.
+        # Labelled rows only: the product with V words is most of the work, and about 15 % of the tokens are masked.
         total = head_cross_entropy(self.decoder, self.transform(states[positions]), labels[positions])
         return per_item(total, len(positions), items)
 
@@ -179,7 +181,7 @@ def masked_lm_loss(
     return_logits: bool,
     positions: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Loss and logits (B, T, V) of states (B, T, D), each where it is wanted.
+    """Return loss and logits (B, T, V) of states (B, T, D), each None unless requested.
 
     Raises:
         TypeError, ValueError: labels are not (B, T) or, on a CPU, not in the vocabulary.

@@ -1,10 +1,10 @@
-"""The parts of DETR between pixels and heads (Carion et al. 2020, arXiv:2005.12872, figures 2 and 10).
+"""Encoder and decoder of DETR (Carion et al. 2020, arXiv:2005.12872, figures 2 and 10).
 
     pixels (B, C, H, W) -> feature maps -> 1 x 1 projection (B, D, h, w) -> encoder (B, N, D)
-    object queries (Q, D) + memory (B, N, D) -> decoder, every layer's output (L, B, Q, D)
+    object queries (Q, D) + memory (B, N, D) -> decoder, output of every layer (L, B, Q, D)
 
-Shapes: B images; H, W pixels; h, w cells of the last feature map, N = h w of them, row by row; D = config.d_model;
-Q = config.num_queries; L = config.decoder_layers. A pixel mask is 1 where there is image, 0 in padding.
+Shapes: B images; H, W pixels; h, w cells of the last feature map, N = h w in row-major order; D = config.d_model;
+Q = config.num_queries; L = config.decoder_layers. A pixel mask is 1 for image and 0 for padding.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from .configuration_detr import TfmDetrConfig
 from .native_names import OwnNamesPreTrainedModel
 from .positions import LearnedPositions2D
 
-# Files of transformers' own DETR, and of earlier versions of this package: (name in a file, name in the model), in
-# this order when loading.
+# Weight names of transformers' DETR and of earlier versions of this package: (name in the file, name in the model),
+# applied in this order on loading.
 NATIVE_NAMES = (
     (r"backbone\.conv_encoder\.model\.", "backbone.body."),
     (r"self_attn_layer_norm\.", "self_attn_residual.norm."),
@@ -38,13 +38,13 @@ NATIVE_NAMES = (
 
 
 class ImageFeatures(NamedTuple):
-    """What the Transformer reads of images.
+    """Image features read by the Transformer.
 
     Args:
-        maps: feature maps of the backbone (B, F, h', w'), the largest first.
-        projected: the last one, projected: (B, D, h, w).
-        positions: of its cells: (B, N, D), or (1, N, D) where there is no padding.
-        mask: its cells: (B, N) bool, True = image; None where there is no padding.
+        maps: feature maps of the backbone (B, F, h', w'), largest first.
+        projected: projection of the last feature map: (B, D, h, w).
+        positions: position embeddings of its cells: (B, N, D), or (1, N, D) without padding.
+        mask: mask of its cells: (B, N) bool, True = image; None without padding.
     """
 
     maps: list[Tensor]
@@ -54,25 +54,25 @@ class ImageFeatures(NamedTuple):
 
 
 class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the DETR models: weight initialisation, loading and saving."""
 
     config: TfmDetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _input_embed_layer = "input_projection"  # makes the first tokens, as the patch embedding of a ViT
+    _input_embed_layer = "input_projection"  # creates the input tokens, like the patch embedding of a ViT
     supports_gradient_checkpointing = True
     _no_split_modules = ["TimmFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Checkpoints of batch norms count batches; a frozen one does not.
+    # Checkpoints of batch norms store a batch count, which frozen ones do not have.
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]  # noqa: RUF012
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; the backbone's frozen stages stay frozen, which loading forgets there (5.23)."""
+        """Load as in transformers, but keep the backbone's frozen stages frozen (transformers 5.23 unfreezes them)."""
         found = super().from_pretrained(*args, **kwargs)
         for module in (found[0] if isinstance(found, tuple) else found).modules():
             if isinstance(module, TimmFeatures):
@@ -81,7 +81,7 @@ class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier uniform for the Transformer's matrices, as the authors; N(0, 1) for object queries."""
+        """Initialise Transformer matrices by Xavier uniform, as the authors do, and object queries from N(0, 1)."""
         if reset(module):
             return
         if isinstance(module, nn.Linear):
@@ -101,24 +101,24 @@ class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class TfmDetrEncoder(TfmDetrPreTrainedModel):
-    """Figure 10, left: cells of the feature map (B, N, D) -> memory (B, N, D)."""
+    """DETR encoder (figure 10, left): cells of the feature map (B, N, D) -> memory (B, N, D)."""
 
     _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.encoder_layers))
-        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.post_init()
-        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config use the module names of the whole model
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, **kwargs
     ) -> BaseModelOutput:
-        """Encode cells (B, N, D) under a mask (B, N), with ``positions`` added at every attention."""
+        """Encode cells (B, N, D) with a mask (B, N); ``positions`` are added in every attention layer."""
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
         mask = padding_mask(config, inputs_embeds, attention_mask)
@@ -129,7 +129,7 @@ class TfmDetrEncoder(TfmDetrPreTrainedModel):
 
 
 class TfmDetrDecoder(TfmDetrPreTrainedModel):
-    """Figure 10, right: object queries look at each other and at the memory (B, N, D)."""
+    """DETR decoder (figure 10, right): object queries attend to each other and to the memory (B, N, D)."""
 
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DecoderBlock,
@@ -145,7 +145,7 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
         self.layers = nn.ModuleList(DecoderBlock(view, i, is_causal=False) for i in range(config.decoder_layers))
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps)
         self.post_init()
-        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config use the module names of the whole model
 
     @merge_with_config_defaults
     @capture_outputs
@@ -162,12 +162,12 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
 
         Args:
             encoder_attention_mask: (B, N).
-            positions: of the queries, (1, Q, D): the learned object queries.
-            memory_positions: of the memory.
+            positions: position embeddings of the queries, (1, Q, D): the learned object queries.
+            memory_positions: position embeddings of the memory.
 
         Returns:
-            ``last_hidden_state`` (B, Q, D), the last layer's output under the last norm; with auxiliary losses
-            ``intermediate_hidden_states`` (L, B, Q, D), every layer's.
+            ``last_hidden_state`` (B, Q, D), the last layer's output after the final norm; with auxiliary losses
+            ``intermediate_hidden_states`` (L, B, Q, D), the same for every layer.
         """
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
@@ -185,7 +185,7 @@ class TfmDetrDecoder(TfmDetrPreTrainedModel):
             outputs.append(hidden_states)
         if not self.config.auxiliary_loss:
             return DetrDecoderOutput(last_hidden_state=self.layernorm(hidden_states))
-        # transformers' DETR feeds the normed states to the next layer where auxiliary losses are on (5.23); the paper
-        # and the authors do not.
+        # With auxiliary losses transformers' DETR feeds the normalised states to the next layer (5.23); the paper and
+        # the authors' code do not.
         intermediate = self.layernorm(torch.stack(outputs))
         return DetrDecoderOutput(last_hidden_state=intermediate[-1], intermediate_hidden_states=intermediate)

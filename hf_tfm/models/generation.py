@@ -1,12 +1,12 @@
-"""Generation without the work that changes no token.
+"""Faster generation with identical results.
 
-    ids (B, T) -> decoder step, on what still runs, with an encoder's memory if there is one -> ids (B, T')
+    ids (B, T) -> decoder step on unfinished rows, with the encoder's memory if there is one -> ids (B, T')
 
-transformers' `generate` carries all sentences to the end of the longest one, and repeats the memory of an
-encoder-decoder for every hypothesis of a sentence. Here greedy decoding leaves finished sentences out, and the
-hypotheses share one memory.
+transformers' `generate` processes all sentences until the longest one ends, and repeats the memory of an
+encoder-decoder for every hypothesis of a sentence. Here greedy decoding drops finished sentences, and hypotheses share
+one memory.
 
-Shapes: B sentences; R of them still running; S source, T target positions; D = config.hidden_size; V vocabulary.
+Shapes: B sentences; R unfinished ones; S source, T target positions; D = config.hidden_size; V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from .cache_names import CACHE_NAME
 from .input_checks import require_elements
 from .linear import generating
 
-# Looking who has ended makes a GPU wait, and leaving rows out copies their cache: not worth it at every token.
+# Checking which rows have ended synchronises the GPU, and dropping rows copies the cache: too costly at every token.
 STEPS_BETWEEN_CHECKS = 4
-# Steps of transformers' loop that `greedy` leaves out or does itself: it only stands in for these very methods.
+# Steps of transformers' loop that `greedy` skips or reimplements: it is used only if none of them is overridden.
 STEPS = (
     "prepare_inputs_for_generation",
     "_update_model_kwargs_for_generation",
@@ -47,7 +47,7 @@ STEPS = (
     "_valid_auto_compile_criteria",
     "_optimize_model_for_decode",
 )
-LEAST = {  # smallest value of options that have to be whole numbers
+LEAST = {  # minimum value of integer options
     "num_beams": 1,
     "num_return_sequences": 1,
     "max_length": 1,
@@ -57,7 +57,7 @@ LEAST = {  # smallest value of options that have to be whole numbers
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
 }
-# These look at one row at a time and do not count rows, so they may be shown fewer of them.
+# Processors that treat rows independently and do not count them, so that they may be given a subset of the rows.
 ROW_BY_ROW = {
     ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
@@ -69,22 +69,22 @@ ROW_BY_ROW = {
 
 
 def greedy_suits(config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList) -> bool:
-    """Whether `greedy` gives what `generate` was asked for: just the ids, an end by EOS, no look across rows."""
+    """Return whether `greedy` can serve a request: only ids returned, stopping by EOS or length, rows independent."""
     kinds = {type(criterion) for criterion in criteria}
     return (
         not (config.do_sample or config.return_dict_in_generate or config.is_assistant)
         and {type(processor) for processor in processors} <= ROW_BY_ROW
-        and all(getattr(processor, "prompt_ignore_length", None) is None for processor in processors)  # one a row
+        and all(getattr(processor, "prompt_ignore_length", None) is None for processor in processors)  # one per row
         and MaxLengthCriteria in kinds <= {EosTokenCriteria, MaxLengthCriteria}
         and config.prefill_chunk_size is None
     )
 
 
 def keeps_steps(model: GenerationMixin) -> bool:
-    """Whether transformers' own `STEPS` stand, in the class and on the instance, where peft sets them."""
+    """Return whether `STEPS` are not overridden, neither in the class nor on the instance, where peft sets them."""
     for step in STEPS:
         owner = next((each for each in type(model).__mro__ if step in vars(each)), None)
-        if owner is None:  # another version of transformers has no such step
+        if owner is None:  # the installed version of transformers has no such step
             continue
         own = vars(model).get(step)
         if not owner.__module__.startswith("transformers.") or (
@@ -95,7 +95,7 @@ def keeps_steps(model: GenerationMixin) -> bool:
 
 
 def require_options(config: GenerationConfig) -> None:
-    """Refuse options below their `LEAST` value, or that are no whole numbers.
+    """Raise if an option is below its `LEAST` value or not an integer.
 
     Raises:
         ValueError: with the option's name.
@@ -107,13 +107,16 @@ def require_options(config: GenerationConfig) -> None:
 
 
 def fresh(cache: Any) -> bool:
-    """Whether a cache is a plain one that holds nothing yet."""
+    """Return whether a cache is an empty `DynamicCache` without offloading."""
     return type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
 
 
 class Rows(Protocol):
-    """Sentences that are continued together: ``scores(ids)``, (R, T) -> (R, V) of each one's next token, and
-    ``keep(rows)``, (R',) the numbers of those that go on alone."""
+    """Unfinished sentences that are decoded together.
+
+    ``scores(ids)`` maps (R, T) ids to (R, V) scores of the next tokens; ``keep(rows)`` keeps only the rows with the
+    given indices (R',).
+    """
 
     def scores(self, ids: Tensor) -> Tensor: ...
 
@@ -126,8 +129,8 @@ class MemoryRows:
 
     Args:
         model: a `TfmTransformerForConditionalGeneration`.
-        memory: (R, S, D), of the encoder; attention_mask: (R, S) of the source, or None.
-        cache: empty.
+        memory: (R, S, D), output of the encoder; attention_mask: (R, S) of the source, or None.
+        cache: an empty cache.
     """
 
     model: nn.Module
@@ -159,13 +162,13 @@ class MemoryRows:
 
 @dataclass
 class DecoderRows:
-    """Rows of a decoder alone, whose prompts may be padded at the left.
+    """Rows of a decoder-only model; prompts may be left-padded.
 
     Args:
         model: a `TfmGPTForCausalLM`.
-        attention_mask: (R, T) of the prompts, or None without padding; grows by the new tokens.
+        attention_mask: (R, T) of the prompts, or None without padding; extended by the new tokens.
         position_ids: (R, T) of the prompts.
-        cache: empty.
+        cache: an empty cache.
     """
 
     model: nn.Module
@@ -204,17 +207,17 @@ def greedy(
     pad_token_id: int,
     max_length: int,
 ) -> Tensor:
-    """Continue each row of ``ids`` with the likeliest token, until one of ``eos_token_id`` or ``max_length``.
+    """Extend each row of ``ids`` by the most likely token until one of ``eos_token_id`` or ``max_length``.
 
-    Rows do not see each other, so leaving out those that have ended changes no token of the others.
+    Rows are independent, so dropping finished ones does not change the tokens of the others.
 
     Args:
-        rows: give the scores.
-        ids: (B, T) the start token, or a longer prefix.
-        processors: change the scores of the next token, row by row.
-        eos_token_id: (n,) the tokens that end a sentence; None where none does.
+        rows: computes the scores.
+        ids: (B, T) start token, or a longer prefix.
+        processors: modify the scores of the next token, row by row.
+        eos_token_id: (n,) tokens that end a sentence, or None.
         pad_token_id: fills a row after its end.
-        max_length: upper bound of the length of the result.
+        max_length: maximum length of the result.
 
     Returns:
         (B, T') ids, equal to transformers' greedy search.
@@ -223,7 +226,7 @@ def greedy(
     ends = ids.new_empty(0) if eos_token_id is None else eos_token_id
     output = ids.new_full((B, max_length), pad_token_id)
     output[:, :start] = ids
-    places = torch.arange(B, device=ids.device)  # (R,) in the output
+    places = torch.arange(B, device=ids.device)  # (R,) row indices in the output
     running = torch.ones(B, dtype=torch.bool, device=ids.device)  # (R,)
     for step in range(start, max_length):
         scores = rows.scores(ids)  # (R, V)
@@ -247,19 +250,19 @@ def greedy(
 
 
 class GreedyGenerationMixin(GenerationMixin):
-    """`GenerationMixin` whose greedy decoding is `greedy`; of a decoder alone.
+    """`GenerationMixin` that decodes greedily with `greedy`, for decoder-only models.
 
-    The methods with one underscore are steps of transformers' `generate`. Where a subclass or an adapter has replaced
-    one of the `STEPS` that `greedy` leaves out, transformers' loop runs.
+    Methods with a leading underscore are steps of transformers' `generate`. If a subclass or an adapter overrides one
+    of the `STEPS` skipped by `greedy`, transformers' loop runs.
     """
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """As transformers' `generate`: same arguments, same results.
+        """Generate as in transformers: same arguments, same results.
 
         Raises:
-            ValueError: the batch is empty, an option is out of range, or the text would get longer than the model has
-                learned positions for.
+            ValueError: the batch is empty, an option is out of range, or the text would exceed the model's learned
+                positions.
         """
         names = ("input_ids",) if kwargs.get("inputs_embeds") is None else ("inputs_embeds",)
         for name, given in (("inputs", inputs), *((name, kwargs.get(name)) for name in names)):
@@ -269,11 +272,11 @@ class GreedyGenerationMixin(GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
 
     def generate_batch(self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, **kwargs):
-        """As transformers' `generate_batch`, continuous batching: same arguments, same results.
+        """Generate with continuous batching as in transformers: same arguments, same results.
 
         Raises:
-            ValueError: a prompt is empty, ``max_new_tokens`` is less than 1, or a text would get longer than the model
-                has learned positions for.
+            ValueError: a prompt is empty, ``max_new_tokens`` is less than 1, or a text would exceed the model's
+                learned positions.
         """
         config = self.generation_config if generation_config is None else generation_config
         asked = kwargs.get("max_new_tokens")
@@ -282,25 +285,25 @@ class GreedyGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, generation_config=generation_config, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As transformers', with a manager that checks the length of every request."""
+        """Return transformers' manager, extended by a check of the length of every request."""
         manager = super().init_continuous_batching(*args, **kwargs)
-        if "add_request" not in vars(manager):  # a manager may be kept and handed out again
+        if "add_request" not in vars(manager):  # a manager may be cached and returned again
             manager.add_request = partial(self.add_request, manager, manager.add_request)
         return manager
 
     def add_request(
         self, manager: Any, add: Callable, input_ids: list[int], request_id: str | None = None, *args, **kwargs
     ) -> str | None:
-        """``manager.add_request``, which ``add`` is, of a request that there are positions for."""
+        """Call ``manager.add_request``, given as ``add``, after checking that the request fits the positions."""
         asked = args[0] if args else kwargs.pop("max_new_tokens", None)
         asked = manager.generation_config.max_new_tokens if asked is None else asked
         return add(input_ids, request_id, self.new_tokens_of(input_ids, asked), *args[1:], **kwargs)
 
     def new_tokens_of(self, ids: list[int], max_new_tokens: int | None) -> int | None:
-        """Number of tokens that a prompt may be continued by; without ``max_new_tokens``, as many as have positions.
+        """Return the maximum number of new tokens of a prompt; default: as many as there are positions left.
 
         Raises:
-            ValueError: the prompt is empty, ``max_new_tokens`` is less than 1, or there are not so many positions.
+            ValueError: the prompt is empty, ``max_new_tokens`` is less than 1, or there are too few positions.
         """
         if not len(ids):
             raise ValueError("a prompt has no tokens")
@@ -313,7 +316,7 @@ class GreedyGenerationMixin(GenerationMixin):
                 f"the prompt has {len(ids)} tokens, which leaves no room for new ones: "
                 f"max_position_embeddings is {most}"
             )
-        room = most + 1 - len(ids)  # the last token is not read
+        room = most + 1 - len(ids)  # the last token is not fed to the model
         if max_new_tokens is not None and max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens = {max_new_tokens} makes {len(ids) + max_new_tokens} tokens with the prompt, but "
@@ -322,17 +325,17 @@ class GreedyGenerationMixin(GenerationMixin):
         return room if max_new_tokens is None else max_new_tokens
 
     def most_positions(self) -> int | None:
-        """Number of tokens that have a position, None where any number has."""
+        """Return the maximum number of positions, None if unlimited."""
         return self.config.max_position_embeddings
 
     def _prepare_generation_config(self, *args, **kwargs):
-        """Check the options, too."""
+        """Prepare the generation config and check its options."""
         config, inputs = super()._prepare_generation_config(*args, **kwargs)
         require_options(config)
         return config, inputs
 
     def _validate_generated_length(self, generation_config, input_ids_length, *args, **kwargs):
-        """Name the limit where a prompt leaves no room for a token."""
+        """Raise an error that names the limit if a prompt leaves no room for a new token."""
         most, longest = self.most_positions(), generation_config.max_length
         if most is not None and input_ids_length >= longest and input_ids_length >= most:
             raise ValueError(
@@ -344,9 +347,9 @@ class GreedyGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """Check that there are positions for all tokens that the cache may come to hold."""
+        """Check that there are positions for all tokens that the cache may hold."""
         most, positions = self.most_positions(), model_kwargs.get("position_ids")
-        padding = 0  # at the left of the longest prompt
+        padding = 0  # left padding of the longest prompt
         if positions is not None and most is not None and max_cache_length > most:
             padding = positions.shape[-1] - 1 - int(positions.max())
         if most is not None and max_cache_length - padding > most:
@@ -360,7 +363,7 @@ class GreedyGenerationMixin(GenerationMixin):
         )
 
     def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
-        """The rows that ``inputs`` of a step of `generate` stand for; None where they ask for more than `greedy`."""
+        """Return the rows for the ``inputs`` of a generation step; None if `greedy` does not support them."""
         known = inputs.keys() <= {CACHE_NAME, "attention_mask", "position_ids", "logits_to_keep", "use_cache"}
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if not (known and fresh(inputs.get(CACHE_NAME)) and inputs.get("use_cache") and positions is not None):
@@ -370,7 +373,7 @@ class GreedyGenerationMixin(GenerationMixin):
         return DecoderRows(self, None if mask is None or mask.all() else mask, positions, inputs[CACHE_NAME])
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **inputs):
-        """Greedy decoding and sampling: `greedy` where it gives the same, else transformers' loop."""
+        """Decode greedily or sample: with `greedy` if the result is the same, otherwise with transformers' loop."""
         streamer = inputs.pop("streamer", None)
         plain = not (synced_gpus or streamer) and keeps_steps(self)
         plain = plain and greedy_suits(generation_config, logits_processor, stopping_criteria)
@@ -390,20 +393,20 @@ class GreedyGenerationMixin(GenerationMixin):
             input_ids,
             logits_processor,
             generation_config._eos_token_tensor,
-            0 if pad is None else int(pad),  # without an end there is nothing to fill
+            0 if pad is None else int(pad),  # without EOS tokens no row is padded
             generation_config.max_length,
         )
 
 
 class SharedMemoryGenerationMixin(GreedyGenerationMixin):
-    """The same for a model that takes n rows of decoder input to each row of memory."""
+    """`GreedyGenerationMixin` for an encoder-decoder that accepts n rows of decoder input per row of memory."""
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """As transformers' `generate`: same arguments, same results."""
+        """Generate as in transformers: same arguments, same results."""
         output = super().generate(inputs, *args, **kwargs)
         cache = getattr(output, CACHE_NAME, None)
-        if isinstance(cache, EncoderDecoderCache):  # handed out with a row of memory for each hypothesis, as usual
+        if isinstance(cache, EncoderDecoderCache):  # return it with one row of memory per hypothesis, as transformers
             for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
                 hypotheses = len(own.keys) // len(cross.keys)
                 cross.keys = cross.keys.repeat_interleave(hypotheses, dim=0)
@@ -411,20 +414,20 @@ class SharedMemoryGenerationMixin(GreedyGenerationMixin):
         return output
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder: bool = True, **inputs):
-        """Repeat the decoder's inputs for each hypothesis (beam, sample) of a sentence; all share its memory."""
-        if not keeps_steps(self):  # a step that was replaced expects a row of memory for each hypothesis
+        """Repeat the decoder's inputs for each hypothesis (beam, sample) of a sentence; all share one memory."""
+        if not keeps_steps(self):  # an overridden step expects one row of memory per hypothesis
             return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, **inputs)
         memory = {name: inputs.pop(name) for name in ("encoder_outputs", "attention_mask") if name in inputs}
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
         return input_ids, {**inputs, **memory}
 
     def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
-        """Follow the beams kept, (B * beams,) row numbers; a beam never leaves its sentence, so its memory stays."""
+        """Reorder the cache by kept beams, (B * beams,) row indices; memory stays, as beams keep their sentence."""
         (cache.self_attention_cache if keeps_steps(self) else cache).reorder_cache(beam_idx)
         return cache
 
     def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
-        """See `GreedyGenerationMixin`."""
+        """See `GreedyGenerationMixin.rows_of`."""
         cache, known = inputs.get(CACHE_NAME), {CACHE_NAME, "encoder_outputs", "attention_mask", "use_cache"}
         if not (inputs.keys() <= known and isinstance(cache, EncoderDecoderCache)):
             return None

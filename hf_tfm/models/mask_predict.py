@@ -1,6 +1,6 @@
-"""Non-autoregressive decoding by predicting masked tokens (Ghazvininejad et al. 2019, arXiv:1904.09324).
+"""Mask-predict, non-autoregressive decoding (Ghazvininejad et al. 2019, arXiv:1904.09324).
 
-    training: a random number of target tokens is masked; the decoder, which sees both sides, predicts them
+    training: mask a random number of target tokens; the bidirectional decoder predicts them
     decoding: length from the encoder -> all tokens masked -> predict all -> mask the least sure again -> ... -> done
 
 Shapes: B sentences; S source, T target positions; D = config.hidden_size; V = config.vocab_size; L length candidates.
@@ -21,11 +21,11 @@ def mask_targets(
 
     Args:
         labels: (B, T), `IGNORE_INDEX` after the end of a sentence.
-        noise: (B, T + 1) uniform scores in [0, 1); the first column draws how many, the rest which. Default: torch's
-            global generator.
+        noise: (B, T + 1) uniform scores in [0, 1); the first column determines the number of masked tokens, the others
+            which ones. Default: from torch's global generator.
 
     Returns:
-        decoder inputs (B, T), labels that keep only the masked tokens (B, T), attention mask (B, T) of ones and zeros.
+        decoder inputs (B, T), labels of the masked tokens only (B, T), attention mask (B, T) of ones and zeros.
     """
     B, T = labels.shape
     if noise is None:
@@ -42,14 +42,14 @@ def mask_targets(
 def masked_labels(
     labels: Tensor, inputs: Tensor, attention_mask: Tensor | None, config: PreTrainedConfig
 ) -> tuple[Tensor, Tensor]:
-    """The labels at masked inputs, the others hidden (B, T), and an attention mask (B, T).
+    """Return the labels at masked inputs, `IGNORE_INDEX` elsewhere (B, T), and an attention mask (B, T).
 
     Args:
-        labels, inputs: (B, T); inputs hold ``mask_token_id`` at what is to be predicted.
-        attention_mask: (B, T); default, 0 at padding.
+        labels, inputs: (B, T); inputs are ``mask_token_id`` at the tokens to predict.
+        attention_mask: (B, T); default: 0 at padding.
 
     Raises:
-        ValueError: on a CPU, there are labels but none at a masked input: the decoder would be shown the answer.
+        ValueError: on a CPU, there are labels but none at a masked input: the decoder would see the answer.
     """
     known, masked = labels != IGNORE_INDEX, inputs == config.mask_token_id
     if readable(inputs) and readable(labels) and known.any() and not (known & masked).any():
@@ -63,10 +63,10 @@ def masked_labels(
 
 
 class LengthHead(nn.Module):
-    """Predicts the target's length as an offset from the source's (section 3.2).
+    """Length head: predicts the target length as an offset from the source length (section 3.2).
 
-    The paper reads it from a special token put before the source; here from the mean of the encoder's output, which
-    needs no change of the input.
+    The paper predicts it from a special token before the source; here it is predicted from the mean of the encoder's
+    output, which needs no change of the input.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -75,18 +75,18 @@ class LengthHead(nn.Module):
         self.output = nn.Linear(config.hidden_size, 2 * self.max_offset + 1)
 
     def forward(self, memory: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Memory (B, S, D) under a mask (B, S) -> logits (B, 2 * max_offset + 1) and source lengths (B,)."""
+        """Predict from memory (B, S, D) and mask (B, S): logits (B, 2 * max_offset + 1) and source lengths (B,)."""
         if attention_mask is None:
             attention_mask = torch.ones(memory.shape[:2], dtype=torch.long, device=memory.device)
         weight = attention_mask[..., None].to(memory.dtype)
-        lengths = attention_mask.sum(dim=1).long()  # (B,), counted as integers: bfloat16 ends at 256
+        lengths = attention_mask.sum(dim=1).long()  # (B,), counted as integers: bfloat16 is exact only up to 256
         mean = (memory * weight).sum(dim=1) / lengths.clamp_min(1)[:, None].to(memory.dtype)  # (B, D)
         return self.output(mean), lengths
 
     def loss(
         self, memory: Tensor, attention_mask: Tensor | None, hidden: Tensor, target_mask: Tensor | None
     ) -> Tensor:
-        """Cross-entropy of the target lengths (B,); 0 for a sentence without target tokens."""
+        """Compute the cross-entropy of the target lengths (B,); 0 for a sentence without target tokens."""
         if target_mask is None:
             target_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         logits, source_lengths = self(memory, attention_mask)
@@ -98,7 +98,7 @@ class LengthHead(nn.Module):
     def candidates(
         self, memory: Tensor, attention_mask: Tensor | None, count: int, longest: int
     ) -> tuple[Tensor, Tensor]:
-        """The ``count`` likeliest target lengths, in [1, longest], and their log-probabilities: both (B, L)."""
+        """Return the ``count`` most likely target lengths in [1, longest] and their log-probabilities: (B, L) each."""
         logits, source_lengths = self(memory, attention_mask)
         best = logits.float().log_softmax(dim=1).topk(min(count, logits.shape[1]), dim=1)
         return (source_lengths[:, None] + best.indices - self.max_offset).clamp(1, longest), best.values
@@ -116,27 +116,27 @@ def mask_predict(
     generation_config: GenerationConfig | None = None,
     **unknown,
 ) -> Tensor:
-    """Decode all tokens at once and refine the least sure ones (algorithm of section 3.3, lengths of section 3.4).
+    """Decode all tokens in parallel and refine the least confident ones (sections 3.3 and, for lengths, 3.4).
 
     Args:
         model: a `TfmTransformerForConditionalGeneration` with ``decoding="mask_predict"``.
-        inputs: (B, S) source ids, also as ``input_ids``.
-        attention_mask: (B, S); default, everything but padding tokens.
-        iterations: passes of the decoder, at least 1; 1 is purely parallel, the paper's best is 10.
-        length_candidates: target lengths tried at the same time; the one of the best log-probability (length and
-            tokens) a token wins.
-        max_length: upper bound of the length of the result, in tokens; default, the generation config's.
-        max_new_tokens: the same without the start token; it goes before ``max_length``.
+        inputs: (B, S) source ids; alternatively ``input_ids``.
+        attention_mask: (B, S); default: 0 at padding tokens.
+        iterations: number of decoder passes, at least 1; 1 is fully parallel, the paper's best is 10.
+        length_candidates: number of target lengths decoded in parallel; the one with the highest log-probability
+            (length and tokens) per token is returned.
+        max_length: maximum length of the result in tokens; default: that of the generation config.
+        max_new_tokens: the same without the start token; overrides ``max_length``.
 
     Returns:
-        (B, 1 + T) ids: the start token, the sentence, padding, as transformers' `generate` gives them.
+        (B, 1 + T) ids: start token, sentence, padding, as returned by transformers' `generate`.
 
     Raises:
-        ValueError: there is no source, a number is too small, or an argument belongs to autoregressive decoding only.
+        ValueError: there is no source, a number is too small, or an argument applies to autoregressive decoding only.
     """
-    # Evaluation code passes these to every model; with these values they ask for nothing else than what happens here.
+    # Evaluation code passes these to every model; these values request nothing beyond the behaviour implemented here.
     neutral = {"num_beams": (1,), "do_sample": (False,), "use_cache": (True, False), "synced_gpus": (False,)}
-    unknown.pop("labels", None)  # part of the batch that Seq2SeqTrainer passes; read by no `generate`
+    unknown.pop("labels", None)  # in the batch that Seq2SeqTrainer passes; not used by any `generate`
     refused = [name for name, value in unknown.items() if value is not None and value not in neutral.get(name, ())]
     if refused:
         raise ValueError(
@@ -165,7 +165,7 @@ def mask_predict(
     lengths, sure_of_length = model.length_head.candidates(memory, attention_mask, length_candidates, max_new_tokens)
     B, L = lengths.shape
     tokens, sure = refine(model, memory, attention_mask, lengths.flatten(), iterations)  # (B * L, T)
-    # The paper averages over the tokens alone; then a length known to be wrong wins where its tokens come easy.
+    # The paper averages over the tokens only; an improbable length then wins if its tokens are easy to predict.
     score = (sure.sum(dim=1).view(B, L) + sure_of_length) / lengths  # (B, L)
     choice = score.argmax(dim=1) + torch.arange(B, device=source.device) * L
     start = tokens.new_full((B, 1), config.decoder_start_token_id)
@@ -175,11 +175,11 @@ def mask_predict(
 def refine(
     model: nn.Module, memory: Tensor, memory_mask: Tensor, lengths: Tensor, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Predict all tokens of targets of known lengths, then the least sure again, fewer each time (section 3.3).
+    """Predict all tokens of targets of given lengths, then re-predict ever fewer, the least confident (section 3.3).
 
     Args:
-        memory: (B, S, D), under ``memory_mask`` (B, S).
-        lengths: (B * L,); L targets in turn share a row of memory.
+        memory: (B, S, D), with ``memory_mask`` (B, S).
+        lengths: (B * L,); L consecutive targets share a row of memory.
 
     Returns:
         tokens (B * L, T), padded, and their log-probabilities (B * L, T), 0 for padding.

@@ -1,7 +1,7 @@
-"""Encoder and decoder stacks of the Transformer (Vaswani et al. 2017, figure 1): embedding, N blocks, final norm.
+"""Encoder and decoder of the Transformer (Vaswani et al. 2017, figure 1): embedding, N blocks, final norm.
 
-Shapes: B sentences; S source, T target positions; D = config.hidden_size; H heads. Attention masks that users give are
-(B, S) or (B, T), 1 = a token, 0 = padding.
+Shapes: B sentences; S source, T target positions; D = config.hidden_size; H heads. Attention masks passed by the user
+are (B, S) or (B, T), 1 for tokens and 0 for padding.
 """
 
 import math
@@ -27,7 +27,7 @@ from .positions import SinusoidalPositions, positions_1d
 
 
 class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
-    """Weights, loading and saving of the family."""
+    """Base class of the Transformer models: weight initialisation, loading and saving."""
 
     config: TfmTransformerConfig
     base_model_prefix = "model"
@@ -42,7 +42,7 @@ class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier uniform for matrices, N(0, 1/D) for embeddings, so that scaled embeddings have variance 1."""
+        """Initialise matrices by Xavier uniform and embeddings from N(0, 1/D): scaled embeddings have variance 1."""
         factor = self.config.initializer_factor
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight, gain=factor)
@@ -60,7 +60,7 @@ class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class Embedding(nn.Module):
-    """Token embedding times sqrt(D), plus position, then dropout (sections 3.4, 3.5 and 5.4)."""
+    """Token embeddings times sqrt(D), plus positions, then dropout (sections 3.4, 3.5 and 5.4)."""
 
     def __init__(self, config: TfmTransformerConfig):
         super().__init__()
@@ -78,7 +78,7 @@ class Embedding(nn.Module):
         offset: int | Tensor = 0,
         prefix: str = "",
     ) -> Tensor:
-        """Embed ids (B, T), or take embeddings (B, T, D) as given, at positions from ``offset`` on: (B, T, D).
+        """Embed ids (B, T), or given embeddings (B, T, D), at positions starting at ``offset``: (B, T, D).
 
         Raises:
             ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given, the input is empty, or, on a
@@ -92,17 +92,17 @@ class Embedding(nn.Module):
 
 
 class TfmTransformerStack(TfmTransformerPreTrainedModel):
-    """What encoder and decoder have in common: an embedding, N blocks, and a last norm after pre-norm blocks."""
+    """Base class of encoder and decoder: an embedding, N blocks, and a final norm after pre-norm blocks."""
 
     def __init__(self, config: TfmTransformerConfig, blocks: Iterable[nn.Module]):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.layers = nn.ModuleList(blocks)
-        # Pre-norm leaves the last sum unnormalised; post-norm has just normalised it.
+        # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
-        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config name the parts of the whole model
+        self._tp_plan, self._fsdp_plan = {}, {}  # the plans in the config use the module names of the whole model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.tokens
@@ -112,7 +112,7 @@ class TfmTransformerStack(TfmTransformerPreTrainedModel):
 
 
 class TfmTransformerEncoder(TfmTransformerStack):
-    """Figure 1, left: source ids (B, S) -> memory (B, S, D)."""
+    """Transformer encoder (figure 1, left): source ids (B, S) -> memory (B, S, D)."""
 
     _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
 
@@ -128,11 +128,11 @@ class TfmTransformerEncoder(TfmTransformerStack):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Encode ``input_ids`` (B, S), or ``inputs_embeds`` (B, S, D), under ``attention_mask`` (B, S).
+        """Encode ``input_ids`` (B, S), or ``inputs_embeds`` (B, S, D), with ``attention_mask`` (B, S).
 
         Returns:
-            ``last_hidden_state`` (B, S, D); on request ``hidden_states``, N + 1 of (B, S, D), and ``attentions``,
-            N of (B, H, S, S).
+            ``last_hidden_state`` (B, S, D); on request ``hidden_states``, N + 1 tensors (B, S, D), and
+            ``attentions``, N tensors (B, H, S, S).
         """
         hidden_states = self.embedding(input_ids, inputs_embeds)  # (B, S, D)
         config = self.config
@@ -146,7 +146,7 @@ class TfmTransformerEncoder(TfmTransformerStack):
 
 
 class TfmTransformerDecoder(TfmTransformerStack):
-    """Figure 1, right: target ids (B, T) and memory (B, S, D) -> (B, T, D)."""
+    """Transformer decoder (figure 1, right): target ids (B, T) and memory (B, S, D) -> (B, T, D)."""
 
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DecoderBlock,
@@ -178,24 +178,24 @@ class TfmTransformerDecoder(TfmTransformerStack):
         Args:
             attention_mask: (B, cached + T).
             encoder_attention_mask: (B, S).
-            cache: keys and values of earlier tokens and of the memory; grows by T tokens.
+            cache: keys and values of earlier tokens and of the memory; extended by T tokens.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, ``attentions``
-            N of (B, H, T, cached + T) and ``cross_attentions`` N of (B, H, T, S).
+            ``last_hidden_state`` (B, T, D), ``cache``; on request ``hidden_states``, ``attentions``, N tensors
+            (B, H, T, cached + T), and ``cross_attentions``, N tensors (B, H, T, S).
 
         Raises:
-            ValueError: there is no ``encoder_hidden_states``.
+            ValueError: ``encoder_hidden_states`` is missing.
         """
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states of shape (B, S, D), got None")
         if not self.is_causal:
-            cache = None  # every token sees every other one, so nothing of an earlier call stays valid
+            cache = None  # every token attends to every other one, so cached keys and values do not stay valid
         elif use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         seen = cache.get_seq_length() if cache is not None else 0
         if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
-            seen = int(seen)  # a static cache counts on its device: free to read on a CPU, a stall elsewhere
+            seen = int(seen)  # a static cache keeps the count on its device: a free read on a CPU, a sync on a GPU
         hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen, prefix="decoder_")  # (B, T, D)
         config = self.config
         kwargs["output_attentions"] = wants_maps(config, kwargs)
