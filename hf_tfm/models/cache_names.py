@@ -1,7 +1,7 @@
-"""The cache of keys and values of earlier tokens, under the name that the installed transformers gives it.
+"""Key-value cache under the argument name of the installed version of transformers.
 
-`transformers` 5.24 renamed the argument and the output ``past_key_values`` to ``cache``. Models here say ``cache``;
-at their border both names are taken, and outputs carry the one that `generate` looks for.
+`transformers` 5.24 renamed the argument and output ``past_key_values`` to ``cache``. Models here use ``cache``; their
+public methods accept both names, and outputs use the one that `generate` expects.
 """
 
 import inspect
@@ -21,8 +21,9 @@ CACHE_NAMES = ["cache", OLD_NAME]
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Let a method with an argument ``cache`` be called with ``past_key_values`` too, under a warning where the
-    installed transformers has given that name up.
+    """Decorate a method with an argument ``cache`` to accept ``past_key_values`` too.
+
+    The old name issues a FutureWarning if the installed transformers uses the new one.
 
     Raises:
         ValueError: both are given.
@@ -38,10 +39,10 @@ def takes_cache(forward: Callable) -> Callable:
             kwargs["cache"] = kwargs.pop(OLD_NAME)
         return forward(self, *args, **kwargs)
 
-    renamed.__signature__ = inspect.signature(forward)  # `generate` asks for it at every token
+    renamed.__signature__ = inspect.signature(forward)  # `generate` inspects it at every token
     return renamed
 
 
 def cache_of(output: Any) -> Cache | None:
-    """The cache in a model's output."""
+    """Return the cache in a model's output."""
     return getattr(output, CACHE_NAME)

@@ -1,4 +1,4 @@
-"""The checks of configurations. Every error names the field, its limit and the value it has."""
+"""Validation of configurations. Every error names the field, its limit and its value."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -6,19 +6,19 @@ from dataclasses import fields
 from difflib import SequenceMatcher
 from typing import Any
 
-# Sizes far beyond any model; memory for them cannot be had, and torch aborts or builds layers for hours.
+# Far above the sizes of real models; beyond them torch aborts for lack of memory, or spends hours building layers.
 MOST = {"vocab_size": 2**24, "max_position_embeddings": 2**24, "num_queries": 2**16, "layers": 10_000, "": 2**20}
 POSITIVE = ("layer_norm_eps", "initializer_factor", "init_xavier_std")
 NOT_NEGATIVE = ("initializer_range",)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "decoder_start_token_id")
-SIMILAR = 0.845  # of the letters of a misspelt field and the one that was meant
+SIMILAR = 0.845  # minimum similarity of a misspelt field to the intended one
 
 
 def require_at_least(config: Any, names: Iterable[str], least: float = 1) -> None:
-    """Refuse a configuration in which a field of ``names`` is below ``least``, infinite, or a size beyond `MOST`."""
+    """Raise if a field of ``names`` is below ``least``, infinite, or a size beyond `MOST`."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not value >= least or math.isinf(value):  # a NaN is not above anything
+        if isinstance(value, bool) or not value >= least or math.isinf(value):  # also true for NaN
             raise ValueError(f"{name} must be at least {least}, got {value}")
         most = MOST.get(name, MOST["layers"] if name.endswith("layers") else MOST[""])
         if isinstance(value, int) and value > most:
@@ -26,10 +26,11 @@ def require_at_least(config: Any, names: Iterable[str], least: float = 1) -> Non
 
 
 def require_common(config: Any) -> None:
-    """The checks of fields that several families have.
+    """Validate the fields that several model families share.
 
-    Numbers that scale initial weights and norms are finite and positive; the ids of special tokens are in the
-    vocabulary. An id that is the family's default is let through, so that a small vocabulary needs no ids.
+    Scales of initial weights and epsilons of norms must be finite and positive (`NOT_NEGATIVE` ones may be 0), and ids
+    of special tokens must be in the vocabulary. The family's default ids are always accepted, so that a small
+    vocabulary does not require ids.
     """
     for name in (*POSITIVE, *NOT_NEGATIVE):
         value = getattr(config, name, None)
@@ -53,10 +54,10 @@ def require_common(config: Any) -> None:
 
 
 def require_label_count(config: Any, num_labels: Any) -> None:
-    """Refuse a number of labels that is no count, or another one than that of ``id2label``.
+    """Raise if a number of labels is not a count, or differs from that of ``id2label``.
 
     Args:
-        num_labels: as given; None where it was not.
+        num_labels: the given value, or None.
     """
     if num_labels is None:
         return
@@ -69,13 +70,13 @@ def require_label_count(config: Any, num_labels: Any) -> None:
 
 
 def refuse_misspelt(kind: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Refuse names that are not known but all but spell one that is; other unknown names pass.
+    """Raise on unknown names that are close to a known name; accept other unknown names.
 
-    transformers keeps fields that it does not know, since files of other versions hold them: a misspelt field of the
-    user would be lost without a word.
+    transformers keeps unknown fields, since files of other versions contain them: a misspelt field would be ignored
+    silently.
 
     Args:
-        kind: of the names, for the error, such as "field".
+        kind: kind of the names, for the error, such as "field".
     """
     for name in given:
         if name in known or name.startswith("_"):
@@ -86,29 +87,29 @@ def refuse_misspelt(kind: str, given: Iterable[str], known: Collection[str]) -> 
 
 
 def require_choice(config: Any, name: str, choices: Collection[str]) -> None:
-    """Refuse a configuration in which the field ``name`` is none of ``choices``."""
+    """Raise if the field ``name`` is not one of ``choices``."""
     if getattr(config, name) not in choices:
         raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{getattr(config, name)}"')
 
 
 def require_multiple(config: Any, name: str, of: int, reason: str) -> None:
-    """Refuse a configuration in which the field ``name`` is no multiple of a number that comes from ``reason``."""
+    """Raise if the field ``name`` is not a multiple of ``of``, a number given by ``reason``."""
     if getattr(config, name) % of:
         raise ValueError(f"{name} must be a multiple of {of} for {reason}, got {getattr(config, name)}")
 
 
 def require_share(config: Any, names: Iterable[str]) -> None:
-    """Refuse a configuration in which a field of ``names`` is outside [0, 1)."""
+    """Raise if a field of ``names`` is outside [0, 1)."""
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}")
 
 
 def fields_of_size(sizes: Mapping[str, dict[str, Any]], size: str) -> dict[str, Any]:
-    """The fields of a named size.
+    """Return the fields of a named size.
 
     Raises:
-        ValueError: the size is not known.
+        ValueError: the size is unknown.
     """
     if size not in sizes:
         raise ValueError(f'size must be one of {", ".join(sizes)}, got "{size}"')

@@ -1,7 +1,7 @@
-"""Checks of what is passed to a model's forward: one line that names the argument, the value and the limit.
+"""Input checks of the models' forward methods. Errors are one line with the argument, the value and the limit.
 
-Values are read only where that needs no copy from a device: on a CPU, outside of graphs that are compiled, exported or
-traced. Elsewhere a value out of range ends in the device's own assertion.
+Values are read only where that needs no copy from a device: on a CPU, outside of compiled, exported or traced graphs.
+Elsewhere a value out of range triggers an assertion on the device.
 """
 
 from collections.abc import Mapping
@@ -12,33 +12,34 @@ from transformers.utils import TransformersKwargs
 
 from .cross_entropy import IGNORE_INDEX
 
-BACKENDS = ("eager", "sdpa", "flex_attention")  # and flash attention
-# What transformers, Trainer and the backends may hand on.
-# Programs give these to every encoder-decoder; DETR's decoder reads queries of its own, as in transformers.
+BACKENDS = ("eager", "sdpa", "flex_attention")  # besides flash attention
+# Some callers pass these to every encoder-decoder. As in transformers, DETR ignores them: its decoder input is the
+# object queries.
 OF_DECODERS = frozenset({"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"})
+# Keyword arguments that transformers, Trainer and the attention backends may pass on.
 HANDED_ON = {
     *TransformersKwargs.__annotations__,
     *("return_dict", "return_loss", "output_cross_attentions", "use_cache", "cache_position", "dropout", "scaling"),
     *("sliding_window", "softcap", "deterministic", "target_dtype"),
 }
-ROUNDING = 1e-4  # by which a number may miss its limits
+ROUNDING = 1e-4  # tolerance of range checks of floating-point values
 
 
 def readable(values: Tensor) -> bool:
-    """Whether values can be read without a host-device copy and outside of a traced graph."""
+    """Return whether values can be read without a device-to-host copy, outside of a traced graph."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # A subclass may stand for data that is elsewhere or nowhere (fake and distributed tensors).
+    # The data of a subclass may be elsewhere or absent (distributed and fake tensors).
     plain = type(values) in (Tensor, nn.Parameter) and values.device.type == "cpu"
     return plain and not torch._C._functorch.is_batchedtensor(values)
 
 
 def require_tensor(name: str, values: object, shape: tuple[int, ...] | None = None) -> None:
-    """Refuse what is no tensor, or a tensor of another shape.
+    """Raise if a value is not a tensor, or has a wrong shape.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another shape.
+        TypeError: the value is not a tensor.
+        ValueError: the shape is wrong.
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
@@ -47,11 +48,11 @@ def require_tensor(name: str, values: object, shape: tuple[int, ...] | None = No
 
 
 def require_range(name: str, values: Tensor, limit: int, meaning: str, ignore: bool = False) -> None:
-    """Refuse integers outside [0, ``limit``).
+    """Raise if integers are outside [0, ``limit``).
 
     Args:
-        meaning: what the limit is, such as "vocab_size".
-        ignore: `IGNORE_INDEX` is allowed.
+        meaning: name of the limit, such as "vocab_size".
+        ignore: allow `IGNORE_INDEX`.
 
     Raises:
         ValueError: with the first value out of range.
@@ -70,10 +71,10 @@ def require_range(name: str, values: Tensor, limit: int, meaning: str, ignore: b
 
 
 def require_numbers(name: str, values: Tensor, least: float = -torch.inf, most: float = torch.inf) -> None:
-    """Refuse NaN, infinity and numbers outside [``least``, ``most``], other than `IGNORE_INDEX`.
+    """Raise if values are NaN, infinite or outside [``least``, ``most``], except for `IGNORE_INDEX`.
 
     Raises:
-        ValueError: with the first such number.
+        ValueError: with the first such value.
     """
     if not readable(values) or not values.numel():
         return
@@ -85,7 +86,7 @@ def require_numbers(name: str, values: Tensor, least: float = -torch.inf, most: 
 
 
 def require_mask(name: str, mask: Tensor | None, rows: int, length: int) -> None:
-    """Refuse a mask (B, T) of another shape; masks of other dimensions are a backend's own.
+    """Raise if a mask (B, T) has a wrong shape; masks that are not two-dimensional are left to the backend.
 
     Raises:
         ValueError: with both shapes.
@@ -95,28 +96,28 @@ def require_mask(name: str, mask: Tensor | None, rows: int, length: int) -> None
 
 
 def require_elements(name: str, values: Tensor) -> None:
-    """Refuse a tensor without elements, such as a batch of no rows or of no tokens.
+    """Raise if a tensor is empty, such as a batch without rows or tokens.
 
     Raises:
-        ValueError: with its shape.
+        ValueError: with the shape.
     """
     if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and 0 in values.shape:
         raise ValueError(f"{name} must not be empty, got shape {tuple(values.shape)}")
 
 
 def look_up(table: nn.Module, indices: Tensor, name: str, meaning: str) -> Tensor:
-    """Rows of an embedding, ``table(indices)``; on a CPU the error of an index out of range names it.
+    """Look up rows of an embedding, ``table(indices)``; on a CPU the error names an index that is out of range.
 
     Args:
-        name: of the argument that the indices come from.
-        meaning: what the number of rows is, such as "vocab_size".
+        name: name of the argument that contains the indices.
+        meaning: name of the number of rows, such as "vocab_size".
 
     Raises:
         ValueError: the table has no such row.
     """
     if torch.compiler.is_compiling():
         return table(indices)
-    try:  # costs nothing where all is well
+    try:  # free unless it fails
         return table(indices)
     except IndexError:
         require_range(name, indices, getattr(table, "num_embeddings", torch.inf), meaning)
@@ -124,14 +125,14 @@ def look_up(table: nn.Module, indices: Tensor, name: str, meaning: str) -> Tenso
 
 
 def refuse_unknown(kwargs: Mapping[str, object], attention: str) -> None:
-    """Refuse keyword arguments of a forward pass over images that nothing reads, such as a misspelt one.
+    """Raise on keyword arguments of an image model's forward that nothing reads, such as misspelt ones.
 
     Args:
-        kwargs: those that are handed on to the layers.
-        attention: name of the backend. One of the user's own may read anything.
+        kwargs: keyword arguments passed on to the layers.
+        attention: name of the attention backend. A user-defined backend may read any argument.
 
     Raises:
-        TypeError: with the name.
+        TypeError: with the argument's name.
     """
     if attention.startswith("flash") or attention in BACKENDS:
         for name in kwargs:
@@ -140,14 +141,14 @@ def refuse_unknown(kwargs: Mapping[str, object], attention: str) -> None:
 
 
 def embed(table: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, prefix: str = "") -> Tensor:
-    """Embeddings (B, T, D) of ids (B, T), or those given.
+    """Return embeddings (B, T, D) of ids (B, T), or the given embeddings.
 
     Args:
-        prefix: of the arguments' names, such as "decoder_".
+        prefix: prefix of the argument names, such as "decoder_".
 
     Raises:
-        TypeError: the input is no tensor.
-        ValueError: both or neither are given, the input is empty or has another number of dimensions, or, on a CPU, an
+        TypeError: the input is not a tensor.
+        ValueError: both or neither are given, the input is empty or has a wrong number of dimensions, or, on a CPU, an
             id is not in the vocabulary.
     """
     if (input_ids is None) == (inputs_embeds is None):

@@ -1,8 +1,8 @@
-"""How a saved model carries its code, so that it loads where this package is not installed.
+"""Saving of a model's code with its weights, so that it loads where this package is not installed.
 
-transformers copies the module of a class that has ``_auto_class``, and its siblings, beside the weights; ``auto_map``
-in config.json then tells each Auto class where to look. The stock map names only the class that was saved; here it
-names every class of the family, so `AutoModel` and `AutoModelForSeq2SeqLM` load the same repository.
+transformers copies the module of a class that has ``_auto_class``, and its siblings, next to the weights; ``auto_map``
+in config.json maps each Auto class to its module and class. The stock map contains only the class that was saved; here
+it contains every class of the family, so `AutoModel` and `AutoModelForSeq2SeqLM` load the same repository.
 """
 
 from contextvars import ContextVar
@@ -13,14 +13,14 @@ from transformers import PreTrainedConfig
 
 from .checks import refuse_misspelt, require_label_count
 
-# Files hold fields of other versions and of conversions: only the arguments of a caller are checked for misspelling.
+# Config files contain fields of other versions and of conversions, so only a caller's arguments are checked for typos.
 READING: ContextVar[bool] = ContextVar("reading", default=False)
 
 
 class TravellingConfig(PreTrainedConfig):
-    """A configuration that writes the full ``auto_map`` of its family.
+    """Base configuration that writes the full ``auto_map`` of its family.
 
-    A family names its classes in ``auto_classes``: {Auto class: "module.Class"}.
+    Each family lists its classes in ``auto_classes``: {Auto class: "module.Class"}.
     """
 
     _auto_class = "AutoConfig"
@@ -28,9 +28,9 @@ class TravellingConfig(PreTrainedConfig):
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """The map of the saved model; where there is none, a new {}: trl and others read it from any configuration.
+        """Return the map of the saved model, or a new {}: trl and others read it from any configuration.
 
-        transformers adds to the dictionary it finds, so that one of the class would gather every family's entries.
+        transformers adds to the dictionary it finds, so a class attribute would collect the entries of every family.
         """
         return self.__dict__.get("auto_map", {})
 
@@ -45,14 +45,14 @@ class TravellingConfig(PreTrainedConfig):
         require_label_count(self, kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         if "base_model_tp_plan" not in kwargs:
-            # transformers 5.17 adds a rule for "embed_tokens" to the plan of every tied model, even one without such a
-            # module (5.24 does not). The plan stays that of the class.
+            # transformers 5.17 adds a rule for "embed_tokens" to the plan of every tied model, even without such a
+            # module (5.24 does not). Keep the plan of the class.
             self.__dict__.pop("base_model_tp_plan", None)
-        self.validate_architecture()  # here its error is one line; strict validation makes two of it
+        self.validate_architecture()  # here its error is one line; strict validation raises a two-line error
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in transformers; another ``num_labels`` than that of the file goes before the labels there."""
+        """Load as in transformers; a ``num_labels`` that differs from the file overrides the labels of the file."""
         count, labels = kwargs.get("num_labels"), config_dict.get("id2label")
         if count is not None and labels is not None and "id2label" not in kwargs and len(labels) != count:
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
@@ -63,10 +63,10 @@ class TravellingConfig(PreTrainedConfig):
             READING.reset(token)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Save config.json, and the code beside it unless carrying code was turned off for this class."""
+        """Save config.json, and the model code unless remote code is disabled for this class."""
         if self._auto_class is None:
             self.__dict__.pop("auto_map", None)
         else:
-            # Also replaces the "user/name--module.Class" entries of a model that came from the Hub: its copy is whole.
+            # Also replaces "user/name--module.Class" entries of a model loaded from the Hub: the copy is complete.
             self.auto_map = dict(self.auto_classes)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
