@@ -1,1 +1,1 @@
-"""To the Hub and back: results of a run, its model card, pushing, and conversion to other libraries' classes."""
+"""Hub integration: run records, model cards, loading and uploading of models."""

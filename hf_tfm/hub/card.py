@@ -1,4 +1,4 @@
-"""The model card: README.md of a run's folder, filled from its `RunRecord`, so that no number is typed by hand.
+"""Model card: README.md of a run's folder, generated from its `RunRecord`.
 
 RunRecord + config.json + history.jsonl -> README.md, training_curve.png, .eval_results/<data set>.yaml
 """
@@ -34,10 +34,10 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     """Write the card of the model in ``output_dir``, with its training curve and its scores in the Hub's formats.
 
     Args:
-        output_dir: folder of a run, with config.json and, for the curve, history.jsonl; of a detector also pictures of
-            its predictions, the last of which is shown. README.md there is replaced.
-        record: of the run.
-        model_id: what the usage example loads; default, the folder's name.
+        output_dir: folder of a run, with config.json and, for the curve, history.jsonl. For a detector, the latest
+            image of its predictions is included. An existing README.md is replaced.
+        record: record of the run.
+        model_id: model id in the usage example; by default the folder's name.
 
     Returns:
         The path of README.md.
@@ -45,7 +45,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
     Raises:
         FileNotFoundError: there is no config.json.
     """
-    output_dir, record = Path(output_dir), RunRecord.from_dict(record.to_dict())  # without paths of this machine
+    output_dir, record = Path(output_dir), RunRecord.from_dict(record.to_dict())  # shortens local paths
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     model_id = model_id or output_dir.resolve().name
     title = model_id.split("/")[-1]
@@ -68,7 +68,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         curve=CURVE if curve else None,
         picture=PICTURE if (output_dir / PICTURE).is_file() else None,
         command=fenced(" ".join(record.command.splitlines())),
-        # By way of JSON, so that tuples and paths come out as plain YAML.
+        # The JSON round trip converts tuples and paths to plain YAML values.
         arguments=fenced(
             yaml.safe_dump(json.loads(json.dumps(record.arguments, default=str)), sort_keys=False).strip()
         ),
@@ -84,7 +84,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
 
 
 def metadata(record: RunRecord, title: str) -> ModelCardData:
-    """The YAML block at the top, by which the Hub finds and lists the model."""
+    """Return the YAML metadata with which the Hub indexes the model."""
     data, dataset = record.data, hub_dataset(record)
     results = [
         EvalResult(
@@ -117,27 +117,27 @@ def metadata(record: RunRecord, title: str) -> ModelCardData:
 
 
 def hub_dataset(record: RunRecord) -> str | None:
-    """The id of a data set of the Hub; None for one that is local or generated."""
+    """Return the id of a data set on the Hub; None for a local or generated one."""
     path, revision = record.data["path"], record.data.get("revision")
-    # Older records do not say it, and a path may be another one's here than where the run was.
+    # Older records lack on_hub, and the path may refer to something else on this machine.
     known = record.data.get("on_hub", bool(revision or (HUB_ID.fullmatch(path) and not Path(path).exists())))
     return path if known and DATASET_ID.fullmatch(path) else None
 
 
 def dataset_name(record: RunRecord) -> str:
-    """A data set's name: its id on the Hub, or the last part of a local path."""
+    """Return the data set's Hub id, or the last part of a local path."""
     return hub_dataset(record) or Path(record.data["path"]).name
 
 
 def languages(record: RunRecord) -> list[str] | None:
-    """The languages of a text pair, where both columns are named for one, as in "translation.en"."""
+    """Return the languages of a text pair if both columns are named after one, as in "translation.en"."""
     columns = [record.data.get(f"{side}_column") or "" for side in ("source", "target")]
     codes = [column.split(".")[-1] for column in columns]
     return codes if all(re.fullmatch("[a-z]{2}", code) for code in codes) else None
 
 
 def summary(record: RunRecord, config: dict[str, Any]) -> str:
-    """In a sentence or two: what it is, how large, from what, for what."""
+    """Summarise the model in one or two sentences: type, size, initialisation, task and data."""
     pair = languages(record)
     task = plain(record.task) + (f" from {pair[0]} to {pair[1]}" if pair else "")
     text = (
@@ -153,7 +153,7 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
 
 
 def origin(record: RunRecord, config: dict[str, Any]) -> str:
-    """What training began with."""
+    """Describe how the model was initialised."""
     if found := record.distillation:
         begun = f", begun with its layers {layer_names(found['student_layers'])}," if found["student_layers"] else ""
         further = f", from {code(record.base_model)} on," if record.base_model else ""
@@ -167,14 +167,14 @@ def origin(record: RunRecord, config: dict[str, Any]) -> str:
 
 
 def layer_names(layers: list[int] | dict[str, list[int]]) -> str:
-    """The teacher's layers a student began with, in words."""
+    """Format the teacher layers that a student was initialised from."""
     if isinstance(layers, dict):
         return "; ".join(f"{stack} {layer_names(own)}" for stack, own in layers.items())
     return ", ".join(map(str, layers))
 
 
 def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
-    """The table of what a student was compared with its teacher in."""
+    """Return the rows of the table of distillation terms."""
     return [
         (
             plain(term["name"]),
@@ -189,14 +189,14 @@ def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
 
 
 def yardstick(record: RunRecord) -> str:
-    """What the score of the table of costs is, and how large a sample."""
+    """Describe the score and the sample that the cost table refers to."""
     costs = record.costs or [{}]
     said = [f"The score: {plain(costs[-1]['metric'])}."] if "metric" in costs[-1] else []
     return " ".join([*said, *([f"A sample: {plain(costs[-1]['sample'])}."] if "sample" in costs[-1] else [])])
 
 
 def data_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """The table of task and data."""
+    """Return the rows of the table of task and data."""
     data, dataset = record.data, hub_dataset(record)
     fingerprint = data.get("fingerprint")
     if isinstance(fingerprint, dict):
@@ -225,7 +225,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
-    """The table of scores."""
+    """Return the rows of the table of scores."""
     return [
         (
             plain(m["split"]),
@@ -238,7 +238,7 @@ def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
 
 
 def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
-    """The table of what a distilled model costs, beside its teacher."""
+    """Return the rows of the table of inference costs of a distilled model and its teacher."""
     fields = ("parameters", "gflops", "milliseconds_1", "milliseconds_32", "samples_per_second", "megabytes", "score")
     return [
         (
@@ -251,7 +251,7 @@ def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
 
 
 def training_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """The table of what training took."""
+    """Return the rows of the table of training statistics."""
     training = record.training
     skipped = training.get("skipped_steps")
     speed, best = training.get("items_per_second"), training.get("best")
@@ -271,7 +271,7 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def licence(record: RunRecord, config: dict[str, Any]) -> str:
-    """Who may use what; what nobody said is unknown."""
+    """Return the licences of weights, data and code; unspecified ones are "unknown"."""
     lines = [
         f"- Weights: {plain(record.arguments.get('license') or 'unknown; the run names no licence for them')}.",
         f"- Training data: {plain(record.data.get('license') or 'unknown; the run names no licence for it')}.",
@@ -282,9 +282,9 @@ def licence(record: RunRecord, config: dict[str, Any]) -> str:
 
 
 def write_eval_results(output_dir: Path, record: RunRecord) -> Path | None:
-    """Write the scores as ``.eval_results/<data set>.yaml``, which the Hub gathers by data set.
+    """Write the scores to ``.eval_results/<data set>.yaml``, which the Hub aggregates by data set.
 
-    The format names data sets by their id on the Hub; of another data set no file is written.
+    The format identifies data sets by Hub id, so no file is written for other data sets.
     """
     dataset = hub_dataset(record)
     if dataset is None or not record.metrics:
@@ -308,7 +308,7 @@ def write_eval_results(output_dir: Path, record: RunRecord) -> Path | None:
 
 
 def table(rows: Iterable[tuple], header: tuple[str, ...] = ("", "")) -> str:
-    """A Markdown table; "" without rows."""
+    """Format a Markdown table; "" without rows."""
     lines = [
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
     ]
@@ -318,12 +318,12 @@ def table(rows: Iterable[tuple], header: tuple[str, ...] = ("", "")) -> str:
 
 
 def known(value: Any) -> str:
-    """The value in words, safe in Markdown; None as unknown."""
+    """Format a value for Markdown; None becomes "unknown"."""
     return UNKNOWN if value is None else plain(value)
 
 
 def number(value: Any) -> str:
-    """A number with four significant digits, whole ones in full; anything else as it is."""
+    """Format a number with four significant digits, integers in full; other values as by `known`."""
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.4g}"
     return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else known(value)

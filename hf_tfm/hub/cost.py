@@ -1,4 +1,4 @@
-"""What a model costs to use: the table of a distilled student beside its teacher.
+"""Inference cost of models, for comparing a distilled student with its teacher.
 
 model, inputs of one sample -> parameters, operations, time, size on disk
 """
@@ -24,13 +24,13 @@ class _Cost(TypedDict):
 
 
 class Cost(_Cost, total=False):
-    """A row of the table.
+    """Row of the cost table.
 
-    ``gflops`` of one sample's forward pass, in 10^9 operations, a multiplication and an addition being two;
-    ``milliseconds_1``, ``milliseconds_32``: median time of a forward pass of so many samples on the CPU in float32,
-    with ``threads`` threads; ``samples_per_second`` of the larger; ``megabytes`` of the weights on disk, in 10^6
-    bytes; ``score``; and ``kept``, the share of the teacher's score. ``metric`` is what the score is, ``sample`` what
-    one reads, in words.
+    ``gflops``: 10^9 floating-point operations of a forward pass of one sample; a multiply-add counts as two.
+    ``milliseconds_1``, ``milliseconds_32``: median time of a forward pass of 1 and 32 samples on the CPU in float32
+    with ``threads`` threads; ``samples_per_second`` at 32 samples. ``megabytes``: size of the weights on disk in 10^6
+    bytes. ``score``, and ``kept``, its ratio to the teacher's score. ``metric`` and ``sample`` describe the score and
+    the measured sample.
     """
 
     milliseconds_1: float
@@ -45,18 +45,18 @@ class Cost(_Cost, total=False):
 
 
 def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], score: float | None = None) -> Cost:
-    """Measure what a forward pass costs.
+    """Measure the cost of a forward pass.
 
     Args:
-        name: of the model, for the table.
-        model: moved to the CPU meanwhile.
+        name: name of the model in the table.
+        model: moved to the CPU during the measurement.
         sample: keyword arguments of one sample, (1, ...) each.
-        score: of the model, to stand beside its cost.
+        score: score of the model, for the same row.
     """
     device, training = next(model.parameters()).device, model.training
     model.cpu().eval()
     sample = {key: value.cpu() for key, value in sample.items()}
-    # The fused attention kernels of a CPU are not counted; the plain one computes the same with the same products.
+    # The FLOP counter does not see fused CPU attention kernels; the plain one has the same matrix products.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**sample)
     times = {count: milliseconds(model, repeated(sample, count)) for count in BATCHES}
@@ -76,7 +76,7 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
 
 
 def beside_teacher(teacher: Cost, *students: Cost) -> list[Cost]:
-    """The rows of a table, each student's with the share of the teacher's score that it keeps."""
+    """Return the rows of a table, adding to each student its share of the teacher's score."""
     rows = [teacher]
     for student in students:
         both = "score" in teacher and "score" in student and teacher["score"]
@@ -85,18 +85,18 @@ def beside_teacher(teacher: Cost, *students: Cost) -> list[Cost]:
 
 
 def repeated(sample: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """A batch of ``count`` times the same sample."""
+    """Return a batch that repeats one sample ``count`` times."""
     return {key: value.expand(count, *value.shape[1:]).contiguous() for key, value in sample.items()}
 
 
 def own_weights(model: nn.Module) -> list[Tensor]:
-    """Parameters and saved buffers, those that are shared once."""
+    """Return parameters and persistent buffers, shared ones once."""
     return list({id(value): value for value in model.state_dict(keep_vars=True).values()}.values())
 
 
 @torch.inference_mode()
 def milliseconds(model: Callable, batch: Mapping[str, Tensor]) -> float:
-    """Median time of a forward pass, after one that does not count."""
+    """Return the median time of a forward pass after one warm-up pass."""
     model(**batch)
     times = []
     for _ in range(REPEATS):

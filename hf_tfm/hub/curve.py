@@ -1,4 +1,4 @@
-"""The picture of a run: losses over steps, scores of detection where there are any, and the learning rate below."""
+"""Training curve of a run: losses and learning rate over steps, and scores if there are any."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,19 @@ from matplotlib.ticker import MaxNLocator
 
 from .saved_files import CURVE
 
-TRAINING, EVALUATION, RATE = "#4477aa", "#ee6677", "#777777"  # told apart by colour-blind readers too
-SCORES = {"AP": "#aa3377", "AP50": "#ccbb44", "PQ": "#228833"}  # of evaluations, in [0, 1]
+TRAINING, EVALUATION, RATE = "#4477aa", "#ee6677", "#777777"  # colour-blind safe
+SCORES = {"AP": "#aa3377", "AP50": "#ccbb44", "PQ": "#228833"}  # evaluation scores in [0, 1]
 
 
 def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
-    """Draw the rows of history.jsonl (see `results.read_history`).
+    """Plot the rows of history.jsonl (see `results.read_history`).
 
     Args:
         rows: training rows with ``step``, ``loss`` and ``learning_rate``; evaluation rows with ``step`` and
-            ``evaluation.loss``, and any of ``AP``, ``AP50`` and ``PQ``. Rows without these are left out.
+            ``evaluation.loss``, and any of ``AP``, ``AP50`` and ``PQ``. Other rows are ignored.
 
     Returns:
-        The figure, 8 x 5 inches, with a panel of scores 8 x 7, or None where no row has a loss.
+        The figure, 8 x 5 inches, or 8 x 7 with a panel of scores; None if no row has a loss.
     """
     training = series(rows, "loss")
     evaluations = [{"step": row["step"], **row["evaluation"]} for row in rows if "evaluation" in row]
@@ -62,19 +62,19 @@ def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
 
 
 def draw(axes: Axes, points: list[tuple[int, float]], label: str, color: str) -> None:
-    """A line through points."""
-    # A marker makes a single point visible; hundreds of them would hide the line.
+    """Plot a line through points."""
+    # A marker makes a single point visible, but hundreds of markers would hide the line.
     marker = "o" if len(points) <= 60 else None
     axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3.5)
 
 
 def series(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the rows that have a number under ``name``."""
+    """Return (step, value) of the rows with a number under ``name``."""
     return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
 
 
 def write_curve(folder: str | Path, rows: list[dict[str, Any]], title: str) -> Path | None:
-    """Write training_curve.png in ``folder``; None, and no file, where there is nothing to draw."""
+    """Write training_curve.png to ``folder``; return None, without a file, if there is nothing to plot."""
     figure = plot_history(rows, title)
     if figure is None:
         return None

@@ -1,9 +1,9 @@
-"""Loading models, tokenizers and image processors that others saved: no code of theirs, no missing weights.
+"""Load models, tokenizers and image processors safely: no remote code by default, no missing weights.
 
 folder or Hub id -> config.json checked -> memory estimated -> loaded, every weight accounted for -> eval mode
 
-Every error is one line that names the argument and the model. Code that a folder or repository brings runs only with
-``trust_remote_code=True``; transformers' own default asks on standard input.
+Every error is a single line that names the argument and the model. Remote code runs only with
+``trust_remote_code=True``; by default, transformers would ask for confirmation on standard input.
 """
 
 import json
@@ -32,15 +32,15 @@ from ..command import REMOTE_CODE, cause
 from ..finite import first_not_finite
 from ..memory import check_saved_size
 
-# Errors with which libraries end on files of another form than they expect.
+# Exceptions that libraries raise when files have an unexpected structure.
 UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
-# Weights of files that some classes of a family do not read: poolers, norms of the other pooling, tables, counts.
+# Weights that some classes of a family do not read: poolers, norms of the other pooling mode, buffers.
 UNREAD = re.compile(
     r"pooler|position_ids|num_batches_tracked|masked_bias|attn\.bias|inv_freq|vit\.(layernorm|fc_norm)\.|mask_token"
 )
 PROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Fields of an image processor: name -> the numbers it may have, in words, and whether one is among them.
+# Fields of an image processor: name -> description of valid values, and a check of a single number.
 IMAGE_FIELDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "image_mean": ("finite numbers", math.isfinite),
     "image_std": ("finite numbers above 0", lambda number: 0 < number < math.inf),
@@ -60,7 +60,7 @@ class LoadingError(ValueError):
 
 @contextmanager
 def quiet_reports() -> Iterator[None]:
-    """Leave out transformers' table of missing and unexpected weights, which the caller checks itself."""
+    """Suppress transformers' report of missing and unexpected weights, which the caller checks itself."""
     before = [(logger, logger.level) for logger in map(logging.getLogger, REPORTING)]
     for logger, _ in before:
         logger.setLevel(logging.ERROR)
@@ -73,18 +73,18 @@ def quiet_reports() -> Iterator[None]:
 
 @contextmanager
 def explained(argument: str, model: str, code_option: bool = True) -> Iterator[None]:
-    """Turn any error of loading into a `LoadingError`.
+    """Convert any loading error to a `LoadingError`.
 
     Args:
-        argument: name of the argument that names the model.
-        code_option: the caller has an argument ``trust_remote_code`` that the message may recommend.
+        argument: name of the argument that specifies the model.
+        code_option: True if the caller has an argument ``trust_remote_code`` that the message may recommend.
     """
     try:
         with quiet_reports():
             yield
     except LoadingError:
         raise
-    except Exception as error:  # libraries raise all kinds for files they cannot read
+    except Exception as error:  # libraries raise arbitrary exceptions for unreadable files
         if REMOTE_CODE.search(str(error)):
             remedy = ", which runs only with trust_remote_code true" if code_option else ", which is not run"
             reason = f"it brings its own code{remedy}"
@@ -98,14 +98,14 @@ def explained(argument: str, model: str, code_option: bool = True) -> Iterator[N
 def load_config(
     model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
 ) -> PreTrainedConfig:
-    """The configuration of a folder or Hub id.
+    """Load the configuration of a folder or Hub id.
 
     Args:
         argument: name of the caller's argument, for errors.
-        trust_remote_code: run the code that the model brings; None where the caller has no such option.
+        trust_remote_code: run the model's own code; None if the caller has no such option.
 
     Raises:
-        LoadingError: there is none, or it cannot be meant.
+        LoadingError: there is none, or it has invalid values.
     """
     with explained(argument, model, trust_remote_code is not None):
         check_revision(model, revision)
@@ -117,10 +117,10 @@ def load_config(
 
 
 def check_config_file(path: Path) -> None:
-    """Refuse a config.json that would use up the memory, or run code, while it is read.
+    """Refuse a config.json that would exhaust memory or run code while it is loaded.
 
     Raises:
-        LoadingError: with the field.
+        ValueError: names the field.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -136,10 +136,10 @@ def check_config_file(path: Path) -> None:
 
 
 def check_config_types(content: dict[str, Any], file: str) -> None:
-    """Refuse fields of transformers' own of another type than it expects, on which it ends in unclear errors.
+    """Refuse standard fields of a wrong type, for which transformers would raise unclear errors.
 
     Raises:
-        ValueError: with the field.
+        ValueError: names the field.
     """
     kinds = {**dict.fromkeys(("id2label", "label2id", "quantization_config", "auto_map"), dict), "model_type": str}
     names = {dict: "a mapping", str: "text"}
@@ -162,20 +162,20 @@ def check_config_types(content: dict[str, Any], file: str) -> None:
 
 
 def check_revision(model: str, revision: str | None) -> None:
-    """Refuse a revision of a local folder or file, which has none.
+    """Refuse a revision for a local folder or file.
 
     Raises:
-        ValueError: with the revision.
+        ValueError: names the revision.
     """
     if revision is not None and Path(model).exists():
         raise ValueError(f'revision "{revision}" can be given of a model on the Hub alone, and this is a local path')
 
 
 def check_json_files(model: str, *names: str) -> None:
-    """Refuse a local folder whose files of these names are not JSON mappings.
+    """Refuse a local folder in which one of the named files is not a JSON object.
 
     Raises:
-        ValueError: with the file.
+        ValueError: names the file.
     """
     for name in names:
         if (path := Path(model) / name).is_file() and not isinstance(content := read_json(path), dict):
@@ -183,10 +183,10 @@ def check_json_files(model: str, *names: str) -> None:
 
 
 def check_image_fields(model: str) -> None:
-    """Refuse a local image processor by which pixels become infinite, or images of no size.
+    """Refuse a local image processor with settings that make pixels infinite or images empty.
 
     Raises:
-        ValueError: with the field.
+        ValueError: names the field.
     """
     path = Path(model) / PROCESSOR
     for field, value in (read_json(path) if path.is_file() else {}).items():
@@ -199,21 +199,21 @@ def check_image_fields(model: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        ValueError: it is no JSON; the message names the file.
+        ValueError: it is not valid JSON; the message names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
+    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
         raise ValueError(f"{path} is not a valid JSON file: {error}") from error
 
 
 def load_tokenizer(
     model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; arguments as of `load_config`.
+    """Load the tokenizer of a folder or Hub id; arguments as in `load_config`.
 
     Raises:
         LoadingError: there is none, or it cannot be read.
@@ -227,7 +227,7 @@ def load_tokenizer(
 def load_image_processor(
     model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
 ) -> BaseImageProcessor:
-    """The image processor of a folder or Hub id; arguments as of `load_config`.
+    """Load the image processor of a folder or Hub id; arguments as in `load_config`.
 
     Raises:
         LoadingError: there is none, or it cannot be read.
@@ -255,17 +255,17 @@ def load_model(
     may_lack: Callable[[str], bool] = lambda name: False,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model in float32 and eval mode with all its weights.
+    """Load a model in float32 and eval mode, with all its weights.
 
     Args:
         kind: an Auto class or a model class.
         argument, revision, trust_remote_code: see `load_config`.
-        may_lack: name of a weight -> whether it may be missing, and then be random.
-        options: others of ``from_pretrained``.
+        may_lack: weight name -> True if the weight may be missing, and is then random.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
-        LoadingError: weights are missing, of another shape than config.json says, not finite, or larger than the
-            memory of this machine; or files cannot be read.
+        LoadingError: weights are missing, have another shape than in config.json, are not finite, or exceed the memory
+            of this machine; or files cannot be read.
     """
     where = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
     config = load_config(model, argument, revision, trust_remote_code)
@@ -273,8 +273,8 @@ def load_model(
         check_index(Path(model))
         check_json_files(model, "generation_config.json")
         check_size(kind, config, bool(trust_remote_code))
-        # Weights may be stored in half precision; `precision` alone says what is computed in it. Shapes are reported
-        # below, by name.
+        # Weights may be stored in half precision, but only the mixed_precision argument selects the compute precision.
+        # Shape mismatches are reported below, by name.
         loaded, report = kind.from_pretrained(
             model, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32, **where, **options
         )
@@ -283,10 +283,10 @@ def load_model(
 
 
 def check_index(folder: Path) -> None:
-    """Refuse a list of weight files that names others than those in the folder; without a list, nothing is done.
+    """Refuse a weights index that names files missing from the folder; without an index, do nothing.
 
     Raises:
-        ValueError: with the name.
+        ValueError: names the file.
     """
     path = folder / SAFE_WEIGHTS_INDEX_NAME
     if not path.is_file():
@@ -303,14 +303,14 @@ def check_index(folder: Path) -> None:
 def check_weights(
     model: PreTrainedModel, report: dict[str, Any], may_lack: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Refuse a model some of whose weights were not saved, or are not finite.
+    """Refuse a model with weights that were not saved, do not fit, or are not finite.
 
     Args:
         report: loading info of ``from_pretrained`` with ``ignore_mismatched_sizes``.
         may_lack: see `load_model`.
 
     Raises:
-        ValueError: with up to three names.
+        ValueError: names up to three weights.
     """
     if wrong := sorted(report.get("mismatched_keys") or ()):
         raise ValueError(mismatch(wrong))
@@ -323,21 +323,21 @@ def check_weights(
 
 
 def unread(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
-    """Weights of the files, below any head, that a model has no place for."""
+    """Return saved weights, below any head, that the model does not have."""
     base = f"{model.base_model_prefix}."
     return [name for name in report["unexpected_keys"] if f".{base}" in f".{name}" and not UNREAD.search(name)]
 
 
 def no_place(names: Sequence[str]) -> str:
-    """Weights of files that config.json leaves out, in words."""
+    """Describe saved weights that the model of config.json does not have."""
     return f"its config.json has no place for the weights {', '.join(names[:3])}{others(names, 3)} of its files"
 
 
 def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
-    """Weights of another shape than config.json says, in words.
+    """Describe weights whose shape differs from that in config.json.
 
     Args:
-        found: name, shape in the file and shape by config.json.
+        found: name, shape in the file, and shape according to config.json.
     """
     name, saved, expected = found[0]
     more = f"; so do {len(found) - 1} others" if len(found) > 1 else ""
@@ -345,18 +345,18 @@ def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
 
 
 def others(names: Sequence[Any], shown: int = 1) -> str:
-    """The end of a list that is cut."""
+    """Return the end of a truncated list, " and N more"."""
     return f" and {len(names) - shown} more" if len(names) > shown else ""
 
 
 def check_size(kind: Any, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
-    """Refuse a model that is larger than the memory, before any of it is made.
+    """Refuse a model that is larger than the memory, before allocating any of it.
 
     Args:
         kind: an Auto class or a model class.
 
     Raises:
-        TooLarge: with the bytes of its weights in float32 and those there are.
+        TooLarge: reports the bytes of its weights in float32 and the bytes available.
     """
     build = getattr(kind, "_from_config", None) or getattr(kind, "from_config", None)
     options = {"trust_remote_code": trust_remote_code} if hasattr(kind, "from_config") else {}
@@ -366,10 +366,10 @@ def check_size(kind: Any, config: PreTrainedConfig, trust_remote_code: bool = Fa
 def check_vocabulary(
     model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, argument: str = "model"
 ) -> None:
-    """Refuse a tokenizer that gives ids the model has no embedding of.
+    """Refuse a tokenizer with ids for which the model has no embedding.
 
     Raises:
-        LoadingError: with both sizes.
+        LoadingError: reports both sizes.
     """
     size = getattr(config, "vocab_size", None)
     if size is not None and len(tokenizer) > size:

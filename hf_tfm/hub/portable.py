@@ -1,4 +1,4 @@
-"""Text of records and cards that travel: no paths of this machine, and no markup from names that others chose.
+"""Make text of records and cards safe to publish: no local paths, and no markup from user-chosen names.
 
 str, dict or list -> paths made relative or cut to their last part
 any value -> one line for Markdown prose, or for a code span
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 200
-# An absolute path or one of a home folder, alone or in a longer word: --config=/home/me/a.yaml, {"train": "/data/x"}.
+# An absolute or home-relative path, alone or inside a word: --config=/home/me/a.yaml, {"train": "/data/x"}.
 PATH = re.compile(r"(?<![\w/:.~-])(?:~[\w.-]*)?/[^\s\"',;\]})]+|(?<![\w/])~[\w.-]*(?=$|[\s\"',])")
 MARKUP = re.compile(r"([\\`*\[\]#!])")
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 
 
 def short_path(path: str) -> str:
-    """An absolute path relative to the working directory, or its last part where it lies elsewhere."""
+    """Make an absolute path relative to the working directory, or reduce it to its last part if it lies elsewhere."""
     whole = Path(os.path.expanduser(path))
     if not whole.is_absolute():
         return path
@@ -29,7 +29,7 @@ def short_path(path: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """The same value with every absolute path in its strings shortened, see `short_path`; keys stay."""
+    """Shorten every absolute path in the strings of a value, see `short_path`; dictionary keys are unchanged."""
     if isinstance(value, dict):
         return {name: portable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,37 +38,37 @@ def portable(value: Any) -> Any:
         return short_path(str(value))
     if not isinstance(value, str):
         return value
-    if value.startswith(("/", "~")) and "\n" not in value:  # a path alone, which may hold spaces
+    if value.startswith(("/", "~")) and "\n" not in value:  # the whole string is a path, possibly with spaces
         return short_path(value)
     return PATH.sub(lambda found: short_path(found[0]), value)
 
 
 def portable_command(command: str) -> str:
-    """A command line with every path in it shortened."""
+    """Shorten every path in a command line."""
     try:
         return shlex.join(portable(shlex.split(command)))
-    except ValueError:  # not one that shlex wrote
+    except ValueError:  # not valid shell syntax
         return portable(command)
 
 
 def plain(value: Any, longest: int = LONGEST) -> str:
-    """A value as one line of Markdown that shows it as it is: no links, pictures, headings, code or HTML."""
+    """Escape a value as one line of Markdown: no links, images, headings, code or HTML."""
     text = " ".join(str(value).split())
     text = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return MARKUP.sub(r"\\\1", text).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def code(value: Any, longest: int = LONGEST) -> str:
-    """A value in a Markdown code span."""
+    """Format a value as a Markdown code span."""
     text = " ".join(str(value).split()).replace("`", "'")
     return f"`{text if len(text) <= longest else text[: longest - 3] + '...'}`"
 
 
 def fenced(text: str) -> str:
-    """Lines for a fenced code block, without a fence of their own."""
+    """Escape code fences in the content of a fenced code block."""
     return text.replace("```", "'''")
 
 
 def licence_id(value: Any) -> str | None:
-    """A licence's short id as the Hub has them, such as "apache-2.0"; None where the value is no such id."""
+    """Return the value as a Hub licence id such as "apache-2.0"; None if it is not an id."""
     return value.lower() if isinstance(value, str) and LICENCE.fullmatch(value) else None

@@ -1,6 +1,6 @@
-"""Models that a run begins with: of a kind that suits the task, and with every weight that the task does not replace.
+"""Load models to start training from: of a suitable type, and with all weights that the task does not replace.
 
-folder or Hub id -> model type checked -> loaded in float32 -> weights accounted for -> model, names of fresh weights
+folder or Hub id -> model type checked -> loaded in float32 -> weights accounted for -> model, names of new weights
 """
 
 import re
@@ -26,12 +26,12 @@ TEXT_TYPES = ("tfm_bert", "tfm_gpt", "bert", "distilbert", "gpt2")
 
 @dataclass(frozen=True)
 class Suitable:
-    """Models that fit an argument.
+    """Models that are valid for an argument.
 
     Args:
-        use: what the model becomes or does, with its article, for errors.
-        types: model types that fit.
-        auto_class: also any type that this Auto class loads; ``types`` are then examples.
+        use: what the model is used for, in the words of the error message.
+        types: valid model types.
+        auto_class: if set, all types that this Auto class loads are valid, and ``types`` are examples.
     """
 
     use: str
@@ -39,7 +39,7 @@ class Suitable:
     auto_class: Any = None
 
     def fits(self, config: PreTrainedConfig) -> bool:
-        """Whether a model of this configuration does."""
+        """Return True if a model with this configuration is valid."""
         if config.model_type in self.types:
             return True
         if self.auto_class is None:
@@ -52,14 +52,14 @@ class Suitable:
 def check_kind(
     argument: str, source: str, suitable: Suitable | None, trust_remote_code: bool | None = None
 ) -> PreTrainedConfig:
-    """The configuration of a model that an argument names.
+    """Load the configuration of a model passed as an argument, and check its type.
 
     Args:
         argument, trust_remote_code: see `load_config`.
-        suitable: models that fit; None for any.
+        suitable: valid models; None for any.
 
     Raises:
-        LoadingError: it is of another kind, or has no readable config.json.
+        LoadingError: it has another type, or no readable config.json.
     """
     config = load_config(source, argument, trust_remote_code=trust_remote_code)
     if suitable is not None and not suitable.fits(config):
@@ -71,7 +71,7 @@ def check_kind(
     return config
 
 
-# {argument: models that fit it} by what a recipe trains.
+# Valid models by argument, for each kind of recipe.
 TEXT_CLASSES = {
     "model_name_or_path": Suitable("a text classifier", TEXT_TYPES, AutoModelForSequenceClassification),
     "teacher": Suitable("teaching text classes", TEXT_TYPES, AutoModelForSequenceClassification),
@@ -110,22 +110,22 @@ def load_to_train(
     trust_remote_code: bool | None = None,
     **data: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A model in float32 to train further, and the names of its weights that are random.
+    """Load a model in float32 for further training, and return it with the names of its newly initialised weights.
 
     Args:
         kind: an Auto class or a model class.
         source: folder or Hub id.
-        head_of: (model, name of a weight) -> head that it belongs to; "" where it must come from ``source``. The files
-            may lack a head as a whole, not in part.
-        fields: of its configuration that the user changes. Weights that exist only by them may be random, and those
-            that they leave no place for unread.
-        argument: the caller's, for errors.
-        resized: pattern of weights of heads whose shape the data decides; in another shape they are random.
+        head_of: (model, weight name) -> head that the weight belongs to, or "" if it must come from ``source``. A head
+            may be missing from the files as a whole, but not in part.
+        fields: configuration fields changed by the user. Weights that exist only because of them may be random, and
+            weights that they remove may be unused.
+        argument: name of the caller's argument, for errors.
+        resized: pattern of head weights whose shape depends on the data; they are random if their shape differs.
         trust_remote_code: see `load_config`.
-        data: fields that the data decides.
+        data: configuration fields that depend on the data.
 
     Raises:
-        LoadingError: weights are missing, left over, not finite or of another shape; or files cannot be read.
+        LoadingError: weights are missing, unused, not finite or of another shape; or files cannot be read.
     """
     fields = fields or {}
     with explained(argument, source, trust_remote_code is not None):
@@ -158,7 +158,7 @@ def load_to_train(
 
 
 def names_as_saved(model: PreTrainedModel, source: str, data: dict[str, Any]) -> set[str]:
-    """Weights that the class of ``model`` has by the configuration of ``source``, without a user's changes."""
+    """Return the weight names of the class of ``model`` with the configuration of ``source``, without user changes."""
     kind = type(model)
     config = kind.config_class.from_pretrained(source, trust_remote_code=False, **data)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -172,7 +172,7 @@ def lost(
     head_of: Callable[[PreTrainedModel, str], str],
     saved: Container[str] | None,
 ) -> list[str]:
-    """Missing weights that are of no head, or of a head of which the files hold a part; see `load_to_train`."""
+    """Return missing weights that belong to no head, or to a head that is partly saved; see `load_to_train`."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = {
         head_of(model, name)

@@ -1,6 +1,6 @@
 """Upload the model in a run's folder to the Hub, with its tokenizer, code, card and results.
 
-folder -> files that a run, `convert` or `save_pretrained` writes -> one commit; everything else stays here
+folder -> files that a run, `convert` or `save_pretrained` writes -> one commit; all other files are left out
 """
 
 import glob
@@ -20,7 +20,7 @@ from .loading import read_json
 from .saved_files import CARD, EVAL_RESULTS, INDEX, UPLOADED
 
 MODEL_ID_LINE = re.compile(r'^model_id = ".*"$', re.MULTILINE)
-SHOWN = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.(?:png|jpe?g|gif|svg|webp))\)")  # a picture beside the card
+SHOWN = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.(?:png|jpe?g|gif|svg|webp))\)")  # an image in the card's folder
 SIBLING = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
 
@@ -31,22 +31,22 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Push the files of ``folder`` that `files_to_push` chooses as one commit; the repository is made if need be.
+    """Upload the files of ``folder`` selected by `files_to_push` in one commit; create the repository if necessary.
 
     The usage example of README.md is changed to load ``repo_id``.
 
     Args:
         folder: a saved model, for instance a run's output folder.
         repo_id: "user/name" on the Hub.
-        private: make a new repository private; one that exists stays as it is.
-        commit_message: default, "Upload <folder's name>".
-        token: default, the one of `hf auth login` or HF_TOKEN.
+        private: create a new repository as private; an existing one is not changed.
+        commit_message: by default "Upload <folder name>".
+        token: by default the token of `hf auth login` or HF_TOKEN.
 
     Returns:
-        What `HfApi.upload_folder` returns; ``commit_url`` is where to look.
+        The result of `HfApi.upload_folder`; its ``commit_url`` shows the commit.
 
     Raises:
-        ValueError: ``folder`` is not a whole saved model, or ``repo_id`` no name of a repository.
+        ValueError: ``folder`` is not a complete saved model, or ``repo_id`` is not a valid repository name.
     """
     folder = Path(folder)
     try:
@@ -67,7 +67,7 @@ def push(
 
 
 def write_model_id(card: Path, repo_id: str) -> None:
-    """Have the card's usage example load ``repo_id``; the old card stays until the new one is whole."""
+    """Change the card's usage example to load ``repo_id``; the file is replaced atomically."""
     text = card.read_bytes().decode("utf-8")
     changed = MODEL_ID_LINE.sub(lambda _: f'model_id = "{repo_id}"', text)
     if changed != text:
@@ -77,21 +77,21 @@ def write_model_id(card: Path, repo_id: str) -> None:
 
 
 def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
-    """Files of a saved model that belong on the Hub, and those beside them that do not.
+    """Split the files of a saved model into those to upload and those to leave out.
 
-    Taken are files that a run, `convert` or ``save_pretrained`` writes: the model, its tokenizer or image processor,
-    code that config.json names with its siblings, card, results, certificate, curve and the pictures that the card
-    shows, and ``.eval_results``. Left out is everything else: checkpoints and logs, run.json, files of the user, and
-    links that lead out of the folder.
+    Files written by a run, `convert` or ``save_pretrained`` are uploaded: the model, its tokenizer or image processor,
+    the code named in config.json with its local imports, card, results, certificate, curve, images shown in the card,
+    and ``.eval_results``. Everything else is left out: checkpoints and logs, run.json, the user's own files, and links
+    to outside of the folder.
 
     Args:
-        folder: of a saved model.
+        folder: a saved model.
 
     Returns:
-        Paths relative to ``folder``, sorted: of files to upload; and of files and folders left out.
+        Sorted paths relative to ``folder``: files to upload; and files and folders left out.
 
     Raises:
-        ValueError: ``folder`` is not a whole saved model; it says what is missing.
+        ValueError: ``folder`` is not a complete saved model; the message says what is missing.
     """
     check_model_folder(folder)
     patterns = [*UPLOADED, *(glob.escape(name) for name in code_files(folder) | pictures(folder))]
@@ -108,21 +108,21 @@ def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def matches(name: str, patterns: list[str]) -> bool:
-    """Whether a file's name has one of the patterns."""
+    """Return True if a file name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def pictures(folder: Path) -> set[str]:
-    """Names of the pictures in the folder that the card shows."""
+    """Return the names of the images in the folder that the card shows."""
     card = folder / CARD
     return set(SHOWN.findall(card.read_text(encoding="utf-8", errors="replace"))) if card.is_file() else set()
 
 
 def code_files(folder: Path) -> set[str]:
-    """Names of the Python files that config.json names, and of those that they import from beside them.
+    """Return the names of the Python files named in config.json, and of the local modules that they import.
 
     Raises:
-        ValueError: a class of transformers is said to have code of its own.
+        ValueError: config.json names code for a model type of transformers.
     """
     config = read_json(folder / "config.json")
     ours = config.get("model_type") in {family.config.model_type for family in FAMILIES}
@@ -144,10 +144,10 @@ def code_files(folder: Path) -> set[str]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that does not hold a whole model.
+    """Refuse a folder that does not hold a complete model.
 
     Raises:
-        ValueError: it says what is missing.
+        ValueError: says what is missing.
     """
     if not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")

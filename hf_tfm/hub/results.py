@@ -1,7 +1,7 @@
-"""The results file: what a run was, what it cost and what came out, as JSON that other programs can rely on.
+"""Results file: configuration, cost and scores of a run as JSON with a stable schema.
 
 <output_dir>/results.json     one `RunRecord`
-<output_dir>/history.jsonl    one row a log line or evaluation
+<output_dir>/history.jsonl    one row per log line or evaluation
 """
 
 import json
@@ -41,11 +41,11 @@ class _Data(TypedDict):
 
 
 class Data(_Data, total=False):
-    """What a run learned from and was scored on.
+    """Data that a run was trained and evaluated on.
 
-    ``path``, ``name`` and ``revision`` as `datasets.load_dataset` takes them; ``revision`` None where it is not known
-    or does not exist. ``on_hub``: it is a data set of the Hub, not a folder or a generated one. ``fingerprint`` of the
-    content, of all or by split. ``rows`` by split, None where not counted.
+    ``path``, ``name`` and ``revision`` as in `datasets.load_dataset`; ``revision`` is None if unknown or not
+    applicable. ``on_hub``: True for a data set on the Hub, as opposed to a folder or a generated one. ``fingerprint``
+    of the content, for all of it or by split. ``rows`` by split, None if not counted.
     """
 
     name: str | None
@@ -70,7 +70,7 @@ class _Metric(TypedDict):
 
 
 class Metric(_Metric, total=False):
-    """One score; ``signature`` says how it was computed, as sacrebleu does."""
+    """A score; ``signature`` specifies how it was computed, as in sacrebleu."""
 
     signature: str | None
 
@@ -82,11 +82,11 @@ class _Training(TypedDict):
 
 
 class Training(_Training, total=False):
-    """The cost of a run.
+    """Training statistics of a run.
 
-    ``steps`` of the optimizer, ``epochs``, ``seconds`` of training without set-up and evaluation; ``items_per_second``
-    counted in ``item``, say "target tokens"; ``skipped_steps`` for a gradient that was not finite; ``best``, the
-    evaluation that decided; ``weights``, which ones were saved.
+    Optimizer ``steps``, ``epochs``, ``seconds`` of training without set-up and evaluation; ``items_per_second``
+    counted in ``item``, for example "target tokens"; ``skipped_steps`` with a non-finite gradient; ``best``, the best
+    evaluation; ``weights``, the saved weights.
     """
 
     items_per_second: float | None
@@ -97,8 +97,8 @@ class Training(_Training, total=False):
 
 
 class DistilledTerm(TypedDict):
-    """A term of a distillation loss; ``pairs`` of the student's signals and the teacher's, "" for the true labels;
-    ``projection``, the widths of the linear layer between them."""
+    """A term of a distillation loss; ``pairs`` of student and teacher signals, "" for the true labels; ``projection``,
+    the input and output size of the linear layer between them."""
 
     name: str
     weight: float
@@ -109,8 +109,8 @@ class DistilledTerm(TypedDict):
 
 
 class Distillation(TypedDict):
-    """What a student learned from: ``teacher``, folder or Hub id; ``student_layers`` of it that the student began
-    with; ``cached`` signals, or those of a teacher in memory."""
+    """Distillation setup: ``teacher``, folder or Hub id; ``student_layers``, the teacher layers that the student was
+    initialised from; ``cached``, True if signals came from a cache instead of a teacher in memory."""
 
     teacher: str
     student_layers: list[int] | dict[str, list[int]] | None
@@ -120,26 +120,26 @@ class Distillation(TypedDict):
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """The record of a training run, as it stands in results.json.
+    """Record of a training run, stored in results.json.
 
     Args:
-        task: what the model was trained for, say "translation".
-        model_type: of the model's configuration.
-        parameters: number of trained and fixed parameters, shared ones once.
+        task: pipeline tag of the task, for example "translation".
+        model_type: model type of the configuration.
+        parameters: number of parameters, frozen ones included and shared ones once.
         base_model: folder or Hub id that training started from; None from scratch.
         data: see `Data`.
-        arguments: every knob of the run.
-        command: the line that repeats it.
+        arguments: all arguments of the run.
+        command: command that repeats the run.
         metrics: see `Metric`.
         training: see `Training`.
-        versions: of each package.
+        versions: version of each package.
         hardware: see `describe_hardware`.
         started, finished: ISO 8601 dates with time zone.
-        costs: what the model, and those it is compared with, cost to use, see `Cost`.
+        costs: inference costs of the model and the models it is compared with, see `Cost`.
         distillation: see `Distillation`; None without a teacher.
 
     Raises:
-        ValueError: a field has the wrong type, or a value that cannot be; the message names it.
+        ValueError: a field has the wrong type or an impossible value; the message names it.
     """
 
     task: str
@@ -172,23 +172,23 @@ class RunRecord:
             raise ValueError(f"finished must not be before started ({self.started}), got {self.finished}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of results.json: paths of this machine are shortened, see `portable`."""
+        """Return the content of results.json, with local paths shortened, see `portable`."""
         content = portable(asdict(self) | {"command": ""})
         return content | {"command": portable_command(self.command)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "RunRecord":
-        """The record that `to_dict` wrote.
+        """Create a record from the output of `to_dict`.
 
         Raises:
-            ValueError: a field is missing, unknown or wrong.
+            ValueError: a field is missing, unknown or invalid.
         """
         known = {field.name for field in fields(cls)}
         check_keys(content, known - {"base_model", "costs", "distillation"}, known, "results")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:
-        """Write results.json in ``folder``; the old one stays until the new one is whole."""
+        """Write results.json to ``folder``, atomically."""
         path = Path(folder) / RESULTS
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -211,7 +211,7 @@ class RunRecord:
 
 
 def parse_date(text: str, where: str) -> datetime:
-    """An ISO 8601 date with time zone."""
+    """Parse an ISO 8601 date with time zone."""
     try:
         date = datetime.fromisoformat(text)
     except ValueError:
@@ -222,7 +222,7 @@ def parse_date(text: str, where: str) -> datetime:
 
 
 def collect_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result depends on."""
+    """Return the versions of Python and of the installed packages that results depend on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -235,15 +235,16 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_hardware(device: str | torch.device | None = None, count: int | None = None) -> dict[str, Any]:
-    """The hardware this process runs on; what the system does not tell is None.
+    """Describe the hardware of this process; unknown values are None.
 
     Args:
-        device: where the model is trained; default, CUDA where there is one.
-        count: processes that train together, one a GPU; default, those of `torch.distributed`.
+        device: training device; by default CUDA if available.
+        count: number of training processes, one per GPU; by default that of `torch.distributed`.
 
     Returns:
-        ``device`` ("cpu", "cuda" ...), ``count``, ``cpu`` (name), ``cpu_cores`` this process may use, ``threads`` of
-        torch, ``memory_gb`` of the machine in units of 10^9 bytes; on CUDA also ``gpu`` (name) and ``gpu_memory_gb``.
+        ``device`` ("cpu", "cuda" ...), ``count``, ``cpu`` (name), ``cpu_cores`` available to this process, ``threads``
+        of torch, ``memory_gb`` of the machine in units of 10^9 bytes; on CUDA also ``gpu`` (name) and
+        ``gpu_memory_gb``.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if count is None:
@@ -264,7 +265,7 @@ def describe_hardware(device: str | torch.device | None = None, count: int | Non
 
 
 def cpu_name() -> str | None:
-    """The processor's name, as Linux tells it, else the system's word for it."""
+    """Return the processor's name as reported by Linux, or else by the `platform` module."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -275,10 +276,10 @@ def cpu_name() -> str | None:
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of history.jsonl in ``folder``, by step; none where there is no such file.
+    """Read the rows of history.jsonl in ``folder``, sorted by step; empty if there is no such file.
 
-    A resumed run may have logged a step twice: the later row counts. The last line may be cut off by a kill: it is
-    left out.
+    If a resumed run logged a step twice, the later row counts. A truncated last line, left by a killed run, is
+    ignored.
 
     Raises:
         ValueError: another line is not a row with a ``step``.

@@ -1,8 +1,8 @@
-"""Names of the files that runs, conversions and ``save_pretrained`` write: the one list of them.
+"""Names of the files that runs, conversions and ``save_pretrained`` write.
 
-WRITTEN     by a run, as patterns below its folder: what overwriting deletes, and nothing else is deleted
-UPLOADED    by any of them, as patterns of names: what a push takes, besides the code that config.json names, pictures
-            that the card shows and `EVAL_RESULTS`
+WRITTEN     by a run, as patterns relative to its folder: overwriting deletes these and nothing else
+UPLOADED    by any of them, as patterns of names: a push uploads these, the code named in config.json, images shown in
+            the card, and `EVAL_RESULTS`
 """
 
 from pathlib import Path
@@ -11,20 +11,20 @@ from .. import models
 
 RESULTS = "results.json"
 HISTORY = "history.jsonl"
-RUN = "run.json"  # marks the folder of a run; written first and deleted last
+RUN = "run.json"  # marks a run's folder; written first and deleted last
 CARD = "README.md"
 CURVE = "training_curve.png"
 PREDICTIONS, PICTURE = "predictions/step-*.png", "predictions.png"  # of every evaluation; the last one, for the card
 EVAL_RESULTS = ".eval_results"
-CERTIFICATE = "parity_certificate.json"  # of a conversion
-PROJECTION = "projection.safetensors"  # of a conversion from TinyBERT
+CERTIFICATE = "parity_certificate.json"  # written by conversions
+PROJECTION = "projection.safetensors"  # written by a conversion from TinyBERT
 INDEX = "model.safetensors.index.json"
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE_FILE = "state.json"
 CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
-CHECKPOINT_STATES = ("", ".part-", ".old-", "damaged-")  # prefixes of their folders: whole, and others
+CHECKPOINT_STATES = ("", ".part-", ".old-", "damaged-")  # prefixes of checkpoint folders: complete, and others
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 WEIGHTS = (MODEL_FILE, "model-?????-of-?????.safetensors", INDEX)
 MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES, *PROCESSOR_FILES)
-CODE_FILES = tuple(sorted(path.name for path in Path(models.__file__).parent.glob("*.py")))  # travel with a model
+CODE_FILES = tuple(sorted(path.name for path in Path(models.__file__).parent.glob("*.py")))  # saved as remote code
 RECORD_FILES = (CARD, RESULTS, HISTORY, CURVE, PICTURE)
 
 WRITTEN = (
@@ -44,6 +44,6 @@ WRITTEN = (
     *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)),
     *(f".part-*/{name}" for name in (*MODEL_FILES, *CODE_FILES)),
     *(f"{CHECKPOINTS}/{state}step-*/{name}" for state in CHECKPOINT_STATES for name in CHECKPOINT_FILES),
-    *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # of TensorBoard
+    *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # TensorBoard
 )
 UPLOADED = (*MODEL_FILES, *RECORD_FILES, CERTIFICATE, PROJECTION)

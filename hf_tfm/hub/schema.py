@@ -1,4 +1,4 @@
-"""Checks of data from JSON against type annotations, with errors that name the place."""
+"""Validation of JSON data against type annotations, with errors that give the location."""
 
 import math
 import types
@@ -6,7 +6,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 
 
 def check_keys(value: Any, required: set[str], known: set[str], where: str) -> None:
-    """Refuse what is not a mapping with all ``required`` and only ``known`` keys."""
+    """Refuse anything but a mapping with all ``required`` and only ``known`` keys."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a mapping, got {value!r}")
     if missing := sorted(required - value.keys()):
@@ -16,9 +16,9 @@ def check_keys(value: Any, required: set[str], known: set[str], where: str) -> N
 
 
 def check_type(value: Any, kind: Any, where: str) -> None:
-    """Refuse a value that is not of the annotated type; ``where`` is its place, say "data.rows.train".
+    """Refuse a value that does not match the annotation; ``where`` is its location, for example "data.rows.train".
 
-    A number is a finite one, as JSON knows no other, and true or false is none.
+    Numbers must be finite, as in JSON, and booleans are not numbers.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -29,7 +29,7 @@ def check_type(value: Any, kind: Any, where: str) -> None:
         for key, item in value.items():
             check_type(item, hints[key], f"{where}.{key}")
     elif origin in (Union, types.UnionType):
-        # The member whose outer type fits is looked into, so that an error names the place inside it.
+        # Recurse into the union member whose outer type fits, so that an error gives the location inside it.
         fits = [member for member in arguments if isinstance(value, outer_types(member))]
         if not fits:
             raise ValueError(f"{where} must be {describe_type(kind)}, got {value!r}")
@@ -48,14 +48,14 @@ def check_type(value: Any, kind: Any, where: str) -> None:
 
 
 def outer_types(kind: Any) -> type | tuple[type, ...]:
-    """What `isinstance` takes for an annotation."""
+    """Return the `isinstance` argument for an annotation."""
     if kind is float:
         return (float, int)
     return dict if is_typeddict(kind) else get_origin(kind) or kind
 
 
 def describe_type(kind: Any) -> str:
-    """An annotation in words: "text or null"."""
+    """Describe an annotation, for example "text or null"."""
     if get_args(kind) and get_origin(kind) in (Union, types.UnionType):
         return " or ".join(describe_type(member) for member in get_args(kind))
     words = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}

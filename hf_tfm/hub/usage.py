@@ -1,4 +1,4 @@
-"""The usage example of a model card: code that loads and uses this very model.
+"""Usage example of a model card: code that loads and runs the model.
 
 config.json -> Auto class of the model and of its processor -> Markdown
 """
@@ -10,14 +10,14 @@ from transformers.models.auto import modeling_auto
 
 from ..families import FAMILIES
 
-# What follows loading, by the Auto class that loads the model.
+# Code that follows loading, by Auto class of the model.
 OPEN_IMAGE = """
 
 from PIL import Image
 
 image = Image.open("...").convert("RGB")
 inputs = processor(images=image, return_tensors="pt")"""
-# Asked to fuse stuff, transformers gives one id to segments of two classes (5.23).
+# Without label_ids_to_fuse=set(), transformers merges segments of two classes under one id (5.23).
 PANOPTIC_MAP = f"""{OPEN_IMAGE}
 outputs = model(**inputs)
 sizes = [(image.height, image.width)]
@@ -64,7 +64,7 @@ outputs = model.generate(**inputs)
 print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
 }
 
-# A text model's pretraining class predicts masked tokens and whether a second segment follows.
+# For a text model, the pretraining class predicts masked tokens and whether the second segment follows the first.
 PRETRAINED_TEXT = """
 
 inputs = tokenizer(f"... {tokenizer.mask_token} ...", "...", return_tensors="pt")
@@ -72,13 +72,13 @@ outputs = model(**inputs)
 print(tokenizer.batch_decode(outputs.prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
 print(outputs.seq_relationship_logits.softmax(-1))  # it follows, it does not"""
 
-# One that predicts a number of a text, and no class.
+# For text regression.
 TEXT_NUMBER = """
 
 inputs = tokenizer("...", "...", return_tensors="pt")
 print(model(**inputs).logits.item())"""
 
-# By Auto class, the class of each of transformers' own model types.
+# Model class of each model type of transformers, by Auto class.
 NATIVE_CLASSES = {
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -91,7 +91,7 @@ NATIVE_CLASSES = {
 
 
 def usage(config: dict[str, Any], model_id: str) -> str:
-    """Code that loads and uses this very model: what its config.json says decides."""
+    """Return Markdown with code that loads and runs the model described by its config.json."""
     auto_class = loading_class(config)
     carried = "auto_map" in config
     trust = ", trust_remote_code=True" if carried else ""
@@ -131,13 +131,13 @@ def usage(config: dict[str, Any], model_id: str) -> str:
 
 
 def loading_class(config: dict[str, Any]) -> str:
-    """The Auto class for the architecture that was saved."""
+    """Return the Auto class for the saved architecture."""
     families = {family.config.model_type: family.config.auto_classes for family in FAMILIES}
     classes = config.get("auto_map") or families.get(config["model_type"], {})
     architecture = (config.get("architectures") or [""])[0]
     for auto_class, path in classes.items():
         if not (auto_class.isidentifier() and isinstance(path, str)):
-            continue  # of a foreign config.json
+            continue  # not valid in a config.json of other origin
         if path.split(".")[-1] == architecture:
             return auto_class
     for auto_class, names in NATIVE_CLASSES.items():
