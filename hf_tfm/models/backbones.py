@@ -86,7 +86,7 @@ class FoldedConv2d(nn.Conv2d):
 class Fold:
     """Fold a frozen norm into the preceding convolution, as long as neither is replaced or wrapped.
 
-    For example, an adapter around the convolution adds to its output, and the norm has to scale that sum.
+    For example, an adapter around the convolution adds to its output; the norm then has to scale the sum.
 
     Args:
         body: model that contains both.

@@ -406,7 +406,7 @@ class SharedMemoryGenerationMixin(GreedyGenerationMixin):
         """Generate as in transformers: same arguments, same results."""
         output = super().generate(inputs, *args, **kwargs)
         cache = getattr(output, CACHE_NAME, None)
-        if isinstance(cache, EncoderDecoderCache):  # return it with one row of memory per hypothesis, as transformers
+        if isinstance(cache, EncoderDecoderCache):  # return one row of memory per hypothesis, as usual
             for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
                 hypotheses = len(own.keys) // len(cross.keys)
                 cross.keys = cross.keys.repeat_interleave(hypotheses, dim=0)
