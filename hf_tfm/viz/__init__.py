@@ -1,4 +1,4 @@
-"""Pictures of what a model does."""
+"""Visualisations of attention, detections, positions and reconstructions."""
 
 from .attention import AttentionMaps, attention_maps, plot_alignment, plot_attention
 from .detections import Detections, detect, plot_detections

@@ -1,4 +1,4 @@
-"""Attention maps of an encoder-decoder model on one sentence, and their pictures.
+"""Attention maps of an encoder-decoder model for one sentence, and plots of them.
 
     text -> tokens -> translation, if none is given -> one forward pass with maps -> arrays -> PNG
 
@@ -28,15 +28,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Where each position of a sentence and its translation looked.
+    """Attention maps of a sentence and its translation.
 
     Args:
         model: name of the model.
         text: source sentence.
         translation: target sentence, given or generated.
-        source: S source tokens, readable (see `token_labels`).
-        read: T tokens that the decoder reads; an autoregressive one begins with the start token.
-        predicted: T tokens that its positions stand for: the next ones for an autoregressive model.
+        source: S source tokens in readable form (see `token_labels`).
+        read: T input tokens of the decoder; for an autoregressive model the first is the start token.
+        predicted: T tokens predicted at these positions: for an autoregressive model, the next ones.
         encoder: (L, H, S, S) float32.
         decoder: (L, H, T, T) float32.
         cross: (L, H, T, S) float32.
@@ -55,7 +55,7 @@ class AttentionMaps:
 
 @contextmanager
 def forming_maps(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model evaluates, with the eager backend: transformers' own models have maps in no other."""
+    """Use evaluation mode and eager attention, the only backend in which transformers' own models return maps."""
     backend, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
@@ -67,10 +67,10 @@ def forming_maps(model: PreTrainedModel) -> Iterator[None]:
 
 
 def translate(model: PreTrainedModel, source: dict[str, Tensor]) -> list[int]:
-    """The model's translation of one sentence: ids without the start token, up to and with the end token."""
+    """Translate one sentence; return ids without the start token, up to and including the end token."""
     limits = {}
     if model.generation_config.max_length is None and model.generation_config.max_new_tokens is None:
-        # Vaswani et al. 2017, section 6.1, instead of the 20 tokens that transformers falls back to.
+        # Vaswani et al. 2017, section 6.1, instead of transformers' default of 20 tokens.
         longest = source["input_ids"].shape[1] + EXTRA_LENGTH
         limits["max_length"] = min(longest, model.config.max_position_embeddings)
     ids = model.generate(**source, **limits)[0, 1:].tolist()
@@ -88,18 +88,18 @@ def attention_maps(
     target: str | None = None,
     device: str | torch.device | None = None,
 ) -> AttentionMaps:
-    """Run a model on one sentence and keep where it looked.
+    """Run a model on one sentence and return its attention maps.
 
     Args:
         model: an encoder-decoder model, such as `TfmTransformerForConditionalGeneration` or `MarianMTModel`, with any
-            attention backend. It is evaluated without dropout, and left as it was.
-        tokenizer: of the model; it ends a sentence with the end token.
-        text: the source sentence.
-        target: its translation; default, the one the model generates.
-        device: where to run; the model moves there. Default: where it is.
+            attention backend. It runs without dropout, and its state is restored.
+        tokenizer: tokenizer of the model; appends the end token.
+        text: source sentence.
+        target: translation; by default the model generates one.
+        device: device to move the model to; by default it is not moved.
 
     Raises:
-        ValueError: ``text`` or ``target`` is empty or too long, or the model is no encoder-decoder.
+        ValueError: ``text`` or ``target`` is empty or too long, or the model is not an encoder-decoder.
     """
     for name, value in (("text", text), ("target", target)):
         if value is not None and not value.strip():
@@ -137,12 +137,12 @@ def attention_maps(
 
 
 def stack(layers: Sequence[Tensor]) -> np.ndarray:
-    """L maps of one sentence, (1, H, Q, K) each -> (L, H, Q, K) float32."""
+    """Concatenate L maps of one sentence, (1, H, Q, K) each -> (L, H, Q, K) float32."""
     return torch.cat(list(layers)).float().cpu().numpy()
 
 
 def pick(numbers: Sequence[int] | None, count: int, argument: str) -> list[int]:
-    """Chosen layers or heads, all by default, negative ones counted from the end."""
+    """Return the chosen layers or heads, by default all; negative numbers count from the end."""
     if numbers is None:
         return list(range(count))
     bad = [number for number in numbers if not -count <= number < count]
@@ -158,23 +158,23 @@ def plot_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Draw every map, a picture for each kind with a row for a layer and a column for a head.
+    """Plot all maps: one image per kind, with a row per layer and a column per head.
 
-    All panels share one colour scale, 0 to 1. A picture grows with the sentence, so that tokens stay legible, up to
-    80 million pixels: 60 tokens a side with 6 layers of 16 heads.
+    All panels share one colour scale from 0 to 1. The image grows with the sentence to keep tokens legible, up to 80
+    million pixels: 60 tokens per side with 6 layers of 16 heads.
 
     Args:
-        maps: what `attention_maps` returned.
-        output: a folder, which gets ``encoder.png``, ``decoder.png`` and ``cross.png``; or a ".png" file for one kind.
-        which: kinds to draw.
-        layers: layers to draw, counted from 0; default all.
-        heads: heads to draw, counted from 0; default all.
+        maps: result of `attention_maps`.
+        output: a folder for ``encoder.png``, ``decoder.png`` and ``cross.png``; or a ".png" file for one kind.
+        which: kinds to plot.
+        layers: layers to plot, counted from 0; by default all.
+        heads: heads to plot, counted from 0; by default all.
 
     Returns:
         The files, in the order of ``which``.
 
     Raises:
-        ValueError: a kind, layer or head does not exist, or a picture would be too large.
+        ValueError: a kind, layer or head does not exist, or an image would be too large.
     """
     output = Path(output)
     unknown = [kind for kind in which if kind not in KINDS]
@@ -199,15 +199,15 @@ def plot_attention(
 
 
 def plot_alignment(maps: AttentionMaps, output: str | Path, layer: int = -1) -> Path:
-    """Draw which source tokens each predicted token looked at: cross-attention of one layer, mean over its heads.
+    """Plot which source tokens each predicted token attends to: cross-attention of one layer, averaged over heads.
 
     Args:
-        maps: what `attention_maps` returned.
-        output: the ".png" file.
-        layer: counted from 0, or from the end if negative; default the last.
+        maps: result of `attention_maps`.
+        output: a ".png" file.
+        layer: counted from 0, or from the end if negative; by default the last.
 
     Raises:
-        ValueError: the layer does not exist, or the picture would be too large.
+        ValueError: the layer does not exist, or the image would be too large.
     """
     (layer,) = pick([layer], len(maps.cross), "layer")
     mean = maps.cross[layer].mean(axis=0)[None, None]  # (1, 1, T, S)
@@ -216,7 +216,7 @@ def plot_alignment(maps: AttentionMaps, output: str | Path, layer: int = -1) -> 
 
 
 def lettering(maps: AttentionMaps, kind: str) -> dict:
-    """Labels, names and title of a picture, as fields of `Grid`."""
+    """Return the labels and titles of a plot, as fields of `Grid`."""
     what, query_name, key_name = KINDS[kind]
     queries = {"encoder": maps.source, "decoder": maps.read, "cross": maps.predicted}[kind]
     sentence = maps.text if kind == "encoder" else f"{maps.text} \N{RIGHTWARDS ARROW} {maps.translation}"

@@ -1,4 +1,4 @@
-"""The confusion matrix of a classifier: which class is taken for which.
+"""Confusion matrix of a classifier.
 
 Shapes: N images; C classes.
 """
@@ -17,29 +17,29 @@ from sklearn.metrics import confusion_matrix
 from .grid import DPI, LETTER, SMALL
 from .mosaic import save
 
-NUMBERS = 30  # up to so many classes, cells are large enough for a number
-TICKS = 60  # names at an edge, at most
-LETTERS = 24  # of a name
+NUMBERS = 30  # maximum number of classes for which cells contain numbers
+TICKS = 60  # maximum number of tick labels per axis
+LETTERS = 24  # maximum length of a class name
 MAX_CLASSES = 4000
 
 
 def plot_confusion(
     labels: Sequence[int], predictions: Sequence[int], names: Sequence[str], output: str | Path, title: str = ""
 ) -> Path:
-    """Draw how many per cent of each label's images go to each class.
+    """Plot the percentage of each label's images predicted as each class.
 
-    Rows are labels and add up to 100, columns are predictions; rows of labels that no image has are grey.
+    Rows are labels and sum to 100, columns are predictions; rows of labels without images are grey.
 
     Args:
-        labels: (N,) numbers of classes.
-        predictions: (N,) the same.
-        names: of the C classes.
-        output: the ".png" file.
-        title: a line above.
+        labels: (N,) class indices.
+        predictions: (N,) class indices.
+        names: names of the C classes.
+        output: a ".png" file.
+        title: line above the plot.
 
     Raises:
-        ValueError: there are no images, a number is no class, there are more than `MAX_CLASSES`, or the file has
-            another ending.
+        ValueError: there are no images, an index is not a class, there are more than `MAX_CLASSES`, or the file does
+            not end in ".png".
     """
     if len(labels) == 0:
         raise ValueError("a confusion matrix needs images with a label, got none")
@@ -53,7 +53,7 @@ def plot_confusion(
 
 
 def summary(counts: np.ndarray, names: Sequence[str], most: int = 3) -> list[str]:
-    """How many are right, and which classes are taken for which most often."""
+    """Return the number of correct predictions, and the most frequent confusions."""
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     worst = wrong.argsort(axis=None, kind="stable")[::-1][:most]
     pairs = [divmod(int(place), len(counts)) for place in worst if wrong.flat[place]]
@@ -62,14 +62,14 @@ def summary(counts: np.ndarray, names: Sequence[str], most: int = 3) -> list[str
 
 
 def cut(name: str) -> str:
-    """A name of at most `LETTERS`; names of ImageNet list synonyms, the first says enough."""
+    """Truncate a name to `LETTERS` characters; ImageNet names list synonyms, of which the first is sufficient."""
     return name if len(name) <= LETTERS else name[: LETTERS - 1].rstrip(", ") + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw(counts: np.ndarray, names: Sequence[str], title: Sequence[str]) -> Figure:
-    """The picture of (C, C) counts."""
+    """Plot the matrix of (C, C) counts."""
     C = len(counts)
-    # Whole pixels, or some classes would be drawn thinner than others; at least two, or a single image is not seen.
+    # Whole pixels give all classes the same width; at least two, because a single image would otherwise be invisible.
     cell = max(44, 220 // C) if C <= NUMBERS else max(2, 900 // C)
     font = 8 if C <= NUMBERS else 7
     side = C * cell / DPI
@@ -85,7 +85,7 @@ def draw(counts: np.ndarray, names: Sequence[str], title: Sequence[str]) -> Figu
 
     totals = counts.sum(axis=1, keepdims=True)
     shares = 100 * np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    # By a root of the share: one image in fifty would hardly differ from none, least of all in a cell of two pixels.
+    # A root scale, because one image in fifty would be indistinguishable from none, especially in cells of two pixels.
     scale = PowerNorm(0.5 if C <= NUMBERS else 0.3, 0, 100)
     ax = axes(edge, side)
     colours = colormaps["Blues"].with_extremes(bad="0.85")
@@ -108,7 +108,7 @@ def draw(counts: np.ndarray, names: Sequence[str], title: Sequence[str]) -> Figu
 
 
 def write_numbers(ax: Axes, shares: np.ndarray, scale: PowerNorm) -> None:
-    """Each share in its cell, in per cent; nothing where there is none."""
+    """Write each nonzero percentage into its cell."""
     for row, column in zip(*np.nonzero(np.nan_to_num(shares)), strict=True):
         share = shares[row, column]
         words = f"{share:.0f}" if share >= 1 else "<1"

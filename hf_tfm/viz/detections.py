@@ -1,4 +1,4 @@
-"""What a detector finds in an image: boxes with class and score, or of a model with masks the segments.
+"""Detections of a model in an image: boxes with class and score, or segments for a model with masks.
 
 PIL image -> the model's own processor -> model -> boxes and segments in the image's pixels -> PNG
 """
@@ -21,20 +21,20 @@ from .images import NamedImage, name_of
 from .mosaic import save
 from .objects import Objects, Panel, draw_boxes, draw_segments, found_objects, gallery
 
-LARGEST, SIDE = 9.0, 3.5  # inches of the longer side, of a single image and of each of several
+LARGEST, SIDE = 9.0, 3.5  # longer side in inches, of a single image and of each of several
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a model found in one image.
+    """Objects that a model detected in one image.
 
     Args:
-        model: its name.
-        name: of the image.
+        model: name of the model.
+        name: name of the image.
         image: (H, W, 3) float32 in [0, 1].
-        classes: names of the model's classes.
-        objects: those of a score above the threshold.
-        best: class and score of the best object, also where it is below the threshold.
+        classes: class names of the model.
+        objects: objects with a score above the threshold.
+        best: class and score of the best object, even if below the threshold.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Detections:
 
     @property
     def title(self) -> str:
-        """The image's name and how many objects there are."""
+        """Title with the image's name and the number of objects."""
         kind = "object" if self.objects.segments is None else "segment"
         count = len(self.objects.labels)
         if not count:
@@ -55,19 +55,19 @@ class Detections:
 
 
 def read_pixels(image: NamedImage) -> Tensor:
-    """uint8 (3, H, W) of an image."""
+    """Convert an image to uint8 (3, H, W)."""
     return pil_to_tensor(image.image.convert("RGB"))
 
 
 def detect(
     model: PreTrainedModel, processor: BaseImageProcessor, image: NamedImage, threshold: float | None = None
 ) -> Detections:
-    """Find the objects of an image.
+    """Detect the objects in an image.
 
     Args:
-        model: a detector, ours or transformers'. It is evaluated without dropout, and left as it was.
-        processor: of the model.
-        image: what `read_image` gives.
+        model: a detector of this package or of transformers. It runs without dropout, and its state is restored.
+        processor: processor of the model.
+        image: result of `read_image`.
         threshold: see `found_objects`.
 
     Raises:
@@ -93,7 +93,7 @@ def detect(
 def objects_panel(
     title: str, image: np.ndarray, names: Sequence[str], objects: Objects, true: Objects | None = None
 ) -> Panel:
-    """A `Panel` of an image with its objects; true boxes, where given, are dashed."""
+    """Create a `Panel` of an image with its objects; ground-truth boxes, if given, are dashed."""
 
     def draw(ax: Axes, font: float) -> None:
         if objects.segments is not None:
@@ -107,11 +107,11 @@ def objects_panel(
 
 
 def plot_detections(found: Sequence[Detections], output: str | Path) -> Path:
-    """Draw what a model found in one image, or in several side by side.
+    """Plot the detections in one image, or in several side by side.
 
     Args:
-        found: what `detect` returned.
-        output: the ".png" file.
+        found: results of `detect`.
+        output: a ".png" file.
     """
     panels = [objects_panel(one.title, one.image, one.classes, one.objects) for one in found]
     side = LARGEST if len(found) == 1 else SIDE

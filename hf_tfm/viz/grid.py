@@ -1,4 +1,4 @@
-"""A grid of maps in one picture: tokens at the left and lower edge, one colour scale.
+"""Grid of attention maps in one image, with tokens at the left and lower edge and one colour scale.
 
 Shapes: R rows and C columns of panels; Q queries (rows of a map) and K keys (its columns). Lengths are in inches.
 """
@@ -12,23 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 100
-MAX_PIXELS = 80_000_000  # of a picture: 6 layers of 16 heads with 60 tokens a side
-LETTER = 0.58 / 72  # width of a letter for each point of font size, a little above the font's mean
-SMALL = 9  # font of titles, in points
+MAX_PIXELS = 80_000_000  # of an image: 6 layers of 16 heads with 60 tokens per side
+LETTER = 0.58 / 72  # width of a letter per point of font size, slightly above the font's mean
+SMALL = 9  # font size of titles, in points
 GAP = 0.12  # between panels
-CELL = 0.14  # least side of one cell of a map
+CELL = 0.14  # minimum side of a cell of a map
 
 
 def check_tokens(argument: str, count: int, longest: int | None = None) -> None:
-    """Refuse a text that has more tokens than a picture of one map holds, before attention is computed.
+    """Refuse a text with more tokens than fit in an image of one map, before attention is computed.
 
     Args:
-        argument: the text's argument.
-        count: tokens of the text.
-        longest: tokens that the model reads; None where it has no limit.
+        argument: name of the text's argument.
+        count: number of tokens of the text.
+        longest: maximum number of tokens of the model; None if unlimited.
 
     Raises:
-        ValueError: with the limit.
+        ValueError: reports the limit.
     """
     if longest is not None and count > longest:
         raise ValueError(f"{argument} must have at most {longest} tokens, max_position_embeddings, got {count}")
@@ -39,7 +39,7 @@ def check_tokens(argument: str, count: int, longest: int | None = None) -> None:
 
 @dataclass
 class Grid:
-    """What to draw. The size of the picture follows from the number of panels and labels.
+    """Content of the image, whose size follows from the number of panels and labels.
 
     Args:
         panels: (R, C, Q, K), values in [0, 1].
@@ -47,14 +47,14 @@ class Grid:
         keys: K labels at the lower edge.
         rows: R titles.
         columns: C titles.
-        query_name: what a query is, beside the labels.
-        key_name: what a key is, below the labels.
+        query_name: axis label of the queries.
+        key_name: axis label of the keys.
         title: lines above the grid; long ones are wrapped.
-        cell: least side of one cell of a map.
-        font: size of the labels, in points.
+        cell: minimum side of a cell of a map.
+        font: font size of the labels, in points.
 
     Raises:
-        ValueError: the picture would have more than `MAX_PIXELS`.
+        ValueError: the image would have more than `MAX_PIXELS`.
     """
 
     panels: np.ndarray
@@ -87,7 +87,7 @@ class Grid:
             )
 
     def draw(self) -> Figure:
-        """The picture."""
+        """Draw the grid."""
         R, C, _, _ = self.panels.shape
         figure = Figure(figsize=(self.width, self.height), dpi=DPI)
 
@@ -112,14 +112,14 @@ class Grid:
         return figure
 
     def panel(self, ax: Axes, row: int, column: int):
-        """Draw one map; labels and titles stand at the edges of the grid only."""
+        """Draw one map; labels and titles appear only at the edges of the grid."""
         R, _, Q, K = self.panels.shape
         image = ax.imshow(
             self.panels[row, column], vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest"
         )
         ax.set_xticks([])
         ax.set_yticks([])
-        labels = {"fontsize": self.font, "parse_math": False}  # a dollar sign is no formula
+        labels = {"fontsize": self.font, "parse_math": False}  # a dollar sign does not start a formula
         if column == 0:
             ax.set_yticks(range(Q), self.queries, va="center_baseline", **labels)
             ax.set_ylabel(self.rows[row], fontsize=SMALL, labelpad=8)
@@ -131,7 +131,7 @@ class Grid:
         return image
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG file, in a folder made if need be."""
+        """Write a PNG file, creating its folder if necessary."""
         path = Path(path)
         figure = self.draw()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Where an image model looked: attention of each head over the image, and attention rollout.
+"""Attention of an image model: per-head maps over the image, and attention rollout.
 
     PIL image -> pixel values -> one forward pass with maps -> the row of one query over the patches -> PNG
 
-Shapes: L layers; H heads; N = rows x columns patches; T tokens, those before the patches, such as [class], among them.
+Shapes: L layers; H heads; N = rows x columns patches; T tokens, including those before the patches, such as [class].
 """
 
 from collections.abc import Sequence
@@ -36,16 +36,17 @@ QUERIES = {"class": "the [class] token", "mean": "the mean of patches"}
 
 @dataclass(frozen=True)
 class ImageMaps:
-    """Where a model looked on one image.
+    """Attention maps of a model for one image.
 
     Args:
-        model: its name.
-        name: of the image.
+        model: name of the model.
+        name: name of the image.
         image: (H, W, 3) float32 in [0, 1], the image as the model reads it.
-        query: who looks: "class", the [class] token, or "mean", the mean over all patches.
-        heads: (L, H, rows, columns) float32, attention to each patch; what went to other tokens is missing to 1.
-        rollout: (rows, columns) float32, what of each patch reaches the query after the last layer.
-        prediction: the class predicted with its probability, for a classifier.
+        query: "class", the [class] token, or "mean", the mean over all patches.
+        heads: (L, H, rows, columns) float32, attention to each patch; attention to other tokens is omitted, so the sum
+            may be below 1.
+        rollout: (rows, columns) float32, contribution of each patch to the query after the last layer.
+        prediction: predicted class with its probability, for a classifier.
     """
 
     model: str
@@ -61,20 +62,20 @@ class ImageMaps:
 def image_attention_maps(
     model: PreTrainedModel, processor: Any, image: NamedImage, query: str | None = None
 ) -> ImageMaps:
-    """Run a model on one image and keep where it looked.
+    """Run a model on one image and return its attention maps.
 
     A masked autoencoder sees the whole image here.
 
     Args:
-        model: one of image patches, such as `TfmViTForImageClassification`, `TfmMAEModel` or `ViTModel`, with any
-            attention backend. It is evaluated without dropout, and left as it was.
-        processor: of the model.
-        image: what `read_image` gives.
-        query: "class" or "mean"; default, what the model makes its prediction from.
+        model: a model on image patches, such as `TfmViTForImageClassification`, `TfmMAEModel` or `ViTModel`, with any
+            attention backend. It runs without dropout, and its state is restored.
+        processor: processor of the model.
+        image: result of `read_image`.
+        query: "class" or "mean"; by default the one that the model bases its prediction on.
 
     Raises:
-        ValueError: the model has no patches, no such query or no maps of all its tokens, or the patch does not divide
-            the image.
+        ValueError: the model has no patches, no such query or no maps over all its tokens, or the patch size does not
+            divide the image.
     """
     require_image_model(model.config, type(model).__name__)
     if query is None:
@@ -110,7 +111,7 @@ def image_attention_maps(
 
 
 def forward_whole(model: PreTrainedModel, pixel_values: Tensor, patches: int) -> Any:
-    """One pass over (1, C, H, W) with maps; of a masked autoencoder with every patch visible and in its place."""
+    """Run the model on (1, C, H, W) with maps; in a masked autoencoder all patches are visible and in order."""
     options = {"output_attentions": True, **size_option(model, pixel_values)}
     if model.config.model_type not in MASKED_AUTOENCODERS:
         return model(pixel_values, **options)
@@ -120,7 +121,7 @@ def forward_whole(model: PreTrainedModel, pixel_values: Tensor, patches: int) ->
 
 
 def prediction(model: PreTrainedModel, outputs: Any) -> str | None:
-    """The likeliest class of a classifier's output, with its probability."""
+    """Return a classifier's most probable class, with its probability."""
     if not type(model).__name__.endswith("ForImageClassification"):
         return None
     probability, label = outputs.logits[0].float().softmax(dim=-1).max(dim=-1)
@@ -128,7 +129,8 @@ def prediction(model: PreTrainedModel, outputs: Any) -> str | None:
 
 
 def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A map (rows, columns) in [0, 1] as colour over an image (H, W, 3) in grey, which it covers where it is high."""
+    """Overlay a map (rows, columns) in [0, 1] in colour on an image (H, W, 3) in grey, opaque where the map is
+    high."""
     weights = enlarge(weights, image)
     colour = matplotlib.colormaps["autumn"](weights)[..., :3]
     cover = 0.9 * weights[..., None]
@@ -136,7 +138,7 @@ def overlay(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def scaled(weights: np.ndarray) -> np.ndarray:
-    """A map with its largest value at 1."""
+    """Scale a map to a maximum of 1."""
     return weights / max(weights.max(), 1e-12)
 
 
@@ -146,19 +148,19 @@ def plot_image_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Draw attention of each head over the image, and attention rollout.
+    """Plot the attention of each head over the image, and attention rollout.
 
     Args:
-        maps: what `image_attention_maps` returned.
-        output_dir: folder; gets ``heads.png``, a row for a layer and a column for a head, and ``rollout.png``.
-        layers: layers of ``heads.png``, counted from 0; default all. Rollout is always through all.
-        heads: heads of ``heads.png``, counted from 0; default all.
+        maps: result of `image_attention_maps`.
+        output_dir: folder for ``heads.png``, with a row per layer and a column per head, and ``rollout.png``.
+        layers: layers of ``heads.png``, counted from 0; by default all. Rollout always covers all layers.
+        heads: heads of ``heads.png``, counted from 0; by default all.
 
     Returns:
         The two files.
 
     Raises:
-        ValueError: a layer or head does not exist, or a picture would be too large.
+        ValueError: a layer or head does not exist, or an image would be too large.
     """
     chosen_layers = pick(layers, maps.heads.shape[0], "layers")
     chosen_heads = pick(heads, maps.heads.shape[1], "heads")

@@ -1,4 +1,4 @@
-"""Image models and their images: load both, and turn what the model reads back into what people see.
+"""Load image models and images, and convert model inputs back to displayable images.
 
 path or "dataset:split:index" -> PIL image -> the model's own processor -> pixel values -> (H, W, 3) in [0, 1]
 """
@@ -35,14 +35,14 @@ DATASET_ROW = re.compile(r"(?P<dataset>.+):(?P<split>[\w.-]+):(?P<index>-?\d+)")
 
 @dataclass(frozen=True)
 class NamedImage:
-    """An image, and what a picture calls it."""
+    """An image and its display name."""
 
     name: str
     image: Image.Image
 
 
 def require_image_model(config: PreTrainedConfig, model: str) -> None:
-    """Refuse a model that does not cut images into patches."""
+    """Refuse a model that does not split images into patches."""
     if getattr(config, "patch_size", None) is None or getattr(config, "image_size", None) is None:
         raise ValueError(
             f'"{model}" is a {config.model_type} model: pictures of images are for models of image patches, such as '
@@ -51,22 +51,22 @@ def require_image_model(config: PreTrainedConfig, model: str) -> None:
 
 
 def load_encoder(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """An image model of a folder or a Hub id: with its classifier or decoder if it has one.
+    """Load an image model from a folder or the Hub, with its classifier or decoder if it has one.
 
     Raises:
-        ValueError: it is no model of image patches.
+        ValueError: it is not a model on image patches.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     require_image_model(config, model)
     heads = {"ForImageClassification": AutoModelForImageClassification, "ForPreTraining": AutoModelForPreTraining}
     saved = "".join(config.architectures or ())
     auto = next((auto for head, auto in heads.items() if saved.endswith(head)), AutoModel)
-    # A pooler, which pretraining leaves out, is not looked at.
+    # A missing pooler, which pretraining omits, is harmless because its output is not used.
     return load_model(auto, model, trust_remote_code=trust_remote_code, may_lack=lambda name: "pooler." in name)
 
 
 def load_autoencoder(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A masked autoencoder with its decoder, ours or transformers'.
+    """Load a masked autoencoder with its decoder, of this package or of transformers.
 
     Raises:
         ValueError: it is another kind of model, or its decoder was not saved.
@@ -81,13 +81,13 @@ def load_autoencoder(model: str, trust_remote_code: bool = False) -> PreTrainedM
 
 
 def read_image(where: str) -> NamedImage:
-    """Read an image file, or an image of a data set.
+    """Read an image from a file or a data set.
 
     Args:
-        where: a path, or "dataset:split:index" with a data set that `load_splits` takes.
+        where: a path, or "dataset:split:index" with a data set that `load_splits` accepts.
 
     Raises:
-        ValueError: there is no such file, data set, split or row, or it is no image.
+        ValueError: there is no such file, data set, split or row, or it is not an image.
     """
     path = Path(where)
     if path.is_file():
@@ -109,10 +109,10 @@ def read_image(where: str) -> NamedImage:
 
 
 def as_picture(value: Any, where: str) -> Image.Image:
-    """An image that `decode` reads, as an upright RGB picture.
+    """Decode an image to an upright RGB image.
 
     Raises:
-        ValueError: it cannot be read; the error names ``where`` it is.
+        ValueError: it cannot be read; the error names its location ``where``.
     """
     try:
         return to_pil_image(decode(value))
@@ -121,29 +121,29 @@ def as_picture(value: Any, where: str) -> Image.Image:
 
 
 def pixels(model: PreTrainedModel, processor: Any, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-    """What a model reads of an image, (1, C, H, W) on its device, and the (rows, columns) of its patches.
+    """Return the model input of an image, (1, C, H, W) on its device, and the (rows, columns) of its patches.
 
     Raises:
-        ValueError: the patch does not divide the image that the processor gives, or it is neither grey nor RGB.
+        ValueError: the patch size does not divide the processed image, or the model's input is neither grey nor RGB.
     """
     if model.config.num_channels not in (1, 3):
         raise ValueError(f"num_channels must be 1 or 3 for a picture, got {model.config.num_channels}")
     image = image.convert("L" if model.config.num_channels == 1 else "RGB")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    backbone = getattr(getattr(model.base_model, "embeddings", None), "backbone", None)  # its cells make the patches
+    backbone = getattr(getattr(model.base_model, "embeddings", None), "backbone", None)  # patches of its feature map
     size = pixel_values.shape[2:] if backbone is None else backbone.grid(*pixel_values.shape[2:])
     return pixel_values, patch_grid(*size, model.config.patch_size, "the image after its processor")
 
 
 def size_option(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:
-    """The argument with which a model takes an image of another size than its own; ours needs none."""
+    """Return the argument that lets a transformers model accept another image size; ours ignores it."""
     size = model.config.image_size
     own = (size, size) if isinstance(size, int) else tuple(size)
     return {} if tuple(pixel_values.shape[2:]) == own else {"interpolate_pos_encoding": True}
 
 
 def visible(processor: Any, pixel_values: Tensor) -> np.ndarray:
-    """Pixel values (1, C, H, W) in the scale a processor gives -> (H, W, 3) float32 in [0, 1]."""
+    """Undo the processor's scaling: pixel values (1, C, H, W) -> (H, W, 3) float32 in [0, 1]."""
     image = pixel_values[0].detach().float().cpu().permute(1, 2, 0)  # (H, W, C)
     if processor.do_normalize:
         image = image * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
@@ -152,20 +152,20 @@ def visible(processor: Any, pixel_values: Tensor) -> np.ndarray:
 
 
 def enlarge(values: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """A value a patch (rows, columns) as a value a pixel of an image (H, W, 3): (H, W)."""
+    """Expand one value per patch (rows, columns) to one per pixel of an image (H, W, 3): (H, W)."""
     rows, columns = (np.arange(size) * n // size for size, n in zip(image.shape, values.shape, strict=False))
     return values[rows][:, columns]
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """What a picture calls a model: its folder's name, its Hub id, or its class."""
+    """Return the display name of a model: its folder's name, its Hub id, or its class."""
     name = str(model.config._name_or_path or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 @contextmanager
 def mask_ratio_of(model: PreTrainedModel, mask_ratio: float | None) -> Iterator[float]:
-    """Inside the block a masked autoencoder hides another share of patches; None leaves it."""
+    """Temporarily change the mask ratio of a masked autoencoder; None keeps it."""
     before = model.config.mask_ratio
     if mask_ratio is not None and not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")

@@ -1,4 +1,4 @@
-"""Rows and columns of images in one picture, with titles at the edges.
+"""Mosaic of images in rows and columns, with titles at the edges.
 
 Lengths are in inches.
 """
@@ -17,17 +17,17 @@ LINE = 0.16  # height of a line of text
 
 @dataclass
 class Mosaic:
-    """What to draw. Images keep their shape; the size of the picture follows from them.
+    """Content of the mosaic. Images keep their aspect ratio; the total size follows from them.
 
     Args:
         panels: R rows of C images, each (H, W, 3) in [0, 1].
-        rows: R titles, at the left edge; long ones are cut.
-        columns: C titles, above the first row; long ones are wrapped.
+        rows: R titles at the left edge; long ones are truncated.
+        columns: C titles above the first row; long ones are wrapped.
         title: lines above all; long ones are wrapped.
-        side: of the longer side of the images in a row.
+        side: length of the longer side of the images in a row.
 
     Raises:
-        ValueError: the picture would have more than `MAX_PIXELS`.
+        ValueError: the mosaic would have more than `MAX_PIXELS`.
     """
 
     panels: list[list[np.ndarray]]
@@ -58,7 +58,7 @@ class Mosaic:
             )
 
     def draw(self) -> Figure:
-        """The picture."""
+        """Draw the mosaic."""
         figure = Figure(figsize=(self.width, self.height), dpi=DPI)
 
         def text(x: float, y: float, words: str, **style) -> None:
@@ -84,15 +84,15 @@ class Mosaic:
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG file, in a folder made if need be."""
+        """Write a PNG file, creating its folder if necessary."""
         return save(self.draw(), path)
 
 
 def save(figure: Figure, output: str | Path) -> Path:
-    """Write a picture as a PNG file, in a folder made if need be.
+    """Write a figure as a PNG file, creating its folder if necessary.
 
     Raises:
-        ValueError: the file has another ending.
+        ValueError: the file does not end in ".png".
     """
     path = Path(output)
     if path.suffix != ".png":
@@ -103,5 +103,5 @@ def save(figure: Figure, output: str | Path) -> Path:
 
 
 def shorten(name: str, letters: int) -> str:
-    """A name of at most so many letters; of a longer one the end, which tells files apart."""
+    """Truncate a name at the start, because the end distinguishes files."""
     return name if len(name) <= letters else "\N{HORIZONTAL ELLIPSIS}" + name[1 - letters :]

@@ -1,4 +1,4 @@
-"""Objects drawn over images: boxes with class and score, segments as colours with names; one image or a gallery.
+"""Draw objects on images: boxes with class and score, or coloured segments with names; single images and galleries.
 
 output of a model -> `found_objects` -> `Panel` -> `gallery` -> PNG
 
@@ -23,19 +23,19 @@ from ..tasks.images import Batch
 from .grid import DPI, GAP, LETTER, SMALL
 from .mosaic import LINE
 
-BOX_THRESHOLD = 0.7  # as in the authors' demonstration
-COVER = 0.55  # of an image by the colour of a segment
+BOX_THRESHOLD = 0.7  # as in the authors' demo
+COVER = 0.55  # opacity of segments
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What is in an image, predicted or true; boxes or segments.
+    """Predicted or ground-truth objects of an image, as boxes or segments.
 
     Args:
         labels: (n,) classes.
-        scores: (n,) in [0, 1]; None of true objects.
+        scores: (n,) in [0, 1]; None for ground truth.
         boxes: (n, 4) left, top, right, bottom in pixels.
-        segments: (H, W) the number of the object that a pixel belongs to, -1 where there is none.
+        segments: (H, W) index of the object at each pixel, -1 for none.
     """
 
     labels: np.ndarray
@@ -44,7 +44,7 @@ class Objects:
     segments: np.ndarray | None = None
 
     def captions(self, names: Sequence[str]) -> list[str]:
-        """What is written beside each object: its class, and its score if it has one."""
+        """Return the caption of each object: its class, and its score if it has one."""
         words = [names[label] for label in self.labels.tolist()]
         if self.scores is None:
             return words
@@ -54,11 +54,11 @@ class Objects:
 def found_objects(
     processor: BaseImageProcessor, output: ModelOutput, batch: Batch, threshold: float | None = None
 ) -> list[Objects]:
-    """What a model found in each image of a batch: segments where it has masks, else boxes.
+    """Return the objects detected in each image of a batch: segments if the model predicts masks, otherwise boxes.
 
     Args:
-        batch: of a task, or of `processed`.
-        threshold: the least score, in [0, 1]; default, 0.7 for boxes and 0.85 for segments, as the authors have it.
+        batch: from a task or from `processed`.
+        threshold: minimum score in [0, 1]; by default 0.7 for boxes and 0.85 for segments, as in the authors' code.
 
     Raises:
         ValueError: the threshold is out of range.
@@ -78,7 +78,7 @@ def found_objects(
 
 
 def numbered_segments(ids: np.ndarray, segments: Sequence[dict], label_key: str) -> Objects:
-    """A map of segment ids (H, W) with what they are, as `PanopticQuality` takes them, as objects."""
+    """Convert a map of segment ids (H, W) and their descriptions, as for `PanopticQuality`, to objects."""
     numbers = np.full(ids.shape, -1)
     for number, segment in enumerate(segments):
         numbers[ids == segment["id"]] = number
@@ -88,7 +88,7 @@ def numbered_segments(ids: np.ndarray, segments: Sequence[dict], label_key: str)
 
 
 def class_colour(label: int, instance: int = 0) -> np.ndarray:
-    """RGB in [0, 1] of a class: neighbours are far apart in hue; instances of a class differ in brightness."""
+    """Return the RGB colour of a class in [0, 1]: hue varies between classes, brightness between instances."""
     return hsv_to_rgb((label * 0.618034 % 1.0, 0.85, (0.95, 0.7, 0.82)[instance % 3]))
 
 
@@ -98,8 +98,8 @@ class Panel:
 
     Args:
         image: (H, W, 3) in [0, 1].
-        title: above it.
-        draw: draws over it, given its axes and the size of letters in points.
+        title: title above it.
+        draw: draws on it, given its axes and the font size in points.
     """
 
     image: np.ndarray
@@ -108,7 +108,7 @@ class Panel:
 
 
 def draw_boxes(ax: Axes, objects: Objects, names: Sequence[str], font: float, true: bool = False) -> None:
-    """Boxes in the colours of their classes, the best on top; true ones are dashed white, with their class inside."""
+    """Draw boxes in class colours, the best on top; ground-truth ones are dashed white, with the class inside."""
     order = range(len(objects.labels)) if objects.scores is None else np.argsort(objects.scores)
     captions = objects.captions(names)
     for i in order:
@@ -123,7 +123,7 @@ def draw_boxes(ax: Axes, objects: Objects, names: Sequence[str], font: float, tr
 
 
 def draw_segments(ax: Axes, image: np.ndarray, objects: Objects, names: Sequence[str], font: float) -> None:
-    """Segments in the colours of their classes over an image (H, W, 3), with white edges and names in the middle."""
+    """Draw segments in class colours on an image (H, W, 3), with white edges and centred names."""
     numbers, shown = objects.segments, image.copy()
     seen: dict[int, int] = {}
     texts = objects.captions(names)
@@ -135,7 +135,7 @@ def draw_segments(ax: Axes, image: np.ndarray, objects: Objects, names: Sequence
         if not inside.any():
             continue
         shown[inside] = (1 - COVER) * shown[inside] + COVER * colour
-        depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]  # a border is an end as well
+        depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]  # the image border counts as an edge
         y, x = np.unravel_index(depth.argmax(), depth.shape)
         places.append((texts[number], (x, y), colour))
     edges = np.zeros(numbers.shape, bool)
@@ -151,7 +151,7 @@ def draw_segments(ax: Axes, image: np.ndarray, objects: Objects, names: Sequence
 def write(
     ax: Axes, text: str, left: tuple[float, float], right: tuple[float, float], font: float, colour: np.ndarray
 ) -> None:
-    """A caption above the line from left to right; inside the image where there is no room."""
+    """Write a caption above the line from left to right, or below it if there is no room."""
     width, height = ax.get_xlim()[1], ax.get_ylim()[0]
     high, wide = 1.5 * font / 72 * inch(ax), text_width(ax, text, font)
     x, align = left[0], "left"
@@ -163,30 +163,30 @@ def write(
 
 
 def inch(ax: Axes) -> float:
-    """An inch of a picture in pixels of its image."""
+    """Return the number of image pixels per inch of the figure."""
     return ax.get_xlim()[1] / (ax.get_position().width * ax.figure.get_figwidth())
 
 
 def text_width(ax: Axes, text: str, font: float) -> float:
-    """About how wide a caption is, in pixels of its image."""
+    """Estimate the width of a caption in image pixels."""
     return (LETTER * font * len(text) + 0.05) * inch(ax)
 
 
 def label_at(ax: Axes, text: str, x: float, y: float, font: float, colour: np.ndarray, **align: str) -> None:
-    """Text on a ground of a colour, black or white by what can be read."""
+    """Write text on a coloured background, in black or white for contrast."""
     ink = "black" if colour @ (0.299, 0.587, 0.114) > 0.5 else "white"
     box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
     ax.text(x, y, text, fontsize=font, color=ink, bbox=box, clip_on=True, parse_math=False, **align)
 
 
 def gallery(panels: Sequence[Panel], columns: int, title: Sequence[str] = (), side: float = 3.0) -> Figure:
-    """Images in rows, each with a title; they keep their shapes.
+    """Arrange images in rows, each with a title and its own aspect ratio.
 
     Args:
-        panels: what to draw.
-        columns: panels in a row.
+        panels: images to draw.
+        columns: number of panels per row.
         title: lines above all; long ones are wrapped.
-        side: the longer side of an image.
+        side: length of the longer side of an image.
     """
     columns = min(columns, len(panels))
     font = float(np.clip(2.2 * side, 6.0, 10.0))

@@ -21,14 +21,14 @@ SPACE = 4  # between maps, in pixels
 
 @torch.no_grad()
 def position_similarity(model: PreTrainedModel) -> np.ndarray:
-    """Cosine of the angle between the position embedding of each patch and every other one's.
+    """Compute the cosine similarity between the position embeddings of all pairs of patches.
 
     Args:
         model: `TfmViTModel`, `TfmMAEModel`, transformers' `ViTModel`, `ViTMAEModel` ..., or one with a head; positions
             may be learned, learned by row and column, or fixed.
 
     Returns:
-        (R, C, R, C) float32: [r, c] is the map of patch (r, c). Zero for a vector of zeros.
+        (R, C, R, C) float32: [r, c] is the map of patch (r, c). Zero for a zero vector.
 
     Raises:
         ValueError: the model has no patches, or adds no position embedding to them.
@@ -36,24 +36,24 @@ def position_similarity(model: PreTrainedModel) -> np.ndarray:
     require_image_model(model.config, type(model).__name__)
     embeddings = getattr(model.base_model, "embeddings", None)
     grid = getattr(embeddings, "grid", None)
-    if grid is not None:  # ours; the grid is that of a backbone's features if there is one
+    if grid is not None:  # our model; with a backbone, the grid is that of its feature map
         _, table = embeddings.positions(grid)
     else:
         grid = patch_grid(*sides(model.config.image_size), model.config.patch_size, "image_size")
         table = getattr(embeddings, "position_embeddings", None)
         if not isinstance(table, Tensor) or table.ndim != 3 or table.shape[1] < grid[0] * grid[1]:
             raise ValueError(f"{type(model).__name__} adds no table of position embeddings to its patches")
-        table = table[:, -grid[0] * grid[1] :]  # [class] and its like stand before the patches
+        table = table[:, -grid[0] * grid[1] :]  # drops [class] and other tokens before the patches
     table = nn.functional.normalize(table[0].float(), dim=-1)  # (R C, D)
     return (table @ table.T).view(*grid, *grid).cpu().numpy()
 
 
 def plot_positions(model: PreTrainedModel, output: str | Path) -> Path:
-    """Draw `position_similarity`: at the place of each patch, a small map of its similarity to all patches.
+    """Plot `position_similarity`: at each patch's position, a small map of its similarity to all patches.
 
     Args:
         model: see `position_similarity`.
-        output: the ".png" file.
+        output: a ".png" file.
 
     Raises:
         ValueError: see `position_similarity`.
@@ -63,7 +63,7 @@ def plot_positions(model: PreTrainedModel, output: str | Path) -> Path:
 
 
 def kind(model: PreTrainedModel) -> str:
-    """How the positions came about."""
+    """Describe the kind of positions."""
     if model.config.model_type in MASKED_AUTOENCODERS:
         return "fixed positions"
     kinds = {"learned_2d": "positions learned by row and column", "sincos_2d": "fixed positions"}
@@ -71,11 +71,11 @@ def kind(model: PreTrainedModel) -> str:
 
 
 def draw(similarity: np.ndarray, title: list[str]) -> Figure:
-    """The picture of (R, C, R, C) similarities: maps side by side in the order of their patches, on one scale."""
+    """Plot (R, C, R, C) similarities: maps arranged like their patches, on one colour scale."""
     R, C, _, _ = similarity.shape
-    # All maps in one array of pixels, nothing between them: a grid of 32 x 32 would be a thousand axes.
+    # All maps are drawn as one array of pixels, because a grid of 32 x 32 would need a thousand axes.
     cell = max(1, round(560 / max(R, C) ** 2))
-    down, across = R * cell + SPACE, C * cell + SPACE  # from a map to the next
+    down, across = R * cell + SPACE, C * cell + SPACE  # distance between neighbouring maps
     plane = np.full((R, C, down, across), np.nan, np.float32)
     plane[:, :, :-SPACE, :-SPACE] = similarity.repeat(cell, axis=2).repeat(cell, axis=3)
     plane = plane.transpose(0, 2, 1, 3).reshape(R * down, C * across)[:-SPACE, :-SPACE]

@@ -1,9 +1,9 @@
-"""What the object queries of a DETR do (Carion et al. 2020, arXiv:2005.12872, figures 6 and 7).
+"""Object queries of a DETR (Carion et al. 2020, arXiv:2005.12872, figures 6 and 7).
 
     one image  -> cross-attention of the last decoder layer, mean over heads -> each confident query over the image
-    a data set -> every query's box in every image -> a picture for each query: centres, coloured by shape
+    a data set -> every query's box in every image -> one plot per query: box centres, coloured by shape
 
-Shapes: Q queries; n of them chosen; H heads; N = rows x columns cells of the feature map; I images.
+Shapes: Q queries; n of them selected; H heads; N = rows x columns cells of the feature map; I images.
 """
 
 import logging
@@ -34,22 +34,22 @@ from .objects import BOX_THRESHOLD, Objects, Panel, draw_boxes, gallery
 
 log = logging.getLogger(__name__)
 
-AT_LEAST = 4  # so many queries are drawn where none is confident
-SLOTS = 20  # drawn of a data set, as in the paper
+AT_LEAST = 4  # number of queries to draw if none is confident
+SLOTS = 20  # queries to draw for a data set, as in the paper
 
 
 @dataclass(frozen=True)
 class QueryMaps:
-    """Where the confident queries of a detector looked on one image.
+    """Attention maps of a detector's confident queries for one image.
 
     Args:
-        model: its name.
-        name: of the image.
+        model: name of the model.
+        name: name of the image.
         image: (H, W, 3) float32 in [0, 1], as the model reads it, without padding.
-        classes: names of the model's classes.
-        queries: (n,) their numbers, the most confident first.
-        objects: what they found, in pixels of ``image``.
-        maps: (n, rows, columns) float32, attention to each cell; the padding's is left out.
+        classes: class names of the model.
+        queries: (n,) query indices, the most confident first.
+        objects: objects that they detected, in pixels of ``image``.
+        maps: (n, rows, columns) float32, attention to each cell, without padding.
     """
 
     model: str
@@ -69,15 +69,15 @@ def query_maps(
     threshold: float = BOX_THRESHOLD,
     most: int = 15,
 ) -> QueryMaps:
-    """Run a detector on one image and keep where its queries looked.
+    """Run a detector on one image and return the attention maps of its queries.
 
     Args:
         model: a DETR whose queries attend to one feature map: ours, `DetrForObjectDetection`, `DetrForSegmentation`
-            and the like. It is evaluated without dropout, and left as it was.
-        processor: of the model.
-        image: what `read_image` gives.
-        threshold: the least score of a query, in [0, 1]; where none has it, the four best are taken.
-        most: take so many at most.
+            and the like. It runs without dropout, and its state is restored.
+        processor: processor of the model.
+        image: result of `read_image`.
+        threshold: minimum score of a query, in [0, 1]; if none reaches it, the four best are used.
+        most: maximum number of queries.
 
     Raises:
         ValueError: an option is out of range, or the model has no such attention.
@@ -112,14 +112,15 @@ def query_maps(
 
 
 def with_grid(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[ModelOutput, tuple[int, int]]:
-    """The output of a DETR with cross-attention maps, and the (rows, columns) of the feature map they are over.
+    """Run a DETR with cross-attention maps; return its output and the (rows, columns) of the feature map.
 
     Raises:
-        ValueError: it has no single feature map, or no maps of all its cells.
+        ValueError: it has no single feature map, or no maps over all of its cells.
     """
     found = [module for name, module in model.named_modules() if name.split(".")[-1] == "input_projection"]
     sizes: list[tuple[int, int]] = []
-    # Ours and transformers' call the layer before the encoder the same; it tells the size whatever the backbone is.
+    # The layer before the encoder has the same name in our model and in transformers', and gives the size for any
+    # backbone.
     hooks = [m.register_forward_hook(lambda *args: sizes.append(tuple(args[-1].shape[2:]))) for m in found]
     try:
         output = predict(model, batch, output_attentions=True)
@@ -135,12 +136,12 @@ def with_grid(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[ModelOutpu
 
 
 def query_objects(output: ModelOutput, num_labels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Score (Q,), class (Q,) and box (Q, 4) in pixels of every query, in their order.
+    """Return score (Q,), class (Q,) and box (Q, 4) in pixels of all queries, in their order.
 
-    Post-processing of some models mixes queries up, so this is done here.
+    The post-processing of some models reorders queries, so it is not used.
     """
     logits = output.logits[0].float()
-    # DETR has a class for no object; its descendants that have none score each class by itself.
+    # DETR has a "no object" class; later models without one score each class independently.
     shares = logits.softmax(dim=-1)[:, :-1] if logits.shape[-1] == num_labels + 1 else logits.sigmoid()
     scores, labels = shares.max(dim=-1)
     x, y, w, h = output.pred_boxes[0].float().unbind(dim=-1)
@@ -149,11 +150,11 @@ def query_objects(output: ModelOutput, num_labels: int, size: tuple[int, int]) -
 
 
 def plot_queries(maps: QueryMaps, output: str | Path) -> Path:
-    """Draw the attention of each query over the image, with its box; the first panel has all boxes.
+    """Plot the attention of each query over the image with its box; the first panel shows all boxes.
 
     Args:
-        maps: what `query_maps` returned.
-        output: the ".png" file.
+        maps: result of `query_maps`.
+        output: a ".png" file.
     """
 
     def box_of(which: Sequence[int]):
@@ -169,7 +170,7 @@ def plot_queries(maps: QueryMaps, output: str | Path) -> Path:
 
 
 def read_images(rows: datasets.Dataset) -> Iterable[Tensor]:
-    """The images of `image_rows`, uint8 (3, H, W); those that cannot be read are left out, and told in the log."""
+    """Yield the images of `image_rows` as uint8 (3, H, W); unreadable ones are skipped with a warning."""
     for i, row in enumerate(rows):
         try:
             yield decode(row[IMAGE])
@@ -179,15 +180,15 @@ def read_images(rows: datasets.Dataset) -> Iterable[Tensor]:
 
 @torch.no_grad()
 def query_boxes(model: PreTrainedModel, processor: BaseImageProcessor, images: Iterable[Tensor]) -> np.ndarray:
-    """Where every query puts its box, whatever its score.
+    """Return the predicted box of every query, whatever its score.
 
     Args:
-        model: a detector. It is evaluated without dropout, and left as it was.
-        processor: of the model.
-        images: uint8 (3, H, W), read one by one.
+        model: a detector. It runs without dropout, and its state is restored.
+        processor: processor of the model.
+        images: uint8 (3, H, W), read one at a time.
 
     Returns:
-        (I, Q, 4) float32, centre x, y, width and height in shares of the image.
+        (I, Q, 4) float32, cxcywh relative to the image size.
 
     Raises:
         ValueError: there are no images.
@@ -207,7 +208,7 @@ def query_boxes(model: PreTrainedModel, processor: BaseImageProcessor, images: I
 
 
 def shape_colours(boxes: np.ndarray) -> np.ndarray:
-    """RGB of boxes (n, 4) cxcywh: green if small, red if wide, blue if tall, violet if both."""
+    """Return the RGB colour of boxes (n, 4) cxcywh: green if small, red if wide, blue if tall, violet if both."""
     width, height = boxes[:, 2].clip(0, 1), boxes[:, 3].clip(0, 1)
     return np.stack([width, 1 - np.maximum(width, height), height], axis=-1)
 
@@ -215,13 +216,13 @@ def shape_colours(boxes: np.ndarray) -> np.ndarray:
 def plot_query_slots(
     boxes: np.ndarray, output: str | Path, title: str = "", queries: Sequence[int] | None = None
 ) -> Path:
-    """Draw the centres of all boxes of each query, in the square that an image is (figure 7).
+    """Plot the centres of all boxes of each query in the unit square (figure 7).
 
     Args:
-        boxes: what `query_boxes` returned.
-        output: the ".png" file.
-        title: above the picture.
-        queries: their numbers; default, the first 20.
+        boxes: result of `query_boxes`.
+        output: a ".png" file.
+        title: title of the figure.
+        queries: query indices; by default the first 20.
 
     Raises:
         ValueError: a query does not exist.
@@ -246,8 +247,8 @@ def plot_query_slots(
 
 
 def slot(ax: Axes, boxes: np.ndarray, title: str) -> None:
-    """One panel of `plot_query_slots`: boxes (I, 4)."""
+    """Draw one panel of `plot_query_slots`: boxes (I, 4)."""
     size = float(np.clip(300 / len(boxes), 2, 12))
     ax.scatter(boxes[:, 0], boxes[:, 1], s=size, c=shape_colours(boxes), linewidths=0)
-    ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])  # y goes down, as in images
+    ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])  # the y axis points down, as in images
     ax.set_title(title, fontsize=SMALL, pad=2)

@@ -1,6 +1,6 @@
-"""What a masked autoencoder makes of images (He et al. 2021, arXiv:2111.06377, figure 2).
+"""Reconstructions of images by a masked autoencoder (He et al. 2021, arXiv:2111.06377, figure 2).
 
-PIL image -> pixel values -> hide patches -> prediction -> back to the scale of pixels -> (H, W, 3) -> PNG
+PIL image -> pixel values -> mask patches -> prediction -> undo the processor's scaling -> (H, W, 3) -> PNG
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from ..models.modeling_mae import TfmMAEForPreTraining
 from .images import MASKED_AUTOENCODERS, NamedImage, enlarge, mask_ratio_of, name_of, pixels, size_option, visible
 from .mosaic import Mosaic
 
-GREY = 0.5  # of hidden patches
+GREY = 0.5  # value of masked patches
 COLUMNS = ("original", "masked", "reconstructed", "reconstructed + visible")
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One image, as the model reads it, and what it made of it. Images are (H, W, 3) float32 in [0, 1].
+    """An image as the model reads it, and its reconstruction. Images are (H, W, 3) float32 in [0, 1].
 
     Args:
-        name: of the image.
+        name: name of the image.
         original: the image.
-        masked: with hidden patches in grey.
+        masked: the image with masked patches in grey.
         reconstructed: the prediction for every patch.
-        pasted: the prediction where patches were hidden, the image where they were visible.
-        mask: (rows, columns) bool, True = hidden.
+        pasted: the prediction at masked patches, the image elsewhere.
+        mask: (rows, columns) bool, True = masked.
     """
 
     name: str
@@ -49,20 +49,20 @@ def reconstruct_images(
     mask_ratio: float | None = None,
     seed: int = 0,
 ) -> list[Reconstruction]:
-    """Hide patches of images and let a model reconstruct them.
+    """Mask patches of images and reconstruct them with a model.
 
-    With ``norm_pix_loss`` the model predicts each patch normalised; it gets back mean and deviation of the true patch,
-    as in the paper's figures. Without this, the prediction looks like noise.
+    With ``norm_pix_loss`` the model predicts normalised patches; they are rescaled with the mean and standard
+    deviation of the true patch, as in the paper's figures. Otherwise the prediction would look like noise.
 
     Args:
-        model: a `TfmMAEForPreTraining` or transformers' `ViTMAEForPreTraining`. It is left as it was.
-        processor: of the model.
-        images: what `read_image` gives.
-        mask_ratio: share of patches hidden, in [0, 1); default, the model's.
-        seed: of which patches are hidden; the same for the same images.
+        model: a `TfmMAEForPreTraining` or transformers' `ViTMAEForPreTraining`. Its state is restored.
+        processor: processor of the model.
+        images: results of `read_image`.
+        mask_ratio: fraction of patches to mask, in [0, 1); by default the model's.
+        seed: random seed of the masks.
 
     Raises:
-        ValueError: the model is no masked autoencoder, ``mask_ratio`` is outside its range, or the patch does not
+        ValueError: the model is not a masked autoencoder, ``mask_ratio`` is out of range, or the patch size does not
             divide an image.
     """
     if model.config.model_type not in MASKED_AUTOENCODERS or not hasattr(model, "decoder"):
@@ -80,11 +80,11 @@ def reconstruct_images(
 def reconstruct(
     model: PreTrainedModel, processor: Any, image: NamedImage, generator: torch.Generator
 ) -> Reconstruction:
-    """One image of `reconstruct_images`."""
+    """Reconstruct one image of `reconstruct_images`."""
     pixel_values, (rows, columns) = pixels(model, processor, image.image)
     noise = torch.rand(1, rows * columns, generator=generator).to(model.device)
     outputs = model(pixel_values, noise=noise, **size_option(model, pixel_values))
-    # Of its model this reads the configuration alone, so that it serves transformers' class too.
+    # The method reads only the model's configuration, so it works for transformers' class too.
     predicted, pasted = (
         TfmMAEForPreTraining.reconstruct(model, pixel_values, outputs.logits, mask)
         for mask in (torch.ones_like(outputs.mask), outputs.mask)
@@ -104,12 +104,12 @@ def reconstruct(
 def plot_reconstructions(
     model: PreTrainedModel, reconstructions: Sequence[Reconstruction], output: str | Path
 ) -> Path:
-    """Draw original, masked, reconstructed, and reconstructed with the visible patches, a row for each image.
+    """Plot original, masked, reconstructed, and reconstructed with visible patches, one row per image.
 
     Args:
-        model: named in the title.
-        reconstructions: what `reconstruct_images` returned.
-        output: the ".png" file.
+        model: model to name in the title.
+        reconstructions: result of `reconstruct_images`.
+        output: a ".png" file.
     """
     share = np.mean([one.mask.mean() for one in reconstructions])
     title = [f"{name_of(model)}: {share:.0%} of patches hidden; the prediction of visible ones is not trained"]

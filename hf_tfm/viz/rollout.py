@@ -1,4 +1,5 @@
-"""Attention rollout: what of each input token reaches each output token (Abnar & Zuidema 2020, arXiv:2005.00928)."""
+"""Attention rollout: contribution of each input token to each output token (Abnar & Zuidema 2020,
+arXiv:2005.00928)."""
 
 from collections.abc import Sequence
 
@@ -7,20 +8,20 @@ from torch import Tensor
 
 
 def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
-    """Multiply the attention of all layers, each with half of its weight on the residual connection (section 3).
+    """Multiply the attention of all layers, with the residual connection weighted as half of each layer (section 3).
 
-    Heads are averaged, the identity is added for the residual connection, rows are normalised to sum to 1 again, and
-    the matrices are multiplied from the first layer to the last.
+    Heads are averaged, the identity is added for the residual connection, rows are normalised to sum to 1, and the
+    matrices are multiplied from the first layer to the last.
 
     Args:
-        attentions: of L layers, the first first, each (B, H, T, T) with rows that sum to 1, such as the ``attentions``
-            of a model's output. Rollout is for self-attention, where tokens keep their places.
+        attentions: of L layers, the first one first, each (B, H, T, T) with rows that sum to 1, such as the
+            ``attentions`` of a model output. Rollout requires self-attention, so that token positions are preserved.
 
     Returns:
-        (B, T, T) float32; row i says what output token i is made of, and sums to 1.
+        (B, T, T) float32; row i holds the contributions to output token i, and sums to 1.
 
     Raises:
-        ValueError: there are no maps, or one is not (B, H, T, T) as the first.
+        ValueError: there are no maps, or one differs from (B, H, T, T) of the first.
     """
     if not attentions:
         raise ValueError("attentions must hold the maps of at least one layer, got none")

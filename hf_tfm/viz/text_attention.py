@@ -1,4 +1,4 @@
-"""Self-attention of an encoder (BERT) or decoder (GPT) on a text, alone or beside that of another model.
+"""Self-attention maps of an encoder (BERT) or decoder (GPT) for a text, alone or next to those of another model.
 
     text -> tokens -> one forward pass with maps -> arrays -> PNG
 
@@ -23,12 +23,12 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class TextAttentionMaps:
-    """Where each token of a text looked.
+    """Attention maps of a text.
 
     Args:
         model: name of the model.
-        text: that was read, of a pair both.
-        tokens: T tokens, readable (see `token_labels`).
+        text: input text, or both texts of a pair.
+        tokens: T tokens in readable form (see `token_labels`).
         maps: (L, H, T, T) float32.
     """
 
@@ -39,10 +39,10 @@ class TextAttentionMaps:
 
 
 def reads_pairs(model: str, trust_remote_code: bool = False) -> bool:
-    """Whether the model of a folder or Hub id reads one text and writes another.
+    """Return True if the model of a folder or Hub id is an encoder-decoder.
 
     Raises:
-        ValueError: it reads no texts.
+        ValueError: it is not a text model.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     if not getattr(config, "vocab_size", None):
@@ -53,10 +53,10 @@ def reads_pairs(model: str, trust_remote_code: bool = False) -> bool:
 def load_text_model(
     model: str, trust_remote_code: bool = False, argument: str = "model"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The encoder or decoder of a folder or Hub id, without a head, and its tokenizer.
+    """Load the encoder or decoder of a folder or Hub id, without a head, and its tokenizer.
 
     Args:
-        trust_remote_code: run the code that it brings.
+        trust_remote_code: run the model's own code.
         argument: name of the caller's argument, for errors.
 
     Raises:
@@ -64,7 +64,7 @@ def load_text_model(
     """
     options = {"argument": argument, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(model, **options)
-    # A pooler, which pretraining leaves out, is not looked at.
+    # A missing pooler, which pretraining omits, is harmless because its output is not used.
     loaded = load_model(AutoModel, model, may_lack=lambda name: "pooler." in name, **options)
     check_vocabulary(model, loaded.config, tokenizer, argument)
     return loaded, tokenizer
@@ -74,13 +74,14 @@ def load_text_model(
 def text_attention_maps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None
 ) -> TextAttentionMaps:
-    """Run a model on a text and keep where its tokens looked.
+    """Run a model on a text and return its attention maps.
 
     Args:
-        model: an encoder or a decoder, ours or transformers'. It is evaluated without dropout, and left as it was.
-        tokenizer: of the model.
-        text: that it reads.
-        pair: a second text, for a tokenizer that puts two together.
+        model: an encoder or a decoder, of this package or of transformers. It runs without dropout, and its state is
+            restored.
+        tokenizer: tokenizer of the model.
+        text: input text.
+        pair: second text, for a tokenizer that encodes pairs.
 
     Raises:
         ValueError: a text is empty or too long, or the model is an encoder-decoder.
@@ -109,14 +110,14 @@ def plot_text_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Path:
-    """Draw every map, a row for a layer and a column for a head.
+    """Plot all maps, with a row per layer and a column per head.
 
     Args:
-        output: the ".png" file.
-        layers, heads: those to draw, counted from 0; default all.
+        output: a ".png" file.
+        layers, heads: those to plot, counted from 0; by default all.
 
     Raises:
-        ValueError: a layer or head does not exist, or the picture would be too large.
+        ValueError: a layer or head does not exist, or the image would be too large.
     """
     rows, columns = pick(layers, len(found.maps), "layers"), pick(heads, found.maps.shape[1], "heads")
     panels = found.maps[np.ix_(rows, columns)]
@@ -131,22 +132,22 @@ def plot_beside(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Path:
-    """Draw two models' maps side by side: a row for each layer of the second, beside it the layer of the first that
-    stands as high (m of M and m N / M of N, as TinyBERT maps them, Jiao et al. 2020, section 3.1).
+    """Plot two models' maps side by side: one row per layer of the student, next to the teacher layer that it maps to
+    (m of M to m N / M of N, as in TinyBERT, Jiao et al. 2020, section 3.1).
 
     Args:
-        output: the ".png" file.
-        layers: of the second model, counted from 0; default all.
-        heads: of both, counted from 0; default, the mean over all.
+        output: a ".png" file.
+        layers: student layers, counted from 0; by default all.
+        heads: heads of both models, counted from 0; by default the mean over all.
 
     Raises:
-        ValueError: the texts' tokens differ, a layer or head does not exist, or the picture would be too large.
+        ValueError: the texts' tokens differ, a layer or head does not exist, or the image would be too large.
     """
     if teacher.tokens != student.tokens:
         raise ValueError(f"{teacher.model} and {student.model} must read the same tokens: their tokenizers differ")
     N, M = len(teacher.maps), len(student.maps)
     rows = pick(layers, M, "layers")
-    above = [max(0, -(-(row + 1) * N // M) - 1) for row in rows]  # rounded up where N is no multiple of M
+    above = [max(0, -(-(row + 1) * N // M) - 1) for row in rows]  # rounded up if N is not a multiple of M
     pairs = (teacher, above), (student, rows)
     if heads is None:
         panels = np.stack([found.maps[numbers].mean(axis=1) for found, numbers in pairs], axis=1)
@@ -162,6 +163,6 @@ def plot_beside(
 
 
 def grid(panels: np.ndarray, found: TextAttentionMaps, rows: list[str], columns: list[str], title: list[str]) -> Grid:
-    """A picture of maps (R, C, T, T)."""
+    """Create the grid for maps (R, C, T, T)."""
     names = {"query_name": "token", "key_name": "token looked at"}
     return Grid(panels, queries=found.tokens, keys=found.tokens, rows=rows, columns=columns, **names, title=title)
