@@ -1,1 +1,1 @@
-"""Checks before a run: what would make it fail, found in a minute on a CPU."""
+"""Checks that find the causes of a failing run in a minute on a CPU, before it starts."""

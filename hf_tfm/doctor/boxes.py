@@ -1,6 +1,7 @@
-"""Checks of the boxes of a split: their format, what lies outside, what is too small, what is there twice.
+"""Checks of the boxes of a split: format, range, size and duplicates.
 
-A check takes a `Split` and a `Case`, and returns a `Finding` or several; its name is its function's.
+A check takes a `Split` and a `Case` and returns one or more `Finding`s. It is named after its function, whose
+docstring states the healthy condition.
 """
 
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ from ..data.scene_augment import scaled
 from .findings import Finding, failed, graded, ok, skipped, warning
 from .splits import Case, Split
 
-TOLERATED = 0.01  # share of boxes that may be bad in some way, as a few are in every large data set
+TOLERATED = 0.01  # fraction of boxes that may have a fault, as in every large data set
 MOSTLY = 0.5
 MISREAD = skipped("the format is to blame first")
-SMALL = 0.1  # share of objects below a cell of the feature map from which on it is told
+SMALL = 0.1  # fraction of objects below a cell of the feature map from which it is reported
 
 
 def box_format(split: Split, case: Case) -> Finding:
-    """The boxes lie in their images as they are read, and not much better in another format."""
+    """The boxes lie inside their images, and another format does not fit much better."""
     report = split.report
     stated, suspected = report.inside
     if report.suspected is None:
@@ -38,7 +39,7 @@ def box_format(split: Split, case: Case) -> Finding:
 
 
 def box_axes(split: Split, case: Case) -> Finding:
-    """x stands before y, and width before height; images as wide as high cannot tell."""
+    """x comes before y, and width before height; square images are not conclusive."""
     sizes = split.sizes[split.place]
     told = np.isfinite(split.boxes).all(axis=1) & (sizes[:, 0] != sizes[:, 1])
     boxes, sizes = split.boxes[told], sizes[told]
@@ -62,7 +63,7 @@ def box_axes(split: Split, case: Case) -> Finding:
 
 
 def box_range(split: Split, case: Case) -> Iterator[Finding]:
-    """Boxes have an area and lie in their images; a run cuts off what does not, or leaves it out."""
+    """Boxes have an area and lie inside their images; a run clips or drops others."""
     report = split.report
     if report.suspected is not None:
         yield MISREAD
@@ -79,7 +80,7 @@ def box_range(split: Split, case: Case) -> Iterator[Finding]:
 
 
 def first_with(split: Split, name: str, image_id: int) -> int:
-    """The first stored box of an image with a problem of `BoxReport`."""
+    """Return the first stored box of an image with a given problem of `BoxReport`."""
     there = np.flatnonzero(split.ids[split.place] == image_id)
     for k in there.tolist():
         place = split.place[k : k + 1]
@@ -90,7 +91,7 @@ def first_with(split: Split, name: str, image_id: int) -> int:
 
 
 def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
-    """No two objects of an image share a box; each would take a query of its own."""
+    """No two objects of an image have the same box; each would occupy a query."""
     if split.report.suspected is not None:
         yield MISREAD
         return
@@ -112,7 +113,7 @@ def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
 
 
 def tiny_objects(split: Split, case: Case) -> Finding:
-    """Objects are at least as large as a cell of the last feature map, in the size of evaluation."""
+    """Objects are at least as large as a cell of the last feature map at evaluation size."""
     if split.report.suspected is not None:
         return MISREAD
     args = case.args
@@ -138,7 +139,7 @@ def tiny_objects(split: Split, case: Case) -> Finding:
 
 
 def empty_images(split: Split, case: Case) -> Finding:
-    """Images have objects that are no crowds; a few images without are welcome."""
+    """Images contain objects that are not crowds; a few empty images do no harm."""
     if split.kept.counts.any() and not split.targets.any():
         return failed(
             f"all {split.kept.counts.sum()} objects are crowds (iscrowd), which a run neither learns nor scores",
@@ -154,7 +155,7 @@ def empty_images(split: Split, case: Case) -> Finding:
 
 
 def box_count(split: Split, case: Case) -> Finding:
-    """Every object of an image has a query that can find it; and queries are not idle nearly all."""
+    """Every object of an image can be matched to a query; and most queries are not idle."""
     queries, most = case.config.num_queries, split.targets
     row = int(most.argmax())
     message = f"at most {most[row]} and on average {most.mean():.1f} objects an image, {queries} queries"

@@ -1,4 +1,4 @@
-"""Checks of categories: their ids, their names in every split and in a model to go on from, how often they occur."""
+"""Checks of categories: ids, names across splits and in a pretrained model, and frequencies."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from .boxes import TOLERATED
 from .findings import Finding, Sample, failed, graded, ok, warning
 from .splits import Case, Split
 
-FEW = 10  # objects of a class below which it is told
-UNEVEN = 100  # times as many objects of one class as of another, from which on it is told
+FEW = 10  # number of objects of a class below which it is reported
+UNEVEN = 100  # ratio of the frequencies of two classes from which it is reported
 BACKGROUND = {"background", "__background__", "_background_", "bg", "no object", "no_object", "none", "n/a"}
 
 
 def category_ids(split: Split, case: Case) -> Iterator[Finding]:
-    """Every object has a category; stored numbers are places in the list of names, 0 to N - 1 without gaps."""
+    """Every object has a category; stored ids are indices into the list of names, 0 to N - 1 without gaps."""
     names, categories, count = split.names, split.categories, len(split.categories)
     field = split.found.find(CATEGORY_FIELDS)
     if (beyond := categories >= len(names)).any():
@@ -51,7 +51,7 @@ def category_ids(split: Split, case: Case) -> Iterator[Finding]:
 
 
 def class_names(case: Case) -> Iterator[Finding]:
-    """Every split has the classes of the training split, under the same names and in the same order."""
+    """Every split has the classes of the training split, with the same names in the same order."""
     ours = case.train.names
     yield ok(f"{len(ours)} classes: {shortened(ours)}")
     for split in case.held_out:
@@ -72,7 +72,7 @@ def class_names(case: Case) -> Iterator[Finding]:
 
 
 def model_classes(case: Case) -> Finding:
-    """The classes of a model to go on from are those of the data, or plainly others."""
+    """The classes of the pretrained model equal those of the data, or are clearly different."""
     names = case.train.names
     if case.earlier is None:
         return ok(f"a new model gets the {len(names)} classes of the data")
@@ -95,13 +95,13 @@ def model_classes(case: Case) -> Finding:
 
 
 def sample_of(split: Split, category: int) -> Sample | None:
-    """The first object of a category; None where it has none."""
+    """Return the first object of a category; None if it has none."""
     there = split.categories == category
     return split.stored_sample(int(there.argmax())) if there.any() else None
 
 
 def shortened(names: list[str]) -> str:
-    """The first few names."""
+    """Join the first few names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -129,7 +129,7 @@ def class_balance(case: Case) -> Iterator[Finding]:
 
 
 def classes_in_one_split(case: Case) -> Iterator[Finding]:
-    """Every class that has objects has some in every split."""
+    """Every class with objects has some in every split."""
     ours = {name for name, count in zip(case.train.names, case.train.class_counts, strict=False) if count}
     for split in case.held_out:
         theirs = {name for name, count in zip(split.names, split.class_counts, strict=False) if count}
@@ -156,12 +156,12 @@ def classes_in_one_split(case: Case) -> Iterator[Finding]:
 
 
 def used(split: Split) -> set[str]:
-    """The names of the classes that have objects."""
+    """Return the names of the classes that have objects."""
     return {name for name, count in zip(split.names, split.class_counts, strict=False) if count}
 
 
 def background_class(case: Case) -> Finding:
-    """No class stands for "nothing": the model has one of its own."""
+    """No class means "background"; the model adds its own class for no object."""
     found = [name for name in case.train.names if name.strip().lower() in BACKGROUND]
     if not found:
         return ok("no class stands for nothing")

@@ -1,9 +1,9 @@
-"""Check a data set of any task before anything is trained on it: ``hf-tfm doctor data``.
+"""Check a data set of any task before training: ``hf-tfm doctor data``.
 
     load_splits -> the columns that the task reads -> `DataSplit`s -> checks -> findings with sample and remedy
 
-Checks of texts, labels and images are functions that return a `Finding` or several; a new one goes into one of the
-lists below. Data sets of boxes get the checks of `detection` as well.
+Checks of texts, labels and images are functions that return one or more `Finding`s; add new ones to one of the lists
+below. Object detection data sets are checked by `detection`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +51,7 @@ OF_IMAGES: tuple[Callable, ...] = (
     image_checks.small_images,
     image_checks.blank_images,
 )
-# check(case), over all splits, where the task has these columns
+# check(case), over all splits, if the task has these columns
 ACROSS: dict[str, Callable] = {
     "texts": text_checks.shared_texts,
     "label": label_checks.classes_in_one_split,
@@ -61,12 +61,12 @@ ACROSS: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a task reads.
+    """Columns that a task reads.
 
     Args:
         texts: part ("text", "pair", "source", "target") -> keys that lead to its texts.
-        label: of labels; None without any.
-        image: of images; None without any.
+        label: label column; None without labels.
+        image: image column; None without images.
     """
 
     texts: dict[str, list[str]]
@@ -76,12 +76,12 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class DataSplit:
-    """A split as it is stored.
+    """A split as stored.
 
     Args:
-        name: of the split.
-        rows: N rows as `load_splits` gives them.
-        columns: those that the task reads.
+        name: name of the split.
+        rows: N rows from `load_splits`.
+        columns: columns that the task reads.
     """
 
     name: str
@@ -90,7 +90,7 @@ class DataSplit:
 
     @cached_property
     def texts(self) -> dict[str, list[Any]]:
-        """Part -> its N values; anything but text is a fault."""
+        """Part -> its N values, some of which may wrongly not be strings."""
         found = {}
         for part, (first, *others) in self.columns.texts.items():
             values = list(self.rows[first])
@@ -101,7 +101,7 @@ class DataSplit:
 
     @cached_property
     def labels(self) -> list[Any]:
-        """N labels; those of a ClassLabel by name, None where there is none."""
+        """N labels; names for a ClassLabel, None for missing labels."""
         values, kind = list(self.rows[self.columns.label]), self.rows.features[self.columns.label]
         if isinstance(kind, ClassLabel):
             return [None if value is None or value < 0 else kind.names[value] for value in values]
@@ -114,11 +114,11 @@ class DataSplit:
 
     @cached_property
     def looks(self) -> dict[int, image_checks.Look]:
-        """Up to `image_checks.LOOKED_AT` images, evenly spread, by row."""
+        """Inspection results of up to `image_checks.LOOKED_AT` evenly spaced images, by row."""
         return image_checks.looks(self.images)
 
     def sample(self, row: int) -> RowSample:
-        """A row, with its texts or label in short."""
+        """Return a row with an excerpt of its texts or label."""
         shown = [repr(values[row]) for values in self.texts.values()]
         if self.columns.label is not None:
             shown.append(f"label {self.labels[row]!r}")
@@ -131,12 +131,12 @@ class DataSplit:
 
 @dataclass(frozen=True)
 class DataCase:
-    """The splits examined, the training split first, and what reads their texts.
+    """Splits to examine, the training split first, and how their texts are read.
 
     Args:
-        splits: by name.
-        tokenizer: None where none was given.
-        max_length: tokens, or without a tokenizer words, that a model reads of a text; None for any number.
+        splits: splits by name.
+        tokenizer: None if not given.
+        max_length: maximum number of tokens of a text, or of words without a tokenizer; None for no limit.
     """
 
     splits: dict[str, DataSplit]
@@ -145,20 +145,20 @@ class DataCase:
 
     @property
     def train(self) -> DataSplit:
-        """The split to learn from."""
+        """Training split."""
         return next(iter(self.splits.values()))
 
     @property
     def held_out(self) -> list[DataSplit]:
-        """The other splits."""
+        """All other splits."""
         return list(self.splits.values())[1:]
 
 
 def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:
-    """The task whose columns a data set has.
+    """Infer the task from the columns of a data set.
 
     Raises:
-        ValueError: several tasks or none are possible; the error names the columns.
+        ValueError: no task, or more than one, is possible; the error names the columns.
     """
     if "segments_info" in features:
         return "panoptic_segmentation"
@@ -180,7 +180,7 @@ def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:
 
 
 def strings_of(features: Mapping[str, Any], label: str | None = None) -> list[str]:
-    """The columns of strings but the label's."""
+    """Return the string columns, except the label column."""
     strings = [name for name, kind in features.items() if isinstance(kind, Value) and "string" in kind.dtype]
     return [name for name in strings if name != label]
 
@@ -194,10 +194,10 @@ def find_columns(
     source_column: str | None,
     target_column: str | None,
 ) -> Columns:
-    """The columns of a task, as its recipe finds them.
+    """Find the columns of a task in the same way as its recipe.
 
     Raises:
-        ValueError: there is no such column, or none stands out.
+        ValueError: there is no such column, or the choice is ambiguous.
     """
     features = rows.features
     label = None
@@ -221,7 +221,7 @@ def find_columns(
 
 
 def examine(task: Task, case: DataCase) -> Iterator[Finding]:
-    """The findings of all checks that concern a task, as they are made."""
+    """Run all checks that apply to a task, and yield their findings as they are made."""
     columns = case.train.columns
     lists = [OF_TEXTS if columns.texts else (), OF_PAIRS if task == "translation" else ()]
     lists += [OF_LABELS if columns.label else (), OF_IMAGES if columns.image else ()]
@@ -234,7 +234,7 @@ def examine(task: Task, case: DataCase) -> Iterator[Finding]:
 
 
 def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding | None:
-    """The error that a run of the task would end with when it reads a split; None without one."""
+    """Return the error that a run of the task would raise when it reads a split; None without one."""
     columns = split.columns
     paths = [".".join(path) for path in columns.texts.values()]
     try:
@@ -273,26 +273,26 @@ def doctor_data(
     max_length: int | None = None,
     json: str | None = None,
 ) -> int:
-    """Check a data set before training: lost labels, empty texts, unreadable images, duplicates and more.
+    """Check a data set before training: missing labels, empty texts, unreadable images, duplicates and more.
 
     Args:
-        dataset: a Hub id, local folder or file, or an embedded data set, as for the recipes.
-        task: task that the data set is for; default, the one that its columns suggest.
-        dataset_config: configuration of the data set.
-        dataset_revision: commit, tag or branch on the Hub.
-        data_files: files by split, where dataset is a format such as "csv".
-        text_columns: one column of texts or two.
-        label_column: column of labels.
-        image_column: column of images.
-        source_column: column, or language, to translate from.
-        target_column: column, or language, to translate to.
-        train_split: split to learn from.
-        tokenizer: folder or Hub id of a tokenizer, to count unknown tokens and lengths in tokens.
-        max_length: tokens (words without a tokenizer) that the model reads of a text.
-        json: file to write the report to.
+        dataset: Hub id, local folder or file, or built-in data set, as for the recipes.
+        task: Task to check for; by default inferred from the columns.
+        dataset_config: Configuration of the data set.
+        dataset_revision: Commit, tag or branch on the Hub.
+        data_files: Files by split, if dataset is a format such as "csv".
+        text_columns: One or two text columns.
+        label_column: Label column.
+        image_column: Image column.
+        source_column: Column or language to translate from.
+        target_column: Column or language to translate to.
+        train_split: Training split.
+        tokenizer: Folder or Hub id of a tokenizer, to count unknown tokens and measure lengths in tokens.
+        max_length: Maximum number of tokens (words without a tokenizer) that the model reads of a text.
+        json: File to write the report to.
 
     Returns:
-        Exit status: 1 where a check failed.
+        Exit status: 1 if a check failed.
 
     Raises:
         ValueError: the data set, a split or a column cannot be found.
@@ -341,7 +341,7 @@ def doctor_data(
 
 
 def detection_findings(dataset: str, name: str | None, revision: str | None, splits: list[str]) -> Iterator[Finding]:
-    """The checks of boxes, classes and images that need no model."""
+    """Run the checks of boxes, classes and images that need no model."""
     from . import detection
 
     held_out = [split for split in splits[1:] if split != splits[0]]

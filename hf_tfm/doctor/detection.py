@@ -1,8 +1,8 @@
-"""Why AP would be 0, told before a run: ``hf-tfm doctor detection``.
+"""Find the causes of an AP of 0 before a run: ``hf-tfm doctor detection``.
 
-    the run's own knobs -> its data, as stored and as read -> its model -> checks -> eight images by heart -> a report
+    the run's arguments -> its data, as stored and as read -> its model -> checks -> overfit eight images -> a report
 
-A check is a function that returns a `Finding` or several; what is new goes into one of the lists below.
+A check is a function that returns one or more `Finding`s; add new ones to one of the lists below.
 """
 
 import argparse
@@ -33,7 +33,7 @@ OF_A_SPLIT: tuple[Callable, ...] = (
     images.image_orientation,
     images.tiny_images,
 )
-# check(case), of all splits
+# check(case), over all splits
 OF_THE_DATA: tuple[Callable, ...] = (
     classes.class_names,
     classes.class_balance,
@@ -54,19 +54,19 @@ OF_THE_RUN: tuple[Callable, ...] = (
     knobs.auxiliary_loss,
 )
 RECIPE = "detection_train"
-DEFAULTS = {True: "finetune_small", False: "r50_300"}  # presets: with a model to go on from, and without
+DEFAULTS = {True: "finetune_small", False: "r50_300"}  # presets: with and without a model to start from
 
 
 def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) -> Iterator[Finding]:
-    """Check a run of detection before it starts.
+    """Check a detection run before it starts.
 
     Args:
-        args: its knobs.
-        full: learn eight images with the run's own model, however large.
-        quick: do not learn at all.
+        args: arguments of the run.
+        full: overfit eight images with the run's own model, whatever its size.
+        quick: skip the overfitting test.
 
-    Returns:
-        what each check finds, as it is found; a check that finds nothing has one finding, too.
+    Yields:
+        The findings of each check as they are made; a check without problems yields one finding, too.
     """
     case, broken = None, False
     for examined, finding in examine_data(args):
@@ -90,7 +90,8 @@ def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) ->
 
 
 def examine_data(args: SceneRunArguments) -> Iterator[tuple[Case | None, Finding]]:
-    """The checks that need no model, each finding with the case examined; None where the data cannot be read."""
+    """Run the checks that need no model; yield each finding with the case, which is None if the data cannot be
+    read."""
     try:
         case = Case(args, read_splits(args))
     except (ValueError, OSError) as error:
@@ -102,7 +103,7 @@ def examine_data(args: SceneRunArguments) -> Iterator[tuple[Case | None, Finding
 
 
 def run_checks(checks: tuple[Callable, ...], case: Case) -> Iterator[Finding]:
-    """What some of the lists above find."""
+    """Run the checks of one of the lists above."""
     for check in checks:
         if checks in (OF_A_SPLIT, OF_A_SPLIT_AND_THE_MODEL):
             for split in case.splits.values():
@@ -112,7 +113,7 @@ def run_checks(checks: tuple[Callable, ...], case: Case) -> Iterator[Finding]:
 
 
 def translate(argv: Sequence[str]) -> list[str]:
-    """The doctor's words for two knobs as the recipe has them: --data is --dataset_name, --model FOLDER is
+    """Translate two options to those of the recipe: --data to --dataset_name, --model FOLDER to
     --model_name_or_path."""
     words: list[str] = []
     for i, word in enumerate(argv):
@@ -120,17 +121,17 @@ def translate(argv: Sequence[str]) -> list[str]:
         model = value if equals else next(iter(argv[i + 1 : i + 2]), "")
         if name == "--data":
             name = "--dataset_name"
-        elif name == "--model" and not model.lstrip().startswith("{"):  # else fields of a new model
+        elif name == "--model" and not model.lstrip().startswith("{"):  # a mapping sets fields of a new model
             name = "--model_name_or_path"
         words.append(name + equals + value)
     return words
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, list[str]]:
-    """The doctor's own options, the knobs of the run, and the words that gave those.
+    """Return the doctor's own options, the arguments of the run, and the command-line words that set the latter.
 
     Raises:
-        SystemExit: an option or knob is unknown, or the recipe refuses a value; the message names it.
+        SystemExit: an option is unknown, or the recipe refuses a value; the message names it.
     """
     from ..cli import recipes_folder
 
@@ -164,7 +165,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status, 1 where a check failed, 2 where nothing could be examined."""
+    """Run the command; return 1 if a check failed, 2 if nothing could be examined, otherwise 0."""
     own, args, words = parse(sys.argv[1:] if argv is None else argv)
     if args.model_name_or_path:
         try:

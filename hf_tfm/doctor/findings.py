@@ -1,4 +1,4 @@
-"""What a check finds, and how it is told: a line, the sample it was seen in, and the remedy; all of it as JSON too.
+"""Findings of checks, reported as a line with a sample and a remedy, and as JSON.
 
 check(split, case) -> Finding | several -> named by `findings_of` -> lines of a table, rows of a JSON file
 """
@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-WIDTH = 112  # columns of the table
-MARGIN = 30  # columns before a message
-SHOWN = 160  # characters of a row
+WIDTH = 112  # characters per line of the table
+MARGIN = 30  # characters before a message
+SHOWN = 160  # characters shown of a row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Where something was seen.
+    """Location of a finding in an image.
 
     Args:
-        image_id: of the image.
-        split: that it is in.
-        box: four numbers as they are stored.
-        file: of the image; None where a data set holds its bytes.
+        image_id: id of the image.
+        split: name of its split.
+        box: four numbers as stored.
+        file: path of the image; None if the data set stores its bytes.
     """
 
     image_id: int
@@ -43,13 +43,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class RowSample:
-    """A row of a data set of texts or images.
+    """A row of a text or image data set.
 
     Args:
-        split: of the data set.
-        row: its number, from 0.
+        split: name of the split.
+        row: index, from 0.
         content: its texts and label.
-        file: of its image; None without one.
+        file: path of its image; None without one.
     """
 
     split: str
@@ -64,14 +64,14 @@ class RowSample:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found; made by `ok`, `warning`, `failed` and `skipped`.
+    """Result of a check; created by `ok`, `warning`, `failed` and `skipped`.
 
     Args:
-        level: how bad it is.
-        message: the numbers, and their limit.
-        sample: the first that was seen.
-        remedy: what to do.
-        check, split: the check's name, and the split it looked at; `findings_of` fills them in.
+        level: severity.
+        message: the measured numbers, and their limit.
+        sample: first occurrence.
+        remedy: suggested action.
+        check, split: name of the check, and the split it examined; set by `findings_of`.
     """
 
     level: Literal["ok", "warning", "failed", "skipped"]
@@ -82,7 +82,7 @@ class Finding:
     split: str | None = None
 
     def lines(self) -> Iterator[str]:
-        """The rows of a table that tell it."""
+        """Yield the finding's lines of the table."""
         told = [(f"{self.split}: " if self.split else "") + self.message]
         told += [f"{name}: {value}" for name, value in (("sample", self.sample), ("remedy", self.remedy)) if value]
         margin = f"{self.level:<8} {self.check:<{MARGIN - 10}} "
@@ -93,40 +93,40 @@ class Finding:
 
 
 def ok(message: str) -> Finding:
-    """Nothing to worry about."""
+    """Create a finding without a problem."""
     return Finding("ok", message)
 
 
 def warning(message: str, remedy: str, sample: Sample | RowSample | None = None) -> Finding:
-    """Something that may be meant so."""
+    """Create a finding of something that may be intended."""
     return Finding("warning", message, sample, remedy)
 
 
 def failed(message: str, remedy: str, sample: Sample | RowSample | None = None) -> Finding:
-    """Something that will cost the run its result."""
+    """Create a finding of something that will spoil the run."""
     return Finding("failed", message, sample, remedy)
 
 
 def skipped(message: str) -> Finding:
-    """Something that could not be examined."""
+    """Create a finding of something that could not be examined."""
     return Finding("skipped", message)
 
 
 def graded(bad: bool, *told: Any) -> Finding:
-    """`failed` where it is bad, `warning` otherwise."""
+    """Return `failed` if ``bad``, otherwise `warning`."""
     return failed(*told) if bad else warning(*told)
 
 
 def findings_of(check: Callable[..., Any], *examined: Any, split: str | None = None) -> Iterator[Finding]:
-    """Run a check and put its name on what it finds, one finding or several; none at all is `ok`."""
+    """Run a check and attach its name to its findings; a check that finds nothing is `ok`."""
     found = check(*examined)
-    fine = inspect.getdoc(check).partition(";")[0].splitlines()[0].rstrip(".")  # what it says of itself
+    fine = inspect.getdoc(check).partition(";")[0].splitlines()[0].rstrip(".")  # the healthy condition
     for finding in [found] if isinstance(found, Finding) else list(found) or [ok(fine)]:
         yield replace(finding, check=check.__name__, split=split)
 
 
 def condensed(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The same with one line of a check for all splits, where each of them is `ok` or each is `skipped`."""
+    """Merge the findings of a check for all splits into one, if they are all `ok` or all `skipped`."""
     for _, group in itertools.groupby(findings, key=lambda finding: finding.check):
         several = list(group)
         level = several[0].level

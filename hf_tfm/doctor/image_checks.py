@@ -1,4 +1,4 @@
-"""Checks of images that have no boxes: whether they can be read, are too small or blank, or are in two splits."""
+"""Checks of images without boxes: unreadable, small, blank, or shared between splits."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from .findings import Finding, graded, ok
 if TYPE_CHECKING:
     from .data import DataCase, DataSplit
 
-LOOKED_AT = 500  # images of a split, evenly spread, that are decoded
+LOOKED_AT = 500  # number of evenly spaced images of a split to decode
 MOSTLY = 0.5
 FEW = 0.01
-SMALL = 8  # pixels of the shorter side; less shows nothing
+SMALL = 8  # minimum pixels of the shorter side
 
 
 @dataclass(frozen=True)
 class Look:
-    """One decoded image.
+    """Result of decoding an image.
 
     Args:
-        height, width: upright, in pixels; 0 where it cannot be read.
+        height, width: upright size in pixels; 0 if unreadable.
         blank: all pixels are equal.
-        error: why it cannot be read.
+        error: why it is unreadable.
     """
 
     height: int = 0
@@ -38,7 +38,7 @@ class Look:
 
 
 def looks(images: datasets.Dataset) -> dict[int, Look]:
-    """Up to `LOOKED_AT` of the images of `image_rows`, evenly spread, by row."""
+    """Decode up to `LOOKED_AT` evenly spaced images of `image_rows`, by row."""
     found = {}
     for row in np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)).tolist():
         try:
@@ -81,7 +81,7 @@ def small_images(split: "DataSplit", case: "DataCase") -> Finding:
 
 
 def blank_images(split: "DataSplit", case: "DataCase") -> Finding:
-    """Images are not of one colour alone."""
+    """Images have more than one colour."""
     flags = {row: look.blank for row, look in split.looks.items() if not look.error}
     blank = [row for row, flag in flags.items() if flag]
     if not blank:
@@ -95,7 +95,7 @@ def blank_images(split: "DataSplit", case: "DataCase") -> Finding:
 
 
 def digests(split: "DataSplit") -> list[bytes | None]:
-    """(N,) a hash of each image's bytes; None where it cannot be read."""
+    """Return (N,) hashes of the images' bytes; None for an unreadable image."""
     found: list[bytes | None] = []
     for row in split.images:
         try:

@@ -1,4 +1,4 @@
-"""Checks of the images: whether they can be read, have the stated size, lie on their side, are in two splits."""
+"""Checks of images with boxes: unreadable, stated size, orientation, enlargement, or shared between splits."""
 
 import hashlib
 from collections import defaultdict
@@ -16,18 +16,18 @@ from .boxes import MOSTLY
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case, Split
 
-UNKNOWN = -1  # bytes of an image that is not here
-ENLARGED = 4  # times; more leaves nothing of an object but a blur
-TURNED = 5  # EXIF's orientations from here on lie on their side
+UNKNOWN = -1  # byte length of an image that is not available locally
+ENLARGED = 4  # factor above which objects are too blurred
+TURNED = 5  # EXIF orientations from here on swap height and width
 
 
 def looked_at(split: Split) -> str:
-    """How many images were decoded."""
+    """Describe how many images were decoded."""
     return f"{len(split.looks)} of {len(split.rows)} images decoded"
 
 
 def unreadable_images(split: Split, case: Case) -> Finding:
-    """Images can be decoded; a run leaves out up to ``max_bad_images`` of them, but not all, and then gives up."""
+    """Images can be decoded; a run skips up to ``max_bad_images`` of them, but not all, and then fails."""
     bad = [row for row, look in split.looks.items() if look.error]
     if not bad:
         return ok(f"{looked_at(split)}, all can be read")
@@ -42,7 +42,7 @@ def unreadable_images(split: Split, case: Case) -> Finding:
 
 
 def image_size(split: Split, case: Case) -> Finding:
-    """Images have the height and width that their rows state; a run leaves out those that do not."""
+    """Images have the height and width stated in their rows; a run drops others."""
     stated = {row: tuple(split.sizes[row].tolist()) for row in split.looks}
     others = [row for row, look in split.looks.items() if not look.error and look.size != stated[row]]
     if not others:
@@ -63,7 +63,7 @@ def image_size(split: Split, case: Case) -> Finding:
 
 
 def image_orientation(split: Split, case: Case) -> Iterator[Finding]:
-    """Images that a camera turned have boxes of the upright image."""
+    """Images with an EXIF orientation have boxes of the upright image."""
     turned = [row for row, look in split.looks.items() if look.orientation > 1]
     if not turned:
         yield ok(f"{looked_at(split)}, none has an EXIF orientation")
@@ -91,7 +91,7 @@ def image_orientation(split: Split, case: Case) -> Iterator[Finding]:
 
 
 def tiny_images(split: Split, case: Case) -> Finding:
-    """Images are not enlarged beyond what they show; thumbnails and placeholders show no object well enough."""
+    """Images are not enlarged beyond their resolution; thumbnails and placeholders do not show objects well enough."""
     args, known = case.args, np.flatnonzero((split.sizes > 0).all(axis=1))
     if not len(known):
         return ok("no image states its size")
@@ -115,7 +115,7 @@ def tiny_images(split: Split, case: Case) -> Finding:
 
 
 def shared_images(case: Case) -> Iterator[Finding]:
-    """No image of the training split is in another one, byte for byte."""
+    """No image of the training split is in another split, byte for byte."""
     if not case.held_out:
         yield warning(
             f"{case.args.held_out} is the training split itself: its AP says nothing of new images",
@@ -136,7 +136,7 @@ def shared_images(case: Case) -> Iterator[Finding]:
 
 
 def byte_lengths(split: Split) -> np.ndarray:
-    """(N,) bytes of each image as it is stored, `UNKNOWN` where that is not here; only sizes of files are read."""
+    """Return the (N,) byte lengths of the stored images, `UNKNOWN` if not local; reads only file sizes."""
     found = []
     for table in split.rows.select_columns([IMAGE]).with_format("arrow").iter(batch_size=1000):
         values = table.column(IMAGE).combine_chunks()
@@ -156,7 +156,7 @@ def byte_lengths(split: Split) -> np.ndarray:
 
 
 def equal_images(one: Split, other: Split, *lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of rows with the same bytes; only images as long as one of the other split are read."""
+    """Return pairs of rows with the same bytes; reads only images whose length occurs in both splits."""
     shared = np.intersect1d(*lengths)
     shared = shared[shared != UNKNOWN]
     digests = []
@@ -167,7 +167,7 @@ def equal_images(one: Split, other: Split, *lengths: np.ndarray) -> list[tuple[i
             try:
                 rows_of[hashlib.sha256(encoded(pictures[row][IMAGE])).digest()].append(row)
             except (BadImage, OSError):
-                continue  # another check's matter
+                continue  # reported by unreadable_images
         digests.append(rows_of)
     return sorted(
         ((digests[0][key][0], row) for key in digests[0].keys() & digests[1].keys() for row in digests[1][key]),

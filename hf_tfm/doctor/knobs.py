@@ -1,6 +1,6 @@
-"""Checks of the knobs: queries, learning rates, schedule, clipping, losses, against what the paper did.
+"""Checks of hyperparameters against the paper's: learning rates, schedule, clipping, losses.
 
-Paper: Carion et al. 2020, arXiv:2005.12872, section 4 and appendix A.4; the clipping is from the authors' code.
+Paper: Carion et al. 2020, arXiv:2005.12872, section 4 and appendix A.4; gradient clipping as in the authors' code.
 """
 
 import math
@@ -11,18 +11,18 @@ from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
 PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH, PAPER_WIDTH = 1e-4, 1e-5, 64, 256
-FACTOR = 10  # a rate so far from the paper's is told; so far again, it has failed
+FACTOR = 10  # a learning rate this far from the paper's gets a warning, and this far again fails
 PAPER_NORM, LOOSE_NORM = 0.1, 1.0
-FEWEST_STEPS = 2000  # of a new model: the preset digits has 3,000 for a tiny one, the paper 277,000 (150 epochs)
+FEWEST_STEPS = 2000  # for a new model: preset digits trains a tiny one for 3,000, the paper for 277,000 (150 epochs)
 
 
 def learning_rate(case: Case) -> Iterator[Finding]:
-    """The learning rates and the batch fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images a step."""
+    """Learning rates and batch size fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images per step."""
     args = case.args
     settled, _ = args.resolve(case.steps_per_epoch, 0)
     try:
         groups = parameter_groups(case.model, settled)
-    except ValueError as error:  # a part of rate_factors that is in no weight's name
+    except ValueError as error:  # a key of rate_factors matches no parameter
         yield failed(str(error), "name a part of the model, say {backbone: 0.1}")
         return
     rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
@@ -30,7 +30,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     rate = max(rate_of[key] for key in rate_of.keys() - inside)
     backbone = max((rate_of[key] for key in inside), default=None)
     linear = PAPER_RATE * args.batch_size / PAPER_BATCH
-    narrow = max(1.0, PAPER_WIDTH / case.config.d_model)  # a narrower model bears more
+    narrow = max(1.0, PAPER_WIDTH / case.config.d_model)  # a narrower model tolerates a higher rate
     low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR * narrow
     used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
     used += f"{args.batch_size} images a step by {args.optimizer}"
@@ -56,7 +56,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
 
 
 def schedule(case: Case) -> Finding:
-    """The warm-up ends in time, and a new model gets more than a few hundred steps."""
+    """Warm-up ends before training does, and a new model gets more than a few hundred steps."""
     args = case.args
     steps = args.max_steps or math.ceil(args.num_train_epochs * case.steps_per_epoch)
     settled = args.resolve(case.steps_per_epoch, 0)[0]
@@ -76,7 +76,7 @@ def schedule(case: Case) -> Finding:
 
 
 def gradient_clipping(case: Case) -> Finding:
-    """Gradients are scaled down to a small norm: the first steps of a DETR have large ones."""
+    """Gradients are clipped to a small norm; they are large in the first steps of a DETR."""
     norm = case.args.max_grad_norm
     if 0 < norm <= LOOSE_NORM:
         return ok(f"max_grad_norm {norm:g}; {PAPER_NORM} in the authors' code")
@@ -85,7 +85,7 @@ def gradient_clipping(case: Case) -> Finding:
 
 
 def auxiliary_loss(case: Case) -> Finding:
-    """Every decoder layer's predictions are learned from."""
+    """Every decoder layer has a loss."""
     if case.config.auxiliary_loss:
         return ok(f"every one of {case.config.decoder_layers} decoder layers is learned from")
     return warning("the last decoder layer alone is learned from", "--model.auxiliary_loss true, as in the paper")

@@ -1,4 +1,4 @@
-"""Checks of class labels: missing, of mixed kinds, spelled in two ways, rare, or in one split alone."""
+"""Checks of class labels: missing, of mixed types, inconsistently spelled, rare, or in one split only."""
 
 import math
 from collections import Counter
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from .data import DataCase, DataSplit
 
 MOSTLY = 0.5
-RARE = 2  # examples of a class below which nothing can be learned
-UNBALANCED = 100  # times that the most frequent class has more examples than the rarest
-MANY_CLASSES = 0.5  # classes per example: the column holds names or numbers, not classes
+RARE = 2  # minimum number of examples per class
+UNBALANCED = 100  # maximum ratio of the frequencies of two classes
+MANY_CLASSES = 0.5  # classes per example above which the column is probably not a class label
 SHOWN = 3
 
 
 def is_given(value: Any) -> bool:
-    """Whether a row has a label: None, NaN, blank text and negative integers mean that it has none."""
+    """Return True if a row has a label: None, NaN, blank text and negative integers count as missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return False
     if isinstance(value, str):
@@ -29,7 +29,7 @@ def is_given(value: Any) -> bool:
 
 
 def listed(values: list[Any]) -> str:
-    """The first values, and how many more there are."""
+    """List the first values, and how many more there are."""
     more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
     return ", ".join(map(repr, values[:SHOWN])) + more
 
@@ -52,7 +52,7 @@ def missing_labels(split: "DataSplit", case: "DataCase") -> Finding:
 
 
 def label_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """Labels are of one kind, and are classes."""
+    """Labels have a single type, and are classes."""
     if isinstance(split.rows.features[split.columns.label], ClassLabel):
         return
     kinds = Counter(type(value).__name__ for value in split.labels if value is not None)
@@ -82,7 +82,7 @@ def label_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
 
 
 def label_spelling(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """No two classes differ in case or white space alone."""
+    """No two classes differ only in case or white space."""
     spelled: dict[str, set[str]] = {}
     for value in split.labels:
         if isinstance(value, str):
@@ -98,7 +98,7 @@ def label_spelling(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
 
 
 def class_balance(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """There are several classes, and enough examples of each."""
+    """There are several classes, with enough examples of each."""
     counts = Counter(value for value in split.labels if value is not None)
     if not counts or any(isinstance(value, float) and value % 1 for value in counts):
         return
@@ -126,7 +126,7 @@ def class_balance(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
 
 
 def classes_in_one_split(case: "DataCase") -> Iterator[Finding]:
-    """Every class that is scored is also learned."""
+    """Every class that is evaluated is also trained on."""
     learned = {value for value in case.train.labels if value is not None}
     if any(isinstance(value, float) and value % 1 for value in learned):
         return

@@ -1,6 +1,6 @@
-"""Learn eight images by heart, with the run's task, loss and matching: what is right takes a minute.
+"""Overfit eight images with the run's task, loss and matching: a correct set-up succeeds within a minute.
 
-easiest images -> the run's model, or a small one with its losses -> `STEPS` steps, all images in each -> AP on them
+easiest images -> the run's model, or a small one with its losses -> `STEPS` full-batch steps -> AP on the same images
 """
 
 import dataclasses
@@ -28,29 +28,29 @@ from ..training.scene_run import build_detr, labels_of
 from .findings import Finding, failed, graded, ok, skipped
 from .splits import Case, Split, look_at
 
-IMAGES, LIMIT = 8, 0.9  # AP is COCO's, over IoU 0.50 to 0.95
+IMAGES, LIMIT = 8, 0.9  # COCO AP, averaged over IoU 0.50 to 0.95
 STEPS, FIRST_SCORE, SCORE_EVERY = 300, 60, 20
-MORE_STEPS = 4  # times as many for a new large model: "small" (15 million weights) reached an AP of 0.49 in 300
-# For a width of 128; found with "tiny" on digit scenes. 1.5e-3 does not get there, nor 2e-3 at a norm of 0.1.
+MORE_STEPS = 4  # factor for a new large model: "small" (15 million parameters) reached an AP of 0.49 in 300 steps
+# For a width of 128; tuned with "tiny" on digit scenes. Neither 1.5e-3 nor 2e-3 with a norm of 0.1 reaches the limit.
 RATE, WIDTH, MAX_GRAD_NORM = 1e-3, 128, 1.0
-SMALL_MODEL = 10_000_000  # weights; a larger one takes more than a minute
-CELLS = (8, 12, 16)  # cells of the feature map along the shortest side, as many as the smallest object needs
-PART_OF_A_CELL = 0.25  # that the side of the smallest object has to be
-LONGEST = 4 / 3  # of the shortest side: images of all shapes share one canvas
+SMALL_MODEL = 10_000_000  # parameters; a larger model takes more than a minute
+CELLS = (8, 12, 16)  # candidate numbers of feature map cells along the shortest side, chosen by the smallest object
+PART_OF_A_CELL = 0.25  # minimum side of the smallest object, in cells
+LONGEST = 4 / 3  # longest side relative to the shortest: images of all shapes share one canvas
 PLAIN = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-QUICK = {"backbone_norm_momentum": 0.1}  # of a new model; less would need more steps
-# The smallest of timm: on blood cells it learns in 0.4 of the time that resnet10t takes, and gets further.
+QUICK = {"backbone_norm_momentum": 0.1}  # for a new model; a lower value would need more steps
+# The smallest backbone of timm: on blood cells it trains in 0.4 of the time of resnet10t, and reaches a higher AP.
 BACKBONE = "test_efficientnet"
-LEAST_QUERIES = 10  # of a stand-in; twice the objects of the fullest image otherwise, since many queries learn later
-# What a stand-in has of the run's model: all that decides what is learned, nothing of its size.
+LEAST_QUERIES = 10  # minimum for a stand-in, else twice the objects of the fullest image: more queries train slower
+# Configuration that a stand-in shares with the run's model: everything that determines the losses, not the size.
 SHARED = (*WEIGHTS, "eos_coefficient", "auxiliary_loss", "position_embedding_type", "norm_first")
 
 
 def easiest(split: Split, most: int) -> list[int]:
-    """Up to `IMAGES` rows, those with the fewest and largest objects first, all readable.
+    """Select up to `IMAGES` readable rows, preferring few and large objects.
 
     Args:
-        most: objects an image may have.
+        most: maximum number of objects per image.
     """
     boxes, rows = split.kept.fours("bbox"), split.kept.rows()
     there = split.kept.numbers("iscrowd", 0.0) == 0
@@ -68,11 +68,11 @@ def easiest(split: Split, most: int) -> list[int]:
 
 
 def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDetection, str]:
-    """The model of the run, or a small one in its place, without dropout; and what to call it.
+    """Return the run's model or a small stand-in, without dropout, and its description.
 
     Args:
-        full: the model of the run, however large.
-        most: objects of an image that is to be learned.
+        full: use the run's model, whatever its size.
+        most: maximum number of objects in the selected images.
     """
     args, labels = case.args, labels_of(case.train.rows)
     weights = sum(parameter.numel() for parameter in case.model.parameters())
@@ -88,7 +88,7 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDet
 
 
 def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
-    """Pixels of the shortest side at which the smallest object is a quarter of a cell wide, within bounds."""
+    """Return the shortest side in pixels at which the smallest object is a quarter of a cell wide, within bounds."""
     found = [
         np.sqrt(o["bbox"][2] * o["bbox"][3]) / min(row["height"], row["width"])
         for row in rows.select_columns(["objects", "height", "width"])
@@ -100,11 +100,11 @@ def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
 
 @dataclass
 class Lesson:
-    """A model and the images that it is to learn.
+    """A model and the images to overfit.
 
     Args:
-        accelerator: computes.
-        task: the run's own, without augmentation.
+        accelerator: runs the training steps.
+        task: the run's task, without augmentation.
         model: prepared by the accelerator.
         rows: the images.
     """
@@ -115,12 +115,12 @@ class Lesson:
     rows: datasets.Dataset
 
     def loader(self, rows: datasets.Dataset) -> StepLoader:
-        """All rows as one step."""
+        """Return a loader that yields all rows in one step."""
         sizes = np.stack([rows["height"], rows["width"]], axis=1)
         return StepLoader(rows, ShapeSampler(sizes, IMAGES), self.task.collate)
 
     def learn(self, rate: float, steps: int) -> tuple[dict[str, float], int]:
-        """Learn until AP is above `LIMIT`, or for some steps; scores, and how many steps it took."""
+        """Train until AP exceeds `LIMIT` or the steps are used up; return the scores and the number of steps."""
         loader = self.loader(self.rows)
         (batches,) = loader.epoch(0)
         batches = [{name: value for name, value in batch.items() if name != "references"} for batch in batches]
@@ -139,7 +139,7 @@ class Lesson:
         return scores, step
 
     def worst(self) -> int:
-        """The place of the image with the highest loss."""
+        """Return the index of the image with the highest loss."""
         losses = [
             evaluate(self.accelerator, self.task, self.model, self.loader(self.rows.select([i])))["loss"]
             for i in range(len(self.rows))
@@ -148,10 +148,10 @@ class Lesson:
 
 
 def overfit(case: Case, full: bool) -> Finding:
-    """A model can learn eight training images by heart.
+    """A model can overfit eight training images.
 
     Args:
-        full: learn with the model of the run, however large.
+        full: use the run's model, whatever its size.
     """
     args = case.args
     chosen = easiest(case.train, case.config.num_queries)
@@ -179,7 +179,7 @@ def overfit(case: Case, full: bool) -> Finding:
     if scores["AP"] > LIMIT:
         return ok(message)
     return graded(
-        not large,  # of large models it is not known that healthy images are learned so fast
+        not large,  # it is unknown whether a large model overfits correct data this fast
         f"{message}; the image with the highest loss is named",
         "do the boxes and classes belong to these images? If so, the weights of the loss and the knobs of the model",
         case.train.sample(chosen[lesson.worst()]),

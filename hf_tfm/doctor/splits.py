@@ -1,6 +1,6 @@
-"""What is examined: the splits of a data set as they are stored and as a run reads them, the knobs and the model.
+"""Objects of the examination: splits as stored and as a run reads them, arguments and model.
 
-load_splits -> objects as stored, flat (`FlatList`) beside `scene_rows` -> `Split`, `Case`
+load_splits -> objects as stored, flat (`FlatList`) next to `scene_rows` -> `Split`, `Case`
 """
 
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ from ..tasks.splits import split_rows
 from ..training.scene_run import SceneRunArguments
 from .findings import Sample
 
-LOOKED_AT = 500  # images of a split, evenly spread, that are decoded
+LOOKED_AT = 500  # number of evenly spaced images of a split to decode
 
 
 @dataclass(frozen=True)
 class Look:
-    """What decoding an image showed.
+    """Result of decoding an image.
 
     Args:
-        size: height and width, upright, in pixels; (0, 0) where it cannot be read.
-        orientation: EXIF's, 1 to 8; 1 is upright as stored, from 5 on it lies on its side.
-        error: why it cannot be read.
+        size: upright height and width in pixels; (0, 0) if unreadable.
+        orientation: EXIF orientation, 1 to 8; 1 is upright as stored, 5 and above swap height and width.
+        error: why it is unreadable.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -45,19 +45,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Split:
-    """A split as it is stored, and as a run reads it.
+    """A split as stored, and as a run reads it.
 
     Shapes: N images; M objects as stored; K objects that are kept.
 
     Args:
-        name: of the split.
-        rows: of `scene_rows`.
-        report: of `scene_rows`.
+        name: name of the split.
+        rows: rows of `scene_rows`.
+        report: report of `scene_rows`.
         found: the objects as stored.
         ids: (N,) image ids.
-        sizes: (N, 2) height and width that the rows state, or the images' headers where they state none.
-        names: of the categories.
-        categories: (M,) place of each stored object's category among the names, -1 without one.
+        sizes: (N, 2) height and width as stated in the rows, or else from the images' headers.
+        names: category names.
+        categories: (M,) index of each stored object's category in the names, -1 without one.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Split:
 
     @classmethod
     def read(cls, name: str, rows: datasets.Dataset, args: SceneRunArguments) -> "Split":
-        """The rows of a split as `load_splits` gives them.
+        """Read the rows of a split from `load_splits`.
 
         Raises:
             ValueError: they cannot be read, see `scene_rows`.
@@ -92,45 +92,45 @@ class Split:
 
     @cached_property
     def place(self) -> np.ndarray:
-        """(M,) the row of each stored object."""
+        """(M,) row of each stored object."""
         return self.found.rows()
 
     @cached_property
     def kept(self) -> FlatList:
-        """The objects that a run learns from, or is scored on."""
+        """Objects that a run trains on or evaluates."""
         return FlatList.of(self.rows, OBJECTS)
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """(N,) objects of each image that a model is to find: crowds are none."""
+        """(N,) number of objects to detect in each image, without crowds."""
         there = self.kept.numbers("iscrowd", 0.0) == 0
         return np.bincount(self.kept.rows()[there], minlength=len(self.rows))
 
     @cached_property
     def class_counts(self) -> np.ndarray:
-        """Objects of each of the names."""
+        """Number of objects of each category."""
         return np.bincount(self.kept.numbers("category", 0.0).astype(np.int64), minlength=len(self.names))
 
     @cached_property
     def looks(self) -> dict[int, Look]:
-        """Up to `LOOKED_AT` images, by row."""
+        """Inspection results of up to `LOOKED_AT` images, by row."""
         chosen = np.unique(np.linspace(0, len(self.rows) - 1, min(LOOKED_AT, len(self.rows))).astype(np.int64))
         pictures = self.rows.select_columns([IMAGE])
         return {row: look_at(pictures[row][IMAGE]) for row in chosen.tolist()}
 
     def sample(self, row: int, box: np.ndarray | None = None) -> Sample:
-        """An image, and a box in it."""
+        """Return an image, and a box in it, as a sample."""
         value = self.rows.select_columns([IMAGE])[int(row)][IMAGE]
         path = value["path"] if isinstance(value, Mapping) else value
         numbers = None if box is None else tuple(float(value) for value in box)
         return Sample(int(self.ids[row]), self.name, numbers, path if isinstance(path, str) else None)
 
     def stored_sample(self, k: int) -> Sample:
-        """The k-th stored object."""
+        """Return the k-th stored object as a sample."""
         return self.sample(self.place[k], self.boxes[k])
 
     def kept_sample(self, k: int) -> Sample:
-        """The k-th object that is kept; its box is x, y, width and height in pixels."""
+        """Return the k-th kept object as a sample; its box is x, y, width and height in pixels."""
         return self.sample(self.kept.rows()[k], self.kept.fours("bbox")[k])
 
 
@@ -147,14 +147,14 @@ def look_at(value) -> Look:
 
 @dataclass
 class Case:
-    """All that is examined.
+    """Everything that is examined.
 
     Args:
-        args: the knobs of the run.
-        splits: by name.
-        model: the one that would be trained; its backbone has random weights where a download would fill it.
-        earlier: the model of ``model_name_or_path`` as it is saved; None without one.
-        missing: weights that it does not have.
+        args: arguments of the run.
+        splits: splits by name.
+        model: model to train; its backbone has random weights instead of downloaded ones.
+        earlier: model of ``model_name_or_path`` as saved; None without one.
+        missing: names of the weights that it lacks.
     """
 
     args: SceneRunArguments
@@ -165,27 +165,27 @@ class Case:
 
     @property
     def train(self) -> Split:
-        """The split to learn from."""
+        """Training split."""
         return self.splits[self.args.train_split]
 
     @property
     def held_out(self) -> list[Split]:
-        """The other splits."""
+        """All other splits."""
         return [split for split in self.splits.values() if split is not self.train]
 
     @property
     def config(self) -> TfmDetrConfig:
-        """Of the model that would be trained."""
+        """Configuration of the model to train."""
         return self.model.config
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; scenes that do not fill one are left out."""
+        """Optimizer steps per epoch; an incomplete last step is dropped."""
         return max(1, len(self.train.rows) // self.args.batch_size)
 
 
 def read_splits(args: SceneRunArguments) -> dict[str, Split]:
-    """The splits that a run uses, its training split first.
+    """Read the splits that a run uses, the training split first.
 
     Raises:
         ValueError: the data set cannot be read.

@@ -1,4 +1,4 @@
-"""Checks of texts: kind, content, characters, tokens, lengths, and copies within and between splits."""
+"""Checks of texts: type, content, characters, tokens, lengths, and duplicates within and between splits."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ from .findings import Finding, failed, graded, ok, skipped, warning
 if TYPE_CHECKING:
     from .data import DataCase, DataSplit
 
-MOSTLY = 0.5  # share of rows from which on a fault spoils the run
-SOME = 0.01  # share of rows from which on a fault is worth a warning
-MANY_COPIES = 0.1  # share of a held-out split that is in the training split: its scores say little then
-TOKENIZED = 2_000  # texts of a split, evenly spread, that are tokenized
-UNKNOWN, MANY_UNKNOWN = 0.001, 0.05  # share of tokens
-LOPSIDED = 9  # times that one side of a pair has more characters than the other (as Moses cleans its corpora)
-DAMAGED = ("\ufffd", "Ã¤", "Ã¶", "Ã¼", "Ã©", "â€", "ÃŸ")  # replacement character; UTF-8 that was read as Latin-1
+MOSTLY = 0.5  # fraction of rows above which a fault spoils the run
+SOME = 0.01  # fraction of rows above which a fault gets a warning
+MANY_COPIES = 0.1  # fraction of a held-out split in the training split above which its scores are meaningless
+TOKENIZED = 2_000  # number of evenly spaced texts of a split to tokenize
+UNKNOWN, MANY_UNKNOWN = 0.001, 0.05  # fractions of tokens
+LOPSIDED = 9  # maximum length ratio of a pair, in characters (as in the corpus cleaning of Moses)
+DAMAGED = ("\ufffd", "Ã¤", "Ã¶", "Ã¼", "Ã©", "â€", "ÃŸ")  # replacement character; UTF-8 decoded as Latin-1
 
 
 def rows_where(flags: Any) -> np.ndarray:
-    """Row numbers of the true values."""
+    """Return the row numbers of the true values."""
     return np.flatnonzero(np.fromiter(flags, dtype=bool))
 
 
 def text_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """Every value of a text column is text."""
+    """All values of text columns are strings."""
     for part, values in split.texts.items():
         wrong = rows_where(not isinstance(value, str) for value in values)
         if len(wrong):
@@ -52,7 +52,7 @@ def empty_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
 
 
 def damaged_characters(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """Texts show no trace of a wrong encoding."""
+    """Texts show no sign of a wrong encoding."""
     for part, values in split.texts.items():
         damaged = rows_where(isinstance(value, str) and any(mark in value for mark in DAMAGED) for value in values)
         if len(damaged):
@@ -66,7 +66,7 @@ def damaged_characters(split: "DataSplit", case: "DataCase") -> Iterator[Finding
 
 
 def tokenized(split: "DataSplit", case: "DataCase") -> Iterator[tuple[str, np.ndarray, list[list[int]]]]:
-    """Part, rows and token ids of up to `TOKENIZED` texts, evenly spread."""
+    """Yield part, rows and token ids of up to `TOKENIZED` evenly spaced texts."""
     for part, values in split.texts.items():
         rows = rows_where(isinstance(value, str) and bool(value.strip()) for value in values)
         rows = (
@@ -126,7 +126,7 @@ def text_lengths(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
 
 
 def digests(split: "DataSplit") -> list[bytes]:
-    """(N,) a hash of all texts of each row."""
+    """Return (N,) hashes of all texts of each row."""
     rows = zip(*split.texts.values(), strict=True)
     return [
         hashlib.blake2b("\0".join(map(str, row)).encode("utf-8", "replace"), digest_size=12).digest() for row in rows
@@ -134,7 +134,7 @@ def digests(split: "DataSplit") -> list[bytes]:
 
 
 def repeated_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
-    """Texts that occur several times in a split have one label."""
+    """Texts that are repeated within a split have one label."""
     first: dict[bytes, int] = {}
     copies, other = [], []
     for row, digest in enumerate(digests(split)):

@@ -1,4 +1,4 @@
-"""The model that would be trained, and checks of its weights: what is new, and what is frozen without a training."""
+"""Build the model to train, and check its weights: newly initialised ones, and frozen norms without statistics."""
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,15 @@ from ..training.scene_run import CLASSIFIER, QUERIES, head_of, labels_of, load_d
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
-LARGE_BACKBONE = 15_000_000  # weights that hardly learn from random values on a small data set
+LARGE_BACKBONE = 15_000_000  # parameters; larger backbones hardly train from scratch on a small data set
 MOSTLY = 0.5
 
 
 def add_model(case: Case) -> None:
-    """Build the model of a case; nothing is downloaded for its backbone.
+    """Build the model of a case, without downloading backbone weights.
 
     Raises:
-        ValueError, OSError: the knobs, or the weights of ``model_name_or_path``, do not fit.
+        ValueError, OSError: the arguments, or the weights of ``model_name_or_path``, do not fit.
     """
     args, fields = case.args, labels_of(case.train.rows)
     kind = TfmDetrForObjectDetection
@@ -37,7 +37,7 @@ def add_model(case: Case) -> None:
 
 
 def fresh_weights(case: Case) -> Finding:
-    """Which weights start from random values."""
+    """Most weights are pretrained, or the model is small enough to train from scratch."""
     sizes = {name: parameter.numel() for name, parameter in case.model.named_parameters()}
     millions = f"{sum(sizes.values()) / 1e6:.1f} million weights"
     if case.earlier is None:
@@ -61,17 +61,17 @@ def fresh_weights(case: Case) -> Finding:
 
 
 def taken(old: Tensor, new: Tensor) -> bool:
-    """Whether a weight is as it was saved, or the first rows of that: of fewer queries."""
+    """Return True if a weight equals the saved one, or its first rows if there are fewer queries."""
     return torch.equal(old[: len(new)] if new.ndim else old, new)
 
 
 def top(name: str) -> str:
-    """The part of the model that a weight is in."""
+    """Return the module that a weight belongs to."""
     return ".".join(part for part in name.split(".")[:2] if part not in ("weight", "bias"))
 
 
 def frozen_norms(case: Case) -> Finding:
-    """Frozen norms have the statistics of some data; with none they scale nothing, and never will."""
+    """Frozen norms have statistics of some data; without them they would be identities for ever."""
     norms = [module for module in case.model.modules() if isinstance(module, FrozenBatchNorm)]
     if not norms:
         return ok("no norm is frozen")
@@ -87,5 +87,5 @@ def frozen_norms(case: Case) -> Finding:
 
 
 def is_identity(norm: nn.Module) -> bool:
-    """Whether the statistics are those of no data."""
+    """Return True if the norm has its initial statistics."""
     return not norm.running_mean.any() and bool((norm.running_var == 1).all())
