@@ -15,7 +15,7 @@ import docstring_parser
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .options import OptionParser
 from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
-from .values import checked
+from .values import PATHS, checked, expanded
 
 
 def recipes_folder() -> Path:
@@ -185,6 +185,7 @@ def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
     from .evaluation import lines
     from .training.run import require_model
 
+    given = {name: with_homes(name, value) for name, value in given.items()}
     if path[0] == "show":
         for argument in filter(given.get, ("model", "beside")):
             require_model(argument, given[argument])
@@ -192,6 +193,13 @@ def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
     for line in lines(result) if isinstance(result, dict) else ():
         print(line)
     return result if isinstance(result, int) else 0
+
+
+def with_homes(name: str, value: Any) -> Any:
+    """A value of an option in which "~" is a home directory where it names files; see `values.PATHS`."""
+    if isinstance(value, list):
+        return [with_homes(name, one) for one in value]
+    return expanded(name, value) if name in PATHS and isinstance(value, str) and value[:1] == "~" else value
 
 
 def add_commands(

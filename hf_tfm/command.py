@@ -5,6 +5,8 @@ exception -> root cause -> one line that names the argument and the file -> stan
 Exit status: 0 success, 1 failure, 2 invalid arguments (as argparse has it), 130 interrupted from the keyboard.
 """
 
+import errno
+import io
 import os
 import re
 import sys
@@ -76,6 +78,13 @@ RUNTIME_CAUSES = re.compile(
 # Names under which library frames hold the file or model they read.
 PLACES = ("pretrained_model_name_or_path", "checkpoint_file", "resolved_config_file", "path_or_repo_id", "filename")
 FILES = ("checkpoint_file", "resolved_config_file", "resolved_vocab_files", "path", "file", "filename", "f", "name")
+WRITTEN = ("self", "output", "part", *FILES)  # names under which frames hold the file that they write
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, whose error names no file
+# Variables that launchers of several processes set: name -> least value.
+LAUNCHER = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DOWNCAST_BF16", "FORK_LAUNCHED")
+FLAG_VALUES = ("1", "0", "true", "false", "yes", "no", "y", "n", "t", "f", "on", "off")
 
 
 def run_command(
@@ -119,6 +128,41 @@ def check_encoding(words: Sequence[str]) -> None:
             ) from error
 
 
+def check_environment() -> None:
+    """Refuse environment variables that make libraries fail, or wait for processes that nobody started.
+
+    Raises:
+        ValueError: with the variable, its value and the remedy.
+    """
+    for name in FLAGS:
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in FLAG_VALUES:
+            raise ValueError(f'the environment variable {name} must be true or false, got "{value}": unset it')
+    found: dict[str, int] = {}
+    for name, least in LAUNCHER.items():
+        value = os.environ.get(name)
+        if value is None or (name == "LOCAL_RANK" and value == "-1"):  # accelerate's value of none
+            continue
+        if not (value.isascii() and value.isdecimal() and least <= int(value) < 2**31):
+            raise ValueError(
+                f'the environment variable {name} must be an integer of at least {least}, got "{value}": unset it, or '
+                "start several processes with torchrun or accelerate launch"
+            )
+        found[name] = int(value)
+    several = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if found.get(name, 0) > (name == "WORLD_SIZE")]
+    if several and not os.environ.get("MASTER_ADDR") and not any(name in os.environ for name in MPI_SIZES):
+        raise ValueError(
+            f"the environment variable {several[0]} is {found[several[0]]}, but MASTER_ADDR is not set, so no "
+            f"launcher started this process: unset {several[0]}, or start several processes with torchrun or "
+            "accelerate launch"
+        )
+    if found.get("RANK", 0) >= found.get("WORLD_SIZE", 2**31):
+        raise ValueError(
+            f"the environment variable RANK must be below WORLD_SIZE, {found['WORLD_SIZE']}, got {found['RANK']}: "
+            "unset both, or start several processes with torchrun or accelerate launch"
+        )
+
+
 def run_recipe(recipe: str, function: Callable[[list[str]], int]) -> None:
     """`run_command` for the file of a recipe, and ``SystemExit`` with its status; all know ``trust_remote_code``."""
     raise SystemExit(run_command(f"run {Path(recipe).stem}", function, sys.argv[1:], code_option=True))
@@ -142,6 +186,7 @@ def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False
     """
     prefix = f"hf-tfm {name}".rstrip()
     try:
+        check_environment()
         yield
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -158,6 +203,9 @@ def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False
             discard_output()
             raise SystemExit(1) from None
         line = describe(error, words, code_option)
+        if isinstance(error, OSError) and error.errno in FULL and of_output(error):
+            line = f"standard output cannot be written: {error.strerror}"
+            discard_output()
         traceback.clear_frames(error.__traceback__)  # closes progress bars, which otherwise share the line
         say(f"{prefix}{rank()}: {line}")
         raise SystemExit(1) from None
@@ -176,6 +224,19 @@ def visible(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def of_output(error: OSError) -> bool:
+    """Whether a write that failed was one to standard output."""
+    line = traceback.extract_tb(error.__traceback__, limit=-1)[0].line or ""
+    if line.startswith("print(") and "file=" not in line:
+        return True
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 def discard_output() -> None:
     """Send standard output nowhere, so that the interpreter can flush it at its end."""
     with suppress(OSError, ValueError):
@@ -185,7 +246,7 @@ def discard_output() -> None:
 def rank() -> str:
     """ " (rank N)" in a process of several, other than the first."""
     number = os.environ.get("RANK", "0")
-    return "" if number == "0" else f" (rank {number})"
+    return "" if number == "0" or not number.isdecimal() else f" (rank {number})"
 
 
 def describe(error: BaseException, words: Sequence[str] = (), code_option: bool = False) -> str:
@@ -246,6 +307,8 @@ def reworded(error: BaseException, code_option: bool = False) -> str:
         return "out of memory"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in FULL and error.strerror:
+        return error.strerror
     if "Original Traceback" in message:  # of a DataLoader's worker: its last line is the exception
         message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
     if (REMOTE_CODE.search(message) and "\n" in message) or "contains custom code which must" in message:
@@ -274,6 +337,8 @@ def place_of(error: BaseException) -> str | None:
         *("JSONDecodeError", "SafetensorError", "UnpicklingError", "BadZipFile"),
     )
     models = nameless or re.search(r"sentencepiece or tiktoken|ignore_mismatched|[Ww]eights.only", str(error))
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        return written_file(error)
     if not models:
         return None
     # The innermost frame that knows a file, else the innermost that knows a model.
@@ -286,6 +351,18 @@ def place_of(error: BaseException) -> str | None:
                     value = os.fspath(value)
                 if isinstance(value, str) and (names is PLACES or os.path.isfile(value)):
                     return value
+    return None
+
+
+def written_file(error: OSError) -> str | None:
+    """The file that the innermost frame which knows one was writing."""
+    for frame in list(walk(error.__traceback__))[::-1]:
+        for name in WRITTEN:
+            value = frame.get(name)
+            if isinstance(value, io.IOBase):
+                value = getattr(value, "name", None)
+            if isinstance(value, (str, os.PathLike)) and os.path.exists(value) and not os.path.isdir(value):
+                return os.fspath(value)
     return None
 
 

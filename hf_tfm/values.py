@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -19,6 +20,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 INTEGER_LIMIT = 2**63  # Arrow, numpy and torch count in 64 bits
 LONGEST_SHOWN = 100  # characters of a value in an error
+# Options that name local files or folders, in which "~" is a home directory.
+PATHS = {
+    *("output_dir", "dataset_name", "dataset", "model_name_or_path", "model", "teacher", "tokenizer", "data_files"),
+    *("cache", "output", "folder", "beside", "image", "images", "file"),
+}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -126,10 +132,22 @@ def conform_to_class(name: str, value: Any, hint: Any) -> Any:
         text = os.fspath(value)
         if not isinstance(text, str) or not text.strip() or "\0" in text:
             raise ValueError(f"{name} must be a string that is not empty or blank, got {shown(value)}")
-        return text
+        return expanded(name, text) if text[0] == "~" and set(re.split(r"[.\[]", name)) & PATHS else text
     if hint not in (int, float, bool, str, type(None)) and (not isinstance(hint, type) or isinstance(value, hint)):
         return value
     raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}")
+
+
+def expanded(name: str, path: str) -> str:
+    """A path with the home directory in place of "~" or "~USER" at its begin.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f'{name} "{path}": there is no user of that name; a path that begins with ~ is "./{path}"')
+    return found
 
 
 def finite(value: Any) -> bool:

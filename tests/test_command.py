@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_every_process_but_the_first_names_its_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert failed(capsys, ValueError("x"))[1] == "hf-tfm evaluate: x\n"
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert failed(capsys, ValueError("x"))[1] == "hf-tfm evaluate (rank 3): x\n"
 
 
@@ -217,3 +219,51 @@ def test_words_that_are_no_text_are_refused(capsys):
     with pytest.raises(SystemExit):
         run_command("run x", lambda words: None, ["--run_name", "caf\udce9"])
     assert "caf\\\\udce9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is 2, but MASTER_ADDR is not set.*unset WORLD_SIZE.*torchrun"),
+        ({"LOCAL_RANK": "1"}, r"LOCAL_RANK is 1, but MASTER_ADDR"),
+        ({"WORLD_SIZE": "abc"}, r'WORLD_SIZE must be an integer of at least 1, got "abc"'),
+        ({"RANK": "-1"}, r'RANK must be an integer of at least 0, got "-1"'),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "RANK must be below WORLD_SIZE, 2, got 2"),
+        ({"ACCELERATE_USE_CPU": ""}, r'ACCELERATE_USE_CPU must be true or false, got ""'),
+    ],
+)
+def test_variables_of_no_launcher_are_refused_before_anything_else(monkeypatch, capsys, variables, told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ran = []
+    with pytest.raises(SystemExit) as end:
+        run_command("evaluate", ran.append, [])
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and not ran and line.count("\n") == 1 and re.search(told, line), line
+
+
+def test_variables_of_a_launcher_are_taken(monkeypatch):
+    for variables in ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}, {"MASTER_ADDR": "a", "WORLD_SIZE": "2"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert run_command("evaluate", lambda argv: 0, []) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_the_file(monkeypatch, capsys):
+    from hf_tfm.tasks.evaluation import write
+
+    assert describe(caught(lambda: write({}, "/dev/full"))) == "/dev/full: No space left on device"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+
+        def show(argv):
+            print("a result")
+
+        with pytest.raises(SystemExit) as end:
+            run_command("evaluate", show, [])
+        monkeypatch.undo()
+        line = capsys.readouterr().err
+        assert end.value.code == 1 and line == (
+            "hf-tfm evaluate: standard output cannot be written: No space left on device\n"
+        )

@@ -288,3 +288,16 @@ def test_yaml_reads_numbers_as_the_command_line_does():
         **{"a": 1e-3, "b": 0.5, "c": 1000, "d": "2020-01-01", "e": None, "f": INFINITE},
         **{"base": {"x": 1}, "other": {"x": 1}},
     }
+
+
+def test_home_directories_are_expanded_in_paths_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name in ("output_dir", "dataset_name", "model_name_or_path", "cache", "more_texts[0].dataset_name"):
+        assert conform(name, "~/a", str | None) == "/home/someone/a"
+    assert conform("data_files", {"train": ["~/a.csv"]}, dict[str, str | list[str]]) == {
+        "train": ["/home/someone/a.csv"]
+    }
+    assert conform("run_name", "~/a", str) == "~/a"
+    with pytest.raises(ValueError, match=r'output_dir "~no-such-user/a": there is no user of that name'):
+        conform("output_dir", "~no-such-user/a", str)
+    assert TrainingArguments(output_dir="~", max_steps=1).output_dir == "/home/someone"

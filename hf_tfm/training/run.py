@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -14,6 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from datasets.config import HF_DATASETS_CACHE
+from evaluate.config import HF_METRICS_CACHE
 from torch import nn
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
@@ -27,11 +30,11 @@ from ..hub.pretrained import check_kind
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
 from ..options import parse_arguments
 from .checkpoint import checkpoints
-from .folder import explain_write_errors
-from .loop import Task
+from .folder import explain_write_errors, require_room
+from .loop import Loader, Task
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
-from .session import TrainingResult, train
+from .session import TrainingResult, checkpoints_to_come, train
 from .sigterm import install_sigterm_handler
 from .threads import limit_threads, threads_restored
 
@@ -212,12 +215,33 @@ class Run:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
             self.accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
 
-    def train(self, task: Task, model: nn.Module, *args: Any, **options: Any) -> TrainingResult:
-        """`claim` the folder, then `train`."""
+    def train(
+        self,
+        task: Task,
+        model: nn.Module,
+        loader: Loader,
+        resolved: TrainingArguments,
+        max_steps: int,
+        eval_steps: int,
+        *args: Any,
+        **options: Any,
+    ) -> TrainingResult:
+        """`claim` the folder, then `train`; arguments as of `session.train`.
+
+        Raises:
+            OSError: the disk cannot hold the checkpoints; see also `claim` and `session.train`.
+        """
+
+        def check() -> None:
+            if self.again or not self.folder.run_file.is_file():  # nothing will be deleted that would make room
+                to_come = checkpoints_to_come(resolved, max_steps, eval_steps)
+                require_room(self.output_dir, model, to_come, bool(resolved.ema_decay))
+
+        on_main(self.accelerator, check)
         self.claim(model)
         if limit_threads(model, self.accelerator.device):
             self.accelerator.print("one CPU thread, for a small model; OMP_NUM_THREADS sets another number")
-        return train(self.accelerator, task, model, *args, **options)
+        return train(self.accelerator, task, model, loader, resolved, max_steps, eval_steps, *args, **options)
 
     def save(self, model: nn.Module, processor: Any) -> None:
         """Save the trained model and its processor in the run's folder, before anything else can fail.
@@ -300,6 +324,7 @@ def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iter
         WriteError: the folder cannot be written.
     """
     check_folder(args, argv)
+    check_caches()
     run = Run(start_accelerator(args), args, recipe, argv)
     try:
         on_main(run.accelerator, lambda: run.lock.take(run.command))
@@ -307,6 +332,26 @@ def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iter
             yield run
     finally:
         run.close()
+
+
+def check_caches() -> None:
+    """Refuse folders of caches that cannot be written, before anything is put into them.
+
+    Raises:
+        ValueError: with the folder and the environment variable that names it.
+    """
+    for variable, folder in (("HF_DATASETS_CACHE", HF_DATASETS_CACHE), ("HF_METRICS_CACHE", HF_METRICS_CACHE)):
+        path = Path(folder).expanduser().absolute()
+        place = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            named = variable if os.environ.get(variable) else "HF_HOME"
+            raise ValueError(
+                f"the cache folder {path} cannot be written ({place}: {error.strerror}): set the environment variable "
+                f"{named} to a folder that can"
+            ) from error
 
 
 def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:

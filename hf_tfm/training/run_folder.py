@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 from ..data.source import EMBEDDED
 from ..hub.saved_files import RESULTS, RUN, WEIGHTS, WRITTEN
+from ..values import shown
 from .folder import explain_write_errors, sync, write_text
 
 try:
@@ -72,6 +73,8 @@ def check_place(folder: str, argument: str = "output_dir") -> None:
         raise ValueError(f'{argument} "{folder}" is a symbolic link to {os.readlink(path)}, which is not there')
     if path.exists() and not path.is_dir():
         raise ValueError(f'{argument} "{folder}" is a file: choose a folder')
+    if file := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f'{argument} "{folder}" lies below "{file}", which is a file: choose a folder')
 
 
 def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_dir") -> None:
@@ -404,12 +407,15 @@ def changes(run_file: Path, identity: dict[str, Any], ignored: Collection[str] =
         ValueError: the file is damaged.
     """
     try:
-        held = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-        names = sorted((held.keys() - set(ignored)) | identity.keys())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(run_file.read_text(encoding="utf-8"))
+        held = content.get("identity") if isinstance(content, dict) else None
+        if not isinstance(held, dict):
+            raise ValueError(f'a mapping "identity" is expected, got {shown(content)}')
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{run_file} does not describe a run (it is damaged: {error}): choose another output_dir"
         ) from error
+    names = sorted((held.keys() - set(ignored)) | identity.keys())
     theirs, ours = held.get("data"), identity.get("data")
     if isinstance(theirs, dict) and isinstance(ours, dict):
         held["data"] = {split: value for split, value in theirs.items() if split in ours}

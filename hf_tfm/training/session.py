@@ -77,7 +77,7 @@ class Session:
         self.keep = max(args.save_total_limit, args.average_checkpoints)
         if accelerator.is_main_process:
             states.clean(self.output_dir)
-            to_come = max(1, self.keep + 2 - len(states.checkpoints(self.output_dir)))  # plus best and next
+            to_come = checkpoints_to_come(args, max_steps, eval_steps)
             folders.require_room(self.output_dir, model, to_come, self.ema is not None)
         accelerator.wait_for_everyone()
         shortened = args.lr_scheduler_type in (
@@ -210,6 +210,17 @@ class Session:
                     states.discard(old)
                 states.rotate(self.output_dir, self.keep, progress.best_step)
         self.saved_step = progress.step
+
+
+def checkpoints_to_come(args: TrainingArguments, max_steps: int, eval_steps: int) -> int:
+    """Checkpoints that a run writes before it deletes one: those kept, the best and the next, if it makes so many.
+
+    Args:
+        max_steps, eval_steps: see `train`.
+    """
+    keep = max(args.save_total_limit, args.average_checkpoints)
+    made = math.ceil(max_steps / eval_steps) + (math.ceil(max_steps / args.save_steps) if args.save_steps else 0)
+    return max(1, min(keep + 2, made) - len(states.checkpoints(Path(args.output_dir))))
 
 
 def train(

@@ -133,6 +133,9 @@ OPTIONS: list[tuple[str, str, str]] = [
     # names
     (VISION, "--output_dir ''", got("output_dir", "empty", '""')),
     (VISION, "--output_dir ' '", got("output_dir", "blank", '" "')),
+    (VISION, "--output_dir {in}/notes.txt/run", got("output_dir", "lies below", "notes.txt", "a file")),
+    (VISION, "--output_dir ~no-such-user/run", got("output_dir", "~no-such-user/run", "no user")),
+    (VISION, "--dataset_name ~no-such-user/a.csv", got("dataset_name", "~no-such-user/a.csv", "no user")),
     (VISION, "--run_name ''", got("run_name", "empty", '""')),
     (VISION, "--dataset_name ''", got("dataset_name", "empty", '""')),
     (VISION, "--train_split ''", got("train_split", "empty", '""')),
@@ -384,6 +387,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("doctor detection --data digit-scenes", "--quick --learning_rate .nan", got("learning_rate", "finite", "nan")),
     ("doctor detection --data digit-scenes", "--quick --model /no/where", "/no/where"),
     ("quickstart", "--output_dir ''", got("output_dir", "empty")),
+    ("quickstart", "--output_dir {in}/notes.txt/run", got("output_dir", "lies below", "notes.txt", "a file")),
+    ("evaluate ~no-such-user/model", "--dataset_name digits", got("model", "~no-such-user/model", "no user")),
     ("quickstart", "--output x", r"did you mean --output_dir\?"),
 ]
 

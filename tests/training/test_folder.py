@@ -14,10 +14,11 @@ from training_helpers import arguments, history, run_training, start
 
 from hf_tfm.training import checkpoint as states
 from hf_tfm.training import folder as folders
-from hf_tfm.training import run_folder
+from hf_tfm.training import run, run_folder
 from hf_tfm.training.checkpoint import checkpoints
 from hf_tfm.training.folder import History, WriteError, explain_write_errors, require_room
 from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_place
+from hf_tfm.training.session import checkpoints_to_come
 
 RUN = {"task": "translation", "seed": 0, "adam_betas": (0.9, 0.98), "data": {"train": "abc"}}
 
@@ -162,6 +163,40 @@ def test_a_description_that_is_none(tmp_path, text):
     with pytest.raises(ValueError, match=r"run\.json does not describe a run"):
         claim(tmp_path, overwrite=True)
     assert contents(tmp_path) == {"run.json": text}
+
+
+def test_a_description_that_is_a_list(tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r'is damaged: a mapping "identity" is expected, got \[1\]'):
+        claim(tmp_path)
+
+
+def test_a_folder_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r'output_dir ".*file/a/b" lies below ".*file", which is a file'):
+        check_place(str(tmp_path / "file" / "a" / "b"))
+
+
+def test_caches_that_cannot_be_written_are_named_before_a_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    run.check_caches()
+    monkeypatch.setattr(run, "HF_DATASETS_CACHE", str(tmp_path / "file" / "hf" / "datasets"))
+    with pytest.raises(ValueError, match=r"file/hf/datasets cannot be written .*Not a directory.* HF_HOME to"):
+        run.check_caches()
+    monkeypatch.setenv("HF_DATASETS_CACHE", "x")
+    with pytest.raises(ValueError, match="HF_DATASETS_CACHE to"):
+        run.check_caches()
+
+
+def test_no_more_checkpoints_are_counted_than_the_run_makes(tmp_path):
+    def count(**options):
+        return checkpoints_to_come(arguments(tmp_path, save_total_limit=10**9, **options), 10, 5)
+
+    assert count(save_steps=None) == 2
+    assert count(save_steps=3) == 2 + 4
+    args = arguments(tmp_path, save_total_limit=1, save_steps=None)
+    assert checkpoints_to_come(args, 1000, 5) == 3
 
 
 def test_a_run_that_is_not_claimed_leaves_nothing(tmp_path):
