@@ -1,7 +1,7 @@
 """The classic Transformer family for the Hugging Face ecosystem.
 
-Importing this package registers its configurations and models with transformers' Auto classes. Its classes are those
-of the table in `families`; __init__.pyi lists them for type checkers.
+Importing this package registers its configurations and models with transformers' Auto classes. The exported classes
+come from the table in `families`; __init__.pyi lists them for type checkers.
 """
 
 from .families import carry_code, exports, register

@@ -1,6 +1,6 @@
-"""The command line: hf-tfm run | evaluate | convert | push | show | doctor | quickstart.
+"""Command line: hf-tfm run | evaluate | convert | push | show | doctor | quickstart.
 
-hf-tfm COMMAND --help tells each one's options.
+hf-tfm COMMAND --help lists the options of a command.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from .values import PATHS, checked, expanded
 
 
 def recipes_folder() -> Path:
-    """Where the recipes are: inside an installed package, or beside it in the repository."""
+    """Return the folder of the recipes: in an installed package, or next to the package in the repository."""
     here = Path(__file__).parent
     return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
 
@@ -29,7 +29,7 @@ def run(recipe: str, argv: list[str]) -> None:
 
     Args:
         recipe: name of a file in recipes/.
-        argv: its command line.
+        argv: arguments of the recipe.
 
     Raises:
         SystemExit: with the exit status of the recipe.
@@ -40,23 +40,23 @@ def run(recipe: str, argv: list[str]) -> None:
         raise SystemExit(2)
     file = str(recipes_folder() / f"{recipe}.py")
     sys.argv = [file, *argv]
-    with short_errors(f"run {recipe}", argv):  # what fails before the recipe's own `run_recipe`
+    with short_errors(f"run {recipe}", argv):  # errors before the recipe calls `run_recipe`
         runpy.run_path(file, run_name="__main__")
 
 
 @checked()
 def convert(model: str, to: str, output_dir: str, revision: str | None = None) -> None:
-    """Write a model as another library's class, or back, with a parity certificate beside it.
+    """Convert a model to another library's class, or back, with a parity certificate.
 
     Args:
-        model: folder (of TinyBERT's authors too) or Hub id, or a .pth file of the authors of the masked autoencoder or
-            of DETR.
+        model: folder (also of TinyBERT's authors), Hub id, or .pth file of the authors of the masked autoencoder or of
+            DETR.
         to: a class that needs no remote code: transformers' marian (post-norm) or pegasus (pre-norm) for a translation
-            model, transformers' vit or timm for a classifier, transformers' deit for one with a distillation token,
-            transformers' vit_mae or the names of mae_authors for a masked autoencoder, transformers' detr or the
-            names of detr_authors for a detector, transformers' bert or distilbert (without segments) or the names of
-            tinybert's authors for a BERT, transformers' gpt2 for a GPT; or back: tfm.
-        output_dir: folder to make.
+            model, transformers' vit or timm for an image classifier, transformers' deit for one with a distillation
+            token, transformers' vit_mae or the authors' names (mae_authors) for a masked autoencoder, transformers'
+            detr or the authors' names (detr_authors) for a detector, transformers' bert or distilbert (without
+            segments) or the authors' names (tinybert) for a BERT, transformers' gpt2 for a GPT; or back: tfm.
+        output_dir: folder to create.
         revision: branch, tag or commit on the Hub.
     """
     from .conversion import convert as convert_model
@@ -71,9 +71,9 @@ def push(folder: str, repo_id: str, private: bool = False) -> None:
     """Upload a run's folder to the Hub: model, code, tokenizer, card and results.
 
     Args:
-        folder: of a run.
+        folder: folder of a run.
         repo_id: user/name.
-        private: make a new repository private.
+        private: create a new repository as private.
     """
     from .hub.push import files_to_push
     from .hub.push import push as push_folder
@@ -85,10 +85,10 @@ def push(folder: str, repo_id: str, private: bool = False) -> None:
 
 
 def doctor_detection(argv: list[str]) -> int:
-    """Find out why AP would be 0 before a run starts: hf-tfm doctor detection --help.
+    """Find the causes of an AP of 0 before a run starts: hf-tfm doctor detection --help.
 
     Args:
-        argv: its command line.
+        argv: arguments of the command.
     """
     from .doctor.detection import main as examine
 
@@ -97,10 +97,10 @@ def doctor_detection(argv: list[str]) -> int:
 
 @checked()
 def quickstart(output_dir: str = "runs/quickstart") -> None:
-    """Train a model of every kind on data that needs no download, load and compare them, and look at them.
+    """Train a model of every kind on data that needs no download, reload, compare and visualise them.
 
     Args:
-        output_dir: folder of the translation run; those of the image runs have its name with an ending.
+        output_dir: folder of the translation run; the other runs append a suffix to its name.
     """
     from .quickstart import quickstart as start
 
@@ -108,10 +108,10 @@ def quickstart(output_dir: str = "runs/quickstart") -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``hf-tfm``.
+    """Run ``hf-tfm``.
 
     Args:
-        argv: arguments; default, those of this process.
+        argv: arguments; by default those of this process.
 
     Raises:
         SystemExit: with the exit status, see `command`.
@@ -135,17 +135,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
-    """Command line -> command path, its function and the arguments given.
+    """Parse arguments to a command path, its function and the given options.
 
     Raises:
-        SystemExit: the command line is not valid; status 2.
+        SystemExit: the arguments are invalid; status 2.
     """
     from .doctor.data import doctor_data
     from .evaluation import KINDS, evaluate
 
-    # What each command is about stands first, without a name; everything else is an option.
+    # The objects of a command are positional arguments; everything else is an option.
     commands = {
-        "run": (run, "recipe"),  # listed here; what follows the recipe's name is the recipe's own to read
+        "run": (run, "recipe"),  # listed for --help; `main` passes the arguments after the name to the recipe
         "evaluate": (evaluate, "model"),
         "convert": (convert, "model"),
         "push": (push, "folder", "repo_id"),
@@ -156,14 +156,14 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
         },
-        # "detection" is listed here and parses its arguments itself
+        # "detection" is listed for --help and parses its own arguments
         "doctor": {"data": (doctor_data, "dataset"), "detection": (doctor_detection, "argv")},
         "quickstart": (quickstart,),
     }
     description = f"{__doc__.split(chr(10))[0]} {DEBUG_HELP}."
     parser = OptionParser(prog="hf-tfm", description=description, allow_abbrev=False)
     functions = add_commands(parser, commands, kinds={evaluate: KINDS})
-    values = parser.parse_args(argv, defaults=False)  # what is not given, each function knows itself
+    values = parser.parse_args(argv, defaults=False)  # functions have their own defaults
     path = [values.command]
     chosen = values[values.command]
     while "command" in chosen:
@@ -173,7 +173,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
 
 
 def option_names(function: Callable) -> set[str]:
-    """Names of the options of a command."""
+    """Return the names of the options of a command."""
     from .evaluation import KINDS, evaluate
 
     functions = map(callable_of, KINDS.values()) if function is evaluate else [function]
@@ -181,7 +181,7 @@ def option_names(function: Callable) -> set[str]:
 
 
 def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
-    """Call the function of a command and print its result; returns the exit status."""
+    """Call the function of a command, print its result, and return the exit status."""
     from .evaluation import lines
     from .training.run import require_model
 
@@ -208,15 +208,15 @@ def add_commands(
     path: tuple[str, ...] = (),
     kinds: Mapping[Callable, Mapping[str, Callable]] | None = None,
 ) -> dict[tuple[str, ...], Callable]:
-    """Give a parser a command for each function, with options from its signature and docstring.
+    """Add a subcommand for each function, with options from its signature and docstring.
 
     Args:
         commands: name -> (function, its positional arguments ...), or another such dict.
-        path: commands before these.
-        kinds: for a function that calls one of several, those by name: their options are its own.
+        path: parent commands.
+        kinds: for a function that dispatches to one of several functions, these by name; their options are added.
 
     Returns:
-        The functions by path of commands.
+        The functions by command path.
     """
     functions: dict[tuple[str, ...], Callable] = {}
     group = parser.add_subcommands(dest="command", metavar="COMMAND")
@@ -245,10 +245,10 @@ def add_commands(
 
 
 def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], skip: set[str]) -> None:
-    """Give a parser the options of several functions, grouped by who takes them.
+    """Add the options of several functions to a parser, grouped by the functions that have them.
 
     Args:
-        kinds: functions by name; what the first that takes an option says of it is its help.
+        kinds: functions by name; the help of an option comes from the first function that has it.
         skip: arguments to leave out.
     """
     takers: dict[str, list[str]] = {}
@@ -267,12 +267,12 @@ def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], sk
 
 
 def callable_of(kind: Any) -> Callable:
-    """The function, or class of arguments, whose parameters are the options of a kind of model."""
+    """Return the function, or argument class, whose parameters are the options of a kind of model."""
     return kind.EvaluationArguments if isinstance(kind, type) else kind
 
 
 def enumerated(words: Sequence[str]) -> str:
-    """Words with commas, and "and" before the last."""
+    """Join words with commas, and "and" before the last."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

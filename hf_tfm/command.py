@@ -1,8 +1,8 @@
-"""Running a command: a failure is one line on standard error and an exit status; ``--debug`` shows the trace.
+"""Run a command: errors become one line on standard error and an exit status; ``--debug`` shows the traceback.
 
 exception -> root cause -> one line that names the argument and the file -> standard error, exit status
 
-Exit status: 0 success, 1 failure, 2 invalid arguments (as argparse has it), 130 interrupted from the keyboard.
+Exit status: 0 success, 1 failure, 2 invalid arguments (as in argparse), 130 keyboard interrupt.
 """
 
 import errno
@@ -20,19 +20,19 @@ from typing import Any
 DEBUG_OPTION, DEBUG_VARIABLE = "--debug", "HF_TFM_DEBUG"
 DEBUG_HELP = f"{DEBUG_OPTION} (or {DEBUG_VARIABLE}=1) prints the trace of an error instead of one line"
 
-# Errors that a user's input can cause. Anything else is reported as unexpected, since it is likely a bug.
+# Exceptions caused by user input. Others are reported as unexpected, because they are probably bugs.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, FloatingPointError, EOFError)
-# Errors of these libraries describe the data, file or option they were given.
+# Libraries whose exceptions describe the data, file or option that they were given.
 USER_ERROR_LIBRARIES = {
     *("argparse", "datasets", "fsspec", "huggingface_hub", "jsonargparse", "PIL", "pickle", "struct", "tarfile"),
     *("httpcore", "httpcore2", "httpx", "httpx2", "hf_xet"),
     *("pyarrow", "requests", "safetensors", "tokenizers", "urllib3", "yaml", "zipfile", "zlib", "_pickle"),
 }
-# Errors that only wrap their cause, which says what is wrong.
+# Exceptions that only wrap the informative one.
 WRAPPERS = {"DatasetGenerationError"}
 LONGEST_LINE = 600
 
-# Messages of libraries that take many lines or name arguments that our commands do not have: pattern -> our text.
+# Library messages that span many lines or name arguments that our commands lack: pattern -> replacement.
 REWORDED: tuple[tuple[str, str], ...] = (
     (r"Repo id must be in the form.*?: '(.*?)'\.", '"{0}" is neither a local folder nor a repository name of the Hub'),
     (r"Repo id must use alphanumeric chars.*?: '(.*?)'\.", '"{0}" is neither a local folder nor a repository name'),
@@ -70,17 +70,17 @@ REWORDED: tuple[tuple[str, str], ...] = (
 )
 REMOTE_CODE = re.compile(r"trust_remote_code|contains custom code which must be executed")
 REMOTE_CODE_PLACE = re.compile(r"(?:repository|loading|model|from) `?([^\s`]+?)`? (?:contains|requires)")
-# RuntimeErrors that input causes; others are likely bugs.
+# RuntimeErrors caused by input; others are probably bugs.
 RUNTIME_CAUSES = re.compile(
     r"allocat|out of memory|bad_alloc|ignore_mismatched_sizes|[Ww]eights.only|Dataset scripts|size mismatch"
     r"|device string|device type|CUDA|cuda|DataLoader worker|PytorchStreamReader|Error\(s\) in loading state_dict"
 )
-# Names under which library frames hold the file or model they read.
+# Variable names under which library frames hold the model or file that they read.
 PLACES = ("pretrained_model_name_or_path", "checkpoint_file", "resolved_config_file", "path_or_repo_id", "filename")
 FILES = ("checkpoint_file", "resolved_config_file", "resolved_vocab_files", "path", "file", "filename", "f", "name")
-WRITTEN = ("self", "output", "part", *FILES)  # names under which frames hold the file that they write
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of a write, whose error names no file
-# Variables that launchers of several processes set: name -> least value.
+WRITTEN = ("self", "output", "part", *FILES)  # variable names under which frames hold the file that they write
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # write errors that do not name the file
+# Environment variables set by distributed launchers: name -> minimum.
 LAUNCHER = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DOWNCAST_BF16", "FORK_LAUNCHED")
@@ -90,13 +90,13 @@ FLAG_VALUES = ("1", "0", "true", "false", "yes", "no", "y", "n", "t", "f", "on",
 def run_command(
     name: str, function: Callable[[list[str]], int | None], argv: Sequence[str], code_option: bool = False
 ) -> int:
-    """Run ``function`` on a command line.
+    """Run ``function`` with command-line arguments.
 
     Args:
         name: command as typed after "hf-tfm", for instance "run translation_train".
-        function: takes the arguments without ``--debug`` and returns the exit status; None is 0.
+        function: takes the arguments without ``--debug`` and returns the exit status; None means 0.
         argv: arguments.
-        code_option: whether the command has an option ``trust_remote_code`` that an error may recommend.
+        code_option: True if the command has an option ``trust_remote_code`` that an error may recommend.
 
     Returns:
         The exit status.
@@ -107,16 +107,16 @@ def run_command(
     with short_errors(name, argv, code_option):
         check_encoding(argv)
         status = function(without_debug(argv))
-        if sys.stdout is not None:  # as it is where the shell closed it
-            sys.stdout.flush()  # a closed pipe shows here instead of while the interpreter ends
+        if sys.stdout is not None:  # None if the shell closed it
+            sys.stdout.flush()  # raises for a closed pipe here instead of at interpreter exit
     return status or 0
 
 
 def check_encoding(words: Sequence[str]) -> None:
-    """Refuse words that are not valid text, which could not be written to the files of a run.
+    """Refuse arguments that are not valid text, which could not be written to the files of a run.
 
     Raises:
-        ValueError: with the word.
+        ValueError: names the argument.
     """
     for word in words:
         try:
@@ -129,10 +129,10 @@ def check_encoding(words: Sequence[str]) -> None:
 
 
 def check_environment() -> None:
-    """Refuse environment variables that make libraries fail, or wait for processes that nobody started.
+    """Refuse environment variables that make libraries fail, or wait for processes that were never started.
 
     Raises:
-        ValueError: with the variable, its value and the remedy.
+        ValueError: names the variable, its value and the remedy.
     """
     for name in FLAGS:
         value = os.environ.get(name)
@@ -141,7 +141,7 @@ def check_environment() -> None:
     found: dict[str, int] = {}
     for name, least in LAUNCHER.items():
         value = os.environ.get(name)
-        if value is None or (name == "LOCAL_RANK" and value == "-1"):  # accelerate's value of none
+        if value is None or (name == "LOCAL_RANK" and value == "-1"):  # accelerate's value for no rank
             continue
         if not (value.isascii() and value.isdecimal() and least <= int(value) < 2**31):
             raise ValueError(
@@ -164,23 +164,23 @@ def check_environment() -> None:
 
 
 def run_recipe(recipe: str, function: Callable[[list[str]], int]) -> None:
-    """`run_command` for the file of a recipe, and ``SystemExit`` with its status; all know ``trust_remote_code``."""
+    """Apply `run_command` to a recipe file and exit with its status; every recipe has ``trust_remote_code``."""
     raise SystemExit(run_command(f"run {Path(recipe).stem}", function, sys.argv[1:], code_option=True))
 
 
 def without_debug(words: Sequence[str]) -> list[str]:
-    """The arguments without ``--debug``."""
+    """Return the arguments without ``--debug``."""
     return [word for word in words if word != DEBUG_OPTION]
 
 
 def wants_trace(words: Sequence[str]) -> bool:
-    """Whether a trace was asked for, on the command line or in the environment."""
+    """Return True if a traceback was requested, with an argument or an environment variable."""
     return DEBUG_OPTION in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 @contextmanager
 def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False) -> Iterator[None]:
-    """Turn an exception into one line on standard error and ``SystemExit``; with ``--debug``, let it pass.
+    """Convert an exception to one line on standard error and ``SystemExit``; with ``--debug``, let it propagate.
 
     See `run_command` for the arguments.
     """
@@ -199,33 +199,33 @@ def short_errors(name: str, words: Sequence[str] = (), code_option: bool = False
     except BaseException as error:
         if isinstance(error, GeneratorExit) or wants_trace(words):
             raise
-        if isinstance(error, BrokenPipeError):  # the reader of standard output is gone
+        if isinstance(error, BrokenPipeError):  # the reader of standard output has exited
             discard_output()
             raise SystemExit(1) from None
         line = describe(error, words, code_option)
         if isinstance(error, OSError) and error.errno in FULL and of_output(error):
             line = f"standard output cannot be written: {error.strerror}"
             discard_output()
-        traceback.clear_frames(error.__traceback__)  # closes progress bars, which otherwise share the line
+        traceback.clear_frames(error.__traceback__)  # closes progress bars, which would share the line
         say(f"{prefix}{rank()}: {line}")
         raise SystemExit(1) from None
 
 
 def say(text: str) -> None:
-    """Print to standard error after what was printed to standard output."""
+    """Print to standard error, after flushing standard output."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):  # closed
+        with suppress(OSError, ValueError):  # the stream is closed
             stream.flush()
     print(visible(text), file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:
-    """Text in which control characters are written out, so that a name cannot add lines or steer a terminal."""
+    """Escape control characters, so that a name can neither add lines nor control the terminal."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def of_output(error: OSError) -> bool:
-    """Whether a write that failed was one to standard output."""
+    """Return True if a failed write was to standard output."""
     line = traceback.extract_tb(error.__traceback__, limit=-1)[0].line or ""
     if line.startswith("print(") and "file=" not in line:
         return True
@@ -238,22 +238,22 @@ def of_output(error: OSError) -> bool:
 
 
 def discard_output() -> None:
-    """Send standard output nowhere, so that the interpreter can flush it at its end."""
+    """Redirect standard output to the null device, so that the flush at interpreter exit succeeds."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def rank() -> str:
-    """ " (rank N)" in a process of several, other than the first."""
+    """Return " (rank N)" in every process but the first of several, otherwise ""."""
     number = os.environ.get("RANK", "0")
     return "" if number == "0" or not number.isdecimal() else f" (rank {number})"
 
 
 def describe(error: BaseException, words: Sequence[str] = (), code_option: bool = False) -> str:
-    """An exception in one line: argument, file and cause.
+    """Describe an exception in one line: argument, file and cause.
 
     Args:
-        words: command line, in which the argument is looked up whose value the message names.
+        words: command-line arguments, among which the option is found whose value the message contains.
         code_option: see `run_command`.
     """
     while type(error).__name__ in WRAPPERS and error.__cause__ is not None:
@@ -267,15 +267,15 @@ def describe(error: BaseException, words: Sequence[str] = (), code_option: bool 
 
 
 def cause(error: BaseException, code_option: bool = False) -> str:
-    """The message of an exception in one line, with the file that a library read when it failed."""
+    """Return the message of an exception in one line, with the file that a library was reading."""
     text, place = reworded(error, code_option), place_of(error)
     text = text.replace("\n", " ")
     return f"{place}: {text}" if place and not holds(text, place) else text
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether input may have caused an error; otherwise it is likely a bug."""
-    if isinstance(error, USER_ERRORS) or type(error) is Exception:  # tokenizers raises plain exceptions
+    """Return True if input may have caused an exception; otherwise it is probably a bug."""
+    if isinstance(error, USER_ERRORS) or type(error) is Exception:  # tokenizers raises plain Exception
         return True
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if modules & (USER_ERROR_LIBRARIES | {"hf_tfm"}) or type(error).__name__ == "OutOfMemoryError":
@@ -286,7 +286,7 @@ def is_expected(error: BaseException) -> bool:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether an exception was raised in this package or a recipe, not in a library that it calls."""
+    """Return True if an exception was raised in this package or a recipe, not in a library."""
     frames = traceback.extract_tb(error.__traceback__, limit=-1)
     folders = (Path(__file__).parent, Path(__file__).parents[1] / "recipes")
     return (
@@ -297,7 +297,7 @@ def raised_by_us(error: BaseException) -> bool:
 
 
 def reworded(error: BaseException, code_option: bool = False) -> str:
-    """The message of an exception in one line, without advice that the command cannot take."""
+    """Return the message of an exception in one line, without advice that does not apply to the command."""
     message = str(error).strip()
     if message and raised_by_us(error):
         return first_line(message)
@@ -309,7 +309,7 @@ def reworded(error: BaseException, code_option: bool = False) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in FULL and error.strerror:
         return error.strerror
-    if "Original Traceback" in message:  # of a DataLoader's worker: its last line is the exception
+    if "Original Traceback" in message:  # from a DataLoader worker: the last line is the exception
         message = message.splitlines()[-1].partition(": ")[2] or message.splitlines()[-1]
     if (REMOTE_CODE.search(message) and "\n" in message) or "contains custom code which must" in message:
         found = REMOTE_CODE_PLACE.search(message)
@@ -323,7 +323,8 @@ def reworded(error: BaseException, code_option: bool = False) -> str:
 
 
 def first_line(message: str) -> str:
-    """The first line of a message, with the next where it announces one, cut to `LONGEST_LINE` characters."""
+    """Return the first line of a message, with the next if it ends in a colon or comma, up to `LONGEST_LINE`
+    characters."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = ""
     while lines and (not text or text.endswith((":", ","))):
@@ -332,7 +333,7 @@ def first_line(message: str) -> str:
 
 
 def place_of(error: BaseException) -> str | None:
-    """The file or model that a library read when it failed, for errors that do not name it themselves."""
+    """Return the file or model that a library was reading, for exceptions that do not name it themselves."""
     nameless = isinstance(error, (UnicodeError, RecursionError)) or type(error).__name__ in (
         *("JSONDecodeError", "SafetensorError", "UnpicklingError", "BadZipFile"),
     )
@@ -341,7 +342,7 @@ def place_of(error: BaseException) -> str | None:
         return written_file(error)
     if not models:
         return None
-    # The innermost frame that knows a file, else the innermost that knows a model.
+    # Prefer the innermost frame with a file, then the innermost with a model.
     frames = list(walk(error.__traceback__))[::-1]
     for names in (FILES, PLACES) if nameless else (PLACES,):
         for frame in frames:
@@ -355,7 +356,7 @@ def place_of(error: BaseException) -> str | None:
 
 
 def written_file(error: OSError) -> str | None:
-    """The file that the innermost frame which knows one was writing."""
+    """Return the file that was being written, from the innermost frame that holds one."""
     for frame in list(walk(error.__traceback__))[::-1]:
         for name in WRITTEN:
             value = frame.get(name)
@@ -367,19 +368,19 @@ def written_file(error: OSError) -> str | None:
 
 
 def walk(trace: TracebackType | None) -> Iterator[dict[str, Any]]:
-    """Local variables of the frames of a trace, outermost first."""
+    """Yield the local variables of the frames of a traceback, outermost first."""
     while trace is not None:
         yield trace.tb_frame.f_locals
         trace = trace.tb_next
 
 
 def holds(text: str, place: str) -> bool:
-    """Whether a text names a file or folder."""
+    """Return True if a text contains the path or name of a file or folder."""
     return place in text or Path(place).name in text
 
 
 def argument_of(text: str, words: Sequence[str]) -> str | None:
-    """The option whose value, a path, a text names; None where there is none or more than one."""
+    """Return the option whose value, a path, occurs in a text; None if there is not exactly one."""
     found = set()
     for i, word in enumerate(words):
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The table of model families: a family is one line of `FAMILIES`.
+"""Table of model families: a family is one line of `FAMILIES`.
 
 Exports of the package, registration with transformers' Auto classes, conversions and tests are derived from it. Other
 packages add families with `register_family` or through entry points of the group "hf_tfm.families".
@@ -40,7 +40,7 @@ class Family:
     conversions: tuple[str, ...] = ()
 
     def classes(self) -> dict[str, type]:
-        """{Auto class: class}."""
+        """Return {Auto class: class}."""
         package = self.config.__module__.rpartition(".")[0]
         found = {}
         for auto_class, path in self.config.auto_classes.items():
@@ -60,7 +60,7 @@ FAMILIES: list[Family] = [
 
 
 def register_family(family: Family) -> None:
-    """Add a family and make transformers' Auto classes know it. Safe to call again.
+    """Add a family and register it with transformers' Auto classes. Can be called repeatedly.
 
     Raises:
         ValueError: another family has this name or model type.
@@ -81,35 +81,36 @@ def register_family(family: Family) -> None:
             auto.register(family.config.model_type, family.config, exist_ok=True)
         else:
             auto.register(family.config, registered, exist_ok=True)
-            # Names that a pipeline looks up before it reports that a model is unsupported.
+            # Pipelines look up these names before they report a model as unsupported.
             auto._model_mapping._model_mapping[family.config.model_type] = registered.__name__
 
 
 def register() -> None:
-    """Make ``AutoConfig``, ``AutoModel`` ... know every family, those of plug-ins included. Safe to call again."""
+    """Register every family, including those of plug-ins, with transformers' Auto classes. Can be called
+    repeatedly."""
     for family in [*FAMILIES, *plugins()]:
         register_family(family)
 
 
 def plugins() -> Iterator[Family]:
-    """Families of other packages: entry points of the group "hf_tfm.families", each a `Family`.
+    """Yield families of other packages: entry points of the group "hf_tfm.families", each a `Family`.
 
     A plug-in that cannot be imported is reported on standard error and skipped.
     """
     for point in entry_points(group=ENTRY_POINTS):
         try:
             family = point.load()
-        except Exception as error:  # whatever the other package raises
+        except Exception as error:  # the other package may raise anything
             print(f"hf-tfm: the plug-in {point.name} ({point.value}) cannot be loaded: {error}", file=sys.stderr)
             continue
         yield family
 
 
 def family_of(name: str) -> Family:
-    """The family called ``name``.
+    """Return the family called ``name``.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists all names.
     """
     for family in FAMILIES:
         if family.name == name:
@@ -118,7 +119,7 @@ def family_of(name: str) -> Family:
 
 
 def carry_code(enabled: bool) -> None:
-    """Whether `save_pretrained` and `push_to_hub` save the code with the weights; on by default.
+    """Set whether `save_pretrained` and `push_to_hub` save the code with the weights; on by default.
 
     If it is off, config.json has no ``auto_map``, and loading needs ``import hf_tfm``.
     """
@@ -128,13 +129,13 @@ def carry_code(enabled: bool) -> None:
 
 
 def exports() -> dict[str, Any]:
-    """{name: class} of all families of this package, for its namespace."""
+    """Return {name: class} of all families of this package, for its namespace."""
     own = [family for family in FAMILIES if family.config.__module__.startswith(f"{__package__}.")]
     return {kind.__name__: kind for family in own for kind in family.classes().values()}
 
 
 def stub() -> str:
-    """The content of __init__.pyi, which lists `exports` for type checkers."""
+    """Return the content of __init__.pyi, which lists `exports` for type checkers."""
     kinds = sorted(exports().values(), key=lambda kind: kind.__name__)
     modules = [(kind.__module__.replace(__package__, "", 1), kind.__name__) for kind in kinds]
     names = [(".families", "carry_code"), (".families", "register"), *sorted(modules)]

@@ -1,4 +1,4 @@
-"""Models whose weights are no numbers are refused."""
+"""Detect models with infinite or NaN weights."""
 
 import torch
 from torch import nn
@@ -6,9 +6,9 @@ from torch import nn
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module) -> str | None:
-    """The name of the first saved weight with a value that is infinite or not a number; None if all are finite.
+    """Return the name of the first saved weight with an infinite or NaN value; None if all are finite.
 
-    Weights without data (meta device) are passed over. The host waits once for each device.
+    Weights on the meta device are skipped. Synchronises with each device once.
     """
     named = [(n, value) for n, value in model.state_dict().items() if value.is_floating_point() and not value.is_meta]
     for device in dict.fromkeys(value.device for _, value in named):
@@ -21,13 +21,13 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Refuse a model with a weight that is infinite or not a number.
+    """Refuse a model with infinite or NaN weights.
 
     Args:
-        what: the model, for the error, say 'model_name_or_path "runs/vit"'.
+        what: description of the model for the error, for example 'model_name_or_path "runs/vit"'.
 
     Raises:
-        ValueError: there is one; the message names it.
+        ValueError: a weight is not finite; the message names it.
     """
     if name := first_not_finite(model):
         raise ValueError(f"{what} has weights that are not finite: {name} is the first")

@@ -1,14 +1,14 @@
-"""Limits of options: values beyond them are mistakes, refused before they fill the memory or run for ever."""
+"""Limits of options: larger values are mistakes, refused before they exhaust memory or run forever."""
 
-SEEDS = 2**32  # numpy takes no larger ones
+SEEDS = 2**32  # limit of numpy
 LARGEST_VOCABULARY = 1_000_000  # the largest published one has 901,629 tokens (XLM-V)
-LONGEST = 1_000_000  # tokens of a text
+LONGEST = 1_000_000  # tokens per text
 MOST_BEAMS = 1024
 LARGEST_BATCH = 10_000_000  # samples
 LARGEST_SIDE = 16_384  # pixels of an image
 MOST_BLOCKS = 10_000  # layers of a model
 
-# Least and largest values of options that evaluation and pictures share, beside those of `evaluation.results`.
+# Bounds of options shared by evaluation and visualisation, in addition to those in `evaluation.results`.
 LIMITS = {
     "length_penalty": (-100, 100),
     "mlm_probability": (0, 1),

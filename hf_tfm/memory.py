@@ -1,6 +1,6 @@
-"""Refuse models and batches that the machine's memory cannot hold, before they are built.
+"""Refuse models and batches that do not fit in the machine's memory, before they are built.
 
-configuration -> parameters and buffers, counted without allocating any -> bytes against those of the machine
+configuration -> parameters and buffers, counted without allocating any -> bytes compared with the machine's memory
 """
 
 from collections.abc import Callable, Iterable
@@ -14,59 +14,59 @@ from transformers import PreTrainedConfig
 
 try:
     import resource
-except ImportError:  # Windows, which has no such limits
+except ImportError:  # Windows
     resource = None
 
-TRAINING = 16  # bytes a parameter: float32 weight, gradient and two moments of Adam
-WEIGHT = 4  # the weight alone, which is built in the machine's memory also where an accelerator trains it
-# Fields of a configuration that say how often a block is repeated, of all families.
+TRAINING = 16  # bytes per parameter: float32 weight, gradient and the two moments of Adam
+WEIGHT = 4  # bytes of the weight alone, which is built in host memory even if an accelerator trains it
+# Configuration fields, of all families, that give the number of repeated blocks.
 REPEATED = (
     *("num_hidden_layers", "num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
     "decoder_num_hidden_layers",
 )
-COUNTED_AS_BUILT = 64  # up to so many blocks a model is counted as it is
+COUNTED_AS_BUILT = 64  # up to this many blocks, all are built for counting
 
 
 class ImageBatches(Protocol):
-    """Options that say how many images are computed at once."""
+    """Options that determine how many images are processed at once."""
 
     batch_size: int
     micro_batch_size: int | None
 
 
 def machine_memory() -> int:
-    """Bytes of the machine's memory."""
+    """Return the machine's memory in bytes."""
     return psutil.virtual_memory().total
 
 
 def usable_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or fewer where a limit is set (``ulimit -v``)."""
+    """Return the memory in bytes that this process may use: the machine's, or a lower limit (``ulimit -v``)."""
     if resource is None or (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
         return machine_memory()
     return min(machine_memory(), limit)
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in words."""
+    """Format bytes in GB."""
     return f"{count / 1e9:,.1f} GB"
 
 
 class TooLarge(ValueError):
-    """A model that this machine's memory cannot hold."""
+    """The model does not fit in this machine's memory."""
 
 
 def count_values(
     build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, reduce: bool = True
 ) -> tuple[int, int]:
-    """Numbers in the parameters and in the buffers of a model, without memory for any of them.
+    """Count the elements of a model's parameters and buffers without allocating memory.
 
     Args:
         build: configuration -> model.
-        reduce: of more than `COUNTED_AS_BUILT` equal blocks, build one and two, and take the others to be like the
-            second. For a family in which all blocks of a kind are equal.
+        reduce: for more than `COUNTED_AS_BUILT` equal blocks, build one and two blocks and extrapolate. Requires that
+            all blocks of a kind are equal.
 
     Raises:
-        TooLarge: a tensor has more bytes than 64 bits can count.
+        TooLarge: the bytes of a tensor exceed 64 bits.
     """
     names = [name for name in REPEATED if reduce and name in type(config).__dataclass_fields__]
     many = {name: value for name in names if (value := getattr(config, name)) > COUNTED_AS_BUILT}
@@ -92,14 +92,13 @@ def count_values(
 
 
 def new_model(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig) -> Any:
-    """A new model, unless the machine cannot hold its training.
+    """Build a new model, unless its training does not fit in memory.
 
     Args:
-        build: configuration -> model, say its class.
+        build: configuration -> model, for example its class.
 
     Raises:
-        TooLarge: parameters times 16 bytes (4 where an accelerator holds the rest), and buffers, are more than the
-            machine has.
+        TooLarge: 16 bytes per parameter (4 if an accelerator holds the rest), plus buffers, exceed the memory.
     """
     each = WEIGHT if torch.accelerator.is_available() else TRAINING
     parameters, buffers = count_values(build, config)
@@ -113,13 +112,13 @@ def new_model(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrained
 
 
 def check_saved_size(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig) -> None:
-    """Refuse a saved model that is larger than the memory, before any of it is made.
+    """Refuse a saved model that is larger than the memory, before allocating any of it.
 
     Args:
-        build: configuration -> model; one that cannot be built without memory is not checked.
+        build: configuration -> model; a model that cannot be built on the meta device is not checked.
 
     Raises:
-        TooLarge: with the bytes of its weights in float32 and those there are.
+        TooLarge: reports the bytes of its weights in float32 and the bytes available.
     """
     try:
         needed = WEIGHT * sum(count_values(build, config, reduce=False))
@@ -134,7 +133,7 @@ def check_saved_size(build: Callable[[PreTrainedConfig], nn.Module], config: Pre
 
 
 def check_batch_memory(args: ImageBatches, size: Iterable[int]) -> None:
-    """Refuse images of which those that are computed at once do not fit into the machine's memory.
+    """Refuse an image size at which the images processed at once do not fit in memory.
 
     Args:
         size: height and width in pixels.

@@ -1,6 +1,6 @@
-"""Command lines and YAML files whose mistakes are answered in one line: option, value, and the values it may have.
+"""Parse command-line arguments and YAML files, with one-line errors: option, value, and valid values.
 
-words or a YAML file, the dataclass of a command's options -> nothing, or a ValueError before jsonargparse reads them
+arguments or a YAML file, argument dataclass -> checked, or a ValueError, before jsonargparse parses them
 """
 
 import argparse
@@ -17,10 +17,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from .command import DEBUG_HELP
 from .values import closest, conform, expected, hints_of, literals, one_line, shown
 
-LARGEST_FILE = 1_000_000  # bytes; a file of options has a few hundred
-MOST_VALUES = 10_000  # with aliases written out
-DEEPEST = 20  # mappings and lists inside each other
-# Options that had other names: the error for the old name gives the new one.
+LARGEST_FILE = 1_000_000  # bytes; a typical file of options has a few hundred
+MOST_VALUES = 10_000  # with aliases expanded
+DEEPEST = 20  # nesting levels of mappings and lists
+# Renamed options: the error for an old name suggests the new one.
 RENAMED = {
     "num_steps": "max_steps",
     "num_epochs": "num_train_epochs",
@@ -39,7 +39,7 @@ RENAMED = {
     "init_from": "model_name_or_path",
     "dataset": "dataset_name",
 }
-# Options of other trainers that this package does not have: what to use instead.
+# Options of other trainers that this package lacks: their replacement.
 ELSEWHERE = {
     "per_device_train_batch_size": "batch_size is the number of samples of one optimizer step over all processes, "
     "which makes a run independent of the hardware; micro_batch_size limits how many one process computes at once",
@@ -51,7 +51,7 @@ PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "f
 
 
 class Loader(yaml.SafeLoader):
-    """YAML's plain values, numbers as jsonargparse reads them: 1e-3 is one, and a date is text."""
+    """Loader of plain YAML values, with numbers as in jsonargparse: 1e-3 is a number, and a date is a string."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -68,24 +68,24 @@ Loader.add_implicit_resolver(
 
 
 class PlainParser(argparse.ArgumentParser):
-    """A parser of argparse whose errors are one line on standard error."""
+    """argparse parser with one-line errors on standard error."""
 
     def error(self, message: str) -> NoReturn:
-        """End with exit status 2 and ``PROG: MESSAGE``."""
+        """Exit with status 2 and ``PROG: MESSAGE``."""
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 class OptionParser(ArgumentParser):
-    """A parser of jsonargparse whose errors are one line on standard error, without the usage of forty options."""
+    """jsonargparse parser with one-line errors on standard error, without the usage of forty options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit status 2 and ``PROG: MESSAGE``."""
+        """Exit with status 2 and ``PROG: MESSAGE``."""
         *_, parser = self.chosen()
         name = " ".join(word for word in parser.prog.split() if word != "[options]")
         self.exit(2, f"{name}: {one_line(self.explained(message))}\n")
 
     def explained(self, message: str) -> str:
-        """An error of argparse or jsonargparse in terms of the option, its value and the values it may have."""
+        """Rephrase an error of argparse or jsonargparse in terms of the option, its value and the valid values."""
         parsers = list(self.chosen())
         if found := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
             word = found[1].split("=")[0]
@@ -113,7 +113,7 @@ class OptionParser(ArgumentParser):
         return message
 
     def chosen(self) -> Iterator[ArgumentParser]:
-        """This parser, and those of the commands that the words name."""
+        """Yield this parser, and those of the subcommands in the arguments."""
         yield self
         words = getattr(self, "args", None) or []
         for action in self._actions:
@@ -126,13 +126,13 @@ class OptionParser(ArgumentParser):
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """YAML text as plain Python values.
+    """Parse YAML text to plain Python values.
 
     Args:
-        name: of the file or option, for errors.
+        name: name of the file or option, for errors.
 
     Raises:
-        ValueError: it is not YAML, has a tag, a key twice, or more values than any options; the error names the line.
+        ValueError: it is invalid YAML, or has a tag, a duplicate key or too many values; the error names the line.
     """
     try:
         node = yaml.compose(text, Loader)
@@ -150,7 +150,7 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def check_nodes(root: yaml.Node, name: str) -> None:
-    """Refuse a tree of YAML with tags, keys that stand twice, or that is too large; see `load_yaml`."""
+    """Refuse a YAML tree with tags or duplicate keys, or one that is too large; see `load_yaml`."""
     todo, count = [(root, 0)], 0
     while todo:
         node, depth = todo.pop()
@@ -175,10 +175,10 @@ def check_nodes(root: yaml.Node, name: str) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of options.
+    """Read a YAML file of options.
 
     Raises:
-        ValueError: it cannot be read, is no text, no YAML (see `load_yaml`), or no mapping of options.
+        ValueError: it cannot be read, is not text, not YAML (see `load_yaml`), or not a mapping of options.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -197,7 +197,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_config(path: Path, kind: type) -> None:
-    """Check a YAML file against a dataclass of options.
+    """Check a YAML file against an argument dataclass.
 
     Raises:
         ValueError: see `read_yaml`; or an option is unknown or has a value that its annotation does not allow.
@@ -216,10 +216,10 @@ def check_config(path: Path, kind: type) -> None:
 
 
 def check_words(words: Sequence[str], kind: type) -> None:
-    """Check the words of a command line, --NAME VALUE or --NAME=VALUE, against a dataclass of options.
+    """Check arguments, --NAME VALUE or --NAME=VALUE, against an argument dataclass.
 
     Raises:
-        ValueError: an option is unknown, has no value, or one that its annotation does not allow.
+        ValueError: an option is unknown, or has no value or one that its annotation does not allow.
     """
     rest = list(words)
     while rest:
@@ -227,7 +227,7 @@ def check_words(words: Sequence[str], kind: type) -> None:
         name, equals, value = word.partition("=")
         if name in ("-h", "--help", "--print_config"):
             if name != "--print_config":
-                return  # whatever else stands there
+                return  # help ignores all other arguments
             continue
         if not name.startswith("-"):
             raise ValueError(f"{shown(word)} stands where an option, --NAME VALUE, is expected")
@@ -241,16 +241,16 @@ def check_words(words: Sequence[str], kind: type) -> None:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"{name} needs a value")
             value = rest.pop(0)
-        if not name.endswith("+"):  # which adds to a list
+        if not name.endswith("+"):  # --NAME+ appends to a list
             check_word(key, value, hint)
 
 
 def unknown(name: str, known: Sequence[str]) -> str:
-    """The error for an unknown option: its new name, what to use instead, or the closest known one.
+    """Return the error for an unknown option: its new name, its replacement, or the closest known option.
 
     Args:
-        name: as it was written, with or without "--".
-        known: options, written in the same way.
+        name: as given, with or without "--".
+        known: known options in the same form.
     """
     key = name.removeprefix("--")
     prefix = name.removesuffix(key)
@@ -267,7 +267,7 @@ def check_word(name: str, word: str, hint: Any) -> None:
     if admits_text(hint):
         conform(name, word, str)
         return
-    if word in literals(hint):  # "no" is a choice of precision, and false in YAML
+    if word in literals(hint):  # "no" is a choice of mixed_precision, but false in YAML
         return
     try:
         value = load_yaml(word, name)
@@ -279,7 +279,7 @@ def check_word(name: str, word: str, hint: Any) -> None:
 
 
 def admits_text(hint: Any) -> bool:
-    """Whether an annotation allows any string."""
+    """Return True if an annotation allows any string."""
     return (
         hint is str
         or hint is Any
@@ -288,7 +288,7 @@ def admits_text(hint: Any) -> bool:
 
 
 def names_of(kind: Any) -> list[str]:
-    """Options of a dataclass, with those inside of groups as GROUP.NAME."""
+    """Return the options of a dataclass, with nested ones as GROUP.NAME."""
     names = []
     for one in fields(kind):
         hint = hints_of(kind)[one.name]
@@ -297,7 +297,7 @@ def names_of(kind: Any) -> list[str]:
 
 
 def hint_of(kind: Any, name: str) -> Any:
-    """The annotation of an option, GROUP.NAME for one inside of a group or a mapping; None of an unknown one."""
+    """Return the annotation of an option, GROUP.NAME for one in a group or a mapping; None if it is unknown."""
     hint: Any = kind
     for part in name.split("."):
         if is_dataclass(hint):
@@ -311,19 +311,18 @@ def hint_of(kind: Any, name: str) -> Any:
 
 
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
-    """Command line and YAML -> a dataclass of options.
+    """Parse command-line arguments and YAML to an argument dataclass.
 
-    ``--config`` takes a file or the name of one of the recipe's presets; all other words override it, wherever they
-    stand.
-    ``--print_config`` prints the result instead of running it.
+    ``--config`` takes a file or the name of one of the recipe's presets; all other arguments override it, whatever
+    their order. ``--print_config`` prints the result instead of running it.
 
     Args:
-        kind: the recipe's dataclass.
-        recipe: the recipe's file; its presets are in ``presets/<recipe>/`` beside it.
-        argv: the command line, without the program.
+        kind: argument dataclass of the recipe.
+        recipe: file of the recipe; its presets are in ``presets/<recipe>/`` next to it.
+        argv: arguments without the program name.
 
     Raises:
-        SystemExit: a key is unknown or a value is not one it may have; the message names it.
+        SystemExit: an option is unknown or has an invalid value; the message names it.
     """
     name = f"hf-tfm run {recipe.stem}"
     parser = OptionParser(
@@ -331,7 +330,7 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
         usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
         description=recipe_summary(recipe),
         epilog=DEBUG_HELP,
-        allow_abbrev=False,  # a mistyped option must not pass for another
+        allow_abbrev=False,  # a misspelled option must not match another
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
     parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
@@ -356,7 +355,7 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
 
 
 def preset_path(name: str, presets: Path) -> str:
-    """The file of a preset, or ``name`` itself where it is a file.
+    """Return the file of a preset, or ``name`` itself if it is a file.
 
     Raises:
         ValueError: it is neither.
@@ -373,5 +372,5 @@ def preset_path(name: str, presets: Path) -> str:
 
 
 def recipe_summary(recipe: Path) -> str:
-    """The first paragraph of a recipe's docstring."""
+    """Return the first paragraph of a recipe's docstring."""
     return ast.get_docstring(ast.parse(recipe.read_text())).split("\n\n")[0]

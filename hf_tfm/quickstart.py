@@ -1,4 +1,4 @@
-"""The quickstart: small models on data that needs no download, loaded in a fresh process, compared and looked at."""
+"""Quickstart: train small models on data that needs no download, reload, compare and visualise them."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ NUMBER = "three hundred and forty-two"
 
 DIGITS = [f"digits:test:{row}" for row in range(4)]
 
-# What a user of the saved model types where this package is not installed: Auto classes and nothing of ours.
+# Code that a user without this package would run: Auto classes and nothing of ours.
 FRESH_PROCESS = """
 import json, sys
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -36,7 +36,7 @@ print(json.dumps([type(model).__module__, tokenizer.batch_decode(outputs, skip_s
 
 
 def translate_in_fresh_process(folder: Path, sentences: list[str]) -> list[str]:
-    """Translate with the saved model in a new Python process that imports transformers alone.
+    """Translate with the saved model in a new Python process that imports only transformers.
 
     Raises:
         RuntimeError: the process failed, or it used this package's classes instead of the saved code.
@@ -53,11 +53,11 @@ def translate_in_fresh_process(folder: Path, sentences: list[str]) -> list[str]:
 
 
 def train(recipe: str, folder: Path, *options: str) -> dict[str, float]:
-    """Run a recipe's quickstart preset; returns {"split metric": value}."""
+    """Run a recipe's quickstart preset; return {"split metric": value}."""
     try:
         run(recipe, ["--config", "quickstart", "--output_dir", str(folder), *options])
     except SystemExit as end:
-        # A recipe ends with its exit status; one that was asked to stop has no model to show yet.
+        # A recipe exits with its status; a run stopped by SIGTERM has no model yet.
         if end.code or not (folder / "results.json").is_file():
             raise
     rows = json.loads((folder / "results.json").read_text())["metrics"]
@@ -65,11 +65,11 @@ def train(recipe: str, folder: Path, *options: str) -> dict[str, float]:
 
 
 def quickstart(output_dir: str) -> None:
-    """Train a translator, image classifiers with and without pretraining, a detector, and a classifier of texts with
-    its student; reload, translate, draw.
+    """Train a translation model, image classifiers with and without pretraining, a detector, and a text classifier
+    with a distilled student; reload, translate, plot.
 
     Args:
-        output_dir: folder of the translation run; those of the image runs have its name with an ending.
+        output_dir: folder of the translation run; the other runs append a suffix to its name.
     """
     folder = Path(output_dir)
     if not folder.name or folder.is_file():

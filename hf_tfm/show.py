@@ -1,6 +1,6 @@
-"""The commands hf-tfm show: pictures of what a model sees and does.
+"""Commands hf-tfm show: visualise attention, reconstructions, detections, queries and positions.
 
-Libraries are imported where they are used, for matplotlib takes a while and other commands do without.
+Libraries are imported inside the functions, because matplotlib is slow to import and other commands do not need it.
 """
 
 from pathlib import Path
@@ -23,20 +23,21 @@ def show_attention(
     heads: list[int] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Draw where a model looks, per layer and head: an image model on an image, any other on a text.
+    """Plot attention maps per layer and head: of an image model on an image, of any other model on a text.
 
     Args:
         model: folder or Hub id.
-        image: for an image model: a file, or dataset:split:index; drawn with attention rollout.
-        text: for a model of texts; of a translation model, the source sentence.
-        target: its translation; default, the model's own.
-        pair: a second text, for a model that reads two.
-        beside: folder or Hub id of another model of texts, a teacher say, drawn at its left.
-        query: who looks at the image, class (the [class] token) or mean (of patches); default, what the model pools.
-        output_dir: folder for the pictures.
-        layers: numbers of the layers to draw; default, all.
-        heads: numbers of the heads to draw; default, all.
-        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
+        image: for an image model: a file, or dataset:split:index; attention rollout is plotted, too.
+        text: for a text model: input text; for a translation model, the source sentence.
+        target: translation; by default the model generates one.
+        pair: second text, for a model that reads pairs.
+        beside: folder or Hub id of another text model, for example a teacher, plotted to the left.
+        query: query of the image's maps, class (the [class] token) or mean (of patches); by default what the model
+            pools.
+        output_dir: folder for the plots.
+        layers: layers to plot, counted from 0; by default all.
+        heads: heads to plot, counted from 0; by default all.
+        trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .hub.loading import load_image_processor
     from .viz import attention, image_maps, images, text_attention
@@ -85,15 +86,15 @@ def show_reconstruction(
     output: str = "reconstruction.png",
     trust_remote_code: bool = False,
 ) -> None:
-    """Draw images as a masked autoencoder reconstructs them: original, masked, reconstructed, a row for each.
+    """Plot images as reconstructed by a masked autoencoder: original, masked, reconstructed, one row per image.
 
     Args:
         model: folder or Hub id of a masked autoencoder.
         images: files, or dataset:split:index.
-        mask_ratio: share of patches hidden; default, the model's.
-        seed: of which patches are hidden.
+        mask_ratio: fraction of patches to mask; by default the model's.
+        seed: random seed of the masks.
         output: PNG file.
-        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
+        trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .evaluation.results import check_png
     from .hub.loading import load_image_processor
@@ -115,14 +116,14 @@ def show_detections(
     output: str = "detections.png",
     trust_remote_code: bool = False,
 ) -> None:
-    """Draw what a detector finds in images: boxes with class and score, or segments where it has masks.
+    """Plot the detections in images: boxes with class and score, or segments for a model with masks.
 
     Args:
-        model: folder or Hub id of a detector, ours or transformers'.
+        model: folder or Hub id of a detector, of this package or of transformers.
         images: files, or dataset:split:index.
-        threshold: the least score; default, 0.7 for boxes and 0.85 for segments.
+        threshold: minimum score; by default 0.7 for boxes and 0.85 for segments.
         output: PNG file.
-        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
+        trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .evaluation.detectors import load_detector
     from .evaluation.results import check_png
@@ -149,20 +150,21 @@ def show_queries(
     output: str = "queries.png",
     trust_remote_code: bool = False,
 ) -> None:
-    """Draw what a DETR's object queries do: where they look in an image, or where they put boxes in a data set.
+    """Plot the object queries of a DETR: their attention over an image, or their boxes in a data set.
 
     Args:
-        model: folder or Hub id of a DETR, ours or transformers'.
-        image: a file, or dataset:split:index: cross-attention of each confident query over it.
-        dataset_name: what `evaluate` takes: centres of each query's boxes in all images, coloured by shape.
-        split: of the data set.
+        model: folder or Hub id of a DETR, of this package or of transformers.
+        image: a file, or dataset:split:index: plots the cross-attention of each confident query over it.
+        dataset_name: data set, as for `evaluate`: plots the centres of each query's boxes in all images, coloured by
+            shape.
+        split: split of the data set.
         dataset_config: configuration of the data set.
-        image_column: images, their bytes or paths; default, the only column of images.
-        max_samples: read only the first images of the data set.
-        threshold: the least score of a query that is drawn over an image.
-        queries: numbers of those drawn of a data set; default, the first 20.
+        image_column: column of images, their bytes or paths; by default the only image column.
+        max_samples: number of images to read, from the start of the data set.
+        threshold: minimum score of the queries plotted over an image.
+        queries: query indices to plot for a data set; by default the first 20.
         output: PNG file.
-        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
+        trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .evaluation.detectors import load_detector
     from .evaluation.reading import first, read_split
@@ -196,12 +198,12 @@ def show_queries(
 
 @checked(**LIMITS)
 def show_positions(model: str, output: str = "positions.png", trust_remote_code: bool = False) -> None:
-    """Draw how alike the position embeddings of an image model are, each patch's against all.
+    """Plot the similarity of an image model's position embeddings between all pairs of patches.
 
     Args:
         model: folder or Hub id.
         output: PNG file.
-        trust_remote_code: run the code that the model brings; our own models need none where hf_tfm is installed.
+        trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .evaluation.results import check_png
     from .viz.images import load_encoder

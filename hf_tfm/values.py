@@ -1,8 +1,8 @@
-"""Check values against type annotations: the one place where options from Python, YAML and the command line are typed.
+"""Check values against type annotations, for options from Python, YAML and the command line alike.
 
-annotation, value -> the value, converted where nothing is lost (a path to text, a list to a tuple), or a ValueError
+annotation, value -> the value, converted if that is lossless (a path to a string, a list to a tuple), or a ValueError
 
-Every error is one line that names the option, the value it has and the values it may have.
+Every error is a single line with the option, its value and the valid values.
 """
 
 import difflib
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-INTEGER_LIMIT = 2**63  # Arrow, numpy and torch count in 64 bits
-LONGEST_SHOWN = 100  # characters of a value in an error
-# Options that name local files or folders, in which "~" is a home directory.
+INTEGER_LIMIT = 2**63  # Arrow, numpy and torch use 64-bit integers
+LONGEST_SHOWN = 100  # characters of a value in an error message
+# Options that may name local files or folders, in which "~" is expanded to a home directory.
 PATHS = {
     *("output_dir", "dataset_name", "dataset", "model_name_or_path", "model", "teacher", "tokenizer", "data_files"),
     *("cache", "output", "folder", "beside", "image", "images", "file"),
@@ -30,28 +30,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shown(value: Any) -> str:
-    """A value on one line of an error: strings quoted and escaped, long ones cut."""
+    """Format a value for a one-line error: strings quoted and escaped, long values truncated."""
     try:
         text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-    except Exception:  # Python writes no integers of more digits; other classes may fail in their own ways
+    except Exception:  # Python refuses to print longer integers; the repr of other classes may raise anything
         text = "an integer of more than 4,300 digits" if isinstance(value, int) else f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def one_line(text: object) -> str:
-    """A message on one line."""
+    """Join the lines of a message."""
     return " ".join(str(text).split())
 
 
 def closest(name: object, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the known name that is spelled most like it, if any is."""
+    """Suggest the most similar known name, as the end of an error about an unknown name; "" if there is none."""
     found = difflib.get_close_matches(str(name), [str(one) for one in known], n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def expected(hint: Any) -> str:
-    """The values that an annotation allows, in words."""
+    """Describe the values that an annotation allows."""
     arguments = get_args(hint)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -71,24 +71,24 @@ def expected(hint: Any) -> str:
 
 
 def plural(hint: Any) -> str:
-    """The items of a list, in words."""
+    """Describe the items of a list."""
     names = {int: "integers", float: "finite numbers", str: "strings", bool: "true or false", Any: "values"}
     return names.get(hint) or f"items, each {expected(hint)}"
 
 
 def conform(name: str, value: Any, hint: Any) -> Any:
-    """A value as an annotation has it.
+    """Check a value against an annotation, and convert it to the annotated type.
 
-    Integers are accepted as floats, numpy's numbers as Python's, paths as strings, tuples as lists and the other way
-    round, and mappings as dataclasses. Booleans are no numbers, floats no integers, and strings neither.
+    Accepted as equivalent are integers for floats, numpy numbers for Python's, paths for strings, tuples for lists and
+    vice versa, and mappings for dataclasses. Booleans are not numbers, floats not integers, and strings neither.
 
     Args:
-        name: of the option, for errors.
+        name: name of the option, for errors.
         hint: an annotation: int, float, bool, str, None, Literal, unions, lists, tuples, dicts and dataclasses of
-            those; ``Any`` and other classes' instances pass as they are.
+            those; values of ``Any`` and instances of other classes are returned unchanged.
 
     Raises:
-        ValueError: the value is of another type, not finite, of another length, no choice, or blank text.
+        ValueError: the value has the wrong type or length, is not finite, is not a valid choice, or is blank text.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, TypeVar):
@@ -117,7 +117,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
 
 
 def conform_to_class(name: str, value: Any, hint: Any) -> Any:
-    """`conform` for a plain class."""
+    """Apply `conform` to a plain class."""
     if hint is type(None) and value is None:
         return None
     if hint is bool and isinstance(value, bool):
@@ -139,7 +139,7 @@ def conform_to_class(name: str, value: Any, hint: Any) -> Any:
 
 
 def expanded(name: str, path: str) -> str:
-    """A path with the home directory in place of "~" or "~USER" at its begin.
+    """Expand "~" or "~USER" at the start of a path to the home directory.
 
     Raises:
         ValueError: there is no such user.
@@ -151,17 +151,17 @@ def expanded(name: str, path: str) -> str:
 
 
 def finite(value: Any) -> bool:
-    """Whether a number is finite as a float."""
+    """Return True if a number is finite as a float."""
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
+    except OverflowError:  # an integer above the largest float
         return False
 
 
 def conform_to_any(name: str, value: Any, hint: Any) -> Any:
-    """`conform` for a union: the first alternative that fits.
+    """Apply `conform` to a union: the first matching alternative wins.
 
-    The error is that of the only alternative of the value's kind, if there is one, and lists all of them otherwise.
+    If exactly one alternative has the value's kind, the error is that of this alternative; otherwise it lists all.
     """
     alternatives = get_args(hint)
     errors = []
@@ -169,7 +169,7 @@ def conform_to_any(name: str, value: Any, hint: Any) -> Any:
         try:
             return conform(name, value, alternative)
         except ValueError as error:
-            inside = not str(error).startswith(f"{name} must ")  # about a part of the value
+            inside = not str(error).startswith(f"{name} must ")  # the error concerns a part of the value
             if inside or (alternative is str and isinstance(value, str)):
                 errors.append(error)
     if len(errors) == 1:
@@ -179,14 +179,14 @@ def conform_to_any(name: str, value: Any, hint: Any) -> Any:
 
 
 def literals(hint: Any) -> tuple[Any, ...]:
-    """The choices of a Literal, or of those in a union."""
+    """Return the choices of a Literal, or of those in a union."""
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(choice for one in get_args(hint) for choice in literals(one))
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def conform_items(name: str, value: Any, hint: Any) -> Any:
-    """`conform` for a list or a tuple."""
+    """Apply `conform` to a list or a tuple."""
     kind, arguments = get_origin(hint), get_args(hint)
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}")
@@ -202,7 +202,7 @@ def conform_items(name: str, value: Any, hint: Any) -> Any:
 
 
 def conform_to_dataclass(name: str, value: Any, kind: type) -> Any:
-    """`conform` for a dataclass: an instance, or a mapping of its fields."""
+    """Apply `conform` to a dataclass: an instance, or a mapping of its fields."""
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
@@ -222,14 +222,14 @@ def conform_to_dataclass(name: str, value: Any, kind: type) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The annotations of a class or function, resolved."""
+    """Return the resolved annotations of a class or function."""
     return get_type_hints(kind)
 
 
 def conform_fields(options: Any) -> None:
     """Check every field of a dataclass, frozen or not, against its annotation, and convert it; see `conform`.
 
-    For the first line of ``__post_init__``.
+    Call it first in ``__post_init__``.
 
     Raises:
         ValueError: a field has a value that its annotation does not allow.
@@ -243,10 +243,10 @@ def conform_fields(options: Any) -> None:
 
 
 def check_bounds(name: str, value: Any, least: float | None = None, most: float | None = None) -> None:
-    """Check a number, or each of several, against its limits; None is not checked.
+    """Check a number, or each of several, against bounds; None is accepted.
 
     Raises:
-        ValueError: it is outside of them.
+        ValueError: it is out of bounds.
     """
     if isinstance(value, (list, tuple)):
         for i, one in enumerate(value):
@@ -261,14 +261,14 @@ def check_bounds(name: str, value: Any, least: float | None = None, most: float 
 
 
 def checked(**bounds: tuple[float | None, float | None]) -> Callable[[Function], Function]:
-    """Decorate a function whose arguments are checked against its annotations and against bounds.
+    """Decorate a function to check its arguments against annotations and bounds.
 
     Args:
-        bounds: by argument, the least and the largest value; None where there is no limit.
+        bounds: (minimum, maximum) by argument; None for no limit.
 
     Raises:
-        ValueError: from the decorated function, before it does anything; see `conform` and `check_bounds`.
-        TypeError: from the decorated function, an argument is missing or unknown, as always.
+        ValueError: when the decorated function is called, before it runs; see `conform` and `check_bounds`.
+        TypeError: when the decorated function is called with a missing or unknown argument.
     """
 
     def decorate(function: Function) -> Function:

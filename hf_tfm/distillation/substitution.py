@@ -27,11 +27,11 @@ class Substitution:
     """Options of the augmentation.
 
     Args:
-        copies: Number of augmented copies of each text.
-        probability: Probability that a word of a copy is replaced (threshold p_t).
-        candidates: Number of likeliest words to sample a replacement from (K).
-        max_length: Maximum number of tokens of a text that the model reads; later words stay unchanged.
-        seed: Random seed.
+        copies: number of augmented copies of each text.
+        probability: probability that a word of a copy is replaced (threshold p_t).
+        candidates: number of likeliest words to sample a replacement from (K).
+        max_length: maximum number of tokens of a text that the model reads; later words stay unchanged.
+        seed: random seed.
 
     Raises:
         ValueError: a value is out of range.

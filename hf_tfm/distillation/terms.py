@@ -61,12 +61,12 @@ class Term:
     """One term of a distillation loss; see `losses` for each kind.
 
     Args:
-        kind: Loss to compute: label (true labels, no teacher), soft_target (for regression with a single output:
+        kind: loss to compute: label (true labels, no teacher), soft_target (for regression with a single output:
             squared error), hard_target, logit, hidden_state, embedding, cosine, attention_score,
             attention_probability, feature_map or query.
-        weight: Weight of the term.
-        temperature: Softmax temperature of soft_target and query.
-        layers: Mapping {student layer: teacher layer}, where blocks count from 1 and 0 is the input of the first
+        weight: weight of the term.
+        temperature: softmax temperature of soft_target and query.
+        layers: mapping {student layer: teacher layer}, where blocks count from 1 and 0 is the input of the first
             block; for feature_map, {student module: teacher module}. Or a rule, for a student of M layers and a
             teacher of N: uniform, m -> m N / M (TinyBERT, section 3.1; halves rounded up); skip, uniform without the
             last layer (PKD-Skip, Sun et al. 2019, arXiv:1908.09355, section 3); last, m -> N - M + m (PKD-Last);
@@ -74,10 +74,10 @@ class Term:
         stack: encoder, decoder or cross (attention only) of an encoder-decoder model; by default the only stack.
         projection: auto adds a linear layer to the student's states if their width differs from the teacher's; linear
             always adds it; none never does.
-        tokens: Tokens of a text that count: targets, those that a language model predicts (default for terms on
+        tokens: tokens of a text that count: targets, those that a language model predicts (default for terms on
             logits); all (default for terms on states and attention); or, for the latter, first, the class token only
             (PKD, section 3). All terms on logits must use the same value.
-        output: Student logits to compare; for DeiT also cls_logits or distillation_logits.
+        output: student logits to compare; for DeiT also cls_logits or distillation_logits.
 
     Raises:
         ValueError: a value is invalid, or does not apply to the kind.

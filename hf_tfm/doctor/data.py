@@ -135,7 +135,7 @@ class DataCase:
 
     Args:
         splits: splits by name.
-        tokenizer: None if not given.
+        tokenizer: none if not given.
         max_length: maximum number of tokens of a text, or of words without a tokenizer; None for no limit.
     """
 
@@ -277,19 +277,19 @@ def doctor_data(
 
     Args:
         dataset: Hub id, local folder or file, or built-in data set, as for the recipes.
-        task: Task to check for; by default inferred from the columns.
-        dataset_config: Configuration of the data set.
-        dataset_revision: Commit, tag or branch on the Hub.
-        data_files: Files by split, if dataset is a format such as "csv".
-        text_columns: One or two text columns.
-        label_column: Label column.
-        image_column: Image column.
-        source_column: Column or language to translate from.
-        target_column: Column or language to translate to.
-        train_split: Training split.
-        tokenizer: Folder or Hub id of a tokenizer, to count unknown tokens and measure lengths in tokens.
-        max_length: Maximum number of tokens (words without a tokenizer) that the model reads of a text.
-        json: File to write the report to.
+        task: task to check for; by default inferred from the columns.
+        dataset_config: configuration of the data set.
+        dataset_revision: commit, tag or branch on the Hub.
+        data_files: files by split, if dataset is a format such as "csv".
+        text_columns: one or two text columns.
+        label_column: label column.
+        image_column: image column.
+        source_column: column or language to translate from.
+        target_column: column or language to translate to.
+        train_split: training split.
+        tokenizer: folder or Hub id of a tokenizer, to count unknown tokens and measure lengths in tokens.
+        max_length: maximum number of tokens (words without a tokenizer) that the model reads of a text.
+        json: file to write the report to.
 
     Returns:
         Exit status: 1 if a check failed.
