@@ -128,6 +128,8 @@ def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...] | None:
     """Return class names in order; None if they are transformers' placeholders (LABEL_0, LABEL_1, ...)."""
+    if set(config.id2label) != set(range(config.num_labels)):  # of a model without classes
+        return None
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names
 

@@ -76,7 +76,7 @@ def model_classes(case: Case) -> Finding:
     names = case.train.names
     if case.earlier is None:
         return ok(f"a new model gets the {len(names)} classes of the data")
-    theirs = [case.earlier.config.id2label[i] for i in range(case.earlier.config.num_labels)]
+    theirs = [name for _, name in sorted(case.earlier.config.id2label.items())]
     if theirs == names:
         return ok(f"the model has the {len(names)} classes of the data, in the same order")
     shared = {name.lower() for name in theirs} & {name.lower() for name in names}

@@ -48,6 +48,7 @@ IMAGE_FIELDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("size", "crop_size"), ("pixels, at least 1", lambda number: 1 <= number < math.inf)),
     "resample": ("a filter of PIL, 0 to 5", lambda number: number in range(6)),
 }
+HAS_CLASSES = re.compile("Classification|Detection|Segmentation|TimmWrapper")  # in names of classes of models
 MOST_CLASSES = 10**6
 MOST_LAYERS = 10**4
 REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")  # loggers of transformers
@@ -112,12 +113,15 @@ def load_config(
         path = cached_file(model, CONFIG_NAME, revision=revision)
         if path is None:
             raise ValueError(f"it is not a saved model: it has no {CONFIG_NAME}")
-        check_config_file(Path(path))
+        check_config_file(Path(path), named=argument != "model_name_or_path")
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
 
 
-def check_config_file(path: Path) -> None:
+def check_config_file(path: Path, named: bool = True) -> None:
     """Refuse a config.json that would exhaust memory or run code while it is loaded.
+
+    Args:
+        named: the names of its classes are used.
 
     Raises:
         ValueError: names the field.
@@ -133,6 +137,8 @@ def check_config_file(path: Path) -> None:
         if field in ATTENTION_FIELDS and "/" in str(value):
             raise ValueError(f'{field} of its {path.name} names code of the repository "{value}", which is not run')
     check_config_types(content, path.name)
+    if named:
+        check_class_names(content, path.name)
 
 
 def check_config_types(content: dict[str, Any], file: str) -> None:
@@ -155,7 +161,19 @@ def check_config_types(content: dict[str, Any], file: str) -> None:
             continue
         if not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
             raise ValueError(f'{field} of its {file} must be a type of torch, say "float32", got "{name}"')
+
+
+def check_class_names(content: dict[str, Any], file: str) -> None:
+    """Refuse names of classes that are not numbered 0 to n - 1, of a model that has classes.
+
+    Encoders, language models and translation models have such a table too, which nobody reads.
+
+    Raises:
+        ValueError: with the first other number.
+    """
     labels = content.get("id2label")
+    if not any(HAS_CLASSES.search(name) for name in content.get("architectures") or ()):
+        return
     if labels and {str(number) for number in labels} != {str(number) for number in range(len(labels))}:
         odd = next(number for number in labels if str(number) not in map(str, range(len(labels))))
         raise ValueError(f'id2label of its {file} must number {len(labels)} names from 0 on, got "{odd}"')

@@ -49,3 +49,35 @@ def test_tokenizer_files_that_are_no_mappings_are_named(tmp_path, name, content)
 def test_a_revision_of_a_local_folder_is_refused(tmp_path, load):
     with pytest.raises(LoadingError, match='revision "v1" can be given of a model on the Hub alone'):
         load(str(tmp_path), revision="v1")
+
+
+ODD = {"id2label": {"1": "ant", "7": "bee"}, "label2id": {"ant": 1, "bee": 7}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "saved_as"),
+    [("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("marian", "MarianMTModel")],
+)
+def test_odd_names_of_classes_do_not_matter_to_models_without_classes(tmp_path, model_type, saved_as):
+    config = {"model_type": model_type, "architectures": [saved_as], **ODD}
+    assert load_config(saved(tmp_path, "config.json", config)).id2label == {1: "ant", 7: "bee"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "saved_as"),
+    [("bert", "BertForSequenceClassification"), ("vit", "ViTForImageClassification"), ("detr", "DetrForSegmentation")],
+)
+def test_odd_names_of_classes_are_refused_where_they_are_read(tmp_path, model_type, saved_as):
+    folder = saved(tmp_path, "config.json", {"model_type": model_type, "architectures": [saved_as], **ODD})
+    with pytest.raises(LoadingError, match=r'id2label of its config\.json must number 2 names from 0 on, got "7"'):
+        load_config(folder, "teacher")
+    assert load_config(folder, "model_name_or_path").num_labels == 2  # which gets the classes of the data
+
+
+def test_a_teacher_without_classes_may_have_odd_names(tmp_path):
+    from transformers import GPT2Config
+
+    from hf_tfm.distillation.facts import label_names
+
+    assert label_names(GPT2Config(id2label={1: "ant", 7: "bee"})) is None
+    assert label_names(GPT2Config(id2label={0: "ant", 1: "bee"})) == ("ant", "bee")
