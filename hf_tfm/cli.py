@@ -196,7 +196,7 @@ def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
 
 
 def with_homes(name: str, value: Any) -> Any:
-    """A value of an option in which "~" is a home directory where it names files; see `values.PATHS`."""
+    """Expand "~" to a home directory in the value of an option that may name files; see `values.PATHS`."""
     if isinstance(value, list):
         return [with_homes(name, one) for one in value]
     return expanded(name, value) if name in PATHS and isinstance(value, str) and value[:1] == "~" else value

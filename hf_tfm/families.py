@@ -30,7 +30,7 @@ class Family:
 
     Args:
         name: short name, for instance in ``--architecture``.
-        config: configuration class. Its ``auto_classes``, {Auto class: "module.Class"} of modules beside it, become
+        config: configuration class. Its ``auto_classes``, {Auto class: "module.Class"} of modules next to it, become
             the ``auto_map`` of saved models; ``model_type`` is the type in config.json.
         conversions: modules with a tuple ``CONVERSIONS``, by absolute name or relative to `hf_tfm.conversion`.
     """

@@ -33,7 +33,7 @@ FIELDS = {
         )
     },
 }
-# Fields of theirs of which we can express only one value.
+# Fields of theirs for which we support only one value.
 THEIRS_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 # Fields that do not affect the outputs are carried along.
 OURS_CARRIED = ("activation_dropout", "classifier_dropout")

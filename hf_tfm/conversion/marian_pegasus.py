@@ -42,7 +42,7 @@ FIELDS = {
     "decoder_start_token_id": ("decoder_start_token_id",),
 }
 
-# Fields of which the other side can express only one value.
+# Fields for which the other side supports only one value.
 OURS_FIXED = {
     "layer_norm_eps": 1e-5,
     "position_embedding_type": "sinusoidal",

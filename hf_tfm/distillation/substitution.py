@@ -1,6 +1,6 @@
 """Text augmentation: replace words with others that a masked language model considers likely.
 
-    text -> each word masked in turn -> the model's k likeliest words -> copies with some words replaced
+    text -> each word masked in turn -> the model's k most probable words -> copies with some words replaced
 
 TinyBERT's augmentation (Jiao et al. 2020, arXiv:1909.10351, section 3.2 and algorithm 1) without word vectors: words
 of several pieces, for which the paper uses GloVe, are masked like all others and replaced by single-piece words.
@@ -29,7 +29,7 @@ class Substitution:
     Args:
         copies: number of augmented copies of each text.
         probability: probability that a word of a copy is replaced (threshold p_t).
-        candidates: number of likeliest words to sample a replacement from (K).
+        candidates: number of most probable words to sample a replacement from (K).
         max_length: maximum number of tokens of a text that the model reads; later words stay unchanged.
         seed: random seed.
 
@@ -97,7 +97,7 @@ class Substituter:
         self.unwanted = torch.tensor([not w for w in whole], device=model.device)
 
     def words(self, texts: Sequence[str], batch_tokens: int = 4096, progress: bool = False) -> list[list[Word]]:
-        """Return the words of each text that contain a letter, with their likeliest replacements.
+        """Return the words of each text that contain a letter, with their most probable replacements.
 
         Args:
             texts: texts to augment.
@@ -133,7 +133,7 @@ class Substituter:
 
     @torch.inference_mode()
     def likeliest(self, rows: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[str]]:
-        """Return the likeliest words at one position of each row of ids, one more than the number of candidates."""
+        """Return the most probable words at one position per row of ids, one more than `candidates`."""
         longest = max(map(len, rows))
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)
         seen = np.zeros_like(ids)

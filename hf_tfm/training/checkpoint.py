@@ -398,7 +398,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 @torch.no_grad()
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
-    """Average the running statistics of batch norms over all ranks, each of which saw only its own images."""
+    """Average the running statistics of batch norms over all ranks, because each rank saw only its own images."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
     if running and accelerator.num_processes > 1:

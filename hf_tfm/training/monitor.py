@@ -93,7 +93,7 @@ class Monitor:
             self.clock = time.perf_counter()
 
     def mean_losses(self) -> dict[str, Tensor]:
-        """Return sums of losses since the last log line, averaged over ranks, each of which has only its own share."""
+        """Return sums of losses since the last log line, averaged over ranks, which each hold only their share."""
         losses = {name: value for name, value in self.window.items() if name.startswith("loss/")}
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
 

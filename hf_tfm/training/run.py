@@ -226,14 +226,14 @@ class Run:
         *args: Any,
         **options: Any,
     ) -> TrainingResult:
-        """`claim` the folder, then `train`; arguments as of `session.train`.
+        """`claim` the folder, then `train`; arguments as in `session.train`.
 
         Raises:
-            OSError: the disk cannot hold the checkpoints; see also `claim` and `session.train`.
+            OSError: the checkpoints do not fit on the disk; see also `claim` and `session.train`.
         """
 
         def check() -> None:
-            if self.again or not self.folder.run_file.is_file():  # nothing will be deleted that would make room
+            if self.again or not self.folder.run_file.is_file():  # `claim` deletes no other run to free space
                 to_come = checkpoints_to_come(resolved, max_steps, eval_steps)
                 require_room(self.output_dir, model, to_come, bool(resolved.ema_decay))
 
@@ -335,10 +335,10 @@ def begin_run(args: TrainingArguments, recipe: str, argv: Sequence[str]) -> Iter
 
 
 def check_caches() -> None:
-    """Refuse folders of caches that cannot be written, before anything is put into them.
+    """Refuse cache folders that cannot be written, before anything is stored in them.
 
     Raises:
-        ValueError: with the folder and the environment variable that names it.
+        ValueError: names the folder and the environment variable that sets it.
     """
     for variable, folder in (("HF_DATASETS_CACHE", HF_DATASETS_CACHE), ("HF_METRICS_CACHE", HF_METRICS_CACHE)):
         path = Path(folder).expanduser().absolute()

@@ -213,7 +213,7 @@ class Session:
 
 
 def checkpoints_to_come(args: TrainingArguments, max_steps: int, eval_steps: int) -> int:
-    """Checkpoints that a run writes before it deletes one: those kept, the best and the next, if it makes so many.
+    """Count the checkpoints that a run writes before it deletes one: at most those kept, the best and the next.
 
     Args:
         max_steps, eval_steps: see `train`.

@@ -62,7 +62,7 @@ def summary(counts: np.ndarray, names: Sequence[str], most: int = 3) -> list[str
 
 
 def cut(name: str) -> str:
-    """Truncate a name to `LETTERS` characters; ImageNet names list synonyms, of which the first is sufficient."""
+    """Truncate a name to `LETTERS` characters; ImageNet names list synonyms, and the first one is sufficient."""
     return name if len(name) <= LETTERS else name[: LETTERS - 1].rstrip(", ") + "\N{HORIZONTAL ELLIPSIS}"
 
 
