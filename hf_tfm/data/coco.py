@@ -166,6 +166,8 @@ def read_split(folder: str, name: str, files: dict[str, str]) -> Iterator[dict[s
         raise ValueError(f"{paths[first]} has no images")
     keys = identities(pictures, paths[first], "images")
     images = locate(pictures, Path(folder), name, paths[first])
+    if again := len(images) - len(set(images)):
+        note(f"{paths[first]}: {again} images have the file_name of another (first {twice(images)})")
     sizes = {key: stated_size(picture) for key, picture in zip(keys, pictures, strict=True)}
     objects = None
     if "instances" in paths:

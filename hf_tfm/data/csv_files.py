@@ -9,6 +9,7 @@ the first of too many fields as an index.
 import csv
 import gzip
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -24,6 +25,8 @@ from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.table import table_cast
 
 from .rebuilt import COMMON, Rebuilt, stated_options
+
+log = logging.getLogger(__name__)
 
 BLOCK = 32 << 20  # bytes of a file that are parsed at once; also the maximum length of a row
 # Numbers written the way Python writes them, so that their text can be restored.
@@ -179,11 +182,33 @@ class CsvFiles(Rebuilt, Csv):
             return
         schema = self.info.features.arrow_schema
         for shard, (name, (path,)) in enumerate(zip(base_files, files_iterables, strict=True)):
+            odd, first = 0, ""
             for number, table in enumerate(self.read(path, name)):
+                count, column = null_bytes(table)
+                odd, first = odd + count, first or column
                 for column in schema.names:
                     if column not in table.column_names:
                         table = table.append_column(column, pa.nulls(len(table), pa.string()))
                 yield Key(shard, number), table_cast(table.select(schema.names), schema)
+            if odd:
+                log.warning(
+                    '%s: %d fields contain null bytes, the first in column "%s": is the file binary, or in UTF-16?',
+                    *(name, odd, first),
+                )
+
+
+def null_bytes(table: pa.Table) -> tuple[int, str]:
+    """Return how many fields of text contain a null byte, and the first of the columns that do."""
+    counts = {name: pc.sum(pc.match_substring(table[name], "\0")).as_py() or 0 for name in table.column_names}
+    return sum(counts.values()), next((name for name, count in counts.items() if count), "")
+
+
+def separator_hint(columns: Iterable[str]) -> str:
+    """Return the end of an error about columns: the separator that one of their names holds, if any does."""
+    for mark in (";", "\t", "|"):
+        if named := next((column for column in columns if mark in column.strip(mark)), None):
+            return f'; the column "{named}" looks like several with the separator {mark!r}, and files need commas'
+    return ""
 
 
 def number_kinds(values: pa.ChunkedArray) -> set[str]:

@@ -8,9 +8,11 @@ import gzip
 import json
 import lzma
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow.ipc
 import pyarrow.parquet
 
 KINDS = {
@@ -46,7 +48,7 @@ def usual_name(file: str | os.PathLike) -> bool:
 def problem(files: Iterable[str]) -> str | None:
     """Return the first problem of local files, with file and location; None if none is found."""
     for file in files:
-        if kind_of(file) is None:
+        if kind_of(file) is None and Path(file).suffix.lower() != ".zip":
             continue
         try:
             if found := problem_of(file):
@@ -66,6 +68,15 @@ def problem_of(file: str) -> str | None:
             pyarrow.parquet.ParquetFile(file).metadata  # noqa: B018 reading it is the test
         except Exception as error:
             return f"{file} is not a Parquet file: {first_line(error)}"
+    if kind == "arrow" and Path(file).suffix.lower() not in COMPRESSED:
+        return arrow_problem(file)
+    if Path(file).suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # of zipfile and of the libraries that decompress
+            return f"{file} is not a zip file, or a damaged one: {first_line(error)}"
+        return damaged and f"{file} is damaged: its member {damaged} cannot be read"
     if kind not in TEXT_KINDS:
         return None
     with COMPRESSED.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
@@ -81,6 +92,24 @@ def problem_of(file: str) -> str | None:
             "convert it to UTF-8, say with iconv"
         )
     return json_problem(file, text) if kind == "json" else None
+
+
+def arrow_problem(file: str) -> str | None:
+    """Return the first problem of an Arrow file, in either of its two formats."""
+    with open(file, "rb") as stream:
+        whole = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        try:
+            if whole:
+                reader = pyarrow.ipc.open_file(stream)
+                for number in range(reader.num_record_batches):
+                    reader.get_batch(number)
+            else:
+                for _ in pyarrow.ipc.open_stream(stream):
+                    pass
+        except Exception as error:
+            return f"{file} is not an Arrow file, or a damaged one: {first_line(error)}"
+    return None
 
 
 def json_problem(file: str, text: str) -> str | None:

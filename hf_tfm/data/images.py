@@ -29,6 +29,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from .batching import COPY
+from .csv_files import separator_hint
 from .files import anchored, anchored_path, base_of, open_regular
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,15 @@ def image_rows(
         features = dict.fromkeys(next(iter(rows), {}))
     names = {find_column(features, image_column, "image_column", Image, IMAGE): IMAGE}
     if labelled:
-        names[find_column(features, label_column, "label_column", ClassLabel, LABEL)] = LABEL
+        try:
+            names[find_column(features, label_column, "label_column", ClassLabel, LABEL)] = LABEL
+        except ValueError as error:
+            if label_column is not None or getattr(rows.info, "builder_name", None) != "imagefolder":
+                raise
+            raise ValueError(
+                f"{error}. A folder of images tells classes by the folders that stand directly in that of a split, "
+                "train/CLASS/NAME.png, all equally deep and at least two"
+            ) from error
     image = next(iter(names))
     kind = features[image]
     if not (kind is None or isinstance(kind, Image) or is_encoded(kind)):
@@ -164,17 +173,17 @@ def find_column(features: Mapping[str, Any], name: str | None, argument: str, ki
     Raises:
         ValueError: if there is none; the message lists the columns.
     """
-    columns = ", ".join(features)
+    columns, hint = ", ".join(features), separator_hint(features)
     if name is not None:
         if name not in features:
-            raise ValueError(f'{argument} "{name}" is not a column of the data set; it has {columns}')
+            raise ValueError(f'{argument} "{name}" is not a column of the data set; it has {columns}{hint}')
         return name
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(found) == 1:
         return found[0]
     if usual in features:
         return usual
-    raise ValueError(f"{argument} must name a column, since none stands out; the data set has {columns}")
+    raise ValueError(f"{argument} must name a column, since none stands out; the data set has {columns}{hint}")
 
 
 def is_label(value: Any) -> bool:
@@ -206,6 +215,27 @@ def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     if len({type(value) for value in values}) != 1 or not isinstance(values[0], (int, str)):
         raise ValueError(f"labels must be integers or strings, got {values[:5]}")
     return [str(value) for value in values]
+
+
+def tell_untrained(rows: Mapping[str, Any], train_split: str, names: Sequence[str]) -> None:
+    """Warn about classes that other splits have and the training split lacks; streams are skipped.
+
+    Args:
+        rows: {split name: rows of `image_rows` or the like}.
+        names: of the classes by number, where labels are numbers.
+    """
+    if not isinstance(rows[train_split], datasets.Dataset):
+        return
+    trained = set(rows[train_split].unique(LABEL))
+    for split, part in rows.items():
+        if isinstance(part, datasets.Dataset) and stated_names(part) == stated_names(rows[train_split]):
+            lacking = [value for value in part.unique(LABEL) if is_label(value) and value not in trained]
+            if lacking:
+                told = [names[v] if isinstance(v, int) and 0 <= v < len(names) else str(v) for v in lacking[:5]]
+                log.warning(
+                    'split "%s" has %d classes without a training row: %s',
+                    *(split, len(lacking), ", ".join(told) + ", ..." * (len(lacking) > 5)),
+                )
 
 
 def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence[str]) -> dict[int | str, int]:

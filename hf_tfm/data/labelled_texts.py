@@ -20,11 +20,11 @@ from datasets import ClassLabel, Value
 from transformers import PreTrainedTokenizerBase
 
 from .batching import Steps, TokenBudgetSampler
-from .csv_files import written
+from .csv_files import separator_hint, written
 from .images import LABEL, find_column, is_label, label_ids, label_names
 from .number_parity import number_parity
 from .source import announce, load_splits, show_progress_of
-from .text import column_path, texts_at
+from .text import check_filled, column_path, texts_at
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ def text_rows(
         raise ValueError(f'text_columns "{twice[0]}" is also given as {other}')
     rows = written(rows, names)
     paths = [column_path(rows[0], name, "text_columns") for name in names]
+    for path in paths:
+        check_filled(rows, path, "text_columns")
 
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
         return {f"_{part}": texts_at(batch, indices, path) for part, path in zip((TEXT, PAIR), paths, strict=False)}
@@ -245,6 +247,7 @@ def only_text(features: Mapping[str, Any], label: str | None) -> str:
     if len(found) != 1:
         raise ValueError(
             f"text_columns must name one column or two, since none stands out; the data set has {', '.join(features)}"
+            f"{separator_hint(features)}"
         )
     return found[0]
 

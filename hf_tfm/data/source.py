@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import pandas
 import pyarrow as pa
+import yaml
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from datasets.packaged_modules.cache.cache import Cache
@@ -25,6 +26,7 @@ from datasets.packaged_modules.folder_based_builder.folder_based_builder import 
 from datasets.packaged_modules.json.json import FullReadDisallowed, Json
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
+from ..command import raised_by_us
 from .annotation_folders import annotation_reader
 from .csv_files import CsvFiles
 from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
@@ -96,6 +98,11 @@ def read_splits(
         return reader(Path(dataset))
     if dataset in FORMATS and not data_files:
         raise ValueError(f'dataset_name "{dataset}" is the name of a format: give data_files, the files to read')
+    if revision and (Path(dataset).exists() or dataset in FORMATS):
+        raise ValueError(
+            f'dataset_revision "{revision}" can be given of a data set on the Hub alone, and dataset_name "{dataset}" '
+            "is read from local files"
+        )
     if is_local_file(dataset):
         if (kind := kind_of(dataset)) is None:
             raise ValueError(f'dataset_name "{dataset}" is not of a kind that is read: {READ}')
@@ -108,10 +115,17 @@ def read_splits(
         if Path(dataset).is_dir() or (data_files and "/" not in dataset):
             return load_local(dataset, name, data_files, streaming, dataset)
         return load_remote(dataset, name, revision, data_files, streaming)
-    except ValueError:
-        raise
+    except yaml.YAMLError as error:
+        card = Path(dataset) / CARD
+        named = card if card.is_file() else f'the {CARD} of dataset_name "{dataset}"'
+        raise ValueError(f"{named} is not YAML between its lines of ---: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        if "dataset_name" in str(error) or raised_by_us(error):
+            raise
+        raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {first_line(error)}') from error
     except Exception as error:  # `datasets` raises many kinds of errors if it finds nothing or there is no network
-        raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {cause(error)}') from error
+        files = [str(path) for path in sorted(Path(dataset).rglob("*")) if path.is_file()]
+        raise ValueError(reason_of(error, dataset, files)) from error
 
 
 def is_local_file(dataset: str) -> bool:
@@ -158,6 +172,8 @@ def load_local(
         # In the usual cache folder, a builder would reuse columns and types of other files with the same name.
         builder = local_builder(dataset, name, data_files, empty)
         files = source_files(dataset, builder)
+        if not data_files:
+            check_regular(Path(dataset))
         if not data_files and not isinstance(builder, FolderBasedBuilder):
             tell_unread(Path(dataset), files)
         try:
@@ -233,6 +249,28 @@ def read_explained(
         raise
     except Exception as error:  # can be any type, often without the name of the file
         raise ValueError(reason_of(error, *source)) from error
+
+
+def check_regular(folder: Path) -> None:
+    """Raise if what has the name of a data file is a broken link, a pipe or the like, or a folder without data.
+
+    Raises:
+        ValueError: with the path and its kind.
+    """
+    if any((folder / card).is_file() for card in CARDS):
+        return  # a card may choose among the files
+    for path in sorted(folder.rglob("*")):
+        if not kind_of(path) or path.is_file():
+            continue
+        if path.is_dir():
+            if any(path.iterdir()):  # Spark writes folders of such names, and a class may have one
+                continue
+            kind = "an empty folder"
+        elif path.is_symlink():
+            kind = f"a link to {os.readlink(path)}, which is not there"
+        else:
+            kind = "not a regular file"
+        raise ValueError(f"{path} has the name of a data file and is {kind}: mend or delete it")
 
 
 def tell_unread(folder: Path, files: list[str]) -> None:

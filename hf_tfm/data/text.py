@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .csv_files import written
+from .csv_files import separator_hint, written
 from .source import describe_rows, show_progress_of
 from .source import gather as gather  # re-exported for the recipes, like the next two
 from .source import load_splits as load_splits
@@ -53,6 +53,9 @@ def text_pairs(rows, source_column: str, target_column: str):
         "target": column_path(first, target_column, "target_column"),
     }
 
+    for side, path in paths.items():
+        check_filled(rows, path, f"{side}_column")
+
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
         sides = [texts_at(batch, indices, path) for path in paths.values()]
         full = [pair for pair in zip(*sides, strict=True) if all(side.strip() for side in pair)]
@@ -82,7 +85,31 @@ def column_path(row: Mapping, name: str, argument: str) -> list[str]:
             value = value[key]
         else:
             return path
-    raise ValueError(f'{argument} "{name}" is not a column of the data set; it has {", ".join(leaves(row))}')
+    hint = separator_hint(leaves(row))
+    raise ValueError(f'{argument} "{name}" is not a column of the data set; it has {", ".join(leaves(row))}{hint}')
+
+
+def check_filled(rows: Any, path: list[str], argument: str) -> None:
+    """Raise if a column holds nothing in a split: the files of the splits have different columns.
+
+    Args:
+        path: of `column_path`; only a column itself is looked at.
+
+    Raises:
+        ValueError: names the columns that hold something.
+    """
+    if len(path) > 1 or not isinstance(rows, datasets.Dataset):
+        return
+
+    def empty(column: str) -> bool:
+        return rows.data.column(column).null_count == len(rows)
+
+    if rows._indices is None and empty(path[0]):
+        filled = [column for column in rows.column_names if not empty(column)]
+        raise ValueError(
+            f'{argument} "{path[0]}" is empty in all {len(rows)} rows of a split, whose columns are '
+            f"{', '.join(filled) or 'all empty'}: files of the splits have different columns{separator_hint(filled)}"
+        )
 
 
 def leaves(row: Mapping, prefix: str = "") -> list[str]:

@@ -180,6 +180,7 @@ def label_tasks(
         raise ValueError(f'label_column has one class alone, "{names[0]}": a classifier needs two or more')
     for split, part in rows.items():
         check_labels(part, split, names)
+    images.tell_untrained(rows, args.train_split, names)
     for split in args.test_splits:
         check_readable(rows[split], split, args.max_bad_images)
     options = args.augmentation, args.mixing, args.label_smoothing, args.seed

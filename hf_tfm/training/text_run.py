@@ -12,6 +12,7 @@ from ..arguments import TrainingArguments
 from ..data import glue
 from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.equal_batches import BatchSampler
+from ..data.images import tell_untrained
 from ..data.labelled_texts import (
     LABEL,
     LengthBatchSampler,
@@ -243,6 +244,8 @@ def load_labelled_texts(args: TextArguments) -> tuple[TextArguments, LabelledTex
     arguments = {**dict.fromkeys(args.test_splits, "test_splits"), **dict.fromkeys(validation, "validation_split")}
     for name, argument in arguments.items():
         check_labelled(rows[name], name, argument, labels, numbered=bool(task))
+    if labels is not None:
+        tell_untrained(rows, args.train_split, labels)
     metrics = args.metrics or list(task.metrics if task else ["pearson", "spearman"] if regression else ["accuracy"])
     check_metrics(metrics, regression)
     best = args.metric_for_best_model or metrics[0]

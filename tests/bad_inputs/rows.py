@@ -9,9 +9,12 @@ import json
 import os
 import re
 import shlex
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import pyarrow
 
 from . import inputs
 
@@ -485,6 +488,21 @@ TEXTS: list[tuple[str, dict, str | None]] = [
     ("unknown_label", {"validation": [["a text", 7], ["b text", 8]]}, "label.*7|7.*label"),
     ("no_validation", {"validation": None}, "validation"),
     (
+        "semicolons_in_train",
+        {"train": b"text;label\n" + b"a text;0\nb text;1\n" * 4},
+        "text_columns \"text\" is empty in all 8 rows.*text;label.*separator ';'",
+    ),
+    (
+        "semicolons_everywhere",
+        dict.fromkeys(("train", "validation", "test"), b"text;label\n" + b"a text;0\nb text;1\n" * 4),
+        "label_column must name a column.*text;label.*separator ';'",
+    ),
+    (
+        "other_columns_in_validation",
+        {"validation": b"sentence,label\n" + b"a text,0\nb text,1\n" * 4},
+        'text_columns "text" is empty in all 8 rows of a split, whose columns are .*sentence',
+    ),
+    (
         "numbers_for_words_in_validation",
         {"train": [[f"text {i}", "yes" if i % 2 else "no"] for i in range(8)]},
         "validation_split.*label [01] is not a class.*no, yes",
@@ -644,6 +662,82 @@ def folder_rows() -> list[Row]:
 
 
 EVALUATION = "evaluate {models}/vit --dataset_name {in} --progress false"
+
+
+def instead_of_train(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A builder of texts whose train.csv is something else."""
+
+    def build(folder: Path) -> None:
+        inputs.texts(folder)
+        (folder / "train.csv").unlink()
+        make(folder / "train.csv")
+
+    return build
+
+
+def truncated(ending: str) -> Callable[[Path], None]:
+    """A builder of texts whose train.csv is the first half of a zip or Arrow file."""
+
+    def build(folder: Path) -> None:
+        inputs.texts(folder)
+        table = pyarrow.table({"text": ["a text"] * 1000, "label": [0, 1] * 500})
+        for split in ("train", "validation", "test"):
+            path = folder / f"{split}.{ending}"
+            if ending == "zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.write(folder / f"{split}.csv", f"{split}.csv")
+            else:
+                with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+            (folder / f"{split}.csv").unlink()
+        content = (folder / f"train.{ending}").read_bytes()
+        (folder / f"train.{ending}").write_bytes(content[: len(content) // 2])
+
+    return build
+
+
+def card(content: str) -> Callable[[Path], None]:
+    """A builder of texts with a README.md."""
+
+    def build(folder: Path) -> None:
+        inputs.texts(folder)
+        (folder / "README.md").write_text(content)
+
+    return build
+
+
+def nested_classes(folder: Path) -> None:
+    """Images whose class folders stand inside other folders."""
+    for split in ("train", "validation"):
+        for name in ("ant", "bees/bee"):
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / "0.png").write_bytes(inputs.png())
+
+
+NAMED = "has the name of a data file and is"
+TEXTS_OF = f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text]"
+SOURCES = [
+    Row("data_link", TEXTS_OF, f"train.csv {NAMED} a link to", instead_of_train(lambda p: p.symlink_to("gone.csv"))),
+    Row("data_pipe", TEXTS_OF, f"train.csv {NAMED} not a regular file", instead_of_train(lambda p: os.mkfifo(p))),
+    Row("data_folder", TEXTS_OF, f"train.csv {NAMED} an empty folder", instead_of_train(lambda p: p.mkdir())),
+    Row("data_zip", TEXTS_OF, "train.zip is not a zip file, or a damaged one", truncated("zip")),
+    Row("data_arrow", TEXTS_OF, "train.arrow is not an Arrow file, or a damaged one", truncated("arrow")),
+    Row("data_card", TEXTS_OF, "README.md is not YAML", card("---\nconfigs: [a\n---\ntext")),
+    Row(
+        "data_revision",
+        f"{TEXTS_OF} --dataset_revision v1",
+        got("dataset_revision", '"v1"', "Hub alone", "local files"),
+        inputs.texts,
+    ),
+    Row("data_config", f"{TEXTS_OF} --dataset_config x", got("dataset_name", "x"), inputs.texts),
+    Row("data_missing", f"{TEXT_ONE} --dataset_name no/where", got("dataset_name", "no/where")),
+    Row(
+        "data_nested_classes",
+        f"{VISION_ONE} --dataset_name {{in}}",
+        "label_column.*image.*train/CLASS/NAME.png, all equally deep",
+        nested_classes,
+    ),
+]
 FILES = [
     Row(
         "evaluate_output_is_a_folder", f"{EVALUATION} --output {{in}}", "in: Is a directory|output .*in", inputs.images
@@ -736,4 +830,4 @@ VALID = [
     Row("valid_picture", "show positions {models}/vit --output {out}.png", None),
 ]
 
-ROWS = [*option_rows(), *YAML, *text_rows(), *image_rows(), *coco_rows(), *folder_rows(), *FILES, *VALID]
+ROWS = [*option_rows(), *YAML, *text_rows(), *image_rows(), *coco_rows(), *folder_rows(), *SOURCES, *FILES, *VALID]

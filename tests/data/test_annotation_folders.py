@@ -556,3 +556,13 @@ def test_a_list_that_names_a_missing_annotation(tmp_path):
 def test_such_folders_take_no_options_of_others(tmp_path):
     with pytest.raises(ValueError, match="is a folder of images with annotations: it takes no dataset_config"):
         load_splits(str(coco(tmp_path)), streaming=True)
+
+
+def test_images_of_one_file_are_counted(tmp_path, caplog):
+    coco(tmp_path)
+    file = next((tmp_path / "annotations").glob("instances_train*.json"))
+    content = json.loads(file.read_text())
+    content["images"][1]["file_name"] = content["images"][0]["file_name"]
+    file.write_text(json.dumps(content))
+    load_splits(str(tmp_path))
+    assert f"{file.name}: 1 images have the file_name of another (first " in caplog.text

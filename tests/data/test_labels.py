@@ -8,6 +8,8 @@ import logging
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_tfm.data.csv_files import separator_hint
+from hf_tfm.data.images import tell_untrained
 from hf_tfm.data.labelled_texts import class_ids, class_names, is_regression, text_rows
 from hf_tfm.data.source import load_splits
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts
@@ -161,3 +163,39 @@ def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):
         run(tmp_path, {"train": ["Yes", "", "yes ", "no"], "validation": ["no"]})
     assert '1 of 4 texts of split "train" have no label and are not learned from; the first is row 1' in caplog.text
     assert "classes differ in case or white space alone: 'Yes', 'yes '" in caplog.text
+
+
+def test_classes_that_no_training_row_has_are_told(caplog):
+    feature = Features({"label": ClassLabel(names=["ant", "bee", "cat"])})
+    rows = {
+        "train": Dataset.from_dict({"label": [0, 1]}, features=feature),
+        "validation": Dataset.from_dict({"label": [0, 2, 2, -1]}, features=feature),
+    }
+    tell_untrained(rows, "train", ["ant", "bee", "cat"])
+    assert [record.message for record in caplog.records] == [
+        'split "validation" has 1 classes without a training row: cat'
+    ]
+    caplog.clear()
+    tell_untrained({"train": rows["validation"], "validation": rows["train"].select([0])}, "train", ["ant"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (
+            ["text;label"],
+            "; the column \"text;label\" looks like several with the separator ';', and files need commas",
+        ),
+        (["text", "label"], ""),
+        ([";"], ""),
+    ],
+)
+def test_separators_in_names_of_columns(columns, told):
+    assert separator_hint(columns) == told
+
+
+def test_null_bytes_in_csv_are_counted(tmp_path, caplog):
+    (tmp_path / "train.csv").write_bytes(b"text,label\n" + b"a\0b,x\nc,y\n" * 3)
+    load_splits(str(tmp_path))
+    assert 'train.csv: 3 fields contain null bytes, the first in column "text"' in caplog.text
