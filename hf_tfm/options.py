@@ -19,6 +19,7 @@ from .values import closest, conform, expected, hints_of, literals, one_line, sh
 
 LARGEST_FILE = 1_000_000  # bytes; a typical file of options has a few hundred
 MOST_VALUES = 10_000  # with aliases expanded
+MOST_DIGITS = 100  # of an integer; Python reads none of more than 4,300
 DEEPEST = 20  # nesting levels of mappings and lists
 # Renamed options: the error for an old name suggests the new one.
 RENAMED = {
@@ -94,7 +95,8 @@ class OptionParser(ArgumentParser):
             known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
             return unknown(word, known)
         if found := re.search(r'Parser key "([^"]+)"', message):
-            value = re.search(r"(?:Given value: |Got value: )(.*)", message, re.DOTALL)
+            value = re.search(r"Got value: (.*?)(?:\\n|\n|$)", message) or re.search(r"Given value: (.*)", message)
+            value = value or re.search(r"Exceeds the limit .*value has (\d+ digits)", message)
             for parser in parsers:
                 for action in parser._actions:
                     hint = getattr(action, "_typehint", None)
@@ -163,11 +165,18 @@ def check_nodes(root: yaml.Node, name: str) -> None:
             )
         if count > MOST_VALUES:
             raise ValueError(f"{name}: more than {MOST_VALUES:,} values, with aliases written out")
+        if node.tag.endswith(":int") and len(node.value) > MOST_DIGITS:
+            raise ValueError(f"{name}, line {line}: an integer has {len(node.value):,} digits, and 64 bits are read")
         if isinstance(node, yaml.SequenceNode):
             todo += [(item, depth + 1) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
             seen = set()
             for key, value in node.value:
+                if value.tag.endswith(":int") and len(value.value) > MOST_DIGITS:
+                    raise ValueError(
+                        f"{name}, line {line}: {shown(key.value)} must be an integer of 64 bits, got one of "
+                        f"{len(value.value):,} digits"
+                    )
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     raise ValueError(f"{name}, line {key.start_mark.line + 1}: {shown(key.value)} stands twice")
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
@@ -266,6 +275,8 @@ def check_word(name: str, word: str, hint: Any) -> None:
     """Check the text of a value; see `check_words`."""
     if admits_text(hint):
         conform(name, word, str)
+        if "." in name and word[:1] in ("{", "["):  # which the parser reads as a mapping or a list in a group
+            conform(name, load_yaml(word, name), hint)
         return
     if word in literals(hint):  # "no" is a choice of mixed_precision, but false in YAML
         return
@@ -310,7 +321,7 @@ def hint_of(kind: Any, name: str) -> Any:
     return hint
 
 
-def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
+def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str | None = None):
     """Parse command-line arguments and YAML to an argument dataclass.
 
     ``--config`` takes a file or the name of one of the recipe's presets; all other arguments override it, whatever
@@ -324,7 +335,7 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str]):
     Raises:
         SystemExit: an option is unknown or has an invalid value; the message names it.
     """
-    name = f"hf-tfm run {recipe.stem}"
+    name = f"hf-tfm {command or f'run {recipe.stem}'}"
     parser = OptionParser(
         prog=name,
         usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",

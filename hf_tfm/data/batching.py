@@ -126,7 +126,7 @@ class TokenBudgetSampler:
         self.longest = self.lengths.max(axis=1)
         self.max_tokens, self.seed, self.shuffle, self.max_samples = max_tokens, seed, shuffle, max_samples
         self.last: tuple[int | None, Steps] = (None, [])  # the epoch built last, and its steps
-        self.check_budget("max_tokens", max_tokens)
+        self.check_budget("batch_tokens", max_tokens)
 
     def check_budget(self, name: str, tokens: int) -> None:
         """Raise if the budget ``tokens`` of the argument ``name`` is too small for a sample."""

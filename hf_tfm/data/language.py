@@ -18,7 +18,8 @@ from ..values import conform_fields
 from .batching import rng
 from .csv_files import written
 from .source import load_splits, show_progress_of, take_split
-from .text import column_path, texts_at
+from .text import check_filled, column_path, texts_at
+from .vocabulary import tokenizer_name
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def text_rows(rows, text_column: str | None = None):
     rows = written(rows, [text_column])
     first = next(iter(rows))
     path = column_path(first, text_column, "text_column")
+    check_filled(rows, path, "text_column")
 
     def pick(batch: Mapping[str, list], indices: list[int]) -> dict[str, list[str]]:
         return {TEXT: [text for text in texts_at(batch, indices, path) if text.strip()]}
@@ -172,7 +174,7 @@ class SpecialTokens:
         self.after = np.array(whole[start + len(plain) :], dtype=np.int32)
         ends = [*self.after.tolist(), tokenizer.sep_token_id, tokenizer.eos_token_id]
         if not any(token is not None for token in ends):
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no token that ends a text (eos or sep)')
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no token that ends a text (eos or sep)")
         self.end = next(token for token in ends if token is not None)
 
     def wrap(self, *segments: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -110,6 +111,13 @@ def cut_words(words: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer
     return pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
 
 
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a tokenizer as messages name it: without a path if it is one that a run made or keeps in its folder."""
+    name = str(tokenizer.name_or_path or "")
+    parts = Path(name).parts
+    return "the tokenizer" if not name or ".new" in parts or parts[-1:] == ("tokenizer",) else f'tokenizer "{name}"'
+
+
 def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, samples: int = 1000) -> float | None:
     """Print the fraction of unknown tokens in held-out texts, and warn if it is large.
 
@@ -120,7 +128,7 @@ def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, sam
     Returns:
         The fraction of unknown tokens; None if the tokenizer has no unknown token.
     """
-    unknown, name = tokenizer.unk_token_id, tokenizer.name_or_path
+    unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return None
     ids = [np.asarray(row) for row in rows.select(range(min(samples, len(rows))))["input_ids"]]
@@ -129,10 +137,10 @@ def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, sam
         print(f"unknown tokens: {share:.2%} of {len(ids):,} held-out texts", file=sys.stderr, flush=True)
     if share > UNKNOWN_SHARE:
         log.warning(
-            "%.1f %% of the tokens of held-out texts are unknown to the tokenizer%s: give a larger vocab_size, or a "
-            "tokenizer of these languages",
+            "%.1f %% of the tokens of held-out texts are unknown to %s: give a larger vocab_size, or a tokenizer of "
+            "these languages",
             100 * share,
-            f' "{name}"' * bool(name),
+            tokenizer_name(tokenizer),
         )
     return share
 
@@ -199,7 +207,7 @@ def word_starts(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         starts[list(continues)] = False
     else:
         raise ValueError(
-            f'tokenizer "{tokenizer.name_or_path}" does not mark where words begin: no token starts with '
+            f"{tokenizer_name(tokenizer)} does not mark where words begin: no token starts with "
             f"{', '.join((CONTINUES, *BEGINS))}"
         )
     return starts

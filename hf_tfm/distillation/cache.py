@@ -255,15 +255,19 @@ class CachedTeacher:
         wanted = {"teacher": teacher or held.teacher, "data": data}
         # The preprocessing hash is comparable only if the data is the same.
         wanted["preprocessing"] = inputs_hash(task, rows, held.epochs) if data == held.data else held.preprocessing
+        words = []
         changed = [(what, getattr(held, what), now) for what, now in wanted.items() if now != getattr(held, what)]
         if name is not None and held.name is not None:
             origin = origin_of(name)
             same = origin == held.origin if origin and held.origin else name == held.name
-            changed = changed if same else [("teacher", held.name, name), *changed]
+            if not same and name == held.name:
+                words = [f"the weights of the teacher {name} are others now than those that the cache is of"]
+            elif not same:
+                changed = [("teacher", held.name, name), *changed]
         changed += [(knob, held.knobs[knob], now) for knob, now in (knobs or {}).items() if differs(held, knob, now)]
-        if changed:
-            words = "; ".join(f"{what} {there} there, {now} now" for what, there, now in changed)
-            raise ValueError(f"{self.folder} is the cache of another run: {words}")
+        words += [f"{what} {there} there, {now} now" for what, there, now in changed]
+        if words:
+            raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(words)}")
 
     def require(self, lessons: Sequence[Lesson]) -> None:
         """Refuse lessons that need signals the cache does not contain.

@@ -186,6 +186,7 @@ class Shard:
     """A shard opened for reading; its values stay memory-mapped on disk."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.file = safe_open(path, framework="pt")
         self.numbers: list[int] = self.file.get_tensor(NUMBER).tolist()
         self.shapes: dict[str, list[list[int]]] = {}
@@ -202,4 +203,9 @@ class Shard:
             end, shape = self.ends[name][place], self.shapes[name][place]
             start = end - math.prod(shape)
             found[name] = self.file.get_slice(name)[start:end].reshape(shape)
+            if found[name].is_floating_point() and found[name].isnan().any():
+                raise ValueError(
+                    f'{self.path} holds NaN in the signal "{name}" of sample {self.numbers[place]}: delete it, and '
+                    "the command that wrote the cache writes it anew; if it does again, the teacher gives NaN"
+                )
         return found

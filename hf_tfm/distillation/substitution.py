@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batching import cut, rng
-from ..data.vocabulary import word_starts
+from ..data.vocabulary import tokenizer_name, word_starts
 from ..values import check_bounds, conform_fields
 from .signals import only_rows
 
@@ -88,7 +88,7 @@ class Substituter:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: Substitution):
         if tokenizer.mask_token_id is None:
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no mask_token')
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no mask_token")
         self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         starts = word_starts(tokenizer)

@@ -161,7 +161,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
         words = ["--config", DEFAULTS["--model_name_or_path" in given], "--validation_split", "validation", *words]
     recipe = recipes_folder() / f"{RECIPE}.py"
     kind = runpy.run_path(str(recipe))["DetectionArguments"]
-    return own, parse_arguments(kind, recipe, words), words
+    return own, parse_arguments(kind, recipe, words, "doctor detection"), words
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Score an image classifier on any split of any data set."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -138,10 +139,12 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
         numbers = range(len(names))
         return "number", {number: number for number in numbers} | {str(number): number for number in numbers}
     if unknown := [name for name in stored if name not in set(names)]:
-        rest = some([name for name in names if name not in set(stored)]) or "none"
+        rest = some([name for name in dict.fromkeys(names) if name not in set(stored)]) or "none"
+        alike = some(sorted(name for name, count in Counter(names).items() if count > 1))
         raise ValueError(
             f"labels of the data set are not classes of the model: the data set alone has {some(unknown)}; the model "
-            f"alone has {rest}. If their numbers mean the same, match_labels=number compares those"
+            f"alone has {rest}{f', and several classes called {alike}' * bool(alike)}. If their numbers mean the "
+            "same, match_labels=number compares those"
         )
     if twice := sorted({name for name in stored if names.count(name) > 1}):
         raise ValueError(

@@ -239,6 +239,8 @@ def load_tokenizer(
     with explained(argument, model, trust_remote_code is not None):
         check_revision(model, revision)
         check_json_files(model, *TOKENIZER_FILES)
+        if (file := Path(model) / TOKENIZER_FILES[0]).is_file() and not isinstance(read_json(file).get("model"), dict):
+            raise ValueError(f'its {file.name} has no mapping "model", so it is not a saved tokenizer')
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
 
 

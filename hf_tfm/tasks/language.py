@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.batching import pad, rng
-from ..data.vocabulary import word_starts
+from ..data.vocabulary import tokenizer_name, word_starts
 from ..models.configuration_bert import TfmBertConfig
 from ..models.configuration_gpt import TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
@@ -236,7 +236,7 @@ def require_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
     """
     for name in names:
         if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no {name}')
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no {name}")
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import pad
 from ..data.labelled_texts import LABEL
+from ..data.vocabulary import tokenizer_name
 from ..metrics.glue import Glue
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.modeling_gpt import language_loss
@@ -64,7 +65,7 @@ class TextClassificationTask:
         language_weight: float = 0.0,
     ):
         if tokenizer.pad_token_id is None:
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no pad_token')
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no pad_token")
         if language_weight < 0.0:
             raise ValueError(f"language_weight must be at least 0, got {language_weight}")
         self.pad = tokenizer.pad_token_id

@@ -34,6 +34,7 @@ from ..data.batching import StepLoader, TokenBudgetSampler, pad, part_of_rank, r
 from ..data.source import first, gather, load_splits, take_split
 from ..data.stream import StreamLoader
 from ..data.text import EXTRA_LENGTH
+from ..data.vocabulary import tokenizer_name
 from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from ..hub.pretrained import TRANSLATIONS, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
@@ -403,9 +404,9 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """
     for name in ("pad", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" has no {name}_token')
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no {name}_token")
     if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise ValueError(f'tokenizer "{tokenizer.name_or_path}" does not end a text with its eos_token')
+        raise ValueError(f"{tokenizer_name(tokenizer)} does not end a text with its eos_token")
 
 
 def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:

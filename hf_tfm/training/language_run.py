@@ -157,7 +157,12 @@ def load_texts(args: LanguageArguments) -> dict:
         return gather(rows) if args.streaming and argument != "train_split" else rows
 
     texts = split_rows(args, args.test_splits, rows_of)
-    return {**texts, **{f"{Path(more.dataset_name).name}, {more.split}": more.rows() for more in args.more_texts}}
+    for place, more in enumerate(args.more_texts):
+        try:
+            texts[f"{Path(more.dataset_name).name}, {more.split}"] = more.rows()
+        except ValueError as error:
+            raise ValueError(f"more_texts[{place}]: {error}") from error
+    return texts
 
 
 def describe_data(args: LanguageArguments, texts: dict) -> dict:

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from ..data.vocabulary import train_bytes, train_wordpiece
+from ..data.vocabulary import tokenizer_name, train_bytes, train_wordpiece
 from ..hub.loading import load_config, load_tokenizer
 from ..hub.pretrained import load_to_train
 from ..memory import new_model
@@ -90,7 +90,7 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     }
     if tokenizer.num_special_tokens_to_add(pair=True) == 0:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ValueError(f'tokenizer "{tokenizer.name_or_path}" ends no text, and cannot be taught to')
+            raise ValueError(f"{tokenizer_name(tokenizer)} ends no text, and cannot be taught to")
         tokenizer.add_special_tokens(special)
         end = tokenizer.eos_token
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -154,6 +154,14 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--config quickstrat", r'--config "quickstrat" is neither .* did you mean quickstart\?'),
     # pictures
     (VISION, "--image_size 4000000", got("image_size", "16,384", "4000000")),
+    (VISION, "--model.id2label '{0: a}'", r"model\.id2label must be .*got \{0: 'a'\}"),
+    (LANGUAGE, "--batch_tokens 4", got("batch_tokens", "4", "16 tokens")),
+    (
+        LANGUAGE,
+        "--more_texts '[{dataset_name: number-words, text_column: translation.en}, "
+        "{dataset_name: number-words, text_column: none}]'",
+        r'more_texts\[1\]: text_column "none" is not a column',
+    ),
     (VISION, "--image_size 0", got("image_size", "1", "0")),
     (VISION, "--image_size [32]", got("image_size", "2 integers", "[32]")),
     (VISION, "--image_size 33", got("image_size", "33")),
@@ -335,6 +343,16 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("evaluate {models}/tr --dataset_name number-words", "--metrics [accuracy]", got("metrics", "bleu", "accuracy")),
     ("evaluate {models}/vit --dataset_name digits", "--max_samples 0", got("max_samples", "1", "0")),
     ("evaluate {models}/vit --dataset_name digits", "--max_samples few", got("max_samples", "integer", "few")),
+    (
+        "evaluate {models}/vit --dataset_name digits",
+        "--max_samples 1e3",
+        '^hf-tfm evaluate: max_samples must be an integer or null, got "1000.0"$',
+    ),
+    (
+        "evaluate {models}/vit --dataset_name digits",
+        f"--max_samples {'1' * 5000}",
+        got("max_samples", "integer", "5000 digits"),
+    ),
     ("evaluate {models}/vit --dataset_name digits", "--batch_size -1", got("batch_size", "1", "-1")),
     (
         "evaluate {models}/vit --dataset_name digits",
@@ -386,6 +404,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("doctor detection", "--quick", "--data|dataset"),
     ("doctor data", "", "dataset must be given"),
     ("doctor data /no/where", "", got("dataset_name", "/no/where")),
+    ("doctor detection --data digit-scenes", "--bogus 1", "^hf-tfm doctor detection: --bogus is not an option"),
     ("doctor data digits", "--max_sample 3", "--max_sample is not an option"),
     ("doctor detection --data digit-scenes", "--quick --learning_rate .nan", got("learning_rate", "finite", "nan")),
     ("doctor detection --data digit-scenes", "--quick --model /no/where", "/no/where"),
@@ -449,6 +468,8 @@ YAML = [
     yaml_row("nan_in_list", "adam_betas: [0.9, .nan]\n", "a.yaml.*adam_betas.*finite.*nan"),
     yaml_row("text_as_number", "seed: fast\n", "a.yaml.*seed.*integer.*fast"),
     yaml_row("quoted_number", "seed: '5'\n", 'a.yaml.*seed.*integer.*"5"'),
+    yaml_row("digits", f"seed: {'1' * 5000}\n", "a.yaml, line 1.*seed.*5,000 digits"),
+    yaml_row("digits_in_list", f"mean: [{'1' * 5000}]\n", "a.yaml, line 1.*5,000 digits"),
     yaml_row("null_group", "augmentation: null\n", "a.yaml.*augmentation.*mapping"),
     yaml_row("null_where_needed", "seed: null\n", "a.yaml.*seed.*integer.*None"),
     yaml_row("list_as_text", "dataset_name: [digits]\n", "a.yaml.*dataset_name.*string"),

@@ -111,7 +111,7 @@ def test_without_shuffling_steps_are_in_order_of_length():
     [
         (
             [[3, 4], [5, 20], [2, 2]],
-            "max_tokens must be at least the longest sample, got 10 for sample 1 of 20 tokens",
+            "batch_tokens must be at least the longest sample, got 10 for sample 1 of 20 tokens",
         ),
         (np.zeros((0, 2), dtype=int), "there are no samples"),
     ],

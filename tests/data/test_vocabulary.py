@@ -1,12 +1,21 @@
 """WordPiece vocabularies, and where words begin."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from hf_tfm.data.text import train_tokenizer
-from hf_tfm.data.vocabulary import WORDPIECE_TOKENS, tell_unknown, train_bytes, train_wordpiece, word_starts
+from hf_tfm.data.vocabulary import (
+    WORDPIECE_TOKENS,
+    tell_unknown,
+    tokenizer_name,
+    train_bytes,
+    train_wordpiece,
+    word_starts,
+)
 
 TEXTS = ["The players were playing a game.", "She plays; he played Café games!", "Gaming players play."] * 5
 
@@ -129,3 +138,16 @@ def test_unknown_tokens_of_held_out_texts_are_told(capsys, caplog):
     assert 0.1 < share < 0.5 and "of 2 held-out texts" in capsys.readouterr().err
     assert "are unknown to the tokenizer" in caplog.text
     assert tell_unknown(rows, train_bytes(TEXTS, 300)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("out/.new/tokenizer", "the tokenizer"),
+        ("out/tokenizer", "the tokenizer"),
+        ("", "the tokenizer"),
+        ("user/model", 'tokenizer "user/model"'),
+    ],
+)
+def test_messages_name_no_path_of_a_tokenizer_inside_a_run(path, name):
+    assert tokenizer_name(SimpleNamespace(name_or_path=path)) == name

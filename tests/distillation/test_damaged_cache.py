@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from distillation_helpers import TextTask, classifier, sentences
+from safetensors.torch import load_file, save_file
 
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
 from hf_tfm.distillation.shards import load_cost, save_cost
@@ -40,6 +41,19 @@ def test_a_damaged_file_is_named(cache, name, kind):
     DAMAGE[kind](cache / name)
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         CachedTeacher(cache)
+
+
+def test_nan_in_a_shard_is_named(cache):
+    path = cache / "shards" / "00001.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, value in tensors.items() if value.is_floating_point())
+    tensors[name][-1] = float("nan")
+    save_file(tensors, path)
+    teacher = CachedTeacher(cache)
+    teacher.sample(4, 0, [name])
+    last = 4 + len(tensors["number"]) - 1
+    with pytest.raises(ValueError, match=rf'00001\.safetensors holds NaN in the signal "{name}" of sample {last}:'):
+        teacher.sample(last, 0, [name])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,6 +261,17 @@ def test_a_cache_of_another_run_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"is the cache of another run: {words}"):
             teacher.check(*arguments)
+
+
+def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monkeypatch):
+    task, rows, _, _, _ = small_cache(tmp_path)
+    teacher = CachedTeacher(tmp_path)
+    teacher.index = replace(teacher.index, name="out/teacher", origin="abc")
+    monkeypatch.setattr("hf_tfm.distillation.cache.origin_of", lambda name: "xyz")
+    with pytest.raises(ValueError, match="another run: the weights of the teacher out/teacher are others now"):
+        teacher.check(task, rows, "abc", name="out/teacher")
+    with pytest.raises(ValueError, match="another run: teacher out/teacher there, out/other now"):
+        teacher.check(task, rows, "abc", name="out/other")
 
 
 def test_facts_of_the_teacher_stand_in_the_index(tmp_path):

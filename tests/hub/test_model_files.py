@@ -81,3 +81,9 @@ def test_a_teacher_without_classes_may_have_odd_names(tmp_path):
 
     assert label_names(GPT2Config(id2label={1: "ant", 7: "bee"})) is None
     assert label_names(GPT2Config(id2label={0: "ant", 1: "bee"})) == ("ant", "bee")
+
+
+@pytest.mark.parametrize("content", [{}, {"model": 3}])
+def test_a_tokenizer_file_without_a_model_is_named(tmp_path, content):
+    with pytest.raises(LoadingError, match=r'its tokenizer\.json has no mapping "model", so it is not a saved'):
+        load_tokenizer(saved(tmp_path, "tokenizer.json", content))

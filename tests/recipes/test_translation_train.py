@@ -288,7 +288,7 @@ def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
         ({"dataset_name": "/nowhere/at/all"}, "cannot be loaded"),
         ({"vocab_size": 100}, "vocab_size must be at least 261"),
         ({"max_length": 3}, "all 90 pairs are longer than max_length = 3 tokens"),
-        ({"batch_tokens": 20}, "max_tokens must be at least the longest sample, got 20"),
+        ({"batch_tokens": 20}, "batch_tokens must be at least the longest sample, got 20"),
         ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the longest sample, got 20"),
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
