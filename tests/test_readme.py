@@ -1,13 +1,16 @@
-"""The README's tables say what is there."""
+"""Tables in README.md and docs/ agree with the code and the results files."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLACES = re.findall(r"\| `([\w/.]+)`: `(\w+)` \|", README)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "model_cards" / "README.md"])
+WHERE = (ROOT / "docs" / "where.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+PLACES = re.findall(r"\| `([\w/.]+)`: `(\w+)` \|", WHERE)
 
 
 def test_the_table_is_read():
@@ -26,6 +29,18 @@ def test_presets_are_listed():
     for recipe in (ROOT / "recipes").glob("*.py"):
         if recipe.stem in ("distill_cache", "augment_texts"):  # they train nothing of their own
             continue
-        row = re.search(rf"\| `{recipe.stem}` \| (.*) \|", README)
+        row = re.search(rf"\| `{recipe.stem}` \| (.*) \|", RECIPES)
         presets = sorted(p.stem for p in (ROOT / "recipes/presets" / recipe.stem).glob("*.yaml"))
         assert row and sorted(re.findall(r"`(\w+)`", row[1])) == presets
+
+
+def test_the_results_table_is_that_of_the_results_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "generate.py"))["with_results"](readme) == readme
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
