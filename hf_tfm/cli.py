@@ -4,7 +4,6 @@ hf-tfm COMMAND --help lists the options of a command.
 """
 
 import inspect
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,34 +13,9 @@ import docstring_parser
 
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .options import OptionParser
+from .recipe_files import recipes_folder, run
 from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
 from .values import PATHS, checked, expanded
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the recipes: in an installed package, or next to the package in the repository."""
-    here = Path(__file__).parent
-    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-
-
-def run(recipe: str, argv: list[str]) -> None:
-    """Run a recipe by name, with its own options: hf-tfm run RECIPE --help.
-
-    Args:
-        recipe: name of a file in recipes/.
-        argv: arguments of the recipe.
-
-    Raises:
-        SystemExit: with the exit status of the recipe.
-    """
-    known = sorted(path.stem for path in recipes_folder().glob("*.py"))
-    if recipe not in known:
-        print(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}', file=sys.stderr)
-        raise SystemExit(2)
-    file = str(recipes_folder() / f"{recipe}.py")
-    sys.argv = [file, *argv]
-    with short_errors(f"run {recipe}", argv):  # errors before the recipe calls `run_recipe`
-        runpy.run_path(file, run_name="__main__")
 
 
 @checked()
@@ -183,7 +157,7 @@ def option_names(function: Callable) -> set[str]:
 def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
     """Call the function of a command, print its result, and return the exit status."""
     from .evaluation import lines
-    from .training.run import require_model
+    from .hub.loading import require_model
 
     given = {name: with_homes(name, value) for name, value in given.items()}
     if path[0] == "show":

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import run
 from .hub.loading import load_image_processor
+from .recipe_files import run
 from .tasks.translation import load_seq2seq
 from .viz.attention import attention_maps, plot_alignment
 from .viz.image_maps import image_attention_maps, plot_image_attention

@@ -28,8 +28,8 @@ from hf_tfm.distillation.substitution import Substituter, Substitution, with_cop
 from hf_tfm.hub.loading import load_model, load_tokenizer
 from hf_tfm.hub.pretrained import MASKED_WORDS, check_kind
 from hf_tfm.options import parse_arguments
-from hf_tfm.training.folder import explain_write_errors
 from hf_tfm.values import check_bounds, conform_fields
+from hf_tfm.writing import explain_write_errors
 
 
 @dataclass(kw_only=True)

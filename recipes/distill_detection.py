@@ -31,6 +31,7 @@ from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
 from hf_tfm.distillation.facts import check_processors
 from hf_tfm.distillation.student import Distilled
+from hf_tfm.tasks.base import Loader
 from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
 from hf_tfm.tasks.images import Scale
@@ -38,7 +39,6 @@ from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.tasks.splits import split_rows
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import DistillationKnobs, begin_with_layers, check_teacher, learn, prepare
-from hf_tfm.training.loop import Loader
 from hf_tfm.training.run import Run, finish, recipe_main
 from hf_tfm.training.scene_pictures import PredictionPictures
 from hf_tfm.training.scene_run import (

@@ -9,10 +9,7 @@ from transformers import CONFIG_MAPPING
 from ..hub.card import write_card
 from ..hub.loading import load_tokenizer, read_json
 from ..hub.results import RunRecord
-from ..hub.saved_files import HISTORY, RESULTS
-
-# Fields of JSON files with which a folder points transformers to its own code.
-CODE_FIELDS = ("auto_map", "custom_pipelines")
+from ..hub.saved_files import CODE_FIELDS, HISTORY, RESULTS, inside
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
@@ -33,11 +30,6 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
                 (target / path.name).write_text(text, encoding="utf-8")
             else:
                 shutil.copyfile(path, target / path.name)
-
-
-def inside(path: Path, folder: Path) -> bool:
-    """Return True if a file lies in a folder after resolving links."""
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def is_cached(folder: Path) -> bool:

@@ -39,15 +39,6 @@ class Count:
         self.number, self.first = self.number + 1, self.first or where
 
 
-def annotation_reader(folder: Path) -> Callable[[Path], datasets.DatasetDict] | None:
-    """Return the function that loads a folder's splits; None if `datasets.load_dataset` should load the folder."""
-    from . import coco, voc
-
-    if coco.coco_files(folder):
-        return coco.load_coco
-    return voc.load_voc if voc.is_voc(folder) else None
-
-
 def from_generator(
     generate: Callable[..., Iterator[dict[str, Any]]],
     features: datasets.Features,

@@ -13,8 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as PILImage
 
 from . import run_lengths
+from .categories import Category
 from .digits import digits
-from .panoptic import Category
 
 # Things are countable, stuff is not (Kirillov et al. 2019).
 THINGS = [str(digit) for digit in range(10)]

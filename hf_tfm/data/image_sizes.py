@@ -10,7 +10,7 @@ import PIL.Image
 
 from .images import IMAGE, decode, open_image, opened
 from .local_files import package_key, state_key
-from .source import show_progress_of
+from .progress import show_progress_of
 
 ORIENTATION = 0x0112  # EXIF tag; values of 5 and above rotate the image by 90 degrees
 

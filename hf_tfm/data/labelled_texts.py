@@ -23,7 +23,8 @@ from .batching import Steps, TokenBudgetSampler
 from .csv_files import separator_hint, written
 from .images import LABEL, find_column, is_label, label_ids, label_names
 from .number_parity import number_parity
-from .source import announce, load_splits, show_progress_of
+from .progress import show_progress_of
+from .source import announce, load_splits
 from .text import check_filled, column_path, texts_at
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ..values import conform_fields
 from .batching import rng
 from .csv_files import written
-from .source import load_splits, show_progress_of, take_split
+from .progress import show_progress_of
+from .source import load_splits, take_split
 from .text import check_filled, column_path, texts_at
 from .vocabulary import tokenizer_name
 

@@ -8,7 +8,6 @@ arXiv:1801.00868, and COCO's format).
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,17 @@ from datasets import ClassLabel, Image, Value
 from huggingface_hub import hf_hub_download
 
 from .arrow_lists import FlatList, nest, whole
+from .categories import Category
 from .coco import LARGEST_SEGMENT
 from .detection import SEGMENTS, assemble, picture_rows
+from .embedded import DIGIT_SCENES, EMBEDDED
 from .fields import Entry, load_json, shown, twice
 from .images import decode, is_encoded, with_paths_in
-from .source import DIGIT_SCENES, EMBEDDED
 
 log = logging.getLogger(__name__)
 
 PANOPTIC = "panoptic"
 CATEGORIES_FILE = "panoptic_categories.json"
-
-
-@dataclass(frozen=True)
-class Category:
-    """A category as in COCO's JSON; things are countable, stuff is not."""
-
-    id: int
-    name: str
-    isthing: bool
 
 
 def read_categories(entries: Any, source: str) -> list[Category]:

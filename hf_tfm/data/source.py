@@ -27,8 +27,9 @@ from datasets.packaged_modules.json.json import FullReadDisallowed, Json
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from ..command import raised_by_us
-from .annotation_folders import annotation_reader
+from .annotation_readers import annotation_reader
 from .csv_files import CsvFiles
+from .embedded import DIGIT_SCENES, EMBEDDED
 from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
 from .json_files import JsonFiles, with_text
 from .local_files import cache_entry, package_key, state_key
@@ -38,10 +39,8 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder declares its splits and columns
-STREAM = "stream"  # replaces the fingerprint of rows that are not read in advance
-DIGIT_SCENES = {"digit-scenes": 2000, "digit-scenes-large": 6000}  # training scenes; the other splits are identical
+STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
 FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"}
-EMBEDDED = ("number-words", "digits", *DIGIT_SCENES)
 OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
 
 
@@ -465,14 +464,6 @@ def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
 def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
     """Return the first ``max_samples`` rows, or all rows if it is None."""
     return rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
-
-
-def show_progress_of(rows) -> None:
-    """Show `datasets`' progress bars only for large data sets."""
-    if isinstance(rows, datasets.Dataset) and len(rows) >= 100_000:
-        datasets.enable_progress_bars()
-    else:
-        datasets.disable_progress_bars()
 
 
 def describe_rows(

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .csv_files import separator_hint, written
-from .source import describe_rows, show_progress_of
+from .progress import show_progress_of
+from .source import describe_rows
 from .source import gather as gather  # re-exported for the recipes, like the next two
 from .source import load_splits as load_splits
 from .source import take_split as take_split

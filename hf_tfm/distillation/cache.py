@@ -21,8 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batching import COPY
-from ..training.folder import explain_write_errors, write_text
-from ..training.run_folder import others
+from ..writing import explain_write_errors, others, write_text
 from .chunks import Chunks, shard_tensors
 from .facts import Facts
 from .plan import Lesson, signals_of

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..hub.cost import Cost
 from ..hub.schema import check_keys, check_type
-from ..training.folder import explain_write_errors, sync, write_text
+from ..writing import explain_write_errors, sync, write_text
 from .signals import Signals
 
 INDEX_FILE, COST_FILE, SHARDS = "index.json", "teacher.json", "shards"

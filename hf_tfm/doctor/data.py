@@ -7,18 +7,18 @@ below. Object detection data sets are checked by `detection`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import datasets
 from datasets import ClassLabel, Image, Value
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from ..data import images, labelled_texts, language, panoptic, text
 from ..data.labelled_texts import load_texts
 from . import image_checks, label_checks, text_checks
-from .findings import Finding, RowSample, condensed, failed, findings_of, save
+from .data_case import Columns, DataCase, DataSplit
+from .findings import Finding, condensed, failed, findings_of, save
 
 Task = Literal[
     "translation",
@@ -57,101 +57,6 @@ ACROSS: dict[str, Callable] = {
     "label": label_checks.classes_in_one_split,
     "image": image_checks.shared_images,
 }
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Columns that a task reads.
-
-    Args:
-        texts: part ("text", "pair", "source", "target") -> keys that lead to its texts.
-        label: label column; None without labels.
-        image: image column; None without images.
-    """
-
-    texts: dict[str, list[str]]
-    label: str | None = None
-    image: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class DataSplit:
-    """A split as stored.
-
-    Args:
-        name: name of the split.
-        rows: N rows from `load_splits`.
-        columns: columns that the task reads.
-    """
-
-    name: str
-    rows: datasets.Dataset
-    columns: Columns
-
-    @cached_property
-    def texts(self) -> dict[str, list[Any]]:
-        """Part -> its N values, some of which may wrongly not be strings."""
-        found = {}
-        for part, (first, *others) in self.columns.texts.items():
-            values = list(self.rows[first])
-            for key in others:
-                values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
-            found[part] = values
-        return found
-
-    @cached_property
-    def labels(self) -> list[Any]:
-        """N labels; names for a ClassLabel, None for missing labels."""
-        values, kind = list(self.rows[self.columns.label]), self.rows.features[self.columns.label]
-        if isinstance(kind, ClassLabel):
-            return [None if value is None or value < 0 else kind.names[value] for value in values]
-        return [value if label_checks.is_given(value) else None for value in values]
-
-    @cached_property
-    def images(self) -> datasets.Dataset:
-        """N images, not decoded, in a column "image"."""
-        return images.image_rows(self.rows, self.columns.image, labelled=False)
-
-    @cached_property
-    def looks(self) -> dict[int, image_checks.Look]:
-        """Inspection results of up to `image_checks.LOOKED_AT` evenly spaced images, by row."""
-        return image_checks.looks(self.images)
-
-    def sample(self, row: int) -> RowSample:
-        """Return a row with an excerpt of its texts or label."""
-        shown = [repr(values[row]) for values in self.texts.values()]
-        if self.columns.label is not None:
-            shown.append(f"label {self.labels[row]!r}")
-        path = None
-        if self.columns.image is not None:
-            value = self.images[row][images.IMAGE]
-            path = value.get("path") if isinstance(value, Mapping) else value if isinstance(value, str) else None
-        return RowSample(self.name, int(row), ", ".join(shown) or None, path)
-
-
-@dataclass(frozen=True)
-class DataCase:
-    """Splits to examine, the training split first, and how their texts are read.
-
-    Args:
-        splits: splits by name.
-        tokenizer: none if not given.
-        max_length: maximum number of tokens of a text, or of words without a tokenizer; None for no limit.
-    """
-
-    splits: dict[str, DataSplit]
-    tokenizer: PreTrainedTokenizerBase | None = None
-    max_length: int | None = None
-
-    @property
-    def train(self) -> DataSplit:
-        """Training split."""
-        return next(iter(self.splits.values()))
-
-    @property
-    def held_out(self) -> list[DataSplit]:
-        """All other splits."""
-        return list(self.splits.values())[1:]
 
 
 def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:

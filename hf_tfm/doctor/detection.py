@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..hub.loading import require_model
 from ..options import PlainParser, parse_arguments
-from ..training.run import require_model
+from ..recipe_files import recipes_folder
 from ..training.scene_run import SceneRunArguments
 from . import boxes, classes, images, knobs, weights
 from .findings import Finding, condensed, failed, findings_of, save, skipped
@@ -133,8 +134,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
     Raises:
         SystemExit: an option is unknown, or the recipe refuses a value; the message names it.
     """
-    from ..cli import recipes_folder
-
     parser = PlainParser(
         prog="hf-tfm doctor detection",
         usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--KNOB VALUE ...] [options]",

@@ -2,56 +2,17 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import datasets
-import numpy as np
-import torch
-
-from ..data.images import IMAGE, BadImage, decode, encoded
+from ..data.images import IMAGE, BadImage, encoded
+from .data_case import DataCase, DataSplit
 from .findings import Finding, graded, ok
 
-if TYPE_CHECKING:
-    from .data import DataCase, DataSplit
-
-LOOKED_AT = 500  # number of evenly spaced images of a split to decode
 MOSTLY = 0.5
 FEW = 0.01
 SMALL = 8  # minimum pixels of the shorter side
 
 
-@dataclass(frozen=True)
-class Look:
-    """Result of decoding an image.
-
-    Args:
-        height, width: upright size in pixels; 0 if unreadable.
-        blank: all pixels are equal.
-        error: why it is unreadable.
-    """
-
-    height: int = 0
-    width: int = 0
-    blank: bool = False
-    error: str | None = None
-
-
-def looks(images: datasets.Dataset) -> dict[int, Look]:
-    """Decode up to `LOOKED_AT` evenly spaced images of `image_rows`, by row."""
-    found = {}
-    for row in np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)).tolist():
-        try:
-            pixels = decode(images[row][IMAGE])
-        except (BadImage, OSError) as error:
-            found[row] = Look(error=str(error))
-        else:
-            blank = torch.equal(pixels.amin((1, 2)), pixels.amax((1, 2)))
-            found[row] = Look(*pixels.shape[1:], blank)
-    return found
-
-
-def unreadable_images(split: "DataSplit", case: "DataCase") -> Finding:
+def unreadable_images(split: DataSplit, case: DataCase) -> Finding:
     """Images can be decoded."""
     seen = split.looks
     bad = [row for row, look in seen.items() if look.error]
@@ -66,7 +27,7 @@ def unreadable_images(split: "DataSplit", case: "DataCase") -> Finding:
     )
 
 
-def small_images(split: "DataSplit", case: "DataCase") -> Finding:
+def small_images(split: DataSplit, case: DataCase) -> Finding:
     """Images have at least 8 pixels on each side."""
     sizes = {row: min(look.height, look.width) for row, look in split.looks.items() if not look.error}
     small = [row for row, side in sizes.items() if side < SMALL]
@@ -80,7 +41,7 @@ def small_images(split: "DataSplit", case: "DataCase") -> Finding:
     )
 
 
-def blank_images(split: "DataSplit", case: "DataCase") -> Finding:
+def blank_images(split: DataSplit, case: DataCase) -> Finding:
     """Images have more than one colour."""
     flags = {row: look.blank for row, look in split.looks.items() if not look.error}
     blank = [row for row, flag in flags.items() if flag]
@@ -94,7 +55,7 @@ def blank_images(split: "DataSplit", case: "DataCase") -> Finding:
     )
 
 
-def digests(split: "DataSplit") -> list[bytes | None]:
+def digests(split: DataSplit) -> list[bytes | None]:
     """Return (N,) hashes of the images' bytes; None for an unreadable image."""
     found: list[bytes | None] = []
     for row in split.images:
@@ -105,7 +66,7 @@ def digests(split: "DataSplit") -> list[bytes | None]:
     return found
 
 
-def shared_images(case: "DataCase") -> Iterator[Finding]:
+def shared_images(case: DataCase) -> Iterator[Finding]:
     """No image of the training split is in another split, byte for byte."""
     if not case.held_out:
         return

@@ -1,16 +1,13 @@
 """Checks of class labels: missing, of mixed types, inconsistently spelled, rare, or in one split only."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import ClassLabel
 
+from .data_case import DataCase, DataSplit
 from .findings import Finding, failed, graded, ok, warning
-
-if TYPE_CHECKING:
-    from .data import DataCase, DataSplit
 
 MOSTLY = 0.5
 RARE = 2  # minimum number of examples per class
@@ -19,22 +16,13 @@ MANY_CLASSES = 0.5  # classes per example above which the column is probably not
 SHOWN = 3
 
 
-def is_given(value: Any) -> bool:
-    """Return True if a row has a label: None, NaN, blank text and negative integers count as missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return False
-    if isinstance(value, str):
-        return bool(value.strip())
-    return not (isinstance(value, int) and value < 0)
-
-
 def listed(values: list[Any]) -> str:
     """List the first values, and how many more there are."""
     more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
     return ", ".join(map(repr, values[:SHOWN])) + more
 
 
-def missing_labels(split: "DataSplit", case: "DataCase") -> Finding:
+def missing_labels(split: DataSplit, case: DataCase) -> Finding:
     """Rows have labels."""
     missing = [row for row, value in enumerate(split.labels) if value is None]
     total = len(split.labels)
@@ -51,7 +39,7 @@ def missing_labels(split: "DataSplit", case: "DataCase") -> Finding:
     )
 
 
-def label_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def label_kind(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """Labels have a single type, and are classes."""
     if isinstance(split.rows.features[split.columns.label], ClassLabel):
         return
@@ -81,7 +69,7 @@ def label_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
         )
 
 
-def label_spelling(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def label_spelling(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """No two classes differ only in case or white space."""
     spelled: dict[str, set[str]] = {}
     for value in split.labels:
@@ -97,7 +85,7 @@ def label_spelling(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
             )
 
 
-def class_balance(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def class_balance(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """There are several classes, with enough examples of each."""
     counts = Counter(value for value in split.labels if value is not None)
     if not counts or any(isinstance(value, float) and value % 1 for value in counts):
@@ -125,7 +113,7 @@ def class_balance(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
         )
 
 
-def classes_in_one_split(case: "DataCase") -> Iterator[Finding]:
+def classes_in_one_split(case: DataCase) -> Iterator[Finding]:
     """Every class that is evaluated is also trained on."""
     learned = {value for value in case.train.labels if value is not None}
     if any(isinstance(value, float) and value % 1 for value in learned):

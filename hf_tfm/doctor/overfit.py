@@ -20,10 +20,11 @@ from ..data.images import IMAGE
 from ..data.shape_batches import ShapeSampler
 from ..models.configuration_detr import WEIGHTS, TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection
+from ..tasks.base import mean_losses as evaluate
 from ..tasks.detection import DetectionTask, score
 from ..tasks.scenes import scene_processor
 from ..training.image_run import new_scale
-from ..training.loop import evaluate, train_step
+from ..training.loop import train_step
 from ..training.scene_run import build_detr, labels_of
 from .findings import Finding, failed, graded, ok, skipped
 from .splits import Case, Split, look_at

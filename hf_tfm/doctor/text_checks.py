@@ -2,14 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .data_case import DataCase, DataSplit
 from .findings import Finding, failed, graded, ok, skipped, warning
-
-if TYPE_CHECKING:
-    from .data import DataCase, DataSplit
 
 MOSTLY = 0.5  # fraction of rows above which a fault spoils the run
 SOME = 0.01  # fraction of rows above which a fault gets a warning
@@ -25,7 +23,7 @@ def rows_where(flags: Any) -> np.ndarray:
     return np.flatnonzero(np.fromiter(flags, dtype=bool))
 
 
-def text_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def text_kind(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """All values of text columns are strings."""
     for part, values in split.texts.items():
         wrong = rows_where(not isinstance(value, str) for value in values)
@@ -38,7 +36,7 @@ def text_kind(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
             )
 
 
-def empty_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def empty_texts(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """Texts are not empty; white space counts as empty."""
     for part, values in split.texts.items():
         empty = rows_where(isinstance(value, str) and not value.strip() for value in values)
@@ -51,7 +49,7 @@ def empty_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
             )
 
 
-def damaged_characters(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def damaged_characters(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """Texts show no sign of a wrong encoding."""
     for part, values in split.texts.items():
         damaged = rows_where(isinstance(value, str) and any(mark in value for mark in DAMAGED) for value in values)
@@ -65,7 +63,7 @@ def damaged_characters(split: "DataSplit", case: "DataCase") -> Iterator[Finding
             )
 
 
-def tokenized(split: "DataSplit", case: "DataCase") -> Iterator[tuple[str, np.ndarray, list[list[int]]]]:
+def tokenized(split: DataSplit, case: DataCase) -> Iterator[tuple[str, np.ndarray, list[list[int]]]]:
     """Yield part, rows and token ids of up to `TOKENIZED` evenly spaced texts."""
     for part, values in split.texts.items():
         rows = rows_where(isinstance(value, str) and bool(value.strip()) for value in values)
@@ -79,7 +77,7 @@ def tokenized(split: "DataSplit", case: "DataCase") -> Iterator[tuple[str, np.nd
         yield part, rows, ids
 
 
-def unknown_tokens(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def unknown_tokens(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """The tokenizer knows the words."""
     if case.tokenizer is None:
         yield skipped("no tokenizer was given (--tokenizer)")
@@ -99,7 +97,7 @@ def unknown_tokens(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
             )
 
 
-def text_lengths(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def text_lengths(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """Texts fit into the model's input."""
     if case.max_length is None:
         yield skipped("no limit was given (--max_length)")
@@ -125,7 +123,7 @@ def text_lengths(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
             )
 
 
-def digests(split: "DataSplit") -> list[bytes]:
+def digests(split: DataSplit) -> list[bytes]:
     """Return (N,) hashes of all texts of each row."""
     rows = zip(*split.texts.values(), strict=True)
     return [
@@ -133,7 +131,7 @@ def digests(split: "DataSplit") -> list[bytes]:
     ]
 
 
-def repeated_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
+def repeated_texts(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     """Texts that are repeated within a split have one label."""
     first: dict[bytes, int] = {}
     copies, other = [], []
@@ -164,7 +162,7 @@ def repeated_texts(split: "DataSplit", case: "DataCase") -> Iterator[Finding]:
         )
 
 
-def shared_texts(case: "DataCase") -> Iterator[Finding]:
+def shared_texts(case: DataCase) -> Iterator[Finding]:
     """No text of the training split is in another split."""
     train = {digest: row for row, digest in enumerate(digests(case.train))}
     for split in case.held_out:
@@ -182,7 +180,7 @@ def shared_texts(case: "DataCase") -> Iterator[Finding]:
         )
 
 
-def equal_sides(split: "DataSplit", case: "DataCase") -> Finding:
+def equal_sides(split: DataSplit, case: DataCase) -> Finding:
     """Source and target differ."""
     source, target = split.texts["source"], split.texts["target"]
     equal = rows_where(a == b and isinstance(a, str) for a, b in zip(source, target, strict=True))
@@ -196,7 +194,7 @@ def equal_sides(split: "DataSplit", case: "DataCase") -> Finding:
     )
 
 
-def length_ratio(split: "DataSplit", case: "DataCase") -> Finding:
+def length_ratio(split: DataSplit, case: DataCase) -> Finding:
     """Source and target have similar lengths."""
     sides = [
         np.array([len(value) if isinstance(value, str) else 0 for value in split.texts[part]]) + 1

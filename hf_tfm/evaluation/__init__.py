@@ -8,14 +8,13 @@ from typing import Any
 
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from ..hub.loading import load_config
+from ..hub.detectors import is_detector
+from ..hub.loading import load_config, require_model
 from ..tasks.evaluation import evaluate_task
 from ..tasks.masked_image import MASKED_AUTOENCODERS
 from ..tasks.translation import TranslationTask
-from ..training.run import require_model
 from .classification import evaluate_classification
 from .detection import evaluate_detection
-from .detectors import is_detector
 from .glue import evaluate_glue, summary_lines
 from .language import evaluate_language, is_language_model
 from .masked_image import evaluate_masked_autoencoder

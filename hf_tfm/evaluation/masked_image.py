@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from ..limits import LIMITS
+from ..tasks.base import mean_losses as evaluate
 from ..tasks.masked_image import MaskedImageTask
-from ..training.loop import evaluate
 from ..values import checked
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
 from .results import check_options, describe, metric, write

@@ -117,11 +117,34 @@ def load_config(
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
 
 
-def check_config_file(path: Path, named: bool = True) -> None:
-    """Refuse a config.json that would exhaust memory or run code while it is loaded.
+def require_model(
+    argument: str, source: str, revision: str | None = None, files: Sequence[str] = (CONFIG_NAME,)
+) -> None:
+    """Check that a model or tokenizer exists, as a local folder or a Hub id.
 
     Args:
-        named: the names of its classes are used.
+        argument: name of the argument, for the error.
+        files: files of which at least one must exist on the Hub.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    if Path(source).is_dir():
+        return
+    for file in files:
+        try:
+            cached_file(source, file, revision=revision)
+            return
+        except OSError as error:
+            missing = error
+    reason = str(missing).splitlines()[0]
+    raise ValueError(
+        f'{argument} "{source}" is neither a local folder nor to be found on the Hub: {reason}'
+    ) from missing
+
+
+def check_config_file(path: Path, named: bool = True) -> None:
+    """Refuse a config.json that would use up the memory, or run code, while it is read.
 
     Raises:
         ValueError: names the field.

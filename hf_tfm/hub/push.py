@@ -14,10 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from ..conversion.carry import CODE_FIELDS, inside
 from ..families import FAMILIES
 from .loading import read_json
-from .saved_files import CARD, EVAL_RESULTS, INDEX, UPLOADED
+from .saved_files import CARD, CODE_FIELDS, EVAL_RESULTS, INDEX, UPLOADED, inside
 
 MODEL_ID_LINE = re.compile(r'^model_id = ".*"$', re.MULTILINE)
 SHOWN = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.(?:png|jpe?g|gif|svg|webp))\)")  # an image in the card's folder

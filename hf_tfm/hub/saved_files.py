@@ -47,3 +47,11 @@ WRITTEN = (
     *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # TensorBoard
 )
 UPLOADED = (*MODEL_FILES, *RECORD_FILES, CERTIFICATE, PROJECTION)
+
+# Fields of JSON files by which transformers finds code that a folder brings.
+CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, after all links."""
+    return path.resolve().is_relative_to(folder.resolve())

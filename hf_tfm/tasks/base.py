@@ -228,26 +228,9 @@ class Task(ABC):
         """Scores of `trained_module`, or of the average of its weights, on `validation_split`."""
         return self.evaluate(module, self.validation_split, metrics).values
 
-    @torch.no_grad()
     def mean_losses(self, model: nn.Module, loader: Loader) -> dict[str, float]:
-        """Mean of each loss term over a data set, exact over uneven ranks; "loss" is their sum."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, float] = {}
-        wide = widest_float(self.accelerator.device)
-        training = model.training
-        model.eval()
-        for micro_batches in loader.epoch(0):
-            for batch in micro_batches:
-                for term, count in self.count(batch).items():
-                    counts[term] = counts.get(term, 0) + count
-                for term, value in self.losses(model, send_to_device(batch, self.accelerator.device)).items():
-                    sums[term] = sums.get(term, 0) + value.to(wide)
-        model.train(training)
-        totals = self.accelerator.reduce(
-            {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}
-        )
-        means = {term: mean(total, count).item() for term, (total, count) in totals.items()}
-        return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}
+        """See `mean_losses`."""
+        return mean_losses(self.accelerator, self, model, loader)
 
     # --- hooks of a run
 
@@ -288,10 +271,36 @@ class Task(ABC):
 
 
 def mean(total: Tensor, count: Tensor) -> Tensor:
-    """``total / count``; the total if the count is 0."""
+    """Return ``total / count``, or ``total`` if the count is 0."""
     return total / count.where(count != 0, 1)
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """Dtype of sums over many items: float64 where the device supports it."""
+    """Return the dtype for sums over many items: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@torch.no_grad()
+def mean_losses(accelerator: Accelerator, task: Any, model: nn.Module, loader: Loader) -> dict[str, float]:
+    """Mean of each loss term over a data set, exact over uneven ranks; "loss" is their sum.
+
+    Args:
+        task: has `Task.count` and `Task.losses`.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
+    wide = widest_float(accelerator.device)
+    training = model.training
+    model.eval()
+    for micro_batches in loader.epoch(0):
+        for batch in micro_batches:
+            for term, count in task.count(batch).items():
+                counts[term] = counts.get(term, 0) + count
+            for term, value in task.losses(model, send_to_device(batch, accelerator.device)).items():
+                sums[term] = sums.get(term, 0) + value.to(wide)
+    model.train(training)
+    totals = accelerator.reduce(
+        {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}
+    )
+    means = {term: mean(total, count).item() for term, (total, count) in totals.items()}
+    return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}

@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor
 from ..data.augment import Augmentation, Mixing, mix, partners
 from ..data.images import LABEL, is_label
 from ..metrics import Accuracy
-from ..training.loop import Loader
+from .base import Loader
 from .images import Batch, ImageTask
 
 HEADS = ("classifier", "distillation_classifier")  # linear layers of a classifier; with both, it takes their mean

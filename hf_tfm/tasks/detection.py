@@ -18,7 +18,7 @@ from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from ..models.configuration_detr import TfmDetrConfig
 from ..models.set_loss import query_weight, term_weights
-from ..training.loop import Loader, mean
+from .base import Loader, mean
 from .images import Batch
 from .scenes import SceneTask
 

@@ -22,7 +22,8 @@ from ..data.vocabulary import tokenizer_name, word_starts
 from ..models.configuration_bert import TfmBertConfig
 from ..models.configuration_gpt import TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
-from ..training.loop import Loader, evaluate
+from .base import Loader
+from .base import mean_losses as evaluate
 
 Batch = dict[str, Tensor]
 NEXT = "next_sentence_label"

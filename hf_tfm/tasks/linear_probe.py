@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from ..training.loop import Loader
+from .base import Loader
 from .classification import ClassificationTask, heads_of
 
 STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a deviation of that of all images

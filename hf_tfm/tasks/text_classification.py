@@ -24,7 +24,7 @@ from ..data.vocabulary import tokenizer_name
 from ..metrics.glue import Glue
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.modeling_gpt import language_loss
-from ..training.loop import Loader
+from .base import Loader
 from .language import padded
 
 Batch = dict[str, Any]

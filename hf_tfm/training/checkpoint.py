@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..hub.saved_files import CHECKPOINT_FILES, CHECKPOINTS, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
 from ..hub.schema import check_keys, check_type
-from .folder import explain_write_errors, sync
+from ..writing import explain_write_errors, sync
 
 log = logging.getLogger(__name__)
 

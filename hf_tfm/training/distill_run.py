@@ -21,9 +21,10 @@ from ..distillation.teacher import Teacher, check_score, load_teacher
 from ..distillation.terms import read_terms
 from ..finite import check_finite
 from ..hub.results import Distillation
+from ..tasks.base import Loader
+from ..tasks.base import mean_losses as evaluate
 from ..tasks.distill import DistillationTask, Teaching
 from ..values import check_bounds, shown
-from .loop import Loader, evaluate
 from .run import Run
 from .session import TrainingResult
 

@@ -2,57 +2,16 @@
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from ..hub.saved_files import HISTORY
+from ..writing import explain_write_errors, write_text
 
 log = logging.getLogger(__name__)
-
-
-class WriteError(OSError):
-    """A file could not be written; the message gives the path, the free disk space and how to resume."""
-
-
-@contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Convert a failed write below ``path`` to a `WriteError`."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except (OSError, SafetensorError) as error:
-        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(existing).free / 1e6
-        raise WriteError(
-            f"could not write {path} ({error}); {free:.0f} MB are free there. Earlier checkpoints are untouched: make "
-            "room or mend the permissions, then run the same command to go on"
-        ) from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    with explain_write_errors(path):
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        sync(part)
-        part.replace(path)
 
 
 def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool) -> None:

@@ -7,7 +7,7 @@ step are known before the first backward pass, and each sum of losses is divided
 to rounding, however it is divided into micro-batches and ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..tasks.base import mean
 from .checkpoint import inner
 
 
@@ -35,18 +36,6 @@ class Task(Protocol):
     def count(self, batch: Any) -> dict[str, float]: ...
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]: ...
-
-
-class Loader(Protocol):
-    """Interface of a source of training steps.
-
-    ``epoch(epoch, start)`` yields this rank's micro-batches of every step of an epoch, from step ``start`` on; all
-    ranks get the same number of micro-batches. ``steps_per_epoch(epoch)`` is the number of steps, or None if unknown.
-    """
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]: ...
-
-    def steps_per_epoch(self, epoch: int = 0) -> int | None: ...
 
 
 @dataclass
@@ -75,11 +64,6 @@ def global_counts(
     numbers = torch.tensor([*totals.values(), int(flag)]).to(accelerator.device, non_blocking=True)
     numbers = accelerator.reduce(numbers, "sum")
     return dict(zip(totals, numbers[:-1], strict=True)), numbers[-1]
-
-
-def mean(total: Tensor, count: Tensor) -> Tensor:
-    """Return ``total / count``, or ``total`` if the count is 0."""
-    return total / count.where(count != 0, 1)
 
 
 def train_step(
@@ -127,30 +111,3 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(losses, counts, norm)
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return the dtype for sums over many items: float64 if the device supports it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, task: Task, model: nn.Module, loader: Loader) -> dict[str, float]:
-    """Return the mean of each loss term over a data set, exact for uneven ranks; ``loss`` is the sum of all terms."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, float] = {}
-    wide = widest_float(accelerator.device)
-    training = model.training
-    model.eval()
-    for micro_batches in loader.epoch(0):
-        for batch in micro_batches:
-            for term, count in task.count(batch).items():
-                counts[term] = counts.get(term, 0) + count
-            for term, value in task.losses(model, send_to_device(batch, accelerator.device)).items():
-                sums[term] = sums.get(term, 0) + value.to(wide)
-    model.train(training)
-    totals = accelerator.reduce(
-        {term: torch.stack([sums[term], sums[term].new_tensor(counts[term])]) for term in sums}
-    )
-    means = {term: mean(total, count).item() for term, (total, count) in totals.items()}
-    return {"loss": sum(means.values()), **(means if len(means) > 1 else {})}

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..arguments import TrainingArguments
+from ..tasks.base import widest_float
 from .checkpoint import Progress
 from .folder import History
-from .loop import widest_float
 
 
 class Monitor:

@@ -19,19 +19,22 @@ from datasets.config import HF_DATASETS_CACHE
 from evaluate.config import HF_METRICS_CACHE
 from torch import nn
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
 from ..arguments import TrainingArguments
 from ..data.source import STREAM
 from ..finite import check_finite, first_not_finite
 from ..hub.card import metadata, write_card
 from ..hub.cost import Cost
+from ..hub.loading import require_model
 from ..hub.pretrained import check_kind
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
 from ..options import parse_arguments
+from ..tasks.base import Loader
+from ..writing import explain_write_errors
 from .checkpoint import checkpoints
-from .folder import explain_write_errors, require_room
-from .loop import Loader, Task
+from .folder import require_room
+from .loop import Task
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
 from .session import TrainingResult, checkpoints_to_come, train
@@ -81,32 +84,6 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
         raise ValueError('mixed_precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
     return accelerator
-
-
-def require_model(
-    argument: str, source: str, revision: str | None = None, files: Sequence[str] = (CONFIG_NAME,)
-) -> None:
-    """Check that a model or tokenizer exists, as a local folder or a Hub id.
-
-    Args:
-        argument: name of the argument, for the error.
-        files: files of which at least one must exist on the Hub.
-
-    Raises:
-        ValueError: it does not exist.
-    """
-    if Path(source).is_dir():
-        return
-    for file in files:
-        try:
-            cached_file(source, file, revision=revision)
-            return
-        except OSError as error:
-            missing = error
-    reason = str(missing).splitlines()[0]
-    raise ValueError(
-        f'{argument} "{source}" is neither a local folder nor to be found on the Hub: {reason}'
-    ) from missing
 
 
 class Run:

@@ -34,15 +34,14 @@ from typing import Any, ClassVar
 from ..data.source import EMBEDDED
 from ..hub.saved_files import RESULTS, RUN, WEIGHTS, WRITTEN
 from ..values import shown
-from .folder import explain_write_errors, sync, write_text
+from ..writing import LOCK, NEW, explain_write_errors, others, sync, write_text
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-LOCK, NEW = ".lock", ".new"
-EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # names of built-in data sets, not folders
+EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
 INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
 
 
@@ -381,11 +380,6 @@ class RunFolder:
     def give_up(self) -> None:
         """Remove what was created for a run that was never claimed."""
         shutil.rmtree(self.path / NEW, ignore_errors=True)
-
-
-def others(folder: Path) -> list[str]:
-    """List the names in a folder, except those of an unclaimed run."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, NEW)) if folder.is_dir() else []
 
 
 def saved_anything(folder: Path) -> bool:

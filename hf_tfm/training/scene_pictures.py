@@ -15,12 +15,12 @@ from PIL import Image
 from torch import nn
 
 from ..data.images import IMAGE, BadImage, decode
-from ..evaluation.detectors import classes
+from ..hub.detectors import classes
 from ..tasks.detection import DetectionTask
 from ..viz.detections import objects_panel
 from ..viz.mosaic import save
 from ..viz.objects import Objects, Panel, found_objects, gallery, numbered_segments
-from .folder import explain_write_errors
+from ..writing import explain_write_errors
 
 FOLDER = "predictions"
 THRESHOLD = 0.5  # lower than in pictures of trained models: it takes long to become sure

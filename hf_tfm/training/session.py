@@ -14,9 +14,10 @@ from torch import nn
 
 from ..arguments import TrainingArguments
 from ..hub.results import read_history
+from ..tasks.base import Loader
 from . import checkpoint as states
 from . import folder as folders
-from .loop import Loader, Task, global_counts, train_step
+from .loop import Task, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..evaluation.detectors import classes, predict, processed
+from ..hub.detectors import classes, predict, processed
 from ..tasks.detection import detections
 from .images import NamedImage, name_of
 from .mosaic import save

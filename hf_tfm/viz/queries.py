@@ -23,7 +23,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..data.images import IMAGE, BadImage, decode
-from ..evaluation.detectors import classes, predict, processed
+from ..hub.detectors import classes, predict, processed
 from .attention import forming_maps
 from .detections import read_pixels
 from .grid import DPI, SMALL

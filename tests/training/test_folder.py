@@ -16,9 +16,10 @@ from hf_tfm.training import checkpoint as states
 from hf_tfm.training import folder as folders
 from hf_tfm.training import run, run_folder
 from hf_tfm.training.checkpoint import checkpoints
-from hf_tfm.training.folder import History, WriteError, explain_write_errors, require_room
+from hf_tfm.training.folder import History, require_room
 from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_place
 from hf_tfm.training.session import checkpoints_to_come
+from hf_tfm.writing import WriteError, explain_write_errors
 
 RUN = {"task": "translation", "seed": 0, "adam_betas": (0.9, 0.98), "data": {"train": "abc"}}
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from training_helpers import arguments, difference, fresh_accelerator, history, pairs, run_training, tiny_model
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
+from hf_tfm.tasks.base import Loader
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import train
 from hf_tfm.training.checkpoint import checkpoints, full_weights
-from hf_tfm.training.loop import Loader
 from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, height, parameter_groups
 
 WARMUP, STEPS, PEAK = 40, 200, 3e-3

@@ -1,0 +1,54 @@
+"""Writing files whole or not at all, with errors that name the place and its free space."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+LOCK, NEW = ".lock", ".new"  # files of a run that is not claimed yet, see `training.run_folder`
+
+
+class WriteError(OSError):
+    """A file could not be written; the message gives the path, the free disk space and how to resume."""
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Convert a failed write below ``path`` to a `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 1e6
+        raise WriteError(
+            f"could not write {path} ({error}); {free:.0f} MB are free there. Earlier checkpoints are untouched: make "
+            "room or mend the permissions, then run the same command to go on"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    with explain_write_errors(path):
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        part.replace(path)
+
+
+def others(folder: Path) -> list[str]:
+    """List the names in a folder, except those of an unclaimed run."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, NEW)) if folder.is_dir() else []
