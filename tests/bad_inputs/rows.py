@@ -759,6 +759,7 @@ SOURCES = [
         nested_classes,
     ),
 ]
+KEEP_ALL = "--save_total_limit 1000000000"
 FILES = [
     Row(
         "evaluate_output_is_a_folder", f"{EVALUATION} --output {{in}}", "in: Is a directory|output .*in", inputs.images
@@ -819,7 +820,11 @@ FILES = [
     ),
 ]
 
+ROOM = "--dataset_name {in} --max_steps 1000000000 --save_steps 1 --save_total_limit 1000000000"
+FILES += [Row("room_for_checkpoints", f"{VISION_ONE} {ROOM}", "checkpoints take about .* MB, but only", inputs.images)]
+
 VALID = [
+    Row("valid_more_checkpoints_than_steps", f"{VISION_ONE} --dataset_name {{in}} {KEEP_ALL}", None, inputs.images),
     Row("valid_texts", f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text] --warmup_steps 1", None, inputs.texts),
     Row("valid_texts_evaluated_at_the_end", f"{TEXT_ONE} --eval_steps 100000 --save_steps 100000", None),
     Row(
