@@ -57,6 +57,8 @@ FREE = {
     *("costs", "teacher_device", "expected_score"),
 }
 
+CPU_FLAGS = Path("/proc/cpuinfo")
+
 
 def start_accelerator(args: TrainingArguments) -> Accelerator:
     """Create the accelerator: mixed precision and trackers from the arguments, the rest from the launcher.
@@ -83,7 +85,19 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     )
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
         raise ValueError('mixed_precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
+    if args.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not has_fast_bf16():
+        accelerator.print(
+            'mixed_precision="bf16" is emulated on this CPU, which has no bf16 instructions: "no" is many times faster'
+        )
     return accelerator
+
+
+def has_fast_bf16() -> bool:
+    """Return True if the CPU computes matrix products in bf16 at least as fast as in float32."""
+    if not CPU_FLAGS.is_file():  # not Linux
+        return True
+    words = set(CPU_FLAGS.read_text(encoding="utf-8").split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16", "avx_ne_convert"})
 
 
 class Run:

@@ -1,0 +1,25 @@
+"""A CPU without bf16 instructions emulates them: a run says so before it starts."""
+
+import pytest
+from training_helpers import arguments, fresh_accelerator
+
+from hf_tfm.training import run
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "said"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
+)
+def test_emulated_bf16_is_told(precision, fast, said, monkeypatch, capsys):
+    monkeypatch.setattr(run, "has_fast_bf16", lambda: fast)
+    fresh_accelerator(arguments(".", mixed_precision=precision))
+    assert ('mixed_precision="bf16" is emulated on this CPU' in capsys.readouterr().out) is said
+
+
+def test_instructions_are_read_from_the_flags(tmp_path, monkeypatch):
+    known = {"flags : fpu avx2": False, "flags : fpu avx512_bf16": True, "Features : asimd bf16": True}
+    for flags, expected in known.items():
+        (tmp_path / "cpuinfo").write_text(flags)
+        monkeypatch.setattr(run, "CPU_FLAGS", tmp_path / "cpuinfo")
+        assert run.has_fast_bf16() is expected
+    monkeypatch.setattr(run, "CPU_FLAGS", tmp_path / "none")
+    assert run.has_fast_bf16()
