@@ -223,15 +223,15 @@ class TrainingArguments(Arguments):
         ema_decay: decay of an exponential moving average of the weights; 0 disables it.
         average_checkpoints: number of most recent checkpoints averaged by final_weights "average".
         final_weights: weights of the saved model: last, best, average or ema.
-        eval_steps: steps between evaluations, besides the one after the last step; default, once an epoch.
+        eval_steps: steps between evaluations; the last step is always evaluated. Default: once per epoch.
         save_steps: steps between checkpoints; default, at every evaluation.
         logging_steps: steps between log lines.
         metric_for_best_model: validation metric that selects the best weights and drives early stopping; lower is
             better for loss, higher for all others.
         early_stopping_patience: stop after this many evaluations without improvement; 0 disables early stopping.
-        save_total_limit: number of most recent checkpoints to keep, besides the best one.
+        save_total_limit: number of most recent checkpoints to keep, in addition to the best one.
         max_nonfinite_steps: stop after this many consecutive steps with a non-finite gradient; with fp16, 16 more are
-            allowed for the loss scale to settle.
+            allowed while the loss scale is searched.
         report_to: experiment trackers: tensorboard, wandb, trackio.
         run_name: name of the run in the trackers; default, that of output_dir.
         license: licence of the trained model, for its card.

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, with errors that name the place and its free space."""
+"""Atomic writes, with errors that give the path and the free disk space."""
 
 import os
 import shutil

@@ -2,9 +2,8 @@
 
     hf-tfm run image_classification_train --config quickstart                     about 1 minute on 2 CPU cores
     hf-tfm run image_classification_train --config cifar10 --dataset_name DATA --output_dir runs/cifar10
-    hf-tfm run image_classification_train --config cifar10_finetune --dataset_name DATA --model_name_or_path
-    runs/cifar10-mae accelerate launch recipes/image_classification_train.py --config deit_small   as many GPUs as the
-    launcher finds
+    hf-tfm run image_classification_train --config cifar10_finetune --dataset_name DATA --model_name_or_path MODEL
+    accelerate launch recipes/image_classification_train.py --config deit_small   on all GPUs of the launcher
 
 Presets with their cost and expected numbers: recipes/presets/image_classification_train/.
 """

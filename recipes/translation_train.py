@@ -7,8 +7,9 @@
 Presets with their cost and expected results: recipes/presets/translation_train/.
 """
 
+from hf_tfm.command import run_recipe
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training.trainer import recipe, run_recipe
+from hf_tfm.training.trainer import recipe
 
 main = recipe(TranslationTask, __file__)
 

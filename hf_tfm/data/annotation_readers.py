@@ -9,7 +9,7 @@ from . import coco, voc
 
 
 def annotation_reader(folder: Path) -> Callable[[Path], datasets.DatasetDict] | None:
-    """What reads a folder's splits; None of a folder for `datasets.load_dataset`."""
+    """Return the function that loads a folder's splits; None if `datasets.load_dataset` should load the folder."""
     if coco.coco_files(folder):
         return coco.load_coco
     return voc.load_voc if voc.is_voc(folder) else None

@@ -19,9 +19,9 @@ FEWEST_STEPS = 2000  # for a new model: preset digits trains a tiny one for 3,00
 def learning_rate(case: Case) -> Iterator[Finding]:
     """Learning rates and batch size fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images per step."""
     args = case.args
-    settled, _ = args.resolve(case.steps_per_epoch, 0)
+    resolved, _ = args.resolve(case.steps_per_epoch, 0)
     try:
-        groups = parameter_groups(case.model, settled)
+        groups = parameter_groups(case.model, resolved)
     except ValueError as error:  # a key of rate_factors matches no parameter
         yield failed(str(error), "name a part of the model, say {backbone: 0.1}")
         return
@@ -59,8 +59,8 @@ def schedule(case: Case) -> Finding:
     """Warm-up ends before training does, and a new model gets more than a few hundred steps."""
     args = case.args
     steps = args.max_steps or math.ceil(args.num_train_epochs * case.steps_per_epoch)
-    settled = args.resolve(case.steps_per_epoch, 0)[0]
-    warmup = settled.warmup(steps) if settled.warmup_steps is None else settled.warmup_steps
+    resolved = args.resolve(case.steps_per_epoch, 0)[0]
+    warmup = resolved.warmup(steps) if resolved.warmup_steps is None else resolved.warmup_steps
     message = f"{steps} steps, {steps / case.steps_per_epoch:.4g} epochs of {len(case.train.rows)} images; warm-up "
     message += f"{warmup} steps"
     if warmup >= steps:

@@ -1,4 +1,4 @@
-"""Detectors of this package or transformers: their kind and classes, and what their own processor makes of images.
+"""Detectors of this package or of transformers: kind, classes, preprocessing and forward pass.
 
 uint8 images of any size -> processor -> one batch -> model -> output
 """
@@ -13,40 +13,40 @@ from torchvision.transforms.functional import resize
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-# Detectors are saved under many names; models with boxes and masks under these alone.
+# Architectures of models with boxes and masks; detectors without masks have many names.
 WITH_MASKS = ("DetrForSegmentation", "TfmDetrForPanopticSegmentation")
 
 
 def is_detector(config: PreTrainedConfig) -> bool:
-    """Whether a model was saved as one that finds boxes."""
+    """Return True if a model was saved as a detector."""
     return "ForObjectDetection" in "".join(config.architectures or ()) or has_masks(config)
 
 
 def has_masks(config: PreTrainedConfig) -> bool:
-    """Whether a detector was saved with masks."""
+    """Return True if a detector was saved with a mask head."""
     return any(name in WITH_MASKS for name in config.architectures or ())
 
 
 def takes_mask(model: PreTrainedModel) -> bool:
-    """Whether a model can be told where a padded image is."""
+    """Return True if the forward pass takes a ``pixel_mask``, which marks padding."""
     return "pixel_mask" in inspect.signature(model.forward).parameters
 
 
 def classes(config: PreTrainedConfig) -> list[str]:
-    """The names of a model's classes, in order; names that several have, as "N/A" in COCO's, get their number."""
+    """Return the names of a model's classes in order; duplicates, such as COCO's "N/A", get their number appended."""
     names = [config.id2label[number] for number in range(config.num_labels)]
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> dict[str, Any]:
-    """What a processor makes of images.
+    """Preprocess images of any size into one batch.
 
     Args:
-        images: uint8 (3, h, w), of any sizes.
+        images: uint8 (3, h, w).
 
     Returns:
-        ``pixel_values`` (B, 3, H, W) float32; where there is padding ``pixel_mask`` (B, H, W); ``labels``, a dict for
-        each image of orig_size and size (2,) int64, height and width before and after the processor, unpadded.
+        ``pixel_values`` (B, 3, H, W) float32; ``pixel_mask`` (B, H, W) if there is padding; ``labels``, one dict per
+        image with orig_size and size (2,) int64: height and width before and after preprocessing, without padding.
     """
     longest = getattr(processor.size, "longest_edge", None)
     made = processor(images=[thickened(image, longest) for image in images], return_tensors="pt")
@@ -64,7 +64,7 @@ def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> dict[s
 
 
 def thickened(image: Tensor, longest: int | None) -> Tensor:
-    """An image (3, h, w) whose sides are above zero once the longest is ``longest``, at which processors fail."""
+    """Enlarge an image (3, h, w) a side of which would round to 0 pixels once the longest is ``longest``."""
     height, width = image.shape[1:]
     least = 1 if longest is None else -(-max(height, width) // longest)
     if min(height, width) >= least:
@@ -74,6 +74,6 @@ def thickened(image: Tensor, longest: int | None) -> Tensor:
 
 @torch.inference_mode()
 def predict(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> ModelOutput:
-    """The output of a model for a batch of `processed`."""
+    """Run a model on a batch of `processed`."""
     mask = {"pixel_mask": batch["pixel_mask"]} if "pixel_mask" in batch and takes_mask(model) else {}
     return model(pixel_values=batch["pixel_values"], **mask, **options)

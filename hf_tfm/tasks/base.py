@@ -2,8 +2,8 @@
 
 arguments -> splits -> processor -> model -> batches -> {term: items}, {term: sum of losses} -> scores
 
-A task is one module: its arguments, data, model, losses and scores. `training.Trainer` trains it, `tasks.evaluate`
-scores any saved model with it, and `distillation.DistillationTask` wraps it.
+A task is one module: its arguments, data, model, losses and scores. `training.trainer.Trainer` trains it, and
+`tasks.evaluation.evaluate_task` scores a saved model with it.
 """
 
 from abc import ABC, abstractmethod
@@ -108,7 +108,7 @@ class Task(ABC):
 
     @property
     def evaluating(self) -> bool:
-        """Whether this is the evaluation of a saved model and not a run."""
+        """True for the evaluation of a saved model, False for a run."""
         return isinstance(self.args, EvaluationArguments)
 
     # --- data, processor and model
@@ -221,7 +221,7 @@ class Task(ABC):
         """Score a model on a split; every rank computes its share and has the result.
 
         Args:
-            metrics: names of scores to compute, default `reported_metrics`; cheap ones may be computed besides.
+            metrics: names of scores to compute, default `reported_metrics`; the result may contain others.
         """
 
     def validate(self, module: nn.Module, metrics: Collection[str]) -> dict[str, float]:
@@ -249,14 +249,14 @@ class Task(ABC):
         return True
 
     def begin_training(self, loader: Loader) -> None:
-        """Called before the first step of a run that is not resumed yet; ``loader`` gives its training batches."""
+        """Called before training starts or resumes; ``loader`` gives the training batches."""
 
     def trained_module(self) -> nn.Module:
         """The module whose parameters are optimized; the model, or a wrapper around it."""
         return self.model
 
     def show(self, module: nn.Module, step: int) -> None:
-        """Called on all ranks at every evaluation; draws a picture, say.
+        """Called on all ranks at every evaluation, for instance to draw a picture.
 
         Args:
             module: `trained_module` or the average of its weights.

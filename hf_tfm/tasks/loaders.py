@@ -1,43 +1,47 @@
-"""Dataloaders that several tasks share: how arguments and this process's rank become batches."""
+"""Loaders shared by tasks: batches of a split for this process."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import Accelerator
 
-from ..arguments import TokenBatchArguments
+from ..arguments import TokenBatchArguments, TrainingArguments
 from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.stream import StreamLoader
-from .base import Task
 
 
-def placement(task: Task, training: bool) -> dict[str, Any]:
-    """Arguments of a loader that depend on this process."""
+def placement(args: TrainingArguments, accelerator: Accelerator, workers: bool = True) -> dict[str, Any]:
+    """Return the arguments of a loader that depend on this process.
+
+    Args:
+        workers: use ``args.dataloader_num_workers`` worker processes; otherwise none.
+    """
     return {
-        "rank": task.accelerator.process_index,
-        "world_size": task.accelerator.num_processes,
-        "num_workers": task.args.dataloader_num_workers if training else 0,
-        "pin_memory": task.accelerator.device.type == "cuda",
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "num_workers": args.dataloader_num_workers if workers else 0,
+        "pin_memory": accelerator.device.type == "cuda",
     }
 
 
 def token_loader(
-    task: Task,
-    rows: Any,
+    args: TokenBatchArguments,
+    accelerator: Accelerator,
     collate: Callable[..., Any],
+    rows: Any,
     lengths: Callable[[datasets.Dataset], np.ndarray],
     length: Callable[[dict], Sequence[int]],
     training: bool,
 ) -> StepLoader | StreamLoader:
-    """Batches of about equally many tokens of a split.
+    """Return batches of about equally many tokens of a split.
 
     Args:
         rows: examples, or a stream of them.
         lengths: all rows -> tokens of the sides of each; ``length``: one example -> tokens of its sides.
     """
-    args = task.args
-    options = {"micro_batch_tokens": args.micro_batch_tokens, **placement(task, training)}
+    options = {"micro_batch_tokens": args.micro_batch_tokens, **placement(args, accelerator, training)}
     if isinstance(rows, datasets.IterableDataset):
         return StreamLoader(rows, length, args.batch_tokens, collate, args.seed, **options)
     sampler = TokenBudgetSampler(lengths(rows), args.batch_tokens, args.seed, shuffle=training)

@@ -1,42 +1,19 @@
-"""Which rows a run learns from, which decide what is best, and which are only scored."""
+"""Rows of the splits of a run: to train on, to validate on, and to score."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import datasets
 
-
-class SplitArguments(Protocol):
-    """Knobs that name splits, or make one: ``holdout`` rows of the training split are held out where
-    ``validation_split`` is None."""
-
-    seed: int
-    train_split: str
-    validation_split: str | None
-    holdout: int | None
-    max_train_samples: int | None
-
-
-def check_holdout(args: SplitArguments) -> None:
-    """Refuse two validation splits, or none.
-
-    Raises:
-        ValueError: it says which are given.
-    """
-    if (args.validation_split is None) == (args.holdout is None):
-        raise ValueError(
-            f"give exactly one of validation_split and holdout, got {args.validation_split} and {args.holdout}; "
-            "null takes back what a preset gives"
-        )
+from ..arguments import SplitArguments
 
 
 def split_rows(
     args: SplitArguments, test_splits: list[str], rows_of: Callable[[str, str], datasets.Dataset]
 ) -> dict[str, datasets.Dataset]:
-    """The rows of the training split, of what is held out, and of each test split, by the name of the split.
+    """Return the rows of the training split, the validation data and each test split, by name of the split.
 
     Args:
-        rows_of: (name of a split, the argument it comes from) -> its rows.
+        rows_of: (name of a split, the argument that names it) -> its rows.
 
     Raises:
         ValueError: ``holdout`` is not below the number of training rows.

@@ -263,7 +263,8 @@ class TranslationTask(Task):
         """See `Task`."""
         rows = text.tokenize_pairs(self.splits[split], self.processor, self.args.max_length)
         collate = collate or self.collator(split, training)
-        return token_loader(self, rows, collate, text.pair_lengths, text.pair_length, training)
+        lengths = text.pair_lengths, text.pair_length
+        return token_loader(self.args, self.accelerator, collate, rows, *lengths, training)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Target tokens, and for a mask-predict model sentences."""

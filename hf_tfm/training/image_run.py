@@ -25,8 +25,9 @@ from ..models.modeling_vit import TfmViTForImageClassification
 from ..models.patches import Size, sides
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
 from ..tasks.images import ImageTask, Pixels, image_processor
+from ..tasks.loaders import placement
 from ..tasks.model_fields import fresh_head, label_fields
-from ..tasks.splits import check_holdout, split_rows
+from ..tasks.splits import split_rows
 from ..values import check_bounds
 
 IMAGE_SIZE = 224  # of a new model
@@ -84,7 +85,7 @@ class PictureArguments(ImageBatchArguments):
         for i, value in enumerate(self.std or ()):
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"std[{i}] must be above 0 and at most 1, of pixels in [0, 1], got {value}")
-        check_holdout(self)
+        self.check_exactly_one("validation_split", "holdout")
 
     @property
     def held_out(self) -> str:
@@ -348,17 +349,6 @@ def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, .
     return args.mean or mean, args.std or std
 
 
-def placement(args: PictureArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """What a loader is told of this process."""
-    return {
-        "micro_batch_tokens": args.micro_batch_size,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-
-
 def image_loader(
     args: ImageRunArguments, accelerator: Accelerator, task: ImageTask, rows: Any, learning: bool, unit: int = 1
 ) -> WatchedLoader:
@@ -368,15 +358,14 @@ def image_loader(
         unit: neighbours that must stay together, see `BatchSampler`.
     """
     collate = task.collate_training if learning else task.collate
+    place = {"micro_batch_tokens": args.micro_batch_size, **placement(args, accelerator)}
     if learning and args.streaming:
         rows = ShuffledStream(rows, args.seed, args.shuffle_buffer)
-        loader = EqualStreamLoader(
-            rows, args.batch_size, collate, args.seed, repeats=args.repeats, unit=unit, **placement(args, accelerator)
-        )
+        loader = EqualStreamLoader(rows, args.batch_size, collate, args.seed, repeats=args.repeats, unit=unit, **place)
     else:
         options = {"shuffle": False}
         if learning:
             options = {"drop_last": len(rows) > args.batch_size, "repeats": args.repeats, "unit": unit}
         sampler = BatchSampler(len(rows), args.batch_size, args.seed, **options)
-        loader = StepLoader(rows, sampler, collate, **placement(args, accelerator))
+        loader = StepLoader(rows, sampler, collate, **place)
     return WatchedLoader(loader, args.max_bad_images)

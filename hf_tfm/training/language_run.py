@@ -23,9 +23,9 @@ from ..models.configuration_gpt import TfmGPTConfig
 from ..models.modeling_bert import TfmBertForMaskedLM, TfmBertForPreTraining
 from ..models.modeling_gpt import TfmGPTForCausalLM
 from ..tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask, check_vocabulary
+from ..tasks.loaders import check_stream, token_loader
 from ..tasks.model_fields import check_fields, new_config
-from ..tasks.splits import check_holdout, split_rows
-from .token_run import check_stream, token_loader
+from ..tasks.splits import split_rows
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class LanguageArguments(TokenBatchArguments):
             at_most={"max_length": LONGEST, "vocab_size": LARGEST_VOCABULARY},
         )
         self.check_distinct("test_splits")
-        check_holdout(self)
+        self.check_exactly_one("validation_split", "holdout")
         if self.metric_for_best_model != "loss":
             raise ValueError(f'metric_for_best_model must be "loss", got "{self.metric_for_best_model}"')
         if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):

@@ -28,9 +28,10 @@ from ..memory import new_model
 from ..models.backbones import TimmFeatures
 from ..models.configuration_detr import TfmDetrConfig
 from ..tasks.detection import DetectionTask, score
+from ..tasks.loaders import placement
 from ..tasks.model_fields import check_fields, label_fields, new_config
 from ..tasks.scenes import scene_processor
-from .image_run import PictureArguments, fresh_head, new_scale, placement
+from .image_run import PictureArguments, fresh_head, new_scale
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
 
@@ -197,7 +198,8 @@ def scene_loader(
         sizes, args.batch_size, augmentation, args.seed, drop_last=learning and len(rows) > args.batch_size
     )
     collate = task.collate_training if learning else task.collate
-    return WatchedLoader(StepLoader(rows, sampler, collate, **placement(args, accelerator)), args.max_bad_images)
+    loader = StepLoader(rows, sampler, collate, args.micro_batch_size, **placement(args, accelerator))
+    return WatchedLoader(loader, args.max_bad_images)
 
 
 def scene_task(

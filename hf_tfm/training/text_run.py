@@ -35,6 +35,7 @@ from ..data.vocabulary import tell_unknown
 from ..hub.pretrained import TEXT_CLASSES
 from ..limits import LARGEST_BATCH, LONGEST
 from ..metrics.glue import check_metrics
+from ..tasks.loaders import placement
 from ..tasks.splits import split_rows
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -333,8 +334,5 @@ def text_loader(
         sampler,
         collate,
         micro_batch_tokens=args.micro_batch_size or args.micro_batch_tokens,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers if learning else 0,
-        pin_memory=accelerator.device.type == "cuda",
+        **placement(args, accelerator, workers=learning),
     )

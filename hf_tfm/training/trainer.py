@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import nn
 
-from ..command import run_command
 from ..hub.results import RunRecord
 from ..options import parse_arguments
 from ..tasks.base import Task
@@ -95,10 +94,3 @@ def fit(task_class: type[Task], args, recipe_name: str, argv: Sequence[str]) -> 
     """Execute one run in its folder; see `Trainer.fit`."""
     with begin_run(args, recipe_name, argv) as run:
         return Trainer(task_class(args, run.accelerator), run).fit()
-
-
-def run_recipe(file: str, main: Callable[[list[str]], int]) -> None:
-    """Run a recipe's ``main`` with this process's arguments and exit with its status; errors are printed as one
-    line."""
-    trust = "trust_remote_code" in main.task_class.Arguments.__dataclass_fields__
-    raise SystemExit(run_command(f"run {Path(file).stem}", main, sys.argv[1:], trust))

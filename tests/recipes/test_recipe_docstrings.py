@@ -18,6 +18,14 @@ def commands(recipe: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_indented_line_is_one_command(recipe):
+    text = ast.get_docstring(ast.parse(recipe.read_text()))
+    for line in (line for line in text.splitlines() if line.startswith("    ")):
+        assert re.match(r"    (hf-tfm run|accelerate launch) ", line), line
+        assert len(re.findall(r"hf-tfm run|accelerate launch", line)) == 1, line
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_that_a_docstring_names_is_a_preset(recipe):
     words = ast.get_docstring(ast.parse(recipe.read_text())).split()
     found = commands(recipe)
