@@ -1,6 +1,6 @@
 """Pretrain a masked autoencoder on images alone (He et al. 2021, arXiv:2111.06377).
 
-    hf-tfm run mae_pretrain --config quickstart                         about 1 minute on 2 CPU cores
+    hf-tfm run mae_pretrain --config quickstart                         1 to 3 minutes on a CPU core
     hf-tfm run mae_pretrain --config cifar10 --dataset_name DATA --output_dir runs/cifar10-mae
     accelerate launch recipes/mae_pretrain.py --config imagenet_base    as many GPUs as the launcher finds
 
