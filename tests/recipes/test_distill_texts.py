@@ -227,8 +227,8 @@ def test_terms_of_a_command_line_take_the_place_of_a_presets():
 @pytest.mark.parametrize(
     ("recipe", "given", "dtype"),
     [
-        ("distill_task", [], "bf16"),
-        ("distill_task", ["--mixed_precision", "no"], "fp32"),
+        ("distill_task", ["--mixed_precision", "bf16"], "bf16"),
+        ("distill_task", [], "fp32"),
         ("distill_task", ["--teacher_dtype", "fp32"], "fp32"),
         ("distill_detection", [], "fp32"),
     ],
