@@ -96,10 +96,10 @@ def show_reconstruction(
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .evaluation.results import check_png
     from .hub.loading import load_image_processor
     from .viz.images import load_autoencoder, read_image
     from .viz.reconstruction import plot_reconstructions, reconstruct_images
+    from .writing import check_png
 
     check_png("output", output)
     read, loaded = [read_image(image) for image in images], load_autoencoder(model, trust_remote_code)
@@ -126,9 +126,9 @@ def show_detections(
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
     from .evaluation.detectors import load_detector
-    from .evaluation.results import check_png
     from .viz.detections import detect, plot_detections
     from .viz.images import read_image
+    from .writing import check_png
 
     check_png("output", output)
     read = [read_image(image) for image in images]
@@ -168,9 +168,9 @@ def show_queries(
     """
     from .evaluation.detectors import load_detector
     from .evaluation.reading import first, read_split
-    from .evaluation.results import check_png
     from .viz import queries as pictures
     from .viz.images import read_image
+    from .writing import check_png
 
     check_png("output", output)
     if max_samples < 1:
@@ -205,9 +205,9 @@ def show_positions(model: str, output: str = "positions.png", trust_remote_code:
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .evaluation.results import check_png
     from .viz.images import load_encoder
     from .viz.positions import plot_positions
+    from .writing import check_png
 
     check_png("output", output)
     print(plot_positions(load_encoder(model, trust_remote_code), output))

@@ -1,10 +1,12 @@
-"""Atomic writes, with errors that give the path and the free disk space."""
+"""Atomic writes, with errors that give the path and the free disk space; checks of output files before a run."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -52,3 +54,46 @@ def write_text(path: Path, text: str) -> None:
 def others(folder: Path) -> list[str]:
     """List the names in a folder, except those of an unclaimed run."""
     return sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, NEW)) if folder.is_dir() else []
+
+
+def require_writable(argument: str, file: str | Path) -> None:
+    """Refuse a file that cannot be written, before its content is computed.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+        OSError: it cannot be written; the message names the argument.
+    """
+    path = Path(file)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{argument} {file}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{argument} {file} is a folder: give the name of a file")
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise OSError(f"{argument} {file} cannot be written: {error.strerror}") from error
+    if not existed:
+        path.unlink()
+
+
+def check_png(argument: str, file: str | None) -> None:
+    """Refuse a picture whose name does not end in ".png", or that cannot be written.
+
+    Raises:
+        ValueError: it has another ending.
+        OSError: see `require_writable`.
+    """
+    if file is None:
+        return
+    if Path(file).suffix != ".png":
+        raise ValueError(f'{argument} must be a ".png" file, got "{file}"')
+    if Path(file).absolute().parent.is_dir():  # a missing folder is created
+        require_writable(argument, file)
+
+
+def write_json(result: dict[str, Any], output: str) -> None:
+    """Write a result as a JSON file."""
+    Path(output).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,16 +1,16 @@
 """What evaluations of several kinds of models share: checks of options, and the result."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..data.images import fingerprint
 from ..hub.results import collect_versions
-from ..tasks.evaluation import require_writable
-from ..tasks.evaluation import write as write
+from ..writing import check_png as check_png
+from ..writing import require_writable, write_json
 
+write = write_json
 PRECISIONS = ("no", "bf16")
 
 
@@ -49,21 +49,6 @@ def check_options(mixed_precision: str, output: str | None, **counts: int | None
             raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
     if output:
         require_writable("output", output)
-
-
-def check_png(argument: str, file: str | None) -> None:
-    """Refuse a picture that is no ".png" file, or cannot be written.
-
-    Raises:
-        ValueError: it has another ending.
-        OSError: see `require_writable`.
-    """
-    if file is None:
-        return
-    if Path(file).suffix != ".png":
-        raise ValueError(f'{argument} must be a ".png" file, got "{file}"')
-    if Path(file).absolute().parent.is_dir():  # a folder that is not there is made
-        require_writable(argument, file)
 
 
 def metric(name: str, value: float, split: str) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 arguments -> splits -> processor -> model -> batches -> {term: items}, {term: sum of losses} -> scores
 
 A task is one module: its arguments, data, model, losses and scores. `training.trainer.Trainer` trains it, and
-`tasks.evaluation.evaluate_task` scores a saved model with it.
+`tasks.evaluation.evaluate` scores a saved model with it, and `tasks.distillation.distill` distils it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..arguments import EvaluationArguments, TrainingArguments
@@ -45,14 +45,16 @@ class Scores:
     Args:
         values: {name: value}; "loss" and its terms are among them if the task computed them.
         signatures: {name: how the metric was computed}, in sacrebleu's format.
+        samples: number of scored samples; makes ``hf-tfm evaluate`` report it and the throughput.
         details: further results for the report of ``hf-tfm evaluate``: JSON values.
-        predictions: one JSON value per sample, for the file of ``--output``.
+        listing: further results for the file of ``--output`` alone, for example ``predictions``, one per sample.
     """
 
     values: dict[str, float]
     signatures: dict[str, str | None] = field(default_factory=dict)
+    samples: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    predictions: list[Any] | None = None
+    listing: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, split: str, names: Collection[str]) -> list[dict[str, Any]]:
         """Rows of name, value, signature and split, for results.json."""
@@ -81,12 +83,19 @@ class Task(ABC):
 
     Arguments: ClassVar[type[TrainingArguments]]
     EvaluationArguments: ClassVar[type[EvaluationArguments]]
+    DistillationArguments: ClassVar[type | None] = None  # default: `tasks.distillation.distill` combines the groups
+    kind: ClassVar[str]  # the models that the task evaluates, a plural noun: "image classifiers"
+    sample: ClassVar[str] = "samples"  # plural name of the samples in the report of an evaluation
     hub_task: str  # the Hub's name of the task, for the model card
     item: ClassVar[str]  # the unit of throughput in logs, say "target tokens"
     term: ClassVar[str]  # the term of `count` that counts these
     processor_class: ClassVar[Any]  # Auto class that loads the processor
     described_columns: ClassVar[tuple[str, ...]] = ()  # arguments with column names that the results file records
-    processor_folder: ClassVar[str]  # subfolder of the run's folder that holds the processor during training
+    processor_folder: ClassVar[str] = "processor"  # subfolder of the run's folder that holds it during training
+    # Distillation: arguments that determine the model inputs, recorded in a cache; and whether the loss of a student
+    # on validation data is that of all terms, because no term may reach the head of its own loss.
+    cache_options: ClassVar[tuple[str, ...]] = ()
+    head_is_optional: ClassVar[bool] = False
 
     def __init__(self, args: Any, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
@@ -100,11 +109,25 @@ class Task(ABC):
         """A task around an existing model, without data: for its `collator`, `count` and `losses` in a custom loop.
 
         Args:
-            options: arguments that these read; ``seed`` is 0 by default.
+            options: fields of `Arguments` that differ from their defaults.
         """
-        task = cls(SimpleNamespace(**{"seed": 0, **options}), None)
+        made = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory()
+            for one in fields(cls.Arguments)
+        }
+        task = cls(SimpleNamespace(**{**made, **options}), None)
         task.model, task.processor = model, processor
         return task
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """True for a saved model that the task evaluates."""
+        return False
+
+    @property
+    def auto_class(self) -> Any:
+        """Auto class, or model class, that loads a saved model with the task's head."""
+        raise NotImplementedError(f"{type(self).__name__} has no auto_class")
 
     @property
     def evaluating(self) -> bool:
@@ -146,7 +169,10 @@ class Task(ABC):
 
     @abstractmethod
     def collator(self, split: str = "", training: bool = False) -> Collator:
-        """``collate(examples, indices, epoch, hidden) -> batch`` for a split; a hidden batch counts for nothing."""
+        """``collate(examples, indices, epoch, is_dummy) -> batch`` for a split; a dummy batch counts for nothing.
+
+        It is sent to worker processes: keep it small.
+        """
 
     @abstractmethod
     def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> Loader:
@@ -169,19 +195,21 @@ class Task(ABC):
     def count(self, batch: Batch) -> dict[str, float]:
         """{term: number of items}, from the targets alone; `term` and every term of `losses` are among them."""
 
-    @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """{term: weighted sum of losses over its items}."""
+        output = model(**self.inputs(batch), **self.targets(batch))
+        return self.output_losses(output, output.get("logits"), batch)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the forward pass, without targets: what both teacher and student read."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be distilled")
+        raise NotImplementedError(f"{type(self).__name__} has no inputs, so it cannot be distilled")
 
     def targets(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments with the targets, for a model that needs them to compute its loss."""
         return {}
 
-    def target_positions(self, batch: Batch) -> Tensor | None:
+    @staticmethod
+    def target_positions(batch: Batch) -> Tensor | None:
         """(n,) flat positions of the rows of logits (B T) that have a target; None if every row has one."""
         return None
 
@@ -192,7 +220,7 @@ class Task(ABC):
             output: of ``model(**inputs(batch), **targets(batch))``.
             logits: its rows at `target_positions`, if the model gives logits.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be distilled")
+        raise NotImplementedError(f"{type(self).__name__} has no output_losses, so it cannot be distilled")
 
     # --- scores
 
@@ -232,7 +260,49 @@ class Task(ABC):
         """See `mean_losses`."""
         return mean_losses(self.accelerator, self, model, loader)
 
-    # --- hooks of a run
+    # --- hooks of distillation; see `tasks.distillation`
+
+    def build_student_processor(self) -> Any:
+        """The processor of a student, whose output the teacher reads too; default, the teacher's.
+
+        Raises:
+            ValueError: an argument, or ``model_name_or_path``, contradicts the teacher's.
+        """
+        return self.processor_class.from_pretrained(self.args.teacher, trust_remote_code=self.args.trust_remote_code)
+
+    def build_student(self, teacher: PreTrainedConfig) -> PreTrainedModel:
+        """The student, see `build_model`.
+
+        Args:
+            teacher: configuration of the teacher.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        return self.build_model()
+
+    def training_fingerprint(self) -> str:
+        """A hash of the content of the training data."""
+        return self.fingerprint(self.splits[self.args.train_split])
+
+    def sample_numbers(self, loader: Loader) -> Callable[[int], list[int]] | None:
+        """Function from an epoch to the numbers of its samples, if these say more than the row; else None.
+
+        Args:
+            loader: of the training data.
+        """
+        return None
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """Inputs of one typical sample, (1, ...) each, for the cost of a forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} has no sample_inputs: turn costs off")
+
+    @property
+    def main_metric(self) -> str:
+        """The score by which teacher and student are compared in the table of costs."""
+        return self.reported_metrics[0]
+
+    # --- hooks of a run and of an evaluation
 
     @classmethod
     def run_all(cls, args: TrainingArguments, fit: Callable[..., Any]) -> int:
@@ -243,6 +313,23 @@ class Task(ABC):
         """
         fit(args)
         return 0
+
+    @classmethod
+    def evaluates_several(cls, options: dict[str, Any]) -> bool:
+        """True if options of ``hf-tfm evaluate`` ask for several models, which `evaluate_all` then finds."""
+        return False
+
+    @classmethod
+    def evaluate_all(cls, args: EvaluationArguments, evaluate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The evaluations that a command line asks for, usually one; the result.
+
+        Args:
+            evaluate: arguments -> the result of an evaluation.
+        """
+        return evaluate(args)
+
+    def end_evaluation(self, scores: Scores) -> None:
+        """Called after the file of ``--output`` is written, for instance to draw a picture of the scores."""
 
     def prepare(self) -> bool:
         """Called once data, processor and model are there; False ends the run, whose work is then done."""

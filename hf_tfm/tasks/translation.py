@@ -18,7 +18,15 @@ from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, PreTrainedModel, set_seed
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..arguments import (
@@ -200,7 +208,7 @@ class TranslationTask(Task):
 
     Arguments = TranslationArguments
     EvaluationArguments = TranslationEvaluationArguments
-    hub_task = "translation"
+    kind, hub_task = "translation models", "translation"
     item, term = "target tokens", "token"
     processor_class, processor_folder = AutoTokenizer, "tokenizer"
     described_columns = ("source_column", "target_column")
@@ -247,6 +255,13 @@ class TranslationTask(Task):
             tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are truncated
         model.generation_config = generation_config(model.config, args.num_beams, args.length_penalty, args.max_length)
         return model
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """See `Task`."""
+        remote = getattr(config, "auto_map", None) or {}
+        # is_encoder_decoder does not decide: it is True in DETR's configuration.
+        return type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or "AutoModelForSeq2SeqLM" in remote
 
     def load_pretrained(self) -> None:
         """See `Task`; any sequence-to-sequence model will do."""
@@ -329,8 +344,8 @@ class TranslationTask(Task):
         return Scores(
             values | {row["name"]: row["value"] for row in scored},
             {row["name"]: row["signature"] for row in scored},
-            {"generation": options},
-            predictions,
+            details={"generation": options},
+            listing={"predictions": predictions},
         )
 
 
