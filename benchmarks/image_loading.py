@@ -27,9 +27,9 @@ from hf_tfm.data.augment import Augmentation
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import encoded, image_rows
+from hf_tfm.data.pixels import image_processor
 from hf_tfm.data.source import load_splits
 from hf_tfm.tasks.classification import ClassificationTask
-from hf_tfm.tasks.images import image_processor
 
 from . import common
 

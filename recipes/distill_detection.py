@@ -26,6 +26,7 @@ from hf_tfm.data.batching import COPY
 from hf_tfm.data.box_checks import BoxFormat
 from hf_tfm.data.detection import check_order, scene_rows
 from hf_tfm.data.files import data_roots
+from hf_tfm.data.pixels import Scale
 from hf_tfm.data.scenes import require_scenes
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
@@ -34,7 +35,6 @@ from hf_tfm.distillation.student import Distilled
 from hf_tfm.tasks.base import Loader
 from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
-from hf_tfm.tasks.images import Scale
 from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.tasks.splits import split_rows
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache

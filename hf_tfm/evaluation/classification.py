@@ -1,19 +1,19 @@
 """Score an image classifier on any split of any data set."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoModelForImageClassification
 
-from ..data.images import LABEL, is_label, label_ids, label_names, stated_names
+from ..data.images import LABEL, is_label
 from ..hub.loading import read_json
 from ..limits import LIMITS
 from ..metrics import RealAccuracy
 from ..tasks.classification import IGNORE_LABEL, ClassificationTask, Predictions, predict, score
+from ..tasks.labels import class_names, match_classes
 from ..values import checked
 from .reading import EvaluationLoader, Stopwatch, first, load_image_model, one_process, read_split
 from .results import check_options, check_png, describe, metric, write
@@ -111,53 +111,6 @@ def evaluate_classification(
     if confusion:
         draw_confusion(found, names, f"{Path(model).name}: {Path(dataset_name).name}, {split}", confusion)
     return result
-
-
-def class_names(config: PreTrainedConfig) -> list[str]:
-    """The names of a model's classes, in order."""
-    return [config.id2label[number] for number in range(config.num_labels)]
-
-
-def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: str) -> tuple[str, dict[int | str, int]]:
-    """From labels as `image_rows` stores them to classes of a model; and whether by name or number.
-
-    Args:
-        names: of the model's classes.
-        match_labels: "name" or "number".
-
-    Raises:
-        ValueError: a label is no class of the model, or several; the error tells what only one of them has.
-    """
-    stored = label_names(rows)
-    if match_labels == "number" or list(names) == [f"LABEL_{i}" for i in range(len(names))]:
-        numbers = stored if stated_names(rows) is None else range(len(stored))
-        if beyond := [number for number in numbers if not str(number).isdecimal() or int(number) >= len(names)]:
-            raise ValueError(
-                f"labels must be numbers of the model's classes, 0 to {len(names) - 1}; the data set also has "
-                f"{some(beyond)}"
-            )
-        numbers = range(len(names))
-        return "number", {number: number for number in numbers} | {str(number): number for number in numbers}
-    if unknown := [name for name in stored if name not in set(names)]:
-        rest = some([name for name in dict.fromkeys(names) if name not in set(stored)]) or "none"
-        alike = some(sorted(name for name, count in Counter(names).items() if count > 1))
-        raise ValueError(
-            f"labels of the data set are not classes of the model: the data set alone has {some(unknown)}; the model "
-            f"alone has {rest}{f', and several classes called {alike}' * bool(alike)}. If their numbers mean the "
-            "same, match_labels=number compares those"
-        )
-    if twice := sorted({name for name in stored if names.count(name) > 1}):
-        raise ValueError(
-            f"the model has several classes called {some(twice)}: if the numbers of labels and classes mean the same, "
-            "match_labels=number compares those"
-        )
-    return "name", label_ids(rows, names)
-
-
-def some(values: Sequence[Any], limit: int = 10) -> str:
-    """Values in words, the first ones of many."""
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(str(value) for value in values[:limit]) + more
 
 
 def read_real_labels(file: str, rows: int) -> list[list[int | str]]:

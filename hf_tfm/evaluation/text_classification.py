@@ -32,9 +32,9 @@ from ..data.text import fingerprint
 from ..hub.loading import check_vocabulary, load_model, load_tokenizer
 from ..limits import LIMITS
 from ..metrics.glue import check_metrics
+from ..tasks.labels import class_names, match_classes
 from ..tasks.text_classification import IGNORE_LABEL, Predictions, TextClassificationTask, input_names, predict, score
 from ..values import checked
-from .classification import class_names, match_classes
 from .reading import Stopwatch, first, one_process
 from .results import check_options, check_png, describe, write
 

@@ -16,11 +16,12 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.augment import seeded
 from ..data.images import IMAGE, BadImage, describe
+from ..data.pixels import Scale
 from ..data.scene_augment import SceneAugmentation, chances, scaled
 from ..data.scenes import Scene, empty_scene, read_scene
 from ..data.shape_batches import split_number
 from ..models.boxes import xyxy_to_cxcywh
-from .images import Batch, Scale
+from .images import Batch
 
 PLACEHOLDER = (64, 64)  # height and width of an image that counts for nothing
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from transformers import BaseImageProcessor
 
+from ..data.pixels import as_read, image_processor
 from ..distillation.facts import check_processors
-from ..tasks.images import image_processor
 from .distill_run import DistillationKnobs
-from .image_run import ImageRunArguments, as_read
+from .image_run import ImageRunArguments
 
 
 @dataclass(kw_only=True)

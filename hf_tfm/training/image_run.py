@@ -16,6 +16,8 @@ from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 from ..data.files import data_roots
 from ..data.images import WatchedLoader, label_ids
+from ..data.pixels import as_read as as_read
+from ..data.pixels import image_processor, image_size_of
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
 from ..hub.loading import load_config
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
@@ -24,7 +26,7 @@ from ..memory import check_batch_memory
 from ..models.modeling_vit import TfmViTForImageClassification
 from ..models.patches import Size, sides
 from ..tasks.classification import HEADS, ClassificationTask, heads_of
-from ..tasks.images import ImageTask, Pixels, image_processor
+from ..tasks.images import ImageTask
 from ..tasks.loaders import placement
 from ..tasks.model_fields import fresh_head, label_fields
 from ..tasks.splits import split_rows
@@ -282,35 +284,6 @@ def describe(args: ImageRunArguments, rows: dict[str, Any]) -> dict[str, Any]:
         "label_column": args.label_column,
         **describe_rows(rows, images.fingerprint),
     }
-
-
-def as_read(source: str, trust_remote_code: bool = False) -> BaseImageProcessor:
-    """The size and scale of the images that a model reads, as a processor.
-
-    How they are resized is left out.
-
-    Args:
-        source: folder or Hub id of the model.
-        trust_remote_code: run the code that it brings.
-
-    Raises:
-        ValueError: it has no image processor, or its images have no fixed size.
-    """
-    try:
-        found = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
-    if data := getattr(found, "data_config", None):  # timm's
-        return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
-    pixels = Pixels(found)
-    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
-    return image_processor(pixels.size, mean=mean, std=std)
-
-
-def image_size_of(processor: BaseImageProcessor) -> int | tuple[int, int]:
-    """The size of the images that a processor gives, as configurations have it."""
-    height, width = Pixels(processor).size
-    return height if height == width else (height, width)
 
 
 def new_processor(args: ImageRunArguments) -> BaseImageProcessor:

@@ -31,6 +31,7 @@ from hf_tfm import (
 )
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.digit_scenes import digit_scenes
+from hf_tfm.data.pixels import image_processor
 from hf_tfm.distillation.facts import facts_of
 from hf_tfm.distillation.plan import plan
 from hf_tfm.distillation.student import Distilled
@@ -39,7 +40,6 @@ from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.classification import ClassificationTask
 from hf_tfm.tasks.detection import DetectionTask
 from hf_tfm.tasks.distill import DistillationTask
-from hf_tfm.tasks.images import image_processor
 from hf_tfm.tasks.language import MaskedLanguageTask
 from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.training import TrainingArguments, train_step

@@ -41,11 +41,11 @@ from hf_tfm import (
     cli,
 )
 from hf_tfm.data.batching import rng
+from hf_tfm.data.pixels import Pixels, WholeProcessor, suitable
 from hf_tfm.evaluation import classification as classification_module
 from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
-from hf_tfm.evaluation import reading as reading_module
-from hf_tfm.evaluation.reading import Stopwatch, WholeProcessor, suitable
-from hf_tfm.tasks.images import Pixels
+from hf_tfm.tasks import stopwatch
+from hf_tfm.tasks.stopwatch import Stopwatch
 
 
 @pytest.mark.parametrize("name", ["tfm", "vit", "convnext", "timm"])
@@ -215,7 +215,7 @@ def test_images_of_no_fixed_size_are_refused():
 def test_stopwatch(monkeypatch):
     """By a clock that ticks once whenever it is read: start, (before, after) x 3, end."""
     ticks = iter([0.0, 1.0, 9.0, 10.0, 12.0, 13.0, 15.0, 20.0])
-    monkeypatch.setattr(reading_module.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(ticks))
     model = TfmViTForImageClassification(TfmViTConfig(**SIZES))
     with Stopwatch(model) as watch:
         for count in (2, 4, 6):

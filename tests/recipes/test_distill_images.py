@@ -16,7 +16,7 @@ from transformers import (
 from vision_recipes import CLASSES, distance, weights, write_images
 
 from hf_tfm import TfmViTConfig, TfmViTForImageClassification
-from hf_tfm.tasks.images import image_processor
+from hf_tfm.data.pixels import image_processor
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 SMALL = "patch_size: 4, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2"

@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 from vision_recipes import MAE, classify, distance, run, weights, words, write_images
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTForImageClassification
-from hf_tfm.tasks.images import image_processor
+from hf_tfm.data.pixels import image_processor
 
 FIELDS = {
     **{"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},

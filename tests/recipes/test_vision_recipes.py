@@ -32,9 +32,9 @@ from hf_tfm import TfmMAEConfig, TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, image_rows
+from hf_tfm.data.pixels import image_processor
 from hf_tfm.data.source import gather
 from hf_tfm.options import parse_arguments
-from hf_tfm.tasks.images import image_processor
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
 from hf_tfm.training.image_run import ImageRunArguments, image_loader, load_rows

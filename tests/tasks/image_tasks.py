@@ -12,8 +12,8 @@ from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForIm
 from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.pixels import image_processor
 from hf_tfm.tasks.classification import ClassificationTask
-from hf_tfm.tasks.images import image_processor
 from hf_tfm.tasks.masked_image import MaskedImageTask
 
 TINY = {

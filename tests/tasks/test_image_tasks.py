@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from transformers import ViTImageProcessor
 
 from hf_tfm.data.augment import Mixing, mix
+from hf_tfm.data.pixels import Pixels, image_processor
 from hf_tfm.tasks.classification import IGNORE_LABEL, predict
-from hf_tfm.tasks.images import Pixels, image_processor
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
 

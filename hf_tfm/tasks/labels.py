@@ -1,0 +1,57 @@
+"""Matching the labels of a data set to the classes of a saved model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from transformers import PreTrainedConfig
+
+from ..data.images import label_ids, label_names, stated_names
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of a model's classes, in order."""
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: str) -> tuple[str, dict[int | str, int]]:
+    """Map stored labels, see `image_rows`, to classes of a model; also return whether by "name" or "number".
+
+    Args:
+        names: of the model's classes.
+        match_labels: "name" or "number".
+
+    Raises:
+        ValueError: a label matches no class of the model, or several; the error lists what only one side has.
+    """
+    stored = label_names(rows)
+    if match_labels == "number" or list(names) == [f"LABEL_{i}" for i in range(len(names))]:
+        numbers = stored if stated_names(rows) is None else range(len(stored))
+        if beyond := [number for number in numbers if not str(number).isdecimal() or int(number) >= len(names)]:
+            raise ValueError(
+                f"labels must be numbers of the model's classes, 0 to {len(names) - 1}; the data set also has "
+                f"{some(beyond)}"
+            )
+        numbers = range(len(names))
+        return "number", {number: number for number in numbers} | {str(number): number for number in numbers}
+    if unknown := [name for name in stored if name not in set(names)]:
+        rest = some([name for name in dict.fromkeys(names) if name not in set(stored)]) or "none"
+        alike = some(sorted(name for name, count in Counter(names).items() if count > 1))
+        raise ValueError(
+            f"labels of the data set are not classes of the model: the data set alone has {some(unknown)}; the model "
+            f"alone has {rest}{f', and several classes called {alike}' * bool(alike)}. If their numbers mean the "
+            "same, match_labels=number compares those"
+        )
+    if twice := sorted({name for name in stored if names.count(name) > 1}):
+        raise ValueError(
+            f"the model has several classes called {some(twice)}: if the numbers of labels and classes mean the same, "
+            "match_labels=number compares those"
+        )
+    return "name", label_ids(rows, names)
+
+
+def some(values: Sequence[Any], limit: int = 10) -> str:
+    """Return values as text, with a count of those beyond the limit."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(str(value) for value in values[:limit]) + more
