@@ -125,7 +125,7 @@ def show_detections(
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .evaluation.detectors import load_detector
+    from .hub.detectors import load_detector
     from .viz.detections import detect, plot_detections
     from .viz.images import read_image
     from .writing import check_png
@@ -166,8 +166,8 @@ def show_queries(
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .evaluation.detectors import load_detector
     from .evaluation.reading import first, read_split
+    from .hub.detectors import load_detector
     from .viz import queries as pictures
     from .viz.images import read_image
     from .writing import check_png

@@ -10,8 +10,8 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfi
 
 from ..hub.detectors import is_detector
 from ..hub.loading import load_config, require_model
+from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..tasks.evaluation import evaluate_task
-from ..tasks.masked_image import MASKED_AUTOENCODERS
 from ..tasks.translation import TranslationTask
 from .classification import evaluate_classification
 from .detection import evaluate_detection

@@ -21,13 +21,12 @@ from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_ro
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..data.source import load_splits, take_split
-from ..hub.detectors import classes, has_masks, predict, takes_mask
+from ..hub.detectors import classes, detections, has_masks, load_detector, panoptic_maps, predict, takes_mask
 from ..limits import LIMITS
 from ..metrics import CocoAP, PanopticQuality
-from ..tasks.detection import detections, panoptic_maps
 from ..tasks.images import Batch
 from ..values import checked
-from .detectors import WholeScenes, load_detector
+from .detectors import WholeScenes
 from .reading import EvaluationLoader, Stopwatch, first, one_process
 from .results import check_options, describe, metric, write
 

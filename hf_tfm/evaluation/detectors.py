@@ -9,36 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForObjectDetection,
-    AutoModelForUniversalSegmentation,
     BaseImageProcessor,
-    PreTrainedModel,
 )
 
 from ..data.images import IMAGE, BadImage, describe
 from ..data.scenes import read_scene
-from ..hub.detectors import has_masks, is_detector, processed
-from ..hub.loading import load_config
+from ..hub.detectors import processed
 from ..tasks.images import Batch
 from ..tasks.scenes import SceneTask
-from .reading import load_with_processor
-
-
-def load_detector(
-    model: str, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A detector, with or without masks, and its image processor.
-
-    Raises:
-        ValueError: the model is of another kind, or see `load_with_processor`.
-    """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = load_config(model, **where)
-    if not is_detector(config):
-        saved = ", ".join(config.architectures or ()) or "no class"
-        raise ValueError(f'"{model}" is a {config.model_type} model saved as {saved}, and no detector')
-    auto = AutoModelForUniversalSegmentation if has_masks(config) else AutoModelForObjectDetection
-    return load_with_processor(auto, model, **where)
 
 
 class WholeScenes(SceneTask):

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 from tqdm import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.batching import StepLoader
 from ..data.equal_batches import BatchSampler
@@ -14,7 +14,7 @@ from ..data.images import WatchedLoader, image_rows, require_readable
 from ..data.pixels import suitable
 from ..data.source import first as first
 from ..data.source import load_splits, take_split
-from ..hub.loading import load_image_processor, load_model
+from ..hub.loading import load_with_processor
 from ..tasks.evaluation import one_process as one_process
 from ..tasks.images import ImageTask
 from ..tasks.scenes import SceneTask
@@ -31,21 +31,6 @@ def load_image_model(
     """
     loaded, processor = load_with_processor(auto_class, model, revision, trust_remote_code)
     return loaded, suitable(processor)
-
-
-def load_with_processor(
-    auto_class: Any, model: str, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Model, in float32, and image processor of a folder or a Hub id.
-
-    Raises:
-        ValueError: some weights or the processor were not saved, or images have other channels than RGB.
-    """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = load_model(auto_class, model, **options)
-    if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
-        raise ValueError(f'num_channels of "{model}" must be 3, as images are read as RGB, got {channels}')
-    return loaded, load_image_processor(model, **options)
 
 
 def read_split(

@@ -1,6 +1,6 @@
-"""Detectors of this package or of transformers: kind, classes, preprocessing and forward pass.
+"""Detectors of this package or of transformers: kind, classes, preprocessing, forward pass and postprocessing.
 
-uint8 images of any size -> processor -> one batch -> model -> output
+uint8 images of any size -> processor -> one batch -> model -> output -> boxes and segments in the original images
 """
 
 import inspect
@@ -10,11 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import resize
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForObjectDetection,
+    AutoModelForUniversalSegmentation,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
+
+from .loading import load_config, load_with_processor
 
 # Architectures of models with boxes and masks; detectors without masks have many names.
 WITH_MASKS = ("DetrForSegmentation", "TfmDetrForPanopticSegmentation")
+PANOPTIC_THRESHOLD = 0.85  # minimum score of a query in a panoptic map, as in the authors' code
 
 
 def is_detector(config: PreTrainedConfig) -> bool:
@@ -25,6 +34,23 @@ def is_detector(config: PreTrainedConfig) -> bool:
 def has_masks(config: PreTrainedConfig) -> bool:
     """Return True if a detector was saved with a mask head."""
     return any(name in WITH_MASKS for name in config.architectures or ())
+
+
+def load_detector(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Return a detector, with or without masks, and its image processor.
+
+    Raises:
+        ValueError: the model is of another kind; see also `load_with_processor`.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(model, **options)
+    if not is_detector(config):
+        saved = ", ".join(config.architectures or ()) or "no class"
+        raise ValueError(f'"{model}" is a {config.model_type} model saved as {saved}, and no detector')
+    auto = AutoModelForUniversalSegmentation if has_masks(config) else AutoModelForObjectDetection
+    return load_with_processor(auto, model, **options)
 
 
 def takes_mask(model: PreTrainedModel) -> bool:
@@ -77,3 +103,45 @@ def predict(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> Mo
     """Run a model on a batch of `processed`."""
     mask = {"pixel_mask": batch["pixel_mask"]} if "pixel_mask" in batch and takes_mask(model) else {}
     return model(pixel_values=batch["pixel_values"], **mask, **options)
+
+
+def detections(processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Return the box and best class of every query, in pixels of the original images, as `CocoAP` takes them.
+
+    Args:
+        batch: its ``labels`` have the sizes of the images, as those of `processed` do.
+    """
+    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
+    output = ModelOutput(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
+    return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
+
+
+def panoptic_maps(
+    processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any], threshold: float = PANOPTIC_THRESHOLD
+) -> list[dict[str, Any]]:
+    """Return a segment for each pixel of the original images, as `PanopticQuality` takes them.
+
+    Segments of the same stuff stay separate here: the metric joins them, and transformers gives one id to two classes
+    if asked to join them (5.23).
+
+    Args:
+        batch: see `detections`.
+        threshold: minimum score of a query.
+    """
+    maps = []
+    canvas = batch["pixel_values"].shape[2:]
+    for i, label in enumerate(batch["labels"]):
+        # transformers would enlarge the masks of the whole canvas, padding included.
+        masks = output.pred_masks[i : i + 1].float()
+        size = label["size"].tolist()
+        rows, columns = (
+            -(-side * cells // whole) for side, cells, whole in zip(size, masks.shape[2:], canvas, strict=True)
+        )
+        own = ModelOutput(logits=output.logits[i : i + 1].float(), pred_masks=masks[:, :, :rows, :columns])
+        maps += processor.post_process_panoptic_segmentation(
+            own,
+            threshold=threshold,
+            label_ids_to_fuse=set(),
+            target_sizes=[tuple(label["orig_size"].tolist())],
+        )
+    return maps

@@ -325,6 +325,21 @@ def load_model(
     return loaded.eval()
 
 
+def load_with_processor(
+    auto_class: Any, model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load an image model, in float32, and its image processor from a folder or the Hub.
+
+    Raises:
+        ValueError: some weights or the processor were not saved, or images have other channels than RGB.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loaded = load_model(auto_class, model, **options)
+    if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
+        raise ValueError(f'num_channels of "{model}" must be 3, as images are read as RGB, got {channels}')
+    return loaded, load_image_processor(model, **options)
+
+
 def check_index(folder: Path) -> None:
     """Refuse a weights index that names files missing from the folder; without an index, do nothing.
 

@@ -22,6 +22,7 @@ from transformers import (
 from .loading import LoadingError, check_index, explained, load_config, mismatch, no_place, others, unread
 
 TEXT_TYPES = ("tfm_bert", "tfm_gpt", "bert", "distilbert", "gpt2")
+MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ TEXT_CLASSES = {
     "teacher": Suitable("teaching text classes", TEXT_TYPES, AutoModelForSequenceClassification),
 }
 IMAGE_CLASSES = {
-    "model_name_or_path": Suitable("an image classifier", ("tfm_vit", "tfm_mae", "vit", "vit_mae")),
+    "model_name_or_path": Suitable("an image classifier", ("tfm_vit", "vit", *MASKED_AUTOENCODERS)),
     "teacher": Suitable("teaching image classes", ("tfm_vit", "vit", "deit"), AutoModelForImageClassification),
 }
 IMAGE_PATCHES = {
-    "model_name_or_path": Suitable("a masked autoencoder", ("tfm_mae", "vit_mae")),
-    "teacher": Suitable("teaching a masked autoencoder", ("tfm_mae", "vit_mae")),
+    "model_name_or_path": Suitable("a masked autoencoder", MASKED_AUTOENCODERS),
+    "teacher": Suitable("teaching a masked autoencoder", MASKED_AUTOENCODERS),
 }
 OBJECTS = {
     "model_name_or_path": Suitable("a detector", ("tfm_detr", "detr")),

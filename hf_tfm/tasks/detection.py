@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor
 from transformers.utils import ModelOutput
 
 from ..data.scene_augment import SceneAugmentation
+from ..hub.detectors import detections, panoptic_maps
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from ..models.configuration_detr import TfmDetrConfig
@@ -21,9 +22,6 @@ from ..models.set_loss import query_weight, term_weights
 from .base import Loader, mean
 from .images import Batch
 from .scenes import SceneTask
-
-# In the panoptic maps that are scored, a query needs so high a score, as in the authors' code.
-PANOPTIC_THRESHOLD = 0.85
 
 # Terms of the loss by the names that the model gives them.
 TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
@@ -105,43 +103,6 @@ class DetectionTask(SceneTask):
     def hard_losses(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """`losses` of an output that was computed with `target_inputs`."""
         return self.terms(output)
-
-
-def detections(processor: BaseImageProcessor, output: ModelOutput, batch: Batch) -> list[dict[str, Tensor]]:
-    """Every query's box and best class, in pixels of the original images, as `CocoAP` takes them."""
-    sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
-    output = ModelOutput(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
-    return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
-
-
-def panoptic_maps(
-    processor: BaseImageProcessor, output: ModelOutput, batch: Batch, threshold: float = PANOPTIC_THRESHOLD
-) -> list[dict[str, Any]]:
-    """A segment for each pixel of the original images, as `PanopticQuality` takes them.
-
-    Segments of the same stuff stay apart here: the metric joins them, and transformers gives one id to two classes
-    where it is asked to join (5.23).
-
-    Args:
-        threshold: the score that a query needs.
-    """
-    maps = []
-    canvas = batch["pixel_values"].shape[2:]
-    for i, label in enumerate(batch["labels"]):
-        # transformers enlarges the masks of the whole canvas, padding and all: here without the padding.
-        masks = output.pred_masks[i : i + 1].float()
-        size = label["size"].tolist()
-        rows, columns = (
-            -(-side * cells // whole) for side, cells, whole in zip(size, masks.shape[2:], canvas, strict=True)
-        )
-        own = ModelOutput(logits=output.logits[i : i + 1].float(), pred_masks=masks[:, :, :rows, :columns])
-        maps += processor.post_process_panoptic_segmentation(
-            own,
-            threshold=threshold,
-            label_ids_to_fuse=set(),
-            target_sizes=[tuple(label["orig_size"].tolist())],
-        )
-    return maps
 
 
 @torch.inference_mode()

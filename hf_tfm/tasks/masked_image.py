@@ -19,8 +19,6 @@ from ..models.modeling_mae import TfmMAEForPreTraining, num_visible
 from ..models.patches import patch_grid
 from .images import Batch, ImageTask
 
-MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")  # types of models: ours and transformers'
-
 
 def load_autoencoder(source: str, fields: dict[str, Any]) -> TfmMAEForPreTraining:
     """A masked autoencoder to train further, of ``model_name_or_path``; a decoder that was not saved is drawn anew.

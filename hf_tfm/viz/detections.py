@@ -15,8 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..hub.detectors import classes, predict, processed
-from ..tasks.detection import detections
+from ..hub.detectors import classes, detections, predict, processed
 from .images import NamedImage, name_of
 from .mosaic import save
 from .objects import Objects, Panel, draw_boxes, draw_segments, found_objects, gallery

@@ -27,8 +27,8 @@ from transformers import (
 from ..data.images import BadImage, decode
 from ..data.source import load_splits, take_split
 from ..hub.loading import load_config, load_model
+from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..models.patches import patch_grid
-from ..tasks.masked_image import MASKED_AUTOENCODERS
 
 DATASET_ROW = re.compile(r"(?P<dataset>.+):(?P<split>[\w.-]+):(?P<index>-?\d+)")
 

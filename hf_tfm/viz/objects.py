@@ -8,6 +8,7 @@ Shapes: H, W pixels of an image; n objects. Lengths are in inches.
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,8 +19,7 @@ from scipy.ndimage import distance_transform_edt
 from transformers import BaseImageProcessor
 from transformers.utils import ModelOutput
 
-from ..tasks.detection import PANOPTIC_THRESHOLD, detections, panoptic_maps
-from ..tasks.images import Batch
+from ..hub.detectors import PANOPTIC_THRESHOLD, detections, panoptic_maps
 from .grid import DPI, GAP, LETTER, SMALL
 from .mosaic import LINE
 
@@ -52,7 +52,7 @@ class Objects:
 
 
 def found_objects(
-    processor: BaseImageProcessor, output: ModelOutput, batch: Batch, threshold: float | None = None
+    processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any], threshold: float | None = None
 ) -> list[Objects]:
     """Return the objects detected in each image of a batch: segments if the model predicts masks, otherwise boxes.
 

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from hf_tfm import cli
-from hf_tfm.evaluation.detectors import load_detector
+from hf_tfm.hub.detectors import load_detector
 from hf_tfm.viz import NamedImage, detect, plot_detections
 from hf_tfm.viz.detections import objects_panel
 from hf_tfm.viz.objects import COVER, Objects, Panel, class_colour, gallery, numbered_segments

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from transformers import DetrImageProcessor
 
 from hf_tfm import cli
-from hf_tfm.evaluation.detectors import load_detector
+from hf_tfm.hub.detectors import load_detector
 from hf_tfm.viz import NamedImage, plot_queries, plot_query_slots, query_boxes, query_maps
 from hf_tfm.viz import queries as queries_module
 from hf_tfm.viz.queries import query_objects, read_images, shape_colours, slot

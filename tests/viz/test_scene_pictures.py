@@ -24,7 +24,7 @@ from matplotlib.image import imread
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits
-from hf_tfm.evaluation.detectors import load_detector
+from hf_tfm.hub.detectors import load_detector
 from hf_tfm.tasks.detection import DetectionTask
 from hf_tfm.training import scene_pictures
 from hf_tfm.training.scene_pictures import PredictionPictures
