@@ -4,11 +4,11 @@ python -m benchmarks language_training --dataset nyu-mll/glue --dataset_name sst
 
 Masked tokens, on single sentences, sizes of BERT:
   bert   transformers' BertForMaskedLM, its DataCollatorForLanguageModeling, AdamW, random batches
-  ours   TfmBertForMaskedLM, `MaskedLanguageTask`, `train_step`, as many sentences a batch, sorted by length
+  ours   TfmBertForMaskedLM, `LanguageModelingTask`, `train_step`, as many sentences a batch, sorted by length
 Next tokens, on packed blocks, sizes of GPT-2:
   gpt2      transformers' GPT2LMHeadModel with its own loss, AdamW
   nanogpt   nanoGPT's GPT with its own optimizer, where its folder is given
-  ours      TfmGPTForCausalLM, `CausalLanguageTask`, `train_step`
+  ours      TfmGPTForCausalLM, `LanguageModelingTask`, `train_step`
 """
 
 import statistics
@@ -25,7 +25,7 @@ from hf_tfm import TfmBertConfig, TfmBertForMaskedLM, TfmGPTConfig, TfmGPTForCau
 from hf_tfm.data.language import Texts, sequence_lengths, text_rows, token_sequences
 from hf_tfm.data.source import load_splits
 from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-from hf_tfm.tasks.language import CausalLanguageTask, LanguageTask, MaskedLanguageTask
+from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
@@ -84,7 +84,6 @@ def masked(rows, size: str, precisions, vocab_size: int, batch_size: int, batche
     lengths = sequence_lengths(found)
     config = TfmBertConfig.of_size(size, vocab_size=vocab_size)
     collator = DataCollatorForLanguageModeling(tokenizer)
-    task = MaskedLanguageTask(tokenizer)
     random, ordered = (
         peers.random_batches(len(found), batch_size, seed=0),
         peers.sorted_batches(lengths[:, None], batch_size),
@@ -101,7 +100,7 @@ def masked(rows, size: str, precisions, vocab_size: int, batch_size: int, batche
 
         variants[f"bert_{label(precision)}"] = plain(precision, native, native_batches, AdamW(native.parameters()))
         variants[f"ours_{label(precision)}"] = with_loop(
-            precision, TfmBertForMaskedLM(config), task, found, ordered, batches
+            precision, TfmBertForMaskedLM(config), tokenizer, "masked", found, ordered, batches
         )
     return config, variants
 
@@ -113,7 +112,6 @@ def causal(
     tokenizer = train_bytes(Texts(rows), vocab_size)
     found = token_sequences(rows, tokenizer, block).filter(lambda row: len(row["input_ids"]) == block)
     config = TfmGPTConfig.of_size(size, vocab_size=vocab_size)
-    task = CausalLanguageTask(tokenizer)
     order = peers.random_batches(len(found), blocks, seed=0)
     variants = {}
     for precision in precisions:
@@ -140,7 +138,7 @@ def causal(
         if nanogpt:
             variants[f"nanogpt_{label(precision)}"] = nano(precision, nanogpt, config, tokens)
         variants[f"ours_{label(precision)}"] = with_loop(
-            precision, TfmGPTForCausalLM(config), task, found, order, batches
+            precision, TfmGPTForCausalLM(config), tokenizer, "causal", found, order, batches
         )
     return config, variants
 
@@ -200,8 +198,10 @@ def nano(precision: str, folder: str, config: TfmGPTConfig, tokens: Callable) ->
     return work
 
 
-def with_loop(precision: str, model, task: LanguageTask, rows, plan, batches: int) -> Work:
+def with_loop(precision: str, model, tokenizer, objective: str, rows, plan, batches: int) -> Work:
     """Our model, task and `train_step`."""
+    task = LanguageModelingTask.for_model(model, tokenizer, objective=objective)
+    collate = task.collator()
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4)
@@ -212,7 +212,7 @@ def with_loop(precision: str, model, task: LanguageTask, rows, plan, batches: in
         for batch in peers.spread(plan, batches, number):
             examples = rows.__getitems__(batch)
             items += sum(len(example["input_ids"]) for example in examples)
-            train_step(accelerator, task, model, optimizer, [task.collate(examples, batch, 0)])
+            train_step(accelerator, task, model, optimizer, [collate(examples, batch, 0)])
         return items
 
     return work

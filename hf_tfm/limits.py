@@ -11,7 +11,6 @@ MOST_BLOCKS = 10_000  # layers of a model
 # Bounds of options shared by evaluation and visualisation, in addition to those in `evaluation.results`.
 LIMITS = {
     "length_penalty": (-100, 100),
-    "mlm_probability": (0, 1),
     "mask_ratio": (0, 1),
     "threshold": (0, 1),
     "queries": (0, None),

@@ -33,6 +33,15 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return torch.from_numpy(table)
 
 
+def pad_tokens(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad token ids: ``input_ids`` (B, T), and ``attention_mask`` (B, T) if there is padding."""
+    ids = pad([example["input_ids"] for example in examples], pad_token_id)
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    if int(lengths.min()) == ids.shape[1]:
+        return {"input_ids": ids}  # attention is faster without a mask
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
 def rng(*key: int) -> np.random.Generator:
     """Return a random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
     return np.random.default_rng(np.random.SeedSequence(key))

@@ -118,6 +118,17 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return "the tokenizer" if not name or ".new" in parts or parts[-1:] == ("tokenizer",) else f'tokenizer "{name}"'
 
 
+def require_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
+    """Refuse a tokenizer that lacks a special token.
+
+    Raises:
+        ValueError: with the token.
+    """
+    for name in names:
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise ValueError(f"{tokenizer_name(tokenizer)} has no {name}")
+
+
 def tell_unknown(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, samples: int = 1000) -> float | None:
     """Print the fraction of unknown tokens in held-out texts, and warn if it is large.
 

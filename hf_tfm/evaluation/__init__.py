@@ -12,11 +12,11 @@ from ..hub.detectors import is_detector
 from ..hub.loading import load_config, require_model
 from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..tasks.evaluation import evaluate_task
+from ..tasks.language_modeling import LanguageModelingTask
 from ..tasks.translation import TranslationTask
 from .classification import evaluate_classification
 from .detection import evaluate_detection
 from .glue import evaluate_glue, summary_lines
-from .language import evaluate_language, is_language_model
 from .masked_image import evaluate_masked_autoencoder
 from .text_classification import evaluate_text_classification
 
@@ -26,7 +26,6 @@ __all__ = [
     "evaluate_classification",
     "evaluate_detection",
     "evaluate_glue",
-    "evaluate_language",
     "evaluate_masked_autoencoder",
     "evaluate_text_classification",
     "lines",
@@ -37,7 +36,7 @@ KINDS: dict[str, Any] = {
     "image classifiers": evaluate_classification,
     "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
-    "language models": evaluate_language,
+    "language models": LanguageModelingTask,
     "text classifiers": evaluate_text_classification,
     "classifiers of GLUE's tasks": evaluate_glue,
 }
@@ -96,7 +95,7 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
         return "text classifiers"
     if is_detector(config):
         return "detectors"
-    if is_language_model(config):
+    if LanguageModelingTask.accepts(config):
         return "language models"
     if config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in saved:
         return "masked autoencoders"

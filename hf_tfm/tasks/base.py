@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -258,7 +259,7 @@ class Task(ABC):
 
     def mean_losses(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """See `mean_losses`."""
-        return mean_losses(self.accelerator, self, model, loader)
+        return mean_losses(self.accelerator, self, model, loader, self.evaluating and self.args.progress)
 
     # --- hooks of distillation; see `tasks.distillation`
 
@@ -368,18 +369,22 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def mean_losses(accelerator: Accelerator, task: Any, model: nn.Module, loader: Loader) -> dict[str, float]:
+def mean_losses(
+    accelerator: Accelerator, task: Any, model: nn.Module, loader: Loader, progress: bool = False
+) -> dict[str, float]:
     """Mean of each loss term over a data set, exact over uneven ranks; "loss" is their sum.
 
     Args:
         task: has `Task.count` and `Task.losses`.
+        progress: show a progress bar.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     wide = widest_float(accelerator.device)
     training = model.training
     model.eval()
-    for micro_batches in loader.epoch(0):
+    total = loader.steps_per_epoch() if progress else None
+    for micro_batches in tqdm(loader.epoch(0), total=total, unit="batch", disable=not progress, leave=False):
         for batch in micro_batches:
             for term, count in task.count(batch).items():
                 counts[term] = counts.get(term, 0) + count

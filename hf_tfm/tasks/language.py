@@ -6,7 +6,6 @@ Shapes: B sequences; T tokens; n tokens with a target.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..data.batching import pad, rng
-from ..data.vocabulary import tokenizer_name, word_starts
+from ..data.batching import pad_tokens as padded
+from ..data.batching import rng
+from ..data.vocabulary import require_tokens, word_starts
 from ..models.configuration_bert import TfmBertConfig
 from ..models.configuration_gpt import TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
@@ -28,15 +28,6 @@ from .base import mean_losses as evaluate
 Batch = dict[str, Tensor]
 NEXT = "next_sentence_label"
 OURS = (TfmBertConfig.model_type, TfmGPTConfig.model_type)
-
-
-def padded(examples: Sequence[dict[str, Any]], pad_token_id: int) -> Batch:
-    """``input_ids`` (B, T), and ``attention_mask`` (B, T) where there is padding."""
-    ids = pad([example["input_ids"] for example in examples], pad_token_id)
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    if int(lengths.min()) == ids.shape[1]:
-        return {"input_ids": ids}  # without a mask, attention has the faster kernels
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
 
 class MaskedLanguageTask:
@@ -227,17 +218,6 @@ def loss_from_logits(task: "LanguageTask", model: nn.Module, batch: Batch) -> Te
 
 
 LanguageTask = MaskedLanguageTask | CausalLanguageTask
-
-
-def require_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
-    """Refuse a tokenizer that lacks a special token.
-
-    Raises:
-        ValueError: it names the token.
-    """
-    for name in names:
-        if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(f"{tokenizer_name(tokenizer)} has no {name}")
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

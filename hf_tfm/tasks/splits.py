@@ -1,10 +1,31 @@
 """Rows of the splits of a run: to train on, to validate on, and to score."""
 
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 
-from ..arguments import SplitArguments
+from ..arguments import DatasetArguments, EvaluationArguments, SplitArguments
+from ..data.source import first, gather, load_splits, take_split
+
+
+def load_rows(args: DatasetArguments, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """Load the rows of a task whose training data may be streamed, by split.
+
+    Args:
+        args: of a run, with `SplitArguments` and ``streaming``; or of an evaluation.
+        read: rows of a data set -> rows of the task.
+    """
+    if isinstance(args, EvaluationArguments):
+        rows = read(take_split(load_splits(*args.source), args.split, "split"))
+        return {args.split: first(rows, args.max_samples)}
+    splits = load_splits(*args.source, args.streaming)
+
+    def rows_of(name: str, argument: str) -> Any:
+        rows = read(take_split(splits, name, argument))
+        return gather(rows) if args.streaming and argument != "train_split" else rows
+
+    return split_rows(args, args.test_splits, rows_of)
 
 
 def split_rows(

@@ -39,7 +39,6 @@ from ..arguments import (
 )
 from ..data import text
 from ..data.batching import StepLoader, TokenBudgetSampler, pad, part_of_rank, rng
-from ..data.source import first, gather, load_splits, take_split
 from ..data.stream import StreamLoader
 from ..data.text import EXTRA_LENGTH
 from ..data.vocabulary import tokenizer_name
@@ -56,7 +55,7 @@ from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
 from .loaders import check_stream, token_loader
 from .model_fields import check_fields
-from .splits import split_rows
+from .splits import load_rows
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase")
@@ -216,17 +215,7 @@ class TranslationTask(Task):
     def load_splits(self) -> dict[str, Any]:
         """Rows of `text_pairs` by split."""
         args = self.args
-        columns = args.source_column, args.target_column
-        if self.evaluating:
-            rows = text.text_pairs(take_split(load_splits(*args.source), args.split, "split"), *columns)
-            return {args.split: first(rows, args.max_samples)}
-        splits = load_splits(*args.source, args.streaming)
-
-        def rows_of(name: str, argument: str) -> Any:
-            rows = text.text_pairs(take_split(splits, name, argument), *columns)
-            return gather(rows) if args.streaming and argument != "train_split" else rows
-
-        return split_rows(args, args.test_splits, rows_of)
+        return load_rows(args, lambda rows: text.text_pairs(rows, args.source_column, args.target_column))
 
     def fingerprint(self, rows: datasets.Dataset) -> str:
         """See `Task`."""

@@ -15,8 +15,9 @@ from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
 from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
+from hf_tfm.tasks import language_modeling
 from hf_tfm.tasks.masked_image import load_autoencoder
-from hf_tfm.training import image_run, language_run, scene_run, text_model
+from hf_tfm.training import image_run, scene_run, text_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
 
@@ -116,7 +117,7 @@ LOADERS = {
 
 def language(folder, objective):
     kind = class_of("bert-masked" if objective == "masked" else "gpt")
-    return load_to_train(kind, folder, language_run.head_of)
+    return load_to_train(kind, folder, language_modeling.head_of)
 
 
 def changed(folder, target, change):

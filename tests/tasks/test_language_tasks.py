@@ -10,7 +10,7 @@ from hf_tfm.data.language import Corpus, Texts, sequence_lengths, text_rows, tok
 from hf_tfm.data.number_words import number_words
 from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
-from hf_tfm.tasks.language import CausalLanguageTask, MaskedLanguageTask
+from hf_tfm.tasks.language_modeling import LanguageModelingTask, MaskedLanguageCollator
 
 TEXTS = [
     f"the {a} {b} jumped over the {c} and slept"
@@ -103,28 +103,29 @@ def test_max_length_leaves_room(rows, wordpiece):
 
 def test_masks_are_a_function_of_the_sample(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 40)
-    task = MaskedLanguageTask(wordpiece, seed=3)
+    task = LanguageModelingTask.for_model(None, wordpiece, seed=3)
+    collate = task.collator()
     examples = [found[i] for i in range(4)]
-    batch = task.collate(examples, [0, 1, 2, 3], 0)
-    again = task.collate(examples[2:], [2, 3], 0)
+    batch = collate(examples, [0, 1, 2, 3], 0)
+    again = collate(examples[2:], [2, 3], 0)
     assert torch.equal(batch["labels"][2:, : again["labels"].shape[1]], again["labels"])
-    assert not torch.equal(batch["labels"], task.collate(examples, [0, 1, 2, 3], 1)["labels"])
+    assert not torch.equal(batch["labels"], collate(examples, [0, 1, 2, 3], 1)["labels"])
     where = batch["labels"] != IGNORE_INDEX
     original = torch.tensor(examples[0]["input_ids"])
     assert torch.equal(torch.where(where[0], batch["labels"][0], batch["input_ids"][0])[: len(original)], original)
     assert torch.equal(batch["masked_positions"], where.flatten().nonzero()[:, 0])
     assert task.count(batch) == {"token": int(where.sum())}
-    hidden = task.collate(examples, [0, 1, 2, 3], 0, hidden=True)
-    assert task.count(hidden) == {"token": 0} and (hidden["labels"] == IGNORE_INDEX).all()
+    dummy = collate(examples, [0, 1, 2, 3], 0, is_dummy=True)
+    assert task.count(dummy) == {"token": 0} and (dummy["labels"] == IGNORE_INDEX).all()
 
 
 def test_shares_of_masks(wordpiece):
-    task = MaskedLanguageTask(wordpiece)
+    collate = MaskedLanguageCollator(wordpiece)
     ids = np.array(wordpiece(" ".join(TEXTS))["input_ids"])
     kept = masked = drawn = total = 0
     for i in range(300):
-        chosen, shown = task.masked(ids, np.random.default_rng(i))
-        assert not task.special[ids[chosen]].any() and len(chosen) == round(0.15 * (len(ids) - 2))
+        chosen, shown = collate.mask_tokens(ids, np.random.default_rng(i))
+        assert not collate.special[ids[chosen]].any() and len(chosen) == round(0.15 * (len(ids) - 2))
         total += len(chosen)
         masked += (shown == wordpiece.mask_token_id).sum()
         kept += (shown == ids[chosen]).sum()
@@ -137,9 +138,9 @@ def test_whole_words_are_masked_whole():
     tokenizer = train_wordpiece(["unbelievable players were playing unbelievably"], 40)  # letters alone: long words
     ids = np.array(tokenizer("unbelievable players were playing unbelievably " * 6)["input_ids"])
     starts = np.flatnonzero([not t.startswith("##") for t in tokenizer.convert_ids_to_tokens(ids)])
-    task = MaskedLanguageTask(tokenizer, whole_words=True)
+    collate = MaskedLanguageCollator(tokenizer, whole_words=True)
     for seed in range(20):
-        chosen = set(task.choose(ids, np.random.default_rng(seed)).tolist())
+        chosen = set(collate.choose(ids, np.random.default_rng(seed)).tolist())
         assert 0 < len(chosen) <= max(12, round(0.15 * (len(ids) - 2)))
         for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             word = set(range(begin, end))
@@ -148,53 +149,58 @@ def test_whole_words_are_masked_whole():
 
 def test_losses_are_those_of_all_logits(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 40, "rows")
-    task, model = MaskedLanguageTask(wordpiece), bert(wordpiece)
-    batch = task.collate([found[i] for i in range(6)], list(range(6)), 2)
+    model = bert(wordpiece)
+    task = LanguageModelingTask.for_model(model, wordpiece)
+    collate = task.collator()
+    batch = collate([found[i] for i in range(6)], list(range(6)), 2)
     sums = task.losses(model, batch)
     whole = model(**task.inputs(batch), labels=batch["labels"])
     assert sums["token"].item() == pytest.approx(whole.loss.item() * task.count(batch)["token"], rel=1e-5)
-    picked = whole.logits.flatten(0, 1)[task.places(batch)]
-    assert task.hard_loss(picked, batch).item() == pytest.approx(sums["token"].item(), rel=1e-5)
-    hidden = task.collate([found[0]], [0], 2, hidden=True)
-    assert task.losses(model, hidden)["token"].item() == 0.0
+    picked = whole.logits.flatten(0, 1)[task.target_positions(batch)]
+    assert task.output_losses(whole, picked, batch)["token"].item() == pytest.approx(sums["token"].item(), rel=1e-5)
+    dummy = collate([found[0]], [0], 2, is_dummy=True)
+    assert task.losses(model, dummy)["token"].item() == 0.0
 
 
 def test_pairs_have_a_loss_of_their_own(wordpiece):
     rows = text_rows(datasets.Dataset.from_dict({"text": [" ".join(TEXTS)] * 4}))
     found = token_sequences(rows, wordpiece, 23, "pairs")
-    task, model = MaskedLanguageTask(wordpiece), bert(wordpiece, TfmBertForPreTraining)
-    batch = task.collate([found[i] for i in range(5)], list(range(5)), 0)
+    model = bert(wordpiece, TfmBertForPreTraining)
+    task = LanguageModelingTask.for_model(model, wordpiece)
+    collate = task.collator()
+    batch = collate([found[i] for i in range(5)], list(range(5)), 0)
     sums, counts = task.losses(model, batch), task.count(batch)
     assert counts["pair"] == 5
     whole = model(**task.inputs(batch), labels=batch["labels"], next_sentence_label=batch["next_sentence_label"])
     mean = sums["token"] / counts["token"] + sums["pair"] / counts["pair"]
     assert mean.item() == pytest.approx(whole.loss.item(), rel=1e-5)
-    hidden = task.collate([found[0]], [0], 0, hidden=True)
-    assert task.count(hidden) == {"token": 0, "pair": 0}
-    assert all(value.item() == 0.0 for value in task.losses(model, hidden).values())
+    dummy = collate([found[0]], [0], 0, is_dummy=True)
+    assert task.count(dummy) == {"token": 0, "pair": 0}
+    assert all(value.item() == 0.0 for value in task.losses(model, dummy).values())
 
 
 def test_causal_losses_are_those_of_all_logits(rows, bytes_tokenizer):
     found = token_sequences(rows, bytes_tokenizer, 30, "rows")
-    task = CausalLanguageTask(bytes_tokenizer)
     torch.manual_seed(0)
     model = TfmGPTForCausalLM(TfmGPTConfig.of_size("tiny", vocab_size=len(bytes_tokenizer))).eval()
-    batch = task.collate([found[i] for i in range(6)], list(range(6)), 0)
+    task = LanguageModelingTask.for_model(model, bytes_tokenizer, objective="causal")
+    collate = task.collator()
+    batch = collate([found[i] for i in range(6)], list(range(6)), 0)
     sums = task.losses(model, batch)
     whole = model(**task.inputs(batch), labels=batch["labels"])
     assert sums["token"].item() == pytest.approx(whole.loss.item() * task.count(batch)["token"], rel=1e-5)
-    picked = whole.logits.flatten(0, 1)[task.places(batch)]
-    assert task.hard_loss(picked, batch).item() == pytest.approx(sums["token"].item(), rel=1e-5)
-    assert task.count(task.collate([found[0]], [0], 0, hidden=True)) == {"token": 0}
+    picked = whole.logits.flatten(0, 1)[task.target_positions(batch)]
+    assert task.output_losses(whole, picked, batch)["token"].item() == pytest.approx(sums["token"].item(), rel=1e-5)
+    assert task.count(collate([found[0]], [0], 0, is_dummy=True)) == {"token": 0}
 
 
 def test_tokenizers_that_cannot_mask_are_refused():
     wordpiece = train_wordpiece(TEXTS, 60)
     wordpiece.mask_token = None
     with pytest.raises(ValueError, match="has no mask_token"):
-        MaskedLanguageTask(wordpiece)
+        MaskedLanguageCollator(wordpiece)
     with pytest.raises(ValueError, match=r"mlm_probability must be in \(0, 1\), got 1"):
-        MaskedLanguageTask(train_wordpiece(TEXTS, 60), mlm_probability=1.0)
+        MaskedLanguageCollator(train_wordpiece(TEXTS, 60), mlm_probability=1.0)
 
 
 def test_a_corpus_is_loaded_by_its_split():
