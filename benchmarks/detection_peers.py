@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DetrForObjectDetection
 
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
-from hf_tfm.models.matching import match
+from hf_tfm.models.matching import hungarian_match
 from hf_tfm.models.set_loss import normalizers, set_losses, term_weights
 
 CLASSES = 91
@@ -91,7 +91,7 @@ def criteria(folder: str | None, labels: Labels) -> dict[str, Callable[[Tensor, 
     config: Any = TfmDetrConfig(num_labels=CLASSES)
 
     def our_loss(logits: Tensor, boxes: Tensor) -> Tensor:
-        matching = match(logits, boxes, labels, config)
+        matching = hungarian_match(logits, boxes, labels, config)
         items = normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
         weights = term_weights(config)
         terms = set_losses(logits, boxes, matching, config)

@@ -37,16 +37,8 @@ class Scenes:
         return {"image": len(batch["x"]), "class": items["loss_ce"], "box": items["loss_bbox"]}
 
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        whole = dict.fromkeys(("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"), 1.0)
-        found = model(batch["x"], batch["mask"], labels=batch["labels"], num_items_in_batch=whole).loss_dict
-
-        def of_all_layers(name: str) -> Tensor:
-            return sum(value for key, value in found.items() if key.startswith(name))
-
-        return {
-            "class": of_all_layers("loss_ce"),
-            "box": 5.0 * of_all_layers("loss_bbox") + 2.0 * of_all_layers("loss_giou"),
-        }
+        sums = model(batch["x"], batch["mask"], labels=batch["labels"]).loss_sums
+        return {"class": sums["loss_ce"], "box": sums["loss_bbox"] + sums["loss_giou"]}
 
 
 def trainer(model: nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Callable[[], None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
-from ..models.matching import Objects, assign, match, matching_cost
+from ..models.matching import Objects, assign, hungarian_match, matching_cost
 from ..models.set_loss import box_losses, term_weights
 
 
@@ -165,7 +165,7 @@ def query_loss(
     """
     (logits, boxes), (their_logits, their_boxes) = student, (part.float() for part in teacher)
     R, Q = their_boxes.shape[1], boxes.shape[2]
-    (chosen,), objects = match(their_logits[None], their_boxes[None], labels, config)[1::-1]  # (B, M)
+    (chosen,), objects = hungarian_match(their_logits[None], their_boxes[None], labels, config)[1::-1]  # (B, M)
     places = chosen.clamp_max(R - 1)[..., None]
     targets = Objects(objects.classes, their_boxes.gather(1, places.expand(-1, -1, 4)), objects.counts)
     cost = matching_cost(logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost)

@@ -53,7 +53,7 @@ class ConvBlock(nn.Module):
         return self.activation(self.norm(self.conv(features).contiguous()))
 
 
-class Enlarge(nn.Module):
+class FPNBlock(nn.Module):
     """One FPN step: upsample, add a larger feature map of the backbone, refine (Lin et al. 2017)."""
 
     def __init__(self, map_channels: int, in_channels: int, out_channels: int, activation: str):
@@ -85,7 +85,7 @@ class MaskHead(nn.Module):
         self.first = ConvBlock(hidden_size + num_heads, hidden_size + num_heads, activation)
         self.second = ConvBlock(hidden_size + num_heads, widths[0], activation)
         steps = zip(map_channels, widths, widths[1:], strict=False)
-        self.steps = nn.ModuleList(Enlarge(channels, *step, activation) for channels, *step in steps)
+        self.steps = nn.ModuleList(FPNBlock(channels, *step, activation) for channels, *step in steps)
         self.last = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
 
     def forward(self, projected: Tensor, attention: Tensor, maps: list[Tensor], images: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class Matching(NamedTuple):
     on_host: np.ndarray
 
 
-def match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
+def hungarian_match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
     """Match the predictions of all layers to the objects of a batch.
 
     Args:

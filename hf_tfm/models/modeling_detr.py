@@ -9,6 +9,7 @@ L = config.decoder_layers; C = config.num_labels, where class C is "no object". 
 unpadded image size. A pixel mask is 1 for image and 0 for padding.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -35,12 +36,26 @@ from .detr_stacks import (
 from .input_checks import refuse_unknown
 from .linear import embedding_table, floating_dtype
 from .mask_head import BoxAttention, MaskHead
-from .matching import match, matched_pairs
+from .matching import hungarian_match, matched_pairs
 from .native_names import register_native_names
 from .positions import LearnedPositions2D, sine_2d
 from .set_loss import mask_losses, normalizers, set_losses, target_masks, total_loss
 
 Labels = list[dict[str, Tensor]]
+
+
+@dataclass
+class TfmDetrObjectDetectionOutput(DetrObjectDetectionOutput):
+    """The output of transformers' DETR, and with labels ``loss_sums``, see `total_loss`."""
+
+    loss_sums: dict[str, Tensor] | None = None
+
+
+@dataclass
+class TfmDetrSegmentationOutput(DetrSegmentationOutput):
+    """The output of transformers' DETR, and with labels ``loss_sums``, see `total_loss`."""
+
+    loss_sums: dict[str, Tensor] | None = None
 
 
 class PartOfPanoptic:
@@ -221,7 +236,7 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         labels: Labels | None = None,
         num_items_in_batch: dict[str, float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> DetrObjectDetectionOutput:
+    ) -> TfmDetrObjectDetectionOutput:
         """Detect objects in images (B, C, H, W).
 
         Args:
@@ -233,19 +248,19 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
 
         Returns:
             ``logits`` (B, Q, C + 1); ``pred_boxes`` (B, Q, 4); with labels ``loss``, ``loss_dict`` (terms of the last
-            layer, and of the other layers with their index as a suffix) and, with auxiliary losses,
-            ``auxiliary_outputs``, the predictions of the other layers; on request hidden states and attentions.
+            layer, and of the other layers with their index as a suffix), ``loss_sums``, see `total_loss`, and, with
+            auxiliary losses, ``auxiliary_outputs``, the predictions of the other layers; on request hidden states and
+            attentions.
         """
         outputs = self.model(pixel_values, pixel_mask, **kwargs)
         logits, boxes = self.heads(outputs)
-        loss = loss_dict = None
+        losses = {}
         if labels is not None:
-            matching = match(logits, boxes, labels, self.config)
+            matching = hungarian_match(logits, boxes, labels, self.config)
             terms = set_losses(logits, boxes, matching, self.config)
-            loss, loss_dict = total_loss(terms, matching, self.config, num_items_in_batch)
-        return DetrObjectDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
+            losses = total_loss(terms, matching, self.config, num_items_in_batch)
+        return TfmDetrObjectDetectionOutput(
+            **losses,
             logits=logits[-1],
             pred_boxes=boxes[-1],
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
@@ -303,7 +318,7 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         labels: Labels | None = None,
         num_items_in_batch: dict[str, float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> DetrSegmentationOutput:
+    ) -> TfmDetrSegmentationOutput:
         """Detect and segment objects in images (B, C, H, W).
 
         The masks need the backbone's feature maps, which the outputs of ``detr`` and ``detr.model`` do not include.
@@ -323,13 +338,13 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
         outputs = model.transform(features, **kwargs)
         logits, boxes = self.detr.heads(outputs)
         B, Q = boxes.shape[1:3]
-        loss = loss_dict = pred_masks = None
+        pred_masks, losses = None, {}
         if labels is None or not self.training:
             images = torch.arange(B, device=boxes.device).repeat_interleave(Q)
             queries = torch.arange(Q, device=boxes.device).repeat(B)
             pred_masks = self.masks(features, outputs, images, queries).unflatten(0, (B, Q))
         if labels is not None:
-            matching = match(logits, boxes, labels, self.config)
+            matching = hungarian_match(logits, boxes, labels, self.config)
             terms = set_losses(logits, boxes, matching, self.config)
             images, queries, objects = matched_pairs(matching, Q)
             found = self.masks(features, outputs, images, queries) if self.training else pred_masks[images, queries]
@@ -337,10 +352,9 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
                 objects
             ]
             terms |= mask_losses(found, targets)
-            loss, loss_dict = total_loss(terms, matching, self.config, num_items_in_batch)
-        return DetrSegmentationOutput(
-            loss=loss,
-            loss_dict=loss_dict,
+            losses = total_loss(terms, matching, self.config, num_items_in_batch)
+        return TfmDetrSegmentationOutput(
+            **losses,
             logits=logits[-1],
             pred_boxes=boxes[-1],
             pred_masks=pred_masks,

@@ -185,8 +185,16 @@ def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def total_loss(
     terms: dict[str, Tensor], matching: Matching, config: Any, items: Mapping[str, float | Tensor] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of all terms and layers, and every term by name, each divided by its items.
+) -> dict[str, Any]:
+    """Weight and normalise the terms of `set_losses` and `mask_losses`.
+
+    Args:
+        items: divisor of each term; default: `normalizers` of this batch.
+
+    Returns:
+        ``loss``, the weighted sum of all terms and layers, each divided by its items; ``loss_dict``, every term of
+        every layer, divided by its items and unweighted, see `by_layer`; ``loss_sums``, {term: weighted sum over its
+        items and all layers}, not divided, for a training loop that divides by the items of a whole step.
 
     Raises:
         ValueError: ``items`` lacks a term.
@@ -196,7 +204,9 @@ def total_loss(
         given = ", ".join(items) if isinstance(items, Mapping) else items
         raise ValueError(f"num_items_in_batch must hold a number for each of {', '.join(terms)}, got {given}")
     items = here if items is None else items
-    terms = {name: per_item(values, items[name]) for name, values in terms.items()}
-    weights = term_weights(config)
-    loss = sum(weights[name] * values.sum() for name, values in terms.items() if name in weights)
-    return loss, by_layer(terms)
+    sums = {name: weight * terms[name].sum() for name, weight in term_weights(config).items() if name in terms}
+    return {
+        "loss": sum(per_item(value, items[name]) for name, value in sums.items()),
+        "loss_dict": by_layer({name: per_item(values, items[name]) for name, values in terms.items()}),
+        "loss_sums": sums,
+    }

@@ -18,7 +18,7 @@ from ..hub.detectors import detections, panoptic_maps
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from ..models.configuration_detr import TfmDetrConfig
-from ..models.set_loss import query_weight, term_weights
+from ..models.set_loss import query_weight
 from .base import Loader, mean
 from .images import Batch
 from .scenes import SceneTask
@@ -71,18 +71,13 @@ class DetectionTask(SceneTask):
 
     def terms(self, output: ModelOutput) -> dict[str, Tensor]:
         """The terms of `losses` in an output of `predict`."""
-        if "loss_dict" not in output:  # sharded models exchange weights in every pass: a rank with nothing takes part
+        if "loss_sums" not in output:  # sharded models exchange weights in every pass: a rank with nothing takes part
             nothing = sum(0.0 * value.float().sum() for value in output.values() if isinstance(value, Tensor))
             return dict.fromkeys(self.term_names, nothing)
-        weights = term_weights(self.config)
-
-        def of_all_layers(name: str) -> Tensor:
-            return sum(value for key, value in output.loss_dict.items() if key == name or key.startswith(f"{name}_"))
-
-        return {term: weights[name] * of_all_layers(name) for term, name in self.term_names.items()}
+        return {term: output.loss_sums[name] for term, name in self.term_names.items()}
 
     def predict(self, model: nn.Module, batch: Batch, learn: bool = False) -> ModelOutput:
-        """The model's output for a batch; with ``learn`` and images that count, ``loss_dict`` holds sums."""
+        """The model's output for a batch; with ``learn`` and images that count, ``loss_sums`` holds sums."""
         return model(**self.inputs(batch), **(self.target_inputs(batch) if learn else {}))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor | None]:
@@ -94,8 +89,7 @@ class DetectionTask(SceneTask):
         """What a model that learns is given beside it; of images that do not count, nothing."""
         if not batch["images"]:
             return {}
-        whole = dict.fromkeys((*TERMS.values(), *MASK_TERMS.values(), "cardinality_error"), 1.0)
-        return {"labels": batch["labels"], "num_items_in_batch": whole}
+        return {"labels": batch["labels"]}
 
     def places(self, batch: Batch) -> None:
         """None: every query has a target, if it is that there is no object."""

@@ -220,6 +220,10 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     }, "masks of the last layer alone"
     expected = sum(weights.get(name.removesuffix("_0").removesuffix("_1"), 0) * term for name, term in terms.items())
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    items = model.count_items(tiny_labels(size=(64, 96)))
+    assert output.loss_sums.keys() == weights.keys()
+    parts = [total / items[name] for name, total in output.loss_sums.items()]
+    assert output.loss.item() == pytest.approx(sum(parts).item(), rel=1e-5)
     assert len(output.auxiliary_outputs) == 2
     assert output.auxiliary_outputs[0]["logits"].shape == output.logits.shape
     last = model(tiny_photos(), labels=tiny_labels(size=(64, 96)))

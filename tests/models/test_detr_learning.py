@@ -127,7 +127,7 @@ def mask_overlap(model: TfmDetrForPanopticSegmentation) -> float:
     shares = []
     for i, label in enumerate(labels):
         stacked = output.logits[None, i : i + 1], output.pred_boxes[None, i : i + 1]
-        queries = matching.match(*stacked, [label], model.config).queries[0, 0]
+        queries = matching.hungarian_match(*stacked, [label], model.config).queries[0, 0]
         enlarged = nn.functional.interpolate(output.pred_masks[i : i + 1, queries], size=(SIDE, SIDE), mode="bilinear")
         found, true = enlarged[0] > 0, label["masks"].bool()
         shares += ((found & true).sum((1, 2)) / (found | true).sum((1, 2))).tolist()

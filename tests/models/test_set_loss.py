@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tfm.models import matching
-from hf_tfm.models.matching import NEVER, assign, match, matching_cost, pad_objects
+from hf_tfm.models.matching import NEVER, assign, hungarian_match, matching_cost, pad_objects
 from hf_tfm.models.set_loss import (
     box_losses,
     by_layer,
@@ -131,7 +131,7 @@ def test_ties():
     alike = tiny_labels((1,))[0]
     label = {name: value.repeat(3, *[1] * (value.ndim - 1)) for name, value in alike.items()}
     logits, boxes = predictions(1)
-    matching = match(logits, boxes, [label], CONFIG)
+    matching = hungarian_match(logits, boxes, [label], CONFIG)
     expected = plain_cost(logits[0, 0], boxes[0, 0], label, CONFIG)[:, 0]
     assert sorted(matching.on_host[0, 0]) == sorted(np.argsort(expected)[:3])
 
@@ -139,7 +139,7 @@ def test_ties():
 @COUNTS
 def test_losses_of_every_layer(counts):
     (logits, boxes), labels = predictions(), tiny_labels(counts)
-    terms = set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)
+    terms = set_losses(logits, boxes, hungarian_match(logits, boxes, labels, CONFIG), CONFIG)
     expected = plain_losses(logits, boxes, labels, CONFIG)
     assert terms.keys() == expected.keys()
     for name, values in expected.items():
@@ -153,7 +153,7 @@ def test_losses_of_every_layer(counts):
 def test_gradients():
     logits, boxes = (x.detach().double().requires_grad_() for x in predictions(queries=4))
     labels = tiny_labels((2, 0, 3))
-    matching = match(logits, boxes, labels, CONFIG)
+    matching = hungarian_match(logits, boxes, labels, CONFIG)
     objects = matching.objects._replace(boxes=matching.objects.boxes.double())
 
     def losses(logits, boxes):
@@ -165,7 +165,7 @@ def test_gradients():
 def test_what_the_sums_are_divided_by():
     """The class loss is the weighted mean that torch's cross-entropy gives, as in the authors' code."""
     (logits, boxes), labels = predictions(layers=1), tiny_labels((3, 0, 9))
-    matching = match(logits, boxes, labels, CONFIG)
+    matching = hungarian_match(logits, boxes, labels, CONFIG)
     items = normalizers([3, 0, 9], 7, 0.2)
     assert items["loss_ce"] == query_weight([3, 0, 9], 7, 0.2) == pytest.approx(10 + 0.2 * 11)
     assert items["cardinality_error"] == 3 and items["loss_bbox"] == items["loss_mask"] == 12
@@ -215,7 +215,7 @@ def test_predictions_that_are_no_numbers(value, where, caplog):
     logits, boxes = (x.detach() for x in predictions())
     expected = plain_losses(logits, boxes, labels, CONFIG)
     (logits if where == "logits" else boxes)[1, 0, 4] = value  # one query of one image in the last layer
-    matching = match(logits, boxes, labels, CONFIG)
+    matching = hungarian_match(logits, boxes, labels, CONFIG)
     assert [record.getMessage() for record in caplog.records] == [
         "3 of 70 matching costs are not finite: logits or boxes of the model are not"
     ]
@@ -230,13 +230,13 @@ def test_predictions_that_are_no_numbers(value, where, caplog):
 def test_no_report_where_no_object_is_concerned(caplog):
     logits, boxes = (x.detach() for x in predictions())
     boxes[0, 1] = math.nan  # of an image without objects
-    match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG)
+    hungarian_match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG)
     assert not caplog.records
 
 
 def test_when_nothing_is_a_number():
     logits, boxes = (torch.full_like(x, math.nan) for x in predictions())
-    queries = match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG).on_host
+    queries = hungarian_match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG).on_host
     assert len(set(queries[0, 0])) == 3 and (queries[:, 1] == 7).all()
     assert predictions()[0].abs().max() < NEVER
 
@@ -265,7 +265,7 @@ def test_one_copy_to_the_host(images, layers, monkeypatch):
     logits, boxes = predictions(images, layers)
     labels = tiny_labels((3,) * images)
     with Waits() as waits:
-        matching = match(logits, boxes, labels, CONFIG)
+        matching = hungarian_match(logits, boxes, labels, CONFIG)
         terms = set_losses(logits, boxes, matching, CONFIG)
         sum(values.sum() for values in terms.values()).backward()
     assert copies == ["cpu", "numpy"] and waits.numbers == 1
@@ -276,11 +276,11 @@ def test_waits_of_a_gpu():
     """At most 5 a step, where the authors' code makes 25."""
     logits, boxes = (x.detach().cuda().requires_grad_() for x in predictions(6, 6))
     labels = [{name: value.cuda() for name, value in label.items()} for label in tiny_labels((3, 1, 0, 2, 5, 1))]
-    set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)  # what is set up once
+    set_losses(logits, boxes, hungarian_match(logits, boxes, labels, CONFIG), CONFIG)  # what is set up once
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as caught:
-            terms = set_losses(logits, boxes, match(logits, boxes, labels, CONFIG), CONFIG)
+            terms = set_losses(logits, boxes, hungarian_match(logits, boxes, labels, CONFIG), CONFIG)
             sum(values.sum() for values in terms.values()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -291,11 +291,13 @@ def test_float32_inside_autocast():
     (logits, boxes), labels = predictions(), tiny_labels()
     halves = [x.detach().bfloat16() for x in (logits, boxes)]
     exact = [x.float() for x in halves]
-    expected = set_losses(*exact, match(*exact, labels, CONFIG), CONFIG)
+    expected = set_losses(*exact, hungarian_match(*exact, labels, CONFIG), CONFIG)
     masks, targets = torch.randn(4, 6, 6), torch.rand(4, 20, 20).round()
     expected |= mask_losses(masks.bfloat16().float(), targets)
     with torch.autocast("cpu", torch.bfloat16):
-        found = set_losses(*halves, match(*halves, labels, CONFIG), CONFIG) | mask_losses(masks.bfloat16(), targets)
+        found = set_losses(*halves, hungarian_match(*halves, labels, CONFIG), CONFIG) | mask_losses(
+            masks.bfloat16(), targets
+        )
     for name, value in expected.items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], value), name
 
@@ -307,7 +309,8 @@ def test_labels_in_half_precision_and_small_integers():
         {"class_labels": label["class_labels"].to(torch.uint8), "boxes": label["boxes"].half()} for label in labels
     ]
     found, expected = (
-        set_losses(logits, boxes, match(logits, boxes, each, CONFIG), CONFIG)["loss_giou"] for each in (small, labels)
+        set_losses(logits, boxes, hungarian_match(logits, boxes, each, CONFIG), CONFIG)["loss_giou"]
+        for each in (small, labels)
     )
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-2)
 
@@ -342,7 +345,7 @@ def bad(labels: list[dict[str, Tensor]], **fields) -> list[dict[str, Tensor]]:
 )
 def test_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
-        match(*predictions(), labels, CONFIG)
+        hungarian_match(*predictions(), labels, CONFIG)
 
 
 @pytest.mark.parametrize("values", [(31.0, 20.0, 9.0, 9.0), (math.nan,) * 4, (math.inf, 0.5, 0.1, 0.1)])
@@ -352,7 +355,7 @@ def test_bad_boxes_on_a_gpu(values, monkeypatch):
     labels = tiny_labels((3, 2, 1))
     labels[1]["boxes"][1] = torch.tensor(values)
     with pytest.raises(ValueError, match=r"labels\[1\]\['boxes'\]\[1\] must be .* in \[0, 1\]"):
-        match(*predictions(), labels, CONFIG)
+        hungarian_match(*predictions(), labels, CONFIG)
 
 
 def plain_mask_losses(logits: Tensor, target: Tensor) -> tuple[float, float]:
