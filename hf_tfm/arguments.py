@@ -132,6 +132,10 @@ class SplitArguments(Arguments):
         super().__post_init__()
         self.check_range(at_least_1="holdout max_train_samples")
         self.check_distinct("test_splits")
+        self.check_validation_data()
+
+    def check_validation_data(self) -> None:
+        """Refuse none, or more than one, source of validation data."""
         self.check_exactly_one("validation_split", "holdout")
 
     @property

@@ -22,7 +22,8 @@ from hf_tfm.data.labelled_texts import text_lengths
 from hf_tfm.distillation.facts import check_tokenizers
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.model_fields import check_fields, new_config
-from hf_tfm.tasks.text_classification import TextClassificationTask, predict, score
+from hf_tfm.tasks.old_text_classification import TextClassificationTask, predict, score
+from hf_tfm.tasks.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache
 from hf_tfm.training.distill_run import (
     DistillationKnobs,
@@ -33,7 +34,6 @@ from hf_tfm.training.distill_run import (
     teacher_words,
 )
 from hf_tfm.training.run import Run, finish
-from hf_tfm.training.text_model import ARCHITECTURES, TOKEN_FIELDS, build_classifier, complete, keep_what_is_read
 from hf_tfm.training.text_run import TextArguments, load_labelled_texts, text_loader
 from hf_tfm.training.text_tasks import run_tasks
 

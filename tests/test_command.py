@@ -251,9 +251,9 @@ def test_variables_of_a_launcher_are_taken(monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_with_the_file(monkeypatch, capsys):
-    from hf_tfm.tasks.evaluation import write
+    from hf_tfm.writing import write_json
 
-    assert describe(caught(lambda: write({}, "/dev/full"))) == "/dev/full: No space left on device"
+    assert describe(caught(lambda: write_json({}, "/dev/full"))) == "/dev/full: No space left on device"
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
 

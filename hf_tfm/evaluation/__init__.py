@@ -4,6 +4,7 @@ config.json -> the kind of model -> the function of `KINDS` that scores it
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -13,21 +14,18 @@ from ..hub.loading import load_config, require_model
 from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..tasks.evaluation import evaluate_task
 from ..tasks.language_modeling import LanguageModelingTask
+from ..tasks.text_classification import TextClassificationTask
 from ..tasks.translation import TranslationTask
 from .classification import evaluate_classification
 from .detection import evaluate_detection
-from .glue import evaluate_glue, summary_lines
 from .masked_image import evaluate_masked_autoencoder
-from .text_classification import evaluate_text_classification
 
 __all__ = [
     "KINDS",
     "evaluate",
     "evaluate_classification",
     "evaluate_detection",
-    "evaluate_glue",
     "evaluate_masked_autoencoder",
-    "evaluate_text_classification",
     "lines",
 ]
 
@@ -37,8 +35,7 @@ KINDS: dict[str, Any] = {
     "detectors": evaluate_detection,
     "masked autoencoders": evaluate_masked_autoencoder,
     "language models": LanguageModelingTask,
-    "text classifiers": evaluate_text_classification,
-    "classifiers of GLUE's tasks": evaluate_glue,
+    "text classifiers": TextClassificationTask,
 }
 
 
@@ -47,7 +44,7 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
 
     Args:
         model: folder or Hub id, of ours or of transformers'; its config.json tells the kind. With the option
-            ``tasks``, a classifier for each, see `evaluate_glue`.
+            ``tasks``, a classifier for each, see `tasks.glue.evaluate_tasks`.
         options: of the function that scores this kind, see `KINDS`.
 
     Returns:
@@ -59,8 +56,8 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     for option in ("dataset_name", "split"):
         if not options.get(option, option):
             raise ValueError(f"{option} must be a name, got {options[option]!r}")
-    kind = "classifiers of GLUE's tasks"
-    if "tasks" not in options:
+    several = (name for name, kind in KINDS.items() if isinstance(kind, type) and kind.evaluates_several(options))
+    if (kind := next(several, None)) is None:
         revision, trust_remote_code = options.get("revision"), options.get("trust_remote_code", False)
         require_model("model", model, revision)
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -73,7 +70,8 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
             raise ValueError(f'{option} {reason}; "{model}" is one of the {kind}')
     chosen = KINDS[kind]
     if isinstance(chosen, type):
-        return evaluate_task(chosen, chosen.EvaluationArguments(model=model, **options))
+        args = chosen.EvaluationArguments(model=model, **options)
+        return chosen.evaluate_all(args, partial(evaluate_task, chosen))
     return chosen(model, **options)
 
 
@@ -91,7 +89,7 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
     saved = ", ".join(config.architectures or ())
     if "ForImageClassification" in saved or config.model_type == "timm_wrapper":
         return "image classifiers"
-    if "ForSequenceClassification" in saved:
+    if TextClassificationTask.accepts(config):
         return "text classifiers"
     if is_detector(config):
         return "detectors"
@@ -111,8 +109,8 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """A result as people read it, a line for each score and figure."""
-    if "macro_average" in result:
-        return summary_lines(result)
+    if "lines" in result:
+        return result["lines"]
     said = [
         f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
         for row in result["metrics"]

@@ -310,7 +310,7 @@ class Task(ABC):
         """The runs that a command line asks for, usually one; the exit status.
 
         Args:
-            fit: (arguments, extra words of the command line) -> the record of a run.
+            fit: (arguments, extra words of the command line) -> the record of a run; see `training.trainer.Runs`.
         """
         fit(args)
         return 0
@@ -325,7 +325,7 @@ class Task(ABC):
         """The evaluations that a command line asks for, usually one; the result.
 
         Args:
-            evaluate: arguments -> the result of an evaluation.
+            evaluate: arguments -> the result of an evaluation; see `tasks.evaluation.evaluate_task`.
         """
         return evaluate(args)
 

@@ -15,8 +15,11 @@ from .base import Task
 from .stopwatch import Stopwatch
 
 
-def evaluate_task(task_class: type[Task], args: EvaluationArguments) -> dict[str, Any]:
+def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bool = False) -> dict[str, Any]:
     """Score a saved model on a split.
+
+    Args:
+        listing: return the listing of the task's `Scores` too.
 
     Returns:
         ``model``, ``dataset``, ``split``, ``fingerprint`` and number of ``rows``; ``metrics``, rows of name, value,
@@ -55,7 +58,7 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments) -> dict[str
     if args.output:
         write_json({**result, **scores.listing}, args.output)
     task.end_evaluation(scores)
-    return result
+    return {**result, **scores.listing} if listing else result
 
 
 def one_process() -> Accelerator:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from ..arguments import TrainingArguments
 
@@ -22,13 +22,33 @@ SCHEDULES = {  # names in transformers
 }
 
 
-def height(name: str) -> float:
+def layer_id(name: str) -> float:
     """Return the layer id of a parameter: 0 for embeddings; 1, 2, ... for blocks; infinity above the blocks."""
     if block := re.search(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name):
         return 1 + int(block[1])
-    return (
-        0 if re.search(r"embedding|distillation_token|(?:^|\.)w[tp]e\.", name) else math.inf
-    )  # GPT names its embeddings wte and wpe
+    # GPT names its embeddings wte and wpe, and encoder-decoder models the shared one of both sides "shared".
+    return 0 if re.search(r"embedding|distillation_token|(?:^|\.)(?:w[tp]e|shared)\.", name) else math.inf
+
+
+def check_layers(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Refuse ``layer_wise_lr_decay`` for a model whose parameter names do not tell its layers, see `layer_id`.
+
+    Raises:
+        ValueError: no parameter belongs to a block, or an embedding of tokens does not have layer id 0.
+    """
+    if args.layer_wise_lr_decay == 1.0:
+        return
+    layer_ids = {name: layer_id(name) for name, _ in model.named_parameters()}
+    tokens = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None)
+    }
+    blocks = any(0 < layer < math.inf for layer in layer_ids.values())
+    if not blocks or any(layer_ids.get(name, 0) for name in tokens):
+        raise ValueError(
+            f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model, got {args.layer_wise_lr_decay}"
+        )
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
@@ -43,14 +63,14 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
         ValueError: a key of ``rate_factors`` occurs in no parameter name.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    heights = {name: height(name) for name, _ in named}
-    top = 1 + max((h for h in heights.values() if h < math.inf), default=0)
+    layer_ids = {name: layer_id(name) for name, _ in named}
+    top = 1 + max((layer for layer in layer_ids.values() if layer < math.inf), default=0)
     groups: dict[tuple[float, float], list] = {}
-    if unknown := [part for part in args.rate_factors if not any(part in name for name in heights)]:
+    if unknown := [part for part in args.rate_factors if not any(part in name for name in layer_ids)]:
         raise ValueError(f"rate_factors: no weight that learns has {unknown[0]} in its name")
     for name, parameter in named:
         decays = parameter.ndim >= 2 and name.endswith("weight")
-        scale = args.layer_wise_lr_decay ** (top - min(heights[name], top))
+        scale = args.layer_wise_lr_decay ** (top - min(layer_ids[name], top))
         scale *= math.prod(factor for part, factor in args.rate_factors.items() if part in name)
         groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)
     return [{"params": own, "weight_decay": decay, "lr": rate} for (decay, rate), own in groups.items()]

@@ -39,7 +39,7 @@ from ..tasks.loaders import placement
 from ..tasks.splits import split_rows
 
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
-PLACES = ("model_name_or_path", "teacher", "cache")  # knobs whose "{task}" stands for the task's name
+PLACES = ("dataset_name", "dataset_config", "model_name_or_path", "teacher", "cache")
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
 
 

@@ -13,9 +13,11 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from ..data.glue import MissingData, find_tasks
-from ..evaluation.glue import summarise, summary_lines, write_summary
 from ..hub.results import RunRecord
+from ..hub.saved_files import RESULTS
 from ..options import parse_arguments
+from ..tasks.glue import summarise, summary_lines
+from ..writing import write_json
 from .run import Run, begin_run, check_folder
 from .text_run import TextArguments
 
@@ -60,7 +62,7 @@ def run_tasks(
     if scored:
         summary = summarise(found, missing)
         if accelerator.is_main_process:
-            write_summary(summary, args.output_dir)
+            write_json(summary, str(Path(args.output_dir) / RESULTS))
         accelerator.print("\n".join(summary_lines(summary)))
     accelerator.state.destroy_process_group()
     return 0

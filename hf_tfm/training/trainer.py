@@ -6,14 +6,17 @@ command line -> arguments -> splits -> processor -> model -> training -> saved m
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ..arguments import TrainingArguments
 from ..hub.results import RunRecord
 from ..options import parse_arguments
 from ..tasks.base import Task
-from .run import Run, begin_run, finish
+from .optim import check_layers
+from .run import Run, begin_run, check_folder, finish
 
 
 class Trainer:
@@ -42,6 +45,7 @@ class Trainer:
             task.processor_folder, task.build_processor, task.processor_class.from_pretrained
         )
         task.model = task.build_model()
+        check_layers(task.args, task.model)
         if not task.prepare():
             return None
         loader = task.dataloader(task.args.train_split, training=True)
@@ -84,13 +88,37 @@ def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None]
     def main(argv: Sequence[str] | None = None) -> int:
         argv = list(sys.argv[1:] if argv is None else argv)
         args = parse_arguments(task_class.Arguments, path, argv)
-        return task_class.run_all(args, lambda own, extra=(): fit(task_class, own, path.stem, [*argv, *extra]))
+        return task_class.run_all(args, Runs(task_class, path.stem, argv))
 
     main.task_class = task_class
     return main
 
 
-def fit(task_class: type[Task], args, recipe_name: str, argv: Sequence[str]) -> RunRecord | None:
-    """Execute one run in its folder; see `Trainer.fit`."""
-    with begin_run(args, recipe_name, argv) as run:
-        return Trainer(task_class(args, run.accelerator), run).fit()
+@dataclass
+class Runs:
+    """Executes the runs that a command line asks for, one after the other.
+
+    Args:
+        task_class: task that they train.
+        recipe_name, argv: name of the recipe and its command-line arguments.
+    """
+
+    task_class: type[Task]
+    recipe_name: str
+    argv: Sequence[str]
+
+    def check(self, args: TrainingArguments) -> None:
+        """Refuse an output folder that a later run cannot own; see `check_folder`."""
+        check_folder(args, self.argv)
+
+    def __call__(self, args: TrainingArguments, extra: Sequence[str] = (), is_last: bool = True) -> RunRecord | None:
+        """Execute one run in its folder; see `Trainer.fit`.
+
+        Args:
+            extra: arguments that a command line of this run alone has in addition.
+            is_last: False keeps the process group for another run.
+        """
+        with begin_run(args, self.recipe_name, [*self.argv, *extra]) as run:
+            if not is_last:
+                run.accelerator.end_training = lambda: [one.finish() for one in run.accelerator.trackers]
+            return Trainer(self.task_class(args, run.accelerator), run).fit()

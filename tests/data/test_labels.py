@@ -12,7 +12,7 @@ from hf_tfm.data.csv_files import separator_hint
 from hf_tfm.data.images import tell_untrained
 from hf_tfm.data.labelled_texts import class_ids, class_names, is_regression, text_rows
 from hf_tfm.data.source import load_splits
-from hf_tfm.training.text_run import TextArguments, load_labelled_texts
+from hf_tfm.tasks.text_classification import TextClassificationArguments, TextClassificationTask
 
 
 def texts(labels, kind=None):
@@ -92,22 +92,30 @@ def test_numbers_in_a_csv_file_are_text_where_text_is_wanted(tmp_path):
         text_rows(load_splits(str(file))["train"])
 
 
+def load(folder, **knobs):
+    """A task with the data of a run."""
+    args = TextClassificationArguments(dataset_name=str(folder), output_dir="unused", max_steps=1, **knobs)
+    task = TextClassificationTask(args, None)
+    task.splits = task.load_splits()
+    return task
+
+
 def run(tmp_path, files, **knobs):
-    """The data of a run on CSV files, {split: labels}."""
+    """A task with the data of a run on CSV files, {split: labels}."""
     folder = tmp_path / "data"
     folder.mkdir(exist_ok=True)
     for split, labels in files.items():
         file = io.StringIO()
         csv.writer(file).writerows([("text", "label"), *((f"text {i}", label) for i, label in enumerate(labels))])
         (folder / f"{split}.csv").write_text(file.getvalue())
-    return load_labelled_texts(TextArguments(dataset_name=str(folder), output_dir="unused", max_steps=1, **knobs))
+    return load(folder, **knobs)
 
 
 def test_the_training_split_decides_for_all(tmp_path):
-    args, found = run(tmp_path, {"train": ["0.5", "1", "2"], "validation": ["1", "2"]})
-    assert found.labels is None and found.rows["validation"].features["label"] == Value("float64")
-    assert args.metrics == ["pearson", "spearman"]
-    _, found = run(tmp_path, {"train": ["0.0", "1.0"], "validation": ["1", "0"]})
+    found = run(tmp_path, {"train": ["0.5", "1", "2"], "validation": ["1", "2"]})
+    assert found.labels is None and found.splits["validation"].features["label"] == Value("float64")
+    assert found.args.metrics == ["pearson", "spearman"]
+    found = run(tmp_path, {"train": ["0.0", "1.0"], "validation": ["1", "0"]})
     assert found.labels == ["0", "1"] and found.label_ids("validation")[1] == 1
     with pytest.raises(ValueError, match='validation_split "validation" has labels that are not whole'):
         run(tmp_path, {"train": ["0", "1"], "validation": ["0.5", "1"]})
@@ -115,15 +123,17 @@ def test_the_training_split_decides_for_all(tmp_path):
 
 def test_problem_type_is_chosen(tmp_path):
     files = {"train": ["0", "1", "2"], "validation": ["1", "2"]}
-    _, found = run(tmp_path, files, problem_type="regression")
-    assert found.labels is None and found.rows["train"]["label"][:] == [0.0, 1.0, 2.0]
+    found = run(tmp_path, files, problem_type="regression")
+    assert found.labels is None and found.splits["train"]["label"][:] == [0.0, 1.0, 2.0]
     files = {"train": ["0.5", "1.5", "2.5"], "validation": ["1.5", "2.5"]}
-    _, found = run(tmp_path, files, problem_type="single_label_classification")
+    found = run(tmp_path, files, problem_type="single_label_classification")
     assert found.labels == ["0.5", "1.5", "2.5"] and found.label_ids("validation")["1.5"] == 1
     with pytest.raises(ValueError, match="labels must be numbers for regression, got string"):
         run(tmp_path, {"train": ["a", "b"], "validation": ["a", "b"]}, problem_type="regression")
     with pytest.raises(ValueError, match="task decides problem_type"):
-        TextArguments(dataset_name="x", output_dir="y", max_steps=1, task="sst2", problem_type="regression")
+        TextClassificationArguments(
+            dataset_name="x", output_dir="y", max_steps=1, task="sst2", problem_type="regression"
+        )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +165,7 @@ def test_one_class_of_several_named_is_refused(tmp_path):
     for split in ("train", "validation"):
         rows.to_parquet(str(tmp_path / f"{split}.parquet"))
     with pytest.raises(ValueError, match="has 2 of 2 texts with a label, and all have the same, 1"):
-        load_labelled_texts(TextArguments(dataset_name=str(tmp_path), output_dir="unused", max_steps=1))
+        load(tmp_path)
 
 
 def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):

@@ -34,7 +34,7 @@ from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.tasks.distill import grid_of, token_weights
 from hf_tfm.tasks.language import CausalLanguageTask
-from hf_tfm.tasks.text_classification import TextClassificationTask
+from hf_tfm.tasks.old_text_classification import TextClassificationTask
 from hf_tfm.training import evaluate
 
 LANGUAGE = [

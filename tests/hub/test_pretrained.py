@@ -15,9 +15,9 @@ from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
 from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
-from hf_tfm.tasks import language_modeling
+from hf_tfm.tasks import language_modeling, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
-from hf_tfm.training import image_run, scene_run, text_model
+from hf_tfm.training import image_run, scene_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
 

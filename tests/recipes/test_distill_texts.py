@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification
 from hf_tfm.options import parse_arguments
-from hf_tfm.tasks.text_classification import TextClassificationTask
+from hf_tfm.tasks.old_text_classification import TextClassificationTask
 
 INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
 TERMS = {

@@ -12,8 +12,8 @@ from recipe_helpers import arguments_of
 
 from hf_tfm.models.configuration_transformer import SIZES
 from hf_tfm.options import parse_arguments
+from hf_tfm.tasks.text_classification import PER_TASK
 from hf_tfm.tasks.translation import METRICS, build_config
-from hf_tfm.training.text_run import PLACES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRESETS = sorted(RECIPES.glob("presets/*/*.yaml"))
@@ -37,7 +37,7 @@ def assert_within(part, whole):
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for one, other in zip(value, whole[key], strict=True):
                 assert_within(one, other)
-        elif isinstance(value, str) and whole.get("task") and key in PLACES:
+        elif isinstance(value, str) and whole.get("task") and key in PER_TASK:
             assert whole[key] == value.replace("{task}", whole["task"])
         else:
             assert whole[key] == value, key

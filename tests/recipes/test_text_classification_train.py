@@ -13,7 +13,7 @@ from text_recipes import NAMES, RECIPE, TINY, pretrained, run_recipe, words, wri
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_tfm.evaluation import evaluate
-from hf_tfm.training.text_model import complete, fresh_classifier
+from hf_tfm.tasks.text_model import complete, fresh_classifier
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +317,6 @@ def test_models_that_do_not_fit(data, tmp_path):
 
 
 def test_layers_that_cannot_be_told_apart(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_tfm.training.text_model.height", lambda name: math.inf)
+    monkeypatch.setattr("hf_tfm.training.optim.layer_id", lambda name: math.inf)
     with pytest.raises(ValueError, match=r"layer_wise_lr_decay must be 1 for a tfm_bert model, got 0\.5"):
         run_recipe(*words(data, tmp_path / "run", layer_wise_lr_decay=0.5))

@@ -5,13 +5,13 @@ import pytest
 import torch
 from text_tasks import (
     CASES,
-    IDS,
     VOCABULARY,
     bert,
     classification,
     examples,
     gpt,
     loader,
+    numbers,
     prediction,
     tokenizer,
     train_steps,
@@ -26,11 +26,19 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from hf_tfm.tasks.text_classification import IGNORE_LABEL, TextClassificationTask, input_names, predict, score
+from hf_tfm.tasks.text_classification import (
+    IGNORE_LABEL,
+    TextClassificationArguments,
+    TextClassificationTask,
+    TextCollator,
+    predict,
+    score,
+)
+from hf_tfm.tasks.text_model import input_names
 
 
 def batch_of(task, rows, hidden=False):
-    return task.collate(rows, list(range(len(rows))), 0, hidden)
+    return task.collator()(rows, list(range(len(rows))), 0, hidden)
 
 
 def test_a_batch_is_padded_to_its_longest():
@@ -101,9 +109,9 @@ def test_parts_that_distillation_uses():
     task, model = classification(), bert().eval()
     batch = batch_of(task, examples(6))
     assert set(task.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
-    assert task.places(batch) is None and task.term in task.count(batch)
-    logits = model(**task.inputs(batch)).logits
-    assert torch.equal(task.hard_loss(logits, batch), task.losses(model, batch)["label"])
+    assert task.target_positions(batch) is None and task.term in task.count(batch)
+    output = model(**task.inputs(batch))
+    assert torch.equal(task.output_losses(output, output.logits, batch)["label"], task.losses(model, batch)["label"])
 
 
 def test_labels_that_are_no_class():
@@ -113,8 +121,7 @@ def test_labels_that_are_no_class():
 
 def test_hidden_labels():
     assert batch_of(classification(), [{**examples(1)[0], "label": -1}])["labels"].tolist() == [IGNORE_LABEL]
-    numbers = TextClassificationTask(tokenizer(), None)
-    labels = batch_of(numbers, [{**examples(1)[0], "label": label} for label in (-1.5, None)])["labels"]
+    labels = batch_of(numbers(), [{**examples(1)[0], "label": label} for label in (-1.5, None)])["labels"]
     assert labels[0] == -1.5 and labels[1].isnan()
 
 
@@ -122,9 +129,9 @@ def test_what_is_refused():
     bare = tokenizer()
     bare.pad_token = None
     with pytest.raises(ValueError, match="has no pad_token"):
-        TextClassificationTask(bare, IDS)
+        TextCollator(bare, None)
     with pytest.raises(ValueError, match=r"language_weight must be at least 0, got -0.5"):
-        TextClassificationTask(tokenizer(), IDS, language_weight=-0.5)
+        TextClassificationArguments(dataset_name="x", output_dir="y", max_steps=1, language_weight=-0.5)
 
 
 SMALL = {
@@ -157,7 +164,7 @@ def test_any_model_reads_what_it_knows(accelerator, name):
     model = build().eval()
     names = input_names(model)
     assert ("token_type_ids" in names) is segments
-    task = TextClassificationTask(tokenizer(), IDS, names)
+    task = TextClassificationTask.for_model(model, tokenizer())
     rows = examples(9)
     found = predict(accelerator, task, model, loader(task, rows, batch_size=4))
     for i, row in enumerate(rows):
@@ -170,9 +177,9 @@ def test_predictions_are_in_order_and_scored(accelerator):
     labels = [IGNORE_LABEL if row["label"] is None else row["label"] for row in examples(14)]
     assert found.labels.tolist() == labels
     known = np.array(labels) != IGNORE_LABEL
-    rows = score(found, ["accuracy", "f1_macro"])
-    assert [row["name"] for row in rows] == ["accuracy", "f1_macro"] and rows[0]["signature"] is None
-    assert rows[0]["value"] == np.mean(found.logits.argmax(axis=1)[known] == np.array(labels)[known])
+    scores = score(found, ["accuracy", "f1_macro"])
+    assert list(scores) == ["accuracy", "f1_macro"]
+    assert scores["accuracy"] == np.mean(found.logits.argmax(axis=1)[known] == np.array(labels)[known])
     shifted = found.logits - np.log(np.exp(found.logits).sum(axis=1, keepdims=True))
     assert found.loss == pytest.approx(-shifted[np.flatnonzero(known), np.array(labels)[known]].mean(), rel=1e-5)
 
@@ -183,6 +190,7 @@ def test_numbers_are_scored(accelerator):
     found = predict(accelerator, task, build(), loader(task, examples(12, numbers=True)))
     known = ~np.isnan(found.labels)
     assert known.sum() == 10 and found.predicted.shape == (12,)
-    (row,) = score(found, ["pearson"])
-    assert row["value"] == pytest.approx(np.corrcoef(found.predicted[known], found.labels[known])[0, 1], abs=1e-5)
+    assert score(found, ["pearson"])["pearson"] == pytest.approx(
+        np.corrcoef(found.predicted[known], found.labels[known])[0, 1], abs=1e-5
+    )
     assert found.loss == pytest.approx(((found.predicted - found.labels)[known] ** 2).mean(), rel=1e-5)

@@ -23,7 +23,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 VOCABULARY = len(tokenizer())
-IDS = {0: 0, 1: 1, 2: 2}
 
 
 def bert(**fields) -> TfmBertForSequenceClassification:
@@ -40,14 +39,18 @@ def gpt() -> TfmGPTForSequenceClassification:
 
 
 def classification() -> TextClassificationTask:
-    return TextClassificationTask(tokenizer(), IDS)
+    return TextClassificationTask.for_model(bert(), tokenizer())
+
+
+def numbers() -> TextClassificationTask:
+    return TextClassificationTask.for_model(bert(num_labels=1), tokenizer())
 
 
 # name -> the task, and its model
 CASES = {
     "classes": (classification, bert),
-    "numbers": (lambda: TextClassificationTask(tokenizer(), None), lambda: bert(num_labels=1)),
-    "language": (lambda: TextClassificationTask(tokenizer(), IDS, ("input_ids", "attention_mask"), 0.5), gpt),
+    "numbers": (numbers, lambda: bert(num_labels=1)),
+    "language": (lambda: TextClassificationTask.for_model(gpt(), tokenizer(), language_weight=0.5), gpt),
 }
 
 
@@ -65,7 +68,7 @@ def examples(count: int = 14, numbers: bool = False) -> list[dict]:
 def loader(task: TextClassificationTask, rows: list, micro: int | None = None, batch_size: int = 7, **place):
     """Shuffled steps of like length."""
     sampler = LengthBatchSampler(np.array([len(row["input_ids"]) for row in rows]), batch_size, seed=1)
-    return StepLoader(rows, sampler, task.collate, micro, **place)
+    return StepLoader(rows, sampler, task.collator(), micro, **place)
 
 
 def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[str, torch.Tensor]:

@@ -13,7 +13,14 @@ from hf_tfm.tasks.base import Loader
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import train
 from hf_tfm.training.checkpoint import checkpoints, full_weights
-from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule, height, parameter_groups
+from hf_tfm.training.optim import (
+    average_weights,
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    layer_id,
+    parameter_groups,
+)
 
 WARMUP, STEPS, PEAK = 40, 200, 3e-3
 TINY_VIT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -335,11 +342,12 @@ def test_compiled_model_gives_the_same_weights(tmp_path):
         ("transformer.h.11.attn.c_attn.weight", 12),
         ("transformer.wte.weight", 0),
         ("transformer.wpe.weight", 0),
+        ("model.shared.weight", 0),
         ("vit.embeddings.cls_token", 0),
         ("vit.distillation_token", 0),
         ("classifier.weight", math.inf),
         ("backbone.layer1.0.conv1.weight", math.inf),
     ],
 )
-def test_heights_of_our_names_and_of_transformers(name, expected):
-    assert height(name) == expected
+def test_layer_ids_of_our_names_and_of_transformers(name, expected):
+    assert layer_id(name) == expected

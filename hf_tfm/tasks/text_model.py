@@ -1,16 +1,20 @@
-"""A classifier of texts and its tokenizer, new or from a pretrained model of any kind.
+"""Text classifiers and their tokenizers, new or pretrained, of any architecture.
 
-tokenizer with padding and an end of text -> model with a classifier of so many classes, its names in the configuration
+tokenizer with padding and an end of text -> model with a classifier for these classes, named in its configuration
 """
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import datasets
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -19,34 +23,31 @@ from transformers import (
     set_seed,
 )
 
+from ..data.labelled_texts import PAIR, TEXT
 from ..data.vocabulary import tokenizer_name, train_bytes, train_wordpiece
-from ..hub.loading import load_config, load_tokenizer
+from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from ..hub.pretrained import load_to_train
 from ..memory import new_model
 from ..models.configuration_bert import TfmBertConfig
 from ..models.configuration_gpt import TfmGPTConfig
-from ..tasks.model_fields import fresh_head, label_fields, new_config
-from ..tasks.text_classification import input_names
-from .optim import height
+from .model_fields import fresh_head, label_fields, new_config
 
 log = logging.getLogger(__name__)
 
-# By architecture: the configuration of a new model, and how its tokenizer is learned.
+# By architecture: the configuration of a new model, and the function that trains its tokenizer.
 ARCHITECTURES = {"bert": (TfmBertConfig, train_wordpiece), "gpt": (TfmGPTConfig, train_bytes)}
-TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration; a tokenizer's word
-DECODERS = ("tfm_gpt", "gpt2", "openai-gpt")  # model types that read a text from left to right
+# Configuration fields that the tokenizer determines.
+TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+DECODERS = ("tfm_gpt", "gpt2", "openai-gpt")  # model types with causal attention
+SEGMENTS = "token_type_ids"
 
 
-class ModelArguments(Protocol):
-    """Knobs of a model, see the recipe's."""
+class ClassifierArguments(Protocol):
+    """Options of a model; see `TextClassificationArguments`."""
 
     seed: int
     max_length: int
-    layer_wise_lr_decay: float
     architecture: str
-    tokenizer: str | None
-    vocab_size: int
-    lowercase: bool
     size: str
     model: dict[str, Any]
     model_name_or_path: str | None
@@ -54,43 +55,55 @@ class ModelArguments(Protocol):
     trust_remote_code: bool
 
 
-def all_texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
-    """The texts of several columns."""
+class TokenizerArguments(ClassifierArguments, Protocol):
+    """Options of a model and of its tokenizer."""
+
+    tokenizer: str | None
+    vocab_size: int
+    lowercase: bool
+
+
+def input_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the inputs that a model, wrapped or not, reads: ``token_type_ids`` only if it has several segments."""
+    plain = extract_model_from_parallel(model)
+    plain = plain.module if isinstance(plain, AveragedModel) else plain
+    accepted = inspect.signature(type(plain).forward).parameters
+    segments = getattr(plain.config, "type_vocab_size", 0) > 1 and SEGMENTS in accepted
+    return ("input_ids", "attention_mask", *([SEGMENTS] if segments else []))
+
+
+def all_texts(rows: datasets.Dataset) -> Iterator[str]:
+    """Yield the texts of rows of `text_rows`, of pairs both."""
     for batch in rows.iter(1000):
-        for column in columns:
-            yield from batch[column]
+        for column in (TEXT, PAIR):
+            yield from batch.get(column, ())
 
 
-def classifier_tokenizer(
-    args: ModelArguments, rows: datasets.Dataset, columns: Sequence[str]
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or one trained on texts, with an end of text and padding; see `complete`."""
+def classifier_tokenizer(args: TokenizerArguments, rows: datasets.Dataset) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the arguments name, or train one on texts; see `complete`."""
     if ready := args.tokenizer or args.model_name_or_path:
-        return complete(
-            load_tokenizer(
-                ready, "tokenizer" if args.tokenizer else "model_name_or_path", None, args.trust_remote_code
-            )
-        )
-    _, learn = ARCHITECTURES[args.architecture]
-    return complete(learn(all_texts(rows, columns), args.vocab_size, args.lowercase))
+        argument = "tokenizer" if args.tokenizer else "model_name_or_path"
+        return complete(load_tokenizer(ready, argument, None, args.trust_remote_code))
+    _, train = ARCHITECTURES[args.architecture]
+    return complete(train(all_texts(rows), args.vocab_size, args.lowercase))
 
 
 def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a language model's tokenizer what a classifier needs: a padding token, and an end after each text.
+    """Add a padding token, and an end token after each text, to the tokenizer of a language model.
 
-    GPT's tokenizers have neither, so a classifier would read its class off whatever word comes last, and the two texts
-    of a pair would run into each other. The end stands for Radford et al.'s delimiter and last token (2018, section
-    3.3). Other tokenizers stay as they are.
+    GPT's tokenizers have neither: a classifier would read its class from an arbitrary last word, and the texts of a
+    pair would not be separated. The end token serves as delimiter and last token of Radford et al. (2018, section
+    3.3). Other tokenizers are not changed.
 
     Raises:
-        ValueError: the tokenizer has no end, and is not one of the tokenizers library.
+        ValueError: the tokenizer adds no end token and is not of the tokenizers library.
     """
     special = {
         name: token for name, token in (("eos_token", "</s>"), ("pad_token", "<pad>")) if not getattr(tokenizer, name)
     }
     if tokenizer.num_special_tokens_to_add(pair=True) == 0:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ValueError(f"{tokenizer_name(tokenizer)} ends no text, and cannot be taught to")
+            raise ValueError(f"{tokenizer_name(tokenizer)} does not end a text with a token and cannot be changed")
         tokenizer.add_special_tokens(special)
         end = tokenizer.eos_token
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -102,22 +115,22 @@ def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def class_fields(labels: Sequence[str] | None) -> dict[str, Any]:
-    """What a configuration says of the classes; None where a number is predicted."""
+    """Return the configuration fields of these classes; None for regression."""
     if labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
     return {**label_fields(labels), "problem_type": "single_label_classification"}
 
 
 def build_classifier(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, vocab_size: int = 0
+    args: ClassifierArguments, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None, vocab_size: int = 0
 ) -> PreTrainedModel:
-    """The model to train, with weights drawn from the seed or taken from ``model_name_or_path``.
+    """Build the model to train, with weights drawn from the seed or loaded from ``model_name_or_path``.
 
-    The tokenizer learns the model's longest input; what else of its outputs the model reads, `keep_what_is_read` says.
+    The tokenizer's ``model_max_length`` is set to that of the model.
 
     Args:
-        labels: names of the classes; None where a number is predicted.
-        vocab_size: words of a new model are at least so many, and the tokenizer's.
+        labels: names of the classes; None for regression.
+        vocab_size: minimum vocabulary size of a new model, in addition to the tokenizer's.
 
     Raises:
         ValueError: the model does not fit the tokenizer, ``max_length`` or ``args.model``, or lacks weights.
@@ -145,13 +158,13 @@ def build_classifier(
 
 
 def keep_what_is_read(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Have a tokenizer give what its model reads: no segments where it tells none apart."""
+    """Restrict the outputs of a tokenizer to the inputs of its model: no segments if the model has only one."""
     read = [name for name in tokenizer.model_input_names if name in input_names(model)]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = read
 
 
 def head_of(model: PreTrainedModel, name: str) -> str:
-    """Head of a weight, for `load_to_train`: its module, where that is a pooler or above the base model."""
+    """Return the head of a weight for `load_to_train`: its module, if that is a pooler or above the base model."""
     below = name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
     return "" if below else name.rpartition(".")[0]
 
@@ -163,10 +176,10 @@ def load_classifier(
     fields: dict[str, Any],
     trust_remote_code: bool | None = None,
 ) -> PreTrainedModel:
-    """A pretrained model of any kind with a classifier for these classes, fresh unless it is of the same.
+    """Load a pretrained model of any architecture with a classifier for these classes, new if the classes differ.
 
     Args:
-        fields: of its configuration that are to differ.
+        fields: configuration fields to change.
         trust_remote_code: see `load_config`.
 
     Raises:
@@ -175,7 +188,7 @@ def load_classifier(
     earlier = load_config(name, "model_name_or_path", trust_remote_code=trust_remote_code)
     if unknown := [field for field in fields if not hasattr(earlier, field) or field in TOKEN_FIELDS]:
         raise ValueError(f"model.{unknown[0]} is not a field of {type(earlier).__name__} that can be chosen")
-    # A DistilBERT, whose classifier has a layer with ReLU below it.
+    # A DistilBERT without pooler gets the ReLU layer below the classifier that transformers' DistilBERT has.
     pooler = {"pooler": "relu"} if getattr(earlier, "pooler", None) == "none" else {}
     model, fresh = load_to_train(
         AutoModelForSequenceClassification,
@@ -197,15 +210,15 @@ def load_classifier(
 
 
 def same_classes(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """Whether two classifiers have the same classes, or both predict a number."""
+    """Return True if two models have the same classes, or both predict a number."""
     return one.num_labels == other.num_labels and (one.num_labels == 1 or one.id2label == other.id2label)
 
 
 def fresh_classifier(model: PreTrainedModel) -> None:
-    """Draw the weights of the last layer anew: its classes are others, though as many.
+    """Reinitialise the weights of the last layer, for as many but different classes.
 
     Raises:
-        ValueError: no linear layer above the base model gives that many numbers.
+        ValueError: no linear layer above the base model has that many outputs.
     """
     last = [
         name
@@ -215,23 +228,26 @@ def fresh_classifier(model: PreTrainedModel) -> None:
         and not name.startswith(f"{model.base_model_prefix}.")
     ]
     if not last:
-        raise ValueError(f"{type(model).__name__} has no linear layer of {model.num_labels} classes to draw anew")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer of {model.num_labels} classes that could be reinitialised"
+        )
     fresh_head(model, last[-1])
 
 
-def check_height(args: ModelArguments, model: PreTrainedModel) -> None:
-    """Refuse ``layer_wise_lr_decay`` for a model whose layers `optim.height` cannot tell from the names of its
-    weights.
+def load_text_classifier(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a saved text classifier, in float32 on the best available device, and its tokenizer.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: weights are missing.
     """
-    if args.layer_wise_lr_decay == 1.0:
-        return
-    words = model.get_input_embeddings().weight
-    heights = [(parameter is words, height(name)) for name, parameter in model.named_parameters()]
-    blocks = any(0 < place < float("inf") for _, place in heights)
-    if not blocks or any(place != 0 for embedded, place in heights if embedded):
-        raise ValueError(
-            f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model, got {args.layer_wise_lr_decay}"
-        )
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(model, **options)
+    loaded = load_model(AutoModelForSequenceClassification, model, **options)
+    check_vocabulary(model, loaded.config, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id  # GPT-2 needs it to find the end of a text
+    return loaded.to(PartialState().device), tokenizer
