@@ -23,8 +23,8 @@ from .usage import usage
 TEMPLATE = Path(__file__).with_name("card_template.md")
 UNKNOWN = "unknown"
 COST_COLUMNS = (
-    *("model", "parameters", "GFLOPs of a sample", "ms, 1 sample", "ms, 32 samples", "samples/s", "MB on disk"),
-    *("score", "share of the teacher's"),
+    *("model", "parameters", "GFLOPs per sample", "ms, 1 sample", "ms, 32 samples", "samples/s", "MB on disk"),
+    *("score", "fraction of the teacher's score"),
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -63,7 +63,7 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         teacher=code(record.distillation["teacher"]) if record.distillation else None,
         terms=table(term_rows(record), ("term", "weight", "temperature", "tokens", "student from teacher")),
         costs=table(cost_rows(record), COST_COLUMNS),
-        yardstick=yardstick(record),
+        cost_note=cost_note(record),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
         picture=PICTURE if (output_dir / PICTURE).is_file() else None,
@@ -147,7 +147,7 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
     if config["model_type"] != record.model_type:
         text += (
             f" It was then converted to transformers' {code(config['model_type'])}; parity_certificate.json shows "
-            "that both compute the same."
+            "that both give the same outputs."
         )
     return text
 
@@ -155,14 +155,14 @@ def summary(record: RunRecord, config: dict[str, Any]) -> str:
 def origin(record: RunRecord, config: dict[str, Any]) -> str:
     """Describe how the model was initialised."""
     if found := record.distillation:
-        begun = f", begun with its layers {layer_names(found['student_layers'])}," if found["student_layers"] else ""
-        further = f", from {code(record.base_model)} on," if record.base_model else ""
-        return f"distilled from {code(found['teacher'])}{begun}{further}"
+        layers = f", initialised with its layers {layer_names(own)}," if (own := found["student_layers"]) else ""
+        base = f", initialised from {code(record.base_model)}," if record.base_model else ""
+        return f"distilled from {code(found['teacher'])}{layers}{base}"
     if record.base_model:
-        return f"trained further from {code(record.base_model)}"
+        return f"initialised from {code(record.base_model)} and trained"
     if record.arguments.get("pretrained_backbone"):
         name = config.get("backbone") or config.get("backbone_config", {}).get("backbone")
-        return f"trained from timm's pretrained {code(name)} as its backbone, the rest from scratch,"
+        return f"trained from scratch except for timm's pretrained backbone {code(name)},"
     return "trained from scratch"
 
 
@@ -188,11 +188,11 @@ def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     ]
 
 
-def yardstick(record: RunRecord) -> str:
+def cost_note(record: RunRecord) -> str:
     """Describe the score and the sample that the cost table refers to."""
     costs = record.costs or [{}]
-    said = [f"The score: {plain(costs[-1]['metric'])}."] if "metric" in costs[-1] else []
-    return " ".join([*said, *([f"A sample: {plain(costs[-1]['sample'])}."] if "sample" in costs[-1] else [])])
+    said = [f"Score: {plain(costs[-1]['metric'])}."] if "metric" in costs[-1] else []
+    return " ".join([*said, *([f"Sample: {plain(costs[-1]['sample'])}."] if "sample" in costs[-1] else [])])
 
 
 def data_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -216,7 +216,7 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
             f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else plain(dataset_name(record)),
         ),
         ("configuration", plain(data.get("name") or "none")),
-        ("revision", known(data.get("revision")) if dataset else "none: not a data set of the Hub"),
+        ("revision", known(data.get("revision")) if dataset else "none: not on the Hub"),
         ("fingerprint", fingerprint or UNKNOWN),
         ("columns", " to ".join(code(column) for column in columns) or UNKNOWN),
         ("rows", rows or UNKNOWN),
@@ -258,7 +258,7 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
     return [
         ("started", plain(record.started)),
         ("finished", plain(record.finished)),
-        ("training time", f"{timedelta(seconds=round(training['seconds']))}, without set-up and evaluation"),
+        ("training time", f"{timedelta(seconds=round(training['seconds']))}, excluding set-up and evaluation"),
         (
             "steps",
             f"{training['steps']:,}" + (f", of which {skipped:,} skipped (gradient not finite)" if skipped else ""),
@@ -273,11 +273,11 @@ def training_rows(record: RunRecord) -> list[tuple[str, str]]:
 def licence(record: RunRecord, config: dict[str, Any]) -> str:
     """Return the licences of weights, data and code; unspecified ones are "unknown"."""
     lines = [
-        f"- Weights: {plain(record.arguments.get('license') or 'unknown; the run names no licence for them')}.",
-        f"- Training data: {plain(record.data.get('license') or 'unknown; the run names no licence for it')}.",
+        f"- Weights: {plain(record.arguments.get('license') or 'unknown; not specified by the run')}.",
+        f"- Training data: {plain(record.data.get('license') or 'unknown; not specified by the run')}.",
     ]
     if "auto_map" in config:
-        lines.append("- Code of the model (the Python files of this repository): Apache-2.0, from hf-tfm.")
+        lines.append("- Model code (the Python files in this repository): Apache-2.0, from hf-tfm.")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ sizes = [(image.height, image.width)]
 found = processor.post_process_panoptic_segmentation(
     outputs, threshold=0.85, label_ids_to_fuse=set(), target_sizes=sizes
 )[0]
-print(found["segmentation"])  # the id of a segment for each pixel
+print(found["segmentation"])  # segment id of each pixel
 for segment in found["segments_info"]:
     print(segment["id"], model.config.id2label[segment["label_id"]], segment["score"])"""
 AFTER_LOADING = {
@@ -70,7 +70,7 @@ PRETRAINED_TEXT = """
 inputs = tokenizer(f"... {tokenizer.mask_token} ...", "...", return_tensors="pt")
 outputs = model(**inputs)
 print(tokenizer.batch_decode(outputs.prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
-print(outputs.seq_relationship_logits.softmax(-1))  # it follows, it does not"""
+print(outputs.seq_relationship_logits.softmax(-1))  # the second text follows, or does not"""
 
 # For text regression.
 TEXT_NUMBER = """
@@ -101,7 +101,7 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     ours = config["model_type"] in {family.config.model_type for family in FAMILIES}
     code = "\n".join(
         [
-            *(["import hf_tfm  # makes the model known to transformers"] if ours and not carried else []),
+            *(["import hf_tfm  # registers the model with transformers"] if ours and not carried else []),
             f"from transformers import {first}, {second}",
             "",
             f"model_id = {json.dumps(model_id)}",
@@ -116,15 +116,15 @@ def usage(config: dict[str, Any], model_id: str) -> str:
         example = TEXT_NUMBER
     text = f"```python\n{code}{example}\n```"
     names = (
-        "\n\nWeights are stored under the names of the model's modules; `hf-tfm convert` writes them for a class of "
-        "transformers itself, which needs neither this code nor hf-tfm."
+        "\n\nThe weights are named after this model's modules; `hf-tfm convert` writes them for a stock transformers "
+        "class, which needs neither this code nor hf-tfm."
     )
     if not carried:
         return text + names if ours else text
     return (
-        f"The model's code comes with its weights, so transformers is all it needs:\n\n{text}\n\n"
-        "Where hf-tfm is installed, `import hf_tfm` takes the place of `trust_remote_code=True`, and the installed "
-        "code runs:\n\n"
+        f"The repository includes the model's code, so only transformers is required:\n\n{text}\n\n"
+        "If hf-tfm is installed, `import hf_tfm` replaces `trust_remote_code=True` and the installed code is used:"
+        "\n\n"
         f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
         f"model = {auto_class}.from_pretrained(model_id)\n```{names}"
     )

@@ -120,7 +120,7 @@ def test_a_local_data_set_is_no_data_set_of_the_hub(folder):
     assert card.data.datasets is None
     assert card.data.eval_results[0].dataset_name == "pairs"
     assert "/home/someone" not in text
-    assert "| revision | none: not a data set of the Hub |" in text
+    assert "| revision | none: not on the Hub |" in text
     assert "| fingerprint | `0a1b` |" in text
 
 
@@ -137,7 +137,7 @@ def test_what_is_unknown_is_said_to_be_unknown(folder):
         "| licence | unknown |",
         "| best evaluation | unknown |",
         "| memory (GB) | unknown |",
-        "- Weights: unknown; the run names no licence for them.",
+        "- Weights: unknown; not specified by the run.",
         "This run computed no test scores.",
         "There is no training curve: the run logged no losses.",
     ):
@@ -152,7 +152,7 @@ def test_usage_follows_the_saved_model(folder):
     path.write_text(json.dumps(config))
     text = write_card(folder, RunRecord.from_dict(RECORD), model_id="user/tiny").read_text()
     assert "trust_remote_code" not in text
-    assert "import hf_tfm  # makes the model known to transformers\n" in text
+    assert "import hf_tfm  # registers the model with transformers\n" in text
     assert 'model_id = "user/tiny"' in text
     assert "Python files of this repository" not in text
     path.write_text(

@@ -87,9 +87,9 @@ def test_card_text(folder):
 
 def test_what_training_began_with(folder):
     said = {
-        "trained from timm's pretrained `test_resnet` as its backbone, the rest from scratch, for": {},
+        "trained from scratch except for timm's pretrained backbone `test_resnet`, for": {},
         "trained from scratch for object-detection": {"arguments": {"pretrained_backbone": False}},
-        "trained further from `user/detr` for": {
+        "initialised from `user/detr` and trained for": {
             "base_model": "user/detr",
             "arguments": {"pretrained_backbone": False},
         },

@@ -71,7 +71,7 @@ def test_the_card_shows_the_table(tmp_path):
     card = write_card(tmp_path, record).read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("| student ")]
     assert line.endswith("| 0.6 | 75.0 % |") and f"| {rows[1]['parameters']:,} |" in line
-    assert f"A sample: input_ids of {T}." in card
+    assert f"Sample: input_ids of {T}." in card
 
 
 def test_the_card_of_a_student_names_its_teacher_and_terms(tmp_path):
@@ -87,7 +87,9 @@ def test_the_card_of_a_student_names_its_teacher_and_terms(tmp_path):
     assert RunRecord.load(tmp_path) == record
     bert(1).save_pretrained(tmp_path)
     card = write_card(tmp_path, record).read_text()
-    assert "distilled from `runs/teacher`, begun with its layers 1, 3, for" in card and "from scratch" not in card
+    assert (
+        "distilled from `runs/teacher`, initialised with its layers 1, 3, for" in card and "from scratch" not in card
+    )
     assert "| label | 0.5 | 1 | targets | true labels |" in card
     assert "| hidden_state | 1 | 1 | all | hidden/1 from hidden/2, hidden/2 from hidden/4, 16 to 32 features |" in card
     with pytest.raises(ValueError, match="distillation has no terms"):

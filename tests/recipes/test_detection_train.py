@@ -197,7 +197,7 @@ def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_pa
     assert 0 < distance(trained, folder) < 1e-5
     assert "start anew" not in caplog.text
     assert record(folder).base_model == trained.name
-    assert f"trained further from `{trained.name}`" in (folder / "README.md").read_text()
+    assert f"initialised from `{trained.name}` and trained" in (folder / "README.md").read_text()
 
 
 def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained, splits, tmp_path, caplog):
