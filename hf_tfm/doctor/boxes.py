@@ -15,7 +15,7 @@ from .splits import Case, Split
 
 TOLERATED = 0.01  # fraction of boxes that may have a fault, as in every large data set
 MOSTLY = 0.5
-MISREAD = skipped("the format is to blame first")
+MISREAD = skipped("box_format failed")
 SMALL = 0.1  # fraction of objects below a cell of the feature map from which it is reported
 
 
@@ -24,16 +24,16 @@ def box_format(split: Split, case: Case) -> Finding:
     report = split.report
     stated, suspected = report.inside
     if report.suspected is None:
-        return ok(f"{report.boxes} boxes, read as {report.format}; {stated:.1%} lie in their images")
+        return ok(f"{report.boxes} boxes, read as {report.format}; {stated:.1%} inside their images")
     sizes = split.sizes[split.place]
     finite = np.isfinite(split.boxes).all(axis=1) & (sizes > 0).all(axis=1)
     outside = finite & ~inside(report.format.to_corners(split.boxes, sizes), sizes)
-    message = f"as {report.format}, {stated:.0%} of {report.boxes} boxes lie in their images"
+    message = f"read as {report.format}, {stated:.0%} of {report.boxes} boxes lie inside their images"
     if report.suspected.relative:
-        outside, message = finite, f"no number of {report.boxes} boxes is above 1.5, and they are read in pixels"
+        outside, message = finite, f"no coordinate of {report.boxes} boxes is above 1.5, but they are read in pixels"
     return failed(
-        f"{message}; as {report.suspected}, {suspected:.0%} do (limit: {LESS:.0%} more than as they are read)",
-        f"store them as {report.format}; they seem to be {report.suspected}",
+        f"{message}; read as {report.suspected}, {suspected:.0%} do (limit: {LESS:.0%} more)",
+        f"convert the boxes to {report.format}; they seem to be {report.suspected}",
         split.stored_sample(int(outside.argmax())),
     )
 
@@ -46,12 +46,12 @@ def box_axes(split: Split, case: Case) -> Finding:
     if split.report.suspected is not None:
         return MISREAD
     if not len(boxes):
-        return ok("no box in an image that is not as wide as high, so nothing can be told")
+        return ok("all images with boxes are square, so the axes cannot be checked")
     stated, swapped = (
         inside(split.report.format.to_corners(numbers, sizes), sizes) for numbers in (boxes, boxes[:, [1, 0, 3, 2]])
     )
     message = (
-        f"{stated.mean():.0%} of {len(boxes)} boxes lie in their images, {swapped.mean():.0%} with x and y swapped"
+        f"{stated.mean():.0%} of {len(boxes)} boxes lie inside their images, {swapped.mean():.0%} with x and y swapped"
     )
     more = swapped.mean() - stated.mean()
     if swapped.mean() < NEARLY_ALL or more < LESS or (~stated).sum() < EVIDENCE:
@@ -68,13 +68,13 @@ def box_range(split: Split, case: Case) -> Iterator[Finding]:
     if report.suspected is not None:
         yield MISREAD
         return
-    for action, problems in (("left out", report.dropped), ("cut off at the edge", report.clipped)):
+    for action, problems in (("dropped", report.dropped), ("clipped", report.clipped)):
         for name, problem in problems.items():
             if name not in ("without a category", "without an outline"):
                 yield graded(
                     problem.count > TOLERATED * report.boxes,
                     f"{problem.count} of {report.boxes} boxes are {action}: {name} (limit: {TOLERATED:.0%})",
-                    "mend or delete these boxes; images and annotations may belong to different sizes",
+                    "correct or delete these boxes; annotations may refer to images of another size",
                     split.stored_sample(first_with(split, name, problem.image_id)),
                 )
 
@@ -97,17 +97,17 @@ def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
         return
     boxes, rows = np.rint(split.kept.fours("bbox")).astype(np.int64), split.kept.rows()
     classes = split.kept.numbers("category", 0.0).astype(np.int64)
-    for name, columns in (("of the same class", (rows, classes)), ("of two classes", (rows,))):
+    for name, columns in (("with the same class", (rows, classes)), ("with another class", (rows,))):
         keys = np.column_stack([*columns, boxes])
         _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         again = first[group.ravel()] != np.arange(len(keys))
-        if name == "of two classes":
+        if name == "with another class":
             again &= classes != classes[first[group.ravel()]]
         if again.any():
             yield graded(
                 again.sum() > TOLERATED * len(keys),
-                f"{again.sum()} of {len(keys)} boxes are there twice, {name}, to the pixel (limit: {TOLERATED:.0%})",
-                "delete all but one of them",
+                f"{again.sum()} of {len(keys)} boxes are duplicates, {name}, to the pixel (limit: {TOLERATED:.0%})",
+                "keep one of each",
                 split.kept_sample(int(again.argmax())),
             )
 
@@ -127,12 +127,12 @@ def tiny_objects(split: Split, case: Case) -> Finding:
     cell = case.model.model.backbone.stride
     share = (sides < cell).mean()
     message = (
-        f"{share:.1%} of {len(sides)} objects are smaller than a cell of {cell} x {cell} pixels (limit: {SMALL:.0%}), "
-        f"half are below {np.median(sides):.0f} x {np.median(sides):.0f}, at a shortest side of {args.shortest_side}"
+        f"{share:.1%} of {len(sides)} objects are smaller than a cell of {cell} x {cell} pixels (limit: {SMALL:.0%}) "
+        f"and half are below {np.median(sides):.0f} x {np.median(sides):.0f}, with shortest_side {args.shortest_side}"
     )
     if share <= SMALL:
         return ok(message)
-    remedy = "raise shortest_side, longest_side and augmentation.scales, set model.dilation, or cut images into tiles"
+    remedy = "increase shortest_side, longest_side and augmentation.scales, set model.dilation, or tile the images"
     return graded(
         np.median(sides) < cell / 2, message, remedy, split.kept_sample(np.flatnonzero(known)[sides.argmin()])
     )
@@ -142,7 +142,7 @@ def empty_images(split: Split, case: Case) -> Finding:
     """Images contain objects that are not crowds; a few empty images do no harm."""
     if split.kept.counts.any() and not split.targets.any():
         return failed(
-            f"all {split.kept.counts.sum()} objects are crowds (iscrowd), which a run neither learns nor scores",
+            f"all {split.kept.counts.sum()} objects are crowds (iscrowd), which are neither trained on nor scored",
             "set iscrowd to 0 (VOC: difficult) for single objects",
             split.kept_sample(0),
         )
@@ -150,7 +150,7 @@ def empty_images(split: Split, case: Case) -> Finding:
     message = f"{empty.sum()} of {len(empty)} images have no objects (limit: {MOSTLY:.0%})"
     if empty.mean() <= MOSTLY:
         return ok(message)
-    remedy = "do image_id of the annotations and id of the images fit? Otherwise leave most of these images out"
+    remedy = "check that image_id of the annotations matches id of the images, or drop most of these images"
     return graded(bool(empty.all()), message, remedy, split.sample(empty.argmax()))
 
 
@@ -158,11 +158,11 @@ def box_count(split: Split, case: Case) -> Finding:
     """Every object of an image can be matched to a query; and most queries are not idle."""
     queries, most = case.config.num_queries, split.targets
     row = int(most.argmax())
-    message = f"at most {most[row]} and on average {most.mean():.1f} objects an image, {queries} queries"
+    message = f"at most {most[row]} and on average {most.mean():.1f} objects per image, {queries} queries"
     if most[row] > queries:
         over = (most > queries).sum()
         return failed(
-            f"{message}: {over} images have more, and the rest of their objects cannot be found",
+            f"{message}: {over} images have more objects than queries, so some cannot be detected",
             f"--model.num_queries {2 * most[row]}",
             split.sample(row),
         )
@@ -170,7 +170,7 @@ def box_count(split: Split, case: Case) -> Finding:
         ok(message)
         if split is not case.train or 10 * max(most[row], 1) >= queries
         else warning(
-            f"{message}: nearly all learn that there is nothing (limit: 10 times the fullest image)",
+            f"{message}: nearly all queries are trained to predict no object (limit: 10 times the fullest image)",
             f"--model.num_queries {max(10, 2 * most[row])}",
             split.sample(row),
         )

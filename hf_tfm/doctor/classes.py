@@ -22,17 +22,17 @@ def category_ids(split: Split, case: Case) -> Iterator[Finding]:
     field = split.found.find(CATEGORY_FIELDS)
     if (beyond := categories >= len(names)).any():
         first = int(beyond.argmax())
-        message = f"{beyond.sum()} of {count} objects have category {categories[first]} or another beyond the "
-        message += f"{len(names)} names, whose places are 0 to {len(names) - 1}"
+        message = f"{beyond.sum()} of {count} objects have category {categories[first]} or another outside the "
+        message += f"{len(names)} names, which are numbered 0 to {len(names) - 1}"
         shifted = categories.max() == len(names) and not (categories == 0).any()
-        remedy = "ids seem to start at 1: subtract 1" if shifted else "name every category, or mend the ids"
+        remedy = "ids seem to start at 1: subtract 1" if shifted else "name every category, or correct the ids"
         yield failed(message, remedy, split.stored_sample(first))
     if (missing := categories < 0).any():
         yield graded(
             missing.sum() > TOLERATED * count,
-            f"{missing.sum()} of {count} objects have no category, or one below 0, and are left out "
+            f"{missing.sum()} of {count} objects have no category, or a negative one, and are dropped "
             f"(limit: {TOLERATED:.0%})",
-            "give them one",
+            "add the category",
             split.stored_sample(int(missing.argmax())),
         )
     declared = isinstance(split.found.kinds[field], ClassLabel)
@@ -41,9 +41,9 @@ def category_ids(split: Split, case: Case) -> Iterator[Finding]:
         gaps = ids[-1] - ids[0] + 1 - len(ids)
         if ids != list(range(len(ids))):
             yield warning(
-                f"ids {ids[0]} to {ids[-1]} with {gaps} gaps are read as classes 0 to {len(ids) - 1}, and the numbers "
-                "are their names",
-                f'make "{field}" a ClassLabel, so that names and order are stored with the data',
+                f"ids {ids[0]} to {ids[-1]} with {gaps} gaps are read as classes 0 to {len(ids) - 1}, named after the "
+                "ids",
+                f'store "{field}" as a ClassLabel, which keeps names and order with the data',
                 split.stored_sample(int((categories == 0).argmax())),
             )
     if (categories < 0).all() and count:
@@ -58,14 +58,14 @@ def class_names(case: Case) -> Iterator[Finding]:
         if unknown := [name for name in split.names if name not in ours]:
             yield failed(
                 f"{split.name} has {len(unknown)} classes that {case.train.name} does not have, the first is "
-                f'"{unknown[0]}"; a run refuses that',
+                f'"{unknown[0]}"; a run would fail',
                 "write the same list of categories, with the same ids, for every split",
                 sample_of(split, split.names.index(unknown[0])),
             )
         elif moved := first_moved(ours, split.names):
             yield failed(
-                f'"{moved[1]}" stands in {split.name} where {case.train.name} has "{moved[0]}": the ids of one of '
-                "them stand for other names; a run refuses that",
+                f'{split.name} has "{moved[1]}" where {case.train.name} has "{moved[0]}": the same id has different '
+                "names; a run would fail",
                 "write the same list of categories, with the same ids, for every split",
                 sample_of(split, split.names.index(moved[1])),
             )
@@ -75,7 +75,7 @@ def model_classes(case: Case) -> Finding:
     """The classes of the pretrained model equal those of the data, or are clearly different."""
     names = case.train.names
     if case.earlier is None:
-        return ok(f"a new model gets the {len(names)} classes of the data")
+        return ok(f"a new model, with the {len(names)} classes of the data")
     theirs = [name for _, name in sorted(case.earlier.config.id2label.items())]
     if theirs == names:
         return ok(f"the model has the {len(names)} classes of the data, in the same order")
@@ -84,13 +84,14 @@ def model_classes(case: Case) -> Finding:
     if len(theirs) == len(names) and shared:
         place = next(i for i, pair in enumerate(zip(theirs, names, strict=True)) if pair[0] != pair[1])
         return failed(
-            f'{numbers}: class {place} is "{theirs[place]}" there and "{names[place]}" here, so a run would throw '
-            "the class layer away",
-            "bring the data's categories into the model's order, under its names",
+            f'{numbers}: class {place} is "{theirs[place]}" in the model and "{names[place]}" in the data, so a run '
+            "would discard the class layer",
+            "use the names and the order of the model's classes in the data",
             sample_of(case.train, place),
         )
     return warning(
-        f"{numbers}: the class layer starts anew", "expected where the classes are others; otherwise name them alike"
+        f"{numbers}: the class layer is initialised randomly",
+        "expected if the classes differ; otherwise use the same names",
     )
 
 
@@ -116,14 +117,14 @@ def class_balance(case: Case) -> Iterator[Finding]:
     told = f'"{names[most]}" has {counts[most]} objects, "{names[least]}" {counts[least]}'
     if counts[most] > UNEVEN * counts[least]:
         yield warning(
-            f"{told} (limit: {UNEVEN} times as many)", "collect more of the rare class, or expect little of it"
+            f"{told} (limit: {UNEVEN} times as many)", "add examples of the rare class, or expect a low AP for it"
         )
     else:
         yield ok(told)
     if rare := [name for name, count in zip(names, counts, strict=True) if 0 < count < FEW]:
         yield warning(
             f"{len(rare)} of {len(names)} classes have fewer than {FEW} objects: {shortened(rare)}",
-            "collect more, or expect little of them",
+            "add examples, or expect a low AP for these classes",
             sample_of(split, names.index(rare[0])),
         )
 
@@ -137,13 +138,13 @@ def classes_in_one_split(case: Case) -> Iterator[Finding]:
             yield failed(
                 f"{len(new)} classes have objects in {split.name} and none in {case.train.name}: {shortened(new)}; "
                 "their AP will be 0",
-                "split the images anew, so that every class is in both",
+                "split the images again so that every class is in both",
                 sample_of(split, split.names.index(new[0])),
             )
         if unseen := [name for name in case.train.names if name in ours - theirs]:
             yield warning(
-                f"{len(unseen)} classes have no objects in {split.name}: {shortened(unseen)}; AP says nothing of them",
-                "split the images anew, so that every class is in both",
+                f"{len(unseen)} classes have no objects in {split.name}: {shortened(unseen)}; AP does not cover them",
+                "split the images again so that every class is in both",
                 sample_of(case.train, case.train.names.index(unseen[0])),
             )
     if nowhere := [
@@ -151,7 +152,7 @@ def classes_in_one_split(case: Case) -> Iterator[Finding]:
     ]:
         yield warning(
             f"{len(nowhere)} classes have no objects in any split: {shortened(nowhere)}",
-            "leave them out of the list of categories, unless ids have to stay as they are",
+            "remove them from the list of categories, unless the ids must not change",
         )
 
 
@@ -164,7 +165,7 @@ def background_class(case: Case) -> Finding:
     """No class means "background"; the model adds its own class for no object."""
     found = [name for name in case.train.names if name.strip().lower() in BACKGROUND]
     if not found:
-        return ok("no class stands for nothing")
+        return ok("no class means background")
     return warning(
-        f'class "{found[0]}" seems to stand for nothing', "leave it out; the model adds a class for no object itself"
+        f'class "{found[0]}" seems to mean background', "remove it; the model adds its own class for no object"
     )

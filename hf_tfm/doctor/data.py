@@ -158,7 +158,7 @@ def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding
             if columns.label is not None:
                 images.label_names(rows)
     except (ValueError, OSError) as error:
-        return failed(str(error), "see the message; a run would end with it")
+        return failed(str(error), "see the message; a run would fail with it")
     return None
 
 

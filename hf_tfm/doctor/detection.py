@@ -16,7 +16,7 @@ from ..hub.loading import require_model
 from ..options import PlainParser, parse_arguments
 from ..recipe_files import recipes_folder
 from ..training.scene_run import SceneRunArguments
-from . import boxes, classes, images, knobs, weights
+from . import arguments, boxes, classes, images, weights
 from .findings import Finding, condensed, failed, findings_of, save, skipped
 from .overfit import overfit
 from .splits import Case, read_splits
@@ -49,10 +49,10 @@ OF_THE_RUN: tuple[Callable, ...] = (
     classes.model_classes,
     weights.fresh_weights,
     weights.frozen_norms,
-    knobs.learning_rate,
-    knobs.schedule,
-    knobs.gradient_clipping,
-    knobs.auxiliary_loss,
+    arguments.learning_rate,
+    arguments.schedule,
+    arguments.gradient_clipping,
+    arguments.auxiliary_loss,
 )
 RECIPE = "detection_train"
 DEFAULTS = {True: "finetune_small", False: "r50_300"}  # presets: with and without a model to start from
@@ -78,14 +78,14 @@ def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) ->
     try:
         weights.add_model(case)
     except (ValueError, OSError) as error:
-        yield replace(failed(str(error), "see the message; a run would end with it"), check="model")
+        yield replace(failed(str(error), "see the message; a run would fail with it"), check="model")
         return
     for checks in (OF_A_SPLIT_AND_THE_MODEL, OF_THE_RUN):
         yield from run_checks(checks, case)
     if quick:
         return
     if broken:
-        yield replace(skipped("the data has to be mended first"), check=overfit.__name__)
+        yield replace(skipped("correct the data first"), check=overfit.__name__)
     else:
         yield from findings_of(overfit, case, full)
 
@@ -96,7 +96,7 @@ def examine_data(args: SceneRunArguments) -> Iterator[tuple[Case | None, Finding
     try:
         case = Case(args, read_splits(args))
     except (ValueError, OSError) as error:
-        yield None, replace(failed(str(error), "see the message; a run would end with it"), check="data")
+        yield None, replace(failed(str(error), "see the message; a run would fail with it"), check="data")
         return
     for checks in (OF_A_SPLIT, OF_THE_DATA):
         for finding in run_checks(checks, case):
@@ -136,19 +136,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
     """
     parser = PlainParser(
         prog="hf-tfm doctor detection",
-        usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--KNOB VALUE ...] [options]",
-        description="Find out why AP would be 0 before a run of detection_train starts: a minute on two CPU cores.",
-        epilog="DATA is the option dataset_name, MODEL (a folder or Hub id to start from) the option "
-        f"model_name_or_path. Other options are those of hf-tfm run {RECIPE}: give the arguments of the run. Without "
-        f"--config they are those of the preset {DEFAULTS[False]}, with --model of {DEFAULTS[True]}.",
+        usage="%(prog)s --data DATA [--model MODEL] [--config PRESET or FILE] [--ARGUMENT VALUE ...] [options]",
+        description="Find causes of an AP of 0 before a run of detection_train starts, in a minute on two CPU cores.",
+        epilog="DATA sets dataset_name; MODEL (folder or Hub id of a model to start from) sets model_name_or_path. "
+        f"Other options are those of hf-tfm run {RECIPE}: give the same arguments as for the run. The default of "
+        f"--config is {DEFAULTS[False]}, or {DEFAULTS[True]} with --model.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="learn eight images with the run's own model, if it is large: for a GPU",
+        help="overfit eight images with the run's own model even if it is large; needs a GPU",
     )
-    parser.add_argument("--quick", action="store_true", help="learn nothing: a few seconds instead of a minute")
+    parser.add_argument("--quick", action="store_true", help="skip the overfitting test; takes a few seconds")
     parser.add_argument("--json", help="file to write the report to")
     own, words = parser.parse_known_args(translate(argv))
     if own.json and not Path(own.json).parent.is_dir():

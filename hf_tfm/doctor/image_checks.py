@@ -17,12 +17,12 @@ def unreadable_images(split: DataSplit, case: DataCase) -> Finding:
     seen = split.looks
     bad = [row for row, look in seen.items() if look.error]
     if not bad:
-        return ok(f"{len(seen)} of {len(split.rows)} images decoded, all can be read")
+        return ok(f"{len(seen)} of {len(split.rows)} images decoded, all are readable")
     return graded(
         len(bad) > FEW * len(seen),
-        f"{len(seen)} of {len(split.rows)} images decoded, {len(bad)} cannot be read (limit: {FEW:.0%}), the first: "
+        f"{len(seen)} of {len(split.rows)} images decoded, {len(bad)} are unreadable (limit: {FEW:.0%}), first: "
         f"{seen[bad[0]].error}",
-        "repair or delete these files; a run leaves out up to max_bad_images of them",
+        "repair or delete these files; a run skips up to max_bad_images of them",
         split.sample(bad[0]),
     )
 
@@ -32,11 +32,11 @@ def small_images(split: DataSplit, case: DataCase) -> Finding:
     sizes = {row: min(look.height, look.width) for row, look in split.looks.items() if not look.error}
     small = [row for row, side in sizes.items() if side < SMALL]
     if not small:
-        return ok(f"{len(sizes)} images looked at, none has a side below {SMALL} pixels")
+        return ok(f"{len(sizes)} images checked, none has a side below {SMALL} pixels")
     return graded(
         len(small) > MOSTLY * len(sizes),
         f"{len(small)} of {len(sizes)} images have a side below {SMALL} pixels (limit: {MOSTLY:.0%})",
-        "leave out thumbnails and placeholders",
+        "remove thumbnails and placeholders",
         split.sample(small[0]),
     )
 
@@ -46,11 +46,11 @@ def blank_images(split: DataSplit, case: DataCase) -> Finding:
     flags = {row: look.blank for row, look in split.looks.items() if not look.error}
     blank = [row for row, flag in flags.items() if flag]
     if not blank:
-        return ok(f"{len(flags)} images looked at, none is of one colour alone")
+        return ok(f"{len(flags)} images checked, none has a single colour")
     return graded(
         len(blank) > MOSTLY * len(flags),
-        f"{len(blank)} of {len(flags)} images are of one colour alone (limit: {MOSTLY:.0%})",
-        "leave out placeholders; check that the files were written as images",
+        f"{len(blank)} of {len(flags)} images have a single colour (limit: {MOSTLY:.0%})",
+        "remove placeholders; check that the files were written correctly",
         split.sample(blank[0]),
     )
 
@@ -78,8 +78,8 @@ def shared_images(case: DataCase) -> Iterator[Finding]:
             continue
         yield graded(
             len(pairs) > FEW * len(split.rows),
-            f"{len(pairs)} of {len(split.rows)} images of {split.name} are in {case.train.name} too (limit: "
+            f"{len(pairs)} of {len(split.rows)} images of {split.name} are also in {case.train.name} (limit: "
             f"{FEW:.0%}), the first as row {pairs[0][1]}",
-            "delete them from one of the splits: scores would be too good",
+            "delete them from one of the splits; scores would be too high",
             split.sample(pairs[0][0]),
         )

@@ -30,13 +30,13 @@ def unreadable_images(split: Split, case: Case) -> Finding:
     """Images can be decoded; a run skips up to ``max_bad_images`` of them, but not all, and then fails."""
     bad = [row for row, look in split.looks.items() if look.error]
     if not bad:
-        return ok(f"{looked_at(split)}, all can be read")
+        return ok(f"{looked_at(split)}, all are readable")
     expected = len(bad) * len(split.rows) / len(split.looks)
     return graded(
         expected > case.args.max_bad_images or len(bad) == len(split.looks),
-        f"{looked_at(split)}, {len(bad)} cannot be read (limit: max_bad_images = {case.args.max_bad_images} of all), "
-        f"the first: {split.looks[bad[0]].error}",
-        "mend or delete these files, with their annotations",
+        f"{looked_at(split)}, {len(bad)} are unreadable (limit: max_bad_images = {case.args.max_bad_images} of all), "
+        f"first: {split.looks[bad[0]].error}",
+        "repair or delete these files and their annotations",
         split.sample(bad[0]),
     )
 
@@ -50,15 +50,15 @@ def image_size(split: Split, case: Case) -> Finding:
     row = others[0]
     look = split.looks[row]
     message = (
-        f"{looked_at(split)}, {len(others)} have another size than stated, the first {look.size[0]} x {look.size[1]}"
+        f"{looked_at(split)}, {len(others)} differ from the stated size, the first has {look.size[0]} x {look.size[1]}"
     )
     message += f" pixels instead of {stated[row][0]} x {stated[row][1]} (height x width)"
-    remedy = "resize neither images nor annotations alone; write each image's own height and width"
+    remedy = "write the actual height and width of each image; resize images and annotations together"
     if look.size == stated[row][::-1]:
-        remedy = "height and width are swapped: write them the other way round"
+        remedy = "height and width are swapped"
         if look.orientation >= TURNED:
-            message += f"; its EXIF orientation {look.orientation} turns it"
-            remedy = "write the images upright, without EXIF orientation, and annotate those; images are read upright"
+            message += f"; EXIF orientation {look.orientation} rotates it"
+            remedy = "save and annotate the images upright, without EXIF orientation; images are read upright"
     return failed(message, remedy, split.sample(row))
 
 
@@ -78,14 +78,14 @@ def image_orientation(split: Split, case: Case) -> Iterator[Finding]:
         if inside(corners, upright[:, ::-1]).all():
             k = np.flatnonzero(there)[(~inside(corners, upright)).argmax()]
             yield failed(
-                f"upright it has {height} x {width} pixels (height x width), and its boxes lie in {width} x {height}",
-                "annotate the images upright, or write them without EXIF orientation",
+                f"upright, it has {height} x {width} pixels (height x width), but its boxes fit {width} x {height}",
+                "annotate the images upright, or save them without EXIF orientation",
                 split.stored_sample(int(k)),
             )
             return
     yield warning(
-        f"{looked_at(split)}, {len(turned)} have an EXIF orientation, and are read upright",
-        "make sure that the boxes are those of the upright images",
+        f"{looked_at(split)}, {len(turned)} have an EXIF orientation and are read upright",
+        "check that the boxes refer to the upright images",
         split.sample(turned[0]),
     )
 
@@ -100,7 +100,7 @@ def tiny_images(split: Split, case: Case) -> Finding:
     tiny = larger > ENLARGED
     smallest = int(larger.argmax())
     message = (
-        f"{tiny.sum()} of {len(known)} images are enlarged more than {ENLARGED} times to a shortest side of "
+        f"{tiny.sum()} of {len(known)} images are enlarged more than {ENLARGED} times, to a shortest side of "
         f"{args.shortest_side}"
     )
     if not tiny.any():
@@ -108,8 +108,8 @@ def tiny_images(split: Split, case: Case) -> Finding:
     height, width = sizes[smallest].tolist()
     return graded(
         tiny.mean() > MOSTLY,
-        f"{message}, the smallest of {height} x {width} pixels {larger[smallest]:.1f} times (limit: {MOSTLY:.0%})",
-        "leave thumbnails out, or lower shortest_side, longest_side and augmentation.scales",
+        f"{message}, the smallest, {height} x {width} pixels, {larger[smallest]:.1f} times (limit: {MOSTLY:.0%})",
+        "remove thumbnails, or reduce shortest_side, longest_side and augmentation.scales",
         split.sample(int(known[smallest])),
     )
 
@@ -118,17 +118,17 @@ def shared_images(case: Case) -> Iterator[Finding]:
     """No image of the training split is in another split, byte for byte."""
     if not case.held_out:
         yield warning(
-            f"{case.args.held_out} is the training split itself: its AP says nothing of new images",
-            "hold out others: --holdout, or another validation_split",
+            f"{case.args.held_out} is the training split: its AP does not measure performance on new images",
+            "hold out images with --holdout, or set another validation_split",
         )
     lengths = {name: byte_lengths(split) for name, split in case.splits.items()}
     for split in case.held_out:
         pairs = equal_images(case.train, split, lengths[case.train.name], lengths[split.name])
         if pairs:
             yield failed(
-                f"{len(pairs)} of {len(split.rows)} images of {split.name} are in {case.train.name} too, the first as "
-                f"image {case.train.ids[pairs[0][0]]} (limit: 0)",
-                "take them out of one of the splits: scores would be too good",
+                f"{len(pairs)} of {len(split.rows)} images of {split.name} are also in {case.train.name}, the first "
+                f"as image {case.train.ids[pairs[0][0]]} (limit: 0)",
+                "delete them from one of the splits; scores would be too high",
                 split.sample(pairs[0][1]),
             )
         else:

@@ -30,11 +30,11 @@ def missing_labels(split: DataSplit, case: DataCase) -> Finding:
         return ok(f"all {total} rows have a label")
     message = f"{len(missing)} of {total} rows have no label"
     if split is not case.train and len(missing) == total:
-        return warning(f"{message}: nothing can be scored", "score another split", split.sample(missing[0]))
+        return warning(f"{message}: it cannot be scored", "evaluate on another split", split.sample(missing[0]))
     return graded(
         split is case.train and len(missing) > MOSTLY * total,
         f"{message} (limit: {MOSTLY:.0%})",
-        "fill in the labels or delete these rows; a class named NA or None has to be quoted as text",
+        "fill in the labels or delete these rows; quote a class named NA or None",
         split.sample(missing[0]),
     )
 
@@ -50,21 +50,21 @@ def label_kind(split: DataSplit, case: DataCase) -> Iterator[Finding]:
         row = next(row for row, value in enumerate(split.labels) if type(value).__name__ == odd[0])
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         yield failed(
-            f"labels are of several or unsuitable kinds: {counts}", "write all labels the same way", split.sample(row)
+            f"labels have mixed or unsupported types: {counts}", "use one type for all labels", split.sample(row)
         )
         return
     values = [value for value in split.labels if value is not None]
     fractions = [row for row, value in enumerate(split.labels) if isinstance(value, float) and value % 1]
     if fractions:
         yield warning(
-            f"{len(fractions)} of {len(values)} labels are not whole numbers: a run predicts a number, not a class",
-            "write classes as whole numbers or names, unless regression is meant",
+            f"{len(fractions)} of {len(values)} labels are not whole numbers: a run trains a regression model",
+            "write classes as whole numbers or names, unless you want regression",
             split.sample(fractions[0]),
         )
     elif len(set(values)) > max(20, MANY_CLASSES * len(values)):
         yield failed(
             f"{len(set(values))} different labels for {len(values)} rows (limit: {MANY_CLASSES:.0%})",
-            "name the column that holds the classes in label_column",
+            "set label_column to the column of classes",
             split.sample(0),
         )
 
@@ -79,8 +79,8 @@ def label_spelling(split: DataSplit, case: DataCase) -> Iterator[Finding]:
         if len(values) > 1:
             row = next(row for row, value in enumerate(split.labels) if value == sorted(values)[-1])
             yield warning(
-                f"classes {listed(sorted(values))} differ in case or white space alone",
-                "spell each class in one way",
+                f"classes {listed(sorted(values))} differ only in case or white space",
+                "use one spelling per class",
                 split.sample(row),
             )
 
@@ -94,21 +94,21 @@ def class_balance(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     names = kind.names if isinstance(kind, ClassLabel) else list(counts)
     if split is case.train and len(counts) < 2:
         yield failed(
-            f"all {sum(counts.values())} labels are {next(iter(counts))!r}: there is nothing to tell apart",
-            "add examples of other classes, or name another label_column",
+            f"all {sum(counts.values())} labels are {next(iter(counts))!r}: there is only one class",
+            "add examples of other classes, or set another label_column",
             split.sample(split.labels.index(next(iter(counts)))),
         )
         return
     if split is case.train and (absent := [name for name in names if name not in counts]):
         yield warning(
-            f"{len(absent)} classes have no example: {listed(absent)}", "add examples, or drop these classes"
+            f"{len(absent)} classes have no example: {listed(absent)}", "add examples, or remove these classes"
         )
     (most, high), (least, low) = counts.most_common()[0], counts.most_common()[-1]
     if split is case.train and (low < RARE or high > UNBALANCED * low):
         yield warning(
             f"class {least!r} has {low} examples and class {most!r} {high} (limits: at least {RARE}, at most "
             f"{UNBALANCED} times)",
-            "add examples of the rare class, or judge by a metric that weighs classes equally",
+            "add examples of the rare class, or use a metric that weights classes equally",
             split.sample(split.labels.index(least)),
         )
 

@@ -80,11 +80,11 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDet
     set_seed(args.seed)
     if full or args.model_name_or_path or (weights <= SMALL_MODEL and not args.pretrained_backbone):
         plain = dataclasses.replace(args, model={**args.model, **PLAIN, **({} if args.model_name_or_path else QUICK)})
-        return build_detr(TfmDetrForObjectDetection, plain, labels), "the model itself"
+        return build_detr(TfmDetrForObjectDetection, plain, labels), "the run's own model"
     shared = {name: getattr(case.config, name) for name in SHARED}
     queries = max(LEAST_QUERIES, 2 * most)
     config = TfmDetrConfig.of_size("tiny", backbone=BACKBONE, num_queries=queries, **labels, **shared, **PLAIN)
-    name = f"a small model in place of {weights / 1e6:.0f} million weights (--full takes those)"
+    name = f"a small model instead of one with {weights / 1e6:.0f} million weights (use that one with --full)"
     return TfmDetrForObjectDetection(config), name
 
 
@@ -100,7 +100,7 @@ def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
 
 
 @dataclass
-class Lesson:
+class Overfitting:
     """A model and the images to overfit.
 
     Args:
@@ -120,13 +120,13 @@ class Lesson:
         sizes = np.stack([rows["height"], rows["width"]], axis=1)
         return StepLoader(rows, ShapeSampler(sizes, IMAGES), self.task.collate)
 
-    def learn(self, rate: float, steps: int) -> tuple[dict[str, float], int]:
+    def train(self, rate: float, steps: int) -> tuple[dict[str, float], int]:
         """Train until AP exceeds `LIMIT` or the steps are used up; return the scores and the number of steps."""
         loader = self.loader(self.rows)
         (batches,) = loader.epoch(0)
         batches = [{name: value for name, value in batch.items() if name != "references"} for batch in batches]
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=1e-4, fused=True)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=1e-4, fused=True)
         schedule = OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
         scores: dict[str, float] = {}
         for step in range(1, steps + 1):
@@ -157,7 +157,7 @@ def overfit(case: Case, full: bool) -> Finding:
     args = case.args
     chosen = easiest(case.train, case.config.num_queries)
     if not chosen:
-        return skipped("no readable image has objects that the model could find")
+        return skipped("no readable image has objects that the model can detect")
     rows = case.train.rows.select(chosen)
     try:
         model, name = choose_model(case, full, int(case.train.targets[chosen].max()))
@@ -171,8 +171,8 @@ def overfit(case: Case, full: bool) -> Finding:
     rate, limit = RATE * min(1.0, WIDTH / model.config.d_model) ** 2, STEPS * (MORE_STEPS if large else 1)
     if args.model_name_or_path:
         rate, limit = 0.1 * RATE, STEPS
-    lesson = Lesson(accelerator, task, accelerator.prepare(model), rows)
-    scores, steps = lesson.learn(rate, limit)
+    test = Overfitting(accelerator, task, accelerator.prepare(model), rows)
+    scores, steps = test.train(rate, limit)
     message = (
         f"AP {scores['AP']:.3f} and AP50 {scores['AP50']:.3f} on {len(rows)} training images after {steps} steps, "
     )
@@ -181,7 +181,7 @@ def overfit(case: Case, full: bool) -> Finding:
         return ok(message)
     return graded(
         not large,  # it is unknown whether a large model overfits correct data this fast
-        f"{message}; the image with the highest loss is named",
-        "do the boxes and classes belong to these images? If so, the weights of the loss and the knobs of the model",
-        case.train.sample(chosen[lesson.worst()]),
+        f"{message}; the sample is the image with the highest loss",
+        "check that boxes and classes belong to these images; if so, check the loss weights and the model's arguments",
+        case.train.sample(chosen[test.worst()]),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from .data_case import DataCase, DataSplit
 from .findings import Finding, failed, graded, ok, skipped, warning
 
-MOSTLY = 0.5  # fraction of rows above which a fault spoils the run
+MOSTLY = 0.5  # fraction of rows above which a check fails
 SOME = 0.01  # fraction of rows above which a fault gets a warning
 MANY_COPIES = 0.1  # fraction of a held-out split in the training split above which its scores are meaningless
 TOKENIZED = 2_000  # number of evenly spaced texts of a split to tokenize
@@ -31,7 +31,7 @@ def text_kind(split: DataSplit, case: DataCase) -> Iterator[Finding]:
             kinds = sorted({type(values[row]).__name__ for row in wrong})
             yield failed(
                 f"{len(wrong)} of {len(values)} values of {part} are not text but {', '.join(kinds)}",
-                "fill in or delete these rows; numbers have to be written as text",
+                "fill in or delete these rows; write numbers as text",
                 split.sample(wrong[0]),
             )
 
@@ -44,7 +44,7 @@ def empty_texts(split: DataSplit, case: DataCase) -> Iterator[Finding]:
             yield graded(
                 len(empty) > MOSTLY * len(values),
                 f"{len(empty)} of {len(values)} values of {part} are empty (limit: {MOSTLY:.0%})",
-                "delete these rows, or name the column that holds the texts",
+                "delete these rows, or name another text column",
                 split.sample(empty[0]),
             )
 
@@ -56,9 +56,9 @@ def damaged_characters(split: DataSplit, case: DataCase) -> Iterator[Finding]:
         if len(damaged):
             yield graded(
                 len(damaged) > MOSTLY * len(values),
-                f"{len(damaged)} of {len(values)} values of {part} hold characters of a wrong encoding (limit: "
+                f"{len(damaged)} of {len(values)} values of {part} have characters of a wrong encoding (limit: "
                 f"{MOSTLY:.0%})",
-                "convert the source file to UTF-8 with its true encoding, often Latin-1 or Windows-1252",
+                "convert the source file to UTF-8 from its actual encoding, often Latin-1 or Windows-1252",
                 split.sample(damaged[0]),
             )
 
@@ -92,7 +92,7 @@ def unknown_tokens(split: DataSplit, case: DataCase) -> Iterator[Finding]:
                 share > MANY_UNKNOWN,
                 f"{share:.1%} of {total} tokens of {part} are unknown, in {(counts > 0).sum()} of {len(rows)} texts "
                 f"(limit: {MANY_UNKNOWN:.0%})",
-                "train a tokenizer on these texts, or use one that falls back to bytes",
+                "train a tokenizer on these texts, or use a byte-level one",
                 split.sample(rows[counts.argmax()]),
             )
 
@@ -117,8 +117,8 @@ def text_lengths(split: DataSplit, case: DataCase) -> Iterator[Finding]:
             yield graded(
                 long.mean() > MOSTLY,
                 f"{long.sum()} of {len(rows)} texts of {part} have more than {case.max_length} {unit}, the longest "
-                f"{lengths.max()}: they are cut, or left out (limit: {MOSTLY:.0%})",
-                f"raise max_length, or split the texts; 95 % have at most {int(np.quantile(lengths, 0.95))} {unit}",
+                f"{lengths.max()}: they are truncated or dropped (limit: {MOSTLY:.0%})",
+                f"increase max_length, or split the texts; 95 % have at most {int(np.quantile(lengths, 0.95))} {unit}",
                 split.sample(rows[lengths.argmax()]),
             )
 
@@ -146,18 +146,18 @@ def repeated_texts(split: DataSplit, case: DataCase) -> Iterator[Finding]:
     if len(copies) > MOSTLY * total:
         yield failed(
             f"{len(copies)} of {total} rows repeat an earlier one (limit: {MOSTLY:.0%})",
-            "delete the copies; check that the right column is read",
+            "delete the duplicates; check that the right column is read",
             split.sample(copies[0]),
         )
     elif len(copies) > MANY_COPIES * total:
         yield warning(
-            f"{len(copies)} of {total} rows repeat an earlier one", "delete the copies", split.sample(copies[0])
+            f"{len(copies)} of {total} rows repeat an earlier one", "delete the duplicates", split.sample(copies[0])
         )
     if other:
         yield graded(
             len(other) > MANY_COPIES * total,
             f"{len(other)} of {total} rows repeat an earlier one with another label (limit: {MANY_COPIES:.0%})",
-            "decide which label is right",
+            "keep the correct label",
             split.sample(other[0]),
         )
 
@@ -173,9 +173,9 @@ def shared_texts(case: DataCase) -> Iterator[Finding]:
         share = len(pairs) / len(split.rows)
         yield graded(
             share > MANY_COPIES,
-            f"{len(pairs)} of {len(split.rows)} rows of {split.name} are in {case.train.name} too, {share:.1%} "
+            f"{len(pairs)} of {len(split.rows)} rows of {split.name} are also in {case.train.name}, {share:.1%} "
             f"(limit: {MANY_COPIES:.0%}), the first as row {pairs[0][1]}",
-            "delete them from one of the splits: scores would be too good",
+            "delete them from one of the splits; scores would be too high",
             split.sample(pairs[0][0]),
         )
 

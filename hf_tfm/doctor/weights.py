@@ -43,21 +43,24 @@ def fresh_weights(case: Case) -> Finding:
     if case.earlier is None:
         backbone = sum(parameter.numel() for parameter in case.model.model.backbone.parameters())
         if case.args.pretrained_backbone:
-            return ok(f"{millions} start anew, less the backbone's {backbone / 1e6:.1f}, which timm has trained")
-        message = f"all {millions} start anew, {backbone / 1e6:.1f} of them the backbone's"
+            return ok(
+                f"{millions}, {backbone / 1e6:.1f} million of them in timm's pretrained backbone, the rest random"
+            )
+        message = f"all {millions} are randomly initialised, {backbone / 1e6:.1f} million of them in the backbone"
         if backbone <= LARGE_BACKBONE:
             return ok(message)
-        return warning(f"{message} (limit: {LARGE_BACKBONE / 1e6:g})", "--pretrained_backbone true, or a smaller one")
+        limit = f"(limit: {LARGE_BACKBONE / 1e6:g} million)"
+        return warning(f"{message} {limit}", "--pretrained_backbone true, or a smaller backbone")
     old, new = case.earlier.state_dict(), case.model.state_dict()
     kept = {name for name in old.keys() - case.missing if name in new and taken(old[name], new[name])}
     fresh = [name for name in sizes if name not in kept]
     share = sum(sizes[name] for name in fresh) / sum(sizes.values())
     if not fresh:
-        return ok(f"all {millions} are those of {case.args.model_name_or_path}")
-    message = f"{share:.2%} of {millions} start anew: {', '.join(sorted({top(name) for name in fresh}))}"
+        return ok(f"all {millions} come from {case.args.model_name_or_path}")
+    message = f"{share:.2%} of {millions} are randomly initialised: {', '.join(sorted({top(name) for name in fresh}))}"
     if all(CLASSIFIER in name or QUERIES in name for name in fresh):
         return ok(message)
-    return graded(share > MOSTLY, message, "go on from a detector, with the fields of its configuration")
+    return graded(share > MOSTLY, message, "start from a detector, with the fields of its configuration")
 
 
 def taken(old: Tensor, new: Tensor) -> bool:
@@ -71,17 +74,17 @@ def top(name: str) -> str:
 
 
 def frozen_norms(case: Case) -> Finding:
-    """Frozen norms have statistics of some data; without them they would be identities for ever."""
+    """Frozen norms have statistics of some data; without them they would stay identities."""
     norms = [module for module in case.model.modules() if isinstance(module, FrozenBatchNorm)]
     if not norms:
-        return ok("no norm is frozen")
+        return ok("no frozen norms")
     if case.args.pretrained_backbone:
-        return ok(f"{len(norms)} frozen norms, whose statistics timm has")
+        return ok(f"{len(norms)} frozen norms, with timm's statistics")
     idle = [norm for norm in norms if is_identity(norm)]
     if len(idle) < len(norms):
         return ok(f"{len(norms)} frozen norms with statistics")
     return failed(
-        f"all {len(norms)} frozen norms have mean 0 and variance 1: the backbone's weights are of no training",
+        f"all {len(norms)} frozen norms have mean 0 and variance 1: the backbone is untrained",
         "--model.backbone_norm batch to train it from random weights, or another model_name_or_path",
     )
 

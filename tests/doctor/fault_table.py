@@ -3,26 +3,26 @@
 from pathlib import Path
 
 from test_data_faults import FAULTS as DATA_FAULTS
+from test_planted_arguments import ARGUMENT_FAULTS
 from test_planted_faults import FAULTS
-from test_planted_knobs import KNOB_FAULTS
 
 FILE = Path(__file__).with_name("README.md")
 HEAD = """# Faults that the doctor finds
 
 `python tests/doctor/fault_table.py` writes this page from the tests, each of which plants one fault in healthy data or
-knobs. What is found names the check, a sample where there is one, and a remedy.
+arguments. A finding names the check, a sample if there is one, and a remedy.
 
-What it cannot find: boxes that belong to other images (a model learns eight of those by heart as well), objects that
-nobody marked, and names that are wrong in every split alike.
+The doctor cannot find boxes that belong to other images (a model overfits eight of those just as well), objects
+without an annotation, and names that are wrong in all splits.
 
-| planted | check | verdict | it says |
+| planted | check | level | message |
 | --- | --- | --- | --- |
 """
 OF_DATA = """
 
 `hf-tfm doctor data` finds these in data sets of other tasks:
 
-| planted | task | check | verdict | it says |
+| planted | task | check | level | message |
 | --- | --- | --- | --- | --- |
 """
 
@@ -30,8 +30,8 @@ OF_DATA = """
 def text() -> str:
     """The page."""
     data = [(name, check, level, said) for name, (_, check, level, _, said) in FAULTS.items()]
-    knobs = [(name, check, level, said) for name, (_, check, level, said) in KNOB_FAULTS.items()]
-    rows = [f"| {name} | `{check}` | {level} | ... {said} ... |" for name, check, level, said in data + knobs]
+    arguments = [(name, check, level, said) for name, (_, check, level, said) in ARGUMENT_FAULTS.items()]
+    rows = [f"| {name} | `{check}` | {level} | ... {said} ... |" for name, check, level, said in data + arguments]
     others = [
         f"| {name} | {task.replace('_', ' ')} | `{check}` | {level} | ... {said} ... |"
         for name, (task, _, _, check, level, _, said) in DATA_FAULTS.items()

@@ -17,13 +17,13 @@ NAMES = ["red", "green", "blue"]
 HEIGHT, WIDTH = 64, 96
 COUNTS = {"train": 24, "validation": 8}
 FIRST_ID = {"train": 100, "validation": 900}
-# A model that is built in no time; the knobs are healthy.
+# A model that is built in no time; the options are healthy.
 MODEL = (
     "{backbone: test_efficientnet, dilation: true, num_queries: 10, d_model: 64, encoder_layers: 1, "
     "encoder_attention_heads: 8, encoder_ffn_dim: 128, decoder_layers: 2, decoder_attention_heads: 8, "
     "decoder_ffn_dim: 128"
 )
-KNOBS = {
+OPTIONS = {
     "config": "digits",
     "data": "planted",
     "test_splits": "[]",
@@ -93,18 +93,18 @@ def as_splits(rows: Rows, category: Any = None, names: dict[str, list[str]] | No
     return found
 
 
-def words(**knobs) -> list[str]:
-    """A command line; a knob that is None is left out."""
-    given = {name: value for name, value in (KNOBS | knobs).items() if value is not None}
+def words(**options) -> list[str]:
+    """A command line; an option that is None is left out."""
+    given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def examine(monkeypatch, data: DatasetDict, learn: bool = False, full: bool = False, **knobs) -> list[Finding]:
+def examine(monkeypatch, data: DatasetDict, learn: bool = False, full: bool = False, **options) -> list[Finding]:
     """What the doctor finds in some splits; without ``learn``, it learns no images."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     monkeypatch.setattr(splits, "load_splits", lambda *args: data)
-    _, args, _ = detection.parse(words(**knobs))
+    _, args, _ = detection.parse(words(**options))
     return list(detection.examine(args, full=full, quick=not learn))
 
 

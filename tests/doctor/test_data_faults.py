@@ -145,7 +145,7 @@ FAULTS = {
     ),
     "leak": (
         *("text_classification", put("validation", "text", range(4), sentence), [], "shared_texts", "failed", 0),
-        "4 of 10 rows of validation are in train too, 40.0%",
+        "4 of 10 rows of validation are also in train, 40.0%",
     ),
     "leak of a pair": (
         *("translation", put("validation", "en", [2], sentence(5)), [], "shared_texts", "ok", None, "none of 10 rows"),
@@ -203,7 +203,7 @@ FAULTS = {
     ),
     "two spellings": (
         *("text_classification", put("train", "label", [8], "Animal "), [], "label_spelling", "warning", None),
-        "differ in case or white space alone",
+        "differ only in case or white space",
     ),
     "one class": (
         *(
@@ -233,7 +233,7 @@ FAULTS = {
     ),
     "unreadable": (
         *("image_classification", put("train", "image", [11], {"bytes": b"no image", "path": None}), []),
-        *("unreadable_images", "failed", 11, "40 of 40 images decoded, 1 cannot be read"),
+        *("unreadable_images", "failed", 11, "40 of 40 images decoded, 1 are unreadable"),
     ),
     "thumbnails": (
         *("image_classification", put("train", "image", range(25), lambda row: png(500 + row, side=4)), []),
@@ -241,11 +241,11 @@ FAULTS = {
     ),
     "placeholders": (
         *("image_classification", put("train", "image", [2], png(0, blank=True)), [], "blank_images", "warning", 2),
-        "1 of 40 images are of one colour alone",
+        "1 of 40 images have a single colour",
     ),
     "leak of an image": (
         *("image_classification", put("validation", "image", [1], png(4)), [], "shared_images", "failed", 1),
-        "1 of 10 images of validation are in train too",
+        "1 of 10 images of validation are also in train",
     ),
 }
 

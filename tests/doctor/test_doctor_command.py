@@ -50,7 +50,9 @@ def test_a_failed_check_is_told_with_its_sample_and_remedy(tmp_path, capsys):
     assert said.splitlines()[-1] == "failed: class_names; warnings: 1"
     margin = " " * 30
     assert re.search(
-        rf"^failed +class_names +.green. stands in .*\n({margin}.*\n)*{margin}sample: image 90\d of val", said, re.M
+        rf"^failed +class_names +validation has .green. where .*\n({margin}.*\n)*{margin}sample: image 90\d of val",
+        said,
+        re.M,
     )
     assert f"\n{margin}remedy: write the same list of categories" in said
     report = json.loads(file.read_text())
@@ -84,7 +86,7 @@ def test_words_that_do_not_fit(given, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_help_tells_of_knobs_and_options(capsys):
+def test_help_lists_options(capsys):
     assert doctor("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Other options are those of hf-tfm run detection_train" in said and "--quick" in said

@@ -20,7 +20,7 @@ def brief(monkeypatch):
 
 def test_healthy_images_are_learned(monkeypatch, brief):
     found = only(examine(monkeypatch, as_splits(healthy()), learn=True), "overfit", "ok")
-    assert "on 8 training images after 120 steps, 64 pixels, the model itself" in found.message
+    assert "on 8 training images after 120 steps, 64 pixels, the run's own model" in found.message
 
 
 def test_one_image_under_many_names_is_not(monkeypatch, brief):
@@ -36,14 +36,14 @@ def test_one_image_under_many_names_is_not(monkeypatch, brief):
 def test_a_loss_without_boxes_is_not(monkeypatch, brief):
     model = MODEL + ", bbox_loss_coefficient: 0, giou_loss_coefficient: 0}"
     found = only(examine(monkeypatch, as_splits(healthy()), learn=True, model=model), "overfit")
-    assert found.remedy.endswith("the weights of the loss and the knobs of the model")
+    assert found.remedy.endswith("check the loss weights and the model's arguments")
 
 
 def test_of_a_large_model_it_is_only_told(monkeypatch):
     for name, value in {"SMALL_MODEL": 1000, "STEPS": 2, "MORE_STEPS": 3, "FIRST_SCORE": 6}.items():
         monkeypatch.setattr(overfit, name, value)
     found = examine(monkeypatch, as_splits(healthy()), learn=True, full=True)
-    assert "after 6 steps, 64 pixels, the model itself" in only(found, "overfit", "warning").message
+    assert "after 6 steps, 64 pixels, the run's own model" in only(found, "overfit", "warning").message
 
 
 def test_nothing_is_learned_from_broken_data(monkeypatch):
@@ -52,15 +52,15 @@ def test_nothing_is_learned_from_broken_data(monkeypatch):
             found["category"] += 1
 
     found = only(examine(monkeypatch, as_splits(plant(planted)), learn=True), "overfit", "skipped")
-    assert found.message == "the data has to be mended first"
+    assert found.message == "correct the data first"
 
 
 # --- what is learned, and by what
 
 
-def case_of(monkeypatch, data, **knobs) -> Case:
+def case_of(monkeypatch, data, **options) -> Case:
     examine(monkeypatch, data)  # `planted` data from here on
-    given = {"config": "digits", "data": "planted", "test_splits": "[]", "model": MODEL + "}"} | knobs
+    given = {"config": "digits", "data": "planted", "test_splits": "[]", "model": MODEL + "}"} | options
     _, args, _ = parse([word for name, value in given.items() for word in (f"--{name}", str(value))])
     case = Case(args, read_splits(args))
     add_model(case)
@@ -87,10 +87,10 @@ def test_a_stand_in_has_the_losses_of_the_run(monkeypatch):
     model = MODEL + ", eos_coefficient: 0.3, giou_cost: 7, auxiliary_loss: false, dropout: 0.2}"
     case = case_of(monkeypatch, as_splits(healthy()), model=model)
     itself, name = overfit.choose_model(case, full=False, most=3)
-    assert name == "the model itself" and itself.config.d_model == 64 and itself.config.dropout == 0
+    assert name == "the run's own model" and itself.config.d_model == 64 and itself.config.dropout == 0
     monkeypatch.setattr(overfit, "SMALL_MODEL", 1000)
     small, name = overfit.choose_model(case, full=False, most=8)
-    assert name.startswith("a small model in place of 0 million weights")
+    assert name.startswith("a small model instead of one with 0 million weights")
     assert (small.config.eos_coefficient, small.config.giou_cost, small.config.auxiliary_loss) == (0.3, 7, False)
     assert (small.config.d_model, small.config.num_queries, small.config.dropout) == (128, 16, 0)
     assert small.config.id2label == case.config.id2label

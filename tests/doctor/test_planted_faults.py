@@ -173,40 +173,46 @@ def all_crowds(rows):
 
 
 FAULTS = {
-    "corners": (every_box(to_corners), "box_format", "failed", 100, "as xyxy in pixels, 100% do"),
-    "shares": (every_box(to_shares), "box_format", "failed", 100, "no number of 72 boxes is above 1.5"),
+    "corners": (every_box(to_corners), "box_format", "failed", 100, "read as xyxy in pixels, 100% do"),
+    "shares": (every_box(to_shares), "box_format", "failed", 100, "no coordinate of 72 boxes is above 1.5"),
     "axes": (every_box(swap), "box_axes", "failed", 100, "100% with x and y swapped"),
-    "outside": (one_box([200, 10, 20, 20]), "box_range", "failed", 103, "1 of 72 boxes are left out: outside"),
-    "over the edge": (one_box([80, 10, 30, 20]), "box_range", "failed", 103, "cut off at the edge: reach out of"),
-    "no width": (one_box([40, 10, 0, 20]), "box_range", "failed", 103, "left out: width or height not above 0"),
-    "not a number": (one_box([40, 10, float("nan"), 9]), "box_range", "failed", 103, "left out: not finite"),
-    "twice": (copy_a_box, "duplicate_boxes", "failed", 107, "1 of 73 boxes are there twice, of the same class"),
-    "two classes": (copy_a_box_as_another_class, "duplicate_boxes", "failed", 107, "twice, of two classes"),
+    "outside": (one_box([200, 10, 20, 20]), "box_range", "failed", 103, "1 of 72 boxes are dropped: outside"),
+    "over the edge": (one_box([80, 10, 30, 20]), "box_range", "failed", 103, "clipped: reach out of"),
+    "no width": (one_box([40, 10, 0, 20]), "box_range", "failed", 103, "dropped: width or height not above 0"),
+    "not a number": (one_box([40, 10, float("nan"), 9]), "box_range", "failed", 103, "dropped: not finite"),
+    "twice": (copy_a_box, "duplicate_boxes", "failed", 107, "1 of 73 boxes are duplicates, with the same class"),
+    "two classes": (copy_a_box_as_another_class, "duplicate_boxes", "failed", 107, "duplicates, with another class"),
     "empty": (empty, "empty_images", "failed", 100, "24 of 24 images have no objects"),
     "all crowds": (all_crowds, "empty_images", "failed", 100, "all 72 objects are crowds (iscrowd)"),
     "mostly empty": (mostly_empty, "empty_images", "warning", 102, "22 of 24 images have no objects"),
     "tiny": (shrink(1.0), "tiny_objects", "failed", 104, "100.0% of 72 objects are smaller than a cell of 16 x 16"),
     "some tiny": (shrink(0.2), "tiny_objects", "warning", 104, "smaller than a cell of 16 x 16"),
-    "crowded": (crowded, "box_count", "failed", 106, "at most 11 and on average 3.3 objects an image, 10 queries"),
+    "crowded": (crowded, "box_count", "failed", 106, "at most 11 and on average 3.3 objects per image, 10 queries"),
     "ids from 1": (from_1, "category_ids", "failed", 100, "have category 3"),
     "no such id": (category_of_one(17), "category_ids", "failed", 105, "1 of 72 objects have category 17"),
     "no category": (category_of_one(-1), "category_ids", "failed", 105, "1 of 72 objects have no category"),
-    "unreadable": (broken(1), "unreadable_images", "warning", 102, "24 of 24 images decoded, 1 cannot be read"),
-    "all unreadable": (broken(24, 0), "unreadable_images", "failed", 100, "24 of 24 images decoded, 24 cannot be"),
-    "many unreadable": (broken(11), "unreadable_images", "failed", 102, "11 cannot be read (limit: max_bad_images"),
+    "unreadable": (broken(1), "unreadable_images", "warning", 102, "24 of 24 images decoded, 1 are unreadable"),
+    "all unreadable": (
+        broken(24, 0),
+        "unreadable_images",
+        "failed",
+        100,
+        "24 of 24 images decoded, 24 are unread",
+    ),
+    "many unreadable": (broken(11), "unreadable_images", "failed", 102, "11 are unreadable (limit: max_bad_images"),
     "other size": (stated_size(32, 48), "image_size", "failed", 109, "64 x 96 pixels instead of 32 x 48"),
     "swapped size": (stated_size(96, 64), "image_size", "failed", 109, "64 x 96 pixels instead of 96 x 64"),
-    "turned": (turned(True), "image_size", "failed", 108, "its EXIF orientation 6 turns it"),
-    "turned boxes": (turned(False), "image_orientation", "failed", 108, "upright it has 96 x 64 pixels"),
+    "turned": (turned(True), "image_size", "failed", 108, "EXIF orientation 6 rotates it"),
+    "turned boxes": (turned(False), "image_orientation", "failed", 108, "upright, it has 96 x 64 pixels"),
     "upside down": (upside_down, "image_orientation", "warning", 108, "1 have an EXIF orientation"),
     "thumbnail": (thumbnails(1), "tiny_images", "warning", 110, "1 of 24 images are enlarged more than 4 times"),
-    "thumbnails": (thumbnails(13), "tiny_images", "failed", 110, "the smallest of 8 x 12 pixels 8.0 times"),
+    "thumbnails": (thumbnails(13), "tiny_images", "failed", 110, "the smallest, 8 x 12 pixels, 8.0 times"),
     "leak": (
         leak,
         "shared_images",
         "failed",
         902,
-        "1 of 8 images of validation are in train too, the first as image 111",
+        "1 of 8 images of validation are also in train, the first as image 111",
     ),
     "never learned": (
         never_blue,
@@ -285,7 +291,7 @@ def test_sparse_ids_are_told(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["green", "red", "blue"], '"green" stands in validation where train has "red"'),
+        (["green", "red", "blue"], 'validation has "green" where train has "red"'),
         (["red", "green", "bleu"], 'validation has 1 classes that train does not have, the first is "bleu"'),
     ],
 )
@@ -319,7 +325,7 @@ def test_uneven_classes_are_told(monkeypatch):
 
 def test_scoring_on_the_training_split_is_told(monkeypatch):
     found = examine(monkeypatch, as_splits(healthy()), validation_split="train")
-    assert "train is the training split itself" in only(found, "shared_images", "warning").message
+    assert "train is the training split: its AP" in only(found, "shared_images", "warning").message
 
 
 def test_data_that_cannot_be_read_is_one_failed_check(monkeypatch):

@@ -23,7 +23,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     try:
         groups = parameter_groups(case.model, resolved)
     except ValueError as error:  # a key of rate_factors matches no parameter
-        yield failed(str(error), "name a part of the model, say {backbone: 0.1}")
+        yield failed(str(error), "name a part of the model, for instance {backbone: 0.1}")
         return
     rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     inside = {id(parameter) for parameter in case.model.model.backbone.parameters()} & rate_of.keys()
@@ -33,26 +33,26 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     narrow = max(1.0, PAPER_WIDTH / case.config.d_model)  # a narrower model tolerates a higher rate
     low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR * narrow
     used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
-    used += f"{args.batch_size} images a step by {args.optimizer}"
-    rule = f"the paper's {PAPER_RATE:g} and {PAPER_BACKBONE:g} at {PAPER_BATCH} images are {linear:.2g} and "
-    rule += f"{linear * PAPER_BACKBONE / PAPER_RATE:.2g} by the linear rule"
+    used += f"{args.batch_size} images per step, {args.optimizer}"
+    rule = f"the paper's {PAPER_RATE:g} and {PAPER_BACKBONE:g} at {PAPER_BATCH} images correspond to {linear:.2g} and "
+    rule += f"{linear * PAPER_BACKBONE / PAPER_RATE:.2g} by linear scaling"
     if args.optimizer == "sgd":
-        yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw: DETR hardly learns with sgd")
+        yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw; DETR trains poorly with sgd")
     elif low <= rate < high:
         yield ok(f"{used}; {rule}")
     else:
         yield graded(
             not low / FACTOR <= rate <= high * FACTOR,
             f"{used}; {rule} (limits: {low:.2g} to {high:.2g})",
-            f"a rate from {min(PAPER_RATE, linear):.2g} to {max(PAPER_RATE, linear):.2g}",
+            f"set a learning rate from {min(PAPER_RATE, linear):.2g} to {max(PAPER_RATE, linear):.2g}",
         )
     trained = bool(args.model_name_or_path or args.pretrained_backbone)
     if backbone is not None and trained and backbone > 0.5 * rate:
-        yield warning("the backbone is trained already and learns as fast as the rest", "--rate_factors.backbone 0.1")
-    if backbone is not None and not trained and backbone < 0.5 * rate:
         yield warning(
-            "the backbone starts from random weights and learns more slowly than the rest", "no rate_factors"
+            "the backbone is pretrained but has the same learning rate as the rest", "--rate_factors.backbone 0.1"
         )
+    if backbone is not None and not trained and backbone < 0.5 * rate:
+        yield warning("the backbone has random weights but a lower learning rate than the rest", "remove rate_factors")
 
 
 def schedule(case: Case) -> Finding:
@@ -65,12 +65,12 @@ def schedule(case: Case) -> Finding:
     message += f"{warmup} steps"
     if warmup >= steps:
         return failed(
-            f"{message}: the learning rate never reaches its height",
-            f"--warmup_steps {steps // 20} or longer training",
+            f"{message}: the learning rate never reaches its peak",
+            f"--warmup_steps {steps // 20}, or train longer",
         )
     if not args.model_name_or_path and steps < FEWEST_STEPS:
         return warning(
-            f"{message} (limit: {FEWEST_STEPS} for a new model)", "train longer, or go on from a trained DETR"
+            f"{message} (limit: {FEWEST_STEPS} for a new model)", "train longer, or start from a pretrained DETR"
         )
     return ok(message)
 
@@ -79,13 +79,13 @@ def gradient_clipping(case: Case) -> Finding:
     """Gradients are clipped to a small norm; they are large in the first steps of a DETR."""
     norm = case.args.max_grad_norm
     if 0 < norm <= LOOSE_NORM:
-        return ok(f"max_grad_norm {norm:g}; {PAPER_NORM} in the authors' code")
-    told = f"max_grad_norm {norm:g}" if norm else "max_grad_norm 0, gradients are not clipped"
+        return ok(f"max_grad_norm {norm:g}; the authors' code uses {PAPER_NORM}")
+    told = f"max_grad_norm {norm:g}" if norm else "max_grad_norm 0: gradients are not clipped"
     return warning(f"{told} (limit: at most {LOOSE_NORM:g})", f"--max_grad_norm {PAPER_NORM}, as in the authors' code")
 
 
 def auxiliary_loss(case: Case) -> Finding:
     """Every decoder layer has a loss."""
     if case.config.auxiliary_loss:
-        return ok(f"every one of {case.config.decoder_layers} decoder layers is learned from")
-    return warning("the last decoder layer alone is learned from", "--model.auxiliary_loss true, as in the paper")
+        return ok(f"all {case.config.decoder_layers} decoder layers have a loss")
+    return warning("only the last decoder layer has a loss", "--model.auxiliary_loss true, as in the paper")
