@@ -1,10 +1,9 @@
-"""Make a larger data set of texts, whose words a masked language model replaces by likely others (TinyBERT's
-augmentation).
+"""Augment a text data set: replace words with the predictions of a masked language model, as in TinyBERT.
 
     hf-tfm run augment_texts --dataset_name nyu-mll/glue --task sst2 --model runs/bert --output_dir data/augmented
     hf-tfm run distill_task --dataset_name data/augmented --task sst2 ...
 
-The training split grows, the others are copied; the folder is a data set as `load_dataset` takes it.
+The training split is augmented, the others are copied. `load_dataset` reads the resulting folder.
 """
 
 import json

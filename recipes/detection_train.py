@@ -2,12 +2,12 @@
 
     hf-tfm run detection_train --config quickstart                        about a minute on 2 CPU cores
     hf-tfm run detection_train --config digits                            from random weights
-    hf-tfm run detection_train --config bccd --dataset_name DATA               goes on from the run before
+    hf-tfm run detection_train --config bccd --dataset_name DATA               starts from the previous run
     hf-tfm run detection_train --config finetune_small --dataset_name DATA --model_name_or_path MODEL
     accelerate launch recipes/detection_train.py --config r50_300         as many GPUs as the launcher finds
 
-DATA is a folder in COCO's or Pascal VOC's layout, or whatever `load_dataset` reads with a column of objects. Presets
-with their cost and expected numbers: recipes/presets/detection_train/.
+DATA is a folder in COCO's or Pascal VOC's layout, or any data set with a column of objects. Presets with their cost
+and expected results: recipes/presets/detection_train/.
 """
 
 from collections.abc import Sequence

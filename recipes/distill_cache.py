@@ -1,10 +1,10 @@
-"""Write a teacher's signals once, so that many students learn from them with no teacher in memory.
+"""Write a teacher's activations to a cache, from which students are trained without the teacher in memory.
 
     hf-tfm run distill_cache distill_task --config quickstart --teacher runs/quickstart-text --cache runs/cache
     hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text --cache runs/cache
 
-The first word is a recipe of distillation, the others are its options: data, teacher and terms decide what is written,
---cache_epochs, --cache_top_k and --cache_dtype how much. A writer that was killed goes on.
+The first argument is a distillation recipe, followed by its options. Data, teacher and terms determine what is
+written; --cache_epochs, --cache_top_k and --cache_dtype its size. An interrupted run resumes.
 """
 
 import runpy

@@ -4,10 +4,10 @@
     hf-tfm run distill_detection --config quickstart                              about a minute on 2 CPU cores
     hf-tfm run distill_detection --config digits --teacher TEACHER --output_dir runs/small-detr
 
-The teacher is one of ours or transformers' DETR. Its best queries are targets (kind "query"), beside the true objects
-(kind "label") and inner states. With --cache DIR --write_cache true it writes the teacher's signals and ends; with
---cache DIR it reads them, and needs no teacher in memory. Presets with their cost and expected numbers:
-recipes/presets/distill_detection/.
+The teacher is a DETR of this package or of transformers. The student learns from the teacher's best queries (kind
+"query"), annotated objects (kind "label") and hidden states. --cache DIR --write_cache true writes the teacher's
+activations and exits; --cache DIR alone reads them, without the teacher in memory. Presets with their cost and
+expected results: recipes/presets/distill_detection/.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,11 +4,11 @@
     hf-tfm run distill_mae --config quickstart                                    seconds on 2 CPU cores
     hf-tfm run distill_mae --config cifar10_small --dataset_name DATA --teacher TEACHER
 
-Student and teacher read the same visible patches, so that a teacher costs a quarter of what it does on whole images;
-with a term "label" the student also reconstructs (Bai et al. 2022, "Masked Autoencoders Enable Efficient Knowledge
-Distillers", arXiv:2208.12256). It is fine-tuned with image_classification_train --model_name_or_path. With --cache DIR
---write_cache true the teacher's signals are written, with --cache DIR they are read. Presets with their cost:
-recipes/presets/distill_mae/.
+Student and teacher read the same visible patches, so the teacher costs a quarter of a pass over whole images. With a
+term of kind "label", the student also reconstructs masked patches (Bai et al. 2022, "Masked Autoencoders Enable
+Efficient Knowledge Distillers", arXiv:2208.12256). Fine-tune the student with image_classification_train
+--model_name_or_path. --cache DIR --write_cache true writes the teacher's activations and exits; --cache DIR alone
+reads them, without the teacher in memory. Presets with their cost: recipes/presets/distill_mae/.
 """
 
 from collections.abc import Sequence

@@ -4,9 +4,9 @@
     hf-tfm run distill_pretrain --config distilbert --output_dir runs/distilbert
     hf-tfm run distill_cache distill_pretrain --config quickstart --teacher TEACHER --cache DIR --cache_epochs 4
 
-Masks follow from the seed, the epoch and the sample, so a cache of some epochs holds what the teacher says of the very
-same masked texts. The student is fine-tuned with text_classification_train --model_name_or_path, or with distill_task.
-Presets with their cost and expected numbers: recipes/presets/distill_pretrain/.
+Masks are a function of seed, epoch and sample, so a cache holds the teacher's activations for the same masked texts
+that the student reads. Fine-tune the student with text_classification_train --model_name_or_path, or with
+distill_task. Presets with their cost and expected results: recipes/presets/distill_pretrain/.
 """
 
 from collections.abc import Sequence

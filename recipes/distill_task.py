@@ -1,12 +1,12 @@
-"""Distil a classifier of texts into a smaller one: soft targets (DistilBERT), or inner layers first (TinyBERT).
+"""Distil a text classifier into a smaller one: soft targets (DistilBERT), or inner layers first (TinyBERT).
 
     hf-tfm run distill_task --config quickstart --teacher runs/quickstart-text      seconds on 2 CPU cores
     hf-tfm run distill_task --config tinybert4_intermediate --task sst2 --teacher TEACHER --output_dir runs/tiny1
     hf-tfm run distill_task --config tinybert4_prediction --task sst2 --teacher TEACHER --model_name_or_path runs/tiny1
     hf-tfm run distill_task --config distilbert_second --tasks glue --teacher 'runs/glue_base/{task}' ...
 
-With --cache DIR --write_cache true it writes the teacher's signals and ends; with --cache DIR it reads them, and needs
-no teacher in memory. Presets with their cost and expected numbers: recipes/presets/distill_task/.
+--cache DIR --write_cache true writes the teacher's activations and exits; --cache DIR alone reads them, without the
+teacher in memory. Presets with their cost and expected results: recipes/presets/distill_task/.
 """
 
 from collections.abc import Sequence

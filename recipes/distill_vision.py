@@ -1,13 +1,13 @@
-"""Distil a classifier of images into a smaller Vision Transformer: soft or hard targets, inner layers, DeiT's token.
+"""Distil an image classifier into a smaller Vision Transformer: soft or hard targets, inner layers, DeiT's token.
 
     hf-tfm run image_classification_train --config quickstart                     the teacher, about 1 minute
     hf-tfm run distill_vision --config quickstart                                 seconds on 2 CPU cores
     hf-tfm run distill_vision --config cifar10_small --dataset_name DATA --teacher TEACHER
     accelerate launch recipes/distill_vision.py --config deit_base                as many GPUs as the launcher finds
 
-The teacher is any classifier of images that transformers loads, timm's among them. With --cache DIR --write_cache true
-it writes the teacher's signals and ends; with --cache DIR it reads them, and needs no teacher in memory. Presets with
-their cost and expected numbers: recipes/presets/distill_vision/.
+The teacher is any image classifier that transformers loads, including timm's. --cache DIR --write_cache true writes
+the teacher's activations and exits; --cache DIR alone reads them, without the teacher in memory. Presets with their
+cost and expected results: recipes/presets/distill_vision/.
 """
 
 from collections.abc import Sequence

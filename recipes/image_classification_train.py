@@ -1,11 +1,11 @@
-"""Train a Vision Transformer to classify images: from scratch, fine-tuned, or a linear probe of its features.
+"""Train a Vision Transformer to classify images: from scratch, by fine-tuning, or as a linear probe.
 
     hf-tfm run image_classification_train --config quickstart                     about 1 minute on 2 CPU cores
     hf-tfm run image_classification_train --config cifar10 --dataset_name DATA --output_dir runs/cifar10
     hf-tfm run image_classification_train --config cifar10_finetune --dataset_name DATA --model_name_or_path MODEL
-    accelerate launch recipes/image_classification_train.py --config deit_small   on all GPUs of the launcher
+    accelerate launch recipes/image_classification_train.py --config deit_small   as many GPUs as the launcher finds
 
-Presets with their cost and expected numbers: recipes/presets/image_classification_train/.
+Presets with their cost and expected results: recipes/presets/image_classification_train/.
 """
 
 import math

@@ -4,8 +4,8 @@
     hf-tfm run mae_pretrain --config cifar10 --dataset_name DATA --output_dir runs/cifar10-mae
     accelerate launch recipes/mae_pretrain.py --config imagenet_base    as many GPUs as the launcher finds
 
-The encoder is fine-tuned with image_classification_train --model_name_or_path. Presets with their cost and expected
-numbers: recipes/presets/mae_pretrain/.
+Fine-tune the encoder with image_classification_train --model_name_or_path. Presets with their cost and expected
+results: recipes/presets/mae_pretrain/.
 """
 
 import math

@@ -5,8 +5,9 @@
     hf-tfm run panoptic_train --config coco_masks --dataset_name COCO --model_name_or_path runs/coco-panoptic-boxes
     accelerate launch recipes/panoptic_train.py --config coco_boxes     as many GPUs as the launcher finds
 
-A data set has panoptic maps and their segments, as COCO's folders or columns ``panoptic`` and ``segments_info``, and
-says which categories are things. Presets with their cost and expected numbers: recipes/presets/panoptic_train/.
+The data set must have panoptic maps and their segments, in COCO's folders or in columns ``panoptic`` and
+``segments_info``, and state which categories are things. Presets with their cost and expected results:
+recipes/presets/panoptic_train/.
 """
 
 from collections.abc import Sequence

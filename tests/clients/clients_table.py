@@ -5,8 +5,8 @@ from importlib.metadata import version
 
 HEAD = """# Clients
 
-Software that uses the models of this package, tried on tiny models of every family. "works": every test of the client
-passed on every class of the family that was tried. Otherwise the cell says why it failed or was not tried. The tests
+Software that uses the models of this package, tested with tiny models of every family. "works" means that all tests of
+the client passed for all tested classes of the family; other cells state why a test failed or was not run. The tests
 are in `tests/clients/`; `make test-clients` writes this page with
 
     python -m pytest -n 0 -m "clients or not clients" --clients-table docs/clients.md tests/clients

@@ -54,7 +54,7 @@ def test_a_loss_without_logits_uses_adapters(name):
     torch.testing.assert_close(found[False], found[True], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.client("PEFT: prompt tuning in generation", "peft", others="generates no text")
+@pytest.mark.client("PEFT: prompt tuning in generation", "peft", others="does not generate text")
 @pytest.mark.parametrize(("name", "task"), [("gpt-untied", "CAUSAL_LM"), ("transformer-untied", "SEQ_2_SEQ_LM")])
 def test_prompts_are_seen_by_generation(name, task, monkeypatch):
     model, inputs = tiny(name, max_position_embeddings=40), inputs_of(name)
@@ -119,14 +119,14 @@ def prefixed(model) -> tuple[torch.Tensor, torch.Tensor]:
         return plain, tuned(**inputs).logits
 
 
-@pytest.mark.client("PEFT: prefix tuning", "peft", family="gpt", others="tried on GPT alone")
+@pytest.mark.client("PEFT: prefix tuning", "peft", family="gpt", others="tested with GPT only")
 @pytest.mark.parametrize("make", [stock_gpt, lambda: tiny("gpt", max_position_embeddings=40)], ids=["stock", "ours"])
 def test_prefixes(make):
     plain, found = prefixed(make())
     assert found.shape == plain.shape and not torch.allclose(found, plain, atol=1e-3)
 
 
-@pytest.mark.client("PEFT: prefix tuning in generation", "peft", others="generates no text")
+@pytest.mark.client("PEFT: prefix tuning in generation", "peft", others="does not generate text")
 @pytest.mark.parametrize(("name", "task"), [("gpt", "CAUSAL_LM"), ("transformer", "SEQ_2_SEQ_LM")])
 def test_prefixes_in_generation(name, task):
     """peft 0.21 adds its prefix by the cache's old name beside the new one, and transformers' classes lose it.
@@ -144,5 +144,5 @@ def test_prefixes_in_generation(name, task):
         found = tuned.generate(**inputs, max_new_tokens=5)
     except ValueError as error:
         assert "two names of one argument" in str(error)
-        pytest.skip("refused: peft gives a second cache, which transformers' classes ignore")
+        pytest.skip("refused: peft passes a second cache, which transformers' classes ignore")
     assert found.shape != plain.shape or not torch.equal(found, plain)

@@ -90,7 +90,7 @@ def test_every_replaced_step_ends_the_short_cut(step, monkeypatch):
 
 
 @pytest.mark.client(
-    "continuous batching: generate_batch", "transformers", family="gpt", others="for decoder-only models"
+    "continuous batching: generate_batch", "transformers", family="gpt", others="decoder-only models only"
 )
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_continuous_batching(implementation):

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 pytestmark = [
     pytest.mark.clients,
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.client("lm-eval: HFLM", "lm-eval", family="gpt", others="no causal language model"),
+    pytest.mark.client("lm-eval: HFLM", "lm-eval", family="gpt", others="not a causal language model"),
 ]
 PAIRS = [("w1 w2", " w3"), ("w4", " w5 w6 w7"), ("w8 w9 w10 w11", " w12 w13"), ("w14", " w15")]
 

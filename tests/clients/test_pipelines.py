@@ -110,4 +110,4 @@ def test_features_of_a_masked_autoencoder():
 @pytest.mark.client("pipelines: batches", "transformers", family="transformer")
 def test_an_encoder_decoder_has_no_pipeline():
     assert not {"translation", "text2text-generation", "summarization"} & set(PIPELINE_REGISTRY.get_supported_tasks())
-    pytest.skip("transformers 5 has no pipeline for encoder-decoders of text")
+    pytest.skip("transformers 5 has no pipeline for text encoder-decoders")

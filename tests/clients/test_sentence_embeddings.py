@@ -14,7 +14,7 @@ import hf_tfm
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs pip install hf-tfm[clients]")
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 CLIENT = "sentence-transformers"
-OTHERS = "no encoder of texts alone"
+OTHERS = "not a text encoder"
 MINILM = Path(__file__).parents[3] / "shared" / "pretrained" / "minilm-l6"
 SENTENCES = ["A man is eating food.", "Someone has a meal.", "The bank raised its rates again on Tuesday.", "Yes"]
 

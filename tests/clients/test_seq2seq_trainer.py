@@ -6,7 +6,7 @@ from every_class import tiny
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 pytestmark = [
-    pytest.mark.client("Seq2SeqTrainer: predict_with_generate", "transformers", others="no encoder-decoder"),
+    pytest.mark.client("Seq2SeqTrainer: predict_with_generate", "transformers", others="not an encoder-decoder"),
     pytest.mark.parametrize("name", ["transformer", "transformer-untied", "transformer-mask-predict"]),
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.parametrize("travels", [True, False], ids=["code travels", "code stays"]),
 ]
-OTHERS = "no causal language model"
+OTHERS = "not a causal language model"
 PROMPTS = ["w1 w2", "w3 w4", "w5 w6", "w7 w8"]
 PAIRS = {"prompt": PROMPTS, "chosen": [" w9 w10"] * 4, "rejected": [" w11 w12"] * 4}
 RATES = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
