@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForMaskedLM
 
+from hf_tfm.arguments import DatasetArguments
 from hf_tfm.command import run_recipe
 from hf_tfm.data import glue
 from hf_tfm.data.labelled_texts import check_empty, load_texts
@@ -27,37 +28,28 @@ from hf_tfm.distillation.substitution import Substituter, Substitution, with_cop
 from hf_tfm.hub.loading import load_model, load_tokenizer
 from hf_tfm.hub.pretrained import MASKED_WORDS, check_kind
 from hf_tfm.options import parse_arguments
-from hf_tfm.values import check_bounds, conform_fields
 from hf_tfm.writing import explain_write_errors
 
 
 @dataclass(kw_only=True)
-class AugmentArguments:
-    """Knobs of the augmentation.
+class AugmentArguments(DatasetArguments):
+    """Arguments of the augmentation.
 
     Args:
-        dataset_name: what `datasets.load_dataset` takes, one json/jsonl/csv/parquet file, or "number-parity".
-        dataset_config: configuration of the data set.
-        dataset_revision: commit, tag or branch on the Hub.
-        data_files: files by split, where dataset_name is a format such as "parquet".
-        task: of GLUE; it knows text_columns.
-        text_columns: columns of texts that change; default, the task's, or the only column of strings.
-        train_split: split that grows.
-        model: folder or Hub id of a masked language model, ours or transformers', with its tokenizer.
-        trust_remote_code: run the code that its repository brings.
+        task: GLUE task, which determines text_columns.
+        text_columns: columns to augment; default, those of the task, or the only string column.
+        train_split: split to augment.
+        model: folder or Hub id of a masked language model, with its tokenizer.
+        trust_remote_code: run the code in the model's repository.
         substitution: how words are replaced, see `Substitution`: copies, probability, candidates, max_length, seed.
-        batch_tokens: padded tokens the model reads at once.
+        batch_tokens: padded tokens that the model reads at once.
         mixed_precision: no (float32) or bf16 autocast.
-        output_dir: folder to make.
+        output_dir: folder to create.
         progress: show a progress bar.
     """
 
-    dataset_name: str
     model: str
     output_dir: str
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    data_files: dict[str, str | list[str]] | None = None
     task: str | None = None
     text_columns: list[str] = field(default_factory=list)
     train_split: str = "train"
@@ -68,16 +60,16 @@ class AugmentArguments:
     progress: bool = True
 
     def __post_init__(self):
-        conform_fields(self)
-        check_bounds("batch_tokens", self.batch_tokens, 1)
+        super().__post_init__()
+        self.check_range(at_least_1="batch_tokens")
         if Path(self.output_dir).exists():
-            raise ValueError(f"output_dir {self.output_dir} exists already: choose another folder")
+            raise ValueError(f"output_dir {self.output_dir} already exists; choose another folder")
         if self.task:
             glue.find_task(self.task)
 
 
 def columns_of(args: AugmentArguments, row: dict) -> list[str]:
-    """The columns that change."""
+    """Return the columns to augment."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
     columns = args.text_columns or (list(glue.find_task(args.task).text_columns) if args.task else strings)
     if not args.text_columns and not args.task and len(strings) != 1:
@@ -90,13 +82,12 @@ def columns_of(args: AugmentArguments, row: dict) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(AugmentArguments, Path(__file__), argv)
-    where = (args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
-    splits = glue.load_task(glue.find_task(args.task), *where) if args.task else load_texts(*where)
+    splits = glue.load_task(glue.find_task(args.task), *args.source) if args.task else load_texts(*args.source)
     rows = take_split(splits, args.train_split, "train_split")
     columns = columns_of(args, rows[0])
     for name in columns:
         path = column_path(rows[0], name, "text_columns")
-        for start in range(0, len(rows), 1000):  # all are text
+        for start in range(0, len(rows), 1000):  # check that all are text
             texts_at(rows[start : start + 1000], list(range(start, min(start + 1000, len(rows)))), path)
         if name in rows.column_names:
             check_empty(rows, name, name)
@@ -114,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         part.mkdir(parents=True)
         for name, split in {**splits, args.train_split: grown}.items():
             split.to_parquet(str(part / f"{name}.parquet"))
-        knobs = {**asdict(args), "text_columns": columns, "rows": {args.train_split: [len(rows), len(grown)]}}
-        (part / "augmentation.json").write_text(json.dumps(knobs, indent=2) + "\n", encoding="utf-8")
+        content = {**asdict(args), "text_columns": columns, "rows": {args.train_split: [len(rows), len(grown)]}}
+        (part / "augmentation.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         part.rename(folder)
-    print(f"{folder}: {args.train_split} has {len(grown):,} texts, made of {len(rows):,}")
+    print(f"{folder}: {args.train_split} has {len(grown):,} texts, augmented from {len(rows):,}")
     return 0
 
 

@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\nrecipes: {', '.join(known)}")
         return 0
     if not argv or argv[0] not in known:
-        word = (
-            f"{shown(argv[0])} is not a recipe of distillation" if argv else "a recipe of distillation must be given"
-        )
+        word = f"{shown(argv[0])} is not a distillation recipe" if argv else "give a distillation recipe"
         near = closest(argv[0], known) if argv else ""
         print(f"hf-tfm run distill_cache: {word}; there are {', '.join(known)}{near}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The configuration of a new model, from a run's knobs ``size`` and ``model``; and its classes."""
+"""Configuration of a new model from the arguments ``size`` and ``model``, and its classes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -13,20 +13,20 @@ from ..values import check_bounds, closest, conform, one_line
 
 
 class SizedArguments(Protocol):
-    """Knobs that describe a new model: a size its configuration knows, and fields that differ from it."""
+    """Arguments of a new model: a size of its configuration, and fields that differ from those of the size."""
 
     size: str
     model: dict[str, Any]
 
 
 def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: Iterable[str]) -> None:
-    """Refuse fields of a configuration that it does not have, that are not the user's choice, or of another type.
+    """Refuse configuration fields that do not exist, that the user cannot choose, or that have another type.
 
     Args:
-        taken: fields that knobs of their own or the data decide.
+        taken: fields that other arguments or the data determine.
 
     Raises:
-        ValueError: there is one; transformers would take it without a word.
+        ValueError: there is one; transformers would accept it silently.
     """
     inherited = PreTrainedConfig.__dataclass_fields__.keys()
     taken = {*inherited, *taken}
@@ -42,7 +42,10 @@ def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: It
 
 
 def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any) -> PreTrainedConfig:
-    """The configuration of a new model, of class ``kind``; ``fields`` are those that the data or knobs decide.
+    """Return the configuration, of class ``kind``, of a new model.
+
+    Args:
+        fields: fields that the data or other arguments determine.
 
     Raises:
         ValueError: a field of ``args.model`` is unknown, or a value is out of range.
@@ -54,12 +57,12 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
 
 
 def label_fields(names: Sequence[str]) -> dict[str, dict]:
-    """What a configuration says of classes called ``names``, in order."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+    """Return the configuration fields for classes with these names, in order."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def fresh_head(model: PreTrainedModel, name: str) -> str:
-    """Draw the weights of a linear layer anew: its classes are others, though as many. Returns ``name``."""
+    """Reinitialise a linear layer, for as many other classes; return ``name``."""
     parent, _, own = name.rpartition(".")
     old = model.get_submodule(name)
     new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)

@@ -92,11 +92,11 @@ def test_the_recipe_writes_a_data_set(tokenizer, tmp_path, capsys):
     assert main(argv) == 0
     grown = datasets.load_dataset(str(tmp_path / "grown"))
     assert len(grown["validation"]) == 1 and len(grown["train"]) > 3
-    assert f"train has {len(grown['train'])} texts, made of 3" in capsys.readouterr().out
+    assert f"train has {len(grown['train'])} texts, augmented from 3" in capsys.readouterr().out
     assert json.loads((tmp_path / "grown" / "augmentation.json").read_text())["text_columns"] == ["sentence"]
     with pytest.raises(SystemExit):
         main(argv)
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_options_out_of_range_are_refused():
