@@ -437,14 +437,12 @@ class LanguageModelingTask(Task):
         if self.evaluating:
             budget = max(args.batch_tokens, args.max_length)
             return StepLoader(rows, TokenBudgetSampler(sequence_lengths(rows), budget, shuffle=False), collate)
-        if not training:
-            tell_unknown(rows, self.processor)
         return token_loader(args, self.accelerator, collate, rows, sequence_lengths, sequence_length, training)
 
     def begin_training(self, loader: Any) -> None:
         """Tokenize the splits that are scored, so that errors in them are raised before training."""
         for split in self.scored_splits:
-            self.evaluation_loader(split)
+            tell_unknown(self.evaluation_loader(split).examples, self.processor)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Tokens with a target, and pairs if next sentences are predicted."""
