@@ -320,7 +320,7 @@ OPTIONS: list[tuple[str, str, str]] = [
         "--output_dir {out}",
         got("model", "/no/where"),
     ),
-    ("run augment_texts --dataset_name number-parity --model x", "--output_dir {in}", "output_dir .*in already exists"),
+    ("run augment_texts --dataset_name number-parity --model x", "--output_dir {in}", "output_dir .*already exists"),
     (
         "run augment_texts --dataset_name number-parity --model x --output_dir {out}",
         "--substitution.copies 0",
