@@ -161,6 +161,43 @@ class ModelArguments(Arguments):
 
 
 @dataclass(kw_only=True)
+class ImageDataArguments(Arguments):
+    """Reading images.
+
+    Args:
+        image_column: images, their bytes or paths; default, the only column of images.
+        max_bad_images: number of unreadable images that are reported and left out; more end the run.
+    """
+
+    image_column: str | None = None
+    max_bad_images: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(at_least_0="max_bad_images")
+
+
+@dataclass(kw_only=True)
+class ImageScaleArguments(ModelArguments):
+    """The scale of the pixels that a model reads, (x - mean) / std.
+
+    Args:
+        mean: of the channels, of pixels in [0, 1]; default, that of model_name_or_path, or of ImageNet.
+        std: their standard deviation; the same default.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bounds("mean", self.mean, 0.0, 1.0)
+        for i, value in enumerate(self.std or ()):
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"std[{i}] must be above 0 and at most 1, of pixels in [0, 1], got {value}")
+
+
+@dataclass(kw_only=True)
 class EvaluationArguments(DatasetArguments):
     """Scoring a saved model.
 

@@ -7,15 +7,18 @@ Size, mean and standard deviation have one source, the image processor that is s
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
-from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, DetrImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from ..models.patches import Size, sides
 from .images import MAX_PIXELS, BadImage
+from .scene_augment import scaled
+from .scenes import Scene
 
 INTERPOLATION = {
     PILImageResampling.NEAREST: InterpolationMode.NEAREST_EXACT,
@@ -49,6 +52,53 @@ def image_processor(
     if resize < max(crop.values()):
         raise ValueError(f"resize must be at least the size {max(crop.values())}, got {resize}")
     return ViTImageProcessor(size={"shortest_edge": resize}, do_center_crop=True, crop_size=crop, **shared)
+
+
+def scene_processor(
+    size: int = 800,
+    max_size: int = 1333,
+    mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
+    std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
+) -> DetrImageProcessor:
+    """Return the image processor of a new detector.
+
+    Args:
+        size: shortest side in evaluation, in pixels.
+        max_size: limit of the longest side.
+        mean, std: of the channels, of pixels in [0, 1].
+
+    Raises:
+        ValueError: ``size`` is below 1 or above ``max_size``.
+    """
+    if not 1 <= size <= max_size:
+        raise ValueError(f"size must be in [1, max_size = {max_size}], got {size}")
+    edges = {"shortest_edge": size, "longest_edge": max_size}
+    return DetrImageProcessor(size=edges, image_mean=list(mean), image_std=list(std))
+
+
+Channels = tuple[float, ...]
+
+
+def pixel_scale(
+    source: str | None, mean: Channels | None, std: Channels | None, trust_remote_code: bool = False
+) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of the pixels of a new run.
+
+    Args:
+        source: ``model_name_or_path``, whose values are the default; without one, those of ImageNet are.
+        mean, std: of the arguments.
+        trust_remote_code: run the code of the source's repository.
+
+    Raises:
+        ValueError: the source has no image processor, and mean and std are not both given.
+    """
+    if source is None or (mean and std):
+        return mean or tuple(IMAGENET_DEFAULT_MEAN), std or tuple(IMAGENET_DEFAULT_STD)
+    try:
+        earlier = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model_name_or_path {source} has no image processor: give mean and std") from error
+    return mean or tuple(earlier.image_mean), std or tuple(earlier.image_std)
 
 
 class Scale:
@@ -122,6 +172,42 @@ class Pixels(Scale):
                 )
             image = processor.resize(image, processor.size, processor.resample)
         return processor.center_crop(image, processor.crop_size) if processor.do_center_crop else image
+
+
+class PaddedPixels(Scale):
+    """`DetrImageProcessor` in two halves: `resize` on the host, in uint8, and `scale_padded` on the device.
+
+    Args:
+        processor: see `Scale`.
+
+    Raises:
+        ValueError: it does not resize to a shortest and a longest side, or does not pad; see also `Scale`.
+    """
+
+    def __init__(self, processor: BaseImageProcessor):
+        super().__init__(processor)
+        self.shortest, self.longest = processor.size.shortest_edge, processor.size.longest_edge
+        if not (processor.do_resize and self.shortest and self.longest):
+            raise ValueError(f"processor must resize to shortest_edge and longest_edge, got size {processor.size}")
+        if not processor.do_pad or processor.pad_size:
+            raise ValueError("processor must pad images to the largest of a batch (do_pad, and no pad_size)")
+
+    def resize(self, scene: Scene) -> Scene:
+        """Resize an image and its objects to the size of evaluation."""
+        height, width = scaled(np.array([scene.size]), self.shortest, self.longest)[0].tolist()
+        return scene.resize(height, width, self.interpolation)
+
+    def scale_padded(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Scale padded images; padding becomes 0.
+
+        Args:
+            pixels: uint8 (B, 3, H, W).
+            mask: (B, H, W) bool, True for image and False for padding.
+
+        Returns:
+            (B, 3, H, W) float32.
+        """
+        return self.scale(pixels).masked_fill_(~mask[:, None], 0.0)
 
 
 class WholeProcessor:

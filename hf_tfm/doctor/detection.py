@@ -6,7 +6,6 @@ A check is a function that returns one or more `Finding`s; add new ones to one o
 """
 
 import argparse
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from ..hub.loading import require_model
 from ..options import PlainParser, parse_arguments
 from ..recipe_files import recipes_folder
-from ..training.scene_run import SceneRunArguments
+from ..tasks.object_detection import DetectionArguments
 from . import arguments, boxes, classes, images, weights
 from .findings import Finding, condensed, failed, findings_of, save, skipped
 from .overfit import overfit
@@ -58,7 +57,7 @@ RECIPE = "detection_train"
 DEFAULTS = {True: "finetune_small", False: "r50_300"}  # presets: with and without a model to start from
 
 
-def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) -> Iterator[Finding]:
+def examine(args: DetectionArguments, full: bool = False, quick: bool = False) -> Iterator[Finding]:
     """Check a detection run before it starts.
 
     Args:
@@ -90,7 +89,7 @@ def examine(args: SceneRunArguments, full: bool = False, quick: bool = False) ->
         yield from findings_of(overfit, case, full)
 
 
-def examine_data(args: SceneRunArguments) -> Iterator[tuple[Case | None, Finding]]:
+def examine_data(args: DetectionArguments) -> Iterator[tuple[Case | None, Finding]]:
     """Run the checks that need no model; yield each finding with the case, which is None if the data cannot be
     read."""
     try:
@@ -128,7 +127,7 @@ def translate(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DetectionArguments, list[str]]:
     """Return the doctor's own options, the arguments of the run, and the command-line words that set the latter.
 
     Raises:
@@ -159,8 +158,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, SceneRunArguments, l
             parser.error("give --data, or a --config that names a dataset")
         words = ["--config", DEFAULTS["--model_name_or_path" in given], "--validation_split", "validation", *words]
     recipe = recipes_folder() / f"{RECIPE}.py"
-    kind = runpy.run_path(str(recipe))["DetectionArguments"]
-    return own, parse_arguments(kind, recipe, words, "doctor detection"), words
+    return own, parse_arguments(DetectionArguments, recipe, words, "doctor detection"), words
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,21 +14,19 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import set_seed
 
-from ..data.batching import StepLoader
-from ..data.detection import category_ids, class_names
+from ..data.detection import class_names
 from ..data.images import IMAGE
-from ..data.shape_batches import ShapeSampler
+from ..data.pixels import pixel_scale, scene_processor
 from ..models.configuration_detr import WEIGHTS, TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection
-from ..tasks.base import mean_losses as evaluate
-from ..tasks.detection import DetectionTask, score
-from ..tasks.scenes import scene_processor
-from ..training.image_run import new_scale
+from ..tasks.detr import build_detr
+from ..tasks.model_fields import label_fields
+from ..tasks.object_detection import DetectionTask
 from ..training.loop import train_step
-from ..training.scene_run import build_detr, labels_of
 from .findings import Finding, failed, graded, ok, skipped
 from .splits import Case, Split, look_at
 
+SPLIT = "images"
 IMAGES, LIMIT = 8, 0.9  # COCO AP, averaged over IoU 0.50 to 0.95
 STEPS, FIRST_SCORE, SCORE_EVERY = 300, 60, 20
 MORE_STEPS = 4  # factor for a new large model: "small" (15 million parameters) reached an AP of 0.49 in 300 steps
@@ -75,7 +73,7 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDet
         full: use the run's model, whatever its size.
         most: maximum number of objects in the selected images.
     """
-    args, labels = case.args, labels_of(case.train.rows)
+    args, labels = case.args, label_fields(class_names(case.train.rows))
     weights = sum(parameter.numel() for parameter in case.model.parameters())
     set_seed(args.seed)
     if full or args.model_name_or_path or (weights <= SMALL_MODEL and not args.pretrained_backbone):
@@ -101,29 +99,19 @@ def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
 
 @dataclass
 class Overfitting:
-    """A model and the images to overfit.
+    """Training a model on a few images.
 
     Args:
-        accelerator: runs the training steps.
-        task: the run's task, without augmentation.
+        task: the run's task, with the images as its split `SPLIT`.
         model: prepared by the accelerator.
-        rows: the images.
     """
 
-    accelerator: Accelerator
     task: DetectionTask
     model: nn.Module
-    rows: datasets.Dataset
-
-    def loader(self, rows: datasets.Dataset) -> StepLoader:
-        """Return a loader that yields all rows in one step."""
-        sizes = np.stack([rows["height"], rows["width"]], axis=1)
-        return StepLoader(rows, ShapeSampler(sizes, IMAGES), self.task.collate)
 
     def train(self, rate: float, steps: int) -> tuple[dict[str, float], int]:
         """Train until AP exceeds `LIMIT` or the steps are used up; return the scores and the number of steps."""
-        loader = self.loader(self.rows)
-        (batches,) = loader.epoch(0)
+        (batches,) = self.task.dataloader(SPLIT).epoch(0)
         batches = [{name: value for name, value in batch.items() if name != "references"} for batch in batches]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=1e-4, fused=True)
@@ -131,20 +119,20 @@ class Overfitting:
         scores: dict[str, float] = {}
         for step in range(1, steps + 1):
             self.model.train()
-            train_step(self.accelerator, self.task, self.model, optimizer, batches, MAX_GRAD_NORM)
+            train_step(self.task.accelerator, self.task, self.model, optimizer, batches, MAX_GRAD_NORM)
             schedule.step()
             if step >= FIRST_SCORE and (step - FIRST_SCORE) % SCORE_EVERY == 0:
-                scores = score(self.accelerator, self.task, self.model, loader)
+                scores = self.task.evaluate(self.model, SPLIT, ("AP", "AP50")).values
                 if scores["AP"] > LIMIT:
                     break
         return scores, step
 
     def worst(self) -> int:
         """Return the index of the image with the highest loss."""
-        losses = [
-            evaluate(self.accelerator, self.task, self.model, self.loader(self.rows.select([i])))["loss"]
-            for i in range(len(self.rows))
-        ]
+        rows, losses = self.task.splits[SPLIT], []
+        for i in range(len(rows)):
+            self.task.splits["one"] = rows.select([i])
+            losses.append(self.task.mean_losses(self.model, self.task.dataloader("one"))["loss"])
         return int(np.argmax(losses))
 
 
@@ -162,17 +150,20 @@ def overfit(case: Case, full: bool) -> Finding:
     try:
         model, name = choose_model(case, full, int(case.train.targets[chosen].max()))
         side = shortest_side(case, rows, model.model.backbone.stride)
-        processor = scene_processor(side, round(side * LONGEST), *new_scale(args))
+        processor = scene_processor(
+            side, round(side * LONGEST), *pixel_scale(args.model_name_or_path, args.mean, args.std)
+        )
     except (ValueError, OSError) as error:
         return failed(str(error), "see the message")
     accelerator = Accelerator(mixed_precision=args.mixed_precision if args.mixed_precision == "bf16" else "no")
-    task = DetectionTask(model.config, processor, category_ids(rows, class_names(rows)), seed=args.seed)
+    task = DetectionTask.for_model(model, processor, seed=args.seed, batch_size=IMAGES)
+    task.accelerator, task.splits = accelerator, {SPLIT: rows}
     large = sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL
     rate, limit = RATE * min(1.0, WIDTH / model.config.d_model) ** 2, STEPS * (MORE_STEPS if large else 1)
     if args.model_name_or_path:
         rate, limit = 0.1 * RATE, STEPS
-    test = Overfitting(accelerator, task, accelerator.prepare(model), rows)
-    scores, steps = test.train(rate, limit)
+    overfitting = Overfitting(task, accelerator.prepare(model))
+    scores, steps = overfitting.train(rate, limit)
     message = (
         f"AP {scores['AP']:.3f} and AP50 {scores['AP50']:.3f} on {len(rows)} training images after {steps} steps, "
     )
@@ -183,5 +174,5 @@ def overfit(case: Case, full: bool) -> Finding:
         not large,  # it is unknown whether a large model overfits correct data this fast
         f"{message}; the sample is the image with the highest loss",
         "check that boxes and classes belong to these images; if so, check the loss weights and the model's arguments",
-        case.train.sample(chosen[test.worst()]),
+        case.train.sample(chosen[overfitting.worst()]),
     )

@@ -21,8 +21,8 @@ from ..data.images import IMAGE, BadImage, decode, encoded
 from ..data.source import load_splits, take_split
 from ..models.configuration_detr import TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection
+from ..tasks.object_detection import DetectionArguments
 from ..tasks.splits import split_rows
-from ..training.scene_run import SceneRunArguments
 from .findings import Sample
 
 LOOKED_AT = 500  # number of evenly spaced images of a split to decode
@@ -70,7 +70,7 @@ class Split:
     categories: np.ndarray
 
     @classmethod
-    def read(cls, name: str, rows: datasets.Dataset, args: SceneRunArguments) -> "Split":
+    def read(cls, name: str, rows: datasets.Dataset, args: DetectionArguments) -> "Split":
         """Read the rows of a split from `load_splits`.
 
         Raises:
@@ -157,7 +157,7 @@ class Case:
         missing: names of the weights that it lacks.
     """
 
-    args: SceneRunArguments
+    args: DetectionArguments
     splits: dict[str, Split]
     model: TfmDetrForObjectDetection | None = None
     earlier: TfmDetrForObjectDetection | None = None
@@ -184,13 +184,13 @@ class Case:
         return max(1, len(self.train.rows) // self.args.batch_size)
 
 
-def read_splits(args: SceneRunArguments) -> dict[str, Split]:
+def read_splits(args: DetectionArguments) -> dict[str, Split]:
     """Read the splits that a run uses, the training split first.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.data_files)
+    splits = load_splits(*args.source)
     rows = split_rows(args, args.test_splits, lambda name, argument: take_split(splits, name, argument))
     ordered = sorted(rows, key=lambda name: name != args.train_split)
     return {name: Split.read(name, rows[name], args) for name in ordered}

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from ..data.detection import class_names
 from ..hub.pretrained import check_kind, load_to_train
 from ..memory import new_model
 from ..models.backbones import FrozenBatchNorm
 from ..models.configuration_detr import TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection
-from ..tasks.model_fields import new_config
-from ..training.scene_run import CLASSIFIER, QUERIES, head_of, labels_of, load_detr
+from ..tasks.detr import CLASSIFIER, QUERIES, head_of, load_detr
+from ..tasks.model_fields import label_fields, new_config
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
@@ -24,7 +25,7 @@ def add_model(case: Case) -> None:
     Raises:
         ValueError, OSError: the arguments, or the weights of ``model_name_or_path``, do not fit.
     """
-    args, fields = case.args, labels_of(case.train.rows)
+    args, fields = case.args, label_fields(class_names(case.train.rows))
     kind = TfmDetrForObjectDetection
     if args.model_name_or_path:
         check_kind("model_name_or_path", args.model_name_or_path, args.fitting["model_name_or_path"])

@@ -9,22 +9,20 @@ from typing import Any
 
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from ..hub.detectors import is_detector
 from ..hub.loading import load_config, require_model
 from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..tasks.evaluation import evaluate_task
 from ..tasks.language_modeling import LanguageModelingTask
+from ..tasks.object_detection import DetectionTask
 from ..tasks.text_classification import TextClassificationTask
 from ..tasks.translation import TranslationTask
 from .classification import evaluate_classification
-from .detection import evaluate_detection
 from .masked_image import evaluate_masked_autoencoder
 
 __all__ = [
     "KINDS",
     "evaluate",
     "evaluate_classification",
-    "evaluate_detection",
     "evaluate_masked_autoencoder",
     "lines",
 ]
@@ -32,7 +30,7 @@ __all__ = [
 KINDS: dict[str, Any] = {
     "translation models": TranslationTask,
     "image classifiers": evaluate_classification,
-    "detectors": evaluate_detection,
+    "detectors": DetectionTask,
     "masked autoencoders": evaluate_masked_autoencoder,
     "language models": LanguageModelingTask,
     "text classifiers": TextClassificationTask,
@@ -91,7 +89,7 @@ def kind_of(config: PreTrainedConfig, model: str) -> str:
         return "image classifiers"
     if TextClassificationTask.accepts(config):
         return "text classifiers"
-    if is_detector(config):
+    if DetectionTask.accepts(config):
         return "detectors"
     if LanguageModelingTask.accepts(config):
         return "language models"

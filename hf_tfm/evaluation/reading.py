@@ -17,7 +17,6 @@ from ..data.source import load_splits, take_split
 from ..hub.loading import load_with_processor
 from ..tasks.evaluation import one_process as one_process
 from ..tasks.images import ImageTask
-from ..tasks.scenes import SceneTask
 from ..tasks.stopwatch import Stopwatch as Stopwatch
 
 
@@ -63,7 +62,7 @@ class EvaluationLoader(WatchedLoader):
     def __init__(
         self,
         rows: datasets.Dataset,
-        task: ImageTask | SceneTask,
+        task: ImageTask,
         batch_size: int,
         num_workers: int,
         max_bad_images: int,

@@ -7,6 +7,8 @@ from typing import Any
 import datasets
 from transformers import PreTrainedConfig
 
+from ..data.detection import category_ids
+from ..data.detection import class_names as category_names
 from ..data.images import label_ids, label_names, stated_names
 
 
@@ -55,3 +57,24 @@ def some(values: Sequence[Any], limit: int = 10) -> str:
     """Return values as text, with a count of those beyond the limit."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(str(value) for value in values[:limit]) + more
+
+
+def match_categories(rows: datasets.Dataset, names: Sequence[str], match_labels: str) -> tuple[str, list[int]]:
+    """Map the categories of `scene_rows` or `panoptic_rows` to classes of a model; also return whether by "name" or
+    "number".
+
+    Args:
+        names: of the model's classes.
+        match_labels: "name" or "number".
+
+    Raises:
+        ValueError: a category is no class of the model.
+    """
+    if match_labels == "name" and list(names) != [f"LABEL_{i}" for i in range(len(names))]:
+        return "name", category_ids(rows, names)
+    if len(own := category_names(rows)) > len(names):
+        raise ValueError(
+            f"the data set has {len(own)} categories and the model {len(names)} classes: matched by number, it can "
+            "have no more"
+        )
+    return "number", list(range(len(own)))

@@ -1,87 +1,268 @@
-"""What tasks on scenes share: images of different sizes in one uint8 batch, padded, with their objects as targets.
+"""Images of different sizes with their objects: arguments and collators of detection and panoptic segmentation.
 
-    row -> `read_scene` -> changed -> on one canvas: uint8 (B, 3, H, W) and mask -> on the device: (x - mean) / std
+    row -> `read_scene` -> augmented, or resized -> padded: uint8 (B, 3, H, W), mask -> on the device: (x - mean) / std
 
-In evaluation, a batch is what transformers' `DetrImageProcessor` makes of the same images; see `SceneTask.collate`.
+In the evaluation of a run, a batch equals the output of transformers' `DetrImageProcessor`, see `SceneCollator`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor, DetrImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import BaseImageProcessor
 
+from ..arguments import (
+    DatasetArguments,
+    ImageBatchArguments,
+    ImageDataArguments,
+    ImageScaleArguments,
+    SplitArguments,
+)
 from ..data.augment import seeded
 from ..data.images import IMAGE, BadImage, describe
-from ..data.pixels import Scale
-from ..data.scene_augment import SceneAugmentation, chances, scaled
+from ..data.pixels import PaddedPixels
+from ..data.pixels import scene_processor as scene_processor
+from ..data.scene_augment import SceneAugmentation, chances
 from ..data.scenes import Scene, empty_scene, read_scene
 from ..data.shape_batches import split_number
+from ..hub.detectors import processed
+from ..hub.pretrained import OBJECTS
+from ..limits import LARGEST_SIDE
 from ..models.boxes import xyxy_to_cxcywh
-from .images import Batch
+from ..models.configuration_detr import TfmDetrConfig
+from .base import Batch
+from .model_fields import check_fields, new_config
 
-PLACEHOLDER = (64, 64)  # height and width of an image that counts for nothing
+PLACEHOLDER = (64, 64)  # height and width of the image of a dummy batch
 
 
-def scene_processor(
-    size: int = 800,
-    max_size: int = 1333,
-    mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
-    std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
-) -> DetrImageProcessor:
-    """The image processor of a new model.
+@dataclass(kw_only=True)
+class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
+    """Training a DETR on images of any size; ``model`` takes, among others, backbone, num_queries, encoder_layers.
 
     Args:
-        size: pixels of the shortest side in evaluation.
-        max_size: limit of the longest side.
-        mean, std: of the channels, of pixels in [0, 1].
-
-    Raises:
-        ValueError: ``size`` is below 1, or above ``max_size``.
+        shortest_side: shortest side of the images in evaluation, in pixels.
+        longest_side: limit of the longest side in evaluation.
+        augmentation: see `SceneAugmentation`.
+        pretrained_backbone: load timm's weights into the backbone of a new model.
+        num_pictures: number of validation images drawn with their predictions at every evaluation, see
+            `PredictionPictures`.
     """
-    if not 1 <= size <= max_size:
-        raise ValueError(f"size must be in [1, max_size = {max_size}], got {size}")
-    edges = {"shortest_edge": size, "longest_edge": max_size}
-    return DetrImageProcessor(size=edges, image_mean=list(mean), image_std=list(std))
+
+    fitting: ClassVar = OBJECTS
+    streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
+
+    shortest_side: int = 800
+    longest_side: int = 1333
+    augmentation: SceneAugmentation = field(default_factory=SceneAugmentation)
+    pretrained_backbone: bool = False
+    num_pictures: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_0="num_pictures",
+            at_least_1="shortest_side longest_side",
+            at_most={"num_pictures": 100, "longest_side": LARGEST_SIDE},
+        )
+        if self.shortest_side > self.longest_side:
+            raise ValueError(
+                f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
+            )
+        check_fields(TfmDetrConfig, self.model, taken=("thing_ids", "num_channels"))
+        if self.model_name_or_path:
+            if self.pretrained_backbone:
+                raise ValueError("model_name_or_path brings its own backbone: give no pretrained_backbone beside it")
+            return
+        config = new_config(TfmDetrConfig, self)
+        if config.backbone_norm == "frozen" and not self.pretrained_backbone:
+            raise ValueError(
+                'model.backbone_norm "frozen" is for weights that are trained already: give pretrained_backbone, '
+                'model_name_or_path, or backbone_norm "batch" or "group"'
+            )
+        if config.backbone_norm == "group" and self.pretrained_backbone:
+            raise ValueError(
+                'pretrained_backbone has batch norms: model.backbone_norm must be "frozen" or "batch", got "group"'
+            )
+
+    @property
+    def divides_steps(self) -> bool:
+        """True if a step has several micro-batches in a process."""
+        return (self.micro_batch_size or self.batch_size) < self.batch_size
 
 
-class PaddedPixels(Scale):
-    """`DetrImageProcessor` in two halves: resizing on the host, in uint8, and the model's scale on the device.
+@dataclass
+class SceneCollator:
+    """Rows of `scene_rows` or `panoptic_rows` -> a batch.
+
+    Objects marked as crowds are no targets, as in the authors' code, but are among the references. An image that
+    cannot be read is left out. A dummy batch, and one of which no image can be read, has a black image without
+    objects. Training images of a `ShapeSampler` are padded to the canvas of their step, so a step is the same however
+    it is divided.
+
+    The batch has
+
+        pixel_values  (B, 3, H, W) uint8, 0 below and to the right of an image
+        pixel_mask    (B, H, W) bool, True for image and False for padding
+        padded        whether there is padding
+        images        number of images that count, B or 0
+        indices       (B,) their rows
+        bad           for `WatchedLoader`
+        labels        for each image class_labels (n,) int64, boxes (n, 4) float32 (cxcywh relative to the unpadded
+                      image), area (n,) float32 in pixels, iscrowd (n,) int64, image_id (1,), orig_size (2,) and size
+                      (2,) int64 (height and width before and after resizing, unpadded), and with ``masks`` masks
+                      (n, H, W) bool
+        references    in evaluation; see `reference`
 
     Args:
-        processor: see `Scale`.
-
-    Raises:
-        ValueError: it does not resize to a shortest and a longest side, or does not pad; and see `Scale`.
+        pixels: resizes images of evaluation.
+        class_ids: class of the model for each category of the rows.
+        masks: targets have masks.
+        training: augment images, as a pure function of (seed, epoch, row).
+        augmentation: of training images; None resizes them as in evaluation.
+        seed: must equal that of the `ShapeSampler`.
     """
 
-    def __init__(self, processor: BaseImageProcessor):
-        super().__init__(processor)
-        self.shortest, self.longest = processor.size.shortest_edge, processor.size.longest_edge
-        if not (processor.do_resize and self.shortest and self.longest):
-            raise ValueError(f"processor must resize to shortest_edge and longest_edge, got size {processor.size}")
-        if not processor.do_pad or processor.pad_size:
-            raise ValueError("processor must pad images to the largest of a batch (do_pad, and no pad_size)")
+    pixels: PaddedPixels
+    class_ids: Sequence[int]
+    masks: bool = False
+    training: bool = False
+    augmentation: SceneAugmentation | None = None
+    seed: int = 0
 
-    def resize(self, scene: Scene) -> Scene:
-        """A scene in the size of evaluation."""
-        height, width = scaled(np.array([scene.size]), self.shortest, self.longest)[0].tolist()
-        return scene.resize(height, width, self.interpolation)
+    def __call__(
+        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
+    ) -> Batch:
+        scenes, sources, references, bad = [], [], [], []
+        canvas = None
+        with seeded() as seed:
+            for example, number in zip(examples, indices, strict=True):
+                if is_dummy:
+                    break
+                row, own_canvas = split_number(number)
+                try:
+                    original = read_scene(example, self.masks)
+                except BadImage as error:
+                    bad.append((number, describe(example[IMAGE], error)))
+                    continue
+                if self.training and self.augmentation is not None:
+                    seed(self.seed, epoch, row)
+                    drawn, canvas = chances(self.seed, epoch, row)[0], own_canvas
+                    scenes.append(self.augmentation(original, drawn, canvas, self.pixels.interpolation))
+                else:
+                    scenes.append(self.pixels.resize(original))
+                sources.append((row, example["image_id"], original.size))
+                if not self.training:
+                    references.append(reference(original, example["image_id"], self.class_ids, self.masks))
+        count = len(scenes)
+        if not scenes:
+            scenes = [empty_scene(PLACEHOLDER)]
+            sources = [(split_number(indices[0])[0], examples[0]["image_id"], PLACEHOLDER)]
+        canvas = canvas or tuple(np.max([scene.size for scene in scenes], axis=0).tolist())
+        pixels, mask = pad_images(scenes, canvas)
+        targets = [self.targets(scene, canvas, *source[1:]) for scene, source in zip(scenes, sources, strict=True)]
+        batch = {"pixel_values": pixels, "pixel_mask": mask, "padded": not bool(mask.all()), "labels": targets}
+        batch |= {"images": count, "indices": torch.tensor([row for row, *_ in sources]), "bad": bad}
+        return batch if self.training else batch | {"references": references}
 
-    def scale_padded(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Images as the model reads them, padding 0.
+    def targets(
+        self, scene: Scene, canvas: tuple[int, int], image_id: int, orig_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Return the ``labels`` of an image."""
+        size = scene.size
+        scene = scene.keep(~scene.iscrowd)
+        sides = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
+        target = {
+            "class_labels": torch.tensor(self.class_ids, dtype=torch.int64)[scene.labels],
+            "boxes": xyxy_to_cxcywh(scene.boxes.as_subclass(Tensor)) / sides,
+            "area": scene.area,
+            "iscrowd": scene.iscrowd.long(),
+            "image_id": torch.tensor([image_id]),
+            "orig_size": torch.tensor(orig_size),
+            "size": torch.tensor(size),
+        }
+        return target | ({"masks": scene.object_masks(canvas)} if self.masks else {})
 
-        Args:
-            pixels: uint8 (B, 3, H, W).
-            mask: (B, H, W) bool, True where there is an image.
 
-        Returns:
-            (B, 3, H, W) float32.
-        """
-        return self.scale(pixels).masked_fill_(~mask[:, None], 0.0)
+@dataclass
+class ProcessorCollator:
+    """Rows of `scene_rows` or `panoptic_rows` -> a batch for the evaluation of any detector.
+
+    The batch has the output of `processed`, the number of ``images``, ``bad`` and ``references``, see `SceneCollator`.
+
+    Args:
+        processor: of the model.
+        class_ids: see `SceneCollator`.
+        takes_mask: the model takes a mask of padding.
+
+    Raises:
+        ValueError: several images are padded, and the model does not take a mask.
+    """
+
+    processor: BaseImageProcessor
+    class_ids: Sequence[int]
+    takes_mask: bool
+
+    def __call__(
+        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
+    ) -> Batch:
+        images, references, bad = [], [], []
+        for example, index in zip(examples, indices, strict=True):
+            try:
+                scene = read_scene(example)
+            except BadImage as error:
+                bad.append((index, describe(example[IMAGE], error)))
+                continue
+            images.append(scene.image.as_subclass(Tensor))
+            references.append(reference(scene, example["image_id"], self.class_ids))
+        batch = processed(self.processor, images) if images else {}
+        if "pixel_mask" in batch and not self.takes_mask:
+            if len(images) > 1:
+                raise ValueError("the model cannot be told which part of an image is padding: give batch_size=1")
+            del batch["pixel_mask"]
+        batch["padded"] = "pixel_mask" in batch
+        return batch | {"images": len(images), "bad": bad, "references": references}
+
+
+def reference(scene: Scene, image_id: int, class_ids: Sequence[int], masks: bool = False) -> dict[str, Any]:
+    """Return the objects of an image as `CocoAP` and `PanopticQuality` take them, in NumPy so that they stay on the
+    host.
+
+    They are image_id, boxes (xyxy in pixels of the original image), labels, area, iscrowd, of a panoptic map also
+    segmentation and segments_info, and if asked for masks.
+    """
+    classes = torch.tensor(class_ids, dtype=torch.int64)[scene.labels]
+    # Copies: a worker moves tensors of the targets to shared memory, which leaves views of them without data.
+    found = {
+        "image_id": image_id,
+        "boxes": scene.boxes.as_subclass(Tensor).numpy().copy(),
+        "labels": classes.numpy(),
+        "area": scene.area.numpy().copy(),
+        "iscrowd": scene.iscrowd.numpy().copy(),
+    }
+    if masks:
+        found["masks"] = scene.object_masks().numpy()
+    if scene.ids is not None:
+        segments = zip(scene.ids.tolist(), classes.tolist(), scene.iscrowd.tolist(), strict=True)
+        found["segmentation"] = scene.masks.as_subclass(Tensor)[0].numpy()
+        found["segments_info"] = [
+            {"id": i, "category_id": category, "iscrowd": crowd} for i, category, crowd in segments
+        ]
+    return found
+
+
+def pad_images(scenes: list[Scene], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pad images with zeros to one size: uint8 (B, 3, H, W), and their mask (B, H, W) bool."""
+    pixels = torch.zeros(len(scenes), 3, *canvas, dtype=torch.uint8)
+    mask = torch.zeros(len(scenes), *canvas, dtype=torch.bool)
+    for i, scene in enumerate(scenes):
+        height, width = scene.size
+        pixels[i, :, :height, :width] = scene.image
+        mask[i, :height, :width] = True
+    return pixels, mask
 
 
 class SceneTask:
@@ -209,14 +390,3 @@ class SceneTask:
                 {"id": i, "category_id": category, "iscrowd": crowd} for i, category, crowd in found
             ]
         return reference
-
-
-def pad_images(scenes: list[Scene], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images on canvases of zeros, uint8 (B, 3, H, W), and where they are, (B, H, W) bool."""
-    pixels = torch.zeros(len(scenes), 3, *canvas, dtype=torch.uint8)
-    mask = torch.zeros(len(scenes), *canvas, dtype=torch.bool)
-    for i, scene in enumerate(scenes):
-        height, width = scene.size
-        pixels[i, :, :height, :width] = scene.image
-        mask[i, :height, :width] = True
-    return pixels, mask

@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 import datasets
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..arguments import ImageBatchArguments
 from ..data import images
@@ -17,7 +16,7 @@ from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 from ..data.files import data_roots
 from ..data.images import WatchedLoader, label_ids
 from ..data.pixels import as_read as as_read
-from ..data.pixels import image_processor, image_size_of
+from ..data.pixels import image_processor, image_size_of, pixel_scale
 from ..data.source import describe_rows, describe_source, gather, load_splits, take_split
 from ..hub.loading import load_config
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
@@ -302,24 +301,8 @@ def new_processor(args: ImageRunArguments) -> BaseImageProcessor:
 
 
 def new_scale(args: PictureArguments) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of a new run's pixels: what `model_name_or_path` was trained on unless the knobs say
-    otherwise.
-
-    Raises:
-        ValueError: ``model_name_or_path`` has no image processor, and mean and std are not given.
-    """
-    mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-    if args.model_name_or_path and not (args.mean and args.std):
-        try:
-            earlier = AutoImageProcessor.from_pretrained(
-                args.model_name_or_path, trust_remote_code=args.trust_remote_code
-            )
-        except OSError as error:
-            raise ValueError(
-                f"model_name_or_path {args.model_name_or_path} has no image processor: give mean and std"
-            ) from error
-        mean, std = tuple(earlier.image_mean), tuple(earlier.image_std)
-    return args.mean or mean, args.std or std
+    """Mean and deviation of a new run's pixels."""
+    return pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
 
 
 def image_loader(

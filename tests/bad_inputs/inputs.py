@@ -91,10 +91,9 @@ def save_models(folder: Path) -> None:
     import torch
 
     import hf_tfm
-    from hf_tfm.data.pixels import image_processor
+    from hf_tfm.data.pixels import image_processor, scene_processor
     from hf_tfm.data.text import train_tokenizer
     from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-    from hf_tfm.tasks.scenes import scene_processor
 
     torch.manual_seed(0)
     names = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}

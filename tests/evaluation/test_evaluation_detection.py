@@ -23,9 +23,10 @@ from evaluation_helpers import values
 from hf_tfm import cli
 from hf_tfm.data.detection import fingerprint, scene_rows
 from hf_tfm.data.source import load_splits
-from hf_tfm.evaluation import evaluate, evaluate_detection, lines
-from hf_tfm.evaluation.detection import AP_SCORES, PQ_SCORES
+from hf_tfm.evaluation import evaluate, lines
 from hf_tfm.metrics import CocoAP, PanopticQuality
+from hf_tfm.tasks.evaluation import evaluate_task
+from hf_tfm.tasks.object_detection import AP_SCORES, PQ_SCORES, DetectionEvaluationArguments, DetectionTask
 
 QUIET = {"progress": False}
 
@@ -255,6 +256,9 @@ def test_options_that_do_not_fit(made, options, message):
 
 def test_a_model_of_another_kind(models, made):
     with pytest.raises(ValueError, match="is a tfm_vit model saved as TfmViTForImageClassification, and no detector"):
-        evaluate_detection(models["tfm"], dataset_name=made["tfm", False]["data"], **QUIET)
+        evaluate_task(
+            DetectionTask,
+            DetectionEvaluationArguments(model=models["tfm"], dataset_name=made["tfm", False]["data"], **QUIET),
+        )
     with pytest.raises(ValueError, match=r"panoptic_categories\.json is missing"):
         evaluate(made["tfm_panoptic", False]["model"], dataset_name=made["tfm_panoptic", False]["data"], **QUIET)

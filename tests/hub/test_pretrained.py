@@ -15,9 +15,9 @@ from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
 from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
-from hf_tfm.tasks import language_modeling, text_model
+from hf_tfm.tasks import detr, language_modeling, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
-from hf_tfm.training import image_run, scene_run
+from hf_tfm.training import image_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
 
@@ -110,7 +110,7 @@ LOADERS = {
     "gpt-untied": lambda folder: language(folder, "causal"),
     "vit": lambda folder: image_run.load_classifier(folder, ["a", "b", "c"], 16),
     "mae": lambda folder: load_autoencoder(folder, {}),
-    "detr": lambda folder: load_to_train(class_of("detr"), folder, scene_run.head_of),
+    "detr": lambda folder: load_to_train(class_of("detr"), folder, detr.head_of),
     "transformer": lambda folder: load_to_train(class_of("transformer"), folder, nothing),
 }
 
@@ -208,7 +208,7 @@ def test_heads_may_be_new(saved):
             num_labels=5,
         )
         assert {"classifier.weight", "classifier.bias"} <= fresh
-    _, fresh = load_to_train(class_of("detr"), str(saved["detr-base"]), scene_run.head_of)
+    _, fresh = load_to_train(class_of("detr"), str(saved["detr-base"]), detr.head_of)
     assert {key.split(".")[0] for key in fresh} == {"class_labels_classifier", "bbox_predictor"}
 
 

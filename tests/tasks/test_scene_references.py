@@ -5,17 +5,18 @@ import numpy as np
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.digit_scenes import digit_scenes
+from hf_tfm.data.pixels import PaddedPixels, scene_processor
 from hf_tfm.data.shape_batches import ShapeSampler
-from hf_tfm.tasks.scenes import SceneTask, scene_processor
+from hf_tfm.tasks.scenes import SceneCollator
 
 
 def test_references_of_workers_are_those_of_this_process():
     """In images that keep their size, targets and references come from the same tensors."""
     rows, _ = scene_rows(digit_scenes(train=12, validation=0, test=0, size=64)["train"])
-    task = SceneTask(scene_processor(64, 96), range(10))
+    collate = SceneCollator(PaddedPixels(scene_processor(64, 96)), range(10))
 
     def references(num_workers: int) -> list[dict]:
-        loader = StepLoader(rows, ShapeSampler(np.full((12, 2), 64), 3), task.collate, num_workers=num_workers)
+        loader = StepLoader(rows, ShapeSampler(np.full((12, 2), 64), 3), collate, num_workers=num_workers)
         return [one for step in loader.epoch(0) for batch in step for one in batch["references"]]
 
     own, theirs = references(0), references(2)

@@ -1,6 +1,7 @@
 """Batches of scenes: as transformers' image processor makes them, the same however a step is cut."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from hf_tfm.data.digit_scenes import CATEGORIES, digit_scenes
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, decode
 from hf_tfm.data.panoptic import panoptic_rows
+from hf_tfm.data.pixels import PaddedPixels, scene_processor
 from hf_tfm.data.scene_augment import SceneAugmentation
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits
 from hf_tfm.metrics import CocoAP, PanopticQuality
-from hf_tfm.tasks.scenes import SceneTask, scene_processor
+from hf_tfm.tasks.scenes import SceneCollator
 
 COCO128 = Path(__file__).parents[3] / "shared" / "data" / "coco128"
 PROCESSOR = scene_processor(100, 170)
@@ -66,7 +68,14 @@ def segments(source):
 def task_of(rows, augmentation=AUGMENTATION, seed=3, masks=None, processor=PROCESSOR):
     panoptic = "panoptic" in rows[0]
     ids = SHIFT if panoptic else SHIFT[:10]
-    return SceneTask(processor, ids, augmentation, panoptic if masks is None else masks, seed)
+    return collators_of(processor, ids, augmentation, panoptic if masks is None else masks, seed)
+
+
+def collators_of(processor, ids, augmentation=None, masks=False, seed=0):
+    """The collators of evaluation and training."""
+    pixels = PaddedPixels(processor)
+    plain, training = (SceneCollator(pixels, ids, masks, training, augmentation, seed) for training in (False, True))
+    return SimpleNamespace(pixels=pixels, collate=plain, collate_training=training)
 
 
 def training_loader(task, rows, micro=None, rank=0, world_size=1, num_workers=0, seed=3):
@@ -138,7 +147,7 @@ def test_boxes_and_masks_of_segments_are_the_processor_s(segments, tmp_path):
 def test_photographs_in_the_paper_s_size():
     rows, _ = scene_rows(load_splits(str(COCO128))["validation"].select(range(3)))
     processor = scene_processor()
-    task = SceneTask(processor, range(80))
+    task = collators_of(processor, range(80))
     batch = task.collate([rows[i] for i in range(3)], [0, 1, 2], epoch=0)
     theirs = processor([decode(row["image"]) for row in rows], return_tensors="pt")
     assert torch.equal(batch["pixel_mask"], theirs["pixel_mask"].bool())
@@ -314,7 +323,7 @@ def test_an_empty_batch_counts_for_nothing(request, kind, bad):
     task = task_of(rows)
     rows = [{**row, "image": b"no image"} for row in rows] if bad else rows
     for collate in (task.collate, task.collate_training):
-        batch = collate(rows, [0, 1], epoch=0, hidden=not bad)
+        batch = collate(rows, [0, 1], epoch=0, is_dummy=not bad)
         assert batch["images"] == 0 and len(batch["bad"]) == (2 if bad else 0)
         assert batch["pixel_values"].shape == (1, 3, 64, 64) and not batch["pixel_values"].any()
         assert batch["pixel_mask"].all()  # attention over nothing would not be finite
@@ -336,14 +345,14 @@ def test_a_batch_with_an_image_without_objects(objects):
 def test_classes_go_by_name(source):
     rows, _ = scene_rows(source)
     names = [str(digit) for digit in range(9, -1, -1)]
-    task = SceneTask(PROCESSOR, category_ids(rows, names))
+    task = collators_of(PROCESSOR, category_ids(rows, names))
     label = task.collate([rows[0]], [0], epoch=0)["labels"][0]
     assert label["class_labels"].tolist() == [9 - o["category"] for o in rows[0]["objects"]]
 
 
 def test_masks_of_objects(source):
     rows, _ = scene_rows(source, masks=True)
-    task = SceneTask(PROCESSOR, range(10), AUGMENTATION, masks=True, seed=3)
+    task = collators_of(PROCESSOR, range(10), AUGMENTATION, masks=True, seed=3)
     batch = task.collate([rows[i] for i in range(4)], list(range(4)), epoch=0)
     for label, reference in zip(batch["labels"], batch["references"], strict=True):
         assert label["masks"].shape == (len(label["boxes"]), 100, 100) and label["masks"].dtype == torch.bool
@@ -364,10 +373,10 @@ def test_a_processor_comes_back_from_its_folder(tmp_path):
     [
         (lambda: scene_processor(0), r"size must be in \[1, max_size = 1333\], got 0"),
         (lambda: scene_processor(800, 700), r"size must be in \[1, max_size = 700\], got 800"),
-        (lambda: SceneTask(ViTImageProcessor(), [0]), "processor must resize to shortest_edge and longest_edge"),
-        (lambda: SceneTask(DetrImageProcessor(do_pad=False), [0]), "processor must pad images"),
-        (lambda: SceneTask(DetrImageProcessor(do_resize=False), [0]), "processor must resize to shortest_edge"),
-        (lambda: SceneTask(object(), [0]), "processor must be one of transformers' torchvision ones, got object"),
+        (lambda: collators_of(ViTImageProcessor(), [0]), "processor must resize to shortest_edge and longest_edge"),
+        (lambda: collators_of(DetrImageProcessor(do_pad=False), [0]), "processor must pad images"),
+        (lambda: collators_of(DetrImageProcessor(do_resize=False), [0]), "processor must resize to shortest_edge"),
+        (lambda: collators_of(object(), [0]), "processor must be one of transformers' torchvision ones, got object"),
     ],
 )
 def test_errors(make, message):

@@ -25,10 +25,9 @@ from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.panoptic import panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits
 from hf_tfm.hub.detectors import load_detector
-from hf_tfm.tasks.detection import DetectionTask
-from hf_tfm.training import scene_pictures
-from hf_tfm.training.scene_pictures import PredictionPictures
-from hf_tfm.viz import NamedImage, detect
+from hf_tfm.tasks.object_detection import DetectionTask
+from hf_tfm.tasks.panoptic_segmentation import PanopticTask
+from hf_tfm.viz import NamedImage, detect, predictions
 
 
 @pytest.fixture(autouse=True)
@@ -55,22 +54,23 @@ def boxes(tmp_path_factory):
     return *load_detector(model), rows, references
 
 
-def make(boxes, folder, accelerator=None, **options):
+def make(boxes, folder, accelerator=None, count=8, task_class=DetectionTask):
     model, processor, rows, _ = boxes
-    task = DetectionTask(model.config, processor, range(len(NAMES)))
-    return PredictionPictures(accelerator or Accelerator(cpu=True), task, rows, folder, **options)
+    task = task_class.for_model(model, processor)
+    task.accelerator, task.splits = accelerator or Accelerator(cpu=True), {"test": rows}
+    return task.prediction_pictures("test", folder, count)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels of every picture."""
-    seen, gallery = [], scene_pictures.gallery
+    seen, gallery = [], predictions.gallery
 
     def record(panels, *args, **options):
         seen.append(gallery(panels, *args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(scene_pictures, "gallery", record)
+    monkeypatch.setattr(predictions, "gallery", record)
     return seen
 
 
@@ -123,8 +123,7 @@ def test_segments_stand_below_the_true_ones(drawn, tmp_path):
     rows = panoptic_rows(load_splits(data)["test"], categories)
     there = [i for i, reference in enumerate(references) if reference["segments_info"]]
     assert len(rows) == len(there) > 4
-    task = DetectionTask(model.config, processor, range(len(NAMES)), masks=True)
-    PredictionPictures(Accelerator(cpu=True), task, rows, tmp_path)(model, 1)
+    make((model, processor, rows, None), tmp_path, task_class=PanopticTask)(model, 1)
     axes = drawn[0].axes
     rest = len(there) - 4
     truth, found = axes[:4] + axes[8 : 8 + rest], axes[4:8] + axes[8 + rest :]

@@ -1,0 +1,458 @@
+"""Object detection with DETR (Carion et al. 2020, arXiv:2005.12872), and the evaluation of any detector.
+
+rows -> images of one shape, padded, and their objects -> predictions of all decoder layers -> Hungarian matching
+-> sums of class, box and mask losses -> COCO average precision, and panoptic quality of models with masks
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.utils import ModelOutput
+
+from ..arguments import Arguments, EvaluationArguments, ImageDataArguments
+from ..data.batching import StepLoader
+from ..data.box_checks import BoxFormat
+from ..data.categories import Category
+from ..data.detection import category_ids, check_order, class_names, fingerprint, scene_rows
+from ..data.files import data_roots
+from ..data.images import IMAGE, BadImage, WatchedLoader, decode
+from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
+from ..data.pixels import PaddedPixels, pixel_scale, scene_processor
+from ..data.scenes import require_scenes
+from ..data.shape_batches import ShapeSampler
+from ..hub.detectors import classes, detections, has_masks, is_detector, load_detector, panoptic_maps, takes_mask
+from ..hub.loading import load_config
+from ..metrics import CocoAP, PanopticQuality
+from ..metrics.streaming import StreamingMetric
+from ..models.modeling_detr import TfmDetrForObjectDetection
+from ..models.set_loss import normalizers
+from .base import Batch, Collator, Scores, Task, mean, widest_float
+from .detr import build_detr, warn_of_batch_norm
+from .labels import match_categories
+from .loaders import placement
+from .model_fields import label_fields
+from .scenes import ProcessorCollator, SceneArguments, SceneCollator
+from .splits import load_rows
+
+# Names of the loss terms, and those that the model gives them.
+TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
+MASK_TERMS = {"mask": "loss_mask", "dice": "loss_dice"}
+AP_SCORES = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+PQ_SCORES = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")
+# Scores of a run; one without objects of its kind is NaN, and is left out.
+RUN_SCORES = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"),
+    *("PQ", "SQ", "RQ", "PQ_th", "PQ_st"),
+)
+LOWEST_SCORE = 0.05  # of a detection in the file of predictions
+
+
+@dataclass(kw_only=True)
+class BoxArguments(Arguments):
+    """Boxes of a data set.
+
+    Args:
+        objects_column: list of objects with a box and a category; default, the only column with boxes.
+        box_format: meaning of the four numbers of a box: xywh (left, top, width, height), xyxy (left, top, right,
+            bottom) or cxcywh (centre, width, height).
+        relative_boxes: they are fractions of the image size instead of pixels.
+    """
+
+    objects_column: str | None = None
+    box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    relative_boxes: bool = False
+
+
+@dataclass(kw_only=True)
+class SegmentArguments(Arguments):
+    """Panoptic maps of a data set.
+
+    Args:
+        panoptic_column: PNGs whose colours are segment ids, R + 256 G + 65536 B.
+        segments_column: list of the segments of each.
+    """
+
+    panoptic_column: str = PANOPTIC
+    segments_column: str = SEGMENTS
+
+
+@dataclass(kw_only=True)
+class DetectionArguments(BoxArguments, SceneArguments):
+    """Arguments of detection training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metric_for_best_model not in ("loss", "AP", "AP50"):
+            raise ValueError(
+                f'metric_for_best_model must be "loss", "AP" or "AP50", got "{self.metric_for_best_model}"'
+            )
+
+
+@dataclass(kw_only=True)
+class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageDataArguments, EvaluationArguments):
+    """Scoring a detector, of this package or of another library.
+
+    Args:
+        match_labels: match categories to the model's classes by name or by number. A model without class names
+            (LABEL_0 and so on) is matched by number.
+        segments: score panoptic maps too. The data set then needs the columns panoptic and segments_info, and has to
+            say which categories are things; boxes are those of all segments, as in training. Default: if the model has
+            masks.
+        batch_size: images in a batch.
+        dataloader_num_workers: processes that read images.
+    """
+
+    match_labels: Literal["name", "number"] = "name"
+    segments: bool | None = None
+    batch_size: int = 8
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_0="dataloader_num_workers",
+            at_least_1="batch_size",
+            at_most={"batch_size": 2**16, "dataloader_num_workers": 256},
+        )
+
+
+class DetectionTask(Task):
+    """The loss over matched pairs of queries and objects.
+
+    In an evaluation, a model of any library reads the images as its own processor prepares them, and the panoptic
+    quality of a model with masks is computed, too.
+
+    Attributes:
+        categories: of panoptic maps; None if the objects are boxes.
+        pictures: draws predictions during training; None before it does.
+    """
+
+    Arguments = DetectionArguments
+    EvaluationArguments = DetectionEvaluationArguments
+    kind, sample = "detectors", "images"
+    item, term = "images", "image"
+    processor_class = AutoImageProcessor
+    described_columns = ("image_column", "objects_column")
+    model_class: type[PreTrainedModel] = TfmDetrForObjectDetection
+
+    def __init__(self, args: Any, accelerator: Accelerator | None):
+        super().__init__(args, accelerator)
+        self.categories: Sequence[Category] | None = None
+        self.pictures: Callable[[nn.Module, int], Path | None] | None = None
+
+    @property
+    def masks(self) -> bool:
+        """True if masks are trained or scored."""
+        return self.evaluating and self.categories is not None
+
+    @property
+    def hub_task(self) -> str:
+        """See `Task`."""
+        return "image-segmentation" if self.masks else "object-detection"
+
+    @property
+    def auto_class(self) -> Any:
+        """See `Task`."""
+        return AutoModelForObjectDetection
+
+    @classmethod
+    def accepts(cls, config: PreTrainedConfig) -> bool:
+        """See `Task`."""
+        return is_detector(config)
+
+    # --- data, processor and model
+
+    def load_splits(self) -> dict[str, datasets.Dataset]:
+        """Rows of `scene_rows`, or of `panoptic_rows`, by split.
+
+        Raises:
+            ValueError: the splits have other categories; or see `require_scenes`.
+        """
+        args = self.args
+        if self.reads_segments():
+            self.categories = panoptic_categories(args.dataset_name, args.dataset_revision)
+        rows = load_rows(args, self.read_rows)
+        if not self.evaluating:
+            check_order(rows, args.train_split)
+            for part in rows.values():
+                category_ids(part, class_names(rows[args.train_split]))
+        require_scenes(rows, args.max_bad_images)
+        return rows
+
+    def reads_segments(self) -> bool:
+        """True if the objects are the segments of panoptic maps.
+
+        Raises:
+            ValueError: an evaluation asks for them, and the model has no masks.
+        """
+        if not self.evaluating:
+            return False
+        asked, config = self.args.segments, load_config(self.args.model, **self.args.pretrained)
+        if asked and is_detector(config) and not has_masks(config):
+            saved = ", ".join(config.architectures or ())
+            raise ValueError(f'segments needs a model with masks, and "{self.args.model}" is a {saved}')
+        return has_masks(config) if asked is None else asked
+
+    def read_rows(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """Rows of a data set -> rows of the task."""
+        args = self.args
+        roots = data_roots(args.dataset_name, args.data_files)
+        if self.categories is not None:
+            columns = args.image_column, args.panoptic_column, args.segments_column
+            return panoptic_rows(rows, self.categories, *columns, roots)
+        boxes = BoxFormat(args.box_format, args.relative_boxes)
+        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, roots=roots)[0]
+
+    def fingerprint(self, rows: datasets.Dataset) -> str:
+        """See `Task`."""
+        return fingerprint(rows)
+
+    def build_processor(self) -> Any:
+        """See `Task`."""
+        args = self.args
+        scale = pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
+        return scene_processor(args.shortest_side, args.longest_side, *scale)
+
+    def build_model(self) -> PreTrainedModel:
+        """See `Task`."""
+        args = self.args
+        set_seed(args.seed)
+        model = build_detr(self.model_class, args, self.data_fields())
+        warn_of_batch_norm(model, args.divides_steps or self.accelerator.num_processes > 1)
+        return model
+
+    def data_fields(self) -> dict[str, Any]:
+        """Fields of the model's configuration that the data decides."""
+        return label_fields(class_names(self.splits[self.args.train_split]))
+
+    def load_pretrained(self) -> None:
+        """See `Task`."""
+        self.model, self.processor = load_detector(self.args.model, **self.args.pretrained)
+
+    @cached_property
+    def pixels(self) -> PaddedPixels:
+        """Resizing and scaling of the processor."""
+        return PaddedPixels(self.processor)
+
+    def match_split(self, split: str) -> tuple[str, list[int]]:
+        """Match the categories of a split to the model's classes, see `match_categories`; all are the same without
+        data."""
+        names = classes(self.model.config)
+        if split not in self.splits:
+            return "name", list(range(len(names)))
+        return match_categories(self.splits[split], names, self.args.match_labels if self.evaluating else "name")
+
+    def collator(self, split: str = "", training: bool = False) -> SceneCollator | ProcessorCollator:
+        """See `Task`."""
+        args, (_, ids) = self.args, self.match_split(split)
+        if self.evaluating:
+            return ProcessorCollator(self.processor, ids, takes_mask(self.model))
+        return SceneCollator(PaddedPixels(self.processor), ids, self.masks, training, args.augmentation, args.seed)
+
+    def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> WatchedLoader:
+        """See `Task`."""
+        args, rows = self.args, self.splits[split]
+        sizes = np.stack([rows["height"], rows["width"]], axis=1)
+        options = () if not training else (args.augmentation, args.seed, len(rows) > args.batch_size)
+        sampler = ShapeSampler(sizes, args.batch_size, *options)
+        micro_batch_size = None if self.evaluating else args.micro_batch_size
+        collate = collate or self.collator(split, training)
+        loader = StepLoader(rows, sampler, collate, micro_batch_size, **placement(args, self.accelerator))
+        return WatchedLoader(loader, args.max_bad_images)
+
+    # --- one step
+
+    @property
+    def terms(self) -> dict[str, str]:
+        """Names of the loss terms, and those that the model gives them."""
+        return TERMS | (MASK_TERMS if self.masks else {})
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Images, and the divisor of each term: the total weight of the queries, or the number of objects."""
+        labels = batch["labels"] if batch["images"] else []
+        config, counts = self.model.config, [len(label["class_labels"]) for label in labels]
+        items = normalizers(counts, config.num_queries, config.eos_coefficient)
+        return {"image": batch["images"], **{term: items[name] for term, name in self.terms.items()}}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """See `Task`; ``pixel_mask`` is given if there is padding."""
+        pixels, mask = batch["pixel_values"], batch.get("pixel_mask")
+        if not self.evaluating:
+            pixels = self.pixels.scale_padded(pixels, mask)
+        return {"pixel_values": pixels} | ({"pixel_mask": mask} if batch["padded"] else {})
+
+    def targets(self, batch: Batch) -> dict[str, Any]:
+        """See `Task`; a dummy batch has none."""
+        return {"labels": batch["labels"]} if batch["images"] else {}
+
+    def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+        """Sums over all decoder layers; those of a dummy batch are 0."""
+        if "loss_sums" not in output:
+            nothing = sum(0.0 * value.float().sum() for value in output.values() if isinstance(value, Tensor))
+            return dict.fromkeys(self.terms, nothing)
+        return {term: output.loss_sums[name] for term, name in self.terms.items()}
+
+    # --- scores
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """See `Task`."""
+        return ("loss", *self.terms, "AP", "AP50", *(("PQ",) if self.masks else ()))
+
+    @property
+    def reported_metrics(self) -> tuple[str, ...]:
+        """See `Task`."""
+        return (*AP_SCORES, *PQ_SCORES) if self.evaluating else RUN_SCORES
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, split: str, metrics: Collection[str] | None = None) -> Scores:
+        """COCO's average precision, panoptic quality of a model with masks, and if asked for the mean losses.
+
+        Each rank predicts its share; memory does not grow with the number of pixels.
+        """
+        names, (matched, ids) = classes(model.config), self.match_split(split)
+        scored: list[StreamingMetric] = [CocoAP(class_names=names)]
+        if self.masks:
+            scored.append(PanopticQuality(class_names=names, thing_ids=self.thing_ids(ids)))
+        with_losses, wide = metrics is not None and "loss" in metrics, widest_float(self.accelerator.device)
+        totals: dict[str, Tensor] = {}
+        predictions: list[dict[str, Any]] = []
+        loader, training = self.evaluation_loader(split), model.training
+        show = self.evaluating and self.args.progress
+        model.eval()
+        for step in tqdm(loader.epoch(0), total=loader.steps_per_epoch(), unit="batch", disable=not show):
+            for batch in step:
+                if self.evaluating and not batch["images"]:
+                    continue
+                references = batch.pop("references")
+                batch = send_to_device(batch, self.accelerator.device)
+                # Sharded models exchange weights in every forward pass: a rank with a dummy batch takes part.
+                output = model(**self.inputs(batch), **(self.targets(batch) if with_losses else {}))
+                if with_losses:
+                    counts = self.count(batch)
+                    for term, total in self.output_losses(output, None, batch).items():
+                        pair = torch.stack([total.to(wide), total.new_tensor(counts[term], dtype=wide)])
+                        totals[term] = totals.get(term, 0) + pair
+                if not batch["images"]:
+                    continue
+                found = detections(self.processor, output, batch)
+                scored[0].add_batch(predictions=found, references=references)
+                if self.masks:
+                    maps = panoptic_maps(self.processor, output, batch)
+                    scored[1].add_batch(predictions=maps, references=references)
+                if self.evaluating:
+                    predictions += [
+                        {"image_id": reference["image_id"], "objects": listed(objects, names)}
+                        for reference, objects in zip(references, found, strict=True)
+                    ]
+        model.train(training)
+        results = []
+        for metric in scored:
+            if self.accelerator.num_processes > 1:
+                metric.merge(gather_object([metric.state()]))
+            results.append(metric.compute())
+        means = {term: mean(*pair).item() for term, pair in self.accelerator.reduce(totals).items()}
+        values = {"loss": sum(means.values()), **means} if with_losses else {}
+        for result in results:
+            values |= {name: result[name] for name in (*AP_SCORES, *PQ_SCORES) if name in result}
+        kept = metrics or ()  # a score that is asked for is given even if it is NaN
+        return Scores(
+            {name: value for name, value in values.items() if name in kept or not np.isnan(value)},
+            samples=results[0]["images"],
+            details={
+                "per_class": scores_by_class(results, names),
+                "left_out": {"unreadable": len(loader.bad)},
+                "match_labels": matched,
+            },
+            listing={"unreadable": loader.bad, "predictions": predictions},
+        )
+
+    def thing_ids(self, class_ids: Sequence[int]) -> list[int]:
+        """Classes of the model that are things.
+
+        Args:
+            class_ids: class of each category.
+        """
+        if self.categories is None:
+            return self.model.config.thing_ids
+        return [i for i, category in zip(class_ids, self.categories, strict=True) if category.isthing]
+
+    def show(self, module: nn.Module, step: int) -> None:
+        """Draw predictions of a few validation images, see `PredictionPictures`."""
+        if self.pictures is None:
+            self.pictures = self.prediction_pictures(
+                self.validation_split, self.args.output_dir, self.args.num_pictures
+            )
+        self.pictures(module, step)
+
+    def prediction_pictures(
+        self, split: str, output_dir: str | Path, count: int
+    ) -> Callable[[nn.Module, int], Path | None]:
+        """Pictures of the same images of a split, evenly spread; images that cannot be read are left out.
+
+        Args:
+            output_dir: of the run.
+            count: number of images.
+        """
+        from ..viz.predictions import PredictionPictures
+
+        rows, collate, images = self.splits[split], self.collator(split), []
+        for index in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int)).tolist():
+            row = rows[index]
+            try:
+                image = decode(row[IMAGE]).permute(1, 2, 0).numpy().astype(np.float32) / 255
+            except BadImage:
+                continue
+            batch = collate([row], [index], epoch=0)
+            if batch["images"]:
+                images.append((image, batch))
+
+        def predict(model: nn.Module, batch: Batch) -> ModelOutput:
+            return model(**self.inputs(batch))
+
+        return PredictionPictures(self.accelerator, self.processor, predict, images, self.masks, output_dir)
+
+    # --- hooks of distillation
+
+    @property
+    def main_metric(self) -> str:
+        """See `Task`."""
+        return "AP"
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """See `Task`."""
+        return {"pixel_values": torch.zeros(1, 3, self.args.shortest_side, self.args.shortest_side)}
+
+
+def listed(found: Mapping[str, Tensor], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the detections of an image in COCO's form, the best first, without those below `LOWEST_SCORE`."""
+    scores, order = found["scores"].sort(descending=True)
+    order = order[scores >= LOWEST_SCORE]
+    corners = found["boxes"][order]
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+    columns = (found["labels"][order].tolist(), boxes.tolist(), scores[: len(order)].tolist())
+    return [
+        {"category": names[label], "bbox": [round(side, 2) for side in box], "score": round(score, 5)}
+        for label, box, score in zip(*columns, strict=True)
+    ]
+
+
+def scores_by_class(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the scores of each class that has any, {class: {score: value}}, without NaN."""
+    found = {name: {k: v for result in results for k, v in result["per_class"][name].items()} for name in names}
+    known = {name: {k: v for k, v in scores.items() if not np.isnan(v)} for name, scores in found.items()}
+    return {name: scores for name, scores in known.items() if scores}
