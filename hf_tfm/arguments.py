@@ -89,7 +89,7 @@ class Arguments:
 
 @dataclass(kw_only=True)
 class DatasetArguments(Arguments):
-    """Which data set to read.
+    """The data set.
 
     Args:
         dataset_name: what `datasets.load_dataset` takes: a Hub id, a local folder or file, or the name of a format
@@ -112,7 +112,7 @@ class DatasetArguments(Arguments):
 
 @dataclass(kw_only=True)
 class SplitArguments(Arguments):
-    """Which splits to train on, to validate on, and to score.
+    """Splits of the data set: to train on, to validate on, and to score.
 
     Args:
         train_split: training data.
@@ -233,7 +233,7 @@ class EvaluationArguments(DatasetArguments):
 
 @dataclass(kw_only=True)
 class TrainingArguments(Arguments):
-    """How to train.
+    """Training.
 
     Args:
         output_dir: folder for the model, its card, checkpoints and logs.
@@ -241,7 +241,7 @@ class TrainingArguments(Arguments):
             ones is resumed.
         trust_remote_code: run the code in the repository of a model or tokenizer named by another argument; otherwise
             such a model is refused.
-        seed: of weights, data order, augmentation, dropout and masks.
+        seed: seed of weights, data order, augmentation, dropout and masks.
         num_train_epochs: passes over the training data; or set max_steps.
         max_steps: optimizer steps; requires num_train_epochs to be null.
         dataloader_num_workers: worker processes per training process that prepare batches.
@@ -255,8 +255,9 @@ class TrainingArguments(Arguments):
         warmup_steps: steps of linear warm-up; default, the smaller of 1,000 and a tenth of the run.
         adam_betas: decay rates of Adam's two moments.
         adam_epsilon: term added to the denominator of Adam.
-        momentum: of sgd.
-        weight_decay: of weight matrices; biases, norms, position embeddings and single tokens are not decayed.
+        momentum: momentum of sgd.
+        weight_decay: weight decay of weight matrices; biases, norms, position embeddings and single tokens are not
+            decayed.
         max_grad_norm: clip the gradient to this norm; 0 disables clipping.
         mixed_precision: no (float32), or bf16 or fp16 autocast.
         gradient_checkpointing: recompute activations in the backward pass to save memory.

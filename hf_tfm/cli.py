@@ -1,8 +1,9 @@
-"""Command line: hf-tfm run | evaluate | convert | push | show | doctor | quickstart.
+"""Train, evaluate, convert, publish and visualise Transformers.
 
 hf-tfm COMMAND --help lists the options of a command.
 """
 
+import argparse
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -134,8 +135,8 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "doctor": {"data": (doctor_data, "dataset"), "detection": (doctor_detection, "argv")},
         "quickstart": (quickstart,),
     }
-    description = f"{__doc__.split(chr(10))[0]} {DEBUG_HELP}."
-    parser = OptionParser(prog="hf-tfm", description=description, allow_abbrev=False)
+    description = f"{' '.join(__doc__.split())} {DEBUG_HELP}."
+    parser = OptionParser(prog="hf-tfm", description=description)
     functions = add_commands(parser, commands, kinds={evaluate: KINDS})
     values = parser.parse_args(argv, defaults=False)  # functions have their own defaults
     path = [values.command]
@@ -196,23 +197,26 @@ def add_commands(
     group = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, entry in commands.items():
         if isinstance(entry, dict):
-            sub = OptionParser(description=f"{name}: {', '.join(entry)}", allow_abbrev=False)
+            sub = OptionParser(description=f"{name}: {', '.join(entry)}")
             group.add_subcommand(name, sub, help=sub.description)
             functions |= add_commands(sub, entry, (*path, name), kinds)
         else:
             function, *positional = entry
             document = docstring_parser.parse(function.__doc__)
             about = {argument.arg_name: argument.description for argument in document.params}
-            sub = OptionParser(description=document.short_description, allow_abbrev=False)
             parameters = inspect.signature(function).parameters
+            usage, sub = ["hf-tfm", *path, name], OptionParser(description=document.short_description)
             for argument in positional:
-                many = {"nargs": "+"} if parameters[argument].annotation == list[str] else {}
-                optional = {} if parameters[argument].default is inspect.Parameter.empty else {"nargs": "?"}
-                sub.add_argument(argument, type=str, help=about[argument], **many, **optional)
+                is_list = parameters[argument].annotation == list[str]
+                optional = parameters[argument].default is not inspect.Parameter.empty
+                how = {"nargs": "+" if is_list else "?"} if is_list or optional else {}
+                sub.add_argument(argument, type=str, help=about[argument], **how)
+                usage.append(f"[{argument.upper()}]" if optional else argument.upper() + " ..." * is_list)
+            sub.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
             if function in (kinds or {}):
                 add_options_of_kinds(sub, kinds[function], set(positional))
             else:
-                sub.add_function_arguments(function, skip=set(positional), fail_untyped=True)
+                add_options(sub, function, set(positional))
             group.add_subcommand(name, sub, help=sub.description)
             functions[(*path, name)] = function
     return functions
@@ -222,22 +226,36 @@ def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], sk
     """Add the options of several functions to a parser, grouped by the functions that have them.
 
     Args:
-        kinds: functions by name; the help of an option comes from the first function that has it.
+        kinds: functions by name; if the help of an option differs between them, all versions are shown.
         skip: arguments to leave out.
     """
-    takers: dict[str, list[str]] = {}
+    options: dict[str, dict[str, argparse.Action]] = {}  # by name and kind
     for kind, function in kinds.items():
-        for name in inspect.signature(callable_of(function)).parameters:
-            takers.setdefault(name, []).append(kind)
+        own = OptionParser()
+        add_options(own, callable_of(function), skip)
+        for action in own._actions:
+            if action.dest in inspect.signature(callable_of(function)).parameters:
+                options.setdefault(action.dest, {})[kind] = action
     groups: dict[str, set[str]] = {}
-    for name, kind in takers.items():
-        groups.setdefault("all models" if len(kind) == len(kinds) else enumerated(kind), set()).add(name)
+    for name, own in options.items():
+        groups.setdefault("all models" if len(own) == len(kinds) else enumerated(list(own)), set()).add(name)
     for title, names in groups.items():
-        function = callable_of(kinds[takers[next(iter(names))][0]])
-        others = set(inspect.signature(function).parameters) - names
-        group = parser.add_argument_group(title)
-        add = group.add_class_arguments if isinstance(function, type) else group.add_function_arguments
-        add(function, as_group=False, skip=others | skip, fail_untyped=True)
+        function = callable_of(kinds[next(iter(options[next(iter(names))]))])
+        add_options(parser.add_argument_group(title), function, skip | options.keys() - names)
+    for action in parser._actions:
+        versions: dict[str, list[str]] = {}
+        for kind, version in options.get(action.dest, {}).items():
+            versions.setdefault(version.help or "", []).append(kind)
+        if len(versions) > 1:
+            action.help = "; ".join(f"{enumerated(own)}: {text.rstrip('.')}" for text, own in versions.items())
+            if len({str(version.default) for version in options[action.dest].values()}) > 1:
+                action.default = None
+
+
+def add_options(group: Any, function: Callable, skip: set[str]) -> None:
+    """Add the parameters of a function or argument class to a group of options."""
+    add = group.add_class_arguments if isinstance(function, type) else group.add_function_arguments
+    add(function, as_group=False, skip=skip & inspect.signature(function).parameters.keys(), fail_untyped=True)
 
 
 def callable_of(kind: Any) -> Callable:

@@ -85,7 +85,7 @@ def count_values(
     except (RuntimeError, OverflowError) as error:
         if "overflow" not in str(error).lower():
             raise
-        raise TooLarge(f"the model's weights are larger than any memory: {' '.join(str(error).split())}") from error
+        raise TooLarge(f"the size of the model's weights exceeds 64 bits: {' '.join(str(error).split())}") from error
     return tuple(
         first[kind] + sum((many[name] - 1) * (more[name][kind] - first[kind]) for name in many) for kind in (0, 1)
     )
@@ -105,7 +105,7 @@ def new_model(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrained
     needed = parameters * each + buffers * WEIGHT
     if needed > (most := usable_memory()):
         raise TooLarge(
-            f"a model of {parameters:,} parameters needs {gigabytes(needed)} ({each} bytes each), and this "
+            f"a model of {parameters:,} parameters needs {gigabytes(needed)} ({each} bytes per parameter), but this "
             f"machine has {gigabytes(most)}: choose a smaller size, model or vocab_size"
         )
     return build(config)
@@ -123,12 +123,13 @@ def check_saved_size(build: Callable[[PreTrainedConfig], nn.Module], config: Pre
     try:
         needed = WEIGHT * sum(count_values(build, config, reduce=False))
     except TooLarge as error:
-        raise TooLarge("by its config.json its weights are larger than any memory") from error
+        raise TooLarge("according to its config.json, the size of its weights exceeds 64 bits") from error
     except (ImportError, NotImplementedError, RuntimeError, TypeError):
         return
     if needed > (most := usable_memory()):
         raise TooLarge(
-            f"by its config.json its weights take {gigabytes(needed)}, and this machine has {gigabytes(most)}"
+            f"according to its config.json, its weights take {gigabytes(needed)}, but this machine has "
+            f"{gigabytes(most)}"
         )
 
 
@@ -143,6 +144,6 @@ def check_batch_memory(args: ImageBatches, size: Iterable[int]) -> None:
     needed = images * 3 * height * width * 4
     if needed > (most := usable_memory()):
         raise ValueError(
-            f"{images:,} images of {height} x {width} pixels need {gigabytes(needed)}, and this machine has "
+            f"{images:,} images of {height} x {width} pixels need {gigabytes(needed)}, but this machine has "
             f"{gigabytes(most)}: lower image_size, batch_size or micro_batch_size"
         )

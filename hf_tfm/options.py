@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from .command import DEBUG_HELP
 from .values import closest, conform, expected, hints_of, literals, one_line, shown
@@ -76,8 +77,39 @@ class PlainParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
+class OptionHelp(DefaultHelpFormatter):
+    """Help of options: name, type or choices, description, and default if there is one."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        return super()._get_default_metavar_for_optional(action) if hint is None else type_name(hint)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if not name.endswith("+")]  # --NAME+ appends to a list
+        if not names or getattr(action, "_typehint", None) is None:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(names)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "print_config":
+            return "print the options as YAML and exit; =skip_default omits those with their default"
+        is_complete = getattr(action, "_jsonargparse_preexpanded_help", False)
+        if is_complete or getattr(action, "_typehint", None) is None or not action.option_strings:
+            return action.help or ""
+        text, default = action.help or "", action.default
+        if action.required:
+            return f"{text} (required)"
+        if default in (None, argparse.SUPPRESS) or (isinstance(default, (list, dict)) and not default):
+            return text
+        return f"{text} (default: {as_word(default)})".lstrip()
+
+
 class OptionParser(ArgumentParser):
     """jsonargparse parser with one-line errors on standard error, without the usage of forty options."""
+
+    def __init__(self, *args: Any, **options: Any):
+        # Without abbreviations, a misspelled option cannot match another.
+        super().__init__(*args, formatter_class=OptionHelp, allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and ``PROG: MESSAGE``."""
@@ -91,7 +123,7 @@ class OptionParser(ArgumentParser):
         if found := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
             word = found[1].split("=")[0]
             if not word.startswith("-"):
-                return f"{shown(word)} stands where an option, --NAME VALUE, is expected"
+                return f"expected an option, --NAME VALUE, got {shown(word)}"
             known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
             return unknown(word, known)
         if found := re.search(r'Parser key "([^"]+)"', message):
@@ -109,7 +141,7 @@ class OptionParser(ArgumentParser):
             return f"{' and '.join(names)} must be given"
         if found := re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message):
             word, known = found[1].strip("'"), [name.strip("'") for name in found[2].split(", ")]
-            return f"there is no command {shown(word)}; there are {', '.join(known)}{closest(word, known)}"
+            return f"{shown(word)} is not a command; the commands are {', '.join(known)}{closest(word, known)}"
         if found := re.search(r"to be one of \{(.*)\}, but it was not provided", message):
             return f"a command must be given, one of {found[1].replace(',', ', ')}"
         return message
@@ -148,7 +180,7 @@ def load_yaml(text: str, name: str) -> Any:
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ValueError(f"{name}{where}: not YAML: {one_line(reason)}") from error
     except RecursionError as error:
-        raise ValueError(f"{name}: lists and mappings stand inside each other more than {DEEPEST} deep") from error
+        raise ValueError(f"{name}: lists and mappings are nested more than {DEEPEST} levels deep") from error
 
 
 def check_nodes(root: yaml.Node, name: str) -> None:
@@ -160,13 +192,13 @@ def check_nodes(root: yaml.Node, name: str) -> None:
         if node.tag not in PLAIN:
             raise ValueError(f"{name}, line {line}: the tag {shown(node.tag)} is not allowed: write plain values")
         if depth > DEEPEST:
-            raise ValueError(
-                f"{name}, line {line}: lists and mappings stand inside each other more than {DEEPEST} deep"
-            )
+            raise ValueError(f"{name}, line {line}: lists and mappings are nested more than {DEEPEST} levels deep")
         if count > MOST_VALUES:
-            raise ValueError(f"{name}: more than {MOST_VALUES:,} values, with aliases written out")
+            raise ValueError(f"{name}: more than {MOST_VALUES:,} values with aliases expanded")
         if node.tag.endswith(":int") and len(node.value) > MOST_DIGITS:
-            raise ValueError(f"{name}, line {line}: an integer has {len(node.value):,} digits, and 64 bits are read")
+            raise ValueError(
+                f"{name}, line {line}: integers have at most 64 bits, got one of {len(node.value):,} digits"
+            )
         if isinstance(node, yaml.SequenceNode):
             todo += [(item, depth + 1) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
@@ -174,11 +206,11 @@ def check_nodes(root: yaml.Node, name: str) -> None:
             for key, value in node.value:
                 if value.tag.endswith(":int") and len(value.value) > MOST_DIGITS:
                     raise ValueError(
-                        f"{name}, line {line}: {shown(key.value)} must be an integer of 64 bits, got one of "
+                        f"{name}, line {line}: {shown(key.value)} must be a 64-bit integer, got one of "
                         f"{len(value.value):,} digits"
                     )
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise ValueError(f"{name}, line {key.start_mark.line + 1}: {shown(key.value)} stands twice")
+                    raise ValueError(f"{name}, line {key.start_mark.line + 1}: duplicate key {shown(key.value)}")
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
                 todo += [(key, depth + 1), (value, depth + 1)]
 
@@ -191,7 +223,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"--config {path} has {path.stat().st_size:,} bytes, more than any file of options")
+            raise ValueError(f"--config {path} has {path.stat().st_size:,} bytes; the limit is {LARGEST_FILE:,}")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path} is not a text file in UTF-8: {one_line(error)}") from error
@@ -213,9 +245,7 @@ def check_config(path: Path, kind: type) -> None:
     """
     for name, value in read_yaml(path).items():
         if "." in str(name):
-            raise ValueError(
-                f"--config {path}: {shown(name)} must be written as a mapping in a mapping, without a dot"
-            )
+            raise ValueError(f"--config {path}: {shown(name)} must be written as nested mappings, without a dot")
         if (hint := hint_of(kind, str(name))) is None:
             raise ValueError(f"--config {path}: {unknown(str(name), names_of(kind))}")
         try:
@@ -239,7 +269,7 @@ def check_words(words: Sequence[str], kind: type) -> None:
                 return  # help ignores all other arguments
             continue
         if not name.startswith("-"):
-            raise ValueError(f"{shown(word)} stands where an option, --NAME VALUE, is expected")
+            raise ValueError(f"expected an option, --NAME VALUE, got {shown(word)}")
         if word == "--config":
             raise ValueError("--config needs a value, a YAML file or a preset")
         key = name.removeprefix("--").removesuffix("+")
@@ -321,6 +351,43 @@ def hint_of(kind: Any, name: str) -> Any:
     return hint
 
 
+def type_name(hint: Any) -> str:
+    """Return the placeholder of a value in the help: INT, FLOAT, STR, MAPPING, choices, or VALUE for several types."""
+    if choices := literals(hint):
+        return f"{{{','.join(map(str, choices))}}}"
+    hints = [
+        one for one in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if one is not NoneType
+    ]
+    kind = get_origin(hints[0]) or hints[0]
+    return "VALUE" if len(hints) > 1 else "MAPPING" if kind is dict else getattr(kind, "__name__", "value").upper()
+
+
+def as_word(value: Any) -> str:
+    """Return a default as a command line has it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_word, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def groups_of(kind: type) -> dict[str, set[str]]:
+    """Group the options of an argument dataclass by the class that adds them.
+
+    Returns:
+        {first line of the docstring of a class: names}, in the order of inheritance.
+    """
+    groups: dict[type, set[str]] = {base: set() for base in kind.__mro__ if is_dataclass(base)}
+    for one in fields(kind):
+        adds = [
+            base
+            for base in groups
+            if one.name in vars(base).get("__annotations__", ()) and one.name in {own.name for own in fields(base)}
+        ]
+        groups[adds[-1]].add(one.name)
+    return {base.__doc__.strip().split("\n")[0].rstrip("."): names for base, names in groups.items() if names}
+
+
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str | None = None):
     """Parse command-line arguments and YAML to an argument dataclass.
 
@@ -341,11 +408,14 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
         usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
         description=recipe_summary(recipe),
         epilog=DEBUG_HELP,
-        allow_abbrev=False,  # a misspelled option must not match another
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file or a preset's name")
-    parser.add_class_arguments(kind, fail_untyped=True, sub_configs=False)
     presets = recipe.parent / "presets" / recipe.stem
+    known = f", or a preset: {', '.join(preset_names(presets))}" if presets.is_dir() else ""
+    parser.add_argument("--config", action=ActionConfigFile, metavar="NAME", help=f"YAML file of options{known}")
+    for title, own in groups_of(kind).items():
+        others = {one.name for one in fields(kind)} - own
+        group = parser.add_argument_group(title)
+        group.add_class_arguments(kind, as_group=False, skip=others, fail_untyped=True, sub_configs=False)
     configs, words = [], []
     rest = iter(argv)
     try:
@@ -375,11 +445,16 @@ def preset_path(name: str, presets: Path) -> str:
         return name
     file = presets / f"{name}.yaml"
     if not name or not file.is_file():
-        known = sorted(p.stem for p in presets.glob("*.yaml"))
+        known = preset_names(presets)
         raise ValueError(
             f"--config {shown(name)} is neither a file nor a preset; presets: {', '.join(known)}{closest(name, known)}"
         )
     return str(file)
+
+
+def preset_names(presets: Path) -> list[str]:
+    """Return the names of the presets in a folder."""
+    return sorted(path.stem for path in presets.glob("*.yaml"))
 
 
 def recipe_summary(recipe: Path) -> str:

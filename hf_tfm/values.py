@@ -72,7 +72,7 @@ def expected(hint: Any) -> str:
 
 def plural(hint: Any) -> str:
     """Describe the items of a list."""
-    names = {int: "integers", float: "finite numbers", str: "strings", bool: "true or false", Any: "values"}
+    names = {int: "integers", float: "finite numbers", str: "strings", bool: "booleans", Any: "values"}
     return names.get(hint) or f"items, each {expected(hint)}"
 
 
@@ -100,7 +100,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
             return value
         near = closest(value, arguments) if isinstance(value, str) else ""
         if value is False and "no" in arguments:
-            near = "; write it in quotes in YAML, where a bare no is false"
+            near = "; quote it in YAML, where an unquoted no is false"
         raise ValueError(f"{name} must be {expected(hint)}, got {shown(value)}{near}")
     if origin in (list, tuple):
         return conform_items(name, value, hint)
@@ -124,14 +124,16 @@ def conform_to_class(name: str, value: Any, hint: Any) -> Any:
         return value
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-            raise ValueError(f"{name} must be an integer of 64 bits, got {shown(value)}")
+            raise ValueError(f"{name} must be a 64-bit integer, got {shown(value)}")
         return value if type(value) is int else int(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and finite(value):
         return value if type(value) in (int, float) else float(value)
     if hint is str and isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name} must be a string that is not empty or blank, got {shown(value)}")
+        if "\0" in text:
+            raise ValueError(f"{name} must not contain null characters, got {shown(value)}")
         return expanded(name, text) if text[0] == "~" and set(re.split(r"[.\[]", name)) & PATHS else text
     if hint not in (int, float, bool, str, type(None)) and (not isinstance(hint, type) or isinstance(value, hint)):
         return value
@@ -146,7 +148,7 @@ def expanded(name: str, path: str) -> str:
     """
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise ValueError(f'{name} "{path}": there is no user of that name; a path that begins with ~ is "./{path}"')
+        raise ValueError(f'{name} "{path}": there is no such user; write "./{path}" for a path that begins with ~')
     return found
 
 

@@ -403,3 +403,19 @@ def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, refu
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = {"evaluate": ["--dataset_name", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
     assert f'model "{tmp_path}/none" is neither a local folder nor' in refused(*command, tmp_path / "none", *more)
+
+
+def test_help_of_a_recipe_groups_options_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        hf_tfm("run", "text_classification_train", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    titles = [line for line in lines if line and line == line.lstrip() and line.endswith(":")]
+    assert titles[0] == "options:" and titles[-1] == "Training:" and "The data set:" in titles
+    text = " ".join(" ".join(lines).split())
+    assert "--vocab_size INT vocabulary size of the trained tokenizer. (default: 30522)" in text
+    assert "a preset: glue_base, gpt1, quickstart, sst2_small" in text
+    assert "--text_columns+" not in text and "null" not in text.replace("to be null", "")
+    start = lines.index("The data set:")
+    assert lines[start + 1].startswith("  --dataset_name STR")
+    assert text.count("(required)") == 2

@@ -41,8 +41,7 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     """Score a saved model on a split of a data set.
 
     Args:
-        model: folder or Hub id, of ours or of transformers'; its config.json tells the kind. With the option
-            ``tasks``, a classifier for each, see `tasks.glue.evaluate_tasks`.
+        model: folder or Hub id, of this package or of transformers; its config.json decides the kind.
         options: of the function that scores this kind, see `KINDS`.
 
     Returns:

@@ -99,13 +99,13 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         objective: masked tokens (BERT) or next tokens (GPT).
         sequences: packed blocks of running text, rows (one truncated text each), or pairs of segments, which adds next
             sentence prediction.
-        max_length: tokens of a sequence.
+        max_length: maximum number of tokens of a sequence.
         tokenizer: folder or Hub id of a tokenizer; default, one is trained on the training texts: WordPiece for masked
             tokens, byte-pair encoding for next tokens.
         tokenizer_rows: number of training rows that the tokenizer is trained on; default, all.
-        vocab_size: of the trained tokenizer.
+        vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
-        size: of a new model, see TfmBertConfig and TfmGPTConfig.
+        size: size of a new model, see TfmBertConfig and TfmGPTConfig.
     """
 
     streaming: bool = False

@@ -100,7 +100,8 @@ class LabelledTextArguments(DatasetArguments):
     """Texts or text pairs with labels.
 
     Args:
-        dataset_name: see `DatasetArguments`; or "number-parity". "{task}" stands for the name of the GLUE task.
+        dataset_name: what `datasets.load_dataset` takes: a Hub id, a local folder or file, or the name of a format
+            such as "parquet"; or "number-parity", which is generated. "{task}" stands for the name of the GLUE task.
         dataset_config: configuration of the data set; default, the name of the task if the data set is called "glue".
         task: GLUE task, which determines text_columns, classes, metrics and validation splits.
         text_columns: one or two columns, or dotted paths; default, those of the task, or the only text column.
@@ -152,8 +153,8 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
         validation_split: its scores decide which weights are best; default, the first of the task, or "validation".
             MNLI's second one is scored too.
         holdout: number of training rows, drawn at random, that replace validation_split.
-        architecture: of a new model: bert or gpt.
-        size: of a new model, see TfmBertConfig and TfmGPTConfig.
+        architecture: architecture of a new model: bert or gpt.
+        size: size of a new model, see TfmBertConfig and TfmGPTConfig.
         model: configuration fields that differ from those of the size, or of model_name_or_path.
         max_length: longer texts are truncated to this many tokens, the longer text of a pair first.
         batch_size: texts of one optimizer step over all processes, so that a run does not depend on the hardware.
@@ -162,7 +163,8 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
         batch_tokens: padded tokens of one optimizer step over all processes; requires batch_size to be null.
         micro_batch_tokens: padded tokens that one process computes at once, if batch_tokens is set.
         warmup_ratio: fraction of the steps for linear warm-up; requires warmup_steps to be null.
-        metrics: of the scores; default, those of the task, else accuracy, or for regression pearson and spearman.
+        metrics: metrics of all scores; default, those of the task, else accuracy, or pearson and spearman for
+            regression.
         metric_for_best_model: loss or one of the metrics, which selects the best weights and drives early stopping;
             default, the first metric.
     """
@@ -235,7 +237,7 @@ class TextClassificationArguments(TextArguments):
     Args:
         tokenizer: folder or Hub id of a tokenizer; default, one is trained on the training data: WordPiece for bert,
             byte-pair encoding for gpt.
-        vocab_size: of the trained tokenizer.
+        vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
         language_weight: weight of the language-modelling loss on the texts, for decoders (Radford et al. 2018, eq. 5).
     """

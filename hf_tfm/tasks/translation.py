@@ -68,7 +68,7 @@ class PairArguments(Arguments):
 
     Args:
         source_column: column of the source text, a dotted path, or a language in a column "translation".
-        target_column: of the target text.
+        target_column: column of the target text.
     """
 
     source_column: str = "en"
@@ -90,13 +90,13 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
         streaming: stream the training split instead of downloading it; needs max_steps.
         max_length: training pairs with a side of more tokens are dropped; also the limit of translations.
         tokenizer: folder or Hub id of a tokenizer; default, a byte-pair encoding is trained on the training data.
-        vocab_size: of the trained tokenizer.
+        vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
-        size: of a new model, see TfmTransformerConfig.
-        num_beams: of the final translations; 1 is greedy decoding.
+        size: size of a new model, see TfmTransformerConfig.
+        num_beams: beams of the final translations; 1 is greedy decoding.
         length_penalty: exponent of the length by which beam scores are divided.
         iterations: refinement passes of a mask-predict model.
-        metrics: of the final translations.
+        metrics: metrics of the final translations.
     """
 
     fitting: ClassVar = TRANSLATIONS
@@ -148,8 +148,8 @@ class TranslationEvaluationArguments(PairArguments, EvaluationArguments):
 
     Args:
         metrics: bleu, bleu_lowercase, chrf, chrf_lowercase, exact_match.
-        num_beams: default, as saved with the model.
-        length_penalty: default, as saved with the model.
+        num_beams: number of beams; default, as saved with the model.
+        length_penalty: exponent of the length by which beam scores are divided; default, as saved with the model.
         iterations: refinement passes of a mask-predict model.
         batch_tokens: padded source tokens times beams in a batch.
     """

@@ -137,8 +137,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--output_dir ''", got("output_dir", "empty", '""')),
     (VISION, "--output_dir ' '", got("output_dir", "blank", '" "')),
     (VISION, "--output_dir {in}/notes.txt/run", got("output_dir", "lies below", "notes.txt", "a file")),
-    (VISION, "--output_dir ~no-such-user/run", got("output_dir", "~no-such-user/run", "no user")),
-    (VISION, "--dataset_name ~no-such-user/a.csv", got("dataset_name", "~no-such-user/a.csv", "no user")),
+    (VISION, "--output_dir ~no-such-user/run", got("output_dir", "~no-such-user/run", "no such user")),
+    (VISION, "--dataset_name ~no-such-user/a.csv", got("dataset_name", "~no-such-user/a.csv", "no such user")),
     (VISION, "--run_name ''", got("run_name", "empty", '""')),
     (VISION, "--dataset_name ''", got("dataset_name", "empty", '""')),
     (VISION, "--train_split ''", got("train_split", "empty", '""')),
@@ -148,7 +148,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--num_steps 3", r"--num_steps is now called --max_steps"),
     (VISION, "--dataset digits", r"--dataset is now called --dataset_name.*--dataset_config"),
     (VISION, "--per_device_train_batch_size 8", r"--per_device_train_batch_size is not an option: batch_size is .*"),
-    (VISION, "stray", r'"stray" stands where an option'),
+    (VISION, "stray", r'expected an option, --NAME VALUE, got "stray"'),
     (VISION, "--seed", r"--seed needs a value"),
     (VISION, "--config", r"--config needs a value"),
     (VISION, "--config quickstrat", r'--config "quickstrat" is neither .* did you mean quickstart\?'),
@@ -410,7 +410,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("doctor detection --data digit-scenes", "--quick --model /no/where", "/no/where"),
     ("quickstart", "--output_dir ''", got("output_dir", "empty")),
     ("quickstart", "--output_dir {in}/notes.txt/run", got("output_dir", "lies below", "notes.txt", "a file")),
-    ("evaluate ~no-such-user/model", "--dataset_name digits", got("model", "~no-such-user/model", "no user")),
+    ("evaluate ~no-such-user/model", "--dataset_name digits", got("model", "~no-such-user/model", "no such user")),
     ("quickstart", "--output x", r"did you mean --output_dir\?"),
 ]
 
@@ -447,8 +447,8 @@ BOMB = "\n".join(
     ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
 )
 YAML = [
-    yaml_row("duplicate_key", "seed: 1\nlogging_steps: 5\nseed: 2\n", "a.yaml.*line 3.*seed.*twice"),
-    yaml_row("duplicate_nested_key", "model: {patch_size: 4, patch_size: 8}\n", "a.yaml.*patch_size.*twice"),
+    yaml_row("duplicate_key", "seed: 1\nlogging_steps: 5\nseed: 2\n", "a.yaml.*line 3.*duplicate.*seed"),
+    yaml_row("duplicate_nested_key", "model: {patch_size: 4, patch_size: 8}\n", "a.yaml.*duplicate.*patch_size"),
     yaml_row("list", "- seed\n- 1\n", "a.yaml must be a mapping"),
     yaml_row("scalar", "fast", "a.yaml must be a mapping"),
     yaml_row("empty", "", "a.yaml is empty"),

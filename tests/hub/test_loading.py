@@ -102,7 +102,7 @@ def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
     [
         ({"num_labels": 10**9}, "num_labels of its config.json must be at most 1,000,000, got 1,000,000,000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers of its config.json must be at most 10,000"),
-        ({"hidden_size": 10**6, "intermediate_size": 10**6}, "by its config.json its weights take"),
+        ({"hidden_size": 10**6, "intermediate_size": 10**6}, "according to its config.json, its weights take"),
         ({"_attn_implementation": "user/kernel"}, 'names code of the repository "user/kernel", which is not run'),
     ],
 )
