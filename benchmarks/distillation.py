@@ -29,9 +29,9 @@ from hf_tfm.data.language import Texts, text_rows, token_sequences
 from hf_tfm.data.source import load_splits
 from hf_tfm.data.vocabulary import train_wordpiece
 from hf_tfm.distillation.cache import CachedTeacher, write_cache
-from hf_tfm.distillation.facts import facts_of
-from hf_tfm.distillation.plan import plan, signals_of
-from hf_tfm.distillation.student import Distilled, freeze_unused
+from hf_tfm.distillation.model_spec import spec_of
+from hf_tfm.distillation.resolve import resolve_terms, signals_of
+from hf_tfm.distillation.student import StudentWithProjections, freeze_unused
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.distill import DistillationTask
@@ -199,7 +199,7 @@ def steps(
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     teacher.model.to(accelerator.device)
-    lessons = plan(terms, facts_of(TfmBertForMaskedLM(config)), teacher.facts)
+    lessons = resolve_terms(terms, spec_of(TfmBertForMaskedLM(config)), teacher.spec)
     report = write_cache(
         teacher,
         task,
@@ -215,7 +215,7 @@ def steps(
     online = "masked" if name == "distilbert" else "online"
     for kind, source in ((online, teacher), ("cached", CachedTeacher(folder))):
         learning = DistillationTask(task, source, lessons)
-        model = Distilled(TfmBertForMaskedLM(config), lessons)
+        model = StudentWithProjections(TfmBertForMaskedLM(config), lessons)
         args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4)
         freeze_unused(accelerator, learning, model, learning.collate(examples, indices, 0))
         model, optimizer = accelerator.prepare(model.train(), build_optimizer(model, args))

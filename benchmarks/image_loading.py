@@ -23,13 +23,14 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.augment import Augmentation
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import encoded, image_rows
 from hf_tfm.data.pixels import image_processor
 from hf_tfm.data.source import load_splits
-from hf_tfm.tasks.classification import ClassificationTask
+from hf_tfm.tasks.image_classification import ImageClassificationTask
 
 from . import common
 
@@ -74,9 +75,10 @@ def contestants(
         first: the peer's transform in place of the crop of ``augmentation``.
     """
     processor = image_processor(size)
-    task = ClassificationTask(processor, {label: label for label in range(10)}, augmentation)
+    model = TfmViTForImageClassification(TfmViTConfig.of_size("tiny", image_size=size, num_labels=10))
+    task = ImageClassificationTask.for_model(model, processor, augmentation=augmentation)
     sampler = BatchSampler(len(rows), batch_size, drop_last=True)
-    loader = StepLoader(rows, sampler, task.collate_training, num_workers=num_workers)
+    loader = StepLoader(rows, sampler, task.collator(training=True), num_workers=num_workers)
     transform = transforms.Compose(
         [
             first,

@@ -166,7 +166,9 @@ def show_queries(
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .evaluation.reading import first, read_split
+    from .data.files import data_roots
+    from .data.images import image_rows
+    from .data.source import first, load_splits, take_split
     from .hub.detectors import load_detector
     from .viz import queries as pictures
     from .viz.images import read_image
@@ -186,9 +188,9 @@ def show_queries(
             )
         )
         return
-    rows = first(
-        read_split(dataset_name, split, dataset_config, None, None, image_column, labelled=False), max_samples
-    )
+    rows = take_split(load_splits(dataset_name, dataset_config), split, "split")
+    roots = data_roots(dataset_name, None)
+    rows = first(image_rows(rows, image_column, labelled=False, roots=roots), max_samples)
     boxes = pictures.query_boxes(
         *load_detector(model, trust_remote_code=trust_remote_code), pictures.read_images(rows)
     )

@@ -30,8 +30,8 @@ from hf_tfm.data.pixels import Scale
 from hf_tfm.data.scenes import require_scenes
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits, take_split
-from hf_tfm.distillation.facts import check_processors
-from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.model_spec import check_processors
+from hf_tfm.distillation.student import StudentWithProjections
 from hf_tfm.tasks.base import Loader
 from hf_tfm.tasks.detection import score
 from hf_tfm.tasks.distill import Source
@@ -185,7 +185,7 @@ def work(args: DistillDetectionArguments, run: Run) -> int:
     learning = KnownEpochs(batches, lessons.task.teacher)
     check_teacher(args, lessons, scores_of)
 
-    def score_validation(trained: Distilled) -> dict[str, float]:
+    def score_validation(trained: StudentWithProjections) -> dict[str, float]:
         found = scores_of(trained.student)
         names = ("loss", *own[args.held_out].term_names, "AP", "AP50")
         return {name: found[name] for name in names} | lessons.distance(accelerator, trained, held_out[args.held_out])
@@ -199,7 +199,7 @@ def work(args: DistillDetectionArguments, run: Run) -> int:
         accelerator, own[args.held_out], rows[args.held_out], args.output_dir, args.num_pictures
     )
 
-    def show(trained: Distilled, step: int) -> None:
+    def show(trained: StudentWithProjections, step: int) -> None:
         pictures(trained.student, step)
 
     result = learn(args, run, lessons, learning, score_validation, settle, show)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_tfm.command import run_recipe
-from hf_tfm.distillation.facts import check_tokenizers
+from hf_tfm.distillation.model_spec import check_tokenizers
 from hf_tfm.tasks.language import score
 from hf_tfm.training import evaluate
 from hf_tfm.training.distill_cache import Yardstick, table_of_costs, wrote_cache

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_tfm.command import run_recipe
 from hf_tfm.data.labelled_texts import text_lengths
-from hf_tfm.distillation.facts import check_tokenizers
+from hf_tfm.distillation.model_spec import check_tokenizers
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.tasks.model_fields import check_fields, new_config
 from hf_tfm.tasks.old_text_classification import TextClassificationTask, predict, score

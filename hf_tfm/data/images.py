@@ -27,6 +27,7 @@ import torch
 from datasets import ClassLabel, Image, Value
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
+from tqdm.auto import tqdm
 
 from .batching import COPY
 from .csv_files import separator_hint
@@ -423,15 +424,21 @@ class WatchedLoader:
     Args:
         loader: yields batches with ``bad``, a list of (sample index, reason), which is removed from the batch here.
         max_bad_images: maximum number of images that this process drops.
+        progress: show a progress bar over the steps of an epoch.
 
     `bad` holds the dropped images so far, {sample index: reason}.
     """
 
-    def __init__(self, loader: Any, max_bad_images: int = 10):
+    def __init__(self, loader: Any, max_bad_images: int = 10, progress: bool = False):
         if max_bad_images < 0:
             raise ValueError(f"max_bad_images must be at least 0, got {max_bad_images}")
-        self.loader, self.max_bad_images = loader, max_bad_images
+        self.loader, self.max_bad_images, self.progress = loader, max_bad_images, progress
         self.bad: dict[int, str] = {}
+
+    @property
+    def examples(self) -> Any:
+        """The examples of the loader."""
+        return self.loader.examples
 
     def steps_per_epoch(self, epoch: int = 0) -> int | None:
         """See `StepLoader`."""
@@ -443,7 +450,10 @@ class WatchedLoader:
         Raises:
             ValueError: if more than ``max_bad_images`` images cannot be read.
         """
-        for micro_batches in self.loader.epoch(epoch, start):
+        steps = self.loader.epoch(epoch, start)
+        if self.progress:
+            steps = tqdm(steps, total=self.steps_per_epoch(epoch), unit="batch")
+        for micro_batches in steps:
             for batch in micro_batches:
                 for number, reason in batch.pop("bad"):
                     self.report(number % COPY, reason)

@@ -9,7 +9,7 @@ resumes at the first missing shard.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from ..data.batching import COPY
 from ..writing import explain_write_errors, others, write_text
 from .chunks import Chunks, shard_tensors
-from .facts import Facts
-from .plan import Lesson, signals_of
-from .samples import inputs_hash, join
+from .model_spec import ModelSpec
+from .resolve import ResolvedTerm, signals_of
+from .samples import TrainingSamples, join
 from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, check_shard, differences, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
 from .teacher import Teacher, origin_of, to_dtype
@@ -45,24 +45,47 @@ class CacheReport:
         return self.bytes / self.samples
 
 
+@dataclass(frozen=True)
+class CacheFormat:
+    """Content and form of a cache.
+
+    Args:
+        signals: names, see `signals`; for resolved terms, pass ``signals_of(terms, "teacher")``.
+        epochs: number of epochs with distinct masks and augmentation; training then cycles through them.
+        top_k: number of largest logits stored per row; by default all are stored.
+        dtype: "fp32", "bf16" or "fp16".
+        temperature: temperature of the soft targets that will be trained on the top_k logits.
+        shard_samples: samples per file.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    signals: Sequence[str] = (LOGITS,)
+    epochs: int = 1
+    top_k: int | None = None
+    dtype: str = "bf16"
+    temperature: float = 1.0
+    shard_samples: int = 1024
+
+    def __post_init__(self):
+        for name in ("epochs", "top_k", "shard_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.signals:
+            raise ValueError("signals must name at least one")
+        to_dtype(self.dtype)
+
+
 @torch.no_grad()
 def write_cache(
     teacher: Teacher,
-    task: Any,
-    rows: Sequence[Any],
+    samples: TrainingSamples,
     folder: str | Path,
-    epochs: int = 1,
-    signals: Sequence[str] = (LOGITS,),
-    top_k: int | None = None,
-    dtype: str = "bf16",
-    *,
-    data: str,
+    form: CacheFormat = CacheFormat(),
     name: str | None = None,
-    knobs: Mapping[str, Any] | None = None,
-    temperature: float = 1.0,
-    numbers: Callable[[int], Sequence[int]] | None = None,
     batch_size: int = 64,
-    shard_samples: int = 1024,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
     progress: bool = False,
@@ -70,19 +93,8 @@ def write_cache(
     """Write a teacher's signals for every row and epoch; resume an interrupted write of the same cache.
 
     Args:
-        task: creates batches, see `tasks.distill.Teaching`; images are augmented as in training but not mixed.
-        rows: training data.
-        epochs: number of epochs with distinct masks and augmentation; training then cycles through them.
-        signals: names, see `signals`; for lessons, pass ``signals_of(lessons, "teacher")``.
-        top_k: number of largest logits stored per row; by default all are stored.
-        dtype: "fp32", "bf16" or "fp16".
-        data: fingerprint of the rows.
         name: folder or Hub id of the teacher; identifies the teacher without loading it.
-        knobs: options of the run that determine the model inputs; JSON values.
-        temperature: temperature of the soft targets that will be trained on the top_k logits.
-        numbers: epoch -> sample numbers, if these encode more than the row, as those of a `ShapeSampler` do.
         batch_size: samples per forward pass of the teacher.
-        shard_samples: samples per file.
         accelerator: its processes share the work; None for a single process.
 
     Raises:
@@ -91,23 +103,27 @@ def write_cache(
         WriteError: the folder cannot be written.
     """
     folder = Path(folder)
-    sizes = {"epochs": epochs, "top_k": top_k, "batch_size": batch_size, "shard_samples": shard_samples}
-    check_cacheable(teacher, task, signals, dtype, sizes)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if LOGITS in form.signals and form.top_k is not None and form.top_k >= (teacher.spec.outputs or math.inf):
+        raise ValueError(f"top_k must be below the {teacher.spec.outputs} classes, got {form.top_k}")
+    if teacher.hash is None:
+        raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
     index = CacheIndex(
         teacher=teacher.hash,
-        data=data,
-        preprocessing=inputs_hash(task, rows, epochs),
-        rows=len(rows),
-        epochs=epochs,
-        shard_samples=shard_samples,
-        signals=sorted(signals),
-        dtype=dtype,
-        top_k=top_k,
-        temperature=temperature,
-        facts=teacher.facts.to_json(),
+        data=samples.data,
+        preprocessing=samples.hash(form.epochs),
+        rows=len(samples.rows),
+        epochs=form.epochs,
+        shard_samples=form.shard_samples,
+        signals=sorted(form.signals),
+        dtype=form.dtype,
+        top_k=form.top_k,
+        temperature=form.temperature,
+        facts=teacher.spec.to_json(),
         name=name,
         origin=None if name is None else origin_of(name),
-        knobs=dict(knobs or {}),
+        knobs=dict(samples.options),
         teacher_dtype=teacher.dtype,
     )
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -119,30 +135,12 @@ def write_cache(
     for shard in tqdm(range(rank, index.shards, world_size), "cache", disable=not progress):
         path = shard_path(folder, shard)
         if not path.is_file():
-            chunks = Chunks(task, rows, index.places(shard), numbers, batch_size)
-            save_shard(path, shard_tensors(teacher, task, chunks, index, num_workers))
+            chunks = Chunks(samples, index.places(shard), batch_size)
+            save_shard(path, shard_tensors(teacher, chunks, index, num_workers))
     if accelerator:
         accelerator.wait_for_everyone()
     written = sum(path.stat().st_size for path in (folder / SHARDS).glob("*.safetensors"))
     return CacheReport(index.rows * index.epochs, written)
-
-
-def check_cacheable(
-    teacher: Teacher, task: Any, signals: Sequence[str], dtype: str, sizes: dict[str, int | None]
-) -> None:
-    """Validate the arguments of `write_cache`."""
-    if getattr(task, "mixing", None) is not None:
-        raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if LOGITS in signals and sizes["top_k"] is not None and sizes["top_k"] >= (teacher.facts.outputs or math.inf):
-        raise ValueError(f"top_k must be below the {teacher.facts.outputs} classes, got {sizes['top_k']}")
-    if teacher.hash is None:
-        raise ValueError("a teacher whose weights are not all in memory has no hash, which a cache needs")
-    if not signals:
-        raise ValueError("signals must name at least one")
-    to_dtype(dtype)
 
 
 def begin(folder: Path, index: CacheIndex) -> None:
@@ -165,29 +163,29 @@ def begin(folder: Path, index: CacheIndex) -> None:
     write_text(folder / INDEX_FILE, json.dumps(asdict(index), indent=2) + "\n")
 
 
-def differs(held: CacheIndex, knob: str, now: Any) -> bool:
+def differs(held: CacheIndex, option: str, now: Any) -> bool:
     """Return True if the cache was written with another value of an option; unrecorded options do not count."""
-    return knob in held.knobs and held.knobs[knob] != now
+    return option in held.knobs and held.knobs[option] != now
 
 
-def check_top_k(lessons: Sequence[Lesson], top_k: int | None, temperature: float, cache: str) -> None:
-    """Refuse lessons that cannot be computed from the top_k logits of a cache, when writing or reading it.
+def check_top_k(terms: Sequence[ResolvedTerm], top_k: int | None, temperature: float, cache: str) -> None:
+    """Refuse terms that cannot be computed from the top_k logits of a cache, when writing or reading it.
 
     Args:
         temperature: temperature at which the remaining logits were summed.
         cache: name of the cache, for the error.
 
     Raises:
-        ValueError: names the lesson.
+        ValueError: names the term.
     """
-    for lesson in lessons:
-        if top_k is None or LOGITS not in signals_of([lesson], "teacher"):
+    for term in terms:
+        if top_k is None or LOGITS not in signals_of([term], "teacher"):
             continue
-        if lesson.kind.top is None:
-            raise ValueError(f"term {lesson.name} needs all logits, {cache} has top_k={top_k}")
-        if lesson.kind.temperature and lesson.term.temperature != temperature:
+        if term.kind.top is None:
+            raise ValueError(f"term {term.name} needs all logits, {cache} has top_k={top_k}")
+        if term.kind.temperature and term.term.temperature != temperature:
             raise ValueError(
-                f"term {lesson.name} has temperature {lesson.term.temperature:g}, and the rest of the logits in "
+                f"term {term.name} has temperature {term.term.temperature:g}, and the rest of the logits in "
                 f"{cache} is of {temperature:g}"
             )
 
@@ -206,7 +204,7 @@ class CachedTeacher:
         self.folder = Path(folder)
         self.index = CacheIndex.load(self.folder)
         try:
-            self.facts = Facts.from_json(self.index.facts)
+            self.spec = ModelSpec.from_json(self.index.facts)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / INDEX_FILE} is damaged: facts: {error}") from error
         missing = [i for i in range(self.index.shards) if not shard_path(self.folder, i).is_file()]
@@ -229,20 +227,11 @@ class CachedTeacher:
         vars(self).update(state)
         self.open_shards()
 
-    def check(
-        self,
-        task: Any,
-        rows: Sequence[Any],
-        data: str,
-        teacher: str | None = None,
-        *,
-        name: str | None = None,
-        knobs: Mapping[str, Any] | None = None,
-    ) -> None:
+    def check(self, samples: TrainingSamples, teacher: str | None = None, name: str | None = None) -> None:
         """Refuse a cache that does not match the run, before training starts.
 
         Args:
-            task, rows, data, knobs: those of the run, see `write_cache`.
+            samples: those of the run.
             teacher: expected weights hash, see `Teacher`; None accepts the cache's own.
             name: folder or Hub id of the expected teacher. Its weights need not exist any more: the names are compared
                 if an origin is unknown.
@@ -251,47 +240,48 @@ class CachedTeacher:
             ValueError: lists the differences in teacher, data, options or preprocessing.
         """
         held = self.index
-        wanted = {"teacher": teacher or held.teacher, "data": data}
+        wanted = {"teacher": teacher or held.teacher, "data": samples.data}
         # The preprocessing hash is comparable only if the data is the same.
-        wanted["preprocessing"] = inputs_hash(task, rows, held.epochs) if data == held.data else held.preprocessing
-        words = []
+        wanted["preprocessing"] = samples.hash(held.epochs) if samples.data == held.data else held.preprocessing
+        found = []
         changed = [(what, getattr(held, what), now) for what, now in wanted.items() if now != getattr(held, what)]
         if name is not None and held.name is not None:
             origin = origin_of(name)
             same = origin == held.origin if origin and held.origin else name == held.name
             if not same and name == held.name:
-                words = [f"the weights of the teacher {name} are others now than those that the cache is of"]
+                found = [f"the weights of the teacher {name} are others now than those that the cache is of"]
             elif not same:
                 changed = [("teacher", held.name, name), *changed]
-        changed += [(knob, held.knobs[knob], now) for knob, now in (knobs or {}).items() if differs(held, knob, now)]
-        words += [f"{what} {there} there, {now} now" for what, there, now in changed]
-        if words:
-            raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(words)}")
+        options = samples.options.items()
+        changed += [(option, held.knobs[option], now) for option, now in options if differs(held, option, now)]
+        found += [f"{what} {there} there, {now} now" for what, there, now in changed]
+        if found:
+            raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(found)}")
 
-    def require(self, lessons: Sequence[Lesson]) -> None:
-        """Refuse lessons that need signals the cache does not contain.
+    def require(self, terms: Sequence[ResolvedTerm]) -> None:
+        """Refuse terms that need signals the cache does not contain.
 
         Raises:
-            ValueError: names the lesson.
+            ValueError: names the term.
         """
-        for lesson in lessons:
-            if missing := [theirs for _, theirs in lesson.pairs if theirs and theirs not in self.index.signals]:
-                raise ValueError(f'term {lesson.name} needs the signal "{missing[0]}", which {self.folder} lacks')
-        check_top_k(lessons, self.index.top_k, self.index.temperature, str(self.folder))
+        for term in terms:
+            if missing := [theirs for _, theirs in term.pairs if theirs and theirs not in self.index.signals]:
+                raise ValueError(f'term {term.name} needs the signal "{missing[0]}", which {self.folder} lacks')
+        check_top_k(terms, self.index.top_k, self.index.temperature, str(self.folder))
 
     def epoch(self, epoch: int) -> int:
         """Map a training epoch to the cached epoch."""
         return epoch % self.index.epochs
 
     def attach(
-        self, batch: dict[str, Any], names: Sequence[str], indices: list[int], epoch: int, places: Tensor | None
+        self, batch: dict[str, Any], names: Sequence[str], indices: list[int], epoch: int, positions: Tensor | None
     ) -> dict[str, Any]:
         """Load the ``signals`` of a batch.
 
         Args:
             batch: output of the task's collate function.
             indices: sample numbers; unreadable images are missing from the batch.
-            places: positions of the rows of logits.
+            positions: positions of the rows of logits.
 
         Raises:
             ValueError: a sample is not in the cache, or the cache holds a different one in its position.
@@ -300,7 +290,7 @@ class CachedTeacher:
         stored = [TOP, PLACES, REST] if self.index.top_k is not None else [LOGITS]
         names = [own for name in names for own in (stored if name == LOGITS else [name])]
         samples = [self.sample(i, epoch, names) for i in indices if kept is None or i % COPY in kept]
-        return {"signals": join(batch, samples, places)}
+        return {"signals": join(batch, samples, positions)}
 
     def sample(self, number: int, epoch: int, names: Sequence[str]) -> Signals:
         """Load the signals of one sample."""

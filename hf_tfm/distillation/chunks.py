@@ -1,13 +1,14 @@
 """Batches for writing a cache: sample positions -> teacher batches -> tensors of a shard."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.batching import COPY, fetch, worker_loader
-from .samples import encode, split, training_collate
+from .samples import TrainingSamples, encode, split
 from .shards import CacheIndex, pack
 from .signals import Signals
 from .teacher import Teacher, to_dtype
@@ -16,18 +17,14 @@ from .teacher import Teacher, to_dtype
 class Chunks(Dataset):
     """Teacher batches for a range of cache positions; texts are grouped by length."""
 
-    def __init__(
-        self,
-        task: Any,
-        rows: Sequence[Any],
-        places: range,
-        numbers: Callable[[int], Sequence[int]] | None,
-        batch_size: int,
-    ):
-        self.task, self.rows, self.places = task, rows, places
+    def __init__(self, samples: TrainingSamples, positions: range, batch_size: int):
+        self.samples, self.positions = samples, positions
+        rows, numbers = samples.rows, samples.numbers
         self.chunks: list[tuple[int, list[int]]] = []  # epoch, sample numbers
-        for epoch in range(places.start // len(rows), (places.stop - 1) // len(rows) + 1):
-            here = range(max(places.start - epoch * len(rows), 0), min(places.stop - epoch * len(rows), len(rows)))
+        for epoch in range(positions.start // len(rows), (positions.stop - 1) // len(rows) + 1):
+            here = range(
+                max(positions.start - epoch * len(rows), 0), min(positions.stop - epoch * len(rows), len(rows))
+            )
             own = list(here)
             if numbers is not None:
                 own = sorted((n for n in numbers(epoch) if n % COPY in here), key=lambda n: n % COPY)
@@ -39,10 +36,13 @@ class Chunks(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Sent to data loader workers, which only collate: `inputs` may hold a model.
+        return {**vars(self), "samples": replace(self.samples, inputs=None, positions=None)}
+
     def __getitem__(self, i: int) -> tuple[int, list[int], dict[str, Any]]:
         epoch, numbers = self.chunks[i]
-        batch = training_collate(self.task)(fetch(self.rows, [n % COPY for n in numbers]), numbers, epoch)
-        return epoch, numbers, batch
+        return epoch, numbers, self.samples.batch(numbers, epoch)
 
 
 def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
@@ -56,21 +56,19 @@ def by_length(rows: Sequence[Any], numbers: list[int]) -> list[int]:
     return sorted(numbers, key=lengths.__getitem__)
 
 
-def shard_tensors(
-    teacher: Teacher, task: Any, chunks: Chunks, index: CacheIndex, num_workers: int
-) -> dict[str, Tensor]:
+def shard_tensors(teacher: Teacher, chunks: Chunks, index: CacheIndex, num_workers: int) -> dict[str, Tensor]:
     """Compute the tensors of a shard."""
     found: dict[int, tuple[int, Signals]] = {}
     for epoch, numbers, batch in worker_loader(chunks, range(len(chunks)), num_workers):
         if batch.get("images", len(numbers)) == 0:
             continue  # no image of this batch can be read
-        places = task.places(batch)
-        given = teacher.signals({}, task.inputs(batch), index.signals, places)
+        positions = chunks.samples.positions(batch)
+        given = teacher.signals({}, chunks.samples.inputs(batch), index.signals, positions)
         stored = encode(given, index.top_k, index.temperature, to_dtype(index.dtype))
         kept = {n % COPY for n in batch["indices"].tolist()} if "images" in batch else None
         numbers = [n for n in numbers if kept is None or n % COPY in kept]
-        for number, sample in zip(numbers, split(batch, stored, places), strict=True):
+        for number, sample in zip(numbers, split(batch, stored, positions), strict=True):
             found[epoch * index.rows + number % COPY] = number, {k: v.clone() for k, v in sample.items()}
     if not found:
-        raise ValueError(f"no sample of {chunks.places} can be read")
-    return pack([found.get(place) for place in chunks.places])
+        raise ValueError(f"no sample of {chunks.positions} can be read")
+    return pack([found.get(place) for place in chunks.positions])

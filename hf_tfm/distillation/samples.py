@@ -5,39 +5,68 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batching import fetch
+from ..data.batching import COPY, fetch
 from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
 
 PROBES = 32  # samples whose inputs are hashed
 WIDE = 2**16  # largest number of classes whose indices fit in uint16
 
 
-def training_collate(task: Any) -> Callable[..., dict[str, Any]]:
-    """Return the collate function of a task for training."""
-    return getattr(task, "collate_training", task.collate)
+@dataclass(frozen=True)
+class TrainingSamples:
+    """The training data of a run, as a teacher reads it.
 
-
-def inputs_hash(task: Any, rows: Sequence[Any], epochs: int) -> str:
-    """Hash the model inputs of evenly spaced samples in the first and the last epoch.
-
-    The hash depends on the tokenizer, the processor, the maximum length, masking, augmentation and their seed.
+    Args:
+        rows: training data, as ``collate`` takes them.
+        collate: ``collate(rows, numbers, epoch)`` -> batch, with masks and augmentation as in training.
+        inputs: batch -> keyword arguments of the model.
+        positions: batch -> positions of the rows of logits, see `signals.collect`, or None.
+        data: fingerprint of the rows.
+        options: options of the run that determine the model inputs; JSON values.
+        numbers: epoch -> sample numbers, if these say more than the row, as those of a `ShapeSampler` do.
     """
-    digest = hashlib.sha256()
-    for epoch in sorted({0, epochs - 1}):
-        for index in np.unique(np.linspace(0, len(rows) - 1, PROBES).astype(int)).tolist():
-            batch = training_collate(task)(fetch(rows, [index]), [index], epoch)
-            given = {**task.inputs(batch), "places": task.places(batch)}
-            for name, value in sorted(given.items()):
-                if isinstance(value, Tensor):
-                    digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                    digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+    rows: Sequence[Any]
+    collate: Callable[..., dict[str, Any]]
+    inputs: Callable[[dict[str, Any]], dict[str, Any]]
+    positions: Callable[[dict[str, Any]], Tensor | None]
+    data: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Callable[[int], Sequence[int]] | None = None
+
+    def batch(self, numbers: list[int], epoch: int) -> dict[str, Any]:
+        """Collate samples by number.
+
+        Raises:
+            ValueError: samples depend on the other samples of their batch.
+        """
+        batch = self.collate(fetch(self.rows, [n % COPY for n in numbers]), numbers, epoch)
+        if "partner" in batch:
+            raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
+        return batch
+
+    def hash(self, epochs: int) -> str:
+        """Hash the model inputs of evenly spaced samples in the first and the last epoch.
+
+        The hash depends on the tokenizer, the processor, the maximum length, masking, augmentation and their seed.
+        """
+        digest = hashlib.sha256()
+        for epoch in sorted({0, epochs - 1}):
+            for index in np.unique(np.linspace(0, len(self.rows) - 1, PROBES).astype(int)).tolist():
+                batch = self.batch([index], epoch)
+                given = {**self.inputs(batch), "places": self.positions(batch)}  # hashed in caches by this name
+                for name, value in sorted(given.items()):
+                    if isinstance(value, Tensor):
+                        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                        digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch.dtype) -> Signals:
@@ -51,10 +80,10 @@ def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch
         logits = signals[LOGITS].float()
         if top_k >= logits.shape[-1]:
             raise ValueError(f"top_k must be below the {logits.shape[-1]} classes, got {top_k}")
-        top, places = logits.topk(top_k, dim=-1)
+        top, positions = logits.topk(top_k, dim=-1)
         found[TOP] = top.to(dtype)
-        found[PLACES] = places.to(torch.uint16 if logits.shape[-1] <= WIDE else torch.int32)
-        found[REST] = (logits / temperature).scatter(-1, places, -torch.inf).logsumexp(-1)
+        found[PLACES] = positions.to(torch.uint16 if logits.shape[-1] <= WIDE else torch.int32)
+        found[REST] = (logits / temperature).scatter(-1, positions, -torch.inf).logsumexp(-1)
     return found
 
 
@@ -66,20 +95,20 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
     return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
 
 
-def split(batch: Mapping[str, Any], signals: Signals, places: Tensor | None) -> list[Signals]:
+def split(batch: Mapping[str, Any], signals: Signals, positions: Tensor | None) -> list[Signals]:
     """Split the signals of a batch into samples, without padding.
 
     Args:
-        places: positions of the rows of logits among the B T tokens, ascending.
+        positions: positions of the rows of logits among the B T tokens, ascending.
 
     Raises:
         ValueError: the positions are not ascending, so the rows of a sample may not be contiguous.
     """
     mask = token_mask(batch)
     size = len(next(batch[name] for name in ("input_ids", "pixel_values") if name in batch))
-    if places is not None and bool((places.diff() < 0).any()):
-        raise ValueError("places must ascend: rows of logits are kept sample by sample")
-    rows = None if places is None else (places // mask.shape[1]).bincount(minlength=size).tolist()
+    if positions is not None and bool((positions.diff() < 0).any()):
+        raise ValueError("positions must ascend: rows of logits are kept sample by sample")
+    rows = None if positions is None else (positions // mask.shape[1]).bincount(minlength=size).tolist()
     found: list[Signals] = [{} for _ in range(size)]
     for name, value in signals.items():
         _, kind, _ = parts(name)
@@ -93,7 +122,7 @@ def split(batch: Mapping[str, Any], signals: Signals, places: Tensor | None) -> 
     return found
 
 
-def join(batch: Mapping[str, Any], samples: Sequence[Signals], places: Tensor | None) -> Signals:
+def join(batch: Mapping[str, Any], samples: Sequence[Signals], positions: Tensor | None) -> Signals:
     """Collate the signals of samples, the inverse of `split`; the padding of the batch may differ.
 
     Raises:
@@ -104,9 +133,9 @@ def join(batch: Mapping[str, Any], samples: Sequence[Signals], places: Tensor | 
     for name in samples[0]:
         _, kind, _ = parts(name)
         values = [sample[name] for sample in samples]
-        if places is not None and name in (LOGITS, TOP, PLACES, REST):
+        if positions is not None and name in (LOGITS, TOP, PLACES, REST):
             found[name] = torch.cat(values)
-            check_length(name, len(found[name]), len(places), "rows")
+            check_length(name, len(found[name]), len(positions), "rows")
         elif mask is not None and kind in (HIDDEN, SCORE):
             found[name] = padded(name, kind, values, mask)
         else:

@@ -41,7 +41,7 @@ class CacheIndex:
         shard_samples: samples per shard.
         signals: names of the requested signals.
         dtype: storage dtype; top_k: logits kept per row, None for all; temperature: at which the others are summed.
-        facts: those of the teacher, see `Facts`.
+        facts: those of the teacher, see `ModelSpec`.
         name, origin: folder or Hub id of the teacher, and its `origin_of`; None for a model created in memory.
         knobs: options of the writing run that determine the model inputs.
         teacher_dtype: dtype of the teacher's computation.

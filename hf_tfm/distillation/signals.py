@@ -49,7 +49,7 @@ def parts(name: str) -> tuple[str, str, str]:
 
 
 def collect(
-    model: nn.Module, inputs: dict[str, Any], names: Collection[str], places: Tensor | None = None
+    model: nn.Module, inputs: dict[str, Any], names: Collection[str], positions: Tensor | None = None
 ) -> tuple[Signals, ModelOutput]:
     """Run a model once and collect the requested signals.
 
@@ -57,7 +57,7 @@ def collect(
         inputs: keyword arguments of the model; token_type_ids are dropped if the model does not accept them, because
             the other model may.
         names: of signals, see above.
-        places: (n,) int64 indices of the wanted rows among the B T rows of logits. If the model has an output
+        positions: (n,) int64 indices of the wanted rows among the B T rows of logits. If the model has an output
             embedding, only these rows are computed, and none if no name asks for logits. None keeps all rows.
 
     Returns:
@@ -78,8 +78,8 @@ def collect(
     if getattr(model.config, "use_cache", None):
         options["use_cache"] = False
     with ExitStack() as stack:
-        if places is not None:
-            stack.enter_context(only_rows(model, places if LOGITS in wanted else places[:0]))
+        if positions is not None:
+            stack.enter_context(only_rows(model, positions if LOGITS in wanted else positions[:0]))
         recorded = stack.enter_context(record_attention(model, partial(is_wanted, wanted))) if SCORE in kinds else None
         seen = {name: stack.enter_context(output_of(model, name)) for name in modules}
         states = [stack.enter_context(states_of(blocks))] if HIDDEN in kinds and blocks is not None else []
@@ -94,7 +94,7 @@ def collect(
         elif kind == MAP:
             found[name] = seen[layer][0]
         else:
-            found[name] = READERS[kind](model, output, places)
+            found[name] = READERS[kind](model, output, positions)
     return found, output
 
 
@@ -114,20 +114,20 @@ def pick(model: nn.Module, name: str, values: Any, place: int) -> Tensor:
     return values[place]
 
 
-def logits_of(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
-    """Return the logits at `places`; for a pretraining model, those of the tokens."""
+def logits_of(model: nn.Module, output: ModelOutput, positions: Tensor | None) -> Tensor:
+    """Return the logits at `positions`; for a pretraining model, those of the tokens."""
     logits = output.get("prediction_logits") if output.get("logits") is None else output.logits
     if logits is None:
         raise ValueError(f"{type(model).__name__} gives no logits")
-    if places is not None and logits.ndim == 3:  # no output embedding to restrict: all rows were computed
-        return logits.flatten(0, 1)[places.to(logits.device)]
+    if positions is not None and logits.ndim == 3:  # no output embedding to restrict: all rows were computed
+        return logits.flatten(0, 1)[positions.to(logits.device)]
     return logits
 
 
 def layers_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], Tensor]:
     """Return a reader that stacks ``field`` of every supervised decoder layer, the last layer last: (L, ...)."""
 
-    def read(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
+    def read(model: nn.Module, output: ModelOutput, positions: Tensor | None) -> Tensor:
         earlier = [part[field] for part in output.get("auxiliary_outputs") or ()]
         return torch.stack([*earlier, output[field]])
 
@@ -137,7 +137,7 @@ def layers_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], T
 def field_of(field: str) -> Callable[[nn.Module, ModelOutput, Tensor | None], Tensor]:
     """Return a reader of ``field``."""
 
-    def read(model: nn.Module, output: ModelOutput, places: Tensor | None) -> Tensor:
+    def read(model: nn.Module, output: ModelOutput, positions: Tensor | None) -> Tensor:
         if output.get(field) is None:
             raise ValueError(f"{type(model).__name__} gives no {field}")
         return output[field]
@@ -157,7 +157,7 @@ READERS = {
 
 
 @contextmanager
-def only_rows(model: nn.Module, places: Tensor) -> Iterator[None]:
+def only_rows(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Restrict the output embedding, if there is one, to some of the B T rows: (B, T, D) -> (n, V).
 
     The projection to the vocabulary dominates the cost of a masked language model, and only 15 % of tokens are masked.
@@ -167,7 +167,7 @@ def only_rows(model: nn.Module, places: Tensor) -> Iterator[None]:
         yield
         return
     handle = head.register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, -2)[places.to(args[0].device)], *args[1:])
+        lambda _, args: (args[0].flatten(0, -2)[positions.to(args[0].device)], *args[1:])
     )
     try:
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .plan import Lesson, signals_of
+from .resolve import ResolvedTerm, signals_of
 from .signals import MAP, SCORE, Signals, collect, parts
 
 # Position of the block number in a weight's name, by stack; "" is the only stack of a single-stack model.
@@ -130,22 +130,22 @@ def fitted(name: str, given: Tensor, own: Tensor, truncate: bool) -> Tensor:
     return given[tuple(slice(side) for side in own.shape)]
 
 
-class Distilled(nn.Module):
+class StudentWithProjections(nn.Module):
     """A student with the trainable projections to its teacher's width; the model that the training loop optimises.
 
     Only the student is saved at the end. All layer pairs of a term share one projection, as in TinyBERT
     (arXiv:1909.10351, equations 8 and 9).
 
     Args:
-        student: model for which `lessons` were planned.
-        lessons: see `plan.plan`.
+        student: model for which `terms` were planned.
+        terms: see `resolve.resolve_terms`.
     """
 
-    def __init__(self, student: PreTrainedModel, lessons: Sequence[Lesson]):
+    def __init__(self, student: PreTrainedModel, terms: Sequence[ResolvedTerm]):
         super().__init__()
-        self.student, self.lessons = student, tuple(lessons)
-        self.names = signals_of(lessons, "student")
-        widths = {lesson.name: lesson.widths for lesson in lessons if lesson.widths}
+        self.student, self.terms = student, tuple(terms)
+        self.names = signals_of(terms, "student")
+        widths = {term.name: term.widths for term in terms if term.widths}
         self.projections = nn.ModuleDict({name: nn.Linear(*pair, bias=False) for name, pair in widths.items()})
         for projection in self.projections.values():
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # preserves the scale of the states
@@ -166,21 +166,21 @@ class Distilled(nn.Module):
             raise ValueError("gradient_checkpointing does not work with terms on attention: turn one of them off")
         self.student.gradient_checkpointing_enable(**kwargs)
 
-    def forward(self, inputs: dict[str, Any], places: Tensor | None = None) -> tuple[Signals, ModelOutput]:
+    def forward(self, inputs: dict[str, Any], positions: Tensor | None = None) -> tuple[Signals, ModelOutput]:
         """Run the student.
 
         Args:
-            inputs, places: see `collect`.
+            inputs, positions: see `collect`.
 
         Returns:
-            its signals, with projected ones named by `Lesson.projected`; and its output.
+            its signals, with projected ones named by `ResolvedTerm.projected`; and its output.
         """
-        signals, output = collect(self.student, inputs, self.names, places)
-        for lesson in self.lessons:
-            if lesson.widths:
-                projection = self.projections[lesson.name]
-                for name, _ in lesson.pairs:
-                    signals[lesson.projected(name)] = project(projection, signals[name], parts(name)[1] == MAP)
+        signals, output = collect(self.student, inputs, self.names, positions)
+        for term in self.terms:
+            if term.widths:
+                projection = self.projections[term.name]
+                for name, _ in term.pairs:
+                    signals[term.projected(name)] = project(projection, signals[name], parts(name)[1] == MAP)
         return signals, output
 
 

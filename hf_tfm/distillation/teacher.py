@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..hub.loading import LoadingError, check_weights, explained
-from .facts import Facts, facts_of
-from .plan import Lesson
+from .model_spec import ModelSpec, spec_of
+from .resolve import ResolvedTerm
 from .signals import Signals, collect
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ class Teacher:
         device: device of the teacher, which may differ from the student's; by default the model is not moved.
 
     Attributes:
-        facts: the properties that lessons are planned on.
+        facts: the properties that terms are planned on.
         hash: hash of the weights as loaded; None if some weights are not in memory.
         dtype: as passed.
 
@@ -55,7 +55,7 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, dtype: str = "fp32", device: torch.device | str | None = None):
-        self.facts: Facts = facts_of(model)
+        self.spec: ModelSpec = spec_of(model)
         self.dtype = dtype
         away = any(value.is_meta for value in model.state_dict().values())
         self.hash = None if away else weights_hash(model)
@@ -68,8 +68,8 @@ class Teacher:
         # Sent to data loader workers, which do not need the model.
         return {name: value for name, value in vars(self).items() if name != "model"}
 
-    def require(self, lessons: Sequence[Lesson]) -> None:
-        """Accept all lessons: a model can compute every planned signal. See `cache.CachedTeacher`."""
+    def require(self, terms: Sequence[ResolvedTerm]) -> None:
+        """Accept all terms: a model can compute every planned signal. See `cache.CachedTeacher`."""
 
     def epoch(self, epoch: int) -> int:
         """Return the epoch unchanged: a model can compute every epoch."""
@@ -81,20 +81,20 @@ class Teacher:
 
     @torch.no_grad()
     def signals(
-        self, attached: dict[str, Any], inputs: dict[str, Any], names: Collection[str], places: Tensor | None
+        self, attached: dict[str, Any], inputs: dict[str, Any], names: Collection[str], positions: Tensor | None
     ) -> Signals:
         """Compute the signals of a batch, on the device of the inputs.
 
         Args:
             attached: result of `attach`, unused.
-            inputs, names, places: see `collect`.
+            inputs, names, positions: see `collect`.
         """
         if self.model.training:
             self.model.eval()  # another user of the model may have left it in training mode
         home = next(value.device for value in inputs.values() if isinstance(value, Tensor))
         own = next(self.model.parameters()).device
         with torch.autocast(home.type, enabled=False), torch.autocast(own.type, enabled=False):
-            found, _ = collect(self.model, inputs, names, places)
+            found, _ = collect(self.model, inputs, names, positions)
         return {name: value.to(home, non_blocking=True) for name, value in found.items()}
 
 

@@ -12,26 +12,24 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfi
 from ..hub.loading import load_config, require_model
 from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..tasks.evaluation import evaluate_task
+from ..tasks.image_classification import ImageClassificationTask
 from ..tasks.language_modeling import LanguageModelingTask
+from ..tasks.masked_image import MaskedImageTask
 from ..tasks.object_detection import DetectionTask
 from ..tasks.text_classification import TextClassificationTask
 from ..tasks.translation import TranslationTask
-from .classification import evaluate_classification
-from .masked_image import evaluate_masked_autoencoder
 
 __all__ = [
     "KINDS",
     "evaluate",
-    "evaluate_classification",
-    "evaluate_masked_autoencoder",
     "lines",
 ]
 
 KINDS: dict[str, Any] = {
     "translation models": TranslationTask,
-    "image classifiers": evaluate_classification,
+    "image classifiers": ImageClassificationTask,
     "detectors": DetectionTask,
-    "masked autoencoders": evaluate_masked_autoencoder,
+    "masked autoencoders": MaskedImageTask,
     "language models": LanguageModelingTask,
     "text classifiers": TextClassificationTask,
 }

@@ -19,8 +19,7 @@ from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from ..models.configuration_detr import TfmDetrConfig
 from ..models.set_loss import query_weight
-from .base import Loader, mean
-from .images import Batch
+from .base import Batch, Loader, mean
 from .scenes import SceneTask
 
 # Terms of the loss by the names that the model gives them.

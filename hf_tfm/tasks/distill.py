@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distillation.losses import query_loss
-from ..distillation.plan import Lesson, signals_of
-from ..distillation.samples import token_mask, training_collate
+from ..distillation.resolve import ResolvedTerm, signals_of
+from ..distillation.samples import token_mask
 from ..distillation.signals import LOGITS, MAP, PLACES, REST, SET_BOXES, SET_LOGITS, TOP, Signals, parts
 from ..distillation.terms import OBJECTS, ROWS, on_logits
 
@@ -90,7 +90,7 @@ class Source(Protocol):
     ``attach(...)`` gives what is added to a batch where it is made, and ``signals(...)`` what is compared.
     """
 
-    def require(self, lessons: Sequence[Lesson]) -> None: ...
+    def require(self, lessons: Sequence[ResolvedTerm]) -> None: ...
 
     def epoch(self, epoch: int) -> int: ...
 
@@ -106,16 +106,16 @@ class Source(Protocol):
 class DistillationTask:
     """A task whose student learns from a teacher, and with a term "label" from the true labels too.
 
-    Its model is a `Distilled` with the same lessons. Of a task with ``hard_loss``, the labels are those of its main
+    Its model is a `StudentWithProjections`. Of a task with ``hard_loss``, the labels are those of its main
     term; others, as next sentences, are not learned from.
 
     Args:
         task: what is learned.
         teacher: gives the signals that the lessons compare.
-        lessons: see `distillation.plan.plan`.
+        lessons: see `distillation.resolve.resolve_terms`.
     """
 
-    def __init__(self, task: Teaching, teacher: Source, lessons: Sequence[Lesson]):
+    def __init__(self, task: Teaching, teacher: Source, lessons: Sequence[ResolvedTerm]):
         every = any(on_logits(lesson.term) and lesson.term.tokens == "all" for lesson in lessons)
         self.task, self.teacher, self.lessons = EveryToken(task) if every else task, teacher, tuple(lessons)
         self.item, self.term = task.item, task.term
@@ -130,7 +130,12 @@ class DistillationTask:
     def collate_training(self, examples: list, indices: list[int], epoch: int, hidden: bool = False) -> Batch:
         """The same, of samples as the task changes them in training, if it does."""
         epoch = self.teacher.epoch(epoch)
-        return self.prepare(training_collate(self.task)(examples, indices, epoch, hidden), indices, epoch, hidden)
+        return self.prepare(
+            getattr(self.task, "collate_training", self.task.collate)(examples, indices, epoch, hidden),
+            indices,
+            epoch,
+            hidden,
+        )
 
     def prepare(self, batch: Batch, indices: list[int], epoch: int, hidden: bool) -> Batch:
         """A batch with ``samples``, how many of it count."""
@@ -150,7 +155,7 @@ class DistillationTask:
                 counts[lesson.name] = self.items(lesson, batch) if batch[OWN]["samples"] else 0
         return counts
 
-    def items(self, lesson: Lesson, batch: Batch) -> int:
+    def items(self, lesson: ResolvedTerm, batch: Batch) -> int:
         """What a lesson's sum is divided by: targets, or samples where each has one; objects; tokens, or images."""
         if lesson.kind.items == ROWS or lesson.term.tokens == "targets":
             places = self.task.places(batch) if on_logits(lesson.term) else self.targets(batch)
@@ -169,7 +174,7 @@ class DistillationTask:
         """Weighted sums of every term.
 
         Args:
-            model: a `Distilled`, or what the accelerator made of it.
+            model: a `StudentWithProjections`, or what the accelerator made of it.
         """
         inputs, places = self.task.inputs(batch), self.task.places(batch)
         more = self.task.target_inputs(batch) if hasattr(self.task, "target_inputs") else {}
@@ -195,7 +200,7 @@ class DistillationTask:
             return self.task.hard_losses(output, batch)
         return {self.term: self.task.hard_loss(logits, batch)}
 
-    def compare(self, lesson: Lesson, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
+    def compare(self, lesson: ResolvedTerm, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
         """The sum of a lesson over its items and pairs."""
         term, loss = lesson.term, lesson.kind.loss
         warm = {"temperature": term.temperature} if lesson.kind.temperature else {}

@@ -1,96 +1,299 @@
-"""What tasks on images share: their batches as uint8 tensors, and the scale that the model sees.
+"""Parts shared by tasks on images of one size: arguments, rows, image processor, batches and loaders.
 
-    {"image", "label"} -> decoded, changed, stacked: uint8 (B, 3, H, W) -> on the device: (x - mean) / std
-
-Size, mean and deviation have one source, the image processor that is saved with the model.
+{"image", "label"} -> decoded, augmented, stacked: uint8 (B, 3, H, W) -> on the device: (x - mean) / std
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
+import datasets
 import torch
-from transformers import BaseImageProcessor
+from torch import Tensor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
+from ..arguments import (
+    DatasetArguments,
+    EvaluationArguments,
+    ImageBatchArguments,
+    ImageDataArguments,
+    ImageScaleArguments,
+    SplitArguments,
+)
+from ..data import images
 from ..data.augment import Augmentation, seeded
-from ..data.images import IMAGE, BadImage, decode, describe
-from ..data.pixels import Pixels
+from ..data.batching import StepLoader
+from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
+from ..data.files import data_roots
+from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
+from ..data.pixels import Pixels, as_read, image_processor, image_size_of, pixel_scale, suitable
+from ..distillation.model_spec import check_processors
+from ..hub.loading import load_with_processor
+from ..limits import LARGEST_BATCH, LARGEST_SIDE
+from ..memory import check_batch_memory
+from ..models.patches import sides
+from ..values import check_bounds
+from .base import Batch, Collator, Task
+from .loaders import placement
+from .splits import load_rows
 
-Batch = dict[str, Any]
+IMAGE_SIZE = 224  # default for a new model
+# Fields of a configuration that other arguments decide; images are read as RGB.
+IMAGE_FIELDS = ("image_size", "num_channels")
 
 
-class ImageTask:
-    """Batches of images; tasks add targets and losses.
+@dataclass(kw_only=True)
+class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
+    """Training on images of one size.
 
     Args:
-        processor: of the model.
-        augmentation: of training images; None treats them as those of evaluation.
-        seed: of everything drawn at random for a sample.
+        streaming: stream the training split instead of downloading it; needs max_steps.
+        shuffle_buffer: number of images of a stream that are shuffled together, see `ShuffledStream`; 10,000 encoded
+            images of ImageNet take about 1 GB, and up to three times that while they are shuffled. A stream sorted by
+            class needs several classes in the buffer.
+        image_size: pixels of the model's images; default, those of model_name_or_path's image processor, or 224.
+        resize: evaluation resizes the shorter edge to this and crops the centre; default, it resizes to image_size.
+        augmentation: see `Augmentation`.
+        repeats: copies of a sample in a step, each augmented differently.
+        model: configuration fields that differ from those of the size, or of model_name_or_path.
     """
 
-    item = "images"
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    image_size: int | tuple[int, int] | None = None
+    resize: int | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    repeats: int = 1
+    model: dict[str, int | float | bool | str | tuple[int, int] | None] = field(default_factory=dict)
 
-    def __init__(self, processor: BaseImageProcessor, augmentation: Augmentation | None = None, seed: int = 0):
-        self.pixels, self.seed = Pixels(processor), seed
-        self.change = self.pixels.resize
-        if augmentation is not None:
-            p = self.pixels
-            self.change = augmentation.transform(p.size, p.interpolation, p.mean, p.std, p.resize)
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_1="repeats shuffle_buffer resize",
+            at_most={"repeats": self.batch_size, "shuffle_buffer": 10_000_000, "resize": LARGEST_SIDE},
+        )
+        check_bounds("image_size", self.image_size, 1, LARGEST_SIDE)
+        if self.resize is not None and self.image_size is not None and self.resize < max(sides(self.image_size)):
+            raise ValueError(f"resize must be at least image_size = {self.image_size}, got {self.resize}")
+        check_batch_memory(self, sides(self.image_size or IMAGE_SIZE))
+        if self.streaming:
+            if self.max_steps is None:
+                raise ValueError("streaming needs max_steps: the length of a stream is not known")
+            if self.holdout is not None or self.max_train_samples is not None:
+                raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
+            if self.warmup_epochs is not None:
+                raise ValueError(
+                    "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
+                )
 
-    def collate(self, examples: list[dict[str, Any]], indices: list[int], epoch: int, hidden: bool = False) -> Batch:
-        """Examples of `image_rows` -> a batch for evaluation.
+    def check_cache(self, *views: str) -> None:
+        """Refuse options that give an image several views in an epoch, beside a cache of a teacher's signals.
 
-        A hidden batch, and one of which no image can be read, has an image of zeros that counts for nothing.
+        Args:
+            views: further options that are on and do so.
 
-        Returns:
-            ``pixel_values`` uint8 (B, 3, H, W); ``images``, how many of them count; ``indices`` (B,) of the samples;
-            ``bad``, for `WatchedLoader`; and what the task adds.
+        Raises:
+            ValueError: with the option.
         """
-        return self.make_batch(examples, indices, epoch, hidden, training=False)
+        if self.cache:
+            for name, on in (
+                ("repeats", self.repeats > 1),
+                ("streaming", self.streaming),
+                *((v, True) for v in views),
+            ):
+                if on:
+                    raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
 
-    def collate_training(
-        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, hidden: bool = False
-    ) -> Batch:
-        """The same for training: images are changed at random, as a function of (seed, epoch, index) alone."""
-        return self.make_batch(examples, indices, epoch, hidden, training=True)
 
-    def make_batch(
-        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, hidden: bool, training: bool
+@dataclass(kw_only=True)
+class ImageEvaluationArguments(ImageDataArguments, EvaluationArguments):
+    """Scoring an image model.
+
+    Args:
+        batch_size: images in a batch.
+        dataloader_num_workers: worker processes that read images.
+    """
+
+    batch_size: int = 64
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_0="dataloader_num_workers",
+            at_least_1="batch_size",
+            at_most={"batch_size": min(2**16, LARGEST_BATCH), "dataloader_num_workers": 256},
+        )
+
+
+@dataclass
+class ImageCollator:
+    """Examples of `image_rows` -> a batch; subclasses add targets.
+
+    Augmentation is a pure function of (seed, epoch, index). A dummy batch, and one without a readable image, has one
+    image of zeros that counts for nothing.
+
+    Args:
+        pixels: image processor of the model.
+        seed: of everything drawn at random for a sample.
+        change: uint8 (3, h, w) -> uint8 (3, H, W), the augmentation of training images; None only resizes.
+    """
+
+    pixels: Pixels
+    seed: int = 0
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(
+        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
     ) -> Batch:
-        """See `collate`."""
-        change = self.change if training else self.pixels.resize
-        images, places, bad = [], [], []
+        """Return ``pixel_values`` uint8 (B, 3, H, W); ``images``, the number of them that count; ``indices`` (B,) of
+        the samples; ``bad``, for `WatchedLoader`; and the `targets`."""
+        change = self.change or self.pixels.resize
+        found, positions, bad = [], [], []
         with seeded() as seed:
-            for place, (example, index) in enumerate(zip(examples, indices, strict=True)):
-                if hidden:
+            for position, (example, index) in enumerate(zip(examples, indices, strict=True)):
+                if is_dummy:
                     break
                 try:
                     image = decode(example[IMAGE])
                     seed(self.seed, epoch, index)
-                    images.append(change(image))
+                    found.append(change(image))
                 except BadImage as error:
                     bad.append((index, describe(example[IMAGE], error)))
                     continue
-                places.append(place)
-        count = len(images)
-        if not images:
-            images, places = [torch.zeros(3, *self.pixels.size, dtype=torch.uint8)], [0]
-        kept = [indices[place] for place in places]
-        batch = {"pixel_values": torch.stack(images), "images": count, "indices": torch.tensor(kept), "bad": bad}
-        return batch | self.targets([examples[place] for place in places], kept, places, epoch, count, training)
+                positions.append(position)
+        count = len(found)
+        if not found:
+            found, positions = [torch.zeros(3, *self.pixels.size, dtype=torch.uint8)], [0]
+        kept = [indices[position] for position in positions]
+        batch = {"pixel_values": torch.stack(found), "images": count, "indices": torch.tensor(kept), "bad": bad}
+        return batch | self.targets([examples[position] for position in positions], kept, positions, epoch, count)
 
     def targets(
-        self,
-        examples: list[dict[str, Any]],
-        indices: list[int],
-        places: list[int],
-        epoch: int,
-        count: int,
-        training: bool,
+        self, examples: list[dict[str, Any]], indices: list[int], positions: list[int], epoch: int, count: int
     ) -> Batch:
-        """What a task adds to a batch.
+        """Return what a task adds to a batch.
 
         Args:
-            examples, indices: of the images in the batch, B of each.
-            places: where they stood in the micro-batch before bad images were left out.
-            count: how many count, B or 0.
+            examples, indices: of the B images in the batch.
+            positions: where they were in the micro-batch before unreadable images were dropped.
+            count: number of images that count, B or 0.
         """
-        raise NotImplementedError
+        return {}
+
+
+class ImageTask(Task):
+    """A task on images of one size."""
+
+    item = sample = "images"
+    processor_class, processor_folder = AutoImageProcessor, "processor"
+    described_columns = ("image_column",)
+    cache_options = ("image_size", "resize", "mean", "std", "augmentation")
+    labelled: ClassVar[bool] = False
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """The image processor in two halves."""
+        return Pixels(self.processor)
+
+    def load_splits(self) -> dict[str, Any]:
+        """Rows of `image_rows` by split.
+
+        Raises:
+            ValueError: a split or column does not exist, or no image of a split can be read.
+        """
+        args = self.args
+        roots = data_roots(args.dataset_name, args.data_files)
+        column = args.label_column if self.labelled else None
+
+        def read(rows: Any) -> Any:
+            return images.image_rows(rows, args.image_column, column, self.labelled, roots)
+
+        splits = load_rows(args, read)
+        for name, rows in splits.items():
+            images.require_readable(rows, len(rows) if self.evaluating else args.max_bad_images, name)
+        return splits
+
+    def fingerprint(self, rows: datasets.Dataset) -> str:
+        """See `Task`."""
+        return images.fingerprint(rows)
+
+    def build_processor(self) -> BaseImageProcessor:
+        """An image processor of ``image_size``, by default that of ``model_name_or_path``.
+
+        Raises:
+            ValueError: ``model_name_or_path`` has no image processor with a size and scale, and none is given.
+        """
+        args = self.args
+        size = args.image_size or IMAGE_SIZE
+        if args.image_size is None and args.model_name_or_path:
+            try:
+                size = image_size_of(as_read(args.model_name_or_path, args.trust_remote_code))
+            except ValueError as error:
+                raise ValueError(f"model_name_or_path: {error}, or give image_size, mean and std") from error
+        return image_processor(
+            size, args.resize, *pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
+        )
+
+    def build_student_processor(self) -> BaseImageProcessor:
+        """The student's image processor, with the teacher's size and scale.
+
+        Raises:
+            ValueError: an argument, or ``model_name_or_path``, contradicts the teacher.
+        """
+        args = self.args
+        teacher = as_read(args.teacher, args.trust_remote_code)
+        size = args.image_size or (teacher.size.height, teacher.size.width)
+        scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
+        check_processors(image_processor(size, None, *scale), teacher)
+        if args.model_name_or_path:
+            check_processors(as_read(args.model_name_or_path, args.trust_remote_code), teacher)
+        return image_processor(size, args.resize, *scale)
+
+    def load_pretrained(self) -> None:
+        """See `Task`; the model in float32.
+
+        Raises:
+            ValueError: weights or the processor are missing, images are not RGB or have no fixed size.
+        """
+        model, processor = load_with_processor(self.auto_class, self.args.model, **self.args.pretrained)
+        self.model, self.processor = model, suitable(processor)
+
+    def augment(self) -> Callable[[Tensor], Tensor]:
+        """The augmentation of training images."""
+        p = self.pixels
+        return self.args.augmentation.transform(p.size, p.interpolation, p.mean, p.std, p.resize)
+
+    def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> WatchedLoader:
+        """See `Task`."""
+        args, rows, collate = self.args, self.splits[split], collate or self.collator(split, training)
+        place = placement(args, self.accelerator)
+        if self.evaluating:
+            sampler = BatchSampler(len(rows), args.batch_size, shuffle=False)
+            return WatchedLoader(StepLoader(rows, sampler, collate, **place), args.max_bad_images, args.progress)
+        place["micro_batch_tokens"] = args.micro_batch_size
+        if training and args.streaming:
+            rows = ShuffledStream(rows, args.seed, args.shuffle_buffer)
+            options = {"repeats": args.repeats, "unit": self.unit}
+            loader = EqualStreamLoader(rows, args.batch_size, collate, args.seed, **options, **place)
+        else:
+            options: dict[str, Any] = {"shuffle": False}
+            if training:
+                options = {"drop_last": len(rows) > args.batch_size, "repeats": args.repeats, "unit": self.unit}
+            sampler = BatchSampler(len(rows), args.batch_size, args.seed, **options)
+            loader = StepLoader(rows, sampler, collate, **place)
+        return WatchedLoader(loader, args.max_bad_images)
+
+    @property
+    def unit(self) -> int:
+        """Number of training images that must stay together, see `BatchSampler`."""
+        return 1
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Task`: images (B, 3, H, W)."""
+        return {"pixel_values": self.pixels.scale(batch["pixel_values"])}
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """See `Task`."""
+        return {"pixel_values": torch.zeros(1, 3, *self.pixels.size)}

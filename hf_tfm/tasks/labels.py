@@ -17,6 +17,11 @@ def class_names(config: PreTrainedConfig) -> list[str]:
     return [config.id2label[number] for number in range(config.num_labels)]
 
 
+def is_unnamed(names: Sequence[str]) -> bool:
+    """Return True for transformers' placeholders: LABEL_0, LABEL_1, ..."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
+
+
 def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: str) -> tuple[str, dict[int | str, int]]:
     """Map stored labels, see `image_rows`, to classes of a model; also return whether by "name" or "number".
 
@@ -28,7 +33,7 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
         ValueError: a label matches no class of the model, or several; the error lists what only one side has.
     """
     stored = label_names(rows)
-    if match_labels == "number" or list(names) == [f"LABEL_{i}" for i in range(len(names))]:
+    if match_labels == "number" or is_unnamed(names):
         numbers = stored if stated_names(rows) is None else range(len(stored))
         if beyond := [number for number in numbers if not str(number).isdecimal() or int(number) >= len(names)]:
             raise ValueError(

@@ -44,7 +44,7 @@ from ..data.language import Corpus, Texts, sequence_length, sequence_lengths, te
 from ..data.stream import StreamLoader
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown, train_bytes, train_wordpiece, word_starts
-from ..distillation.facts import check_tokenizers
+from ..distillation.model_spec import check_tokenizers
 from ..hub.loading import load_config, load_model, load_tokenizer
 from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS

@@ -1,27 +1,30 @@
 """Linear probing: a linear classifier on the features of a frozen encoder (He et al. 2021, appendix A.1).
 
-features (B, D), measured once over training images -> normalised by that mean and variance -> linear layer
+features (B, D) -> normalised by mean and variance, measured once over training images -> linear layer
 """
 
 import math
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from .base import Loader
-from .classification import ClassificationTask, heads_of
+from .base import Loader, Task
 
-STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a deviation of that of all images
+HEADS = ("classifier", "distillation_classifier")  # linear layers of a classifier; with both, it averages them
+STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a standard deviation of that of all images
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Return which of `HEADS` a model has."""
+    return [name for name in HEADS if hasattr(model, name)]
 
 
 class ProbeHead(nn.Module):
-    """Batch norm without parameters, then a linear layer; once trained, both fold into one linear layer.
+    """Batch norm without parameters, then a linear layer; after training, both fold into one linear layer.
 
-    The norm's statistics do not change, in training either: an encoder that is frozen gives features whose mean and
-    variance can be measured beforehand. Those of each batch, which the authors take, would make a step depend on how
-    it is cut into micro-batches and ranks.
+    The statistics of the norm are fixed, since the features of a frozen encoder can be measured beforehand. With those
+    of each batch, as in the authors' code, a step would depend on how it is split into micro-batches and ranks.
 
     Args:
         linear: the classifier to train; features in, classes out.
@@ -47,7 +50,7 @@ class ProbeHead(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
-        """The linear layer that computes what this head does."""
+        """Return the linear layer that computes the same."""
         scale = (self.norm.running_var + self.norm.eps).rsqrt()  # (D,)
         folded = nn.Linear(self.linear.in_features, self.linear.out_features).to(self.linear.weight)
         folded.weight.copy_(self.linear.weight * scale)
@@ -56,19 +59,20 @@ class ProbeHead(nn.Module):
 
 
 @torch.no_grad()
-def measure_features(
-    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, max_steps: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance (D,) of what each of a model's `HEADS` gets, equal on all ranks; float64, on the CPU.
+def measure_features(task: Task, model: nn.Module, loader: Loader, max_steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure mean and variance (D,) of the input of each of a model's `HEADS`.
+
+    The results are float64, on the CPU, and equal on all ranks.
 
     Args:
         model: on the device, without dropout; not prepared.
-        loader: of training images, as they are changed and mixed in training.
-        max_steps: steps of the loader's first epoch that are looked at.
+        loader: of training images, augmented and mixed as in training.
+        max_steps: steps of the loader's first epoch that are read.
 
     Raises:
-        ValueError: no image of them can be read.
+        ValueError: none of these images can be read.
     """
+    accelerator = task.accelerator
     heads = {name: getattr(model, name) for name in heads_of(model)}
     count, sums = 0, {name: torch.zeros(2, head.in_features, dtype=torch.float64) for name, head in heads.items()}
 
@@ -84,7 +88,7 @@ def measure_features(
             if not batch["images"]:
                 continue
             with accelerator.autocast():
-                count += len(task.logits(model, send_to_device(batch, accelerator.device)))
+                count += len(model(**task.inputs(send_to_device(batch, accelerator.device))).logits)
     for hook in hooks:
         hook.remove()
     if accelerator.num_processes > 1:
@@ -96,20 +100,17 @@ def measure_features(
     return {name: (mean, (square - mean.square()).clamp_min(0.0)) for name, (mean, square) in means.items()}
 
 
-def prepare_probe(
-    accelerator: Accelerator, task: ClassificationTask, model: nn.Module, loader: Loader, batch_size: int
-) -> None:
-    """Freeze an image classifier but for its linear layers, and put batch norm before those.
+def prepare_probe(task: Task, model: nn.Module, loader: Loader) -> None:
+    """Freeze an image classifier except for its linear layers, and put batch norm before those.
 
-    With a distillation token these are two, and their mean is one linear classifier of both tokens' features.
+    With a distillation token there are two; their mean is one linear classifier of the features of both tokens.
 
     Args:
         task, model, loader: see `measure_features`.
-        batch_size: images of a step.
     """
-    model.to(accelerator.device)
-    steps = min(math.ceil(STATISTICS_IMAGES / batch_size), loader.steps_per_epoch() or math.inf)
-    measured = measure_features(accelerator, task, model.eval(), loader, steps)
+    model.to(task.accelerator.device)
+    steps = min(math.ceil(STATISTICS_IMAGES / task.args.batch_size), loader.steps_per_epoch() or math.inf)
+    measured = measure_features(task, model.eval(), loader, steps)
     model.requires_grad_(False)
     for name, (mean, variance) in measured.items():
         setattr(model, name, ProbeHead(getattr(model, name), mean, variance))
@@ -117,6 +118,6 @@ def prepare_probe(
 
 
 def fold_probe(model: nn.Module) -> None:
-    """Make the heads of `prepare_probe` linear layers again, which compute the same."""
+    """Replace the heads of `prepare_probe` by linear layers that compute the same."""
     for name in heads_of(model):
         setattr(model, name, getattr(model, name).fold())

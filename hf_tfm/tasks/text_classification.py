@@ -60,7 +60,7 @@ from ..data.labelled_texts import (
 from ..data.source import first, take_split
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown
-from ..distillation.facts import check_tokenizers
+from ..distillation.model_spec import check_tokenizers
 from ..hub.pretrained import TEXT_CLASSES
 from ..hub.results import RunRecord
 from ..limits import LARGEST_BATCH, LARGEST_VOCABULARY, LONGEST

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..distillation.cache import check_top_k, write_cache
-from ..distillation.plan import signals_of
+from ..distillation.cache import CacheFormat, check_top_k, write_cache
+from ..distillation.resolve import signals_of
+from ..distillation.samples import TrainingSamples
 from ..distillation.shards import load_cost, save_cost
 from ..hub.cost import Cost, beside_teacher, measure_cost
 from .distill_run import DistillationKnobs, Lessons, open_teacher
@@ -88,6 +89,13 @@ def wrote_cache(
     return False
 
 
+def samples_of(args, lessons, rows, data, numbers=None) -> TrainingSamples:
+    """The training data of a task of the earlier kind."""
+    task = lessons.task.task
+    collate = getattr(task, "collate_training", task.collate)
+    return TrainingSamples(rows, collate, task.inputs, task.places, data, reading_knobs(args), numbers)
+
+
 def check_cache(args: DistillationKnobs, lessons: Lessons, rows: datasets.Dataset, data: str) -> None:
     """Refuse a cache of another run.
 
@@ -99,7 +107,7 @@ def check_cache(args: DistillationKnobs, lessons: Lessons, rows: datasets.Datase
     """
     if args.cached:
         source = lessons.task.teacher
-        source.check(lessons.task.task, rows, data, name=args.teacher, knobs=reading_knobs(args))
+        source.check(samples_of(args, lessons, rows, data), name=args.teacher)
         if args.costs:
             load_cost(Path(args.cache), "")  # a damaged file is refused before training
 
@@ -127,21 +135,19 @@ def fill_cache(
     if args.cache_top_k and len(warm) > 1:
         raise ValueError(f"cache_top_k needs one temperature of all soft_target terms, got {sorted(warm)}")
     temperature = warm.pop() if warm else 1.0
-    check_top_k(lessons.model.lessons, args.cache_top_k, temperature, args.cache)
+    check_top_k(lessons.model.terms, args.cache_top_k, temperature, args.cache)
     report = write_cache(
         lessons.task.teacher,
-        lessons.task.task,
-        rows,
+        samples_of(args, lessons, rows, data, numbers),
         args.cache,
-        args.cache_epochs,
-        signals_of(lessons.model.lessons, "teacher"),
-        args.cache_top_k,
-        args.cache_dtype,
-        data=data,
-        name=args.teacher,
-        knobs=reading_knobs(args),
-        temperature=temperature,
-        numbers=numbers,
+        CacheFormat(
+            signals_of(lessons.model.terms, "teacher"),
+            args.cache_epochs,
+            args.cache_top_k,
+            args.cache_dtype,
+            temperature,
+        ),
+        args.teacher,
         num_workers=args.dataloader_num_workers,
         accelerator=accelerator,
         progress=args.progress,

@@ -14,9 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..arguments import TrainingArguments
 from ..distillation.cache import CachedTeacher
-from ..distillation.facts import facts_of
-from ..distillation.plan import describe, plan
-from ..distillation.student import Distilled, copy_layers, freeze_unused
+from ..distillation.model_spec import spec_of
+from ..distillation.resolve import describe, resolve_terms
+from ..distillation.student import StudentWithProjections, copy_layers, freeze_unused
 from ..distillation.teacher import Teacher, check_score, load_teacher
 from ..distillation.terms import read_terms
 from ..finite import check_finite
@@ -172,7 +172,7 @@ class Lessons:
     """
 
     task: DistillationTask
-    model: Distilled
+    model: StudentWithProjections
     teacher: PreTrainedModel | None
     auto_class: Any
 
@@ -180,7 +180,7 @@ class Lessons:
         """``task`` for data to be scored, with the terms beside it where the teacher is at hand."""
         return task if self.teacher is None else DistillationTask(task, self.task.teacher, self.task.lessons)
 
-    def distance(self, accelerator: Accelerator, trained: Distilled, loader: Loader) -> dict[str, float]:
+    def distance(self, accelerator: Accelerator, trained: StudentWithProjections, loader: Loader) -> dict[str, float]:
         """``distillation``, the loss of all terms on data to be scored; nothing where the teacher is not at hand."""
         if self.teacher is None:
             return {}
@@ -205,9 +205,11 @@ def prepare(
         ValueError: a term does not fit them; or the cache is not whole, or lacks a signal.
     """
     source = CachedTeacher(args.cache) if args.cached else open_teacher(args, auto_class, accelerator.device)
-    lessons = plan(args.terms, facts_of(student), source.facts, args.match_labels)
+    lessons = resolve_terms(args.terms, spec_of(student), source.spec, args.match_labels)
     teacher = None if args.cached else source.model
-    return Lessons(DistillationTask(task, source, lessons), Distilled(student, lessons), teacher, auto_class)
+    return Lessons(
+        DistillationTask(task, source, lessons), StudentWithProjections(student, lessons), teacher, auto_class
+    )
 
 
 def check_teacher(
@@ -223,9 +225,9 @@ def learn(
     run: Run,
     lessons: Lessons,
     learning: Loader,
-    score: Callable[[Distilled], dict[str, float]],
+    score: Callable[[StudentWithProjections], dict[str, float]],
     settle: Callable[[int | None, int], TrainingArguments] | None = None,
-    show: Callable[[Distilled, int], None] | None = None,
+    show: Callable[[StudentWithProjections, int], None] | None = None,
 ) -> TrainingResult:
     """Freeze what no term reaches, and train the student for as long as the knobs say.
 

@@ -155,9 +155,13 @@ class Run:
         """Return an object with ``save_pretrained`` that one process creates; other processes and resumed runs load
         it.
 
+        A run that only writes a cache has no folder, and every process creates the object.
+
         Raises:
             ValueError: the object saved earlier by this run cannot be loaded.
         """
+        if self.folder is None:
+            return make()
 
         def place() -> Path:
             folder = self.folder.part(name)

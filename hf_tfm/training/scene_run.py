@@ -28,10 +28,10 @@ from ..memory import new_model
 from ..models.backbones import TimmFeatures
 from ..models.configuration_detr import TfmDetrConfig
 from ..tasks.detection import DetectionTask, score
+from ..tasks.images import PixelArguments
 from ..tasks.loaders import placement
-from ..tasks.model_fields import check_fields, label_fields, new_config
+from ..tasks.model_fields import check_fields, fresh_head, label_fields, new_config
 from ..tasks.scenes import scene_processor
-from .image_run import PictureArguments, fresh_head, new_scale
 from .run import Run, finish
 from .scene_pictures import PredictionPictures
 
@@ -45,7 +45,7 @@ SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "P
 
 
 @dataclass(kw_only=True)
-class SceneRunArguments(PictureArguments):
+class SceneRunArguments(PixelArguments):
     """Knobs of scenes: images of any size with objects in them.
 
     Args:
@@ -56,7 +56,7 @@ class SceneRunArguments(PictureArguments):
         pretrained_backbone: take timm's weights for the backbone of a new model.
         num_pictures: validation images drawn with their predictions at every evaluation, see `PredictionPictures`.
 
-    The others are those of `PictureArguments`; ``model`` takes, among others, backbone, num_queries, encoder_layers.
+    The others are those of `PixelArguments`; ``model`` takes, among others, backbone, num_queries, encoder_layers.
     """
 
     fitting: ClassVar = OBJECTS
@@ -109,7 +109,7 @@ def describe(args: SceneRunArguments, rows: dict[str, datasets.Dataset]) -> dict
 
 def new_processor(args: SceneRunArguments) -> BaseImageProcessor:
     """The image processor of a new run."""
-    return scene_processor(args.shortest_side, args.longest_side, *new_scale(args))
+    return scene_processor(args.shortest_side, args.longest_side, *args.pixel_scale())
 
 
 def labels_of(rows: datasets.Dataset) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the tests of distillation share: tiny teachers and students of every family, and tasks with a few samples."""
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,16 @@ from hf_tfm import (
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.digit_scenes import digit_scenes
 from hf_tfm.data.pixels import image_processor
-from hf_tfm.distillation.facts import facts_of
-from hf_tfm.distillation.plan import plan
-from hf_tfm.distillation.student import Distilled
+from hf_tfm.distillation.model_spec import spec_of
+from hf_tfm.distillation.resolve import resolve_terms
+from hf_tfm.distillation.samples import TrainingSamples
+from hf_tfm.distillation.student import StudentWithProjections
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.distillation.terms import Term
-from hf_tfm.tasks.classification import ClassificationTask
+from hf_tfm.tasks.base import Task
 from hf_tfm.tasks.detection import DetectionTask
-from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.tasks.distillation import AllEpochs, DistillationCollator, DistillationTask
+from hf_tfm.tasks.image_classification import ImageClassificationTask
 from hf_tfm.tasks.language import MaskedLanguageTask
 from hf_tfm.tasks.scenes import scene_processor
 from hf_tfm.training import TrainingArguments, train_step
@@ -130,18 +133,37 @@ def detr(layers: int = 3, seed: int = 0, **fields) -> TfmDetrForObjectDetection:
     return lively(TfmDetrForObjectDetection(TfmDetrConfig(**{**DETR, "decoder_layers": layers, **fields})), seed)
 
 
-class TextTask:
+class PlainTask(Task):
+    """A task without data of its own; subclasses define what a step needs."""
+
+    Arguments = TrainingArguments
+    reported_metrics = ("loss",)
+
+    def __init__(self, args: Any = None, accelerator: Any = None):
+        super().__init__(args, accelerator)
+
+    def load_splits(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    build_processor = build_model = load_pretrained = dataloader = evaluate = fingerprint = load_splits
+
+
+def text_batch(examples: list, indices: list[int], epoch: int, is_dummy: bool = False) -> dict[str, Tensor]:
+    longest = max(len(example["input_ids"]) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    for row, example in zip(ids, examples, strict=True):
+        row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
+    labels = torch.tensor([-100 if is_dummy else example["label"] for example in examples])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+class TextTask(PlainTask):
     """Classification of texts with the least a task needs to be distilled."""
 
     item, term = "texts", "label"
 
-    def collate(self, examples: list, indices: list[int], epoch: int, hidden: bool = False) -> dict[str, Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-        ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-        for row, example in zip(ids, examples, strict=True):
-            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
-        labels = torch.tensor([-100 if hidden else example["label"] for example in examples])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    def collator(self, split: str = "", training: bool = False):
+        return text_batch
 
     def count(self, batch: dict[str, Tensor]) -> dict[str, int]:
         return {"label": int((batch["labels"] >= 0).sum())}
@@ -149,11 +171,46 @@ class TextTask:
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
-    def places(self, batch: dict[str, Tensor]) -> None:
-        return None
+    def output_losses(self, output, logits, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"label": cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)}
 
-    def hard_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        return cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+
+class Earlier(PlainTask):
+    """A task of the earlier kind."""
+
+    def __init__(self, old: Any):
+        super().__init__(None, None)
+        self.old, self.model = old, SimpleNamespace(config=getattr(old, "config", None))
+
+    def collator(self, split: str = "", training: bool = False):
+        return getattr(self.old, "collate_training", self.old.collate) if training else self.old.collate
+
+    def count(self, batch):
+        return self.old.count(batch)
+
+    def inputs(self, batch):
+        return self.old.inputs(batch)
+
+    def targets(self, batch):
+        return self.old.target_inputs(batch) if hasattr(self.old, "target_inputs") else {}
+
+    def losses(self, model, batch):
+        return self.old.losses(model, batch)
+
+    def output_losses(self, output, logits, batch):
+        if hasattr(self.old, "hard_losses"):
+            return self.old.hard_losses(output, batch)
+        return {self.term: self.old.hard_loss(logits, batch)}
+
+
+def earlier(old: Any) -> Task:
+    """A task of the earlier kind as one of today's."""
+    kind = type(
+        type(old).__name__,
+        (Earlier,),
+        {"item": old.item, "term": old.term, "target_positions": staticmethod(old.places)},
+    )
+    return kind(old)
 
 
 def pictures(count: int = 10) -> list[dict[str, Any]]:
@@ -172,21 +229,21 @@ def scenes(count: int = 6) -> Any:
     return scene_rows(digit_scenes(train=count, validation=0, test=0, size=64)["train"])[0]
 
 
-def image_task(**options) -> ClassificationTask:
-    return ClassificationTask(image_processor(16, resize=20), {name: i for i, name in enumerate("abcde")}, **options)
+def image_task(**options) -> ImageClassificationTask:
+    return ImageClassificationTask.for_model(vit(), image_processor(16, resize=20), **options)
 
 
-def detection_task(config: TfmDetrConfig) -> DetectionTask:
-    return DetectionTask(config, scene_processor(64, 96), range(10))
+def detection_task(config: TfmDetrConfig) -> Task:
+    return earlier(DetectionTask(config, scene_processor(64, 96), range(10)))
 
 
-def language_task(seed: int = 0) -> MaskedLanguageTask:
-    return MaskedLanguageTask(tokenizer(), mlm_probability=0.3, seed=seed)
+def language_task(seed: int = 0) -> Task:
+    return earlier(MaskedLanguageTask(tokenizer(), mlm_probability=0.3, seed=seed))
 
 
 def distillation(
     task: Any, teacher: Any, student: nn.Module, terms: list[dict[str, Any]]
-) -> tuple[DistillationTask, Distilled]:
+) -> tuple[DistillationTask, StudentWithProjections]:
     """A task and what it trains.
 
     Args:
@@ -194,14 +251,23 @@ def distillation(
         terms: fields of each.
     """
     teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
-    lessons = plan([Term(**term) for term in terms], facts_of(student), teacher.facts)
+    resolved = resolve_terms([Term(**term) for term in terms], spec_of(student), teacher.spec)
     torch.manual_seed(5)
-    return DistillationTask(task, teacher, lessons), Distilled(student, lessons)
+    return DistillationTask.around(task, teacher, resolved), StudentWithProjections(student, resolved)
+
+
+def training_samples(task: Any, rows: Any, data: str = "abc", numbers: Any = None) -> TrainingSamples:
+    """The training data of a task, as a teacher reads it."""
+    task = task if isinstance(task, DistillationTask) else DistillationTask.around(task, AllEpochs(), ())
+    collate = DistillationCollator(
+        task.task.collator(training=True), AllEpochs(), (), type(task.task).target_positions, task.all_tokens
+    )
+    return TrainingSamples(rows, collate, task.task.inputs, task.positions, data, numbers=numbers)
 
 
 def batches(task: Any, rows: Any, cuts: list[list[int]], epoch: int = 0) -> list[dict[str, Any]]:
     """Micro-batches of rows, by their numbers."""
-    collate = getattr(task, "collate_training", task.collate)
+    collate = task.collator(training=True)
     return [collate([rows[i] for i in cut], cut, epoch) for cut in cuts]
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from distillation_helpers import bert, distillation, language_task, sentences
+from distillation_helpers import bert, distillation, language_task, sentences, training_samples
 from safetensors.torch import save_file
 
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
-from hf_tfm.distillation.cache import CachedTeacher, write_cache
-from hf_tfm.distillation.plan import signals_of
-from hf_tfm.distillation.student import Distilled, freeze_unused
-from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
+from hf_tfm.distillation.resolve import signals_of
+from hf_tfm.distillation.student import StudentWithProjections, freeze_unused
+from hf_tfm.tasks.distillation import DistillationTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
@@ -29,19 +29,19 @@ TERMS = {
 }
 
 
-def build(name: str) -> tuple[DistillationTask, Distilled]:
+def build(name: str) -> tuple[DistillationTask, StudentWithProjections]:
     """A task and what it trains."""
     return distillation(language_task(), bert(4), bert(2, 16, seed=1), TERMS[name])
 
 
 def train_steps(
-    accelerator: Accelerator, task: DistillationTask, model: Distilled, micro: int | None
+    accelerator: Accelerator, task: DistillationTask, model: StudentWithProjections, micro: int | None
 ) -> dict[str, Any]:
     """The weights after an epoch of three steps; the last has one sample, too few for two processes."""
     rows = sentences(9)
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collate, micro, **place)
-    freeze_unused(accelerator, task, model, task.collate(rows[:1], [0], 0))
+    loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collator(), micro, **place)
+    freeze_unused(accelerator, task, model, task.collator()(rows[:1], [0], 0))
     args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
@@ -53,11 +53,11 @@ def train_steps(
 def cache(accelerator: Accelerator | None, folder: Path) -> DistillationTask:
     """A task whose teacher all processes cache together."""
     task, _ = build("layers")
-    names = signals_of(task.lessons, "teacher")
-    options = {"dtype": "fp32", "shard_samples": 2, "data": "abc"}
-    report = write_cache(task.teacher, task.task, sentences(9), folder, 1, names, accelerator=accelerator, **options)
+    names = signals_of(task.terms, "teacher")
+    form = CacheFormat(names, dtype="fp32", shard_samples=2)
+    report = write_cache(task.source, training_samples(task, sentences(9)), folder, form, accelerator=accelerator)
     assert report.samples == 9
-    return DistillationTask(task.task, CachedTeacher(folder), task.lessons)
+    return DistillationTask.around(task.task, CachedTeacher(folder), task.terms)
 
 
 def main(folder: Path) -> None:

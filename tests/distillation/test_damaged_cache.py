@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from distillation_helpers import TextTask, classifier, sentences
+from distillation_helpers import TextTask, classifier, sentences, training_samples
 from safetensors.torch import load_file, save_file
 
-from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
 from hf_tfm.distillation.shards import load_cost, save_cost
 from hf_tfm.distillation.teacher import Teacher
 
@@ -24,7 +24,9 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / "cache"
-    write_cache(Teacher(classifier(4)), TextTask(), sentences(), folder, data="abc", shard_samples=4)
+    write_cache(
+        Teacher(classifier(4)), training_samples(TextTask(), sentences()), folder, CacheFormat(shard_samples=4)
+    )
     save_cost(folder, {"model": "teacher", "parameters": 1, "gflops": 1.0, "score": 0.5}, "accuracy")
     return folder
 
@@ -80,5 +82,5 @@ def test_a_folder_of_something_else_is_no_cache(tmp_path):
         CachedTeacher(tmp_path)
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="is not empty and holds no cache"):
-        write_cache(Teacher(classifier(4)), TextTask(), sentences(), tmp_path, data="abc")
+        write_cache(Teacher(classifier(4)), training_samples(TextTask(), sentences()), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -4,14 +4,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distillation_helpers import bert, distillation, language_task, sentences
+from distillation_helpers import bert, distillation, language_task, sentences, training_samples
 
 from hf_tfm import TfmBertForMaskedLM
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
-from hf_tfm.distillation.cache import CachedTeacher, write_cache
-from hf_tfm.distillation.plan import signals_of
-from hf_tfm.tasks.distill import DistillationTask
+from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
+from hf_tfm.distillation.resolve import signals_of
+from hf_tfm.tasks.distillation import DistillationTask
 from hf_tfm.training import TrainingArguments, evaluate, train
 
 TERMS = [
@@ -60,12 +60,14 @@ def run(folder, last=None, cache=None, **knobs):
     task, model = distillation(plain, bert(4), student, TERMS)
     rows = sentences(12)
     if cache is not None:
-        names = signals_of(task.lessons, "teacher")
-        write_cache(task.teacher, plain, rows, cache, 2, names, dtype="fp32", data="abc")
-        task = DistillationTask(plain, CachedTeacher(cache), task.lessons)
+        names = signals_of(task.terms, "teacher")
+        write_cache(task.source, training_samples(task, rows), cache, CacheFormat(names, 2, dtype="fp32"))
+        task = DistillationTask.around(plain, CachedTeacher(cache), task.terms)
     args = TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
-    learning = StepLoader(rows, BatchSampler(12, 4, seed=0), task.collate, 2, num_workers=args.dataloader_num_workers)
-    held_out = StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), plain.collate)
+    learning = StepLoader(
+        rows, BatchSampler(12, 4, seed=0), task.collator(), 2, num_workers=args.dataloader_num_workers
+    )
+    held_out = StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), plain.collator())
 
     def score(trained):
         return evaluate(accelerator, plain, trained.student, held_out)
@@ -97,7 +99,7 @@ def test_the_student_is_shipped_alone(tmp_path, knobs):
         Accelerator(cpu=True),
         language_task(),
         loaded,
-        StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), language_task().collate),
+        StepLoader(sentences(6, seed=1), BatchSampler(6, 6, shuffle=False), language_task().collator()),
     )
     assert again == scores
 

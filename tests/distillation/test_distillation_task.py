@@ -15,6 +15,7 @@ from distillation_helpers import (
     detection_task,
     detr,
     distillation,
+    earlier,
     image_task,
     language_task,
     losses,
@@ -32,7 +33,7 @@ from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
 from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.tasks.distill import grid_of, token_weights
+from hf_tfm.tasks.distillation import grid_of, token_weights
 from hf_tfm.tasks.language import CausalLanguageTask
 from hf_tfm.tasks.old_text_classification import TextClassificationTask
 from hf_tfm.training import evaluate
@@ -91,7 +92,7 @@ CASES = {
     "native language": (lambda: language(native=True), sentences),
     "language, all tokens": (every_token, sentences),
     "texts": (texts, sentences),
-    "GLUE": (lambda: texts(task=TextClassificationTask(tokenizer(), {0: 0, 1: 1})), sentences),
+    "GLUE": (lambda: texts(task=earlier(TextClassificationTask(tokenizer(), {0: 0, 1: 1}))), sentences),
     "images": (images, pictures),
     "native images": (lambda: images("native"), pictures),
     "timm images": (lambda: images("timm"), pictures),
@@ -125,7 +126,7 @@ def test_a_hidden_batch_counts_for_nothing_and_reaches_every_weight(name):
     make, rows = CASES[name]
     task, model = make()
     rows = rows()
-    hidden = task.collate([rows[0]], [0], 0, hidden=True)
+    hidden = task.collator()([rows[0]], [0], 0, is_dummy=True)
     assert not any(task.count(hidden).values())
     sums = task.losses(model, hidden)
     real = batches(task, rows, [[0, 1]])[0]
@@ -205,7 +206,7 @@ def test_targets_are_not_chosen_where_there_are_none():
 def test_logits_of_every_token_are_compared_and_labels_are_those_of_targets():
     task, model = every_token()
     batch = batches(task, sentences(), [[0, 1, 2]])[0]
-    found, teacher = losses(task, model.eval(), batch), task.teacher.model
+    found, teacher = losses(task, model.eval(), batch), task.source.model
     inputs, mask, chosen = task.task.inputs(batch), batch["attention_mask"].bool(), batch["labels"] != -100
     ours, theirs = (m(**inputs).logits.float() for m in (model.student, teacher))
     soft = kl_div(ours[mask].log_softmax(-1), theirs[mask].log_softmax(-1), reduction="sum", log_target=True)
@@ -225,7 +226,7 @@ def test_every_token_is_not_compared_where_there_are_no_logits_of_tokens():
 def test_no_word_is_computed_where_no_logits_are_compared():
     task, model = distillation(language_task(), bert(4), bert(2, 16, seed=1), [{"kind": "hidden_state"}])
     batch = batches(task, sentences(), [[0, 1]])[0]
-    _, output = model(task.task.inputs(batch), task.task.places(batch))
+    _, output = model(task.task.inputs(batch), task.positions(batch))
     assert output.logits.shape == (0, 60)
 
 
@@ -250,7 +251,7 @@ def test_a_causal_model_learns_from_every_next_token():
         )
 
     terms = [{"kind": "label"}, {"kind": "soft_target", "temperature": 2.0}, {"kind": "attention_score"}]
-    task, model = distillation(CausalLanguageTask(tokenizer()), gpt(4, 0), gpt(2, 1), terms)
+    task, model = distillation(earlier(CausalLanguageTask(tokenizer())), gpt(4, 0), gpt(2, 1), terms)
     batch = batches(task, sentences(), [[0, 1, 2]])[0]
     counts = task.count(batch)
     assert counts["token"] == counts["soft_target"] == counts["attention_score"] - 3
@@ -268,7 +269,7 @@ def test_a_student_becomes_like_its_teacher(name):
     before = losses(task, copy.deepcopy(model).eval(), step[0])
     trained(task, model, [step] * 30, learning_rate=3e-3, weight_decay=0.0)
     after = losses(task, model.eval(), step[0])
-    for lesson in task.lessons:
+    for lesson in task.terms:
         if lesson.kind.loss is not None:
             assert after[lesson.name] < 0.9 * before[lesson.name], lesson.name
 

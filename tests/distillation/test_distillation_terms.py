@@ -1,7 +1,6 @@
 """Terms as YAML gives them, and what is refused before anything is trained."""
 
 import json
-import runpy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,17 +9,18 @@ from distillation_helpers import bert, classifier, detr, tokenizer, vit
 from timm.data import ImageNetInfo
 from transformers import BertTokenizer, ViTImageProcessor
 
-from hf_tfm.distillation.facts import Facts, check_processors, check_tokenizers, facts_of
-from hf_tfm.distillation.plan import describe, layer_map, plan, signals_of
+from hf_tfm.distillation.model_spec import ModelSpec, check_processors, check_tokenizers, spec_of
+from hf_tfm.distillation.resolve import describe, layer_map, resolve_terms, signals_of
 from hf_tfm.distillation.terms import Term, read_terms
 from hf_tfm.options import parse_arguments
+from hf_tfm.tasks.image_classification import ImageDistillationArguments
 
 ROOT = Path(__file__).parents[2]
-TINY_TO_BASE = (facts_of(bert(4, 16)), facts_of(bert(12, 32)))
+TINY_TO_BASE = (spec_of(bert(4, 16)), spec_of(bert(12, 32)))
 
 
 def lessons(student, teacher, *terms):
-    return plan([Term(**term) for term in terms], student, teacher)
+    return resolve_terms([Term(**term) for term in terms], student, teacher)
 
 
 @dataclass(kw_only=True)
@@ -145,13 +145,13 @@ def test_a_plan_names_the_signals():
 
 
 def test_equal_widths_need_no_projection():
-    same = facts_of(bert(2, 32))
+    same = spec_of(bert(2, 32))
     assert lessons(same, TINY_TO_BASE[1], {"kind": "hidden_state"})[0].widths is None
     assert lessons(same, TINY_TO_BASE[1], {"kind": "hidden_state", "projection": "linear"})[0].widths == (32, 32)
 
 
 def heads(count):
-    return facts_of(bert(2, 32, num_attention_heads=count))
+    return spec_of(bert(2, 32, num_attention_heads=count))
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def heads(count):
         (*TINY_TO_BASE, {"kind": "hidden_state", "stack": "decoder"}, 'stack "decoder" is not one of the student'),
         (*TINY_TO_BASE, {"kind": "query"}, "must be detectors"),
         (*TINY_TO_BASE, {"kind": "feature_map", "layers": {"a": "b"}}, '"a" of the student'),
-        (TINY_TO_BASE[0], facts_of(bert(12, vocab_size=61)), {"kind": "soft_target"}, "60 and 61"),
-        (TINY_TO_BASE[0], facts_of(bert(12).bert), {"kind": "soft_target"}, "60 and None"),
-        (facts_of(classifier(2)), facts_of(classifier(4, num_labels=3)), {"kind": "soft_target"}, "got 2 and 3"),
-        (*[facts_of(classifier(2, num_labels=1))] * 2, {"kind": "hard_target"}, 'use kind "soft_target" or "logit"'),
-        (*[facts_of(detr(2))] * 2, {"kind": "soft_target"}, 'use kind "query"'),
+        (TINY_TO_BASE[0], spec_of(bert(12, vocab_size=61)), {"kind": "soft_target"}, "60 and 61"),
+        (TINY_TO_BASE[0], spec_of(bert(12).bert), {"kind": "soft_target"}, "60 and None"),
+        (spec_of(classifier(2)), spec_of(classifier(4, num_labels=3)), {"kind": "soft_target"}, "got 2 and 3"),
+        (*[spec_of(classifier(2, num_labels=1))] * 2, {"kind": "hard_target"}, 'use kind "soft_target" or "logit"'),
+        (*[spec_of(detr(2))] * 2, {"kind": "soft_target"}, 'use kind "query"'),
         (
-            *[facts_of(detr(2))] * 2,
+            *[spec_of(detr(2))] * 2,
             {"kind": "hidden_state"},
             'stack "" is not one of the student.*"encoder", "decoder"',
         ),
@@ -190,17 +190,17 @@ def test_terms_that_do_not_fit_the_models_are_refused(student, teacher, term, wo
 
 
 def test_label_maps_that_differ_are_refused():
-    student = facts_of(vit(2))
+    student = spec_of(vit(2))
     other = replace(student, labels=("a", "b", "d", "c", "e"))
     with pytest.raises(ValueError, match='label maps differ: class 2 is "c" for the student, "d" for the teacher'):
         lessons(student, other, {"kind": "hard_target"})
-    lessons(student, facts_of(vit(2, kind="timm")), {"kind": "hard_target"})  # timm's has no names
+    lessons(student, spec_of(vit(2, kind="timm")), {"kind": "hard_target"})  # timm's has no names
     lessons(student, other, {"kind": "hidden_state"})  # which does not compare classes
-    assert plan([Term(kind="hard_target")], student, other, "number")
+    assert resolve_terms([Term(kind="hard_target")], student, other, "number")
 
 
 def test_names_that_tell_no_class_apart_are_not_compared():
-    student, term = facts_of(vit(2)), {"kind": "soft_target"}
+    student, term = spec_of(vit(2)), {"kind": "soft_target"}
     lessons(replace(student, labels=tuple("ABCDE")), student, term)
     cranes = replace(student, labels=("crane", "b", "c", "Crane", "e"))
     lessons(cranes, cranes, term)
@@ -215,16 +215,15 @@ def test_imagenet_as_timm_names_it_has_a_student():
     info = ImageNetInfo()
     names = tuple(info.label_descriptions(as_dict=True)[synset] for synset in info.label_names())
     assert len(set(names)) < len(names) == 1000
-    teacher = replace(facts_of(vit(2, kind="timm")), outputs=1000, labels=names)
+    teacher = replace(spec_of(vit(2, kind="timm")), outputs=1000, labels=names)
     lessons(replace(teacher, labels=tuple(name.upper() for name in names)), teacher, {"kind": "hard_target"})
     recipe = ROOT / "recipes" / "distill_vision.py"
-    kind = runpy.run_path(str(recipe))["DistillVisionArguments"]
-    args = parse_arguments(kind, recipe, ["--config", "deit_base"])
+    args = parse_arguments(ImageDistillationArguments, recipe, ["--config", "deit_base"])
     other = replace(teacher, labels=("TENCH", *names[1:500], "something else", *names[501:]))
     terms = [Term(kind="hard_target")]
-    assert plan(terms, other, teacher, args.match_labels)
+    assert resolve_terms(terms, other, teacher, args.match_labels)
     with pytest.raises(ValueError, match="match_labels=number"):
-        plan(terms, other, teacher)
+        resolve_terms(terms, other, teacher)
 
 
 def test_terms_that_need_no_teacher_or_say_it_twice_are_refused():
@@ -237,17 +236,17 @@ def test_terms_that_need_no_teacher_or_say_it_twice_are_refused():
 
 @pytest.mark.parametrize("model", [bert(2), vit(3), vit(2, kind="timm"), detr(2)], ids=lambda m: type(m).__name__)
 def test_facts_survive_json(model):
-    facts = facts_of(model)
-    assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    facts = spec_of(model)
+    assert ModelSpec.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
 
-def test_facts_of_every_family():
-    native, ours = facts_of(bert(3, native=True)), facts_of(bert(3))
+def test_spec_of_every_family():
+    native, ours = spec_of(bert(3, native=True)), spec_of(bert(3))
     assert native.stacks == ours.stacks and native.outputs == ours.outputs == 60 and ours.labels is None
-    images = facts_of(vit(3, kind="timm"))
+    images = spec_of(vit(3, kind="timm"))
     assert (images.stacks[""].layers, images.stacks[""].width, images.outputs) == (3, 32, 5)
-    assert images.labels is None and facts_of(vit(3)).labels == tuple("abcde")
-    detector = facts_of(detr(3))
+    assert images.labels is None and spec_of(vit(3)).labels == tuple("abcde")
+    detector = spec_of(detr(3))
     assert detector.stacks["decoder"].layers == 3 and detector.stacks["encoder"].layers == 1
     assert detector.outputs == 11 and detector.queries == 6 and detector.widths["model.input_projection"] == 32
 

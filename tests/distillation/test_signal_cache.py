@@ -23,6 +23,7 @@ from distillation_helpers import (
     scenes,
     sentences,
     trained,
+    training_samples,
     vit,
 )
 
@@ -31,11 +32,11 @@ from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.shape_batches import number_with_canvas
 from hf_tfm.distillation import cache as caches
-from hf_tfm.distillation.cache import CachedTeacher, write_cache
-from hf_tfm.distillation.plan import signals_of
+from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
+from hf_tfm.distillation.resolve import signals_of
 from hf_tfm.distillation.shards import CacheIndex, shard_path
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.tasks.distill import OWN, DistillationTask
+from hf_tfm.tasks.distillation import OWN, DistillationTask
 
 MLM = [
     {"kind": "label"},
@@ -82,10 +83,10 @@ def make(name, folder, epochs=2, **options):
     make_task, teacher, student, terms, rows = CASES[name]
     task, rows = make_task(), rows()
     online, model = distillation(task, teacher(), student(), terms)
-    names = signals_of(online.lessons, "teacher")
-    options = {"dtype": "fp32", "batch_size": 3, "shard_samples": 4, "data": "abc", **options}
-    report = write_cache(online.teacher, online.task, rows, folder, epochs, names, **options)
-    cached = DistillationTask(task, CachedTeacher(folder), online.lessons)
+    names = signals_of(online.terms, "teacher")
+    form = CacheFormat(names, epochs, **{"dtype": "fp32", "shard_samples": 4, **options})
+    report = write_cache(online.source, training_samples(online, rows), folder, form, batch_size=3)
+    cached = DistillationTask.around(task, CachedTeacher(folder), online.terms)
     return online, cached, model, rows, report
 
 
@@ -130,24 +131,23 @@ def soft(temperature):
     return [{"kind": "soft_target", "temperature": temperature}, {"kind": "hard_target"}]
 
 
-def small_cache(folder, temperature=2.0, teacher_dtype="fp32", **options):
+def small_cache(folder, temperature=2.0, teacher_dtype="fp32", data="abc", **options):
     """Logits alone, of a language model."""
     task, rows = language_task(), sentences()
     online, model = distillation(task, bert(4), bert(2, 16, seed=1), soft(temperature))
-    options = {"dtype": "fp32", "data": "abc", "temperature": temperature, "shard_samples": 4, **options}
-    teacher = Teacher(bert(4), teacher_dtype)
-    report = write_cache(teacher, task, rows, folder, 1, ["logits"], **options)
+    form = CacheFormat(**{"dtype": "fp32", "temperature": temperature, "shard_samples": 4, **options})
+    report = write_cache(Teacher(bert(4), teacher_dtype), training_samples(task, rows, data), folder, form)
     return task, rows, online, model, report
 
 
 def test_the_largest_logits_give_the_loss_of_their_classes_and_the_rest(tmp_path):
     task, rows, online, model, _ = small_cache(tmp_path / "most", top_k=59)
-    cached = DistillationTask(task, CachedTeacher(tmp_path / "most"), online.lessons)
+    cached = DistillationTask.around(task, CachedTeacher(tmp_path / "most"), online.terms)
     ours, theirs = (batches(t, rows, [[0, 1, 2, 3]])[0] for t in (online, cached))
     exact = losses(online, model.eval(), ours)
     assert losses(cached, model, theirs) == pytest.approx(exact, rel=1e-5)  # all classes but one, and that one
     small_cache(tmp_path / "few", top_k=8)
-    few = DistillationTask(task, CachedTeacher(tmp_path / "few"), online.lessons)
+    few = DistillationTask.around(task, CachedTeacher(tmp_path / "few"), online.terms)
     found = losses(few, model, batches(few, rows, [[0, 1, 2, 3]])[0])
     assert 0 < found["soft_target"] < exact["soft_target"]
     assert found["hard_target"] == pytest.approx(exact["hard_target"], rel=1e-5)
@@ -163,7 +163,7 @@ def test_what_the_largest_logits_cannot_give_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             distillation(task, teacher, bert(2, 16, seed=1), terms)
-    DistillationTask(task, teacher, online.lessons)
+    DistillationTask.around(task, teacher, online.terms)
     with pytest.raises(ValueError, match="top_k must be below the 60 classes, got 60"):
         small_cache(tmp_path / "all", top_k=60)
 
@@ -171,7 +171,7 @@ def test_what_the_largest_logits_cannot_give_is_refused(tmp_path):
 def test_bytes_of_a_sample(tmp_path):
     """About what the numbers take: of every masked token 8 x (2 bytes, and 2 for its class) and 4 for the rest."""
     task, rows, _, _, report = small_cache(tmp_path, top_k=8, dtype="bf16", shard_samples=100)
-    masked = sum(task.count(task.collate([row], [i], 0))["token"] for i, row in enumerate(rows))
+    masked = sum(task.count(task.collator()([row], [i], 0))["token"] for i, row in enumerate(rows))
     assert report.samples == len(rows)
     headers = report.bytes - masked * (8 * 4 + 4)
     assert 0 < headers < 1500
@@ -185,7 +185,7 @@ def test_workers_read_the_cache(tmp_path):
     found = [
         [
             batch
-            for step in StepLoader(rows, sampler, cached.collate_training, 2, num_workers=workers).epoch(1)
+            for step in StepLoader(rows, sampler, cached.collator(training=True), 2, num_workers=workers).epoch(1)
             for batch in step
         ]
         for workers in (0, 2)
@@ -250,17 +250,17 @@ def test_another_cache_is_not_written_over(tmp_path):
 def test_a_cache_of_another_run_is_refused_by_name(tmp_path):
     task, rows, online, _, _ = small_cache(tmp_path)
     teacher = CachedTeacher(tmp_path)
-    teacher.check(task, rows, "abc", online.teacher.hash)
-    teacher.check(task, rows, "abc")
+    teacher.check(training_samples(task, rows), online.source.hash)
+    teacher.check(training_samples(task, rows))
     for words, arguments in (
         ("teacher .* there, .* now$", (task, rows, "abc", Teacher(bert(4, seed=3)).hash)),
-        ("data abc there, xyz now$", (task, rows, "xyz", online.teacher.hash)),
+        ("data abc there, xyz now$", (task, rows, "xyz", online.source.hash)),
         ("preprocessing .* now$", (language_task(seed=1), rows, "abc")),
         ("preprocessing .* now$", (task, [{"input_ids": row["input_ids"][:4]} for row in rows], "abc")),
         ("teacher .*; data .*", (task, rows, "xyz", "0")),
     ):
         with pytest.raises(ValueError, match=f"is the cache of another run: {words}"):
-            teacher.check(*arguments)
+            teacher.check(training_samples(*arguments[:3]), *arguments[3:])
 
 
 def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monkeypatch):
@@ -269,27 +269,27 @@ def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monke
     teacher.index = replace(teacher.index, name="out/teacher", origin="abc")
     monkeypatch.setattr("hf_tfm.distillation.cache.origin_of", lambda name: "xyz")
     with pytest.raises(ValueError, match="another run: the weights of the teacher out/teacher are others now"):
-        teacher.check(task, rows, "abc", name="out/teacher")
+        teacher.check(training_samples(task, rows), name="out/teacher")
     with pytest.raises(ValueError, match="another run: teacher out/teacher there, out/other now"):
-        teacher.check(task, rows, "abc", name="out/other")
+        teacher.check(training_samples(task, rows), name="out/other")
 
 
 def test_facts_of_the_teacher_stand_in_the_index(tmp_path):
     _, _, online, _, _ = small_cache(tmp_path)
-    assert CachedTeacher(tmp_path).facts == online.teacher.facts
+    assert CachedTeacher(tmp_path).spec == online.source.spec
     assert CacheIndex.load(tmp_path).shards == 3
 
 
 def test_samples_that_are_not_the_cached_ones_are_refused(tmp_path):
     task, rows, online, _, _ = small_cache(tmp_path)
-    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
+    cached = DistillationTask.around(task, CachedTeacher(tmp_path), online.terms)
     with pytest.raises(ValueError, match=r"sample 10 is not in .*, which has 10 rows"):
-        cached.collate([rows[0]], [10], 0)
+        cached.collator()([rows[0]], [10], 0)
     with pytest.raises(ValueError, match="copies, and images on another canvas, are other samples"):
-        cached.collate([rows[0]], [2**40], 0)
+        cached.collator()([rows[0]], [2**40], 0)
     other = replace_row(rows, 0, {"input_ids": [2, *range(5, 20), 3]})
     with pytest.raises(ValueError, match='rows of signal "logits" where the batch has'):
-        cached.collate([other[0]], [0], 0)
+        cached.collator()([other[0]], [0], 0)
 
 
 def replace_row(rows, place, row):
@@ -302,16 +302,15 @@ def test_scenes_are_cached_on_their_canvas(tmp_path):
     task, rows = make_task(), rows()
     numbers = [number_with_canvas(row, (64, 64 + 8 * row)) for row in range(5)]  # the sixth is left out
     online, model = distillation(task, teacher(), student(), terms[:1])
-    names = signals_of(online.lessons, "teacher")
-    write_cache(
-        online.teacher, task, rows, tmp_path, 1, names, dtype="fp32", data="abc", numbers=lambda epoch: numbers
-    )
-    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
-    ours, theirs = (t.collate([rows[1], rows[3]], [numbers[1], numbers[3]], 0) for t in (online, cached))
+    names = signals_of(online.terms, "teacher")
+    samples = training_samples(online, rows, numbers=lambda epoch: numbers)
+    write_cache(online.source, samples, tmp_path, CacheFormat(names, dtype="fp32"))
+    cached = DistillationTask.around(task, CachedTeacher(tmp_path), online.terms)
+    ours, theirs = (t.collator()([rows[1], rows[3]], [numbers[1], numbers[3]], 0) for t in (online, cached))
     assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
     for number in (number_with_canvas(1, (64, 128)), 5):
         with pytest.raises(ValueError, match=f"of epoch 0 has the number {number}, and in"):
-            cached.collate([rows[number % 2**40]], [number], 0)
+            cached.collator()([rows[number % 2**40]], [number], 0)
 
 
 def test_images_that_cannot_be_read_are_not_cached(tmp_path):
@@ -319,9 +318,10 @@ def test_images_that_cannot_be_read_are_not_cached(tmp_path):
     task, rows = make_task(), pictures()
     rows[2]["image"]["bytes"] = b"nothing"
     online, model = distillation(task, teacher(), student(), terms)
-    names = signals_of(online.lessons, "teacher")
-    write_cache(online.teacher, task, rows, tmp_path, 1, names, dtype="fp32", data="abc", shard_samples=4)
-    cached = DistillationTask(task, CachedTeacher(tmp_path), online.lessons)
+    names = signals_of(online.terms, "teacher")
+    form = CacheFormat(names, dtype="fp32", shard_samples=4)
+    write_cache(online.source, training_samples(online, rows), tmp_path, form)
+    cached = DistillationTask.around(task, CachedTeacher(tmp_path), online.terms)
     ours, theirs = (batches(t, rows, [[1, 2, 3]])[0] for t in (online, cached))
     assert theirs[OWN]["samples"] == 2
     assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
@@ -331,7 +331,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     teacher, rows = Teacher(vit(2)), pictures()
     mixed = image_task(augmentation=Augmentation(), mixing=Mixing(mixup=0.5))
     with pytest.raises(ValueError, match="mixed with their neighbours cannot be cached"):
-        write_cache(teacher, mixed, rows, tmp_path, data="abc")
+        write_cache(teacher, training_samples(mixed, rows), tmp_path)
     for options, words in (
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
@@ -340,7 +340,9 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         ({"numbers": lambda epoch: [0, 2**40]}, "several copies of a sample"),
     ):
         with pytest.raises(ValueError, match=words):
-            write_cache(teacher, image_task(), rows, tmp_path / "x", data="abc", **options)
+            numbers = options.pop("numbers", None)
+            samples = training_samples(image_task(), rows, numbers=numbers)
+            write_cache(teacher, samples, tmp_path / "x", CacheFormat(**options))
 
 
 def test_an_index_is_plain_json(tmp_path):

@@ -18,7 +18,7 @@ from distillation_helpers import (
 )
 
 from hf_tfm.arguments import TrainingArguments
-from hf_tfm.distillation.student import Distilled, copy_layers, freeze_unused, student_of
+from hf_tfm.distillation.student import StudentWithProjections, copy_layers, freeze_unused, student_of
 from hf_tfm.training.optim import parameter_groups
 
 DISTILBERT = (0, 2, 4, 7, 9, 11)
@@ -182,6 +182,6 @@ def test_a_model_of_lessons_can_be_copied():
     task, model = distillation(language_task(), bert(4), bert(2, 16), [{"kind": "attention_score"}, *TERMS])
     batch = batches(task, sentences(), [[0, 1]])[0]
     twin = copy.deepcopy(model)
-    assert isinstance(twin, Distilled) and twin.student is not model.student
+    assert isinstance(twin, StudentWithProjections) and twin.student is not model.student
     one, other = (sum(task.losses(m.eval(), batch).values()) for m in (model, twin))
     assert one.item() == pytest.approx(other.item())

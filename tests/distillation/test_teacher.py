@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from distillation_helpers import bert, classifier, language_task, sentences, vit
+from distillation_helpers import bert, classifier, language_task, sentences, training_samples, vit
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_tfm.distillation.cache import write_cache
@@ -70,7 +70,7 @@ def test_a_teacher_is_loaded_with_the_head_it_teaches_with(tmp_path):
     model.save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), AutoModelForMaskedLM, "bf16")
     assert teacher.hash == weights_hash(model) and teacher.model.dtype == torch.bfloat16
-    assert load_teacher(str(tmp_path), AutoModel).facts.outputs is None  # its pooler is random, and not looked at
+    assert load_teacher(str(tmp_path), AutoModel).spec.outputs is None  # its pooler is random, and not looked at
     with pytest.raises(ValueError, match=r"lacks the weights classifier\.bias, classifier\.weight .* not trained"):
         load_teacher(str(tmp_path), AutoModelForSequenceClassification)
     with pytest.raises(ValueError, match="give device or device_map, not both, got cpu and auto"):
@@ -88,13 +88,13 @@ def test_a_teacher_that_is_not_in_memory_has_no_hash(tmp_path):
     teacher = Teacher(bert(2).to("meta"))
     assert teacher.hash is None
     with pytest.raises(ValueError, match="has no hash, which a cache needs"):
-        write_cache(teacher, language_task(), sentences(), tmp_path, data="abc")
+        write_cache(teacher, training_samples(language_task(), sentences()), tmp_path)
 
 
 def test_workers_get_a_teacher_without_its_model():
     teacher = Teacher(bert(2))
     copy = pickle.loads(pickle.dumps(teacher))
-    assert not hasattr(copy, "model") and copy.hash == teacher.hash and copy.facts == teacher.facts
+    assert not hasattr(copy, "model") and copy.hash == teacher.hash and copy.spec == teacher.spec
     assert copy.attach({}, [], [0], 0, None) == {} and copy.epoch(3) == 3
 
 

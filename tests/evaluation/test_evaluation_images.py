@@ -42,9 +42,11 @@ from hf_tfm import (
 )
 from hf_tfm.data.batching import rng
 from hf_tfm.data.pixels import Pixels, WholeProcessor, suitable
-from hf_tfm.evaluation import classification as classification_module
-from hf_tfm.evaluation import evaluate, evaluate_classification, evaluate_masked_autoencoder
+from hf_tfm.evaluation import evaluate
 from hf_tfm.tasks import stopwatch
+from hf_tfm.tasks.evaluation import evaluate_task
+from hf_tfm.tasks.image_classification import ImageClassificationEvaluationArguments, ImageClassificationTask
+from hf_tfm.tasks.masked_image import MaskedImageEvaluationArguments, MaskedImageTask
 from hf_tfm.tasks.stopwatch import Stopwatch
 
 
@@ -145,7 +147,7 @@ def test_images_without_label_or_content_are_left_out(models, tmp_path):
 @pytest.mark.parametrize("kind", ["no label", "classes"])
 def test_a_confusion_matrix_that_cannot_be_drawn_is_refused_at_once(kind, models, data, tmp_path, monkeypatch):
     """Before any image is classified."""
-    monkeypatch.setattr(classification_module, "predict", None)
+    monkeypatch.setattr(ImageClassificationTask, "predict", None)
     where, named = data, "confusion has at most 5 classes, but the model has 6"
     if kind == "classes":
         monkeypatch.setattr("hf_tfm.viz.confusion.MAX_CLASSES", 5)
@@ -269,10 +271,12 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
     for model, saved in kinds.items():
         with pytest.raises(ValueError, match=f"saved as {saved}, and evaluate is for translation models, image"):
             evaluate(str(model), dataset_name=data)
+    where = {"dataset_name": data, **QUIET}
     with pytest.raises(ValueError, match="no weights for classifier"):
-        evaluate_classification(headless, data, **QUIET)
+        evaluate_task(ImageClassificationTask, ImageClassificationEvaluationArguments(**where, model=headless))
     with pytest.raises(ValueError, match="no weights for decoder"):
-        evaluate_masked_autoencoder(save_model(tmp_path / "half", TfmMAEModel, TfmMAEConfig(**SIZES)), data, **QUIET)
+        half = save_model(tmp_path / "half", TfmMAEModel, TfmMAEConfig(**SIZES))
+        evaluate_task(MaskedImageTask, MaskedImageEvaluationArguments(**where, model=half))
     TfmViTForImageClassification(TfmViTConfig(**SIZES)).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no image processor"):
         evaluate(str(tmp_path / "bare"), dataset_name=data)

@@ -15,8 +15,8 @@ from hf_tfm import (
     TfmViTConfig,
     TfmViTForImageClassification,
 )
-from hf_tfm.evaluation.reading import load_with_processor
 from hf_tfm.finite import check_finite, first_not_finite
+from hf_tfm.hub.loading import load_with_processor
 from hf_tfm.tasks.text_model import load_text_classifier
 from hf_tfm.tasks.translation import load_seq2seq
 from hf_tfm.viz.images import load_autoencoder, load_encoder

@@ -77,7 +77,7 @@ def test_odd_names_of_classes_are_refused_where_they_are_read(tmp_path, model_ty
 def test_a_teacher_without_classes_may_have_odd_names(tmp_path):
     from transformers import GPT2Config
 
-    from hf_tfm.distillation.facts import label_names
+    from hf_tfm.distillation.model_spec import label_names
 
     assert label_names(GPT2Config(id2label={1: "ant", 7: "bee"})) is None
     assert label_names(GPT2Config(id2label={0: "ant", 1: "bee"})) == ("ant", "bee")

@@ -15,9 +15,8 @@ from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
 from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
-from hf_tfm.tasks import detr, language_modeling, text_model
+from hf_tfm.tasks import detr, image_classification, language_modeling, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
-from hf_tfm.training import image_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
 
@@ -108,7 +107,7 @@ LOADERS = {
     "bert-masked": lambda folder: language(folder, "masked"),
     "gpt": lambda folder: language(folder, "causal"),
     "gpt-untied": lambda folder: language(folder, "causal"),
-    "vit": lambda folder: image_run.load_classifier(folder, ["a", "b", "c"], 16),
+    "vit": lambda folder: image_classification.load_classifier(folder, ["a", "b", "c"], 16),
     "mae": lambda folder: load_autoencoder(folder, {}),
     "detr": lambda folder: load_to_train(class_of("detr"), folder, detr.head_of),
     "transformer": lambda folder: load_to_train(class_of("transformer"), folder, nothing),
@@ -188,14 +187,14 @@ def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
         with pytest.raises(LoadingError, match="has no place for the weights"):
             LOADERS[name](str(folder))
     # Asked for, it is fine: fewer layers, and a new one.
-    image_run.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=1)
-    image_run.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=3)
+    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=1)
+    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=3)
 
 
 def test_heads_may_be_new(saved):
     classes = ["a", "b", "c", "d", "e"]
     for name in ("vit", "vit-base", "mae"):
-        assert image_run.load_classifier(str(saved[name]), classes, 16).num_labels == 5
+        assert image_classification.load_classifier(str(saved[name]), classes, 16).num_labels == 5
     _, fresh = language(str(saved["bert-base"]), "masked")
     assert {key.split(".")[0] for key in fresh} == {"lm_head"}
     language(str(saved["gpt-base"]), "causal")

@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"terms": "[{kind: soft_target}]"}, "terms must not have soft_target: a masked autoencoder gives pixels"),
+        ({"terms": "[{kind: soft_target}]"}, "terms must not have soft_target: a masked autoencoder predicts pixels"),
         ({"metric_for_best_model": "accuracy"}, 'metric_for_best_model must be "loss"'),
         ({"cache": "x", "repeats": 2}, "turn repeats off"),
         ({"model": "{image_size: 8}"}, "model.image_size is not a field"),

@@ -1,10 +1,8 @@
 """The recipes on images, run as people run them: masked-autoencoder pretraining, classification, linear probe."""
 
 import json
-import runpy
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,16 +26,20 @@ from vision_recipes import (
     write_images,
 )
 
-from hf_tfm import TfmMAEConfig, TfmViTConfig, TfmViTForImageClassification
+from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForImageClassification
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, image_rows
 from hf_tfm.data.pixels import image_processor
 from hf_tfm.data.source import gather
 from hf_tfm.options import parse_arguments
-from hf_tfm.tasks.masked_image import MaskedImageTask
+from hf_tfm.tasks.image_classification import (
+    ImageClassificationArguments,
+    ImageClassificationTask,
+    ImageDistillationArguments,
+)
+from hf_tfm.tasks.masked_image import MaskedImageArguments, MaskedImageTask
 from hf_tfm.training import evaluate
-from hf_tfm.training.image_run import ImageRunArguments, image_loader, load_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,9 +86,9 @@ def test_pretraining(mae, data):
     found = record(mae)
     assert (found.model_type, found.training["item"]) == ("tfm_mae", "hidden patches")
     fresh_state()
-    task = MaskedImageTask(model.config, processor, seed=0)
+    task = MaskedImageTask.for_model(model, processor)
     rows = image_rows(load_dataset(str(data), split="validation"), labelled=False)
-    loader = WatchedLoader(StepLoader(rows, BatchSampler(9, 4, shuffle=False), task.collate))
+    loader = WatchedLoader(StepLoader(rows, BatchSampler(9, 4, shuffle=False), task.collator()))
     again = evaluate(Accelerator(cpu=True), task, model, loader)["loss"]
     assert scores(mae, "validation") == {"reconstruction_loss": pytest.approx(again, rel=1e-5)}
     assert "reconstruction_loss" in (mae / "README.md").read_text()
@@ -145,12 +147,18 @@ SAME, OTHERS, MORE = CLASSES, ["cat", "bee", "ant"], [*CLASSES, "dog"]
 @pytest.mark.parametrize(
     ("names", "kept"), [(SAME, True), (OTHERS, False), (MORE, False)], ids=["same", "other", "more"]
 )
-def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, recipe, tmp_path):
+def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, recipe, data, tmp_path):
     """Both of a model with a distillation token; a stale one would say one class and mean another."""
     folder, earlier = classifier_of(names, tmp_path / "earlier", distillation_token=token)
-    path = ROOT / "recipes" / f"{recipe}.py"
-    build = runpy.run_path(str(path))["build_model" if recipe == "image_classification_train" else "build_student"]
-    model = build(SimpleNamespace(seed=0, model_name_or_path=folder, linear_probe=False, model={}), 16, CLASSES)
+    given = {"dataset_name": str(data), "output_dir": ".", "max_steps": 1, "learning_rate": 0.1}
+    given |= {"model_name_or_path": str(folder), "image_size": 16}
+    if recipe == "distill_vision":
+        args = ImageDistillationArguments(**given, teacher="x", terms=[{"kind": "hard_target"}])
+    else:
+        args = ImageClassificationArguments(**given)
+    task = ImageClassificationTask(args, None)
+    task.splits, task.processor = task.load_splits(), image_processor(16)
+    model = task.build_model()
     assert model.config.id2label == dict(enumerate(CLASSES)) and hasattr(model, "distillation_classifier") == token
     for name in ["classifier", "distillation_classifier"][: 1 + token]:
         mine, theirs = getattr(model, name), getattr(earlier, name)
@@ -208,18 +216,21 @@ def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
 
 def test_a_stream_is_shuffled_by_its_buffer(data):
     """The images of a class stand together in the file; every epoch has each once, in an order of its own."""
-    task = MaskedImageTask(TfmMAEConfig(image_size=16, patch_size=4), image_processor(16))
+    model = TfmMAEForPreTraining(TfmMAEConfig(image_size=16, patch_size=4))
     orders = []
     for buffer in (1, 24):
         knobs = {"streaming": True, "max_steps": 1, "learning_rate": 0.1, "batch_size": 8, "shuffle_buffer": buffer}
-        args = ImageRunArguments(dataset_name=str(data), output_dir=".", **knobs)
-        rows = load_rows(args, [], labelled=False)
-        loader = image_loader(args, Accelerator(cpu=True), task, rows["train"], learning=True)
+        args = MaskedImageArguments(dataset_name=str(data), output_dir=".", **knobs)
+        task = MaskedImageTask(args, Accelerator(cpu=True))
+        task.model, task.processor = model, image_processor(16)
+        task.splits = task.load_splits()
+        loader = task.dataloader("train", training=True)
         for epoch in (0, 1):
             steps = [batch["pixel_values"] for step in loader.epoch(epoch) for batch in step]
             orders.append([image.numpy().tobytes() for step in steps for image in step])
     assert len({tuple(order) for order in orders}) == 4
-    evaluation = image_loader(args, Accelerator(cpu=True), task, gather(rows["train"]), learning=False)
+    task.splits["gathered"] = gather(task.splits["train"])
+    evaluation = task.dataloader("gathered")
     expected = {
         image.numpy().tobytes() for step in evaluation.epoch(0) for batch in step for image in batch["pixel_values"]
     }
@@ -290,7 +301,8 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
 
     def read(labelled: bool) -> dict[str, set[bytes]]:
         knobs = {"max_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
-        rows = load_rows(ImageRunArguments(dataset_name=str(data), output_dir=".", **knobs), [], labelled)
+        kind = ImageClassificationTask if labelled else MaskedImageTask
+        rows = kind(kind.Arguments(dataset_name=str(data), output_dir=".", **knobs), None).load_splits()
         return {split: {row["image"]["bytes"] for row in part} for split, part in rows.items()}
 
     tuned, pretrained = read(True), read(False)

@@ -10,7 +10,6 @@ from image_tasks import CASES, classification, evaluation_loader, examples, tiny
 from safetensors.torch import save_file
 
 from hf_tfm.data.images import WatchedLoader
-from hf_tfm.tasks.classification import predict
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
@@ -36,9 +35,10 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
 def prediction(accelerator: Accelerator, count: int) -> list:
     """What `predict` says of some images, as lists."""
     task = classification()
+    task.accelerator = accelerator
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = WatchedLoader(evaluation_loader(task, examples(count, bad=BAD), **place))
-    found = predict(accelerator, task, tiny_vit(), loader)
+    found = task.predict(tiny_vit(), loader)
     return [found.indices.tolist(), found.labels.tolist(), found.top.tolist(), found.loss]
 
 

@@ -13,7 +13,7 @@ from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.data.batching import StepLoader
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.pixels import image_processor
-from hf_tfm.tasks.classification import ClassificationTask
+from hf_tfm.tasks.image_classification import ImageClassificationTask
 from hf_tfm.tasks.masked_image import MaskedImageTask
 
 TINY = {
@@ -54,13 +54,18 @@ def examples(count: int = 12, bad: tuple[int, ...] = ()) -> list[dict[str, Any]]
     return rows
 
 
-def classification(augmentation=AUGMENTATION, mixing=MIXING, label_smoothing=0.1, seed=0) -> ClassificationTask:
-    ids = {name: i for i, name in enumerate("abcde")}
-    return ClassificationTask(PROCESSOR, ids, augmentation, mixing, label_smoothing, seed)
+LABELS = {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}}
+
+
+def classification(
+    augmentation=AUGMENTATION, mixing=MIXING, label_smoothing=0.1, seed=0, model=None
+) -> ImageClassificationTask:
+    options = {"augmentation": augmentation, "mixing": mixing or Mixing(), "label_smoothing": label_smoothing}
+    return ImageClassificationTask.for_model(model or tiny_vit(), PROCESSOR, seed=seed, **options)
 
 
 def masked(augmentation=AUGMENTATION, seed=0, **fields) -> MaskedImageTask:
-    return MaskedImageTask(mae_config(**fields), PROCESSOR, augmentation, seed)
+    return MaskedImageTask.for_model(tiny_mae(**fields), PROCESSOR, augmentation=augmentation, seed=seed)
 
 
 def mae_config(**fields) -> TfmMAEConfig:
@@ -78,7 +83,7 @@ def scramble(model: torch.nn.Module) -> torch.nn.Module:
 
 def tiny_vit(seed: int = 0, **fields) -> TfmViTForImageClassification:
     torch.manual_seed(seed)
-    return scramble(TfmViTForImageClassification(TfmViTConfig(**TINY, num_labels=CLASSES, **fields)))
+    return scramble(TfmViTForImageClassification(TfmViTConfig(**TINY, **LABELS, **fields)))
 
 
 def tiny_mae(seed: int = 0, **fields) -> TfmMAEForPreTraining:
@@ -94,12 +99,12 @@ def training_loader(
 ) -> StepLoader:
     """Shuffled steps with augmentation, pairs kept together."""
     sampler = BatchSampler(len(rows), batch_size, seed=1, unit=2, **options)
-    return StepLoader(rows, sampler, task.collate_training, micro, rank, world_size, num_workers)
+    return StepLoader(rows, sampler, task.collator(training=True), micro, rank, world_size, num_workers)
 
 
 def evaluation_loader(task, rows, batch_size=4, rank=0, world_size=1) -> StepLoader:
     sampler = BatchSampler(len(rows), batch_size, shuffle=False)
-    return StepLoader(rows, sampler, task.collate, rank=rank, world_size=world_size)
+    return StepLoader(rows, sampler, task.collator(), rank=rank, world_size=world_size)
 
 
 def equal(first: Any, second: Any) -> bool:

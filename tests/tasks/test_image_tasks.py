@@ -25,9 +25,10 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import ViTImageProcessor
 
+from hf_tfm import TfmMAEForPreTraining
 from hf_tfm.data.augment import Mixing, mix
 from hf_tfm.data.pixels import Pixels, image_processor
-from hf_tfm.tasks.classification import IGNORE_LABEL, predict
+from hf_tfm.tasks.image_classification import IGNORE_LABEL, ImageClassificationArguments
 from hf_tfm.tasks.masked_image import MaskedImageTask
 from hf_tfm.training import evaluate
 
@@ -46,9 +47,16 @@ def gradients(task, model, micro_batches):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, losses, counts
 
 
+def logits_of(task, model, batch):
+    return model(**task.inputs(batch)).logits
+
+
 def largest_difference(first, second):
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+GIVEN = {"dataset_name": "digits", "output_dir": ".", "max_steps": 1, "learning_rate": 0.1}
 
 
 # --- one step is one batch
@@ -89,8 +97,8 @@ def test_averaging_micro_batch_means_would_differ():
 def test_hidden_batch_counts_for_nothing(name):
     make, build = CASES[name]
     task, model = make(), build()
-    for training in (task.collate_training, task.collate):
-        batch = training(examples(2), [0, 1], epoch=0, hidden=True)
+    for collate in (task.collator(training=True), task.collator()):
+        batch = collate(examples(2), [0, 1], epoch=0, is_dummy=True)
         assert batch["images"] == 0 and set(task.count(batch).values()) == {0} and batch["bad"] == []
         losses = task.losses(model, batch)
         assert losses.keys() == task.count(batch).keys() and all(loss.item() == 0.0 for loss in losses.values())
@@ -121,14 +129,15 @@ def test_workers_resume_and_neighbours_change_no_sample(name):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_tasks_travel_to_workers_that_are_not_forked(name):
-    task = pickle.loads(pickle.dumps(CASES[name][0]()))
-    assert equal(*(t.collate_training(examples(2), [0, 1], 0) for t in (task, CASES[name][0]())))
+    made = [CASES[name][0]().collator(training=True) for _ in range(2)]
+    collate = pickle.loads(pickle.dumps(made[0]))
+    assert equal(*(one(examples(2), [0, 1], 0) for one in (collate, made[1])))
 
 
 def test_seed_epoch_and_copy_change_a_sample():
     task, rows = classification(), examples(2)
     of = {
-        key: seeded.collate_training(rows, indices, epoch)["pixel_values"]
+        key: seeded.collator(training=True)(rows, indices, epoch)["pixel_values"]
         for key, seeded, indices, epoch in (
             ("first", task, [0, 1], 0),
             ("epoch", task, [0, 1], 1),
@@ -172,8 +181,9 @@ def test_evaluation_is_the_processor_itself(processor, tmp_path):
 
 
 def test_training_images_have_its_size_too():
-    task = MaskedImageTask(mae_config(image_size=[12, 20]), image_processor((12, 20)), AUGMENTATION)
-    assert task.collate_training(examples(2), [0, 1], 0)["pixel_values"].shape == (2, 3, 12, 20)
+    model = TfmMAEForPreTraining(mae_config(image_size=[12, 20]))
+    task = MaskedImageTask.for_model(model, image_processor((12, 20)), augmentation=AUGMENTATION)
+    assert task.collator(training=True)(examples(2), [0, 1], 0)["pixel_values"].shape == (2, 3, 12, 20)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +196,15 @@ def test_training_images_have_its_size_too():
         (lambda: Pixels(object()), "one of transformers' torchvision ones, got object"),
         (lambda: Pixels(ViTImageProcessor(resample=1)), "nearest, bilinear or bicubic, got 1"),
         (lambda: image_processor(32, resize=24), "resize must be at least the size 32, got 24"),
-        (lambda: masked(mask_ratio=0.0), "mask_ratio=0.0 hides none of 16 patches"),
-        (lambda: masked(patch_size=3, image_size=15), "the processor's size must be a multiple of the patch"),
-        (lambda: classification(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: masked(mask_ratio=0.0).collator(), "mask_ratio=0.0 hides none of 16 patches"),
+        (
+            lambda: masked(patch_size=3, image_size=15).collator(),
+            "the processor's size must be a multiple of the patch",
+        ),
+        (
+            lambda: ImageClassificationArguments(**GIVEN, label_smoothing=1.0),
+            r"label_smoothing must be in \[0, 1\), got 1.0",
+        ),
     ],
 )
 def test_errors(make, message):
@@ -202,8 +218,8 @@ def test_errors(make, message):
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_bad_image_is_left_out_and_the_others_stay(name):
     task = CASES[name][0]()
-    good = task.collate_training(examples(6), list(range(6)), epoch=2)
-    batch = task.collate_training(examples(6, bad=(3,)), list(range(6)), epoch=2)
+    good = task.collator(training=True)(examples(6), list(range(6)), epoch=2)
+    batch = task.collator(training=True)(examples(6, bad=(3,)), list(range(6)), epoch=2)
     kept = [0, 1, 2, 4, 5]
     assert batch["bad"][0][0] == 3 and batch["bad"][0][1].startswith("3.jpg: OSError")
     assert batch["images"] == 5 and batch["indices"].tolist() == kept
@@ -219,7 +235,7 @@ def test_a_bad_image_is_left_out_and_the_others_stay(name):
 def test_a_batch_of_bad_images_is_a_hidden_one(name):
     make, build = CASES[name]
     task = make()
-    batch = task.collate_training(examples(2, bad=(0, 1)), [0, 1], epoch=0)
+    batch = task.collator(training=True)(examples(2, bad=(0, 1)), [0, 1], epoch=0)
     assert [index for index, _ in batch["bad"]] == [0, 1]
     assert batch["images"] == 0 and set(task.count(batch).values()) == {0}
     assert all(loss.item() == 0.0 for loss in task.losses(build(), batch).values())
@@ -231,7 +247,7 @@ def test_a_batch_of_bad_images_is_a_hidden_one(name):
 def test_loss_is_that_of_mixed_targets():
     """By hand: soft targets, smoothed, against the logits of mixed images."""
     task, model = classification(), tiny_vit().train()
-    batch = task.collate_training(examples(6), list(range(6)), epoch=0)
+    batch = task.collator(training=True)(examples(6), list(range(6)), epoch=0)
     one_hot = torch.nn.functional.one_hot(batch["labels"], 5).float()
     share = batch["share"][:, None]
     target = (1 - share) * one_hot + share * one_hot[batch["partner"]]
@@ -246,7 +262,7 @@ def test_loss_is_that_of_mixed_targets():
 
 def test_evaluation_neither_smooths_nor_mixes():
     task, model = classification(), tiny_vit().eval()
-    batch = task.collate(examples(6), list(range(6)), epoch=0)
+    batch = task.collator()(examples(6), list(range(6)), epoch=0)
     assert batch.keys() == {"pixel_values", "images", "indices", "bad", "labels"}
     logits = model(pixel_values=task.pixels.scale(batch["pixel_values"])).logits
     expected = cross_entropy(logits, batch["labels"], reduction="sum")
@@ -257,10 +273,10 @@ def test_evaluation_neither_smooths_nor_mixes():
 def test_images_without_a_label_count_for_nothing(mixing):
     task, model, rows = classification(mixing=mixing), tiny_vit().train(), examples(4)
     rows[1]["label"], rows[2]["label"] = None, -1
-    batch = task.collate_training(rows, list(range(4)), epoch=0)
+    batch = task.collator(training=True)(rows, list(range(4)), epoch=0)
     assert batch["labels"].tolist() == [0, IGNORE_LABEL, IGNORE_LABEL, 3]
     assert task.count(batch) == {"label": 2}
-    logits = task.logits(model, batch)
+    logits = logits_of(task, model, batch)
     expected = cross_entropy(logits[[0, 3]], torch.tensor([0, 3]), label_smoothing=0.1, reduction="sum")
     assert task.losses(model, batch)["label"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -269,19 +285,20 @@ def test_a_label_that_is_no_class_is_refused():
     rows = examples(3)
     rows[2]["label"] = "z"
     with pytest.raises(ValueError, match="label 'z' of image 7 is not a class of the model"):
-        classification().collate(rows, [5, 6, 7], epoch=0)
+        classification().collator()(rows, [5, 6, 7], epoch=0)
 
 
 def test_predictions_are_of_every_image_once(accelerator):
     task, model, rows = classification(), tiny_vit().train(), examples(11, bad=(4,))
     rows[2]["label"] = None
-    result = predict(accelerator, task, model, evaluation_loader(task, rows), k=3)
+    task.accelerator = accelerator
+    result = task.predict(model, evaluation_loader(task, rows))
     assert model.training  # as it was
     model.eval()
     expected = [i for i in range(11) if i != 4]
     assert result.indices.tolist() == expected
-    logits = torch.cat([task.logits(model, task.collate([rows[i]], [i], 0)) for i in expected])
-    assert result.top.tolist() == logits.topk(3).indices.tolist()
+    logits = torch.cat([logits_of(task, model, task.collator()([rows[i]], [i], 0)) for i in expected])
+    assert result.top.tolist() == logits.topk(5).indices.tolist()
     assert result.labels.tolist() == [IGNORE_LABEL if i == 2 else i % 5 for i in expected]
     loss = cross_entropy(logits, torch.from_numpy(result.labels)).item()
     assert result.loss == pytest.approx(loss, rel=1e-5)
@@ -290,8 +307,9 @@ def test_predictions_are_of_every_image_once(accelerator):
 
 def test_nothing_to_predict(accelerator):
     task = classification()
+    task.accelerator = accelerator
     with pytest.raises(ValueError, match="no image that can be read"):
-        predict(accelerator, task, tiny_vit(), evaluation_loader(task, examples(2, bad=(0, 1))))
+        task.predict(tiny_vit(), evaluation_loader(task, examples(2, bad=(0, 1))))
 
 
 # --- masked images
@@ -300,7 +318,7 @@ def test_nothing_to_predict(accelerator):
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_loss_is_the_model_s_own_mean(norm_pix_loss):
     task, model = masked(norm_pix_loss=norm_pix_loss), tiny_mae(norm_pix_loss=norm_pix_loss)
-    batch = task.collate_training(examples(6), list(range(6)), epoch=0)
+    batch = task.collator(training=True)(examples(6), list(range(6)), epoch=0)
     output = model(pixel_values=task.pixels.scale(batch["pixel_values"]), noise=batch["noise"])
     count = task.count(batch)["patch"]
     assert count == int(output.mask.sum()) == 6 * 12
@@ -309,7 +327,7 @@ def test_loss_is_the_model_s_own_mean(norm_pix_loss):
 
 def test_masks_differ_by_sample_and_epoch_but_not_between_evaluations(accelerator):
     task, model, rows = masked(), tiny_mae(), examples(6)
-    noise = [task.collate_training(rows, list(range(6)), epoch)["noise"] for epoch in (0, 1, 0)]
+    noise = [task.collator(training=True)(rows, list(range(6)), epoch)["noise"] for epoch in (0, 1, 0)]
     assert torch.equal(noise[0], noise[2]) and not (noise[0] == noise[1]).any()
     assert len({row.numpy().tobytes() for row in noise[0]}) == 6
     values = []

@@ -53,7 +53,8 @@ TOKENS = pytest.mark.parametrize("token", [False, True])  # whether there is a d
 def test_statistics_are_those_of_all_features(accelerator, bad, token):
     """Of the images as training changes and mixes them, those that cannot be read left out."""
     task, model = classification(), tiny_vit(distillation_token=token).eval()
-    found = measure_features(accelerator, task, model, loader_of(task, bad=bad), max_steps=2)
+    task.accelerator = accelerator
+    found = measure_features(task, model, loader_of(task, bad=bad), max_steps=2)
     with torch.no_grad():
         batches = [batch for step in loader_of(task, bad=bad).epoch(0) for batch in step]
         states = torch.cat([model.vit(**task.inputs(batch)).last_hidden_state for batch in batches]).double()
@@ -67,8 +68,9 @@ def test_statistics_are_those_of_all_features(accelerator, bad, token):
 
 def test_statistics_do_not_depend_on_micro_batches(accelerator):
     task, model = classification(), tiny_vit().eval()
-    one = measure_features(accelerator, task, model, loader_of(task), 2)["classifier"]
-    other = measure_features(accelerator, task, model, loader_of(task, micro=2), 2)["classifier"]
+    task.accelerator = accelerator
+    one = measure_features(task, model, loader_of(task), 2)["classifier"]
+    other = measure_features(task, model, loader_of(task, micro=2), 2)["classifier"]
     assert type(model.classifier) is nn.Linear and not model.classifier._forward_pre_hooks
     for mine, theirs in zip(one, other, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
@@ -76,23 +78,25 @@ def test_statistics_do_not_depend_on_micro_batches(accelerator):
 
 def test_only_as_many_steps_as_asked_for(accelerator):
     task, model = classification(), tiny_vit().eval()
-    (first, _), (both, _) = (
-        measure_features(accelerator, task, model, loader_of(task), steps)["classifier"] for steps in (1, 2)
-    )
+    task.accelerator = accelerator
+    (first, _), (both, _) = (measure_features(task, model, loader_of(task), steps)["classifier"] for steps in (1, 2))
     assert (first - both).abs().max() > 1e-4
 
 
 def test_no_image_can_be_read(accelerator):
     task = classification()
+    task.accelerator = accelerator
     with pytest.raises(ValueError, match="no training image can be read"):
-        measure_features(accelerator, task, tiny_vit(), loader_of(task, bad=range(12)), 2)
+        measure_features(task, tiny_vit(), loader_of(task, bad=range(12)), 2)
 
 
 @TOKENS
 @pytest.mark.parametrize("micro", [None, 2])
 def test_only_the_linear_layers_learn(accelerator, micro, token):
     task, model = classification(), tiny_vit(distillation_token=token)
-    prepare_probe(accelerator, task, model, loader_of(task), batch_size=6)
+    task.accelerator = accelerator
+    task.args.batch_size = 6
+    prepare_probe(task, model, loader_of(task))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = TrainingArguments(output_dir=".", max_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
@@ -106,14 +110,16 @@ def test_only_the_linear_layers_learn(accelerator, micro, token):
     expected = task.logits(model.eval(), batch)
     fold_probe(model)
     assert all(type(getattr(model, head)) is nn.Linear for head in heads)
-    assert torch.allclose(task.logits(model, batch), expected, atol=1e-4)
+    assert torch.allclose(model(**task.inputs(batch)).logits, expected, atol=1e-4)
 
 
 def test_micro_batches_equal_one_batch(accelerator):
     results = []
     for micro in (None, 2):
         task, model = classification(), tiny_vit()
-        prepare_probe(accelerator, task, model, loader_of(task, micro=micro), batch_size=6)
+        task.accelerator = accelerator
+        task.args.batch_size = 6
+        prepare_probe(task, model, loader_of(task, micro=micro))
         args = TrainingArguments(output_dir=".", max_steps=2, learning_rate=0.1, optimizer="sgd", warmup_steps=0)
         optimizer = build_optimizer(model, args)
         for step in loader_of(task, micro=micro).epoch(0):

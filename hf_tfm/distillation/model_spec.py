@@ -13,7 +13,7 @@ PROBES = ("The café's  10,000 QUESTIONS — aren't they\tfunny?", "naïve don't
 
 
 @dataclass(frozen=True)
-class StackFacts:
+class StackSpec:
     """Number of layers, hidden size and attention heads of a stack of blocks."""
 
     layers: int
@@ -22,7 +22,7 @@ class StackFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelSpec:
     """Model properties that distillation depends on.
 
     Args:
@@ -36,13 +36,13 @@ class Facts:
     """
 
     kind: str
-    stacks: dict[str, StackFacts]
+    stacks: dict[str, StackSpec]
     outputs: int | None = None
     labels: tuple[str, ...] | None = None
     queries: int | None = None
     widths: dict[str, int] = field(default_factory=dict)
 
-    def stack(self, name: str, side: str) -> StackFacts:
+    def stack(self, name: str, side: str) -> StackSpec:
         """Return a stack by name.
 
         Raises:
@@ -71,18 +71,18 @@ class Facts:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, given: dict[str, Any]) -> "Facts":
+    def from_json(cls, given: dict[str, Any]) -> "ModelSpec":
         """Rebuild from the output of `to_json`."""
         labels = None if given["labels"] is None else tuple(given["labels"])
-        stacks = {name: StackFacts(**stack) for name, stack in given["stacks"].items()}
+        stacks = {name: StackSpec(**stack) for name, stack in given["stacks"].items()}
         return cls(**{**given, "labels": labels, "stacks": stacks})
 
 
-def facts_of(model: PreTrainedModel) -> Facts:
+def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Collect the properties of a model."""
     config = model.config
     queries = getattr(config, "num_queries", None)
-    return Facts(
+    return ModelSpec(
         kind=type(model).__name__,
         stacks=stacks_of(model),
         outputs=count_outputs(model, queries),
@@ -92,23 +92,23 @@ def facts_of(model: PreTrainedModel) -> Facts:
     )
 
 
-def stacks_of(model: PreTrainedModel) -> dict[str, StackFacts]:
+def stacks_of(model: PreTrainedModel) -> dict[str, StackSpec]:
     """Return every stack of blocks by name."""
     config, blocks = model.config, timm_blocks(model)
     if blocks is not None:
-        return {"": StackFacts(len(blocks), model.timm_model.num_features, None)}
+        return {"": StackSpec(len(blocks), model.timm_model.num_features, None)}
     width = getattr(config, "hidden_size", None)
     if width is None:
         return {}
     heads = getattr(config, "num_attention_heads", None)
     if not getattr(config, "is_encoder_decoder", False):
         layers = getattr(config, "num_hidden_layers", None)
-        return {} if layers is None else {"": StackFacts(layers, width, heads)}
+        return {} if layers is None else {"": StackSpec(layers, width, heads)}
     found = {}
     for name in ("encoder", "decoder"):
         layers = getattr(config, f"{name}_layers", None) or getattr(config, f"num_{name}_layers", None)
         if layers is not None:
-            found[name] = StackFacts(layers, width, getattr(config, f"{name}_attention_heads", heads))
+            found[name] = StackSpec(layers, width, getattr(config, f"{name}_attention_heads", heads))
     return found
 
 
@@ -118,7 +118,7 @@ def has_classes(model: PreTrainedModel) -> bool:
 
 
 def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
-    """Return the number of logits per row, see `Facts.outputs`."""
+    """Return the number of logits per row, see `ModelSpec.outputs`."""
     if (head := model.get_output_embeddings()) is not None:
         return head.weight.shape[0]
     if not has_classes(model):

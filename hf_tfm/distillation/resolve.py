@@ -1,6 +1,6 @@
 """Resolve distillation terms against a student and a teacher, before training starts.
 
-Term(kind, weight, layers, ...) + facts of student and teacher -> Lesson(pairs of signals, projection, items)
+Term(kind, weight, layers, ...) + specs of student and teacher -> ResolvedTerm(pairs of signals, projection, items)
 """
 
 from collections import Counter
@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .facts import Facts
+from .model_spec import ModelSpec
 from .signals import BOXES, HIDDEN, LOGITS, MAP, SCORE, SET_BOXES, SET_LOGITS, signal
 from .terms import KINDS, Kind, Term, on_logits
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ResolvedTerm:
     """A term resolved for a student and a teacher.
 
     Args:
@@ -56,9 +56,9 @@ def layer_map(rule: str, student: int, teacher: int) -> dict[int, int]:
     return {m: n for m, n in even.items() if m < student or rule == "uniform"}
 
 
-def plan(
-    terms: Sequence[Term], student: Facts, teacher: Facts, match_labels: Literal["name", "number"] = "name"
-) -> list[Lesson]:
+def resolve_terms(
+    terms: Sequence[Term], student: ModelSpec, teacher: ModelSpec, match_labels: Literal["name", "number"] = "name"
+) -> list[ResolvedTerm]:
     """Resolve and check terms against both models.
 
     Args:
@@ -75,9 +75,9 @@ def plan(
         raise ValueError('terms must have kind "label" once at most')
     if len({term.tokens for term in terms if on_logits(term)}) > 1:
         raise ValueError('terms on logits must have the same tokens, got "all" and "targets"')
-    lessons: list[Lesson] = []
+    resolved: list[ResolvedTerm] = []
     for term in terms:
-        same = sum(lesson.term.kind == term.kind for lesson in lessons)
+        same = sum(one.term.kind == term.kind for one in resolved)
         name = f"{term.kind}_{same + 1}" if same else term.kind
         try:
             pairs, widths = CHECKS[KINDS[term.kind].signal](term, student, teacher)
@@ -85,14 +85,14 @@ def plan(
                 check_labels(student.labels, teacher.labels)
         except ValueError as error:
             raise ValueError(f"term {name}: {error}") from error
-        lessons.append(Lesson(name, term, tuple(pairs), widths))
-    return lessons
+        resolved.append(ResolvedTerm(name, term, tuple(pairs), widths))
+    return resolved
 
 
 Resolved = tuple[list[tuple[str, str]], tuple[int, int] | None]
 
 
-def check_outputs(term: Term, student: Facts, teacher: Facts) -> Resolved:
+def check_outputs(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved:
     """Resolve a term on model outputs."""
     if term.kind == "label":
         return [(term.output, "")], None
@@ -137,7 +137,7 @@ def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -
         raise ValueError(f'no class has a name that no other has, as "{student[0]}" and "{teacher[0]}": {hint}')
 
 
-def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
+def check_layers(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved:
     """Resolve a term on layers."""
     kind = KINDS[term.kind]
     stack = "decoder" if term.stack == "cross" else term.stack
@@ -147,10 +147,10 @@ def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
     if not layers:
         raise ValueError(f'layers "{given}" of {ours.layers} and {theirs.layers} layers are none')
     first = 1 if kind.signal == SCORE else 0
-    for side, facts, chosen in (("student", ours, layers), ("teacher", theirs, layers.values())):
+    for side, spec, chosen in (("student", ours, layers), ("teacher", theirs, layers.values())):
         for layer in chosen:
-            if not first <= layer <= facts.layers:
-                raise ValueError(f"layer {layer} of the {side} is not in {first} to {facts.layers}")
+            if not first <= layer <= spec.layers:
+                raise ValueError(f"layer {layer} of the {side} is not in {first} to {spec.layers}")
     if kind.heads and ours.heads != theirs.heads:
         raise ValueError(
             f"student and teacher must have equally many attention heads, got {ours.heads} and {theirs.heads}"
@@ -161,7 +161,7 @@ def check_layers(term: Term, student: Facts, teacher: Facts) -> Resolved:
     return pairs, projection(term, ours.width, theirs.width) if kind.signal == HIDDEN else None
 
 
-def check_maps(term: Term, student: Facts, teacher: Facts) -> Resolved:
+def check_maps(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved:
     """Resolve a term on feature maps of modules."""
     widths = {
         (student.channels(ours, "student"), teacher.channels(theirs, "teacher"))
@@ -179,7 +179,7 @@ def projection(term: Term, student: int, teacher: int) -> tuple[int, int] | None
     return (student, teacher) if term.projection == "linear" or student != teacher else None
 
 
-CHECKS: dict[str | None, Callable[[Term, Facts, Facts], Resolved]] = {
+CHECKS: dict[str | None, Callable[[Term, ModelSpec, ModelSpec], Resolved]] = {
     None: check_outputs,
     HIDDEN: check_layers,
     SCORE: check_layers,
@@ -187,16 +187,16 @@ CHECKS: dict[str | None, Callable[[Term, Facts, Facts], Resolved]] = {
 }
 
 
-def signals_of(lessons: Sequence[Lesson], side: Literal["student", "teacher"]) -> list[str]:
-    """Return the distinct signal names that the lessons compare on one side."""
+def signals_of(resolved: Sequence[ResolvedTerm], side: Literal["student", "teacher"]) -> list[str]:
+    """Return the distinct signal names that the terms compare on one side."""
     place = 0 if side == "student" else 1
-    return list(dict.fromkeys(pair[place] for lesson in lessons for pair in lesson.pairs if pair[place]))
+    return list(dict.fromkeys(pair[place] for one in resolved for pair in one.pairs if pair[place]))
 
 
-def describe(lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
+def describe(resolved: Sequence[ResolvedTerm]) -> list[dict[str, Any]]:
     """Describe the terms for the results file."""
     return [
-        {"name": lesson.name, **{field: getattr(lesson.term, field) for field in ("weight", "temperature", "tokens")}}
-        | {"pairs": [list(pair) for pair in lesson.pairs], "projection": lesson.widths and list(lesson.widths)}
-        for lesson in lessons
+        {"name": one.name, **{field: getattr(one.term, field) for field in ("weight", "temperature", "tokens")}}
+        | {"pairs": [list(pair) for pair in one.pairs], "projection": one.widths and list(one.widths)}
+        for one in resolved
     ]
