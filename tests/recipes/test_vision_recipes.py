@@ -224,7 +224,7 @@ def test_a_stream_is_shuffled_by_its_buffer(data):
         task = MaskedImageTask(args, Accelerator(cpu=True))
         task.model, task.processor = model, image_processor(16)
         task.splits = task.load_splits()
-        loader = task.dataloader("train", training=True)
+        loader = task.dataloader("train", training=True, collate=task.collator())
         for epoch in (0, 1):
             steps = [batch["pixel_values"] for step in loader.epoch(epoch) for batch in step]
             orders.append([image.numpy().tobytes() for step in steps for image in step])
