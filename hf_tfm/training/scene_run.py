@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel, set_seed
 
+from ..arguments import DatasetArguments, ImageBatchArguments, ImageDataArguments, ImageScaleArguments, SplitArguments
 from ..data import detection
 from ..data.batching import StepLoader
 from ..data.detection import category_ids, check_order, class_names
 from ..data.images import WatchedLoader
+from ..data.pixels import pixel_scale
 from ..data.scene_augment import SceneAugmentation
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
@@ -28,7 +30,6 @@ from ..memory import new_model
 from ..models.backbones import TimmFeatures
 from ..models.configuration_detr import TfmDetrConfig
 from ..tasks.detection import DetectionTask, score
-from ..tasks.images import PixelArguments
 from ..tasks.loaders import placement
 from ..tasks.model_fields import check_fields, fresh_head, label_fields, new_config
 from ..tasks.scenes import scene_processor
@@ -45,7 +46,9 @@ SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "P
 
 
 @dataclass(kw_only=True)
-class SceneRunArguments(PixelArguments):
+class SceneRunArguments(
+    DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments
+):
     """Knobs of scenes: images of any size with objects in them.
 
     Args:
@@ -109,7 +112,9 @@ def describe(args: SceneRunArguments, rows: dict[str, datasets.Dataset]) -> dict
 
 def new_processor(args: SceneRunArguments) -> BaseImageProcessor:
     """The image processor of a new run."""
-    return scene_processor(args.shortest_side, args.longest_side, *args.pixel_scale())
+    return scene_processor(
+        args.shortest_side, args.longest_side, *pixel_scale(args.model_name_or_path, args.mean, args.std)
+    )
 
 
 def labels_of(rows: datasets.Dataset) -> dict[str, Any]:
