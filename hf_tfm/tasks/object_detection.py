@@ -6,7 +6,7 @@ rows -> images of one shape, padded, and their objects -> predictions of all dec
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,21 +16,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
 from ..arguments import Arguments, EvaluationArguments, ImageDataArguments
-from ..data.batching import StepLoader
+from ..data.batching import COPY, StepLoader
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
 from ..data.detection import category_ids, check_order, class_names, fingerprint, scene_rows
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode
 from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
-from ..data.pixels import PaddedPixels, pixel_scale, scene_processor
+from ..data.pixels import PaddedPixels, Scale, pixel_scale, scene_processor
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
+from ..distillation.model_spec import check_processors
 from ..hub.detectors import classes, detections, has_masks, is_detector, load_detector, panoptic_maps, takes_mask
 from ..hub.loading import load_config
 from ..metrics import CocoAP, PanopticQuality
@@ -39,6 +39,7 @@ from ..models.modeling_detr import TfmDetrForObjectDetection
 from ..models.set_loss import normalizers
 from .base import Batch, Collator, Scores, Task, mean, widest_float
 from .detr import build_detr, warn_of_batch_norm
+from .distillation import DistillationArguments, Dtype
 from .labels import match_categories
 from .loaders import placement
 from .model_fields import label_fields
@@ -103,6 +104,31 @@ class DetectionArguments(BoxArguments, SceneArguments):
 
 
 @dataclass(kw_only=True)
+class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
+    """Distillation of a DETR.
+
+    A cache needs images that all have one size after augmentation, and the batch_size of the run.
+
+    Args:
+        teacher_dtype: of the teacher's weights and computation; half precision rounds its boxes to 1/256.
+        student_layers: blocks of the teacher, counted from 0, whose weights initialise a new student: those of the
+            decoder, or {encoder: [...], decoder: [...]}; a stack that is not named takes the teacher's first blocks.
+        mean: channel means, of pixels in [0, 1]; default, those of the teacher.
+        std: channel standard deviations; same default.
+    """
+
+    teacher_dtype: Dtype = "fp32"
+    student_layers: list[int] | dict[Literal["encoder", "decoder"], list[int]] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.student_layers, list):
+            self.student_layers = {"decoder": self.student_layers}
+
+
+@dataclass(kw_only=True)
 class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageDataArguments, EvaluationArguments):
     """Scoring a detector, of this package or of another library.
 
@@ -143,10 +169,12 @@ class DetectionTask(Task):
 
     Arguments = DetectionArguments
     EvaluationArguments = DetectionEvaluationArguments
+    DistillationArguments = DetectionDistillationArguments
     kind, sample = "detectors", "images"
     item, term = "images", "image"
     processor_class = AutoImageProcessor
     described_columns = ("image_column", "objects_column")
+    cache_options = ("shortest_side", "longest_side", "mean", "std", "augmentation")
     model_class: type[PreTrainedModel] = TfmDetrForObjectDetection
 
     def __init__(self, args: Any, accelerator: Accelerator | None):
@@ -165,9 +193,9 @@ class DetectionTask(Task):
         return "image-segmentation" if self.masks else "object-detection"
 
     @property
-    def auto_class(self) -> Any:
-        """See `Task`."""
-        return AutoModelForObjectDetection
+    def auto_class(self) -> type[PreTrainedModel]:
+        """See `Task`; transformers' DETR loads as one of ours, and computes the same."""
+        return self.model_class
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -221,7 +249,7 @@ class DetectionTask(Task):
         """See `Task`."""
         return fingerprint(rows)
 
-    def build_processor(self) -> Any:
+    def build_processor(self) -> BaseImageProcessor:
         """See `Task`."""
         args = self.args
         scale = pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
@@ -272,7 +300,7 @@ class DetectionTask(Task):
         micro_batch_size = None if self.evaluating else args.micro_batch_size
         collate = collate or self.collator(split, training)
         loader = StepLoader(rows, sampler, collate, micro_batch_size, **placement(args, self.accelerator))
-        return WatchedLoader(loader, args.max_bad_images)
+        return WatchedLoader(loader, args.max_bad_images, self.evaluating and args.progress)
 
     # --- one step
 
@@ -332,9 +360,8 @@ class DetectionTask(Task):
         totals: dict[str, Tensor] = {}
         predictions: list[dict[str, Any]] = []
         loader, training = self.evaluation_loader(split), model.training
-        show = self.evaluating and self.args.progress
         model.eval()
-        for step in tqdm(loader.epoch(0), total=loader.steps_per_epoch(), unit="batch", disable=not show):
+        for step in loader.epoch(0):
             for batch in step:
                 if self.evaluating and not batch["images"]:
                     continue
@@ -433,9 +460,57 @@ class DetectionTask(Task):
         """See `Task`."""
         return "AP"
 
+    def build_student_processor(self) -> BaseImageProcessor:
+        """The student's image processor, with the teacher's scale of pixels and the sizes of the arguments.
+
+        Raises:
+            ValueError: an argument, or ``model_name_or_path``, has another scale; or a model has no image processor.
+        """
+        args = self.args
+        teacher = self.processor_of(args.teacher)
+        processor = scene_processor(
+            args.shortest_side,
+            args.longest_side,
+            args.mean or tuple(teacher.image_mean),
+            args.std or tuple(teacher.image_std),
+        )
+        for other in (processor, *([self.processor_of(args.model_name_or_path)] if args.model_name_or_path else [])):
+            check_processors(other, teacher)
+        return processor
+
+    def processor_of(self, source: str) -> BaseImageProcessor:
+        """A processor with the scale of pixels of a model, and the sizes of the arguments.
+
+        Raises:
+            ValueError: the model has no image processor.
+        """
+        args = self.args
+        try:
+            scale = Scale(AutoImageProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code))
+        except OSError as error:
+            raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
+        mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
+        return scene_processor(args.shortest_side, args.longest_side, mean, std)
+
+    def sample_numbers(self, loader: WatchedLoader) -> Callable[[int], list[int]]:
+        """See `Task`."""
+        return partial(numbers_of, loader.loader.sampler)
+
     def sample_inputs(self) -> dict[str, Tensor]:
         """See `Task`."""
         return {"pixel_values": torch.zeros(1, 3, self.args.shortest_side, self.args.shortest_side)}
+
+
+def numbers_of(sampler: ShapeSampler, epoch: int) -> list[int]:
+    """Return the sample numbers of an epoch, for a cache.
+
+    Raises:
+        ValueError: they are on several canvases, but a cache is written in batches that mix the samples of all steps.
+    """
+    found = [number for step in sampler.steps(epoch) for number in step]
+    if len({number // COPY for number in found}) > 1:
+        raise ValueError("a cache needs images of one size: give augmentation one scale and crop 0, or no cache")
+    return found
 
 
 def listed(found: Mapping[str, Tensor], names: Sequence[str]) -> list[dict[str, Any]]:

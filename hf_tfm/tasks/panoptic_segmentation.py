@@ -6,7 +6,7 @@ panoptic maps -> boxes and masks of things and stuff -> the task of `object_dete
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import AutoModelForUniversalSegmentation, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from .object_detection import DetectionTask, SegmentArguments
@@ -47,11 +47,6 @@ class PanopticTask(DetectionTask):
     def masks(self) -> bool:
         """See `DetectionTask`."""
         return super().masks if self.evaluating else self.args.stage != "boxes"
-
-    @property
-    def auto_class(self) -> Any:
-        """See `Task`."""
-        return AutoModelForUniversalSegmentation if self.masks else super().auto_class
 
     def reads_segments(self) -> bool:
         """See `DetectionTask`."""

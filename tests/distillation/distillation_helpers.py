@@ -32,7 +32,7 @@ from hf_tfm import (
 )
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.digit_scenes import digit_scenes
-from hf_tfm.data.pixels import image_processor
+from hf_tfm.data.pixels import image_processor, scene_processor
 from hf_tfm.distillation.model_spec import spec_of
 from hf_tfm.distillation.resolve import resolve_terms
 from hf_tfm.distillation.samples import TrainingSamples
@@ -40,11 +40,10 @@ from hf_tfm.distillation.student import StudentWithProjections
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.base import Task
-from hf_tfm.tasks.detection import DetectionTask
 from hf_tfm.tasks.distillation import AllEpochs, DistillationCollator, DistillationTask
 from hf_tfm.tasks.image_classification import ImageClassificationTask
 from hf_tfm.tasks.language import MaskedLanguageTask
-from hf_tfm.tasks.scenes import scene_processor
+from hf_tfm.tasks.object_detection import DetectionTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
@@ -234,7 +233,7 @@ def image_task(**options) -> ImageClassificationTask:
 
 
 def detection_task(config: TfmDetrConfig) -> Task:
-    return earlier(DetectionTask(config, scene_processor(64, 96), range(10)))
+    return DetectionTask.for_model(SimpleNamespace(config=config), scene_processor(64, 96), augmentation=None)
 
 
 def language_task(seed: int = 0) -> Task:
