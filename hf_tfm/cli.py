@@ -116,7 +116,8 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         SystemExit: the arguments are invalid; status 2.
     """
     from .doctor.data import doctor_data
-    from .evaluation import KINDS, evaluate
+    from .tasks.evaluation import evaluate
+    from .tasks.registry import evaluated_tasks
 
     # The objects of a command are positional arguments; everything else is an option.
     commands = {
@@ -137,7 +138,9 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
     }
     description = f"{' '.join(__doc__.split())} {DEBUG_HELP}."
     parser = OptionParser(prog="hf-tfm", description=description)
-    functions = add_commands(parser, commands, kinds={evaluate: KINDS})
+    functions = add_commands(
+        parser, commands, kinds={evaluate: {one.kind: one.EvaluationArguments for one in evaluated_tasks()}}
+    )
     values = parser.parse_args(argv, defaults=False)  # functions have their own defaults
     path = [values.command]
     chosen = values[values.command]
@@ -149,16 +152,17 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
 
 def option_names(function: Callable) -> set[str]:
     """Return the names of the options of a command."""
-    from .evaluation import KINDS, evaluate
+    from .tasks.evaluation import evaluate
+    from .tasks.registry import evaluated_tasks
 
-    functions = map(callable_of, KINDS.values()) if function is evaluate else [function]
+    functions = [one.EvaluationArguments for one in evaluated_tasks()] if function is evaluate else [function]
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
 def call(path: list[str], function: Callable, given: dict[str, Any]) -> int:
     """Call the function of a command, print its result, and return the exit status."""
-    from .evaluation import lines
     from .hub.loading import require_model
+    from .tasks.evaluation import lines
 
     given = {name: with_homes(name, value) for name, value in given.items()}
     if path[0] == "show":
@@ -232,15 +236,15 @@ def add_options_of_kinds(parser: OptionParser, kinds: Mapping[str, Callable], sk
     options: dict[str, dict[str, argparse.Action]] = {}  # by name and kind
     for kind, function in kinds.items():
         own = OptionParser()
-        add_options(own, callable_of(function), skip)
+        add_options(own, function, skip)
         for action in own._actions:
-            if action.dest in inspect.signature(callable_of(function)).parameters:
+            if action.dest in inspect.signature(function).parameters:
                 options.setdefault(action.dest, {})[kind] = action
     groups: dict[str, set[str]] = {}
     for name, own in options.items():
         groups.setdefault("all models" if len(own) == len(kinds) else enumerated(list(own)), set()).add(name)
     for title, names in groups.items():
-        function = callable_of(kinds[next(iter(options[next(iter(names))]))])
+        function = kinds[next(iter(options[next(iter(names))]))]
         add_options(parser.add_argument_group(title), function, skip | options.keys() - names)
     for action in parser._actions:
         versions: dict[str, list[str]] = {}
@@ -256,11 +260,6 @@ def add_options(group: Any, function: Callable, skip: set[str]) -> None:
     """Add the parameters of a function or argument class to a group of options."""
     add = group.add_class_arguments if isinstance(function, type) else group.add_function_arguments
     add(function, as_group=False, skip=skip & inspect.signature(function).parameters.keys(), fail_untyped=True)
-
-
-def callable_of(kind: Any) -> Callable:
-    """Return the function, or argument class, whose parameters are the options of a kind of model."""
-    return kind.EvaluationArguments if isinstance(kind, type) else kind
 
 
 def enumerated(words: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ LARGEST_BATCH = 10_000_000  # samples
 LARGEST_SIDE = 16_384  # pixels of an image
 MOST_BLOCKS = 10_000  # layers of a model
 
-# Bounds of options shared by evaluation and visualisation, in addition to those in `evaluation.results`.
+# Bounds of options shared by evaluation and visualisation,.
 LIMITS = {
     "length_penalty": (-100, 100),
     "mask_ratio": (0, 1),

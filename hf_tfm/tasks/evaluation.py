@@ -1,18 +1,77 @@
-"""Scoring a saved model with its task: the report of ``hf-tfm evaluate``.
+"""Scoring a saved model with its task: ``hf-tfm evaluate``.
 
-arguments -> task -> model, processor and rows -> `Task.evaluate` -> metrics, details -> JSON file
+config.json -> task -> arguments -> model, processor and rows -> `Task.evaluate` -> metrics, details -> JSON file
 """
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
 from ..arguments import EvaluationArguments
+from ..hub.loading import load_config, require_model
 from ..hub.results import collect_versions
 from ..writing import require_writable, write_json
 from .base import Task
+from .registry import evaluated_tasks
 from .stopwatch import Stopwatch
+
+
+def evaluate(model: str, **options: Any) -> dict[str, Any]:
+    """Score a saved model on a split of a data set.
+
+    Args:
+        model: folder or Hub id, of this package or of transformers; its config.json decides the task.
+        options: fields of the task's ``EvaluationArguments``.
+
+    Returns:
+        See `evaluate_task`.
+
+    Raises:
+        ValueError: no task evaluates this model, or an option belongs to another task.
+    """
+    for option in ("dataset_name", "split"):
+        if not options.get(option, option):
+            raise ValueError(f"{option} must be a name, got {options[option]!r}")
+    classes = evaluated_tasks()
+    chosen = next((one for one in classes if one.evaluates_several(options)), None)
+    if chosen is None:
+        revision, trust_remote_code = options.get("revision"), options.get("trust_remote_code", False)
+        require_model("model", model, revision)
+        chosen = task_of(load_config(model, revision=revision, trust_remote_code=trust_remote_code), model)
+    for option in options:
+        if option not in options_of(chosen):
+            others = " and ".join(one.kind for one in classes if option in options_of(one))
+            reason = f"is for {others}" if others else "is not an option of evaluate"
+            raise ValueError(f'{option} {reason}; "{model}" is one of the {chosen.kind}')
+    args = chosen.EvaluationArguments(model=model, **options)
+    return chosen.evaluate_all(args, partial(evaluate_task, chosen))
+
+
+def options_of(task_class: type[Task]) -> list[str]:
+    """Return the names of the options of an evaluation."""
+    return list(inspect.signature(task_class.EvaluationArguments).parameters)
+
+
+def task_of(config: PreTrainedConfig, model: str) -> type[Task]:
+    """Return the task that evaluates a saved model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    classes = evaluated_tasks()
+    # Later tasks are more specific: the configurations of translation models are also those of other models.
+    for task_class in reversed(classes):
+        if task_class.accepts(config):
+            return task_class
+    saved = ", ".join(config.architectures or ())
+    raise ValueError(
+        f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, and evaluate is for '
+        f"{', '.join(one.kind for one in classes)}"
+    )
 
 
 def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bool = False) -> dict[str, Any]:
@@ -71,3 +130,37 @@ def one_process() -> Accelerator:
     if accelerator.num_processes > 1:
         raise ValueError(f"evaluate runs in one process, got {accelerator.num_processes}")
     return accelerator
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Return the lines of a result for the terminal."""
+    if "lines" in result:
+        return result["lines"]
+    found = [
+        f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
+        for row in result["metrics"]
+    ]
+    if "per_class" in result:
+        found += class_lines(result["per_class"])
+    if "throughput" in result:
+        speed, sample = result["throughput"], next(one.sample for one in evaluated_tasks() if one.sample in result)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in result.get("left_out", {}).items())
+        unlabelled = f", {result['unlabelled']} of them without a label" if "unlabelled" in result else ""
+        found.append(f"{result[sample]} {sample}{unlabelled}" + (f"; left out: {left_out}" if left_out else ""))
+        found.append(
+            f"{sample}/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with reading and preprocessing"
+        )
+    return found
+
+
+def class_lines(per_class: dict[str, dict[str, float]]) -> list[str]:
+    """Return the scores of each class as a table; "-" marks a missing score."""
+    names = list(dict.fromkeys(name for scores in per_class.values() for name in scores))
+    width = max(map(len, ("class", *per_class)))
+    rows = [("class", names), *((name, [cell(scores.get(n)) for n in names]) for name, scores in per_class.items())]
+    return [" ".join([f"{name:<{width}}", *(f"{value:>7}" for value in values)]) for name, values in rows]
+
+
+def cell(value: float | None) -> str:
+    """Return a score as text."""
+    return "-" if value is None else f"{value:.3f}"

@@ -17,7 +17,7 @@ from every_class import class_of, outputs_of
 
 import hf_tfm
 from hf_tfm.conversion import convert
-from hf_tfm.evaluation import evaluate
+from hf_tfm.tasks.evaluation import evaluate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "native_names"
 sys.path.insert(0, str(FIXTURES))

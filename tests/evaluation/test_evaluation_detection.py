@@ -23,9 +23,8 @@ from evaluation_helpers import values
 from hf_tfm import cli
 from hf_tfm.data.detection import fingerprint, scene_rows
 from hf_tfm.data.source import load_splits
-from hf_tfm.evaluation import evaluate, lines
 from hf_tfm.metrics import CocoAP, PanopticQuality
-from hf_tfm.tasks.evaluation import evaluate_task
+from hf_tfm.tasks.evaluation import evaluate, evaluate_task, lines
 from hf_tfm.tasks.object_detection import AP_SCORES, PQ_SCORES, DetectionEvaluationArguments, DetectionTask
 
 QUIET = {"progress": False}

@@ -42,9 +42,8 @@ from hf_tfm import (
 )
 from hf_tfm.data.batching import rng
 from hf_tfm.data.pixels import Pixels, WholeProcessor, suitable
-from hf_tfm.evaluation import evaluate
 from hf_tfm.tasks import stopwatch
-from hf_tfm.tasks.evaluation import evaluate_task
+from hf_tfm.tasks.evaluation import evaluate, evaluate_task
 from hf_tfm.tasks.image_classification import ImageClassificationEvaluationArguments, ImageClassificationTask
 from hf_tfm.tasks.masked_image import MaskedImageEvaluationArguments, MaskedImageTask
 from hf_tfm.tasks.stopwatch import Stopwatch
@@ -239,7 +238,7 @@ def test_stopwatch(monkeypatch):
             "confusion is for image classifiers and .* one of the masked autoencoders",
         ),
         ("tfm", {"seed": 1}, "seed is for masked autoencoders"),
-        ("tfm", {"beams": 1}, "beams is no option of evaluate"),
+        ("tfm", {"beams": 1}, "beams is not an option of evaluate"),
         ("tfm", {"split": "tset"}, 'split "tset" is not a split'),
         ("tfm", {"mixed_precision": "fp8"}, 'got "fp8"'),
         ("tfm", {"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -22,7 +22,7 @@ from hf_tfm import (
     TfmViTConfig,
     TfmViTForImageClassification,
 )
-from hf_tfm.evaluation import evaluate
+from hf_tfm.tasks.evaluation import evaluate
 
 
 def test_classes_are_matched_by_name(models, data, tmp_path):

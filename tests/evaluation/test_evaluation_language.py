@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.data.vocabulary import train_bytes, train_wordpiece
-from hf_tfm.evaluation import evaluate
+from hf_tfm.tasks.evaluation import evaluate
 
 TEXTS = [f"the {a} fox jumped over the {b} dog" for a in ("quick", "slow") for b in ("lazy", "loud", "old")] * 4
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -19,8 +19,8 @@ from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification, cli
 from hf_tfm.data.glue import TASKS
 from hf_tfm.data.text import train_tokenizer
 from hf_tfm.data.vocabulary import train_wordpiece
-from hf_tfm.evaluation import evaluate
 from hf_tfm.metrics import Glue
+from hf_tfm.tasks.evaluation import evaluate
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
 COUNT = 21

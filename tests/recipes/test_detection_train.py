@@ -22,8 +22,8 @@ from transformers import (
 )
 from vision_recipes import distance, scores, weights
 
-from hf_tfm.evaluation import evaluate
 from hf_tfm.options import parse_arguments
+from hf_tfm.tasks.evaluation import evaluate
 
 RECIPE = ROOT / "recipes" / "detection_train.py"
 

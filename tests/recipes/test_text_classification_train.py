@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from text_recipes import NAMES, RECIPE, TINY, pretrained, run_recipe, words, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from hf_tfm.evaluation import evaluate
+from hf_tfm.tasks.evaluation import evaluate
 from hf_tfm.tasks.text_model import complete, fresh_classifier
 
 

@@ -124,7 +124,7 @@ def test_its_own_command_repeats_a_run(trained, data, monkeypatch):
 
 def test_scores_are_those_of_the_saved_model(trained, data):
     folder, _ = trained
-    from hf_tfm.evaluation import evaluate
+    from hf_tfm.tasks.evaluation import evaluate
 
     fresh_state()
     again = evaluate(str(folder), dataset_name=str(data), split="test", progress=False)
@@ -133,7 +133,7 @@ def test_scores_are_those_of_the_saved_model(trained, data):
 
 def test_bf16_is_scored_as_saved_too(data, tmp_path):
     """Autocast ends with training: whoever loads the model gets the figures of results.json."""
-    from hf_tfm.evaluation import evaluate
+    from hf_tfm.tasks.evaluation import evaluate
 
     run_recipe(*words(data, tmp_path / "run", mixed_precision="bf16", max_steps=20, learning_rate=0.01))
     fresh_state()
