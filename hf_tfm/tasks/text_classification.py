@@ -69,6 +69,7 @@ from ..models.cross_entropy import IGNORE_INDEX
 from ..models.modeling_gpt import language_loss
 from ..writing import check_png
 from .base import Batch, Collator, Loader, Scores, Task
+from .distillation import DistillationArguments
 from .glue import evaluate_tasks, run_tasks
 from .labels import class_names as classes_of_model
 from .labels import match_classes
@@ -261,6 +262,13 @@ class TextClassificationArguments(TextArguments):
 
 
 @dataclass(kw_only=True)
+class TextDistillationArguments(DistillationArguments, TextArguments):
+    """Arguments of text classification with a teacher, whose tokenizer the student shares."""
+
+    size: str = "tinybert4"
+
+
+@dataclass(kw_only=True)
 class TextClassificationEvaluationArguments(LabelledTextArguments, EvaluationArguments):
     """Scoring a text classifier.
 
@@ -355,6 +363,7 @@ class TextClassificationTask(Task):
 
     Arguments = TextClassificationArguments
     EvaluationArguments = TextClassificationEvaluationArguments
+    DistillationArguments = TextDistillationArguments
     kind, sample, hub_task = "text classifiers", "texts", "text-classification"
     item, term = "texts", "label"
     processor_class, processor_folder = AutoTokenizer, "tokenizer"
@@ -526,11 +535,11 @@ class TextClassificationTask(Task):
         """See `Task`; the batches of an evaluation are sorted by length."""
         args = self.args
         tokens = tokenize_texts(self.splits[split], self.processor, args.max_length)
+        if not (training or self.evaluating or collate):  # distillation makes a second loader, with its own collator
+            tell_unknown(tokens, self.processor)
         lengths, collate = text_lengths(tokens), collate or self.collator(split, training)
         if self.evaluating:
             return StepLoader(tokens, LengthBatchSampler(lengths, args.batch_size, shuffle=False), collate)
-        if not training:
-            tell_unknown(tokens, self.processor)
         if args.batch_tokens is not None:
             sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed, shuffle=training)
         elif args.bucketing or not training:

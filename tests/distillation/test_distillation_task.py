@@ -35,7 +35,7 @@ from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.tasks.distillation import grid_of, token_weights
 from hf_tfm.tasks.language import CausalLanguageTask
-from hf_tfm.tasks.old_text_classification import TextClassificationTask
+from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training import evaluate
 
 LANGUAGE = [
@@ -92,7 +92,7 @@ CASES = {
     "native language": (lambda: language(native=True), sentences),
     "language, all tokens": (every_token, sentences),
     "texts": (texts, sentences),
-    "GLUE": (lambda: texts(task=earlier(TextClassificationTask(tokenizer(), {0: 0, 1: 1}))), sentences),
+    "GLUE": (lambda: texts(task=TextClassificationTask.for_model(classifier(), tokenizer())), sentences),
     "images": (images, pictures),
     "native images": (lambda: images("native"), pictures),
     "timm images": (lambda: images("timm"), pictures),

@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification
 from hf_tfm.options import parse_arguments
-from hf_tfm.tasks.old_text_classification import TextClassificationTask
+from hf_tfm.tasks.text_classification import TextCollator
 
 INNER = "[{kind: embedding}, {kind: hidden_state}, {kind: attention_score}]"
 TERMS = {
@@ -83,7 +83,7 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier,
 
     argv = words(data, tmp_path / "run", teacher=classifier, terms="[{kind: soft_target}]", batch_size=8)
     with monkeypatch.context() as patch:
-        patch.setattr("hf_tfm.training.distill_cache.measure_cost", fail)
+        patch.setattr("hf_tfm.tasks.distillation.measure_cost", fail)
         with pytest.raises(RuntimeError, match=r"too large.*the student is saved in .*--costs false"):
             run("distill_task", *argv)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
@@ -140,16 +140,16 @@ def test_a_student_without_segments_leaves_the_teacher_its_own(pair_data, classi
 def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monkeypatch):
     """Row i is of class i modulo 2 in both splits, though the validation split numbers the names the other way."""
     splits = {"train": pair_rows(["calm", "loud"]), "validation": pair_rows(["loud", "calm"])}
-    monkeypatch.setattr("hf_tfm.training.text_run.load_texts", lambda *where: DatasetDict(splits))
+    monkeypatch.setattr("hf_tfm.tasks.text_classification.load_texts", lambda *where: DatasetDict(splits))
     found = []
-    collate = TextClassificationTask.collate
+    collate = TextCollator.__call__
 
     def watched(self, examples, indices, *rest, **options):
         batch = collate(self, examples, indices, *rest, **options)
         found.extend(zip(indices, batch["labels"].tolist(), strict=True))
         return batch
 
-    monkeypatch.setattr(TextClassificationTask, "collate", watched)
+    monkeypatch.setattr(TextCollator, "__call__", watched)
     knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "costs": "false", "text_columns": "[one,two]"}
     assert run("distill_task", *words("nowhere", tmp_path / "run", **knobs, batch_size=8)) == 0
     assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
