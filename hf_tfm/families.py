@@ -118,6 +118,39 @@ def family_of(name: str) -> Family:
     raise ValueError(f'there is no model family "{name}"; there are {", ".join(one.name for one in FAMILIES)}')
 
 
+def families_with(auto_class: str) -> list[Family]:
+    """Return the families that have a class for an Auto class, by its name."""
+    return [family for family in FAMILIES if auto_class in family.config.auto_classes]
+
+
+def config_class(architecture: str, auto_class: str) -> type[PreTrainedConfig]:
+    """Return the configuration class of a family for new models.
+
+    Args:
+        architecture: name of the family.
+        auto_class: name of the Auto class of the models.
+
+    Raises:
+        ValueError: no family has this name and such a class; the message lists those that have one.
+    """
+    found = {family.name: family.config for family in families_with(auto_class)}
+    if architecture not in found:
+        raise ValueError(f"architecture must be one of {', '.join(found)}, got {architecture!r}")
+    return found[architecture]
+
+
+def model_class(model_type: str, architecture: str, auto_class: str) -> type:
+    """Return the class that trains a saved model further.
+
+    Args:
+        model_type: of the saved model; if no family has it, the family ``architecture`` reads the model.
+        auto_class: name of the Auto class of the trained model.
+    """
+    fitting = families_with(auto_class)
+    chosen = next((one for one in fitting if one.config.model_type == model_type), None)
+    return (chosen or family_of(architecture)).classes()[auto_class]
+
+
 def carry_code(enabled: bool) -> None:
     """Set whether `save_pretrained` and `push_to_hub` save the code with the weights; on by default.
 

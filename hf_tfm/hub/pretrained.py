@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..families import families_with
 from .loading import LoadingError, check_index, explained, load_config, mismatch, no_place, others, unread
 
 TEXT_TYPES = ("tfm_bert", "tfm_gpt", "bert", "distilbert", "gpt2")
@@ -33,15 +34,19 @@ class Suitable:
         use: what the model is used for, in the words of the error message.
         types: valid model types.
         auto_class: if set, all types that this Auto class loads are valid, and ``types`` are examples.
+        family_class: if set, the types of all model families with a class for this Auto class are valid.
     """
 
     use: str
     types: tuple[str, ...]
     auto_class: Any = None
+    family_class: str | None = None
 
     def fits(self, config: PreTrainedConfig) -> bool:
         """Return True if a model with this configuration is valid."""
         if config.model_type in self.types:
+            return True
+        if self.family_class and config.model_type in [f.config.model_type for f in families_with(self.family_class)]:
             return True
         if self.auto_class is None:
             return False
@@ -78,7 +83,11 @@ TEXT_CLASSES = {
     "teacher": Suitable("teaching text classes", TEXT_TYPES, AutoModelForSequenceClassification),
 }
 IMAGE_CLASSES = {
-    "model_name_or_path": Suitable("an image classifier", ("tfm_vit", "vit", *MASKED_AUTOENCODERS)),
+    "model_name_or_path": Suitable(
+        "an image classifier",
+        ("tfm_vit", "vit", *MASKED_AUTOENCODERS),
+        family_class="AutoModelForImageClassification",
+    ),
     "teacher": Suitable("teaching image classes", ("tfm_vit", "vit", "deit"), AutoModelForImageClassification),
 }
 IMAGE_PATCHES = {

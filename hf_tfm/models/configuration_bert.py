@@ -26,7 +26,7 @@ LEAST_1 = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "max_position_embeddings",
 )
-SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+DROPOUT_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 
 
 @strict
@@ -118,6 +118,6 @@ class TfmBertConfig(TravellingConfig):
         require_at_least(self, LEAST_1)
         require_at_least(self, ("type_vocab_size",), 0)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
-        require_share(self, SHARES)
+        require_share(self, DROPOUT_RATES)
         if self.classifier_dropout is not None:
             require_share(self, ("classifier_dropout",))

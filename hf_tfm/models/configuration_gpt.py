@@ -41,7 +41,7 @@ LEAST_1 = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "max_position_embeddings",
 )
-SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout")
+DROPOUT_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout")
 
 
 @strict
@@ -134,4 +134,4 @@ class TfmGPTConfig(TravellingConfig):
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
-        require_share(self, SHARES)
+        require_share(self, DROPOUT_RATES)

@@ -26,7 +26,7 @@ SIZES = {
     },
 }
 
-SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
+DROPOUT_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
 LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
 
 
@@ -102,7 +102,7 @@ class ImageEncoderConfig(TravellingConfig):
         require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
         require_at_least(self, LEAST_1)
-        require_share(self, SHARES)
+        require_share(self, DROPOUT_RATES)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
         parts = {"learned_2d": 2, "sincos_2d": 4}.get(self.position_embedding_type, 1)
         require_multiple(self, "hidden_size", parts, f'position_embedding_type="{self.position_embedding_type}"')

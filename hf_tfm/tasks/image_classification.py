@@ -22,12 +22,10 @@ from ..data import images
 from ..data.augment import Mixing, mix, partners
 from ..data.images import LABEL, is_label, label_ids, label_names
 from ..data.pixels import image_size_of
+from ..families import config_class, model_class
 from ..hub.loading import load_config, read_json
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
-from ..memory import new_model
 from ..metrics import Accuracy, RealAccuracy
-from ..models.configuration_vit import SHARES, TfmViTConfig
-from ..models.modeling_vit import TfmViTForImageClassification
 from ..models.patches import Size
 from ..writing import check_png
 from .base import Batch, Loader, Scores
@@ -41,9 +39,10 @@ from .images import (
     ImageTask,
 )
 from .labels import class_names, is_unnamed, match_classes
-from .linear_probe import HEADS, fold_probe, heads_of, prepare_probe
-from .model_fields import check_fields, fresh_head, label_fields, new_config
+from .linear_probe import fold_probe, heads_of, prepare_probe
+from .model_fields import build_new, check_fields, dropout_fields, fresh_head, label_fields, new_config
 
+AUTO_CLASS = "AutoModelForImageClassification"
 CHECKED_IMAGES = 256  # images of a test split that are decoded before training
 IGNORE_LABEL = -100  # label of an image without one, or that counts for nothing; torch's cross-entropy skips it
 TOP = 5  # classes that are kept of each prediction
@@ -72,13 +71,15 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
     Args:
         label_smoothing: fraction of a label's target that is spread over all classes.
         mixing: mixup and CutMix, see `Mixing`.
-        size: of a new model, see TfmViTConfig.
+        architecture: model family of a new model.
+        size: of a new model, see its configuration, for example TfmViTConfig.
         model: configuration fields that differ from those of the size, or of model_name_or_path, for example
             patch_size, pooling and drop_path_rate.
     """
 
     fitting: ClassVar = IMAGE_CLASSES
 
+    architecture: str = "vit"
     label_smoothing: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
 
@@ -88,7 +89,8 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.metric_for_best_model not in ("loss", "accuracy"):
             raise ValueError(f'metric_for_best_model must be "loss" or "accuracy", got "{self.metric_for_best_model}"')
-        check_fields(TfmViTConfig, self.model, IMAGE_FIELDS)
+        if not self.model_name_or_path:
+            check_fields(config_class(self.architecture, AUTO_CLASS), self.model, IMAGE_FIELDS)
 
 
 @dataclass(kw_only=True)
@@ -111,7 +113,8 @@ class ImageClassificationArguments(LabelledImageArguments):
                 f"linear_probe trains a single layer: layer_wise_lr_decay must be 1, got {self.layer_wise_lr_decay}"
             )
         if not self.model_name_or_path:
-            new_config(TfmViTConfig, self, image_size=self.image_size or IMAGE_SIZE)
+            kind = config_class(self.architecture, AUTO_CLASS)
+            new_config(kind, self, image_size=self.image_size or IMAGE_SIZE)
 
 
 @dataclass(kw_only=True)
@@ -261,10 +264,10 @@ class ImageClassificationTask(ImageTask):
         names = label_names(self.splits[args.train_split])
         set_seed(args.seed)
         if not args.model_name_or_path:
-            config = new_config(TfmViTConfig, args, image_size=size, **label_fields(names))
-            return new_model(TfmViTForImageClassification, config)
-        still = dict.fromkeys(SHARES, 0.0) if args.linear_probe else {}  # a frozen encoder needs no regularisation
-        return load_classifier(args.model_name_or_path, names, size, **{**still, **args.model})
+            kind = config_class(args.architecture, AUTO_CLASS)
+            return build_new(new_config(kind, args, image_size=size, **label_fields(names)), self.auto_class)
+        # A frozen encoder needs no regularisation.
+        return load_classifier(args.model_name_or_path, names, size, args.model, without_dropout=args.linear_probe)
 
     def load_pretrained(self) -> None:
         """See `ImageTask`.
@@ -457,12 +460,18 @@ def check_readable(rows: Any, split: str, max_bad_images: int) -> None:
 
 
 def head_of(model: PreTrainedModel, name: str) -> str:
-    """Return the head of a weight, for `load_to_train`; a norm after pooling replaces one before it."""
+    """Return the head of a weight, for `load_to_train`; fc_norm, after pooling, replaces a norm before it."""
     top = name.split(".")[0]
-    return top if top in HEADS else "fc_norm" if name.startswith("vit.fc_norm.") else ""
+    return top if top != model.base_model_prefix else "fc_norm" if ".fc_norm." in name else ""
 
 
-def load_classifier(source: str, names: list[str], image_size: Size, **fields: Any) -> TfmViTForImageClassification:
+def load_classifier(
+    source: str,
+    names: list[str],
+    image_size: Size,
+    fields: Mapping[str, Any] | None = None,
+    without_dropout: bool = False,
+) -> PreTrainedModel:
     """Load a classifier to train further; if it had other classes, its linear layers are initialised at random.
 
     Args:
@@ -470,17 +479,22 @@ def load_classifier(source: str, names: list[str], image_size: Size, **fields: A
         names: of the classes.
         image_size: in pixels.
         fields: configuration fields to change.
+        without_dropout: set all dropout rates to 0.
 
     Raises:
-        ValueError: weights outside `HEADS` do not fit the configuration, or the patch size does not fit the images.
+        ValueError: weights below the heads do not fit the configuration, or the patch size does not fit the images.
     """
     labels, earlier = label_fields(names), load_config(source, "model_name_or_path", trust_remote_code=None)
-    model, fresh = load_to_train(TfmViTForImageClassification, source, head_of, fields, resized="classifier", **labels)
+    kind = model_class(earlier.model_type, "vit", AUTO_CLASS)
+    check_fields(kind.config_class, dict(fields or {}), IMAGE_FIELDS)
+    rates = dict.fromkeys(dropout_fields(kind.config_class), 0.0) if without_dropout else {}
+    model, fresh = load_to_train(kind, source, head_of, {**rates, **(fields or {})}, resized="", **labels)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):
             if f"{name}.weight" not in fresh:
                 fresh_head(model, name)  # as many classes, but others
-    model.vit.set_image_size(image_size)
+    if hasattr(model.base_model, "set_image_size"):  # of a family whose parameters depend on the size
+        model.base_model.set_image_size(image_size)
     return model
 
 

@@ -8,16 +8,16 @@ import math
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .base import Loader, Task
 
-HEADS = ("classifier", "distillation_classifier")  # linear layers of a classifier; with both, it averages them
 STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a standard deviation of that of all images
 
 
-def heads_of(model: nn.Module) -> list[str]:
-    """Return which of `HEADS` a model has."""
-    return [name for name in HEADS if hasattr(model, name)]
+def heads_of(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers above the base model; of several, the classifier takes the mean."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 class ProbeHead(nn.Module):
@@ -60,7 +60,7 @@ class ProbeHead(nn.Module):
 
 @torch.no_grad()
 def measure_features(task: Task, model: nn.Module, loader: Loader, max_steps: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Measure mean and variance (D,) of the input of each of a model's `HEADS`.
+    """Measure mean and variance (D,) of the input of each head of a model, see `heads_of`.
 
     The results are float64, on the CPU, and equal on all ranks.
 

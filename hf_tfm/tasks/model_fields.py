@@ -1,6 +1,7 @@
 """Configuration of a new model from the arguments ``size`` and ``model``, and its classes."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from huggingface_hub.errors import StrictDataclassError
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..limits import MOST_BLOCKS
-from ..memory import REPEATED
+from ..memory import REPEATED, new_model
 from ..values import check_bounds, closest, conform, one_line
 
 
@@ -54,6 +55,20 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
         return kind.of_size(args.size, **args.model, **fields)
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"model: {one_line(error)}") from error
+
+
+def build_new(config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+    """Return a new model, unless its training does not fit in memory; see `new_model`.
+
+    Args:
+        auto_class: Auto class of the model.
+    """
+    return new_model(partial(auto_class.from_config, trust_remote_code=False), config)
+
+
+def dropout_fields(kind: type[PreTrainedConfig]) -> list[str]:
+    """Return the names of the dropout and drop path rates of a configuration class."""
+    return [name for name in kind.__dataclass_fields__ if name.endswith(("dropout", "dropout_prob", "drop_path_rate"))]
 
 
 def label_fields(names: Sequence[str]) -> dict[str, dict]:

@@ -187,8 +187,8 @@ def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
         with pytest.raises(LoadingError, match="has no place for the weights"):
             LOADERS[name](str(folder))
     # Asked for, it is fine: fewer layers, and a new one.
-    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=1)
-    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, num_hidden_layers=3)
+    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, {"num_hidden_layers": 1})
+    image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, {"num_hidden_layers": 3})
 
 
 def test_heads_may_be_new(saved):
