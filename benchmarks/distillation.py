@@ -28,14 +28,15 @@ from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.data.language import Texts, text_rows, token_sequences
 from hf_tfm.data.source import load_splits
 from hf_tfm.data.vocabulary import train_wordpiece
-from hf_tfm.distillation.cache import CachedTeacher, write_cache
+from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
 from hf_tfm.distillation.model_spec import spec_of
 from hf_tfm.distillation.resolve import resolve_terms, signals_of
+from hf_tfm.distillation.samples import TrainingSamples
 from hf_tfm.distillation.student import StudentWithProjections, freeze_unused
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.distillation.terms import Term
-from hf_tfm.tasks.distill import DistillationTask
-from hf_tfm.tasks.language import MaskedLanguageTask
+from hf_tfm.tasks.distillation import DistillationTask
+from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
@@ -63,7 +64,7 @@ def main(
     """Measure and write benchmarks/results/distillation.json.
 
     Args:
-        dataset, dataset_name, text_column: texts, of which one batch is learned from again and again.
+        dataset, dataset_name, text_column: texts; one batch of them is trained on repeatedly.
         batch_size: sequences; length: tokens of each.
         vocab_size: of the models; tokens are those of a smaller vocabulary trained on the texts.
         rounds: timed rounds; medians are reported.
@@ -73,7 +74,7 @@ def main(
     tokenizer = train_wordpiece(Texts(rows), 8000)
     found = token_sequences(rows.take(2000), tokenizer, length).filter(lambda row: len(row["input_ids"]) == length)
     examples = [found[i] for i in range(batch_size)]
-    task = MaskedLanguageTask(tokenizer)
+    task = LanguageModelingTask.for_model(None, tokenizer)
     found_of = {label(precision): measure(task, examples, vocab_size, precision, rounds) for precision in precisions}
     teacher = bert_base(vocab_size)
     sizes = {f"top {k} logits": cache_bytes(teacher, task, found, k) for k in (32, 128)}
@@ -92,7 +93,7 @@ def bert_base(vocab_size: int) -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(vocab_size=vocab_size)).eval()
 
 
-def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision: str, rounds: int) -> dict:
+def measure(task: LanguageModelingTask, examples: list, vocab_size: int, precision: str, rounds: int) -> dict:
     """Seconds of every step, their ratios, and what the caches take for a sequence, in kB."""
     caches = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +122,7 @@ def measure(task: MaskedLanguageTask, examples: list, vocab_size: int, precision
 
 
 def plain_distilbert(
-    teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str
+    teacher: BertForMaskedLM, task: LanguageModelingTask, examples: list, precision: str
 ) -> Callable[[int], int]:
     """DistilBERT's losses as its authors form them, over all tokens."""
     student = DistilBertForMaskedLM(DistilBertConfig(vocab_size=teacher.config.vocab_size))
@@ -141,7 +142,7 @@ def plain_distilbert(
 
 
 def plain_tinybert(
-    teacher: BertForMaskedLM, task: MaskedLanguageTask, examples: list, precision: str
+    teacher: BertForMaskedLM, task: LanguageModelingTask, examples: list, precision: str
 ) -> Callable[[int], int]:
     """TinyBERT's losses on attention, states and embeddings of transformers' models, which give all layers' back."""
     sizes = {name: getattr(TfmBertConfig.of_size("tinybert4"), name) for name in SIZES}
@@ -162,7 +163,7 @@ def plain_tinybert(
 
 
 def plain(
-    teacher, student, weights, loss: Callable, task: MaskedLanguageTask, examples: list, precision: str, **options
+    teacher, student, weights, loss: Callable, task: LanguageModelingTask, examples: list, precision: str, **options
 ) -> Callable[[int], int]:
     """A plain step: both models give everything, and ``loss(theirs, ours, batch)`` compares it."""
     AcceleratorState._reset_state()
@@ -170,9 +171,10 @@ def plain(
     student, optimizer = accelerator.prepare(student.train(), AdamW(weights, lr=1e-4))
     teacher.to(accelerator.device)
     options["output_hidden_states"] = True
+    collate = task.collator()
 
     def work(number: int) -> int:
-        batch = task.collate(examples, list(range(len(examples))), number)
+        batch = collate(examples, list(range(len(examples))), number)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         inputs = task.inputs(batch)
         with torch.no_grad(), accelerator.autocast():
@@ -190,7 +192,7 @@ def steps(
     teacher: Teacher,
     terms: tuple[Term, ...],
     config: TfmBertConfig,
-    task: MaskedLanguageTask,
+    task: LanguageModelingTask,
     examples: list,
     folder: Path,
     precision: str,
@@ -199,40 +201,39 @@ def steps(
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     teacher.model.to(accelerator.device)
-    lessons = resolve_terms(terms, spec_of(TfmBertForMaskedLM(config)), teacher.spec)
-    report = write_cache(
-        teacher,
-        task,
-        examples,
-        folder,
-        1,
-        signals_of(lessons, "teacher"),
-        32 if name == "distilbert" else None,
-        data="",
-        temperature=2.0 if name == "distilbert" else 1.0,
-    )
+    resolved = resolve_terms(terms, spec_of(TfmBertForMaskedLM(config)), teacher.spec)
+    top_k, temperature = (32, 2.0) if name == "distilbert" else (None, 1.0)
+    form = CacheFormat(signals_of(resolved, "teacher"), 1, top_k, temperature=temperature)
+    report = write_cache(teacher, samples_of(task, examples), folder, form)
     indices, variants = list(range(len(examples))), {}
     online = "masked" if name == "distilbert" else "online"
     for kind, source in ((online, teacher), ("cached", CachedTeacher(folder))):
-        learning = DistillationTask(task, source, lessons)
-        model = StudentWithProjections(TfmBertForMaskedLM(config), lessons)
+        distilled = DistillationTask.around(task, source, resolved)
+        collate = distilled.collator()
+        model = StudentWithProjections(TfmBertForMaskedLM(config), resolved)
         args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4)
-        freeze_unused(accelerator, learning, model, learning.collate(examples, indices, 0))
+        freeze_unused(accelerator, distilled, model, collate(examples, indices, 0))
         model, optimizer = accelerator.prepare(model.train(), build_optimizer(model, args))
 
-        def work(number: int, learning=learning, model=model, optimizer=optimizer) -> int:
-            train_step(accelerator, learning, model, optimizer, [learning.collate(examples, indices, 0)])
+        def work(number: int, distilled=distilled, collate=collate, model=model, optimizer=optimizer) -> int:
+            train_step(accelerator, distilled, model, optimizer, [collate(examples, indices, 0)])
             return len(examples)
 
         variants[f"{name}_{kind}"] = work
     return round(report.bytes_per_sample / 1e3, 2), variants
 
 
-def cache_bytes(teacher: BertForMaskedLM, task: MaskedLanguageTask, rows, top_k: int) -> float:
+def samples_of(task: LanguageModelingTask, examples: list) -> TrainingSamples:
+    """Examples as the teacher reads them."""
+    return TrainingSamples(examples, task.collator(), task.inputs, task.target_positions, data="")
+
+
+def cache_bytes(teacher: BertForMaskedLM, task: LanguageModelingTask, rows, top_k: int) -> float:
     """kB that a cache of the largest logits takes for a sequence of 64 tokens."""
     examples = [{"input_ids": rows[i]["input_ids"][:64]} for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        report = write_cache(Teacher(teacher), task, examples, Path(folder) / "cache", top_k=top_k, data="")
+        form = CacheFormat(top_k=top_k)
+        report = write_cache(Teacher(teacher), samples_of(task, examples), Path(folder) / "cache", form)
     return round(report.bytes_per_sample / 1e3, 2)
 
 

@@ -242,6 +242,11 @@ class DistillationTask(Task):
         return self.task.hub_task
 
     @property
+    def item(self) -> str:
+        """See `Task`."""
+        return self.task.item
+
+    @property
     def auto_class(self) -> Any:
         """See `Task`."""
         return self.task.auto_class
@@ -645,7 +650,7 @@ def distill(task_class: type[Task]) -> type[DistillationTask]:
         kw_only=True,
         namespace={"__doc__": f"{name} with a teacher."},
     )
-    inherited = ("kind", "sample", "item", "term", "processor_class", "processor_folder")
+    inherited = ("kind", "sample", "term", "processor_class", "processor_folder")
     fields = {one: getattr(task_class, one) for one in inherited if hasattr(task_class, one)}
     return type(
         f"{name}DistillationTask",

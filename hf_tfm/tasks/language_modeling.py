@@ -55,6 +55,7 @@ from ..models.cross_entropy import IGNORE_INDEX
 from ..models.modeling_bert import TfmBertForMaskedLM, TfmBertForPreTraining
 from ..models.modeling_gpt import TfmGPTForCausalLM
 from .base import Batch, Collator, Scores, Task
+from .distillation import DistillationArguments
 from .loaders import check_stream, token_loader
 from .model_fields import check_fields, new_config
 from .splits import load_rows
@@ -160,6 +161,22 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         if self.objective == "causal":
             return TfmGPTForCausalLM
         return TfmBertForPreTraining if self.sequences == "pairs" else TfmBertForMaskedLM
+
+
+@dataclass(kw_only=True)
+class LanguageDistillationArguments(DistillationArguments, LanguageModelingArguments):
+    """Distillation of a language model; the student has the teacher's tokenizer."""
+
+    size: str = "distilbert"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sequences == "pairs":
+            raise ValueError('sequences must be "packed" or "rows": next sentences are not distilled, got "pairs"')
+        if self.tokenizer:
+            raise ValueError(f'the student has the teacher\'s tokenizer: give no tokenizer, got "{self.tokenizer}"')
+        if self.streaming and self.cache:
+            raise ValueError("cache needs the number of samples, which is not known with streaming")
 
 
 @dataclass(kw_only=True)
@@ -301,6 +318,7 @@ class LanguageModelingTask(Task):
 
     Arguments = LanguageModelingArguments
     EvaluationArguments = LanguageEvaluationArguments
+    DistillationArguments = LanguageDistillationArguments
     kind, term = "language models", "token"
     processor_class, processor_folder = AutoTokenizer, "tokenizer"
     described_columns = ("text_column",)

@@ -5,7 +5,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ from ..hub.cost import Cost
 from ..hub.loading import require_model
 from ..hub.pretrained import check_kind
 from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
-from ..options import parse_arguments
 from ..tasks.base import Loader
 from ..writing import explain_write_errors
 from .checkpoint import checkpoints
@@ -68,10 +66,10 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     Raises:
         ValueError: the device does not support the precision, or a model to start from is missing or of another kind.
     """
-    for knob in ("model_name_or_path", "teacher"):
-        if source := getattr(args, knob, None):
-            require_model(knob, source)
-            check_kind(knob, source, getattr(args, "fitting", {}).get(knob), args.trust_remote_code)
+    for argument in ("model_name_or_path", "teacher"):
+        if source := getattr(args, argument, None):
+            require_model(argument, source)
+            check_kind(argument, source, getattr(args, "fitting", {}).get(argument), args.trust_remote_code)
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     install_sigterm_handler()
@@ -206,8 +204,8 @@ class Run:
         if self.args.report_to:
             name = self.args.run_name or self.output_dir.name
             options = {kind: {"name": name} for kind in self.args.report_to if kind in ("wandb", "trackio")}
-            knobs = identifying(self.args)
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in knobs.items()}
+            options = identifying(self.args)
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
             self.accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
 
     def train(
@@ -360,23 +358,6 @@ def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
     check_inputs(args, argv, argument)
 
 
-def recipe_main(
-    kind: type, recipe: Path, argv: Sequence[str] | None, work: Callable[[TrainingArguments, Run], int]
-) -> int:
-    """Parse the arguments, execute a run, and return its exit status.
-
-    Args:
-        kind: argument dataclass of the recipe.
-        recipe: file of the recipe.
-        argv: arguments; by default those of this process.
-        work: the run itself.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(kind, recipe, argv)
-    with begin_run(args, recipe.stem, argv) as run:
-        return work(args, run)
-
-
 def identifying(args: TrainingArguments) -> dict[str, Any]:
     """Return the arguments that determine the weights of a run."""
     # With these schedules a longer run starts like a shorter one, unless its length determines the warm-up.
@@ -391,13 +372,13 @@ def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive:
     Args:
         data, decisive: see `Run.open`.
     """
-    knobs, fingerprint = identifying(args), data["fingerprint"]
+    options, fingerprint = identifying(args), data["fingerprint"]
     scored = set(getattr(args, "test_splits", ())) - {getattr(args, "train_split", None), decisive}
     if isinstance(fingerprint, dict):
         fingerprint = {split: value for split, value in fingerprint.items() if split not in scored}
-    if isinstance(knobs.get("data_files"), dict):
-        knobs["data_files"] = {split: files for split, files in knobs["data_files"].items() if split not in scored}
-    identity = {"task": task, **knobs, "data": fingerprint}
+    if isinstance(options.get("data_files"), dict):
+        options["data_files"] = {split: files for split, files in options["data_files"].items() if split not in scored}
+    identity = {"task": task, **options, "data": fingerprint}
     if f"'{STREAM}'" in str(fingerprint):  # streamed data is identified by its commit only
         identity["revision"] = data.get("revision")
     return identity

@@ -148,7 +148,7 @@ def prepare() -> None:
         *("torch", "transformers", "datasets", "accelerate", "timm", "tokenizers", "matplotlib.pyplot", "sklearn"),
         *("hf_tfm.cli", "hf_tfm.tasks.evaluation", "hf_tfm.tasks.panoptic_segmentation", "hf_tfm.training.trainer"),
         *("hf_tfm.tasks.language_modeling", "hf_tfm.tasks.images", "hf_tfm.doctor.detection"),
-        *("hf_tfm.training.distill_run", "hf_tfm.conversion", "hf_tfm.viz.images"),
+        *("hf_tfm.tasks.distillation", "hf_tfm.conversion", "hf_tfm.viz.images"),
     ):
         importlib.import_module(name)
 

@@ -42,7 +42,7 @@ from hf_tfm.distillation.terms import Term
 from hf_tfm.tasks.base import Task
 from hf_tfm.tasks.distillation import AllEpochs, DistillationCollator, DistillationTask
 from hf_tfm.tasks.image_classification import ImageClassificationTask
-from hf_tfm.tasks.language import MaskedLanguageTask
+from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.tasks.object_detection import DetectionTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.checkpoint import full_weights
@@ -174,44 +174,6 @@ class TextTask(PlainTask):
         return {"label": cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)}
 
 
-class Earlier(PlainTask):
-    """A task of the earlier kind."""
-
-    def __init__(self, old: Any):
-        super().__init__(None, None)
-        self.old, self.model = old, SimpleNamespace(config=getattr(old, "config", None))
-
-    def collator(self, split: str = "", training: bool = False):
-        return getattr(self.old, "collate_training", self.old.collate) if training else self.old.collate
-
-    def count(self, batch):
-        return self.old.count(batch)
-
-    def inputs(self, batch):
-        return self.old.inputs(batch)
-
-    def targets(self, batch):
-        return self.old.target_inputs(batch) if hasattr(self.old, "target_inputs") else {}
-
-    def losses(self, model, batch):
-        return self.old.losses(model, batch)
-
-    def output_losses(self, output, logits, batch):
-        if hasattr(self.old, "hard_losses"):
-            return self.old.hard_losses(output, batch)
-        return {self.term: self.old.hard_loss(logits, batch)}
-
-
-def earlier(old: Any) -> Task:
-    """A task of the earlier kind as one of today's."""
-    kind = type(
-        type(old).__name__,
-        (Earlier,),
-        {"item": old.item, "term": old.term, "target_positions": staticmethod(old.places)},
-    )
-    return kind(old)
-
-
 def pictures(count: int = 10) -> list[dict[str, Any]]:
     """JPEGs of soft blobs with labels "a" to "e"."""
     rows = []
@@ -236,8 +198,8 @@ def detection_task(config: TfmDetrConfig) -> Task:
     return DetectionTask.for_model(SimpleNamespace(config=config), scene_processor(64, 96), augmentation=None)
 
 
-def language_task(seed: int = 0) -> Task:
-    return earlier(MaskedLanguageTask(tokenizer(), mlm_probability=0.3, seed=seed))
+def language_task(seed: int = 0) -> LanguageModelingTask:
+    return LanguageModelingTask.for_model(None, tokenizer(), mlm_probability=0.3, seed=seed)
 
 
 def distillation(

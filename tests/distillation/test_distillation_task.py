@@ -15,7 +15,6 @@ from distillation_helpers import (
     detection_task,
     detr,
     distillation,
-    earlier,
     image_task,
     language_task,
     losses,
@@ -34,7 +33,7 @@ from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
 from hf_tfm.tasks.distillation import grid_of, token_weights
-from hf_tfm.tasks.language import CausalLanguageTask
+from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training import evaluate
 
@@ -251,7 +250,8 @@ def test_a_causal_model_learns_from_every_next_token():
         )
 
     terms = [{"kind": "label"}, {"kind": "soft_target", "temperature": 2.0}, {"kind": "attention_score"}]
-    task, model = distillation(earlier(CausalLanguageTask(tokenizer())), gpt(4, 0), gpt(2, 1), terms)
+    causal = LanguageModelingTask.for_model(None, tokenizer(), objective="causal")
+    task, model = distillation(causal, gpt(4, 0), gpt(2, 1), terms)
     batch = batches(task, sentences(), [[0, 1, 2]])[0]
     counts = task.count(batch)
     assert counts["token"] == counts["soft_target"] == counts["attention_score"] - 3

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from hf_tfm.options import parse_arguments
+from hf_tfm.tasks.distillation import DistillationArguments
 from hf_tfm.tasks.object_detection import DetectionTask
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import ImageBatchArguments, TokenBatchArguments
-from hf_tfm.training.distill_run import DistillationKnobs
 from hf_tfm.training.run import FREE, repeat_command
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "translation_train.py"
@@ -149,7 +149,7 @@ def test_help_tells_every_knob(capsys):
 
 
 def test_knobs_that_a_run_may_change_exist():
-    kinds = (TranslationTask.Arguments, DetectionTask.Arguments, DistillationKnobs)
+    kinds = (TranslationTask.Arguments, DetectionTask.Arguments, DistillationArguments)
     assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
 
