@@ -76,12 +76,12 @@ def quickstart(output_dir: str) -> None:
         raise ValueError(f'output_dir must be the name of a folder, got "{output_dir}"')
     start = time.perf_counter()
     found = {"translation": train("translation_train", folder)}
-    print("\nloaded in a fresh process, with AutoModelForSeq2SeqLM and the code saved beside the weights:")
+    print("\nloaded in a new process, with AutoModelForSeq2SeqLM and the code saved with the weights:")
     for sentence, translation in zip(SENTENCES, translate_in_fresh_process(folder, SENTENCES), strict=True):
         print(f"  {sentence} -> {translation}")
     model, tokenizer = load_seq2seq(output_dir)
     pictures = [plot_alignment(attention_maps(model, tokenizer, SENTENCES[-1]), folder / "cross_attention.png")]
-    print(f"where the decoder looked: {pictures[0]}\nfirst result after {time.perf_counter() - start:.0f} s")
+    print(f"cross-attention: {pictures[0]}\nfirst result after {time.perf_counter() - start:.0f} s")
 
     ends = ("mae", "finetuned", "scratch", "detection", "text", "text-student")
     mae, tuned, scratch, detector, teacher, student = (folder.with_name(f"{folder.name}-{end}") for end in ends)
@@ -96,11 +96,11 @@ def quickstart(output_dir: str) -> None:
     maps = image_attention_maps(load_encoder(str(tuned)), load_image_processor(str(tuned)), digits[0])
     pictures += plot_image_attention(maps, tuned / "attention")
 
-    print("\na detector learns sixteen scenes of digits by heart:")
+    print("\na detector overfits sixteen scenes of digits:")
     found["detector"] = train("detection_train", detector)
     pictures.append(max((detector / "predictions").glob("step-*.png")))
 
-    print("\na classifier of texts teaches one of a fifth of its weights:")
+    print("\na text classifier is distilled into a student a fifth of its size:")
     found["teacher"] = train("text_classification_train", teacher)
     found["its student"] = train("distill_task", student, "--teacher", str(teacher))
     maps = [text_attention_maps(*load_text_model(str(model)), NUMBER) for model in (teacher, student)]

@@ -28,8 +28,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e6
         raise WriteError(
-            f"could not write {path} ({error}); {free:.0f} MB are free there. Earlier checkpoints are untouched: make "
-            "room or mend the permissions, then run the same command to go on"
+            f"could not write {path} ({error}); {free:.0f} MB are free there. Earlier checkpoints are intact: free "
+            "space or correct the permissions, then run the same command to resume"
         ) from error
 
 

@@ -224,7 +224,7 @@ def tell_unlabelled(there: Sequence[bool], split: str) -> None:
     """
     if not all(there):
         log.warning(
-            '%d of %d texts of split "%s" have no label and are not learned from; the first is row %d',
+            '%d of %d texts of split "%s" have no label and are not used for training; the first is row %d',
             len(there) - sum(there),
             len(there),
             split,

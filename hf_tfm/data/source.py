@@ -269,7 +269,7 @@ def check_regular(folder: Path) -> None:
             kind = f"a link to {os.readlink(path)}, which is not there"
         else:
             kind = "not a regular file"
-        raise ValueError(f"{path} has the name of a data file and is {kind}: mend or delete it")
+        raise ValueError(f"{path} has the name of a data file and is {kind}: replace or delete it")
 
 
 def tell_unread(folder: Path, files: list[str]) -> None:

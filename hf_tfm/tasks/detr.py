@@ -68,7 +68,9 @@ def load_detr(kind: type[PreTrainedModel], args: SceneArguments, fields: dict[st
     if queries != saved.num_queries:
         new |= resize_queries(model, queries)
     if new:
-        log.warning("weights that model_name_or_path does not have start anew: %s", ", ".join(sorted(new)))
+        log.warning(
+            "weights that model_name_or_path does not have are initialised randomly: %s", ", ".join(sorted(new))
+        )
     return model
 
 

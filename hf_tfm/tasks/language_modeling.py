@@ -417,7 +417,7 @@ class LanguageModelingTask(Task):
             model, new = load_to_train(args.model_class, args.model_name_or_path, head_of)
             if new:
                 log.warning(
-                    "weights that model_name_or_path does not have are initialized randomly: %s",
+                    "weights that model_name_or_path does not have are initialised randomly: %s",
                     ", ".join(sorted(new)),
                 )
             check_fit(model.config, tokenizer, args.max_length)

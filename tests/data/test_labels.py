@@ -171,7 +171,9 @@ def test_one_class_of_several_named_is_refused(tmp_path):
 def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(tmp_path, {"train": ["Yes", "", "yes ", "no"], "validation": ["no"]})
-    assert '1 of 4 texts of split "train" have no label and are not learned from; the first is row 1' in caplog.text
+    assert (
+        '1 of 4 texts of split "train" have no label and are not used for training; the first is row 1' in caplog.text
+    )
     assert "classes differ in case or white space alone: 'Yes', 'yes '" in caplog.text
 
 

@@ -195,7 +195,7 @@ def renamed(splits, names):
 def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_path, caplog):
     folder = train(data, tmp_path / "run", model_name_or_path=trained, learning_rate=1e-6, max_steps=3)
     assert 0 < distance(trained, folder) < 1e-5
-    assert "start anew" not in caplog.text
+    assert "initialised randomly" not in caplog.text
     assert record(folder).base_model == trained.name
     assert f"initialised from `{trained.name}` and trained" in (folder / "README.md").read_text()
 
@@ -218,7 +218,7 @@ def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained,
         }
         fresh = "query_position_embeddings.weight" if case == "queries" else "class_labels_classifier"
         assert moved and all(fresh in name for name in moved), case
-        (told,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+        (told,) = [r.getMessage() for r in caplog.records if "initialised randomly" in r.getMessage()]
         assert fresh in told
         config = AutoModelForObjectDetection.from_pretrained(tmp_path / case).config
         assert [config.id2label[i] for i in range(len(names))] == names
@@ -229,7 +229,7 @@ def test_fewer_queries_are_the_first_of_those_there_are(trained, data, tmp_path,
     folder = train(data, tmp_path / "run", **start)
     name = "model.query_position_embeddings.weight"
     assert (weights(folder)[name] - weights(trained)[name][:5]).abs().max() < 1e-6
-    assert "start anew" not in caplog.text
+    assert "initialised randomly" not in caplog.text
     assert AutoModelForObjectDetection.from_pretrained(folder).config.num_queries == 5
 
 
