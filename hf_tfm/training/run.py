@@ -158,7 +158,7 @@ class Run:
         Raises:
             ValueError: the object saved earlier by this run cannot be loaded.
         """
-        if self.folder is None:
+        if self.lock.argument == "cache":  # on every process; only the main process has a folder in any run
             return make()
 
         def place() -> Path:
