@@ -14,7 +14,7 @@ import docstring_parser
 
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .options import OptionParser
-from .recipe_files import recipes_folder, run
+from .recipe_files import recipe_names, run
 from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
 from .values import PATHS, checked, expanded
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         if len(argv) < 2 or argv[1] in ("-h", "--help"):
-            names = "\n  ".join(sorted(path.stem for path in recipes_folder().glob("*.py")))
+            names = "\n  ".join(recipe_names())
             usage = f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\nhf-tfm run RECIPE --help tells more"
             print(usage, file=sys.stdout if argv[1:] else sys.stderr)
             raise SystemExit(0 if argv[1:] else 2)

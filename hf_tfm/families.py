@@ -5,10 +5,7 @@ packages add families with `register_family` or through entry points of the grou
 """
 
 import importlib
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 import transformers
@@ -20,8 +17,8 @@ from .models.configuration_gpt import TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig
 from .models.configuration_transformer import TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig
-
-ENTRY_POINTS = "hf_tfm.families"
+from .plugins import FAMILIES as PLUGINS
+from .plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -88,22 +85,8 @@ def register_family(family: Family) -> None:
 def register() -> None:
     """Register every family, including those of plug-ins, with transformers' Auto classes. Can be called
     repeatedly."""
-    for family in [*FAMILIES, *plugins()]:
+    for family in [*FAMILIES, *(family for _, family in load_plugins(PLUGINS))]:
         register_family(family)
-
-
-def plugins() -> Iterator[Family]:
-    """Yield families of other packages: entry points of the group "hf_tfm.families", each a `Family`.
-
-    A plug-in that cannot be imported is reported on standard error and skipped.
-    """
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            family = point.load()
-        except Exception as error:  # the other package may raise anything
-            print(f"hf-tfm: the plug-in {point.name} ({point.value}) cannot be loaded: {error}", file=sys.stderr)
-            continue
-        yield family
 
 
 def family_of(name: str) -> Family:

@@ -458,5 +458,7 @@ def preset_names(presets: Path) -> list[str]:
 
 
 def recipe_summary(recipe: Path) -> str:
-    """Return the first paragraph of a recipe's docstring."""
+    """Return the first paragraph of a recipe's docstring; "" if a recipe of another package has no file."""
+    if not recipe.is_file():
+        return ""
     return ast.get_docstring(ast.parse(recipe.read_text())).split("\n\n")[0]

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import hf_tfm
-from hf_tfm import families
+from hf_tfm import families, plugins
 from hf_tfm.conversion import conversions
 from hf_tfm.families import FAMILIES, Family, family_of, register_family
 
@@ -64,8 +64,8 @@ TOY = Family("toy", ToyConfig)
 def test_entry_points_add_families(tmp_path, monkeypatch, capsys):
     (tmp_path / "toy_family.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    points = [EntryPoint("toy", "toy_family:TOY", families.ENTRY_POINTS), EntryPoint("gone", "no_such:F", "x")]
-    monkeypatch.setattr(families, "entry_points", lambda group: points if group == families.ENTRY_POINTS else [])
+    points = [EntryPoint("toy", "toy_family:TOY", plugins.FAMILIES), EntryPoint("gone", "no_such:F", "x")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == plugins.FAMILIES else [])
     monkeypatch.setattr(families, "FAMILIES", list(FAMILIES))
     hf_tfm.register()
     assert "the plug-in gone (no_such:F) cannot be loaded: No module named 'no_such'" in capsys.readouterr().err

@@ -1,9 +1,7 @@
 """The table of tasks, and those of other packages."""
 
-import sys
-from collections.abc import Iterator
-from importlib.metadata import entry_points
-
+from ..plugins import TASKS as PLUGINS
+from ..plugins import load_plugins
 from .base import Task
 from .image_classification import ImageClassificationTask
 from .language_modeling import LanguageModelingTask
@@ -12,8 +10,6 @@ from .object_detection import DetectionTask
 from .panoptic_segmentation import PanopticTask
 from .text_classification import TextClassificationTask
 from .translation import TranslationTask
-
-ENTRY_POINTS = "hf_tfm.tasks"
 
 TASKS: dict[str, type[Task]] = {
     "translation": TranslationTask,
@@ -36,23 +32,9 @@ def register_task(name: str, task_class: type[Task]) -> None:
         raise ValueError(f'task "{name}": there is a task of this name already, {TASKS[name].__name__}')
 
 
-def plugins() -> Iterator[tuple[str, type[Task]]]:
-    """Yield name and class of the tasks of other packages: entry points of the group "hf_tfm.tasks".
-
-    A plug-in that cannot be imported is reported on standard error and skipped.
-    """
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            task_class = point.load()
-        except Exception as error:  # the other package may raise anything
-            print(f"hf-tfm: the plug-in {point.name} ({point.value}) cannot be loaded: {error}", file=sys.stderr)
-            continue
-        yield point.name, task_class
-
-
 def task_classes() -> dict[str, type[Task]]:
     """Return {name: class} of all tasks, those of other packages included."""
-    for name, task_class in plugins():
+    for name, task_class in load_plugins(PLUGINS):
         register_task(name, task_class)
     return TASKS
 
