@@ -93,7 +93,7 @@ class DatasetArguments(Arguments):
 
     Args:
         dataset_name: what `datasets.load_dataset` takes: a Hub id, a local folder or file, or the name of a format
-            such as "parquet"; or a generated data set such as "number-words" or "digits".
+            such as "parquet"; or a generated data set such as "number-words", "number-parity" or "digits".
         dataset_config: configuration of the data set.
         dataset_revision: commit, tag or branch on the Hub.
         data_files: {split: files}, if dataset_name is a format.

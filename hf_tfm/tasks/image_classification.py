@@ -70,7 +70,7 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
 
     Args:
         label_smoothing: fraction of a label's target that is spread over all classes.
-        mixing: mixup and CutMix, see `Mixing`.
+        mixing: mixup and CutMix of training images.
         architecture: model family of a new model.
         size: of a new model, see its configuration, for example TfmViTConfig.
         model: configuration fields that differ from those of the size, or of model_name_or_path, for example

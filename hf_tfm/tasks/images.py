@@ -54,7 +54,7 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
             class needs several classes in the buffer.
         image_size: pixels of the model's images; default, those of model_name_or_path's image processor, or 224.
         resize: evaluation resizes the shorter edge to this and crops the centre; default, it resizes to image_size.
-        augmentation: see `Augmentation`.
+        augmentation: random changes of training images.
         repeats: copies of a sample in a step, each augmented differently.
         model: configuration fields that differ from those of the size, or of model_name_or_path.
     """

@@ -40,12 +40,14 @@ PLACEHOLDER = (64, 64)  # height and width of the image of a dummy batch
 
 @dataclass(kw_only=True)
 class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
-    """Training a DETR on images of any size; ``model`` takes, among others, backbone, num_queries, encoder_layers.
+    """Training a DETR on images of any size.
+
+    Fields of ``model`` are, among others, backbone, num_queries and encoder_layers.
 
     Args:
         shortest_side: shortest side of the images in evaluation, in pixels.
         longest_side: limit of the longest side in evaluation.
-        augmentation: see `SceneAugmentation`.
+        augmentation: random changes of training images.
         pretrained_backbone: load timm's weights into the backbone of a new model.
         num_pictures: number of validation images drawn with their predictions at every evaluation, see
             `PredictionPictures`.

@@ -101,10 +101,9 @@ class LabelledTextArguments(DatasetArguments):
     """Texts or text pairs with labels.
 
     Args:
-        dataset_name: what `datasets.load_dataset` takes: a Hub id, a local folder or file, or the name of a format
-            such as "parquet"; or "number-parity", which is generated. "{task}" stands for the name of the GLUE task.
-        dataset_config: configuration of the data set; default, the name of the task if the data set is called "glue".
-        task: GLUE task, which determines text_columns, classes, metrics and validation splits.
+        task: GLUE task, which determines text_columns, classes, metrics and validation splits; "{task}" in
+            dataset_name and dataset_config stands for it, and it is the default of dataset_config if the data set is
+            called "glue".
         text_columns: one or two columns, or dotted paths; default, those of the task, or the only text column.
         label_column: column of classes or numbers; default, the only column of type ClassLabel, or "label".
     """
