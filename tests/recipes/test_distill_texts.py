@@ -188,7 +188,7 @@ REFUSED = {
     ),
     "nowhere_to_write": ("distill_task", {"write_cache": "true"}, "write_cache needs cache"),
     "pairs": ("distill_pretrain", {"sequences": "pairs"}, 'sequences must be "packed" or "rows"'),
-    "tokenizer": ("distill_pretrain", {"tokenizer": "x"}, "the tokenizer is the teacher's"),
+    "tokenizer": ("distill_pretrain", {"tokenizer": "x"}, "the student has the teacher's tokenizer"),
 }
 
 
