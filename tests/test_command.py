@@ -188,7 +188,7 @@ def test_every_recipe_fails_in_one_line(recipe, monkeypatch, capsys):
     def broken(*arguments):
         raise TypeError("a fault")
 
-    for module in ("options", "training.trainer"):
+    for module in ("training.trainer", "options"):  # imported before `options` is broken
         monkeypatch.setattr(f"hf_tfm.{module}.parse_arguments", broken)
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", recipe, "--output_dir", "x"])
