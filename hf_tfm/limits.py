@@ -8,10 +8,5 @@ LARGEST_BATCH = 10_000_000  # samples
 LARGEST_SIDE = 16_384  # pixels of an image
 MOST_BLOCKS = 10_000  # layers of a model
 
-# Bounds of options shared by evaluation and visualisation,.
-LIMITS = {
-    "length_penalty": (-100, 100),
-    "mask_ratio": (0, 1),
-    "threshold": (0, 1),
-    "queries": (0, None),
-}
+# Bounds of the options of hf-tfm show: (minimum, maximum).
+LIMITS = {"mask_ratio": (0, 1), "threshold": (0, 1), "queries": (0, None)}
