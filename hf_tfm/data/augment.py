@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from ..values import check_bounds, conform_fields
-from .batching import rng
+from .batching import Sample, key_of, rng
 
 # timm, DeiT and MAE use RandAugment magnitudes from 0 to 10; torchvision's default range is 0 to 30.
 MAGNITUDES = 11
@@ -34,9 +34,10 @@ def seeded() -> Iterator[Callable[..., None]]:
         yield lambda *key: torch.default_generator.manual_seed(hash_key(*key))
 
 
-def hash_key(*key: int) -> int:
-    """Hash a key of integers to 64 bits that depend on every bit of it, in about 1 µs; the same on every machine."""
-    packed = struct.pack(f"<{len(key)}q", *key)
+def hash_key(*key: Sample) -> int:
+    """Hash a key of integers and samples to 64 bits that depend on every bit of it, in about 1 µs; the same on every
+    machine."""
+    packed = struct.pack(f"<{len(key)}q", *map(key_of, key))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +18,48 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 Example = dict[str, Any]
-Steps = list[list[int]]
+
+COPY, SIDE = 2**40, 2**16  # exclusive upper bounds of an index, and of the height and width of a canvas
 
 
-# A sample that occurs several times in an epoch has the numbers index, index + COPY, index + 2 * COPY ...: the same
-# data with different augmentation, since random draws depend on the number.
-COPY = 2**40
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """A sample of an epoch. A plain int refers to a sample that is neither a copy nor has a canvas.
+
+    Args:
+        index: row of the data set.
+        copy: number of the copy, if a step has several of the row, each augmented differently.
+        canvas: height and width to which the images of its step are padded.
+    """
+
+    index: int
+    copy: int = 0
+    canvas: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> int:
+        """A number that differs between all samples: key of their random draws, and their name in a cache."""
+        height, width = self.canvas or (0, 0)
+        return self.index + COPY * (self.copy + height * SIDE + width)
+
+
+Sample = int | SampleRef
+Steps = list[list[Sample]]
+
+
+def sample_ref(sample: Sample) -> SampleRef:
+    """Return the reference of a sample that may be given by its index."""
+    return sample if isinstance(sample, SampleRef) else SampleRef(sample)
+
+
+def key_of(sample: Sample) -> int:
+    """Return the key of a sample that may be given by its index, see `SampleRef`."""
+    return sample.key if isinstance(sample, SampleRef) else sample
+
+
+def shifted(sample: Sample, first: int) -> Sample:
+    """Return the sample in a sequence of which its data set is the piece that starts at ``first``."""
+    return replace(sample, index=sample.index + first) if isinstance(sample, SampleRef) else sample + first
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -42,9 +79,9 @@ def pad_tokens(examples: Sequence[Example], pad_token_id: int) -> dict[str, torc
     return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
 
-def rng(*key: int) -> np.random.Generator:
-    """Return a random generator that is a pure function of its key, such as (seed, epoch, sample index)."""
-    return np.random.default_rng(np.random.SeedSequence(key))
+def rng(*key: Sample) -> np.random.Generator:
+    """Return a random generator that is a pure function of its key, such as (seed, epoch, sample)."""
+    return np.random.default_rng(np.random.SeedSequence([key_of(part) for part in key]))
 
 
 def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -168,7 +205,7 @@ class TokenBudgetSampler:
 class Sampler(Protocol):
     """The interface of a sampler, implemented by `TokenBudgetSampler` and `equal_batches.BatchSampler`.
 
-    ``steps(epoch)`` returns lists of sample numbers; ``cut`` splits a rank's part of a step into micro-batches;
+    ``steps(epoch)`` returns lists of samples; ``cut`` splits a rank's part of a step into micro-batches;
     ``check_budget`` raises if ``size``, the value of the argument ``name``, is invalid. Groups of ``unit`` neighbours
     always stay together.
     """
@@ -200,7 +237,7 @@ class StepLoader:
     Args:
         examples: the data set.
         sampler: provides ``steps(epoch)``.
-        collate: ``collate(examples, indices, epoch, hidden)`` -> batch. A hidden batch is a dummy that must not count;
+        collate: ``collate(examples, samples, epoch, hidden)`` -> batch. A hidden batch is a dummy that must not count;
             it is requested if a step has fewer samples than there are ranks.
         micro_batch_tokens: maximum size of a micro-batch, in padded tokens or the sampler's own unit; None computes a
             rank's part in one micro-batch.
@@ -208,7 +245,7 @@ class StepLoader:
         num_workers: number of worker processes; it never changes a batch.
         pin_memory: pin memory for faster copies to a GPU.
         first_index: index of the first example if the examples are a piece of a longer sequence; ``collate`` receives
-            indices into that sequence.
+            samples of that sequence.
 
     Raises:
         ValueError: if ``micro_batch_tokens`` does not fit the samples.
@@ -242,7 +279,7 @@ class StepLoader:
         order = range(start, len(steps))
         return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
 
-    def micro_batches(self, step: list[int], epoch: int) -> list[Any]:
+    def micro_batches(self, step: list[Sample], epoch: int) -> list[Any]:
         """Collate this rank's part of a step.
 
         Every rank gets the same number of micro-batches, because sharded models communicate in each of them; hidden
@@ -257,17 +294,16 @@ class StepLoader:
             self.batch(run, epoch, hidden=True) for run in filling
         ]
 
-    def runs(self, part: Sequence[int]) -> Steps:
-        """Split a rank's part of a step into micro-batches of indices."""
+    def runs(self, part: Sequence[Sample]) -> Steps:
+        """Split a rank's part of a step into micro-batches."""
         if self.micro_batch_tokens is None:
             return [list(part)] if len(part) else []
         return self.sampler.cut(part, self.micro_batch_tokens)
 
-    def batch(self, run: list[int], epoch: int, hidden: bool) -> Any:
+    def batch(self, run: list[Sample], epoch: int, hidden: bool) -> Any:
         """Collate the examples of a run."""
-        return self.collate(
-            fetch(self.examples, [i % COPY for i in run]), [self.first_index + i for i in run], epoch, hidden
-        )
+        examples = fetch(self.examples, [sample_ref(sample).index for sample in run])
+        return self.collate(examples, [shifted(sample, self.first_index) for sample in run], epoch, hidden)
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:

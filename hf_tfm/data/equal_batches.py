@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .batching import COPY, Example, Steps, rng
+from .batching import Example, Sample, SampleRef, Steps, rng
 from .stream import StreamLoader
 
 READ_ROWS = 100  # rows of a stream read at once
@@ -24,7 +24,7 @@ class BatchSampler:
         drop_last: drop the samples that do not fill a step.
         repeats: copies of a sample in a step, each augmented differently (Hoffer et al. 2020, arXiv:1901.09335). The
             number of steps per epoch does not change, so an epoch covers 1 / ``repeats`` of the samples, as in DeiT.
-            Copies have their own numbers, see `COPY`.
+            The samples of a step are then `SampleRef`s.
         unit: number of neighbours in a step that ranks and micro-batches never separate, for example 2 for mixup with
             the neighbour.
 
@@ -62,12 +62,12 @@ class BatchSampler:
         if samples % self.unit:
             raise ValueError(f"{name} must be a multiple of {self.unit}, so that pairs stay together, got {samples}")
 
-    def cut(self, part: Sequence[int], samples: int) -> Steps:
+    def cut(self, part: Sequence[Sample], samples: int) -> Steps:
         """Split a part of a step into runs of at most ``samples``."""
         return [list(part[i : i + samples]) for i in range(0, len(part), samples)]
 
     def steps(self, epoch: int) -> Steps:
-        """Return the steps of an epoch, each a list of sample numbers; copies of a sample are not adjacent."""
+        """Return the steps of an epoch, each a list of samples; copies of a sample are not adjacent."""
         if self.last[0] != epoch:
             self.last = epoch, self.make_steps(epoch)
         return self.last[1]
@@ -82,9 +82,10 @@ class BatchSampler:
                 break
             different = -(-size // self.repeats)
             first = len(steps) * -(-self.batch_size // self.repeats)
-            places = np.arange(size)
-            step = order[first + places % different] + places // different * COPY
-            steps.append(step.tolist())
+            rows = order[first : first + different].tolist()
+            if self.repeats > 1:
+                rows = [SampleRef(rows[k % different], k // different) for k in range(size)]
+            steps.append(rows)
         return steps
 
 

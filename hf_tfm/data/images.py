@@ -29,7 +29,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from tqdm.auto import tqdm
 
-from .batching import COPY
 from .csv_files import separator_hint
 from .files import anchored, anchored_path, base_of, open_regular
 
@@ -422,11 +421,11 @@ class WatchedLoader:
     Samples with unreadable images are dropped from the batch; the other samples are not affected.
 
     Args:
-        loader: yields batches with ``bad``, a list of (sample index, reason), which is removed from the batch here.
+        loader: yields batches with ``bad``, a list of (row, reason), which is removed from the batch here.
         max_bad_images: maximum number of images that this process drops.
         progress: show a progress bar over the steps of an epoch.
 
-    `bad` holds the dropped images so far, {sample index: reason}.
+    `bad` holds the dropped images so far, {row: reason}.
     """
 
     def __init__(self, loader: Any, max_bad_images: int = 10, progress: bool = False):
@@ -455,8 +454,8 @@ class WatchedLoader:
             steps = tqdm(steps, total=self.steps_per_epoch(epoch), unit="batch")
         for micro_batches in steps:
             for batch in micro_batches:
-                for number, reason in batch.pop("bad"):
-                    self.report(number % COPY, reason)
+                for row, reason in batch.pop("bad"):
+                    self.report(row, reason)
             yield micro_batches
 
     def report(self, index: int, reason: str) -> None:

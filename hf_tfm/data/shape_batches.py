@@ -3,37 +3,18 @@
     sizes -> shape of each image in this epoch, after its crop -> neighbours in shape -> a scale and a canvas a step
 
 The canvas of a step is chosen here, but its images are prepared by workers that see only a few of them, so each sample
-number carries the canvas; see `number_with_canvas`.
+carries the canvas, see `SampleRef`.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from .batching import COPY, Steps, checked_counts, rng
+from .batching import SampleRef, Steps, checked_counts, rng, sample_ref
 from .equal_batches import BatchSampler
 from .scene_augment import SceneAugmentation, chances, fitted, pick, scaled
 
-SIDE = 2**16  # exclusive upper bound of the height and width of a canvas
 POOL_STEPS = 50  # number of steps whose samples, drawn at random, are sorted together
-
-
-def number_with_canvas(row: int, canvas: tuple[int, int]) -> int:
-    """Return row + COPY * (height * 2^16 + width); as everywhere, the number modulo `COPY` is the row."""
-    return row + COPY * (canvas[0] * SIDE + canvas[1])
-
-
-def split_number(number: int) -> tuple[int, tuple[int, int] | None]:
-    """Return the row and the canvas of a sample number; the canvas is None if the number carries none.
-
-    Raises:
-        ValueError: if it is the number of a copy, see `BatchSampler`.
-    """
-    place, row = divmod(number, COPY)
-    height, width = divmod(place, SIDE)
-    if place and not (height and width):
-        raise ValueError(f"sample {row} is copy {place}: scenes cannot be repeated in a step")
-    return row, (height, width) if place else None
 
 
 class ShapeSampler(BatchSampler):
@@ -85,10 +66,10 @@ class ShapeSampler(BatchSampler):
         shortest = pick(self.augmentation.scales, random.random(len(steps)))
         return [self.with_canvas(steps[i], shapes, int(shortest[i])) for i in random.permutation(len(steps)).tolist()]
 
-    def with_canvas(self, step: Sequence[int], shapes: np.ndarray, shortest: int) -> list[int]:
-        """Return the sample numbers of a step: all on the smallest canvas that fits its scenes at the given scale."""
-        canvas = scaled(shapes[step], shortest, self.augmentation.max_size).max(axis=0)
-        return [number_with_canvas(int(row), (int(canvas[0]), int(canvas[1]))) for row in step]
+    def with_canvas(self, step: Sequence[int], shapes: np.ndarray, shortest: int) -> list[SampleRef]:
+        """Return the samples of a step: all on the smallest canvas that fits its scenes at the given scale."""
+        height, width = scaled(shapes[step], shortest, self.augmentation.max_size).max(axis=0).tolist()
+        return [SampleRef(int(row), canvas=(height, width)) for row in step]
 
 
 def by_shape(shapes: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -115,7 +96,7 @@ def padding_share(steps: Steps, sizes: np.ndarray, augmentation: SceneAugmentati
     own = scaled(shapes, pick(augmentation.scales, drawn[:, -1]), augmentation.max_size)
     used = padded = 0
     for step in steps:
-        rows, canvases = zip(*map(split_number, step), strict=True)
+        rows, canvases = zip(*((ref.index, ref.canvas) for ref in map(sample_ref, step)), strict=True)
         made = [
             own[row].tolist() if canvas is None else fitted(tuple(shapes[row].tolist()), canvas)
             for row, canvas in zip(rows, canvases, strict=True)

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.batching import COPY
+from ..data.batching import Sample, sample_ref
 from ..writing import explain_write_errors, others, write_text
 from .chunks import Chunks, shard_tensors
 from .model_spec import ModelSpec
 from .resolve import ResolvedTerm, signals_of
-from .samples import TrainingSamples, join
+from .samples import TrainingSamples, join, read_samples
 from .shards import INDEX_FILE, SHARDS, CacheIndex, Shard, check_shard, differences, save_shard, shard_path
 from .signals import LOGITS, PLACES, REST, TOP, Signals
 from .teacher import Teacher, origin_of, to_dtype
@@ -274,34 +274,34 @@ class CachedTeacher:
         return epoch % self.index.epochs
 
     def attach(
-        self, batch: dict[str, Any], names: Sequence[str], indices: list[int], epoch: int, positions: Tensor | None
+        self, batch: dict[str, Any], names: Sequence[str], samples: list[Sample], epoch: int, positions: Tensor | None
     ) -> dict[str, Any]:
         """Load the ``signals`` of a batch.
 
         Args:
             batch: output of the task's collate function.
-            indices: sample numbers; unreadable images are missing from the batch.
+            samples: those to collate; unreadable images are missing from the batch.
             positions: positions of the rows of logits.
 
         Raises:
             ValueError: a sample is not in the cache, or the cache holds a different one in its position.
         """
-        kept = {i % COPY for i in batch["indices"].tolist()} if "images" in batch else None
         stored = [TOP, PLACES, REST] if self.index.top_k is not None else [LOGITS]
         names = [own for name in names for own in (stored if name == LOGITS else [name])]
-        samples = [self.sample(i, epoch, names) for i in indices if kept is None or i % COPY in kept]
-        return {"signals": join(batch, samples, positions)}
+        given = [self.sample(ref, epoch, names) for ref in read_samples(batch, samples)]
+        return {"signals": join(batch, given, positions)}
 
-    def sample(self, number: int, epoch: int, names: Sequence[str]) -> Signals:
+    def sample(self, sample: Sample, epoch: int, names: Sequence[str]) -> Signals:
         """Load the signals of one sample."""
-        row = number % COPY
+        ref = sample_ref(sample)
+        row = ref.index
         if row >= self.index.rows:
             raise ValueError(f"sample {row} is not in {self.folder}, which has {self.index.rows} rows")
         shard, place = divmod(epoch * self.index.rows + row, self.index.shard_samples)
         opened: Shard = self.shard(shard)
-        if opened.numbers[place] != number:
+        if opened.numbers[place] != ref.key:
             raise ValueError(
-                f"sample {row} of epoch {epoch} has the number {number}, and in {self.folder} it is "
+                f"sample {row} of epoch {epoch} has the number {ref.key}, and in {self.folder} it is "
                 f"{opened.numbers[place]}: copies, and images on another canvas, are other samples"
             )
         return opened.sample(place, names)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batching import COPY, fetch
+from ..data.batching import Sample, SampleRef, fetch, sample_ref
 from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
 
 PROBES = 32  # samples whose inputs are hashed
@@ -25,12 +25,12 @@ class TrainingSamples:
 
     Args:
         rows: training data, as ``collate`` takes them.
-        collate: ``collate(rows, numbers, epoch)`` -> batch, with masks and augmentation as in training.
+        collate: ``collate(rows, samples, epoch)`` -> batch, with masks and augmentation as in training.
         inputs: batch -> keyword arguments of the model.
         positions: batch -> positions of the rows of logits, see `signals.collect`, or None.
         data: fingerprint of the rows.
         options: options of the run that determine the model inputs; JSON values.
-        numbers: epoch -> sample numbers, if these say more than the row, as those of a `ShapeSampler` do.
+        refs: epoch -> its samples, if inputs depend on more than their rows, as with a `ShapeSampler`.
     """
 
     rows: Sequence[Any]
@@ -39,15 +39,16 @@ class TrainingSamples:
     positions: Callable[[dict[str, Any]], Tensor | None]
     data: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    numbers: Callable[[int], Sequence[int]] | None = None
+    refs: Callable[[int], Sequence[Sample]] | None = None
 
-    def batch(self, numbers: list[int], epoch: int) -> dict[str, Any]:
-        """Collate samples by number.
+    def batch(self, samples: list[Sample], epoch: int) -> dict[str, Any]:
+        """Collate samples.
 
         Raises:
             ValueError: samples depend on the other samples of their batch.
         """
-        batch = self.collate(fetch(self.rows, [n % COPY for n in numbers]), numbers, epoch)
+        rows = [sample_ref(sample).index for sample in samples]
+        batch = self.collate(fetch(self.rows, rows), samples, epoch)
         if "partner" in batch:
             raise ValueError("images that are mixed with their neighbours cannot be cached: turn mixing off")
         return batch
@@ -85,6 +86,15 @@ def encode(signals: Signals, top_k: int | None, temperature: float, dtype: torch
         found[PLACES] = positions.to(torch.uint16 if logits.shape[-1] <= WIDE else torch.int32)
         found[REST] = (logits / temperature).scatter(-1, positions, -torch.inf).logsumexp(-1)
     return found
+
+
+def read_samples(batch: Mapping[str, Any], samples: Sequence[Sample]) -> list[SampleRef]:
+    """Return the samples that are in a batch: unreadable images are not."""
+    refs = [sample_ref(sample) for sample in samples]
+    if "images" not in batch:
+        return refs
+    kept = set(batch["indices"].tolist())
+    return [ref for ref in refs if ref.index in kept]
 
 
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:

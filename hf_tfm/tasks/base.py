@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..arguments import EvaluationArguments, TrainingArguments
+from ..data.batching import Sample
 from ..data.source import describe_rows, describe_source
 
 Batch = dict[str, Any]
@@ -170,7 +171,7 @@ class Task(ABC):
 
     @abstractmethod
     def collator(self, split: str = "", training: bool = False) -> Collator:
-        """``collate(examples, indices, epoch, is_dummy) -> batch`` for a split; a dummy batch counts for nothing.
+        """``collate(examples, samples, epoch, is_dummy) -> batch`` for a split; a dummy batch counts for nothing.
 
         It is sent to worker processes: keep it small.
         """
@@ -286,8 +287,8 @@ class Task(ABC):
         """A hash of the content of the training data."""
         return self.fingerprint(self.splits[self.args.train_split])
 
-    def sample_numbers(self, loader: Loader) -> Callable[[int], list[int]] | None:
-        """Function from an epoch to the numbers of its samples, if these say more than the row; else None.
+    def sample_refs(self, loader: Loader) -> Callable[[int], list[Sample]] | None:
+        """Function from an epoch to its samples, if the inputs depend on more than their rows; else None.
 
         Args:
             loader: of the training data.

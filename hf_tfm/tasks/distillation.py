@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..arguments import Arguments
+from ..data.batching import Sample
 from ..distillation.cache import CachedTeacher, CacheFormat, check_top_k, write_cache
 from ..distillation.losses import query_loss
 from ..distillation.model_spec import spec_of
@@ -146,7 +147,7 @@ class Source(Protocol):
     def epoch(self, epoch: int) -> int: ...
 
     def attach(
-        self, batch: Batch, names: Sequence[str], indices: list[int], epoch: int, positions: Tensor | None
+        self, batch: Batch, names: Sequence[str], samples: list[Sample], epoch: int, positions: Tensor | None
     ) -> dict[str, Any]: ...
 
     def signals(
@@ -175,10 +176,10 @@ class DistillationCollator:
     target_positions: Any
     all_tokens: bool = False
 
-    def __call__(self, examples: list, indices: list[int], epoch: int, is_dummy: bool = False) -> Batch:
+    def __call__(self, examples: list, samples: list[Sample], epoch: int, is_dummy: bool = False) -> Batch:
         epoch = self.source.epoch(epoch)
-        batch = self.collate(examples, indices, epoch, is_dummy)
-        own: dict[str, Any] = {"samples": batch.get("images", 0 if is_dummy else len(indices))}
+        batch = self.collate(examples, samples, epoch, is_dummy)
+        own: dict[str, Any] = {"samples": batch.get("images", 0 if is_dummy else len(samples))}
         positions = self.target_positions(batch)
         if self.all_tokens:
             if positions is None:
@@ -187,7 +188,7 @@ class DistillationCollator:
             own |= {"positions": tokens, "target_rows": torch.searchsorted(tokens, positions)}
             positions = tokens
         if own["samples"]:
-            own |= self.source.attach(batch, self.names, indices, epoch, positions)
+            own |= self.source.attach(batch, self.names, samples, epoch, positions)
         return {**batch, OWN: own}
 
 
@@ -331,7 +332,7 @@ class DistillationTask(Task):
     def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> Loader:
         """See `Task`."""
         loader = self.task.dataloader(split, training, collate or self.collator(split, training))
-        depends = training and self.task.sample_numbers(loader) is not None
+        depends = training and self.task.sample_refs(loader) is not None
         return KnownEpochs(loader, self.source) if depends else loader
 
     # --- one step
@@ -503,7 +504,7 @@ class DistillationTask(Task):
             self.positions,
             self.task.training_fingerprint(),
             json.loads(json.dumps({name: options[name] for name in names})),
-            self.task.sample_numbers(loader),
+            self.task.sample_refs(loader),
         )
 
     def fill_cache(self) -> None:

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from ..arguments import ImageDataArguments
 from ..data import images
 from ..data.augment import Mixing, mix, partners
+from ..data.batching import Sample, sample_ref
 from ..data.images import LABEL, is_label, label_ids, label_names
 from ..data.pixels import image_size_of
 from ..families import config_class, model_class
@@ -168,21 +169,21 @@ class ClassificationCollator(ImageCollator):
     label_smoothing: float = 0.0
 
     def targets(
-        self, examples: list[dict[str, Any]], indices: list[int], positions: list[int], epoch: int, count: int
+        self, examples: list[dict[str, Any]], samples: list[Sample], positions: list[int], epoch: int, count: int
     ) -> Batch:
         """See `ImageCollator`."""
-        labels = [self.label_id(example[LABEL], index) for example, index in zip(examples, indices, strict=True)]
+        labels = [self.label_id(example[LABEL], sample) for example, sample in zip(examples, samples, strict=True)]
         batch: Batch = {"labels": torch.tensor(labels if count else [IGNORE_LABEL] * len(labels))}
         if self.label_smoothing:
             batch["label_smoothing"] = self.label_smoothing
         if self.mixing is not None:
-            drawn = [self.mixing.draw(self.pixels.size, self.seed, epoch, index) for index in indices]
+            drawn = [self.mixing.draw(self.pixels.size, self.seed, epoch, sample) for sample in samples]
             batch["partner"] = torch.tensor(partners(positions))
             batch["share"] = torch.tensor([share for share, _ in drawn])
             batch["box"] = torch.tensor([box for _, box in drawn])
         return batch
 
-    def label_id(self, label: Any, index: int) -> int:
+    def label_id(self, label: Any, sample: Sample) -> int:
         """Return the model's class of a label.
 
         Raises:
@@ -191,7 +192,7 @@ class ClassificationCollator(ImageCollator):
         if not is_label(label):
             return IGNORE_LABEL
         if label not in self.label_ids:
-            raise ValueError(f"label {label!r} of image {index} is not a class of the model")
+            raise ValueError(f"label {label!r} of image {sample_ref(sample).index} is not a class of the model")
         return self.label_ids[label]
 
 

@@ -23,7 +23,7 @@ from ..arguments import (
 )
 from ..data import images
 from ..data.augment import Augmentation, seeded
-from ..data.batching import StepLoader
+from ..data.batching import Sample, StepLoader, sample_ref
 from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
@@ -131,7 +131,7 @@ class ImageEvaluationArguments(ImageDataArguments, EvaluationArguments):
 class ImageCollator:
     """Examples of `image_rows` -> a batch; subclasses add targets.
 
-    Augmentation is a pure function of (seed, epoch, index). A dummy batch, and one without a readable image, has one
+    Augmentation is a pure function of (seed, epoch, sample). A dummy batch, and one without a readable image, has one
     image of zeros that counts for nothing.
 
     Args:
@@ -145,38 +145,39 @@ class ImageCollator:
     change: Callable[[Tensor], Tensor] | None = None
 
     def __call__(
-        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
+        self, examples: list[dict[str, Any]], samples: list[Sample], epoch: int, is_dummy: bool = False
     ) -> Batch:
-        """Return ``pixel_values`` uint8 (B, 3, H, W); ``images``, the number of them that count; ``indices`` (B,) of
-        the samples; ``bad``, for `WatchedLoader`; and the `targets`."""
+        """Return ``pixel_values`` uint8 (B, 3, H, W); ``images``, the number of them that count; ``indices`` (B,),
+        their rows; ``bad``, for `WatchedLoader`; and the `targets`."""
         change = self.change or self.pixels.resize
         found, positions, bad = [], [], []
         with seeded() as seed:
-            for position, (example, index) in enumerate(zip(examples, indices, strict=True)):
+            for position, (example, sample) in enumerate(zip(examples, samples, strict=True)):
                 if is_dummy:
                     break
                 try:
                     image = decode(example[IMAGE])
-                    seed(self.seed, epoch, index)
+                    seed(self.seed, epoch, sample)
                     found.append(change(image))
                 except BadImage as error:
-                    bad.append((index, describe(example[IMAGE], error)))
+                    bad.append((sample_ref(sample).index, describe(example[IMAGE], error)))
                     continue
                 positions.append(position)
         count = len(found)
         if not found:
             found, positions = [torch.zeros(3, *self.pixels.size, dtype=torch.uint8)], [0]
-        kept = [indices[position] for position in positions]
-        batch = {"pixel_values": torch.stack(found), "images": count, "indices": torch.tensor(kept), "bad": bad}
+        kept = [samples[position] for position in positions]
+        rows = torch.tensor([sample_ref(sample).index for sample in kept])
+        batch = {"pixel_values": torch.stack(found), "images": count, "indices": rows, "bad": bad}
         return batch | self.targets([examples[position] for position in positions], kept, positions, epoch, count)
 
     def targets(
-        self, examples: list[dict[str, Any]], indices: list[int], positions: list[int], epoch: int, count: int
+        self, examples: list[dict[str, Any]], samples: list[Sample], positions: list[int], epoch: int, count: int
     ) -> Batch:
         """Return what a task adds to a batch.
 
         Args:
-            examples, indices: of the B images in the batch.
+            examples, samples: of the B images in the batch.
             positions: where they were in the micro-batch before unreadable images were dropped.
             count: number of images that count, B or 0.
         """

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
-from ..data.batching import rng
+from ..data.batching import Sample, rng
 from ..data.pixels import image_size_of
 from ..hub.pretrained import IMAGE_PATCHES, MASKED_AUTOENCODERS, load_to_train
 from ..limits import SEEDS
@@ -91,10 +91,10 @@ class MaskedImageCollator(ImageCollator):
     patches: int = 0
 
     def targets(
-        self, examples: list[dict[str, Any]], indices: list[int], positions: list[int], epoch: int, count: int
+        self, examples: list[dict[str, Any]], samples: list[Sample], positions: list[int], epoch: int, count: int
     ) -> Batch:
         """See `ImageCollator`."""
-        noise = [rng(self.seed, epoch, index).random(self.patches, dtype=np.float32) for index in indices]
+        noise = [rng(self.seed, epoch, sample).random(self.patches, dtype=np.float32) for sample in samples]
         return {"noise": torch.from_numpy(np.stack(noise))}
 
 

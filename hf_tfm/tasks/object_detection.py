@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 from transformers.utils import ModelOutput
 
 from ..arguments import Arguments, EvaluationArguments, ImageDataArguments
-from ..data.batching import COPY, StepLoader
+from ..data.batching import Sample, StepLoader
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
 from ..data.detection import category_ids, check_order, class_names, fingerprint, scene_rows
@@ -492,23 +492,23 @@ class DetectionTask(Task):
         mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
         return scene_processor(args.shortest_side, args.longest_side, mean, std)
 
-    def sample_numbers(self, loader: WatchedLoader) -> Callable[[int], list[int]]:
+    def sample_refs(self, loader: WatchedLoader) -> Callable[[int], list[Sample]]:
         """See `Task`."""
-        return partial(numbers_of, loader.loader.sampler)
+        return partial(cached_samples, loader.loader.sampler)
 
     def sample_inputs(self) -> dict[str, Tensor]:
         """See `Task`."""
         return {"pixel_values": torch.zeros(1, 3, self.args.shortest_side, self.args.shortest_side)}
 
 
-def numbers_of(sampler: ShapeSampler, epoch: int) -> list[int]:
-    """Return the sample numbers of an epoch, for a cache.
+def cached_samples(sampler: ShapeSampler, epoch: int) -> list[Sample]:
+    """Return the samples of an epoch, for a cache.
 
     Raises:
         ValueError: they are on several canvases, but a cache is written in batches that mix the samples of all steps.
     """
-    found = [number for step in sampler.steps(epoch) for number in step]
-    if len({number // COPY for number in found}) > 1:
+    found = [sample for step in sampler.steps(epoch) for sample in step]
+    if len({sample.canvas for sample in found}) > 1:
         raise ValueError("a cache needs images of one size: give augmentation one scale and crop 0, or no cache")
     return found
 

@@ -22,11 +22,11 @@ from ..arguments import (
     SplitArguments,
 )
 from ..data.augment import seeded
+from ..data.batching import Sample, sample_ref
 from ..data.images import IMAGE, BadImage, describe
 from ..data.pixels import PaddedPixels
 from ..data.scene_augment import SceneAugmentation, chances
 from ..data.scenes import Scene, empty_scene, read_scene
-from ..data.shape_batches import split_number
 from ..hub.detectors import processed
 from ..hub.pretrained import OBJECTS
 from ..limits import LARGEST_SIDE
@@ -135,23 +135,25 @@ class SceneCollator:
     seed: int = 0
 
     def __call__(
-        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
+        self, examples: list[dict[str, Any]], samples: list[Sample], epoch: int, is_dummy: bool = False
     ) -> Batch:
         scenes, sources, references, bad = [], [], [], []
         canvas = None
         with seeded() as seed:
-            for example, number in zip(examples, indices, strict=True):
+            for example, sample in zip(examples, map(sample_ref, samples), strict=True):
+                row = sample.index
+                if sample.copy:
+                    raise ValueError(f"sample {row} is copy {sample.copy}: scenes cannot be repeated in a step")
                 if is_dummy:
                     break
-                row, own_canvas = split_number(number)
                 try:
                     original = read_scene(example, self.masks)
                 except BadImage as error:
-                    bad.append((number, describe(example[IMAGE], error)))
+                    bad.append((row, describe(example[IMAGE], error)))
                     continue
                 if self.training and self.augmentation is not None:
                     seed(self.seed, epoch, row)
-                    drawn, canvas = chances(self.seed, epoch, row)[0], own_canvas
+                    drawn, canvas = chances(self.seed, epoch, row)[0], sample.canvas
                     scenes.append(self.augmentation(original, drawn, canvas, self.pixels.interpolation))
                 else:
                     scenes.append(self.pixels.resize(original))
@@ -161,7 +163,7 @@ class SceneCollator:
         count = len(scenes)
         if not scenes:
             scenes = [empty_scene(PLACEHOLDER)]
-            sources = [(split_number(indices[0])[0], examples[0]["image_id"], PLACEHOLDER)]
+            sources = [(sample_ref(samples[0]).index, examples[0]["image_id"], PLACEHOLDER)]
         canvas = canvas or tuple(np.max([scene.size for scene in scenes], axis=0).tolist())
         pixels, mask = pad_images(scenes, canvas)
         targets = [self.targets(scene, canvas, *source[1:]) for scene, source in zip(scenes, sources, strict=True)]
@@ -208,14 +210,14 @@ class ProcessorCollator:
     takes_mask: bool
 
     def __call__(
-        self, examples: list[dict[str, Any]], indices: list[int], epoch: int, is_dummy: bool = False
+        self, examples: list[dict[str, Any]], samples: list[Sample], epoch: int, is_dummy: bool = False
     ) -> Batch:
         images, references, bad = [], [], []
-        for example, index in zip(examples, indices, strict=True):
+        for example, sample in zip(examples, map(sample_ref, samples), strict=True):
             try:
                 scene = read_scene(example)
             except BadImage as error:
-                bad.append((index, describe(example[IMAGE], error)))
+                bad.append((sample.index, describe(example[IMAGE], error)))
                 continue
             images.append(scene.image.as_subclass(Tensor))
             references.append(reference(scene, example["image_id"], self.class_ids))

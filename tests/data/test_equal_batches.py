@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_tfm.data.batching import COPY, StepLoader
+from hf_tfm.data.batching import StepLoader, sample_ref
 from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
 
 
@@ -66,7 +66,7 @@ def test_copies_are_the_same_rows_under_other_numbers():
     assert list(map(len, (visible(step) for step in steps))) == [8] * 5  # as many steps as without copies
     seen = []
     for (batch,) in steps:
-        assert batch["rows"] == [i % COPY for i in batch["indices"]]
+        assert batch["rows"] == [sample_ref(i).index for i in batch["indices"]]
         assert len(set(batch["indices"])) == 8
         rows = batch["rows"]
         assert sorted(rows.count(row) for row in set(rows)) == [2, 3, 3]
@@ -125,7 +125,7 @@ def test_ranks_of_a_stream_share_its_steps():
 
 def test_copies_in_a_stream_keep_numbers_of_their_own():
     for (batch,) in stream_of(16, 4, pool_samples=8, repeats=2):
-        assert batch["rows"] == [i % COPY for i in batch["indices"]]
+        assert batch["rows"] == [sample_ref(i).index for i in batch["indices"]]
         assert len(set(batch["rows"])) == 2 and len(set(batch["indices"])) == 4
 
 

@@ -459,7 +459,7 @@ class Loader:
         return 2
 
     def epoch(self, epoch, start=0):
-        steps = [[{"bad": []}, {"bad": [(3, "a.png: broken")]}], [{"bad": [(2**40 + 5, "no image")]}, {"bad": []}]]
+        steps = [[{"bad": []}, {"bad": [(3, "a.png: broken")]}], [{"bad": [(5, "no image")]}, {"bad": []}]]
         return iter(steps[start:])
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from hf_tfm.data.batching import COPY, StepLoader
+from hf_tfm.data.batching import SampleRef, StepLoader, key_of, rng, sample_ref
 from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.scene_augment import SceneAugmentation, chances, fitted, scaled
-from hf_tfm.data.shape_batches import ShapeSampler, number_with_canvas, padding_share, split_number
+from hf_tfm.data.shape_batches import ShapeSampler, padding_share
 
 PAPER = SceneAugmentation()
 
@@ -25,11 +25,11 @@ def coco_sizes(count=1000, seed=0):
 
 
 def rows_of(step):
-    return [split_number(number)[0] for number in step]
+    return [sample_ref(sample).index for sample in step]
 
 
 def canvas_of(step):
-    (canvas,) = {split_number(number)[1] for number in step}
+    (canvas,) = {sample_ref(sample).canvas for sample in step}
     return canvas
 
 
@@ -47,7 +47,7 @@ def test_padding_share_counts_pixels():
     augmentation = SceneAugmentation(scales=(100,), max_size=400, crop=0.0)
     sizes = np.array([[50, 100], [100, 50]])
     assert padding_share([[0, 1]], sizes, augmentation, 0, 0) == pytest.approx(1 - 2 * 100 * 200 / (2 * 200 * 200))
-    step = [number_with_canvas(row, (100, 200)) for row in (0, 1)]
+    step = [SampleRef(row, canvas=(100, 200)) for row in (0, 1)]
     assert padding_share([step], sizes, augmentation, 0, 0) == pytest.approx(1 - (100 * 200 + 100 * 50) / 40_000)
 
 
@@ -113,7 +113,7 @@ def test_ranks_and_micro_batches_only_cut():
     sampler = ShapeSampler(sizes, 6, PAPER)
 
     def collate(examples, indices, epoch, hidden):
-        assert examples == [number % COPY for number in indices]
+        assert examples == [sample_ref(sample).index for sample in indices]
         return [] if hidden else indices
 
     whole = [step[0] for step in StepLoader(rows, sampler, collate).epoch(1)]
@@ -124,13 +124,13 @@ def test_ranks_and_micro_batches_only_cut():
             assert list(itertools.chain(*(batch for part in parts for batch in part[number]))) == expected
 
 
-def test_numbers_carry_row_and_canvas():
-    for row, canvas in ((0, (1, 1)), (COPY - 1, (65535, 65535)), (12345, (800, 1333))):
-        number = number_with_canvas(row, canvas)
-        assert split_number(number) == (row, canvas) and number % COPY == row
-    assert split_number(7) == (7, None)
-    with pytest.raises(ValueError, match="sample 3 is copy 2: scenes cannot be repeated"):
-        split_number(3 + 2 * COPY)
+def test_keys_of_samples_are_distinct_and_as_in_earlier_caches():
+    """Random draws and caches of earlier versions depend on them."""
+    assert key_of(7) == SampleRef(7).key == 7
+    assert SampleRef(7, copy=2).key == 7 + 2 * 2**40
+    assert SampleRef(2**40 - 1, canvas=(65535, 65535)).key == 2**40 * (65535 * 2**16 + 65535) + 2**40 - 1
+    assert SampleRef(12345, canvas=(800, 1333)).key == 12345 + 2**40 * (800 * 2**16 + 1333)
+    assert rng(3, SampleRef(7, 2)).random() == rng(3, 7 + 2 * 2**40).random() != rng(3, 7).random()
 
 
 def test_sizes_are_those_of_transformers():

@@ -217,13 +217,13 @@ def distillation(
     return DistillationTask.around(task, teacher, resolved), StudentWithProjections(student, resolved)
 
 
-def training_samples(task: Any, rows: Any, data: str = "abc", numbers: Any = None) -> TrainingSamples:
+def training_samples(task: Any, rows: Any, data: str = "abc", refs: Any = None) -> TrainingSamples:
     """The training data of a task, as a teacher reads it."""
     task = task if isinstance(task, DistillationTask) else DistillationTask.around(task, AllEpochs(), ())
     collate = DistillationCollator(
         task.task.collator(training=True), AllEpochs(), (), type(task.task).target_positions, task.all_tokens
     )
-    return TrainingSamples(rows, collate, task.task.inputs, task.positions, data, numbers=numbers)
+    return TrainingSamples(rows, collate, task.task.inputs, task.positions, data, refs=refs)
 
 
 def batches(task: Any, rows: Any, cuts: list[list[int]], epoch: int = 0) -> list[dict[str, Any]]:

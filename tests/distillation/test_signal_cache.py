@@ -28,9 +28,8 @@ from distillation_helpers import (
 )
 
 from hf_tfm.data.augment import Augmentation, Mixing
-from hf_tfm.data.batching import StepLoader
+from hf_tfm.data.batching import SampleRef, StepLoader, key_of, sample_ref
 from hf_tfm.data.equal_batches import BatchSampler
-from hf_tfm.data.shape_batches import number_with_canvas
 from hf_tfm.distillation import cache as caches
 from hf_tfm.distillation.cache import CachedTeacher, CacheFormat, write_cache
 from hf_tfm.distillation.resolve import signals_of
@@ -286,7 +285,7 @@ def test_samples_that_are_not_the_cached_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"sample 10 is not in .*, which has 10 rows"):
         cached.collator()([rows[0]], [10], 0)
     with pytest.raises(ValueError, match="copies, and images on another canvas, are other samples"):
-        cached.collator()([rows[0]], [2**40], 0)
+        cached.collator()([rows[0]], [SampleRef(0, 1)], 0)
     other = replace_row(rows, 0, {"input_ids": [2, *range(5, 20), 3]})
     with pytest.raises(ValueError, match='rows of signal "logits" where the batch has'):
         cached.collator()([other[0]], [0], 0)
@@ -300,17 +299,17 @@ def test_scenes_are_cached_on_their_canvas(tmp_path):
     """A sampler chooses the canvas of every sample; a cache has it on that, and no other."""
     make_task, teacher, student, terms, rows = CASES["detection"]
     task, rows = make_task(), rows()
-    numbers = [number_with_canvas(row, (64, 64 + 8 * row)) for row in range(5)]  # the sixth is left out
+    numbers = [SampleRef(row, canvas=(64, 64 + 8 * row)) for row in range(5)]  # the sixth is left out
     online, model = distillation(task, teacher(), student(), terms[:1])
     names = signals_of(online.terms, "teacher")
-    samples = training_samples(online, rows, numbers=lambda epoch: numbers)
+    samples = training_samples(online, rows, refs=lambda epoch: numbers)
     write_cache(online.source, samples, tmp_path, CacheFormat(names, dtype="fp32"))
     cached = DistillationTask.around(task, CachedTeacher(tmp_path), online.terms)
     ours, theirs = (t.collator()([rows[1], rows[3]], [numbers[1], numbers[3]], 0) for t in (online, cached))
     assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
-    for number in (number_with_canvas(1, (64, 128)), 5):
-        with pytest.raises(ValueError, match=f"of epoch 0 has the number {number}, and in"):
-            cached.collator()([rows[number % 2**40]], [number], 0)
+    for number in (SampleRef(1, canvas=(64, 128)), 5):
+        with pytest.raises(ValueError, match=f"of epoch 0 has the number {key_of(number)}, and in"):
+            cached.collator()([rows[sample_ref(number).index]], [number], 0)
 
 
 def test_images_that_cannot_be_read_are_not_cached(tmp_path):
@@ -337,11 +336,10 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"signals": []}, "signals must name at least one"),
         ({"dtype": "int8"}, 'dtype must be one of fp32, bf16, fp16, got "int8"'),
-        ({"numbers": lambda epoch: [0, 2**40]}, "several copies of a sample"),
+        ({"refs": lambda epoch: [0, SampleRef(0, 1)]}, "several copies of a sample"),
     ):
         with pytest.raises(ValueError, match=words):
-            numbers = options.pop("numbers", None)
-            samples = training_samples(image_task(), rows, numbers=numbers)
+            samples = training_samples(image_task(), rows, refs=options.pop("refs", None))
             write_cache(teacher, samples, tmp_path / "x", CacheFormat(**options))
 
 

@@ -10,7 +10,7 @@ from image_tasks import equal
 from PIL import Image
 from transformers import DetrImageProcessor, ViTImageProcessor
 
-from hf_tfm.data.batching import StepLoader
+from hf_tfm.data.batching import SampleRef, StepLoader, sample_ref
 from hf_tfm.data.detection import category_ids, scene_rows
 from hf_tfm.data.digit_scenes import CATEGORIES, digit_scenes
 from hf_tfm.data.equal_batches import BatchSampler
@@ -295,17 +295,22 @@ def test_a_bad_image_is_left_out_and_the_others_stay(objects, training):
     task = task_of(objects)
     collate = task.collate_training if training else task.collate
     numbers = ShapeSampler(np.array([[100, 100]] * 14), 14, AUGMENTATION, 3).steps(0)[0] if training else range(14)
-    rows = [objects[number % 2**40] for number in numbers]
+    rows = [objects[sample_ref(number).index] for number in numbers]
     good = collate(rows, list(numbers), epoch=0)
     broken = [{**row, "image": {"bytes": b"", "path": "a.jpg"}} if i == 3 else row for i, row in enumerate(rows)]
     broken[5] = {**rows[5], "height": 77}
     batch = collate(broken, list(numbers), epoch=0)
-    assert [number for number, _ in batch["bad"]] == [numbers[3], numbers[5]]
+    assert [number for number, _ in batch["bad"]] == [sample_ref(numbers[i]).index for i in (3, 5)]
     assert batch["bad"][0][1].startswith("a.jpg: ") and "its row says 77 x" in batch["bad"][1][1]
     kept = [i for i in range(14) if i not in (3, 5)]
     assert batch["images"] == 12
     assert torch.equal(batch["pixel_values"], good["pixel_values"][kept])
     assert equal(batch["labels"], [good["labels"][i] for i in kept])
+
+
+def test_copies_are_refused(objects):
+    with pytest.raises(ValueError, match="sample 3 is copy 2: scenes cannot be repeated in a step"):
+        task_of(objects).collate_training(objects[3:4], [SampleRef(3, copy=2)], epoch=0)
 
 
 def test_bad_images_are_told_by_their_row(objects, caplog):
