@@ -13,7 +13,7 @@ import numpy as np
 from hf_tfm.data.batching import rng
 from hf_tfm.data.detection import scene_rows
 from hf_tfm.data.equal_batches import BatchSampler
-from hf_tfm.data.scene_augment import SceneAugmentation, chances, pick, scaled
+from hf_tfm.data.scenes import SceneAugmentation, chances, pick, scaled
 from hf_tfm.data.shape_batches import ShapeSampler, padding_share
 from hf_tfm.data.source import load_splits
 

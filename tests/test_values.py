@@ -10,7 +10,7 @@ import pytest
 
 from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.data.language import Corpus
-from hf_tfm.data.scene_augment import SceneAugmentation
+from hf_tfm.data.scenes import SceneAugmentation
 from hf_tfm.distillation.substitution import Substitution
 from hf_tfm.distillation.terms import Term
 from hf_tfm.options import load_yaml

@@ -59,6 +59,8 @@ def key_of(sample: Sample) -> int:
 
 def shifted(sample: Sample, first: int) -> Sample:
     """Return the sample in a sequence of which its data set is the piece that starts at ``first``."""
+    if not first:
+        return sample
     return replace(sample, index=sample.index + first) if isinstance(sample, SampleRef) else sample + first
 
 
@@ -237,7 +239,7 @@ class StepLoader:
     Args:
         examples: the data set.
         sampler: provides ``steps(epoch)``.
-        collate: ``collate(examples, samples, epoch, hidden)`` -> batch. A hidden batch is a dummy that must not count;
+        collate: ``collate(examples, samples, epoch, is_dummy)`` -> batch. A dummy batch must not count;
             it is requested if a step has fewer samples than there are ranks.
         micro_batch_tokens: maximum size of a micro-batch, in padded tokens or the sampler's own unit; None computes a
             rank's part in one micro-batch.
@@ -282,7 +284,7 @@ class StepLoader:
     def micro_batches(self, step: list[Sample], epoch: int) -> list[Any]:
         """Collate this rank's part of a step.
 
-        Every rank gets the same number of micro-batches, because sharded models communicate in each of them; hidden
+        Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
         batches fill the gaps.
         """
         runs = [
@@ -290,8 +292,8 @@ class StepLoader:
         ]
         mine = runs[self.rank]
         filling = [step[:1]] * (max(map(len, runs)) - len(mine))
-        return [self.batch(run, epoch, hidden=False) for run in mine] + [
-            self.batch(run, epoch, hidden=True) for run in filling
+        return [self.batch(run, epoch, is_dummy=False) for run in mine] + [
+            self.batch(run, epoch, is_dummy=True) for run in filling
         ]
 
     def runs(self, part: Sequence[Sample]) -> Steps:
@@ -300,10 +302,10 @@ class StepLoader:
             return [list(part)] if len(part) else []
         return self.sampler.cut(part, self.micro_batch_tokens)
 
-    def batch(self, run: list[Sample], epoch: int, hidden: bool) -> Any:
+    def batch(self, run: list[Sample], epoch: int, is_dummy: bool) -> Any:
         """Collate the examples of a run."""
         examples = fetch(self.examples, [sample_ref(sample).index for sample in run])
-        return self.collate(examples, [shifted(sample, self.first_index) for sample in run], epoch, hidden)
+        return self.collate(examples, [shifted(sample, self.first_index) for sample in run], epoch, is_dummy)
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:

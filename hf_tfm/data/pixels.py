@@ -17,8 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..models.patches import Size, sides
 from .images import MAX_PIXELS, BadImage
-from .scene_augment import scaled
-from .scenes import Scene
+from .scenes import Scene, scaled
 
 INTERPOLATION = {
     PILImageResampling.NEAREST: InterpolationMode.NEAREST_EXACT,

@@ -12,7 +12,7 @@ import numpy as np
 
 from .batching import SampleRef, Steps, checked_counts, rng, sample_ref
 from .equal_batches import BatchSampler
-from .scene_augment import SceneAugmentation, chances, fitted, pick, scaled
+from .scenes import SceneAugmentation, chances, fitted, pick, scaled
 
 POOL_STEPS = 50  # number of steps whose samples, drawn at random, are sorted together
 

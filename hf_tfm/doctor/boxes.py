@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..data.box_checks import EVIDENCE, LESS, NEARLY_ALL, check_boxes, inside
-from ..data.scene_augment import scaled
+from ..data.scenes import scaled
 from .findings import Finding, failed, graded, ok, skipped, warning
 from .splits import Case, Split
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ..data.box_checks import inside
 from ..data.images import IMAGE, BadImage, encoded
-from ..data.scene_augment import scaled
+from ..data.scenes import scaled
 from .boxes import MOSTLY
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case, Split

@@ -25,8 +25,7 @@ from ..data.augment import seeded
 from ..data.batching import Sample, sample_ref
 from ..data.images import IMAGE, BadImage, describe
 from ..data.pixels import PaddedPixels
-from ..data.scene_augment import SceneAugmentation, chances
-from ..data.scenes import Scene, empty_scene, read_scene
+from ..data.scenes import Scene, SceneAugmentation, chances, empty_scene, read_scene
 from ..hub.detectors import processed
 from ..hub.pretrained import OBJECTS
 from ..limits import LARGEST_SIDE

@@ -10,8 +10,7 @@ from hf_tfm.data import run_lengths
 from hf_tfm.data.box_checks import BoxFormat, check_boxes
 from hf_tfm.data.fields import Entry, as_int64, flag, identity
 from hf_tfm.data.files import inside
-from hf_tfm.data.scene_augment import fitted, scaled
-from hf_tfm.data.scenes import Scene, boxes_like
+from hf_tfm.data.scenes import Scene, boxes_like, fitted, scaled
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis, of the extra test")
 st = hypothesis.strategies

@@ -11,8 +11,19 @@ from torchvision.tv_tensors import Mask
 
 from hf_tfm.data import run_lengths
 from hf_tfm.data.images import BadImage
-from hf_tfm.data.scene_augment import CHANCES, CROP, FLIP, SceneAugmentation, chances, fitted, scaled
-from hf_tfm.data.scenes import Scene, boxes_like, empty_scene, read_scene
+from hf_tfm.data.scenes import (
+    CHANCES,
+    CROP,
+    FLIP,
+    Scene,
+    SceneAugmentation,
+    boxes_like,
+    chances,
+    empty_scene,
+    fitted,
+    read_scene,
+    scaled,
+)
 
 NEAREST = InterpolationMode.NEAREST_EXACT
 

@@ -8,7 +8,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 
 from hf_tfm.data.batching import SampleRef, StepLoader, key_of, rng, sample_ref
 from hf_tfm.data.equal_batches import BatchSampler
-from hf_tfm.data.scene_augment import SceneAugmentation, chances, fitted, scaled
+from hf_tfm.data.scenes import SceneAugmentation, chances, fitted, scaled
 from hf_tfm.data.shape_batches import ShapeSampler, padding_share
 
 PAPER = SceneAugmentation()

@@ -17,7 +17,7 @@ from hf_tfm.data.equal_batches import BatchSampler
 from hf_tfm.data.images import WatchedLoader, decode
 from hf_tfm.data.panoptic import panoptic_rows
 from hf_tfm.data.pixels import PaddedPixels, scene_processor
-from hf_tfm.data.scene_augment import SceneAugmentation
+from hf_tfm.data.scenes import SceneAugmentation
 from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.data.source import load_splits
 from hf_tfm.metrics import CocoAP, PanopticQuality
