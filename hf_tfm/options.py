@@ -49,7 +49,19 @@ ELSEWHERE = {
     "how many of them one process computes at once: accumulation follows from the two",
     "per_device_eval_batch_size": "evaluation uses batch_size and micro_batch_size",
 }
+# Arguments that had the name of another one.
+RENAMED_TWICE = {"dataset_name": "dataset_config"}
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
+
+
+def renamed(values: Any) -> Any:
+    """Return arguments that an earlier version recorded, a JSON value, under their names of today."""
+    if isinstance(values, list):
+        return [renamed(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    names = {**RENAMED, **(RENAMED_TWICE if "dataset" in values else {})}
+    return {names.get(name, name): renamed(value) for name, value in values.items()}
 
 
 class Loader(yaml.SafeLoader):

@@ -139,7 +139,7 @@ class Run:
         identity = identify(args, task, data, decisive)
 
         def look() -> bool:
-            self.folder = RunFolder(self.output_dir, identity, args.overwrite_output_dir, FREE)
+            self.folder = RunFolder(self.output_dir, identity, args.overwrite_output_dir, FREE, default_values(args))
             return self.folder.again
 
         # Checks that the results file and the card make are done before training.
@@ -364,6 +364,16 @@ def identifying(args: TrainingArguments) -> dict[str, Any]:
     extends = args.lr_scheduler_type in ("inverse_sqrt", "constant") and args.warmup_steps is not None
     free = FREE | ({"max_steps", "num_train_epochs"} if extends else set())
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+
+
+def default_values(args: TrainingArguments) -> dict[str, Any]:
+    """Return the arguments with a default value, and those values, as JSON takes them."""
+    found = {}
+    for one in dataclasses.fields(args):
+        value = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if value is not dataclasses.MISSING:
+            found[one.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 from ..data.source import EMBEDDED
 from ..hub.saved_files import RESULTS, RUN, WEIGHTS, WRITTEN
+from ..options import renamed
 from ..values import shown
 from ..writing import LOCK, NEW, explain_write_errors, others, sync, write_text
 
@@ -314,6 +315,7 @@ class RunFolder:
         identity: what determines the weights of the run; JSON values.
         overwrite: allows deletion of another run in the folder.
         ignored: names in an older run's identity that no longer count.
+        defaults: values of arguments that an older run's version did not have.
 
     Attributes:
         again: True if the folder already holds this run.
@@ -322,11 +324,18 @@ class RunFolder:
         ValueError: the folder holds another run, or files but no run.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, ignored: Collection[str] = ()):
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        ignored: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ):
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.again = False
         if self.run_file.is_file():
-            changed = changes(self.run_file, self.identity, ignored)
+            changed = changes(self.run_file, self.identity, ignored, json.loads(json.dumps(defaults or {})))
             self.again = not changed
             if changed and not overwrite and saved_anything(path):
                 raise ValueError(
@@ -391,10 +400,13 @@ def saved_anything(folder: Path) -> bool:
     )
 
 
-def changes(run_file: Path, identity: dict[str, Any], ignored: Collection[str] = ()) -> list[str]:
+def changes(
+    run_file: Path, identity: dict[str, Any], ignored: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> list[str]:
     """Describe the differences between an identity and that in run.json.
 
     Args:
+        defaults: values of arguments that an earlier version, which wrote the file, did not have.
         ignored: names that do not count if only the file has them; likewise for data, splits that only the file has.
 
     Raises:
@@ -409,6 +421,7 @@ def changes(run_file: Path, identity: dict[str, Any], ignored: Collection[str] =
         raise ValueError(
             f"{run_file} does not describe a run (it is damaged: {error}): choose another output_dir"
         ) from error
+    held = {**{name: value for name, value in (defaults or {}).items() if name in identity}, **renamed(held)}
     names = sorted((held.keys() - set(ignored)) | identity.keys())
     theirs, ours = held.get("data"), identity.get("data")
     if isinstance(theirs, dict) and isinstance(ours, dict):
