@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import DetrForObjectDetection
 
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
-from hf_tfm.models.matching import hungarian_match
-from hf_tfm.models.set_loss import normalizers, set_losses, term_weights
+from hf_tfm.models.set_loss import hungarian_match, normalizers, set_losses, term_weights
 
 CLASSES = 91
 Labels = list[dict[str, Tensor]]

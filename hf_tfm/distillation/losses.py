@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
-from ..models.matching import Objects, assign, hungarian_match, matching_cost
-from ..models.set_loss import box_losses, term_weights
+from ..models.set_loss import Objects, assign, box_losses, hungarian_match, matching_cost, term_weights
 
 
 def require_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

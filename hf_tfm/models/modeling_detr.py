@@ -36,10 +36,17 @@ from .detr_stacks import (
 from .input_checks import refuse_unknown
 from .linear import embedding_table, floating_dtype
 from .mask_head import BoxAttention, MaskHead
-from .matching import hungarian_match, matched_pairs
 from .native_names import register_native_names
 from .positions import LearnedPositions2D, sine_2d
-from .set_loss import mask_losses, normalizers, set_losses, target_masks, total_loss
+from .set_loss import (
+    hungarian_match,
+    mask_losses,
+    matched_pairs,
+    normalizers,
+    set_losses,
+    target_masks,
+    total_loss,
+)
 
 Labels = list[dict[str, Tensor]]
 

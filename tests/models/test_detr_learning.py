@@ -6,7 +6,6 @@ import torch
 from tiny_detr import PLAIN, tiny_detr_config
 from torch import Tensor, nn
 
-import hf_tfm.models.matching as matching
 import hf_tfm.models.set_loss as set_loss
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from hf_tfm.models.boxes import cxcywh_to_xyxy, generalized_iou
@@ -102,7 +101,7 @@ def other_queries(cost: Tensor, counts: list[int], *_) -> np.ndarray:
 
 
 def test_without_matching_it_learns_little(monkeypatch):
-    monkeypatch.setattr(matching, "assign", other_queries)
+    monkeypatch.setattr(set_loss, "assign", other_queries)
     assert found_share(trained_detector()) < 0.3
 
 
@@ -112,7 +111,7 @@ def test_with_boxes_read_wrongly_it_learns_little(monkeypatch):
     assert found_share(trained_detector()) < 0.3
 
 
-def wrong_box_losses(boxes: Tensor, queries: Tensor, objects: matching.Objects) -> tuple[Tensor, Tensor]:
+def wrong_box_losses(boxes: Tensor, queries: Tensor, objects: set_loss.Objects) -> tuple[Tensor, Tensor]:
     return RIGHT_LOSSES(boxes, queries, objects._replace(boxes=cxcywh_to_xyxy(objects.boxes)))
 
 
@@ -127,7 +126,7 @@ def mask_overlap(model: TfmDetrForPanopticSegmentation) -> float:
     shares = []
     for i, label in enumerate(labels):
         stacked = output.logits[None, i : i + 1], output.pred_boxes[None, i : i + 1]
-        queries = matching.hungarian_match(*stacked, [label], model.config).queries[0, 0]
+        queries = set_loss.hungarian_match(*stacked, [label], model.config).queries[0, 0]
         enlarged = nn.functional.interpolate(output.pred_masks[i : i + 1, queries], size=(SIDE, SIDE), mode="bilinear")
         found, true = enlarged[0] > 0, label["masks"].bool()
         shares += ((found & true).sum((1, 2)) / (found | true).sum((1, 2))).tolist()

@@ -12,17 +12,21 @@ from tiny_models import largest_difference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_tfm.models import matching
-from hf_tfm.models.matching import NEVER, assign, hungarian_match, matching_cost, pad_objects
+from hf_tfm.models import set_loss
 from hf_tfm.models.set_loss import (
+    NEVER,
+    assign,
     box_losses,
     by_layer,
     cardinality_error,
     class_loss,
     dice_loss,
     focal_loss,
+    hungarian_match,
     mask_losses,
+    matching_cost,
     normalizers,
+    pad_objects,
     query_weight,
     set_losses,
     target_masks,
@@ -351,7 +355,7 @@ def test_bad_labels(labels, message):
 @pytest.mark.parametrize("values", [(31.0, 20.0, 9.0, 9.0), (math.nan,) * 4, (math.inf, 0.5, 0.1, 0.1)])
 def test_bad_boxes_on_a_gpu(values, monkeypatch):
     """There labels are not read; the costs on the host tell."""
-    monkeypatch.setattr(matching, "readable", lambda values: False)
+    monkeypatch.setattr(set_loss, "readable", lambda values: False)
     labels = tiny_labels((3, 2, 1))
     labels[1]["boxes"][1] = torch.tensor(values)
     with pytest.raises(ValueError, match=r"labels\[1\]\['boxes'\]\[1\] must be .* in \[0, 1\]"):
