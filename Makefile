@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-slow test-clients test-common lint stubs bench clean
+.PHONY: quickstart test test-slow test-clients test-common lint stubs bench docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,5 +43,13 @@ stubs: $(VENV)/.installed  ## hf_tfm/__init__.pyi from the table of model famili
 bench: $(VENV)/.installed  ## speed against the peers; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+docs: $(VENV)/.installed  ## the documentation site in site/; a warning is an error
+	$(BIN)/python -m pip install --quiet --editable ".[test,docs]"
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: docs  ## the site on this machine, rebuilt when a file changes
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) .ci-venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .ci-venv site build dist *.egg-info .pytest_cache .ruff_cache
