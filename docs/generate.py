@@ -28,6 +28,12 @@ HEADER_WIDTH = 119  # of the lines of a preset
 LABELS = re.compile(r"(?:^|(?<=[.;)] ))((?:Cost|Expected)[^:.]{0,25}):\s")
 OWN_VALUES = re.compile(r" ?(All|Values without a source|All other values)( values)? are our own\.")
 COMMAND = re.compile(r"hf-tfm run (\w+) --config (\w+)")
+NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "top5_accuracy": "top-5 accuracy",
+    "reconstruction_loss": "reconstruction loss",
+}
 METRICS = {  # shown of a results file, by its task
     "translation": ("bleu", "chrf"),
     "image-classification": ("accuracy", "top5_accuracy"),
@@ -147,14 +153,13 @@ def link(page: Path, file: Path) -> str:
 
 def results(page: Path) -> str:
     """Return the table of reference results."""
-    names = {"bleu": "BLEU", "accuracy": "accuracy"}
     rows = []
     for row in ROWS:
         found = results_of(row.run)
         minutes = sum(result["training"]["seconds"] for result in found) / len(found) / 60
         compared = f"{row.baseline[1]}: {scores(row.baseline[0], row)}" if row.baseline else ""
         card = link(page, next(iter(sorted(CARDS.glob(f"{row.run}*.md")))))
-        score = f"{names.get(row.metric, row.metric)} {scores(row.run, row)}"
+        score = f"{NAMES.get(row.metric, row.metric)} {scores(row.run, row)}"
         parameters = f"{found[0]['parameters'] / 1e6:.1f} M"
         rows.append([row.task, f"[{row.model}]({card})", parameters, score, compared, f"{minutes:.0f} min"])
     head = ("task", "model", "parameters", "score, one per seed", "compared with", "training time")
@@ -186,7 +191,7 @@ def shown_scores(result: dict) -> str:
     for metric in tests:
         name, value = metric["name"], metric["value"]
         shown = f"{100 * value:.1f} %" if "accuracy" in name else f"{value:.1f}" if value > 1 else f"{value:.3f}"
-        splits.setdefault(metric["split"], []).append(f"{name} {shown}")
+        splits.setdefault(metric["split"], []).append(f"{NAMES.get(name, name)} {shown}")
     return "; ".join(f"`{split}`: {', '.join(values)}" for split, values in splits.items())
 
 
@@ -245,9 +250,9 @@ def presets(page: Path, recipe: str) -> str:
     lines = []
     for file in sorted(PRESETS.glob(f"{recipe}/*.yaml"), key=lambda one: (one.stem != "quickstart", one.stem)):
         about, cost, expected = header(file)
-        lines.append(f"**[`{file.stem}`]({link(page, file)})**: {about}")
-        lines += [f"*{name}:* {text}." for name, text in (("Cost", cost), ("Expected", expected)) if text]
-    return "\n\n".join(lines)
+        details = " ".join(f"*{name}:* {text}." for name, text in (("Cost", cost), ("Expected", expected)) if text)
+        lines.append(f"- **[`{file.stem}`]({link(page, file)})**: {about} {details}".rstrip())
+    return "\n".join(lines)
 
 
 def preset_names(page: Path) -> str:
@@ -329,7 +334,7 @@ def terms(page: Path) -> str:
         if kind.loss is None:
             rows.append([f"`{name}`", "labels", "", "The loss of the task with the true labels."])
             continue
-        text = " ".join(inspect.getdoc(kind.loss).split("\n\n")[0].replace("``", "`").split())
+        text = " ".join(inspect.getdoc(kind.loss).split("\n\n")[0].replace("``", "`").replace("||", "\u2016").split())
         text = text.replace("Compute the ", "The ").replace("Compute ", "")
         signal = {"hidden": "hidden states", "score": "attention scores", "map": "feature maps"}.get(
             kind.signal, compared.get(kind.items, "")

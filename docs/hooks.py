@@ -4,12 +4,14 @@ Markdown pages link to files of the repository by relative paths, so that they a
 browsed. Files that `ADDED` lists are part of the site; a link to any other file outside docs/ becomes plain text.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
+log = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).parents[1]
 ADDED = {  # pattern in the repository -> path in the site, or None for the same
     "model_cards/*.md": None,
@@ -24,6 +26,29 @@ ADDED = {  # pattern in the repository -> path in the site, or None for the same
     "README.md": "index.md",  # of docs/
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
+TAG = re.compile(r"<([a-z_]\w*)>")  # without attributes
+TAGS = {
+    *(
+        "a",
+        "autoref",
+        "b",
+        "blockquote",
+        "code",
+        "dd",
+        "details",
+        "div",
+        "dl",
+        "dt",
+        "em",
+        "i",
+        "li",
+        "ol",
+        "p",
+        "pre",
+    ),
+    *("small", "span", "strong", "summary", "table", "tbody", "td", "th", "thead", "tr", "ul"),
+    *(f"h{level}" for level in range(1, 7)),
+}
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -69,3 +94,10 @@ def on_page_markdown(markdown, page, config, files):
 
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)
+
+
+def on_page_content(html, page, config, files):
+    """Warn about words in angle brackets, which a browser takes for tags and does not show."""
+    for word in sorted(set(TAG.findall(html)) - TAGS):
+        log.warning("%s: <%s> is taken for an HTML tag; write it as code", page.file.src_uri, word)
+    return html

@@ -1,7 +1,6 @@
 """Results file: configuration, cost and scores of a run as JSON with a stable schema.
 
-<output_dir>/results.json     one `RunRecord`
-<output_dir>/history.jsonl    one row per log line or evaluation
+In the folder of a run, results.json holds one `RunRecord`, and history.jsonl one row per log line or evaluation.
 """
 
 import json

@@ -81,7 +81,7 @@ def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None]
 
     Args:
         task_class: task that the recipe trains.
-        file: ``__file__`` of the recipe; its presets are in presets/<recipe>/ next to it.
+        file: ``__file__`` of the recipe; its presets are in ``presets/<recipe>/`` next to it.
     """
     path = Path(file)
 
