@@ -27,28 +27,10 @@ ADDED = {  # pattern in the repository -> path in the site, or None for the same
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 TAG = re.compile(r"<([a-z_]\w*)>")  # without attributes
-TAGS = {
-    *(
-        "a",
-        "autoref",
-        "b",
-        "blockquote",
-        "code",
-        "dd",
-        "details",
-        "div",
-        "dl",
-        "dt",
-        "em",
-        "i",
-        "li",
-        "ol",
-        "p",
-        "pre",
-    ),
-    *("small", "span", "strong", "summary", "table", "tbody", "td", "th", "thead", "tr", "ul"),
-    *(f"h{level}" for level in range(1, 7)),
-}
+TAGS = re.compile(
+    "a|autoref|b|blockquote|br|code|dd|details|div|dl|dt|em|h[1-6]|i|li|ol|p|pre|small|span|strong|summary|table|tbody|"
+    "td|th|thead|tr|ul"
+)
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -98,6 +80,6 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     """Warn about words in angle brackets, which a browser takes for tags and does not show."""
-    for word in sorted(set(TAG.findall(html)) - TAGS):
+    for word in sorted(word for word in set(TAG.findall(html)) if not TAGS.fullmatch(word)):
         log.warning("%s: <%s> is taken for an HTML tag; write it as code", page.file.src_uri, word)
     return html
