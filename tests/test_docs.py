@@ -277,7 +277,7 @@ def test_numbers_have_a_source():
 
 def test_pictures_are_small():
     for picture in ROOT.glob("docs/images/*.png"):
-        assert picture.stat().st_size <= (320 if picture.stem == "quickstart" else 200) * 1024, picture
+        assert picture.stat().st_size <= 200 * 1024, picture
 
 
 def test_the_site_lists_every_page():
