@@ -51,7 +51,7 @@ PICTURES = {  # name in docs/images: picture of a run, and the part of it that i
     "image_classification": ("quickstart-finetuned/attention/rollout.png",),
     "masked_images": ("quickstart-mae/reconstruction.png", 0, 0, 1, 0.53),
     "object_detection": ("quickstart-detection/predictions.png",),
-    "panoptic_segmentation": ("quickstart-panoptic/predictions.png", 0, 0.019, 1, 0.258),  # annotations
+    "panoptic_segmentation": ("quickstart-panoptic/predictions.png", 0, 0.015, 1, 0.258),  # annotations
     "text_classification": ("quickstart-text-student/attention.png",),
 }
 STRIP = ("quickstart/cross_attention.png", "quickstart-mae/reconstruction.png", "quickstart-detection/predictions.png")
@@ -463,14 +463,14 @@ def draw(runs: Path) -> None:
 
     images = ROOT / "docs" / "images"
     for name, (path, *box) in PICTURES.items():
-        picture(path, box=box or (0, 0, 1, 1)).quantize(256).save(images / f"{name}.png", optimize=True)
+        picture(path, box=box or (0, 0, 1, 1)).quantize(256, kmeans=5).save(images / f"{name}.png", optimize=True)
     scaled = [picture(path, height=300) for path in STRIP]
     strip = Image.new("RGB", (sum(one.width for one in scaled) + 12 * (len(scaled) - 1), 300), "white")
     left = 0
     for one in scaled:
         strip.paste(one, (left, 0))
         left += one.width + 12
-    strip.quantize(256).save(images / "quickstart.png", optimize=True)
+    strip.quantize(256, kmeans=5).save(images / "quickstart.png", optimize=True)
 
 
 if __name__ == "__main__":
