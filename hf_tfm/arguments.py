@@ -427,7 +427,7 @@ class ImageBatchArguments(TrainingArguments):
 
     batch_size: int = 256
     micro_batch_size: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # type: ignore[assignment]  # or base_learning_rate
     base_learning_rate: float | None = None
     warmup_epochs: float | None = None
 
@@ -441,10 +441,9 @@ class ImageBatchArguments(TrainingArguments):
             at_most={"batch_size": LARGEST_BATCH, "base_learning_rate": 1000},
         )
         self.check_exclusive("warmup_steps", "warmup_epochs")
-        if None not in (self.warmup_epochs, self.num_train_epochs) and self.warmup_epochs > self.num_train_epochs:
-            raise ValueError(
-                f"warmup_epochs must be at most num_train_epochs = {self.num_train_epochs}, got {self.warmup_epochs}"
-            )
+        longest = self.num_train_epochs
+        if self.warmup_epochs is not None and longest is not None and self.warmup_epochs > longest:
+            raise ValueError(f"warmup_epochs must be at most num_train_epochs = {longest}, got {self.warmup_epochs}")
 
     def resolve(self, steps_per_epoch: int | None, max_steps: int) -> tuple["ImageBatchArguments", str | None]:
         """See `TrainingArguments.resolve`."""
@@ -453,9 +452,11 @@ class ImageBatchArguments(TrainingArguments):
             rate = self.base_learning_rate * self.batch_size / 256
             base = f" = {self.base_learning_rate:g} x {self.batch_size} images / 256"
         if self.warmup_epochs is not None:
+            if steps_per_epoch is None:
+                raise ValueError("warmup_epochs needs rows that can be counted: set warmup_steps for a stream")
             steps = round(self.warmup_epochs * steps_per_epoch)
         warmup = "of a tenth of the run, at most 1,000" if steps is None else steps
         line = f"learning rate {rate:g}{base}; warm-up {warmup} steps"
         line += f" of {steps_per_epoch} an epoch" if steps_per_epoch else ""
-        resolved = {"learning_rate": rate, "base_learning_rate": None, "warmup_steps": steps, "warmup_epochs": None}
-        return replace(self, **resolved), line
+        resolved = replace(self, learning_rate=rate, base_learning_rate=None, warmup_steps=steps, warmup_epochs=None)
+        return resolved, line

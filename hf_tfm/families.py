@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .models.configuration_bert import TfmBertConfig
 from .models.configuration_detr import TfmDetrConfig
@@ -36,11 +36,23 @@ class Family:
     config: type[PreTrainedConfig]
     conversions: tuple[str, ...] = ()
 
-    def classes(self) -> dict[str, type]:
+    @property
+    def auto_classes(self) -> dict[str, str]:
+        """{Auto class: "module.Class"} of the configuration.
+
+        Raises:
+            ValueError: it has none.
+        """
+        found: dict[str, str] | None = getattr(self.config, "auto_classes", None)
+        if found is None:
+            raise ValueError(f'family "{self.name}": its configuration {self.config.__name__} has no auto_classes')
+        return found
+
+    def classes(self) -> dict[str, type[Any]]:
         """Return {Auto class: class}."""
         package = self.config.__module__.rpartition(".")[0]
         found = {}
-        for auto_class, path in self.config.auto_classes.items():
+        for auto_class, path in self.auto_classes.items():
             module, name = path.split(".")
             found[auto_class] = getattr(importlib.import_module(f"{package}.{module}" if package else module), name)
         return found
@@ -103,7 +115,7 @@ def family_of(name: str) -> Family:
 
 def families_with(auto_class: str) -> list[Family]:
     """Return the families that have a class for an Auto class, by its name."""
-    return [family for family in FAMILIES if auto_class in family.config.auto_classes]
+    return [family for family in FAMILIES if auto_class in family.auto_classes]
 
 
 def config_class(architecture: str, auto_class: str) -> type[PreTrainedConfig]:
@@ -122,7 +134,7 @@ def config_class(architecture: str, auto_class: str) -> type[PreTrainedConfig]:
     return found[architecture]
 
 
-def model_class(model_type: str, architecture: str, auto_class: str) -> type:
+def model_class(model_type: str, architecture: str, auto_class: str) -> type[PreTrainedModel]:
     """Return the class that trains a saved model further.
 
     Args:

@@ -5,17 +5,17 @@ configuration -> parameters and buffers, counted without allocating any -> bytes
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]  # typeshed has the module on every system
 
 TRAINING = 16  # bytes per parameter: float32 weight, gradient and the two moments of Adam
 WEIGHT = 4  # bytes of the weight alone, which is built in host memory even if an accelerator trains it
@@ -25,6 +25,8 @@ REPEATED = (
     "decoder_num_hidden_layers",
 )
 COUNTED_AS_BUILT = 64  # up to this many blocks, all are built for counting
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class ImageBatches(Protocol):
@@ -55,9 +57,12 @@ class TooLarge(ValueError):
     """The model does not fit in this machine's memory."""
 
 
-def count_values(
-    build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig, reduce: bool = True
-) -> tuple[int, int]:
+def count_elements(tensors: Iterable[Tensor]) -> int:
+    """Count the elements of several tensors."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def count_values(build: Callable[[Any], nn.Module], config: PreTrainedConfig, reduce: bool = True) -> tuple[int, int]:
     """Count the elements of a model's parameters and buffers without allocating memory.
 
     Args:
@@ -77,7 +82,7 @@ def count_values(
             setattr(smaller, name, value)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = build(smaller)
-        return tuple(sum(tensor.numel() for tensor in tensors) for tensors in (model.parameters(), model.buffers()))
+        return count_elements(model.parameters()), count_elements(model.buffers())
 
     try:
         first = counted(**dict.fromkeys(many, 1))
@@ -86,12 +91,14 @@ def count_values(
         if "overflow" not in str(error).lower():
             raise
         raise TooLarge(f"the size of the model's weights exceeds 64 bits: {' '.join(str(error).split())}") from error
-    return tuple(
-        first[kind] + sum((many[name] - 1) * (more[name][kind] - first[kind]) for name in many) for kind in (0, 1)
-    )
+
+    def total(kind: int) -> int:
+        return first[kind] + sum((many[name] - 1) * (more[name][kind] - first[kind]) for name in many)
+
+    return total(0), total(1)
 
 
-def new_model(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig) -> Any:
+def new_model(build: Callable[[Any], Model], config: PreTrainedConfig) -> Model:
     """Build a new model, unless its training does not fit in memory.
 
     Args:
@@ -111,7 +118,7 @@ def new_model(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrained
     return build(config)
 
 
-def check_saved_size(build: Callable[[PreTrainedConfig], nn.Module], config: PreTrainedConfig) -> None:
+def check_saved_size(build: Callable[[Any], nn.Module], config: PreTrainedConfig) -> None:
     """Refuse a saved model that is larger than the memory, before allocating any of it.
 
     Args:

@@ -397,7 +397,11 @@ def groups_of(kind: type) -> dict[str, set[str]]:
             if one.name in vars(base).get("__annotations__", ()) and one.name in {own.name for own in fields(base)}
         ]
         groups[adds[-1]].add(one.name)
-    return {base.__doc__.strip().split("\n")[0].rstrip("."): names for base, names in groups.items() if names}
+    return {
+        (base.__doc__ or base.__name__).strip().split("\n")[0].rstrip("."): names
+        for base, names in groups.items()
+        if names
+    }
 
 
 def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str | None = None):
@@ -470,7 +474,7 @@ def preset_names(presets: Path) -> list[str]:
 
 
 def recipe_summary(recipe: Path) -> str:
-    """Return the first paragraph of a recipe's docstring; "" if a recipe of another package has no file."""
+    """Return the first paragraph of a recipe's docstring; "" without one, and for a recipe of another package."""
     if not recipe.is_file():
         return ""
-    return ast.get_docstring(ast.parse(recipe.read_text())).split("\n\n")[0]
+    return (ast.get_docstring(ast.parse(recipe.read_text())) or "").split("\n\n")[0]

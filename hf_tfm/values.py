@@ -123,7 +123,7 @@ def conform_to_class(name: str, value: Any, hint: Any) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
+        if not -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
             raise ValueError(f"{name} must be a 64-bit integer, got {shown(value)}")
         return value if type(value) is int else int(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and finite(value):
@@ -203,7 +203,7 @@ def conform_items(name: str, value: Any, hint: Any) -> Any:
     return value if same else kind(found)
 
 
-def conform_to_dataclass(name: str, value: Any, kind: type) -> Any:
+def conform_to_dataclass(name: str, value: Any, kind: Any) -> Any:
     """Apply `conform` to a dataclass: an instance, or a mapping of its fields."""
     if isinstance(value, kind):
         return value
@@ -222,10 +222,12 @@ def conform_to_dataclass(name: str, value: Any, kind: type) -> Any:
         raise ValueError(f"{name}.{error}") from error
 
 
-@functools.lru_cache(maxsize=256)
+cached_type_hints = functools.lru_cache(maxsize=256)(get_type_hints)
+
+
 def hints_of(kind: Any) -> dict[str, Any]:
     """Return the resolved annotations of a class or function."""
-    return get_type_hints(kind)
+    return cached_type_hints(kind)
 
 
 def conform_fields(options: Any) -> None:

@@ -205,7 +205,7 @@ def source_type(conversion: Conversion, to: str) -> str:
     return config_class.model_type if config_class else conversion.name
 
 
-def load(conversion: Conversion, ours: bool, folder: Path) -> nn.Module:
+def load(conversion: Conversion, ours: bool, folder: Path) -> Any:
     """Load the model in ``folder``, of our class or of theirs, in float32."""
     if not ours and conversion.read:
         return conversion.read(folder)
@@ -215,7 +215,7 @@ def load(conversion: Conversion, ours: bool, folder: Path) -> nn.Module:
 
 
 def load_whole(
-    model_class: type[PreTrainedModel],
+    model_class: Any,
     folder: Path,
     may_lack: tuple[str, ...] = (),
     may_hold: tuple[str, ...] = (),
@@ -224,6 +224,7 @@ def load_whole(
     """Load the model in ``folder`` in float32, and require that no weight is missing or unused.
 
     Args:
+        model_class: a class of transformers' models.
         may_lack: weights that may be missing because the class computes them.
         may_hold: weights that the file may contain although the class does not use them.
         options: passed to `from_pretrained`.
@@ -248,8 +249,10 @@ def save(conversion: Conversion, model: nn.Module, folder: Path) -> None:
     """Save ``model``, of our class or of theirs."""
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
-    else:
+    elif conversion.write is not None:
         conversion.write(model, folder)
+    else:
+        raise ValueError(f'the conversion "{conversion.name}" cannot write a {type(model).__name__}')
 
 
 def carry_processor(conversion: Conversion, source: Path, target: Path, to_ours: bool) -> None:
@@ -259,11 +262,12 @@ def carry_processor(conversion: Conversion, source: Path, target: Path, to_ours:
         conversion.carry_processor(source, target, to_ours)
 
 
-def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.dtype | None = None) -> nn.Module:
+def converted(conversion: Conversion, origin: Any, to: str, dtype: torch.dtype | None = None) -> Any:
     """Convert the model ``origin`` to the class named ``to``, with bit-identical weights and the same generation
     config.
 
     Args:
+        origin: model of our class or of theirs.
         dtype: dtype for the weights that it represents exactly; by default that of ``origin``.
     """
     dtype = dtype or next(origin.parameters()).dtype
@@ -272,11 +276,10 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
         origin = conversion.prepare(origin)
     config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
     if conversion.names is None:
-        target_class, changed = (
-            (conversion.ours, conversion.file_to_ours) if to_ours else (conversion.theirs, conversion.file_to_theirs)
-        )
-        target = reread(origin, target_class, config, changed)
-        return round_without_loss(target, dtype)
+        target_class = conversion.ours if to_ours else conversion.theirs
+        changed = conversion.file_to_ours if to_ours else conversion.file_to_theirs
+        return round_without_loss(reread(origin, target_class, config, changed), dtype)
+    target: Any
     if to_ours:
         weights, target = conversion.weights_to_ours(origin, config), conversion.ours(config)
     else:
@@ -297,8 +300,8 @@ def converted(conversion: Conversion, origin: nn.Module, to: str, dtype: torch.d
 
 
 def reread(
-    origin: PreTrainedModel,
-    target_class: type[PreTrainedModel],
+    origin: Any,
+    target_class: Any,
     config: PreTrainedConfig,
     changed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:

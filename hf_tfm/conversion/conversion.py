@@ -1,6 +1,6 @@
 """Two-way mapping between one of our classes and a class of another library."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -69,13 +69,23 @@ class Conversion:
     write: Callable[[nn.Module, Path], None] | None = None
     carry_processor: Callable[[Path, Path, bool], None] | None = None
 
+    def table(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Return {our weight name: their weight name} of our configuration.
+
+        Raises:
+            ValueError: the conversion has no ``names``.
+        """
+        if self.names is None:
+            raise ValueError(f'the conversion "{self.name}" has no table of names: our class reads the same files')
+        return self.names(config)
+
     def weights_to_theirs(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the weights of our ``model`` under their names.
 
         Raises:
             ValueError: a weight of the model is missing from the table, or vice versa.
         """
-        weights, names = model.state_dict(), self.names(model.config)
+        weights, names = model.state_dict(), self.table(model.config)
         require_same(weights.keys(), names.keys())
         return {
             theirs: weights[ours[0]] if len(ours) == 1 else torch.cat([weights[name] for name in ours])
@@ -88,7 +98,7 @@ class Conversion:
         Raises:
             ValueError: a weight of the model is missing from the table, or vice versa.
         """
-        groups = grouped(self.names(config))
+        groups = grouped(self.table(config))
         only_theirs = {*self.zero_in_theirs, *self.computed_in_theirs} - groups.keys()
         weights = {name: weight for name, weight in model.state_dict().items() if name not in only_theirs}
         require_same(weights.keys(), groups.keys())
@@ -107,7 +117,7 @@ def grouped(names: dict[str, str]) -> dict[str, list[str]]:
     return groups
 
 
-def require_same(weights, names) -> None:
+def require_same(weights: Set[str], names: Set[str]) -> None:
     """Require that the table names exactly the weights of the model."""
     if weights != names:
         raise ValueError(

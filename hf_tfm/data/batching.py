@@ -44,7 +44,7 @@ class SampleRef:
 
 
 Sample = int | SampleRef
-Steps = list[list[Sample]]
+Steps = Sequence[Sequence[Sample]]
 
 
 def sample_ref(sample: Sample) -> SampleRef:
@@ -106,7 +106,9 @@ def two_sided_order(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
     return order[np.lexsort((np.where(rank % 2, -difference, difference), longest))]
 
 
-def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples: int | None = None) -> Steps:
+def cut(
+    order: Sequence[int] | np.ndarray, longest: np.ndarray, max_tokens: int, max_samples: int | None = None
+) -> list[list[int]]:
     """Cut an ordered list into runs of at most ``max_tokens`` padded tokens on the longer side.
 
     Args:
@@ -115,7 +117,7 @@ def cut(order: Sequence[int], longest: np.ndarray, max_tokens: int, max_samples:
         max_samples: maximum number of samples per run.
     """
     indices = np.asarray(order, dtype=np.int64)
-    runs: Steps = []
+    runs: list[list[int]] = []
     run: list[int] = []
     widest = 0
     for index, length in zip(indices.tolist(), longest[indices].tolist(), strict=True):
@@ -216,14 +218,14 @@ class Sampler(Protocol):
 
     def steps(self, epoch: int) -> Steps: ...
 
-    def cut(self, part: Sequence[int], size: int) -> Steps: ...
+    def cut(self, part: Sequence[Any], size: int) -> Steps: ...
 
     def check_budget(self, name: str, size: int) -> None: ...
 
 
-def padding_waste(steps: Steps, lengths: np.ndarray) -> float:
+def padding_waste(steps: Sequence[Sequence[int]], lengths: np.ndarray) -> float:
     """Return the fraction of padding tokens, over all sides, if each step is padded to its longest samples."""
-    padded = sum(len(step) * lengths[step].max(axis=0).sum() for step in steps)
+    padded = sum(len(step) * lengths[list(step)].max(axis=0).sum() for step in steps)
     return 1.0 - lengths[[i for step in steps for i in step]].sum() / padded
 
 
@@ -281,7 +283,7 @@ class StepLoader:
         order = range(start, len(steps))
         return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
 
-    def micro_batches(self, step: list[Sample], epoch: int) -> list[Any]:
+    def micro_batches(self, step: Sequence[Sample], epoch: int) -> list[Any]:
         """Collate this rank's part of a step.
 
         Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
@@ -302,7 +304,7 @@ class StepLoader:
             return [list(part)] if len(part) else []
         return self.sampler.cut(part, self.micro_batch_tokens)
 
-    def batch(self, run: list[Sample], epoch: int, is_dummy: bool) -> Any:
+    def batch(self, run: Sequence[Sample], epoch: int, is_dummy: bool) -> Any:
         """Collate the examples of a run."""
         examples = fetch(self.examples, [sample_ref(sample).index for sample in run])
         return self.collate(examples, [shifted(sample, self.first_index) for sample in run], epoch, is_dummy)

@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pandas
@@ -44,8 +44,8 @@ FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"
 OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
 
 
-Splits = datasets.DatasetDict | datasets.IterableDatasetDict
-DataFiles = str | list[str] | dict[str, str | list[str]]
+Splits: TypeAlias = datasets.DatasetDict | datasets.IterableDatasetDict
+DataFiles: TypeAlias = str | list[str] | dict[str, str | list[str]]
 
 
 def load_splits(
@@ -342,15 +342,14 @@ def keep_words(builder: FolderBasedBuilder) -> None:
     builder._read_metadata = read_metadata
 
 
-def files_by_kind(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
+def files_by_kind(folder: Path) -> tuple[str, DataFiles] | None:
     """Return kind and files by split of a folder with upper-case extensions; None if `datasets` knows all files."""
     named = [path for path in folder.rglob("*") if kind_of(path) and not usual_name(path) and path.is_file()]
     if not named or any((folder / card).is_file() for card in CARDS):
         return None
     patterns = get_data_patterns(str(folder.resolve()))
     found = DataFilesDict.from_patterns(patterns, base_path=str(folder.resolve()))
-    kinds = Counter(kind_of(file) for files in found.values() for file in files)
-    kinds.pop(None, None)
+    kinds = Counter(kind for files in found.values() for file in files if (kind := kind_of(file)))
     kind = kinds.most_common(1)[0][0]
     return kind, {
         str(split): chosen for split, files in found.items() if (chosen := [f for f in files if kind_of(f) == kind])
@@ -489,8 +488,8 @@ def describe_source(dataset: str, revision: str | None = None) -> dict[str, Any]
         ``on_hub``, whether the data set is on the Hub.
     """
     if dataset in EMBEDDED or Path(dataset).exists() or "/" not in dataset:  # embedded, local, or a format name
-        card = Path(dataset) / CARD
-        return {"revision": None, "license": licence(card) if card.is_file() else None, "on_hub": False}
+        local = Path(dataset) / CARD
+        return {"revision": None, "license": licence(local) if local.is_file() else None, "on_hub": False}
     try:
         revision = HfApi().dataset_info(dataset, revision=revision).sha
         card = hf_hub_download(dataset, CARD, repo_type="dataset", revision=revision)
@@ -504,7 +503,7 @@ def licence(card: Path) -> str | None:
     """Return the licence stated in a card's metadata; None, with a warning, if it is not text."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace")
-        stated = DatasetCard(text, ignore_metadata_errors=True).data.license
+        stated = DatasetCard(text, ignore_metadata_errors=True).data.get("license")
     except Exception as error:  # YAML errors of several kinds; a broken card must not prevent training
         log.warning("%s: the licence cannot be read: %s", card, str(error).splitlines()[0])
         return None

@@ -333,11 +333,10 @@ def load_with_processor(
     Raises:
         ValueError: some weights or the processor were not saved, or images have other channels than RGB.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = load_model(auto_class, model, **options)
+    loaded = load_model(auto_class, model, revision=revision, trust_remote_code=trust_remote_code)
     if (channels := getattr(loaded.config, "num_channels", 3)) != 3:
         raise ValueError(f'num_channels of "{model}" must be 3, as images are read as RGB, got {channels}')
-    return loaded, load_image_processor(model, **options)
+    return loaded, load_image_processor(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def check_index(folder: Path) -> None:
@@ -416,7 +415,7 @@ def check_size(kind: Any, config: PreTrainedConfig, trust_remote_code: bool = Fa
     Raises:
         TooLarge: reports the bytes of its weights in float32 and the bytes available.
     """
-    build = getattr(kind, "_from_config", None) or getattr(kind, "from_config", None)
+    build = getattr(kind, "_from_config", None) or kind.from_config
     options = {"trust_remote_code": trust_remote_code} if hasattr(kind, "from_config") else {}
     check_saved_size(partial(build, **options), config)
 

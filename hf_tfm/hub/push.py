@@ -98,7 +98,8 @@ def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
     entries = [path for path in folder.iterdir() if path != results]
     if results.is_dir() and inside(results, folder):
         entries += results.iterdir()
-    names, left_out = [], []
+    names: list[str] = []
+    left_out: list[str] = []
     for path in sorted(entries):
         kept = fnmatchcase(path.name, "*.yaml") if path.parent == results else matches(path.name, patterns)
         own = path.is_file() and inside(path, folder)

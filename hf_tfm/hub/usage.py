@@ -132,7 +132,7 @@ def usage(config: dict[str, Any], model_id: str) -> str:
 
 def loading_class(config: dict[str, Any]) -> str:
     """Return the Auto class for the saved architecture."""
-    families = {family.config.model_type: family.config.auto_classes for family in FAMILIES}
+    families = {family.config.model_type: family.auto_classes for family in FAMILIES}
     classes = config.get("auto_map") or families.get(config["model_type"], {})
     architecture = (config.get("architectures") or [""])[0]
     for auto_class, path in classes.items():

@@ -20,7 +20,7 @@ Args:
 """
 
 
-def class_lists(values: Sequence, argument: str) -> list[list[int]]:
+def class_lists(values: Sequence | None, argument: str) -> list[list[int]]:
     """Convert integers, or lists or arrays of integers, to lists of Python ints.
 
     Raises:

@@ -101,9 +101,11 @@ class Glue(base.OfflineMetric):
     def __init__(self, config_name: str | None = None, *, metrics: Sequence[str] | None = None, **kwargs):
         if (config_name is None) == (metrics is None):
             raise ValueError(f"give a task or metrics, and not both, got {config_name} and {metrics}")
-        if metrics is None and config_name not in TASKS:
-            raise ValueError(f'config_name must be one of {", ".join(TASKS)}, got "{config_name}"')
-        self.names = list(metrics or TASKS[config_name].metrics)
+        if metrics is None:
+            if config_name not in TASKS:
+                raise ValueError(f'config_name must be one of {", ".join(TASKS)}, got "{config_name}"')
+            metrics = TASKS[config_name].metrics
+        self.names = list(metrics)
         self.numbers = self.names[0] in NUMBERS
         check_metrics(self.names, self.numbers)
         super().__init__(config_name=config_name, **kwargs)
@@ -129,20 +131,20 @@ class Glue(base.OfflineMetric):
         super().add_batch(predictions=pair[0], references=pair[1])
 
     def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
-        predictions = np.asarray(list(predictions))
+        found = np.asarray(list(predictions))
         if self.numbers:
-            references = np.array([math.nan if value is None else value for value in references])
-            labelled = ~np.isnan(references)
-            for name, values in (("predictions", predictions), ("references", references)):
+            labels = np.array([math.nan if value is None else value for value in references])
+            labelled = ~np.isnan(labels)
+            for name, values in (("predictions", found), ("references", labels)):
                 if (wrong := labelled & ~np.isfinite(values.astype(np.float64))).any():
                     place = int(wrong.argmax())
                     raise ValueError(f"{name}[{place}] must be a finite number, got {values[place]}")
         else:
-            references = np.asarray(list(references))
-            labelled = references >= 0
+            labels = np.asarray(list(references))
+            labelled = labels >= 0
         if not labelled.any():
             raise ValueError("there is nothing to score: no text has a label")
-        pair = predictions[labelled], references[labelled]
+        pair = found[labelled], labels[labelled]
         return {name: float(METRICS[name](*pair)) for name in self.names}
 
 

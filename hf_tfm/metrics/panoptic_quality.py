@@ -32,7 +32,7 @@ CLASS = np.dtype(
 class Segments(NamedTuple):
     """The segments of an image, after segments of the same stuff class are merged."""
 
-    index: np.ndarray  # (H, W), segment index of each pixel; S if void
+    pixels: np.ndarray  # (H, W), segment index of each pixel; S if void
     labels: np.ndarray  # (S,)
     crowd: np.ndarray  # (S,) bool
 
@@ -88,10 +88,10 @@ class PanopticQuality(StreamingMetric):
         """Match the segments of an image."""
         found = self.segments(prediction, places[0], "label_id")
         real = self.segments(reference, places[1], "category_id")
-        if found.index.shape != real.index.shape:
+        if found.pixels.shape != real.pixels.shape:
             raise ValueError(
-                f'{places[0]}["segmentation"] must be {real.index.shape} pixels as the reference\'s, '
-                f"got {found.index.shape}"
+                f'{places[0]}["segmentation"] must be {real.pixels.shape} pixels as the reference\'s, '
+                f"got {found.pixels.shape}"
             )
         return {"classes": self.match(found, real)}
 
@@ -101,7 +101,7 @@ class PanopticQuality(StreamingMetric):
         Shapes: P predicted and G true segments.
         """
         P, G = len(found.labels), len(real.labels)
-        joint = np.bincount((found.index * (G + 1) + real.index).ravel(), minlength=(P + 1) * (G + 1))
+        joint = np.bincount((found.pixels * (G + 1) + real.pixels).ravel(), minlength=(P + 1) * (G + 1))
         joint = joint.reshape(P + 1, G + 1)  # pixel counts; the last row and column are void
         same = found.labels[:, None] == real.labels
         overlap = joint[:P, :G]
@@ -169,11 +169,11 @@ class PanopticQuality(StreamingMetric):
 
     def result(self, rows: Rows) -> dict[str, Any]:
         """Compute PQ, SQ and RQ of each class and their means."""
-        rows = rows["classes"]
-        names = self.classes(rows["label"])
+        table = rows["classes"]
+        names = self.classes(table["label"])
         scores = np.full((len(names), 3), np.nan)
         for k, label in enumerate(names):
-            of_class = rows[rows["label"] == label]
+            of_class = table[table["label"] == label]
             iou, tp, fp, fn = (of_class[column].sum() for column in ("iou", "tp", "fp", "fn"))
             if tp + fp + fn:
                 sq, rq = iou / max(tp, 1), tp / (tp + fp / 2 + fn / 2)

@@ -80,7 +80,8 @@ class StreamingMetric(OfflineMetric):
             raise ValueError(
                 f"predictions and references must be equally many, got {len(predictions)} and {len(references)}"
             )
-        images, rows = {}, []
+        images: dict[int, int] = {}
+        rows: list[Rows] = []
         for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             places = (f"predictions[{i}]", f"references[{i}]")
             image = image_id(reference, places[1])
@@ -134,7 +135,7 @@ class StreamingMetric(OfflineMetric):
             **{
                 f"{table}.{column}": np.ascontiguousarray(rows[table][column])
                 for table, dtype in self.tables.items()
-                for column in dtype.names
+                for column in columns(dtype)
             },
         }
 
@@ -161,7 +162,7 @@ class StreamingMetric(OfflineMetric):
             rows = {}
             for table, dtype in self.tables.items():
                 rows[table] = np.zeros(len(state[f"{table}.image"]), dtype)
-                for column in dtype.names:
+                for column in columns(dtype):
                     rows[table][column] = state[f"{table}.{column}"]
                 rows[table] = rows[table][np.isin(rows[table]["image"], list(new))]
             self.extend(new, [rows])
@@ -205,6 +206,11 @@ class StreamingMetric(OfflineMetric):
             inputs_description=inputs,
             features=features,
         )
+
+
+def columns(dtype: np.dtype) -> tuple[str, ...]:
+    """Return the names of the columns of a structured array."""
+    return dtype.names or ()
 
 
 def mean(values: np.ndarray) -> float:

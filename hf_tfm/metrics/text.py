@@ -19,7 +19,7 @@ Args:
 """
 
 
-def sentences(values: Sequence, argument: str) -> list:
+def sentences(values: Sequence | None, argument: str) -> list:
     """Return ``values`` as a list; a single string is rejected, since it would be read character by character."""
     if values is None or isinstance(values, str):
         raise ValueError(f"{argument} must be a list of sentences, got {type(values).__name__}")

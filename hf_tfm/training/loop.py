@@ -30,8 +30,11 @@ class Task(Protocol):
     the plural name of these items.
     """
 
-    item: str
-    term: str
+    @property
+    def item(self) -> str: ...
+
+    @property
+    def term(self) -> str: ...
 
     def count(self, batch: Any) -> dict[str, float]: ...
 
@@ -107,7 +110,7 @@ def train_step(
     limit = max_grad_norm or torch.inf
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     if accelerator.scaler is None:  # a gradient scaler does the same check itself
-        inner(optimizer).found_inf = (~torch.isfinite(norm)).float()
+        inner(optimizer).found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(losses, counts, norm)

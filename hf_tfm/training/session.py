@@ -67,7 +67,7 @@ class Session:
         self.score, self.eval_steps, self.show = score, eval_steps, show
         self.output_dir = Path(args.output_dir)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
         if args.torch_compile:
             model.compile(dynamic=True)
         self.plain = model
@@ -147,7 +147,7 @@ class Session:
         step = self.progress.step
         last = step == self.max_steps
         if step % self.args.logging_steps == 0 or last:
-            self.monitor.log(max(self.schedule.get_last_lr()))
+            self.monitor.log(float(max(self.schedule.get_last_lr())))
         self.progress.pending = step % self.eval_steps == 0 or last
         self.evaluate_and_save(request)
 
@@ -171,7 +171,8 @@ class Session:
         Raises:
             Interrupted: SIGTERM arrived.
         """
-        model = self.ema.module if self.args.final_weights == "ema" else self.plain
+        average = self.ema if self.args.final_weights == "ema" else None
+        model = self.plain if average is None else average.module
         states.share_statistics(self.accelerator, model)
         # With several processes an evaluation communicates: a process that left would block the others.
         with self.monitor.paused(), request.at_once(self.accelerator.num_processes == 1):
@@ -308,9 +309,9 @@ def take_final_weights(session: Session) -> None:
         session.monitor.say(
             f"no evaluation gave a {args.metric_for_best_model} that is a number: the last weights are taken"
         )
-    elif args.final_weights == "best":
+    elif args.final_weights == "best" and best_step is not None:
         states.load_weights(session.plain, states.checkpoint_path(output_dir, best_step) / states.MODEL_FILE)
     elif args.final_weights == "average":
         states.set_weights(session.plain, average_weights(states.checkpoints(output_dir)[-args.average_checkpoints :]))
-    elif args.final_weights == "ema":
+    elif args.final_weights == "ema" and session.ema is not None:
         states.set_weights(session.plain, states.full_weights(session.ema.module))

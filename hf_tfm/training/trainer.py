@@ -5,7 +5,7 @@ command line -> arguments -> splits -> processor -> model -> training -> saved m
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,22 +76,27 @@ class Trainer:
         return {name: values[name] for name in names if name in values}
 
 
-def recipe(task_class: type[Task], file: str) -> Callable[[Sequence[str] | None], int]:
-    """Create the ``main`` of a recipe: arguments (by default those of this process) -> exit status.
+@dataclass(frozen=True)
+class Recipe:
+    """The ``main`` of a recipe: arguments (by default those of this process) -> exit status; see `recipe`."""
+
+    task_class: type[Task]
+    path: Path
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(self.task_class.Arguments, self.path, argv)
+        return self.task_class.run_all(args, Runs(self.task_class, self.path.stem, argv))
+
+
+def recipe(task_class: type[Task], file: str) -> Recipe:
+    """Create the ``main`` of a recipe.
 
     Args:
         task_class: task that the recipe trains.
         file: ``__file__`` of the recipe; its presets are in ``presets/<recipe>/`` next to it.
     """
-    path = Path(file)
-
-    def main(argv: Sequence[str] | None = None) -> int:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        args = parse_arguments(task_class.Arguments, path, argv)
-        return task_class.run_all(args, Runs(task_class, path.stem, argv))
-
-    main.task_class = task_class
-    return main
+    return Recipe(task_class, Path(file))
 
 
 @dataclass
