@@ -84,11 +84,11 @@ def after(norm: nn.LayerNorm, states: Tensor, norm_first: bool) -> Tensor:
 class AuthorsEncoderLayer(nn.TransformerEncoderLayer):
     """torch's encoder layer, with positions added to queries and keys."""
 
-    def forward(self, states: Tensor, places: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, states: Tensor, encodings: Tensor, padding: Tensor) -> Tensor:
         """Cells (B, N, D), their positions, padding (B, N) True at padding -> (B, N, D)."""
         first = self.norm_first
         normed = before(self.norm1, states, first)
-        keys = normed + places
+        keys = normed + encodings
         found = self.self_attn(keys, keys, normed, key_padding_mask=padding, need_weights=False)[0]
         states = after(self.norm1, states + found, first)
         widened = self.activation(self.linear1(before(self.norm2, states, first)))
@@ -98,7 +98,7 @@ class AuthorsEncoderLayer(nn.TransformerEncoderLayer):
 class AuthorsDecoderLayer(nn.TransformerDecoderLayer):
     """torch's decoder layer, with positions added to queries and keys."""
 
-    def forward(self, states: Tensor, queries: Tensor, memory: Tensor, places: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, states: Tensor, queries: Tensor, memory: Tensor, encodings: Tensor, padding: Tensor) -> Tensor:
         """States and queries (B, Q, D), memory (B, N, D), its positions, padding (B, N) True at padding -> (B, Q,
         D)."""
         first = self.norm_first
@@ -107,7 +107,9 @@ class AuthorsDecoderLayer(nn.TransformerDecoderLayer):
         found = self.self_attn(keys, keys, normed, need_weights=False)[0]
         states = after(self.norm1, states + found, first)
         asking = before(self.norm2, states, first) + queries
-        found = self.multihead_attn(asking, memory + places, memory, key_padding_mask=padding, need_weights=False)[0]
+        found = self.multihead_attn(asking, memory + encodings, memory, key_padding_mask=padding, need_weights=False)[
+            0
+        ]
         states = after(self.norm2, states + found, first)
         widened = self.activation(self.linear1(before(self.norm3, states, first)))
         return after(self.norm3, states + self.linear2(widened), first)
@@ -140,12 +142,12 @@ class AuthorsTransformer(nn.Module):
         self.encoder = AuthorsStack(AuthorsEncoderLayer, config.encoder_layers, config, norm=config.norm_first)
         self.decoder = AuthorsStack(AuthorsDecoderLayer, config.decoder_layers, config, norm=True)
 
-    def forward(self, cells: Tensor, places: Tensor, padding: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, cells: Tensor, encodings: Tensor, padding: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Cells (B, N, D), positions, padding (B, N) True at padding, queries (Q, D) -> (B, Q, D), memory (B, N,
         D)."""
-        memory = self.encoder(cells, places, padding)
+        memory = self.encoder(cells, encodings, padding)
         queries = queries.expand(len(cells), -1, -1)
-        return self.decoder(torch.zeros_like(queries), queries, memory, places, padding), memory
+        return self.decoder(torch.zeros_like(queries), queries, memory, encodings, padding), memory
 
 
 class AuthorsBoxes(nn.Module):
@@ -186,8 +188,8 @@ class AuthorsDetr(PreTrainedModel):
             pixel_mask = images.new_ones(images.shape[0], *images.shape[2:])
         mask = nn.functional.interpolate(pixel_mask[None].float(), size=projected.shape[2:])[0].bool()
         cells = projected.flatten(2).transpose(1, 2)
-        places = positions(mask).to(cells.dtype)
-        states, memory = self.transformer(cells, places, ~mask.flatten(1), self.query_embed.weight)
+        encodings = positions(mask).to(cells.dtype)
+        states, memory = self.transformer(cells, encodings, ~mask.flatten(1), self.query_embed.weight)
         return maps, projected, ~mask, states, memory
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> DetrObjectDetectionOutput:

@@ -216,10 +216,10 @@ class Mixing:
         return (bottom - top) * (right - left) / (size[0] * size[1]), (top, bottom, left, right)
 
 
-def partners(places: list[int]) -> list[int]:
-    """Return the index of the neighbour of each sample at ``places`` of a step; its own index if it has none."""
-    position = {place: i for i, place in enumerate(places)}
-    return [position.get(place ^ 1, i) for i, place in enumerate(places)]
+def partners(positions: list[int]) -> list[int]:
+    """Return the index of the neighbour of each sample at ``positions`` of a step; its own index if it has none."""
+    position = {place: i for i, place in enumerate(positions)}
+    return [position.get(place ^ 1, i) for i, place in enumerate(positions)]
 
 
 def mix(pixels: Tensor, partner: Tensor, share: Tensor, box: Tensor) -> Tensor:

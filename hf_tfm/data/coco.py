@@ -208,17 +208,17 @@ def locate(named: list[Entry], folder: Path, split: str, file: Path) -> list[str
     Raises:
         ValueError: if a path leaves the data set or none of the files exists; the message lists the folders tried.
     """
-    places = [folder / split, folder / "images" / split, folder / "images", folder, file.parent / split, file.parent]
-    places = list(dict.fromkeys(places))
+    folders = [folder / split, folder / "images" / split, folder / "images", folder, file.parent / split, file.parent]
+    folders = list(dict.fromkeys(folders))
     names = [entry.text("file_name") for entry in named]
-    place = next((p for n in names for p in places if os.path.isfile(joined(p, n))), None)
+    place = next((p for n in names for p in folders if os.path.isfile(joined(p, n))), None)
     paths = [
-        inside(folder, name, f"{file}, {entry.name}", place or places[0])
+        inside(folder, name, f"{file}, {entry.name}", place or folders[0])
         for name, entry in zip(names, named, strict=True)
     ]
     if place is not None:
         return paths
-    raise ValueError(f"{file} names {names[0]}, which is in none of {', '.join(map(str, places))}")
+    raise ValueError(f"{file} names {names[0]}, which is in none of {', '.join(map(str, folders))}")
 
 
 def read_objects(
@@ -233,16 +233,16 @@ def read_objects(
     Raises:
         ValueError: see `load_coco`.
     """
-    places = {key: place for place, (key, _) in enumerate(read_names(content, file))}
+    indices = {key: place for place, (key, _) in enumerate(read_names(content, file))}
     annotations = entries(content, "annotations", file, "annotation")
     identities([entry for entry in annotations if "id" in entry.values], file, "annotations")
     objects: dict[str, list[dict[str, Any]]] = defaultdict(list)
     strays, odd = Count(), Count()
     for number, annotation in enumerate(annotations):
         key, category = annotation.identity("image_id"), annotation.identity("category_id")
-        if category not in places:
+        if category not in indices:
             raise ValueError(
-                f"{file}, {annotation.name} has category_id {category}, which is not one of its {len(places)} "
+                f"{file}, {annotation.name} has category_id {category}, which is not one of its {len(indices)} "
                 "categories"
             )
         if key not in sizes:
@@ -259,7 +259,7 @@ def read_objects(
             {
                 "id": number if own is None else own,
                 "bbox": annotation.box("bbox"),
-                "category": places[category],
+                "category": indices[category],
                 "area": annotation.number("area", None),
                 "iscrowd": annotation.flag("iscrowd", False),
                 "segmentation": outline,

@@ -208,8 +208,8 @@ def number_categories(found: FlatList) -> tuple[list[str], np.ndarray]:
     elif not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise ValueError(f'column "{found.column}" must hold integers or strings as {field}, got {values.type}')
     there = sorted(value for value in pc.unique(values).to_pylist() if value is not None)
-    places = pc.index_in(values, pa.array(there, values.type))
-    return [str(value) for value in there], pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    indices = pc.index_in(values, pa.array(there, values.type))
+    return [str(value) for value in there], pc.fill_null(indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def outlines_of(found: FlatList, sizes: np.ndarray) -> tuple[list[dict[str, Any] | None], str | None]:
@@ -276,14 +276,14 @@ def category_ids(rows: datasets.Dataset, names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: if a category is not among the names; the message lists the names.
     """
-    places = {name: place for place, name in enumerate(names)}
+    numbers = {name: place for place, name in enumerate(names)}
     own = class_names(rows)
-    if unknown := [name for name in own if name not in places]:
+    if unknown := [name for name in own if name not in numbers]:
         raise ValueError(
             f"{len(unknown)} of {len(own)} categories are not classes of the model, the first is "
             f'"{unknown[0]}"; it has {", ".join(names)}'
         )
-    return [places[name] for name in own]
+    return [numbers[name] for name in own]
 
 
 def first_moved(names: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:

@@ -93,7 +93,7 @@ def scene(random: np.random.RandomState, greys: np.ndarray, labels: np.ndarray, 
     pixels, ground = paint_ground(random, size)
     front = np.zeros((size, size), np.uint8)  # 0 is background, k the k-th digit
     shown: list[int] = []
-    for top, left, side in places(random, size, random.randint(1, LARGEST_NUMBER + 1)):
+    for top, left, side in layout(random, size, random.randint(1, LARGEST_NUMBER + 1)):
         chosen = random.randint(len(greys))
         digit = PILImage.fromarray(greys[chosen]).resize((side, side), PILImage.Resampling.BICUBIC)
         ink = np.asarray(digit, np.float32) / 255
@@ -136,7 +136,7 @@ def scene(random: np.random.RandomState, greys: np.ndarray, labels: np.ndarray, 
     }
 
 
-def places(random: np.random.RandomState, size: int, count: int) -> list[tuple[int, int, int]]:
+def layout(random: np.random.RandomState, size: int, count: int) -> list[tuple[int, int, int]]:
     """Return top, left and side of up to ``count`` squares with little overlap; those that do not fit are skipped."""
     found: list[tuple[int, int, int]] = []
     for _ in range(count):

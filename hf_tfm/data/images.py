@@ -247,15 +247,15 @@ def label_ids(rows: datasets.Dataset | datasets.IterableDataset, names: Sequence
     Raises:
         ValueError: if one of `stated_names`, or a label of non-streamed rows, is not among the names.
     """
-    places = {name: place for place, name in enumerate(names)}
+    numbers = {name: place for place, name in enumerate(names)}
     if (stated := stated_names(rows)) is not None:
-        if unknown := [name for name in stated if name not in places]:
+        if unknown := [name for name in stated if name not in numbers]:
             raise ValueError(f'label "{unknown[0]}" is not a class of the model; it has {", ".join(names)}')
         found = {
-            number: places[name] for number, name in enumerate(stated)
+            number: numbers[name] for number, name in enumerate(stated)
         }  # as dict keys, False and True equal 0 and 1
     else:
-        found = places | {int(name): place for name, place in places.items() if name.lstrip("-").isdecimal()}
+        found = numbers | {int(name): place for name, place in numbers.items() if name.lstrip("-").isdecimal()}
     if isinstance(rows, datasets.Dataset):
         unknown = [value for value in rows.unique(LABEL) if is_label(value) and value not in found]
         if unknown:

@@ -86,8 +86,8 @@ def unpacked(counts: str | bytes) -> np.ndarray:
     sizes = ends - starts + 1
     if sizes.max() > 7:  # numbers have 32 bits
         raise ValueError("segmentation has counts that are no compressed run lengths")
-    places = np.arange(letters.size) - np.repeat(starts, sizes)
-    found = np.add.reduceat((letters & 31) << (5 * places), starts)
+    digits = np.arange(letters.size) - np.repeat(starts, sizes)
+    found = np.add.reduceat((letters & 31) << (5 * digits), starts)
     found -= np.where(letters[ends] & 16 > 0, 1 << (5 * sizes), 0)  # bit 4 of the last character is the sign
     for first in (1, 2):  # the first three are absolute: 3, 5, ... accumulate from 1, and 4, 6, ... from 2
         found[first::2] = np.cumsum(found[first::2])

@@ -246,8 +246,8 @@ def read_segments(row: Mapping[str, Any], image: Tensor) -> Scene:
     table = np.zeros(2**24, np.uint8 if len(stated) < 256 else np.int32)
     table[[s["id"] for s in stated]] = np.arange(1, len(stated) + 1)
     numbers = table[ids]
-    places = find_objects(numbers, len(stated))  # (rows, columns) of each segment, or None
-    found = [(k + 1, s, place) for k, (s, place) in enumerate(zip(stated, places, strict=True)) if place is not None]
+    slices = find_objects(numbers, len(stated))  # (rows, columns) of each segment, or None
+    found = [(k + 1, s, place) for k, (s, place) in enumerate(zip(stated, slices, strict=True)) if place is not None]
     if not found:
         raise BadImage(f"none of its {len(stated)} segments is in its panoptic map, whose first pixel is {ids[0, 0]}")
     boxes = [(x.start, y.start, x.stop, y.stop) for _, _, (y, x) in found]

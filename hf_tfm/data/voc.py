@@ -163,7 +163,7 @@ def object_names(file: Path) -> list[str]:
 
 def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split."""
-    root, places = Path(folder), {name: place for place, name in enumerate(names)}
+    root, indices = Path(folder), {name: place for place, name in enumerate(names)}
     for row, stem in enumerate(stems):
         file = root / "Annotations" / f"{stem}.xml"
         annotation = parse(file)
@@ -176,7 +176,7 @@ def read_split(folder: str, stems: Sequence[str], names: Sequence[str]) -> Itera
             objects.append(
                 {
                     "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
-                    "category": places[text(found, "name", file)],
+                    "category": indices[text(found, "name", file)],
                     "iscrowd": is_difficult(found, file),
                 }
             )
@@ -197,8 +197,8 @@ def picture(root: Path, stem: str, annotation: ElementTree.Element, file: Path) 
     """
     stated = (annotation.findtext("filename") or f"{stem}.jpg").strip()
     stated = inside(root, stated, f"{file}, filename", root / "JPEGImages")
-    places = [inside(root, f"JPEGImages/{stem}{extension}", str(file)) for extension in EXTENSIONS]
-    return next((place for place in places if os.path.isfile(place)), stated)
+    paths = [inside(root, f"JPEGImages/{stem}{extension}", str(file)) for extension in EXTENSIONS]
+    return next((place for place in paths if os.path.isfile(place)), stated)
 
 
 def side(annotation: ElementTree.Element, path: str) -> int | None:

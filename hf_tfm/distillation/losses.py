@@ -45,7 +45,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0)
 
 
 def soft_target_top_loss(
-    student: Tensor, top: Tensor, places: Tensor, rest: Tensor, temperature: float = 1.0
+    student: Tensor, top: Tensor, indices: Tensor, rest: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """Compute `soft_target_loss` from the teacher's k largest logits, with all other classes merged into one.
 
@@ -54,12 +54,12 @@ def soft_target_top_loss(
 
     Args:
         student: (n, C) logits.
-        top: (n, k) logits; places: (n, k) int64, their classes.
+        top: (n, k) logits; indices: (n, k) int64, their classes.
         rest: (n,) log of the sum of ``exp(z / T)`` over all other classes, at this same temperature; k < C.
     """
     student, top = student.float() / temperature, top.float() / temperature
-    others = student.scatter(1, places, -torch.inf).logsumexp(1, keepdim=True)
-    ours = log_softmax(torch.cat([student.gather(1, places), others], 1), 1)
+    others = student.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True)
+    ours = log_softmax(torch.cat([student.gather(1, indices), others], 1), 1)
     theirs = log_softmax(torch.cat([top, rest.float()[:, None]], 1), 1)
     return temperature**2 * kl_div(ours, theirs, reduction="sum", log_target=True)
 
@@ -73,10 +73,10 @@ def hard_target_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return cross_entropy(student, teacher.argmax(-1), reduction="sum")
 
 
-def hard_target_top_loss(student: Tensor, top: Tensor, places: Tensor, rest: Tensor) -> Tensor:
+def hard_target_top_loss(student: Tensor, top: Tensor, indices: Tensor, rest: Tensor) -> Tensor:
     """Compute `hard_target_loss` from the teacher's k largest logits, in descending order; see
     `soft_target_top_loss`."""
-    return cross_entropy(student.float(), places[:, 0], reduction="sum")
+    return cross_entropy(student.float(), indices[:, 0], reduction="sum")
 
 
 def logit_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def query_loss(
     (logits, boxes), (their_logits, their_boxes) = student, (part.float() for part in teacher)
     R, Q = their_boxes.shape[1], boxes.shape[2]
     (chosen,), objects = hungarian_match(their_logits[None], their_boxes[None], labels, config)[1::-1]  # (B, M)
-    places = chosen.clamp_max(R - 1)[..., None]
-    targets = Objects(objects.classes, their_boxes.gather(1, places.expand(-1, -1, 4)), objects.counts)
+    indices = chosen.clamp_max(R - 1)[..., None]
+    targets = Objects(objects.classes, their_boxes.gather(1, indices.expand(-1, -1, 4)), objects.counts)
     cost = matching_cost(logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost)
     queries = torch.from_numpy(assign(cost, objects.counts)).to(chosen)  # (L, B, M)
     queries = queries.where(chosen < R, Q)  # no student query for objects without a teacher query
-    classes = their_logits.gather(1, places.expand(-1, -1, their_logits.shape[-1])).expand(len(logits), -1, -1, -1)
+    classes = their_logits.gather(1, indices.expand(-1, -1, their_logits.shape[-1])).expand(len(logits), -1, -1, -1)
     own = logits.gather(2, queries.clamp_max(Q - 1)[..., None].expand_as(classes))
     matched = queries < Q
     distance, overlap = box_losses(boxes.float(), queries, targets)

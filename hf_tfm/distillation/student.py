@@ -208,11 +208,11 @@ def freeze_unused(accelerator: Accelerator, task: Any, model: nn.Module, batch: 
     """
     model.to(accelerator.device)
     sum(task.losses(model, send_to_device(batch, accelerator.device)).values()).backward()
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    unused = [name for name, parameter in learning.items() if parameter.grad is None]
-    if len(unused) == len(learning):
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unused = [name for name, parameter in trainable.items() if parameter.grad is None]
+    if len(unused) == len(trainable):
         raise ValueError("the loss reaches no weight of the student")
     for name in unused:
-        learning[name].requires_grad_(False)
+        trainable[name].requires_grad_(False)
     model.zero_grad()
     return unused

@@ -132,7 +132,7 @@ class Substituter:
         return found
 
     @torch.inference_mode()
-    def likeliest(self, rows: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[str]]:
+    def likeliest(self, rows: Sequence[Sequence[int]], positions: Sequence[int]) -> list[list[str]]:
         """Return the most probable words at one position per row of ids, one more than `candidates`."""
         longest = max(map(len, rows))
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)
@@ -141,7 +141,7 @@ class Substituter:
             ids[i, : len(row)], seen[i, : len(row)] = row, 1
         device = self.model.device
         inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(seen).to(device)}
-        at_masks = torch.arange(len(rows), device=device) * longest + torch.tensor(places, device=device)
+        at_masks = torch.arange(len(rows), device=device) * longest + torch.tensor(positions, device=device)
         with only_rows(self.model, at_masks):
             logits = self.model(**inputs).logits.float()
         if logits.ndim == 3:  # no output embedding to restrict: all rows were computed

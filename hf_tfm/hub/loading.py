@@ -349,10 +349,10 @@ def check_index(folder: Path) -> None:
     if not path.is_file():
         return
     content = read_json(path)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict):
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
         raise ValueError(f"its {path.name} has no weight_map")
-    for name in dict.fromkeys(places.values()):
+    for name in dict.fromkeys(weight_map.values()):
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"its {path.name} names {name!r}, which is no file of the folder")
 

@@ -133,8 +133,8 @@ def code_files(folder: Path) -> set[str]:
             f"config.json of folder {folder} names code ({CODE_FIELDS[0]}) for transformers' own model type "
             f'"{config["model_type"]}": remove that field'
         )
-    places = [place for place in config[CODE_FIELDS[0]].values() if isinstance(place, str) and "--" not in place]
-    todo, found = {place.split(".")[0] for place in places}, set()
+    paths = [place for place in config[CODE_FIELDS[0]].values() if isinstance(place, str) and "--" not in place]
+    todo, found = {place.split(".")[0] for place in paths}, set()
     while todo:
         file = folder / f"{(module := todo.pop())}.py"
         if module.isidentifier() and file.name not in found and file.is_file():

@@ -73,12 +73,12 @@ class CocoAP(StreamingMetric):
         """Return the classes of a reference's objects."""
         return self.check_labels(entry(reference, "labels", place), f'{place}["labels"]')
 
-    def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
+    def reduce(self, prediction: Mapping, reference: Mapping, names: tuple[str, str]) -> Rows:
         """Match the detections of an image to its objects."""
-        found, scores = self.detections(prediction, places[0])
-        real, crowd = self.objects(reference, places[1])
+        found, scores = self.detections(prediction, names[0])
+        real, crowd = self.objects(reference, names[1])
         if found.size and real.size and found.size != real.size:
-            raise ValueError(f'{places[0]}["masks"] must be {real.size} pixels as the reference\'s, got {found.size}')
+            raise ValueError(f'{names[0]}["masks"] must be {real.size} pixels as the reference\'s, got {found.size}')
         detections, objects = np.zeros(len(scores), DETECTION), np.zeros(len(crowd), OBJECT)
         detections["label"], detections["score"] = found.labels, scores
         detections["flags"] = coco_matching.match(found, scores, real, crowd)

@@ -84,13 +84,13 @@ class PanopticQuality(StreamingMetric):
         """Return the classes of a reference's segments."""
         return self.read_segments(reference, place, "category_id")[1]
 
-    def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
+    def reduce(self, prediction: Mapping, reference: Mapping, names: tuple[str, str]) -> Rows:
         """Match the segments of an image."""
-        found = self.segments(prediction, places[0], "label_id")
-        real = self.segments(reference, places[1], "category_id")
+        found = self.segments(prediction, names[0], "label_id")
+        real = self.segments(reference, names[1], "category_id")
         if found.pixels.shape != real.pixels.shape:
             raise ValueError(
-                f'{places[0]}["segmentation"] must be {real.pixels.shape} pixels as the reference\'s, '
+                f'{names[0]}["segmentation"] must be {real.pixels.shape} pixels as the reference\'s, '
                 f"got {found.pixels.shape}"
             )
         return {"classes": self.match(found, real)}

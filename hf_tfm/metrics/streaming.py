@@ -56,8 +56,8 @@ class StreamingMetric(OfflineMetric):
         """Return the classes of a reference's objects; ``place`` names the reference in error messages."""
 
     @abstractmethod
-    def reduce(self, prediction: Mapping, reference: Mapping, places: tuple[str, str]) -> Rows:
-        """Reduce an image to rows, without its id; ``places`` names prediction and reference in error messages."""
+    def reduce(self, prediction: Mapping, reference: Mapping, names: tuple[str, str]) -> Rows:
+        """Reduce an image to rows, without its id; ``names`` names prediction and reference in error messages."""
 
     @abstractmethod
     def result(self, rows: Rows) -> dict[str, Any]:
@@ -83,12 +83,12 @@ class StreamingMetric(OfflineMetric):
         images: dict[int, int] = {}
         rows: list[Rows] = []
         for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-            places = (f"predictions[{i}]", f"references[{i}]")
-            image = image_id(reference, places[1])
-            checksum = zlib.crc32(np.sort(self.labels(reference, places[1])).tobytes())
+            names = (f"predictions[{i}]", f"references[{i}]")
+            image = image_id(reference, names[1])
+            checksum = zlib.crc32(np.sort(self.labels(reference, names[1])).tobytes())
             if not self.is_new(image, checksum, images):
                 continue
-            rows.append(self.reduce(prediction, reference, places))
+            rows.append(self.reduce(prediction, reference, names))
             for of_table in rows[-1].values():
                 of_table["image"] = image
             images[image] = checksum

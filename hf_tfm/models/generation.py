@@ -226,14 +226,14 @@ def greedy(
     ends = ids.new_empty(0) if eos_token_id is None else eos_token_id
     output = ids.new_full((B, max_length), pad_token_id)
     output[:, :start] = ids
-    places = torch.arange(B, device=ids.device)  # (R,) row indices in the output
+    active = torch.arange(B, device=ids.device)  # (R,) row indices in the output
     running = torch.ones(B, dtype=torch.bool, device=ids.device)  # (R,)
     for step in range(start, max_length):
         scores = rows.scores(ids)  # (R, V)
         if processors:
-            scores = processors(output[places, :step], scores.float())
+            scores = processors(output[active, :step], scores.float())
         token = scores.argmax(dim=-1).masked_fill(~running, pad_token_id)  # (R,)
-        output[places, step] = token
+        output[active, step] = token
         ids = token[:, None]
         if eos_token_id is None:
             continue
@@ -242,7 +242,7 @@ def greedy(
             keep = running.nonzero()[:, 0]  # (R',)
             if len(keep) == 0:
                 break
-            places, ids, running = places[keep], ids[keep], running[keep]
+            active, ids, running = active[keep], ids[keep], running[keep]
             rows.keep(keep)
     ended = torch.isin(output[:, start:], ends)  # (B, T' - start)
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_length - start)  # (B,)

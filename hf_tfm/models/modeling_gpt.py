@@ -165,10 +165,10 @@ class TfmGPTModel(TfmGPTPreTrainedModel):
             end, longest = seen + words.shape[1], self.config.max_position_embeddings
             if isinstance(end, int) and end > longest:
                 raise ValueError(f"the input reaches {end} tokens, but max_position_embeddings is {longest}")
-            places = (torch.arange(words.shape[1], device=words.device) + seen)[None]
+            positions = (torch.arange(words.shape[1], device=words.device) + seen)[None]
         else:
-            places = kwargs["position_ids"] = position_ids  # flash attention separates packed texts by position_ids
-        hidden_states = self.drop(words + look_up(self.wpe, places, "position_ids", "max_position_embeddings"))
+            positions = kwargs["position_ids"] = position_ids  # flash attention separates packed texts by position_ids
+        hidden_states = self.drop(words + look_up(self.wpe, positions, "position_ids", "max_position_embeddings"))
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
         # A single token may attend to everything in a growing cache; building the mask would cost a tenth of a small
@@ -326,9 +326,10 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
         if attention_mask is None:
             last = hidden[:, -1]
         else:
-            places = torch.arange(attention_mask.shape[1], device=hidden.device)
-            place = (attention_mask.to(hidden.device) * places).argmax(dim=1)  # last token, for left or right padding
-            last = hidden[torch.arange(hidden.shape[0], device=hidden.device), place]
+            positions = torch.arange(attention_mask.shape[1], device=hidden.device)
+            # The last token, for left or right padding.
+            position = (attention_mask.to(hidden.device) * positions).argmax(dim=1)
+            last = hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
         logits = self.score(self.dropout(last))
         loss = None
         if labels is not None:

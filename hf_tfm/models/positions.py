@@ -126,9 +126,9 @@ def sine_2d(mask: Tensor, dim: int) -> Tensor:
     wavelengths = 10000.0 ** (torch.arange(0, half, 2, device=mask.device) / half)  # (D / 4,)
     parts = []
     for axis in (1, 2):
-        places = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, ...
-        extent = places.narrow(axis, places.shape[axis] - 1, 1)
-        angles = (places / (extent + 1e-6) * (2 * math.pi))[..., None] / wavelengths
+        counts = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, ...
+        extent = counts.narrow(axis, counts.shape[axis] - 1, 1)
+        angles = (counts / (extent + 1e-6) * (2 * math.pi))[..., None] / wavelengths
         parts.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2))  # (B, rows, columns, D / 2)
     return torch.cat(parts, dim=-1).flatten(1, 2)
 

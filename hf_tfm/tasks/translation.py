@@ -175,7 +175,7 @@ class TranslationEvaluationArguments(PairArguments, EvaluationArguments):
 class TranslationCollator:
     """Examples -> ``input_ids``, ``attention_mask`` (B, S), ``decoder_input_ids``, ``labels`` (B, T).
 
-    A hidden batch has no labels, so it counts for nothing.
+    A dummy batch has no labels, so it counts for nothing.
 
     Args:
         config: of the model.
@@ -185,7 +185,7 @@ class TranslationCollator:
     config: TfmTransformerConfig
     seed: int = 0
 
-    def __call__(self, examples: list[dict], indices: list[int], epoch: int, hidden: bool = False) -> Batch:
+    def __call__(self, examples: list[dict], indices: list[int], epoch: int, is_dummy: bool = False) -> Batch:
         source = pad([example["input_ids"] for example in examples], self.config.pad_token_id)
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         labels = pad([example["labels"] for example in examples], IGNORE_INDEX)
@@ -198,7 +198,7 @@ class TranslationCollator:
             batch["decoder_input_ids"] = shift_right(
                 labels, self.config.pad_token_id, self.config.decoder_start_token_id
             )
-        batch["labels"] = torch.full_like(labels, IGNORE_INDEX) if hidden else labels
+        batch["labels"] = torch.full_like(labels, IGNORE_INDEX) if is_dummy else labels
         return batch
 
 
@@ -281,7 +281,7 @@ class TranslationTask(Task):
         output = model(**batch, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.token_loss}
         if "decoder_attention_mask" in batch:
-            # A hidden batch still has lengths: without its target mask, attention would have nothing to attend to.
+            # A dummy batch still has lengths: without its target mask, attention would have nothing to attend to.
             losses["length"] = output.length_loss * (batch["labels"] != IGNORE_INDEX).any()
         return losses
 

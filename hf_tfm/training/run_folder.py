@@ -91,7 +91,7 @@ def check_inputs(args: Any, argv: Sequence[str] = (), argument: str = "output_di
     for name, value in [*inputs(args), *configs(argv)]:
         if name == argument:
             continue
-        for path in places(value):
+        for path in possible_paths(value):
             if any(inside(place, folder) for place in (path, *links(path))):
                 raise ValueError(
                     f'{argument} "{folder}" is or holds {name} "{value}", which the run reads: choose another '
@@ -136,7 +136,7 @@ def configs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield "--config", value
 
 
-def places(value: str) -> list[Path]:
+def possible_paths(value: str) -> list[Path]:
     """Return the local files or folders that a value names, directly or as a glob pattern."""
     if not value or "\0" in value:
         return []
@@ -161,8 +161,8 @@ def links(path: Path) -> list[Path]:
 
 def inside(path: Path, folder: Path) -> bool:
     """Return True if a path is a folder or lies in it, by its own name or after resolving links."""
-    places, outers = ((named_path(place), real_path(place)) for place in (path, folder))
-    if any(place.is_relative_to(outer) for place in places for outer in outers):
+    inners, outers = ((named_path(place), real_path(place)) for place in (path, folder))
+    if any(place.is_relative_to(outer) for place in inners for outer in outers):
         return True
     if not folder.exists():
         return False

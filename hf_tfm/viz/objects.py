@@ -127,7 +127,7 @@ def draw_segments(ax: Axes, image: np.ndarray, objects: Objects, names: Sequence
     numbers, shown = objects.segments, image.copy()
     seen: dict[int, int] = {}
     texts = objects.captions(names)
-    places = []
+    anchors = []
     for number, label in enumerate(objects.labels.tolist()):
         colour = class_colour(label, seen.get(label, 0))
         seen[label] = seen.get(label, 0) + 1
@@ -137,13 +137,13 @@ def draw_segments(ax: Axes, image: np.ndarray, objects: Objects, names: Sequence
         shown[inside] = (1 - COVER) * shown[inside] + COVER * colour
         depth = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]  # the image border counts as an edge
         y, x = np.unravel_index(depth.argmax(), depth.shape)
-        places.append((texts[number], (x, y), colour))
+        anchors.append((texts[number], (x, y), colour))
     edges = np.zeros(numbers.shape, bool)
     edges[1:] |= numbers[1:] != numbers[:-1]
     edges[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
     shown[edges] = 1.0
     ax.imshow(shown, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    for text, (x, y), colour in places:
+    for text, (x, y), colour in anchors:
         half = min(text_width(ax, text, font), numbers.shape[1]) / 2
         label_at(ax, text, np.clip(x, half, numbers.shape[1] - half), y, font, colour, ha="center", va="center")
 

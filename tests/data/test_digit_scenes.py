@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 from hf_tfm.data import digit_scenes as module
 from hf_tfm.data import run_lengths
 from hf_tfm.data.detection import class_names, scene_rows
-from hf_tfm.data.digit_scenes import CATEGORIES, LEAST_GROUND, OVERLAP, STUFF, THINGS, digit_scenes, places
+from hf_tfm.data.digit_scenes import CATEGORIES, LEAST_GROUND, OVERLAP, STUFF, THINGS, digit_scenes, layout
 from hf_tfm.data.digits import digits
 from hf_tfm.data.panoptic import decode_segments, panoptic_categories, panoptic_rows
 from hf_tfm.data.source import DIGIT_SCENES, load_splits
@@ -65,7 +65,7 @@ def test_digits_are_seen(scenes):
 def test_places_hardly_overlap():
     random, found = np.random.RandomState(0), []
     for _ in range(50):
-        squares = places(random, 128, 6)
+        squares = layout(random, 128, 6)
         found.append(len(squares))
         for i, (top, left, side) in enumerate(squares):
             assert 0 <= top <= 128 - side and 0 <= left <= 128 - side

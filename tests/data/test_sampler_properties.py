@@ -79,8 +79,8 @@ def test_ranks_part_a_step_without_loss(size, world_size, unit):
 @few
 @given(lengths, seeds, st.integers(1, 3), st.integers(0, 6))
 def test_a_resumed_epoch_is_the_rest_of_the_whole_one(sizes, seed, world_size, start):
-    def collate(examples, indices, epoch, hidden=False):
-        return [] if hidden else list(indices)
+    def collate(examples, indices, epoch, is_dummy=False):
+        return [] if is_dummy else list(indices)
 
     sampler = TokenBudgetSampler(sizes, int(sizes.max()) + 20, seed)
     for rank in range(world_size):

@@ -329,7 +329,8 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
 @pytest.mark.slow
 def test_compiled_model_gives_the_same_weights(tmp_path):
     found = [
-        full_weights(run_training(arguments(tmp_path / str(enabled), torch_compile=enabled))[1]) for enabled in (False, True)
+        full_weights(run_training(arguments(tmp_path / str(enabled), torch_compile=enabled))[1])
+        for enabled in (False, True)
     ]
     assert difference(*found) < 1e-5
 

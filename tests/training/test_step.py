@@ -96,7 +96,7 @@ def test_loss_is_the_model_s_own_mean():
 def test_hidden_batch_counts_for_nothing(decoding):
     model = tiny_model(decoding=decoding)
     task = TranslationTask.for_model(model)
-    hidden = task.collator()(ROWS[:1], [0], epoch=0, hidden=True)
+    hidden = task.collator()(ROWS[:1], [0], epoch=0, is_dummy=True)
     assert set(task.count(hidden).values()) == {0}
     losses = task.losses(model, hidden)
     assert losses.keys() == task.count(hidden).keys()
