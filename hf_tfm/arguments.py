@@ -4,8 +4,11 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from transformers import PreTrainedConfig
+
+from .families import Head
 from .limits import LARGEST_BATCH, SEEDS
 from .values import check_bounds, conform_fields, shown
 
@@ -151,13 +154,48 @@ class ModelArguments(Arguments):
     Args:
         model_name_or_path: folder or Hub id of a pretrained model to start from, with its tokenizer or image
             processor; default, a new model with random weights.
-        size: size of a new model, see its configuration.
+        architecture: family of a new model, one with a head for the task; docs/add_a_family.md adds one.
+        size: size of a new model, see its configuration, for example TfmViTConfig.
         model: configuration fields that differ from those of the size.
     """
 
+    # Models that are valid for arguments, {argument: hub.pretrained.Suitable}. A subclass sets it, at least for
+    # model_name_or_path, and a default architecture.
+    fitting: ClassVar[dict[str, Any]] = {}
+
     model_name_or_path: str | None = None
+    architecture: str | None = None
     size: str = "base"
     model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fitting:
+            _ = self.config_class
+
+    def check_saved(self, config: PreTrainedConfig) -> None:
+        """Check arguments that depend on the family of ``model_name_or_path``, before any data is read.
+
+        Args:
+            config: its configuration.
+
+        Raises:
+            ValueError: its family lacks a field of ``model``, or it cannot be chosen.
+        """
+
+    @property
+    def head(self) -> Head:
+        """Head of the models to train."""
+        return self.fitting["model_name_or_path"].head
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """Configuration class of a new model.
+
+        Raises:
+            ValueError: ``architecture`` is not a family with this head.
+        """
+        return self.head.config_class(self.architecture)
 
 
 @dataclass(kw_only=True)

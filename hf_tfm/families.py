@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .models.configuration_bert import TfmBertConfig
 from .models.configuration_detr import TfmDetrConfig
@@ -19,6 +19,7 @@ from .models.configuration_transformer import TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig
 from .plugins import FAMILIES as PLUGINS
 from .plugins import load_plugins
+from .values import shown
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class Family:
         config: configuration class. Its ``auto_classes``, {Auto class: "module.Class"} of modules next to it, become
             the ``auto_map`` of saved models; ``model_type`` is the type in config.json.
         conversions: modules with a tuple ``CONVERSIONS``, by absolute name or relative to `hf_tfm.conversion`.
+        reads: other model types, of transformers or of another family, whose files its classes load as they are, to
+            train them further.
     """
 
     name: str
     config: type[PreTrainedConfig]
     conversions: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     @property
     def auto_classes(self) -> dict[str, str]:
@@ -60,12 +64,90 @@ class Family:
 
 FAMILIES: list[Family] = [
     Family("transformer", TfmTransformerConfig, (".marian_pegasus",)),
-    Family("vit", TfmViTConfig, (".vit", ".deit", ".timm_vit")),
-    Family("mae", TfmMAEConfig, (".mae", ".mae_authors")),
-    Family("detr", TfmDetrConfig, (".detr", ".detr_authors")),
-    Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert")),
-    Family("gpt", TfmGPTConfig, (".gpt2",)),
+    Family("vit", TfmViTConfig, (".vit", ".deit", ".timm_vit"), reads=("vit", "tfm_mae", "vit_mae")),
+    Family("mae", TfmMAEConfig, (".mae", ".mae_authors"), reads=("vit_mae",)),
+    Family("detr", TfmDetrConfig, (".detr", ".detr_authors"), reads=("detr",)),
+    Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
+    Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
 ]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The models of all families for one Auto class, such as image classifiers; a task trains those of one head.
+
+    Args:
+        auto_class: name of the Auto class.
+        main_input: ``main_input_name`` of the models, if the Auto class has models of several modalities.
+    """
+
+    auto_class: str
+    main_input: str | None = None
+
+    def families(self) -> dict[str, Family]:
+        """Return the families that have such models, by name."""
+        found = {family.name: family for family in FAMILIES if self.auto_class in family.auto_classes}
+        if self.main_input is None:
+            return found
+        return {
+            name: family
+            for name, family in found.items()
+            if family.classes()[self.auto_class].main_input_name == self.main_input
+        }
+
+    def own_types(self) -> list[str]:
+        """Return the model types of these families."""
+        return [family.config.model_type for family in self.families().values()]
+
+    def model_types(self) -> list[str]:
+        """Return all model types that these families train further: their own, and those that they read."""
+        read = [model_type for family in self.families().values() for model_type in family.reads]
+        return list(dict.fromkeys([*self.own_types(), *read]))
+
+    def config_class(self, architecture: str | None) -> type[PreTrainedConfig]:
+        """Return the configuration class of a family for new models.
+
+        Args:
+            architecture: name of the family.
+
+        Raises:
+            ValueError: no family of this name has such models; the message lists those that have.
+        """
+        found = self.families()
+        if architecture not in found:
+            raise ValueError(f"architecture must be one of {', '.join(found)}, got {shown(architecture)}")
+        return found[architecture].config
+
+    def model_class(self, model_type: str) -> type[PreTrainedModel]:
+        """Return the class that trains models of a type, new or saved ones.
+
+        Raises:
+            ValueError: no family reads models of this type; the message lists those that are read.
+        """
+        found = list(self.families().values())
+        for family in (
+            *(family for family in found if family.config.model_type == model_type),
+            *(family for family in found if model_type in family.reads),
+        ):
+            return family.classes()[self.auto_class]
+        raise ValueError(f"model_type must be one of {', '.join(self.model_types())}, got {shown(model_type)}")
+
+    def from_pretrained(self, source: str, *args: Any, **options: Any) -> Any:
+        """Load a model as its family's class, see `model_class`, as ``from_pretrained`` of an Auto class does."""
+        known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        config = AutoConfig.from_pretrained(source, **known)
+        return self.model_class(config.model_type).from_pretrained(source, *args, **options)
+
+
+IMAGE_CLASSIFIER = Head("AutoModelForImageClassification")
+MASKED_AUTOENCODER = Head("AutoModelForPreTraining", "pixel_values")
+DETECTOR = Head("AutoModelForObjectDetection")
+PANOPTIC_DETECTOR = Head("AutoModelForUniversalSegmentation")
+MASKED_LM = Head("AutoModelForMaskedLM")
+NEXT_SENTENCE_LM = Head("AutoModelForPreTraining", "input_ids")  # masked tokens, and whether sentences follow
+CAUSAL_LM = Head("AutoModelForCausalLM")
+TEXT_CLASSIFIER = Head("AutoModelForSequenceClassification")
+SEQ2SEQ = Head("AutoModelForSeq2SeqLM")
 
 
 def register_family(family: Family) -> None:
@@ -111,39 +193,6 @@ def family_of(name: str) -> Family:
         if family.name == name:
             return family
     raise ValueError(f'there is no model family "{name}"; there are {", ".join(one.name for one in FAMILIES)}')
-
-
-def families_with(auto_class: str) -> list[Family]:
-    """Return the families that have a class for an Auto class, by its name."""
-    return [family for family in FAMILIES if auto_class in family.auto_classes]
-
-
-def config_class(architecture: str, auto_class: str) -> type[PreTrainedConfig]:
-    """Return the configuration class of a family for new models.
-
-    Args:
-        architecture: name of the family.
-        auto_class: name of the Auto class of the models.
-
-    Raises:
-        ValueError: no family has this name and such a class; the message lists those that have one.
-    """
-    found = {family.name: family.config for family in families_with(auto_class)}
-    if architecture not in found:
-        raise ValueError(f"architecture must be one of {', '.join(found)}, got {architecture!r}")
-    return found[architecture]
-
-
-def model_class(model_type: str, architecture: str, auto_class: str) -> type[PreTrainedModel]:
-    """Return the class that trains a saved model further.
-
-    Args:
-        model_type: of the saved model; if no family has it, the family ``architecture`` reads the model.
-        auto_class: name of the Auto class of the trained model.
-    """
-    fitting = families_with(auto_class)
-    chosen = next((one for one in fitting if one.config.model_type == model_type), None)
-    return (chosen or family_of(architecture)).classes()[auto_class]
 
 
 def carry_code(enabled: bool) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import to_pil_image
-from transformers import AutoImageProcessor, BaseImageProcessor, DetrImageProcessor, ViTImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from ..models.patches import Size, sides
@@ -58,13 +59,15 @@ def scene_processor(
     max_size: int = 1333,
     mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
     std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
-) -> DetrImageProcessor:
+    kind: str = "DetrImageProcessor",
+) -> BaseImageProcessor:
     """Return the image processor of a new detector.
 
     Args:
         size: shortest side in evaluation, in pixels.
         max_size: limit of the longest side.
         mean, std: of the channels, of pixels in [0, 1].
+        kind: class of transformers, DETR's or one with the same options.
 
     Raises:
         ValueError: ``size`` is below 1 or above ``max_size``.
@@ -72,7 +75,7 @@ def scene_processor(
     if not 1 <= size <= max_size:
         raise ValueError(f"size must be in [1, max_size = {max_size}], got {size}")
     edges = {"shortest_edge": size, "longest_edge": max_size}
-    return DetrImageProcessor(size=edges, image_mean=list(mean), image_std=list(std))
+    return getattr(transformers, kind)(size=edges, image_mean=list(mean), image_std=list(std))
 
 
 Channels = tuple[float, ...]

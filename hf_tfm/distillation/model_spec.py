@@ -123,6 +123,10 @@ def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
         return head.weight.shape[0]
     if not has_classes(model):
         return None
+    names = {*getattr(model, "classifier_modules", ())}  # of a detector of this package
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not names.isdisjoint(name.split(".")):
+            return module.out_features
     return model.config.num_labels + (1 if queries else 0)
 
 

@@ -26,7 +26,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
         yield failed(str(error), "name a part of the model, for instance {backbone: 0.1}")
         return
     rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    inside = {id(parameter) for parameter in case.model.model.backbone.parameters()} & rate_of.keys()
+    inside = {id(parameter) for parameter in case.model.base_model.backbone.parameters()} & rate_of.keys()
     rate = max(rate_of[key] for key in rate_of.keys() - inside)
     backbone = max((rate_of[key] for key in inside), default=None)
     linear = PAPER_RATE * args.batch_size / PAPER_BATCH

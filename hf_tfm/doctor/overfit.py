@@ -12,15 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..data.detection import class_names
 from ..data.images import IMAGE
 from ..data.pixels import pixel_scale, scene_processor
-from ..models.configuration_detr import WEIGHTS, TfmDetrConfig
-from ..models.modeling_detr import TfmDetrForObjectDetection
-from ..tasks.detr import build_detr
-from ..tasks.model_fields import label_fields
+from ..tasks.detectors import build_detector
+from ..tasks.model_fields import dropout_fields, label_fields
 from ..tasks.object_detection import DetectionTask
 from ..training.loop import train_step
 from .findings import Finding, failed, graded, ok, skipped
@@ -36,13 +34,13 @@ SMALL_MODEL = 10_000_000  # parameters; a larger model takes more than a minute
 CELLS = (8, 12, 16)  # candidate numbers of feature map cells along the shortest side, chosen by the smallest object
 PART_OF_A_CELL = 0.25  # minimum side of the smallest object, in cells
 LONGEST = 4 / 3  # longest side relative to the shortest: images of all shapes share one canvas
-PLAIN = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-QUICK = {"backbone_norm_momentum": 0.1}  # for a new model; a lower value would need more steps
+QUICK = {"backbone_norm_momentum": 0.1}  # for a new model that has it; a lower value would need more steps
 # The smallest backbone of timm: on blood cells it trains in 0.4 of the time of resnet10t, and reaches a higher AP.
 BACKBONE = "test_efficientnet"
 LEAST_QUERIES = 10  # minimum for a stand-in, else twice the objects of the fullest image: more queries train slower
-# Configuration that a stand-in shares with the run's model: everything that determines the losses, not the size.
-SHARED = (*WEIGHTS, "eos_coefficient", "auxiliary_loss", "position_embedding_type", "norm_first")
+# Configuration that a stand-in shares with the run's model: everything that determines the losses, not the size, here
+# the endings of the names of fields.
+SHARED = ("_cost", "_coefficient", "auxiliary_loss", "position_embedding_type", "norm_first")
 
 
 def easiest(split: Split, most: int) -> list[int]:
@@ -66,7 +64,7 @@ def easiest(split: Split, most: int) -> list[int]:
     return chosen
 
 
-def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDetection, str]:
+def choose_model(case: Case, full: bool, most: int) -> tuple[PreTrainedModel, str]:
     """Return the run's model or a small stand-in, without dropout, and its description.
 
     Args:
@@ -75,15 +73,18 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[TfmDetrForObjectDet
     """
     args, labels = case.args, label_fields(class_names(case.train.rows))
     weights = sum(parameter.numel() for parameter in case.model.parameters())
+    kind = type(case.config)
+    known, plain = kind.__dataclass_fields__, dict.fromkeys(dropout_fields(kind), 0.0)
     set_seed(args.seed)
     if full or args.model_name_or_path or (weights <= SMALL_MODEL and not args.pretrained_backbone):
-        plain = dataclasses.replace(args, model={**args.model, **PLAIN, **({} if args.model_name_or_path else QUICK)})
-        return build_detr(TfmDetrForObjectDetection, plain, labels), "the run's own model"
-    shared = {name: getattr(case.config, name) for name in SHARED}
+        quick = {} if args.model_name_or_path else {name: value for name, value in QUICK.items() if name in known}
+        changed = dataclasses.replace(args, model={**args.model, **plain, **quick})
+        return build_detector(changed, labels), "the run's own model"
+    shared = {name: getattr(case.config, name) for name in known if name.endswith(SHARED)}
     queries = max(LEAST_QUERIES, 2 * most)
-    config = TfmDetrConfig.of_size("tiny", backbone=BACKBONE, num_queries=queries, **labels, **shared, **PLAIN)
+    config = kind.of_size("tiny", backbone=BACKBONE, num_queries=queries, **{**labels, **shared, **plain})
     name = f"a small model instead of one with {weights / 1e6:.0f} million weights (use that one with --full)"
-    return TfmDetrForObjectDetection(config), name
+    return type(case.model)(config), name
 
 
 def shortest_side(case: Case, rows: datasets.Dataset, stride: int) -> int:
@@ -149,9 +150,12 @@ def overfit(case: Case, full: bool) -> Finding:
     rows = case.train.rows.select(chosen)
     try:
         model, name = choose_model(case, full, int(case.train.targets[chosen].max()))
-        side = shortest_side(case, rows, model.model.backbone.stride)
+        side = shortest_side(case, rows, model.base_model.backbone.stride)
         processor = scene_processor(
-            side, round(side * LONGEST), *pixel_scale(args.model_name_or_path, args.mean, args.std)
+            side,
+            round(side * LONGEST),
+            *pixel_scale(args.model_name_or_path, args.mean, args.std),
+            model.image_processor_name,
         )
     except (ValueError, OSError) as error:
         return failed(str(error), "see the message")

@@ -11,6 +11,7 @@ from io import BytesIO
 import datasets
 import numpy as np
 import PIL.Image
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.arrow_lists import FlatList
 from ..data.box_checks import BoxFormat, BoxReport
@@ -19,8 +20,6 @@ from ..data.files import data_roots
 from ..data.image_sizes import ORIENTATION
 from ..data.images import IMAGE, BadImage, decode, encoded
 from ..data.source import load_splits, take_split
-from ..models.configuration_detr import TfmDetrConfig
-from ..models.modeling_detr import TfmDetrForObjectDetection
 from ..tasks.object_detection import DetectionArguments
 from ..tasks.splits import split_rows
 from .findings import Sample
@@ -159,8 +158,8 @@ class Case:
 
     args: DetectionArguments
     splits: dict[str, Split]
-    model: TfmDetrForObjectDetection | None = None
-    earlier: TfmDetrForObjectDetection | None = None
+    model: PreTrainedModel | None = None
+    earlier: PreTrainedModel | None = None
     missing: set[str] = field(default_factory=set)
 
     @property
@@ -174,7 +173,7 @@ class Case:
         return [split for split in self.splits.values() if split is not self.train]
 
     @property
-    def config(self) -> TfmDetrConfig:
+    def config(self) -> PreTrainedConfig:
         """Configuration of the model to train."""
         return self.model.config
 

@@ -6,12 +6,9 @@ from transformers import set_seed
 
 from ..data.detection import class_names
 from ..hub.pretrained import check_kind, load_to_train
-from ..memory import new_model
 from ..models.backbones import FrozenBatchNorm
-from ..models.configuration_detr import TfmDetrConfig
-from ..models.modeling_detr import TfmDetrForObjectDetection
-from ..tasks.detr import CLASSIFIER, QUERIES, head_of, load_detr
-from ..tasks.model_fields import label_fields, new_config
+from ..tasks.detectors import head_of, load_detector_to_train
+from ..tasks.model_fields import build_new, label_fields, new_config
 from .findings import Finding, failed, graded, ok, warning
 from .splits import Case
 
@@ -26,15 +23,14 @@ def add_model(case: Case) -> None:
         ValueError, OSError: the arguments, or the weights of ``model_name_or_path``, do not fit.
     """
     args, fields = case.args, label_fields(class_names(case.train.rows))
-    kind = TfmDetrForObjectDetection
-    if args.model_name_or_path:
-        check_kind("model_name_or_path", args.model_name_or_path, args.fitting["model_name_or_path"])
-        case.earlier, case.missing = load_to_train(kind, args.model_name_or_path, head_of)
+    if source := args.model_name_or_path:
+        args.check_saved(check_kind("model_name_or_path", source, args.fitting["model_name_or_path"]))
+        case.earlier, case.missing = load_to_train(args.head, source, head_of)
         set_seed(args.seed)
-        case.model = load_detr(kind, args, fields)
+        case.model = load_detector_to_train(args, fields)
     else:
         set_seed(args.seed)
-        case.model = new_model(kind, new_config(TfmDetrConfig, args, **fields))
+        case.model = build_new(new_config(args.config_class, args, **fields), args.head)
 
 
 def fresh_weights(case: Case) -> Finding:
@@ -42,7 +38,7 @@ def fresh_weights(case: Case) -> Finding:
     sizes = {name: parameter.numel() for name, parameter in case.model.named_parameters()}
     millions = f"{sum(sizes.values()) / 1e6:.1f} million weights"
     if case.earlier is None:
-        backbone = sum(parameter.numel() for parameter in case.model.model.backbone.parameters())
+        backbone = sum(parameter.numel() for parameter in case.model.base_model.backbone.parameters())
         if case.args.pretrained_backbone:
             return ok(
                 f"{millions}, {backbone / 1e6:.1f} million of them in timm's pretrained backbone, the rest random"
@@ -59,7 +55,8 @@ def fresh_weights(case: Case) -> Finding:
     if not fresh:
         return ok(f"all {millions} come from {case.args.model_name_or_path}")
     message = f"{share:.2%} of {millions} are randomly initialised: {', '.join(sorted({top(name) for name in fresh}))}"
-    if all(CLASSIFIER in name or QUERIES in name for name in fresh):
+    decided = {*case.model.classifier_modules, *case.model.query_modules}  # by the data and the arguments
+    if not any(decided.isdisjoint(name.split(".")) for name in fresh):
         return ok(message)
     return graded(share > MOSTLY, message, "start from a detector, with the fields of its configuration")
 

@@ -19,10 +19,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..families import PANOPTIC_DETECTOR
 from .loading import load_config, load_with_processor
 
-# Architectures of models with boxes and masks; detectors without masks have many names.
-WITH_MASKS = ("DetrForSegmentation", "TfmDetrForPanopticSegmentation")
 PANOPTIC_THRESHOLD = 0.85  # minimum score of a query in a panoptic map, as in the authors' code
 
 
@@ -32,8 +31,10 @@ def is_detector(config: PreTrainedConfig) -> bool:
 
 
 def has_masks(config: PreTrainedConfig) -> bool:
-    """Return True if a detector was saved with a mask head."""
-    return any(name in WITH_MASKS for name in config.architectures or ())
+    """Return True if a detector, of this package or transformers' DETR, was saved with a mask head."""
+    ours = PANOPTIC_DETECTOR.families().values()
+    known = {family.auto_classes[PANOPTIC_DETECTOR.auto_class].rpartition(".")[2] for family in ours}
+    return not known.union({"DetrForSegmentation"}).isdisjoint(config.architectures or ())
 
 
 def load_detector(

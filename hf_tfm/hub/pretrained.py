@@ -10,49 +10,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..families import (
+    CAUSAL_LM,
+    DETECTOR,
+    IMAGE_CLASSIFIER,
+    MASKED_AUTOENCODER,
+    MASKED_LM,
+    NEXT_SENTENCE_LM,
+    PANOPTIC_DETECTOR,
+    SEQ2SEQ,
+    TEXT_CLASSIFIER,
+    Head,
 )
-
-from ..families import families_with
 from .loading import LoadingError, check_index, explained, load_config, mismatch, no_place, others, unread
-
-TEXT_TYPES = ("tfm_bert", "tfm_gpt", "bert", "distilbert", "gpt2")
-MASKED_AUTOENCODERS = ("tfm_mae", "vit_mae")
 
 
 @dataclass(frozen=True)
 class Suitable:
-    """Models that are valid for an argument.
+    """Models that are valid for an argument: those that the families of a head train further.
 
     Args:
         use: what the model is used for, in the words of the error message.
-        types: valid model types.
-        auto_class: if set, all types that this Auto class loads are valid, and ``types`` are examples.
-        family_class: if set, the types of all model families with a class for this Auto class are valid.
+        head: head of the model.
+        any_class: also all models that the Auto class of the head loads, of any library.
+        examples: model types of those, for the error message.
     """
 
     use: str
-    types: tuple[str, ...]
-    auto_class: Any = None
-    family_class: str | None = None
+    head: Head
+    any_class: bool = False
+    examples: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> list[str]:
+        """Valid model types; with ``any_class`` examples of them."""
+        return [*self.head.own_types(), *self.examples] if self.any_class else self.head.model_types()
 
     def fits(self, config: PreTrainedConfig) -> bool:
         """Return True if a model with this configuration is valid."""
         if config.model_type in self.types:
             return True
-        if self.family_class and config.model_type in [f.config.model_type for f in families_with(self.family_class)]:
-            return True
-        if self.auto_class is None:
+        if not self.any_class:
             return False
+        name = self.head.auto_class
         remote = getattr(config, "auto_map", None) or {}
-        known = type(config) in self.auto_class._model_mapping or self.auto_class.__name__ in remote
-        return known or (config.model_type == "timm_wrapper" and "Image" in self.auto_class.__name__)
+        known = type(config) in getattr(transformers, name)._model_mapping or name in remote
+        return known or (config.model_type == "timm_wrapper" and "Image" in name)
 
 
 def check_kind(
@@ -69,7 +75,7 @@ def check_kind(
     """
     config = load_config(source, argument, trust_remote_code=trust_remote_code)
     if suitable is not None and not suitable.fits(config):
-        examples = "a model such as" if suitable.auto_class else "one of"
+        examples = "a model such as" if suitable.any_class else "one of"
         raise LoadingError(
             f'{argument} "{source}" is a {config.model_type} model; {suitable.use} needs {examples} '
             f"{', '.join(suitable.types)}"
@@ -77,36 +83,35 @@ def check_kind(
     return config
 
 
-# Valid models by argument, for each kind of recipe.
+# Valid models by argument, for each kind of recipe. The examples are types of transformers.
+TEXT_EXAMPLES, MASKED_EXAMPLES = ("bert", "distilbert", "gpt2"), ("bert", "distilbert")
 TEXT_CLASSES = {
-    "model_name_or_path": Suitable("a text classifier", TEXT_TYPES, AutoModelForSequenceClassification),
-    "teacher": Suitable("teaching text classes", TEXT_TYPES, AutoModelForSequenceClassification),
+    "model_name_or_path": Suitable("a text classifier", TEXT_CLASSIFIER, True, TEXT_EXAMPLES),
+    "teacher": Suitable("teaching text classes", TEXT_CLASSIFIER, True, TEXT_EXAMPLES),
 }
 IMAGE_CLASSES = {
-    "model_name_or_path": Suitable(
-        "an image classifier",
-        ("tfm_vit", "vit", *MASKED_AUTOENCODERS),
-        family_class="AutoModelForImageClassification",
-    ),
-    "teacher": Suitable("teaching image classes", ("tfm_vit", "vit", "deit"), AutoModelForImageClassification),
+    "model_name_or_path": Suitable("an image classifier", IMAGE_CLASSIFIER),
+    "teacher": Suitable("teaching image classes", IMAGE_CLASSIFIER, True, ("vit", "deit")),
 }
 IMAGE_PATCHES = {
-    "model_name_or_path": Suitable("a masked autoencoder", MASKED_AUTOENCODERS),
-    "teacher": Suitable("teaching a masked autoencoder", MASKED_AUTOENCODERS),
+    "model_name_or_path": Suitable("a masked autoencoder", MASKED_AUTOENCODER),
+    "teacher": Suitable("teaching a masked autoencoder", MASKED_AUTOENCODER),
 }
 OBJECTS = {
-    "model_name_or_path": Suitable("a detector", ("tfm_detr", "detr")),
-    "teacher": Suitable("teaching a detector", ("tfm_detr", "detr")),
+    "model_name_or_path": Suitable("a detector", DETECTOR),
+    "teacher": Suitable("teaching a detector", DETECTOR),
 }
-TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", ("tfm_transformer",))}
+SEGMENTS = {"model_name_or_path": Suitable("a detector", PANOPTIC_DETECTOR)}
+TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", SEQ2SEQ)}
 MASKED_WORDS = {
-    "model_name_or_path": Suitable("a masked language model", ("tfm_bert", "bert")),
-    "teacher": Suitable("teaching masked words", ("tfm_bert", "bert", "distilbert"), AutoModelForMaskedLM),
-    "model": Suitable("filling in words", ("tfm_bert", "bert", "distilbert"), AutoModelForMaskedLM),
+    "model_name_or_path": Suitable("a masked language model", MASKED_LM),
+    "teacher": Suitable("teaching masked words", MASKED_LM, True, MASKED_EXAMPLES),
+    "model": Suitable("filling in words", MASKED_LM, True, MASKED_EXAMPLES),
 }
+SENTENCE_PAIRS = {"model_name_or_path": Suitable("next sentence prediction", NEXT_SENTENCE_LM)}
 NEXT_WORDS = {
-    "model_name_or_path": Suitable("a causal language model", ("tfm_gpt", "gpt2")),
-    "teacher": Suitable("teaching next words", ("tfm_gpt", "gpt2"), AutoModelForCausalLM),
+    "model_name_or_path": Suitable("a causal language model", CAUSAL_LM),
+    "teacher": Suitable("teaching next words", CAUSAL_LM, True, ("gpt2",)),
 }
 
 
@@ -123,7 +128,7 @@ def load_to_train(
     """Load a model in float32 for further training, and return it with the names of its newly initialised weights.
 
     Args:
-        kind: an Auto class or a model class.
+        kind: an Auto class, a `Head` or a model class.
         source: folder or Hub id.
         head_of: (model, weight name) -> head that the weight belongs to, or "" if it must come from ``source``. A head
             may be missing from the files as a whole, but not in part.

@@ -7,7 +7,7 @@ Shapes: B images; H, W pixels; h, w cells of the last feature map, N = h w in ro
 Q = config.num_queries; L = config.decoder_layers. A pixel mask is 1 for image and 0 for padding.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,12 @@ class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
     _supports_attention_backend = True
     # Checkpoints of batch norms store a batch count, which frozen ones do not have.
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]  # noqa: RUF012
+    # For training a saved model further: modules whose size is the number of classes, or of queries, and modules that
+    # a file may lack as a whole.
+    classifier_modules: ClassVar = ("class_labels_classifier",)
+    query_modules: ClassVar = ("query_position_embeddings",)
+    head_modules: ClassVar = (*classifier_modules, "bbox_predictor", "mask_head", "bbox_attention")
+    image_processor_name: ClassVar = "DetrImageProcessor"  # in transformers
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -23,7 +23,7 @@ from ..data.augment import Mixing, mix, partners
 from ..data.batching import Sample, sample_ref
 from ..data.images import LABEL, is_label, label_ids, label_names
 from ..data.pixels import image_size_of
-from ..families import config_class, model_class
+from ..families import IMAGE_CLASSIFIER
 from ..hub.loading import load_config, read_json
 from ..hub.pretrained import IMAGE_CLASSES, load_to_train
 from ..metrics import Accuracy, RealAccuracy
@@ -43,7 +43,6 @@ from .labels import class_names, is_unnamed, match_classes
 from .linear_probe import fold_probe, heads_of, prepare_probe
 from .model_fields import build_new, check_fields, dropout_fields, fresh_head, label_fields, new_config
 
-AUTO_CLASS = "AutoModelForImageClassification"
 CHECKED_IMAGES = 256  # images of a test split that are decoded before training
 IGNORE_LABEL = -100  # label of an image without one, or that counts for nothing; torch's cross-entropy skips it
 TOP = 5  # classes that are kept of each prediction
@@ -72,8 +71,6 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
     Args:
         label_smoothing: fraction of a label's target that is spread over all classes.
         mixing: mixup and CutMix of training images.
-        architecture: model family of a new model.
-        size: of a new model, see its configuration, for example TfmViTConfig.
         model: configuration fields that differ from those of the size, or of model_name_or_path, for example
             patch_size, pooling and drop_path_rate.
     """
@@ -91,7 +88,7 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
         if self.metric_for_best_model not in ("loss", "accuracy"):
             raise ValueError(f'metric_for_best_model must be "loss" or "accuracy", got "{self.metric_for_best_model}"')
         if not self.model_name_or_path:
-            check_fields(config_class(self.architecture, AUTO_CLASS), self.model, IMAGE_FIELDS)
+            check_fields(self.config_class, self.model, IMAGE_FIELDS)
 
 
 @dataclass(kw_only=True)
@@ -114,8 +111,7 @@ class ImageClassificationArguments(LabelledImageArguments):
                 f"linear_probe trains a single layer: layer_wise_lr_decay must be 1, got {self.layer_wise_lr_decay}"
             )
         if not self.model_name_or_path:
-            kind = config_class(self.architecture, AUTO_CLASS)
-            new_config(kind, self, image_size=self.image_size or IMAGE_SIZE)
+            new_config(self.config_class, self, image_size=self.image_size or IMAGE_SIZE)
 
 
 @dataclass(kw_only=True)
@@ -265,8 +261,7 @@ class ImageClassificationTask(ImageTask):
         names = label_names(self.splits[args.train_split])
         set_seed(args.seed)
         if not args.model_name_or_path:
-            kind = config_class(args.architecture, AUTO_CLASS)
-            return build_new(new_config(kind, args, image_size=size, **label_fields(names)), self.auto_class)
+            return build_new(new_config(args.config_class, args, image_size=size, **label_fields(names)), args.head)
         # A frozen encoder needs no regularisation.
         return load_classifier(args.model_name_or_path, names, size, args.model, without_dropout=args.linear_probe)
 
@@ -486,7 +481,7 @@ def load_classifier(
         ValueError: weights below the heads do not fit the configuration, or the patch size does not fit the images.
     """
     labels, earlier = label_fields(names), load_config(source, "model_name_or_path", trust_remote_code=None)
-    kind = model_class(earlier.model_type, "vit", AUTO_CLASS)
+    kind = IMAGE_CLASSIFIER.model_class(earlier.model_type)
     check_fields(kind.config_class, dict(fields or {}), IMAGE_FIELDS)
     rates = dict.fromkeys(dropout_fields(kind.config_class), 0.0) if without_dropout else {}
     model, fresh = load_to_train(kind, source, head_of, {**rates, **(fields or {})}, resized="", **labels)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 
 from ..arguments import (
     DatasetArguments,
@@ -36,6 +36,7 @@ from ..models.patches import sides
 from ..values import check_bounds
 from .base import Batch, Collator, Task
 from .loaders import placement
+from .model_fields import check_fields
 from .splits import load_rows
 
 IMAGE_SIZE = 224  # default for a new model
@@ -86,6 +87,10 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
                 raise ValueError(
                     "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
                 )
+
+    def check_saved(self, config: PreTrainedConfig) -> None:
+        """See `ModelArguments`."""
+        check_fields(self.head.model_class(config.model_type).config_class, self.model, IMAGE_FIELDS)
 
     def check_cache(self, *views: str) -> None:
         """Refuse options that give an image several views in an epoch, beside a cache of a teacher's signals.

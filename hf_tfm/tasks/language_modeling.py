@@ -16,7 +16,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -45,26 +44,22 @@ from ..data.stream import StreamLoader
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown, train_bytes, train_wordpiece, word_starts
 from ..distillation.model_spec import check_tokenizers
+from ..families import NEXT_SENTENCE_LM
 from ..hub.loading import load_config, load_model, load_tokenizer
-from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, Suitable, load_to_train
+from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, SENTENCE_PAIRS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS
-from ..memory import new_model
-from ..models.configuration_bert import TfmBertConfig
-from ..models.configuration_gpt import TfmGPTConfig
 from ..models.cross_entropy import IGNORE_INDEX
-from ..models.modeling_bert import TfmBertForMaskedLM, TfmBertForPreTraining
-from ..models.modeling_gpt import TfmGPTForCausalLM
 from .base import Batch, Collator, Scores, Task
 from .distillation import DistillationArguments
 from .loaders import check_stream, token_loader
-from .model_fields import check_fields, new_config
+from .model_fields import build_new, check_fields, head_of, new_config, sums_losses
 from .splits import load_rows
 
 log = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 NEXT_SENTENCE = "next_sentence_label"
-OURS = (TfmBertConfig.model_type, TfmGPTConfig.model_type)
+ARCHITECTURES = {"masked": "bert", "causal": "gpt"}  # default family of a new model, by objective
 TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of a configuration: the tokenizer's
 
 
@@ -106,7 +101,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         tokenizer_rows: number of training rows that the tokenizer is trained on; default, all.
         vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
-        size: size of a new model, see TfmBertConfig and TfmGPTConfig.
+        architecture: family of a new model; default, bert for masked tokens and gpt for next tokens.
     """
 
     streaming: bool = False
@@ -139,28 +134,22 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         check_fields(self.config_class, self.model, TOKEN_FIELDS)
         if not self.model_name_or_path:
             config = new_config(self.config_class, self)
-            if self.max_length > config.max_position_embeddings:
+            if self.max_length > (longest := longest_input(config, self.max_length)):
                 raise ValueError(
-                    f"max_length must be at most model.max_position_embeddings = {config.max_position_embeddings}, "
-                    f"got {self.max_length}"
+                    f"max_length must be at most model.max_position_embeddings = {longest}, got {self.max_length}"
                 )
 
     @property
     def fitting(self) -> dict[str, Suitable]:
         """Models that are valid for ``model_name_or_path`` and ``teacher``."""
-        return MASKED_WORDS if self.objective == "masked" else NEXT_WORDS
+        if self.objective == "causal":
+            return NEXT_WORDS
+        return SENTENCE_PAIRS if self.sequences == "pairs" else MASKED_WORDS
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
-        """Configuration of a new model."""
-        return TfmBertConfig if self.objective == "masked" else TfmGPTConfig
-
-    @property
-    def model_class(self) -> type[PreTrainedModel]:
-        """Class of the trained model."""
-        if self.objective == "causal":
-            return TfmGPTForCausalLM
-        return TfmBertForPreTraining if self.sequences == "pairs" else TfmBertForMaskedLM
+        """See `ModelArguments`."""
+        return self.head.config_class(self.architecture or ARCHITECTURES[self.objective])
 
 
 @dataclass(kw_only=True)
@@ -353,7 +342,7 @@ class LanguageModelingTask(Task):
         """True for a model saved with an output layer over tokens that is not a translation model."""
         saved = ", ".join(config.architectures or ())
         return any(name in saved for name in ("ForMaskedLM", "ForCausalLM", "LMHeadModel")) or (
-            config.model_type in ("tfm_bert", "bert") and "ForPreTraining" in saved
+            config.model_type in NEXT_SENTENCE_LM.model_types() and "ForPreTraining" in saved
         )
 
     def load_splits(self) -> dict[str, Any]:
@@ -414,7 +403,7 @@ class LanguageModelingTask(Task):
         tokenizer.model_max_length = args.max_length
         set_seed(args.seed)
         if args.model_name_or_path:
-            model, new = load_to_train(args.model_class, args.model_name_or_path, head_of)
+            model, new = load_to_train(args.head, args.model_name_or_path, head_of)
             if new:
                 log.warning(
                     "weights that model_name_or_path does not have are initialised randomly: %s",
@@ -425,7 +414,7 @@ class LanguageModelingTask(Task):
         ids = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
         config = new_config(args.config_class, args, vocab_size=vocab_size or len(tokenizer), **ids)
         check_fit(config, tokenizer, args.max_length)
-        return new_model(args.model_class, config)
+        return build_new(config, args.head)
 
     def load_pretrained(self) -> None:
         """See `Task`; any masked or causal language model will do."""
@@ -434,7 +423,7 @@ class LanguageModelingTask(Task):
         self.model, self.processor = load_model(self.auto_class, args.model, **args.pretrained), tokenizer
         if self.causal and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # padding counts for nothing
-        longest = min(self.model.config.max_position_embeddings, tokenizer.model_max_length)
+        longest = longest_input(self.model.config, tokenizer.model_max_length)
         self.args = replace(args, max_length=args.max_length or longest)
         check_fit(self.model.config, tokenizer, self.args.max_length)
 
@@ -488,8 +477,8 @@ class LanguageModelingTask(Task):
         return {"token": cross_entropy(logits.float(), labels, reduction="sum")}
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """See `Task`; a model of this package computes logits of the predicted tokens only, and does not keep them."""
-        if extract_model_from_parallel(model).config.model_type not in OURS:
+        """See `Task`; a model that sums losses itself computes logits of the predicted tokens only, and keeps none."""
+        if not sums_losses(model):
             output = model(**self.inputs(batch))
             return self.output_losses(output, output.logits.flatten(0, 1)[self.target_positions(batch)], batch)
         masked = "masked_positions" in batch
@@ -548,10 +537,9 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return known and "ForMaskedLM" not in saved and "ForPreTraining" not in saved
 
 
-def head_of(model: PreTrainedModel, name: str) -> str:
-    """Head that a weight belongs to, for `load_to_train`: an output layer, or the pooler of next sentences."""
-    top = name.split(".")[0]
-    return "pooler" if ".pooler." in name else "" if top == model.base_model_prefix else top
+def longest_input(config: PreTrainedConfig, limit: int) -> int:
+    """Return the largest number of tokens that a model reads, at most ``limit``."""
+    return min(getattr(config, "max_position_embeddings", None) or limit, limit)
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int) -> None:
@@ -562,8 +550,7 @@ def check_fit(config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int) -
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the model has {config.vocab_size} tokens, fewer than the {len(tokenizer)} of its tokenizer")
-    if max_length > config.max_position_embeddings:
+    if max_length > (longest := longest_input(config, max_length)):
         raise ValueError(
-            f"max_length must be at most the model's max_position_embeddings = {config.max_position_embeddings}, got "
-            f"{max_length}"
+            f"max_length must be at most the model's max_position_embeddings = {longest}, got {max_length}"
         )

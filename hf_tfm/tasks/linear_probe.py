@@ -17,7 +17,7 @@ STATISTICS_IMAGES = 10_000  # their mean is within 1 % of a standard deviation o
 
 def heads_of(model: PreTrainedModel) -> list[str]:
     """Return the names of the linear layers above the base model; of several, the classifier takes the mean."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return [name for name, module in model.named_children() if isinstance(module, nn.Linear | ProbeHead)]
 
 
 class ProbeHead(nn.Module):

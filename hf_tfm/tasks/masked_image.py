@@ -15,16 +15,15 @@ from transformers.utils import ModelOutput
 
 from ..data.batching import Sample, rng
 from ..data.pixels import image_size_of
-from ..hub.pretrained import IMAGE_PATCHES, MASKED_AUTOENCODERS, load_to_train
+from ..families import MASKED_AUTOENCODER
+from ..hub.pretrained import IMAGE_PATCHES, load_to_train
 from ..limits import SEEDS
-from ..memory import new_model
-from ..models.configuration_mae import TfmMAEConfig
-from ..models.modeling_mae import TfmMAEForPreTraining, num_visible
+from ..models.modeling_mae import num_visible
 from ..models.patches import patch_grid
 from .base import Batch, Scores
 from .distillation import DistillationArguments
 from .images import IMAGE_FIELDS, IMAGE_SIZE, ImageArguments, ImageCollator, ImageEvaluationArguments, ImageTask
-from .model_fields import check_fields, new_config
+from .model_fields import build_new, check_fields, head_of, new_config
 
 
 @dataclass(kw_only=True)
@@ -32,20 +31,21 @@ class MaskedImageArguments(ImageArguments):
     """Pretraining of a masked autoencoder.
 
     Args:
-        size: of a new model, see TfmMAEConfig.
         model: configuration fields that differ from those of the size, for example patch_size, mask_ratio,
             norm_pix_loss and the decoder's sizes.
     """
 
     fitting: ClassVar = IMAGE_PATCHES
 
+    architecture: str = "mae"
+
     def __post_init__(self):
         super().__post_init__()
         if self.metric_for_best_model != "loss":
             raise ValueError(f'metric_for_best_model must be "loss", got "{self.metric_for_best_model}"')
-        check_fields(TfmMAEConfig, self.model, IMAGE_FIELDS)
         if not self.model_name_or_path:
-            new_config(TfmMAEConfig, self, image_size=self.image_size or IMAGE_SIZE)
+            check_fields(self.config_class, self.model, IMAGE_FIELDS)
+            new_config(self.config_class, self, image_size=self.image_size or IMAGE_SIZE)
 
 
 @dataclass(kw_only=True)
@@ -112,16 +112,19 @@ class MaskedImageTask(ImageTask):
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
         """See `Task`."""
-        return config.model_type in MASKED_AUTOENCODERS and "ForPreTraining" in "".join(config.architectures or ())
+        return config.model_type in MASKED_AUTOENCODER.model_types() and "ForPreTraining" in "".join(
+            config.architectures or ()
+        )
 
     def build_model(self) -> PreTrainedModel:
         """See `Task`; for images of the processor's size."""
         args, size = self.args, image_size_of(self.processor)
         set_seed(args.seed)
         if not args.model_name_or_path:
-            return new_model(TfmMAEForPreTraining, new_config(TfmMAEConfig, args, image_size=size))
+            return build_new(new_config(args.config_class, args, image_size=size), args.head)
         model = load_autoencoder(args.model_name_or_path, args.model)
-        model.set_image_size(size)
+        if hasattr(model, "set_image_size"):  # of a family whose parameters depend on the size
+            model.set_image_size(size)
         return model
 
     def build_student(self, teacher: PreTrainedConfig) -> PreTrainedModel:
@@ -185,7 +188,7 @@ class MaskedImageTask(ImageTask):
         return Scores(values, samples=samples, details=details, listing={"unreadable": loader.bad})
 
 
-def load_autoencoder(source: str, fields: dict[str, Any]) -> TfmMAEForPreTraining:
+def load_autoencoder(source: str, fields: dict[str, Any]) -> PreTrainedModel:
     """Load a masked autoencoder to train further; a decoder that was not saved is initialised at random.
 
     Args:
@@ -195,8 +198,4 @@ def load_autoencoder(source: str, fields: dict[str, Any]) -> TfmMAEForPreTrainin
     Raises:
         ValueError: weights of its encoder are missing or do not fit; see `load_to_train`.
     """
-
-    def head_of(model: PreTrainedModel, name: str) -> str:
-        return "decoder" if name.startswith("decoder.") else ""
-
-    return load_to_train(TfmMAEForPreTraining, source, head_of, fields)[0]
+    return load_to_train(MASKED_AUTOENCODER, source, head_of, fields)[0]

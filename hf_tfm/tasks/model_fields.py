@@ -1,13 +1,17 @@
 """Configuration of a new model from the arguments ``size`` and ``model``, and its classes."""
 
+import inspect
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache
 from typing import Any, Protocol
 
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..families import Head
 from ..limits import MOST_BLOCKS
 from ..memory import REPEATED, new_model
 from ..values import check_bounds, closest, conform, one_line
@@ -57,13 +61,35 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
         raise ValueError(f"model: {one_line(error)}") from error
 
 
-def build_new(config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+def build_new(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
     """Return a new model, unless its training does not fit in memory; see `new_model`.
 
     Args:
-        auto_class: Auto class of the model.
+        head: of the model.
     """
-    return new_model(partial(auto_class.from_config, trust_remote_code=False), config)
+    return new_model(head.model_class(config.model_type), config)
+
+
+@cache
+def forward_arguments(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of the arguments of ``forward`` of a class."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Return True if the forward pass of a model, wrapped or not, takes an argument."""
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    plain = plain.module if isinstance(plain, AveragedModel) else plain
+    return argument in forward_arguments(type(plain))
+
+
+def sums_losses(model: nn.Module) -> bool:
+    """Return True if a language model can compute sums of token losses without keeping the logits.
+
+    Its forward pass then takes ``num_items_in_batch``, ``return_logits`` and, for masked tokens,
+    ``masked_positions``, as `TfmBertForMaskedLM.forward` does.
+    """
+    return takes(model, "return_logits")
 
 
 def dropout_fields(kind: type[PreTrainedConfig]) -> list[str]:
@@ -74,6 +100,12 @@ def dropout_fields(kind: type[PreTrainedConfig]) -> list[str]:
 def label_fields(names: Sequence[str]) -> dict[str, dict]:
     """Return the configuration fields for classes with these names, in order."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def head_of(model: PreTrainedModel, name: str) -> str:
+    """Return the head of a weight, for `load_to_train`: its module above the base model, or a pooler in that."""
+    top = name.split(".")[0]
+    return "pooler" if ".pooler." in name else "" if top == model.base_model_prefix else top
 
 
 def fresh_head(model: PreTrainedModel, name: str) -> str:

@@ -31,14 +31,13 @@ from ..data.pixels import PaddedPixels, Scale, pixel_scale, scene_processor
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..distillation.model_spec import check_processors
+from ..families import DETECTOR, PANOPTIC_DETECTOR, Head
 from ..hub.detectors import classes, detections, has_masks, is_detector, load_detector, panoptic_maps, takes_mask
 from ..hub.loading import load_config
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
-from ..models.modeling_detr import TfmDetrForObjectDetection
-from ..models.set_loss import normalizers
 from .base import Batch, Collator, Scores, Task, mean, widest_float
-from .detr import build_detr, warn_of_batch_norm
+from .detectors import build_detector, model_class, warn_of_batch_norm
 from .distillation import DistillationArguments, Dtype
 from .labels import match_categories
 from .loaders import placement
@@ -175,7 +174,6 @@ class DetectionTask(Task):
     processor_class = AutoImageProcessor
     described_columns = ("image_column", "objects_column")
     cache_options = ("shortest_side", "longest_side", "mean", "std", "augmentation")
-    model_class: type[PreTrainedModel] = TfmDetrForObjectDetection
 
     def __init__(self, args: Any, accelerator: Accelerator | None):
         super().__init__(args, accelerator)
@@ -193,9 +191,9 @@ class DetectionTask(Task):
         return "image-segmentation" if self.masks else "object-detection"
 
     @property
-    def auto_class(self) -> type[PreTrainedModel]:
+    def auto_class(self) -> Head:
         """See `Task`; transformers' DETR loads as one of ours, and computes the same."""
-        return self.model_class
+        return PANOPTIC_DETECTOR if self.masks else DETECTOR
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
@@ -253,13 +251,20 @@ class DetectionTask(Task):
         """See `Task`."""
         args = self.args
         scale = pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
-        return scene_processor(args.shortest_side, args.longest_side, *scale)
+        return self.processor_of_size(*scale)
+
+    def processor_of_size(self, mean: Sequence[float], std: Sequence[float]) -> BaseImageProcessor:
+        """An image processor for the model to train, with the sizes of the arguments."""
+        args = self.args
+        return scene_processor(
+            args.shortest_side, args.longest_side, mean, std, model_class(args).image_processor_name
+        )
 
     def build_model(self) -> PreTrainedModel:
         """See `Task`."""
         args = self.args
         set_seed(args.seed)
-        model = build_detr(self.model_class, args, self.data_fields())
+        model = build_detector(args, self.data_fields())
         warn_of_batch_norm(model, args.divides_steps or self.accelerator.num_processes > 1)
         return model
 
@@ -311,9 +316,7 @@ class DetectionTask(Task):
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Images, and the divisor of each term: the total weight of the queries, or the number of objects."""
-        labels = batch["labels"] if batch["images"] else []
-        config, counts = self.model.config, [len(label["class_labels"]) for label in labels]
-        items = normalizers(counts, config.num_queries, config.eos_coefficient)
+        items = self.model.count_items(batch["labels"] if batch["images"] else [])
         return {"image": batch["images"], **{term: items[name] for term, name in self.terms.items()}}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -468,11 +471,8 @@ class DetectionTask(Task):
         """
         args = self.args
         teacher = self.processor_of(args.teacher)
-        processor = scene_processor(
-            args.shortest_side,
-            args.longest_side,
-            args.mean or tuple(teacher.image_mean),
-            args.std or tuple(teacher.image_std),
+        processor = self.processor_of_size(
+            args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
         )
         for other in (processor, *([self.processor_of(args.model_name_or_path)] if args.model_name_or_path else [])):
             check_processors(other, teacher)
@@ -490,7 +490,7 @@ class DetectionTask(Task):
         except OSError as error:
             raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
         mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
-        return scene_processor(args.shortest_side, args.longest_side, mean, std)
+        return self.processor_of_size(mean, std)
 
     def sample_refs(self, loader: WatchedLoader) -> Callable[[int], list[Sample]]:
         """See `Task`."""

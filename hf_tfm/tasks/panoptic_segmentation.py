@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from ..hub.pretrained import OBJECTS, SEGMENTS, Suitable
 from .object_detection import DetectionTask, SegmentArguments
 from .scenes import SceneArguments
 
@@ -23,6 +23,11 @@ class PanopticArguments(SegmentArguments, SceneArguments):
     """
 
     stage: Literal["boxes", "masks", "joint"] = "joint"
+
+    @property
+    def fitting(self) -> dict[str, Suitable]:
+        """See `SceneArguments`."""
+        return OBJECTS if self.stage == "boxes" else SEGMENTS
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,11 +63,6 @@ class PanopticTask(DetectionTask):
         if self.args.stage == "masks":
             model.freeze_detector()
         return model
-
-    @property
-    def model_class(self) -> type[PreTrainedModel]:
-        """See `DetectionTask`."""
-        return TfmDetrForPanopticSegmentation if self.masks else TfmDetrForObjectDetection
 
     def data_fields(self) -> dict[str, Any]:
         """See `DetectionTask`."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..arguments import (
     DatasetArguments,
@@ -30,16 +30,16 @@ from ..hub.detectors import processed
 from ..hub.pretrained import OBJECTS
 from ..limits import LARGEST_SIDE
 from ..models.boxes import xyxy_to_cxcywh
-from ..models.configuration_detr import TfmDetrConfig
 from .base import Batch
 from .model_fields import check_fields, new_config
 
+SCENE_FIELDS = ("thing_ids", "num_channels")  # of a configuration: the data's
 PLACEHOLDER = (64, 64)  # height and width of the image of a dummy batch
 
 
 @dataclass(kw_only=True)
 class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
-    """Training a DETR on images of any size.
+    """Training a detector on images of any size.
 
     Fields of ``model`` are, among others, backbone, num_queries and encoder_layers.
 
@@ -55,6 +55,7 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     fitting: ClassVar = OBJECTS
     streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
 
+    architecture: str = "detr"
     shortest_side: int = 800
     longest_side: int = 1333
     augmentation: SceneAugmentation = field(default_factory=SceneAugmentation)
@@ -72,21 +73,27 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
             raise ValueError(
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
-        check_fields(TfmDetrConfig, self.model, taken=("thing_ids", "num_channels"))
         if self.model_name_or_path:
             if self.pretrained_backbone:
                 raise ValueError("model_name_or_path brings its own backbone: give no pretrained_backbone beside it")
             return
-        config = new_config(TfmDetrConfig, self)
-        if config.backbone_norm == "frozen" and not self.pretrained_backbone:
+        check_fields(self.config_class, self.model, SCENE_FIELDS)
+        norm = getattr(new_config(self.config_class, self), "backbone_norm", None)
+        if norm is None and self.pretrained_backbone:
+            raise ValueError(f"pretrained_backbone is for families with a backbone of timm, not {self.architecture}")
+        if norm == "frozen" and not self.pretrained_backbone:
             raise ValueError(
                 'model.backbone_norm "frozen" is for weights that are trained already: give pretrained_backbone, '
                 'model_name_or_path, or backbone_norm "batch" or "group"'
             )
-        if config.backbone_norm == "group" and self.pretrained_backbone:
+        if norm == "group" and self.pretrained_backbone:
             raise ValueError(
                 'pretrained_backbone has batch norms: model.backbone_norm must be "frozen" or "batch", got "group"'
             )
+
+    def check_saved(self, config: PreTrainedConfig) -> None:
+        """See `ModelArguments`."""
+        check_fields(self.head.model_class(config.model_type).config_class, self.model, SCENE_FIELDS)
 
     @property
     def divides_steps(self) -> bool:

@@ -61,6 +61,7 @@ from ..data.source import first, take_split
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown
 from ..distillation.model_spec import check_tokenizers
+from ..families import CAUSAL_LM
 from ..hub.pretrained import TEXT_CLASSES
 from ..hub.results import RunRecord
 from ..limits import LARGEST_BATCH, LARGEST_VOCABULARY, LONGEST
@@ -77,7 +78,6 @@ from .loaders import placement
 from .model_fields import check_fields, new_config
 from .splits import split_rows
 from .text_model import (
-    ARCHITECTURES,
     SEGMENTS,
     TOKEN_FIELDS,
     build_classifier,
@@ -153,8 +153,6 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
         validation_split: its scores decide which weights are best; default, the first of the task, or "validation".
             MNLI's second one is scored too.
         holdout: number of training rows, drawn at random, that replace validation_split.
-        architecture: architecture of a new model: bert or gpt.
-        size: size of a new model, see TfmBertConfig and TfmGPTConfig.
         model: configuration fields that differ from those of the size, or of model_name_or_path.
         max_length: longer texts are truncated to this many tokens, the longer text of a pair first.
         batch_size: texts of one optimizer step over all processes, so that a run does not depend on the hardware.
@@ -177,7 +175,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
 
     problem_type: ProblemType | None = None
     validation_split: str | None = None
-    architecture: Literal["bert", "gpt"] = "bert"
+    architecture: str = "bert"
     size: str = "small"
     max_length: int = 128
     batch_size: int | None = 32
@@ -211,10 +209,9 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
             if not self.bucketing:
                 raise ValueError("batch_tokens needs texts sorted by length: bucketing=false needs batch_size")
         if not self.model_name_or_path:
-            config_class, _ = ARCHITECTURES[self.architecture]
-            check_fields(config_class, self.model, TOKEN_FIELDS)
-            limit = new_config(config_class, self).max_position_embeddings
-            if self.max_length > limit:
+            check_fields(self.config_class, self.model, TOKEN_FIELDS)
+            limit = getattr(new_config(self.config_class, self), "max_position_embeddings", None)
+            if limit and self.max_length > limit:
                 raise ValueError(
                     f"max_length must be at most max_position_embeddings = {limit}, got {self.max_length}"
                 )
@@ -256,8 +253,10 @@ class TextClassificationArguments(TextArguments):
         )
         if self.model_name_or_path and self.tokenizer:
             raise ValueError("model_name_or_path brings its own tokenizer: give no tokenizer beside it")
-        if self.language_weight and not self.model_name_or_path and self.architecture != "gpt":
-            raise ValueError('language_weight is for decoders: give architecture="gpt" or model_name_or_path')
+        decoders = CAUSAL_LM.families()
+        if self.language_weight and not self.model_name_or_path and self.architecture not in decoders:
+            known = " or ".join(f'"{name}"' for name in decoders)
+            raise ValueError(f"language_weight is for decoders: give architecture={known} or model_name_or_path")
 
 
 @dataclass(kw_only=True)

@@ -3,10 +3,8 @@
 tokenizer with padding and an end of text -> model with a classifier for these classes, named in its configuration
 """
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import datasets
@@ -25,20 +23,15 @@ from transformers import (
 
 from ..data.labelled_texts import PAIR, TEXT
 from ..data.vocabulary import tokenizer_name, train_bytes, train_wordpiece
+from ..families import CAUSAL_LM, Head
 from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from ..hub.pretrained import load_to_train
-from ..memory import new_model
-from ..models.configuration_bert import TfmBertConfig
-from ..models.configuration_gpt import TfmGPTConfig
-from .model_fields import fresh_head, label_fields, new_config
+from .model_fields import build_new, fresh_head, label_fields, new_config, takes
 
 log = logging.getLogger(__name__)
 
-# By architecture: the configuration of a new model, and the function that trains its tokenizer.
-ARCHITECTURES = {"bert": (TfmBertConfig, train_wordpiece), "gpt": (TfmGPTConfig, train_bytes)}
 # Configuration fields that the tokenizer determines.
 TOKEN_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-DECODERS = ("tfm_gpt", "gpt2", "openai-gpt")  # model types with causal attention
 SEGMENTS = "token_type_ids"
 
 
@@ -48,6 +41,8 @@ class ClassifierArguments(Protocol):
     seed: int
     max_length: int
     architecture: str
+    head: Head
+    config_class: type[PreTrainedConfig]
     size: str
     model: dict[str, Any]
     model_name_or_path: str | None
@@ -67,8 +62,7 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
     """Return the inputs that a model, wrapped or not, reads: ``token_type_ids`` only if it has several segments."""
     plain = extract_model_from_parallel(model)
     plain = plain.module if isinstance(plain, AveragedModel) else plain
-    accepted = inspect.signature(type(plain).forward).parameters
-    segments = getattr(plain.config, "type_vocab_size", 0) > 1 and SEGMENTS in accepted
+    segments = getattr(plain.config, "type_vocab_size", 0) > 1 and takes(plain, SEGMENTS)
     return ("input_ids", "attention_mask", *([SEGMENTS] if segments else []))
 
 
@@ -84,8 +78,13 @@ def classifier_tokenizer(args: TokenizerArguments, rows: datasets.Dataset) -> Pr
     if ready := args.tokenizer or args.model_name_or_path:
         argument = "tokenizer" if args.tokenizer else "model_name_or_path"
         return complete(load_tokenizer(ready, argument, None, args.trust_remote_code))
-    _, train = ARCHITECTURES[args.architecture]
+    train = train_bytes if args.architecture in CAUSAL_LM.families() else train_wordpiece
     return complete(train(all_texts(rows), args.vocab_size, args.lowercase))
+
+
+def decoder_types() -> list[str]:
+    """Return the model types with causal attention, of our families and of transformers."""
+    return [*CAUSAL_LM.model_types(), "openai-gpt"]
 
 
 def complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -139,16 +138,13 @@ def build_classifier(
     if args.model_name_or_path:
         model = load_classifier(args.model_name_or_path, tokenizer, labels, args.model, args.trust_remote_code)
     else:
-        config_class, _ = ARCHITECTURES[args.architecture]
         tokens = {name: getattr(tokenizer, name) for name in TOKEN_FIELDS[1:]}
-        config = new_config(
-            config_class, args, vocab_size=max(vocab_size, len(tokenizer)), **tokens, **class_fields(labels)
-        )
-        new = partial(AutoModelForSequenceClassification.from_config, trust_remote_code=False)
-        model = new_model(new, config)
-    if args.language_weight and model.config.model_type not in DECODERS:
+        vocab_size = max(vocab_size, len(tokenizer))
+        config = new_config(args.config_class, args, vocab_size=vocab_size, **tokens, **class_fields(labels))
+        model = build_new(config, args.head)
+    if args.language_weight and model.config.model_type not in decoder_types():
         raise ValueError(
-            f"language_weight is for {', '.join(DECODERS)}: a {model.config.model_type} model sees all tokens"
+            f"language_weight is for {', '.join(decoder_types())}: a {model.config.model_type} model sees all tokens"
         )
     limit = getattr(model.config, "max_position_embeddings", None) or args.max_length
     if args.max_length > limit:

@@ -7,7 +7,6 @@ Shapes: B sentences; S source, T target positions.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import datasets
@@ -17,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -42,19 +42,18 @@ from ..data.batching import StepLoader, TokenBudgetSampler, pad, part_of_rank, r
 from ..data.stream import StreamLoader
 from ..data.text import EXTRA_LENGTH
 from ..data.vocabulary import tokenizer_name
+from ..families import SEQ2SEQ
 from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from ..hub.pretrained import TRANSLATIONS, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
-from ..memory import new_model
 from ..metrics import Bleu, Chrf, ExactMatch
-from ..models.configuration_transformer import TfmTransformerConfig
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.mask_predict import mask_targets
 from ..models.modeling_transformer import shift_right
 from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
 from .loaders import check_stream, token_loader
-from .model_fields import check_fields
+from .model_fields import build_new, check_fields, sums_losses
 from .splits import load_rows
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]
@@ -92,7 +91,6 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
         tokenizer: folder or Hub id of a tokenizer; default, a byte-pair encoding is trained on the training data.
         vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
-        size: size of a new model, see TfmTransformerConfig.
         num_beams: beams of the final translations; 1 is greedy decoding.
         length_penalty: exponent of the length by which beam scores are divided.
         iterations: refinement passes of a mask-predict model.
@@ -106,7 +104,8 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
     tokenizer: str | None = None
     vocab_size: int = 10_000
     lowercase: bool = False
-    size: Literal["tiny", "base", "big"] = "tiny"
+    architecture: str = "transformer"
+    size: str = "tiny"
     num_beams: int = 5
     length_penalty: float = 1.0
     iterations: int = 10
@@ -139,7 +138,7 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
         if self.lowercase and (self.model_name_or_path or self.tokenizer):
             raise ValueError("lowercase applies to a trained tokenizer: give neither tokenizer nor model_name_or_path")
         if not self.model_name_or_path:
-            check_positions(build_config(self.size, self.model), self.max_length)
+            check_positions(build_config(self), self.max_length)
 
 
 @dataclass(kw_only=True)
@@ -182,7 +181,7 @@ class TranslationCollator:
         seed: of the masks that a mask-predict model is trained on.
     """
 
-    config: TfmTransformerConfig
+    config: PreTrainedConfig
     seed: int = 0
 
     def __call__(self, examples: list[dict], indices: list[int], epoch: int, is_dummy: bool = False) -> Batch:
@@ -190,7 +189,7 @@ class TranslationCollator:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         labels = pad([example["labels"] for example in examples], IGNORE_INDEX)
         batch = {"input_ids": source, "attention_mask": (torch.arange(source.shape[1]) < lengths[:, None]).long()}
-        if self.config.decoding == "mask_predict":
+        if is_mask_predict(self.config):
             noise = [rng(self.seed, epoch, index).random(labels.shape[1] + 1, dtype=np.float32) for index in indices]
             inputs, labels, real = mask_targets(labels, self.config, torch.from_numpy(np.stack(noise)))
             batch |= {"decoder_input_ids": inputs, "decoder_attention_mask": real}
@@ -237,10 +236,9 @@ class TranslationTask(Task):
         if args.model_name_or_path:
             model = load_translator(args.model_name_or_path, tokenizer)
         else:
-            new = partial(AutoModelForSeq2SeqLM.from_config, trust_remote_code=False)
-            model = new_model(new, build_config(args.size, args.model, tokenizer))
+            model = build_new(build_config(args, tokenizer), args.head)
         check_positions(model.config, args.max_length)
-        if model.config.position_embedding_type == "learned":
+        if has_learned_positions(model.config):
             tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are truncated
         model.generation_config = generation_config(model.config, args.num_beams, args.length_penalty, args.max_length)
         return model
@@ -278,6 +276,11 @@ class TranslationTask(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Task`."""
+        if not sums_losses(model):
+            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+            targets = batch["labels"].flatten()
+            loss = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            return {"token": loss}
         output = model(**batch, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.token_loss}
         if "decoder_attention_mask" in batch:
@@ -315,7 +318,7 @@ class TranslationTask(Task):
             given = {name: getattr(args, name) for name in ("num_beams", "length_penalty", "iterations")}
             options = {name: value for name, value in given.items() if value is not None}
         else:
-            options = {"iterations": args.iterations} if model.config.decoding == "mask_predict" else {}
+            options = {"iterations": args.iterations} if is_mask_predict(model.config) else {}
         translations = translate(
             model,
             self.processor,
@@ -357,7 +360,7 @@ def check_decoding(model: PreTrainedModel, args: TranslationEvaluationArguments)
     Raises:
         ValueError: with the option.
     """
-    masked = getattr(model.config, "decoding", "autoregressive") == "mask_predict"
+    masked = is_mask_predict(model.config)
     if args.iterations is not None and not masked:
         raise ValueError(f'iterations is for mask-predict models, and "{args.model}" is not one')
     if masked and (args.num_beams or args.length_penalty is not None):
@@ -371,27 +374,36 @@ def check_decoding(model: PreTrainedModel, args: TranslationEvaluationArguments)
         raise ValueError(f"num_beams must be at most the vocabulary size {size}, got {args.num_beams}")
 
 
-def build_config(size: str, fields: dict[str, Any], tokenizer: Tokenizer | None = None) -> TfmTransformerConfig:
+def is_mask_predict(config: PreTrainedConfig) -> bool:
+    """True for a model that predicts masked target tokens, all at once: those with ``decoding`` "mask_predict"."""
+    return getattr(config, "decoding", "autoregressive") == "mask_predict"
+
+
+def has_learned_positions(config: PreTrainedConfig) -> bool:
+    """True for a model with a table of learned positions."""
+    return getattr(config, "position_embedding_type", None) == "learned"
+
+
+def build_config(args: TranslationArguments, tokenizer: Tokenizer | None = None) -> PreTrainedConfig:
     """The configuration of a new translation model.
 
     Args:
-        size: see `TfmTransformerConfig.of_size`.
-        fields: that differ from the size's.
         tokenizer: gives the vocabulary and its special tokens; None to check the rest before there is one.
 
     Raises:
         ValueError: a field is unknown or has no such value, or the tokenizer lacks a token.
     """
-    by_tokenizer = [name for name in TfmTransformerConfig.__dataclass_fields__ if "token_id" in name]
-    check_fields(TfmTransformerConfig, fields, by_tokenizer)
+    kind, fields = args.config_class, args.model
+    check_fields(kind, fields, [name for name in kind.__dataclass_fields__ if "token_id" in name])
     given = {}
     if tokenizer is not None:
         check_tokenizer(tokenizer)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "mask")}
-        start = ids["pad_token_id"] if ids["bos_token_id"] is None else ids["bos_token_id"]
+        names = [f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")]
+        ids = {name: getattr(tokenizer, name) for name in names if name in kind.__dataclass_fields__}
+        start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         given = {"vocab_size": len(tokenizer), **ids, "decoder_start_token_id": start}
     try:
-        config = TfmTransformerConfig.of_size(size, **{**given, **fields})
+        config = kind.of_size(args.size, **{**given, **fields})
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
     if tokenizer is not None and config.vocab_size < len(tokenizer):
@@ -421,13 +433,13 @@ def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
     """
     config = load_config(name, "model_name_or_path", trust_remote_code=None)
-    if config.model_type != TfmTransformerConfig.model_type:
+    if config.model_type not in (known := SEQ2SEQ.model_types()):
         raise ValueError(
-            f'model_name_or_path "{name}" is a {config.model_type} model, not a {TfmTransformerConfig.model_type}: '
+            f'model_name_or_path "{name}" is a {config.model_type} model, not a {" or ".join(known)}: '
             "convert it first with hf-tfm convert --to tfm"
         )
     check_tokenizer(tokenizer)
-    model, _ = load_to_train(AutoModelForSeq2SeqLM, name, lambda model, weight: "")
+    model, _ = load_to_train(SEQ2SEQ, name, lambda model, weight: "")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f'model_name_or_path "{name}" has {model.config.vocab_size} tokens, fewer than the '
@@ -442,13 +454,13 @@ def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:
     return model
 
 
-def check_positions(config: TfmTransformerConfig, max_length: int) -> None:
+def check_positions(config: PreTrainedConfig, max_length: int) -> None:
     """Refuse learned positions that end before the longest text.
 
     Raises:
         ValueError: with both lengths.
     """
-    if config.position_embedding_type == "learned" and config.max_position_embeddings < max_length:
+    if has_learned_positions(config) and config.max_position_embeddings < max_length:
         raise ValueError(
             "max_length must be at most max_position_embeddings of a model with learned positions, got "
             f"{max_length} and {config.max_position_embeddings}"
@@ -516,7 +528,7 @@ def generation_config(config, num_beams: int, length_penalty: float, max_length:
         "decoder_start_token_id": config.decoder_start_token_id,
         "max_length": max_length,
     }
-    if config.decoding == "mask_predict":
+    if is_mask_predict(config):
         return GenerationConfig(**shared)
     beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": num_beams > 1}
     return GenerationConfig(**shared, **(beams if num_beams > 1 else {}))

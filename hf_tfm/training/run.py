@@ -20,7 +20,7 @@ from torch import nn
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
-from ..arguments import TrainingArguments
+from ..arguments import ModelArguments, TrainingArguments
 from ..data.source import STREAM
 from ..finite import check_finite, first_not_finite
 from ..hub.card import metadata, write_card
@@ -69,7 +69,10 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     for argument in ("model_name_or_path", "teacher"):
         if source := getattr(args, argument, None):
             require_model(argument, source)
-            check_kind(argument, source, getattr(args, "fitting", {}).get(argument), args.trust_remote_code)
+            suitable = getattr(args, "fitting", {}).get(argument)
+            config = check_kind(argument, source, suitable, args.trust_remote_code)
+            if argument == "model_name_or_path" and isinstance(args, ModelArguments):
+                args.check_saved(config)
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     install_sigterm_handler()

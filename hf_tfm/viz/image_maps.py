@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from .attention import forming_maps, pick
 from .images import (
-    MASKED_AUTOENCODERS,
     NamedImage,
     enlarge,
+    is_masked_autoencoder,
     mask_ratio_of,
     name_of,
     pixels,
@@ -113,7 +113,7 @@ def image_attention_maps(
 def forward_whole(model: PreTrainedModel, pixel_values: Tensor, patches: int) -> Any:
     """Run the model on (1, C, H, W) with maps; in a masked autoencoder all patches are visible and in order."""
     options = {"output_attentions": True, **size_option(model, pixel_values)}
-    if model.config.model_type not in MASKED_AUTOENCODERS:
+    if not is_masked_autoencoder(model.config):
         return model(pixel_values, **options)
     order = torch.arange(patches, device=pixel_values.device)[None] / patches
     with mask_ratio_of(model, 0.0):

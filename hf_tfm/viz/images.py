@@ -26,8 +26,8 @@ from transformers import (
 
 from ..data.images import BadImage, decode
 from ..data.source import load_splits, take_split
+from ..families import FAMILIES, MASKED_AUTOENCODER
 from ..hub.loading import load_config, load_model
-from ..hub.pretrained import MASKED_AUTOENCODERS
 from ..models.patches import patch_grid
 
 DATASET_ROW = re.compile(r"(?P<dataset>.+):(?P<split>[\w.-]+):(?P<index>-?\d+)")
@@ -41,12 +41,23 @@ class NamedImage:
     image: Image.Image
 
 
+def reads_patches(config: PreTrainedConfig | type[PreTrainedConfig]) -> bool:
+    """Return True if a model, or those of a configuration class, split images into patches."""
+    return None not in (getattr(config, "patch_size", None), getattr(config, "image_size", None))
+
+
+def is_masked_autoencoder(config: PreTrainedConfig) -> bool:
+    """Return True for a masked autoencoder of this package or of transformers, with or without its decoder."""
+    return config.model_type in MASKED_AUTOENCODER.model_types()
+
+
 def require_image_model(config: PreTrainedConfig, model: str) -> None:
     """Refuse a model that does not split images into patches."""
-    if getattr(config, "patch_size", None) is None or getattr(config, "image_size", None) is None:
+    if not reads_patches(config):
+        ours = [family.config.model_type for family in FAMILIES if reads_patches(family.config)]
         raise ValueError(
             f'"{model}" is a {config.model_type} model: pictures of images are for models of image patches, such as '
-            "tfm_vit, tfm_mae, vit and vit_mae"
+            f"{', '.join(ours)}, vit and vit_mae"
         )
 
 
@@ -72,10 +83,10 @@ def load_autoencoder(model: str, trust_remote_code: bool = False) -> PreTrainedM
         ValueError: it is another kind of model, or its decoder was not saved.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
-    if config.model_type not in MASKED_AUTOENCODERS:
+    if not is_masked_autoencoder(config):
         raise ValueError(
             f'"{model}" is a {config.model_type} model: reconstructions are for masked autoencoders, '
-            f"{' and '.join(MASKED_AUTOENCODERS)}"
+            f"{' and '.join(MASKED_AUTOENCODER.model_types())}"
         )
     return load_model(AutoModelForPreTraining, model, trust_remote_code=trust_remote_code)
 

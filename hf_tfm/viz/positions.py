@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..models.patches import patch_grid, sides
 from .grid import DPI, SMALL
-from .images import MASKED_AUTOENCODERS, name_of, require_image_model
+from .images import is_masked_autoencoder, name_of, require_image_model
 from .mosaic import save
 
 SPACE = 4  # between maps, in pixels
@@ -64,7 +64,7 @@ def plot_positions(model: PreTrainedModel, output: str | Path) -> Path:
 
 def kind(model: PreTrainedModel) -> str:
     """Describe the kind of positions."""
-    if model.config.model_type in MASKED_AUTOENCODERS:
+    if is_masked_autoencoder(model.config):
         return "fixed positions"
     kinds = {"learned_2d": "positions learned by row and column", "sincos_2d": "fixed positions"}
     return kinds.get(getattr(model.config, "position_embedding_type", ""), "learned positions")

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.modeling_mae import TfmMAEForPreTraining
-from .images import MASKED_AUTOENCODERS, NamedImage, enlarge, mask_ratio_of, name_of, pixels, size_option, visible
+from .images import NamedImage, enlarge, is_masked_autoencoder, mask_ratio_of, name_of, pixels, size_option, visible
 from .mosaic import Mosaic
 
 GREY = 0.5  # value of masked patches
@@ -65,7 +65,7 @@ def reconstruct_images(
         ValueError: the model is not a masked autoencoder, ``mask_ratio`` is out of range, or the patch size does not
             divide an image.
     """
-    if model.config.model_type not in MASKED_AUTOENCODERS or not hasattr(model, "decoder"):
+    if not is_masked_autoencoder(model.config) or not hasattr(model, "decoder"):
         raise ValueError(f"model must be a masked autoencoder with its decoder, got {type(model).__name__}")
     generator = torch.Generator().manual_seed(seed)
     training = model.training
@@ -84,10 +84,10 @@ def reconstruct(
     pixel_values, (rows, columns) = pixels(model, processor, image.image)
     noise = torch.rand(1, rows * columns, generator=generator).to(model.device)
     outputs = model(pixel_values, noise=noise, **size_option(model, pixel_values))
-    # The method reads only the model's configuration, so it works for transformers' class too.
+    # Our method reads only the model's configuration, so it works for transformers' class too.
+    fill = getattr(type(model), "reconstruct", TfmMAEForPreTraining.reconstruct)
     predicted, pasted = (
-        TfmMAEForPreTraining.reconstruct(model, pixel_values, outputs.logits, mask)
-        for mask in (torch.ones_like(outputs.mask), outputs.mask)
+        fill(model, pixel_values, outputs.logits, mask) for mask in (torch.ones_like(outputs.mask), outputs.mask)
     )
     original = visible(processor, pixel_values)
     mask = outputs.mask.bool().view(rows, columns).cpu().numpy()

@@ -1,7 +1,6 @@
 """What the tests of distillation share: tiny teachers and students of every family, and tasks with a few samples."""
 
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,8 +193,8 @@ def image_task(**options) -> ImageClassificationTask:
     return ImageClassificationTask.for_model(vit(), image_processor(16, resize=20), **options)
 
 
-def detection_task(config: TfmDetrConfig) -> Task:
-    return DetectionTask.for_model(SimpleNamespace(config=config), scene_processor(64, 96), augmentation=None)
+def detection_task(model: TfmDetrForObjectDetection) -> Task:
+    return DetectionTask.for_model(model, scene_processor(64, 96), augmentation=None)
 
 
 def language_task(seed: int = 0) -> LanguageModelingTask:

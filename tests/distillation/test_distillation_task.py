@@ -83,7 +83,7 @@ def images(kind="ours", **options):
 
 def detection():
     student = detr(2, seed=1)
-    return distillation(detection_task(student.config), detr(4), student, DETECTION)
+    return distillation(detection_task(student), detr(4), student, DETECTION)
 
 
 CASES = {
@@ -278,7 +278,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     student = detr(3)
     terms = [{"kind": "query"}, {"kind": "hidden_state", "stack": "decoder"}]
     student.config.auxiliary_loss = False
-    task, model = distillation(detection_task(student.config), copy.deepcopy(student), student, terms)
+    task, model = distillation(detection_task(student), copy.deepcopy(student), student, terms)
     found = losses(task, model.eval(), batches(task, scenes(), [[0, 1]])[0])
     assert all(value == pytest.approx(0.0, abs=1e-4) for value in found.values())
 

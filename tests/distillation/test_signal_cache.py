@@ -64,7 +64,7 @@ CASES = {
         pictures,
     ),
     "detection": (
-        lambda: detection_task(detr(2).config),
+        lambda: detection_task(detr(2)),
         lambda: detr(4),
         lambda: detr(2, seed=1),
         [

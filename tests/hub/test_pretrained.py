@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from hf_tfm.cli import main
 from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
 from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
-from hf_tfm.tasks import detr, image_classification, language_modeling, text_model
+from hf_tfm.tasks import detectors, image_classification, model_fields, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
@@ -109,14 +110,14 @@ LOADERS = {
     "gpt-untied": lambda folder: language(folder, "causal"),
     "vit": lambda folder: image_classification.load_classifier(folder, ["a", "b", "c"], 16),
     "mae": lambda folder: load_autoencoder(folder, {}),
-    "detr": lambda folder: load_to_train(class_of("detr"), folder, detr.head_of),
+    "detr": lambda folder: load_to_train(class_of("detr"), folder, detectors.head_of),
     "transformer": lambda folder: load_to_train(class_of("transformer"), folder, nothing),
 }
 
 
 def language(folder, objective):
     kind = class_of("bert-masked" if objective == "masked" else "gpt")
-    return load_to_train(kind, folder, language_modeling.head_of)
+    return load_to_train(kind, folder, model_fields.head_of)
 
 
 def changed(folder, target, change):
@@ -200,19 +201,19 @@ def test_heads_may_be_new(saved):
     language(str(saved["gpt-base"]), "causal")
     for name in ("bert-base", "bert", "bert-masked"):
         _, fresh = load_to_train(
-            pretrained.AutoModelForSequenceClassification,
+            transformers.AutoModelForSequenceClassification,
             str(saved[name]),
             text_model.head_of,
             resized="",
             num_labels=5,
         )
         assert {"classifier.weight", "classifier.bias"} <= fresh
-    _, fresh = load_to_train(class_of("detr"), str(saved["detr-base"]), detr.head_of)
+    _, fresh = load_to_train(class_of("detr"), str(saved["detr-base"]), detectors.head_of)
     assert {key.split(".")[0] for key in fresh} == {"class_labels_classifier", "bbox_predictor"}
 
 
 def test_teachers_bring_every_weight(saved, tmp_path):
-    kind = pretrained.AutoModelForImageClassification
+    kind = transformers.AutoModelForImageClassification
     load_teacher(str(saved["vit"]), kind)
     with pytest.raises(LoadingError, match="lacks the weights"):
         load_teacher(str(saved["vit-base"]), kind)

@@ -62,8 +62,10 @@ def test_papers_presets_have_the_papers_sizes(name, parameters):
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    content = yaml.safe_load((RECIPES / "presets" / "translation_train" / f"{name}.yaml").read_text())
-    config = build_config(content["size"], {**content.get("model", {}), "vocab_size": content["vocab_size"]})
+    recipe = RECIPES / "translation_train.py"
+    content = yaml.safe_load((RECIPES / "presets" / recipe.stem / f"{name}.yaml").read_text())
+    args = parse_arguments(arguments_of(recipe), recipe, ["--config", name])
+    config = build_config(dataclasses.replace(args, model={**args.model, "vocab_size": content["vocab_size"]}))
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.03)
@@ -75,7 +77,11 @@ def test_choices_are_those_there_are():
     hints = get_type_hints(arguments_of(RECIPES / "translation_train.py"))
     (metric,) = get_args(hints["metrics"])
     assert set(get_args(metric)) == set(METRICS)
-    assert set(get_args(hints["size"])) == set(SIZES)
+    args = parse_arguments(
+        arguments_of(RECIPES / "translation_train.py"), RECIPES / "translation_train.py", ["--config", "quickstart"]
+    )
+    with pytest.raises(ValueError, match=f"size must be one of {', '.join(SIZES)}, got"):
+        dataclasses.replace(args, size="huge")
 
 
 @pytest.mark.parametrize("file", LAUNCH, ids=lambda path: path.stem)
