@@ -293,7 +293,7 @@ def task_class(recipe: str) -> type:
 
 def options(page: Path, recipe: str) -> str:
     """Return the table of options of a recipe that its task adds to the shared ones, or redefines."""
-    from hf_tfm.options import as_word, hint_of, type_name
+    from hf_tfm.options import as_word, choice_name, hint_of, type_name
 
     kind = task_class(recipe).Arguments
     bases = [base for base in kind.__mro__ if is_dataclass(base)]
@@ -307,14 +307,15 @@ def options(page: Path, recipe: str) -> str:
         if base.__module__ != "hf_tfm.arguments"
         for name in vars(base).get("__annotations__", ())
     }
-    rows = []
+    rows, choices = [], kind.choices()
     for one in fields(kind):
         if one.name in added:
             default = one.default if one.default_factory is MISSING else one.default_factory()
             shown = "required" if default is MISSING else f"`{as_word(default)}`"
             if default is None or is_dataclass(default) or (isinstance(default, (list, dict)) and not default):
                 shown = ""
-            rows.append([f"`--{one.name}`", f"`{type_name(hint_of(kind, one.name))}`", shown, about.get(one.name, "")])
+            values = choice_name(choices[one.name]) if one.name in choices else type_name(hint_of(kind, one.name))
+            rows.append([f"`--{one.name}`", f"`{values}`", shown, about.get(one.name, "")])
     return table(("option", "type", "default", "meaning"), sorted(rows))
 
 

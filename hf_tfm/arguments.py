@@ -154,8 +154,8 @@ class ModelArguments(Arguments):
     Args:
         model_name_or_path: folder or Hub id of a pretrained model to start from, with its tokenizer or image
             processor; default, a new model with random weights.
-        architecture: family of a new model, one with a head for the task; docs/add_a_family.md adds one.
-        size: size of a new model, see its configuration, for example TfmViTConfig.
+        architecture: model family of a new model.
+        size: size of a new model, one of those of its configuration, for example `TfmViTConfig.of_size`.
         model: configuration fields that differ from those of the size.
     """
 
@@ -172,6 +172,11 @@ class ModelArguments(Arguments):
         super().__post_init__()
         if self.fitting:
             _ = self.config_class
+
+    @classmethod
+    def choices(cls) -> dict[str, list[str]]:
+        """Return the values of options that the table of families determines, for help and documentation."""
+        return {"architecture": list(cls.fitting["model_name_or_path"].head.families())} if cls.fitting else {}
 
     def check_saved(self, config: PreTrainedConfig) -> None:
         """Check arguments that depend on the family of ``model_name_or_path``, before any data is read.

@@ -6,7 +6,7 @@ arguments or a YAML file, argument dataclass -> checked, or a ValueError, before
 import argparse
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
+from .arguments import ModelArguments
 from .command import DEBUG_HELP
 from .values import closest, conform, expected, hints_of, literals, one_line, shown
 
@@ -366,12 +367,17 @@ def hint_of(kind: Any, name: str) -> Any:
 def type_name(hint: Any) -> str:
     """Return the placeholder of a value in the help: INT, FLOAT, STR, MAPPING, choices, or VALUE for several types."""
     if choices := literals(hint):
-        return f"{{{','.join(map(str, choices))}}}"
+        return choice_name(choices)
     hints = [
         one for one in (get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]) if one is not NoneType
     ]
     kind = get_origin(hints[0]) or hints[0]
     return "VALUE" if len(hints) > 1 else "MAPPING" if kind is dict else getattr(kind, "__name__", "value").upper()
+
+
+def choice_name(choices: Iterable[Any]) -> str:
+    """Return the placeholder of a value with these choices in the help."""
+    return f"{{{','.join(map(str, choices))}}}"
 
 
 def as_word(value: Any) -> str:
@@ -432,6 +438,10 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
         others = {one.name for one in fields(kind)} - own
         group = parser.add_argument_group(title)
         group.add_class_arguments(kind, as_group=False, skip=others, fail_untyped=True, sub_configs=False)
+    choices = kind.choices() if issubclass(kind, ModelArguments) else {}
+    for action in parser._actions:
+        if action.dest in choices:
+            action.metavar = choice_name(choices[action.dest])
     configs, words = [], []
     rest = iter(argv)
     try:

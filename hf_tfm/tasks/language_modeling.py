@@ -44,7 +44,7 @@ from ..data.stream import StreamLoader
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown, train_bytes, train_wordpiece, word_starts
 from ..distillation.model_spec import check_tokenizers
-from ..families import NEXT_SENTENCE_LM
+from ..families import CAUSAL_LM, MASKED_LM, NEXT_SENTENCE_LM
 from ..hub.loading import load_config, load_model, load_tokenizer
 from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, SENTENCE_PAIRS, Suitable, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS
@@ -101,7 +101,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         tokenizer_rows: number of training rows that the tokenizer is trained on; default, all.
         vocab_size: vocabulary size of the trained tokenizer.
         lowercase: the trained tokenizer lower-cases all text.
-        architecture: family of a new model; default, bert for masked tokens and gpt for next tokens.
+        architecture: model family of a new model; default, bert for masked tokens and gpt for next tokens.
     """
 
     streaming: bool = False
@@ -113,6 +113,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
     tokenizer_rows: int | None = None
     vocab_size: int = 30_522
     lowercase: bool = True
+    architecture: str | None = None
     size: str = "small"
 
     def __post_init__(self):
@@ -145,6 +146,11 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         if self.objective == "causal":
             return NEXT_WORDS
         return SENTENCE_PAIRS if self.sequences == "pairs" else MASKED_WORDS
+
+    @classmethod
+    def choices(cls) -> dict[str, list[str]]:
+        """See `ModelArguments`."""
+        return {"architecture": [*MASKED_LM.families(), *CAUSAL_LM.families()]}
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:

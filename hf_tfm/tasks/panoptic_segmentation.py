@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from ..families import DETECTOR
 from ..hub.pretrained import OBJECTS, SEGMENTS, Suitable
 from .object_detection import DetectionTask, SegmentArguments
 from .scenes import SceneArguments
@@ -28,6 +29,11 @@ class PanopticArguments(SegmentArguments, SceneArguments):
     def fitting(self) -> dict[str, Suitable]:
         """See `SceneArguments`."""
         return OBJECTS if self.stage == "boxes" else SEGMENTS
+
+    @classmethod
+    def choices(cls) -> dict[str, list[str]]:
+        """See `ModelArguments`."""
+        return {"architecture": list(DETECTOR.families())}
 
     def __post_init__(self):
         super().__post_init__()
