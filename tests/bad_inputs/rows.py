@@ -333,7 +333,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ),
     # commands
     ("run", "nosuch", r'no recipe "nosuch"'),
-    ("nosuch", "", 'no command "nosuch"'),
+    ("nosuch", "", '"nosuch" is not a command'),
     ("evaluate", "", "model and dataset"),
     ("evaluate {models}/tr --dataset_name number-words", "--batch_tokens 0", got("batch_tokens", "1", "0")),
     ("evaluate {models}/tr --dataset_name number-words", "--num_beams 100000", got("num_beams", "1,024", "100")),
