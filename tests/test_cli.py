@@ -370,7 +370,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(quickstart, "run", brief)
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
     said = capfd.readouterr().out
-    assert "loaded in a fresh process" in said
+    assert "loaded in a new process" in said
     for sentence in quickstart.SENTENCES:
         assert f"  {sentence} -> " in said
     for row in (
