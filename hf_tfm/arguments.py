@@ -108,7 +108,7 @@ class DatasetArguments(Arguments):
     data_files: dict[str, str | list[str]] | None = None
 
     @property
-    def source(self) -> tuple[Any, ...]:
+    def source(self) -> tuple[str, str | None, str | None, dict[str, str | list[str]] | None]:
         """The arguments of `data.source.load_splits`."""
         return self.dataset_name, self.dataset_config, self.dataset_revision, self.data_files
 

@@ -187,7 +187,7 @@ class Mixing:
         """Return whether mixing is enabled."""
         return bool(self.probability and (self.mixup or self.cutmix))
 
-    def draw(self, size: tuple[int, int], *key: int) -> tuple[float, tuple[int, int, int, int]]:
+    def draw(self, size: tuple[int, int], *key: Sample) -> tuple[float, tuple[int, int, int, int]]:
         """Draw the share and region that a sample takes from its neighbour.
 
         Args:

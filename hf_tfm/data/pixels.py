@@ -5,6 +5,7 @@
 Size, mean and standard deviation have one source, the image processor that is saved with the model.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..models.patches import Size, sides
 from .images import MAX_PIXELS, BadImage
 from .scenes import Scene, scaled
 
+Channels = tuple[float, float, float]  # one value for each of red, green and blue
 INTERPOLATION = {
     PILImageResampling.NEAREST: InterpolationMode.NEAREST_EXACT,
     PILImageResampling.BILINEAR: InterpolationMode.BILINEAR,
@@ -30,8 +32,8 @@ INTERPOLATION = {
 def image_processor(
     size: Size,
     resize: int | None = None,
-    mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
-    std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
+    mean: Channels = tuple(IMAGENET_DEFAULT_MEAN),
+    std: Channels = tuple(IMAGENET_DEFAULT_STD),
 ) -> ViTImageProcessor:
     """Return the image processor of a new model.
 
@@ -57,8 +59,8 @@ def image_processor(
 def scene_processor(
     size: int = 800,
     max_size: int = 1333,
-    mean: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_MEAN),
-    std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
+    mean: Channels = tuple(IMAGENET_DEFAULT_MEAN),
+    std: Channels = tuple(IMAGENET_DEFAULT_STD),
     kind: str = "DetrImageProcessor",
 ) -> BaseImageProcessor:
     """Return the image processor of a new detector.
@@ -76,9 +78,6 @@ def scene_processor(
         raise ValueError(f"size must be in [1, max_size = {max_size}], got {size}")
     edges = {"shortest_edge": size, "longest_edge": max_size}
     return getattr(transformers, kind)(size=edges, image_mean=list(mean), image_std=list(std))
-
-
-Channels = tuple[float, ...]
 
 
 def pixel_scale(
@@ -101,6 +100,12 @@ def pixel_scale(
     except OSError as error:
         raise ValueError(f"model_name_or_path {source} has no image processor: give mean and std") from error
     return mean or tuple(earlier.image_mean), std or tuple(earlier.image_std)
+
+
+def as_fractions(values: Iterable[float]) -> Channels:
+    """Return values of pixels in [0, 255] for pixels in [0, 1]."""
+    red, green, blue = (value / 255.0 for value in values)
+    return red, green, blue
 
 
 class Scale:
@@ -272,8 +277,7 @@ def as_read(source: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     if data := getattr(found, "data_config", None):  # timm's
         return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
     pixels = Pixels(found)
-    mean, std = (tuple(value / 255.0 for value in values) for values in (pixels.mean, pixels.std))
-    return image_processor(pixels.size, mean=mean, std=std)
+    return image_processor(pixels.size, mean=as_fractions(pixels.mean), std=as_fractions(pixels.std))
 
 
 def image_size_of(processor: BaseImageProcessor) -> int | tuple[int, int]:

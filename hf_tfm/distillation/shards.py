@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,12 +112,12 @@ def differences(held: CacheIndex, wanted: CacheIndex) -> list[str]:
     return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in changed]
 
 
-def save_cost(folder: Path, cost: dict[str, Any], of: str) -> None:
+def save_cost(folder: Path, cost: Cost, of: str) -> None:
     """Save the teacher's cost, a row of `hub.cost`, and the identifier of what its score was measured on."""
     write_text(folder / COST_FILE, json.dumps({"of": of, "cost": cost}, indent=2) + "\n")
 
 
-def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
+def load_cost(folder: Path, of: str) -> Cost | None:
     """Load the row of `save_cost`, without its score if that was measured on something else; None if there is none.
 
     Raises:
@@ -134,7 +134,7 @@ def load_cost(folder: Path, of: str) -> dict[str, Any] | None:
         raise ValueError(
             f"{file} is damaged ({error}): write the cache anew, or delete the file to do without the teacher's costs"
         ) from error
-    return {name: value for name, value in held["cost"].items() if name != "score" or held["of"] == of}
+    return cast(Cost, {name: value for name, value in held["cost"].items() if name != "score" or held["of"] == of})
 
 
 def pack(samples: Sequence[tuple[int, Signals] | None]) -> dict[str, Tensor]:

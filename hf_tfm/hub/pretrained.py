@@ -124,7 +124,7 @@ def load_to_train(
     resized: str | None = None,
     trust_remote_code: bool | None = None,
     **data: Any,
-) -> tuple[PreTrainedModel, set[str]]:
+) -> tuple[Any, set[str]]:
     """Load a model in float32 for further training, and return it with the names of its newly initialised weights.
 
     Args:

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC
 from collections.abc import Sequence
+from typing import Any
 
 import evaluate
 
@@ -58,3 +59,14 @@ class OfflineMetric(evaluate.Metric, ABC):
         if predictions is None and references is None and self.writer is None:
             predictions, references = [], []  # a process whose shard is empty
         return super().compute(predictions=predictions, references=references)
+
+    def result_of(self, predictions: Any, references: Any) -> dict[str, Any]:
+        """`compute` in a single process, which has the result.
+
+        Raises:
+            ValueError: if this is not process 0.
+        """
+        result = self.compute(predictions=predictions, references=references)
+        if result is None:
+            raise ValueError("the result is in process 0")
+        return result

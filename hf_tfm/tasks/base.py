@@ -7,10 +7,10 @@ A task is one module: its arguments, data, model, losses and scores. `training.t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,7 @@ from ..data.source import describe_rows, describe_source
 
 Batch = dict[str, Any]
 Collator = Callable[..., Batch]
+AnyTask = TypeVar("AnyTask", bound="Task")
 
 
 class Loader(Protocol):
@@ -80,7 +81,6 @@ class Task(ABC):
         args: may be replaced by `load_splits`, which resolves what the data decides.
         splits: {name: rows}, of `load_splits`.
         processor: tokenizer or image processor.
-        model: the model that is trained or evaluated.
     """
 
     Arguments: ClassVar[type[TrainingArguments]]
@@ -88,8 +88,6 @@ class Task(ABC):
     DistillationArguments: ClassVar[type | None] = None  # default: `tasks.distillation.distill` combines the groups
     kind: ClassVar[str]  # the models that the task evaluates, a plural noun: "image classifiers"
     sample: ClassVar[str] = "samples"  # plural name of the samples in the report of an evaluation
-    hub_task: str  # the Hub's name of the task, for the model card
-    item: ClassVar[str]  # the unit of throughput in logs, say "target tokens"
     term: ClassVar[str]  # the term of `count` that counts these
     processor_class: ClassVar[Any]  # Auto class that loads the processor
     described_columns: ClassVar[tuple[str, ...]] = ()  # arguments with column names that the results file records
@@ -103,11 +101,26 @@ class Task(ABC):
         self.args, self.accelerator = args, accelerator
         self.splits: dict[str, Any] = {}
         self.processor: Any = None
-        self.model: PreTrainedModel | None = None
+        self._model: PreTrainedModel | None = None
         self.loaders: dict[str, Loader] = {}
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained or evaluated.
+
+        Raises:
+            RuntimeError: it is not built or loaded yet.
+        """
+        if self._model is None:
+            raise RuntimeError(f"{type(self).__name__} has no model yet: set it, or call load_pretrained")
+        return self._model
+
+    @model.setter
+    def model(self, model: PreTrainedModel) -> None:
+        self._model = model
+
     @classmethod
-    def for_model(cls, model: PreTrainedModel, processor: Any = None, **options: Any) -> "Task":
+    def for_model(cls: type[AnyTask], model: PreTrainedModel, processor: Any = None, **options: Any) -> AnyTask:
         """A task around an existing model, without data: for its `collator`, `count` and `losses` in a custom loop.
 
         Args:
@@ -125,6 +138,16 @@ class Task(ABC):
     def accepts(cls, config: PreTrainedConfig) -> bool:
         """True for a saved model that the task evaluates."""
         return False
+
+    @property
+    def hub_task(self) -> str:
+        """The Hub's name of the task, for the model card."""
+        raise NotImplementedError(f"{type(self).__name__} has no hub_task")
+
+    @property
+    def item(self) -> str:
+        """The unit of throughput in logs, say "target tokens"."""
+        raise NotImplementedError(f"{type(self).__name__} has no item")
 
     @property
     def auto_class(self) -> Any:
@@ -185,7 +208,7 @@ class Task(ABC):
             collate: takes the place of `collator`.
         """
 
-    def evaluation_loader(self, split: str) -> Loader:
+    def evaluation_loader(self, split: str) -> Any:
         """The `dataloader` of a split that is scored, made once."""
         if split not in self.loaders:
             self.loaders[split] = self.dataloader(split)
@@ -194,7 +217,7 @@ class Task(ABC):
     # --- one step
 
     @abstractmethod
-    def count(self, batch: Batch) -> dict[str, float]:
+    def count(self, batch: Batch) -> Mapping[str, float]:
         """{term: number of items}, from the targets alone; `term` and every term of `losses` are among them."""
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -215,12 +238,12 @@ class Task(ABC):
         """(n,) flat positions of the rows of logits (B T) that have a target; None if every row has one."""
         return None
 
-    def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+    def output_losses(self, output: ModelOutput, logits: Any, batch: Batch) -> dict[str, Tensor]:
         """`losses` of the output of a forward pass.
 
         Args:
             output: of ``model(**inputs(batch), **targets(batch))``.
-            logits: its rows at `target_positions`, if the model gives logits.
+            logits: its rows at `target_positions`; None if the model gives no logits.
         """
         raise NotImplementedError(f"{type(self).__name__} has no output_losses, so it cannot be distilled")
 
@@ -287,7 +310,7 @@ class Task(ABC):
         """A hash of the content of the training data."""
         return self.fingerprint(self.splits[self.args.train_split])
 
-    def sample_refs(self, loader: Loader) -> Callable[[int], list[Sample]] | None:
+    def sample_refs(self, loader: Any) -> Callable[[int], list[Sample]] | None:
         """Function from an epoch to its samples, if the inputs depend on more than their rows; else None.
 
         Args:
@@ -307,10 +330,11 @@ class Task(ABC):
     # --- hooks of a run and of an evaluation
 
     @classmethod
-    def run_all(cls, args: TrainingArguments, fit: Callable[..., Any]) -> int:
+    def run_all(cls, args: Any, fit: Callable[..., Any]) -> int:
         """The runs that a command line asks for, usually one; the exit status.
 
         Args:
+            args: of the class `Arguments`.
             fit: (arguments, extra words of the command line) -> the record of a run; see `training.trainer.Runs`.
         """
         fit(args)
@@ -322,10 +346,11 @@ class Task(ABC):
         return False
 
     @classmethod
-    def evaluate_all(cls, args: EvaluationArguments, evaluate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    def evaluate_all(cls, args: Any, evaluate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         """The evaluations that a command line asks for, usually one; the result.
 
         Args:
+            args: of the class `EvaluationArguments`.
             evaluate: arguments -> the result of an evaluation; see `tasks.evaluation.evaluate_task`.
         """
         return evaluate(args)

@@ -9,7 +9,7 @@ target.
 import inspect
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -135,20 +135,27 @@ def check_device(name: str, device: str | None) -> None:
         raise ValueError(f"{name} {shown(device)} is not a device of this machine")
 
 
-class Source(Protocol):
-    """Source of a teacher's signals: `Teacher`, which computes them, or `CachedTeacher`, which reads them.
+class Attachments(Protocol):
+    """The part of a `Source` that a collator needs.
 
-    ``require(terms)`` refuses terms whose signals it cannot provide; ``epoch(epoch)`` maps a training epoch to one
-    that it knows; ``attach(...)`` returns what is added to a batch at collation, and ``signals(...)`` the signals.
+    ``epoch(epoch)`` maps a training epoch to one that the source knows; ``attach(...)`` returns what is added to a
+    batch.
     """
-
-    def require(self, terms: Sequence[ResolvedTerm]) -> None: ...
 
     def epoch(self, epoch: int) -> int: ...
 
     def attach(
         self, batch: Batch, names: Sequence[str], samples: list[Sample], epoch: int, positions: Tensor | None
     ) -> dict[str, Any]: ...
+
+
+class Source(Attachments, Protocol):
+    """Source of a teacher's signals: `Teacher`, which computes them, or `CachedTeacher`, which reads them.
+
+    ``require(terms)`` refuses terms whose signals it cannot provide; ``signals(...)`` returns the signals of a batch.
+    """
+
+    def require(self, terms: Sequence[ResolvedTerm]) -> None: ...
 
     def signals(
         self, batch: Batch, inputs: dict[str, Any], names: Sequence[str], positions: Tensor | None
@@ -171,7 +178,7 @@ class DistillationCollator:
     """
 
     collate: Collator
-    source: Source
+    source: Attachments
     names: Sequence[str]
     target_positions: Any
     all_tokens: bool = False
@@ -182,9 +189,10 @@ class DistillationCollator:
         own: dict[str, Any] = {"samples": batch.get("images", 0 if is_dummy else len(samples))}
         positions = self.target_positions(batch)
         if self.all_tokens:
-            if positions is None:
+            mask = token_mask(batch)
+            if positions is None or mask is None:
                 raise ValueError('tokens "all" of a term on logits: the task has no tokens with a target')
-            tokens = token_mask(batch).flatten().nonzero()[:, 0]
+            tokens = mask.flatten().nonzero()[:, 0]
             own |= {"positions": tokens, "target_rows": torch.searchsorted(tokens, positions)}
             positions = tokens
         if own["samples"]:
@@ -220,7 +228,7 @@ class DistillationTask(Task):
         kind = distill(type(task))
         made = kind.__new__(kind)
         Task.__init__(made, task.args, task.accelerator)
-        made.task, made.model, made.processor = task, task.model, task.processor
+        made.task, made._model, made.processor = task, task._model, task.processor
         made.connect(source, terms)
         return made
 
@@ -348,7 +356,7 @@ class DistillationTask(Task):
     def count(self, batch: Batch) -> dict[str, float]:
         """Items of every term, and of the task's own."""
         own = self.task.count(batch)
-        counts = {self.term: own[self.term]}
+        counts: dict[str, float] = {self.term: own[self.term]}
         for one in self.terms:
             if one.kind.loss is None:
                 counts |= own
@@ -385,11 +393,11 @@ class DistillationTask(Task):
                 logits = logits[batch[OWN]["target_rows"]] if self.all_tokens else logits
                 own = self.task.output_losses(output, logits, batch)
                 sums |= {name: one.term.weight * value for name, value in own.items()}
-            elif counts:
+            elif teacher is not None:
                 sums[one.name] = one.term.weight * self.compare(one, student, teacher, batch)
             else:
                 reached = (student[one.projected(name)] for name, _ in one.pairs)
-                sums[one.name] = sum(0.0 * value.float().nan_to_num(neginf=0.0).sum() for value in reached)
+                sums[one.name] = total(0.0 * value.float().nan_to_num(neginf=0.0).sum() for value in reached)
         return sums
 
     def term_names(self, one: ResolvedTerm) -> tuple[str, ...]:
@@ -397,18 +405,28 @@ class DistillationTask(Task):
         return (self.term,) if one.kind.loss is None else (one.name,)
 
     def compare(self, one: ResolvedTerm, student: Signals, teacher: Signals, batch: Batch) -> Tensor:
-        """Sum of a term over its items and pairs."""
+        """Sum of a term over its items and pairs.
+
+        Raises:
+            ValueError: it is not a term between student and teacher, or tokens with a target are missing.
+        """
         term, loss = one.term, one.kind.loss
+        if loss is None:
+            raise ValueError(f"{one.name} compares the student with the labels")
         warm = {"temperature": term.temperature} if one.kind.temperature else {}
         if one.kind.items == OBJECTS:
-            found, given = (student[SET_LOGITS], student[SET_BOXES]), tuple(teacher[name] for _, name in one.pairs)
+            found = student[SET_LOGITS], student[SET_BOXES]
+            (_, logits_name), (_, boxes_name) = one.pairs
+            given = teacher[logits_name], teacher[boxes_name]
             return query_loss(found, given, batch["labels"], self.task.model.config, **warm)
         if one.kind.items == ROWS:
             logits = student[term.output]
             if LOGITS in teacher:
                 return loss(logits, teacher[LOGITS], **warm)
+            if one.kind.top is None:
+                raise ValueError(f"{one.name} needs all logits of the teacher")
             return one.kind.top(logits, teacher[TOP], teacher[PLACES], teacher[REST], **warm)
-        total = []
+        losses = []
         for ours, theirs in one.pairs:
             states = student[one.projected(ours)]
             weights = token_weights(batch, ours, states)
@@ -418,8 +436,8 @@ class DistillationTask(Task):
                 if (positions := self.task.target_positions(batch)) is None:
                     raise ValueError(f'tokens "targets" of {one.name}: the task has no tokens with a target')
                 weights = chosen_tokens(weights, positions)
-            total.append(loss(states, teacher[theirs], weights))
-        return sum(total)
+            losses.append(loss(states, teacher[theirs], weights))
+        return total(losses)
 
     # --- scores
 
@@ -430,7 +448,8 @@ class DistillationTask(Task):
     def validate(self, module: nn.Module, metrics: Collection[str]) -> dict[str, float]:
         """Scores of the student, and the loss of all terms if the teacher is at hand; a cache holds training data
         only."""
-        values = self.task.evaluate(module.student, self.validation_split, self.task.validation_metrics).values
+        student = module.get_submodule("student")
+        values = self.task.evaluate(student, self.validation_split, self.task.validation_metrics).values
         if self.args.cached:
             return values
         terms = mean_losses(self.accelerator, self, module, self.evaluation_loader(self.validation_split))
@@ -452,13 +471,14 @@ class DistillationTask(Task):
         terms = resolve_terms(args.terms, spec_of(self.model), source.spec, args.match_labels)
         self.connect(source, terms)
         self.module = StudentWithProjections(self.model, terms)
-        if args.write_cache:
-            self.fill_cache()
-            return False
-        if args.cached:
+        if isinstance(source, CachedTeacher):
             source.check(self.training_samples(), name=args.teacher)
             if args.costs:
                 load_cost(Path(args.cache), "")  # refuses a damaged file before training
+            return True
+        if args.write_cache:
+            self.fill_cache(source)
+            return False
         if args.expected_score is not None:
             scores = self.task.evaluate(source.model, self.validation_split, self.task.validation_metrics)
             check_score(scores.values, args.metric_for_best_model, args.expected_score)
@@ -489,7 +509,7 @@ class DistillationTask(Task):
     def training_samples(self) -> TrainingSamples:
         """The training data, as the teacher reads it."""
         split, options = self.args.train_split, asdict(self.args)
-        loader = self.task.dataloader(split, training=True)
+        loader: Any = self.task.dataloader(split, training=True)
         names = [name for name in self.task.cache_options if name in options]
         return TrainingSamples(
             loader.examples,
@@ -507,7 +527,7 @@ class DistillationTask(Task):
             self.task.sample_refs(loader),
         )
 
-    def fill_cache(self) -> None:
+    def fill_cache(self, teacher: Teacher) -> None:
         """Write the signals that the terms need, report their size, and measure the teacher's costs.
 
         Raises:
@@ -520,7 +540,7 @@ class DistillationTask(Task):
         temperature = temperatures.pop() if temperatures else 1.0
         check_top_k(self.terms, args.cache_top_k, temperature, args.cache)
         report = write_cache(
-            self.source,
+            teacher,
             self.training_samples(),
             args.cache,
             CacheFormat(self.names, args.cache_epochs, args.cache_top_k, args.cache_dtype, temperature),
@@ -550,7 +570,7 @@ class DistillationTask(Task):
 
     def show(self, module: nn.Module, step: int) -> None:
         """See `Task`."""
-        self.task.show(module.student, step)
+        self.task.show(module.get_submodule("student"), step)
 
     def end_training(self) -> None:
         """See `Task`."""
@@ -603,7 +623,7 @@ class DistillationTask(Task):
                 f"the costs could not be measured ({error}); the student is saved in {args.output_dir}, and the same "
                 "command with --costs false scores it and ends"
             ) from error
-        if not self.accelerator.is_main_process:
+        if student is None:  # not the main process
             return None
         if teacher is None:
             return [student]
@@ -621,8 +641,9 @@ class DistillationTask(Task):
             return load_cost(Path(args.cache), self.scored_on)
         if args.teacher_device == "auto":  # it does not fit on one device, so it cannot be timed
             return None
-        teacher = self.source.model if args.teacher_dtype == "fp32" else self.open_teacher("fp32").model
-        return self.measure("teacher", teacher)
+        if args.teacher_dtype == "fp32" and isinstance(self.source, Teacher):
+            return self.measure("teacher", self.source.model)
+        return self.measure("teacher", self.open_teacher("fp32").model)
 
     def measure(self, name: str, model: PreTrainedModel) -> Cost | None:
         """Cost and score of a model, on the main process."""
@@ -690,6 +711,12 @@ class KnownEpochs:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         """See `Loader`."""
         return self.loader.epoch(self.source.epoch(epoch), start)
+
+
+def total(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of at least one tensor."""
+    first, *others = values
+    return sum(others, start=first)
 
 
 def is_text(batch: Mapping[str, Any]) -> bool:

@@ -126,7 +126,7 @@ class ImageDistillationArguments(DistillationArguments, LabelledImageArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_cache(*["mixing"] * self.mixing.on)
+        self.check_cache(self.cache, *["mixing"] * self.mixing.on)
 
 
 @dataclass(kw_only=True)
@@ -285,7 +285,7 @@ class ImageClassificationTask(ImageTask):
         names = class_names(self.model.config)
         if split in self.splits:
             return label_ids(self.splits[split], names)
-        numbers = {number: number for number in range(len(names))}
+        numbers: dict[int | str, int] = {number: number for number in range(len(names))}
         return numbers if is_unnamed(names) else numbers | {name: number for number, name in enumerate(names)}
 
     @property
@@ -317,7 +317,7 @@ class ImageClassificationTask(ImageTask):
             pixels = mix(pixels, batch["partner"], batch["share"], batch["box"])
         return {"pixel_values": pixels}
 
-    def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
+    def output_losses(self, output: ModelOutput, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of logits (B, classes), summed over labelled images."""
         smoothing = batch.get("label_smoothing", 0.0)
         logits, labels = logits.float(), batch["labels"]
@@ -357,9 +357,9 @@ class ImageClassificationTask(ImageTask):
                 # Sharded models communicate in every forward pass, so a rank without images takes part.
                 logits = model(**self.inputs(batch)).logits.float()
                 if batch["images"]:
-                    loss = cross_entropy(logits, batch["labels"], reduction="none")
-                    top = logits.topk(min(TOP, logits.shape[-1])).indices
-                    parts.append((batch["indices"], batch["labels"], loss, top))
+                    each = cross_entropy(logits, batch["labels"], reduction="none")
+                    best = logits.topk(min(TOP, logits.shape[-1])).indices
+                    parts.append((batch["indices"], batch["labels"], each, best))
         model.train(training)
         mine = [tuple(part.cpu().numpy() for part in columns) for columns in parts]
         everything = gather_object(mine) if self.accelerator.num_processes > 1 else mine
@@ -377,7 +377,7 @@ class ImageClassificationTask(ImageTask):
         found = self.predict(model, loader)
         values = {"loss": found.loss}
         if found.labelled.any():
-            values |= Accuracy().compute(predictions=found.top.tolist(), references=found.labels.tolist())
+            values |= Accuracy().result_of(found.top.tolist(), found.labels.tolist())
         if not self.evaluating:
             return Scores(values)
         if self.real is not None:
@@ -482,8 +482,9 @@ def load_classifier(
     """
     labels, earlier = label_fields(names), load_config(source, "model_name_or_path", trust_remote_code=None)
     kind = IMAGE_CLASSIFIER.model_class(earlier.model_type)
-    check_fields(kind.config_class, dict(fields or {}), IMAGE_FIELDS)
-    rates = dict.fromkeys(dropout_fields(kind.config_class), 0.0) if without_dropout else {}
+    config_type: Any = kind.config_class  # not None, which transformers' annotation allows
+    check_fields(config_type, dict(fields or {}), IMAGE_FIELDS)
+    rates = dict.fromkeys(dropout_fields(config_type), 0.0) if without_dropout else {}
     model, fresh = load_to_train(kind, source, head_of, {**rates, **(fields or {})}, resized="", **labels)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):
@@ -532,7 +533,7 @@ def real_accuracy(found: Predictions, real: list[list[int | str]], ids: Mapping[
     if unknown := [(index, label) for index, labels in chosen for label in labels if label not in ids]:
         raise ValueError(f"real_labels: {unknown[0][1]!r} of image {unknown[0][0]} is not a label of the data set")
     correct = [[ids[label] for label in labels] for _, labels in chosen]
-    return RealAccuracy().compute(predictions=found.top.tolist(), references=correct)["real_accuracy"]
+    return RealAccuracy().result_of(found.top.tolist(), correct)["real_accuracy"]
 
 
 def named(found: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:

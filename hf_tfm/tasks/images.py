@@ -43,6 +43,8 @@ IMAGE_SIZE = 224  # default for a new model
 # Fields of a configuration that other arguments decide; images are read as RGB.
 IMAGE_FIELDS = ("image_size", "num_channels")
 
+ModelFields = dict[str, int | float | bool | str | tuple[int, int] | None]
+
 
 @dataclass(kw_only=True)
 class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
@@ -66,7 +68,7 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     resize: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeats: int = 1
-    model: dict[str, int | float | bool | str | tuple[int, int] | None] = field(default_factory=dict)
+    model: ModelFields = field(default_factory=dict)  # type: ignore[assignment]  # wider than in ModelArguments
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,16 +94,17 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         """See `ModelArguments`."""
         check_fields(self.head.model_class(config.model_type).config_class, self.model, IMAGE_FIELDS)
 
-    def check_cache(self, *views: str) -> None:
+    def check_cache(self, cache: str | None, *views: str) -> None:
         """Refuse options that give an image several views in an epoch, beside a cache of a teacher's signals.
 
         Args:
+            cache: its folder; None if there is none.
             views: further options that are on and do so.
 
         Raises:
             ValueError: with the option.
         """
-        if self.cache:
+        if cache:
             for name, on in (
                 ("repeats", self.repeats > 1),
                 ("streaming", self.streaming),
@@ -194,7 +197,7 @@ class ImageTask(Task):
 
     item = sample = "images"
     processor_class, processor_folder = AutoImageProcessor, "processor"
-    described_columns = ("image_column",)
+    described_columns: ClassVar[tuple[str, ...]] = ("image_column",)
     cache_options = ("image_size", "resize", "mean", "std", "augmentation")
     labelled: ClassVar[bool] = False
 
@@ -249,7 +252,7 @@ class ImageTask(Task):
             ValueError: an argument, or ``model_name_or_path``, contradicts the teacher.
         """
         args = self.args
-        teacher = as_read(args.teacher, args.trust_remote_code)
+        teacher: Any = as_read(args.teacher, args.trust_remote_code)
         size = args.image_size or (teacher.size.height, teacher.size.width)
         scale = args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
         check_processors(image_processor(size, None, *scale), teacher)
@@ -279,17 +282,15 @@ class ImageTask(Task):
             sampler = BatchSampler(len(rows), args.batch_size, shuffle=False)
             return WatchedLoader(StepLoader(rows, sampler, collate, **place), args.max_bad_images, args.progress)
         place["micro_batch_tokens"] = args.micro_batch_size
+        options: dict[str, Any] = {"repeats": args.repeats, "unit": self.unit} if training else {"shuffle": False}
         if training and args.streaming:
             rows = ShuffledStream(rows, args.seed, args.shuffle_buffer)
-            options = {"repeats": args.repeats, "unit": self.unit}
-            loader = EqualStreamLoader(rows, args.batch_size, collate, args.seed, **options, **place)
-        else:
-            options: dict[str, Any] = {"shuffle": False}
-            if training:
-                options = {"drop_last": len(rows) > args.batch_size, "repeats": args.repeats, "unit": self.unit}
-            sampler = BatchSampler(len(rows), args.batch_size, args.seed, **options)
-            loader = StepLoader(rows, sampler, collate, **place)
-        return WatchedLoader(loader, args.max_bad_images)
+            stream = EqualStreamLoader(rows, args.batch_size, collate, args.seed, **options, **place)
+            return WatchedLoader(stream, args.max_bad_images)
+        if training:
+            options["drop_last"] = len(rows) > args.batch_size
+        sampler = BatchSampler(len(rows), args.batch_size, args.seed, **options)
+        return WatchedLoader(StepLoader(rows, sampler, collate, **place), args.max_bad_images)
 
     @property
     def unit(self) -> int:

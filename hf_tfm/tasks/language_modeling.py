@@ -127,7 +127,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):
             raise ValueError('sequences="pairs" and whole_words are for objective="masked"')
         if self.streaming:
-            check_stream(self, self.max_length, (self.held_out, *self.test_splits))
+            check_stream(self, self.train_split, self.max_length, (self.held_out, *self.test_splits))
             if self.more_texts or self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads one split: give no more_texts, holdout and max_train_samples")
         if self.model_name_or_path and (self.model or self.tokenizer):

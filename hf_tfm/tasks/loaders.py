@@ -48,10 +48,11 @@ def token_loader(
     return StepLoader(rows, sampler, collate, **options)
 
 
-def check_stream(args: TokenBatchArguments, max_length: int, scored: Sequence[str]) -> None:
+def check_stream(args: TokenBatchArguments, train_split: str, max_length: int, scored: Sequence[str]) -> None:
     """Refuse arguments that a stream of training data does not allow.
 
     Args:
+        train_split: split that is streamed.
         max_length: tokens of the longest sample.
         scored: splits that are evaluated.
 
@@ -60,8 +61,8 @@ def check_stream(args: TokenBatchArguments, max_length: int, scored: Sequence[st
     """
     if args.max_steps is None:
         raise ValueError("streaming needs max_steps: the length of a stream is not known")
-    if args.train_split in scored:
-        raise ValueError(f'streaming: train_split "{args.train_split}" cannot be scored too')
+    if train_split in scored:
+        raise ValueError(f'streaming: train_split "{train_split}" cannot be scored too')
     budget = min(args.batch_tokens, args.micro_batch_tokens or args.batch_tokens)
     if max_length > budget:
         raise ValueError(f"max_length must be at most the {budget} tokens of a batch, got {max_length}")

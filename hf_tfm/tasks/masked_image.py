@@ -60,7 +60,7 @@ class MaskedImageDistillationArguments(DistillationArguments, MaskedImageArgumen
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_cache()
+        self.check_cache(self.cache)
         if unfit := sorted({term.kind for term in self.terms} & {"soft_target", "hard_target", "logit", "query"}):
             raise ValueError(f"terms must not have {unfit[0]}: a masked autoencoder predicts pixels, not classes")
 
@@ -169,7 +169,7 @@ class MaskedImageTask(ImageTask):
 
     def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error of the pixels of a patch, summed over hidden patches."""
-        return {"patch": output.loss * self.count(batch)["patch"]}
+        return {"patch": output["loss"] * self.count(batch)["patch"]}
 
     @property
     def reported_metrics(self) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def dropout_fields(kind: type[PreTrainedConfig]) -> list[str]:
     return [name for name in kind.__dataclass_fields__ if name.endswith(("dropout", "dropout_prob", "drop_path_rate"))]
 
 
-def label_fields(names: Sequence[str]) -> dict[str, dict]:
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
     """Return the configuration fields for classes with these names, in order."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 

@@ -20,14 +20,14 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 from transformers.utils import ModelOutput
 
 from ..arguments import Arguments, EvaluationArguments, ImageDataArguments
-from ..data.batching import Sample, StepLoader
+from ..data.batching import Sample, StepLoader, sample_ref
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
 from ..data.detection import category_ids, check_order, class_names, fingerprint, scene_rows
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode
 from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
-from ..data.pixels import PaddedPixels, Scale, pixel_scale, scene_processor
+from ..data.pixels import PaddedPixels, Scale, as_fractions, pixel_scale, scene_processor
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..distillation.model_spec import check_processors
@@ -59,6 +59,8 @@ RUN_SCORES = (
     *("PQ", "SQ", "RQ", "PQ_th", "PQ_st"),
 )
 LOWEST_SCORE = 0.05  # of a detection in the file of predictions
+
+StudentLayers = list[int] | dict[Literal["encoder", "decoder"], list[int]] | None
 
 
 @dataclass(kw_only=True)
@@ -117,7 +119,7 @@ class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
     """
 
     teacher_dtype: Dtype = "fp32"
-    student_layers: list[int] | dict[Literal["encoder", "decoder"], list[int]] | None = None
+    student_layers: StudentLayers = None  # type: ignore[assignment]  # wider than in DistillationArguments
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -321,10 +323,10 @@ class DetectionTask(Task):
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """See `Task`; ``pixel_mask`` is given if there is padding."""
-        pixels, mask = batch["pixel_values"], batch.get("pixel_mask")
+        pixels = batch["pixel_values"]
         if not self.evaluating:
-            pixels = self.pixels.scale_padded(pixels, mask)
-        return {"pixel_values": pixels} | ({"pixel_mask": mask} if batch["padded"] else {})
+            pixels = self.pixels.scale_padded(pixels, batch["pixel_mask"])
+        return {"pixel_values": pixels} | ({"pixel_mask": batch.get("pixel_mask")} if batch["padded"] else {})
 
     def targets(self, batch: Batch) -> dict[str, Any]:
         """See `Task`; a dummy batch has none."""
@@ -333,9 +335,9 @@ class DetectionTask(Task):
     def output_losses(self, output: ModelOutput, logits: Tensor | None, batch: Batch) -> dict[str, Tensor]:
         """Sums over all decoder layers; those of a dummy batch are 0."""
         if "loss_sums" not in output:
-            nothing = sum(0.0 * value.float().sum() for value in output.values() if isinstance(value, Tensor))
-            return dict.fromkeys(self.terms, nothing)
-        return {term: output.loss_sums[name] for term, name in self.terms.items()}
+            zeros = [0.0 * value.float().sum() for value in output.values() if isinstance(value, Tensor)]
+            return dict.fromkeys(self.terms, sum(zeros[1:], start=zeros[0]))
+        return {term: output["loss_sums"][name] for term, name in self.terms.items()}
 
     # --- scores
 
@@ -350,7 +352,7 @@ class DetectionTask(Task):
         return (*AP_SCORES, *PQ_SCORES) if self.evaluating else RUN_SCORES
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, split: str, metrics: Collection[str] | None = None) -> Scores:
+    def evaluate(self, model: Any, split: str, metrics: Collection[str] | None = None) -> Scores:
         """COCO's average precision, panoptic quality of a model with masks, and if asked for the mean losses.
 
         Each rank predicts its share; memory does not grow with the number of pixels.
@@ -470,7 +472,7 @@ class DetectionTask(Task):
             ValueError: an argument, or ``model_name_or_path``, has another scale; or a model has no image processor.
         """
         args = self.args
-        teacher = self.processor_of(args.teacher)
+        teacher: Any = self.processor_of(args.teacher)
         processor = self.processor_of_size(
             args.mean or tuple(teacher.image_mean), args.std or tuple(teacher.image_std)
         )
@@ -489,8 +491,7 @@ class DetectionTask(Task):
             scale = Scale(AutoImageProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code))
         except OSError as error:
             raise ValueError(f'"{source}" has no image processor: save the one it was trained with') from error
-        mean, std = (tuple(value / 255.0 for value in values) for values in (scale.mean, scale.std))
-        return self.processor_of_size(mean, std)
+        return self.processor_of_size(as_fractions(scale.mean), as_fractions(scale.std))
 
     def sample_refs(self, loader: WatchedLoader) -> Callable[[int], list[Sample]]:
         """See `Task`."""
@@ -508,7 +509,7 @@ def cached_samples(sampler: ShapeSampler, epoch: int) -> list[Sample]:
         ValueError: they are on several canvases, but a cache is written in batches that mix the samples of all steps.
     """
     found = [sample for step in sampler.steps(epoch) for sample in step]
-    if len({sample.canvas for sample in found}) > 1:
+    if len({sample_ref(sample).canvas for sample in found}) > 1:
         raise ValueError("a cache needs images of one size: give augmentation one scale and crop 0, or no cache")
     return found
 

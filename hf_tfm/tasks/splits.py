@@ -1,19 +1,41 @@
 """Rows of the splits of a run: to train on, to validate on, and to score."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 
-from ..arguments import DatasetArguments, EvaluationArguments, SplitArguments
-from ..data.source import first, gather, load_splits, take_split
+from ..arguments import EvaluationArguments
+from ..data.source import DataFiles, first, gather, load_splits, take_split
 
 
-def load_rows(args: DatasetArguments, read: Callable[[Any], Any]) -> dict[str, Any]:
+class SplitOptions(Protocol):
+    """Arguments of a run that choose rows: those of `SplitArguments`, and the seed."""
+
+    train_split: str
+    validation_split: str | None
+    holdout: int | None
+    max_train_samples: int | None
+    seed: int
+
+
+class RowOptions(SplitOptions, Protocol):
+    """Arguments of a run that load rows: also those of `DatasetArguments`, and whether training rows are streamed."""
+
+    test_splits: list[str]
+
+    @property
+    def source(self) -> tuple[str, str | None, str | None, DataFiles | None]: ...
+
+    @property
+    def streaming(self) -> bool: ...
+
+
+def load_rows(args: RowOptions | EvaluationArguments, read: Callable[[Any], Any]) -> dict[str, Any]:
     """Load the rows of a task whose training data may be streamed, by split.
 
     Args:
-        args: of a run, with `SplitArguments` and ``streaming``; or of an evaluation.
+        args: of a run or of an evaluation.
         read: rows of a data set -> rows of the task.
     """
     if isinstance(args, EvaluationArguments):
@@ -29,7 +51,7 @@ def load_rows(args: DatasetArguments, read: Callable[[Any], Any]) -> dict[str, A
 
 
 def split_rows(
-    args: SplitArguments, test_splits: list[str], rows_of: Callable[[str, str], datasets.Dataset]
+    args: SplitOptions, test_splits: list[str], rows_of: Callable[[str, str], datasets.Dataset]
 ) -> dict[str, datasets.Dataset]:
     """Return the rows of the training split, the validation data and each test split, by name of the split.
 
@@ -48,10 +70,9 @@ def split_rows(
         train, rows["holdout"] = parts["train"], parts["test"]
     if args.max_train_samples is not None:
         train = train.shuffle(args.seed).select(range(min(args.max_train_samples, len(train))))
-    for name, argument in {
-        **dict.fromkeys(test_splits, "test_splits"),
-        args.validation_split: "validation_split",
-    }.items():
-        if name is not None:
-            rows[name] = rows_of(name, argument)
+    arguments = dict.fromkeys(test_splits, "test_splits")
+    if args.validation_split is not None:
+        arguments[args.validation_split] = "validation_split"
+    for name, argument in arguments.items():
+        rows[name] = rows_of(name, argument)
     return {**rows, args.train_split: train}

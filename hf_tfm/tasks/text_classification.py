@@ -38,7 +38,7 @@ from ..arguments import (
     TrainingArguments,
 )
 from ..data import glue
-from ..data.batching import StepLoader, TokenBudgetSampler, pad, pad_tokens
+from ..data.batching import Sampler, StepLoader, TokenBudgetSampler, pad, pad_tokens
 from ..data.equal_batches import BatchSampler
 from ..data.images import tell_untrained
 from ..data.labelled_texts import (
@@ -109,8 +109,6 @@ class LabelledTextArguments(DatasetArguments):
     """
 
     decided_by_tasks: ClassVar[tuple[str, ...]] = ("task", "text_columns", "label_column")
-    language_weight: ClassVar[float] = 0.0
-
     tasks: str | None = None
     task: TaskName | None = None
     text_columns: list[str] = field(default_factory=list)
@@ -185,7 +183,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
     micro_batch_tokens: int | None = None
     warmup_ratio: float | None = None
     metrics: list[Metric] = field(default_factory=list)
-    metric_for_best_model: str | None = None
+    metric_for_best_model: str | None = None  # type: ignore[assignment]  # wider than in TrainingArguments
 
     def __post_init__(self):
         super().__post_init__()
@@ -286,6 +284,7 @@ class TextClassificationEvaluationArguments(LabelledTextArguments, EvaluationArg
         *LabelledTextArguments.decided_by_tasks,
         *("data_files", "metrics", "confusion"),
     )
+    language_weight: ClassVar[float] = 0.0
 
     match_labels: Literal["name", "number"] = "name"
     metrics: list[str] = field(default_factory=list)
@@ -470,7 +469,7 @@ class TextClassificationTask(Task):
             return self.matched_ids
         if split in self.splits:
             return None if self.labels is None else class_ids(self.splits[split], self.labels)
-        count = self.model.config.num_labels
+        count: Any = self.model.config.num_labels  # not None, which transformers' annotation allows
         return None if count == 1 else {number: number for number in range(count)}
 
     # --- processor and model
@@ -499,13 +498,14 @@ class TextClassificationTask(Task):
         args = self.args
         self.model, self.processor = load_text_classifier(args.model, **args.pretrained)
         config, rows = self.model.config, self.splits[args.split]
-        regression = config.num_labels == 1
+        count: Any = config.num_labels  # not None, which transformers' annotation allows
+        regression = count == 1
         if regression and args.confusion:
             raise ValueError("confusion is for classes, and the model predicts a number")
         if regression and has_integers(rows):
             rows = as_numbers(rows)
         if regression != is_regression(rows):
-            predicts = "a number" if regression else f"{config.num_labels} classes"
+            predicts = "a number" if regression else f"{count} classes"
             raise ValueError(
                 f'"{args.model}" predicts {predicts}, and the labels of the data set are {rows.features[LABEL]}'
             )
@@ -515,7 +515,7 @@ class TextClassificationTask(Task):
                 f"max_length must be at most {limits[1]}, max_position_embeddings of the model, got {args.max_length}"
             )
         task_metrics = args.glue_task.metrics if args.task else ()
-        metrics = args.metrics or list(task_metrics or default_metrics(config.num_labels))
+        metrics = args.metrics or list(task_metrics or default_metrics(count))
         check_metrics(metrics, regression)
         if not regression:
             self.labels = classes_of_model(config)
@@ -539,7 +539,7 @@ class TextClassificationTask(Task):
         if self.evaluating:
             return StepLoader(tokens, LengthBatchSampler(lengths, args.batch_size, shuffle=False), collate)
         if args.batch_tokens is not None:
-            sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed, shuffle=training)
+            sampler: Sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed, shuffle=training)
         elif args.bucketing or not training:
             sampler = LengthBatchSampler(lengths, args.batch_size, args.seed, shuffle=training)
         else:
@@ -558,7 +558,7 @@ class TextClassificationTask(Task):
         """See `Task`; a model that does not read ``token_type_ids`` is given none, see `forward`."""
         return {name: batch[name] for name in ("input_ids", "attention_mask", SEGMENTS) if name in batch}
 
-    def forward(self, model: nn.Module, batch: Batch, **options: Any) -> ModelOutput:
+    def forward(self, model: nn.Module, batch: Batch, **options: Any) -> Any:
         """Run a model on those of the `inputs` that it reads."""
         names = input_names(model)
         return model(**{name: value for name, value in self.inputs(batch).items() if name in names}, **options)
@@ -620,11 +620,11 @@ class TextClassificationTask(Task):
         Raises:
             ValueError: no text has a label.
         """
-        if self.args.confusion:
+        found = self.predictions
+        if self.args.confusion and found is not None and self.labels is not None:
             from ..viz.confusion import plot_confusion  # matplotlib takes long to import and is rarely needed
 
-            found, title = self.predictions, Path(self.args.model).name
-            known = found.labelled
+            known, title = found.labelled, Path(self.args.model).name
             plot_confusion(found.labels[known], found.predicted[known], self.labels, self.args.confusion, title)
 
     # --- runs
@@ -682,7 +682,7 @@ def split_texts(
     """Return rows by split, see `split_rows`, and the validation splits; the first decides which weights are best."""
     if args.holdout is not None:
         return split_rows(args, args.test_splits, rows_of), ["holdout"]
-    by_task = args.glue_task.validation if args.task else ("validation",)
+    by_task = ("validation",) if args.glue_task is None else args.glue_task.validation
     names = [args.validation_split] if args.validation_split else list(by_task)
     chosen = replace(args, validation_split=names[0])
     return split_rows(chosen, [*names[1:], *args.test_splits], rows_of), names
@@ -806,7 +806,7 @@ class Predictions:
 
 def score(found: Predictions, metrics: Sequence[str]) -> dict[str, float]:
     """Return {metric: value} of predictions; see `metrics.glue.METRICS`."""
-    return Glue(metrics=metrics).compute(predictions=found.predicted, references=found.labels)
+    return Glue(metrics=metrics).result_of(found.predicted, found.labels)
 
 
 @torch.inference_mode()

@@ -47,6 +47,7 @@ from ..hub.loading import check_vocabulary, load_config, load_model, load_tokeni
 from ..hub.pretrained import TRANSLATIONS, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
 from ..metrics import Bleu, Chrf, ExactMatch
+from ..metrics.text import TextMetric
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.mask_predict import mask_targets
 from ..models.modeling_transformer import shift_right
@@ -130,7 +131,7 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
                 f'"{self.metric_for_best_model}"'
             )
         if self.streaming:
-            check_stream(self, self.max_length, (self.held_out, *self.test_splits))
+            check_stream(self, self.train_split, self.max_length, (self.held_out, *self.test_splits))
             if self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
         if self.model_name_or_path and (self.model or self.tokenizer):
@@ -177,11 +178,11 @@ class TranslationCollator:
     A dummy batch has no labels, so it counts for nothing.
 
     Args:
-        config: of the model.
+        config: of the model, a `TfmTransformerConfig`.
         seed: of the masks that a mask-predict model is trained on.
     """
 
-    config: PreTrainedConfig
+    config: Any
     seed: int = 0
 
     def __call__(self, examples: list[dict], indices: list[int], epoch: int, is_dummy: bool = False) -> Batch:
@@ -303,7 +304,7 @@ class TranslationTask(Task):
         """See `Task`."""
         return tuple(self.args.metrics)
 
-    def evaluate(self, model: nn.Module, split: str, metrics: Collection[str] | None = None) -> Scores:
+    def evaluate(self, model: Any, split: str, metrics: Collection[str] | None = None) -> Scores:
         """Mean losses, if asked for, and the metrics of translations.
 
         Args:
@@ -345,9 +346,9 @@ def load_seq2seq(
     model: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Model and tokenizer from a folder or the Hub, on the best available device."""
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(model, **options)
-    loaded = load_model(AutoModelForSeq2SeqLM, model, **options)
+    code = trust_remote_code
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=code)
+    loaded = load_model(AutoModelForSeq2SeqLM, model, revision=revision, trust_remote_code=code)
     check_vocabulary(model, loaded.config, tokenizer)
     if tokenizer.pad_token is None:
         raise ValueError(f'model "{model}": its tokenizer has no pad_token, which shorter texts are padded with')
@@ -454,7 +455,7 @@ def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:
     return model
 
 
-def check_positions(config: PreTrainedConfig, max_length: int) -> None:
+def check_positions(config: Any, max_length: int) -> None:
     """Refuse learned positions that end before the longest text.
 
     Raises:
@@ -469,7 +470,7 @@ def check_positions(config: PreTrainedConfig, max_length: int) -> None:
 
 @torch.inference_mode()
 def translate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     accelerator: Accelerator | None = None,
@@ -534,7 +535,7 @@ def generation_config(config, num_beams: int, length_penalty: float, max_length:
     return GenerationConfig(**shared, **(beams if num_beams > 1 else {}))
 
 
-METRICS: dict[str, Callable[[], Any]] = {
+METRICS: dict[str, Callable[[], TextMetric]] = {
     "bleu": Bleu,
     "bleu_lowercase": lambda: Bleu(lowercase=True),
     "chrf": Chrf,
@@ -551,7 +552,7 @@ def score(predictions: Sequence[str], references: Sequence[str], metrics: Sequen
     """
     rows = []
     for name in metrics:
-        result = METRICS[name]().compute(predictions=list(predictions), references=list(references))
+        result = METRICS[name]().result_of(list(predictions), list(references))
         value = result[name.split("_lowercase")[0]]
         rows.append({"name": name, "value": float(value), "signature": result.get("signature")})
     return rows

@@ -7,7 +7,7 @@ step are known before the first backward pass, and each sum of losses is divided
 to rounding, however it is divided into micro-batches and ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ class Task(Protocol):
     @property
     def term(self) -> str: ...
 
-    def count(self, batch: Any) -> dict[str, float]: ...
+    def count(self, batch: Any) -> Mapping[str, float]: ...
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]: ...
 
