@@ -194,7 +194,7 @@ class ModelArguments(Arguments):
         return self.fitting["model_name_or_path"].head
 
     @property
-    def config_class(self) -> type[PreTrainedConfig]:
+    def config_class(self) -> type[Any]:
         """Configuration class of a new model.
 
         Raises:

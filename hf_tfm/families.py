@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from .models.configuration_bert import TfmBertConfig
 from .models.configuration_detr import TfmDetrConfig
@@ -104,7 +104,7 @@ class Head:
         read = [model_type for family in self.families().values() for model_type in family.reads]
         return list(dict.fromkeys([*self.own_types(), *read]))
 
-    def config_class(self, architecture: str | None) -> type[PreTrainedConfig]:
+    def config_class(self, architecture: str | None) -> type[Any]:
         """Return the configuration class of a family for new models.
 
         Args:
@@ -118,7 +118,7 @@ class Head:
             raise ValueError(f"architecture must be one of {', '.join(found)}, got {shown(architecture)}")
         return found[architecture].config
 
-    def model_class(self, model_type: str) -> type[PreTrainedModel]:
+    def model_class(self, model_type: str) -> type[Any]:
         """Return the class that trains models of a type, new or saved ones.
 
         Raises:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 BATCH_COUNTS = "num_batches_tracked"
 
 
-def model_class(args: SceneArguments) -> type[PreTrainedModel]:
+def model_class(args: SceneArguments) -> type[Any]:
     """Return the class of the model to train."""
     if source := args.model_name_or_path:
         model_type = load_config(source, "model_name_or_path", trust_remote_code=None).model_type

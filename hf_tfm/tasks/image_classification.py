@@ -482,9 +482,8 @@ def load_classifier(
     """
     labels, earlier = label_fields(names), load_config(source, "model_name_or_path", trust_remote_code=None)
     kind = IMAGE_CLASSIFIER.model_class(earlier.model_type)
-    config_type: Any = kind.config_class  # not None, which transformers' annotation allows
-    check_fields(config_type, dict(fields or {}), IMAGE_FIELDS)
-    rates = dict.fromkeys(dropout_fields(config_type), 0.0) if without_dropout else {}
+    check_fields(kind.config_class, dict(fields or {}), IMAGE_FIELDS)
+    rates = dict.fromkeys(dropout_fields(kind.config_class), 0.0) if without_dropout else {}
     model, fresh = load_to_train(kind, source, head_of, {**rates, **(fields or {})}, resized="", **labels)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):

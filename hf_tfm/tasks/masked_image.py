@@ -188,7 +188,7 @@ class MaskedImageTask(ImageTask):
         return Scores(values, samples=samples, details=details, listing={"unreadable": loader.bad})
 
 
-def load_autoencoder(source: str, fields: dict[str, Any]) -> PreTrainedModel:
+def load_autoencoder(source: str, fields: dict[str, Any]) -> Any:
     """Load a masked autoencoder to train further; a decoder that was not saved is initialised at random.
 
     Args:

@@ -27,7 +27,7 @@ from ..data.detection import category_ids, check_order, class_names, fingerprint
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode
 from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
-from ..data.pixels import PaddedPixels, Scale, as_fractions, pixel_scale, scene_processor
+from ..data.pixels import Channels, PaddedPixels, Scale, as_fractions, pixel_scale, scene_processor
 from ..data.scenes import require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..distillation.model_spec import check_processors
@@ -255,7 +255,7 @@ class DetectionTask(Task):
         scale = pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
         return self.processor_of_size(*scale)
 
-    def processor_of_size(self, mean: Sequence[float], std: Sequence[float]) -> BaseImageProcessor:
+    def processor_of_size(self, mean: Channels, std: Channels) -> BaseImageProcessor:
         """An image processor for the model to train, with the sizes of the arguments."""
         args = self.args
         return scene_processor(
@@ -318,7 +318,8 @@ class DetectionTask(Task):
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Images, and the divisor of each term: the total weight of the queries, or the number of objects."""
-        items = self.model.count_items(batch["labels"] if batch["images"] else [])
+        model: Any = self.model  # of a family, see `detectors`
+        items = model.count_items(batch["labels"] if batch["images"] else [])
         return {"image": batch["images"], **{term: items[name] for term, name in self.terms.items()}}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
