@@ -298,15 +298,13 @@ def options(page: Path, recipe: str) -> str:
     kind = task_class(recipe).Arguments
     bases = [base for base in kind.__mro__ if is_dataclass(base)]
     about: dict[str, str] = {}
+    added: set[str] = set()
     for base in bases:  # the description of the most derived class counts
-        for one in docstring_parser.parse(inspect.getdoc(base)).params:
-            about.setdefault(one.arg_name, " ".join(one.description.split()))
-    added = {
-        name
-        for base in bases
-        if base.__module__ != "hf_tfm.arguments"
-        for name in vars(base).get("__annotations__", ())
-    }
+        described = {one.arg_name: one.description for one in docstring_parser.parse(inspect.getdoc(base)).params}
+        for name, text in described.items():
+            about.setdefault(name, " ".join(text.split()))
+        if base.__module__ != "hf_tfm.arguments":
+            added |= {*described, *vars(base).get("__annotations__", ())}
     rows, choices = [], kind.choices()
     for one in fields(kind):
         if one.name in added:

@@ -156,7 +156,8 @@ class ModelArguments(Arguments):
             processor; default, a new model with random weights.
         architecture: model family of a new model.
         size: size of a new model, one of those of its configuration, for example `TfmViTConfig.of_size`.
-        model: configuration fields that differ from those of the size.
+        model: configuration fields that differ from those of the size, or of model_name_or_path where the task allows
+            it.
     """
 
     # Models that are valid for arguments, {argument: hub.pretrained.Suitable}. A subclass sets it, at least for
@@ -166,7 +167,7 @@ class ModelArguments(Arguments):
     model_name_or_path: str | None = None
     architecture: str | None = None
     size: str = "base"
-    model: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    model: dict[str, int | float | bool | str | tuple[int, int] | list[int] | None] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()

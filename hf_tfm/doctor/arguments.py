@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from ..training.optim import parameter_groups
 from .findings import Finding, failed, graded, ok, warning
-from .splits import Case
+from .splits import WIDTH, Case
 
-PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH, PAPER_WIDTH = 1e-4, 1e-5, 64, 256
+PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH = 1e-4, 1e-5, 64
 FACTOR = 10  # a learning rate this far from the paper's gets a warning, and this far again fails
 PAPER_NORM, LOOSE_NORM = 0.1, 1.0
 FEWEST_STEPS = 2000  # for a new model: preset digits trains a tiny one for 3,000, the paper for 277,000 (150 epochs)
@@ -26,11 +26,12 @@ def learning_rate(case: Case) -> Iterator[Finding]:
         yield failed(str(error), "name a part of the model, for instance {backbone: 0.1}")
         return
     rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    inside = {id(parameter) for parameter in case.model.base_model.backbone.parameters()} & rate_of.keys()
+    of_backbone = [] if case.backbone is None else case.backbone.parameters()
+    inside = {id(parameter) for parameter in of_backbone} & rate_of.keys()
     rate = max(rate_of[key] for key in rate_of.keys() - inside)
     backbone = max((rate_of[key] for key in inside), default=None)
     linear = PAPER_RATE * args.batch_size / PAPER_BATCH
-    narrow = max(1.0, PAPER_WIDTH / case.config.d_model)  # a narrower model tolerates a higher rate
+    narrow = max(1.0, WIDTH / case.width)  # a narrower model tolerates a higher rate
     low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR * narrow
     used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
     used += f"{args.batch_size} images per step, {args.optimizer}"
@@ -86,6 +87,9 @@ def gradient_clipping(case: Case) -> Finding:
 
 def auxiliary_loss(case: Case) -> Finding:
     """Every decoder layer has a loss."""
-    if case.config.auxiliary_loss:
+    fitted = getattr(case.config, "auxiliary_loss", None)
+    if fitted is None:
+        return ok("the model has no option auxiliary_loss")
+    if fitted:
         return ok(f"all {case.config.decoder_layers} decoder layers have a loss")
     return warning("only the last decoder layer has a loss", "--model.auxiliary_loss true, as in the paper")

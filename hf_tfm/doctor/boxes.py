@@ -124,7 +124,7 @@ def tiny_objects(split: Split, case: Case) -> Finding:
     boxes, sizes = split.kept.fours("bbox")[known], sizes[known]
     larger = scaled(sizes, args.shortest_side, args.longest_side) / sizes
     sides = np.sqrt((boxes[:, 2:] * larger[:, ::-1]).prod(axis=1))
-    cell = case.model.model.backbone.stride
+    cell = case.stride
     share = (sides < cell).mean()
     message = (
         f"{share:.1%} of {len(sides)} objects are smaller than a cell of {cell} x {cell} pixels (limit: {SMALL:.0%}) "

@@ -3,8 +3,7 @@
 easiest images -> the run's model, or a small one with its losses -> `STEPS` full-batch steps -> AP on the same images
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
@@ -78,11 +77,12 @@ def choose_model(case: Case, full: bool, most: int) -> tuple[PreTrainedModel, st
     set_seed(args.seed)
     if full or args.model_name_or_path or (weights <= SMALL_MODEL and not args.pretrained_backbone):
         quick = {} if args.model_name_or_path else {name: value for name, value in QUICK.items() if name in known}
-        changed = dataclasses.replace(args, model={**args.model, **plain, **quick})
+        changed = replace(args, model={**args.model, **plain, **quick})
         return build_detector(changed, labels), "the run's own model"
     shared = {name: getattr(case.config, name) for name in known if name.endswith(SHARED)}
     queries = max(LEAST_QUERIES, 2 * most)
-    config = kind.of_size("tiny", backbone=BACKBONE, num_queries=queries, **{**labels, **shared, **plain})
+    backbone = {"backbone": BACKBONE} if "backbone" in known else {}
+    config = kind.of_size("tiny", **{**backbone, "num_queries": queries, **labels, **shared, **plain})
     name = f"a small model instead of one with {weights / 1e6:.0f} million weights (use that one with --full)"
     return type(case.model)(config), name
 
@@ -150,7 +150,8 @@ def overfit(case: Case, full: bool) -> Finding:
     rows = case.train.rows.select(chosen)
     try:
         model, name = choose_model(case, full, int(case.train.targets[chosen].max()))
-        side = shortest_side(case, rows, model.base_model.backbone.stride)
+        own = replace(case, model=model)
+        side = shortest_side(case, rows, own.stride)
         processor = scene_processor(
             side,
             round(side * LONGEST),
@@ -163,7 +164,7 @@ def overfit(case: Case, full: bool) -> Finding:
     task = DetectionTask.for_model(model, processor, seed=args.seed, batch_size=IMAGES)
     task.accelerator, task.splits = accelerator, {SPLIT: rows}
     large = sum(parameter.numel() for parameter in model.parameters()) > SMALL_MODEL
-    rate, limit = RATE * min(1.0, WIDTH / model.config.d_model) ** 2, STEPS * (MORE_STEPS if large else 1)
+    rate, limit = RATE * min(1.0, WIDTH / own.width) ** 2, STEPS * (MORE_STEPS if large else 1)
     if args.model_name_or_path:
         rate, limit = 0.1 * RATE, STEPS
     overfitting = Overfitting(task, accelerator.prepare(model))

@@ -11,6 +11,7 @@ from io import BytesIO
 import datasets
 import numpy as np
 import PIL.Image
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.arrow_lists import FlatList
@@ -24,6 +25,7 @@ from ..tasks.object_detection import DetectionArguments
 from ..tasks.splits import split_rows
 from .findings import Sample
 
+STRIDE, WIDTH = 32, 256  # of the paper's DETR, for a model that does not tell
 LOOKED_AT = 500  # number of evenly spaced images of a split to decode
 
 
@@ -176,6 +178,21 @@ class Case:
     def config(self) -> PreTrainedConfig:
         """Configuration of the model to train."""
         return self.model.config
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """Backbone of the model; None for a detector without one."""
+        return getattr(self.model.base_model, "backbone", None)
+
+    @property
+    def stride(self) -> int:
+        """Side of a cell of the last feature map, in pixels."""
+        return getattr(self.backbone, "stride", STRIDE)
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the model."""
+        return getattr(self.config, "hidden_size", WIDTH)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -38,7 +38,8 @@ def fresh_weights(case: Case) -> Finding:
     sizes = {name: parameter.numel() for name, parameter in case.model.named_parameters()}
     millions = f"{sum(sizes.values()) / 1e6:.1f} million weights"
     if case.earlier is None:
-        backbone = sum(parameter.numel() for parameter in case.model.base_model.backbone.parameters())
+        of_backbone = [] if case.backbone is None else case.backbone.parameters()
+        backbone = sum(parameter.numel() for parameter in of_backbone)
         if case.args.pretrained_backbone:
             return ok(
                 f"{millions}, {backbone / 1e6:.1f} million of them in timm's pretrained backbone, the rest random"

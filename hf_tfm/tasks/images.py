@@ -43,8 +43,6 @@ IMAGE_SIZE = 224  # default for a new model
 # Fields of a configuration that other arguments decide; images are read as RGB.
 IMAGE_FIELDS = ("image_size", "num_channels")
 
-ModelFields = dict[str, int | float | bool | str | tuple[int, int] | None]
-
 
 @dataclass(kw_only=True)
 class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
@@ -59,7 +57,6 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         resize: evaluation resizes the shorter edge to this and crops the centre; default, it resizes to image_size.
         augmentation: random changes of training images.
         repeats: copies of a sample in a step, each augmented differently.
-        model: configuration fields that differ from those of the size, or of model_name_or_path.
     """
 
     streaming: bool = False
@@ -68,7 +65,6 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     resize: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     repeats: int = 1
-    model: ModelFields = field(default_factory=dict)  # type: ignore[assignment]  # wider than in ModelArguments
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, get_origin
 
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.errors import StrictDataclassError
@@ -46,6 +46,12 @@ def check_fields(kind: type[PreTrainedConfig], fields: dict[str, Any], taken: It
             check_bounds(f"model.{name}", fields[name], most=MOST_BLOCKS)
 
 
+def as_listed(kind: type[PreTrainedConfig], name: str, value: Any) -> Any:
+    """Return the value of a field, a list instead of a tuple if the field takes only lists."""
+    hint = kind.__dataclass_fields__[name].type if isinstance(value, tuple) else None
+    return conform(name, value, hint) if get_origin(hint) is list else value
+
+
 def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any) -> PreTrainedConfig:
     """Return the configuration, of class ``kind``, of a new model.
 
@@ -56,7 +62,9 @@ def new_config(kind: type[PreTrainedConfig], args: SizedArguments, **fields: Any
         ValueError: a field of ``args.model`` is unknown, or a value is out of range.
     """
     try:
-        return kind.of_size(args.size, **args.model, **fields)
+        return kind.of_size(
+            args.size, **{name: as_listed(kind, name, value) for name, value in args.model.items()}, **fields
+        )
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"model: {one_line(error)}") from error
 

@@ -151,7 +151,6 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
         validation_split: its scores decide which weights are best; default, the first of the task, or "validation".
             MNLI's second one is scored too.
         holdout: number of training rows, drawn at random, that replace validation_split.
-        model: configuration fields that differ from those of the size, or of model_name_or_path.
         max_length: longer texts are truncated to this many tokens, the longer text of a pair first.
         batch_size: texts of one optimizer step over all processes, so that a run does not depend on the hardware.
         micro_batch_size: texts that one process computes at once; saves memory, does not change the result.
