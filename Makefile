@@ -33,9 +33,10 @@ test-common: $(VENV)/.installed  ## transformers' own common model tests, on our
 	tar xzf $(SOURCES)/transformers-$$version.tar.gz -C $(SOURCES) && \
 	TRANSFORMERS_SOURCE=$(SOURCES)/transformers-$$version $(BIN)/python -m pytest -n 0 -W ignore -m "slow or not slow" tests/common
 
-lint: $(VENV)/.installed  ## ruff: rules and format
+lint: $(VENV)/.installed  ## ruff: rules and format; mypy: types of the public API
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 stubs: $(VENV)/.installed  ## hf_tfm/__init__.pyi from the table of model families
 	$(BIN)/python -c "from hf_tfm.families import stub; print(stub(), end='')" > hf_tfm/__init__.pyi
@@ -52,4 +53,4 @@ docs-serve: docs  ## the site on this machine, rebuilt when a file changes
 	$(BIN)/python -m mkdocs serve
 
 clean:
-	rm -rf $(VENV) .ci-venv site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .ci-venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -53,7 +53,7 @@ def targets() -> list[str]:
     return [*dict.fromkeys(conversion.name for conversion in conversions()), OURS]
 
 
-def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict:
+def convert(source: str | Path, to: str, output_dir: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Write ``source`` as a model of another class, with a parity certificate next to it.
 
     Both models run in float32 on the same inputs, the new one as loaded from disk. Nothing is written unless they

@@ -44,7 +44,7 @@ class OfflineMetric(evaluate.Metric, ABC):
 
     def compute(
         self, *, predictions: Sequence | None = None, references: Sequence | None = None, **options
-    ) -> dict | None:
+    ) -> dict[str, Any] | None:
         """Score all added samples, plus ``predictions`` and ``references`` if given, then reset.
 
         Returns:

@@ -1,6 +1,6 @@
 """Configuration of BERT (Devlin et al. 2019, arXiv:1810.04805) and of its distilled variants."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -102,7 +102,7 @@ class TfmBertConfig(TravellingConfig):
     tie_word_embeddings: bool = True
 
     @classmethod
-    def of_size(cls, size: str, **fields):
+    def of_size(cls, size: str, **fields: Any) -> "TfmBertConfig":
         """Return the configuration of a named size, see `SIZES`, overridden by ``fields``.
 
         Raises:

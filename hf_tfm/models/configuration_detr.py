@@ -172,7 +172,7 @@ class TfmDetrConfig(TravellingConfig):
     is_encoder_decoder: bool = True
 
     @classmethod
-    def of_size(cls, size: str, **fields):
+    def of_size(cls, size: str, **fields: Any) -> "TfmDetrConfig":
         """Return the configuration of a named size, "tiny" to "base", overridden by ``fields``.
 
         Raises:

@@ -1,7 +1,7 @@
 """Configuration of GPT (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; 2019,
 "Language Models are Unsupervised Multitask Learners")."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -113,7 +113,7 @@ class TfmGPTConfig(TravellingConfig):
     tie_word_embeddings: bool = True
 
     @classmethod
-    def of_size(cls, size: str, **fields):
+    def of_size(cls, size: str, **fields: Any) -> "TfmGPTConfig":
         """Return the configuration of a named size, see `SIZES`, overridden by ``fields``.
 
         Raises:

@@ -1,6 +1,6 @@
 """Configuration of the encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -153,7 +153,7 @@ class TfmTransformerConfig(TravellingConfig):
     decoder_start_token_id: int | None = 1
 
     @classmethod
-    def of_size(cls, size: str, **fields) -> "TfmTransformerConfig":
+    def of_size(cls, size: str, **fields: Any) -> "TfmTransformerConfig":
         """Return the configuration of a named size, "tiny", "base" or "big", overridden by ``fields``.
 
         Raises:

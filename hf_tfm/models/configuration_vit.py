@@ -1,6 +1,6 @@
 """Configuration of the Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -26,6 +26,7 @@ SIZES = {
     },
 }
 
+Config = TypeVar("Config", bound="ImageEncoderConfig")
 DROPOUT_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
 LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
 
@@ -89,7 +90,7 @@ class ImageEncoderConfig(TravellingConfig):
     qkv_bias: bool = True
 
     @classmethod
-    def of_size(cls, size: str, **fields):
+    def of_size(cls: type[Config], size: str, **fields: Any) -> Config:
         """Return the configuration of a named size, "tiny" to "huge", overridden by ``fields``.
 
         Raises:
