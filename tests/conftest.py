@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 HOME = "HF_TFM_TESTS_HOME"
 VARIABLES = {
     "HF_HOME": "huggingface",
@@ -35,3 +37,9 @@ for variable, place in VARIABLES.items():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(variable, None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let processes that tests start import what tests do: the folders ``pythonpath`` of pyproject.toml."""
+    given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*map(str, config.getini("pythonpath")), *given]))

@@ -115,7 +115,6 @@ def serve(home: Path, seconds: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
-    sys.path.insert(0, str(Path(__file__).parent))
     import inputs
 
     def build() -> int:

@@ -14,15 +14,13 @@ import safetensors.torch
 import torch
 import transformers
 from every_class import class_of, outputs_of
+from old_files import DRAWN, WHOLE, drawn
 
 import hf_tfm
 from hf_tfm.conversion import convert
 from hf_tfm.tasks.evaluation import evaluate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "native_names"
-sys.path.insert(0, str(FIXTURES))
-
-from old_files import DRAWN, WHOLE, drawn  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=(*WHOLE, *DRAWN))

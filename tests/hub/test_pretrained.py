@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from every_class import FAMILIES, class_of, tiny
 
 from hf_tfm.cli import main
 from hf_tfm.distillation.teacher import load_teacher
@@ -18,10 +17,6 @@ from hf_tfm.hub.loading import LoadingError
 from hf_tfm.hub.pretrained import check_kind, load_to_train
 from hf_tfm.tasks import detectors, image_classification, model_fields, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
-
-from every_class import FAMILIES, class_of, tiny
 
 SUITABLE = {
     "TEXT_CLASSES": {"bert", "gpt"},

@@ -1,15 +1,10 @@
 """Bad arguments of forward: one line that names the argument, the value and the limit."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from head_cases import CASES, collate
 from tiny_detr import tiny_detr
 from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1] / "clients"))
-from head_cases import CASES, collate
 
 import hf_tfm
 from hf_tfm.models.input_checks import look_up, readable, require_numbers, require_range

@@ -5,7 +5,6 @@ Their code is not part of this package: DETR_AUTHORS_FOLDER names a checkout of 
 
 import argparse
 import os
-import sys
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def drawn(model: nn.Module) -> nn.Module:
 
 def authors_model(config: TfmDetrConfig, panoptic: bool, monkeypatch) -> tuple[nn.Module, nn.Module]:
     """Their model, with random weights, and their criterion."""
-    monkeypatch.setattr(sys, "path", [FOLDER, *sys.path])
+    monkeypatch.syspath_prepend(FOLDER)
     build = getattr(torchvision.models, config.backbone)
     monkeypatch.setattr(  # they ask for pretrained weights
         torchvision.models, config.backbone, lambda pretrained, **options: build(weights=None, **options)

@@ -1,11 +1,6 @@
-"""The Hub server of tests/hub serves data sets here; and what the tests of distilling texts share."""
-
-import sys
-from pathlib import Path
+"""What the tests of distilling texts share."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
 
 
 @pytest.fixture(scope="module")

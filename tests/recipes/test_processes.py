@@ -97,11 +97,9 @@ def test_two_processes(data, whole, tmp_path):
 HUB_RUN = """
 import sys
 from huggingface_hub import HfApi
-
-helpers, data, *argv = sys.argv[1:]
-sys.path.insert(0, helpers)
 from recipe_helpers import run_recipe
 
+data, *argv = sys.argv[1:]
 api = HfApi()
 api.create_repo("user/numbers", repo_type="dataset")
 commit = api.upload_folder(repo_id="user/numbers", repo_type="dataset", folder_path=data)
@@ -111,7 +109,7 @@ print(commit.oid)
 
 
 def test_data_of_the_hub_has_its_commit_and_licence(data, tmp_path):
-    argv = [str(Path(__file__).parent), str(data), *words("user/numbers", tmp_path / "run")]
+    argv = [str(data), *words("user/numbers", tmp_path / "run")]
     with HubServer() as hub:
         place = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         process = start_process("-c", HUB_RUN, *argv, **place, HF_HUB_DISABLE_XET="1")

@@ -221,8 +221,6 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    # Before Python 3.13 the server looks for what it is to import on its own path alone.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     report = Path(args.output_dir).with_suffix(".json")
     report.unlink(missing_ok=True)
     process = context.Process(target=child, args=(str(report), asdict(args), fields or {}, options))
