@@ -37,7 +37,7 @@ def test_wheel_carries_the_recipes(tmp_path):
         [
             sys.executable,
             "-c",
-            "import hf_tfm.cli as c; print(c.__file__, sorted(p.name for p in c.recipes_folder().iterdir()))",
+            "import hf_tfm.recipe_files as c; print(c.__file__, sorted(p.name for p in c.recipes_folder().iterdir()))",
         ],
         cwd=tmp_path / "site",
         capture_output=True,
