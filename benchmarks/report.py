@@ -10,7 +10,7 @@ README = Path(__file__).parent / "README.md"
 HEAD = """# Benchmarks
 
 Made by `python -m benchmarks report` from the files in `results/`. `make bench` measures everything anew;
-`python -m benchmarks NAME --help` tells the options of one. Contestants take turns in one process; figures are
+`python -m benchmarks NAME --help` lists the options of one. Contestants take turns in one process; figures are
 medians, ratios are medians of ratios of neighbouring runs.
 """
 

@@ -95,7 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["run"]:
         if len(argv) < 2 or argv[1] in ("-h", "--help"):
             names = "\n  ".join(recipe_names())
-            usage = f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\nhf-tfm run RECIPE --help tells more"
+            usage = (
+                f"usage: hf-tfm run RECIPE [options]\n\nrecipes:\n  {names}\n\n"
+                "hf-tfm run RECIPE --help lists the options of a recipe"
+            )
             print(usage, file=sys.stdout if argv[1:] else sys.stderr)
             raise SystemExit(0 if argv[1:] else 2)
         run(argv[1], argv[2:])

@@ -60,13 +60,13 @@ REWORDED: tuple[tuple[str, str], ...] = (
     (r"std::bad_alloc", "out of memory"),
     (
         r"Dataset scripts are no longer supported, but found (\S+)",
-        '"{0}" is a script, and scripts are not read as data',
+        '"{0}" is a dataset script, which is not supported',
     ),
     (
         r"Error while deserializing header: (.*)",
         "not a valid safetensors file, or a damaged one ({0})",
     ),
-    (r"Failed to parse string: '(.*?)' as a scalar of type (\w+)", 'a value "{0}" stands in a column of type {1}'),
+    (r"Failed to parse string: '(.*?)' as a scalar of type (\w+)", 'a column of type {1} contains the value "{0}"'),
 )
 REMOTE_CODE = re.compile(r"trust_remote_code|contains custom code which must be executed")
 REMOTE_CODE_PLACE = re.compile(r"(?:repository|loading|model|from) `?([^\s`]+?)`? (?:contains|requires)")

@@ -192,7 +192,7 @@ def family_of(name: str) -> Family:
     for family in FAMILIES:
         if family.name == name:
             return family
-    raise ValueError(f'there is no model family "{name}"; there are {", ".join(one.name for one in FAMILIES)}')
+    raise ValueError(f'there is no model family "{name}"; available: {", ".join(one.name for one in FAMILIES)}')
 
 
 def carry_code(enabled: bool) -> None:

@@ -191,7 +191,7 @@ def load_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ValueError(f"{name}{where}: not YAML: {one_line(reason)}") from error
+        raise ValueError(f"{name}{where}: invalid YAML: {one_line(reason)}") from error
     except RecursionError as error:
         raise ValueError(f"{name}: lists and mappings are nested more than {DEEPEST} levels deep") from error
 

@@ -60,7 +60,7 @@ def run(recipe: str, argv: list[str]) -> None:
     """
     known = recipe_names()
     if recipe not in known:
-        print(f'hf-tfm run: there is no recipe "{recipe}"; there are {", ".join(known)}', file=sys.stderr)
+        print(f'hf-tfm run: there is no recipe "{recipe}"; available: {", ".join(known)}', file=sys.stderr)
         raise SystemExit(2)
     if not (recipes_folder() / f"{recipe}.py").is_file():
         with short_errors(f"run {recipe}", argv):

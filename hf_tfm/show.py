@@ -45,15 +45,15 @@ def show_attention(
     if Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise ValueError(f"output_dir {output_dir} is a file: give the name of a folder")
     if (image is None) == (text is None):
-        raise ValueError("an image model needs an IMAGE, a model of texts a --text: give one of them")
+        raise ValueError("an image model needs an IMAGE, a text model a --text: give one of them")
     for name, value in {"target": target, "pair": pair, "beside": beside}.items():
         if image is not None and value is not None:
-            raise ValueError(f'{name} is for a text, and here is an image; got "{value}"')
+            raise ValueError(f'{name} applies to a text, but an image was given; got "{value}"')
     if text is not None and query is not None:
-        raise ValueError(f'query is for an image, and here is a text; got "{query}"')
+        raise ValueError(f'query applies to an image, but a text was given; got "{query}"')
     if text is not None and not text_attention.reads_pairs(model, trust_remote_code):
         if target is not None:
-            raise ValueError(f'target is for a translation model, and "{model}" is none; got "{target}"')
+            raise ValueError(f'target is for a translation model, but "{model}" is not one; got "{target}"')
         found = []
         for argument, name in {"beside": beside, "model": model}.items():
             if name is not None:
@@ -65,7 +65,7 @@ def show_attention(
         from .tasks.translation import load_seq2seq
 
         if pair is not None or beside is not None:
-            raise ValueError(f'pair and beside are for an encoder or a decoder, and "{model}" is both')
+            raise ValueError(f'pair and beside are for an encoder or a decoder, but "{model}" has both')
         maps = attention.attention_maps(*load_seq2seq(model, trust_remote_code=trust_remote_code), text, target)
         paths = attention.plot_attention(maps, output_dir, layers=layers, heads=heads)
     else:

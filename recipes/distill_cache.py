@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in known:
         word = f"{shown(argv[0])} is not a distillation recipe" if argv else "give a distillation recipe"
         near = closest(argv[0], known) if argv else ""
-        print(f"hf-tfm run distill_cache: {word}; there are {', '.join(known)}{near}", file=sys.stderr)
+        print(f"hf-tfm run distill_cache: {word}; available: {', '.join(known)}{near}", file=sys.stderr)
         return 2
     return runpy.run_path(str(known[argv[0]]))["main"]([*argv[1:], "--write_cache", "true"])
 

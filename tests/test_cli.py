@@ -243,12 +243,12 @@ def test_show_positions(image_models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("attention {0}/vit", "an image model needs an IMAGE, a model of texts a --text: give one of them"),
+        ("attention {0}/vit", "an image model needs an IMAGE, a text model a --text: give one of them"),
         ("attention {0}/vit {0}/0.png --text a", "give one of them"),
-        ("attention {0}/vit {0}/0.png --target a", 'target is for a text, and here is an image; got "a"'),
-        ("attention {1} --text a --query mean", 'query is for an image, and here is a text; got "mean"'),
+        ("attention {0}/vit {0}/0.png --target a", 'target applies to a text, but an image was given; got "a"'),
+        ("attention {1} --text a --query mean", 'query applies to an image, but a text was given; got "mean"'),
         ("attention {1} {0}/0.png", "is a tfm_transformer model: pictures of images are for models of image patches"),
-        ("attention {0}/vit --text a", "is a tfm_vit model, and a text is for a model of texts"),
+        ("attention {0}/vit --text a", "is a tfm_vit model, but a text needs a text model"),
         ("attention {0}/vit {0}/2.png", '2.png": it must be a file, or a row of a data set, dataset:split:index'),
         ("attention {0}/vit {0}/rows:test:2", 'index must be from 0 to 1 for split "test"'),
         ("attention {0}/vit {0}/0.png --query cls", 'query must be class or mean, got "cls"'),
@@ -313,7 +313,7 @@ def test_run_lists_recipes(refused, capsys):
     assert ended.value.code == 0
     assert "translation_train" in capsys.readouterr().out
     said = refused("run", "fly", status=2)
-    assert 'there is no recipe "fly"; there are augment_texts, detection_train' in said
+    assert 'there is no recipe "fly"; available: augment_texts, detection_train' in said
 
 
 def test_run_passes_words_on(capsys):

@@ -104,7 +104,7 @@ def test_a_family_of_another_package(tmp_path):
     train, evaluate, distill, convert = page.commands
     page.killed(train)
     output = page.output(train, moved(train, "runs/whole"), [*evaluate, "--output", "scores.json"], distill, convert)
-    assert "going on from" in output
+    assert "resuming from" in output
     weights = [load_file(tmp_path / "runs" / run / "model.safetensors") for run in ("toy", "whole")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert page.results("toy")["model_type"] == "toy" and page.score("toy") > 0.5
@@ -125,7 +125,7 @@ def test_a_task_of_another_package(tmp_path):
     saving = [*train, "--save_steps", "5", "--eval_steps", "20"]
     page.killed(saving)
     output = page.output(saving, moved(saving, "runs/whole"), [*evaluate, "--output", "scores.json"], distill)
-    assert "going on from" in output
+    assert "resuming from" in output
     weights = [load_file(tmp_path / "runs" / run / "model.safetensors") for run in ("vector", "whole")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert page.score("vector") > 0.8

@@ -39,7 +39,7 @@ def test_a_second_family_of_the_same_name_or_type_is_refused():
     for changed in (replace(FAMILIES[0], name="other"), replace(FAMILIES[0], config=FAMILIES[1].config)):
         with pytest.raises(ValueError, match="already"):
             register_family(changed)
-    with pytest.raises(ValueError, match='no model family "swan"; there are transformer, vit'):
+    with pytest.raises(ValueError, match='no model family "swan"; available: transformer, vit'):
         family_of("swan")
 
 

@@ -165,7 +165,7 @@ def local_folder(source: str | Path, revision: str | None) -> Path:
         raise ValueError(f'model "{source}" is neither a local folder nor a model on the Hub') from error
     except Exception as error:  # including errors of the network libraries
         reason = reworded(error)
-        raise ValueError(f'model "{source}" is no local folder, and not found on the Hub: {reason}') from error
+        raise ValueError(f'model "{source}" is neither a local folder nor found on the Hub: {reason}') from error
 
 
 def find_conversion(folder: Path, to: str) -> Conversion:
@@ -241,7 +241,7 @@ def load_whole(
     for problem, said in PROBLEMS.items():
         if found := sorted(report.get(problem) or ()):
             reason = mismatch(found) if problem == "mismatched_keys" else f"{said} {found[0]}{others(found)}"
-            raise ValueError(f'model "{folder}" is not a whole {model_class.__name__}: {reason}')
+            raise ValueError(f'model "{folder}" is not a complete {model_class.__name__}: {reason}')
     return model
 
 

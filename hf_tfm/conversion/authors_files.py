@@ -34,7 +34,7 @@ def unpack(path: Path, folder: Path) -> Path:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an invalid pickle can raise anything
         reason = reworded(error) if isinstance(error, UnpicklingError) else "torch cannot read it"
-        raise ValueError(f"{path} is not a file of weights alone: {reason}") from error
+        raise ValueError(f"{path} is not a plain weights file: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a mapping of weights, got a {type(checkpoint).__name__}")
     weights, arguments = checkpoint.get("model", checkpoint), checkpoint.get("args")

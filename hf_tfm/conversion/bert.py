@@ -109,7 +109,7 @@ def to_bert(
 
 
 def from_bert(model: PreTrainedModel, ours: type[PreTrainedModel], pooler: str = "tanh") -> TfmBertConfig:
-    """Convert the configuration of transformers' ``model`` to that of our class ``ours``.
+    """Convert the configuration of transformers' ``model`` to that of this package's class ``ours``.
 
     Raises:
         ValueError: a field has a value that `TfmBertConfig` cannot express.

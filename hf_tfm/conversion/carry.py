@@ -22,7 +22,7 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
         for path in source.glob(pattern):
             # A snapshot in the Hub's cache consists of links to its blobs.
             if path.is_symlink() and not is_cached(source) and not inside(path, source):
-                raise ValueError(f"{path} is a link that leads out of the folder: it is not copied")
+                raise ValueError(f"{path} is a link to a file outside the folder, so it is not copied")
             content = read_json(path) if path.suffix == ".json" else None
             if isinstance(content, dict) and not content.keys().isdisjoint(CODE_FIELDS):
                 kept = {name: value for name, value in content.items() if name not in CODE_FIELDS}
@@ -63,7 +63,7 @@ def same_tokenizer(source: Path, target: Path) -> bool | None:
     before, after = load_tokenizer(source, "model", None, None), load_tokenizer(target, "output_dir", None, None)
     if type(before) is not type(after) or before.get_vocab() != after.get_vocab():
         raise ValueError(
-            f"the tokenizer of {source} is a {type(before).__name__}, but beside the converted model it loads as a "
+            f"the tokenizer of {source} is a {type(before).__name__}, but with the converted model it loads as a "
             f"{type(after).__name__} with {len(after)} tokens"
         )
     return True

@@ -139,7 +139,7 @@ def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> di
     if width != PUBLISHED_WIDTH and not hasattr(arguments, "nheads"):
         raise ValueError(
             f"the number of heads is not known for a d_model of {width}, only for {PUBLISHED_WIDTH}: put a "
-            "config.json with encoder_attention_heads beside the file"
+            "config.json with encoder_attention_heads next to the file"
         )
     heads = getattr(arguments, "nheads", PUBLISHED_HEADS)
     ffn = len(weights["transformer.encoder.layers.0.linear1.weight"])
@@ -147,7 +147,7 @@ def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> di
     bottlenecks = f"{body}layer1.0.conv3.weight" in weights
     kind = (depth(weights, f"{body}layer1."), depth(weights, f"{body}layer3."), bottlenecks)
     if kind not in BACKBONES:
-        raise ValueError(f"{path} has a backbone that is none of {', '.join(BACKBONES.values())}")
+        raise ValueError(f"{path} has an unknown backbone; known are {', '.join(BACKBONES.values())}")
     config = AuthorsDetrConfig(
         backbone=BACKBONES[kind],
         dilation=getattr(arguments, "dilation", "dc5" in path.stem.lower()),

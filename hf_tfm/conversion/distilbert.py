@@ -113,7 +113,7 @@ def to_distilbert(config: TfmBertConfig, ours: type[PreTrainedModel]) -> DistilB
 
 
 def from_distilbert(model: PreTrainedModel, ours: type[PreTrainedModel]) -> TfmBertConfig:
-    """Convert the configuration of transformers' ``model`` to that of our class ``ours``."""
+    """Convert the configuration of transformers' ``model`` to that of this package's class ``ours``."""
     config = model.config
     fields = {name: getattr(config, theirs) for name, theirs in FIELDS.items()}
     fields |= {"pooler": "none", "type_vocab_size": 0, "layer_norm_eps": EPS}

@@ -169,7 +169,7 @@ def guessed_config(weights: dict[str, Tensor], norm_pix_loss: bool) -> dict:
     if width not in heads:
         raise ValueError(
             f"the number of heads is not known for a hidden_size of {width}, only for {', '.join(map(str, heads))}: "
-            "put a config.json with num_attention_heads beside the file"
+            "put a config.json with num_attention_heads next to the file"
         )
     fields = {
         "hidden_size": width,

@@ -158,7 +158,7 @@ def compare_outputs(source: nn.Module, target: nn.Module, inputs: dict[str, Tens
     for name, (difference, largest) in found.items():
         if not within_tolerance(difference, largest):
             raise ValueError(
-                f"the converted model is not the same function: {name} differ by {difference:.3g}, the tolerance is "
+                f"the converted model gives different outputs: {name} differ by {difference:.3g}, the tolerance is "
                 f"{tolerance_for(largest):.3g} for {name} up to {largest:.3g}"
             )
     difference, largest = next(iter(found.values()))
@@ -193,7 +193,7 @@ def differences(source: nn.Module, target: nn.Module, inputs: dict[str, Tensor])
         ours, theirs = (output[name] for output in outputs)
         if ours.shape != theirs.shape:
             raise ValueError(
-                f"the converted model is not the same function: {name} of shape {tuple(ours.shape)} became "
+                f"the converted model gives different outputs: {name} of shape {tuple(ours.shape)} became "
                 f"{tuple(theirs.shape)}"
             )
         found[name] = ((ours - theirs).abs().max().item(), ours.abs().max().item())
@@ -221,7 +221,7 @@ def compare_generated(
         for model in (source, target)
     ]
     if not torch.equal(*generated):
-        raise ValueError("the converted model generates other tokens than its source")
+        raise ValueError("the converted model generates different tokens than its source")
     return True
 
 

@@ -199,7 +199,7 @@ def read(folder: Path) -> nn.Module:
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     except RuntimeError as error:
-        raise ValueError(f'model "{folder}" is not a whole model of timm: {reworded(error)}') from error
+        raise ValueError(f'model "{folder}" is not a complete model of timm: {reworded(error)}') from error
 
 
 def write(model: VisionTransformer, folder: Path) -> None:

@@ -69,7 +69,7 @@ class FlatList:
         for name, count in counts.items():
             if (odd := np.flatnonzero(count != counts[first])).size:
                 raise ValueError(
-                    f'column "{column}" must have equally many {first} and {name} in a row, got '
+                    f'column "{column}" must have equal numbers of {first} and {name} in each row, got '
                     f"{counts[first][odd[0]]} and {count[odd[0]]} in row {odd[0]}"
                 )
         return cls(column, counts[first], {name: array.flatten() for name, array in lists.items()}, kinds)

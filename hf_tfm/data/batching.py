@@ -183,7 +183,7 @@ class TokenBudgetSampler:
         worst = int(self.longest.argmax())
         if self.longest[worst] > tokens:
             raise ValueError(
-                f"{name} must be at least the longest sample, got {tokens} for sample {worst} of "
+                f"{name} must be at least the length of the longest sample, got {tokens} for sample {worst} of "
                 f"{self.longest[worst]} tokens"
             )
 

@@ -106,7 +106,7 @@ class BoxReport:
         if self.suspected is not None:
             stated, found = self.inside
             raise ValueError(
-                f"the boxes are read as {self.format}, and {stated:.0%} of them lie in their images so; as "
+                f"read as {self.format}, {stated:.0%} of the boxes lie inside their images; as "
                 f'{self.suspected}, {found:.0%} do: give box_format="{self.suspected.corners}" and '
                 f"relative_boxes={self.suspected.relative}"
             )

@@ -1,7 +1,7 @@
 """COCO's JSON files with their image folders, converted to the columns that `detection` and `panoptic` read.
 
     annotations/instances_<split>.json, panoptic_<split>.json + <split>/ or images/<split>/ or images/   COCO's own
-    <split>/_annotations.coco.json beside the images                                                    Roboflow's
+    <split>/_annotations.coco.json next to the images                                                    Roboflow's
 
 (Lin et al. 2014, arXiv:1405.0312.) Images stay where they are; only their paths are stored.
 """

@@ -82,7 +82,7 @@ class CsvFiles(Rebuilt, Csv):
                 first = first or columns
                 if set(columns) != set(first):
                     odd = ", ".join(sorted(set(columns) ^ set(first)))
-                    raise ValueError(f"{name} and {named[0]} are of one split and differ in columns: {odd}")
+                    raise ValueError(f"{name} and {named[0]} belong to one split but have different columns: {odd}")
                 for column in columns:
                     kinds.setdefault(column, {"int64", "float64"})
                 if not streaming:
@@ -207,7 +207,9 @@ def separator_hint(columns: Iterable[str]) -> str:
     """Return the end of an error about columns: the separator that one of their names holds, if any does."""
     for mark in (";", "\t", "|"):
         if named := next((column for column in columns if mark in column.strip(mark)), None):
-            return f'; the column "{named}" looks like several with the separator {mark!r}, and files need commas'
+            return (
+                f'; the column "{named}" looks like several columns separated by {mark!r}, but files must use commas'
+            )
     return ""
 
 

@@ -85,7 +85,7 @@ def scene_rows(
     if strict:
         if (categories >= len(names)).any():
             raise ValueError(
-                f'column "{found.column}" has category {categories.max()}, but there are names for {len(names)} alone'
+                f'column "{found.column}" has category {categories.max()}, but there are names for only {len(names)}'
             )
         report.require_format()
         report.log()
@@ -112,7 +112,7 @@ def scene_rows(
 
 
 def require_objects(report: BoxReport, good: np.ndarray, crowd: np.ndarray) -> None:
-    """Raise if the rows contain no object to find.
+    """Raise if the rows contain no object to detect.
 
     Args:
         good, crowd: (M,) bool, which objects are kept and which are crowds.
@@ -124,10 +124,10 @@ def require_objects(report: BoxReport, good: np.ndarray, crowd: np.ndarray) -> N
         return
     told = [f"{report.boxes} boxes in {report.images} images", *report.lines()]
     if (good & crowd).any():
-        told.append(f"{int((good & crowd).sum())} are crowds (iscrowd), which are neither learned nor scored")
+        told.append(f"{int((good & crowd).sum())} are crowds (iscrowd), which are neither trained on nor scored")
     if not report.boxes:
-        told.append("do image_id of the annotations and id of the images fit?")
-    raise ValueError(f"there is no object to find: {'; '.join(told)}")
+        told.append("check that image_id of the annotations matches id of the images")
+    raise ValueError(f"there is no object to detect: {'; '.join(told)}")
 
 
 def leave_out(report: BoxReport, name: str, good: np.ndarray, bad: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ def picture_rows(
         ValueError: if the rows are a stream, are empty or have no images.
     """
     if isinstance(rows, datasets.IterableDataset):
-        raise ValueError("objects in images cannot be read as a stream: batches by shape need every size first")
+        raise ValueError("objects in images cannot be streamed: batches by shape need the sizes of all images first")
     pictures = image_rows(rows, image_column, labelled=False, roots=roots)
     ids = integers(rows, "image_id")
     if ids is None or len(np.unique(ids)) < len(ids):
@@ -186,7 +186,7 @@ def find_objects(features: Features, name: str | None) -> str:
     found = [c for c in features if c != SEGMENTS and set(BOX_FIELDS) & subfields(features[c]).keys()]
     if len(found) != 1:
         raise ValueError(
-            f"objects_column must name a column, since not one alone has boxes; the data set has {columns}"
+            f"objects_column must name a column, unless exactly one has boxes; the data set has {columns}"
         )
     return found[0]
 
@@ -306,9 +306,9 @@ def check_order(rows: dict[str, datasets.Dataset], train_split: str) -> None:
     for split, part in rows.items():
         if moved := first_moved(ours, class_names(part)):
             raise ValueError(
-                f'categories are in another order in {split}: "{moved[1]}" stands there where {train_split} has '
-                f'"{moved[0]}", so the ids of one of them stand for other names; write the same list of categories, '
-                "with the same ids, for every split"
+                f'categories are in another order in {split}: it has "{moved[1]}" where {train_split} has '
+                f'"{moved[0]}", so the same id has different names; write the same list of categories, with the same '
+                "ids, for every split"
             )
 
 

@@ -36,7 +36,7 @@ def digits(seed: int = 0, validation: int = 200, test: int = 400, size: int = 32
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if validation + test >= TOTAL:
-        raise ValueError(f"validation + test must be below {TOTAL}, the digits there are, got {validation + test}")
+        raise ValueError(f"validation + test must be below {TOTAL}, the number of digits, got {validation + test}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}")
     images, labels = load_digits(return_X_y=True)

@@ -27,7 +27,7 @@ def load_json(file: Path) -> Any:
     try:
         return json.loads(read_bytes(file))
     except RecursionError:
-        raise ValueError(f"{file} is not JSON that can be read: it is nested too deeply") from None
+        raise ValueError(f"{file} cannot be read as JSON: it is nested too deeply") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -136,12 +136,12 @@ def json_problem(file: str, text: str) -> str | None:
             return f"{where}: an object with the columns is expected, got {row!r:.60}"
         for column, value in row.items():
             if "\\u" in text and not encodable(value):
-                return f'{where}, column "{column}" holds half of a surrogate pair, which is no character'
+                return f'{where}, column "{column}" contains an unpaired surrogate, which is not a character'
             if value is None:
                 continue
             kind = kind_in_words(value)
             if kinds.setdefault(column, kind) != kind:
-                return f'{where}, column "{column}" holds {kind}, and rows before hold {kinds[column]}'
+                return f'{where}, column "{column}" holds {kind}, but earlier rows hold {kinds[column]}'
     return None
 
 

@@ -95,7 +95,7 @@ def find_tasks(names: str) -> list[GlueTask]:
     """
     chosen = list(TASKS) if names.strip() == "glue" else [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"tasks must be named once each, got {names}")
+        raise ValueError(f"tasks must not contain duplicates, got {names}")
     return [find_task(name) for name in chosen]
 
 

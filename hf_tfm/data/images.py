@@ -83,8 +83,8 @@ def image_rows(
             if label_column is not None or getattr(rows.info, "builder_name", None) != "imagefolder":
                 raise
             raise ValueError(
-                f"{error}. A folder of images tells classes by the folders that stand directly in that of a split, "
-                "train/CLASS/NAME.png, all equally deep and at least two"
+                f"{error}. In a folder of images, each class is a folder directly in that of a split, "
+                "train/CLASS/NAME.png; at least two are needed, all at the same depth"
             ) from error
     image = next(iter(names))
     kind = features[image]
@@ -183,7 +183,7 @@ def find_column(features: Mapping[str, Any], name: str | None, argument: str, ki
         return found[0]
     if usual in features:
         return usual
-    raise ValueError(f"{argument} must name a column, since none stands out; the data set has {columns}{hint}")
+    raise ValueError(f"{argument} must name a column, since it cannot be inferred; the data set has {columns}{hint}")
 
 
 def is_label(value: Any) -> bool:
@@ -281,7 +281,7 @@ def opened(value: Any) -> Any:
     if isinstance(value, bytes):
         return BytesIO(value)
     if not isinstance(value, str):
-        raise BadImage(f"there is no image, but {type(value).__name__}")
+        raise BadImage(f"expected an image, got {type(value).__name__}")
     if "://" not in value:
         return open_regular(value)
     if (url := urlsplit(value)).scheme in ("file", "local"):
@@ -385,7 +385,7 @@ def unknown_format(data: bytes) -> str:
         return "the file is empty"
     if b"<svg" in data[:1000]:
         return "it is an SVG drawing, not an image of pixels"
-    return f"it is in no image format that can be read; it begins with {data[:8]!r}"
+    return f"its image format is not supported; it begins with {data[:8]!r}"
 
 
 def from_pil(image: PIL.Image.Image) -> Tensor:
@@ -395,7 +395,7 @@ def from_pil(image: PIL.Image.Image) -> Tensor:
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip values above 255
         image = PIL.Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise BadImage(f'mode "{image.mode}" does not say which numbers are black and white')
+        raise BadImage(f'mode "{image.mode}" does not define which values are black and white')
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -502,7 +502,7 @@ def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[
         raise ValueError(f"{split} has no rows")
     number = f"{len(rows)}" if isinstance(rows, datasets.Dataset) else "a stream"
     raise ValueError(
-        f"no image of {split} can be read, of {number} the first {len(bad)} were tried (max_bad_images is "
+        f"no image of {split} can be read: the first {len(bad)} of {number} were tried (max_bad_images is "
         f"{max_bad_images}): {listed(bad)}"
     )
 

@@ -247,7 +247,8 @@ def only_text(features: Mapping[str, Any], label: str | None) -> str:
         return TEXT
     if len(found) != 1:
         raise ValueError(
-            f"text_columns must name one column or two, since none stands out; the data set has {', '.join(features)}"
+            f"text_columns must name one column or two, since they cannot be inferred; the data set has "
+            f"{', '.join(features)}"
             f"{separator_hint(features)}"
         )
     return found[0]

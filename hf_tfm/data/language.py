@@ -135,7 +135,7 @@ def token_sequences(
     around = SpecialTokens(tokenizer)
     room = max_length - len(around.before) - len(around.after) * (2 if sequences == "pairs" else 1)
     if room < 2:
-        raise ValueError(f"max_length must leave room for tokens beside the special ones, got {max_length}")
+        raise ValueError(f"max_length must leave room for tokens other than the special ones, got {max_length}")
     columns = {"input_ids": datasets.Sequence(datasets.Value("int32"))}
     if sequences == "pairs":
         columns |= {"second": datasets.Value("int32"), "random": datasets.Value("bool")}

@@ -73,7 +73,7 @@ def panoptic_categories(dataset: str, revision: str | None = None) -> list[Categ
         found = [read_categories(listed(load_json(file)), str(file)) for file in files]
         for file, categories in zip(files, found, strict=True):
             if categories != found[0]:
-                raise ValueError(f"{file} has other categories than {files[0]}")
+                raise ValueError(f"{file} has different categories than {files[0]}")
         return found[0]
     file = folder / CATEGORIES_FILE
     if not file.is_file():

@@ -273,7 +273,9 @@ def as_read(source: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     try:
         found = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f'"{source}" has no image processor: save the one it was trained with beside it') from error
+        raise ValueError(
+            f'"{source}" has no image processor: save the one it was trained with in the same folder'
+        ) from error
     if data := getattr(found, "data_config", None):  # timm's
         return image_processor(tuple(data["input_size"][1:]), mean=tuple(data["mean"]), std=tuple(data["std"]))
     pixels = Pixels(found)

@@ -47,7 +47,7 @@ def packed_counts(outline: Mapping[str, Any], height: int, width: int) -> str:
     """
     size, counts = outline.get("size"), outline.get("counts")
     if not isinstance(size, Sequence) or list(size) != [height, width]:
-        raise ValueError(f"segmentation has size {size}, its image {[height, width]}")
+        raise ValueError(f"segmentation has size {size}, but its image has {[height, width]}")
     if isinstance(counts, str | bytes):
         check_counts(unpacked(counts), height, width)
         return text(counts)
@@ -66,7 +66,7 @@ def check_counts(counts: Sequence[int] | np.ndarray, height: int, width: int) ->
     if len(counts) and min(counts) < 0:
         raise ValueError(f"segmentation has a run of {min(counts)} pixels")
     if (total := sum(map(int, counts))) != height * width:
-        raise ValueError(f"segmentation counts {total} pixels, its image has {height * width}")
+        raise ValueError(f"segmentation counts {total} pixels, but its image has {height * width}")
 
 
 def unpacked(counts: str | bytes) -> np.ndarray:
@@ -80,12 +80,12 @@ def unpacked(counts: str | bytes) -> np.ndarray:
     data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
     letters = np.frombuffer(data, np.uint8).astype(np.int64) - 48
     if not letters.size or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
-        raise ValueError("segmentation has counts that are no compressed run lengths")
+        raise ValueError("segmentation has counts that are not valid compressed run lengths")
     ends = np.flatnonzero(letters & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     sizes = ends - starts + 1
     if sizes.max() > 7:  # numbers have 32 bits
-        raise ValueError("segmentation has counts that are no compressed run lengths")
+        raise ValueError("segmentation has counts that are not valid compressed run lengths")
     digits = np.arange(letters.size) - np.repeat(starts, sizes)
     found = np.add.reduceat((letters & 31) << (5 * digits), starts)
     found -= np.where(letters[ends] & 16 > 0, 1 << (5 * sizes), 0)  # bit 4 of the last character is the sign
@@ -108,7 +108,7 @@ def polygons(outline: Any) -> list[list[float]]:
         try:
             corners = np.asarray(polygon, np.float64).ravel()
         except (TypeError, ValueError):
-            raise ValueError("a polygon must hold numbers alone") from None
+            raise ValueError("a polygon must contain only numbers") from None
         if len(corners) < 6 or len(corners) % 2:
             raise ValueError(f"a polygon must have x and y of at least 3 corners, got {len(corners)} numbers")
         if not np.isfinite(corners).all():
@@ -142,6 +142,6 @@ def decode(outlines: Sequence[Mapping[str, Any]], height: int, width: int) -> np
     masks = np.zeros((len(outlines), height, width), bool)
     for mask, outline in zip(masks, outlines, strict=True):
         if list(outline["size"]) != [height, width]:
-            raise ValueError(f"segmentation has size {list(outline['size'])}, its image {[height, width]}")
+            raise ValueError(f"segmentation has size {list(outline['size'])}, but its image has {[height, width]}")
         mask[:] = coco_mask.decode({"size": [height, width], "counts": outline["counts"]})
     return masks

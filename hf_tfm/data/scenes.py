@@ -190,12 +190,12 @@ def read_scene(row: Mapping[str, Any], masks: bool = False) -> Scene:
     size = tuple(image.shape[-2:])
     stated = (row["height"], row["width"])
     if min(stated) > 0 and size != stated:
-        raise BadImage(f"it has {size[0]} x {size[1]} pixels, its row says {stated[0]} x {stated[1]}")
+        raise BadImage(f"it has {size[0]} x {size[1]} pixels, but its row states {stated[0]} x {stated[1]}")
     return read_segments(row, image) if SEGMENTS in row else read_objects(row, image, masks)
 
 
 def require_scenes(rows: Mapping[str, datasets.Dataset], max_bad_images: int) -> None:
-    """Raise before a run if a split has no object to find or no readable image; see `require_readable`.
+    """Raise before a run if a split has no object to detect or no readable image; see `require_readable`.
 
     Args:
         rows: {split name: rows of `scene_rows` or `panoptic_rows`}.
@@ -209,7 +209,7 @@ def require_scenes(rows: Mapping[str, datasets.Dataset], max_bad_images: int) ->
         crowds = int((found.numbers("iscrowd", 0.0) > 0).sum())
         if crowds == found.counts.sum():
             raise ValueError(
-                f"there is no object to find in {split}: its {len(part)} images have {found.counts.sum()} objects, "
+                f"there is no object to detect in {split}: its {len(part)} images have {found.counts.sum()} objects, "
                 f"{crowds} of them crowds (iscrowd)"
             )
         require_readable(part, max_bad_images, split, read_scene)

@@ -99,15 +99,15 @@ def read_splits(
         raise ValueError(f'dataset_name "{dataset}" is the name of a format: give data_files, the files to read')
     if revision and (Path(dataset).exists() or dataset in FORMATS):
         raise ValueError(
-            f'dataset_revision "{revision}" can be given of a data set on the Hub alone, and dataset_name "{dataset}" '
+            f'dataset_revision "{revision}" applies only to a data set on the Hub, but dataset_name "{dataset}" '
             "is read from local files"
         )
     if is_local_file(dataset):
         if (kind := kind_of(dataset)) is None:
-            raise ValueError(f'dataset_name "{dataset}" is not of a kind that is read: {READ}')
+            raise ValueError(f'dataset_name "{dataset}" is not a supported kind of file: {READ}')
         if data_files:
             raise ValueError(
-                f'dataset_name "{dataset}" is a file: name others with dataset_name "{kind}" and data_files'
+                f'dataset_name "{dataset}" is a file: to read several, give dataset_name "{kind}" and data_files'
             )
         return load_local(kind, name, {"train": dataset}, streaming, dataset)
     try:
@@ -117,7 +117,7 @@ def read_splits(
     except yaml.YAMLError as error:
         card = Path(dataset) / CARD
         named = card if card.is_file() else f'the {CARD} of dataset_name "{dataset}"'
-        raise ValueError(f"{named} is not YAML between its lines of ---: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{named} has invalid YAML between its --- lines: {' '.join(str(error).split())}") from error
     except ValueError as error:
         if "dataset_name" in str(error) or raised_by_us(error):
             raise
@@ -266,10 +266,10 @@ def check_regular(folder: Path) -> None:
                 continue
             kind = "an empty folder"
         elif path.is_symlink():
-            kind = f"a link to {os.readlink(path)}, which is not there"
+            kind = f"a link to {os.readlink(path)}, which does not exist"
         else:
             kind = "not a regular file"
-        raise ValueError(f"{path} has the name of a data file and is {kind}: replace or delete it")
+        raise ValueError(f"{path} is named like a data file but is {kind}: replace or delete it")
 
 
 def tell_unread(folder: Path, files: list[str]) -> None:
@@ -284,7 +284,7 @@ def tell_unread(folder: Path, files: list[str]) -> None:
     ]
     if unread:
         log.warning(
-            "dataset %s: %d files are not read, since one kind is and names tell the splits: %s",
+            "dataset %s: %d files are not read, since only one kind is read and names determine the splits: %s",
             *(folder, len(unread), ", ".join(unread[:5]) + ", ..." * (len(unread) > 5)),
         )
 
@@ -306,7 +306,7 @@ def local_builder(
         if Path(dataset).is_dir():
             there = sorted(path.name for path in Path(dataset).iterdir())
             found = f"it has {', '.join(there[:5])}{' ...' * (len(there) > 5)}" if there else "it is empty"
-            raise ValueError(f"dataset_name {dataset} has no file of a kind that is read ({READ}): {found}") from error
+            raise ValueError(f"dataset_name {dataset} has no file of a supported kind ({READ}): {found}") from error
         raise ValueError(f'dataset_name "{dataset}" cannot be loaded: {first_line(error)}') from error
     except FileNotFoundError as error:
         raise ValueError(f'data_files of dataset_name "{dataset}" not found: {first_line(error)}') from error
@@ -400,12 +400,12 @@ def load_remote(
         commit = str(builder.hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise ValueError(
-                f'dataset_name "{dataset}" is neither a local file or folder nor to be had from the Hub; '
+                f'dataset_name "{dataset}" is neither a local file or folder nor available from the Hub; '
                 "rows of local files of that name in the cache of datasets are not used"
             )
         if revision and commit[:32] != revision[:32]:
             raise ValueError(
-                f'dataset_revision "{revision}" of "{dataset}" is not to be had from the Hub; the cache holds {commit}'
+                f'dataset_revision "{revision}" of "{dataset}" is not available from the Hub; the cache holds {commit}'
             )
     if streaming:
         return stream_of(builder, dataset)

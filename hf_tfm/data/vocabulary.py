@@ -95,7 +95,7 @@ def alphabet(texts: Iterable[str], learner: Tokenizer, room: int) -> tuple[list[
         known = 100 * (seen[fitting - 1] if fitting else 0) / seen[-1]
         log.warning(
             "vocab_size %d has room for %d of the %d letters of the texts, %.2f %% of their characters: words with "
-            "other letters are unknown; vocab_size must be above %d for words beside letters",
+            "other letters are unknown; vocab_size must be above %d for words in addition to letters",
             room + len(WORDPIECE_TOKENS),
             fitting,
             len(common),

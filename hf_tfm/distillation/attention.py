@@ -152,8 +152,7 @@ def record_attention(
             config._attn_implementation = {"": implementation}  # restores this config only, not its sub-configs
     if not recorded.layers:
         raise ValueError(
-            f"{type(model).__name__} has no attention that goes through transformers' interface: its scores cannot be "
-            "seen"
+            f"{type(model).__name__} does not use transformers' attention interface: its scores cannot be recorded"
         )
 
 

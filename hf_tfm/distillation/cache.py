@@ -210,7 +210,8 @@ class CachedTeacher:
         missing = [i for i in range(self.index.shards) if not shard_path(self.folder, i).is_file()]
         if missing:
             raise ValueError(
-                f"{folder} lacks {len(missing)} of {self.index.shards} shards: the command that wrote it goes on"
+                f"{folder} lacks {len(missing)} of {self.index.shards} shards: run the command that wrote it "
+                "again to resume"
             )
         for number in range(self.index.shards):
             check_shard(shard_path(self.folder, number))
@@ -249,7 +250,7 @@ class CachedTeacher:
             origin = origin_of(name)
             same = origin == held.origin if origin and held.origin else name == held.name
             if not same and name == held.name:
-                found = [f"the weights of the teacher {name} are others now than those that the cache is of"]
+                found = [f"the weights of the teacher {name} have changed since the cache was written"]
             elif not same:
                 changed = [("teacher", held.name, name), *changed]
         options = samples.options.items()

@@ -61,8 +61,8 @@ class ModelSpec:
         """
         if module not in self.widths:
             raise ValueError(
-                f'"{module}" of the {side}, a {self.kind}, is no module that says how many channels it gives, as '
-                "convolutions and norms do"
+                f'"{module}" of the {side}, a {self.kind}, is not a module with a known number of output '
+                "channels, such as a convolution or a norm"
             )
         return self.widths[module]
 

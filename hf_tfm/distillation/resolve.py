@@ -70,7 +70,7 @@ def resolve_terms(
             error names both sides.
     """
     if all(term.kind == "label" for term in terms):
-        raise ValueError(f"terms must have one that compares student and teacher, got {[t.kind for t in terms]}")
+        raise ValueError(f"terms must include one that compares student and teacher, got {[t.kind for t in terms]}")
     if sum(term.kind == "label" for term in terms) > 1:
         raise ValueError('terms must have kind "label" once at most')
     if len({term.tokens for term in terms if on_logits(term)}) > 1:
@@ -98,7 +98,7 @@ def check_outputs(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolve
         return [(term.output, "")], None
     if student.outputs != teacher.outputs:
         raise ValueError(
-            f"student and teacher must give equally many logits, got {student.outputs} and {teacher.outputs}: "
+            f"student and teacher must have equal numbers of logits, got {student.outputs} and {teacher.outputs}: "
             "their vocabularies, or classes, differ"
         )
     if term.kind == "query":
@@ -106,7 +106,7 @@ def check_outputs(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolve
             raise ValueError("student and teacher must be detectors with queries")
         return [(SET_LOGITS, LOGITS), (SET_BOXES, BOXES)], None
     if student.queries:
-        raise ValueError('queries of two detectors do not stand for the same objects: use kind "query"')
+        raise ValueError('queries of two detectors do not correspond to the same objects: use kind "query"')
     if student.outputs == 1 and term.kind == "hard_target":
         raise ValueError('a model with one output has no classes: use kind "soft_target" or "logit"')
     return [(term.output, LOGITS)], None
@@ -134,7 +134,7 @@ def check_labels(student: Sequence[str] | None, teacher: Sequence[str] | None) -
                 + hint
             )
     if not known:
-        raise ValueError(f'no class has a name that no other has, as "{student[0]}" and "{teacher[0]}": {hint}')
+        raise ValueError(f'no class has a unique name, for example "{student[0]}" and "{teacher[0]}": {hint}')
 
 
 def check_layers(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved:
@@ -145,7 +145,7 @@ def check_layers(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved
     given = {0: 0} if term.kind == "embedding" else term.layers or kind.layers
     layers = layer_map(given, ours.layers, theirs.layers) if isinstance(given, str) else given
     if not layers:
-        raise ValueError(f'layers "{given}" of {ours.layers} and {theirs.layers} layers are none')
+        raise ValueError(f'layers "{given}" selects no layers of {ours.layers} and {theirs.layers}')
     first = 1 if kind.signal == SCORE else 0
     for side, spec, chosen in (("student", ours, layers), ("teacher", theirs, layers.values())):
         for layer in chosen:
@@ -153,7 +153,7 @@ def check_layers(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved
                 raise ValueError(f"layer {layer} of the {side} is not in {first} to {spec.layers}")
     if kind.heads and ours.heads != theirs.heads:
         raise ValueError(
-            f"student and teacher must have equally many attention heads, got {ours.heads} and {theirs.heads}"
+            f"student and teacher must have equal numbers of attention heads, got {ours.heads} and {theirs.heads}"
         )
     pairs = [
         (signal(kind.signal, m, term.stack), signal(kind.signal, n, term.stack)) for m, n in sorted(layers.items())
@@ -168,7 +168,7 @@ def check_maps(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolved:
         for ours, theirs in term.layers.items()
     }
     if len(widths) > 1:
-        raise ValueError(f"modules of one term must have equally many channels, got {sorted(widths)}: use several")
+        raise ValueError(f"modules of one term must have equal numbers of channels, got {sorted(widths)}: use several")
     return [(signal(MAP, m), signal(MAP, n)) for m, n in term.layers.items()], projection(term, *widths.pop())
 
 

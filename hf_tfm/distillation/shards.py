@@ -94,7 +94,7 @@ class CacheIndex:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{folder} holds no cache of a teacher's signals that can be read: {file} is damaged ({error}). "
-                "Delete the folder and write the cache anew"
+                "Delete the folder and write the cache again"
             ) from error
         return cls(**content)
 
@@ -132,7 +132,8 @@ def load_cost(folder: Path, of: str) -> Cost | None:
         check_type(held["cost"], Cost, "cost")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file} is damaged ({error}): write the cache anew, or delete the file to do without the teacher's costs"
+            f"{file} is damaged ({error}): write the cache again, or delete the file to continue "
+            "without the teacher's costs"
         ) from error
     return cast(Cost, {name: value for name, value in held["cost"].items() if name != "score" or held["of"] == of})
 
@@ -177,9 +178,7 @@ def check_shard(path: Path) -> None:
     else:
         reason = "it has no signals"
     if NUMBER not in names or not any(name.endswith(SHAPE) for name in names):
-        raise ValueError(
-            f"{path} is damaged ({reason}): delete it, and the command that wrote the cache writes it anew"
-        )
+        raise ValueError(f"{path} is damaged ({reason}): delete it and run the command that wrote the cache again")
 
 
 class Shard:
@@ -205,7 +204,7 @@ class Shard:
             found[name] = self.file.get_slice(name)[start:end].reshape(shape)
             if found[name].is_floating_point() and found[name].isnan().any():
                 raise ValueError(
-                    f'{self.path} holds NaN in the signal "{name}" of sample {self.numbers[place]}: delete it, and '
-                    "the command that wrote the cache writes it anew; if it does again, the teacher gives NaN"
+                    f'{self.path} holds NaN in the signal "{name}" of sample {self.numbers[place]}: delete it '
+                    "and run the command that wrote the cache again; if NaN occurs again, the teacher's output is NaN"
                 )
         return found

@@ -81,8 +81,8 @@ def copy_layers(
         taken[name] = fitted(name, source[origin], own, truncate_width)
     if not any(block_of(name, stack) is not None for name in taken for stack in chosen):
         raise ValueError(
-            f"the weights of {type(teacher).__name__} have other names than those of {type(student).__name__}: load "
-            "the teacher as the student's class"
+            f"the weights of {type(teacher).__name__} have different names than those of {type(student).__name__}: "
+            "load the teacher as the student's class"
         )
     student.load_state_dict(taken, strict=False)
     return fresh
@@ -106,7 +106,9 @@ def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], t
         raise ValueError(f"layers{where} must be {ours}, one for each of the student's, got {len(blocks)}")
     for block in blocks:
         if not 0 <= block < theirs:
-            raise ValueError(f"layers{where} must be in [0, {theirs}), the teacher's, got {block}")
+            raise ValueError(
+                f"layers{where} must be in [0, {theirs}), the number of the teacher's layers, got {block}"
+            )
 
 
 def origin_of(name: str, layers: dict[str, Sequence[int]]) -> str:
@@ -211,7 +213,7 @@ def freeze_unused(accelerator: Accelerator, task: Any, model: nn.Module, batch: 
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unused = [name for name, parameter in trainable.items() if parameter.grad is None]
     if len(unused) == len(trainable):
-        raise ValueError("the loss reaches no weight of the student")
+        raise ValueError("the loss does not depend on any weight of the student")
     for name in unused:
         trainable[name].requires_grad_(False)
     model.zero_grad()

@@ -210,11 +210,11 @@ def check_score(scores: dict[str, float], metric: str, expected: float, toleranc
         ValueError: reports both numbers, or the available metrics.
     """
     if metric not in scores:
-        raise ValueError(f'metric "{metric}" is not evaluated; there are {", ".join(scores)}')
+        raise ValueError(f'metric "{metric}" is not evaluated; available: {", ".join(scores)}')
     found = scores[metric]
     worse = found - expected if metric == "loss" else expected - found
     if math.isnan(found) or worse > tolerance:
         raise ValueError(
             f"the teacher's {metric} is {found:.4g} on the validation data and should be {expected:.4g} (tolerance "
-            f"{tolerance:g}): look whether it was fine-tuned, and on the same labels and texts"
+            f"{tolerance:g}): check that it was fine-tuned, and on the same labels and texts"
         )

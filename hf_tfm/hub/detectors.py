@@ -49,7 +49,7 @@ def load_detector(
     config = load_config(model, **options)
     if not is_detector(config):
         saved = ", ".join(config.architectures or ()) or "no class"
-        raise ValueError(f'"{model}" is a {config.model_type} model saved as {saved}, and no detector')
+        raise ValueError(f'"{model}" is a {config.model_type} model saved as {saved}, not a detector')
     auto = AutoModelForUniversalSegmentation if has_masks(config) else AutoModelForObjectDetection
     return load_with_processor(auto, model, **options)
 

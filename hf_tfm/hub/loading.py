@@ -138,9 +138,7 @@ def require_model(
         except OSError as error:
             missing = error
     reason = str(missing).splitlines()[0]
-    raise ValueError(
-        f'{argument} "{source}" is neither a local folder nor to be found on the Hub: {reason}'
-    ) from missing
+    raise ValueError(f'{argument} "{source}" is neither a local folder nor found on the Hub: {reason}') from missing
 
 
 def check_config_file(path: Path, named: bool = True) -> None:
@@ -158,7 +156,7 @@ def check_config_file(path: Path, named: bool = True) -> None:
             if isinstance(value, int) and value > most:
                 raise ValueError(f"{field} of its {path.name} must be at most {most:,}, got {value:,}")
         if field in ATTENTION_FIELDS and "/" in str(value):
-            raise ValueError(f'{field} of its {path.name} names code of the repository "{value}", which is not run')
+            raise ValueError(f'{field} of its {path.name} refers to code of "{value}", which is not run')
     check_config_types(content, path.name)
     if named:
         check_class_names(content, path.name)
@@ -183,7 +181,7 @@ def check_config_types(content: dict[str, Any], file: str) -> None:
         if not isinstance(name, str) or name == "auto":
             continue
         if not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
-            raise ValueError(f'{field} of its {file} must be a type of torch, say "float32", got "{name}"')
+            raise ValueError(f'{field} of its {file} must be a torch dtype such as "float32", got "{name}"')
 
 
 def check_class_names(content: dict[str, Any], file: str) -> None:
@@ -209,7 +207,7 @@ def check_revision(model: str, revision: str | None) -> None:
         ValueError: names the revision.
     """
     if revision is not None and Path(model).exists():
-        raise ValueError(f'revision "{revision}" can be given of a model on the Hub alone, and this is a local path')
+        raise ValueError(f'revision "{revision}" applies only to a model on the Hub, but this is a local path')
 
 
 def check_json_files(model: str, *names: str) -> None:
@@ -354,7 +352,7 @@ def check_index(folder: Path) -> None:
         raise ValueError(f"its {path.name} has no weight_map")
     for name in dict.fromkeys(weight_map.values()):
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"its {path.name} names {name!r}, which is no file of the folder")
+            raise ValueError(f"its {path.name} names {name!r}, which is not a file of the folder")
 
 
 def check_weights(
@@ -387,7 +385,7 @@ def unread(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
 
 def no_place(names: Sequence[str]) -> str:
     """Describe saved weights that the model of config.json does not have."""
-    return f"its config.json has no place for the weights {', '.join(names[:3])}{others(names, 3)} of its files"
+    return f"the model of its config.json lacks the weights {', '.join(names[:3])}{others(names, 3)} of its files"
 
 
 def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
@@ -398,7 +396,7 @@ def mismatch(found: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
     """
     name, saved, expected = found[0]
     more = f"; so do {len(found) - 1} others" if len(found) > 1 else ""
-    return f"the shape of its weight {name}, {tuple(saved)}, differs from {tuple(expected)} by its config.json{more}"
+    return f"the shape of its weight {name}, {tuple(saved)}, differs from {tuple(expected)} in its config.json{more}"
 
 
 def others(names: Sequence[Any], shown: int = 1) -> str:
@@ -431,6 +429,6 @@ def check_vocabulary(
     size = getattr(config, "vocab_size", None)
     if size is not None and len(tokenizer) > size:
         raise LoadingError(
-            f'{argument} "{model}": its tokenizer has {len(tokenizer)} tokens, and the model only {size} embeddings: '
-            "they do not belong together"
+            f'{argument} "{model}": its tokenizer has {len(tokenizer)} tokens, but the model only '
+            f"{size} embeddings: they do not match"
         )

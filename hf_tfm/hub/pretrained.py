@@ -87,31 +87,31 @@ def check_kind(
 TEXT_EXAMPLES, MASKED_EXAMPLES = ("bert", "distilbert", "gpt2"), ("bert", "distilbert")
 TEXT_CLASSES = {
     "model_name_or_path": Suitable("a text classifier", TEXT_CLASSIFIER, True, TEXT_EXAMPLES),
-    "teacher": Suitable("teaching text classes", TEXT_CLASSIFIER, True, TEXT_EXAMPLES),
+    "teacher": Suitable("distilling a text classifier", TEXT_CLASSIFIER, True, TEXT_EXAMPLES),
 }
 IMAGE_CLASSES = {
     "model_name_or_path": Suitable("an image classifier", IMAGE_CLASSIFIER),
-    "teacher": Suitable("teaching image classes", IMAGE_CLASSIFIER, True, ("vit", "deit")),
+    "teacher": Suitable("distilling an image classifier", IMAGE_CLASSIFIER, True, ("vit", "deit")),
 }
 IMAGE_PATCHES = {
     "model_name_or_path": Suitable("a masked autoencoder", MASKED_AUTOENCODER),
-    "teacher": Suitable("teaching a masked autoencoder", MASKED_AUTOENCODER),
+    "teacher": Suitable("distilling a masked autoencoder", MASKED_AUTOENCODER),
 }
 OBJECTS = {
     "model_name_or_path": Suitable("a detector", DETECTOR),
-    "teacher": Suitable("teaching a detector", DETECTOR),
+    "teacher": Suitable("distilling a detector", DETECTOR),
 }
 SEGMENTS = {"model_name_or_path": Suitable("a detector", PANOPTIC_DETECTOR)}
 TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", SEQ2SEQ)}
 MASKED_WORDS = {
     "model_name_or_path": Suitable("a masked language model", MASKED_LM),
-    "teacher": Suitable("teaching masked words", MASKED_LM, True, MASKED_EXAMPLES),
+    "teacher": Suitable("distilling a masked language model", MASKED_LM, True, MASKED_EXAMPLES),
     "model": Suitable("filling in words", MASKED_LM, True, MASKED_EXAMPLES),
 }
 SENTENCE_PAIRS = {"model_name_or_path": Suitable("next sentence prediction", NEXT_SENTENCE_LM)}
 NEXT_WORDS = {
     "model_name_or_path": Suitable("a causal language model", CAUSAL_LM),
-    "teacher": Suitable("teaching next words", CAUSAL_LM, True, ("gpt2",)),
+    "teacher": Suitable("distilling a causal language model", CAUSAL_LM, True, ("gpt2",)),
 }
 
 

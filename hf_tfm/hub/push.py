@@ -161,13 +161,15 @@ def check_model_folder(folder: Path) -> None:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"folder {folder} is not a whole model: {INDEX} has no weight_map")
+            raise ValueError(f"folder {folder} is not a complete model: {INDEX} has no weight_map")
         shards = set(index["weight_map"].values())
         if missing := sorted(shards - weights):
-            raise ValueError(f"folder {folder} is not a whole model: {INDEX} names {missing[0]}, which is not there")
+            raise ValueError(
+                f"folder {folder} is not a complete model: {INDEX} names {missing[0]}, which does not exist"
+            )
     for name in sorted(weights):
         try:
             with safe_open(folder / name, "pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"folder {folder} is not a whole model: {name} is damaged ({error})") from error
+            raise ValueError(f"folder {folder} is not a complete model: {name} is damaged ({error})") from error

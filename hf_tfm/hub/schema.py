@@ -12,7 +12,7 @@ def check_keys(value: Any, required: set[str], known: set[str], where: str) -> N
     if missing := sorted(required - value.keys()):
         raise ValueError(f"{where} has no {missing[0]}")
     if unknown := sorted(value.keys() - known):
-        raise ValueError(f"{where} has an unknown field {unknown[0]}; there are {', '.join(sorted(known))}")
+        raise ValueError(f"{where} has an unknown field {unknown[0]}; known: {', '.join(sorted(known))}")
 
 
 def check_type(value: Any, kind: Any, where: str) -> None:

@@ -129,7 +129,7 @@ def boxes(values: Any, place: str, count: int) -> np.ndarray:
     array = to_array(values, place)
     array = array.reshape(0, 4) if array.shape == (0,) else array  # an empty list has no second axis
     if array.shape != (count, 4):
-        raise ValueError(f"{place} must have shape ({count}, 4), one box a label, got {array.shape}")
+        raise ValueError(f"{place} must have shape ({count}, 4), one box per label, got {array.shape}")
     array = numbers(array.reshape(-1), place).reshape(-1, 4)
     backward = (array[:, 2:] < array[:, :2]).any(axis=1)
     if backward.any():
@@ -148,7 +148,7 @@ def masks(values: Any, place: str, count: int) -> np.ndarray:
     array = to_array(values, place)
     array = array.reshape(0, 0, 0) if array.shape == (0,) else array
     if array.ndim != 3 or len(array) != count:
-        raise ValueError(f"{place} must have shape ({count}, H, W), one mask a label, got {array.shape}")
+        raise ValueError(f"{place} must have shape ({count}, H, W), one mask per label, got {array.shape}")
     if array.dtype != bool and not ((array == 0) | (array == 1)).all():
         raise ValueError(f"{place} must be bool, or 0 and 1")
     return array.astype(bool, copy=False)

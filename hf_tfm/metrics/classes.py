@@ -57,7 +57,7 @@ class ClassMetric(OfflineMetric):
         references = class_lists(references, "references")
         if len(predictions) != len(references):
             raise ValueError(
-                f"predictions and references must be equally many, got {len(predictions)} and {len(references)}"
+                f"predictions and references must have equal lengths, got {len(predictions)} and {len(references)}"
             )
         super().add_batch(predictions=predictions, references=references)
 

@@ -127,7 +127,9 @@ class Glue(base.OfflineMetric):
         """
         pair = [[] if values is None else np.asarray(values).tolist() for values in (predictions, references)]
         if len(pair[0]) != len(pair[1]):
-            raise ValueError(f"predictions and references must be equally many, got {len(pair[0])} and {len(pair[1])}")
+            raise ValueError(
+                f"predictions and references must have equal lengths, got {len(pair[0])} and {len(pair[1])}"
+            )
         super().add_batch(predictions=pair[0], references=pair[1])
 
     def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:

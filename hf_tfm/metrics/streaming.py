@@ -44,8 +44,8 @@ class StreamingMetric(OfflineMetric):
     def __init__(self, class_names: Sequence[str] | Mapping[int, str] | None = None, **kwargs):
         if kwargs.get("num_process", 1) != 1:
             raise ValueError(
-                f"num_process must be 1, got {kwargs['num_process']}: each process has a metric of its own, and "
-                "merge makes it that of all images"
+                f"num_process must be 1, got {kwargs['num_process']}: each process has its own "
+                "metric, and merge combines them"
             )
         super().__init__(**kwargs)
         self.class_names = ordered_names(class_names)
@@ -78,7 +78,7 @@ class StreamingMetric(OfflineMetric):
         predictions, references = records(predictions, "predictions"), records(references, "references")
         if len(predictions) != len(references):
             raise ValueError(
-                f"predictions and references must be equally many, got {len(predictions)} and {len(references)}"
+                f"predictions and references must have equal lengths, got {len(predictions)} and {len(references)}"
             )
         images: dict[int, int] = {}
         rows: list[Rows] = []

@@ -50,7 +50,7 @@ class TextMetric(OfflineMetric):
         references = sentences(references, "references")
         if len(predictions) != len(references):
             raise ValueError(
-                f"predictions and references must be equally many, got {len(predictions)} and {len(references)}"
+                f"predictions and references must have equal lengths, got {len(predictions)} and {len(references)}"
             )
         for i, prediction in enumerate(predictions):
             check_text(prediction, f"predictions[{i}]")

@@ -205,7 +205,9 @@ class TfmDetrConfig(TravellingConfig):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
-            raise ValueError("class_cost, bbox_cost and giou_cost must not all be 0: nothing would decide a match")
+            raise ValueError(
+                "class_cost, bbox_cost and giou_cost must not all be 0: predictions could not be matched to objects"
+            )
 
 
 def timm_name(backbone: Any) -> str:

@@ -173,7 +173,7 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
         require_choice(self, "pooler_act", ACT2FN)
         if self.distillation_token and (self.pooling != "cls" or self.representation_layer):
             raise ValueError(
-                'distillation_token needs pooling "cls" and no representation_layer: its classifier stands on the '
-                f'token, got "{self.pooling}" and {self.representation_layer}'
+                'distillation_token needs pooling "cls" and no representation_layer: its classifier reads '
+                f'that token, got "{self.pooling}" and {self.representation_layer}'
             )
         super().validate_architecture()

@@ -125,7 +125,7 @@ class Rows(Protocol):
 
 @dataclass
 class MemoryRows:
-    """Rows of an encoder-decoder.
+    """Rows that are decoded with an encoder-decoder model.
 
     Args:
         model: a `TfmTransformerForConditionalGeneration`.
@@ -162,7 +162,7 @@ class MemoryRows:
 
 @dataclass
 class DecoderRows:
-    """Rows of a decoder-only model; prompts may be left-padded.
+    """Rows that are decoded with a decoder-only model; prompts may be left-padded.
 
     Args:
         model: a `TfmGPTForCausalLM`.

@@ -111,7 +111,7 @@ class TfmViTEmbeddings(nn.Module):
         grid = self.patch_embeddings.check(features)
         if interpolate_pos_encoding is False and grid != self.grid:
             raise ValueError(
-                f"pixel_values make {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
+                f"pixel_values have {grid[0]} x {grid[1]} patches, but the model has positions for {self.grid[0]} x "
                 f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
             )
         # In a checkpoint loaded in half precision a fixed table stays float32.

@@ -55,7 +55,7 @@ def masked_labels(
     if readable(inputs) and readable(labels) and known.any() and not (known & masked).any():
         raise ValueError(
             f"a mask-predict model needs mask_token_id = {config.mask_token_id} in decoder_input_ids at the labels to "
-            "predict, got it at none"
+            "predict, got none"
         )
     if attention_mask is None:
         attention_mask = (known | (inputs != config.pad_token_id)).long()

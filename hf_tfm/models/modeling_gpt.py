@@ -336,7 +336,9 @@ class TfmGPTForSequenceClassification(TfmGPTPreTrainedModel):
             loss = self.loss_function(labels, logits, self.config, **kwargs)
             if language_weight:
                 if input_ids is None:
-                    raise ValueError("language_weight needs input_ids, which the sequence's own tokens are taken from")
+                    raise ValueError(
+                        "language_weight needs input_ids, which are the targets of the language-modelling loss"
+                    )
                 tokens = input_ids if attention_mask is None else input_ids.where(attention_mask != 0, IGNORE_INDEX)
                 loss = loss + language_weight * self.language_term(hidden, tokens, labels, **kwargs)
         return SequenceClassifierOutputWithPast(

@@ -280,6 +280,8 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         """Generate as in transformers; a mask-predict model decodes with `mask_predict` and takes its arguments."""
         if self.config.decoding == "mask_predict":
             if args:
-                raise ValueError("a mask-predict model takes inputs and generation_config by place, all else by name")
+                raise ValueError(
+                    "a mask-predict model takes only inputs and generation_config as positional arguments"
+                )
             return mask_predict(self, inputs, generation_config=generation_config, **kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)

@@ -64,8 +64,8 @@ def require_values(classes: Tensor, boxes: Tensor, num_labels: int) -> None:
     image, number = wrong.nonzero()[0].tolist()
     box = ", ".join(f"{value:g}" for value in boxes[image, number].tolist())
     raise ValueError(
-        f"labels[{image}]['boxes'] must be (centre x, centre y, width, height) in shares of the image, in [0, 1], got "
-        f"({box})"
+        f"labels[{image}]['boxes'] must be (centre x, centre y, width, height) in fractions of the image "
+        f"size, in [0, 1], got ({box})"
     )
 
 
@@ -144,8 +144,8 @@ def require_costs(cost: np.ndarray, counts: list[int], limit: float) -> None:
         for number in range(count):
             if predicted and not possible[image, number]:
                 raise ValueError(
-                    f"labels[{image}]['boxes'][{number}] must be (centre x, centre y, width, height) in shares of the "
-                    "image, in [0, 1]: its distance to every prediction is not finite or above 4"
+                    f"labels[{image}]['boxes'][{number}] must be (centre x, centre y, width, height) in fractions "
+                    "of the image size, in [0, 1]: its distance to every prediction is not finite or above 4"
                 )
 
 
@@ -219,7 +219,7 @@ def hungarian_match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor
     if not isinstance(labels, Sequence):
         raise TypeError(f"labels must be a list of dictionaries, one for each image, got {type(labels).__name__}")
     if len(labels) != logits.shape[1]:
-        raise ValueError(f"labels must be of {logits.shape[1]} images, got {len(labels)}")
+        raise ValueError(f"labels must have an entry for each of {logits.shape[1]} images, got {len(labels)}")
     objects = pad_objects(labels, config.num_labels, logits.device)
     cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
     queries = assign(cost, objects.counts, highest_cost(config))

@@ -129,6 +129,6 @@ def warn_of_batch_norm(model: PreTrainedModel, divided: bool) -> None:
     """
     if divided and getattr(model.config, "backbone_norm", None) == "batch":
         log.warning(
-            'backbone_norm is "batch": its statistics are of one micro-batch on one process, so a step is not quite '
-            'that of the whole batch; "group" and "frozen" norms make it so'
+            'backbone_norm is "batch": its statistics are of one micro-batch on one process, so a step '
+            'differs slightly from one on the whole batch; "group" and "frozen" norms avoid this'
         )

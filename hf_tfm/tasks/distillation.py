@@ -100,13 +100,13 @@ class DistillationArguments(Arguments):
             check_bounds(f"student_layers{f'.{stack}' if stack else ''}", numbers, 0)
         check_device("teacher_device", self.teacher_device)
         if not self.terms:
-            raise ValueError("terms must have at least one: without any, there is nothing to learn from the teacher")
+            raise ValueError("terms must not be empty: without terms, the student does not learn from the teacher")
         if self.write_cache and not self.cache:
             raise ValueError("write_cache needs cache, the folder to write")
         if self.student_layers and self.model_name_or_path:
-            raise ValueError("model_name_or_path brings its own weights: give no student_layers beside it")
+            raise ValueError("model_name_or_path has its own weights: do not give student_layers with it")
         if self.cached and self.expected_score is not None:
-            raise ValueError("expected_score needs the teacher, and cache takes its place: check it at write_cache")
+            raise ValueError("expected_score needs the teacher, which cache replaces: give it with write_cache")
 
     @property
     def cached(self) -> bool:
@@ -304,7 +304,7 @@ class DistillationTask(Task):
         """The student; a new one starts with the weights of ``student_layers``, if given.
 
         Raises:
-            ValueError: the teacher does not fit the student, or its layers do not; see `copy_layers`.
+            ValueError: the teacher does not fit the student, or ``student_layers`` do not fit; see `copy_layers`.
         """
         args, task = self.args, self.task
         task.processor = self.processor
@@ -620,8 +620,8 @@ class DistillationTask(Task):
             student = self.measure("student", self.model)
         except Exception as error:
             raise RuntimeError(
-                f"the costs could not be measured ({error}); the student is saved in {args.output_dir}, and the same "
-                "command with --costs false scores it and ends"
+                f"the costs could not be measured ({error}); the student is saved in {args.output_dir}: run the "
+                "same command with --costs false to score it"
             ) from error
         if student is None:  # not the main process
             return None
@@ -631,7 +631,7 @@ class DistillationTask(Task):
 
     @property
     def lower_is_better(self) -> bool:
-        """True if a lower score is better; then the student's share of the teacher's score means nothing."""
+        """True if a lower score is better; then the student's share of the teacher's score is meaningless."""
         return any(name in self.task.main_metric for name in LOWER_IS_BETTER)
 
     def teacher_cost(self) -> Cost | None:
@@ -773,4 +773,6 @@ def grid_of(size: tuple[int, int], cells: int) -> tuple[int, int]:
         grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
         if grid[0] * grid[1] == cells:
             return grid
-    raise ValueError(f"{cells} cells of an image of {size[0]} x {size[1]} pixels are no grid of stride {STRIDES}")
+    raise ValueError(
+        f"{cells} cells of an image of {size[0]} x {size[1]} pixels do not form a grid of stride {STRIDES}"
+    )

@@ -69,7 +69,7 @@ def task_of(config: PreTrainedConfig, model: str) -> type[Task]:
             return task_class
     saved = ", ".join(config.architectures or ())
     raise ValueError(
-        f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, and evaluate is for '
+        f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, but evaluate supports '
         f"{', '.join(one.kind for one in classes)}"
     )
 

@@ -150,6 +150,7 @@ def model_of(task: str, model: str, alone: bool) -> str:
         return str(Path(model) / task)
     if not alone:
         raise ValueError(
-            f'"{model}" is one classifier, and each task has its own: give a folder of them, or "{{task}}" in the name'
+            f'"{model}" is a single classifier, but each task has its own: give a folder of them, or '
+            '"{task}" in the name'
         )
     return model

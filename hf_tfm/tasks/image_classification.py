@@ -105,7 +105,7 @@ class ImageClassificationArguments(LabelledImageArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.linear_probe and not self.model_name_or_path:
-            raise ValueError("linear_probe needs model_name_or_path: features of random weights say nothing")
+            raise ValueError("linear_probe needs model_name_or_path: features of random weights are not meaningful")
         if self.linear_probe and self.layer_wise_lr_decay != 1.0:
             raise ValueError(
                 f"linear_probe trains a single layer: layer_wise_lr_decay must be 1, got {self.layer_wise_lr_decay}"
@@ -247,7 +247,7 @@ class ImageClassificationTask(ImageTask):
             return splits
         names = label_names(splits[args.train_split])
         if len(names) < 2:
-            raise ValueError(f'label_column has one class alone, "{names[0]}": a classifier needs two or more')
+            raise ValueError(f'label_column has only one class, "{names[0]}": a classifier needs two or more')
         for split, rows in splits.items():
             check_labels(rows, split, names)
         images.tell_untrained(splits, args.train_split, names)

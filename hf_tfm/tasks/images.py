@@ -91,7 +91,7 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         check_fields(self.head.model_class(config.model_type).config_class, self.model, IMAGE_FIELDS)
 
     def check_cache(self, cache: str | None, *views: str) -> None:
-        """Refuse options that give an image several views in an epoch, beside a cache of a teacher's signals.
+        """Refuse options that give an image several views in an epoch, together with a cache of a teacher's signals.
 
         Args:
             cache: its folder; None if there is none.

@@ -30,7 +30,7 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
         match_labels: "name" or "number".
 
     Raises:
-        ValueError: a label matches no class of the model, or several; the error lists what only one side has.
+        ValueError: a label matches no class of the model, or several; the error lists labels that only one side has.
     """
     stored = label_names(rows)
     if match_labels == "number" or is_unnamed(names):
@@ -46,9 +46,9 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
         rest = some([name for name in dict.fromkeys(names) if name not in set(stored)]) or "none"
         alike = some(sorted(name for name, count in Counter(names).items() if count > 1))
         raise ValueError(
-            f"labels of the data set are not classes of the model: the data set alone has {some(unknown)}; the model "
-            f"alone has {rest}{f', and several classes called {alike}' * bool(alike)}. If their numbers mean the "
-            "same, match_labels=number compares those"
+            f"labels of the data set are not classes of the model: only the data set has {some(unknown)}; only the "
+            f"model has {rest}{f', and several classes called {alike}' * bool(alike)}. If their numbers mean "
+            "the same, match_labels=number compares those"
         )
     if twice := sorted({name for name in stored if names.count(name) > 1}):
         raise ValueError(
@@ -73,13 +73,13 @@ def match_categories(rows: datasets.Dataset, names: Sequence[str], match_labels:
         match_labels: "name" or "number".
 
     Raises:
-        ValueError: a category is no class of the model.
+        ValueError: a category is not a class of the model.
     """
     if match_labels == "name" and list(names) != [f"LABEL_{i}" for i in range(len(names))]:
         return "name", category_ids(rows, names)
     if len(own := category_names(rows)) > len(names):
         raise ValueError(
-            f"the data set has {len(own)} categories and the model {len(names)} classes: matched by number, it can "
-            "have no more"
+            f"the data set has {len(own)} categories and the model {len(names)} classes: matching by number "
+            "requires at least as many classes as categories"
         )
     return "number", list(range(len(own)))

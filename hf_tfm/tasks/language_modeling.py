@@ -131,7 +131,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
             if self.more_texts or self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads one split: give no more_texts, holdout and max_train_samples")
         if self.model_name_or_path and (self.model or self.tokenizer):
-            raise ValueError("model_name_or_path brings its own model and tokenizer: give neither model nor tokenizer")
+            raise ValueError("model_name_or_path has its own model and tokenizer: give neither model nor tokenizer")
         check_fields(self.config_class, self.model, TOKEN_FIELDS)
         if not self.model_name_or_path:
             config = new_config(self.config_class, self)

@@ -70,7 +70,7 @@ def measure_features(task: Task, model: nn.Module, loader: Loader, max_steps: in
         max_steps: steps of the loader's first epoch that are read.
 
     Raises:
-        ValueError: none of these images can be read.
+        ValueError: none of the images can be read.
     """
     accelerator = task.accelerator
     heads = {name: getattr(model, name) for name in heads_of(model)}

@@ -75,15 +75,15 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
             )
         if self.model_name_or_path:
             if self.pretrained_backbone:
-                raise ValueError("model_name_or_path brings its own backbone: give no pretrained_backbone beside it")
+                raise ValueError("model_name_or_path has its own backbone: do not give pretrained_backbone with it")
             return
         check_fields(self.config_class, self.model, SCENE_FIELDS)
         norm = getattr(new_config(self.config_class, self), "backbone_norm", None)
         if norm is None and self.pretrained_backbone:
-            raise ValueError(f"pretrained_backbone is for families with a backbone of timm, not {self.architecture}")
+            raise ValueError(f"pretrained_backbone is for families with a timm backbone, not {self.architecture}")
         if norm == "frozen" and not self.pretrained_backbone:
             raise ValueError(
-                'model.backbone_norm "frozen" is for weights that are trained already: give pretrained_backbone, '
+                'model.backbone_norm "frozen" is for pretrained weights: give pretrained_backbone, '
                 'model_name_or_path, or backbone_norm "batch" or "group"'
             )
         if norm == "group" and self.pretrained_backbone:
@@ -230,7 +230,7 @@ class ProcessorCollator:
         batch = processed(self.processor, images) if images else {}
         if "pixel_mask" in batch and not self.takes_mask:
             if len(images) > 1:
-                raise ValueError("the model cannot be told which part of an image is padding: give batch_size=1")
+                raise ValueError("the model has no input that marks padding: give batch_size=1")
             del batch["pixel_mask"]
         batch["padded"] = "pixel_mask" in batch
         return batch | {"images": len(images), "bad": bad, "references": references}

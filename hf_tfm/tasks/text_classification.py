@@ -92,7 +92,7 @@ IGNORE_LABEL = -100  # class of an unlabelled or dummy text; NaN for regression
 DEFAULT_LENGTH = 512  # maximum number of tokens if neither model nor tokenizer has a limit
 TaskName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 Metric = Literal["accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman"]
-# Options in which "{task}" stands for the name of the GLUE task.
+# Options in which "{task}" is replaced by the name of the GLUE task.
 PER_TASK = ("dataset_name", "dataset_config", "model_name_or_path", "teacher", "cache")
 
 
@@ -102,8 +102,8 @@ class LabelledTextArguments(DatasetArguments):
 
     Args:
         task: GLUE task, which determines text_columns, classes, metrics and validation splits; "{task}" in
-            dataset_name and dataset_config stands for it, and it is the default of dataset_config if the data set is
-            called "glue".
+            dataset_name and dataset_config is replaced by it, and it is the default of dataset_config if the data set
+            is called "glue".
         text_columns: one or two columns, or dotted paths; default, those of the task, or the only text column.
         label_column: column of classes or numbers; default, the only column of type ClassLabel, or "label".
     """
@@ -120,7 +120,7 @@ class LabelledTextArguments(DatasetArguments):
             glue.find_tasks(self.tasks)
             for name in self.decided_by_tasks:
                 if getattr(self, name):
-                    raise ValueError(f"tasks decides {name}: set it to null, got {getattr(self, name)}")
+                    raise ValueError(f"tasks determines {name}: set it to null, got {getattr(self, name)}")
         if self.task:
             self.dataset_name, self.dataset_config = glue.place_of(self.task, self.dataset_name, self.dataset_config)
             for name in PER_TASK:
@@ -130,7 +130,7 @@ class LabelledTextArguments(DatasetArguments):
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns must be one column or two, got {', '.join(self.text_columns)}")
         if self.label_column is not None and self.label_column in self.text_columns:
-            raise ValueError(f"label_column must be none of text_columns, got {self.label_column}")
+            raise ValueError(f"label_column must not be one of text_columns, got {self.label_column}")
 
     @property
     def glue_task(self) -> glue.GlueTask | None:
@@ -145,7 +145,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
     Args:
         tasks: comma-separated GLUE tasks, or "glue" for all nine; each has its own run in a subfolder of output_dir,
             and results.json of output_dir has all scores and their macro average. "{task}" in the names of models and
-            of a cache stands for the name of the task too.
+            of a cache is replaced by the name of the task too.
         problem_type: single_label_classification or regression; default, regression if the labels are numbers and not
             all of them are integers.
         validation_split: its scores decide which weights are best; default, the first of the task, or "validation".
@@ -187,7 +187,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
     def __post_init__(self):
         super().__post_init__()
         if self.task and self.problem_type:
-            raise ValueError(f"task decides problem_type: set it to null, got {self.problem_type}")
+            raise ValueError(f"task determines problem_type: set it to null, got {self.problem_type}")
         self.check_range(
             at_least_1="max_length batch_size micro_batch_size batch_tokens micro_batch_tokens",
             at_most={"max_length": LONGEST, "batch_size": LARGEST_BATCH},
@@ -199,7 +199,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
         self.check_exactly_one("batch_size", "batch_tokens")
         unit, other = ("tokens", "size") if self.batch_size is None else ("size", "tokens")
         if getattr(self, f"micro_batch_{other}") is not None:
-            raise ValueError(f"micro_batch_{other} does not go with batch_{unit}: give micro_batch_{unit}")
+            raise ValueError(f"micro_batch_{other} cannot be combined with batch_{unit}: give micro_batch_{unit}")
         if self.batch_tokens is not None:
             if self.max_length > min(self.batch_tokens, self.micro_batch_tokens or self.batch_tokens):
                 raise ValueError(f"max_length must be at most the tokens of a batch, got {self.max_length}")
@@ -249,7 +249,7 @@ class TextClassificationArguments(TextArguments):
             at_most={"language_weight": 1000, "vocab_size": LARGEST_VOCABULARY},
         )
         if self.model_name_or_path and self.tokenizer:
-            raise ValueError("model_name_or_path brings its own tokenizer: give no tokenizer beside it")
+            raise ValueError("model_name_or_path has its own tokenizer: do not give tokenizer with it")
         decoders = CAUSAL_LM.families()
         if self.language_weight and not self.model_name_or_path and self.architecture not in decoders:
             known = " or ".join(f'"{name}"' for name in decoders)
@@ -294,7 +294,7 @@ class TextClassificationEvaluationArguments(LabelledTextArguments, EvaluationArg
     def __post_init__(self):
         super().__post_init__()
         if self.tasks is not None and self.split != "test":
-            raise ValueError(f'tasks decides split: leave it out, got "{self.split}"')
+            raise ValueError(f'tasks determines split: leave it out, got "{self.split}"')
         self.check_range(at_least_1="max_length batch_size", at_most={"max_length": LONGEST, "batch_size": 2**16})
         check_png("confusion", self.confusion)
 
@@ -500,7 +500,7 @@ class TextClassificationTask(Task):
         count: Any = config.num_labels  # not None, which transformers' annotation allows
         regression = count == 1
         if regression and args.confusion:
-            raise ValueError("confusion is for classes, and the model predicts a number")
+            raise ValueError("confusion is for classes, but the model predicts a number")
         if regression and has_integers(rows):
             rows = as_numbers(rows)
         if regression != is_regression(rows):
@@ -646,7 +646,7 @@ class TextClassificationTask(Task):
         return evaluate(args) if args.tasks is None else evaluate_tasks(args, evaluate)
 
     def end_training(self) -> None:
-        """The saved tokenizer returns only the inputs that the model reads."""
+        """Make the saved tokenizer return only the inputs that the model reads."""
         keep_what_is_read(self.processor, self.model)
 
     # --- distillation
@@ -707,8 +707,8 @@ def check_labelled(
         return
     if is_regression(rows):
         raise ValueError(
-            f'{argument} "{split}" has labels that are not whole, and those of the training split are classes: '
-            'problem_type="regression" learns numbers'
+            f'{argument} "{split}" has labels that are not integers, but those of the training split are classes: '
+            'problem_type="regression" trains on numbers'
         )
     try:
         named_by_text = not all(name.lstrip("-").isdecimal() for name in labels)

@@ -135,7 +135,7 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
             if self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
         if self.model_name_or_path and (self.model or self.tokenizer):
-            raise ValueError("model_name_or_path brings its own model and tokenizer: give neither model nor tokenizer")
+            raise ValueError("model_name_or_path has its own model and tokenizer: give neither model nor tokenizer")
         if self.lowercase and (self.model_name_or_path or self.tokenizer):
             raise ValueError("lowercase applies to a trained tokenizer: give neither tokenizer nor model_name_or_path")
         if not self.model_name_or_path:
@@ -252,7 +252,7 @@ class TranslationTask(Task):
         return type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or "AutoModelForSeq2SeqLM" in remote
 
     def load_pretrained(self) -> None:
-        """See `Task`; any sequence-to-sequence model will do."""
+        """See `Task`; any sequence-to-sequence model is accepted."""
         self.model, self.processor = load_seq2seq(self.args.model, **self.args.pretrained)
         check_decoding(self.model, self.args)
 
@@ -483,7 +483,7 @@ def translate(
     Args:
         model: any sequence-to-sequence model with ``generate``.
         tokenizer: a source longer than its ``model_max_length`` is cut there.
-        accelerator: tells the ranks apart; None where there is one.
+        accelerator: needed if there are several ranks, otherwise None.
         generation: arguments of ``generate``, such as ``num_beams`` and ``length_penalty``; ``max_length`` is lowered
             to the longest source of a batch plus `EXTRA_LENGTH`.
         batch_tokens: padded source tokens times beams in a batch.
@@ -521,7 +521,7 @@ def translate(
 
 
 def generation_config(config, num_beams: int, length_penalty: float, max_length: int) -> GenerationConfig:
-    """How a trained model translates unless told otherwise; saved beside it."""
+    """Default generation settings of a trained model; saved with it."""
     shared = {
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,

@@ -227,13 +227,15 @@ def resume(
         sound.pop()
     if folders and not sound:
         raise ValueError(
-            f"output_dir {output_dir} has no sound checkpoint to go on from: {'; '.join(wrong.values())}. Restore one,"
-            f" or delete {output_dir / CHECKPOINTS} to start from step 0"
+            f"output_dir {output_dir} has no intact checkpoint to resume from: {'; '.join(wrong.values())}. Restore "
+            f"one, or delete {output_dir / CHECKPOINTS} to start from step 0"
         )
     for name, reason in wrong.items():
         aside = output_dir / CHECKPOINTS / f"damaged-{name}"
         if accelerator.is_main_process:
-            log.warning("%s; it is now %s, and the run goes on from step %d", reason, aside.name, progress.step)
+            log.warning(
+                "%s; it was renamed to %s, and the run resumes from step %d", reason, aside.name, progress.step
+            )
             with explain_write_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
                 (output_dir / CHECKPOINTS / name).rename(aside)
@@ -258,7 +260,7 @@ def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedM
         if folder.name != checkpoint_path(folder, progress.step).name:
             raise ValueError(f"{folder / STATE_FILE} is damaged: its step is {progress.step}")
         if max_steps is not None and progress.step > max_steps:
-            raise ValueError(f"{folder} is of step {progress.step}, and the run has {max_steps}")
+            raise ValueError(f"{folder} is of step {progress.step}, but the run has only {max_steps}")
         check_weights(model, folder / MODEL_FILE)
         if ema is not None:
             check_weights(ema.module, folder / EMA_FILE)
@@ -312,7 +314,7 @@ def load_checkpoint(
     """
     state, progress = read_state(folder / STATE_FILE)
     if accelerator.is_main_process and (unknown := sorted(state["progress"].keys() - asdict(progress).keys())):
-        log.warning("%s: fields of a newer version are left out: %s", folder / STATE_FILE, ", ".join(unknown))
+        log.warning("%s: fields of a newer version are ignored: %s", folder / STATE_FILE, ", ".join(unknown))
     model = accelerator.unwrap_model(model)
     load_weights(model, folder / MODEL_FILE)
     if ema is not None:
@@ -369,7 +371,8 @@ def check_weights(model: nn.Module, file: Path) -> None:
     odd = sorted(name for name in found.keys() & shapes.keys() if found[name] != shapes[name])
     if missing or unexpected or odd:
         raise ValueError(
-            f"{file} is of another model: missing {missing[:3]}, unexpected {unexpected[:3]}, other shape {odd[:3]}"
+            f"{file} does not match the model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"different shape {odd[:3]}"
         )
 
 
@@ -383,7 +386,7 @@ def check_moments(model: nn.Module, file: Path) -> None:
     for name, shape in shapes_in(file).items():
         weight = name.rpartition(".")[0]
         if weight not in shapes or (shape and shape not in (shapes[weight], (1,))):
-            raise ValueError(f"{file} is of another model: {name} has the shape {list(shape)}")
+            raise ValueError(f"{file} does not match the model: {name} has the shape {list(shape)}")
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -49,7 +49,7 @@ class History:
             except (ValueError, TypeError, KeyError):
                 damaged.append(number)
         if set(damaged) - {len(lines)}:  # an interrupted write may have truncated the last line
-            log.warning("%s: damaged lines are left out: %s", self.path, ", ".join(map(str, damaged)))
+            log.warning("%s: damaged lines are ignored: %s", self.path, ", ".join(map(str, damaged)))
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, row: dict[str, Any]) -> None:

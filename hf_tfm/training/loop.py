@@ -93,7 +93,7 @@ def train_step(
         ValueError: the optimizer is not fused; only fused ones can skip a step on the device.
     """
     if not inner(optimizer).defaults.get("fused"):
-        raise ValueError(f"optimizer must be made with fused=True, got {type(inner(optimizer)).__name__} without")
+        raise ValueError(f"optimizer must be created with fused=True, got {type(inner(optimizer)).__name__} without")
     if counts is None:
         counts, _ = global_counts(accelerator, task, micro_batches)
     losses: dict[str, Tensor] = {}

@@ -31,7 +31,7 @@ def layer_id(name: str) -> float:
 
 
 def check_layers(args: TrainingArguments, model: PreTrainedModel) -> None:
-    """Refuse ``layer_wise_lr_decay`` for a model whose parameter names do not tell its layers, see `layer_id`.
+    """Refuse ``layer_wise_lr_decay`` for a model whose parameter names do not identify its layers, see `layer_id`.
 
     Raises:
         ValueError: no parameter belongs to a block, or an embedding of tokens does not have layer id 0.
@@ -67,7 +67,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
     top = 1 + max((layer for layer in layer_ids.values() if layer < math.inf), default=0)
     groups: dict[tuple[float, float], list] = {}
     if unknown := [part for part in args.rate_factors if not any(part in name for name in layer_ids)]:
-        raise ValueError(f"rate_factors: no weight that learns has {unknown[0]} in its name")
+        raise ValueError(f"rate_factors: no trained weight has {unknown[0]} in its name")
     for name, parameter in named:
         decays = parameter.ndim >= 2 and name.endswith("weight")
         scale = args.layer_wise_lr_decay ** (top - min(layer_ids[name], top))

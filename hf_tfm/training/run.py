@@ -150,7 +150,7 @@ class Run:
         metadata(record, self.output_dir.name)
         self.again = on_main(self.accelerator, look)
         if self.again and (saved := checkpoints(self.output_dir)):
-            self.accelerator.print(f"going on from {saved[-1]}")
+            self.accelerator.print(f"resuming from {saved[-1]}")
 
     def load_or_create(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
         """Return an object with ``save_pretrained`` that one process creates; other processes and resumed runs load
@@ -183,7 +183,7 @@ class Run:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{folder} is damaged ({reason}): delete it, and the same command makes it anew"
+                f"{folder} is damaged ({reason}): delete it and run the same command again to recreate it"
             ) from error
 
     def claim(self, model: nn.Module) -> None:
@@ -201,7 +201,7 @@ class Run:
         left = on_main(self.accelerator, lambda: self.folder.claim())
         if left:
             self.accelerator.print(
-                f"the earlier run in {self.output_dir} is deleted; files that no run wrote stay: "
+                f"the earlier run in {self.output_dir} is deleted; files that no run wrote are kept: "
                 f"{', '.join(left[:10])}{', ...' * (len(left) > 10)}"
             )
         if self.args.report_to:
@@ -295,7 +295,8 @@ class Run:
     def stopped(self, result: TrainingResult) -> int:
         """Print how to resume; return the exit status."""
         self.accelerator.print(
-            f"asked to stop: state saved at step {result.progress.step} in {self.output_dir}; the same command goes on"
+            f"asked to stop: state saved at step {result.progress.step} in {self.output_dir}; "
+            "run the same command to resume"
         )
         self.accelerator.end_training()
         return 0
@@ -346,7 +347,7 @@ def check_caches() -> None:
             named = variable if os.environ.get(variable) else "HF_HOME"
             raise ValueError(
                 f"the cache folder {path} cannot be written ({place}: {error.strerror}): set the environment variable "
-                f"{named} to a folder that can"
+                f"{named} to a writable folder"
             ) from error
 
 
@@ -470,7 +471,7 @@ def finite_metrics(accelerator: Accelerator, metrics: list[dict[str, Any]]) -> l
         if "loss" in row["name"]:
             raise FloatingPointError(
                 f"{row['name']} of split {row['split']} is {row['value']}, so no card is written; the model is saved, "
-                "and the same command only scores it"
+                "and the same command, run again, only scores it"
             )
         accelerator.print(f"{row['name']} of split {row['split']} is {row['value']}: left out of the results")
     return [row for row in metrics if math.isfinite(row["value"])]

@@ -70,7 +70,7 @@ def check_place(folder: str, argument: str = "output_dir") -> None:
     if real == Path(real.anchor):
         raise ValueError(f'{argument} "{folder}" is the root of the file system: choose a folder of its own')
     if path.is_symlink() and not path.exists():
-        raise ValueError(f'{argument} "{folder}" is a symbolic link to {os.readlink(path)}, which is not there')
+        raise ValueError(f'{argument} "{folder}" is a symbolic link to {os.readlink(path)}, which does not exist')
     if path.exists() and not path.is_dir():
         raise ValueError(f'{argument} "{folder}" is a file: choose a folder')
     if file := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):

@@ -96,7 +96,7 @@ class Session:
         )
         best = self.progress.best_step
         if best is not None and not states.checkpoint_path(self.output_dir, best).is_dir():
-            accelerator.print(f"the best weights, of step {best}, are lost: the best from here on count")
+            accelerator.print(f"the best weights, of step {best}, are lost: the best weights are chosen from here on")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item)
@@ -182,7 +182,7 @@ class Session:
         name, progress = self.args.metric_for_best_model, self.progress
         self.monitor.write({"step": progress.step, "epoch": progress.epoch, "evaluation": scores})
         if name not in scores:
-            raise ValueError(f'metric_for_best_model "{name}" is not evaluated; there are {", ".join(scores)}')
+            raise ValueError(f'metric_for_best_model "{name}" is not evaluated; available: {", ".join(scores)}')
         value = scores[name]
         better = math.isfinite(value) and (
             progress.best is None or (value < progress.best if name == "loss" else value > progress.best)

@@ -61,7 +61,7 @@ def install_sigterm_handler() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        print("asked to stop outside of training: the same command goes on", file=sys.stderr, flush=True)
+        print("asked to stop outside of training: run the same command to resume", file=sys.stderr, flush=True)
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, leave)

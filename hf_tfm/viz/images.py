@@ -138,7 +138,7 @@ def pixels(model: PreTrainedModel, processor: Any, image: Image.Image) -> tuple[
         ValueError: the patch size does not divide the processed image, or the model's input is neither grey nor RGB.
     """
     if model.config.num_channels not in (1, 3):
-        raise ValueError(f"num_channels must be 1 or 3 for a picture, got {model.config.num_channels}")
+        raise ValueError(f"num_channels must be 1 or 3 for a plot, got {model.config.num_channels}")
     image = image.convert("L" if model.config.num_channels == 1 else "RGB")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     backbone = getattr(getattr(model.base_model, "embeddings", None), "backbone", None)  # patches of its feature map

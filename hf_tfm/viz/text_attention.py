@@ -46,7 +46,7 @@ def reads_pairs(model: str, trust_remote_code: bool = False) -> bool:
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     if not getattr(config, "vocab_size", None):
-        raise ValueError(f'"{model}" is a {config.model_type} model, and a text is for a model of texts')
+        raise ValueError(f'"{model}" is a {config.model_type} model, but a text needs a text model')
     return bool(config.is_encoder_decoder)
 
 

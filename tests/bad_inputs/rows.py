@@ -735,7 +735,7 @@ def nested_classes(folder: Path) -> None:
             (folder / split / name / "0.png").write_bytes(inputs.png())
 
 
-NAMED = "has the name of a data file and is"
+NAMED = "is named like a data file but is"
 TEXTS_OF = f"{TEXT_ONE} --dataset_name {{in}} --text_columns [text]"
 SOURCES = [
     Row("data_link", TEXTS_OF, f"train.csv {NAMED} a link to", instead_of_train(lambda p: p.symlink_to("gone.csv"))),
@@ -743,11 +743,11 @@ SOURCES = [
     Row("data_folder", TEXTS_OF, f"train.csv {NAMED} an empty folder", instead_of_train(lambda p: p.mkdir())),
     Row("data_zip", TEXTS_OF, "train.zip is not a zip file, or a damaged one", truncated("zip")),
     Row("data_arrow", TEXTS_OF, "train.arrow is not an Arrow file, or a damaged one", truncated("arrow")),
-    Row("data_card", TEXTS_OF, "README.md is not YAML", card("---\nconfigs: [a\n---\ntext")),
+    Row("data_card", TEXTS_OF, "README.md has invalid YAML", card("---\nconfigs: [a\n---\ntext")),
     Row(
         "data_revision",
         f"{TEXTS_OF} --dataset_revision v1",
-        got("dataset_revision", '"v1"', "Hub alone", "local files"),
+        got("dataset_revision", '"v1"', "only to a data set on the Hub", "local files"),
         inputs.texts,
     ),
     Row("data_config", f"{TEXTS_OF} --dataset_config x", got("dataset_name", "x"), inputs.texts),
@@ -755,7 +755,7 @@ SOURCES = [
     Row(
         "data_nested_classes",
         f"{VISION_ONE} --dataset_name {{in}}",
-        "label_column.*image.*train/CLASS/NAME.png, all equally deep",
+        "label_column.*image.*train/CLASS/NAME.png; .*at the same depth",
         nested_classes,
     ),
 ]

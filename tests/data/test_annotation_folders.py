@@ -488,7 +488,7 @@ def test_flags_that_are_neither_are_refused(tmp_path, value):
 def test_json_nested_without_end_is_refused(tmp_path):
     folder = coco(tmp_path)
     (folder / "annotations" / "instances_train2017.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"instances_train2017.json is not JSON"):
+    with pytest.raises(ValueError, match=r"instances_train2017.json cannot be read as JSON"):
         load_splits(str(folder))
 
 

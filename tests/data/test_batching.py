@@ -111,7 +111,7 @@ def test_without_shuffling_steps_are_in_order_of_length():
     [
         (
             [[3, 4], [5, 20], [2, 2]],
-            "batch_tokens must be at least the longest sample, got 10 for sample 1 of 20 tokens",
+            "batch_tokens must be at least the length of the longest sample, got 10 for sample 1 of 20 tokens",
         ),
         (np.zeros((0, 2), dtype=int), "there are no samples"),
     ],
@@ -199,7 +199,7 @@ def test_loading_leaves_the_random_state_alone():
 def test_micro_batch_budget_below_a_sample():
     sampler = TokenBudgetSampler(np.array([[3, 4], [5, 20]]), 40)
     with pytest.raises(
-        ValueError, match="micro_batch_tokens must be at least the longest sample, got 10 for sample 1"
+        ValueError, match="micro_batch_tokens must be at least the length of the longest sample, got 10 for sample 1"
     ):
         StepLoader([], sampler, collate, micro_batch_tokens=10)
 

@@ -171,7 +171,7 @@ def test_real_boxes_in_another_format_are_refused_with_the_remedy(name, corners)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.to_iterable_dataset(), "cannot be read as a stream"),
+        (lambda d: d.to_iterable_dataset(), "cannot be streamed"),
         (lambda d: d.select([]), "the data set has no rows"),
         (lambda d: d.rename_column("objects", "things").add_column("n", [1, 2, 3]), None),
         (lambda d: d.remove_columns("objects"), "objects_column must name a column, .* the data set has image"),
@@ -198,11 +198,13 @@ def test_fields_that_do_not_fit():
     with pytest.raises(ValueError, match="must hold four numbers as bbox, got 3 in row 0"):
         scene_rows(three)
     uneven = Dataset.from_dict({"image": [picture(0)], "objects": [{"bbox": [[1.0, 2, 3, 4]], "category": [0, 1]}]})
-    with pytest.raises(ValueError, match='"objects" must have equally many bbox and category in a row, got 1 and 2'):
+    with pytest.raises(
+        ValueError, match='"objects" must have equal numbers of bbox and category in each row, got 1 and 2'
+    ):
         scene_rows(uneven)
     from_1 = hub(Value("int64"), label=lambda c: c + 1)  # as ids of a file that names three classes from 0 on
     named = Dataset(from_1.data, info=DatasetInfo(features=hub().features))
-    with pytest.raises(ValueError, match='column "objects" has category 3, but there are names for 3 alone'):
+    with pytest.raises(ValueError, match='column "objects" has category 3, but there are names for only 3'):
         scene_rows(named)
 
 
@@ -213,7 +215,7 @@ def test_fields_that_do_not_fit():
         (lambda o: o.update(bbox=[float("nan")] * 4), "3 boxes in 3 images; 3 of 3 boxes left out: not finite"),
         (lambda o: o.update(bbox=[1e4, 1e4, 5, 5]), "3 of 3 boxes left out: outside the image"),
         (lambda o: o.update(bbox=[5, 5, -3, 4]), "3 of 3 boxes left out: width or height not above 0"),
-        (None, "0 boxes in 3 images; do image_id of the annotations and id of the images fit"),
+        (None, "0 boxes in 3 images; check that image_id of the annotations matches id of the images"),
     ],
 )
 def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, message):
@@ -225,7 +227,7 @@ def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, mess
                 change(one)
     objects = [[] for _ in objects] if change is None else objects
     rows = Dataset.from_dict({"image": rows["image"][:], "objects": objects}, features=rows.features)
-    with pytest.raises(ValueError, match=f"there is no object to find: .*{message}"):
+    with pytest.raises(ValueError, match=f"there is no object to detect: .*{message}"):
         scene_rows(rows)
     assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor tells more
 
@@ -233,12 +235,12 @@ def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, mess
 def test_splits_are_checked_before_a_run():
     rows, _ = scene_rows(hub())
     require_scenes({"train": rows, "validation": rows.select([2])}, 0)
-    with pytest.raises(ValueError, match="no object to find in validation: its 1 images have 0 objects, 0 of them"):
+    with pytest.raises(ValueError, match="no object to detect in validation: its 1 images have 0 objects, 0 of them"):
         require_scenes({"train": rows, "validation": rows.select([1])}, 0)
     broken_rows = Dataset.from_dict({"image": [b"no image"] * 3, "objects": hub()["objects"][:]})
     rows = scene_rows(broken_rows.cast(hub().features))[0]
     with pytest.raises(
-        ValueError, match=r"no image of test can be read, of 3 the first 2 were tried \(max_bad_images"
+        ValueError, match=r"no image of test can be read: the first 2 of 3 were tried \(max_bad_images"
     ):
         require_scenes({"test": rows}, 1)
 
@@ -298,8 +300,8 @@ def test_outlines_of_every_form_are_the_same_mask():
         ([[0, 0, 1e7, 0, 5, 5]], "edges of the polygons are 2e.07 pixels long, the limit is 1,000,000"),
         ([[1, 2, 3, 4]], "x and y of at least 3 corners, got 4 numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "got 7 numbers"),
-        ({"size": [30, 20], "counts": [600]}, r"has size \[30, 20\], its image \[20, 30\]"),
-        ({"size": [20, 30], "counts": [599]}, "counts 599 pixels, its image has 600"),
+        ({"size": [30, 20], "counts": [600]}, r"has size \[30, 20\], but its image has \[20, 30\]"),
+        ({"size": [20, 30], "counts": [599]}, "counts 599 pixels, but its image has 600"),
     ],
 )
 def test_outlines_that_do_not_fit(outline, message):

@@ -132,11 +132,11 @@ BAD = {
     "latin.jsonl": ('{"text": "café"}\n'.encode("latin1"), "latin.jsonl is not UTF-8: byte 0xe9 at position 13"),
     "wide.tsv": ("text\n".encode("utf-16"), "wide.tsv is not UTF-8: byte 0xff at position 0"),
     "cut.jsonl": (b'{"text": "a"}\n{"text":', "cut.jsonl, line 2 is not JSON"),
-    "half.jsonl": (b'{"text": "\\ud800"}\n', 'half.jsonl, line 1, column "text" holds half of a surrogate pair'),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', 'half.jsonl, line 1, column "text" contains an unpaired surrogate'),
     "cut.csv.gz": (gzip.compress(CSV * 1000)[:50], "cut.csv.gz cannot be read: Compressed file ended"),
     "not.csv.gz": (CSV, "not.csv.gz cannot be read: Not a gzipped file"),
     "not.parquet": (b"PAR1xxxx", "not.parquet is not a Parquet file"),
-    "sheet.xlsx": (b"x", 'sheet.xlsx" is not of a kind that is read: .csv, .tsv, '),
+    "sheet.xlsx": (b"x", 'sheet.xlsx" is not a supported kind of file: .csv, .tsv, '),
 }
 
 
@@ -151,7 +151,7 @@ def test_files_that_cannot_be_read_are_named_with_the_place(tmp_path, name):
 
 def test_a_folder_without_data_is_told_what_is_read(tmp_path):
     write(tmp_path / "folder" / "a.doc", b"x")
-    with pytest.raises(ValueError, match=r"has no file of a kind that is read \(.csv, .tsv.*: it has a.doc"):
+    with pytest.raises(ValueError, match=r"has no file of a supported kind \(.csv, .tsv.*: it has a.doc"):
         load_splits(str(tmp_path / "folder"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="it is empty"):
@@ -181,7 +181,7 @@ def test_splits_may_lack_rows_and_columns_but_files_of_one_split_agree(tmp_path)
     write(tmp_path / "b" / "train-1.csv", CSV)
     write(tmp_path / "b" / "train-2.csv", b"text,lable\nq,1\n")
     with pytest.raises(
-        ValueError, match=r"train-2.csv and .*train-1.csv are of one split and differ in columns: label, lable"
+        ValueError, match=r"train-2.csv and .*train-1.csv belong to one split but have different columns: label, lable"
     ):
         load_splits(str(tmp_path / "b"))
 

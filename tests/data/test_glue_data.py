@@ -51,7 +51,7 @@ def test_columns_are_found_where_one_stands_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "text_columns must name one column or two, since none stands out; the data set has premise, hypothesis"),
+        ({}, "text_columns must name one column or two, since they cannot be inferred; the data set has premise"),
         ({"text_columns": ["sentence"]}, 'text_columns "sentence" is not a column of the data set; it has premise'),
         ({"text_columns": ["premise"] * 3}, "text_columns must be one column or two, got premise, premise, premise"),
         ({"text_columns": ["label"]}, 'text_columns "label" is also given as label_column'),
@@ -150,7 +150,7 @@ def test_tasks_by_name():
     assert [task.name for task in glue.find_tasks("sst2, cola")] == ["sst2", "cola"]
     with pytest.raises(ValueError, match=r'task must be one of cola, sst2, .*, got "sst3"'):
         glue.find_tasks("sst2,sst3")
-    with pytest.raises(ValueError, match="once each, got sst2,sst2"):
+    with pytest.raises(ValueError, match="not contain duplicates, got sst2,sst2"):
         glue.find_tasks("sst2,sst2")
 
 

@@ -117,7 +117,7 @@ def test_the_training_split_decides_for_all(tmp_path):
     assert found.args.metrics == ["pearson", "spearman"]
     found = run(tmp_path, {"train": ["0.0", "1.0"], "validation": ["1", "0"]})
     assert found.labels == ["0", "1"] and found.label_ids("validation")[1] == 1
-    with pytest.raises(ValueError, match='validation_split "validation" has labels that are not whole'):
+    with pytest.raises(ValueError, match='validation_split "validation" has labels that are not integers'):
         run(tmp_path, {"train": ["0", "1"], "validation": ["0.5", "1"]})
 
 
@@ -130,7 +130,7 @@ def test_problem_type_is_chosen(tmp_path):
     assert found.labels == ["0.5", "1.5", "2.5"] and found.label_ids("validation")["1.5"] == 1
     with pytest.raises(ValueError, match="labels must be numbers for regression, got string"):
         run(tmp_path, {"train": ["a", "b"], "validation": ["a", "b"]}, problem_type="regression")
-    with pytest.raises(ValueError, match="task decides problem_type"):
+    with pytest.raises(ValueError, match="task determines problem_type"):
         TextClassificationArguments(
             dataset_name="x", output_dir="y", max_steps=1, task="sst2", problem_type="regression"
         )
@@ -197,7 +197,7 @@ def test_classes_that_no_training_row_has_are_told(caplog):
     [
         (
             ["text;label"],
-            "; the column \"text;label\" looks like several with the separator ';', and files need commas",
+            "; the column \"text;label\" looks like several columns separated by ';', but files must use commas",
         ),
         (["text", "label"], ""),
         ([";"], ""),

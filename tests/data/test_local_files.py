@@ -118,7 +118,7 @@ def test_rows_that_datasets_prepared_itself_are_not_used(tmp_path, monkeypatch):
     first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", NEW)
     assert load_dataset(first)["train"]["text"][:] == OLD
     assert texts_of(second) == NEW
-    with pytest.raises(ValueError, match='"mydata" is neither a local file or folder nor to be had'):
+    with pytest.raises(ValueError, match='"mydata" is neither a local file or folder nor available'):
         load_splits("mydata")
 
 

@@ -190,7 +190,7 @@ def test_segments_are_read_with_their_boxes():
 
 
 def test_images_that_do_not_fit_their_row():
-    with pytest.raises(BadImage, match="it has 40 x 60 pixels, its row says 60 x 40"):
+    with pytest.raises(BadImage, match="it has 40 x 60 pixels, but its row states 60 x 40"):
         read_scene({**objects_row(), "height": 60, "width": 40})
     assert read_scene({**objects_row(), "height": 0, "width": 0}).size == SIZES[0]  # not known
     with pytest.raises(BadImage, match="its panoptic map has 48 x 32 pixels, the image 40 x 60"):

@@ -92,7 +92,7 @@ def test_loading_errors(arguments, message, monkeypatch):
 
 def test_a_file_takes_no_other_files(tmp_path):
     file = write(tmp_path, "csv")
-    with pytest.raises(ValueError, match='is a file: name others with dataset_name "csv" and data_files'):
+    with pytest.raises(ValueError, match='is a file: to read several, give dataset_name "csv" and data_files'):
         text.load_splits(str(file), data_files={"test": "x.csv"})
 
 

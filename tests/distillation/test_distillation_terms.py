@@ -161,9 +161,9 @@ def heads(count):
             heads(2),
             heads(4),
             {"kind": "attention_score"},
-            "attention_score: .*equally many attention heads, got 2 and 4",
+            "attention_score: .*equal numbers of attention heads, got 2 and 4",
         ),
-        (heads(2), heads(4), {"kind": "attention_probability"}, "equally many attention heads"),
+        (heads(2), heads(4), {"kind": "attention_probability"}, "equal numbers of attention heads"),
         (*TINY_TO_BASE, {"kind": "hidden_state", "projection": "none"}, "equal widths, got 16 and 32"),
         (*TINY_TO_BASE, {"kind": "hidden_state", "layers": {5: 1}}, "layer 5 of the student is not in 0 to 4"),
         (*TINY_TO_BASE, {"kind": "hidden_state", "layers": {1: 13}}, "layer 13 of the teacher is not in 0 to 12"),
@@ -207,7 +207,7 @@ def test_names_that_tell_no_class_apart_are_not_compared():
     lessons(replace(student, labels=("crane", "b", "c", "crane2", "e")), cranes, term)
     with pytest.raises(ValueError, match=r'class 2 is "x" for the student, "c" .*match_labels=number'):
         lessons(replace(student, labels=("crane", "b", "x", "crane", "e")), cranes, term)
-    with pytest.raises(ValueError, match="no class has a name that no other has"):
+    with pytest.raises(ValueError, match="no class has a unique name"):
         lessons(replace(student, labels=("a",) * 5), student, term)
 
 
@@ -228,7 +228,7 @@ def test_imagenet_as_timm_names_it_has_a_student():
 
 def test_terms_that_need_no_teacher_or_say_it_twice_are_refused():
     student, teacher = TINY_TO_BASE
-    with pytest.raises(ValueError, match="must have one that compares"):
+    with pytest.raises(ValueError, match="must include one that compares"):
         lessons(student, teacher, {"kind": "label"})
     with pytest.raises(ValueError, match="once at most"):
         lessons(student, teacher, {"kind": "label"}, {"kind": "cosine"}, {"kind": "label"})

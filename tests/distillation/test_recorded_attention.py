@@ -86,7 +86,7 @@ def test_layers_that_nobody_wants_are_not_held():
 
 
 def test_a_model_with_attention_of_its_own_is_told_of():
-    with pytest.raises(ValueError, match="no attention that goes through transformers' interface"):
+    with pytest.raises(ValueError, match="does not use transformers' attention interface"):
         collect(vit(2, kind="timm"), {"pixel_values": torch.randn(1, 3, 16, 16)}, ["score/1"])
 
 

@@ -219,7 +219,7 @@ def test_a_writer_that_is_killed_goes_on(tmp_path):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert shard_path(killed, 1).is_file() and not shard_path(killed, 2).is_file()
-    with pytest.raises(ValueError, match="lacks 1 of 3 shards: the command that wrote it goes on"):
+    with pytest.raises(ValueError, match="lacks 1 of 3 shards: run the command that wrote it again to resume"):
         CachedTeacher(killed)
     first = shard_path(killed, 0).stat().st_mtime_ns
     small_cache(killed)
@@ -267,7 +267,7 @@ def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monke
     teacher = CachedTeacher(tmp_path)
     teacher.index = replace(teacher.index, name="out/teacher", origin="abc")
     monkeypatch.setattr("hf_tfm.distillation.cache.origin_of", lambda name: "xyz")
-    with pytest.raises(ValueError, match="another run: the weights of the teacher out/teacher are others now"):
+    with pytest.raises(ValueError, match="another run: the weights of the teacher out/teacher have changed since"):
         teacher.check(training_samples(task, rows), name="out/teacher")
     with pytest.raises(ValueError, match="another run: teacher out/teacher there, out/other now"):
         teacher.check(training_samples(task, rows), name="out/other")

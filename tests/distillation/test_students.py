@@ -100,7 +100,7 @@ def test_what_the_teacher_lacks_is_told():
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ([0, 4], r"layers must be in \[0, 4\), the teacher's, got 4"),
+        ([0, 4], r"layers must be in \[0, 4\), the number of the teacher's layers, got 4"),
         ([0, -1], r"got -1"),
         ([0], "layers must be 2, one for each of the student's, got 1"),
         ({"middle": [0, 1]}, 'stack must be one of .*, got "middle"'),

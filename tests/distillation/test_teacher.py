@@ -108,7 +108,7 @@ def test_a_teacher_that_is_worse_than_it_should_be_is_refused():
         check_score({"loss": 0.5}, "loss", 0.35)
     with pytest.raises(ValueError, match="is nan"):
         check_score({"accuracy": float("nan")}, "accuracy", 0.91)
-    with pytest.raises(ValueError, match='metric "f1" is not evaluated; there are accuracy'):
+    with pytest.raises(ValueError, match='metric "f1" is not evaluated; available: accuracy'):
         check_score({"accuracy": 0.9}, "f1", 0.91)
 
 

@@ -158,7 +158,7 @@ WRONG_ID_MAPS = {
     "names in another order": (
         [(1, "green"), (2, "red"), (3, "blue")],
         "class_names",
-        'categories are in another order in validation: "green" stands there where train has "red"',
+        'categories are in another order in validation: it has "green" where train has "red"',
     ),
     "ids from 0": ([(0, "red"), (1, "green"), (2, "blue")], "data", "has category_id 3, which is not one of its 3"),
 }

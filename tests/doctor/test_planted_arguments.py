@@ -42,7 +42,7 @@ ARGUMENT_FAULTS = {
         "warning",
         "has random weights",
     ),
-    "part": ({"rate_factors": "{backbon_: 0.1}"}, "learning_rate", "failed", "no weight that learns has backbon_ in"),
+    "part": ({"rate_factors": "{backbon_: 0.1}"}, "learning_rate", "failed", "no trained weight has backbon_ in"),
     "warm-up": ({"warmup_steps": 6000}, "schedule", "failed", "6000 steps, 2000 epochs of 24 images; warm-up 6000"),
     "brief": ({"num_train_epochs": 20, "warmup_steps": 0}, "schedule", "warning", "60 steps"),
     "no clipping": ({"max_grad_norm": 0}, "gradient_clipping", "warning", "gradients are not clipped"),
@@ -68,7 +68,7 @@ def test_a_random_model_with_frozen_norms_is_refused_as_the_recipe_does(capsys):
     with pytest.raises(SystemExit) as ended:
         detection.main(["--config", "digits", "--model.backbone_norm", "frozen"])
     assert ended.value.code == 2
-    assert 'model.backbone_norm "frozen" is for weights that are trained already' in capsys.readouterr().err
+    assert 'model.backbone_norm "frozen" is for pretrained weights' in capsys.readouterr().err
 
 
 def test_a_large_backbone_without_a_training_is_told(monkeypatch):

@@ -268,7 +268,7 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
         headless: "TfmViTModel",
     }
     for model, saved in kinds.items():
-        with pytest.raises(ValueError, match=f"saved as {saved}, and evaluate is for translation models, image"):
+        with pytest.raises(ValueError, match=f"saved as {saved}, but evaluate supports translation models, image"):
             evaluate(str(model), dataset_name=data)
     where = {"dataset_name": data, **QUIET}
     with pytest.raises(ValueError, match="no weights for classifier"):

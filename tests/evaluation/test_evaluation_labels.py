@@ -39,10 +39,10 @@ def test_classes_are_matched_by_name(models, data, tmp_path):
 def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_path):
     names = ["ant", "bee", "cat", "dog", "elk", "fly"]
     other = save_rows(tmp_path / "a", LABELS, ClassLabel(names=names))
-    with pytest.raises(ValueError, match=r"the data set alone has elk, fly; the model alone has eel, fox\. .*number"):
+    with pytest.raises(ValueError, match=r"only the data set has elk, fly; only the model has eel, fox\. .*number"):
         evaluate(models["tfm"], dataset_name=other, **QUIET)
     numbers = save_rows(tmp_path / "b", LABELS, Value("int64"))
-    with pytest.raises(ValueError, match="the data set alone has 0, 1, 2"):
+    with pytest.raises(ValueError, match="only the data set has 0, 1, 2"):
         evaluate(models["tfm"], dataset_name=numbers, **QUIET)
     expected = evaluate(models["tfm"], dataset_name=data, **QUIET)["metrics"]
     for where in (other, numbers):

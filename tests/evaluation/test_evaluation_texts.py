@@ -125,7 +125,7 @@ def test_labels_by_name_and_number(model, data, tmp_path):
     plain = save_rows(tmp_path / "c", kind=Value("int64"))
     options = {"metrics": ["accuracy", "f1"], "split": "validation", **QUIET}
     assert evaluate(model, dataset_name=plain, task="sst2", **options)["metrics"] == expected
-    with pytest.raises(ValueError, match="the data set alone has 0, 1; the model alone has negative, positive"):
+    with pytest.raises(ValueError, match="only the data set has 0, 1; only the model has negative, positive"):
         evaluate(model, dataset_name=plain, **options)
     assert evaluate(model, dataset_name=plain, match_labels="number", **options)["metrics"] == expected
 
@@ -149,7 +149,7 @@ def test_numbers(tmp_path):
     pair = logits(folder, pairs=True)[known, 0], np.array(labels)[known]
     assert values(result)["pearson"] == pytest.approx(np.corrcoef(*pair)[0, 1], abs=1e-5)
     assert result["unlabelled"] == COUNT - len(known)
-    with pytest.raises(ValueError, match="confusion is for classes, and the model predicts a number"):
+    with pytest.raises(ValueError, match="confusion is for classes, but the model predicts a number"):
         evaluate(
             folder, dataset_name=where, split="validation", task="stsb", confusion=str(tmp_path / "c.png"), **QUIET
         )
@@ -226,7 +226,7 @@ def test_one_task_by_its_model(glue):
     models, data = glue
     result = evaluate(str(models / "sst2"), dataset_name=data, tasks="sst2", **QUIET)
     assert list(result["scores"]) == ["sst2"]
-    with pytest.raises(ValueError, match="is one classifier, and each task has its own: give a folder of them"):
+    with pytest.raises(ValueError, match="is a single classifier, but each task has its own: give a folder of them"):
         evaluate(str(models / "sst2"), dataset_name=data, tasks="sst2,rte", **QUIET)
     with pytest.raises(ValueError, match=r"no task can be scored\. wnli: there is no model"):
         evaluate(str(models), dataset_name=data, tasks="wnli", **QUIET)

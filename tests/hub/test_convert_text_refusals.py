@@ -81,7 +81,7 @@ def test_an_incomplete_file_is_refused(tmp_path, name, back):
     weights = load_file(path)
     lost = max(weights)
     save_file({key: value for key, value in weights.items() if key != lost}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="is not a whole"):
+    with pytest.raises(ValueError, match="is not a complete"):
         convert(tmp_path / "model", "tfm" if back else conversion.name, tmp_path / "out")
 
 

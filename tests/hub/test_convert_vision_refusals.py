@@ -78,7 +78,7 @@ def test_other_sources_are_refused(tmp_path):
     ):
         convert(tmp_path / "other.pth", "tfm", tmp_path / "out")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.pth is not a file of weights alone"):
+    with pytest.raises(ValueError, match=r"text\.pth is not a plain weights file"):
         convert(tmp_path / "text.pth", "tfm", tmp_path / "out")
     torch.save({"model": authors_weights(ours(TfmMAEForPreTraining))}, tmp_path / "small.pth")
     with pytest.raises(ValueError, match="number of heads is not known for a hidden_size of 32"):
@@ -92,7 +92,7 @@ def test_an_incomplete_folder_of_timm_is_refused(tmp_path, lost):
     weights = load_file(path)
     weights.pop(lost)
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"(?s)not a whole model of timm: .*{lost}"):
+    with pytest.raises(ValueError, match=rf"(?s)not a complete model of timm: .*{lost}"):
         convert(tmp_path / "timm", "tfm", tmp_path / "out")
 
 

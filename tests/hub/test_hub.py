@@ -344,7 +344,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, which does not exist"):
         push(tmp_path, "user/name")
     (tmp_path / "model-00002-of-00002.safetensors").touch()
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is damaged"):

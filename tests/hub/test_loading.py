@@ -103,7 +103,7 @@ def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
         ({"num_labels": 10**9}, "num_labels of its config.json must be at most 1,000,000, got 1,000,000,000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers of its config.json must be at most 10,000"),
         ({"hidden_size": 10**6, "intermediate_size": 10**6}, "according to its config.json, its weights take"),
-        ({"_attn_implementation": "user/kernel"}, 'names code of the repository "user/kernel", which is not run'),
+        ({"_attn_implementation": "user/kernel"}, 'refers to code of "user/kernel", which is not run'),
     ],
 )
 def test_a_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
@@ -130,7 +130,7 @@ def test_missing_and_infinite_weights_are_named(vit):
 def test_an_index_names_files_of_the_folder_alone(vit):
     index = vit / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    assert "names '../model.safetensors', which is no file of the folder" in refusal(vit)
+    assert "names '../model.safetensors', which is not a file of the folder" in refusal(vit)
     index.write_text("{}")
     assert "has no weight_map" in refusal(vit)
 
@@ -158,7 +158,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(LoadingError, match='tokenizer "'):
         load_tokenizer(str(tmp_path), "tokenizer")
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two"])}
-    with pytest.raises(LoadingError, match=r"its tokenizer has 6 tokens, and the model only 5 embeddings"):
+    with pytest.raises(LoadingError, match=r"its tokenizer has 6 tokens, but the model only 5 embeddings"):
         check_vocabulary("m", ViTConfig(vocab_size=5), BertTokenizer(words))
 
 

@@ -47,7 +47,7 @@ def test_tokenizer_files_that_are_no_mappings_are_named(tmp_path, name, content)
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_image_processor])
 def test_a_revision_of_a_local_folder_is_refused(tmp_path, load):
-    with pytest.raises(LoadingError, match='revision "v1" can be given of a model on the Hub alone'):
+    with pytest.raises(LoadingError, match='revision "v1" applies only to a model on the Hub'):
         load(str(tmp_path), revision="v1")
 
 

@@ -180,7 +180,7 @@ def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
         (folder / "config.json").write_text(
             json.dumps({key: value for key, value in config.items() if key not in STAGES} | {field: 1})
         )
-        with pytest.raises(LoadingError, match="has no place for the weights"):
+        with pytest.raises(LoadingError, match="lacks the weights"):
             LOADERS[name](str(folder))
     # Asked for, it is fine: fewer layers, and a new one.
     image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, {"num_hidden_layers": 1})

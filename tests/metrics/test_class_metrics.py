@@ -62,7 +62,7 @@ def test_loaded_by_path(name):
     ("arguments", "message"),
     [
         ({}, "predictions is empty and nothing was added"),
-        ({"predictions": [1], "references": [1, 2]}, "must be equally many, got 1 and 2"),
+        ({"predictions": [1], "references": [1, 2]}, "must have equal lengths, got 1 and 2"),
         ({"predictions": [[1, 2], [1]], "references": [1, 2]}, r"same number of classes.*got \[1, 2\]"),
         ({"predictions": ["cat"], "references": [1]}, r"predictions\[0\] must hold integers, got 'cat'"),
         ({"predictions": [1], "references": [0.5]}, r"references\[0\] must hold integers, got 0.5"),

@@ -16,8 +16,8 @@ OBJECTS = {"image_id": 1, "boxes": [[0, 0, 5, 5]], "labels": [1]}
     ("prediction", "reference", "message"),
     [
         ({"boxes": [0, 0, 5, 5]}, {}, r'predictions\[0\]\["boxes"\] must have shape \(1, 4\).* got \(4,\)'),
-        ({"boxes": [[0, 0, 5]]}, {}, r"must have shape \(1, 4\), one box a label, got \(1, 3\)"),
-        ({"boxes": [[0, 0, 5, 5]] * 2}, {}, r"must have shape \(1, 4\), one box a label, got \(2, 4\)"),
+        ({"boxes": [[0, 0, 5]]}, {}, r"must have shape \(1, 4\), one box per label, got \(1, 3\)"),
+        ({"boxes": [[0, 0, 5, 5]] * 2}, {}, r"must have shape \(1, 4\), one box per label, got \(2, 4\)"),
         ({"boxes": [[0, 0, 5, 5], [1]]}, {}, "must be a regular array of numbers"),
         ({"boxes": [[5, 0, 0, 5]]}, {}, r"x1 <= x2 and y1 <= y2, got \[5.0, 0.0, 0.0, 5.0\]"),
         ({}, {"boxes": [[0, 5, 5, 0]]}, r'references\[0\]\["boxes"\] must be x1, y1, x2, y2'),
@@ -47,8 +47,8 @@ def test_bad_detections_are_refused(prediction, reference, message):
     ("masks", "message"),
     [
         (np.ones((1, 4, 4), bool), r'predictions\[0\]\["masks"\] must be \(4, 5\) pixels.* got \(4, 4\)'),
-        (np.ones((4, 5), bool), r"must have shape \(1, H, W\), one mask a label, got \(4, 5\)"),
-        (np.ones((2, 4, 5), bool), r"must have shape \(1, H, W\), one mask a label, got \(2, 4, 5\)"),
+        (np.ones((4, 5), bool), r"must have shape \(1, H, W\), one mask per label, got \(4, 5\)"),
+        (np.ones((2, 4, 5), bool), r"must have shape \(1, H, W\), one mask per label, got \(2, 4, 5\)"),
         (np.full((1, 4, 5), 0.5), "must be bool, or 0 and 1"),
         (None, 'needs "masks"'),
     ],
@@ -64,7 +64,7 @@ def test_bad_masks_are_refused(masks, message):
     [
         ({}, "predictions is empty and nothing was added"),
         ({"predictions": [], "references": []}, "predictions is empty and nothing was added"),
-        ({"predictions": [DETECTIONS], "references": []}, "must be equally many, got 1 and 0"),
+        ({"predictions": [DETECTIONS], "references": []}, "must have equal lengths, got 1 and 0"),
         ({"predictions": DETECTIONS, "references": [OBJECTS]}, "must be a list of dictionaries, got dict"),
         ({"predictions": [DETECTIONS], "references": [[1]]}, r"references\[0\] must be a dictionary, got list"),
         ({"predictions": [DETECTIONS]}, "references must be a list of dictionaries, got NoneType"),

@@ -68,7 +68,7 @@ def test_hidden_labels_are_left_out():
         (lambda: Glue(metrics=["bleu"]), 'metrics of classes must be among accuracy, .*, got "bleu"'),
         (lambda: Glue(metrics=["pearson", "f1"]), 'metrics of numbers must be among pearson, spearman, got "f1"'),
         (lambda: Glue("mrpc", average="micro"), "average: not an option of Glue"),
-        (lambda: values(["accuracy"], [1], [1, 2]), "must be equally many, got 1 and 2"),
+        (lambda: values(["accuracy"], [1], [1, 2]), "must have equal lengths, got 1 and 2"),
         (lambda: values(["accuracy"], [1, 0], [-1, -1]), "no text has a label"),
         (lambda: values(["accuracy"], [], []), "no text has a label"),
         (lambda: values(["f1"], [2, 0], [1, 0]), "of two classes, got class 2: use f1_macro"),

@@ -123,7 +123,7 @@ def test_metrics_combine():
     [
         ({}, "predictions is empty and nothing was added"),
         ({"predictions": [], "references": []}, "predictions is empty and nothing was added"),
-        ({"predictions": ["a"], "references": ["a", "b"]}, "must be equally many, got 1 and 2"),
+        ({"predictions": ["a"], "references": ["a", "b"]}, "must have equal lengths, got 1 and 2"),
         ({"predictions": ["a", "b"], "references": [["a"], ["b", "c"]]}, r"same number of references.*got \[1, 2\]"),
         ({"predictions": ["a"], "references": [[]]}, r"at least 1, got \[0\]"),
         ({"predictions": "abc", "references": ["a"]}, "predictions must be a list of sentences, got str"),

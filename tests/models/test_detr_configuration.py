@@ -51,7 +51,10 @@ def test_initial_weights():
             {"pixel_values": tiny_photos(), "pixel_mask": torch.ones(3, 32, 96)},
             r"pixel_mask must have shape \(3, 64, 96\), got \(3, 32, 96\)",
         ),
-        ({"pixel_values": tiny_photos(), "labels": tiny_labels((1, 1))}, "labels must be of 3 images, got 2"),
+        (
+            {"pixel_values": tiny_photos(), "labels": tiny_labels((1, 1))},
+            "labels must have an entry for each of 3 images, got 2",
+        ),
     ],
     ids=["channels", "mask", "labels"],
 )

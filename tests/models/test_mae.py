@@ -146,7 +146,7 @@ def test_images_that_are_not_square_or_of_another_size():
         images, patches = tiny_images(2, *size), size[0] * size[1] // 16
         output = model(images, noise=tiny_noise(2, patches))
         assert output.logits.shape == (2, patches, 48) and output.loss.isfinite()
-    with pytest.raises(ValueError, match="make 4 x 4 patches, but the model has positions for 2 x 8"):
+    with pytest.raises(ValueError, match="have 4 x 4 patches, but the model has positions for 2 x 8"):
         model(tiny_images(), interpolate_pos_encoding=False)
     with pytest.raises(ValueError, match=r"pixel_values must be a multiple of the patch .* got 10 x 16"):
         model(tiny_images(2, 10, 16))

@@ -110,7 +110,7 @@ def test_images_of_other_sizes(kind, size):
     if grid == (4, 4):
         assert torch.equal(model(images, interpolate_pos_encoding=False).logits, output.logits)
     else:
-        with pytest.raises(ValueError, match=rf"make {grid[0]} x {grid[1]} patches, .* positions for 4 x 4"):
+        with pytest.raises(ValueError, match=rf"have {grid[0]} x {grid[1]} patches, .* positions for 4 x 4"):
             model(images, interpolate_pos_encoding=False)
 
 

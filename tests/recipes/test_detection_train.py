@@ -147,7 +147,7 @@ def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
         (part / name).unlink()
     capsys.readouterr()
     train(data, part, dataloader_num_workers=workers, **knobs)
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
     pictures = [(folder / "predictions" / "step-00000005.png").read_bytes() for folder in (whole, part)]
@@ -259,7 +259,7 @@ def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp_path):
     with pytest.raises(
-        ValueError, match=r'model_name_or_path "runs/no-such-run" is neither a local folder nor to be found on the Hub'
+        ValueError, match=r'model_name_or_path "runs/no-such-run" is neither a local folder nor found on the Hub'
     ):
         train(data, tmp_path / "run", model_name_or_path="runs/no-such-run")
     assert not (tmp_path / "run").exists()
@@ -288,12 +288,12 @@ MISFITS = {
     "size": ({"size": "giant"}, 'size must be one of tiny, small, base, got "giant"'),
     "frozen": (
         {"size": "base", "model": None},
-        'model.backbone_norm "frozen" is for weights that are trained already',
+        'model.backbone_norm "frozen" is for pretrained weights',
     ),
     "norm": ({"pretrained_backbone": "true"}, 'model.backbone_norm must be "frozen" or "batch", got "group"'),
     "both": (
         {"model_name_or_path": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
-        "model_name_or_path brings its own backbone: give no pretrained_backbone beside it",
+        "model_name_or_path has its own backbone: do not give pretrained_backbone with it",
     ),
     "pictures": ({"num_pictures": -1}, "num_pictures must be at least 0, got -1"),
     "splits": ({"holdout": 3}, "exactly one of validation_split and holdout, got validation and 3"),
@@ -329,7 +329,7 @@ def test_knobs_that_do_not_fit_the_data(knobs, message, data, tmp_path):
 
 
 def test_boxes_in_another_format(splits, data, tmp_path):
-    """Corners in shares of the image, said to be so, are the same boxes."""
+    """Corners in fractions of the image size, said to be so, are the same boxes."""
 
     def corners(row):
         for found in row["objects"]:

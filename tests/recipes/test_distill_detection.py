@@ -129,7 +129,9 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys):
     assert 'metric_for_best_model must be "loss", "AP" or "AP50"' in capsys.readouterr().err
     with pytest.raises(ValueError, match="the same image_mean in their image processors"):
         distil(data, tmp_path / "run", teacher=teacher, mean="[0.1, 0.1, 0.1]")
-    with pytest.raises(ValueError, match=r"layers of the decoder must be in \[0, 4\), the teacher's, got 6"):
+    with pytest.raises(
+        ValueError, match=r"layers of the decoder must be in \[0, 4\), the number of the teacher's layers, got 6"
+    ):
         distil(data, tmp_path / "run", teacher=teacher, student_layers="[6]")
     with pytest.raises(ValueError, match="a cache needs images of one size"):
         distil(data, tmp_path / "run", teacher=teacher, cache=tmp_path / "cache", write_cache="true")

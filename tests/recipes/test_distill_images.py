@@ -204,7 +204,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
 
 
 REFUSED = {
-    "no_terms": ({"terms": "[]"}, "terms must have at least one"),
+    "no_terms": ({"terms": "[]"}, "terms must not be empty"),
     "mixing": (
         {"cache": "x", "mixing": "{mixup: 0.8}"},
         "cache keeps one view of each image in an epoch: turn mixing",

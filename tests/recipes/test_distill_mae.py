@@ -124,7 +124,7 @@ def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
         distil(data, tmp_path / "run", teacher=teacher, expected_score=0.001)
     classifier = save(tmp_path / "vit", ViTForImageClassification(ViTConfig(image_size=16, patch_size=4)))
     with pytest.raises(
-        ValueError, match=r"is a vit model; teaching a masked autoencoder needs one of tfm_mae, vit_mae"
+        ValueError, match=r"is a vit model; distilling a masked autoencoder needs one of tfm_mae, vit_mae"
     ):
         distil(data, tmp_path / "run", teacher=classifier)
     assert not (tmp_path / "run").exists()

@@ -64,4 +64,4 @@ def test_each_task_has_its_cache(folder, tmp_path):
 def test_tasks_decide_what_is_read(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("distill_task", *given(folder, tmp_path / "run", task="mrpc"))
-    assert "tasks decides task: set it to null, got mrpc" in capsys.readouterr().err
+    assert "tasks determines task: set it to null, got mrpc" in capsys.readouterr().err

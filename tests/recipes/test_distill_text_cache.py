@@ -116,5 +116,5 @@ def test_the_cache_names_its_recipes(capsys):
     assert run("distill_cache", "translation_train") == 2
     said = capsys.readouterr().err
     assert all(
-        recipe in said.split("there are ")[1] for recipe in ("distill_pretrain", "distill_task", "distill_vision")
+        recipe in said.split("available: ")[1] for recipe in ("distill_pretrain", "distill_task", "distill_vision")
     )

@@ -177,14 +177,14 @@ def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
 
 
 REFUSED = {
-    "no_terms": ("distill_task", {"terms": "[]"}, "terms must have at least one"),
+    "no_terms": ("distill_task", {"terms": "[]"}, "terms must not be empty"),
     "field": ("distill_task", {"terms": "[{kind: label, warmth: 1}]"}, "terms[0]: a term has no warmth; it has kind"),
     "no_kind": ("distill_task", {"terms": "[{weight: 1.0}]"}, "terms[0]: a term needs a kind"),
     "kind": ("distill_task", {"terms": "[{kind: warmth}]"}, "kind must be one of label, soft_target"),
     "layers_and_init": (
         "distill_task",
         {"student_layers": "[0]", "model_name_or_path": "x"},
-        "give no student_layers beside it",
+        "do not give student_layers with it",
     ),
     "nowhere_to_write": ("distill_task", {"write_cache": "true"}, "write_cache needs cache"),
     "pairs": ("distill_pretrain", {"sequences": "pairs"}, 'sequences must be "packed" or "rows"'),

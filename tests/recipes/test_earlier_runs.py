@@ -58,7 +58,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys):
         run(recipe, [*words, "--output_dir", str(folder)])
     printed = capsys.readouterr()
     assert not end.value.code, printed.err
-    assert "going on from" in printed.out
+    assert "resuming from" in printed.out
     expected, found = (
         load_file(file) for file in (RUNS / name / "expected.safetensors", folder / "model.safetensors")
     )

@@ -59,13 +59,13 @@ def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
     wait_for_step(tmp_path / "run", 30)
     os.killpg(process.pid, signal.SIGTERM)
     said = finish_process(process, expected=0)
-    assert "going on from" in said
-    assert "asked to stop: state saved at step" in said and "the same command goes on" in said
+    assert "resuming from" in said
+    assert "asked to stop: state saved at step" in said and "run the same command to resume" in said
     assert not (tmp_path / "run" / "results.json").exists()
 
     config = str(ROOT / "recipes" / "launch" / "cpu.yaml")
     process = start_process("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
-    assert "going on from" in finish_process(process)
+    assert "resuming from" in finish_process(process)
     assert history(tmp_path / "run") == history(whole)
     assert record(tmp_path / "run").metrics == record(whole).metrics
     one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))

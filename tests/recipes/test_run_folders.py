@@ -142,7 +142,7 @@ def test_overwriting_names_what_stays(numbers, tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     capsys.readouterr()
     run_recipe(*words(numbers, tmp_path / "run", seed=1, overwrite_output_dir="true"))
-    assert "files that no run wrote stay: notes.txt" in capsys.readouterr().out
+    assert "files that no run wrote are kept: notes.txt" in capsys.readouterr().out
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 

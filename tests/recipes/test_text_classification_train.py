@@ -245,9 +245,9 @@ def test_a_run_goes_on(data, tmp_path):
     [
         ({"task": "sst3"}, "task"),
         ({"tasks": "sst2,sst3", "text_columns": None}, 'got "sst3"'),
-        ({"tasks": "glue"}, "tasks decides text_columns: set it to null"),
+        ({"tasks": "glue"}, "tasks determines text_columns: set it to null"),
         ({"batch_tokens": 512}, "exactly one of batch_size and batch_tokens, got 16 and 512"),
-        ({"micro_batch_tokens": 512}, "micro_batch_tokens does not go with batch_size: give micro_batch_size"),
+        ({"micro_batch_tokens": 512}, "micro_batch_tokens cannot be combined with batch_size: give micro_batch_size"),
         ({"batch_size": "null", "batch_tokens": 32}, "max_length must be at most the tokens of a batch, got 64"),
         ({"holdout": 5, "validation_split": "validation"}, "one of holdout and validation_split"),
         ({"warmup_ratio": 0.5}, "one of warmup_steps and warmup_ratio, got 1 and 0.5"),
@@ -255,7 +255,7 @@ def test_a_run_goes_on(data, tmp_path):
         ({"max_length": 600}, "max_length must be at most max_position_embeddings = 512, got 600"),
         ({"language_weight": 0.5}, 'language_weight is for decoders: give architecture="gpt" or model_name_or_path'),
         ({"model": "{pad_token_id: 3}"}, "model.pad_token_id is not a field of TfmBertConfig that can be chosen"),
-        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path brings its own tokenizer"),
+        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path has its own tokenizer"),
         ({"metrics": "[bleu]"}, "metrics"),
     ],
 )

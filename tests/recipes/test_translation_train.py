@@ -266,7 +266,7 @@ def said(capsys, *argv):
         ({"streaming": "true", "max_steps": "null", "num_train_epochs": 1}, "streaming needs max_steps"),
         ({"streaming": "true", "validation_split": "train"}, 'train_split "train" cannot be scored too'),
         ({"streaming": "true", "batch_tokens": 50}, "max_length must be at most the 50 tokens of a batch, got 100"),
-        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path brings its own model and tokenizer"),
+        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path has its own model and tokenizer"),
         ({"tokenizer": "y", "lowercase": "true"}, "lowercase applies to a trained tokenizer"),
     ],
 )
@@ -288,8 +288,8 @@ def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
         ({"dataset_name": "/nowhere/at/all"}, "cannot be loaded"),
         ({"vocab_size": 100}, "vocab_size must be at least 261"),
         ({"max_length": 3}, "all 90 pairs are longer than max_length = 3 tokens"),
-        ({"batch_tokens": 20}, "batch_tokens must be at least the longest sample, got 20"),
-        ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the longest sample, got 20"),
+        ({"batch_tokens": 20}, "batch_tokens must be at least the length of the longest sample, got 20"),
+        ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the length of the longest sample, got 20"),
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )

@@ -266,7 +266,7 @@ def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, 
         (part / name).unlink()
     capsys.readouterr()
     run(recipe, data, part, dataloader_num_workers=workers, **knobs)
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
 

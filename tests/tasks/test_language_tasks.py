@@ -97,7 +97,7 @@ def test_pairs_follow_or_are_random(wordpiece):
 
 
 def test_max_length_leaves_room(rows, wordpiece):
-    with pytest.raises(ValueError, match="max_length must leave room for tokens beside the special ones, got 3"):
+    with pytest.raises(ValueError, match="max_length must leave room for tokens other than the special ones, got 3"):
         token_sequences(rows, wordpiece, 3)
 
 

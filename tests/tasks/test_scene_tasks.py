@@ -301,7 +301,7 @@ def test_a_bad_image_is_left_out_and_the_others_stay(objects, training):
     broken[5] = {**rows[5], "height": 77}
     batch = collate(broken, list(numbers), epoch=0)
     assert [number for number, _ in batch["bad"]] == [sample_ref(numbers[i]).index for i in (3, 5)]
-    assert batch["bad"][0][1].startswith("a.jpg: ") and "its row says 77 x" in batch["bad"][1][1]
+    assert batch["bad"][0][1].startswith("a.jpg: ") and "its row states 77 x" in batch["bad"][1][1]
     kept = [i for i in range(14) if i not in (3, 5)]
     assert batch["images"] == 12
     assert torch.equal(batch["pixel_values"], good["pixel_values"][kept])

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_set_aside(run, name, kind, damage, caplog):
     with caplog.at_level(logging.WARNING):
         progress = go_on(run)
     assert progress.step == 10
-    (message,) = [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
+    (message,) = [record.getMessage() for record in caplog.records if "the run resumes" in record.getMessage()]
     assert f"step-00000013/{name} is" in message and "damaged-step-00000013" in message and "\n" not in message
     folders = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert folders == ["damaged-step-00000013", "step-00000005", "step-00000010"]
@@ -130,7 +130,7 @@ def test_without_a_sound_checkpoint_the_run_is_refused(run):
         (folder / "state.json").write_text("")
     before = sorted(run.rglob("*"))
     with pytest.raises(
-        ValueError, match=r"has no sound checkpoint to go on from: .*step-00000005/state\.json.*delete"
+        ValueError, match=r"has no intact checkpoint to resume from: .*step-00000005/state\.json.*delete"
     ):
         go_on(run)
     assert sorted(run.rglob("*")) == before  # nothing is set aside either
@@ -141,7 +141,7 @@ def test_another_model_s_checkpoint_among_ours_is_set_aside(run, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-00000013")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000013", run / "checkpoints" / "step-00000013")
     assert go_on(run).step == 10
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="does not match the model"):
         go_on(run, hidden_size=8)
 
 
@@ -149,7 +149,7 @@ def test_fields_of_a_newer_version_are_left_out(run, caplog):
     change(run / "checkpoints" / "step-00000013" / "state.json", foo=1, bar="x")
     with caplog.at_level(logging.WARNING):
         assert go_on(run).step == 13
-    assert "fields of a newer version are left out: bar, foo" in caplog.text
+    assert "fields of a newer version are ignored: bar, foo" in caplog.text
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(run, tmp_path):
@@ -179,7 +179,7 @@ def test_damaged_lines_of_the_history_are_left_out(tmp_path, line, caplog):
     with caplog.at_level(logging.WARNING):
         History(tmp_path, 2)
     assert [row["step"] for row in history(tmp_path)] == [1, 2]
-    assert "history.jsonl: damaged lines are left out: 2" in caplog.text
+    assert "history.jsonl: damaged lines are ignored: 2" in caplog.text
 
 
 def test_a_history_that_is_no_text_is_left_out(tmp_path):

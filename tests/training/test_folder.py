@@ -236,7 +236,7 @@ def test_parts_made_before_the_claim_are_moved_into_place(tmp_path):
         ("~", "is the home directory"),
         ("file", "is a file"),
         ("loop", "is a symbolic link to"),
-        ("dangling", "is a symbolic link to nowhere, which is not there"),
+        ("dangling", "is a symbolic link to nowhere, which does not exist"),
         ("link", "is the working directory"),
     ],
 )

@@ -73,7 +73,7 @@ def test_parts_learn_at_their_own_rate():
     assert rates["vit.embeddings.cls_token"] == pytest.approx(0.05)
     assert rates["vit.embeddings.patch_embeddings.projection.weight"] == pytest.approx(0.025), "factors multiply"
     assert rates["classifier.weight"] == 0.5
-    with pytest.raises(ValueError, match=r"rate_factors: no weight that learns has backbone in its name"):
+    with pytest.raises(ValueError, match=r"rate_factors: no trained weight has backbone in its name"):
         parameter_groups(model, arguments(".", rate_factors={"backbone": 0.1}))
     with pytest.raises(ValueError, match=r"rate_factors must be above 0 and at most 1000, got 0.0 for classifier"):
         arguments(".", rate_factors={"classifier": 0.0})
@@ -297,7 +297,7 @@ def test_evaluations_that_are_no_numbers(tmp_path, capsys):
 
 
 def test_a_best_metric_that_is_not_evaluated(tmp_path):
-    with pytest.raises(ValueError, match='metric_for_best_model "bleu" is not evaluated; there are loss'):
+    with pytest.raises(ValueError, match='metric_for_best_model "bleu" is not evaluated; available: loss'):
         run_training(arguments(tmp_path / "run", metric_for_best_model="bleu"))
 
 

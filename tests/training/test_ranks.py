@@ -62,7 +62,7 @@ def test_two_take_the_same_sound_checkpoint(two):
 def test_errors_of_one_process_end_all(two):
     """`reports` compares those of both."""
     lost, raised = reports(two[0])["errors"]
-    assert "has no sound checkpoint to go on from" in lost
+    assert "has no intact checkpoint to resume from" in lost
     assert raised == "only the main process knows"
 
 

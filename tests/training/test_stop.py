@@ -65,4 +65,4 @@ def test_outside_of_training_a_process_ends_well(capfd):
     assert reports.get(timeout=60) == -signal.SIGTERM  # a child ends as children do
     process.join(60)
     assert process.exitcode == 0
-    assert capfd.readouterr().err.count("the same command goes on") == 1
+    assert capfd.readouterr().err.count("run the same command to resume") == 1

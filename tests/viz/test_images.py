@@ -107,7 +107,7 @@ def test_grey_models_read_grey():
 def test_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"the image after its processor must be a multiple of the patch .* 18 x 16"):
         pixels(image_model("vit"), image_processor(), photo(18, 16).image)
-    with pytest.raises(ValueError, match="num_channels must be 1 or 3 for a picture, got 4"):
+    with pytest.raises(ValueError, match="num_channels must be 1 or 3 for a plot, got 4"):
         pixels(image_model("vit", num_channels=4), image_processor(), photo().image)
 
 
