@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-slow test-clients test-common lint stubs bench docs docs-serve clean
+.PHONY: quickstart test test-cov test-slow test-clients test-common lint stubs bench docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ quickstart: $(VENV)/.installed  ## train, evaluate, save, reload, compare and lo
 
 test: $(VENV)/.installed  ## the test suite
 	$(BIN)/python -m pytest
+
+test-cov: $(VENV)/.installed  ## lines of hf_tfm that the test suite runs, in htmlcov/; TESTS=tests/metrics for a part of it
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(TESTS)
 
 test-slow: $(VENV)/.installed  ## the longer proofs alone
 	$(BIN)/python -m pytest -m slow
@@ -53,4 +56,4 @@ docs-serve: docs  ## the site on this machine, rebuilt when a file changes
 	$(BIN)/python -m mkdocs serve
 
 clean:
-	rm -rf $(VENV) .ci-venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .ci-venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage .coverage.*
