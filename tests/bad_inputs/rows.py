@@ -229,7 +229,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (TEXT, "--metrics [bleu]", got("metrics", "accuracy", "bleu")),
     (TEXT, "--metrics [pearson]", got("metrics", "accuracy", "pearson")),
     (TEXT, "--task sst3", got("task", "sst2", '"sst3"')),
-    (TEXT, "--tasks sst2,sst2", got("tasks", "once", "sst2")),
+    (TEXT, "--tasks sst2,sst2", got("tasks", "duplicates", "sst2")),
     (TEXT, "--language_weight -1", got("language_weight", "0", "-1")),
     (TEXT, "--language_weight 1", got("language_weight", "gpt")),
     (TEXT, "--architecture t5", got("architecture", "bert", '"t5"')),
@@ -280,7 +280,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     # distillation
     (DISTIL["distill_vision"], "--teacher ''", got("teacher", "empty", '""')),
     (DISTIL["distill_vision"], "--teacher /no/where", got("teacher", "/no/where")),
-    (DISTIL["distill_vision"], "--terms []", got("terms", "at least one")),
+    (DISTIL["distill_vision"], "--terms []", got("terms", "empty")),
     (
         DISTIL["distill_vision"],
         "--terms '[{kind: soft_targets}]'",
@@ -452,8 +452,8 @@ YAML = [
     yaml_row("list", "- seed\n- 1\n", "a.yaml must be a mapping"),
     yaml_row("scalar", "fast", "a.yaml must be a mapping"),
     yaml_row("empty", "", "a.yaml is empty"),
-    yaml_row("broken", "seed: [1\n", "a.yaml.*line.*not YAML"),
-    yaml_row("tabs", "model:\n\tpatch_size: 4\n", "a.yaml.*line 2.*not YAML"),
+    yaml_row("broken", "seed: [1\n", "a.yaml.*line.*invalid YAML"),
+    yaml_row("tabs", "model:\n\tpatch_size: 4\n", "a.yaml.*line 2.*invalid YAML"),
     yaml_row("binary", b"\xff\xfe\x00\x01", "a.yaml is not a text file"),
     yaml_row("python_tag", "seed: !!python/object/apply:os.getpid []\n", "a.yaml.*line 1.*tag"),
     yaml_row("custom_tag", "seed: !env SEED\n", "a.yaml.*line 1.*tag"),
@@ -511,12 +511,12 @@ TEXTS: list[tuple[str, dict, str | None]] = [
     (
         "semicolons_in_train",
         {"train": b"text;label\n" + b"a text;0\nb text;1\n" * 4},
-        "text_columns \"text\" is empty in all 8 rows.*text;label.*separator ';'",
+        "text_columns \"text\" is empty in all 8 rows.*text;label.*separated by ';'",
     ),
     (
         "semicolons_everywhere",
         dict.fromkeys(("train", "validation", "test"), b"text;label\n" + b"a text;0\nb text;1\n" * 4),
-        "label_column must name a column.*text;label.*separator ';'",
+        "label_column must name a column.*text;label.*separated by ';'",
     ),
     (
         "other_columns_in_validation",
