@@ -16,7 +16,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 INTEGER_LIMIT = 2**63  # Arrow, numpy and torch use 64-bit integers
 LONGEST_SHOWN = 100  # characters of a value in an error message
@@ -290,6 +290,6 @@ def checked(**bounds: tuple[float | None, float | None]) -> Callable[[Function],
                 check_bounds(name, bound.arguments[name], *bounds.get(name, (None, None)))
             return function(*bound.args, **bound.kwargs)
 
-        return checking  # type: ignore[return-value]
+        return cast(Function, checking)
 
     return decorate

@@ -92,8 +92,9 @@ class DistillationArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        run: Any = self  # arguments of a run have those of ModelArguments and TrainingArguments, too
         self.terms = read_terms(self.terms)
-        self.teacher_dtype = self.teacher_dtype or ("fp32" if self.mixed_precision == "no" else self.mixed_precision)
+        self.teacher_dtype = self.teacher_dtype or ("fp32" if run.mixed_precision == "no" else run.mixed_precision)
         self.check_range(at_least_1="cache_epochs cache_top_k", at_most={"cache_epochs": 100_000})
         layers = self.student_layers if isinstance(self.student_layers, dict) else {"": self.student_layers}
         for stack, numbers in layers.items():
@@ -103,7 +104,7 @@ class DistillationArguments(Arguments):
             raise ValueError("terms must not be empty: without terms, the student does not learn from the teacher")
         if self.write_cache and not self.cache:
             raise ValueError("write_cache needs cache, the folder to write")
-        if self.student_layers and self.model_name_or_path:
+        if self.student_layers and run.model_name_or_path:
             raise ValueError("model_name_or_path has its own weights: do not give student_layers with it")
         if self.cached and self.expected_score is not None:
             raise ValueError("expected_score needs the teacher, which cache replaces: give it with write_cache")
