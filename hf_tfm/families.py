@@ -134,8 +134,8 @@ class Head:
 
     def from_pretrained(self, source: str, *args: Any, **options: Any) -> Any:
         """Load a model as its family's class, see `model_class`, as ``from_pretrained`` of an Auto class does."""
-        known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-        config = AutoConfig.from_pretrained(source, **known)
+        code = options.get("trust_remote_code", False)
+        config = AutoConfig.from_pretrained(source, revision=options.get("revision"), trust_remote_code=code)
         return self.model_class(config.model_type).from_pretrained(source, *args, **options)
 
 

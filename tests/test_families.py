@@ -5,6 +5,7 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import every_class
 import pytest
 import transformers
 
@@ -32,6 +33,16 @@ def test_auto_classes_know_every_family(family):
 def test_every_conversion_starts_from_a_class_of_its_family():
     kinds = {kind for family in FAMILIES for kind in family.classes().values()}
     assert {conversion.ours for conversion in conversions()} <= kinds
+
+
+def test_common_tests_have_a_tiny_model_of_every_family():
+    """One entry of fields is all that a new family needs."""
+    assert {*every_class.FIELDS} == {family.name for family in FAMILIES}
+    classes = {path.rpartition(".")[2] for family in FAMILIES for path in family.auto_classes.values()}
+    assert classes - {family.config.__name__ for family in FAMILIES} == {
+        kind for kind, _ in every_class.CLASSES.values()
+    }
+    assert {*every_class.FAMILIES} <= every_class.CLASSES.keys()
 
 
 def test_a_second_family_of_the_same_name_or_type_is_refused():

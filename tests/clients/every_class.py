@@ -1,10 +1,17 @@
-"""A tiny random model of every class of every family, with inputs: what tests of other libraries' clients share."""
+"""A tiny random model of every class of every family, with inputs: what tests of other libraries' clients share.
+
+A new family needs one entry in `FIELDS`; all of its classes are then among `CLASSES`.
+"""
+
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_tfm
+from hf_tfm import families
 
 TEXT = {
     "vocab_size": 48,
@@ -54,7 +61,11 @@ DETR = {
     "decoder_ffn_dim": 32,
     "num_labels": 3,
 }
-# name: (class, fields of its configuration). The first of a family stands for it where one is enough.
+DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")
+# Fields of a tiny configuration of each family, in the order of the table of clients.
+FIELDS = {"transformer": SEQ2SEQ, "bert": TEXT, "gpt": GPT, "vit": CLASSIFIER, "mae": MAE, "detr": DETR}
+FAMILIES = tuple(FIELDS)
+# name: (class, fields of its configuration). The one called like its family stands for it where one is enough.
 CLASSES = {
     "transformer": ("TfmTransformerForConditionalGeneration", SEQ2SEQ),
     "transformer-base": ("TfmTransformerModel", SEQ2SEQ),
@@ -85,7 +96,20 @@ CLASSES = {
     "detr-base": ("TfmDetrModel", DETR),
     "detr-panoptic": ("TfmDetrForPanopticSegmentation", DETR),
 }
-FAMILIES = ("transformer", "bert", "gpt", "vit", "mae", "detr")
+
+
+def add_classes() -> None:
+    """Add the classes of the table of families that are not in `CLASSES`: the first head, then NAME-AUTO_CLASS."""
+    for name in FAMILIES:
+        for auto_class, path in families.family_of(name).auto_classes.items():
+            kind = path.rpartition(".")[2]
+            if auto_class == "AutoConfig" or kind in {known for known, _ in CLASSES.values()}:
+                continue
+            is_first = auto_class.startswith("AutoModelFor") and name not in CLASSES
+            CLASSES[name if is_first else f"{name}-{auto_class}"] = (kind, FIELDS[name])
+
+
+add_classes()
 
 
 def class_of(name: str) -> type[PreTrainedModel]:
@@ -106,17 +130,45 @@ def tiny(name: str, seed: int = 0, **fields) -> PreTrainedModel:
 def inputs_of(name: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """Inputs without labels."""
     generator = torch.Generator().manual_seed(seed)
-    family = name.split("-")[0]
-    if family in ("vit", "mae"):
-        images = {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
-        return images if family == "vit" else {**images, "noise": torch.rand(rows, 4, generator=generator)}
-    if family == "detr":
-        return {"pixel_values": torch.randn(rows, 3, 64, 64, generator=generator)}
+    kind, (_, fields) = class_of(name), CLASSES[name]
+    takes = inspect.signature(kind.forward).parameters
+    if kind.main_input_name == "pixel_values":
+        side = fields.get("image_size", 64)  # a detector reads images of any size
+        images = {"pixel_values": torch.randn(rows, 3, side, side, generator=generator)}
+        patches = (side // fields.get("patch_size", side)) ** 2
+        return {**images, "noise": torch.rand(rows, patches, generator=generator)} if "noise" in takes else images
     ids = torch.randint(5, 48, (rows, 9), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "transformer":
+    if "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = ids.flip(1)
-    return {key: value[None] for key, value in inputs.items()} if name == "bert-chooser" else inputs
+    several = kind.__name__.endswith("MultipleChoice")
+    return {key: value[None] for key, value in inputs.items()} if several else inputs
+
+
+def labels_of(auto_class: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Labels for the head of an Auto class, beside inputs as `inputs_of` gives them; none if its loss needs none."""
+    rows, ids = len(next(iter(inputs.values()))), inputs.get("input_ids")
+    if auto_class in DETECTORS:
+        size = inputs["pixel_values"].shape[2:]
+        return {"labels": [objects(1 + i % 2, size) for i in range(1, rows + 1)]}
+    if auto_class in ("AutoModelForImageClassification", "AutoModelForSequenceClassification"):
+        return {"labels": torch.arange(rows) % 3}
+    if ids is None or not auto_class.startswith("AutoModelFor"):
+        return {}
+    return {
+        "AutoModelForPreTraining": {"labels": ids, "next_sentence_label": torch.arange(rows) % 2},
+        "AutoModelForTokenClassification": {"labels": ids % 3},
+        "AutoModelForMultipleChoice": {"labels": torch.tensor([1])},
+        "AutoModelForQuestionAnswering": {"start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7},
+    }.get(auto_class, {"labels": ids})
+
+
+def objects(count: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Random objects of an image, with masks."""
+    generator = torch.Generator().manual_seed(count)
+    boxes = 0.2 + 0.3 * torch.rand(count, 4, generator=generator)
+    masks = (torch.rand(count, *size, generator=generator) > 0.5).float()
+    return {"class_labels": torch.arange(count), "boxes": boxes, "masks": masks}
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from every_class import CLASSES, class_of, inputs_of, labels_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_tfm
+from hf_tfm.tasks.model_fields import dropout_fields
 
 BERT = {
     "vocab_size": 50,
@@ -170,4 +172,19 @@ def make_cases() -> dict[str, Case]:
     }
 
 
+def more_cases(tested: set[type[PreTrainedModel]]) -> dict[str, Case]:
+    """A case of every other class with a head, as in `every_class`, without dropout; not of several choices."""
+    found = {}
+    for name, (_, fields) in CLASSES.items():
+        kind = class_of(name)
+        has_head = kind._auto_class.startswith("AutoModelFor") and not kind.__name__.endswith("MultipleChoice")
+        if has_head and kind not in tested:
+            inputs = inputs_of(name, rows=ROWS)
+            labels = labels_of(kind._auto_class, inputs)
+            plain = dict.fromkeys(dropout_fields(kind.config_class), 0.0)
+            found[name] = Case(kind, {**fields, **plain}, {**inputs, **labels}, tuple(labels))
+    return found
+
+
 CASES = make_cases()
+CASES |= more_cases({case.model_class for case in CASES.values()})

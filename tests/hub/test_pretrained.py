@@ -10,6 +10,7 @@ import torch
 import transformers
 from every_class import FAMILIES, class_of, tiny
 
+from hf_tfm import families
 from hf_tfm.cli import main
 from hf_tfm.distillation.teacher import load_teacher
 from hf_tfm.hub import pretrained
@@ -18,15 +19,49 @@ from hf_tfm.hub.pretrained import check_kind, load_to_train
 from hf_tfm.tasks import detectors, image_classification, model_fields, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
 
-SUITABLE = {
-    "TEXT_CLASSES": {"bert", "gpt"},
-    "IMAGE_CLASSES": {"vit", "mae"},
-    "IMAGE_PATCHES": {"mae"},
-    "OBJECTS": {"detr"},
-    "TRANSLATIONS": {"transformer"},
-    "MASKED_WORDS": {"bert"},
-    "NEXT_WORDS": {"gpt"},
+# Auto class of the models that a group of arguments takes to train them further, and what these read.
+GROUPS = {
+    "TEXT_CLASSES": ("AutoModelForSequenceClassification", "input_ids"),
+    "IMAGE_CLASSES": ("AutoModelForImageClassification", "pixel_values"),
+    "IMAGE_PATCHES": ("AutoModelForPreTraining", "pixel_values"),
+    "OBJECTS": ("AutoModelForObjectDetection", "pixel_values"),
+    "SEGMENTS": ("AutoModelForUniversalSegmentation", "pixel_values"),
+    "TRANSLATIONS": ("AutoModelForSeq2SeqLM", "input_ids"),
+    "MASKED_WORDS": ("AutoModelForMaskedLM", "input_ids"),
+    "SENTENCE_PAIRS": ("AutoModelForPreTraining", "input_ids"),
+    "NEXT_WORDS": ("AutoModelForCausalLM", "input_ids"),
 }
+
+
+def suits(group: str, name: str, argument: str = "model_name_or_path") -> bool:
+    """Whether a family has the head of a group; to train further, also whether one that has it reads its files."""
+    auto_class, main_input = GROUPS[group]
+    having = [
+        family
+        for family in families.FAMILIES
+        if auto_class in family.auto_classes and family.classes()[auto_class].main_input_name == main_input
+    ]
+    if name in [family.name for family in having]:
+        return True
+    model_type = families.family_of(name).config.model_type
+    return argument == "model_name_or_path" and any(model_type in family.reads for family in having)
+
+
+def test_the_families_of_each_group():
+    for group, known in {
+        "TEXT_CLASSES": {"bert", "gpt"},
+        "IMAGE_CLASSES": {"vit", "mae"},
+        "IMAGE_PATCHES": {"mae"},
+        "OBJECTS": {"detr"},
+        "SEGMENTS": {"detr"},
+        "TRANSLATIONS": {"transformer"},
+        "MASKED_WORDS": {"bert"},
+        "SENTENCE_PAIRS": {"bert"},
+        "NEXT_WORDS": {"gpt"},
+    }.items():
+        first_six = ("transformer", "vit", "mae", "detr", "bert", "gpt")
+        assert {name for name in first_six if suits(group, name)} == known
+    assert not suits("IMAGE_CLASSES", "mae", "teacher") and suits("IMAGE_CLASSES", "vit", "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +83,10 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group", SUITABLE)
+@pytest.mark.parametrize("group", GROUPS)
 def test_only_models_of_a_suitable_type_are_taken(group, family, saved):
     suitable = getattr(pretrained, group)["model_name_or_path"]
-    if family in SUITABLE[group]:
+    if suits(group, family):
         check_kind("model_name_or_path", str(saved[family]), suitable)
         return
     with pytest.raises(LoadingError) as caught:
@@ -62,27 +97,27 @@ def test_only_models_of_a_suitable_type_are_taken(group, family, saved):
 
 
 RECIPES = {
-    "translation_train": ("transformer", "model_name_or_path"),
-    "language_pretrain": ("bert", "model_name_or_path"),
-    "text_classification_train": ("bert gpt", "model_name_or_path"),
-    "image_classification_train": ("vit mae", "model_name_or_path"),
-    "mae_pretrain": ("mae", "model_name_or_path"),
-    "detection_train": ("detr", "model_name_or_path"),
-    "panoptic_train": ("detr", "model_name_or_path"),
-    "distill_vision": ("vit", "teacher"),
-    "distill_mae": ("mae", "teacher"),
-    "distill_task": ("bert gpt", "teacher"),
-    "distill_pretrain": ("bert", "teacher"),
-    "distill_detection": ("detr", "teacher"),
+    "translation_train": ("TRANSLATIONS", "model_name_or_path"),
+    "language_pretrain": ("MASKED_WORDS", "model_name_or_path"),
+    "text_classification_train": ("TEXT_CLASSES", "model_name_or_path"),
+    "image_classification_train": ("IMAGE_CLASSES", "model_name_or_path"),
+    "mae_pretrain": ("IMAGE_PATCHES", "model_name_or_path"),
+    "detection_train": ("OBJECTS", "model_name_or_path"),
+    "panoptic_train": ("SEGMENTS", "model_name_or_path"),
+    "distill_vision": ("IMAGE_CLASSES", "teacher"),
+    "distill_mae": ("IMAGE_PATCHES", "teacher"),
+    "distill_task": ("TEXT_CLASSES", "teacher"),
+    "distill_pretrain": ("MASKED_WORDS", "teacher"),
+    "distill_detection": ("OBJECTS", "teacher"),
 }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_refuse_models_of_other_types_before_anything_else(recipe, saved, tmp_path, capsys):
-    fitting, argument = RECIPES[recipe]
+    group, argument = RECIPES[recipe]
     data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset_name", str(tmp_path / "data")]
     for family in FAMILIES:
-        if family in fitting.split():
+        if suits(group, family, argument):
             continue
         words = ["run", recipe, "--config", "quickstart", f"--{argument}", str(saved[family]), "--model", "{}", *data]
         with pytest.raises(SystemExit) as ended:
@@ -98,16 +133,21 @@ def nothing(model, name):
 
 
 STAGES = ("out_features", "out_indices", "stage_names")
-LOADERS = {
-    "bert": lambda folder: language(folder, "masked"),
-    "bert-masked": lambda folder: language(folder, "masked"),
-    "gpt": lambda folder: language(folder, "causal"),
-    "gpt-untied": lambda folder: language(folder, "causal"),
-    "vit": lambda folder: image_classification.load_classifier(folder, ["a", "b", "c"], 16),
-    "mae": lambda folder: load_autoencoder(folder, {}),
-    "detr": lambda folder: load_to_train(class_of("detr"), folder, detectors.head_of),
-    "transformer": lambda folder: load_to_train(class_of("transformer"), folder, nothing),
-}
+
+
+def loader(name):
+    """Function that loads a saved model as its task does, to train it further."""
+    kind, auto_class = class_of(name), class_of(name)._auto_class
+    if auto_class == "AutoModelForImageClassification":
+        return lambda folder: image_classification.load_classifier(folder, ["a", "b", "c"], 16)
+    if auto_class == "AutoModelForPreTraining":
+        return lambda folder: load_autoencoder(folder, {})
+    heads = {"AutoModelForObjectDetection": detectors.head_of, "AutoModelForSeq2SeqLM": nothing}
+    return lambda folder: load_to_train(kind, folder, heads.get(auto_class, model_fields.head_of))
+
+
+LOADERS = {name: loader(name) for name in (*FAMILIES, "bert-masked", "gpt-untied")}
+LOADERS["bert"] = LOADERS["bert-masked"]  # a classifier becomes a language model
 
 
 def language(folder, objective):

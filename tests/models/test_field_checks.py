@@ -8,25 +8,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hf_tfm
+from hf_tfm.families import FAMILIES
 from hf_tfm.models.checks import refuse_misspelt
 
-KINDS = (
-    hf_tfm.TfmBertConfig,
-    hf_tfm.TfmGPTConfig,
-    hf_tfm.TfmViTConfig,
-    hf_tfm.TfmMAEConfig,
-    hf_tfm.TfmDetrConfig,
-    hf_tfm.TfmTransformerConfig,
-)
-SCALES = {
-    hf_tfm.TfmTransformerConfig: "initializer_factor",
-    hf_tfm.TfmDetrConfig: "init_xavier_std",
-}
-HEADS = {hf_tfm.TfmDetrConfig: "encoder_attention_heads"}
+KINDS = [family.config for family in FAMILIES]
+# Fields of the same meaning; a configuration has one of each.
+SCALES = ("initializer_range", "initializer_factor", "init_xavier_std")
+COUNTS = ("num_attention_heads", "encoder_attention_heads", "num_channels")
+WIDTHS = ("hidden_size", "d_model", "embed_dim")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_text_kind = pytest.mark.parametrize(
-    "kind", [hf_tfm.TfmBertConfig, hf_tfm.TfmGPTConfig, hf_tfm.TfmTransformerConfig]
-)
+of_text = [kind for kind in KINDS if "vocab_size" in kind.__dataclass_fields__]
+every_text_kind = pytest.mark.parametrize("kind", of_text)
+
+
+def field_of(kind: type, names: tuple[str, ...]) -> str:
+    """The first of some names that is a field of a configuration."""
+    return next(name for name in names if name in kind.__dataclass_fields__)
+
+
+def test_every_kind_is_checked():
+    assert {hf_tfm.TfmBertConfig, hf_tfm.TfmViTConfig, hf_tfm.TfmDetrConfig} <= set(KINDS)
+    for kind in (hf_tfm.TfmBertConfig, hf_tfm.TfmGPTConfig, hf_tfm.TfmViTConfig, hf_tfm.TfmMAEConfig):
+        assert field_of(kind, SCALES) == "initializer_range" and field_of(kind, COUNTS) == "num_attention_heads"
+    assert field_of(hf_tfm.TfmTransformerConfig, SCALES) == "initializer_factor"
+    assert field_of(hf_tfm.TfmDetrConfig, SCALES) == "init_xavier_std"
+    assert field_of(hf_tfm.TfmDetrConfig, COUNTS) == "encoder_attention_heads"
 
 
 @every_kind
@@ -39,16 +45,15 @@ def test_epsilon(kind, value):
 @every_kind
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_initial_scale(kind, value):
-    with pytest.raises(
-        ValueError, match=f"^{SCALES.get(kind, 'initializer_range')} must be a finite number .*{value}$"
-    ):
-        kind(**{SCALES.get(kind, "initializer_range"): value})
+    name = field_of(kind, SCALES)
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number .*{value}$"):
+        kind(**{name: value})
 
 
 @every_kind
 @pytest.mark.parametrize("value", [0, -2, 2**40])
 def test_sizes(kind, value):
-    name = HEADS.get(kind, "num_attention_heads")
+    name = field_of(kind, COUNTS)
     with pytest.raises(ValueError, match=f"^{name} must be at (least 1|most .*), got {value}$"):
         kind(**{name: value})
 
@@ -57,7 +62,7 @@ def test_sizes(kind, value):
 @pytest.mark.parametrize("value", [2.5, "many"])
 def test_types(kind, value):
     with pytest.raises(Exception, match="expected int, got") as raised:
-        kind(**{HEADS.get(kind, "num_attention_heads"): value})
+        kind(**{field_of(kind, COUNTS): value})
     assert "Validation" in type(raised.value).__name__
 
 
@@ -121,27 +126,29 @@ def test_labels_and_their_number(kind, tmp_path):
 
 
 def choices(kind) -> dict:
-    """Valid values of fields that several families have, or that one has alone."""
+    """Valid values of those fields that a configuration has."""
     shares, positive = st.floats(0, 0.99), st.floats(1e-12, 10)
-    heads = st.integers(1, 4)
-    common = {"layer_norm_eps": positive, "num_labels": st.integers(1, 5)}
-    text = {"vocab_size": st.integers(5, 10**5), "max_position_embeddings": st.integers(1, 4096)}
-    vision = {"image_size": st.sampled_from([32, (32, 64), [64, 32]]), "patch_size": st.sampled_from([8, (8, 16)])}
-    encoder = {"num_attention_heads": heads, "hidden_dropout_prob": shares, "initializer_range": st.floats(0, 1)}
-    own = {
-        hf_tfm.TfmBertConfig: {**text, **encoder, "pooler": st.sampled_from(["tanh", "relu", "none"])},
-        hf_tfm.TfmGPTConfig: {**text, **encoder, "norm_first": st.booleans()},
-        hf_tfm.TfmViTConfig: {**vision, **encoder, "distillation_token": st.booleans()},
-        hf_tfm.TfmMAEConfig: {**vision, **encoder, "mask_ratio": shares, "norm_pix_loss": st.booleans()},
-        hf_tfm.TfmDetrConfig: {"num_queries": st.integers(1, 300), "eos_coefficient": st.floats(1e-3, 1.0)},
-        hf_tfm.TfmTransformerConfig: {
-            **text,
-            "decoding": st.sampled_from(["autoregressive", "mask_predict"]),
-            "label_smoothing": shares,
-            "num_attention_heads": heads,
-        },
+    fields = {
+        "layer_norm_eps": positive,
+        "vocab_size": st.integers(5, 10**5),
+        "max_position_embeddings": st.integers(1, 4096),
+        "image_size": st.sampled_from([32, (32, 64), [64, 32]]),
+        "patch_size": st.sampled_from([8, (8, 16)]),
+        "num_attention_heads": st.integers(1, 4),
+        "hidden_dropout_prob": shares,
+        "initializer_range": st.floats(0, 1),
+        "pooler": st.sampled_from(["tanh", "relu", "none"]),
+        "norm_first": st.booleans(),
+        "distillation_token": st.booleans(),
+        "mask_ratio": shares,
+        "norm_pix_loss": st.booleans(),
+        "num_queries": st.integers(1, 300),
+        "eos_coefficient": st.floats(1e-3, 1.0),
+        "decoding": st.sampled_from(["autoregressive", "mask_predict"]),
+        "label_smoothing": shares,
     }
-    return common | own[kind]
+    known = {name: values for name, values in fields.items() if name in kind.__dataclass_fields__}
+    return {**known, "num_labels": st.integers(1, 5)}
 
 
 def plain(config) -> dict:
@@ -157,7 +164,7 @@ def plain(config) -> dict:
 def test_what_is_saved_is_loaded(kind, data, tmp_path_factory):
     fields = data.draw(st.fixed_dictionaries({}, optional=choices(kind)))
     width = math.lcm(*range(1, 5)) * 16
-    config = kind(**fields, **({"d_model": width} if kind is hf_tfm.TfmDetrConfig else {"hidden_size": width}))
+    config = kind(**fields, **{field_of(kind, WIDTHS): width})
     assert plain(kind.from_dict(config.to_dict())) == plain(config)
     folder = tmp_path_factory.mktemp("config")
     config.save_pretrained(folder)
