@@ -155,7 +155,7 @@ class ModelArguments(Arguments):
         model_name_or_path: folder or Hub id of a pretrained model to start from, with its tokenizer or image
             processor; default, a new model with random weights.
         architecture: model family of a new model.
-        size: size of a new model, one of those of its configuration, for example `TfmViTConfig.of_size`.
+        size: size of a new model, see `of_size` of its configuration.
         model: configuration fields that differ from those of the size, or of model_name_or_path where the task allows
             it.
     """
