@@ -276,6 +276,27 @@ class EvaluationArguments(DatasetArguments):
 
 
 @dataclass(kw_only=True)
+class ImageEvaluationArguments(ImageDataArguments, EvaluationArguments):
+    """Scoring an image model.
+
+    Args:
+        batch_size: images in a batch.
+        dataloader_num_workers: worker processes that read images.
+    """
+
+    batch_size: int = 64
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_range(
+            at_least_0="dataloader_num_workers",
+            at_least_1="batch_size",
+            at_most={"batch_size": 2**16, "dataloader_num_workers": 256},
+        )
+
+
+@dataclass(kw_only=True)
 class TrainingArguments(Arguments):
     """Training.
 

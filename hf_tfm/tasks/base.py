@@ -335,7 +335,7 @@ class Task(ABC):
 
         Args:
             args: of the class `Arguments`.
-            fit: (arguments, extra words of the command line) -> the record of a run; see `training.trainer.Runs`.
+            fit: (arguments, extra command-line arguments) -> the record of a run; see `training.trainer.Runs`.
         """
         fit(args)
         return 0

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
-from ..arguments import ImageDataArguments
+from ..arguments import ImageDataArguments, ImageEvaluationArguments
 from ..data import images
 from ..data.augment import Mixing, mix, partners
 from ..data.batching import Sample, sample_ref
@@ -36,7 +36,6 @@ from .images import (
     IMAGE_SIZE,
     ImageArguments,
     ImageCollator,
-    ImageEvaluationArguments,
     ImageTask,
 )
 from .labels import class_names, is_unnamed, match_classes

@@ -15,7 +15,6 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 
 from ..arguments import (
     DatasetArguments,
-    EvaluationArguments,
     ImageBatchArguments,
     ImageDataArguments,
     ImageScaleArguments,
@@ -30,7 +29,7 @@ from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
 from ..data.pixels import Pixels, as_read, image_processor, image_size_of, pixel_scale, suitable
 from ..distillation.model_spec import check_processors
 from ..hub.loading import load_with_processor
-from ..limits import LARGEST_BATCH, LARGEST_SIDE
+from ..limits import LARGEST_SIDE
 from ..memory import check_batch_memory
 from ..models.patches import sides
 from ..values import check_bounds
@@ -108,27 +107,6 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
             ):
                 if on:
                     raise ValueError(f"cache keeps one view of each image in an epoch: turn {name} off")
-
-
-@dataclass(kw_only=True)
-class ImageEvaluationArguments(ImageDataArguments, EvaluationArguments):
-    """Scoring an image model.
-
-    Args:
-        batch_size: images in a batch.
-        dataloader_num_workers: worker processes that read images.
-    """
-
-    batch_size: int = 64
-    dataloader_num_workers: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_range(
-            at_least_0="dataloader_num_workers",
-            at_least_1="batch_size",
-            at_most={"batch_size": min(2**16, LARGEST_BATCH), "dataloader_num_workers": 256},
-        )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
+from ..arguments import ImageEvaluationArguments
 from ..data.batching import Sample, rng
 from ..data.pixels import image_size_of
 from ..families import MASKED_AUTOENCODER
@@ -22,7 +23,7 @@ from ..models.modeling_mae import num_visible
 from ..models.patches import patch_grid
 from .base import Batch, Scores
 from .distillation import DistillationArguments
-from .images import IMAGE_FIELDS, IMAGE_SIZE, ImageArguments, ImageCollator, ImageEvaluationArguments, ImageTask
+from .images import IMAGE_FIELDS, IMAGE_SIZE, ImageArguments, ImageCollator, ImageTask
 from .model_fields import build_new, check_fields, head_of, new_config
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
-from ..arguments import Arguments, EvaluationArguments, ImageDataArguments
+from ..arguments import Arguments, ImageEvaluationArguments
 from ..data.batching import Sample, StepLoader, sample_ref
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
@@ -130,7 +130,7 @@ class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
 
 
 @dataclass(kw_only=True)
-class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageDataArguments, EvaluationArguments):
+class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageEvaluationArguments):
     """Scoring a detector, of this package or of another library.
 
     Args:
@@ -139,22 +139,11 @@ class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageDataArgu
         segments: score panoptic maps too. The data set then needs the columns panoptic and segments_info, and has to
             say which categories are things; boxes are those of all segments, as in training. Default: if the model has
             masks.
-        batch_size: images in a batch.
-        dataloader_num_workers: processes that read images.
     """
 
     match_labels: Literal["name", "number"] = "name"
     segments: bool | None = None
     batch_size: int = 8
-    dataloader_num_workers: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_range(
-            at_least_0="dataloader_num_workers",
-            at_least_1="batch_size",
-            at_most={"batch_size": 2**16, "dataloader_num_workers": 256},
-        )
 
 
 class DetectionTask(Task):

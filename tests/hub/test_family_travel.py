@@ -203,7 +203,7 @@ print("{}")
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """What the processes found; the folder of all models; the Hub; and the inputs by name."""
+    """Results of the processes, the folder of all models, the Hub, and the inputs by name."""
     folder, given, heads = tmp_path_factory.mktemp("travel"), {}, {}
     for name in NAMES:
         one = traveller(name)
