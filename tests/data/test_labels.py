@@ -92,15 +92,15 @@ def test_numbers_in_a_csv_file_are_text_where_text_is_wanted(tmp_path):
         text_rows(load_splits(str(file))["train"])
 
 
-def load(folder, **knobs):
+def load(folder, **options):
     """A task with the data of a run."""
-    args = TextClassificationArguments(dataset_name=str(folder), output_dir="unused", max_steps=1, **knobs)
+    args = TextClassificationArguments(dataset_name=str(folder), output_dir="unused", max_steps=1, **options)
     task = TextClassificationTask(args, None)
     task.splits = task.load_splits()
     return task
 
 
-def run(tmp_path, files, **knobs):
+def run(tmp_path, files, **options):
     """A task with the data of a run on CSV files, {split: labels}."""
     folder = tmp_path / "data"
     folder.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def run(tmp_path, files, **knobs):
         file = io.StringIO()
         csv.writer(file).writerows([("text", "label"), *((f"text {i}", label) for i, label in enumerate(labels))])
         (folder / f"{split}.csv").write_text(file.getvalue())
-    return load(folder, **knobs)
+    return load(folder, **options)
 
 
 def test_the_training_split_decides_for_all(tmp_path):

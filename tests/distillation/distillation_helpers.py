@@ -238,13 +238,13 @@ def losses(task: DistillationTask, model: nn.Module, batch: dict[str, Any]) -> d
 
 
 def trained(
-    task: DistillationTask, model: nn.Module, steps: list[list[dict[str, Any]]], **knobs
+    task: DistillationTask, model: nn.Module, steps: list[list[dict[str, Any]]], **overrides
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Weights after some steps, each of several micro-batches, and the loss of each step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
-    args = TrainingArguments(output_dir=".", **{"max_steps": 1, "warmup_steps": 0, "adam_epsilon": 1e-4, **knobs})
+    args = TrainingArguments(output_dir=".", **{"max_steps": 1, "warmup_steps": 0, "adam_epsilon": 1e-4, **overrides})
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
     found = []

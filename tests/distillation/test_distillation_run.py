@@ -20,7 +20,7 @@ TERMS = [
     {"kind": "hidden_state"},
     {"kind": "attention_score"},
 ]
-KNOBS = {
+OPTIONS = {
     "max_steps": 8,
     "warmup_steps": 2,
     "logging_steps": 2,
@@ -49,7 +49,7 @@ class CuttingLoader:
             yield step
 
 
-def run(folder, last=None, cache=None, **knobs):
+def run(folder, last=None, cache=None, **overrides):
     """Distil for 8 steps, or until it is cut off; the task, the model and the validation scores of its student."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -63,7 +63,7 @@ def run(folder, last=None, cache=None, **knobs):
         names = signals_of(task.terms, "teacher")
         write_cache(task.source, training_samples(task, rows), cache, CacheFormat(names, 2, dtype="fp32"))
         task = DistillationTask.around(plain, CachedTeacher(cache), task.terms)
-    args = TrainingArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+    args = TrainingArguments(output_dir=str(folder), progress=False, **{**OPTIONS, **overrides})
     learning = StepLoader(
         rows, BatchSampler(12, 4, seed=0), task.collator(), 2, num_workers=args.dataloader_num_workers
     )
@@ -89,9 +89,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path, cached):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("knobs", [{"ema_decay": 0.5, "final_weights": "ema"}, {"final_weights": "best"}], ids=str)
-def test_the_student_is_shipped_alone(tmp_path, knobs):
-    model, scores = run(tmp_path / "run", **knobs)
+@pytest.mark.parametrize("overrides", [{"ema_decay": 0.5, "final_weights": "ema"}, {"final_weights": "best"}], ids=str)
+def test_the_student_is_shipped_alone(tmp_path, overrides):
+    model, scores = run(tmp_path / "run", **overrides)
     model.student.save_pretrained(tmp_path / "student")
     loaded, report = TfmBertForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

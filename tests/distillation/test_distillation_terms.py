@@ -24,8 +24,8 @@ def lessons(student, teacher, *terms):
 
 
 @dataclass(kw_only=True)
-class Knobs:
-    """Knobs.
+class RecipeArguments:
+    """Arguments of a recipe.
 
     Args:
         terms: of the loss.
@@ -47,7 +47,7 @@ def test_yaml_gives_terms(tmp_path):
           - {kind: feature_map, layers: {model.input_projection: model.input_projection}}
         """
     )
-    found = parse_arguments(Knobs, Path(__file__), ["--config", str(tmp_path / "a.yaml")]).terms
+    found = parse_arguments(RecipeArguments, Path(__file__), ["--config", str(tmp_path / "a.yaml")]).terms
     assert found == [
         Term(kind="soft_target", weight=5.0, temperature=2.0),
         Term(kind="hidden_state", layers={1: 3, 2: 6}),
@@ -63,7 +63,7 @@ def test_yaml_gives_terms(tmp_path):
 def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
     (tmp_path / "a.yaml").write_text(f"terms:\n  - {line}\n")
     with pytest.raises(SystemExit):
-        parse_arguments(Knobs, Path(__file__), ["--config", str(tmp_path / "a.yaml")])
+        parse_arguments(RecipeArguments, Path(__file__), ["--config", str(tmp_path / "a.yaml")])
     assert "terms" in capsys.readouterr().err
 
 

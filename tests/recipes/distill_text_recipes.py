@@ -20,8 +20,8 @@ def run(recipe: str, *argv: str) -> int:
     return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](list(argv))
 
 
-def words(data, output_dir, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
+def words(data, output_dir, **options) -> list[str]:
+    """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -30,8 +30,8 @@ def words(data, output_dir, **knobs) -> list[str]:
         "max_length": 16,
         "size": "tiny",
         "progress": "false",
-        **({} if "model_name_or_path" in knobs else {"model": SMALL}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"model": SMALL}),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 

@@ -31,7 +31,7 @@ def write_data(folder: Path, changes: dict[int, dict[str, str]] | None = None) -
     return folder
 
 
-def words(data: Path, output_dir: Path, **knobs) -> list[str]:
+def words(data: Path, output_dir: Path, **options) -> list[str]:
     """The command line of a short run."""
     given = {
         "dataset_name": data,
@@ -44,8 +44,8 @@ def words(data: Path, output_dir: Path, **knobs) -> list[str]:
         "test_splits": "[test]",
         "num_beams": 2,
         "progress": "false",
-        **({} if "model_name_or_path" in knobs else {"model": TINY}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"model": TINY}),
+        **options,
     }
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
@@ -68,7 +68,7 @@ def record(folder: Path) -> RunRecord:
 
 
 def arguments_of(recipe: Path) -> type[TrainingArguments]:
-    """The dataclass of a recipe's knobs, the one it defines."""
+    """The dataclass of a recipe's options, the one it defines."""
     module = runpy.run_path(str(recipe))
     if task_class := getattr(module["main"], "task_class", None):
         return task_class.Arguments

@@ -86,8 +86,8 @@ def write_voc(folder: Path, splits: DatasetDict) -> Path:
 LAYOUTS = {"hub": write_hub, "coco": write_coco, "voc": write_voc}
 
 
-def words(data: Path, output_dir: Path, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
+def words(data: Path, output_dir: Path, **options) -> list[str]:
+    """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -103,14 +103,14 @@ def words(data: Path, output_dir: Path, **knobs) -> list[str]:
         "progress": "false",
         "final_weights": "last",
         "num_pictures": 2,
-        **({} if "model_name_or_path" in knobs else {"size": "tiny", "model": f"{{{MODEL}}}"}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"size": "tiny", "model": f"{{{MODEL}}}"}),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def train(data: Path, output_dir: Path, recipe: str = "detection_train", **knobs) -> Path:
+def train(data: Path, output_dir: Path, recipe: str = "detection_train", **options) -> Path:
     """Run a recipe in this process; returns its folder."""
     fresh_state()
-    assert runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](words(data, output_dir, **knobs)) == 0
+    assert runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](words(data, output_dir, **options)) == 0
     return output_dir

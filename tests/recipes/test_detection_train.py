@@ -104,7 +104,7 @@ def test_the_pipeline_runs(trained, splits):
 
 
 def test_stored_arguments_are_a_config(trained, data, tmp_path):
-    """What results.json and the card hold are the knobs as they were given."""
+    """results.json and the model card hold the options as given."""
     file = tmp_path / "arguments.yaml"
     file.write_text(json.dumps(record(trained).arguments))
     kind = arguments_of(RECIPE)
@@ -128,7 +128,7 @@ def test_the_layout_of_the_data_changes_nothing(layout, splits, data, tmp_path):
         assert all(scores(one, split)[name] == scores(other, split)[name] for name in ("AP", "AP50", "AP75", "AR100"))
 
 
-KNOBS = {
+OPTIONS = {
     "plain": {},
     "parts": {"micro_batch_size": 2, "augmentation": "{scales: [56, 72], max_size: 90, color_jitter: 0.3}"},
     "ema": {"ema_decay": 0.5, "final_weights": "ema", "max_grad_norm": 0.1},
@@ -138,15 +138,15 @@ KNOBS = {
 @pytest.mark.parametrize(("kind", "workers"), [("plain", 2), ("parts", 0), ("ema", 0)])
 def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
-    knobs = {**KNOBS[kind], "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
-    whole = train(data, tmp_path / "whole", **knobs)
-    part = train(data, tmp_path / "part", dataloader_num_workers=workers, **knobs)
+    overrides = {**OPTIONS[kind], "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
+    whole = train(data, tmp_path / "whole", **overrides)
+    part = train(data, tmp_path / "part", dataloader_num_workers=workers, **overrides)
     for step in (3, 4, 5):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     for name in ("results.json", "model.safetensors", "predictions/step-00000005.png"):
         (part / name).unlink()
     capsys.readouterr()
-    train(data, part, dataloader_num_workers=workers, **knobs)
+    train(data, part, dataloader_num_workers=workers, **overrides)
     assert "resuming from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
@@ -154,20 +154,22 @@ def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     assert pictures[0] == pictures[1]
 
 
-def test_knobs_change_the_weights(data, trained, tmp_path):
+def test_options_change_the_weights(data, trained, tmp_path):
     """What the test above resumes does something: no two runs end with equal weights."""
-    runs = [train(data, tmp_path / kind, max_steps=6, eval_steps=6, **knobs) for kind, knobs in KNOBS.items()]
+    runs = [
+        train(data, tmp_path / kind, max_steps=6, eval_steps=6, **overrides) for kind, overrides in OPTIONS.items()
+    ]
     assert all(distance(one, other) > 1e-6 for i, one in enumerate(runs) for other in runs[:i])
 
 
 def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
     """By hf-tfm run in two processes (gloo), which share each step, and in one, a scene at a time."""
-    knobs = {"max_steps": 3, "adam_epsilon": 1e-4}
-    alone = train(data, tmp_path / "alone", **knobs)
-    single = train(data, tmp_path / "single", micro_batch_size=1, **knobs)
+    overrides = {"max_steps": 3, "adam_epsilon": 1e-4}
+    alone = train(data, tmp_path / "alone", **overrides)
+    single = train(data, tmp_path / "single", micro_batch_size=1, **overrides)
     assert distance(alone, single) < 5e-6  # of rounding; the steps are 1e-3 long
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "detection_train")
-    finish_process(start_process(*launcher, *words(data, tmp_path / "two", **knobs)))
+    finish_process(start_process(*launcher, *words(data, tmp_path / "two", **overrides)))
     assert distance(alone, tmp_path / "two") < 5e-6
     for mine, theirs in zip(record(alone).metrics, record(tmp_path / "two").metrics, strict=True):
         assert mine == {**theirs, "value": pytest.approx(theirs["value"], abs=1e-6)}
@@ -246,8 +248,8 @@ def test_all_decoder_layers_of_a_stock_model_learn(trained, data, tmp_path):
     AutoImageProcessor.from_pretrained(trained).save_pretrained(tmp_path / "stock")
     assert not stock.config.auxiliary_loss
     start = {"model_name_or_path": tmp_path / "stock", "max_steps": 1}
-    for name, knobs, expected in (("on", {}, True), ("off", {"model": "{auxiliary_loss: false}"}, False)):
-        folder = train(data, tmp_path / name, **start, **knobs)
+    for name, overrides, expected in (("on", {}, True), ("off", {"model": "{auxiliary_loss: false}"}, False)):
+        folder = train(data, tmp_path / name, **start, **overrides)
         assert AutoModelForObjectDetection.from_pretrained(folder).config.auxiliary_loss is expected
 
 
@@ -274,7 +276,7 @@ def test_categories_that_training_does_not_have_are_refused(splits, tmp_path):
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
 
 
-# --- knobs
+# --- options
 
 MISFITS = {
     "metric": (
@@ -303,10 +305,10 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize(("knobs", "message"), MISFITS.values(), ids=list(MISFITS))
-def test_knobs_that_do_not_fit(knobs, message, data, tmp_path, capsys):
+@pytest.mark.parametrize(("overrides", "message"), MISFITS.values(), ids=list(MISFITS))
+def test_incompatible_options_are_refused(overrides, message, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train(data, tmp_path / "run", **knobs)
+        train(data, tmp_path / "run", **overrides)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -321,10 +323,10 @@ UNFIT_FOR_THE_DATA = {
 }
 
 
-@pytest.mark.parametrize(("knobs", "message"), UNFIT_FOR_THE_DATA.values(), ids=list(UNFIT_FOR_THE_DATA))
-def test_knobs_that_do_not_fit_the_data(knobs, message, data, tmp_path):
+@pytest.mark.parametrize(("overrides", "message"), UNFIT_FOR_THE_DATA.values(), ids=list(UNFIT_FOR_THE_DATA))
+def test_options_that_do_not_fit_the_data_are_refused(overrides, message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        train(data, tmp_path / "run", **knobs)
+        train(data, tmp_path / "run", **overrides)
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
 
 

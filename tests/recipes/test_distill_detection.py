@@ -33,8 +33,8 @@ def teacher(data, tmp_path_factory):
     return train(data, folder, model=f"{{{model}}}", max_steps=1, mean="[0.5, 0.4, 0.3]", std="[0.2, 0.2, 0.3]")
 
 
-def distil(data, output_dir, recipe="distill_detection", **knobs):
-    given = {"model": f"{{{SHALLOW}}}", "terms": QUERIES, "costs": "false", "num_pictures": 0, **knobs}
+def distil(data, output_dir, recipe="distill_detection", **options):
+    given = {"model": f"{{{SHALLOW}}}", "terms": QUERIES, "costs": "false", "num_pictures": 0, **options}
     fresh_state()
     script = str(ROOT / "recipes" / f"{recipe.split()[0]}.py")
     assert runpy.run_path(script)["main"]([*recipe.split()[1:], *words(data, output_dir, **given)]) == 0
@@ -74,8 +74,8 @@ def test_a_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
 
 @pytest.mark.parametrize("layers", ["[3]", "{decoder: [3], encoder: [0]}"])
 def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "student_layers": layers, "max_steps": 1, "learning_rate": 1e-9}
-    student, source = weights(distil(data, tmp_path / "run", **knobs)), weights(teacher)
+    options = {"teacher": teacher, "student_layers": layers, "max_steps": 1, "learning_rate": 1e-9}
+    student, source = weights(distil(data, tmp_path / "run", **options)), weights(teacher)
     assert any("decoder.layers.0." in name for name in student)
     for name, value in student.items():
         origin = name.replace("decoder.layers.0.", "decoder.layers.3.")
@@ -115,10 +115,10 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
-    distil(data, tmp_path / "whole", **knobs, max_steps=4)
-    distil(data, tmp_path / "cut", **knobs, max_steps=2)
-    distil(data, tmp_path / "cut", **knobs, max_steps=4)
+    options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **options, max_steps=4)
+    distil(data, tmp_path / "cut", **options, max_steps=2)
+    distil(data, tmp_path / "cut", **options, max_steps=4)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -29,8 +29,8 @@ def run(recipe: str, *argv: str) -> int:
     return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](list(argv))
 
 
-def words(data, output_dir, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
+def words(data, output_dir, **options) -> list[str]:
+    """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -44,14 +44,14 @@ def words(data, output_dir, **knobs) -> list[str]:
         "terms": "[{kind: soft_target, temperature: 2.0}, {kind: label, weight: 0.5}]",
         "progress": "false",
         "final_weights": "last",
-        **({} if "model_name_or_path" in knobs else {"model": f"{{{SMALL}}}"}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"model": f"{{{SMALL}}}"}),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def distil(data, output_dir, **knobs):
-    assert run("distill_vision", *words(data, output_dir, **knobs)) == 0
+def distil(data, output_dir, **options):
+    assert run("distill_vision", *words(data, output_dir, **options)) == 0
     fresh_state()
     return output_dir
 
@@ -100,14 +100,14 @@ def test_a_classifier_learns_from_its_teacher(name, data, teacher, tmp_path):
 
 
 def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "eval_steps": 1}
-    knobs |= {
+    options = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "eval_steps": 1}
+    options |= {
         "max_steps": 30,
         "lr_scheduler_type": "constant",
         "augmentation": "{crop: none, flip: 0}",
         "learning_rate": 0.003,
     }
-    distil(data, tmp_path / "run", **knobs, validation_split="train", batch_size=24)
+    distil(data, tmp_path / "run", **options, validation_split="train", batch_size=24)
     losses = [row["evaluation"]["distillation"] for row in history(tmp_path / "run") if "evaluation" in row]
     assert losses[-1] < losses[0] / 2
 
@@ -159,8 +159,8 @@ def test_a_student_begins_with_layers_of_transformers_own(data, tmp_path):
     teacher = ViTForImageClassification(ViTConfig(num_hidden_layers=4, **WIDE, **NAMES)).eval()
     save(tmp_path / "teacher", teacher)
     model = "{patch_size: 4, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2}"
-    knobs = {"student_layers": "[1, 3]", "model": model, "max_steps": 1, "learning_rate": 1e-9, "costs": "false"}
-    distil(data, tmp_path / "run", teacher=tmp_path / "teacher", **knobs)
+    options = {"student_layers": "[1, 3]", "model": model, "max_steps": 1, "learning_rate": 1e-9, "costs": "false"}
+    distil(data, tmp_path / "run", teacher=tmp_path / "teacher", **options)
     source = TfmViTForImageClassification.from_pretrained(tmp_path / "teacher").state_dict()
     student, moved = weights(tmp_path / "run"), {"layers.0.": "layers.1.", "layers.1.": "layers.3."}
     for name, value in student.items():
@@ -195,11 +195,11 @@ def test_a_stream_is_read_as_it_comes(data, teacher, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "terms": TERMS["inner_layers"], "lr_scheduler_type": "constant", "eval_steps": 2}
-    knobs |= {"costs": "false", "mixing": "{mixup: 0.8}"}
-    distil(data, tmp_path / "whole", **knobs, max_steps=4)
-    distil(data, tmp_path / "cut", **knobs, max_steps=2)
-    distil(data, tmp_path / "cut", **knobs, max_steps=4)
+    options = {"teacher": teacher, "terms": TERMS["inner_layers"], "lr_scheduler_type": "constant", "eval_steps": 2}
+    options |= {"costs": "false", "mixing": "{mixup: 0.8}"}
+    distil(data, tmp_path / "whole", **options, max_steps=4)
+    distil(data, tmp_path / "cut", **options, max_steps=2)
+    distil(data, tmp_path / "cut", **options, max_steps=4)
     assert distance(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
@@ -216,16 +216,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_knobs_that_do_not_fit_are_refused_at_once(name, tmp_path, capsys):
-    knobs, message = REFUSED[name]
+def test_incompatible_options_are_refused_at_once(name, tmp_path, capsys):
+    options, message = REFUSED[name]
     with pytest.raises(SystemExit):
-        run("distill_vision", *words(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **knobs))
+        run("distill_vision", *words(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **options))
     assert message in capsys.readouterr().err
 
 
 def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
-    def attempt(**knobs):
-        run("distill_vision", *words(data, tmp_path / "run", **{"teacher": teacher, **knobs}))
+    def attempt(**options):
+        run("distill_vision", *words(data, tmp_path / "run", **{"teacher": teacher, **options}))
 
     with pytest.raises(ValueError, match="the same size in their image processors"):
         attempt(image_size=32)

@@ -37,9 +37,9 @@ def test_a_student_begins_with_the_layers_of_transformers_own_teacher(data, toke
     teacher = save(tmp_path / "teacher", native, tokenizer)
     model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
     model += "type_vocab_size: 0, pooler: none, max_position_embeddings: 64}"
-    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
-    knobs |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "max_steps": 1}
-    assert run("distill_pretrain", *words(data, tmp_path / "run", **knobs, learning_rate=1e-9)) == 0
+    options = {"teacher": teacher, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
+    options |= {"batch_tokens": 128, "vocab_size": None, "student_layers": "[1, 3]", "max_steps": 1}
+    assert run("distill_pretrain", *words(data, tmp_path / "run", **options, learning_rate=1e-9)) == 0
     student = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
     for mine, number in zip(student.bert.layers, (1, 3), strict=True):
         own = mine.state_dict()["feed_forward.up_proj.weight"]
@@ -53,8 +53,8 @@ def test_a_teacher_may_have_more_words_than_its_tokenizer(layers, data, tokenize
     teacher = save(tmp_path / "teacher", TfmBertForMaskedLM(config), tokenizer)
     model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_hidden_layers: 2, "
     model += "max_position_embeddings: 64}"
-    knobs = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "batch_tokens": 128}
-    argv = words(data, tmp_path / "run", **knobs, model=model, student_layers=layers, max_steps=1)
+    options = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "batch_tokens": 128}
+    argv = words(data, tmp_path / "run", **options, model=model, student_layers=layers, max_steps=1)
     assert run("distill_pretrain", *argv) == 0
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").config.vocab_size == 128 > len(tokenizer)
 
@@ -66,8 +66,8 @@ def test_a_causal_model_learns_from_its_teacher(data, tmp_path):
     config = TfmGPTConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE)
     teacher = save(tmp_path / "teacher", TfmGPTForCausalLM(config), tokenizer)
     terms = "[{kind: soft_target, temperature: 2}, {kind: label}, {kind: hidden_state}, {kind: attention_score}]"
-    knobs = {**LANGUAGE, "teacher": teacher, "terms": terms, "objective": "causal", "model": GPT}
-    assert run("distill_pretrain", *words(data, tmp_path / "run", **knobs)) == 0
+    options = {**LANGUAGE, "teacher": teacher, "terms": terms, "objective": "causal", "model": GPT}
+    assert run("distill_pretrain", *words(data, tmp_path / "run", **options)) == 0
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert student.config.model_type == "tfm_gpt" and student.config.vocab_size == len(tokenizer)
     assert [term["name"] for term in record(tmp_path / "run").distillation["terms"]] == [
@@ -75,9 +75,9 @@ def test_a_causal_model_learns_from_its_teacher(data, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("knobs", [{"streaming": "true"}, {"terms": "[{kind: soft_target, tokens: all}]"}], ids=str)
-def test_other_ways_to_learn(knobs, data, language_model, tmp_path):
-    given = {**LANGUAGE, "teacher": language_model, "terms": "[{kind: soft_target}]", **knobs}
+@pytest.mark.parametrize("options", [{"streaming": "true"}, {"terms": "[{kind: soft_target, tokens: all}]"}], ids=str)
+def test_other_ways_to_learn(options, data, language_model, tmp_path):
+    given = {**LANGUAGE, "teacher": language_model, "terms": "[{kind: soft_target}]", **options}
     assert run("distill_pretrain", *words(data, tmp_path / "run", **given)) == 0
     fresh_state()
     assert run("distill_pretrain", *words(data, tmp_path / "start", **given, learning_rate=1e-12)) == 0

@@ -43,8 +43,8 @@ def teacher(request, tmp_path_factory):
     return save(tmp_path_factory.mktemp("teacher"), model)
 
 
-def distil(data, output_dir, **knobs):
-    return run("distill_mae", data, output_dir, **{"terms": TERMS, "costs": "false", **knobs})
+def distil(data, output_dir, **options):
+    return run("distill_mae", data, output_dir, **{"terms": TERMS, "costs": "false", **options})
 
 
 def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
@@ -67,8 +67,8 @@ def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
 def test_both_see_the_same_patches(data, teacher, tmp_path):
     """A teacher that is the student has nothing to teach it."""
     same = {name: value for name, value in FIELDS.items() if name not in ("image_size", "initializer_range")}
-    knobs = {"teacher": teacher, "student_layers": "[0, 1, 2, 3]", "model": json.dumps(same), "learning_rate": 1e-12}
-    distil(data, tmp_path / "run", **knobs, terms="[{kind: hidden_state}]")
+    options = {"teacher": teacher, "student_layers": "[0, 1, 2, 3]", "model": json.dumps(same), "learning_rate": 1e-12}
+    distil(data, tmp_path / "run", **options, terms="[{kind: hidden_state}]")
     (row,) = [row["evaluation"] for row in history(tmp_path / "run") if "evaluation" in row]
     assert row["loss"] < 1e-9
 
@@ -93,15 +93,15 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
-    knobs = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
-    distil(data, tmp_path / "whole", **knobs, max_steps=4)
-    distil(data, tmp_path / "cut", **knobs, max_steps=2)
-    distil(data, tmp_path / "cut", **knobs, max_steps=4)
+    options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
+    distil(data, tmp_path / "whole", **options, max_steps=4)
+    distil(data, tmp_path / "cut", **options, max_steps=2)
+    distil(data, tmp_path / "cut", **options, max_steps=4)
     assert distance(tmp_path / "whole", tmp_path / "cut") == 0.0
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"terms": "[{kind: soft_target}]"}, "terms must not have soft_target: a masked autoencoder predicts pixels"),
         ({"metric_for_best_model": "accuracy"}, 'metric_for_best_model must be "loss"'),
@@ -109,9 +109,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
         ({"model": "{image_size: 8}"}, "model.image_size is not a field"),
     ],
 )
-def test_knobs_that_do_not_fit_are_refused_at_once(knobs, message, tmp_path, capsys):
+def test_incompatible_options_are_refused_at_once(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        distil(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **knobs)
+        distil(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **options)
     assert message in capsys.readouterr().err
 
 

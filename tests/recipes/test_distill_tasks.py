@@ -35,9 +35,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def given(folder, output_dir, **knobs):
+def given(folder, output_dir, **options):
     data, teacher = (f"{folder}/{name}-{{task}}" for name in ("glue", "teacher"))
-    return words(data, output_dir, teacher=teacher, terms="[{kind: soft_target}]", tasks="mrpc,stsb,rte", **knobs)
+    return words(data, output_dir, teacher=teacher, terms="[{kind: soft_target}]", tasks="mrpc,stsb,rte", **options)
 
 
 def test_each_task_has_its_teacher_and_all_a_score(folder, tmp_path, capsys):

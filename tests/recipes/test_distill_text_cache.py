@@ -43,10 +43,10 @@ def own_teacher(folder, classifier):
 @pytest.mark.parametrize("measured", ["true", "false"])
 def test_a_run_from_a_cache_needs_no_weights_of_its_teacher(measured, data, classifier, tmp_path):
     teacher = own_teacher(tmp_path / "teacher", classifier)
-    knobs = {**CACHED, "teacher": teacher, "cache": tmp_path / "cache"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs, costs=measured)) == 0
+    options = {**CACHED, "teacher": teacher, "cache": tmp_path / "cache"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **options, costs=measured)) == 0
     (teacher / "model.safetensors").unlink()
-    assert run("distill_task", *words(data, tmp_path / "run", **knobs)) == 0
+    assert run("distill_task", *words(data, tmp_path / "run", **options)) == 0
     costs = record(tmp_path / "run").costs
     if measured == "false":
         assert [cost["model"] for cost in costs] == ["student"]
@@ -54,16 +54,16 @@ def test_a_run_from_a_cache_needs_no_weights_of_its_teacher(measured, data, clas
     theirs, ours = costs
     assert theirs["parameters"] > ours["parameters"] and ours["kept"] == ours["score"] / theirs["score"]
     # What the teacher scores on other texts is not known.
-    assert run("distill_task", *words(data, tmp_path / "other", **knobs, validation_split="train")) == 0
+    assert run("distill_task", *words(data, tmp_path / "other", **options, validation_split="train")) == 0
     theirs, ours = record(tmp_path / "other").costs
     assert "score" not in theirs and "kept" not in ours
 
 
 def test_the_cache_of_another_teacher_is_refused(data, classifier, tmp_path):
-    knobs = {**CACHED, "cache": tmp_path / "cache", "costs": "false"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", teacher=classifier, **knobs)) == 0
+    options = {**CACHED, "cache": tmp_path / "cache", "costs": "false"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", teacher=classifier, **options)) == 0
     same = own_teacher(tmp_path / "same", classifier)
-    assert run("distill_task", *words(data, tmp_path / "run", teacher=same, **knobs)) == 0
+    assert run("distill_task", *words(data, tmp_path / "run", teacher=same, **options)) == 0
     other = own_teacher(tmp_path / "other", classifier)
     model = AutoModelForSequenceClassification.from_pretrained(other)
     with torch.no_grad():
@@ -72,23 +72,23 @@ def test_the_cache_of_another_teacher_is_refused(data, classifier, tmp_path):
     for change in (lambda: None, (other / "model.safetensors").unlink):
         change()
         with pytest.raises(ValueError, match=rf"of another run: teacher {classifier} there, {other} now$"):
-            run("distill_task", *words(data, tmp_path / "run", teacher=other, **knobs, overwrite_output_dir="true"))
+            run("distill_task", *words(data, tmp_path / "run", teacher=other, **options, overwrite_output_dir="true"))
 
 
-def test_a_cache_is_of_the_knobs_that_decide_what_is_read(data, classifier, tmp_path):
+def test_a_cache_depends_on_the_options_that_affect_its_contents(data, classifier, tmp_path):
     """All texts are shorter than either length: the samples themselves do not tell."""
-    knobs = {**CACHED, "teacher": classifier, "cache": tmp_path / "cache", "costs": "false"}
-    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **knobs)) == 0
+    options = {**CACHED, "teacher": classifier, "cache": tmp_path / "cache", "costs": "false"}
+    assert run("distill_cache", "distill_task", *words(data, tmp_path / "no", **options)) == 0
     with pytest.raises(ValueError, match="is the cache of another run: max_length 16 there, 18 now"):
-        run("distill_task", *words(data, tmp_path / "run", **knobs, max_length=18))
+        run("distill_task", *words(data, tmp_path / "run", **options, max_length=18))
 
 
 def test_what_the_largest_logits_cannot_teach_is_refused_before_they_are_written(data, classifier, tmp_path):
-    knobs = {"teacher": classifier, "cache": tmp_path / "cache", "cache_top_k": 1}
-    argv = words(data, tmp_path / "no", **knobs, terms="[{kind: logit}]")
+    options = {"teacher": classifier, "cache": tmp_path / "cache", "cache_top_k": 1}
+    argv = words(data, tmp_path / "no", **options, terms="[{kind: logit}]")
     with pytest.raises(ValueError, match=r"term logit needs all logits, .* has top_k=1"):
         run("distill_cache", "distill_task", *argv)
-    argv = words(data, tmp_path / "no", **knobs | {"cache_top_k": 2}, terms="[{kind: soft_target}]")
+    argv = words(data, tmp_path / "no", **options | {"cache_top_k": 2}, terms="[{kind: soft_target}]")
     with pytest.raises(ValueError, match="top_k must be below the 2 classes, got 2"):
         run("distill_cache", "distill_task", *argv)
     assert not (tmp_path / "cache").exists()

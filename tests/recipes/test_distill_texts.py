@@ -94,11 +94,16 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier,
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
-    knobs = {"teacher": classifier, "terms": TERMS["mapped"], "lr_scheduler_type": "constant", "final_weights": "last"}
-    knobs |= {"eval_steps": 2, "costs": "false"}
-    assert run("distill_task", *words(data, tmp_path / "whole", **knobs, max_steps=4)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, max_steps=2)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **knobs, max_steps=4)) == 0
+    overrides = {
+        "teacher": classifier,
+        "terms": TERMS["mapped"],
+        "lr_scheduler_type": "constant",
+        "final_weights": "last",
+    }
+    overrides |= {"eval_steps": 2, "costs": "false"}
+    assert run("distill_task", *words(data, tmp_path / "whole", **overrides, max_steps=4)) == 0
+    assert run("distill_task", *words(data, tmp_path / "cut", **overrides, max_steps=2)) == 0
+    assert run("distill_task", *words(data, tmp_path / "cut", **overrides, max_steps=4)) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -130,8 +135,8 @@ def test_a_student_without_segments_leaves_the_teacher_its_own(pair_data, classi
     watched.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(TfmBertForSequenceClassification, "forward", watched)
     model = SMALL.replace("{", "{type_vocab_size: 0, pooler: relu, ")
-    knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
-    argv = words(pair_data, tmp_path / "run", **knobs, text_columns="[one,two]", batch_size=8)
+    overrides = {"teacher": classifier, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
+    argv = words(pair_data, tmp_path / "run", **overrides, text_columns="[one,two]", batch_size=8)
     assert run("distill_task", *argv) == 0
     assert given and all(segments is not None and segments.max() == 1 for segments in given)
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "run").model_input_names
@@ -150,8 +155,13 @@ def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monke
         return batch
 
     monkeypatch.setattr(TextCollator, "__call__", watched)
-    knobs = {"teacher": classifier, "terms": "[{kind: soft_target}]", "costs": "false", "text_columns": "[one,two]"}
-    assert run("distill_task", *words("nowhere", tmp_path / "run", **knobs, batch_size=8)) == 0
+    overrides = {
+        "teacher": classifier,
+        "terms": "[{kind: soft_target}]",
+        "costs": "false",
+        "text_columns": "[one,two]",
+    }
+    assert run("distill_task", *words("nowhere", tmp_path / "run", **overrides, batch_size=8)) == 0
     assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
 
 
@@ -170,8 +180,8 @@ def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
         Dataset.from_dict(rows).to_parquet(str(folder / f"{split}.parquet"))
     config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_labels=1, **WIDE)
     teacher = save(tmp_path / "teacher", TfmBertForSequenceClassification(config), tokenizer)
-    knobs = {"teacher": teacher, "costs": "false", "task": "stsb", "model": SMALL.replace("{", "{pooler: relu, ")}
-    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **knobs, num_train_epochs="null", warmup_ratio="null")
+    overrides = {"teacher": teacher, "costs": "false", "task": "stsb", "model": SMALL.replace("{", "{pooler: relu, ")}
+    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **overrides, num_train_epochs="null", warmup_ratio="null")
     assert run("distill_task", "--config", preset, *argv) == 0
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"pearson", "spearman"}
 
@@ -193,9 +203,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_knobs_that_do_not_fit_are_refused_at_once(name, tmp_path, capsys):
-    recipe, knobs, message = REFUSED[name]
-    given = {"teacher": "nowhere", "terms": "[{kind: soft_target}]", **knobs}
+def test_incompatible_options_are_refused_at_once(name, tmp_path, capsys):
+    recipe, overrides, message = REFUSED[name]
+    given = {"teacher": "nowhere", "terms": "[{kind: soft_target}]", **overrides}
     with pytest.raises(SystemExit):
         run(recipe, *words(tmp_path / "nothing", tmp_path / "run", **given))
     assert message in capsys.readouterr().err

@@ -20,8 +20,8 @@ def run_recipe(*argv: str) -> int:
     return runpy.run_path(str(RECIPE))["main"](list(argv))
 
 
-def words(data, output_dir, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
+def words(data, output_dir, **options) -> list[str]:
+    """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -32,8 +32,8 @@ def words(data, output_dir, **knobs) -> list[str]:
         "warmup_steps": 1,
         "size": "tiny",
         "progress": "false",
-        **({} if "model_name_or_path" in knobs else {"model": TINY}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"model": TINY}),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
@@ -66,11 +66,11 @@ KINDS = {
 
 @pytest.mark.parametrize("name", list(KINDS))
 def test_a_few_steps(name, data, tmp_path):
-    knobs, auto_class = KINDS[name]
-    assert run_recipe(*words(data[0], tmp_path / "run", test_splits="[test]", **knobs)) == 0
+    options, auto_class = KINDS[name]
+    assert run_recipe(*words(data[0], tmp_path / "run", test_splits="[test]", **options)) == 0
     results = record(tmp_path / "run")
     scores = {(row["split"], row["name"]): row["value"] for row in results.metrics}
-    held_out = "holdout" if "holdout" in knobs else "validation"
+    held_out = "holdout" if "holdout" in options else "validation"
     assert {split for split, _ in scores} == {held_out, "test"}
     for split in (held_out, "test"):
         assert scores[split, "perplexity"] == pytest.approx(math.exp(scores[split, "token_loss"]))
@@ -88,8 +88,8 @@ def test_a_few_steps(name, data, tmp_path):
 
 def test_it_learns_and_fills_masks(data, tmp_path):
     """Where the text leaves no doubt, the pipeline knows the word."""
-    knobs = {"max_steps": 150, "learning_rate": 0.01, "sequences": "rows", "batch_tokens": 512, "eval_steps": 50}
-    assert run_recipe(*words(data[0], tmp_path / "run", **knobs)) == 0
+    options = {"max_steps": 150, "learning_rate": 0.01, "sequences": "rows", "batch_tokens": 512, "eval_steps": 50}
+    assert run_recipe(*words(data[0], tmp_path / "run", **options)) == 0
     fresh_state()
     scores = {row["name"]: row["value"] for row in record(tmp_path / "run").metrics}
     assert scores["token_loss"] < 1.6  # a third of the words is drawn at random: of 3 or 4, at least 0.45
@@ -98,8 +98,8 @@ def test_it_learns_and_fills_masks(data, tmp_path):
 
 
 def test_gpt_learns_to_go_on(data, tmp_path):
-    knobs = {"max_steps": 150, "learning_rate": 0.01, "objective": "causal", "batch_tokens": 512, "eval_steps": 50}
-    assert run_recipe(*words(data[0], tmp_path / "run", sequences="rows", **knobs)) == 0
+    options = {"max_steps": 150, "learning_rate": 0.01, "objective": "causal", "batch_tokens": 512, "eval_steps": 50}
+    assert run_recipe(*words(data[0], tmp_path / "run", sequences="rows", **options)) == 0
     fresh_state()
     write = pipeline("text-generation", str(tmp_path / "run"))
     (said,) = write(
@@ -125,10 +125,10 @@ def test_more_texts_are_learned_too(data, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
-    knobs = {"max_steps": 6, "eval_steps": 2, "lr_scheduler_type": "constant"}
-    assert run_recipe(*words(data[0], tmp_path / "whole", **knobs)) == 0
-    assert run_recipe(*words(data[0], tmp_path / "cut", **{**knobs, "max_steps": 4})) == 0
-    assert run_recipe(*words(data[0], tmp_path / "cut", **knobs)) == 0
+    options = {"max_steps": 6, "eval_steps": 2, "lr_scheduler_type": "constant"}
+    assert run_recipe(*words(data[0], tmp_path / "whole", **options)) == 0
+    assert run_recipe(*words(data[0], tmp_path / "cut", **{**options, "max_steps": 4})) == 0
+    assert run_recipe(*words(data[0], tmp_path / "cut", **options)) == 0
     cut, whole = ([row for row in history(tmp_path / name) if "evaluation" in row] for name in ("cut", "whole"))
     assert cut == whole and [row["step"] for row in cut] == [2, 4, 6]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -168,9 +168,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_what_does_not_fit_is_refused_at_once(name, tmp_path, capsys):
-    knobs, message = REFUSED[name]
+    options, message = REFUSED[name]
     fresh_state()
     with pytest.raises(SystemExit):
-        run_recipe(*words(tmp_path / "nowhere", tmp_path / "run", **knobs))
+        run_recipe(*words(tmp_path / "nowhere", tmp_path / "run", **options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -87,7 +87,7 @@ def test_the_pipeline_runs(joint, splits, subtask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"stage": "masks"}, 'stage "masks" needs model_name_or_path'),
         (
@@ -97,9 +97,9 @@ def test_the_pipeline_runs(joint, splits, subtask, tmp_path):
         ({"model": "{d_model: 36, encoder_attention_heads: 4, decoder_attention_heads: 4}"}, "multiple of 16"),
     ],
 )
-def test_knobs_that_do_not_fit(knobs, message, data, tmp_path, capsys):
+def test_incompatible_options_are_refused(options, message, data, tmp_path, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
-        train(data, tmp_path / "run", "panoptic_train", **{"model": MODEL, **knobs})
+        train(data, tmp_path / "run", "panoptic_train", **{"model": MODEL, **options})
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 

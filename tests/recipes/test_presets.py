@@ -30,7 +30,7 @@ def test_every_recipe_has_presets():
 
 
 def assert_within(part, whole):
-    """Every value of a preset arrives as written; groups of knobs may have more."""
+    """Every value of a preset arrives as written; groups of options may have more."""
     for key, value in part.items():
         if isinstance(value, dict) and key != "model":
             assert_within(value, whole[key])

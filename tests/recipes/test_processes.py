@@ -11,7 +11,7 @@ from recipe_helpers import ROOT, finish_process, history, record, run_recipe, st
 from safetensors.torch import load_file
 from server import TOKEN, HubServer
 
-KNOBS = {
+OPTIONS = {
     "max_steps": 60,
     "save_steps": 5,
     "eval_steps": 20,
@@ -31,7 +31,7 @@ def whole(data, tmp_path_factory):
     """A run that was left alone, in this process."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run_recipe(*words(data, folder, **KNOBS))
+    run_recipe(*words(data, folder, **OPTIONS))
     return folder
 
 
@@ -46,7 +46,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 
 def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
-    argv = words(data, tmp_path / "run", **KNOBS)
+    argv = words(data, tmp_path / "run", **OPTIONS)
     script = str(ROOT / "recipes" / "translation_train.py")
 
     process = start_process(script, *argv)
@@ -74,9 +74,9 @@ def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
 
 def test_two_processes(data, whole, tmp_path):
     """They begin where one process stopped, make one folder, and translate the test set together."""
-    knobs = {**KNOBS, "max_steps": 60, "adam_epsilon": 1e-4}
-    argv = words(data, tmp_path / "run", **knobs)
-    run_recipe(*words(data, tmp_path / "one", **knobs))
+    options = {**OPTIONS, "max_steps": 60, "adam_epsilon": 1e-4}
+    argv = words(data, tmp_path / "run", **options)
+    run_recipe(*words(data, tmp_path / "one", **options))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
     said = finish_process(start_process(*launcher, *argv))
     results, alone = record(tmp_path / "run"), record(tmp_path / "one")

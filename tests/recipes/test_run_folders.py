@@ -68,9 +68,9 @@ def test_what_fails_last_before_training_leaves_nothing_and_the_mended_command_r
 
     with monkeypatch.context() as patched:
         patched.setattr("hf_tfm.tasks.translation.token_loader", fail)
-        for folder, knobs in ((tmp_path / "run", {}), (tmp_path / "old", {"overwrite_output_dir": "true"})):
+        for folder, options in ((tmp_path / "run", {}), (tmp_path / "old", {"overwrite_output_dir": "true"})):
             with pytest.raises(ValueError, match="no such batches"):
-                run_recipe(*words(numbers, folder, **knobs))
+                run_recipe(*words(numbers, folder, **options))
     assert not (tmp_path / "run").exists()
     assert contents(tmp_path / "old") == before
     assert run_recipe(*words(numbers, tmp_path / "run", seed=1)) == 0
@@ -89,12 +89,12 @@ def test_a_run_that_fails_in_its_first_step_gives_way(numbers, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("overwrite", ["true", "false"])
-@pytest.mark.parametrize("knob", ["model_name_or_path", "tokenizer"])
-def test_what_a_run_reads_is_not_overwritten(numbers, trained, knob, overwrite):
+@pytest.mark.parametrize("option", ["model_name_or_path", "tokenizer"])
+def test_inputs_of_a_run_are_not_overwritten(numbers, trained, option, overwrite):
     before = contents(trained)
-    place = {"model_name_or_path": trained, "tokenizer": trained / "tokenizer"}[knob]
-    with pytest.raises(ValueError, match=f'output_dir .* is or holds {knob} "{place}", which the run reads'):
-        run_recipe(*words(numbers, trained, **{knob: place}, seed=4, overwrite_output_dir=overwrite))
+    place = {"model_name_or_path": trained, "tokenizer": trained / "tokenizer"}[option]
+    with pytest.raises(ValueError, match=f'output_dir .* is or holds {option} "{place}", which the run reads'):
+        run_recipe(*words(numbers, trained, **{option: place}, seed=4, overwrite_output_dir=overwrite))
     with pytest.raises(ValueError, match="is or holds dataset"):
         run_recipe(*words(numbers, numbers, overwrite_output_dir=overwrite))
     assert contents(trained) == before

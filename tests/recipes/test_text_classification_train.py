@@ -82,8 +82,8 @@ def test_numbers_are_learned_by_regression(tmp_path):
     data = write_pairs(tmp_path / "data", kind=Value("float32"), labels=lambda row: len(row["en"]) / 40)
     still = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = TINY[:-1] + "".join(f", {name}: {value}" for name, value in still.items()) + "}"
-    knobs = {"max_steps": 100, "learning_rate": 1e-3, "lr_scheduler_type": "linear", "holdout": 20, "model": model}
-    run_recipe(*words(data, tmp_path / "run", **knobs))
+    overrides = {"max_steps": 100, "learning_rate": 1e-3, "lr_scheduler_type": "linear", "holdout": 20, "model": model}
+    run_recipe(*words(data, tmp_path / "run", **overrides))
     found = values(tmp_path / "run")
     assert found["holdout", "pearson"] > 0.5 and set(found) == {("holdout", "pearson"), ("holdout", "spearman")}
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
@@ -241,7 +241,7 @@ def test_a_run_goes_on(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"),
+    ("overrides", "named"),
     [
         ({"task": "sst3"}, "task"),
         ({"tasks": "sst2,sst3", "text_columns": None}, 'got "sst3"'),
@@ -259,15 +259,15 @@ def test_a_run_goes_on(data, tmp_path):
         ({"metrics": "[bleu]"}, "metrics"),
     ],
 )
-def test_knobs_that_do_not_fit(data, tmp_path, capsys, knobs, named):
+def test_incompatible_options_are_refused(data, tmp_path, capsys, overrides, named):
     with pytest.raises(SystemExit) as ended:
-        run_recipe(*words(data, tmp_path / "run", **knobs))
+        run_recipe(*words(data, tmp_path / "run", **overrides))
     assert ended.value.code == 2
     assert named in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"),
+    ("overrides", "named"),
     [
         ({"text_columns": "[fr]"}, 'text_columns "fr" is not a column of the data set; it has en, de, label'),
         ({"label_column": "kind"}, 'label_column "kind" is not a column of the data set; it has en, de, label'),
@@ -280,9 +280,9 @@ def test_knobs_that_do_not_fit(data, tmp_path, capsys, knobs, named):
         ({"model": TINY[:-1] + ", pooler: none}"}, "this classifier reads the pooler"),
     ],
 )
-def test_data_that_does_not_fit(data, tmp_path, knobs, named):
+def test_data_that_does_not_fit(data, tmp_path, overrides, named):
     with pytest.raises(ValueError) as caught:
-        run_recipe(*words(data, tmp_path / "run", **knobs))
+        run_recipe(*words(data, tmp_path / "run", **overrides))
     assert named in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -306,14 +306,14 @@ def test_labels_that_do_not_fit(tmp_path):
 def test_models_that_do_not_fit(data, tmp_path):
     bert = pretrained(tmp_path / "bert", "bert")
     gpt = pretrained(tmp_path / "gpt2", "gpt2")
-    for start, knobs, named in (
+    for start, overrides, named in (
         (bert, {"language_weight": 0.5}, "a bert model sees all tokens"),
         (bert, {"model": "{hidden: 3}"}, "model.hidden is not a field of BertConfig that can be chosen"),
         (gpt, {"max_length": 100}, "max_length must be at most max_position_embeddings = 64, got 100"),
         (bert, {"model": "{hidden_size: 32}"}, r"weights of model_name_or_path .* do not fit it: bert\.embeddings"),
     ):
         with pytest.raises(ValueError, match=named):
-            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", model_name_or_path=start, **knobs))
+            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", model_name_or_path=start, **overrides))
 
 
 def test_layers_that_cannot_be_told_apart(data, tmp_path, monkeypatch):

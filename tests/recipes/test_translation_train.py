@@ -203,7 +203,7 @@ def test_a_ready_tokenizer(trained, data, tmp_path):
         run_recipe(*words(data, tmp_path / "less", tokenizer=folder, model=TINY[:-1] + ", vocab_size: 100}"))
 
 
-def test_changed_data_or_knobs_are_another_run(trained, data, tmp_path):
+def test_changed_data_or_options_are_another_run(trained, data, tmp_path):
     folder, argv = trained
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for more, named in (
@@ -242,7 +242,7 @@ def said(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"),
+    ("options", "named"),
     [
         ({"model": "{hidden: 3}"}, "model.hidden is not a field of TfmTransformerConfig"),
         (
@@ -270,14 +270,14 @@ def said(capsys, *argv):
         ({"tokenizer": "y", "lowercase": "true"}, "lowercase applies to a trained tokenizer"),
     ],
 )
-def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
-    message = said(capsys, *words(data, tmp_path / "run", **knobs))
+def test_incompatible_options_are_refused(tmp_path, capsys, data, options, named):
+    message = said(capsys, *words(data, tmp_path / "run", **options))
     assert named in message.replace("\n", " ")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("knobs", "named"),
+    ("options", "named"),
     [
         (
             {"test_splits": "[tset]"},
@@ -293,9 +293,9 @@ def test_knobs_that_do_not_fit(tmp_path, capsys, data, knobs, named):
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
-def test_data_that_does_not_fit(tmp_path, data, knobs, named):
+def test_data_that_does_not_fit(tmp_path, data, options, named):
     with pytest.raises(ValueError) as caught:
-        run_recipe(*words(data, tmp_path / "run", **knobs))
+        run_recipe(*words(data, tmp_path / "run", **options))
     assert named in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -219,8 +219,14 @@ def test_a_stream_is_shuffled_by_its_buffer(data):
     model = TfmMAEForPreTraining(TfmMAEConfig(image_size=16, patch_size=4))
     orders = []
     for buffer in (1, 24):
-        knobs = {"streaming": True, "max_steps": 1, "learning_rate": 0.1, "batch_size": 8, "shuffle_buffer": buffer}
-        args = MaskedImageArguments(dataset_name=str(data), output_dir=".", **knobs)
+        overrides = {
+            "streaming": True,
+            "max_steps": 1,
+            "learning_rate": 0.1,
+            "batch_size": 8,
+            "shuffle_buffer": buffer,
+        }
+        args = MaskedImageArguments(dataset_name=str(data), output_dir=".", **overrides)
         task = MaskedImageTask(args, Accelerator(cpu=True))
         task.model, task.processor = model, image_processor(16)
         task.splits = task.load_splits()
@@ -237,7 +243,7 @@ def test_a_stream_is_shuffled_by_its_buffer(data):
     assert len(expected) == 24 and all(set(order) == expected and len(order) == 24 for order in orders)
 
 
-KNOBS = {
+OPTIONS = {
     "mixing": {"mixing": "{mixup: 0.8, cutmix: 1.0}", "label_smoothing": 0.1, "micro_batch_size": 4},
     "repeats": {"repeats": 3, "augmentation": "{crop: resized, rand_augment: 1, erasing: 0.5}"},
     "ema": {"ema_decay": 0.5, "final_weights": "ema"},
@@ -257,23 +263,23 @@ RESUMED = {
 def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, capsys):
     """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
     start = {"model_name_or_path": mae} if kind == "probe" else {}
-    knobs = {**KNOBS[kind], **start, "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
-    whole = run(recipe, data, tmp_path / "whole", **knobs)
-    part = run(recipe, data, tmp_path / "part", dataloader_num_workers=workers, **knobs)
+    overrides = {**OPTIONS[kind], **start, "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
+    whole = run(recipe, data, tmp_path / "whole", **overrides)
+    part = run(recipe, data, tmp_path / "part", dataloader_num_workers=workers, **overrides)
     for step in (3, 4, 5):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     for name in ("results.json", "model.safetensors"):
         (part / name).unlink()
     capsys.readouterr()
-    run(recipe, data, part, dataloader_num_workers=workers, **knobs)
+    run(recipe, data, part, dataloader_num_workers=workers, **overrides)
     assert "resuming from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
 
 
 def test_mixing_repeats_and_averages_change_the_weights(data, tmp_path):
-    """Each of these knobs does something: no two of the runs end with equal weights."""
-    runs = [classify(data, tmp_path / kind, **knobs) for kind, knobs in KNOBS.items() if kind != "probe"]
+    """Each of these options has an effect: no two of the runs end with equal weights."""
+    runs = [classify(data, tmp_path / kind, **overrides) for kind, overrides in OPTIONS.items() if kind != "probe"]
     runs.append(classify(data, tmp_path / "plain"))
     assert all(distance(one, other) > 1e-5 for i, one in enumerate(runs) for other in runs[:i])
 
@@ -300,9 +306,9 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
     """Those that choose the fine-tuned model were never trained on, and the rest is no less than the whole."""
 
     def read(labelled: bool) -> dict[str, set[bytes]]:
-        knobs = {"max_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
+        overrides = {"max_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
         kind = ImageClassificationTask if labelled else MaskedImageTask
-        rows = kind(kind.Arguments(dataset_name=str(data), output_dir=".", **knobs), None).load_splits()
+        rows = kind(kind.Arguments(dataset_name=str(data), output_dir=".", **overrides), None).load_splits()
         return {split: {row["image"]["bytes"] for row in part} for split, part in rows.items()}
 
     tuned, pretrained = read(True), read(False)
@@ -311,8 +317,8 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
 
 
 def test_base_learning_rate_and_warm_up_are_told(data, tmp_path, capsys):
-    knobs = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 2}
-    folder = classify(data, tmp_path / "run", max_steps=8, **knobs)
+    overrides = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 2}
+    folder = classify(data, tmp_path / "run", max_steps=8, **overrides)
     assert "learning rate 0.005 = 0.16 x 8 images / 256; warm-up 6 steps of 3 an epoch" in capsys.readouterr().out
     rates = [row["learning_rate"] for row in history(folder) if "learning_rate" in row]
     assert rates and max(rates) <= 0.005
@@ -320,7 +326,7 @@ def test_base_learning_rate_and_warm_up_are_told(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
 def test_stored_arguments_are_a_config(recipe, data, tmp_path):
-    """What results.json and the card hold are the knobs as they were given, and so runs again."""
+    """results.json and the model card hold the options as given, and so runs again."""
     given = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 1}
     folder = run(recipe, data, tmp_path / "run", **given)
     file = tmp_path / "arguments.yaml"
@@ -355,10 +361,10 @@ CASES = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_path):
     """As a script, by hf-tfm run, and as two processes (gloo), which share each step."""
-    recipe, knobs = CASES[case]
+    recipe, overrides = CASES[case]
     if case == "probe":
-        knobs = {**knobs, "model_name_or_path": mae, "model": None}
-    alone = run(recipe, data, tmp_path / "alone", **LAUNCHED, **knobs)
+        overrides = {**overrides, "model_name_or_path": mae, "model": None}
+    alone = run(recipe, data, tmp_path / "alone", **LAUNCHED, **overrides)
     script = str(ROOT / "recipes" / f"{recipe}.py")
     two = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     launchers = {
@@ -367,7 +373,7 @@ def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_
         "probe": {"two": (*two, script)},
     }[case]
     for name, launcher in launchers.items():
-        finish_process(start_process(*launcher, *words(recipe, data, tmp_path / name, **LAUNCHED, **knobs)))
+        finish_process(start_process(*launcher, *words(recipe, data, tmp_path / name, **LAUNCHED, **overrides)))
         assert distance(alone, tmp_path / name) < 1e-6
         for mine, theirs in zip(record(alone).metrics, record(tmp_path / name).metrics, strict=True):
             assert mine == {**theirs, "value": pytest.approx(theirs["value"], rel=1e-5)}

@@ -9,17 +9,17 @@ from hf_tfm.hub.push import files_to_push
 from hf_tfm.hub.saved_files import CARD, CHECKPOINT_FILES, CURVE, HISTORY, PICTURE, RESULTS, RUN
 from hf_tfm.training.run_folder import delete_run
 
-KNOBS = {"max_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "report_to": "[tensorboard]"}
+OPTIONS = {"max_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "report_to": "[tensorboard]"}
 RECORD = {CARD, RESULTS, HISTORY, CURVE, RUN, "config.json", "model.safetensors"}
 
 
 def translation_run(folder):
-    run_recipe(*translation_words(write_data(folder / "data"), folder / "run", **KNOBS))
+    run_recipe(*translation_words(write_data(folder / "data"), folder / "run", **OPTIONS))
     return RECORD | {"generation_config.json", "tokenizer.json", "tokenizer/tokenizer.json"}
 
 
 def detection_run(folder):
-    train(write_hub(folder / "data", scenes()), folder / "run", **KNOBS)
+    train(write_hub(folder / "data", scenes()), folder / "run", **OPTIONS)
     return RECORD | {PICTURE, "preprocessor_config.json", "processor/preprocessor_config.json"}
 
 

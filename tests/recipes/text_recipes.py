@@ -55,7 +55,7 @@ def write_pairs(
     return folder
 
 
-def words(data: Path | str, output_dir: Path, **knobs) -> list[str]:
+def words(data: Path | str, output_dir: Path, **options) -> list[str]:
     """The command line of a short run."""
     given = {
         "dataset_name": data,
@@ -66,8 +66,8 @@ def words(data: Path | str, output_dir: Path, **knobs) -> list[str]:
         "max_length": 64,
         "warmup_steps": 1,
         "progress": "false",
-        **({} if "model_name_or_path" in knobs else {"model": TINY, "vocab_size": 300}),
-        **knobs,
+        **({} if "model_name_or_path" in options else {"model": TINY, "vocab_size": 300}),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 

@@ -63,8 +63,8 @@ def write_imagefolder(folder: Path) -> Path:
     return folder
 
 
-def words(recipe: str, data: Path, output_dir: Path, **knobs) -> list[str]:
-    """The command line of a short run; a knob that is None is left out."""
+def words(recipe: str, data: Path, output_dir: Path, **options) -> list[str]:
+    """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -78,26 +78,30 @@ def words(recipe: str, data: Path, output_dir: Path, **knobs) -> list[str]:
         "progress": "false",
         "final_weights": "last",
         **({"test_splits": "[test]"} if recipe == "image_classification_train" else {}),
-        **({} if "model_name_or_path" in knobs else {"model": VIT if recipe == "image_classification_train" else MAE}),
-        **knobs,
+        **(
+            {}
+            if "model_name_or_path" in options
+            else {"model": VIT if recipe == "image_classification_train" else MAE}
+        ),
+        **options,
     }
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def run(recipe: str, data: Path, output_dir: Path, **knobs) -> Path:
+def run(recipe: str, data: Path, output_dir: Path, **options) -> Path:
     """Run a recipe in this process; returns its folder."""
     fresh_state()
     script = str(ROOT / "recipes" / f"{recipe}.py")
-    assert runpy.run_path(script)["main"](words(recipe, data, output_dir, **knobs)) == 0
+    assert runpy.run_path(script)["main"](words(recipe, data, output_dir, **options)) == 0
     return output_dir
 
 
-def classify(data: Path, output_dir: Path, **knobs) -> Path:
-    return run("image_classification_train", data, output_dir, **knobs)
+def classify(data: Path, output_dir: Path, **options) -> Path:
+    return run("image_classification_train", data, output_dir, **options)
 
 
-def pretrain(data: Path, output_dir: Path, **knobs) -> Path:
-    return run("mae_pretrain", data, output_dir, **knobs)
+def pretrain(data: Path, output_dir: Path, **options) -> Path:
+    return run("mae_pretrain", data, output_dir, **options)
 
 
 def scores(folder: Path, split: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from training_helpers import arguments, fresh_accelerator, run_training, tiny_mo
 from hf_tfm.training.checkpoint import full_weights, share_statistics
 from hf_tfm.training.ranks import on_main
 
-# name -> knobs and model fields; all are compared with the same run on one process.
+# name -> options and model fields; all are compared with the same run on one process.
 EQUAL = {
     "plain": ({}, {}),
     "micro_batches": ({"micro_batch_tokens": 20, "dataloader_num_workers": 1}, {}),
@@ -37,18 +37,18 @@ def main(folder: Path) -> None:
     assert accelerator.num_processes == 2
     reports = {}
 
-    def run(name: str, fields: dict, **knobs) -> None:
-        stop = knobs.pop("events", {})
+    def run(name: str, fields: dict, **options) -> None:
+        stop = options.pop("events", {})
         result, model = run_training(
-            arguments(folder / name, **knobs), tiny_model(**fields), stop, accelerator=accelerator
+            arguments(folder / name, **options), tiny_model(**fields), stop, accelerator=accelerator
         )
         weights = full_weights(model)
         if accelerator.is_main_process:
             save_file(weights, folder / f"{name}.safetensors")
         reports[name] = [result.progress.step, result.stopped, result.progress.items]
 
-    for name, (knobs, fields) in EQUAL.items():
-        run(name, fields, **knobs)
+    for name, (options, fields) in EQUAL.items():
+        run(name, fields, **options)
     run("from_one", {"dropout": 0.2})
     # Only the second process is told to stop.
     run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})

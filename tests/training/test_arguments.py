@@ -1,4 +1,4 @@
-"""The knobs: read from YAML and the command line, checked, and printed again."""
+"""Options: read from YAML and the command line, checked, and printed again."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +17,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "translation_train.py"
 
 
 @dataclass(kw_only=True)
-class Knobs(TokenBatchArguments):
-    """Knobs of a recipe.
+class RecipeArguments(TokenBatchArguments):
+    """Arguments of a recipe.
 
     Args:
         model: fields.
@@ -28,7 +28,7 @@ class Knobs(TokenBatchArguments):
 
 
 def parse(*argv):
-    return parse_arguments(Knobs, RECIPE, argv)
+    return parse_arguments(RecipeArguments, RECIPE, argv)
 
 
 def refused(capsys, *argv):
@@ -89,7 +89,7 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "overrides",
     [
         {"seed": -1},
         {"dataloader_num_workers": -1},
@@ -115,10 +115,10 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
         {"final_weights": "average"},
     ],
 )
-def test_values_out_of_range(knobs):
-    (name,) = knobs
+def test_values_out_of_range(overrides):
+    (name,) = overrides
     with pytest.raises(ValueError, match=name):
-        TokenBatchArguments(output_dir="o", **{"max_steps": 1, **knobs})
+        TokenBatchArguments(output_dir="o", **{"max_steps": 1, **overrides})
 
 
 def test_epochs_out_of_range():
@@ -132,13 +132,13 @@ def test_printed_config_is_a_config(tmp_path, capsys):
         parse(*words, "--print_config")
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert {field.name for field in fields(Knobs)} == set(yaml.safe_load(printed))
+    assert {field.name for field in fields(RecipeArguments)} == set(yaml.safe_load(printed))
     file = tmp_path / "printed.yaml"
     file.write_text(printed)
     assert parse("--config", str(file)) == parse(*words)
 
 
-def test_help_tells_every_knob(capsys):
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     assert caught.value.code == 0
@@ -148,7 +148,7 @@ def test_help_tells_every_knob(capsys):
         assert f"--{field.name}" in said
 
 
-def test_knobs_that_a_run_may_change_exist():
+def test_options_that_may_change_on_resume_exist():
     kinds = (TranslationTask.Arguments, DetectionTask.Arguments, DistillationArguments)
     assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
@@ -179,7 +179,7 @@ def test_the_learning_rate_of_images_follows_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("overrides", "message"),
     [
         ({}, "exactly one of learning_rate and base_learning_rate, got None and None"),
         ({"learning_rate": 0.1, "base_learning_rate": 0.1}, "exactly one of learning_rate and base_learning_rate"),
@@ -192,13 +192,13 @@ def test_the_learning_rate_of_images_follows_the_batch():
         ({"learning_rate": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_image_arguments_out_of_range(knobs, message):
+def test_image_arguments_out_of_range(overrides, message):
     with pytest.raises(ValueError, match=message):
-        image_arguments(**knobs)
+        image_arguments(**overrides)
 
 
 def test_what_is_given_overrides_a_preset_wherever_it_stands(tmp_path):
-    file = tmp_path / "knobs.yaml"
+    file = tmp_path / "options.yaml"
     file.write_text("output_dir: there\nseed: 5\nmax_steps: 9\n")
     for words in (["--seed", "3", "--config", str(file)], ["--seed=3", f"--config={file}"]):
         args = parse(*words)

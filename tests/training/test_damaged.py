@@ -16,8 +16,8 @@ from hf_tfm.training.session import Session
 STEPS = 24
 
 
-def run_args(folder, **knobs):
-    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **knobs)
+def run_args(folder, **options):
+    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **options)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_claim_twice_is_the_same_run(tmp_path):
     [
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"data": {"train": "xyz"}}, "data: .*'abc'.* there, .*'xyz'.* now"),
-        ({"new_knob": True}, "new_knob: None there, True now"),
+        ({"new_option": True}, "new_option: None there, True now"),
     ],
 )
 def test_another_run_is_refused(tmp_path, change, message):

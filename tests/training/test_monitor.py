@@ -19,8 +19,8 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def monitor(folder, progress=None, **knobs):
-    args = arguments(folder, **knobs)
+def monitor(folder, progress=None, **options):
+    args = arguments(folder, **options)
     return Monitor(fresh_accelerator(args), args, 10, progress or Progress(), "target tokens")
 
 

@@ -143,11 +143,11 @@ def test_sgd_with_momentum_by_hand():
         assert weight.item() == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("knobs", [{"optimizer": "sgd"}, {"layer_wise_lr_decay": 0.7}])
-def test_a_resumed_run_is_bit_equal(tmp_path, knobs):
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"layer_wise_lr_decay": 0.7}])
+def test_a_resumed_run_is_bit_equal(tmp_path, options):
     """The state of other optimizers and of many groups comes back whole."""
-    _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **knobs))
-    args = arguments(tmp_path / "part", save_steps=4, learning_rate=0.01, **knobs)
+    _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **options))
+    args = arguments(tmp_path / "part", save_steps=4, learning_rate=0.01, **options)
     run_training(args)
     for folder in checkpoints(tmp_path / "part")[1:]:
         shutil.rmtree(folder)
@@ -195,9 +195,9 @@ def test_average_is_the_mean(tmp_path):
         average_weights([])
 
 
-def ended(folder, **knobs):
+def ended(folder, **options):
     """A run that saves every 2 steps and evaluates every 4, and what it ships."""
-    args = arguments(folder, save_steps=2, eval_steps=4, learning_rate=0.03, **knobs)
+    args = arguments(folder, save_steps=2, eval_steps=4, learning_rate=0.03, **options)
     result, model = run_training(args)
     return result.progress, full_weights(model)
 
@@ -220,11 +220,11 @@ def test_averaged_weights(tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
-    folder, knobs = tmp_path / "run", {"ema_decay": 0.9, "mixed_precision": precision}
-    _, shipped = ended(folder, final_weights="ema", **knobs)
+    folder, options = tmp_path / "run", {"ema_decay": 0.9, "mixed_precision": precision}
+    _, shipped = ended(folder, final_weights="ema", **options)
     assert difference(shipped, weights_of(folder, 12, "ema")) == 0.0
     assert difference(shipped, weights_of(folder, 12)) > 1e-3
-    ended(tmp_path / "last", final_weights="last", **knobs)
+    ended(tmp_path / "last", final_weights="last", **options)
     scores = [
         [row["evaluation"]["loss"] for row in history(path) if "evaluation" in row]
         for path in (folder, tmp_path / "last")
@@ -232,10 +232,10 @@ def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
     assert all(one != two for one, two in zip(*scores, strict=True))
 
 
-def scripted(folder, scores, **knobs):
+def scripted(folder, scores, **options):
     """A run of steps with evaluations whose results are given; returns its progress and what it ships."""
     short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "logging_steps": 100, "learning_rate": 0.03}
-    args = arguments(folder, max_steps=len(scores), **{**short, **knobs})
+    args = arguments(folder, max_steps=len(scores), **{**short, **options})
     accelerator, model = fresh_accelerator(args), tiny_model()
     task, values = TranslationTask.for_model(model), iter(scores)
     rows = pairs(3)
@@ -302,15 +302,15 @@ def test_a_best_metric_that_is_not_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "kept"),
+    ("options", "kept"),
     [
         ({"save_total_limit": 1}, [12]),
         ({"save_total_limit": 3}, [8, 10, 12]),
         ({"save_total_limit": 1, "average_checkpoints": 4}, [6, 8, 10, 12]),
     ],
 )
-def test_rotation(tmp_path, knobs, kept):
-    progress, _ = ended(tmp_path / "run", **knobs)
+def test_rotation(tmp_path, options, kept):
+    progress, _ = ended(tmp_path / "run", **options)
     steps = {int(path.name[5:]) for path in checkpoints(tmp_path / "run")}
     assert steps == {*kept, progress.best_step}
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == len(steps)

@@ -43,8 +43,8 @@ def reports(folder):
 
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_same_weights_as_one_process(tmp_path, two, name):
-    knobs, fields = EQUAL[name]
-    result, model = run_training(arguments(tmp_path / "run", **knobs), tiny_model(**fields))
+    options, fields = EQUAL[name]
+    result, model = run_training(arguments(tmp_path / "run", **options), tiny_model(**fields))
     assert difference(load_file(two[0] / f"{name}.safetensors"), full_weights(model)) < 1e-6
     assert reports(two[0])[name] == [result.progress.step, False, result.progress.items]
     assert difference(full_weights(model), full_weights(tiny_model(**fields))) > 1e-3

@@ -28,8 +28,8 @@ def tensors(folder):
     return {path.name: path.read_bytes() for path in checkpoints(folder)[-1].glob("*.safetensors")}
 
 
-def run_args(folder, **knobs):
-    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **knobs)
+def run_args(folder, **options):
+    return arguments(folder, max_steps=STEPS, ema_decay=0.9, **options)
 
 
 def assert_same(folder, report, whole):
@@ -112,10 +112,10 @@ def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
 
 
 def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
-    knobs = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "save_total_limit": 1}
+    options = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "save_total_limit": 1}
     reports = []
     for name, stops in (("whole", ()), ("stopped", (6, 8, 10))):
-        args = arguments(tmp_path / name, **knobs)
+        args = arguments(tmp_path / name, **options)
         for step in stops:  # after steps 7, 9 and 11, between those that are saved
             assert start(args, events={step: "SIGTERM"})[1]["stopped"]
         reports.append(start(args)[1])
@@ -156,10 +156,10 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 
 def test_more_steps_go_on_from_the_end(tmp_path):
-    knobs = {"lr_scheduler_type": "constant", "final_weights": "last"}
-    run_training(arguments(tmp_path / "longer", max_steps=10, **knobs))
-    result, longer = run_training(arguments(tmp_path / "longer", max_steps=20, **knobs))
-    _, whole = run_training(arguments(tmp_path / "whole", max_steps=20, **knobs))
+    options = {"lr_scheduler_type": "constant", "final_weights": "last"}
+    run_training(arguments(tmp_path / "longer", max_steps=10, **options))
+    result, longer = run_training(arguments(tmp_path / "longer", max_steps=20, **options))
+    _, whole = run_training(arguments(tmp_path / "whole", max_steps=20, **options))
     assert result.progress.step == 20
     assert digest(full_weights(longer)) == digest(full_weights(whole))
 
@@ -199,6 +199,6 @@ def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
 
 def test_the_run_is_not_trivially_equal(whole, tmp_path):
     """Another seed, or no dropout, gives other weights: the comparisons above can fail."""
-    for knobs, fields in (({"seed": 1}, DROPOUT), ({}, {})):
-        _, report = start(run_args(tmp_path / f"run{len(fields)}", **knobs), fields)
+    for options, fields in (({"seed": 1}, DROPOUT), ({}, {})):
+        _, report = start(run_args(tmp_path / f"run{len(fields)}", **options), fields)
         assert report["weights"] != whole[0]

@@ -149,14 +149,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_run_counts_what_it_skips_and_goes_on(tmp_path, precision):
-    knobs = {"logging_steps": 1, "mixed_precision": precision, "final_weights": "last"}
-    result, model = run_training(arguments(tmp_path / "run", **knobs), bad={4: float("nan"), 7: float("inf")})
+    options = {"logging_steps": 1, "mixed_precision": precision, "final_weights": "last"}
+    result, model = run_training(arguments(tmp_path / "run", **options), bad={4: float("nan"), 7: float("inf")})
     rows = [row for row in history(tmp_path / "run") if "loss" in row]
     assert [row["skipped"] for row in rows] == [0] * 4 + [1] * 3 + [2] * 5
     assert (result.progress.step, result.progress.skipped) == (12, 2)
     assert all(torch.isfinite(weight).all() for weight in full_weights(model).values())
     assert [row["loss"] for row in rows if row["step"] in (5, 8)] == [0.0, 0.0]  # nothing was learned in them
-    _, clean = run_training(arguments(tmp_path / "clean", **knobs))
+    _, clean = run_training(arguments(tmp_path / "clean", **options))
     assert result.progress.items < sum(len(row["labels"]) for row in pairs()) * 1.3
     assert difference(full_weights(model), full_weights(clean)) > 0
 
@@ -188,9 +188,9 @@ def scaled_accelerator():
 
 
 def test_loss_scaler_gives_the_same_steps(tmp_path):
-    knobs = {"final_weights": "last", "max_grad_norm": 0.5, "logging_steps": 1}
-    run_training(arguments(tmp_path / "plain", **knobs))
-    result, _ = run_training(arguments(tmp_path / "scaled", **knobs), accelerator=scaled_accelerator())
+    options = {"final_weights": "last", "max_grad_norm": 0.5, "logging_steps": 1}
+    run_training(arguments(tmp_path / "plain", **options))
+    result, _ = run_training(arguments(tmp_path / "scaled", **options), accelerator=scaled_accelerator())
     assert result.progress.skipped == 0
     for plain, scaled in zip(history(tmp_path / "plain"), history(tmp_path / "scaled"), strict=True):
         numbers = ("loss", "gradient_norm") if "loss" in plain else ("evaluation",)

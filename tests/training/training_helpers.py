@@ -31,7 +31,7 @@ from hf_tfm.training.run import start_accelerator
 VOCABULARY = 40
 # The bias of keys moves all scores of a query alike, so it changes nothing and its gradient is rounding noise. Adam
 # divides that noise by its own size; a large epsilon keeps it small, so that every weight of equal runs is comparable.
-KNOBS = {"max_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "logging_steps": 3, "adam_epsilon": 1e-4}
+OPTIONS = {"max_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "logging_steps": 3, "adam_epsilon": 1e-4}
 
 
 def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
@@ -77,9 +77,9 @@ def fresh_accelerator(args: TokenBatchArguments | None = None) -> Accelerator:
     return start_accelerator(args or arguments("."))
 
 
-def arguments(folder: Path | str, **knobs) -> TokenBatchArguments:
-    """Knobs of a short run."""
-    return TokenBatchArguments(output_dir=str(folder), progress=False, **{**KNOBS, **knobs})
+def arguments(folder: Path | str, **overrides) -> TokenBatchArguments:
+    """Options of a short run."""
+    return TokenBatchArguments(output_dir=str(folder), progress=False, **{**OPTIONS, **overrides})
 
 
 class FaultyLoader:
@@ -187,7 +187,7 @@ def kill_at_call(path: str, number: int) -> None:
     setattr(owner, name, deadly)
 
 
-def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
+def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
     """What a process of `start` does."""
     os.setpgrp()
     torch.set_num_threads(1)
@@ -196,7 +196,7 @@ def child(report: str, knobs: dict[str, Any], fields: dict[str, Any], options: d
         kill_at_call(*deadly)
     if limit := options.pop("file_limit", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    args = TokenBatchArguments(**knobs)
+    args = TokenBatchArguments(**overrides)
     try:
         result, model = run_training(args, tiny_model(args.seed, **fields), **options)
     except OSError as error:

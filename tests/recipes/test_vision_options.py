@@ -1,4 +1,4 @@
-"""Knobs of the recipes on images that do not fit are told before a step is made; presets fit each other."""
+"""Incompatible options of the image recipes are rejected before the first step; presets fit each other."""
 
 import re
 
@@ -67,13 +67,13 @@ MISFITS = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "knobs", "message"),
-    [(recipe, knobs, message) for recipes, knobs, message in MISFITS.values() for recipe in recipes],
+    ("recipe", "overrides", "message"),
+    [(recipe, overrides, message) for recipes, overrides, message in MISFITS.values() for recipe in recipes],
     ids=[f"{name}-{recipe}" for name, (recipes, *_) in MISFITS.items() for recipe in recipes],
 )
-def test_knobs_that_do_not_fit(recipe, knobs, message, data, tmp_path, capsys):
+def test_incompatible_options_are_refused(recipe, overrides, message, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(recipe, data, tmp_path / "run", **knobs)
+        run(recipe, data, tmp_path / "run", **overrides)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -91,13 +91,17 @@ UNFIT_FOR_THE_DATA = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "knobs", "message"),
-    [(recipe, knobs, message) for recipes, knobs, message in UNFIT_FOR_THE_DATA.values() for recipe in recipes],
+    ("recipe", "overrides", "message"),
+    [
+        (recipe, overrides, message)
+        for recipes, overrides, message in UNFIT_FOR_THE_DATA.values()
+        for recipe in recipes
+    ],
     ids=[f"{name}-{recipe}" for name, (recipes, *_) in UNFIT_FOR_THE_DATA.items() for recipe in recipes],
 )
-def test_knobs_that_do_not_fit_the_data(recipe, knobs, message, data, tmp_path):
+def test_options_that_do_not_fit_the_data_are_refused(recipe, overrides, message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(recipe, data, tmp_path / "run", **knobs)
+        run(recipe, data, tmp_path / "run", **overrides)
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
 
 
