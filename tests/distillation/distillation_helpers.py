@@ -1,4 +1,6 @@
-"""What the tests of distillation share: tiny teachers and students of every family, and tasks with a few samples."""
+"""Shared helpers of the distillation tests: tiny teachers and students of every family, and tasks with a few
+samples.
+"""
 
 import io
 from typing import Any
@@ -74,7 +76,7 @@ def tokenizer() -> BertTokenizer:
 
 
 def sentences(count: int = 10, seed: int = 0) -> list[dict[str, Any]]:
-    """Sequences of 5 to 14 tokens; the label is whether the first word is one of the first half."""
+    """Sequences of 5 to 14 tokens; the label is whether the first token is in the first half of the vocabulary."""
     random = np.random.default_rng(seed)
     rows = []
     for length in random.integers(5, 15, count):
@@ -83,8 +85,8 @@ def sentences(count: int = 10, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Larger weights than fresh ones, which leave a model almost linear, and biases that are not 0."""
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw larger weights than the default initialization, which leaves a model almost linear, and nonzero biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -102,14 +104,14 @@ def bert(layers: int = 4, width: int = 32, native: bool = False, seed: int = 0, 
     torch.manual_seed(seed)
     kind, config = (BertForMaskedLM, BertConfig) if native else (TfmBertForMaskedLM, TfmBertConfig)
     sizes = {**BERT, "hidden_size": width, "num_hidden_layers": layers, "vocab_size": 60, **fields}
-    return lively(kind(config(**sizes)), seed)
+    return randomize(kind(config(**sizes)), seed)
 
 
 def classifier(layers: int = 4, width: int = 32, seed: int = 0, **fields) -> nn.Module:
-    """A classifier of texts."""
+    """A text classifier."""
     torch.manual_seed(seed)
     sizes = {**BERT, "hidden_size": width, "num_hidden_layers": layers, "vocab_size": 60, "num_labels": 2, **fields}
-    return lively(TfmBertForSequenceClassification(TfmBertConfig(**sizes)), seed)
+    return randomize(TfmBertForSequenceClassification(TfmBertConfig(**sizes)), seed)
 
 
 def vit(layers: int = 4, width: int = 32, kind: str = "ours", seed: int = 0) -> nn.Module:
@@ -118,21 +120,21 @@ def vit(layers: int = 4, width: int = 32, kind: str = "ours", seed: int = 0) -> 
     if kind == "timm":
         args = {"img_size": 16, "patch_size": 4, "embed_dim": width, "depth": layers, "num_heads": 4}
         config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=5)
-        return lively(TimmWrapperForImageClassification(config), seed)
+        return randomize(TimmWrapperForImageClassification(config), seed)
     sizes = {**VIT, "hidden_size": width, "num_hidden_layers": layers, **LABELS}
     if kind == "native":
-        return lively(ViTForImageClassification(ViTConfig(**sizes)), seed)
-    return lively(TfmViTForImageClassification(TfmViTConfig(**sizes)), seed)
+        return randomize(ViTForImageClassification(ViTConfig(**sizes)), seed)
+    return randomize(TfmViTForImageClassification(TfmViTConfig(**sizes)), seed)
 
 
 def detr(layers: int = 3, seed: int = 0, **fields) -> TfmDetrForObjectDetection:
-    """A detector of ten digits."""
+    """A detector of ten digit classes."""
     torch.manual_seed(seed)
-    return lively(TfmDetrForObjectDetection(TfmDetrConfig(**{**DETR, "decoder_layers": layers, **fields})), seed)
+    return randomize(TfmDetrForObjectDetection(TfmDetrConfig(**{**DETR, "decoder_layers": layers, **fields})), seed)
 
 
 class PlainTask(Task):
-    """A task without data of its own; subclasses define what a step needs."""
+    """Base class for tasks without data; subclasses define the methods a training step needs."""
 
     Arguments = TrainingArguments
     reported_metrics = ("loss",)
@@ -156,7 +158,7 @@ def text_batch(examples: list, indices: list[int], epoch: int, is_dummy: bool = 
 
 
 class TextTask(PlainTask):
-    """Classification of texts with the least a task needs to be distilled."""
+    """Text classification with the minimal interface that distillation requires."""
 
     item, term = "texts", "label"
 
@@ -173,8 +175,8 @@ class TextTask(PlainTask):
         return {"label": cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)}
 
 
-def pictures(count: int = 10) -> list[dict[str, Any]]:
-    """JPEGs of soft blobs with labels "a" to "e"."""
+def image_rows(count: int = 10) -> list[dict[str, Any]]:
+    """JPEGs of blurry blobs with labels "a" to "e"."""
     rows = []
     for index in range(count):
         small = np.random.default_rng(index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
@@ -204,11 +206,11 @@ def language_task(seed: int = 0) -> LanguageModelingTask:
 def distillation(
     task: Any, teacher: Any, student: nn.Module, terms: list[dict[str, Any]]
 ) -> tuple[DistillationTask, StudentWithProjections]:
-    """A task and what it trains.
+    """A distillation task and the student it trains.
 
     Args:
-        teacher: a model, or what stands for one.
-        terms: fields of each.
+        teacher: a model, or a cached teacher.
+        terms: fields of each loss term.
     """
     teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
     resolved = resolve_terms([Term(**term) for term in terms], spec_of(student), teacher.spec)
@@ -217,7 +219,7 @@ def distillation(
 
 
 def training_samples(task: Any, rows: Any, data: str = "abc", refs: Any = None) -> TrainingSamples:
-    """The training data of a task, as a teacher reads it."""
+    """The training data of a task in the form a teacher reads."""
     task = task if isinstance(task, DistillationTask) else DistillationTask.around(task, AllEpochs(), ())
     collate = DistillationCollator(
         task.task.collator(training=True), AllEpochs(), (), type(task.task).target_positions, task.all_tokens
@@ -226,13 +228,13 @@ def training_samples(task: Any, rows: Any, data: str = "abc", refs: Any = None) 
 
 
 def batches(task: Any, rows: Any, cuts: list[list[int]], epoch: int = 0) -> list[dict[str, Any]]:
-    """Micro-batches of rows, by their numbers."""
+    """Micro-batches of the given row indices."""
     collate = task.collator(training=True)
     return [collate([rows[i] for i in cut], cut, epoch) for cut in cuts]
 
 
 def losses(task: DistillationTask, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
-    """Each term of a batch, divided by its items."""
+    """Loss terms of a batch, each divided by its number of items."""
     counts = task.count(batch)
     return {name: value.item() / counts[name] for name, value in task.losses(model, batch).items()}
 
@@ -240,7 +242,7 @@ def losses(task: DistillationTask, model: nn.Module, batch: dict[str, Any]) -> d
 def trained(
     task: DistillationTask, model: nn.Module, steps: list[list[dict[str, Any]]], **overrides
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights after some steps, each of several micro-batches, and the loss of each step."""
+    """Weights after some steps of several micro-batches each, and the loss of each step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_distillation_ranks.py: python -m torch.distributed.run ... FOLDER"""
+"""Worker for test_distillation_ranks.py: python -m torch.distributed.run ... FOLDER"""
 
 import sys
 from pathlib import Path
@@ -30,14 +30,14 @@ TERMS = {
 
 
 def build(name: str) -> tuple[DistillationTask, StudentWithProjections]:
-    """A task and what it trains."""
+    """A distillation task and the student it trains."""
     return distillation(language_task(), bert(4), bert(2, 16, seed=1), TERMS[name])
 
 
 def train_steps(
     accelerator: Accelerator, task: DistillationTask, model: StudentWithProjections, micro: int | None
 ) -> dict[str, Any]:
-    """The weights after an epoch of three steps; the last has one sample, too few for two processes."""
+    """Weights after an epoch of three steps; the last step has one sample, fewer than there are processes."""
     rows = sentences(9)
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collator(), micro, **place)
@@ -51,7 +51,7 @@ def train_steps(
 
 
 def cache(accelerator: Accelerator | None, folder: Path) -> DistillationTask:
-    """A task whose teacher all processes cache together."""
+    """A task whose teacher cache is written by all processes together."""
     task, _ = build("layers")
     names = signals_of(task.terms, "teacher")
     form = CacheFormat(names, dtype="fp32", shard_samples=2)

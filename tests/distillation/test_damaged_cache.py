@@ -1,4 +1,4 @@
-"""A damaged cache of a teacher's signals is refused with the name of the file, before anything is trained."""
+"""A damaged teacher cache is rejected with the name of the damaged file before training starts."""
 
 import json
 import shutil
@@ -38,14 +38,14 @@ def cache(written, tmp_path):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["index.json", "shards/00000.safetensors", "shards/00001.safetensors"])
-def test_a_damaged_file_is_named(cache, name, kind):
+def test_damaged_file_is_named(cache, name, kind):
     CachedTeacher(cache)
     DAMAGE[kind](cache / name)
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         CachedTeacher(cache)
 
 
-def test_nan_in_a_shard_is_named(cache):
+def test_nan_in_shard_is_named(cache):
     path = cache / "shards" / "00001.safetensors"
     tensors = load_file(path)
     name = next(name for name, value in tensors.items() if value.is_floating_point())
@@ -62,7 +62,7 @@ def test_nan_in_a_shard_is_named(cache):
     ("name", "value"),
     [("rows", "many"), ("rows", 0), ("epochs", -1), ("shard_samples", 0), ("signals", 3), ("facts", {}), ("extra", 1)],
 )
-def test_a_wrong_value_of_the_index_is_named(cache, name, value):
+def test_wrong_index_value_is_named(cache, name, value):
     content = json.loads((cache / "index.json").read_text())
     (cache / "index.json").write_text(json.dumps({**content, name: value}))
     with pytest.raises(ValueError, match=rf"index\.json is damaged.*{'' if name == 'facts' else name}"):
@@ -70,14 +70,14 @@ def test_a_wrong_value_of_the_index_is_named(cache, name, value):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_costs_are_named(cache, kind):
+def test_damaged_cost_file_is_named(cache, kind):
     assert load_cost(cache, "accuracy")["score"] == 0.5
     DAMAGE[kind](cache / "teacher.json")
     with pytest.raises(ValueError, match=r"teacher\.json is damaged .*delete the file"):
         load_cost(cache, "accuracy")
 
 
-def test_a_folder_of_something_else_is_no_cache(tmp_path):
+def test_unrelated_folder_is_not_a_cache(tmp_path):
     with pytest.raises(ValueError, match="holds no cache of a teacher's signals"):
         CachedTeacher(tmp_path)
     (tmp_path / "thesis.tex").write_text("precious")

@@ -1,4 +1,4 @@
-"""Each term is what its paper says, summed over its items."""
+"""Each loss term matches the definition in its paper, summed over its items."""
 
 import math
 
@@ -14,7 +14,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_soft_targets_are_a_divergence_at_a_temperature():
+def test_soft_target_is_kl_divergence_at_a_temperature():
     student, teacher = random(5, 7), random(5, 7, seed=1)
     p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * sum((p[i] * (p[i] / q[i]).log()).sum() for i in range(5))
@@ -22,8 +22,8 @@ def test_soft_targets_are_a_divergence_at_a_temperature():
     assert losses.soft_target_loss(teacher, teacher, 3.0).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_gradient_of_soft_targets_keeps_its_size_at_any_temperature():
-    """That of a plain divergence falls with T^2 (Hinton et al. 2015, section 2)."""
+def test_soft_target_gradient_scale_is_independent_of_temperature():
+    """The gradient of the plain divergence shrinks with 1 / T^2 (Hinton et al. 2015, section 2)."""
     norms = []
     for temperature in (1.0, 8.0):
         student = (0.1 * random(50, 9)).requires_grad_()
@@ -38,14 +38,16 @@ def largest(teacher, k, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_largest_logits_and_the_rest_of_all_but_one_are_all(temperature):
+def test_top_k_with_rest_equals_full_loss_for_all_but_one_class(temperature):
     student, teacher = random(5, 7), random(5, 7, seed=1)
     found = losses.soft_target_top_loss(student, *largest(teacher, 6, temperature), temperature)
     assert found.item() == pytest.approx(losses.soft_target_loss(student, teacher, temperature).item(), rel=1e-5)
 
 
-def test_the_largest_logits_count_with_the_teacher_s_own_probabilities():
-    """Of fewer classes the loss is lower and still 0 only where the student agrees; renormalised it would not be 0."""
+def test_top_k_keeps_the_teacher_probabilities():
+    """With fewer classes the loss is lower, but still 0 only if student and teacher agree; renormalizing would
+    break that.
+    """
     student, teacher = random(5, 50), 2 * random(5, 50, seed=1)
     full = losses.soft_target_loss(student, teacher).item()
     parts = [losses.soft_target_top_loss(student, *largest(teacher, k, 1.0)).item() for k in (4, 16, 40)]
@@ -53,21 +55,21 @@ def test_the_largest_logits_count_with_the_teacher_s_own_probabilities():
     assert losses.soft_target_top_loss(teacher, *largest(teacher, 4, 1.0)).item() == pytest.approx(0.0, abs=1e-5)
     listed = teacher.log_softmax(1).gather(1, teacher.topk(4).indices)
     renormalised = (listed.softmax(1) * (listed.log_softmax(1) - listed)).sum()
-    assert renormalised > 0.5  # of the teacher with itself
+    assert renormalised > 0.5  # the teacher compared with itself
 
 
-def test_hard_targets_are_the_teacher_s_best_classes():
+def test_hard_targets_are_the_teacher_argmax():
     student, teacher = random(5, 7), random(5, 7, seed=1)
     expected = cross_entropy(student, teacher.argmax(1), reduction="sum").item()
     assert losses.hard_target_loss(student, teacher).item() == pytest.approx(expected)
     assert losses.hard_target_top_loss(student, *largest(teacher, 3, 1.0)).item() == pytest.approx(expected)
 
 
-def test_logits_of_one_output_are_compared():
+def test_logits_of_a_single_output():
     student, teacher = random(5, 1), random(5, 1, seed=1)
     expected = mse_loss(student, teacher, reduction="sum").item()
     assert losses.logit_loss(student, teacher).item() == pytest.approx(expected)
-    for temperature in (1.0, 3.0):  # without a softmax there is nothing to warm
+    for temperature in (1.0, 3.0):  # temperature has no effect without a softmax
         assert losses.soft_target_loss(student, teacher, temperature).item() == pytest.approx(expected)
 
 
@@ -75,7 +77,7 @@ def real(lengths, size):
     return (torch.arange(size) < torch.tensor(lengths)[:, None]).float()
 
 
-def test_states_are_compared_token_by_token():
+def test_hidden_states_are_compared_per_token():
     student, teacher = random(2, 5, 8), random(2, 5, 8, seed=1)
     weights = real([5, 3], 5)
     tokens = [(student[b, t], teacher[b, t]) for b, length in ((0, 5), (1, 3)) for t in range(length)]
@@ -93,7 +95,7 @@ def masked_scores(lengths, size, causal=False, seed=0):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_scores_are_compared_where_a_query_may_look(causal):
+def test_attention_scores_are_compared_at_visible_positions(causal):
     lengths = [5, 3]
     student, teacher = (masked_scores(lengths, 5, causal, seed) for seed in (0, 1))
     student.requires_grad_()
@@ -110,7 +112,7 @@ def test_scores_are_compared_where_a_query_may_look(causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_compared_by_its_divergence(causal):
+def test_attention_probabilities_are_compared_by_divergence(causal):
     lengths = [5, 3]
     student, teacher = (masked_scores(lengths, 5, causal, seed) for seed in (0, 1))
     student.requires_grad_()
@@ -127,8 +129,8 @@ def test_attention_is_compared_by_its_divergence(causal):
     assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
 
 
-def test_a_query_that_sees_nothing_is_no_trouble():
-    """Padding on the left of a causal model has nothing to look at."""
+def test_fully_masked_query_gives_finite_loss():
+    """Left padding of a causal model has no position to attend to."""
     student = masked_scores([4], 4).requires_grad_()
     blind = student.masked_fill(torch.tensor([True, False, False, False])[:, None], -math.inf)
     teacher = blind.detach() + 0.5
@@ -139,7 +141,7 @@ def test_a_query_that_sees_nothing_is_no_trouble():
         assert value.isfinite() and student.grad.isfinite().all()
 
 
-def test_maps_are_compared_cell_by_cell():
+def test_feature_maps_are_compared_per_cell():
     student, teacher = random(2, 8, 2, 3), random(2, 8, 2, 3, seed=1)
     weights = torch.tensor([[1 / 6] * 6, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 0]])
     expected = mse_loss(student[0], teacher[0]) + mse_loss(student[1, :, :, :2], teacher[1, :, :, :2])
@@ -169,8 +171,10 @@ def objects(*counts):
     ]
 
 
-def test_queries_learn_what_the_teacher_says_of_objects():
-    """By hand: of each object the teacher's query, of that the student's, by the least cost; one object an image."""
+def test_query_loss_uses_matched_objects():
+    """Checked by hand: each object's matched teacher query is compared with the cheapest student query; one object
+    per image.
+    """
     logits, boxes = detections(2, 6, seed=0)
     (their_logits,), (their_boxes,) = detections(1, 5, seed=1)
     labels = objects(1, 1)
@@ -194,7 +198,7 @@ def test_queries_learn_what_the_teacher_says_of_objects():
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_queries_of_a_teacher_are_their_own_best():
+def test_teacher_queries_match_themselves():
     logits, boxes = detections(1, 6, seed=0)
     labels = objects(3, 0)
     same = losses.query_loss((logits, boxes), (logits[0], boxes[0]), labels, Costs)
@@ -203,7 +207,7 @@ def test_queries_of_a_teacher_are_their_own_best():
     assert same.item() == pytest.approx(0.0, abs=1e-4) and moved.item() == pytest.approx(0.0, abs=1e-4)
 
 
-def test_more_objects_than_queries_and_none_at_all_are_no_trouble():
+def test_query_loss_with_too_many_or_no_objects():
     logits, boxes = detections(1, 4, seed=0)
     (their_logits,), (their_boxes,) = detections(1, 2, seed=1)
     crowd = losses.query_loss((logits, boxes), (their_logits, their_boxes), objects(5, 1), Costs)
@@ -214,7 +218,7 @@ def test_more_objects_than_queries_and_none_at_all_are_no_trouble():
     assert nothing.item() == 0.0 and (logits.grad == 0).all()
 
 
-def test_shapes_that_differ_are_refused():
+def test_shape_mismatch_is_refused():
     with pytest.raises(ValueError, match=r"equal shapes, got \(2, 3\) and \(2, 4\)"):
         losses.soft_target_loss(random(2, 3), random(2, 4))
 

@@ -1,4 +1,4 @@
-"""Two processes distil, and write a cache, as one does."""
+"""Two processes train a student and write a cache with the same results as one process."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder that two gloo processes wrote to."""
+    """The output folder of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("distillation_ranks.py")
     done = subprocess.run(
@@ -32,7 +32,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("micro", [None, 1])
 @pytest.mark.parametrize("name", list(TERMS))
 def test_same_weights_as_one_process(two, name, micro):
-    """The inner layers with micro-batches read their teacher from the cache that two processes wrote."""
+    """The runs with inner-layer terms and micro-batches read their teacher from the cache that two processes wrote."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     task, model = build(name)
@@ -54,4 +54,4 @@ def test_same_cache_as_one_process(two, tmp_path):
         mine, theirs = (load_file(folder / "shards" / name) for folder in (tmp_path, two / "cache"))
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-5)  # of other numbers of threads
+            torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-5)  # rounding: other thread count

@@ -1,4 +1,4 @@
-"""A whole run of the loop: a student that is wrapped is averaged, stopped, resumed and shipped like any model."""
+"""Complete runs: the wrapped student can be averaged, stopped, resumed and saved like any other model."""
 
 import pytest
 import torch
@@ -31,11 +31,11 @@ OPTIONS = {
 
 
 class Cut(Exception):
-    """Something that ends a run."""
+    """Raised to interrupt a run."""
 
 
 class CuttingLoader:
-    """A loader that ends the run before a step."""
+    """A loader that interrupts the run before a given step."""
 
     def __init__(self, loader, last):
         self.loader, self.last, self.done = loader, last, 0
@@ -50,12 +50,12 @@ class CuttingLoader:
 
 
 def run(folder, last=None, cache=None, **overrides):
-    """Distil for 8 steps, or until it is cut off; the task, the model and the validation scores of its student."""
+    """Distil for 8 steps or until interrupted; returns task, model and the student's validation scores."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
     plain = language_task()
-    # A student that drops: a resumed run must draw the same.
+    # Dropout in the student: a resumed run must draw the same masks.
     student = bert(2, 16, seed=1, hidden_dropout_prob=0.1)
     task, model = distillation(plain, bert(4), student, TERMS)
     rows = sentences(12)
@@ -79,7 +79,7 @@ def run(folder, last=None, cache=None, **overrides):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path, cached):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, cached):
     options = {"cache": tmp_path / "cache", "dataloader_num_workers": 1} if cached else {}
     whole, _ = run(tmp_path / "whole", **options)
     with pytest.raises(Cut):
@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(tmp_path, cached):
 
 
 @pytest.mark.parametrize("overrides", [{"ema_decay": 0.5, "final_weights": "ema"}, {"final_weights": "best"}], ids=str)
-def test_the_student_is_shipped_alone(tmp_path, overrides):
+def test_only_the_student_is_saved(tmp_path, overrides):
     model, scores = run(tmp_path / "run", **overrides)
     model.student.save_pretrained(tmp_path / "student")
     loaded, report = TfmBertForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
@@ -104,12 +104,12 @@ def test_the_student_is_shipped_alone(tmp_path, overrides):
     assert again == scores
 
 
-def test_a_run_from_a_cache_ends_where_one_with_its_teacher_does(tmp_path):
+def test_cached_run_equals_online_run(tmp_path):
     online, _ = run(tmp_path / "online")
-    cached, _ = run(tmp_path / "run", cache=tmp_path / "cache")  # 8 steps are 2 2/3 epochs of 2 cached ones
+    cached, _ = run(tmp_path / "run", cache=tmp_path / "cache")  # 8 steps are 2 2/3 epochs; two epochs are cached
     ours, theirs = online.state_dict(), cached.state_dict()
     difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-    assert difference > 1e-4  # the third epoch has the masks of the first
+    assert difference > 1e-4  # the third epoch reuses the masks of the first
     early, _ = run(tmp_path / "early", max_steps=6)
     other, _ = run(tmp_path / "other", max_steps=6, cache=tmp_path / "cache")
     ours, theirs = early.state_dict(), other.state_dict()

@@ -1,4 +1,6 @@
-"""A distillation step is one batch however it is cut, is the sum of its terms, and learns; for every kind of model."""
+"""A distillation step is invariant to micro-batching, sums its terms, and trains the student; for every kind of
+model.
+"""
 
 import copy
 
@@ -15,10 +17,10 @@ from distillation_helpers import (
     detection_task,
     detr,
     distillation,
+    image_rows,
     image_task,
     language_task,
     losses,
-    pictures,
     scenes,
     sentences,
     tokenizer,
@@ -92,12 +94,12 @@ CASES = {
     "language, all tokens": (every_token, sentences),
     "texts": (texts, sentences),
     "GLUE": (lambda: texts(task=TextClassificationTask.for_model(classifier(), tokenizer())), sentences),
-    "images": (images, pictures),
-    "native images": (lambda: images("native"), pictures),
-    "timm images": (lambda: images("timm"), pictures),
+    "images": (images, image_rows),
+    "native images": (lambda: images("native"), image_rows),
+    "timm images": (lambda: images("timm"), image_rows),
     "mixed images": (
         lambda: images(augmentation=Augmentation(), mixing=Mixing(mixup=0.8, cutmix=1.0), label_smoothing=0.1),
-        pictures,
+        image_rows,
     ),
     "detection": (detection, scenes),
 }
@@ -116,12 +118,12 @@ def test_micro_batches_equal_one_batch(name):
     (one, whole), (many, cut) = found
     assert max((one[key] - many[key]).abs().max() for key in one) < 1e-6
     assert cut == pytest.approx(whole, rel=1e-5)
-    assert max((one[key] - before[key]).abs().max() for key in one) > 1e-4  # the steps do something
+    assert max((one[key] - before[key]).abs().max() for key in one) > 1e-4  # the steps change the weights
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_hidden_batch_counts_for_nothing_and_reaches_every_weight(name):
-    """A rank without samples takes part in every pass, since data-parallel training waits for its gradients."""
+def test_dummy_batch_has_zero_loss_and_reaches_every_weight(name):
+    """A rank without samples takes part in every pass, because data-parallel training waits for its gradients."""
     make, rows = CASES[name]
     task, model = make()
     rows = rows()
@@ -139,8 +141,8 @@ def test_a_hidden_batch_counts_for_nothing_and_reaches_every_weight(name):
     assert reached == {key for key, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_terms_of_a_language_model_are_what_they_say():
-    """Every term by hand: sums over masked tokens and real tokens, on one padded batch."""
+def test_language_model_terms_by_hand():
+    """Every term computed by hand on one padded batch: sums over masked tokens or real tokens."""
     teacher, student = bert(4), bert(2, 16, seed=1)
     task, model = distillation(language_task(), copy.deepcopy(teacher), student, LANGUAGE)
     batch = batches(task, sentences(), [[0, 1, 2, 3]])[0]
@@ -195,14 +197,14 @@ def test_the_terms_of_a_language_model_are_what_they_say():
     assert counts["cosine_2"] == len(mask) and counts["hidden_state_2"] == counts["token"]
 
 
-def test_targets_are_not_chosen_where_there_are_none():
+def test_target_tokens_need_a_task_with_token_targets():
     terms = [{"kind": "hidden_state", "tokens": "targets"}]
     with pytest.raises(ValueError, match='tokens "targets" of hidden_state: the task has no tokens with a target'):
         task, model = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
         losses(task, model, batches(task, sentences(), [[0, 1]])[0])
 
 
-def test_logits_of_every_token_are_compared_and_labels_are_those_of_targets():
+def test_logits_of_all_tokens_with_labels_at_targets():
     task, model = every_token()
     batch = batches(task, sentences(), [[0, 1, 2]])[0]
     found, teacher = losses(task, model.eval(), batch), task.source.model
@@ -215,22 +217,22 @@ def test_logits_of_every_token_are_compared_and_labels_are_those_of_targets():
     assert task.count(batch)["token"] == int(chosen.sum()) < task.count(batch)["soft_target"] == int(mask.sum())
 
 
-def test_every_token_is_not_compared_where_there_are_no_logits_of_tokens():
+def test_all_tokens_need_a_task_with_token_logits():
     terms = [{"kind": "soft_target", "tokens": "all"}]
     task, _ = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
     with pytest.raises(ValueError, match='tokens "all" of a term on logits: the task has no tokens with a target'):
         batches(task, sentences(), [[0, 1]])
 
 
-def test_no_word_is_computed_where_no_logits_are_compared():
+def test_head_is_skipped_if_no_logits_are_compared():
     task, model = distillation(language_task(), bert(4), bert(2, 16, seed=1), [{"kind": "hidden_state"}])
     batch = batches(task, sentences(), [[0, 1]])[0]
     _, output = model(task.task.inputs(batch), task.positions(batch))
     assert output.logits.shape == (0, 60)
 
 
-def test_tokens_are_counted_the_same_without_a_mask():
-    """Sequences of equal length have none."""
+def test_token_counts_are_the_same_without_a_mask():
+    """Sequences of equal length are batched without an attention mask."""
     rows = [{"input_ids": sentences()[0]["input_ids"], "label": 0}] * 2
     task, model = distillation(language_task(), bert(4), bert(2, 16, seed=1), [{"kind": "hidden_state"}])
     batch = batches(task, rows, [[0, 1]])[0]
@@ -241,7 +243,7 @@ def test_tokens_are_counted_the_same_without_a_mask():
     assert losses(task, model, batch)["hidden_state"] == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_causal_model_learns_from_every_next_token():
+def test_causal_model_compares_every_next_token():
     def gpt(layers, seed):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "dropout": 0.0}
@@ -261,20 +263,20 @@ def test_a_causal_model_learns_from_every_next_token():
 
 
 @pytest.mark.parametrize("name", ["language", "texts", "images", "detection"])
-def test_a_student_becomes_like_its_teacher(name):
+def test_training_moves_the_student_towards_the_teacher(name):
     make, rows = CASES[name]
-    # Labels and hard targets pull away from a random teacher's probabilities, which are near even.
+    # Labels and hard targets work against a random teacher's probabilities, which are nearly uniform.
     task, model = texts([{"kind": "soft_target"}, {"kind": "logit"}]) if name == "texts" else make()
     step = batches(task, rows(), CUTS[1])
     before = losses(task, copy.deepcopy(model).eval(), step[0])
     trained(task, model, [step] * 30, learning_rate=3e-3, weight_decay=0.0)
     after = losses(task, model.eval(), step[0])
-    for lesson in task.terms:
-        if lesson.kind.loss is not None:
-            assert after[lesson.name] < 0.9 * before[lesson.name], lesson.name
+    for term in task.terms:
+        if term.kind.loss is not None:
+            assert after[term.name] < 0.9 * before[term.name], term.name
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+def test_loss_is_zero_if_student_equals_teacher():
     student = detr(3)
     terms = [{"kind": "query"}, {"kind": "hidden_state", "stack": "decoder"}]
     student.config.auxiliary_loss = False
@@ -283,7 +285,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     assert all(value == pytest.approx(0.0, abs=1e-4) for value in found.values())
 
 
-def test_evaluation_has_the_terms_too():
+def test_evaluation_reports_the_terms():
     task, model = texts()
     step = batches(task, sentences(), CUTS[1])
 
@@ -297,7 +299,7 @@ def test_evaluation_has_the_terms_too():
     assert found["loss"] == pytest.approx(sum(whole.values()), rel=1e-5)
 
 
-def test_the_teacher_learns_nothing():
+def test_teacher_weights_stay_fixed():
     teacher = classifier(4)
     task, model = distillation(TextTask(), teacher, classifier(2, 16, seed=1), TEXT)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -306,7 +308,7 @@ def test_the_teacher_learns_nothing():
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
 
-def test_a_teacher_in_bfloat16_teaches_about_the_same():
+def test_bfloat16_teacher_gives_similar_losses():
     found = []
     for dtype in ("fp32", "bf16"):
         task, model = distillation(TextTask(), Teacher(classifier(4), dtype), classifier(2, 16, seed=1), TEXT)
@@ -315,8 +317,8 @@ def test_a_teacher_in_bfloat16_teaches_about_the_same():
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-def test_images_that_cannot_be_read_are_left_out():
-    rows = pictures()
+def test_unreadable_images_are_skipped():
+    rows = image_rows()
     task, model = images()
     whole = losses(task, model.eval(), batches(task, rows, [[0, 2, 3]])[0])
     rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:50]
@@ -325,7 +327,7 @@ def test_images_that_cannot_be_read_are_left_out():
     assert losses(task, model, batch) == pytest.approx(whole, rel=1e-5)
 
 
-def test_tokens_of_an_image_count_one_together_without_its_padding():
+def test_image_tokens_have_total_weight_one_without_padding():
     states = torch.zeros(2, 6, 8)
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[0], mask[1, :64, :64] = True, True
@@ -341,7 +343,7 @@ def test_tokens_of_an_image_count_one_together_without_its_padding():
         token_weights({"input_ids": torch.zeros(2, 5)}, "hidden/1", states)
 
 
-def test_a_student_with_two_heads_learns_with_each_from_one():
+def test_student_with_two_heads_uses_one_target_for_each():
     """DeiT (Touvron et al. 2021, section 3): labels for the class token, the teacher for the distillation token."""
     torch.manual_seed(0)
     student = DeiTForImageClassificationWithTeacher(DeiTConfig(**VIT, **LABELS, hidden_size=32, num_hidden_layers=2))
@@ -350,7 +352,7 @@ def test_a_student_with_two_heads_learns_with_each_from_one():
         {"kind": "hard_target", "weight": 0.5, "output": "distillation_logits"},
     ]
     task, model = distillation(image_task(), vit(3), student, terms)
-    batch = batches(task, pictures(), [[0, 1, 2]])[0]
+    batch = batches(task, image_rows(), [[0, 1, 2]])[0]
     found = task.losses(model, batch)
     found["hard_target"].backward(retain_graph=True)
     assert student.distillation_classifier.weight.grad is not None and student.cls_classifier.weight.grad is None

@@ -1,4 +1,4 @@
-"""Terms as YAML gives them, and what is refused before anything is trained."""
+"""Loss terms are parsed from YAML and validated before training starts."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TINY_TO_BASE = (spec_of(bert(4, 16)), spec_of(bert(12, 32)))
 
 
-def lessons(student, teacher, *terms):
+def resolve(student, teacher, *terms):
     return resolve_terms([Term(**term) for term in terms], student, teacher)
 
 
@@ -37,7 +37,7 @@ class RecipeArguments:
         self.terms = read_terms(self.terms)
 
 
-def test_yaml_gives_terms(tmp_path):
+def test_terms_from_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text(
         """
         terms:
@@ -60,7 +60,7 @@ def test_yaml_gives_terms(tmp_path):
     "line",
     ["{kind: nonsense}", "{kind: soft_target, heat: 2}", "{kind: cosine, weight: a}", "{kind: query, layers: x}"],
 )
-def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
+def test_invalid_yaml_exits_with_an_error(tmp_path, line, capsys):
     (tmp_path / "a.yaml").write_text(f"terms:\n  - {line}\n")
     with pytest.raises(SystemExit):
         parse_arguments(RecipeArguments, Path(__file__), ["--config", str(tmp_path / "a.yaml")])
@@ -92,18 +92,18 @@ def test_yaml_that_is_wrong_ends_the_program(tmp_path, line, capsys):
         ({"kind": "hidden_state", "stack": "cross"}, '"encoder" or "decoder", got "cross"'),
     ],
 )
-def test_a_term_that_is_wrong_in_itself_is_refused(fields, words):
+def test_invalid_term_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         Term(**fields)
 
 
-def test_terms_on_logits_count_the_same_tokens():
+def test_terms_on_logits_must_count_the_same_tokens():
     terms = {"kind": "soft_target", "tokens": "all"}, {"kind": "logit"}
     with pytest.raises(ValueError, match='the same tokens, got "all" and "targets"'):
-        lessons(*TINY_TO_BASE, *terms)
+        resolve(*TINY_TO_BASE, *terms)
 
 
-def test_rules_of_layers():
+def test_layer_maps():
     assert layer_map("uniform", 4, 12) == {1: 3, 2: 6, 3: 9, 4: 12}  # TinyBERT, g(m) = 3 m
     assert layer_map("skip", 6, 12) == {1: 2, 2: 4, 3: 6, 4: 8, 5: 10}  # PKD-Skip
     assert layer_map("last", 4, 12) == {1: 9, 2: 10, 3: 11, 4: 12}
@@ -114,9 +114,9 @@ def test_rules_of_layers():
         layer_map("uniform", 4, 3)
 
 
-def test_a_plan_names_the_signals():
+def test_resolved_terms_name_their_signals():
     student, teacher = TINY_TO_BASE
-    found = lessons(
+    found = resolve(
         student,
         teacher,
         {"kind": "label", "weight": 2.0},
@@ -127,11 +127,11 @@ def test_a_plan_names_the_signals():
         {"kind": "attention_score", "layers": {4: 12}},
         {"kind": "cosine", "projection": "linear"},
     )
-    assert [lesson.name for lesson in found] == [
+    assert [term.name for term in found] == [
         *("label", "soft_target", "embedding", "hidden_state", "hidden_state_2", "attention_score", "cosine")
     ]
     assert found[3].pairs == tuple((f"hidden/{m}", f"hidden/{3 * m}") for m in range(1, 5))
-    assert [lesson.widths for lesson in found] == [None, None, *[(16, 32)] * 3, None, (16, 32)]
+    assert [term.widths for term in found] == [None, None, *[(16, 32)] * 3, None, (16, 32)]
     assert signals_of(found, "student") == ["logits", *(f"hidden/{i}" for i in range(5)), "score/4"]
     assert signals_of(found, "teacher") == ["logits", *(f"hidden/{i}" for i in (0, 3, 6, 9, 12, 1)), "score/12"]
     assert describe(found)[5] == {
@@ -146,8 +146,8 @@ def test_a_plan_names_the_signals():
 
 def test_equal_widths_need_no_projection():
     same = spec_of(bert(2, 32))
-    assert lessons(same, TINY_TO_BASE[1], {"kind": "hidden_state"})[0].widths is None
-    assert lessons(same, TINY_TO_BASE[1], {"kind": "hidden_state", "projection": "linear"})[0].widths == (32, 32)
+    assert resolve(same, TINY_TO_BASE[1], {"kind": "hidden_state"})[0].widths is None
+    assert resolve(same, TINY_TO_BASE[1], {"kind": "hidden_state", "projection": "linear"})[0].widths == (32, 32)
 
 
 def heads(count):
@@ -184,39 +184,39 @@ def heads(count):
         ),
     ],
 )
-def test_terms_that_do_not_fit_the_models_are_refused(student, teacher, term, words):
+def test_terms_incompatible_with_the_models_are_refused(student, teacher, term, words):
     with pytest.raises(ValueError, match=words):
-        lessons(student, teacher, term)
+        resolve(student, teacher, term)
 
 
-def test_label_maps_that_differ_are_refused():
+def test_different_label_maps_are_refused():
     student = spec_of(vit(2))
     other = replace(student, labels=("a", "b", "d", "c", "e"))
     with pytest.raises(ValueError, match='label maps differ: class 2 is "c" for the student, "d" for the teacher'):
-        lessons(student, other, {"kind": "hard_target"})
-    lessons(student, spec_of(vit(2, kind="timm")), {"kind": "hard_target"})  # timm's has no names
-    lessons(student, other, {"kind": "hidden_state"})  # which does not compare classes
+        resolve(student, other, {"kind": "hard_target"})
+    resolve(student, spec_of(vit(2, kind="timm")), {"kind": "hard_target"})  # timm models have no class names
+    resolve(student, other, {"kind": "hidden_state"})  # this term does not compare classes
     assert resolve_terms([Term(kind="hard_target")], student, other, "number")
 
 
-def test_names_that_tell_no_class_apart_are_not_compared():
+def test_ambiguous_class_names_are_not_compared():
     student, term = spec_of(vit(2)), {"kind": "soft_target"}
-    lessons(replace(student, labels=tuple("ABCDE")), student, term)
+    resolve(replace(student, labels=tuple("ABCDE")), student, term)
     cranes = replace(student, labels=("crane", "b", "c", "Crane", "e"))
-    lessons(cranes, cranes, term)
-    lessons(replace(student, labels=("crane", "b", "c", "crane2", "e")), cranes, term)
+    resolve(cranes, cranes, term)
+    resolve(replace(student, labels=("crane", "b", "c", "crane2", "e")), cranes, term)
     with pytest.raises(ValueError, match=r'class 2 is "x" for the student, "c" .*match_labels=number'):
-        lessons(replace(student, labels=("crane", "b", "x", "crane", "e")), cranes, term)
+        resolve(replace(student, labels=("crane", "b", "x", "crane", "e")), cranes, term)
     with pytest.raises(ValueError, match="no class has a unique name"):
-        lessons(replace(student, labels=("a",) * 5), student, term)
+        resolve(replace(student, labels=("a",) * 5), student, term)
 
 
-def test_imagenet_as_timm_names_it_has_a_student():
+def test_timm_imagenet_names_are_accepted():
     info = ImageNetInfo()
     names = tuple(info.label_descriptions(as_dict=True)[synset] for synset in info.label_names())
     assert len(set(names)) < len(names) == 1000
     teacher = replace(spec_of(vit(2, kind="timm")), outputs=1000, labels=names)
-    lessons(replace(teacher, labels=tuple(name.upper() for name in names)), teacher, {"kind": "hard_target"})
+    resolve(replace(teacher, labels=tuple(name.upper() for name in names)), teacher, {"kind": "hard_target"})
     recipe = ROOT / "recipes" / "distill_vision.py"
     args = parse_arguments(ImageDistillationArguments, recipe, ["--config", "deit_base"])
     other = replace(teacher, labels=("TENCH", *names[1:500], "something else", *names[501:]))
@@ -226,16 +226,16 @@ def test_imagenet_as_timm_names_it_has_a_student():
         resolve_terms(terms, other, teacher)
 
 
-def test_terms_that_need_no_teacher_or_say_it_twice_are_refused():
+def test_missing_teacher_term_and_duplicate_terms_are_refused():
     student, teacher = TINY_TO_BASE
     with pytest.raises(ValueError, match="must include one that compares"):
-        lessons(student, teacher, {"kind": "label"})
+        resolve(student, teacher, {"kind": "label"})
     with pytest.raises(ValueError, match="once at most"):
-        lessons(student, teacher, {"kind": "label"}, {"kind": "cosine"}, {"kind": "label"})
+        resolve(student, teacher, {"kind": "label"}, {"kind": "cosine"}, {"kind": "label"})
 
 
 @pytest.mark.parametrize("model", [bert(2), vit(3), vit(2, kind="timm"), detr(2)], ids=lambda m: type(m).__name__)
-def test_facts_survive_json(model):
+def test_model_spec_survives_json(model):
     facts = spec_of(model)
     assert ModelSpec.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
@@ -251,7 +251,7 @@ def test_spec_of_every_family():
     assert detector.outputs == 11 and detector.queries == 6 and detector.widths["model.input_projection"] == 32
 
 
-def test_tokenizers_that_differ_are_refused():
+def test_different_tokenizers_are_refused():
     same, more = tokenizer(), tokenizer()
     check_tokenizers(same, tokenizer())
     more.add_tokens(["extra"])
@@ -263,7 +263,7 @@ def test_tokenizers_that_differ_are_refused():
         check_tokenizers(lower, cased)
 
 
-def test_processors_that_differ_are_refused():
+def test_different_image_processors_are_refused():
     ours = ViTImageProcessor(size={"height": 16, "width": 16})
     check_processors(ours, ViTImageProcessor(size={"height": 16, "width": 16}))
     for name, value in (("size", {"height": 32, "width": 32}), ("image_mean", [0.1, 0.2, 0.3])):

@@ -1,8 +1,8 @@
-"""Scores and probabilities of any model, taken where they arise; and signals by name."""
+"""Recording of attention scores, attention probabilities and other signals, by name, for any model."""
 
 import pytest
 import torch
-from distillation_helpers import bert, classifier, detr, lively, vit
+from distillation_helpers import bert, classifier, detr, randomize, vit
 from torch import nn
 from transformers import DistilBertConfig, DistilBertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -18,15 +18,15 @@ def gpt(native):
     torch.manual_seed(0)
     if native:
         ids = {"bos_token_id": 0, "eos_token_id": 0}
-        return lively(GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, **ids)))
+        return randomize(GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, **ids)))
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-    return lively(TfmGPTForCausalLM(TfmGPTConfig(vocab_size=60, max_position_embeddings=20, **sizes)))
+    return randomize(TfmGPTForCausalLM(TfmGPTConfig(vocab_size=60, max_position_embeddings=20, **sizes)))
 
 
 def distilbert():
     torch.manual_seed(0)
     sizes = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
-    return lively(DistilBertForMaskedLM(DistilBertConfig(**sizes)))
+    return randomize(DistilBertForMaskedLM(DistilBertConfig(**sizes)))
 
 
 TEXT_MODELS = {
@@ -40,7 +40,7 @@ TEXT_MODELS = {
 
 @pytest.mark.parametrize("mask", [MASK, None], ids=["padded", "whole"])
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_probabilities_are_those_of_the_eager_backend(name, mask):
+def test_probabilities_equal_eager_attention(name, mask):
     model = TEXT_MODELS[name]().eval()
     inputs = {"input_ids": IDS, "attention_mask": mask}
     with torch.no_grad(), record_attention(model) as recorded:
@@ -59,7 +59,7 @@ def test_probabilities_are_those_of_the_eager_backend(name, mask):
     assert (again - expected.logits)[real].abs().max() < 1e-4
 
 
-def test_the_model_attends_as_before():
+def test_recording_does_not_change_the_output():
     model = bert(2).eval()
     before = model.config._attn_implementation
     with pytest.raises(RuntimeError), record_attention(model):
@@ -67,7 +67,7 @@ def test_the_model_attends_as_before():
     assert model.config._attn_implementation == before == "sdpa"
 
 
-def test_recordings_of_two_models_do_not_mix():
+def test_recordings_of_two_models_are_separate():
     first, second = bert(2).eval(), bert(3, seed=1).eval()
     with record_attention(first) as outer, record_attention(second) as inner:
         second(input_ids=IDS)
@@ -78,29 +78,29 @@ def test_recordings_of_two_models_do_not_mix():
     assert all(torch.allclose(outer.scores[name], scores, atol=1e-6) for name, scores in alone.scores.items())
 
 
-def test_layers_that_nobody_wants_are_not_held():
+def test_only_requested_layers_are_kept():
     model = bert(3).eval()
     with torch.no_grad(), record_attention(model, lambda stack, layer: layer == 2) as recorded:
         model(input_ids=IDS)
     assert list(recorded.scores) == ["bert.layers.1.self_attn"] and len(recorded.of("")) == 3
 
 
-def test_a_model_with_attention_of_its_own_is_told_of():
+def test_model_without_the_attention_interface_is_refused():
     with pytest.raises(ValueError, match="does not use transformers' attention interface"):
         collect(vit(2, kind="timm"), {"pixel_values": torch.randn(1, 3, 16, 16)}, ["score/1"])
 
 
-def test_gradients_go_through_recorded_scores():
+def test_gradients_flow_through_recorded_scores():
     model = bert(2).train()
     found, _ = collect(model, {"input_ids": IDS}, ["score/2"])
     found["score/2"].square().sum().backward()
     layers = model.bert.layers
     assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in layers)
-    assert layers[1].self_attn.v_proj.weight.grad is None  # scores do not see values
+    assert layers[1].self_attn.v_proj.weight.grad is None  # scores do not depend on the values
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_only_rows_with_a_target_go_through_the_head(name):
+def test_head_runs_only_on_rows_with_a_target(name):
     model = TEXT_MODELS[name]().eval()
     places = torch.tensor([1, 3, 8])
     seen = []
@@ -113,7 +113,7 @@ def test_only_rows_with_a_target_go_through_the_head(name):
     assert (found["logits"] - full).abs().max() < 1e-5
 
 
-def test_states_count_from_what_the_first_block_reads():
+def test_hidden_states_start_with_the_first_block_input():
     model = bert(3).eval()
     names = [f"hidden/{i}" for i in range(4)]
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_states_count_from_what_the_first_block_reads():
     assert all(torch.equal(found[name], states) for name, states in zip(names, expected, strict=True))
 
 
-def test_timm_s_states_are_those_of_its_blocks_with_the_class_token():
+def test_timm_hidden_states_include_the_class_token():
     model = vit(3, kind="timm").eval()
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_timm_s_states_are_those_of_its_blocks_with_the_class_token():
     assert found["hidden/0"].shape == (2, 17, 32)
 
 
-def test_a_detector_has_stacks():
+def test_detector_has_encoder_and_decoder_stacks():
     model = detr(3).eval()
     names = ["encoder/hidden/1", "decoder/hidden/3", "encoder/score/1", "decoder/score/3", "cross/score/3"]
     names += ["boxes", "logits", "set_logits", "set_boxes", "map/model.input_projection"]
@@ -149,7 +149,7 @@ def test_a_detector_has_stacks():
     assert not torch.equal(found["decoder/score/3"], found["cross/score/3"])
 
 
-def test_what_a_model_does_not_give_is_named():
+def test_missing_signal_is_named():
     text, pixels = {"input_ids": IDS}, {"pixel_values": torch.randn(1, 3, 16, 16)}
     for model, inputs, name, words in (
         (bert(2), text, "hidden/3", 'no signal "hidden/3": it has 3'),
@@ -167,7 +167,7 @@ def test_what_a_model_does_not_give_is_named():
         collect(model, text, ["map/idle"])
 
 
-def test_segments_that_a_model_does_not_take_are_left_out():
+def test_unsupported_segments_are_dropped():
     segments = torch.zeros_like(IDS)
     collect(distilbert(), {"input_ids": IDS, "token_type_ids": segments}, ["logits"])
     seen = collect(classifier(2).eval(), {"input_ids": IDS, "token_type_ids": segments + 1}, ["logits"])[0]["logits"]

@@ -1,4 +1,4 @@
-"""A cache gives what its teacher would, is whole or refused, and is of this run or refused."""
+"""Cached teacher signals equal online ones; incomplete caches and caches of another run are rejected."""
 
 import json
 import multiprocessing
@@ -16,10 +16,10 @@ from distillation_helpers import (
     detection_task,
     detr,
     distillation,
+    image_rows,
     image_task,
     language_task,
     losses,
-    pictures,
     scenes,
     sentences,
     trained,
@@ -61,7 +61,7 @@ CASES = {
         lambda: vit(4),
         lambda: vit(2, 16, seed=1),
         [*CLASSES, {"kind": "hidden_state"}, {"kind": "attention_score"}],
-        pictures,
+        image_rows,
     ),
     "detection": (
         lambda: detection_task(detr(2)),
@@ -78,7 +78,7 @@ CASES = {
 
 
 def make(name, folder, epochs=2, **options):
-    """The same distillation with its teacher at hand, and from a cache; and the rows."""
+    """The same distillation online and from a cache, and the rows."""
     make_task, teacher, student, terms, rows = CASES[name]
     task, rows = make_task(), rows()
     online, model = distillation(task, teacher(), student(), terms)
@@ -100,13 +100,13 @@ def test_online_and_cached_runs_have_the_same_losses(name, tmp_path):
             assert OWN in theirs and theirs[OWN]["signals"]
             assert losses(cached, model, theirs) == pytest.approx(losses(online, model, ours), rel=1e-6, abs=1e-6)
     first, third = (batches(cached, rows, cut, epoch)[0] for epoch in (0, 2))
-    assert losses(cached, model, first) == losses(cached, model, third)  # two epochs are cached, and come again
+    assert losses(cached, model, first) == losses(cached, model, third)  # two epochs are cached and reused
     if name in ("language", "images"):
         second = batches(cached, rows, cut, 1)[0]
         assert losses(cached, model, first) != losses(cached, model, second)
 
 
-def test_a_cached_run_trains_to_the_same_weights(tmp_path):
+def test_cached_run_gives_the_same_weights(tmp_path):
     online, cached, _, rows, _ = make("language", tmp_path)
     found = []
     for task in (online, cached):
@@ -117,7 +117,7 @@ def test_a_cached_run_trains_to_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("bf16", 0.02), ("fp16", 0.003)])
-def test_half_precision_is_close(dtype, error, tmp_path):
+def test_half_precision_cache_is_close(dtype, error, tmp_path):
     online, cached, model, rows, _ = make("language", tmp_path, dtype=dtype)
     ours, theirs = (batches(task, rows, [[0, 1, 2, 3]])[0] for task in (online, cached))
     assert theirs[OWN]["signals"]["hidden/4"].dtype in (torch.bfloat16, torch.float16)
@@ -131,7 +131,7 @@ def soft(temperature):
 
 
 def small_cache(folder, temperature=2.0, teacher_dtype="fp32", data="abc", **options):
-    """Logits alone, of a language model."""
+    """A cache of a language model's logits only."""
     task, rows = language_task(), sentences()
     online, model = distillation(task, bert(4), bert(2, 16, seed=1), soft(temperature))
     form = CacheFormat(**{"dtype": "fp32", "temperature": temperature, "shard_samples": 4, **options})
@@ -139,12 +139,12 @@ def small_cache(folder, temperature=2.0, teacher_dtype="fp32", data="abc", **opt
     return task, rows, online, model, report
 
 
-def test_the_largest_logits_give_the_loss_of_their_classes_and_the_rest(tmp_path):
+def test_top_k_cache_gives_the_loss_of_its_classes_and_the_rest(tmp_path):
     task, rows, online, model, _ = small_cache(tmp_path / "most", top_k=59)
     cached = DistillationTask.around(task, CachedTeacher(tmp_path / "most"), online.terms)
     ours, theirs = (batches(t, rows, [[0, 1, 2, 3]])[0] for t in (online, cached))
     exact = losses(online, model.eval(), ours)
-    assert losses(cached, model, theirs) == pytest.approx(exact, rel=1e-5)  # all classes but one, and that one
+    assert losses(cached, model, theirs) == pytest.approx(exact, rel=1e-5)  # all classes but one, and the rest
     small_cache(tmp_path / "few", top_k=8)
     few = DistillationTask.around(task, CachedTeacher(tmp_path / "few"), online.terms)
     found = losses(few, model, batches(few, rows, [[0, 1, 2, 3]])[0])
@@ -152,7 +152,7 @@ def test_the_largest_logits_give_the_loss_of_their_classes_and_the_rest(tmp_path
     assert found["hard_target"] == pytest.approx(exact["hard_target"], rel=1e-5)
 
 
-def test_what_the_largest_logits_cannot_give_is_refused(tmp_path):
+def test_terms_unsupported_by_a_top_k_cache_are_refused(tmp_path):
     task, _, online, _, _ = small_cache(tmp_path, top_k=8)
     teacher = CachedTeacher(tmp_path)
     for terms, words in (
@@ -167,8 +167,8 @@ def test_what_the_largest_logits_cannot_give_is_refused(tmp_path):
         small_cache(tmp_path / "all", top_k=60)
 
 
-def test_bytes_of_a_sample(tmp_path):
-    """About what the numbers take: of every masked token 8 x (2 bytes, and 2 for its class) and 4 for the rest."""
+def test_bytes_per_sample(tmp_path):
+    """Close to the size of the data: per masked token 8 x (2 bytes, and 2 for its class) and 4 for the rest."""
     task, rows, _, _, report = small_cache(tmp_path, top_k=8, dtype="bf16", shard_samples=100)
     masked = sum(task.count(task.collator()([row], [i], 0))["token"] for i, row in enumerate(rows))
     assert report.samples == len(rows)
@@ -178,7 +178,7 @@ def test_bytes_of_a_sample(tmp_path):
     assert report.bytes_per_sample == report.bytes / len(rows)
 
 
-def test_workers_read_the_cache(tmp_path):
+def test_cache_works_in_dataloader_workers(tmp_path):
     _, cached, _, rows, _ = make("images", tmp_path)
     sampler = BatchSampler(len(rows), 4, seed=1)
     found = [
@@ -196,7 +196,7 @@ def test_workers_read_the_cache(tmp_path):
 
 
 def write_until(folder, shard):
-    """Write a cache in a process that is killed while it writes a shard."""
+    """Write a cache in a process that is killed while it writes a given shard."""
     real = caches.save_shard
 
     def deadly(path, tensors):
@@ -206,11 +206,11 @@ def write_until(folder, shard):
         real(path, tensors)
 
     caches.save_shard = deadly
-    torch.set_num_threads(1)  # as the process that compares
+    torch.set_num_threads(1)  # as in the comparing process
     small_cache(folder)
 
 
-def test_a_writer_that_is_killed_goes_on(tmp_path):
+def test_killed_writer_resumes(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     torch.set_num_threads(1)
     # A fork would inherit torch's thread pool without its threads.
@@ -231,7 +231,7 @@ def test_a_writer_that_is_killed_goes_on(tmp_path):
     CachedTeacher(killed)
 
 
-def test_another_cache_is_not_written_over(tmp_path):
+def test_another_cache_is_not_overwritten(tmp_path):
     small_cache(tmp_path)
     with pytest.raises(ValueError, match=r"holds another cache \(dtype: fp32 there, bf16 now\)"):
         small_cache(tmp_path, dtype="bf16")
@@ -246,7 +246,7 @@ def test_another_cache_is_not_written_over(tmp_path):
         CachedTeacher(tmp_path)
 
 
-def test_a_cache_of_another_run_is_refused_by_name(tmp_path):
+def test_cache_of_another_run_is_refused_with_the_difference(tmp_path):
     task, rows, online, _, _ = small_cache(tmp_path)
     teacher = CachedTeacher(tmp_path)
     teacher.check(training_samples(task, rows), online.source.hash)
@@ -262,7 +262,7 @@ def test_a_cache_of_another_run_is_refused_by_name(tmp_path):
             teacher.check(training_samples(*arguments[:3]), *arguments[3:])
 
 
-def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monkeypatch):
+def test_changed_teacher_weights_are_reported(tmp_path, monkeypatch):
     task, rows, _, _, _ = small_cache(tmp_path)
     teacher = CachedTeacher(tmp_path)
     teacher.index = replace(teacher.index, name="out/teacher", origin="abc")
@@ -273,13 +273,13 @@ def test_a_teacher_of_the_same_name_and_other_weights_is_told_so(tmp_path, monke
         teacher.check(training_samples(task, rows), name="out/other")
 
 
-def test_facts_of_the_teacher_stand_in_the_index(tmp_path):
+def test_index_holds_the_teacher_spec(tmp_path):
     _, _, online, _, _ = small_cache(tmp_path)
     assert CachedTeacher(tmp_path).spec == online.source.spec
     assert CacheIndex.load(tmp_path).shards == 3
 
 
-def test_samples_that_are_not_the_cached_ones_are_refused(tmp_path):
+def test_uncached_samples_are_refused(tmp_path):
     task, rows, online, _, _ = small_cache(tmp_path)
     cached = DistillationTask.around(task, CachedTeacher(tmp_path), online.terms)
     with pytest.raises(ValueError, match=r"sample 10 is not in .*, which has 10 rows"):
@@ -296,10 +296,10 @@ def replace_row(rows, place, row):
 
 
 def test_scenes_are_cached_on_their_canvas(tmp_path):
-    """A sampler chooses the canvas of every sample; a cache has it on that, and no other."""
+    """A sampler chooses each sample's canvas; the cache holds the sample only on that canvas."""
     make_task, teacher, student, terms, rows = CASES["detection"]
     task, rows = make_task(), rows()
-    numbers = [SampleRef(row, canvas=(64, 64 + 8 * row)) for row in range(5)]  # the sixth is left out
+    numbers = [SampleRef(row, canvas=(64, 64 + 8 * row)) for row in range(5)]  # the sixth row is omitted
     online, model = distillation(task, teacher(), student(), terms[:1])
     names = signals_of(online.terms, "teacher")
     samples = training_samples(online, rows, refs=lambda epoch: numbers)
@@ -312,9 +312,9 @@ def test_scenes_are_cached_on_their_canvas(tmp_path):
             cached.collator()([rows[sample_ref(number).index]], [number], 0)
 
 
-def test_images_that_cannot_be_read_are_not_cached(tmp_path):
+def test_unreadable_images_are_not_cached(tmp_path):
     make_task, teacher, student, terms, _ = CASES["images"]
-    task, rows = make_task(), pictures()
+    task, rows = make_task(), image_rows()
     rows[2]["image"]["bytes"] = b"nothing"
     online, model = distillation(task, teacher(), student(), terms)
     names = signals_of(online.terms, "teacher")
@@ -326,8 +326,8 @@ def test_images_that_cannot_be_read_are_not_cached(tmp_path):
     assert losses(cached, model.eval(), theirs) == pytest.approx(losses(online, model, ours), rel=1e-5)
 
 
-def test_what_cannot_be_cached_is_refused(tmp_path):
-    teacher, rows = Teacher(vit(2)), pictures()
+def test_unsupported_cache_requests_are_refused(tmp_path):
+    teacher, rows = Teacher(vit(2)), image_rows()
     mixed = image_task(augmentation=Augmentation(), mixing=Mixing(mixup=0.5))
     with pytest.raises(ValueError, match="mixed with their neighbours cannot be cached"):
         write_cache(teacher, training_samples(mixed, rows), tmp_path)
@@ -343,7 +343,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
             write_cache(teacher, samples, tmp_path / "x", CacheFormat(**options))
 
 
-def test_an_index_is_plain_json(tmp_path):
+def test_index_is_plain_json(tmp_path):
     small_cache(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["rows"] == 10 and index["signals"] == ["logits"] and index["facts"]["outputs"] == 60

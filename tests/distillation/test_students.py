@@ -1,4 +1,4 @@
-"""Students made of a teacher's layers, and what wraps them."""
+"""Students initialized from teacher layers, and the wrapper with their projections."""
 
 import copy
 
@@ -25,7 +25,7 @@ DISTILBERT = (0, 2, 4, 7, 9, 11)
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_a_student_has_the_chosen_layers(native):
+def test_student_has_the_chosen_layers(native):
     teacher = bert(12, 16, native=native)
     student = student_of(teacher, DISTILBERT)
     assert type(student) is type(teacher) and student.config.num_hidden_layers == 6
@@ -39,7 +39,7 @@ def test_a_student_has_the_chosen_layers(native):
     assert words is not teacher.get_input_embeddings().weight
 
 
-def test_a_student_of_all_layers_is_the_teacher():
+def test_student_of_all_layers_equals_the_teacher():
     for teacher, inputs in (
         (vit(3), {"pixel_values": torch.randn(2, 3, 16, 16)}),
         (vit(3, kind="native"), {"pixel_values": torch.randn(2, 3, 16, 16)}),
@@ -48,7 +48,7 @@ def test_a_student_of_all_layers_is_the_teacher():
         assert torch.equal(student(**inputs).logits, teacher(**inputs).logits)
 
 
-def test_a_student_may_lack_parts():
+def test_student_may_lack_parts():
     teacher = bert(4)
     student = student_of(teacher, [0, 2], type_vocab_size=0)
     assert student.bert.embeddings.token_type_embeddings is None
@@ -57,7 +57,7 @@ def test_a_student_may_lack_parts():
     )
 
 
-def test_a_detector_s_decoder_is_made_smaller():
+def test_detector_decoder_is_shortened():
     teacher = detr(6)
     student = student_of(teacher, {"decoder": [2, 5]})
     assert student.config.decoder_layers == 2 and student.config.encoder_layers == 1
@@ -74,7 +74,7 @@ def test_a_detector_s_decoder_is_made_smaller():
     assert torch.equal(last(pixel_values=pixels).logits, teacher(pixel_values=pixels).logits)
 
 
-def test_other_widths_are_refused_unless_they_are_asked_for():
+def test_different_widths_are_refused_unless_truncation_is_requested():
     teacher, student = bert(4, 32), bert(2, 16, seed=1, intermediate_size=24)
     before = student.bert.layers[0].feed_forward.up_proj.weight.clone()
     with pytest.raises(ValueError, match=r"is \(60, 16\) for the student and \(60, 32\) .* truncate_width=True"):
@@ -89,7 +89,7 @@ def test_other_widths_are_refused_unless_they_are_asked_for():
         copy_layers(teacher, bert(4, 16), [0, 1, 2, 3], truncate_width=True)
 
 
-def test_what_the_teacher_lacks_is_told():
+def test_missing_teacher_layers_are_refused():
     student = classifier(2)
     fresh = copy_layers(student, bert(4), [0, 3])
     assert sorted(fresh) == [
@@ -107,12 +107,12 @@ def test_what_the_teacher_lacks_is_told():
         ({"decoder": [0, 1]}, "layers of the decoder must be 0"),
     ],
 )
-def test_layers_that_do_not_exist_are_refused(layers, words):
+def test_nonexistent_layers_are_refused(layers, words):
     with pytest.raises(ValueError, match=words):
         copy_layers(bert(2), bert(4), layers)
 
 
-def test_weights_of_other_names_are_refused():
+def test_mismatched_weight_names_are_refused():
     with pytest.raises(ValueError, match="load the teacher as the student's class"):
         copy_layers(bert(2), bert(4, native=True), [0, 1])
 
@@ -132,7 +132,7 @@ def test_projections_are_shared_within_a_term_and_not_saved(tmp_path):
     assert not any("project" in name for name in loaded.state_dict())
 
 
-def test_layer_decay_sees_the_student_s_layers():
+def test_layer_wise_lr_decay_uses_the_student_layers():
     _, model = distillation(language_task(), bert(4), bert(2, 16), TERMS)
     groups = parameter_groups(
         model, TrainingArguments(output_dir=".", max_steps=1, layer_wise_lr_decay=0.5, learning_rate=1.0)
@@ -145,7 +145,7 @@ def test_layer_decay_sees_the_student_s_layers():
     assert rates[id(model.projections["hidden_state"].weight)] == 1.0
 
 
-def test_gradient_checkpointing_reaches_the_student_and_changes_nothing():
+def test_gradient_checkpointing_of_the_student_changes_no_gradient():
     terms = [{"kind": "soft_target"}, {"kind": "hidden_state"}]
     found = []
     for checkpointing in (False, True):
@@ -157,13 +157,13 @@ def test_gradient_checkpointing_reaches_the_student_and_changes_nothing():
     assert max((found[0][name] - found[1][name]).abs().max() for name in found[0]) < 1e-6
 
 
-def test_gradient_checkpointing_and_attention_are_refused():
+def test_gradient_checkpointing_with_attention_terms_is_refused():
     _, model = distillation(language_task(), bert(4), bert(2, 16), [{"kind": "attention_score"}])
     with pytest.raises(ValueError, match="does not work with terms on attention"):
         model.gradient_checkpointing_enable()
 
 
-def test_what_no_loss_reaches_is_frozen():
+def test_weights_without_gradient_are_frozen():
     rows = sentences()
     task, model = distillation(language_task(), bert(4), bert(3, 16), [{"kind": "hidden_state", "layers": {2: 4}}])
     frozen = freeze_unused(Accelerator(cpu=True), task, model, batches(task, rows, [[0, 1]])[0])
@@ -177,8 +177,8 @@ def test_what_no_loss_reaches_is_frozen():
     assert all(torch.equal(before[name], p) == (name in frozen) for name, p in model.named_parameters())
 
 
-def test_a_model_of_lessons_can_be_copied():
-    """The average of weights is kept by a copy of the model."""
+def test_student_with_projections_can_be_copied():
+    """The weight average holds a copy of the model."""
     task, model = distillation(language_task(), bert(4), bert(2, 16), [{"kind": "attention_score"}, *TERMS])
     batch = batches(task, sentences(), [[0, 1]])[0]
     twin = copy.deepcopy(model)

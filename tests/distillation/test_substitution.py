@@ -1,4 +1,4 @@
-"""Texts whose words are replaced by others a masked language model finds likely."""
+"""Text augmentation: words are replaced by likely words of a masked language model."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ def model(request, tokenizer):
     return kind(config(vocab_size=len(tokenizer), max_position_embeddings=64, **SMALL)).eval()
 
 
-def test_words_keep_their_places(model, tokenizer):
+def test_word_positions_are_kept(model, tokenizer):
     found = Substituter(model, tokenizer, Substitution(candidates=4)).words(TEXTS, batch_tokens=40)
     assert [[text[w.start : w.end] for w in words] for text, words in zip(TEXTS, found, strict=True)] == [
         ["The", "dog", "barks", "loudly"],
@@ -45,7 +45,7 @@ def test_words_keep_their_places(model, tokenizer):
             assert text[word.start : word.end].lower() not in word.others
 
 
-def test_others_are_the_likeliest_in_the_place_of_the_masked_word(model, tokenizer):
+def test_candidates_are_the_most_likely_words_at_the_mask(model, tokenizer):
     (words,) = Substituter(model, tokenizer, Substitution(candidates=3)).words(TEXTS[:1])
     masked = TEXTS[0].replace("barks", "[MASK]")
     inputs = tokenizer(masked, return_tensors="pt")
@@ -72,12 +72,12 @@ def test_rows_grow_by_their_copies(model, tokenizer):
     assert grown.features == rows.features
     assert len(rows) < len(grown) <= 6 * len(rows)
     pairs = set(zip(grown["text"], grown["label"], strict=True))
-    assert len(pairs) == len(grown)  # no copy twice
+    assert len(pairs) == len(grown)  # all copies differ
     assert {(text, label) for text, label in zip(TEXTS, [1, 0, 1], strict=True)} <= pairs
     assert with_copies(rows, ["text"], substituter)["text"] == grown["text"]
 
 
-def test_the_recipe_writes_a_data_set(tokenizer, tmp_path, capsys):
+def test_recipe_writes_a_data_set(tokenizer, tmp_path, capsys):
     torch.manual_seed(0)
     model = TfmBertForMaskedLM(TfmBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SMALL))
     model.save_pretrained(tmp_path / "model")
