@@ -432,6 +432,11 @@ class TrainingArguments(Arguments):
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"report_to: {name} is not installed")
 
+    @property
+    def folder_argument(self) -> str:
+        """Name of the argument with the folder that the run writes."""
+        return "output_dir"
+
     def warmup(self, max_steps: int) -> int:
         """Warm-up steps of a run of ``max_steps``.
 

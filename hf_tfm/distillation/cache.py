@@ -123,7 +123,7 @@ def write_cache(
         facts=teacher.spec.to_json(),
         name=name,
         origin=None if name is None else origin_of(name),
-        knobs=dict(samples.options),
+        options=dict(samples.options),
         teacher_dtype=teacher.dtype,
     )
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -165,7 +165,7 @@ def begin(folder: Path, index: CacheIndex) -> None:
 
 def differs(held: CacheIndex, option: str, now: Any) -> bool:
     """Return True if the cache was written with another value of an option; unrecorded options do not count."""
-    return option in held.knobs and held.knobs[option] != now
+    return option in held.options and held.options[option] != now
 
 
 def check_top_k(terms: Sequence[ResolvedTerm], top_k: int | None, temperature: float, cache: str) -> None:
@@ -254,7 +254,7 @@ class CachedTeacher:
             elif not same:
                 changed = [("teacher", held.name, name), *changed]
         options = samples.options.items()
-        changed += [(option, held.knobs[option], now) for option, now in options if differs(held, option, now)]
+        changed += [(option, held.options[option], now) for option, now in options if differs(held, option, now)]
         found += [f"{what} {there} there, {now} now" for what, there, now in changed]
         if found:
             raise ValueError(f"{self.folder} is the cache of another run: {'; '.join(found)}")

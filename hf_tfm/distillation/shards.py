@@ -12,7 +12,7 @@ then renamed.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -43,7 +43,7 @@ class CacheIndex:
         dtype: storage dtype; top_k: logits kept per row, None for all; temperature: at which the others are summed.
         facts: those of the teacher, see `ModelSpec`.
         name, origin: folder or Hub id of the teacher, and its `origin_of`; None for a model created in memory.
-        knobs: options of the writing run that determine the model inputs.
+        options: options of the writing run that determine the model inputs.
         teacher_dtype: dtype of the teacher's computation.
     """
 
@@ -60,7 +60,7 @@ class CacheIndex:
     facts: dict[str, Any]
     name: str | None = None
     origin: str | None = None
-    knobs: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     teacher_dtype: str = "fp32"
 
     @property
@@ -84,8 +84,10 @@ class CacheIndex:
             raise ValueError(f"{folder} holds no cache of a teacher's signals: it has no {INDEX_FILE}")
         try:
             content, kinds = json.loads(file.read_text(encoding="utf-8")), get_type_hints(cls)
-            optional = {field.name for field in fields(cls) if field.default is None or field.name == "teacher_dtype"}
-            check_keys(content, set(kinds) - optional - {"knobs"}, set(kinds), "the content")
+            if isinstance(content, dict) and "knobs" in content:  # the name in earlier versions
+                content["options"] = content.pop("knobs")
+            optional = {"name", "origin", "options", "teacher_dtype"}
+            check_keys(content, set(kinds) - optional, set(kinds), "the content")
             for name, value in content.items():
                 check_type(value, kinds[name], name)
             for name in ("rows", "epochs", "shard_samples"):

@@ -114,6 +114,11 @@ class DistillationArguments(Arguments):
         """True if the teacher's signals are read from a cache."""
         return bool(self.cache) and not self.write_cache
 
+    @property
+    def folder_argument(self) -> str:
+        """See `TrainingArguments.folder_argument`."""
+        return "cache" if self.write_cache else "output_dir"
+
 
 def check_device(name: str, device: str | None) -> None:
     """Refuse a device that torch does not know or this machine does not have.

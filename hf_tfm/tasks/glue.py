@@ -28,7 +28,7 @@ def run_tasks(args: TrainingArguments, fit: Callable[..., RunRecord | None]) -> 
         ValueError: a folder cannot be used, or no task has data.
     """
     found, missing = {}, {}
-    is_scored = not getattr(args, "write_cache", False)
+    is_scored = args.folder_argument == "output_dir"  # otherwise the runs write a cache
     runs = {
         task: replace(args, tasks=None, task=task.name, output_dir=str(Path(args.output_dir) / task.name))
         for task in find_tasks(args.tasks)

@@ -112,8 +112,7 @@ class Run:
     def __init__(self, accelerator: Accelerator, args: TrainingArguments, recipe: str, argv: Sequence[str]):
         self.accelerator, self.args = accelerator, args
         self.command, self.started = repeat_command(accelerator.num_processes, recipe, argv), now()
-        argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
-        self.lock = Lock(Path(getattr(args, argument)), argument)
+        self.lock = Lock(Path(getattr(args, args.folder_argument)), args.folder_argument)
         self.folder: RunFolder | None = None  # only on the main process
         self.task, self.data, self.again = "", {}, False
 
@@ -207,9 +206,11 @@ class Run:
         if self.args.report_to:
             name = self.args.run_name or self.output_dir.name
             options = {kind: {"name": name} for kind in self.args.report_to if kind in ("wandb", "trackio")}
-            options = identifying(self.args)
-            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}
-            self.accelerator.init_trackers("hf-tfm", config=flat, init_kwargs=options)
+            config = {
+                key: value if isinstance(value, (int, float, str, bool)) else str(value)
+                for key, value in identifying(self.args).items()
+            }
+            self.accelerator.init_trackers("hf-tfm", config=config, init_kwargs=options)
 
     def train(
         self,
@@ -357,9 +358,8 @@ def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
     Raises:
         ValueError: gives the reason.
     """
-    argument = "cache" if getattr(args, "write_cache", False) else "output_dir"
-    check_place(getattr(args, argument), argument)
-    check_inputs(args, argv, argument)
+    check_place(getattr(args, args.folder_argument), args.folder_argument)
+    check_inputs(args, argv, args.folder_argument)
 
 
 def identifying(args: TrainingArguments) -> dict[str, Any]:

@@ -347,3 +347,11 @@ def test_index_is_plain_json(tmp_path):
     small_cache(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["rows"] == 10 and index["signals"] == ["logits"] and index["facts"]["outputs"] == 60
+
+
+def test_the_index_of_an_earlier_version_is_read(tmp_path):
+    small_cache(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["knobs"] = {**index.pop("options"), "max_length": 7}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert CachedTeacher(tmp_path).index.options["max_length"] == 7

@@ -155,6 +155,21 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
 
 
+def test_trackers_get_the_name_of_the_run_and_its_arguments(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: True)
+        args = arguments(tmp_path / "run", report_to=["wandb", "tensorboard"], run_name="first try")
+    accelerator = fresh_accelerator(arguments(tmp_path / "run"))
+    started = {}
+    monkeypatch.setattr(accelerator, "init_trackers", lambda project, **given: started.update(given, project=project))
+    run = Run(accelerator, args, "recipe", [])
+    run.open(args, "translation", {"path": "x", "fingerprint": {"train": "x"}})
+    run.claim(tiny_model())
+    assert started["project"] == "hf-tfm"
+    assert started["init_kwargs"] == {"wandb": {"name": "first try"}}
+    assert started["config"]["learning_rate"] == args.learning_rate
+
+
 def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="report_to: trackio is not installed"):
