@@ -1,4 +1,6 @@
-"""What each of two processes does in test_ranks.py: several runs, one after the other.
+"""Worker for test_ranks.py: several runs, one after another.
+
+python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
 
 python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
 """
@@ -14,16 +16,16 @@ from training_helpers import arguments, fresh_accelerator, run_training, tiny_mo
 from hf_tfm.training.checkpoint import full_weights, share_statistics
 from hf_tfm.training.ranks import on_main
 
-# name -> options and model fields; all are compared with the same run on one process.
+# name -> options and model fields; each run is compared with the same run on one process.
 EQUAL = {
     "plain": ({}, {}),
     "micro_batches": ({"micro_batch_tokens": 20, "dataloader_num_workers": 1}, {}),
-    "one_sample_a_step": ({"batch_tokens": 13}, {}),  # less than there are processes
+    "one_sample_a_step": ({"batch_tokens": 13}, {}),  # fewer samples than processes
     "mask_predict": ({"micro_batch_tokens": 30}, {"decoding": "mask_predict"}),
     "ema": ({"ema_decay": 0.8, "final_weights": "ema", "max_grad_norm": 0.5}, {}),
     "checkpointing": ({"gradient_checkpointing": True}, {"norm_first": True}),
 }
-# Runs that one process began and two go on with, and the other way round.
+# Runs started by one process and resumed by two, and the reverse.
 RESUMED = {"from_one": {}, "from_two": {}}
 
 
@@ -50,7 +52,7 @@ def main(folder: Path) -> None:
     for name, (options, fields) in EQUAL.items():
         run(name, fields, **options)
     run("from_one", {"dropout": 0.2})
-    # Only the second process is told to stop.
+    # Only the second process receives SIGTERM.
     run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
     run("damaged", {})
     reports["errors"] = []

@@ -1,4 +1,4 @@
-"""Options: read from YAML and the command line, checked, and printed again."""
+"""Options: parsing from YAML and the command line, validation, and printing."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +32,7 @@ def parse(*argv):
 
 
 def refused(capsys, *argv):
-    """What is said of a command line that is refused."""
+    """The error message of a rejected command line."""
     with pytest.raises(SystemExit) as caught:
         parse("--output_dir", "o", *argv)
     assert caught.value.code == 2
@@ -48,7 +48,7 @@ def test_yaml_and_overrides(tmp_path):
     assert parse(f"--config={file}", "--seed=3").seed == 3
 
 
-def test_null_takes_back_what_a_file_gives(tmp_path):
+def test_null_overrides_a_config_value(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("output_dir: there\nnum_train_epochs: 5\n")
     args = parse("--config", str(file), "--num_train_epochs", "null", "--max_steps", "7")
@@ -58,7 +58,7 @@ def test_null_takes_back_what_a_file_gives(tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--learning_rat", "1"], "learning_rat"),  # not an abbreviation of learning_rate
+        (["--learning_rat", "1"], "learning_rat"),  # an abbreviation of learning_rate is not accepted
         (["--learning_rate", "fast"], "learning_rate"),
         (["--batch_tokens", "1.5"], "batch_tokens"),
         (["--lr_scheduler_type", "cosin"], "schedule"),
@@ -115,18 +115,18 @@ def test_errors_in_a_file_name_the_key(tmp_path, capsys, text, named):
         {"final_weights": "average"},
     ],
 )
-def test_values_out_of_range(overrides):
+def test_out_of_range_values(overrides):
     (name,) = overrides
     with pytest.raises(ValueError, match=name):
         TokenBatchArguments(output_dir="o", **{"max_steps": 1, **overrides})
 
 
-def test_epochs_out_of_range():
+def test_out_of_range_epochs():
     with pytest.raises(ValueError, match="num_train_epochs must be above 0, got 0"):
         TokenBatchArguments(output_dir="o", num_train_epochs=0)
 
 
-def test_printed_config_is_a_config(tmp_path, capsys):
+def test_printed_config_parses_to_itself(tmp_path, capsys):
     words = ["--output_dir", "o", "--max_steps", "3", "--learning_rate", "1e-4", "--model.dropout", "0.2"]
     with pytest.raises(SystemExit) as caught:
         parse(*words, "--print_config")
@@ -153,7 +153,7 @@ def test_options_that_may_change_on_resume_exist():
     assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
 
-def test_command_that_repeats_a_run(monkeypatch):
+def test_command_repeats_a_run(monkeypatch):
     argv = ["--config", "my file.yaml", "--seed", "1"]
     assert repeat_command(1, "r", argv) == "hf-tfm run r --config 'my file.yaml' --seed 1"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -166,8 +166,8 @@ def image_arguments(**options) -> ImageBatchArguments:
     return ImageBatchArguments(output_dir="o", max_steps=10_000, **options)
 
 
-def test_the_learning_rate_of_images_follows_the_batch():
-    """MAE's fine-tuning: base rate 5e-4 at 1024 images, 5 epochs of warm-up."""
+def test_learning_rate_of_images_scales_with_the_batch():
+    """MAE fine-tuning: base rate 5e-4 at 1024 images, 5 epochs of warm-up."""
     args = image_arguments(base_learning_rate=5e-4, batch_size=1024, warmup_epochs=5)
     settled, line = args.resolve(steps_per_epoch=1251, max_steps=12510)
     assert settled.learning_rate == pytest.approx(2e-3) and settled.warmup_steps == 6255
@@ -192,12 +192,12 @@ def test_the_learning_rate_of_images_follows_the_batch():
         ({"learning_rate": 0.1, "momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_image_arguments_out_of_range(overrides, message):
+def test_out_of_range_image_arguments(overrides, message):
     with pytest.raises(ValueError, match=message):
         image_arguments(**overrides)
 
 
-def test_what_is_given_overrides_a_preset_wherever_it_stands(tmp_path):
+def test_command_line_overrides_a_preset_in_any_order(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("output_dir: there\nseed: 5\nmax_steps: 9\n")
     for words in (["--seed", "3", "--config", str(file)], ["--seed=3", f"--config={file}"]):

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are named and set aside, and the run goes on from the one before."""
+"""Damaged checkpoints are reported and set aside, and the run resumes from the previous one."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ def run_args(folder, **options):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run that was stopped after step 13; it has checkpoints of steps 5, 10 and 13, the last not planned."""
+    """A run stopped after step 13 with checkpoints at steps 5, 10 and 13, the last one unscheduled."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     result, _ = run_training(run_args(folder, save_total_limit=3), events={12: "SIGTERM"})
     assert result.stopped
@@ -35,8 +35,8 @@ def run(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def go_on(folder, max_steps=STEPS, **fields):
-    """Resume without training."""
+def resume_run(folder, max_steps=STEPS, **fields):
+    """Resume without training further."""
     args = run_args(folder)
     accelerator, model = fresh_accelerator(args), tiny_model(**fields)
     optimizer = build_optimizer(model, args)
@@ -96,7 +96,7 @@ CASES = [
 def test_a_damaged_checkpoint_is_set_aside(run, name, kind, damage, caplog):
     damage(run / "checkpoints" / "step-00000013" / name)
     with caplog.at_level(logging.WARNING):
-        progress = go_on(run)
+        progress = resume_run(run)
     assert progress.step == 10
     (message,) = [record.getMessage() for record in caplog.records if "the run resumes" in record.getMessage()]
     assert f"step-00000013/{name} is" in message and "damaged-step-00000013" in message and "\n" not in message
@@ -104,55 +104,55 @@ def test_a_damaged_checkpoint_is_set_aside(run, name, kind, damage, caplog):
     assert folders == ["damaged-step-00000013", "step-00000005", "step-00000010"]
 
 
-def test_all_before_the_sound_one_are_set_aside(run):
+def test_all_damaged_checkpoints_are_set_aside(run):
     for step in ("10", "13"):
         truncate(run / "checkpoints" / f"step-000000{step}" / "model.safetensors")
-    assert go_on(run).step == 5
+    assert resume_run(run).step == 5
     assert [path.name for path in checkpoints(run)] == ["step-00000005"]
     assert len(list((run / "checkpoints").glob("damaged-*"))) == 2
 
 
 def test_an_older_damaged_checkpoint_is_set_aside_too(run):
-    """Otherwise it would be found when its weights are averaged or are the best."""
+    """Otherwise it would be read later, when checkpoints are averaged or the best one is loaded."""
     truncate(run / "checkpoints" / "step-00000010" / "model.safetensors")
-    assert go_on(run).step == 13
+    assert resume_run(run).step == 13
     assert (run / "checkpoints" / "damaged-step-00000010").is_dir()
 
 
-def test_a_step_beyond_the_run_is_damage(run):
+def test_step_beyond_the_run_counts_as_damage(run):
     (run / "checkpoints" / "step-00000013").rename(run / "checkpoints" / "step-00000099")
     change(run / "checkpoints" / "step-00000099" / "state.json", step=99)
-    assert go_on(run).step == 10
+    assert resume_run(run).step == 10
 
 
-def test_without_a_sound_checkpoint_the_run_is_refused(run):
+def test_without_an_intact_checkpoint_the_run_is_refused(run):
     for folder in checkpoints(run):
         (folder / "state.json").write_text("")
     before = sorted(run.rglob("*"))
     with pytest.raises(
         ValueError, match=r"has no intact checkpoint to resume from: .*step-00000005/state\.json.*delete"
     ):
-        go_on(run)
-    assert sorted(run.rglob("*")) == before  # nothing is set aside either
+        resume_run(run)
+    assert sorted(run.rglob("*")) == before  # nothing is set aside
 
 
-def test_another_model_s_checkpoint_among_ours_is_set_aside(run, tmp_path):
+def test_checkpoint_of_another_model_is_set_aside(run, tmp_path):
     run_training(run_args(tmp_path / "other"), tiny_model(hidden_size=32), events={12: "SIGTERM"})
     shutil.rmtree(run / "checkpoints" / "step-00000013")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000013", run / "checkpoints" / "step-00000013")
-    assert go_on(run).step == 10
+    assert resume_run(run).step == 10
     with pytest.raises(ValueError, match="does not match the model"):
-        go_on(run, hidden_size=8)
+        resume_run(run, hidden_size=8)
 
 
-def test_fields_of_a_newer_version_are_left_out(run, caplog):
+def test_unknown_state_fields_are_ignored(run, caplog):
     change(run / "checkpoints" / "step-00000013" / "state.json", foo=1, bar="x")
     with caplog.at_level(logging.WARNING):
-        assert go_on(run).step == 13
+        assert resume_run(run).step == 13
     assert "fields of a newer version are ignored: bar, foo" in caplog.text
 
 
-def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(run, tmp_path):
+def test_run_with_a_damaged_checkpoint_equals_uninterrupted_run(run, tmp_path):
     whole, expected = run_training(run_args(tmp_path / "whole"))
     truncate(run / "checkpoints" / "step-00000013" / "optimizer.safetensors")
     result, model = run_training(run_args(run))
@@ -162,7 +162,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(run, tmp_path)
     assert history(run) == history(tmp_path / "whole")
 
 
-def test_the_best_weights_may_be_lost(run, capsys):
+def test_missing_best_weights_are_reported(run, capsys):
     args = run_args(run)
     best = json.loads((run / "checkpoints" / "step-00000013" / "state.json").read_text())["progress"]["best_step"]
     truncate(run / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
@@ -173,7 +173,7 @@ def test_the_best_weights_may_be_lost(run, capsys):
 
 
 @pytest.mark.parametrize("line", ["junk", "[1]", "null", "{}", '{"step": "x"}', '{"step": null}', '"text"'])
-def test_damaged_lines_of_the_history_are_left_out(tmp_path, line, caplog):
+def test_damaged_history_lines_are_ignored(tmp_path, line, caplog):
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2)]
     (tmp_path / "history.jsonl").write_text("\n".join([rows[0], line, rows[1]]) + "\n")
     with caplog.at_level(logging.WARNING):
@@ -182,7 +182,7 @@ def test_damaged_lines_of_the_history_are_left_out(tmp_path, line, caplog):
     assert "history.jsonl: damaged lines are ignored: 2" in caplog.text
 
 
-def test_a_history_that_is_no_text_is_left_out(tmp_path):
+def test_binary_history_is_ignored(tmp_path):
     (tmp_path / "history.jsonl").write_bytes(b"\xff\xfe\n\x80")
     History(tmp_path, 2)
     assert history(tmp_path) == []

@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one run alone, and whole whatever goes wrong while it is written."""
+"""The run folder: claimed by one run at a time, and consistent after any failure while it is written."""
 
 import itertools
 import json
@@ -25,12 +25,12 @@ RUN = {"task": "translation", "seed": 0, "adam_betas": (0.9, 0.98), "data": {"tr
 
 
 def contents(folder):
-    """Every file with its bytes."""
+    """File contents by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def claim(folder, identity=RUN, overwrite=False):
-    """Claim a folder as a run does that is ready to train: whether it was there before, and what stays of another."""
+    """Claim a folder for a run that is ready to train; returns whether it resumes and which unrelated files remain."""
     lock = Lock(folder)
     lock.take("a command")
     try:
@@ -41,8 +41,8 @@ def claim(folder, identity=RUN, overwrite=False):
         lock.release()
 
 
-def a_run(folder):
-    """A run with a checkpoint, a model, a tokenizer and pictures."""
+def saved_run(folder):
+    """A run with a checkpoint, a model, a tokenizer and plots."""
     claim(folder)
     for name in (
         *("checkpoints/step-00000005/model.safetensors", "checkpoints/step-00000005/state.json", "history.jsonl"),
@@ -54,10 +54,10 @@ def a_run(folder):
     return contents(folder)
 
 
-def test_claim_twice_is_the_same_run(tmp_path):
+def test_same_run_can_claim_twice(tmp_path):
     assert claim(tmp_path / "new" / "run") == (False, [])
     assert claim(tmp_path / "new" / "run") == (True, [])
-    assert claim(tmp_path / "new" / "run", overwrite=True) == (True, [])  # overwriting is for another run
+    assert claim(tmp_path / "new" / "run", overwrite=True) == (True, [])  # overwriting applies only to another run
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_claim_twice_is_the_same_run(tmp_path):
     ],
 )
 def test_another_run_is_refused(tmp_path, change, message):
-    before = a_run(tmp_path / "run")
+    before = saved_run(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         claim(tmp_path / "run", {**RUN, **change})
     assert contents(tmp_path / "run") == before
 
 
-def test_another_run_that_saved_nothing_gives_way(tmp_path):
-    """One that failed in its first steps holds nothing of worth; the mended command need not overwrite it."""
+def test_run_without_checkpoints_is_replaced(tmp_path):
+    """A run that failed in its first steps holds nothing of value; the corrected command needs no overwrite option."""
     claim(tmp_path / "run")
     (tmp_path / "run" / "history.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "run" / "notes.txt").write_text("precious")
@@ -84,9 +84,9 @@ def test_another_run_that_saved_nothing_gives_way(tmp_path):
     assert sorted(contents(tmp_path / "run")) == ["notes.txt", "run.json"]
 
 
-def test_what_is_only_scored_does_not_count(tmp_path):
-    """Also in the description by an older version, which had more in it."""
-    a_run(tmp_path / "run")
+def test_evaluation_data_is_not_part_of_the_identity(tmp_path):
+    """Also for run.json files of older versions, which had more fields."""
+    saved_run(tmp_path / "run")
     held = {"identity": {**RUN, "max_bad_images": 10, "data": {"train": "abc", "test": "xyz"}}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(held))
     assert RunFolder(tmp_path / "run", RUN, ignored=["max_bad_images"]).again
@@ -94,16 +94,16 @@ def test_what_is_only_scored_does_not_count(tmp_path):
         RunFolder(tmp_path / "run", RUN)
 
 
-def test_another_run_is_deleted_when_told_so(tmp_path):
-    a_run(tmp_path / "run")
+def test_overwrite_deletes_another_run(tmp_path):
+    saved_run(tmp_path / "run")
     assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) == (False, [])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
     assert claim(tmp_path / "run", {**RUN, "seed": 1})[0]
 
 
-def test_overwriting_keeps_what_no_run_wrote(tmp_path):
+def test_overwrite_keeps_unrelated_files(tmp_path):
     run = tmp_path / "run"
-    a_run(run)
+    saved_run(run)
     mine = ("thesis.tex", "checkpoints/mine/model.safetensors", "checkpoints/step-00000005/notes", "mine.py", ".env")
     for name in mine:
         (run / name).parent.mkdir(exist_ok=True)
@@ -116,10 +116,10 @@ def test_overwriting_keeps_what_no_run_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["link", "checkpoints", "config.json", "checkpoints/step-00000009"])
-def test_overwriting_follows_no_links(tmp_path, name):
+def test_overwrite_does_not_follow_links(tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "state.json").write_text("precious")
-    a_run(tmp_path / "run")
+    saved_run(tmp_path / "run")
     if name == "checkpoints":
         (tmp_path / "run" / name).rename(tmp_path / "run" / "mine")
     (tmp_path / "run" / name).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def test_overwriting_follows_no_links(tmp_path, name):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_other_files_are_never_deleted(tmp_path, overwrite):
+def test_folder_without_a_run_is_never_deleted(tmp_path, overwrite):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match=r"is not empty and holds no run \(thesis.tex\)"):
@@ -138,8 +138,8 @@ def test_other_files_are_never_deleted(tmp_path, overwrite):
     assert contents(tmp_path) == {"home/thesis.tex": b"precious"}
 
 
-def test_deleting_that_is_cut_off_leaves_a_run(tmp_path, monkeypatch):
-    a_run(tmp_path / "run")
+def test_interrupted_deletion_leaves_a_run(tmp_path, monkeypatch):
+    saved_run(tmp_path / "run")
     unlink, calls = type(tmp_path).unlink, itertools.count()
 
     def interrupted(path, *args, **options):
@@ -154,31 +154,31 @@ def test_deleting_that_is_cut_off_leaves_a_run(tmp_path, monkeypatch):
     assert claim(tmp_path / "run", {**RUN, "seed": 1}, overwrite=True) == (False, [])
 
 
-def test_an_empty_folder_is_free(tmp_path):
+def test_empty_folder_can_be_claimed(tmp_path):
     assert claim(tmp_path) == (False, [])
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b'{"identity": 3}', b"\xff\xfe"])
-def test_a_description_that_is_none(tmp_path, text):
+def test_invalid_run_description(tmp_path, text):
     (tmp_path / "run.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"run\.json does not describe a run"):
         claim(tmp_path, overwrite=True)
     assert contents(tmp_path) == {"run.json": text}
 
 
-def test_a_description_that_is_a_list(tmp_path):
+def test_run_description_with_a_list(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(ValueError, match=r'is damaged: a mapping "identity" is expected, got \[1\]'):
         claim(tmp_path)
 
 
-def test_a_folder_below_a_file(tmp_path):
+def test_folder_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r'output_dir ".*file/a/b" lies below ".*file", which is a file'):
         check_place(str(tmp_path / "file" / "a" / "b"))
 
 
-def test_caches_that_cannot_be_written_are_named_before_a_run(tmp_path, monkeypatch):
+def test_unwritable_caches_are_reported_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     run.check_caches()
@@ -190,7 +190,7 @@ def test_caches_that_cannot_be_written_are_named_before_a_run(tmp_path, monkeypa
         run.check_caches()
 
 
-def test_no_more_checkpoints_are_counted_than_the_run_makes(tmp_path):
+def test_checkpoint_count_is_limited_by_the_run_length(tmp_path):
     def count(**options):
         return checkpoints_to_come(arguments(tmp_path, save_total_limit=10**9, **options), 10, 5)
 
@@ -200,7 +200,7 @@ def test_no_more_checkpoints_are_counted_than_the_run_makes(tmp_path):
     assert checkpoints_to_come(args, 1000, 5) == 3
 
 
-def test_a_run_that_is_not_claimed_leaves_nothing(tmp_path):
+def test_unclaimed_run_leaves_no_files(tmp_path):
     lock = Lock(tmp_path / "new" / "run")
     lock.take()
     found = RunFolder(tmp_path / "new" / "run", RUN)
@@ -211,7 +211,7 @@ def test_a_run_that_is_not_claimed_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_made_before_the_claim_are_moved_into_place(tmp_path):
+def test_parts_prepared_before_the_claim_are_moved(tmp_path):
     found = RunFolder(tmp_path, RUN)
     found.part("tokenizer").mkdir(parents=True)
     (found.part("tokenizer") / "tokenizer.json").write_text("{}")
@@ -221,7 +221,7 @@ def test_parts_made_before_the_claim_are_moved_into_place(tmp_path):
     assert RunFolder(tmp_path, RUN).part("tokenizer") == tmp_path / "tokenizer"
 
 
-# --- places that can be no run's folder, and inputs in it
+# --- folders that cannot hold a run, and inputs inside the run folder
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_parts_made_before_the_claim_are_moved_into_place(tmp_path):
         ("link", "is the working directory"),
     ],
 )
-def test_places_that_are_refused(tmp_path, monkeypatch, place, message):
+def test_invalid_output_folders_are_refused(tmp_path, monkeypatch, place, message):
     (tmp_path / "work" / "inner").mkdir(parents=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "file").write_text("precious")
@@ -286,7 +286,7 @@ def test_inputs_in_the_output_folder_are_refused(tmp_path, name, place):
     check_inputs(Inputs(str(tmp_path / "other"), **{name: given}))
 
 
-def test_patterns_and_configs_in_the_output_folder_are_refused(tmp_path):
+def test_file_patterns_and_configs_in_the_output_folder_are_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "rows.csv").write_text("a")
     (tmp_path / "run" / "my.yaml").write_text("seed: 1")
@@ -297,18 +297,18 @@ def test_patterns_and_configs_in_the_output_folder_are_refused(tmp_path):
             check_inputs(Inputs(str(tmp_path / "run")), words)
 
 
-def test_names_of_presets_and_embedded_data_are_no_folders(tmp_path, monkeypatch):
+def test_preset_and_embedded_data_names_are_not_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "digits", "number-parity"):
         (tmp_path / name).mkdir()
         check_inputs(Inputs(name, dataset_name=name if name != "quickstart" else "digits"), ["--config", "quickstart"])
 
 
-def test_an_output_folder_in_the_data_is_refused(tmp_path):
+def test_output_folder_inside_the_data_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match=r'lies inside dataset_name ".*data"'):
         check_inputs(Inputs(str(tmp_path / "data" / "run"), dataset_name=str(tmp_path / "data")))
-    check_inputs(Inputs(str(tmp_path / "data" / "run"), model_name_or_path=str(tmp_path / "data")))  # nothing is lost
+    check_inputs(Inputs(str(tmp_path / "data" / "run"), model_name_or_path=str(tmp_path / "data")))  # no loss
 
 
 # --- one process at a time
@@ -322,7 +322,7 @@ def hold(folder, taken, done):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+def test_second_process_is_refused_until_the_first_exits(tmp_path):
     context = multiprocessing.get_context("fork")
     taken, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(tmp_path / "run", taken, done))
@@ -335,11 +335,11 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     done.set()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert claim(tmp_path / "run") == (False, [])  # a killed process holds nothing
+    assert claim(tmp_path / "run") == (False, [])  # the lock of a killed process is released
     assert sorted(contents(tmp_path / "run")) == ["run.json"]
 
 
-def test_a_lock_holds_in_its_own_process_too(tmp_path):
+def test_lock_is_not_reentrant(tmp_path):
     first = Lock(tmp_path)
     first.take()
     with pytest.raises(InUse, match=f"in use by process {os.getpid()}"):
@@ -348,7 +348,7 @@ def test_a_lock_holds_in_its_own_process_too(tmp_path):
     claim(tmp_path)
 
 
-def test_a_lock_of_another_host_is_left_to_the_user(tmp_path):
+def test_lock_of_another_host_is_respected(tmp_path):
     (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "command": "hf-tfm run x"}))
     with pytest.raises(InUse, match=r"process 7 on host elsewhere .*if it no longer runs, delete .*\.lock"):
         claim(tmp_path)
@@ -357,7 +357,7 @@ def test_a_lock_of_another_host_is_left_to_the_user(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "junk", "[1]", '{"pid": 1}'])
-def test_a_damaged_lock_file_of_no_process_is_taken(tmp_path, text):
+def test_damaged_lock_file_is_taken_over(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     claim(tmp_path)
 
@@ -376,7 +376,7 @@ def test_without_record_locks_the_process_id_decides(tmp_path, monkeypatch):
 # --- writing
 
 
-def test_a_model_is_moved_file_by_file(tmp_path):
+def test_model_is_moved_file_by_file(tmp_path):
     part, folder = tmp_path / "part", tmp_path / "folder"
     for place, names in (
         (part, ("config.json", "model.safetensors")),
@@ -391,7 +391,7 @@ def test_a_model_is_moved_file_by_file(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file/run", "/proc/hf-tfm/run"])
-def test_a_folder_that_cannot_be_written(tmp_path, place):
+def test_unwritable_folder(tmp_path, place):
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(WriteError, match=r"could not write .*run .*MB are free"):
         claim(tmp_path / place)
@@ -405,12 +405,12 @@ def test_write_errors_are_explained_once(tmp_path):
     assert str(caught.value).count("could not write") == 1
     assert "No space left on device" in str(caught.value)
     with pytest.raises(ZeroDivisionError), explain_write_errors(tmp_path):
-        raise ZeroDivisionError  # other errors pass
+        raise ZeroDivisionError  # other errors are passed through
 
 
 @pytest.mark.parametrize("limit", [20_000, 45_000])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit):
-    """Writing a file stops at a size: that of the weights, or that of the moments, which are twice as large."""
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, limit):
+    """A file-size limit below the size of the weights, or of the optimizer state, which is twice as large."""
     args = arguments(tmp_path / "run", max_steps=12, save_total_limit=1)
     code, report = start(args, events={6: "SIGTERM"})
     assert code == 0
@@ -422,15 +422,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit):
     assert report["error"].startswith("WriteError: could not write")
     assert "step-00000010" in report["error"] and "MB are free there" in report["error"]
     assert contents(tmp_path / "run" / "checkpoints") == before
-    code, report = start(args)  # there is room again
+    code, report = start(args)  # space is available again
     assert (code, report["step"]) == (0, 12)
 
 
-def test_room_is_asked_for_before_the_run(tmp_path, monkeypatch):
+def test_free_space_is_checked_before_the_run(tmp_path, monkeypatch):
     class Disk:
         free = 3_000
 
-    model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes; 1,200 with two moments
+    model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes; 1,200 with Adam's two moments
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: Disk)
     require_room(tmp_path, model, 2, ema=False)
     for count, ema in ((3, False), (2, True)):
@@ -438,7 +438,7 @@ def test_room_is_asked_for_before_the_run(tmp_path, monkeypatch):
             require_room(tmp_path, model, count, ema)
 
 
-def test_history_forgets_what_came_after(tmp_path):
+def test_history_drops_rows_after_the_resumed_step(tmp_path):
     rows = History(tmp_path)
     for step in (1, 2, 3):
         rows.add({"step": step, "loss": step / 10})
@@ -450,7 +450,7 @@ def test_history_forgets_what_came_after(tmp_path):
     assert history(tmp_path) == []
 
 
-def test_run_file_is_json(tmp_path):
+def test_run_json_is_plain_json(tmp_path):
     claim(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["adam_betas"] == [0.9, 0.98]
     assert checkpoints(tmp_path) == []

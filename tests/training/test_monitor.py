@@ -1,4 +1,4 @@
-"""What a run says while it trains: rows in history.jsonl, trackers, and the terminal."""
+"""Training output: rows in history.jsonl, trackers, and the terminal."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def numbers(*values):
     return [torch.tensor(value) for value in values]
 
 
-def test_a_row_holds_means_and_leaves_out_what_was_skipped(tmp_path):
+def test_row_holds_means_without_skipped_steps(tmp_path):
     it = monitor(tmp_path)
     for loss, norm, items in ((4.0, 1.0, 10), (float("nan"), float("nan"), 20), (2.0, 3.0, 30)):
         it.progress.step += 1
@@ -50,10 +50,10 @@ def test_a_row_holds_means_and_leaves_out_what_was_skipped(tmp_path):
     assert (it.progress.items, it.progress.skipped, it.progress.streak) == (40, 1, 0)
     it.add({"token": torch.tensor(6.0)}, *numbers(1.0, 10))
     it.log(0.5)
-    assert rows_of(tmp_path)[1]["loss"] == 6.0  # a new window
+    assert rows_of(tmp_path)[1]["loss"] == 6.0  # start of a new logging window
 
 
-def test_speed_counts_training_time_alone(tmp_path, monkeypatch):
+def test_speed_counts_training_time_only(tmp_path, monkeypatch):
     clock = iter([0.0, 2.0, 50.0, 53.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     it = monitor(tmp_path)  # 0
@@ -66,7 +66,7 @@ def test_speed_counts_training_time_alone(tmp_path, monkeypatch):
     assert rows_of(tmp_path)[0]["items_per_second"] == pytest.approx(20.0)
 
 
-def test_a_window_outlives_a_restart_to_the_last_bit(tmp_path):
+def test_logging_window_is_restored_exactly(tmp_path):
     it = monitor(tmp_path)
     for loss in (8.248904705047607, 0.1):
         it.add({"token": torch.tensor(loss, dtype=torch.float64)}, *numbers(1.0, 10))
@@ -88,12 +88,12 @@ def test_history_of_a_run(tmp_path):
     assert result.epochs == 1.5  # of 8 steps each
 
 
-def test_log_steps_beyond_the_end_give_the_last_line(tmp_path):
+def test_logging_steps_beyond_the_end_log_the_last_step(tmp_path):
     run_training(arguments(tmp_path / "run", logging_steps=1000, max_steps=3, warmup_steps=1))
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == [3]
 
 
-def test_epochs_are_passes_over_the_data(tmp_path):
+def test_epoch_counts_passes_over_the_data(tmp_path):
     args = arguments(tmp_path / "run")
     accelerator, model = fresh_accelerator(args), tiny_model()
     task = TranslationTask.for_model(model)
@@ -104,16 +104,16 @@ def test_epochs_are_passes_over_the_data(tmp_path):
     assert result.epochs == pytest.approx(2 + (steps[2] // 2) / steps[2])
 
 
-def test_without_progress_there_are_lines_but_no_bar(tmp_path, capsys):
+def test_without_progress_lines_replace_the_bar(tmp_path, capsys):
     run_training(arguments(tmp_path / "run"))
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.startswith("step 3 of 12: loss ")
-    assert "target tokens/s, 0:00:0" in said.out  # speed, and the time left
+    assert "target tokens/s, 0:00:0" in said.out  # speed and remaining time
     assert "step 5: loss 4.155 (best)" in said.out
 
 
-def test_with_progress_there_is_a_bar_but_no_log_line(tmp_path, capsys):
+def test_with_progress_the_bar_replaces_log_lines(tmp_path, capsys):
     args = arguments(tmp_path / "run")
     args.progress = True
     run_training(args)
@@ -123,7 +123,7 @@ def test_with_progress_there_is_a_bar_but_no_log_line(tmp_path, capsys):
     assert "step 5: loss 4.155 (best)" in said.out
 
 
-def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
+def test_resumed_progress_bar_starts_at_its_step(tmp_path, capsys):
     run_training(arguments(tmp_path / "run"), events={6: "SIGTERM"})
     capsys.readouterr()
     args = arguments(tmp_path / "run")
@@ -133,7 +133,7 @@ def test_a_stopped_run_s_bar_goes_on_where_it_was(tmp_path, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_tensorboard_receives_the_history_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = TokenBatchArguments(**{**vars(arguments(tmp_path / "run")), "report_to": ["tensorboard"]})
@@ -143,7 +143,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     run.claim(tiny_model())
     run_training(args, accelerator=accelerator)
     accelerator.end_training()
-    # The number at the end counts the files of this process; the first holds the scalars.
+    # The numeric suffix counts the files of this process; the first holds the scalars.
     file = min((tmp_path / "run").rglob("*tfevents*"), key=lambda path: int(path.suffix[1:]))
     events = EventAccumulator(str(file.parent))
     events.Reload()
@@ -155,7 +155,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected)
 
 
-def test_trackers_get_the_name_of_the_run_and_its_arguments(tmp_path, monkeypatch):
+def test_trackers_receive_run_name_and_arguments(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: True)
         args = arguments(tmp_path / "run", report_to=["wandb", "tensorboard"], run_name="first try")
@@ -170,13 +170,13 @@ def test_trackers_get_the_name_of_the_run_and_its_arguments(tmp_path, monkeypatc
     assert started["config"]["learning_rate"] == args.learning_rate
 
 
-def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch):
+def test_missing_tracker_package_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="report_to: trackio is not installed"):
         arguments(".", report_to=["trackio"])
 
 
-def test_a_failing_write_of_the_history_ends_the_run(tmp_path):
+def test_history_write_error_ends_the_run(tmp_path):
     code, report = start(arguments(tmp_path / "run", logging_steps=1), file_limit=300)
     assert code == 3
     assert report["error"].startswith("WriteError: could not write") and "history.jsonl" in report["error"]

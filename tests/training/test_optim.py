@@ -1,4 +1,4 @@
-"""Optimizer, schedules and averaged weights against their formulas; and which weights a run ships."""
+"""Optimizers, schedules and weight averaging against their formulas; which weights a run saves."""
 
 import math
 import shutil
@@ -57,7 +57,7 @@ def test_schedule(schedule):
     assert rates(schedule) == pytest.approx([closed_form(schedule, step) for step in range(STEPS)], abs=1e-9)
 
 
-def test_inverse_sqrt_is_the_paper_s():
+def test_inverse_sqrt_matches_the_paper():
     """Equation 3: d^-0.5 * min(step^-0.5, step * warmup^-1.5); its peak is d^-0.5 * warmup^-0.5."""
     d = 512
     scale = PEAK / (d**-0.5 * WARMUP**-0.5)
@@ -65,7 +65,7 @@ def test_inverse_sqrt_is_the_paper_s():
     assert rates("inverse_sqrt")[1:] == pytest.approx(paper, rel=1e-6)
 
 
-def test_parts_learn_at_their_own_rate():
+def test_rate_factors():
     model = TfmViTForImageClassification(TfmViTConfig(**TINY_VIT, image_size=16, patch_size=8))
     args = arguments(".", learning_rate=0.5, rate_factors={"embeddings": 0.1, "patch": 0.5})
     found = {p: group["lr"] for group in parameter_groups(model, args) for p in group["params"]}
@@ -79,7 +79,7 @@ def test_parts_learn_at_their_own_rate():
         arguments(".", rate_factors={"classifier": 0.0})
 
 
-def test_matrices_decay_and_vectors_do_not():
+def test_weight_decay_applies_to_matrices_only():
     model = tiny_model()
     model.model.encoder.layers[0].requires_grad_(False)
     decaying, free = parameter_groups(model, arguments(".", weight_decay=0.1))
@@ -93,7 +93,7 @@ def test_matrices_decay_and_vectors_do_not():
     assert not any("encoder.layers.0" in name for name in trained)
 
 
-def test_positions_and_single_tokens_do_not_decay():
+def test_positions_and_single_tokens_have_no_weight_decay():
     config = TfmViTConfig(image_size=8, patch_size=4, **TINY_VIT)
     model = TfmViTForImageClassification(config)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -103,8 +103,8 @@ def test_positions_and_single_tokens_do_not_decay():
     assert "vit.embeddings.patch_embeddings.projection.weight" not in free and "classifier.weight" not in free
 
 
-def test_layers_learn_slower_the_lower_they_stand():
-    """Embeddings, 3 blocks, and what is above: rates d^4, d^3, d^2, d, 1 of the highest."""
+def test_layer_wise_lr_decay():
+    """Embeddings, 3 blocks and the head: learning rates d^4, d^3, d^2, d and 1 times the highest."""
     model = TfmViTForImageClassification(TfmViTConfig(image_size=8, patch_size=4, **TINY_VIT))
     args = arguments(".", layer_wise_lr_decay=0.5, learning_rate=1.6, weight_decay=0.1)
     optimizer = build_optimizer(model, args)
@@ -144,8 +144,8 @@ def test_sgd_with_momentum_by_hand():
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"layer_wise_lr_decay": 0.7}])
-def test_a_resumed_run_is_bit_equal(tmp_path, options):
-    """The state of other optimizers and of many groups comes back whole."""
+def test_resumed_optimizer_is_bit_equal(tmp_path, options):
+    """The state of other optimizers and of many parameter groups is restored completely."""
     _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **options))
     args = arguments(tmp_path / "part", save_steps=4, learning_rate=0.01, **options)
     run_training(args)
@@ -156,8 +156,8 @@ def test_a_resumed_run_is_bit_equal(tmp_path, options):
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
-def test_optimizer_is_the_kind_asked_for(kind):
-    """One step from zero moments: Adam moves by the rate against the gradient's sign, AdamW also decays."""
+def test_optimizer_type(kind):
+    """One step from zero moments: Adam moves by the learning rate against the gradient's sign, AdamW also decays."""
     weight = torch.nn.Parameter(torch.tensor([[2.0]]))
     model = torch.nn.Module()
     model.weight = weight
@@ -195,8 +195,8 @@ def test_average_is_the_mean(tmp_path):
         average_weights([])
 
 
-def ended(folder, **options):
-    """A run that saves every 2 steps and evaluates every 4, and what it ships."""
+def finished_run(folder, **options):
+    """A run that saves every 2 steps and evaluates every 4; returns its progress and final weights."""
     args = arguments(folder, save_steps=2, eval_steps=4, learning_rate=0.03, **options)
     result, model = run_training(args)
     return result.progress, full_weights(model)
@@ -207,24 +207,24 @@ def weights_of(folder, step, name="model"):
 
 
 def test_last_weights(tmp_path):
-    _, shipped = ended(tmp_path / "run", final_weights="last")
+    _, shipped = finished_run(tmp_path / "run", final_weights="last")
     assert difference(shipped, weights_of(tmp_path / "run", 12)) == 0.0
 
 
 def test_averaged_weights(tmp_path):
-    _, shipped = ended(tmp_path / "run", final_weights="average", average_checkpoints=3)
+    _, shipped = finished_run(tmp_path / "run", final_weights="average", average_checkpoints=3)
     stacks = [weights_of(tmp_path / "run", step) for step in (8, 10, 12)]
     mean = {name: torch.stack([weights[name] for weights in stacks]).mean(dim=0) for name in shipped}
     assert difference(shipped, mean) < 1e-6
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
+def test_ema_weights_are_saved_and_evaluated(tmp_path, precision):
     folder, options = tmp_path / "run", {"ema_decay": 0.9, "mixed_precision": precision}
-    _, shipped = ended(folder, final_weights="ema", **options)
+    _, shipped = finished_run(folder, final_weights="ema", **options)
     assert difference(shipped, weights_of(folder, 12, "ema")) == 0.0
     assert difference(shipped, weights_of(folder, 12)) > 1e-3
-    ended(tmp_path / "last", final_weights="last", **options)
+    finished_run(tmp_path / "last", final_weights="last", **options)
     scores = [
         [row["evaluation"]["loss"] for row in history(path) if "evaluation" in row]
         for path in (folder, tmp_path / "last")
@@ -232,8 +232,8 @@ def test_ema_weights_are_shipped_and_evaluated(tmp_path, precision):
     assert all(one != two for one, two in zip(*scores, strict=True))
 
 
-def scripted(folder, scores, **options):
-    """A run of steps with evaluations whose results are given; returns its progress and what it ships."""
+def run_with_scores(folder, scores, **options):
+    """A run whose evaluation scores are given; returns its progress and final weights."""
     short = {"warmup_steps": min(4, len(scores)), "eval_steps": 1, "logging_steps": 100, "learning_rate": 0.03}
     args = arguments(folder, max_steps=len(scores), **{**short, **options})
     accelerator, model = fresh_accelerator(args), tiny_model()
@@ -255,48 +255,48 @@ def scripted(folder, scores, **options):
     return result.progress, full_weights(model)
 
 
-def test_best_weights_by_loss_are_kept_and_shipped(tmp_path):
-    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 4.0, 4.0, 3.0, 3.5])
-    assert (progress.best, progress.best_step, progress.step) == (3.0, 2, 6)  # equal is not better
+def test_best_weights_by_loss_are_kept_and_saved(tmp_path):
+    progress, shipped = run_with_scores(tmp_path / "run", [5.0, 3.0, 4.0, 4.0, 3.0, 3.5])
+    assert (progress.best, progress.best_step, progress.step) == (3.0, 2, 6)  # ties do not replace the best
     assert difference(shipped, weights_of(tmp_path / "run", 2)) == 0.0
     assert [int(path.name[5:]) for path in checkpoints(tmp_path / "run")] == [2, 5, 6]
 
 
-def test_best_weights_by_another_metric_are_the_highest(tmp_path):
-    progress, shipped = scripted(tmp_path / "run", [5.0, 3.0, 9.0, 4.0, 8.0, 3.5], metric_for_best_model="bleu")
+def test_best_weights_by_a_score_are_the_highest(tmp_path):
+    progress, shipped = run_with_scores(tmp_path / "run", [5.0, 3.0, 9.0, 4.0, 8.0, 3.5], metric_for_best_model="bleu")
     assert (progress.best, progress.best_step) == (9.0, 3)
     assert difference(shipped, weights_of(tmp_path / "run", 3)) == 0.0
 
 
-def test_patience_ends_the_run_early(tmp_path):
+def test_early_stopping_patience_ends_the_run(tmp_path):
     scores = [5.0, 3.0, 4.0, 2.9, 4.0, 3.5, 3.0, 1.0]
-    progress, shipped = scripted(tmp_path / "run", scores, early_stopping_patience=3)
+    progress, shipped = run_with_scores(tmp_path / "run", scores, early_stopping_patience=3)
     assert (progress.step, progress.best_step, progress.waited) == (7, 4, 3)
     assert difference(shipped, weights_of(tmp_path / "run", 4)) == 0.0
-    progress, _ = scripted(tmp_path / "patient", scores, early_stopping_patience=0)
+    progress, _ = run_with_scores(tmp_path / "patient", scores, early_stopping_patience=0)
     assert (progress.step, progress.best_step) == (8, 8)
 
 
-def test_more_patience_goes_on(tmp_path):
-    scripted(tmp_path / "run", [3.0, 4.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=2)
+def test_higher_early_stopping_patience_continues(tmp_path):
+    run_with_scores(tmp_path / "run", [3.0, 4.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=2)
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000003"
-    progress, _ = scripted(tmp_path / "run", [4.0, 2.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=4)
+    progress, _ = run_with_scores(tmp_path / "run", [4.0, 2.0, 4.0, 4.0, 4.0, 4.0], early_stopping_patience=4)
     assert (progress.step, progress.best_step) == (6, 5)
 
 
-def test_evaluations_that_are_no_numbers(tmp_path, capsys):
+def test_nan_evaluations(tmp_path, capsys):
     nan = float("nan")
-    progress, _ = scripted(tmp_path / "some", [nan, 4.0, nan, 5.0])
+    progress, _ = run_with_scores(tmp_path / "some", [nan, 4.0, nan, 5.0])
     assert (progress.best, progress.best_step) == (4.0, 2)
-    progress, shipped = scripted(tmp_path / "none", [nan] * 3, metric_for_best_model="bleu")
+    progress, shipped = run_with_scores(tmp_path / "none", [nan] * 3, metric_for_best_model="bleu")
     assert (progress.best, progress.best_step) == (None, None)
     assert difference(shipped, weights_of(tmp_path / "none", 3)) == 0.0
     assert "the last weights are taken" in capsys.readouterr().out
     with pytest.raises(FloatingPointError, match="the validation loss is nan after the last of 3 steps"):
-        scripted(tmp_path / "loss", [nan] * 3)
+        run_with_scores(tmp_path / "loss", [nan] * 3)
 
 
-def test_a_best_metric_that_is_not_evaluated(tmp_path):
+def test_unknown_metric_for_best_model(tmp_path):
     with pytest.raises(ValueError, match='metric_for_best_model "bleu" is not evaluated; available: loss'):
         run_training(arguments(tmp_path / "run", metric_for_best_model="bleu"))
 
@@ -309,8 +309,8 @@ def test_a_best_metric_that_is_not_evaluated(tmp_path):
         ({"save_total_limit": 1, "average_checkpoints": 4}, [6, 8, 10, 12]),
     ],
 )
-def test_rotation(tmp_path, options, kept):
-    progress, _ = ended(tmp_path / "run", **options)
+def test_checkpoint_rotation(tmp_path, options, kept):
+    progress, _ = finished_run(tmp_path / "run", **options)
     steps = {int(path.name[5:]) for path in checkpoints(tmp_path / "run")}
     assert steps == {*kept, progress.best_step}
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == len(steps)
@@ -350,5 +350,5 @@ def test_compiled_model_gives_the_same_weights(tmp_path):
         ("backbone.layer1.0.conv1.weight", math.inf),
     ],
 )
-def test_layer_ids_of_our_names_and_of_transformers(name, expected):
+def test_layer_ids_of_our_parameter_names_and_transformers_names(name, expected):
     assert layer_id(name) == expected

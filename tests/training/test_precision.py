@@ -1,4 +1,4 @@
-"""A CPU without bf16 instructions emulates them: a run says so before it starts."""
+"""bf16 on a CPU without bf16 instructions is emulated, and the run warns before it starts."""
 
 import pytest
 from training_helpers import arguments, fresh_accelerator
@@ -9,13 +9,13 @@ from hf_tfm.training import run
 @pytest.mark.parametrize(
     ("precision", "fast", "said"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
 )
-def test_emulated_bf16_is_told(precision, fast, said, monkeypatch, capsys):
+def test_emulated_bf16_warns(precision, fast, said, monkeypatch, capsys):
     monkeypatch.setattr(run, "has_fast_bf16", lambda: fast)
     fresh_accelerator(arguments(".", mixed_precision=precision))
     assert ('mixed_precision="bf16" is emulated on this CPU' in capsys.readouterr().out) is said
 
 
-def test_instructions_are_read_from_the_flags(tmp_path, monkeypatch):
+def test_bf16_support_is_read_from_the_cpu_flags(tmp_path, monkeypatch):
     known = {"flags : fpu avx2": False, "flags : fpu avx512_bf16": True, "Features : asimd bf16": True}
     for flags, expected in known.items():
         (tmp_path / "cpuinfo").write_text(flags)

@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same weights, the same counts, and each goes on with the other's checkpoint."""
+"""Two processes train like one: same weights and counts, and each setup resumes the other's checkpoints."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from hf_tfm.training.checkpoint import checkpoints, full_weights
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder that two gloo processes wrote to; one run in it was begun by one process."""
+    """The output folder of two gloo processes; one of its runs was started by a single process."""
     folder = tmp_path_factory.mktemp("ranks")
     run_training(arguments(folder / "from_one"), tiny_model(dropout=0.2), {7: "SIGTERM"})
     for name, damaged in (("damaged", 1), ("lost", 2)):
@@ -53,20 +53,20 @@ def test_same_weights_as_one_process(tmp_path, two, name):
         assert theirs == pytest.approx(mine, rel=1e-4)
 
 
-def test_two_take_the_same_sound_checkpoint(two):
+def test_both_ranks_resume_from_the_same_intact_checkpoint(two):
     assert reports(two[0])["damaged"][:2] == [12, False]
     assert (two[0] / "damaged" / "checkpoints" / "damaged-step-00000008").is_dir()
     assert "step-00000008/model.safetensors is damaged" in two[1].stderr
 
 
-def test_errors_of_one_process_end_all(two):
-    """`reports` compares those of both."""
+def test_error_on_one_rank_ends_all(two):
+    """`reports` compares the errors of both ranks."""
     lost, raised = reports(two[0])["errors"]
     assert "has no intact checkpoint to resume from" in lost
     assert raised == "only the main process knows"
 
 
-def test_two_go_on_with_the_checkpoint_of_one(two):
+def test_two_processes_resume_a_checkpoint_of_one(two):
     folder = two[0] / "from_one"
     assert reports(two[0])["from_one"][:2] == [12, False]
     assert checkpoints(folder)[-1].name == "step-00000012"
@@ -75,25 +75,25 @@ def test_two_go_on_with_the_checkpoint_of_one(two):
     assert losses[12] < losses[3]
 
 
-def test_all_stop_when_one_is_asked_to_and_one_goes_on_with_their_checkpoint(tmp_path, two):
+def test_sigterm_on_one_rank_stops_all_and_one_process_resumes(tmp_path, two):
     folder = two[0] / "from_two"
-    assert reports(two[0])["from_two"][:2] == [8, True]  # between two log lines
+    assert reports(two[0])["from_two"][:2] == [8, True]  # between two logging steps
     assert checkpoints(folder)[-1].name == "step-00000008"
     result, model = run_training(arguments(folder))
     _, whole = run_training(arguments(tmp_path / "whole"))
     assert (result.progress.step, result.stopped) == (12, False)
-    assert difference(full_weights(model), full_weights(whole)) < 1e-6  # there is no dropout in it
+    assert difference(full_weights(model), full_weights(whole)) < 1e-6  # the model has no dropout
     for mine, theirs in zip(history(folder), history(tmp_path / "whole"), strict=True):
         assert mine.pop("evaluation", {}) == pytest.approx(theirs.pop("evaluation", {}), rel=1e-4)
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-def test_running_statistics_are_shared(two):
+def test_running_statistics_are_averaged(two):
     assert reports(two[0])["statistics"] == [[0.5, 0.5], [2.0, 2.0]]
 
 
-def test_only_the_main_process_speaks(two):
+def test_only_the_main_process_prints(two):
     _, done = two
     runs = len(EQUAL) + 3
-    assert done.stdout.count("step 12 of 12: loss") == runs - 1  # one was stopped
+    assert done.stdout.count("step 12 of 12: loss") == runs - 1  # one run was stopped
     assert "train:" not in done.stdout + done.stderr

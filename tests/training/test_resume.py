@@ -1,4 +1,4 @@
-"""Stop a run anywhere, start it again with the same command: nothing differs from a run that was never stopped."""
+"""A run that is stopped anywhere and restarted with the same command equals an uninterrupted run."""
 
 import json
 import random
@@ -11,12 +11,12 @@ from training_helpers import arguments, digest, history, run_training, start, ti
 from hf_tfm.training.checkpoint import checkpoints, full_weights, seed_step
 
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.1}
-STEPS = 24  # two epochs and a half, of 9 or 10 steps
+STEPS = 24  # two and a half epochs of 9 or 10 steps
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights, history and checkpoints of a run that was left alone."""
+    """Weights, history and checkpoints of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     code, report = start(arguments(folder, max_steps=STEPS, ema_decay=0.9), DROPOUT)
     assert (code, report["step"]) == (0, STEPS)
@@ -24,7 +24,7 @@ def whole(tmp_path_factory):
 
 
 def tensors(folder):
-    """The last checkpoint's weights, moments and moving average, byte by byte."""
+    """Weights, moments and moving average of the last checkpoint, byte by byte."""
     return {path.name: path.read_bytes() for path in checkpoints(folder)[-1].glob("*.safetensors")}
 
 
@@ -39,7 +39,7 @@ def assert_same(folder, report, whole):
     assert sorted(p.name[:5] for p in (folder / "checkpoints").iterdir()) == ["step-"] * 2
 
 
-def test_whole_run_evaluates_and_logs_in_between(whole):
+def test_uninterrupted_run_evaluates_and_logs(whole):
     assert [row["step"] for row in whole[1] if "evaluation" in row] == [5, 10, 15, 20, 24]
     assert [row["step"] for row in whole[1] if "loss" in row] == [3, 6, 9, 12, 15, 18, 21, 24]
     assert {row["epoch"] for row in whole[1]} == {0, 1, 2}
@@ -88,11 +88,11 @@ def test_half_written_files_are_not_picked_up(tmp_path, whole):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
+def test_sigterm_saves_and_exits_with_status_0(tmp_path, whole, workers):
     args = run_args(tmp_path / "run", dataloader_num_workers=workers)
     code, report = start(args, DROPOUT, events={12: "SIGTERM"})
     assert code == 0
-    assert (report["stopped"], report["step"]) == (True, 13)  # the step under way is finished
+    assert (report["stopped"], report["step"]) == (True, 13)  # the current step is finished
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000013"
     code, report = start(args, DROPOUT)
     assert (code, report["stopped"]) == (0, False)
@@ -100,8 +100,8 @@ def test_sigterm_saves_and_ends_well(tmp_path, whole, workers):
 
 
 @pytest.mark.parametrize("evaluation", [2, 4])
-def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
-    """It is made when the run goes on, also after the last step."""
+def test_sigterm_interrupts_an_evaluation(tmp_path, whole, evaluation):
+    """The evaluation is repeated when the run resumes, also after the last step."""
     args = run_args(tmp_path / "run")
     code, report = start(args, DROPOUT, stop_evaluation=evaluation)
     assert (code, report["stopped"], report["step"]) == (0, True, min(5 * evaluation, args.max_steps))
@@ -111,12 +111,12 @@ def test_sigterm_does_not_wait_for_an_evaluation(tmp_path, whole, evaluation):
     assert_same(tmp_path / "run", report, whole)
 
 
-def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
+def test_averaged_weights_do_not_depend_on_stops(tmp_path):
     options = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "save_total_limit": 1}
     reports = []
     for name, stops in (("whole", ()), ("stopped", (6, 8, 10))):
         args = arguments(tmp_path / name, **options)
-        for step in stops:  # after steps 7, 9 and 11, between those that are saved
+        for step in stops:  # after steps 7, 9 and 11, between the scheduled checkpoints
             assert start(args, events={step: "SIGTERM"})[1]["stopped"]
         reports.append(start(args)[1])
         steps = [path.name[-2:] for path in checkpoints(tmp_path / name)]
@@ -124,7 +124,7 @@ def test_averaged_weights_do_not_tell_of_a_stop(tmp_path):
     assert reports[0]["weights"] == reports[1]["weights"]
 
 
-def test_ctrl_c_leaves_things_as_they_are(tmp_path, whole):
+def test_ctrl_c_saves_nothing(tmp_path, whole):
     args = run_args(tmp_path / "run")
     code, report = start(args, DROPOUT, events={12: "SIGINT"})
     assert code not in (0, -9)
@@ -134,7 +134,7 @@ def test_ctrl_c_leaves_things_as_they_are(tmp_path, whole):
     assert_same(tmp_path / "run", report, whole)
 
 
-def test_mask_predict_repeats_its_masks(tmp_path):
+def test_mask_predict_resumes_with_the_same_masks(tmp_path):
     fields = {**DROPOUT, "decoding": "mask_predict"}
     reports = []
     for name, events in (("whole", {}), ("killed", {8: "SIGKILL"}), ("killed", {})):
@@ -145,17 +145,17 @@ def test_mask_predict_repeats_its_masks(tmp_path):
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
 
-def test_a_finished_run_stays_as_it_is(tmp_path):
+def test_finished_run_is_unchanged(tmp_path):
     args = arguments(tmp_path / "run")
     _, first = run_training(args)
     rows = history(tmp_path / "run")
-    result, again = run_training(args, events={step: "SIGKILL" for step in range(99)})  # no step is taken
+    result, again = run_training(args, events={step: "SIGKILL" for step in range(99)})  # no further step
     assert (result.progress.step, result.stopped) == (12, False)
     assert digest(full_weights(again)) == digest(full_weights(first))
     assert history(tmp_path / "run") == rows
 
 
-def test_more_steps_go_on_from_the_end(tmp_path):
+def test_raising_max_steps_continues_a_finished_run(tmp_path):
     options = {"lr_scheduler_type": "constant", "final_weights": "last"}
     run_training(arguments(tmp_path / "longer", max_steps=10, **options))
     result, longer = run_training(arguments(tmp_path / "longer", max_steps=20, **options))
@@ -164,7 +164,7 @@ def test_more_steps_go_on_from_the_end(tmp_path):
     assert digest(full_weights(longer)) == digest(full_weights(whole))
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_checkpoint_of_another_model_is_refused(tmp_path):
     run_training(arguments(tmp_path / "run", max_steps=5))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for fields in (
@@ -185,7 +185,7 @@ def test_checkpoint_is_json_and_safetensors(tmp_path):
     assert json.loads((folder / "state.json").read_text())["progress"]["step"] == 5
 
 
-def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
+def test_random_numbers_depend_on_seed_step_and_rank_only():
     def draw(*key):
         seed_step(*key)
         return (torch.rand(2).tolist(), np.random.rand(), random.random())
@@ -197,8 +197,8 @@ def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
     assert all(mine != yours for other in others for mine, yours in zip(first, other, strict=True))
 
 
-def test_the_run_is_not_trivially_equal(whole, tmp_path):
-    """Another seed, or no dropout, gives other weights: the comparisons above can fail."""
+def test_comparison_detects_differences(whole, tmp_path):
+    """Another seed, or no dropout, gives other weights, so the comparisons above can fail."""
     for options, fields in (({"seed": 1}, DROPOUT), ({}, {})):
         _, report = start(run_args(tmp_path / f"run{len(fields)}", **options), fields)
         assert report["weights"] != whole[0]

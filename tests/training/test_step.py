@@ -1,4 +1,4 @@
-"""One optimizer step is one batch, however it is cut; and a step whose gradient is not finite is none."""
+"""An optimizer step does not depend on micro-batching, and a step with a non-finite gradient is skipped."""
 
 import copy
 
@@ -28,7 +28,7 @@ ROWS = sorted(pairs(8), key=lambda row: len(row["labels"]))
 
 
 def cuts(count):
-    """``ROWS`` in ``count`` pieces, the first of few tokens, the last of many."""
+    """``ROWS`` split into ``count`` micro-batches, the first with few tokens, the last with many."""
     size = len(ROWS) // count
     return [list(range(i * size, (i + 1) * size)) for i in range(count)]
 
@@ -59,18 +59,18 @@ def test_micro_batches_equal_one_batch(count, fields):
         assert cut.losses[term].item() == pytest.approx(whole.losses[term].item(), abs=1e-5)
         assert cut.counts[term] == whole.counts[term]
     assert cut.gradient_norm.item() == pytest.approx(whole.gradient_norm.item(), rel=1e-5)
-    assert difference(full_weights(tiny_model(**fields)), one) > 1e-4  # the steps do something
+    assert difference(full_weights(tiny_model(**fields)), one) > 1e-4  # the steps change the weights
 
 
-def test_with_the_paper_s_epsilon_only_the_bias_of_keys_differs():
+def test_with_the_paper_epsilon_only_key_biases_differ():
     one, many = (step_once(count, adam_epsilon=1e-9)[0] for count in (1, 4))
     names = [name for name in one if not name.endswith("k_proj.bias")]
     assert len(one) - len(names) == 3
     assert difference({n: one[n] for n in names}, {n: many[n] for n in names}) < 1e-6
 
 
-def test_averaging_micro_batch_means_would_differ():
-    """The usual accumulation, the mean of means, is another gradient here: the test above has power."""
+def test_averaging_micro_batch_means_gives_another_gradient():
+    """The usual gradient accumulation, a mean of means, differs measurably here, so the test above can fail."""
     model = tiny_model()
     task = TranslationTask.for_model(model)
     assert len({task.count(batch)["token"] for batch in micro_batches(task, 2)}) == 2
@@ -83,7 +83,7 @@ def test_averaging_micro_batch_means_would_differ():
     assert difference(*gradients) > 1e-3
 
 
-def test_loss_is_the_model_s_own_mean():
+def test_loss_equals_the_model_loss():
     model = tiny_model()
     task = TranslationTask.for_model(model)
     (batch,) = micro_batches(task, 1)
@@ -93,7 +93,7 @@ def test_loss_is_the_model_s_own_mean():
 
 
 @pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
-def test_hidden_batch_counts_for_nothing(decoding):
+def test_dummy_batch_has_no_effect(decoding):
     model = tiny_model(decoding=decoding)
     task = TranslationTask.for_model(model)
     hidden = task.collator()(ROWS[:1], [0], epoch=0, is_dummy=True)
@@ -102,10 +102,10 @@ def test_hidden_batch_counts_for_nothing(decoding):
     assert losses.keys() == task.count(hidden).keys()
     sum(losses.values()).backward()
     assert all(loss.item() == 0.0 for loss in losses.values())
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())  # each takes part in the exchange
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())  # each rank is reduced
 
 
-def test_norm_is_reported_before_clipping():
+def test_reported_norm_is_before_clipping():
     free, result = step_once(1, steps=1)
     clipped, again = step_once(1, steps=1, max_grad_norm=0.01)
     assert again.gradient_norm.item() == pytest.approx(result.gradient_norm.item(), rel=1e-6)
@@ -113,8 +113,8 @@ def test_norm_is_reported_before_clipping():
     assert difference(free, clipped) > 0
 
 
-def test_clipped_gradient_has_the_limit_s_norm():
-    """Plain gradient descent shows it: the step's length is the rate times the clipped norm."""
+def test_clipped_gradient_has_the_maximum_norm():
+    """With plain SGD the length of the update is the learning rate times the clipped norm."""
     accelerator = fresh_accelerator()
     model = tiny_model()
     task = TranslationTask.for_model(model)
@@ -128,7 +128,7 @@ def test_clipped_gradient_has_the_limit_s_norm():
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
+def test_nonfinite_gradient_changes_nothing(kind, bad):
     args = arguments(".", optimizer=kind, weight_decay=0.1)
     accelerator = fresh_accelerator(args)
     model = tiny_model()
@@ -148,20 +148,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_run_counts_what_it_skips_and_goes_on(tmp_path, precision):
+def test_run_counts_skipped_steps_and_continues(tmp_path, precision):
     options = {"logging_steps": 1, "mixed_precision": precision, "final_weights": "last"}
     result, model = run_training(arguments(tmp_path / "run", **options), bad={4: float("nan"), 7: float("inf")})
     rows = [row for row in history(tmp_path / "run") if "loss" in row]
     assert [row["skipped"] for row in rows] == [0] * 4 + [1] * 3 + [2] * 5
     assert (result.progress.step, result.progress.skipped) == (12, 2)
     assert all(torch.isfinite(weight).all() for weight in full_weights(model).values())
-    assert [row["loss"] for row in rows if row["step"] in (5, 8)] == [0.0, 0.0]  # nothing was learned in them
+    assert [row["loss"] for row in rows if row["step"] in (5, 8)] == [0.0, 0.0]  # the skipped steps changed nothing
     _, clean = run_training(arguments(tmp_path / "clean", **options))
     assert result.progress.items < sum(len(row["labels"]) for row in pairs()) * 1.3
     assert difference(full_weights(model), full_weights(clean)) > 0
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path):
+def test_too_many_consecutive_skips_end_the_run(tmp_path):
     bad = dict.fromkeys((3, 6, 7, 8, 9), float("nan"))
     args = arguments(tmp_path / "run", max_nonfinite_steps=3)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 9 \(max_nonfinite_steps=3\)"):
@@ -170,8 +170,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path):
     assert result.progress.skipped == 5
 
 
-def test_streak_outlives_a_restart(tmp_path):
-    """Three bad steps before the checkpoint and one after it are four in a row."""
+def test_skip_count_survives_a_restart(tmp_path):
+    """Three skipped steps before the checkpoint and one after it count as four consecutive ones."""
     args = arguments(tmp_path / "run", max_nonfinite_steps=4, final_weights="last")
     run_training(args, bad=dict.fromkeys((2, 3, 4), float("nan")), events={4: "SIGTERM"})
     with pytest.raises(FloatingPointError, match="4 steps in a row, up to step 6"):
@@ -179,7 +179,9 @@ def test_streak_outlives_a_restart(tmp_path):
 
 
 def scaled_accelerator():
-    """fp16 with its loss scaler, as accelerate makes it on an accelerator only; torch knows both on a CPU too."""
+    """fp16 with a loss scaler, which accelerate creates only on accelerators, although torch supports both on a
+    CPU.
+    """
     fresh_accelerator()
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
@@ -198,10 +200,10 @@ def test_loss_scaler_gives_the_same_steps(tmp_path):
             assert scaled[name] == pytest.approx(plain[name], rel=0.01)
 
 
-def test_loss_scaler_skips_lowers_and_is_saved(tmp_path):
+def test_loss_scaler_skips_lowers_its_scale_and_is_saved(tmp_path):
     args = arguments(tmp_path / "run", final_weights="last", max_nonfinite_steps=2)
     accelerator = scaled_accelerator()
-    # Four in a row are more than max_nonfinite_steps, but within the search of the scale.
+    # Four in a row exceed max_nonfinite_steps, but the initial search for the loss scale is exempt.
     result, _ = run_training(
         args, bad=dict.fromkeys(range(4), float("inf")), events={8: "SIGTERM"}, accelerator=accelerator
     )
@@ -219,7 +221,7 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
         fresh_accelerator(arguments(tmp_path, mixed_precision="fp16"))
 
 
-def test_an_optimizer_that_cannot_skip_is_refused():
+def test_optimizer_that_cannot_skip_is_refused():
     accelerator, model = fresh_accelerator(), tiny_model()
     task = TranslationTask.for_model(model)
     for fused in (None, False):
@@ -267,6 +269,6 @@ def test_data_without_a_step_is_an_error(tmp_path):
         )
 
 
-def test_an_accelerator_is_asked_often_enough():
-    """A cluster gives 30 seconds; so many micro-batches take less than that."""
+def test_stop_request_is_checked_often_enough():
+    """A cluster grants 30 seconds after SIGTERM; this many micro-batches take less."""
     assert LOOK_MICRO_BATCHES <= 10

@@ -1,4 +1,4 @@
-"""SIGTERM: noted, left by an exception where that was asked for, or the end of the process with status 0."""
+"""SIGTERM: recorded, raised as an exception where requested, or ends the process with status 0."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_notice_is_noted_and_the_old_handler_comes_back():
+def test_request_is_recorded_and_the_old_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as request:
         assert not request.set
@@ -23,7 +23,7 @@ def test_a_notice_is_noted_and_the_old_handler_comes_back():
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_may_be_left_at_once_is(early):
+def test_interruptible_block_is_left_at_once(early):
     done = []
     with StopRequest() as request:
         with pytest.raises(Interrupted):
@@ -32,11 +32,11 @@ def test_what_may_be_left_at_once_is(early):
             with request.at_once():
                 terminate()
                 done.append("the rest")
-        terminate()  # a second notice is only noted again
+        terminate()  # a second signal is only recorded
     assert request.set and not done
 
 
-def test_what_must_be_finished_is():
+def test_uninterruptible_block_is_finished():
     done = []
     with StopRequest() as request, request.at_once(False):
         terminate()
@@ -44,8 +44,8 @@ def test_what_must_be_finished_is():
     assert request.set and done
 
 
-def ended(reports) -> None:
-    """A process that is told to end, after a child of its own that it forked."""
+def stop_child_then_self(reports) -> None:
+    """A process that receives SIGTERM after its forked child did."""
     install_sigterm_handler()
     if (child := os.fork()) == 0:
         terminate()
@@ -57,12 +57,12 @@ def ended(reports) -> None:
     os._exit(1)
 
 
-def test_outside_of_training_a_process_ends_well(capfd):
+def test_sigterm_outside_of_training_exits_with_status_0(capfd):
     context = multiprocessing.get_context("fork")
     reports = context.Queue()
-    process = context.Process(target=ended, args=(reports,))
+    process = context.Process(target=stop_child_then_self, args=(reports,))
     process.start()
-    assert reports.get(timeout=60) == -signal.SIGTERM  # a child ends as children do
+    assert reports.get(timeout=60) == -signal.SIGTERM  # the child dies by the signal
     process.join(60)
     assert process.exitcode == 0
     assert capfd.readouterr().err.count("run the same command to resume") == 1

@@ -12,7 +12,7 @@ SMALL, LARGE = nn.Linear(8, 8), nn.Linear(SMALL_MODEL // 8, 8)
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """Two threads, none chosen by the environment."""
+    """Two threads, with no thread count set in the environment."""
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     with threads_restored():
@@ -20,20 +20,20 @@ def two_threads(monkeypatch):
         yield monkeypatch
 
 
-def test_a_small_model_gets_one_thread(two_threads):
+def test_small_model_uses_one_thread(two_threads):
     with threads_restored():
         assert limit_threads(SMALL, CPU) and torch.get_num_threads() == 1
         assert not limit_threads(SMALL, CPU), "there is nothing to change any more"
     assert torch.get_num_threads() == 2
 
 
-def test_a_large_model_and_other_devices_keep_theirs(two_threads):
+def test_large_model_and_other_devices_keep_their_threads(two_threads):
     assert not limit_threads(LARGE, CPU)
     assert not limit_threads(SMALL, torch.device("cuda"))
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_the_environment_decides(variable, two_threads):
+def test_environment_takes_precedence(variable, two_threads):
     two_threads.setenv(variable, "2")
     assert not limit_threads(SMALL, CPU) and torch.get_num_threads() == 2

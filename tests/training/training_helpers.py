@@ -1,4 +1,4 @@
-"""What the tests of the engine share: a tiny model, tiny data, and processes that may be killed."""
+"""Shared helpers of the training tests: a tiny model, tiny data, and processes that may be killed."""
 
 import hashlib
 import importlib
@@ -29,13 +29,13 @@ from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.run import start_accelerator
 
 VOCABULARY = 40
-# The bias of keys moves all scores of a query alike, so it changes nothing and its gradient is rounding noise. Adam
-# divides that noise by its own size; a large epsilon keeps it small, so that every weight of equal runs is comparable.
+# A key bias shifts all scores of a query equally, so it has no effect and its gradient is rounding noise. Adam
+# divides that noise by its own magnitude; a large epsilon keeps it small, so all weights can be compared.
 OPTIONS = {"max_steps": 12, "batch_tokens": 60, "warmup_steps": 4, "logging_steps": 3, "adam_epsilon": 1e-4}
 
 
 def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
-    """One block a side, random weights, no dropout unless told so."""
+    """One block per stack, random weights, no dropout unless requested."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     depth = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dropout": 0.0}
@@ -45,7 +45,7 @@ def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneratio
 
 
 def pairs(count: int = 50, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Random sentences of 3 to 12 tokens; the target is the source, reversed and a little shorter."""
+    """Random sentences of 3 to 12 tokens; the target is the source, reversed and slightly shorter."""
     random = np.random.default_rng(seed)
     rows = []
     for length in random.integers(3, 13, count):
@@ -70,7 +70,7 @@ def tiny_loader(rows: list, task: TranslationTask, args: TokenBatchArguments, ac
 
 
 def fresh_accelerator(args: TokenBatchArguments | None = None) -> Accelerator:
-    """An accelerator as of a new process."""
+    """An accelerator as in a new process."""
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -83,7 +83,7 @@ def arguments(folder: Path | str, **overrides) -> TokenBatchArguments:
 
 
 class FaultyLoader:
-    """A loader in front of which something happens to this process: {number of the step: signal}."""
+    """A loader that sends this process a signal before given steps: {step number: signal name}."""
 
     def __init__(self, loader: StepLoader, events: dict[int, str]):
         self.loader, self.events = loader, events
@@ -93,11 +93,11 @@ class FaultyLoader:
         first = sum(map(self.loader.steps_per_epoch, range(epoch))) + start
         for number, step in enumerate(self.loader.epoch(epoch, start), start=first):
             if event := self.events.get(number):
-                if event == "SIGINT":  # which a job that a script has put into the background would not hear
+                if event == "SIGINT":  # background jobs of a script ignore SIGINT
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 if event == "SIGTERM" and os.getpgrp() == os.getpid():
-                    # A cluster tells all processes of a job to end, the loader's workers among them; and it is
-                    # another process that does, which workers take to heart more than a word of their parent.
+                    # A cluster sends SIGTERM to all processes of a job, including the data loader workers; it comes
+                    # from another process, because workers treat a signal from their parent differently.
                     subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
                 else:
                     os.kill(os.getpid(), getattr(signal, event))
@@ -105,7 +105,7 @@ class FaultyLoader:
 
 
 class FaultyTask(TranslationTask):
-    """A task some of whose losses are not finite: those of the steps with these numbers (counted by `losses`)."""
+    """A task with non-finite losses at the given training steps (counted by `losses`)."""
 
     bad: dict[int, float]
     done = 0
@@ -132,7 +132,7 @@ def run_training(
     """Train a tiny model with the real `train`; returns its result and the model.
 
     Args:
-        stop_evaluation: SIGTERM comes in the evaluation with this number, from 1 on, before it is done.
+        stop_evaluation: send SIGTERM during this evaluation, counted from 1.
     """
     accelerator = accelerator or fresh_accelerator(args)
     model = model or tiny_model(args.seed)
@@ -154,7 +154,7 @@ def run_training(
 
 
 def digest(weights: dict[str, Tensor]) -> str:
-    """A hash of every bit of some tensors."""
+    """SHA-256 of the exact values of some tensors."""
     total = hashlib.sha256()
     for name in sorted(weights):
         total.update(name.encode() + weights[name].detach().contiguous().numpy().tobytes())
@@ -162,7 +162,7 @@ def digest(weights: dict[str, Tensor]) -> str:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of history.jsonl, less what depends on the clock."""
+    """The rows of history.jsonl without timing values."""
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]
 
@@ -174,7 +174,7 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 
 def kill_at_call(path: str, number: int) -> None:
-    """Have this process killed at the ``number``-th call of a function, given as "module.function"."""
+    """Kill this process at the ``number``-th call of a function, given as "module.function"."""
     module, name = path.rsplit(".", 1)
     owner = importlib.import_module(module)
     function, calls = getattr(owner, name), itertools.count(1)
@@ -188,10 +188,10 @@ def kill_at_call(path: str, number: int) -> None:
 
 
 def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
-    """What a process of `start` does."""
+    """Entry point of the processes of `start`."""
     os.setpgrp()
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a process started by hand
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process started by hand
     if deadly := options.pop("deadly", None):
         kill_at_call(*deadly)
     if limit := options.pop("file_limit", None):
@@ -209,10 +209,10 @@ def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], option
 def start(
     args: TokenBatchArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
 ) -> tuple[int, dict[str, Any] | None]:
-    """Train in a process of its own, forked from a server that has imported everything once.
+    """Train in a new process, forked from a server that has imported everything once.
 
     Args:
-        fields: of the model's configuration.
+        fields: configuration fields of the model.
         options: see `run_training`; also ``deadly``, arguments of `kill_at_call`, and ``file_limit``, the largest size
             of a file in bytes, which stands in for a full disk.
 
