@@ -1,1 +1,1 @@
-"""Bad inputs of every recipe and command, as a table; see `rows` and `runner`."""
+"""Invalid inputs of every recipe and command as a table; see `rows` and `runner`."""

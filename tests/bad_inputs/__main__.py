@@ -1,4 +1,4 @@
-"""Print the verdicts over the whole table: python -m tests.bad_inputs --help."""
+"""Print the verdicts for the whole table: python -m tests.bad_inputs --help."""
 
 import argparse
 import re
@@ -13,21 +13,21 @@ from .verdicts import VERDICTS, prepared, verdict
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bad_inputs", description=__doc__)
-    parser.add_argument("--package", type=Path, help="folder of another checkout of hf_tfm")
-    parser.add_argument("--failing", action="store_true", help="list the rows that are not handled well")
-    parser.add_argument("--only", default="", help="rows whose id this pattern is found in")
-    parser.add_argument("--seconds", type=int, default=CPU_SECONDS, help="CPU time that a case may take")
+    parser.add_argument("--package", type=Path, help="root folder of another checkout of hf_tfm")
+    parser.add_argument("--failing", action="store_true", help="list the rows that are not handled well, with reasons")
+    parser.add_argument("--only", default="", help="run only rows whose id matches this pattern")
+    parser.add_argument("--seconds", type=int, default=CPU_SECONDS, help="limit of CPU time per case")
     options = parser.parse_args()
     counts, seconds = Counter(), 0.0
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place) / "server"
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary) / "server"
         home.mkdir()
         server = Server(home, options.package, options.seconds)
         chosen = [row for row in ROWS if re.search(options.only, row.id)]
         for number, row in enumerate(chosen):
-            folder = Path(place) / f"case-{number}"
+            folder = Path(temporary) / f"case-{number}"
             folder.mkdir()
-            result = server.run(row.words(prepared(row, folder), home / "models"), folder)
+            result = server.run(row.arguments(prepared(row, folder), home / "models"), folder)
             found, reason = verdict(row, result)
             counts[found] += 1
             seconds += result.seconds
@@ -37,7 +37,7 @@ def main() -> None:
     print("| verdict | inputs |\n|---|---|")
     for name in VERDICTS:
         print(f"| {name} | {counts[name]} |")
-    print(f"| all | {len(chosen)} |\n\n{seconds / max(len(chosen), 1):.2f} s of CPU time a case")
+    print(f"| all | {len(chosen)} |\n\n{seconds / max(len(chosen), 1):.2f} s of CPU time per case")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small data sets, models and files for the cases; each builder writes below the folder it is given."""
+"""Small data sets, models and files for the cases; each builder writes into the given folder."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ SIDE = 16
 
 
 def png(seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
-    """An image of noise as PNG."""
+    """A PNG of noise."""
     file = io.BytesIO()
     noise = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, "PNG")

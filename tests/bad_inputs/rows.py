@@ -1,8 +1,8 @@
-"""The table of bad inputs: a row is a command line, the files it reads, and the error it must be answered with.
+"""The table of invalid inputs: a row is a command line, the files it reads, and the expected error.
 
-In a command line, {in} is the folder of the row's files, {out} an output that does not exist, and {models} the folder
-of tiny models (`inputs.MODELS`). An error is one line of hf-tfm that the pattern is found in; a row without a pattern
-is valid: it must be accepted, so that refusing everything is no way to pass.
+In a command line, {in} is the folder of the row's files, {out} a nonexistent output path, and {models} the folder
+of tiny models (`inputs.MODELS`). An error is one line of hf-tfm that matches the pattern. A row without a pattern
+is valid and must be accepted, so that rejecting everything does not pass.
 """
 
 import json
@@ -25,9 +25,9 @@ class Row:
 
     Args:
         id: name, unique in the table.
-        command: words, see above.
-        error: pattern of the one line of error; None of an input that is valid.
-        files: writes what the command reads into {in}.
+        command: the arguments, see above.
+        error: pattern of the one-line error; None for a valid input.
+        files: writes the files that the command reads into {in}.
     """
 
     id: str
@@ -35,17 +35,17 @@ class Row:
     error: str | None
     files: Callable[[Path], None] | None = None
 
-    def words(self, folder: Path, models: Path) -> list[str]:
-        """The command line for a case's own folder."""
-        places = {"{in}": folder / "in", "{out}": folder / "out", "{models}": models}
-        words = shlex.split(self.command)
-        for name, place in places.items():
-            words = [word.replace(name, str(place)) for word in words]
-        return words
+    def arguments(self, folder: Path, models: Path) -> list[str]:
+        """The arguments of the command for the case's own folder."""
+        paths = {"{in}": folder / "in", "{out}": folder / "out", "{models}": models}
+        arguments = shlex.split(self.command)
+        for name, path in paths.items():
+            arguments = [argument.replace(name, str(path)) for argument in arguments]
+        return arguments
 
 
 def got(option: str, *parts: str) -> str:
-    """A pattern: the option, and then all of ``parts``, which are taken literally."""
+    """A pattern that matches the option followed by all of ``parts``, which are taken literally."""
     return rf"(?<!\w){re.escape(option)}(?!\w).*" + ".*".join(re.escape(part) for part in parts)
 
 
@@ -73,7 +73,7 @@ DISTIL = {
     for name in ("distill_vision", "distill_mae", "distill_task", "distill_pretrain", "distill_detection")
 }
 
-# Options of every recipe: (command, words, pattern).
+# Options of every recipe: (command, arguments, pattern).
 OPTIONS: list[tuple[str, str, str]] = [
     # lengths and schedules
     (VISION, "--num_train_epochs null --max_steps 2.5", got("max_steps", "2.5")),
@@ -152,7 +152,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--seed", r"--seed needs a value"),
     (VISION, "--config", r"--config needs a value"),
     (VISION, "--config quickstrat", r'--config "quickstrat" is neither .* did you mean quickstart\?'),
-    # pictures
+    # images
     (VISION, "--image_size 4000000", got("image_size", "16,384", "4000000")),
     (VISION, "--model.id2label '{0: a}'", r"model\.id2label must be .*got \{0: 'a'\}"),
     (LANGUAGE, "--batch_tokens 4", got("batch_tokens", "4", "16 tokens")),
@@ -416,7 +416,7 @@ OPTIONS: list[tuple[str, str, str]] = [
 
 
 def option_rows() -> list[Row]:
-    """A row for each of `OPTIONS`, called by its command and words."""
+    """A row for each of `OPTIONS`, named after its command and arguments."""
     rows, seen = [], set()
     for command, words, error in OPTIONS:
         parts = [part for part in shlex.split(command) if not part.startswith("-")]
@@ -430,7 +430,7 @@ def option_rows() -> list[Row]:
 
 
 def text(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """A builder of one file."""
+    """A builder of a single file."""
 
     def build(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -439,7 +439,7 @@ def text(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def yaml_row(name: str, content: str | bytes, error: str | None) -> Row:
-    """A row of a YAML file of options."""
+    """A row for a YAML file of options."""
     return Row(f"yaml_{name}", f"{VISION} --config {{in}}/a.yaml", error, text("a.yaml", content))
 
 
@@ -537,7 +537,7 @@ TEXTS: list[tuple[str, dict, str | None]] = [
 
 
 def text_rows() -> list[Row]:
-    """Rows of CSV files that cannot be learned from."""
+    """Rows with CSV files that cannot be trained on."""
     return [
         Row(
             f"texts_{name}",
@@ -551,14 +551,14 @@ def text_rows() -> list[Row]:
 
 IMAGES: list[tuple[str, dict, str | None]] = [
     ("all_broken", {"train": b"not an image"}, "image"),
-    ("one_class", {"classes": ("ant",)}, got("label_column", "image")),  # whose folder tells no classes then
+    ("one_class", {"classes": ("ant",)}, got("label_column", "image")),  # the folder names then give no classes
     ("no_images", {"each": 0}, "dataset|image|data file"),
     ("broken_validation", {"validation": b"GIF89a"}, "image|validation"),
 ]
 
 
 def image_rows() -> list[Row]:
-    """Rows of folders of images that cannot be learned from."""
+    """Rows with image folders that cannot be trained on."""
     return [
         Row(
             f"images_{name}",
@@ -618,7 +618,7 @@ COCO: list[tuple[str, object, str]] = [
 
 
 def coco_rows() -> list[Row]:
-    """Rows of annotations that cannot be learned from."""
+    """Rows with annotations that cannot be trained on."""
     rows = []
     for name, change, error in COCO:
         arguments = {"raw": change} if isinstance(change, bytes) else {"change": change}
@@ -631,7 +631,7 @@ def coco_rows() -> list[Row]:
 
 
 def model_folder(**files: bytes | dict | None) -> Callable[[Path], None]:
-    """A builder of {in}/m: files by name, with "__" for "."; JSON of a dict."""
+    """A builder of {in}/m: files by name, with "__" for "."; a dict is written as JSON."""
 
     def build(folder: Path) -> None:
         place = folder / "m"
@@ -669,7 +669,7 @@ FOLDERS: list[tuple[str, dict, str]] = [
 
 
 def folder_rows() -> list[Row]:
-    """Rows of folders that hold no usable model, for every command that reads one."""
+    """Rows with folders that hold no usable model, for every command that reads a model."""
     commands = {
         "evaluate": "evaluate {in}/m --dataset_name digits --max_samples 2 --progress false",
         "convert": "convert {in}/m --to vit --output_dir {out}",
@@ -686,7 +686,7 @@ EVALUATION = "evaluate {models}/vit --dataset_name {in} --progress false"
 
 
 def instead_of_train(make: Callable[[Path], None]) -> Callable[[Path], None]:
-    """A builder of texts whose train.csv is something else."""
+    """A builder of texts whose train.csv is replaced by something else."""
 
     def build(folder: Path) -> None:
         inputs.texts(folder)
@@ -697,7 +697,7 @@ def instead_of_train(make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def truncated(ending: str) -> Callable[[Path], None]:
-    """A builder of texts whose train.csv is the first half of a zip or Arrow file."""
+    """A builder of texts whose train.csv is replaced by the first half of a zip or Arrow file."""
 
     def build(folder: Path) -> None:
         inputs.texts(folder)
@@ -728,7 +728,7 @@ def card(content: str) -> Callable[[Path], None]:
 
 
 def nested_classes(folder: Path) -> None:
-    """Images whose class folders stand inside other folders."""
+    """Images whose class folders are nested in other folders."""
     for split in ("train", "validation"):
         for name in ("ant", "bees/bee"):
             (folder / split / name).mkdir(parents=True)

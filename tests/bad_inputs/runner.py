@@ -1,9 +1,9 @@
-"""Run command lines of hf-tfm in forks of one process that has imported everything, within limits.
+"""Run command lines of hf-tfm, within resource limits, in forks of one process that has imported everything.
 
 line of JSON {argv, folder} on standard input -> fork, limits, `hf_tfm.cli.main` -> line of JSON {status, seconds, ...}
 
-A fork costs milliseconds where a process of its own costs ten seconds of imports, so a case takes about as long as its
-own work. Started as a program, this file is the server; `Server` is its client.
+A fork takes milliseconds, while a new process takes ten seconds for its imports, so a case costs little more than its
+own work. Run as a program, this file is the server; `Server` is its client.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MEMORY = 4 * 2**30  # bytes of data that a case may allocate, with what the imports took
-CPU_SECONDS, WALL_SECONDS = 60, 240  # of a case; on a busy machine the clock runs on while others compute
+MEMORY = 4 * 2**30  # limit of a case's data segment in bytes, imports included
+CPU_SECONDS, WALL_SECONDS = 60, 240  # wall-clock limit of a case; on a busy machine it runs out before the CPU limit
 
 
 @dataclass
 class Result:
-    """How a case ended.
+    """Result of a case.
 
     Args:
-        status: exit status; negative, the signal that ended it.
+        status: exit status; if negative, the signal that killed it.
         stdout, stderr: text.
         changed: files of the case's folder that were written, changed or lost.
         seconds: CPU time.
@@ -41,16 +41,16 @@ class Result:
 
     @property
     def ours(self) -> list[str]:
-        """Lines of standard error that hf-tfm wrote."""
+        """Lines of standard error written by hf-tfm."""
         return [line for line in self.stderr.splitlines() if line.startswith("hf-tfm")]
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Content of every file below a folder, and its empty folders, by relative path."""
+    """Content of every file below a folder, and empty folders, by relative path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):  # a pipe, a device
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):  # for example a pipe or a device
             found[name] = "special"
         elif path.is_dir():
             found[name] = "folder"
@@ -60,12 +60,12 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 class Server:
-    """The process that forks; one for a session.
+    """The forking process; one per test session.
 
     Args:
         home: folder for caches of datasets and the Hub, and for the models of `inputs.MODELS`.
-        package: folder that holds hf_tfm; default, this repository.
-        seconds: CPU time that a case may take.
+        package: root folder of the checkout that holds hf_tfm; default, this repository.
+        seconds: limit of CPU time per case.
     """
 
     def __init__(self, home: Path, package: Path | None = None, seconds: int = CPU_SECONDS):
@@ -92,7 +92,7 @@ class Server:
             cwd=home,
         )
         if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("the server of bad inputs did not start")
+            raise RuntimeError("the server for invalid inputs did not start")
 
     def run(self, argv: list[str], folder: Path) -> Result:
         """Run a command line in a folder."""
@@ -140,7 +140,7 @@ def serve(home: Path, seconds: int) -> None:
 
 
 def prepare() -> None:
-    """Import what commands import, before any fork."""
+    """Import everything that commands import, before any fork."""
     import importlib
 
     for name in (
@@ -153,7 +153,7 @@ def prepare() -> None:
 
 
 def fork_and_wait(work, folder: Path, out: Path, err: Path, seconds: int) -> tuple[int, float]:
-    """Run a function in a fork within the limits; its exit status, or minus its signal, and seconds of CPU time."""
+    """Run a function in a fork within the limits; returns its exit status, or its negative signal, and CPU seconds."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -191,7 +191,7 @@ def fork_and_wait(work, folder: Path, out: Path, err: Path, seconds: int) -> tup
             break
         time.sleep(0.005)
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)  # workers of loaders that a case left behind
+        os.killpg(pid, signal.SIGKILL)  # data loader workers left behind by the case
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 

@@ -1,4 +1,4 @@
-"""Every row of the table, by the commands themselves: status, one line, nothing written or lost, within limits."""
+"""Each row of the table, run as a command: exit status, one error line, no files written or lost, within limits."""
 
 import re
 
@@ -25,6 +25,6 @@ def test_the_table_is_large_and_names_are_unique():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 def test_input(row, server, tmp_path):
-    result = server.run(row.words(prepared(row, tmp_path), server.home / "models"), tmp_path)
+    result = server.run(row.arguments(prepared(row, tmp_path), server.home / "models"), tmp_path)
     found, reason = verdict(row, result)
     assert found == "handled well", f"{reason}\n{row.command}\n{result.stderr[-3000:]}"

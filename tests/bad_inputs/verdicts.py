@@ -1,4 +1,4 @@
-"""How a case was handled: well, unclearly, or badly."""
+"""Verdict on a case: handled well, unclear or bad."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ VERDICTS = ("handled well", "unclear", "bad")
 
 
 def prepared(row: Row, folder: Path) -> Path:
-    """The folder of a case with the row's files in it."""
+    """The case's folder with the row's files in it."""
     (folder / "in").mkdir()
     if row.files is not None:
         row.files(folder / "in")
@@ -18,17 +18,17 @@ def prepared(row: Row, folder: Path) -> Path:
 
 
 def verdict(row: Row, result: Result) -> tuple[str, str]:
-    """One of `VERDICTS`, and why.
+    """One of `VERDICTS`, and the reason.
 
-    bad: accepted, ended by a signal or a limit, or files were written, changed or lost. unclear: refused with another
-    text than one line of hf-tfm that names argument or file and value. Valid rows are the other way round.
+    bad: accepted, killed by a signal or a limit, or files were written, changed or lost. unclear: rejected, but not
+    with one line of hf-tfm that names the argument or file and its value. Valid rows are bad if rejected.
     """
     if row.error is None:
         return ("handled well", "") if result.status == 0 else ("bad", f"refused a valid input: {result.ours}")
     if result.status == 0:
         return "bad", "accepted"
     if result.status < 0:
-        return "bad", f"ended by signal {-result.status}: over a limit of memory or time"
+        return "bad", f"killed by signal {-result.status}: over the memory or time limit"
     if result.changed:
         return "bad", f"files changed: {', '.join(result.changed[:5])}"
     if "Traceback" in result.stderr or len(result.ours) != 1:

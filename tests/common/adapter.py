@@ -1,4 +1,4 @@
-"""What the adapters of all models to the common tests share."""
+"""Shared helpers that adapt all models to transformers' common tests."""
 
 import functools
 import unittest
@@ -15,7 +15,7 @@ configurations = upstream("test_configuration_common")
 
 
 def enter(*config_classes: type) -> None:
-    """Put classes into transformers' tables: by these the tests know which have a loss and which take labels."""
+    """Register classes in transformers' tables of classes that have a loss or take labels."""
     for config_class in config_classes:
         for auto_class, place in config_class.auto_classes.items():
             if auto_class != "AutoConfig":
@@ -24,7 +24,7 @@ def enter(*config_classes: type) -> None:
 
 
 class Tester:
-    """A tiny model and its inputs, in the form that the common tests ask for."""
+    """A tiny model and its inputs, in the form that the common tests expect."""
 
     batch_size = 3
     hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = 32, 2, 4, 37
@@ -39,7 +39,7 @@ class ModelTests(common.ModelTesterMixin):
 
     model_tester_class: type[Tester]
     config_class: type[transformers.PreTrainedConfig]
-    config_fields: ClassVar = {}  # of the configuration that the tests of configurations make
+    config_fields: ClassVar = {}  # of the configuration that the configuration tests create
     of_text = True
 
     def setUp(self):
@@ -49,7 +49,7 @@ class ModelTests(common.ModelTesterMixin):
         )
 
     def test_reverse_loading_mapping(self, **options):
-        """Of our models: with the native names asked for, since they save the names of their modules."""
+        """For our models the native names are requested, because they save the names of their modules by default."""
         save = OwnNamesPreTrainedModel.save_pretrained
         with mock.patch.object(
             OwnNamesPreTrainedModel, "save_pretrained", functools.partialmethod(save, save_original_format=True)

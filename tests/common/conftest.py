@@ -1,4 +1,4 @@
-"""Prints where our classes and the native ones end differently in the same common test."""
+"""Report where our classes and the native ones have different outcomes in the same common test."""
 
 from collections import defaultdict
 
@@ -6,17 +6,17 @@ OUTCOMES: dict[str, dict[str, str]] = defaultdict(dict)
 
 
 def pytest_runtest_logreport(report):
-    """Note the outcome of a test of a class "Ours..." or "Native..."."""
+    """Record the outcome of a test of a class "Ours..." or "Native..."."""
     *_, group, name = report.nodeid.split("::")
     side = next((side for side in ("Ours", "Native") if group.startswith(side)), None)
     if side and (report.when == "call" or report.outcome != "passed"):
         ended = OUTCOMES[f"{group.removeprefix(side)} {name}"]
-        if ended.get(side) != "failed":  # a subtest that failed is not forgotten when its test ends
+        if ended.get(side) != "failed":  # a failed subtest is not overwritten by the end of its test
             ended[side] = report.outcome
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table, and how many tests ended how on either side."""
+    """Print the table of differences, and the number of outcomes for each kind."""
     for side in ("Ours", "Native"):
         ended = [by_side[side] for by_side in OUTCOMES.values() if side in by_side]
         if ended:

@@ -1,4 +1,4 @@
-"""transformers' common model tests on our DETR, and on its own beside it, with the same timm backbone."""
+"""transformers' common model tests on our DETR, and for comparison on its own DETR with the same timm backbone."""
 
 import unittest
 from typing import ClassVar
@@ -17,9 +17,9 @@ enter(TfmDetrConfig)
 class DetectionTester(Tester):
     image_size, num_channels, num_labels, num_objects = 64, 3, 10, 5
     encoder_seq_length = 4  # cells of the last feature map, whose stride is 32
-    # As many as an image is wide: test_eager_matches_sdpa_inference takes the size of the decoder's mask from there.
+    # Equal to the image width: test_eager_matches_sdpa_inference takes the size of the decoder mask from there.
     num_queries = decoder_seq_length = image_size
-    num_attention_heads = 8  # the mask head adds them to the width, and wants groups of eight
+    num_attention_heads = 8  # the mask head adds the heads to the width, and requires groups of eight channels
 
     def get_config(self):
         fields = {"d_model": self.hidden_size, "num_queries": self.num_queries, "num_labels": self.num_labels}
@@ -27,7 +27,7 @@ class DetectionTester(Tester):
             fields[f"{part}_layers"] = self.num_hidden_layers
             fields[f"{part}_attention_heads"] = self.num_attention_heads
             fields[f"{part}_ffn_dim"] = self.intermediate_size
-        # Auxiliary losses would add an output to those that the tests count.
+        # Auxiliary losses would add an output that the tests do not expect.
         return self.parent.config_class(**fields, backbone="test_resnet", auxiliary_loss=False)
 
     def prepare_config_and_inputs_for_common(self):
@@ -39,7 +39,7 @@ class DetectionTester(Tester):
         return self.get_config(), inputs
 
     def labels(self) -> list[dict[str, Tensor]]:
-        """The same objects in every image, each as large as it."""
+        """The same objects, which cover the whole image, for every image."""
         objects = {
             "class_labels": torch.arange(self.num_objects),
             "boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]]).repeat(self.num_objects, 1),
@@ -49,7 +49,7 @@ class DetectionTester(Tester):
 
 
 class DetectionTests(ModelTests):
-    """What both answer for. The first of the classes is without a head."""
+    """Tests and exceptions that apply to both models. The first of the classes has no head."""
 
     model_tester_class = DetectionTester
     config_fields: ClassVar = {"d_model": 32, "encoder_attention_heads": 4}
@@ -64,7 +64,7 @@ class DetectionTests(ModelTests):
         return inputs
 
     def test_attention_outputs(self):
-        """The common test counts all that a model returns, which is more with a head: here, its maps alone."""
+        """The common test counts all outputs, and a head has more; here only its attention maps are counted."""
         classes, tester = self.all_model_classes, self.model_tester
         self.all_model_classes = classes[:1]
         super().test_attention_outputs()
@@ -83,7 +83,7 @@ class DetectionTests(ModelTests):
                 self.assertEqual(outputs[name][0].shape[1:], (tester.num_attention_heads, *shape))
 
     def test_retain_grad_hidden_states_attentions(self):
-        """The common test also wants a gradient of the decoder's first states, which are zeros here."""
+        """The common test also requires a gradient for the decoder's first states, which are zeros here."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         model = self.all_model_classes[0]._from_config(config, attn_implementation="eager").to(torch_device)
         outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
@@ -108,7 +108,7 @@ class DetectionTests(ModelTests):
 
 
 class OursDetr(DetectionTests, unittest.TestCase):
-    """One test more is skipped than of native's: there is no configuration of the backbone within its own."""
+    """One test more is skipped than for the native model: our configuration has no nested backbone configuration."""
 
     config_class = TfmDetrConfig
     all_model_classes = (TfmDetrModel, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation)

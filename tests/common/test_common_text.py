@@ -1,4 +1,4 @@
-"""transformers' common model tests on our BERT, GPT and encoder-decoder Transformer, and on its own beside them."""
+"""transformers' common model tests on our BERT, GPT and encoder-decoder Transformer, and on its own for comparison."""
 
 import unittest
 import warnings
@@ -47,12 +47,12 @@ enter(TfmBertConfig, TfmGPTConfig, TfmTransformerConfig)
 
 
 class TextTester(Tester):
-    """Texts of different lengths, the last of which has no padding."""
+    """Texts of different lengths; the last one has no padding."""
 
     vocab_size, seq_length, max_position_embeddings, num_choices = 99, 7, 40, 4
     pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id = 0, 1, 2, 1
     label_smoothing = 0.0  # the tests compare with plain cross-entropy
-    # Fields of the configuration: those that are called as here, and {name there: name here}.
+    # Fields of the configuration: those with the same name here, and {their name: our name}.
     own_names: tuple[str, ...] = ("vocab_size", "max_position_embeddings", "pad_token_id")
     other_names: ClassVar[dict[str, str]] = {}
 
@@ -111,7 +111,7 @@ class MarianTester(TransformerTester):
 
 
 class BertTests(ModelTests):
-    """What both answer for, with two labels: native question answering has as many outputs."""
+    """Shared by both models, with two labels, because native question answering has two outputs."""
 
     model_tester_class = BertTester
     config_fields: ClassVar = {"hidden_size": 48}
@@ -125,13 +125,15 @@ class BertTests(ModelTests):
 
 
 class CacheTests(ModelTests, common.GenerationTesterMixin):
-    """Of models that generate. The tests of generation are left out of the source distribution; an empty class stands
-    for them, which the others look for."""
+    """For models that generate.
+
+    The source distribution lacks the generation tests; an empty class, which the other tests expect, replaces them.
+    """
 
     config_fields: ClassVar = {"use_cache": False}
 
     def test_bc_cache_name_forward(self):
-        """It looks for a warning, and pytest runs here without them."""
+        """It checks for a warning, and pytest disables warnings here."""
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             super().test_bc_cache_name_forward()
@@ -188,7 +190,7 @@ class OursTransformer(TransformerTests, unittest.TestCase):
 
 
 class NativeTransformer(TransformerTests, unittest.TestCase):
-    """Marian, which has the paper's blocks and positions too."""
+    """Marian has the paper's blocks and positions too."""
 
     config_class = MarianConfig
     model_tester_class = MarianTester

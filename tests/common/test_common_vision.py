@@ -1,4 +1,4 @@
-"""transformers' common model tests on our Vision Transformer and masked autoencoder, and on its own beside them."""
+"""transformers' common model tests on our Vision Transformer and masked autoencoder, and on its own for comparison."""
 
 import unittest
 from typing import ClassVar
@@ -51,18 +51,18 @@ class ImageTester(Tester):
 
 
 class MaskedImageTester(ImageTester):
-    """The same of a masked autoencoder, which hides half of the patches."""
+    """The same for a masked autoencoder, which masks half of the patches."""
 
     mask_ratio = 0.5
 
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
-        # What is hidden is drawn anew in every call: two calls agree where the noise is given.
+        # The mask is drawn anew in every call; two calls agree if the noise is given.
         return config, inputs | {"noise": torch.rand(self.batch_size, self.mask_length, device=torch_device)}
 
 
 class ImageTests(ModelTests):
-    """What both models answer for."""
+    """Tests and exceptions that apply to both models."""
 
     model_tester_class = ImageTester
     config_fields: ClassVar = {"hidden_size": 32, "num_attention_heads": 4}
@@ -74,7 +74,7 @@ class ImageTests(ModelTests):
         pass
 
     def test_model_get_set_embeddings(self):
-        """As the native tests have it: patches are embedded by another layer than words."""
+        """As in the native tests: patches have another embedding layer than tokens."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)

@@ -1,7 +1,7 @@
-"""transformers' own common model tests, as base classes for ours.
+"""transformers' own common model tests, as base classes of ours.
 
-They are in the source distribution of transformers and not in its wheel: `make test-common` fetches that of the
-installed version and names its folder in TRANSFORMERS_SOURCE. Without it the tests here skip.
+They are in the source distribution of transformers but not in its wheel: `make test-common` fetches the source of
+the installed version and sets TRANSFORMERS_SOURCE to its folder. Without it these tests are skipped.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = "TRANSFORMERS_SOURCE"
-# What the common tests import of folders that the source distribution leaves out.
+# Modules that the common tests import from folders missing in the source distribution.
 LEFT_OUT = {
     "upstream_tests.exporters": {},
     "upstream_tests.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
@@ -25,7 +25,7 @@ LEFT_OUT = {
 
 
 def package(name: str, paths: list[str], **members: object) -> None:
-    """Make a package of the given folders and members."""
+    """Create a package from the given folders and members."""
     module = ModuleType(name)
     module.__path__ = paths
     vars(module).update(members)
@@ -33,14 +33,14 @@ def package(name: str, paths: list[str], **members: object) -> None:
 
 
 def upstream(name: str) -> ModuleType:
-    """A module of transformers' folder ``tests``; without it, the tests of the calling module are skipped."""
+    """Import a module of transformers' folder ``tests``; without it, skip the tests of the calling module."""
     if FOLDER not in os.environ:
         pytest.skip(
             f"{FOLDER} does not name a copy of transformers' sources: make test-common", allow_module_level=True
         )
     if "upstream_tests" not in sys.modules:
         folder = Path(os.environ[FOLDER]) / "tests"
-        (folder / "__init__.py").touch()  # left out too
+        (folder / "__init__.py").touch()  # also missing
         package("upstream_tests", [str(folder)])
         for missing, members in LEFT_OUT.items():
             package(missing, [], **members)

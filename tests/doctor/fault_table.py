@@ -1,4 +1,4 @@
-"""The table of planted faults, written from the tests that plant them: python tests/doctor/fault_table.py."""
+"""Generate the table of planted faults from the tests that plant them: python tests/doctor/fault_table.py."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from test_planted_faults import FAULTS
 FILE = Path(__file__).with_name("README.md")
 HEAD = """# Faults that the doctor finds
 
-`python tests/doctor/fault_table.py` writes this page from the tests, each of which plants one fault in healthy data or
-arguments. A finding names the check, a sample if there is one, and a remedy.
+`python tests/doctor/fault_table.py` generates this page from the tests, each of which plants one fault in healthy data
+or arguments. A finding names the check, a sample if there is one, and a remedy.
 
 The doctor cannot find boxes that belong to other images (a model overfits eight of those just as well), objects
-without an annotation, and names that are wrong in all splits.
+without an annotation, and class names that are wrong in all splits.
 
 | planted | check | level | message |
 | --- | --- | --- | --- |
 """
 OF_DATA = """
 
-`hf-tfm doctor data` finds these in data sets of other tasks:
+`hf-tfm doctor data` finds these faults in data sets of other tasks:
 
 | planted | task | check | level | message |
 | --- | --- | --- | --- | --- |
@@ -28,7 +28,7 @@ OF_DATA = """
 
 
 def text() -> str:
-    """The page."""
+    """The content of the page."""
     data = [(name, check, level, said) for name, (_, check, level, _, said) in FAULTS.items()]
     arguments = [(name, check, level, said) for name, (_, check, level, said) in ARGUMENT_FAULTS.items()]
     rows = [f"| {name} | `{check}` | {level} | ... {said} ... |" for name, check, level, said in data + arguments]

@@ -1,4 +1,4 @@
-"""What the doctor's tests share: a small healthy data set to plant faults in, and ways to have it examined."""
+"""Shared helpers of the doctor tests: a small healthy data set to plant faults in, and ways to run the checks."""
 
 import io
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NAMES = ["red", "green", "blue"]
 HEIGHT, WIDTH = 64, 96
 COUNTS = {"train": 24, "validation": 8}
 FIRST_ID = {"train": 100, "validation": 900}
-# A model that is built in no time; the options are healthy.
+# A model that is built quickly; with these options no check fails.
 MODEL = (
     "{backbone: test_efficientnet, dilation: true, num_queries: 10, d_model: 64, encoder_layers: 1, "
     "encoder_attention_heads: 8, encoder_ffn_dim: 128, decoder_layers: 2, decoder_attention_heads: 8, "
@@ -39,14 +39,14 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def png(pixels: np.ndarray, **options) -> bytes:
-    """(h, w, 3) uint8 as a file."""
+    """Encode a (h, w, 3) uint8 image."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", **options)
     return file.getvalue()
 
 
 def scene(split: str, number: int) -> dict[str, Any]:
-    """A row: three rectangles side by side in their classes' colours, on noise."""
+    """A row with three rectangles side by side, in the colours of their classes, on noise."""
     random = np.random.default_rng([len(split), number])
     pixels = random.integers(0, 60, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     boxes = []
@@ -59,7 +59,7 @@ def scene(split: str, number: int) -> dict[str, Any]:
 
 
 def healthy() -> Rows:
-    """The rows of every split; images are bytes, categories places in `NAMES`."""
+    """Rows of every split; images are bytes, categories indices into `NAMES`."""
     return {split: [scene(split, number) for number in range(count)] for split, count in COUNTS.items()}
 
 
@@ -69,11 +69,11 @@ def boxes_of(rows: Rows, split: str = "train") -> list[dict[str, Any]]:
 
 
 def as_splits(rows: Rows, category: Any = None, names: dict[str, list[str]] | None = None) -> DatasetDict:
-    """Rows as `load_splits` gives them.
+    """Rows in the form that `load_splits` returns.
 
     Args:
         category: feature of categories; default, a ClassLabel.
-        names: of a split's ClassLabel, where they are not `NAMES`.
+        names: class names by split; default, `NAMES`.
     """
     found = DatasetDict()
     for split, own in rows.items():
@@ -88,34 +88,34 @@ def as_splits(rows: Rows, category: Any = None, names: dict[str, list[str]] | No
         table["image"] = [{"bytes": data, "path": None} for data in table["image"]]
         plain = columns | {"objects": List(objects.feature | {"category": kind if category else Value("int64")})}
         rows_of_split = Dataset.from_dict(table, features=Features(plain))
-        # As a parquet file has it: `datasets` itself would refuse a category that has no name.
+        # As in a parquet file: `datasets` itself would refuse a category without a name.
         found[split] = Dataset(rows_of_split.data, info=DatasetInfo(features=Features(columns)))
     return found
 
 
-def words(**options) -> list[str]:
-    """A command line; an option that is None is left out."""
+def command_line(**options) -> list[str]:
+    """Command-line arguments; options that are None are omitted."""
     given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def examine(monkeypatch, data: DatasetDict, learn: bool = False, full: bool = False, **options) -> list[Finding]:
-    """What the doctor finds in some splits; without ``learn``, it learns no images."""
+    """Findings for some splits; without ``learn``, the overfitting test is skipped."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     monkeypatch.setattr(splits, "load_splits", lambda *args: data)
-    _, args, _ = detection.parse(words(**options))
+    _, args, _ = detection.parse(command_line(**options))
     return list(detection.examine(args, full=full, quick=not learn))
 
 
 def only(findings: list[Finding], check: str, level: str = "failed") -> Finding:
-    """The one finding of a check at a level."""
+    """The only finding of a check at a level."""
     (found,) = [finding for finding in findings if (finding.check, finding.level) == (check, level)]
     return found
 
 
 def plant(change: Callable[[Rows], None]) -> Rows:
-    """Healthy rows, changed."""
+    """Healthy rows with a fault planted by ``change``."""
     rows = healthy()
     change(rows)
     return rows

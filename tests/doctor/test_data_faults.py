@@ -1,4 +1,4 @@
-"""``hf-tfm doctor data``: each kind of fault is planted in healthy data of a task and has to be found."""
+"""``hf-tfm doctor data``: each fault, planted in healthy data of a task, is found."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ CLASSES = ["animal", "plant"]
 
 
 def sentence(number: int) -> str:
-    """A different text for each number below 4,096."""
+    """A different sentence for each number below 4,096."""
     return " ".join(WORDS[(number >> shift) & 15] for shift in (0, 4, 8))
 
 
@@ -42,7 +42,7 @@ def pairs(start: int, count: int) -> list[dict]:
     return [{"en": sentence(start + i), "de": sentence(start + i)[::-1]} for i in range(count)]
 
 
-def pictures(start: int, count: int) -> list[dict]:
+def image_rows(start: int, count: int) -> list[dict]:
     return [{"image": png(start + i), "label": i % 2} for i in range(count)]
 
 
@@ -53,13 +53,13 @@ HEALTHY = {
         "validation": [{"text": sentence(100 + i)} for i in range(10)],
     },
     "translation": {"train": pairs(0, 40), "validation": pairs(100, 10)},
-    "image_classification": {"train": pictures(0, 40), "validation": pictures(100, 10)},
+    "image_classification": {"train": image_rows(0, 40), "validation": image_rows(100, 10)},
 }
 OPTIONS = {"translation": ["--source_column", "en", "--target_column", "de"]}
 
 
 def put(split: str, column: str, rows, value):
-    """A fault: other values in some rows; a function is called with the row's number."""
+    """A fault that replaces values of some rows; a function is called with the row index."""
 
     def plant(splits):
         for row in rows:
@@ -68,9 +68,9 @@ def put(split: str, column: str, rows, value):
     return plant
 
 
-# name: task, fault, more options, check, level, split and row of the sample (None: any), text
+# name: task, fault, further options, check, level, split and row of the sample (None: any), text
 FAULTS = {
-    "a text is missing": (
+    "missing text": (
         "text_classification",
         put("train", "text", [7], None),
         [],
@@ -79,7 +79,7 @@ FAULTS = {
         7,
         "1 of 40",
     ),
-    "a text is blank": (
+    "blank text": (
         "language_modeling",
         put("train", "text", [3], "  "),
         [],
@@ -88,7 +88,7 @@ FAULTS = {
         3,
         "1 of 40",
     ),
-    "most texts are blank": (
+    "mostly blank texts": (
         *(
             "translation",
             put("train", "de", range(30), ""),
@@ -117,11 +117,11 @@ FAULTS = {
         ),
         *(4, "1 of 40 texts of text have more than 16 words, the longest 60"),
     ),
-    "long in tokens": (
+    "long texts in tokens": (
         *("language_modeling", put("train", "text", range(30), lambda row: f"red {row} " * 9)),
         *(["--max_length", "12", "--tokenizer", "TOKENIZER"], "text_lengths", "failed", None, "more than 12 tokens"),
     ),
-    "copies": (
+    "repeated texts": (
         *(
             "language_modeling",
             put("train", "text", range(30), "red"),
@@ -132,7 +132,7 @@ FAULTS = {
             "29 of 40 rows",
         ),
     ),
-    "one text, two labels": (
+    "one text with two labels": (
         *(
             "text_classification",
             put("train", "text", [0, 1], "red"),
@@ -162,13 +162,13 @@ FAULTS = {
         ),
     ),
     "misaligned": (*("translation", put("train", "de", range(3), "so"), [], "length_ratio", "ok", None, "0 of 40"),),
-    "lopsided": (
+    "very different lengths": (
         *("translation", put("train", "en", range(3), "red " * 90), [], "length_ratio", "warning", 0, "3 of 40 pairs"),
     ),
-    "a label is missing": (
+    "missing label": (
         *("text_classification", put("train", "label", [9], None), [], "missing_labels", "warning", 9, "1 of 40 rows"),
     ),
-    "most labels are missing": (
+    "mostly missing labels": (
         *(
             "image_classification",
             put("train", "label", range(25), None),
@@ -179,7 +179,7 @@ FAULTS = {
             "25 of 40",
         ),
     ),
-    "numbers for classes": (
+    "fractional numbers as classes": (
         *(
             "image_classification",
             put("train", "label", range(40), lambda row: row + 0.5),
@@ -190,7 +190,7 @@ FAULTS = {
         ),
         "not whole numbers",
     ),
-    "names for classes": (
+    "unique names as classes": (
         *(
             "text_classification",
             put("train", "label", range(40), lambda row: f"id {row}"),
@@ -216,7 +216,7 @@ FAULTS = {
             "all 40 labels are 1",
         ),
     ),
-    "a rare class": (
+    "rare class": (
         *(
             "text_classification",
             put("train", "label", [6], "stone"),
@@ -227,7 +227,7 @@ FAULTS = {
             "has 1 examples",
         ),
     ),
-    "never learned": (
+    "class missing in training": (
         *("image_classification", put("validation", "label", [3], 2), [], "classes_in_one_split", "failed", 3),
         "1 classes of validation are not in train: 2",
     ),
@@ -251,7 +251,7 @@ FAULTS = {
 
 
 def write(folder: Path, splits: dict[str, list[dict]]) -> Path:
-    """A folder of parquet files, a split each."""
+    """A folder of parquet files, one per split."""
     folder.mkdir()
     for name, rows in splits.items():
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
@@ -260,7 +260,7 @@ def write(folder: Path, splits: dict[str, list[dict]]) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
-    """The folder of a tokenizer that knows `WORDS`."""
+    """The folder of a tokenizer with the vocabulary `WORDS`."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_wordpiece([sentence(i) for i in range(300)], 120).save_pretrained(folder)
     return str(folder)
@@ -290,7 +290,7 @@ def test_healthy_data_passes(task, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name, tmp_path, tokenizer):
+def test_planted_fault_is_found(name, tmp_path, tokenizer):
     task, plant, options, check, level, row, said = FAULTS[name]
     splits = copy.deepcopy(HEALTHY[task])
     plant(splits)
@@ -307,7 +307,7 @@ def test_a_planted_fault_is_found(name, tmp_path, tokenizer):
             assert found["sample"]["row"] == row
 
 
-def test_the_task_is_found_by_the_columns(tmp_path):
+def test_task_is_inferred_from_the_columns(tmp_path):
     status, report = doctor(write(tmp_path / "data", HEALTHY["text_classification"]))
     assert status == 0 and report["examined"]["task"] == "text_classification"
     with pytest.raises(ValueError, match=r"task must be one of translation, .* columns a, b fit several"):
@@ -323,7 +323,7 @@ def test_embedded_data_passes(capsys):
     assert "checking number-words for translation" in capsys.readouterr().out
 
 
-def test_a_column_that_a_split_lacks_is_named(tmp_path, capsys):
+def test_missing_column_is_named(tmp_path, capsys):
     splits = copy.deepcopy(HEALTHY["text_classification"])
     folder = write(tmp_path / "data", splits)
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""The command: its words, its table, its report, its exit status; and a run that refuses a wrong id map itself."""
+"""The doctor command: arguments, table, report and exit status; a training run itself refuses a wrong id map."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from planted import HEIGHT, MODEL, NAMES, WIDTH, as_splits, healthy, only, plant, words
+from planted import HEIGHT, MODEL, NAMES, WIDTH, as_splits, command_line, healthy, only, plant
 
 from hf_tfm import TfmDetrForObjectDetection, cli
 from hf_tfm.doctor import detection
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path) -> Path:
-    """The planted data as parquet."""
+    """Write the healthy data as parquet."""
     folder.mkdir()
     for split, rows in as_splits(healthy()).items():
         rows.to_parquet(str(folder / f"{split}.parquet"))
@@ -25,7 +25,7 @@ def write(folder: Path) -> Path:
 
 
 def doctor(*argv) -> int:
-    """The exit status of the command."""
+    """Exit status of the command."""
     with pytest.raises(SystemExit) as ended:
         cli.main(["doctor", "detection", *map(str, argv)])
     return ended.value.code
@@ -33,7 +33,7 @@ def doctor(*argv) -> int:
 
 def test_healthy_data_passes(tmp_path, capsys):
     file = tmp_path / "report.json"
-    assert doctor(*words(data=write(tmp_path / "data")), "--quick", "--json", file) == 0
+    assert doctor(*command_line(data=write(tmp_path / "data")), "--quick", "--json", file) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "failed: nothing; warnings: 0"
     assert re.search(r"^ok +box_format +train: 72 boxes, .*; validation", said, re.MULTILINE)
@@ -42,10 +42,10 @@ def test_healthy_data_passes(tmp_path, capsys):
     assert {row["level"] for row in report["findings"]} == {"ok"}
 
 
-def test_a_failed_check_is_told_with_its_sample_and_remedy(tmp_path, capsys):
+def test_failed_check_is_printed_with_sample_and_remedy(tmp_path, capsys):
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": [(1, "green"), (2, "red"), (3, "blue")]})
     file = tmp_path / "report.json"
-    assert doctor(*words(data=data, max_grad_norm=0), "--quick", "--json", file) == 1
+    assert doctor(*command_line(data=data, max_grad_norm=0), "--quick", "--json", file) == 1
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "failed: class_names; warnings: 1"
     margin = " " * 30
@@ -60,7 +60,7 @@ def test_a_failed_check_is_told_with_its_sample_and_remedy(tmp_path, capsys):
     assert report["failed"] == ["class_names"] and row["sample"]["split"] == "validation" and row["remedy"]
 
 
-def test_words_become_those_of_the_recipe():
+def test_arguments_are_passed_to_the_recipe():
     own, args, given = detection.parse(["--data", "d", "--model", "runs/m", "--full", "--batch_size", "4"])
     assert own.full and (args.dataset_name, args.model_name_or_path, args.batch_size) == ("d", "runs/m", 4)
     assert given[:2] == ["--config", "finetune_small"]
@@ -81,7 +81,7 @@ def test_words_become_those_of_the_recipe():
         (["--data", "d", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
     ],
 )
-def test_words_that_do_not_fit(given, said, capsys):
+def test_invalid_arguments(given, said, capsys):
     assert doctor(*given) == 2
     assert said in capsys.readouterr().err
 
@@ -95,7 +95,7 @@ def test_help_lists_options(capsys):
 # --- findings
 
 
-def test_a_check_has_its_functions_name():
+def test_check_is_named_after_its_function():
     def fine(split):
         """All is well; or seems so."""
         return []
@@ -115,7 +115,7 @@ def test_a_check_has_its_functions_name():
     assert graded(False, "a", "b").level == "warning"
 
 
-def test_a_line_for_all_splits_stands_where_all_are_ok():
+def test_splits_without_findings_share_a_line():
     def of(level, split):
         return Finding(level, "m", check="c", split=split)
 
@@ -126,25 +126,25 @@ def test_a_line_for_all_splits_stands_where_all_are_ok():
     assert list(condensed(apart)) == apart
 
 
-# --- a run of its own
+# --- the training run itself
 
 
 def write_coco(folder: Path, categories: dict[str, list[tuple[int, str]]], rows=None) -> Path:
-    """The planted data as COCO's folders have it, with categories of each split."""
+    """Write the healthy data in COCO's layout, with the given categories for each split."""
     (folder / "annotations").mkdir(parents=True)
     for split, own in (rows or healthy()).items():
         (folder / split).mkdir()
-        pictures, annotations = [], []
+        images, annotations = [], []
         for row in own:
             name = f"{row['image_id']}.png"
             (folder / split / name).write_bytes(row["image"])
-            pictures.append({"id": row["image_id"], "file_name": name, "height": HEIGHT, "width": WIDTH})
+            images.append({"id": row["image_id"], "file_name": name, "height": HEIGHT, "width": WIDTH})
             annotations += [
                 {"image_id": row["image_id"], "bbox": o["bbox"], "category_id": o["category"] + 1}
                 for o in row["objects"]
             ]
         content = {
-            "images": pictures,
+            "images": images,
             "annotations": [annotation | {"id": i} for i, annotation in enumerate(annotations)],
             "categories": [{"id": i, "name": name} for i, name in categories[split]],
         }
@@ -165,10 +165,10 @@ WRONG_ID_MAPS = {
 
 
 @pytest.mark.parametrize("name", WRONG_ID_MAPS)
-def test_a_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, monkeypatch, capsys):
+def test_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, monkeypatch, capsys):
     categories, check, said = WRONG_ID_MAPS[name]
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": categories})
-    assert doctor(*words(data=data), "--quick") == 1
+    assert doctor(*command_line(data=data), "--quick") == 1
     assert f"failed: {check};" in capsys.readouterr().out
 
     def never(*args, **kwargs):
@@ -178,7 +178,8 @@ def test_a_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, mo
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     given = [
-        word if word != "--data" else "--dataset_name" for word in words(data=data, num_train_epochs=1, warmup_steps=0)
+        word if word != "--data" else "--dataset_name"
+        for word in command_line(data=data, num_train_epochs=1, warmup_steps=0)
     ]
     main = runpy.run_path(str(ROOT / "recipes" / "detection_train.py"))["main"]
     with pytest.raises(ValueError, match=said):
@@ -186,7 +187,7 @@ def test_a_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, mo
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
 
 
-def test_a_box_of_no_numbers_is_json(tmp_path):
+def test_nonfinite_box_is_valid_json(tmp_path):
     file = tmp_path / "report.json"
     sample = Sample(1, "train", (1.0, float("nan"), 2.0, 3.0))
     save([failed("m", "r", sample)], str(file), {})
@@ -194,14 +195,14 @@ def test_a_box_of_no_numbers_is_json(tmp_path):
     assert row["sample"]["box"] == [1.0, None, 2.0, 3.0]
 
 
-def test_the_files_of_samples_are_named(tmp_path, capsys):
+def test_sample_files_are_named(tmp_path, capsys):
     rows = plant(lambda rows: rows["train"][3]["objects"][1].update(bbox=[200, 10, 20, 20]))
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": RIGHT}, rows)
-    assert doctor(*words(data=data), "--quick") == 1
+    assert doctor(*command_line(data=data), "--quick") == 1
     said = " ".join(capsys.readouterr().out.split())
     assert f"sample: image 103 of train, box [200, 10, 20, 20], {data / 'train' / '103.png'}" in said
 
 
-def test_a_model_that_is_not_there_is_named(capsys):
+def test_missing_model_is_named(capsys):
     assert detection.main(["--data", "d", "--model", "runs/no-such-run"]) == 2
     assert 'model_name_or_path "runs/no-such-run" is neither a local folder' in capsys.readouterr().err

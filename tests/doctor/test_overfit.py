@@ -1,4 +1,4 @@
-"""Eight images by heart: what is right is learned, what contradicts itself or the loss is not."""
+"""The overfitting test: eight healthy images can be memorized, contradictory data or a broken loss cannot."""
 
 import dataclasses
 
@@ -12,18 +12,18 @@ from hf_tfm.doctor.weights import add_model
 
 
 @pytest.fixture
-def brief(monkeypatch):
-    """As many steps as healthy images need, and no more."""
+def few_steps(monkeypatch):
+    """Limit the test to the steps that healthy images need."""
     monkeypatch.setattr(overfit, "STEPS", 120)
     monkeypatch.setattr(overfit, "FIRST_SCORE", 120)
 
 
-def test_healthy_images_are_learned(monkeypatch, brief):
+def test_healthy_images_are_memorized(monkeypatch, few_steps):
     found = only(examine(monkeypatch, as_splits(healthy()), learn=True), "overfit", "ok")
     assert "on 8 training images after 120 steps, 64 pixels, the run's own model" in found.message
 
 
-def test_one_image_under_many_names_is_not(monkeypatch, brief):
+def test_one_image_with_different_targets_is_not_memorized(monkeypatch, few_steps):
     def planted(rows):
         for row in rows["train"]:
             row["image"] = rows["train"][0]["image"]
@@ -33,20 +33,20 @@ def test_one_image_under_many_names_is_not(monkeypatch, brief):
     assert found.sample.split == "train" and 100 <= found.sample.image_id < 124
 
 
-def test_a_loss_without_boxes_is_not(monkeypatch, brief):
+def test_loss_without_box_terms_fails(monkeypatch, few_steps):
     model = MODEL + ", bbox_loss_coefficient: 0, giou_loss_coefficient: 0}"
     found = only(examine(monkeypatch, as_splits(healthy()), learn=True, model=model), "overfit")
     assert found.remedy.endswith("check the loss weights and the model's arguments")
 
 
-def test_of_a_large_model_it_is_only_told(monkeypatch):
+def test_large_model_gets_only_a_warning(monkeypatch):
     for name, value in {"SMALL_MODEL": 1000, "STEPS": 2, "MORE_STEPS": 3, "FIRST_SCORE": 6}.items():
         monkeypatch.setattr(overfit, name, value)
     found = examine(monkeypatch, as_splits(healthy()), learn=True, full=True)
     assert "after 6 steps, 64 pixels, the run's own model" in only(found, "overfit", "warning").message
 
 
-def test_nothing_is_learned_from_broken_data(monkeypatch):
+def test_overfitting_is_skipped_for_broken_data(monkeypatch):
     def planted(rows):
         for found in boxes_of(rows):
             found["category"] += 1
@@ -55,11 +55,11 @@ def test_nothing_is_learned_from_broken_data(monkeypatch):
     assert found.message == "correct the data first"
 
 
-# --- what is learned, and by what
+# --- choice of images and model
 
 
 def case_of(monkeypatch, data, **options) -> Case:
-    examine(monkeypatch, data)  # `planted` data from here on
+    examine(monkeypatch, data)  # from here on, "planted" names this data
     given = {"config": "digits", "data": "planted", "test_splits": "[]", "model": MODEL + "}"} | options
     _, args, _ = parse([word for name, value in given.items() for word in (f"--{name}", str(value))])
     case = Case(args, read_splits(args))
@@ -67,7 +67,7 @@ def case_of(monkeypatch, data, **options) -> Case:
     return case
 
 
-def test_the_easiest_readable_images_are_taken(monkeypatch):
+def test_readable_images_with_the_fewest_objects_are_chosen(monkeypatch):
     def planted(rows):
         for row in rows["train"][:12]:
             row["objects"] = row["objects"][:1]
@@ -83,7 +83,7 @@ def test_the_easiest_readable_images_are_taken(monkeypatch):
     assert sorted(overfit.easiest(case_of(monkeypatch, as_splits(few)).train, most=10)) == [0, 1, 2]
 
 
-def test_a_stand_in_has_the_losses_of_the_run(monkeypatch):
+def test_replacement_model_has_the_losses_of_the_run(monkeypatch):
     model = MODEL + ", eos_coefficient: 0.3, giou_cost: 7, auxiliary_loss: false, dropout: 0.2}"
     case = case_of(monkeypatch, as_splits(healthy()), model=model)
     itself, name = overfit.choose_model(case, full=False, most=3)
@@ -97,7 +97,7 @@ def test_a_stand_in_has_the_losses_of_the_run(monkeypatch):
     assert overfit.choose_model(case, full=True, most=3)[0].config.d_model == 64
 
 
-def test_images_are_as_large_as_their_objects_need(monkeypatch):
+def test_image_size_suits_the_smallest_objects(monkeypatch):
     case = case_of(monkeypatch, as_splits(healthy()), shortest_side=800, longest_side=1333)
     rows = case.train.rows.select(range(4))
     assert overfit.shortest_side(case, rows, stride=16) == 128

@@ -1,4 +1,4 @@
-"""Each planted fault is found by its check, in the right sample; healthy data passes."""
+"""Each planted fault is found by its check and reported with the right sample; healthy data passes."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_healthy_data_passes(monkeypatch):
     assert "72 boxes" in per_split[0].message
 
 
-# --- what is wrong with the rows: a change, the check, the level, the image, what the message says
+# --- faults in the rows: name, change, check, level, image id, message
 
 
 def to_corners(box):
@@ -46,7 +46,7 @@ def every_box(change):
 
 
 def one_box(box, image=3, place=1):
-    """Change a box of a training image."""
+    """Change one box of a training image."""
 
     def planted(rows):
         rows["train"][image]["objects"][place]["bbox"] = box
@@ -116,8 +116,8 @@ def stated_size(height, width):
     return planted
 
 
-def turned(state_sizes):
-    """An image that lies on its side, with the camera's note, and boxes of the image as it is stored."""
+def rotated(state_sizes):
+    """An image stored sideways with an EXIF rotation, and boxes for the stored pixels."""
 
     def planted(rows):
         row = rows["train"][8]
@@ -173,23 +173,53 @@ def all_crowds(rows):
 
 
 FAULTS = {
-    "corners": (every_box(to_corners), "box_format", "failed", 100, "read as xyxy in pixels, 100% do"),
-    "shares": (every_box(to_shares), "box_format", "failed", 100, "no coordinate of 72 boxes is above 1.5"),
-    "axes": (every_box(swap), "box_axes", "failed", 100, "100% with x and y swapped"),
+    "corner coordinates": (every_box(to_corners), "box_format", "failed", 100, "read as xyxy in pixels, 100% do"),
+    "relative coordinates": (
+        every_box(to_shares),
+        "box_format",
+        "failed",
+        100,
+        "no coordinate of 72 boxes is above 1.5",
+    ),
+    "swapped axes": (every_box(swap), "box_axes", "failed", 100, "100% with x and y swapped"),
     "outside": (one_box([200, 10, 20, 20]), "box_range", "failed", 103, "1 of 72 boxes are dropped: outside"),
     "over the edge": (one_box([80, 10, 30, 20]), "box_range", "failed", 103, "clipped: reach out of"),
     "no width": (one_box([40, 10, 0, 20]), "box_range", "failed", 103, "dropped: width or height not above 0"),
     "not a number": (one_box([40, 10, float("nan"), 9]), "box_range", "failed", 103, "dropped: not finite"),
-    "twice": (copy_a_box, "duplicate_boxes", "failed", 107, "1 of 73 boxes are duplicates, with the same class"),
-    "two classes": (copy_a_box_as_another_class, "duplicate_boxes", "failed", 107, "duplicates, with another class"),
-    "empty": (empty, "empty_images", "failed", 100, "24 of 24 images have no objects"),
+    "duplicate box": (
+        copy_a_box,
+        "duplicate_boxes",
+        "failed",
+        107,
+        "1 of 73 boxes are duplicates, with the same class",
+    ),
+    "duplicate box of another class": (
+        copy_a_box_as_another_class,
+        "duplicate_boxes",
+        "failed",
+        107,
+        "duplicates, with another class",
+    ),
+    "no objects": (empty, "empty_images", "failed", 100, "24 of 24 images have no objects"),
     "all crowds": (all_crowds, "empty_images", "failed", 100, "all 72 objects are crowds (iscrowd)"),
-    "mostly empty": (mostly_empty, "empty_images", "warning", 102, "22 of 24 images have no objects"),
-    "tiny": (shrink(1.0), "tiny_objects", "failed", 104, "100.0% of 72 objects are smaller than a cell of 16 x 16"),
-    "some tiny": (shrink(0.2), "tiny_objects", "warning", 104, "smaller than a cell of 16 x 16"),
-    "crowded": (crowded, "box_count", "failed", 106, "at most 11 and on average 3.3 objects per image, 10 queries"),
+    "few images with objects": (mostly_empty, "empty_images", "warning", 102, "22 of 24 images have no objects"),
+    "tiny objects": (
+        shrink(1.0),
+        "tiny_objects",
+        "failed",
+        104,
+        "100.0% of 72 objects are smaller than a cell of 16 x 16",
+    ),
+    "some tiny objects": (shrink(0.2), "tiny_objects", "warning", 104, "smaller than a cell of 16 x 16"),
+    "too many objects": (
+        crowded,
+        "box_count",
+        "failed",
+        106,
+        "at most 11 and on average 3.3 objects per image, 10 queries",
+    ),
     "ids from 1": (from_1, "category_ids", "failed", 100, "have category 3"),
-    "no such id": (category_of_one(17), "category_ids", "failed", 105, "1 of 72 objects have category 17"),
+    "unknown id": (category_of_one(17), "category_ids", "failed", 105, "1 of 72 objects have category 17"),
     "no category": (category_of_one(-1), "category_ids", "failed", 105, "1 of 72 objects have no category"),
     "unreadable": (broken(1), "unreadable_images", "warning", 102, "24 of 24 images decoded, 1 are unreadable"),
     "all unreadable": (
@@ -202,8 +232,8 @@ FAULTS = {
     "many unreadable": (broken(11), "unreadable_images", "failed", 102, "11 are unreadable (limit: max_bad_images"),
     "other size": (stated_size(32, 48), "image_size", "failed", 109, "64 x 96 pixels instead of 32 x 48"),
     "swapped size": (stated_size(96, 64), "image_size", "failed", 109, "64 x 96 pixels instead of 96 x 64"),
-    "turned": (turned(True), "image_size", "failed", 108, "EXIF orientation 6 rotates it"),
-    "turned boxes": (turned(False), "image_orientation", "failed", 108, "upright, it has 96 x 64 pixels"),
+    "rotated image": (rotated(True), "image_size", "failed", 108, "EXIF orientation 6 rotates it"),
+    "unrotated boxes": (rotated(False), "image_orientation", "failed", 108, "upright, it has 96 x 64 pixels"),
     "upside down": (upside_down, "image_orientation", "warning", 108, "1 have an EXIF orientation"),
     "thumbnail": (thumbnails(1), "tiny_images", "warning", 110, "1 of 24 images are enlarged more than 4 times"),
     "thumbnails": (thumbnails(13), "tiny_images", "failed", 110, "the smallest, 8 x 12 pixels, 8.0 times"),
@@ -214,26 +244,26 @@ FAULTS = {
         902,
         "1 of 8 images of validation are also in train, the first as image 111",
     ),
-    "never learned": (
+    "class missing in training": (
         never_blue,
         "classes_in_one_split",
         "failed",
         900,
         "1 classes have objects in validation and none",
     ),
-    "never scored": (
+    "class missing in validation": (
         blue_in_training_alone,
         "classes_in_one_split",
         "warning",
         100,
         "1 classes have no objects in valid",
     ),
-    "rare": (rarely_blue, "class_balance", "warning", 100, "1 of 3 classes have fewer than 10 objects: blue"),
+    "rare class": (rarely_blue, "class_balance", "warning", 100, "1 of 3 classes have fewer than 10 objects: blue"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name, monkeypatch):
+def test_planted_fault_is_found(name, monkeypatch):
     change, check, level, image_id, said = FAULTS[name]
     found = only(examine(monkeypatch, as_splits(plant(change))), check, level)
     assert found.sample.image_id == image_id
@@ -241,7 +271,7 @@ def test_a_planted_fault_is_found(name, monkeypatch):
     assert found.remedy
 
 
-def test_the_sample_is_the_box_itself(monkeypatch):
+def test_sample_is_the_faulty_box(monkeypatch):
     found = only(examine(monkeypatch, as_splits(plant(one_box([80, 10, 30, 20])))), "box_range")
     assert found.sample.box == (80, 10, 30, 20) and found.sample.split == "train"
     rows = plant(every_box(to_corners))
@@ -249,7 +279,7 @@ def test_the_sample_is_the_box_itself(monkeypatch):
     assert list(found.sample.box) in [box["bbox"] for box in rows["train"][0]["objects"]]
 
 
-def test_of_misread_boxes_the_format_alone_is_told(monkeypatch):
+def test_misread_boxes_give_only_a_format_failure(monkeypatch):
     found = examine(monkeypatch, as_splits(plant(every_box(to_shares))))
     assert {finding.check for finding in found if finding.level == "failed"} == {"box_format"}
     skipped = {finding.check for finding in found if finding.level == "skipped"}
@@ -259,10 +289,10 @@ def test_of_misread_boxes_the_format_alone_is_told(monkeypatch):
 def test_remedies_name_the_mistake(monkeypatch):
     assert "subtract 1" in only(examine(monkeypatch, as_splits(plant(from_1))), "category_ids").remedy
     assert "swapped" in only(examine(monkeypatch, as_splits(plant(stated_size(96, 64)))), "image_size").remedy
-    assert "EXIF" in only(examine(monkeypatch, as_splits(plant(turned(True)))), "image_size").remedy
+    assert "EXIF" in only(examine(monkeypatch, as_splits(plant(rotated(True)))), "image_size").remedy
 
 
-def test_a_few_swapped_boxes_are_no_swapped_axes(monkeypatch):
+def test_few_swapped_boxes_are_not_swapped_axes(monkeypatch):
     def planted(rows):
         for found in boxes_of(rows)[: EVIDENCE - 1]:
             found["bbox"] = swap(found["bbox"])
@@ -272,10 +302,10 @@ def test_a_few_swapped_boxes_are_no_swapped_axes(monkeypatch):
     assert [finding for finding in found if finding.check == "box_range" and finding.level == "failed"]
 
 
-# --- categories of several splits
+# --- categories across splits
 
 
-def test_sparse_ids_are_told(monkeypatch):
+def test_sparse_ids_give_a_warning(monkeypatch):
     def planted(rows):
         for split in rows:
             for found in boxes_of(rows, split):
@@ -295,13 +325,13 @@ def test_sparse_ids_are_told(monkeypatch):
         (["red", "green", "bleu"], 'validation has 1 classes that train does not have, the first is "bleu"'),
     ],
 )
-def test_another_id_map_of_a_split_is_found(names, said, monkeypatch):
+def test_different_id_map_of_a_split_is_found(names, said, monkeypatch):
     found = only(examine(monkeypatch, as_splits(healthy(), names={"validation": names})), "class_names")
     assert said in found.message
     assert found.sample.split == "validation" and found.sample.image_id >= 900
 
 
-def test_a_class_for_nothing_and_one_without_objects_are_told(monkeypatch):
+def test_background_class_and_unused_class_give_a_warning(monkeypatch):
     names = [*NAMES, "background"]
     found = examine(monkeypatch, as_splits(healthy(), category=ClassLabel(names=names)))
     assert '"background"' in only(found, "background_class", "warning").message
@@ -310,7 +340,7 @@ def test_a_class_for_nothing_and_one_without_objects_are_told(monkeypatch):
     )
 
 
-def test_uneven_classes_are_told(monkeypatch):
+def test_imbalanced_classes_give_a_warning(monkeypatch):
     def planted(rows):
         for row in rows["train"]:
             red = [found for found in row["objects"] if found["category"] == 0]
@@ -323,12 +353,12 @@ def test_uneven_classes_are_told(monkeypatch):
     assert '"red" has 238 objects, "green" 1 (limit: 100 times as many)' in found[0].message
 
 
-def test_scoring_on_the_training_split_is_told(monkeypatch):
+def test_validating_on_the_training_split_gives_a_warning(monkeypatch):
     found = examine(monkeypatch, as_splits(healthy()), validation_split="train")
     assert "train is the training split: its AP" in only(found, "shared_images", "warning").message
 
 
-def test_data_that_cannot_be_read_is_one_failed_check(monkeypatch):
+def test_unreadable_data_is_one_failed_check(monkeypatch):
     data = as_splits(healthy())
     (found,) = examine(monkeypatch, data, validation_split="dev")
     assert (found.check, found.level) == ("data", "failed")
@@ -337,7 +367,7 @@ def test_data_that_cannot_be_read_is_one_failed_check(monkeypatch):
     assert 'objects_column "things" is not a column' in found.message
 
 
-def test_images_are_looked_at_once_and_of_large_splits_a_part(monkeypatch):
+def test_images_are_decoded_once_and_large_splits_sampled(monkeypatch):
     seen = []
     monkeypatch.setattr("hf_tfm.doctor.splits.LOOKED_AT", 5)
     monkeypatch.setattr("hf_tfm.doctor.splits.decode", lambda data: seen.append(data) or np.zeros((3, HEIGHT, WIDTH)))

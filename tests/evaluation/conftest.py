@@ -1,4 +1,4 @@
-"""The fixtures of these tests."""
+"""Fixtures of the evaluation tests."""
 
 from evaluation_helpers import data, fresh_accelerator, models
 

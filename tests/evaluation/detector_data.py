@@ -1,5 +1,7 @@
-"""What the tests of `evaluate` on detectors share: random detectors, what they find one image at a time, and data sets
-made of that, so that scores are neither 0 nor 1."""
+"""Shared helpers of the detector evaluation tests: random detectors, their detections, and data sets.
+
+Detections are computed one image at a time. The data sets are derived from them, so that scores are neither 0 nor 1.
+"""
 
 import io
 import json
@@ -30,14 +32,14 @@ from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticS
 
 NAMES = ["apple", "boat", "cow", "dune", "elm"]
 THINGS = [0, 1, 2]
-SIZES = [(48, 64), (64, 48), (50, 50), (60, 80), (64, 64), (33, 44)]  # height, width; multiples of 32 once resized
+SIZES = [(48, 64), (64, 48), (50, 50), (60, 80), (64, 64), (33, 44)]  # height, width; multiples of 32 after resizing
 EDGES = {"shortest_edge": 96, "longest_edge": 144}
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
 TINY = {
     **{"num_queries": 9, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2},
     **{"encoder_attention_heads": 8, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
 }
-# As a dict in some versions and an object in others; from_dict reads either.
+# A dict in some transformers versions and an object in others; from_dict reads both.
 NATIVE = {
     **TINY,
     "use_timm_backbone": False,
@@ -60,7 +62,7 @@ PANOPTIC = {
 
 @torch.no_grad()
 def save_detector(folder: Path, kind: str, **fields) -> str:
-    """A detector whose every weight is random, and sure of its classes, with its processor."""
+    """Save a detector with random weights and confident predictions, with its processor."""
     model_class, config, sizes = {**DETECTORS, **PANOPTIC}[kind]
     torch.manual_seed(0)
     model = model_class(config(**{**sizes, **LABELS, **fields}))
@@ -68,7 +70,7 @@ def save_detector(folder: Path, kind: str, **fields) -> str:
         if isinstance(module, nn.Linear | nn.Conv2d):
             sharp = name.endswith(
                 ("q_proj", "k_proj", "query", "key")
-            )  # queries that look elsewhere find other things
+            )  # queries that attend elsewhere find other objects
             module.weight.normal_(std=(4 if sharp else 1) * module.weight[0].numel() ** -0.5)
     for name, parameter in model.named_parameters():
         if "query_position" in name or "detection_tokens" in name:
@@ -82,7 +84,7 @@ def save_detector(folder: Path, kind: str, **fields) -> str:
 
 @torch.no_grad()
 def level_heads(model: nn.Module, processor: DetrImageProcessor) -> None:
-    """Shift and stretch the heads' outputs, so that queries differ in class and place and half of them are sure."""
+    """Shift and scale the head outputs so that queries differ in class and position and half of them are confident."""
     seen = [model(processor(images=photo, return_tensors="pt")["pixel_values"]) for photo in photos()]
     heads = {module.out_features: module for module in model.modules() if isinstance(module, nn.Linear)}
     for head, values, width in (
@@ -92,7 +94,7 @@ def level_heads(model: nn.Module, processor: DetrImageProcessor) -> None:
         middle, spread = values.mean(dim=0), values.std(dim=0).clamp_min(1e-3)
         head.bias.copy_((head.bias - middle) * width / spread)
         head.weight.mul_(width / spread[:, None])
-    for head in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1):  # of masks
+    for head in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1):  # mask logits
         masks = torch.cat([o.pred_masks.flatten() for o in seen])
         head.bias.copy_((head.bias - masks.mean()) * 6.0 / masks.std())
         head.weight.mul_(6.0 / masks.std())
@@ -109,11 +111,11 @@ def photos() -> list[Image.Image]:
 
 @torch.inference_mode()
 def found_by_hand(model: str, together: bool = False) -> tuple[list[dict], list[dict] | None]:
-    """Through transformers alone: every query's box and, of a model with masks, the panoptic maps.
+    """Expected detections, computed with transformers only: boxes of all queries and, with masks, panoptic maps.
 
     Args:
-        together: read all images as one padded batch. Padding changes what a convolution sees beside it, and so what a
-            random model finds.
+        together: run all images as one padded batch. Padding affects the convolutions next to it, and so the
+            detections of a random model.
     """
     config = json.loads((Path(model) / "config.json").read_text())
     masks = "Segmentation" in config["architectures"][0]
@@ -126,7 +128,7 @@ def found_by_hand(model: str, together: bool = False) -> tuple[list[dict], list[
         sizes = [(photo.height, photo.width) for photo in batch]
         boxes += processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
         for i in range(len(batch) * masks):
-            height, width = (inputs["pixel_mask"][i].any(dim=dim).sum() // 4 for dim in (1, 0))  # of masks
+            height, width = (inputs["pixel_mask"][i].any(dim=dim).sum() // 4 for dim in (1, 0))  # no masks
             own = {"logits": output.logits[i : i + 1], "pred_masks": output.pred_masks[i : i + 1, :, :height, :width]}
             maps += processor.post_process_panoptic_segmentation(
                 ModelOutput(own), threshold=0.85, label_ids_to_fuse=set(), target_sizes=sizes[i : i + 1]
@@ -141,7 +143,7 @@ def encoded(image: Image.Image) -> dict:
 
 
 def objects_in(boxes: list[dict], names: list[str] = NAMES) -> tuple[list[list[dict]], list[dict]]:
-    """Three of the boxes found in each image, a little moved, as rows of a data set and as `CocoAP` takes them."""
+    """Three of the boxes found in each image, slightly moved, as rows of a data set and as `CocoAP` references."""
     rows, references = [], []
     for number, (found, (height, width)) in enumerate(zip(boxes, SIZES, strict=True)):
         objects = []
@@ -161,7 +163,7 @@ def objects_in(boxes: list[dict], names: list[str] = NAMES) -> tuple[list[list[d
 
 
 def write_objects(folder: Path, rows: list[list[dict]], names: list[str] = NAMES, bad: tuple[int, ...] = ()) -> str:
-    """A data set of one split, test; images in ``bad`` are none."""
+    """Write a data set with one split, test; images in ``bad`` are unreadable."""
     features = Features(
         {
             "image": datasets.Image(),
@@ -181,7 +183,7 @@ def write_objects(folder: Path, rows: list[list[dict]], names: list[str] = NAMES
 
 
 def segments_in(maps: list[dict]) -> list[dict]:
-    """The maps found, moved by two pixels, as `PanopticQuality` takes them; category ids are 10 above classes."""
+    """The predicted maps moved by two pixels, as `PanopticQuality` references; category ids are classes + 10."""
     references = []
     for number, found in enumerate(maps):
         ids = np.roll(found["segmentation"].numpy().astype(np.int64), 2, axis=1).clip(0)
@@ -192,7 +194,7 @@ def segments_in(maps: list[dict]) -> list[dict]:
 
 
 def write_panoptic(folder: Path, references: list[dict]) -> str:
-    """A data set of one split, test, with its categories beside it."""
+    """Write a data set with one split, test, and its categories file."""
     segment = {"id": Value("int64"), "category_id": Value("int64"), "iscrowd": Value("int64")}
     features = {"image": datasets.Image(), "panoptic": datasets.Image(), "segments_info": List(segment)}
     table = []

@@ -1,4 +1,4 @@
-"""What the tests of `evaluate` on images share: a small data set, tiny random models, and what they say by hand."""
+"""Shared helpers of the image evaluation tests: a small data set, tiny random models, and their expected outputs."""
 
 import datasets
 import numpy as np
@@ -51,7 +51,7 @@ LABELS = np.random.RandomState(1).randint(0, len(NAMES), COUNT).tolist()
 
 
 def save_rows(folder, labels, feature, images=None) -> str:
-    """A data set of one split, test."""
+    """Write a data set with one split, test."""
     rows = {"image": photos() if images is None else images, "label": labels}
     features = Features({"image": datasets.Image(), "label": feature})
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +80,9 @@ def models(tmp_path_factory):
     """Folders of tiny random models by name."""
     folder, names = tmp_path_factory.mktemp("models"), labels_of(NAMES)
     convnext = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], initializer_range=0.5, **names)
-    half = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.5)  # its resizing is its own
+    half = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.5)  # TimmWrapper resizes on its own
     tfm = save_model(folder / "tfm", TfmViTForImageClassification, TfmViTConfig(**SIZES, **names))
-    convert(tfm, "timm", str(folder / "timm"))  # timm's kind of configuration, which names no class
+    convert(tfm, "timm", str(folder / "timm"))  # timm's configuration format without class names
     return {
         "tfm": tfm,
         "timm": str(folder / "timm"),
@@ -94,7 +94,7 @@ def models(tmp_path_factory):
 
 
 def ranked(model: str) -> np.ndarray:
-    """(N, classes), best first, by the model's own processor and one image at a time."""
+    """Classes ranked by score (N, classes), from the model's own processor, one image at a time."""
     loaded, processor = (
         AutoModelForImageClassification.from_pretrained(model),
         AutoImageProcessor.from_pretrained(model),

@@ -1,4 +1,4 @@
-"""hf-tfm evaluate on detectors: against the models called by hand, image by image, and what it refuses."""
+"""hf-tfm evaluate on detectors: scores against models called directly, image by image, and refused inputs."""
 
 import json
 
@@ -39,9 +39,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """By kind, and whether images are read together: a detector, what it finds, and a data set made of that."""
-    folder, made = tmp_path_factory.mktemp("detectors"), {}
+def cases(tmp_path_factory):
+    """By kind and batching: a detector, its expected detections, and a data set derived from them."""
+    folder, cases = tmp_path_factory.mktemp("detectors"), {}
     for kind in (*DETECTORS, *PANOPTIC):
         model = save_detector(folder / kind, kind)
         for together in (False, True)[: 1 if kind == "yolos" else 2]:
@@ -52,8 +52,8 @@ def made(tmp_path_factory):
             if maps is not None:
                 case["segments"] = segments_in(maps)
                 case["panoptic"] = write_panoptic(folder / f"{kind}-{together}-panoptic", case["segments"])
-            made[kind, together] = case
-    return made
+            cases[kind, together] = case
+    return cases
 
 
 def without_nan(scores: dict, names: tuple[str, ...]) -> dict[str, float]:
@@ -63,8 +63,8 @@ def without_nan(scores: dict, names: tuple[str, ...]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("kind", "together"), [("tfm", False), ("tfm", True), ("detr", False), ("detr", True), ("yolos", False)]
 )
-def test_boxes_are_scored_as_those_of_the_model_called_by_hand(kind, together, made, tmp_path):
-    case, batch_size = made[kind, together], 6 if together else 1
+def test_box_scores_equal_the_model_called_directly(kind, together, cases, tmp_path):
+    case, batch_size = cases[kind, together], 6 if together else 1
     metric = CocoAP(class_names=NAMES)
     metric.add_batch(predictions=case["boxes"], references=case["references"])
     expected = metric.compute()
@@ -86,7 +86,7 @@ def test_boxes_are_scored_as_those_of_the_model_called_by_hand(kind, together, m
 
 
 def check_predictions(predictions: list[dict], boxes: list[dict]) -> None:
-    """The file holds what was found with a score of 0.05 or more, the best first, in COCO's form."""
+    """The file holds detections with a score of at least 0.05 in COCO's result format, best first."""
     assert sorted(image["image_id"] for image in predictions) == list(range(len(SIZES)))
     for image in predictions:
         found = boxes[image["image_id"]]
@@ -100,8 +100,8 @@ def check_predictions(predictions: list[dict], boxes: list[dict]) -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", list(PANOPTIC))
-def test_segments_are_scored_as_those_of_the_model_called_by_hand(kind, together, made):
-    case, batch_size = made[kind, together], 6 if together else 1
+def test_segment_scores_equal_the_model_called_directly(kind, together, cases):
+    case, batch_size = cases[kind, together], 6 if together else 1
     metric = PanopticQuality(class_names=NAMES, thing_ids=THINGS)
     metric.add_batch(predictions=case["maps"], references=case["segments"])
     expected = metric.compute()
@@ -112,17 +112,17 @@ def test_segments_are_scored_as_those_of_the_model_called_by_hand(kind, together
     assert "AP" in found and all({"PQ", "SQ", "RQ"} <= scores.keys() for scores in result["per_class"].values())
 
 
-def test_a_model_with_masks_is_scored_by_its_boxes_where_asked(made):
-    case = made["tfm_panoptic", False]
+def test_model_with_masks_can_be_scored_by_its_boxes(cases):
+    case = cases["tfm_panoptic", False]
     metric = CocoAP(class_names=NAMES)
     metric.add_batch(predictions=case["boxes"], references=case["references"])
     result = evaluate(case["model"], dataset_name=case["data"], segments=False, batch_size=1, **QUIET)
     assert values(result) == without_nan(metric.compute(), AP_SCORES)
 
 
-def test_boxes_in_another_format_are_scored_the_same(made, tmp_path):
-    """As `detection_train --box_format` reads them."""
-    case = made["tfm", False]
+def test_box_format_does_not_change_scores(cases, tmp_path):
+    """The same options as `detection_train --box_format`."""
+    case = cases["tfm", False]
     rows = load_dataset(case["data"], split="test")
 
     def corners(row: dict) -> dict:
@@ -139,14 +139,14 @@ def test_boxes_in_another_format_are_scored_the_same(made, tmp_path):
     assert values(one) == pytest.approx(values(other), abs=1e-4)
 
 
-def test_a_model_that_knows_of_no_padding_reads_images_one_by_one(made):
-    case = made["yolos", False]
+def test_model_without_padding_mask_needs_batch_size_1(cases):
+    case = cases["yolos", False]
     with pytest.raises(ValueError, match="no input that marks padding: give batch_size=1"):
         evaluate(case["model"], dataset_name=case["data"], batch_size=6, **QUIET)
 
 
-def test_workers_and_the_first_rows(made):
-    case = made["tfm", False]
+def test_workers_and_max_samples(cases):
+    case = cases["tfm", False]
     one = evaluate(case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, **QUIET)
     two = evaluate(
         case["model"], dataset_name=case["data"], max_samples=4, batch_size=2, dataloader_num_workers=1, **QUIET
@@ -154,8 +154,8 @@ def test_workers_and_the_first_rows(made):
     assert one["metrics"] == two["metrics"] and one["images"] == 4
 
 
-def test_bf16_computes_in_bf16(made, monkeypatch):
-    case, seen = made["tfm", False], set()
+def test_bf16_computes_in_bf16(cases, monkeypatch):
+    case, seen = cases["tfm", False], set()
     layer = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.add(layer(*a).dtype) or layer(*a))
     result = evaluate(case["model"], dataset_name=case["data"], mixed_precision="bf16", **QUIET)
@@ -163,8 +163,8 @@ def test_bf16_computes_in_bf16(made, monkeypatch):
     assert values(result)["AP50"] > 0.05
 
 
-def test_images_that_cannot_be_read_are_left_out(made, tmp_path):
-    case = made["tfm", False]
+def test_unreadable_images_are_skipped(cases, tmp_path):
+    case = cases["tfm", False]
     rows, references = objects_in(case["boxes"])
     data = write_objects(tmp_path / "data", rows, bad=(0, 1, 4))
     result = evaluate(case["model"], dataset_name=data, batch_size=1, **QUIET)
@@ -179,8 +179,8 @@ def test_images_that_cannot_be_read_are_left_out(made, tmp_path):
 # --- classes
 
 
-def test_categories_go_by_name_or_by_number(made, tmp_path):
-    case = made["tfm", False]
+def test_categories_are_matched_by_name_or_number(cases, tmp_path):
+    case = cases["tfm", False]
     rows, _ = objects_in(case["boxes"])
     expected = values(evaluate(case["model"], dataset_name=case["data"], **QUIET))
     turned = [[{**o, "category": len(NAMES) - 1 - o["category"]} for o in objects] for objects in rows]
@@ -196,10 +196,10 @@ def test_categories_go_by_name_or_by_number(made, tmp_path):
         evaluate(case["model"], dataset_name=more, match_labels="number", **QUIET)
 
 
-def test_classes_without_names_and_with_the_same_name(made, tmp_path):
-    """As transformers gives them by default, and as COCO's 91 have several N/A."""
+def test_unnamed_and_duplicate_class_names(cases, tmp_path):
+    """Such as transformers' default names, and COCO's 91 names with several "N/A"."""
     plain = save_detector(tmp_path / "plain", "tfm", id2label={i: f"LABEL_{i}" for i in range(5)})
-    assert evaluate(plain, dataset_name=made["tfm", False]["data"], **QUIET)["match_labels"] == "number"
+    assert evaluate(plain, dataset_name=cases["tfm", False]["data"], **QUIET)["match_labels"] == "number"
     gaps = {0: "N/A", 1: "boat", 2: "cow", 3: "N/A", 4: "elm"}
     model = save_detector(tmp_path / "gaps", "tfm", id2label=gaps)
     rows, _ = objects_in(found_by_hand(model)[0])
@@ -212,13 +212,22 @@ def test_classes_without_names_and_with_the_same_name(made, tmp_path):
     assert len(there) > 1 and set(evaluate(model, dataset_name=data, **QUIET)["per_class"]) == there
 
 
-# --- the command line, and what is refused
+# --- command line and refused options
 
 
-def test_the_command_line(made, tmp_path, capsys):
-    case = made["tfm_panoptic", False]
-    words = ["evaluate", case["model"], "--dataset_name", case["panoptic"], "--progress", "false", "--batch_size", "3"]
-    cli.main([*words, "--segments", "true", "--output", str(tmp_path / "scores.json")])
+def test_the_command_line(cases, tmp_path, capsys):
+    case = cases["tfm_panoptic", False]
+    arguments = [
+        "evaluate",
+        case["model"],
+        "--dataset_name",
+        case["panoptic"],
+        "--progress",
+        "false",
+        "--batch_size",
+        "3",
+    ]
+    cli.main([*arguments, "--segments", "true", "--output", str(tmp_path / "scores.json")])
     said = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "scores.json").read_text())
     assert said == lines(result)
@@ -248,16 +257,16 @@ def test_the_command_line(made, tmp_path, capsys):
         ({"confusion": "a.png"}, "confusion is for image classifiers"),
     ],
 )
-def test_options_that_do_not_fit(made, options, message):
+def test_incompatible_options_are_refused(cases, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(made["tfm", False]["model"], dataset_name=made["tfm", False]["data"], **QUIET, **options)
+        evaluate(cases["tfm", False]["model"], dataset_name=cases["tfm", False]["data"], **QUIET, **options)
 
 
-def test_a_model_of_another_kind(models, made):
+def test_model_of_another_task_is_refused(models, cases):
     with pytest.raises(ValueError, match="is a tfm_vit model saved as TfmViTForImageClassification, not a detector"):
         evaluate_task(
             DetectionTask,
-            DetectionEvaluationArguments(model=models["tfm"], dataset_name=made["tfm", False]["data"], **QUIET),
+            DetectionEvaluationArguments(model=models["tfm"], dataset_name=cases["tfm", False]["data"], **QUIET),
         )
     with pytest.raises(ValueError, match=r"panoptic_categories\.json is missing"):
-        evaluate(made["tfm_panoptic", False]["model"], dataset_name=made["tfm_panoptic", False]["data"], **QUIET)
+        evaluate(cases["tfm_panoptic", False]["model"], dataset_name=cases["tfm_panoptic", False]["data"], **QUIET)

@@ -1,4 +1,4 @@
-"""hf-tfm evaluate on image models: against the models called by hand, and what it refuses."""
+"""hf-tfm evaluate on image models: scores against models called directly, and refused inputs."""
 
 import json
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ from hf_tfm.tasks.stopwatch import Stopwatch
 
 
 @pytest.mark.parametrize("name", ["tfm", "vit", "convnext", "timm"])
-def test_scores_are_those_of_the_model_called_by_hand(name, models, data, tmp_path):
+def test_scores_equal_the_model_called_directly(name, models, data, tmp_path):
     top = ranked(models[name])
     file = tmp_path / "result.json"
     result = evaluate(models[name], dataset_name=data, output=str(file), **QUIET)
@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_model_called_by_hand(name, models, data, tmp_pa
     ]
 
 
-def test_batches_and_workers_change_nothing(models, data):
+def test_scores_do_not_depend_on_batches_and_workers(models, data):
     options = {"dataset_name": data, "progress": False}
     one = evaluate(models["tfm"], batch_size=COUNT, **options)
     two = evaluate(models["tfm"], batch_size=1, dataloader_num_workers=1, **options)
@@ -97,13 +97,13 @@ def test_weights_stored_in_half_precision(models, data, tmp_path):
     assert one["metrics"] == two["metrics"]
 
 
-def test_the_first_rows(models, data):
+def test_max_samples(models, data):
     result = evaluate(models["tfm"], dataset_name=data, max_samples=7, **QUIET)
     assert result["rows"] == result["images"] == 7
     assert values(result)["accuracy"] == np.mean(ranked(models["tfm"])[:7, 0] == LABELS[:7])
 
 
-def test_figures_are_those_of_the_training_run(tmp_path):
+def test_scores_equal_those_of_the_training_run(tmp_path):
     """The same model and split as in the results file that the recipe wrote."""
     folder, small = tmp_path / "run", "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
     options = ["--config", "quickstart", "--model", small, "--num_train_epochs", "null", "--max_steps", "2"]
@@ -120,7 +120,7 @@ def test_figures_are_those_of_the_training_run(tmp_path):
 # --- labels and classes
 
 
-def test_images_without_label_or_content_are_left_out(models, tmp_path):
+def test_unlabelled_and_unreadable_images_are_skipped(models, tmp_path):
     images = [*photos()[:-1], {"bytes": b"no image", "path": None}]
     labels = [-1 if i < 4 else label for i, label in enumerate(LABELS)]
     rows = save_rows(tmp_path / "rows", labels, ClassLabel(names=NAMES), images)
@@ -144,7 +144,7 @@ def test_images_without_label_or_content_are_left_out(models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["no label", "classes"])
-def test_a_confusion_matrix_that_cannot_be_drawn_is_refused_at_once(kind, models, data, tmp_path, monkeypatch):
+def test_impossible_confusion_matrix_is_refused_at_once(kind, models, data, tmp_path, monkeypatch):
     """Before any image is classified."""
     monkeypatch.setattr(ImageClassificationTask, "predict", None)
     where, named = data, "confusion has at most 5 classes, but the model has 6"
@@ -156,7 +156,7 @@ def test_a_confusion_matrix_that_cannot_be_drawn_is_refused_at_once(kind, models
         evaluate(models["tfm"], dataset_name=where, confusion=str(tmp_path / "c.png"), **QUIET)
 
 
-def test_the_result_is_written_before_the_picture(models, data, tmp_path, monkeypatch):
+def test_scores_are_written_before_the_plot(models, data, tmp_path, monkeypatch):
     file = tmp_path / "result.json"
     monkeypatch.setattr("hf_tfm.viz.confusion.save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -168,7 +168,7 @@ def test_the_result_is_written_before_the_picture(models, data, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["mae", "vit_mae"])
-def test_reconstruction_loss_is_that_of_the_model_called_by_hand(name, models, data):
+def test_reconstruction_loss_equals_the_model_called_directly(name, models, data):
     loaded = AutoModelForPreTraining.from_pretrained(models[name]).eval()
     processor = AutoImageProcessor.from_pretrained(models[name])
     losses = []
@@ -184,7 +184,7 @@ def test_reconstruction_loss_is_that_of_the_model_called_by_hand(name, models, d
     assert other != pytest.approx(np.mean(losses), rel=1e-5)
 
 
-# --- the parts
+# --- helper functions
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_reconstruction_loss_is_that_of_the_model_called_by_hand(name, models, d
         (TimmWrapperImageProcessor({"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.2] * 3}), True),
     ],
 )
-def test_images_are_what_the_processor_makes_of_them(processor, whole):
+def test_images_match_the_processor(processor, whole):
     found = suitable(processor)
     assert isinstance(found, WholeProcessor) == whole
     image = torch.from_numpy(np.array(photos()[0])).permute(2, 0, 1)
@@ -208,24 +208,24 @@ def test_images_are_what_the_processor_makes_of_them(processor, whole):
     assert halves.size == (16, 16)
 
 
-def test_images_of_no_fixed_size_are_refused():
+def test_processors_without_a_fixed_size_are_refused():
     with pytest.raises(ValueError, match="fixed size"):
         suitable(ViTImageProcessor(do_resize=False))
 
 
 def test_stopwatch(monkeypatch):
-    """By a clock that ticks once whenever it is read: start, (before, after) x 3, end."""
+    """With a clock that advances by one at each reading: start, (before, after) x 3, end."""
     ticks = iter([0.0, 1.0, 9.0, 10.0, 12.0, 13.0, 15.0, 20.0])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(ticks))
     model = TfmViTForImageClassification(TfmViTConfig(**SIZES))
     with Stopwatch(model) as watch:
         for count in (2, 4, 6):
             model(pixel_values=torch.zeros(count, 3, 16, 16))
-    model(pixel_values=torch.zeros(1, 3, 16, 16))  # no longer watched: the clock would be out of ticks
+    model(pixel_values=torch.zeros(1, 3, 16, 16))  # stopped: the clock would raise StopIteration
     assert watch.throughput(12) == {"model": (4 + 6) / (2 + 2), "whole": 12 / 20}
 
 
-# --- what is refused
+# --- refused inputs
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_errors(name, options, named, models, data):
         evaluate(models[name], **{"dataset_name": data, **QUIET, **options})
 
 
-def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
+def test_unsupported_models_are_refused(data, tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(bert).save_pretrained(tmp_path / "bert")
     (tmp_path / "detr").mkdir()
@@ -284,8 +284,8 @@ def test_models_that_cannot_be_scored_are_refused(data, tmp_path):
         evaluate(grey, dataset_name=data)
 
 
-def test_several_processes_are_refused(models, data, monkeypatch):
-    """Each would score everything, and write the same files."""
+def test_multiple_processes_are_refused(models, data, monkeypatch):
+    """Each process would score everything and write the same files."""
     monkeypatch.setattr("hf_tfm.tasks.evaluation.Accelerator", lambda: SimpleNamespace(num_processes=2))
     for name in ("tfm", "mae"):
         with pytest.raises(ValueError, match="evaluate runs in one process, got 2"):
@@ -296,24 +296,24 @@ def test_several_processes_are_refused(models, data, monkeypatch):
 
 
 def test_the_command(models, data, tmp_path, capsys):
-    picture = tmp_path / "new" / "confusion.png"
-    words = ["--dataset_name", data, "--confusion", str(picture), "--progress", "false"]
-    cli.main(["evaluate", models["tfm"], *words])
+    plot = tmp_path / "new" / "confusion.png"
+    arguments = ["--dataset_name", data, "--confusion", str(plot), "--progress", "false"]
+    cli.main(["evaluate", models["tfm"], *arguments])
     said = capsys.readouterr().out.splitlines()
     accuracy = np.mean(ranked(models["tfm"])[:, 0] == LABELS)
     assert said[0].split() == ["test", "accuracy", f"{accuracy:.3f}"]
     assert said[2] == f"{COUNT} images; left out: 0 unreadable, 0 unlabelled"
     assert "by the model alone" in said[3]
-    assert imread(picture).shape[2] == 4
-    cli.main(["evaluate", "--dataset_name", data, models["mae"], "--progress", "false"])  # options may stand first
+    assert imread(plot).shape[2] == 4
+    cli.main(["evaluate", "--dataset_name", data, models["mae"], "--progress", "false"])  # options first
     assert capsys.readouterr().out.split()[:2] == ["test", "reconstruction_loss"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["evaluate", models["mae"], *words])
+        cli.main(["evaluate", models["mae"], *arguments])
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("hf-tfm evaluate: confusion is for image classifiers")
 
 
-def test_help_tells_whose_each_option_is(capsys):
+def test_help_groups_options_by_model_kind(capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--help"])
     groups, group = {}, ""

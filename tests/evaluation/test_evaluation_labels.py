@@ -1,4 +1,4 @@
-"""hf-tfm evaluate on image models: labels of the data set against classes of the model."""
+"""hf-tfm evaluate on image models: matching labels of the data set to classes of the model."""
 
 import json
 
@@ -26,7 +26,7 @@ from hf_tfm.tasks.evaluation import evaluate
 
 
 def test_classes_are_matched_by_name(models, data, tmp_path):
-    """The same labels in a data set that counts its classes in another order, and lacks one, or stores text."""
+    """Data sets with the same labels in another order, with one class missing, or stored as text."""
     expected = evaluate(models["tfm"], dataset_name=data, max_samples=9, **QUIET)["metrics"]
     other = [name for name in sorted(NAMES, reverse=True) if name in {NAMES[label] for label in LABELS}]
     turned = save_rows(tmp_path / "a", [other.index(NAMES[label]) for label in LABELS], ClassLabel(names=other))
@@ -36,7 +36,7 @@ def test_classes_are_matched_by_name(models, data, tmp_path):
         assert (result["metrics"], result["match_labels"]) == (expected, "name")
 
 
-def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_path):
+def test_other_names_are_refused_but_can_be_matched_by_number(models, data, tmp_path):
     names = ["ant", "bee", "cat", "dog", "elk", "fly"]
     other = save_rows(tmp_path / "a", LABELS, ClassLabel(names=names))
     with pytest.raises(ValueError, match=r"only the data set has elk, fly; only the model has eel, fox\. .*number"):
@@ -53,8 +53,8 @@ def test_other_names_are_refused_and_can_be_matched_by_number(models, data, tmp_
         evaluate(models["tfm"], dataset_name=more, match_labels="number", **QUIET)
 
 
-def test_truth_values(tmp_path):
-    """Classes called True and False, in either order; by number, False is class 0."""
+def test_boolean_class_names(tmp_path):
+    """Classes named True and False, in either order; by number, False is class 0."""
     flags = [bool(label % 2) for label in LABELS]
     where = save_rows(tmp_path / "flags", flags, Value("bool"))
     for names in (["True", "False"], ["False", "True"], ["no", "yes"]):
@@ -66,14 +66,14 @@ def test_truth_values(tmp_path):
         assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == right)
 
 
-def test_a_model_without_names_is_matched_by_number(data, tmp_path):
+def test_model_without_names_is_matched_by_number(data, tmp_path):
     model = save_model(tmp_path / "m", TfmViTForImageClassification, TfmViTConfig(**SIZES, num_labels=6))
     result = evaluate(model, dataset_name=data, **QUIET)
     assert result["match_labels"] == "number"
     assert values(result)["accuracy"] == np.mean(ranked(model)[:, 0] == LABELS)
 
 
-def test_two_classes_of_one_name_are_refused(data, tmp_path):
+def test_duplicate_class_names_are_refused(data, tmp_path):
     config = TfmViTConfig(**SIZES, id2label=dict(enumerate([*NAMES, "cat"])), label2id={"cat": 2})
     model = save_model(tmp_path / "m", TfmViTForImageClassification, config)
     with pytest.raises(ValueError, match=r"several classes called cat: .*number"):
@@ -81,7 +81,7 @@ def test_two_classes_of_one_name_are_refused(data, tmp_path):
 
 
 def test_real_labels(models, data, tmp_path):
-    """An image is right where the prediction is among its labels; those without labels count for nothing."""
+    """A prediction is correct if it is among the image's labels; images without labels are not counted."""
     first = ranked(models["tfm"])[:, 0].tolist()
     lists = [[] if i % 5 == 0 else [(c + 1) % 6] if i % 5 == 1 else [(c + 2) % 6, c] for i, c in enumerate(first)]
     file = tmp_path / "real.json"
@@ -93,7 +93,7 @@ def test_real_labels(models, data, tmp_path):
     counted = [i for i in range(8) if i % 5]
     short = evaluate(models["tfm"], dataset_name=data, real_labels=str(file), max_samples=8, **QUIET)
     assert values(short)["real_accuracy"] == np.mean([i % 5 > 1 for i in counted])
-    # They are numbers of the data set's labels, whatever the model calls those.
+    # They are label numbers of the data set, regardless of the model's class names.
     turned = save_rows(tmp_path / "a", [5 - label for label in LABELS], ClassLabel(names=NAMES[::-1]))
     file.write_text(json.dumps([[5 - label for label in labels] for labels in lists]))
     assert evaluate(models["tfm"], dataset_name=turned, real_labels=str(file), **QUIET)["metrics"] == result["metrics"]
@@ -108,7 +108,7 @@ def test_real_labels(models, data, tmp_path):
         ([[0]] * (COUNT - 1) + [[6]], f"6 of image {COUNT - 1} is not a label of the data set"),
     ],
 )
-def test_real_labels_that_do_not_fit(content, named, models, data, tmp_path):
+def test_invalid_real_labels_are_refused(content, named, models, data, tmp_path):
     file = tmp_path / "real.json"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=named):

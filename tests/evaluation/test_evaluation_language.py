@@ -1,4 +1,4 @@
-"""Language models, ours and transformers' own, are scored alike."""
+"""Our language models and transformers' are scored in the same way."""
 
 import math
 
@@ -26,7 +26,7 @@ def texts(tmp_path_factory):
 def gpt2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = train_bytes(TEXTS, 300)
-    tokenizer.pad_token = None  # as GPT-2's own
+    tokenizer.pad_token = None  # as in GPT-2
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64)
@@ -50,7 +50,7 @@ def test_perplexity_of_next_tokens(gpt2, texts):
     assert scores["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
-def test_ours_and_transformers_own_have_the_same_score(texts, tmp_path):
+def test_our_model_and_the_native_one_have_the_same_score(texts, tmp_path):
     torch.manual_seed(0)
     tokenizer = train_wordpiece(TEXTS, 80)
     native = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **SMALL))
@@ -74,7 +74,7 @@ def test_ours_and_transformers_own_have_the_same_score(texts, tmp_path):
     assert (tmp_path / "ours.json").is_file()
 
 
-def test_what_cannot_be_meant_is_refused(gpt2, texts):
+def test_invalid_options_are_refused(gpt2, texts):
     folder = str(gpt2[0])
     with pytest.raises(ValueError, match="at most the model's max_position_embeddings = 64, got 65"):
         evaluate(folder, dataset_name=texts, max_length=65)

@@ -1,4 +1,4 @@
-"""hf-tfm evaluate on classifiers of texts, ours and transformers': scores by hand, labels, GLUE's tasks."""
+"""hf-tfm evaluate on text classifiers, ours and transformers': expected scores, labels, and GLUE tasks."""
 
 import json
 
@@ -32,7 +32,7 @@ QUIET = {"progress": False, "batch_size": 4}
 
 
 def save_rows(folder, labels=LABELS, kind=None, columns=("sentence",), split="validation") -> str:
-    """A data set of one split."""
+    """Write a data set with one split."""
     folder.mkdir(parents=True, exist_ok=True)
     table = {name: TEXTS[i * COUNT : (i + 1) * COUNT] for i, name in enumerate(columns)} | {"label": labels}
     features = Features({**{name: Value("string") for name in columns}, "label": kind or ClassLabel(names=NAMES)})
@@ -47,7 +47,7 @@ def save_model(folder, kind="tfm_bert", **fields) -> str:
     tokenizer = train_tokenizer(TEXTS, 270) if kind == "gpt2" else train_wordpiece(TEXTS, 60)
     if kind == "gpt2":
         tokenizer.backend_tokenizer.post_processor = None
-        tokenizer._special_tokens_map["pad_token"] = None  # as GPT-2's own
+        tokenizer._special_tokens_map["pad_token"] = None  # as in GPT-2
         ends = {"bos_token_id": 2, "eos_token_id": 2}
         model = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), **ends, **fields))
     elif kind == "bert":
@@ -71,7 +71,7 @@ def model(tmp_path_factory):
 
 
 def logits(model: str, pairs: bool = False) -> np.ndarray:
-    """(N, C), one text at a time."""
+    """Logits (N, C), computed one text at a time."""
     loaded, tokenizer = AutoModelForSequenceClassification.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     rows = []
     for i in range(COUNT):
@@ -86,7 +86,7 @@ def values(result) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["tfm_bert", "bert", "gpt2"])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_scores_are_those_of_the_model(kind, pairs, tmp_path):
+def test_scores_equal_the_model_called_directly(kind, pairs, tmp_path):
     columns = ("premise", "hypothesis") if pairs else ("sentence",)
     where = save_rows(tmp_path / "data", columns=columns)
     folder = save_model(tmp_path / "model", kind)
@@ -98,24 +98,24 @@ def test_scores_are_those_of_the_model(kind, pairs, tmp_path):
 
 
 def test_command_line_and_predictions(model, data, tmp_path, capsys):
-    file, picture = tmp_path / "out.json", tmp_path / "confusion.png"
-    more = ["--progress", "false", "--output", str(file), "--confusion", str(picture)]
+    file, plot = tmp_path / "out.json", tmp_path / "confusion.png"
+    more = ["--progress", "false", "--output", str(file), "--confusion", str(plot)]
     cli.main(["evaluate", model, "--dataset_name", data, "--task", "sst2", "--split", "validation", *more])
     said = capsys.readouterr().out
     scores = logits(model)
     accuracy = np.mean(scores.argmax(axis=1) == LABELS)
-    assert f"validation  accuracy        {accuracy:8.3f}" in said and "f1" not in said  # SST-2's own metric alone
+    assert f"validation  accuracy        {accuracy:8.3f}" in said and "f1" not in said  # SST-2's metric
     assert f"{COUNT} texts, 0 of them without a label" in said
     rows = json.loads(file.read_text())["predictions"]
     assert [row["predicted"] for row in rows] == [NAMES[i] for i in scores.argmax(axis=1)]
     assert [row["label"] for row in rows] == [NAMES[i] for i in LABELS]
     likelihood = torch.from_numpy(scores).softmax(dim=1).amax(dim=1).numpy()
     assert np.allclose([row["probability"] for row in rows], likelihood, atol=1e-5)
-    assert picture.is_file()
+    assert plot.is_file()
 
 
 def test_labels_by_name_and_number(model, data, tmp_path):
-    """The same labels in another order, as text, or as numbers of the task's classes."""
+    """The same labels in another order, as text, or as class numbers of the task."""
     expected = evaluate(model, dataset_name=data, split="validation", **QUIET)["metrics"]
     turned = save_rows(tmp_path / "a", [1 - label for label in LABELS], ClassLabel(names=NAMES[::-1]))
     text = save_rows(tmp_path / "b", [NAMES[label] for label in LABELS], Value("string"))
@@ -130,7 +130,7 @@ def test_labels_by_name_and_number(model, data, tmp_path):
     assert evaluate(model, dataset_name=plain, match_labels="number", **options)["metrics"] == expected
 
 
-def test_hidden_labels_are_predicted_for_a_file_alone(model, tmp_path):
+def test_hidden_labels_allow_predictions_only(model, tmp_path):
     hidden = save_rows(tmp_path / "a", [-1] * COUNT, split="test")
     with pytest.raises(ValueError, match='split "test" has no labels, so it cannot be scored; output writes its'):
         evaluate(model, dataset_name=hidden, **QUIET)
@@ -142,7 +142,7 @@ def test_hidden_labels_are_predicted_for_a_file_alone(model, tmp_path):
 
 def test_numbers(tmp_path):
     folder = save_model(tmp_path / "model", id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
-    labels = [0.25 * i if i % 4 else -1.0 for i in range(COUNT)]  # STS-B hides labels as -1
+    labels = [0.25 * i if i % 4 else -1.0 for i in range(COUNT)]  # STS-B marks hidden labels by -1
     where = save_rows(tmp_path / "data", labels, Value("float32"), ("sentence1", "sentence2"))
     result = evaluate(folder, dataset_name=where, split="validation", task="stsb", **QUIET)
     known = [i for i in range(COUNT) if i % 4]
@@ -171,12 +171,12 @@ def test_numbers(tmp_path):
         ({"output": "/nowhere/x.json"}, "there is no folder /nowhere"),
     ],
 )
-def test_what_is_refused(model, data, options, message):
+def test_invalid_options_are_refused(model, data, options, message):
     with pytest.raises(ValueError if "output" not in options else FileNotFoundError, match=message):
         evaluate(model, dataset_name=data, **{"split": "validation", **QUIET, **options})
 
 
-def test_a_model_without_its_classifier(data, tmp_path):
+def test_model_without_classifier_weights_is_refused(data, tmp_path):
     from hf_tfm import TfmBertModel
 
     tokenizer = train_wordpiece(TEXTS, 60)
@@ -193,7 +193,7 @@ def test_a_model_without_its_classifier(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory):
-    """Two tasks with data, and models of one of them and of a third."""
+    """Two tasks with data; models of one of them and of a third task."""
     folder = tmp_path_factory.mktemp("glue")
     save_rows(folder / "glue-sst2")
     save_rows(
@@ -205,7 +205,7 @@ def glue(tmp_path_factory):
     return models, f"{folder}/glue-{{task}}"
 
 
-def test_tasks_and_their_average(glue, tmp_path, capsys):
+def test_tasks_and_macro_average(glue, tmp_path, capsys):
     models, data = glue
     alone = evaluate(str(models / "sst2"), dataset_name=data, task="sst2", split="validation", **QUIET)["metrics"]
     for name in (str(models), str(models / "{task}")):
@@ -222,7 +222,7 @@ def test_tasks_and_their_average(glue, tmp_path, capsys):
     assert said[-1].startswith("rte: not scored, there is no model ")
 
 
-def test_one_task_by_its_model(glue):
+def test_single_model_for_one_task(glue):
     models, data = glue
     result = evaluate(str(models / "sst2"), dataset_name=data, tasks="sst2", **QUIET)
     assert list(result["scores"]) == ["sst2"]

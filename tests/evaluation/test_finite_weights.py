@@ -1,4 +1,4 @@
-"""A model with a weight that is infinite or not a number is refused by name, wherever one is read to be scored."""
+"""Models with an infinite or NaN weight are not evaluated, and the error names the weight."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_such_a_model_is_not_scored(name, value, tmp_path, monkeypatch):
+def test_nonfinite_model_is_not_scored(name, value, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     make, load = CASES[name]
     model = make()
@@ -68,7 +68,7 @@ def test_such_a_model_is_not_scored(name, value, tmp_path, monkeypatch):
         load(str(tmp_path))
 
 
-def test_the_first_weight_is_named():
+def test_first_nonfinite_weight_is_named():
     model = vit()
     assert first_not_finite(model) is None
     check_finite(model, "it")
@@ -81,5 +81,5 @@ def test_the_first_weight_is_named():
         check_finite(model, "the model")
 
 
-def test_weights_without_data_are_passed_over():
+def test_weights_on_the_meta_device_are_skipped():
     assert first_not_finite(torch.nn.Linear(2, 2, device="meta")) is None

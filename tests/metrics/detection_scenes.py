@@ -1,4 +1,4 @@
-"""Random scenes for the metrics of detection, and pycocotools' result on them."""
+"""Random scenes for the detection metrics, and pycocotools' results on them."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ def xywh(boxes):
 
 
 def annotation(record, i, iou_type):
-    """What an annotation or a result of COCO's format says of the i-th region."""
+    """COCO annotation or result of the i-th region."""
     from pycocotools import mask
 
     box = xywh(record["boxes"])[i]
@@ -64,7 +64,7 @@ def annotation(record, i, iou_type):
 
 
 def pycocotools_result(scenes, iou_type="bbox", limits=(1, 10, 100), classes=CLASSES):
-    """COCO's reference implementation on scenes, under our names."""
+    """Results of pycocotools on scenes, under our names."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -87,7 +87,7 @@ def pycocotools_result(scenes, iou_type="bbox", limits=(1, 10, 100), classes=CLA
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
-            # Of run-length codes it reads height and width, but does not use them.
+            # It reads only height and width of run-length encodings and does not use them.
             "images": [{"id": reference["image_id"], "height": 1, "width": 1} for _, reference in scenes],
             "categories": [{"id": k} for k in range(classes)],
             "annotations": annotations,

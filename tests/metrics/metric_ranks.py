@@ -1,4 +1,4 @@
-"""What each of two processes does in test_metric_ranks.py.
+"""Worker for test_metric_ranks.py.
 
 python -m torch.distributed.run --nproc_per_node 2 metric_ranks.py FOLDER
 """
@@ -18,16 +18,16 @@ METRICS = {
     "masks": (CocoAP, {"iou_type": "segm"}, lambda seed: random_scene(seed, masks=True, objects=4, count=9)),
     "panoptic": (PanopticQuality, {"thing_ids": THINGS}, random_panoptic),
 }
-# name -> the images of process 0 and of process 1
+# name -> image indices of process 0 and of process 1
 SHARES = {
     "uneven": ([0, 1, 2, 3, 4, 5, 6], [7, 8]),
     "none": ([0, 1, 2, 3, 4, 5, 6, 7, 8], []),
-    "repeated": ([0, 2, 4, 6, 8], [1, 3, 5, 7, 0]),  # as a sampler that gives both equally many
+    "repeated": ([0, 2, 4, 6, 8], [1, 3, 5, 7, 0]),  # padded, as by a distributed sampler
 }
 
 
 def score(name, seeds, merge=None):
-    """One metric over some images; ``merge`` joins it with those of other processes."""
+    """Value of one metric over some images; ``merge`` gathers the state of all processes."""
     kind, options, scene = METRICS[name]
     metric = kind(**options)
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""Accuracy, top-5 and ReaL accuracy: values by hand and by torchmetrics' definition, bad input, use by path."""
+"""Accuracy, top-5 and ReaL accuracy: expected values, torchmetrics' definition, invalid input, loading by path."""
 
 import evaluate
 import numpy as np
@@ -11,7 +11,7 @@ RANKED = [[2, 0, 1, 3, 4], [1, 0, 2, 3, 5], [4, 5, 0, 1, 2]]
 
 
 def test_accuracy_by_hand():
-    # First: right. Second: 4 is not among five. Third: 0 is the third.
+    # First: correct. Second: 4 is not in the top five. Third: 0 is third.
     assert Accuracy().compute(predictions=RANKED, references=[2, 4, 0]) == {
         "accuracy": pytest.approx(1 / 3),
         "top5_accuracy": pytest.approx(2 / 3),
@@ -19,14 +19,14 @@ def test_accuracy_by_hand():
     assert Accuracy().compute(predictions=[1, 0], references=[1, 1]) == {"accuracy": 0.5}
 
 
-def test_images_without_a_label_are_left_out():
+def test_images_without_a_label_are_not_counted():
     assert Accuracy().compute(predictions=[1, 0, 3], references=[1, -1, -100]) == {"accuracy": 1.0}
     result = RealAccuracy().compute(predictions=[3, 1, 4, 0], references=[[3, 7], [2], [], [1, 0]])
     assert result == {"real_accuracy": pytest.approx(2 / 3), "images": 3}
 
 
-def test_accuracy_is_that_of_logits():
-    """Against the definition on logits: the label's logit is the largest, or among the five largest."""
+def test_accuracy_of_logits():
+    """By definition: the label's logit is the largest, or among the five largest."""
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(200, 20)), random.integers(0, 20, 200)
     logits[np.arange(200), labels] += 1.0
@@ -37,13 +37,13 @@ def test_accuracy_is_that_of_logits():
         "accuracy": pytest.approx((above < 1).mean()),
         "top5_accuracy": pytest.approx((above < 5).mean()),
     }
-    # With one label each, ReaL accuracy is accuracy.
+    # With a single label per image, ReaL accuracy equals accuracy.
     real = RealAccuracy().compute(predictions=ranked.numpy(), references=[[int(label)] for label in labels])
     assert real["real_accuracy"] == result["accuracy"]
 
 
 @pytest.mark.parametrize("metric", CLASS_METRICS.values())
-def test_adding_in_parts_equals_all_at_once(metric):
+def test_adding_in_batches_equals_all_at_once(metric):
     whole = metric().compute(predictions=RANKED, references=[2, 4, 4])
     parts = metric()
     parts.add(prediction=RANKED[0], reference=2)
@@ -69,7 +69,7 @@ def test_loaded_by_path(name):
         ({"predictions": "12", "references": [1, 2]}, "predictions must be a list of classes, got str"),
     ],
 )
-def test_bad_input_is_refused(metric, arguments, message):
+def test_invalid_input_is_refused(metric, arguments, message):
     with pytest.raises(ValueError, match=message):
         metric().compute(**arguments)
 
@@ -82,7 +82,7 @@ def test_bad_input_is_refused(metric, arguments, message):
         (Accuracy, [[1, 2]], r"references\[0\] must be one label, got \[1, 2\]"),
     ],
 )
-def test_labels_a_metric_cannot_use(metric, references, message):
+def test_unusable_labels_are_refused(metric, references, message):
     with pytest.raises(ValueError, match=message):
         metric().compute(predictions=[1], references=references)
 

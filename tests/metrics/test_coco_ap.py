@@ -1,4 +1,4 @@
-"""COCO's average precision: against pycocotools, by hand, in parts, bad input, use by path."""
+"""COCO average precision: against pycocotools, by hand, in batches, invalid input, loading by path."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def scored(scenes, batch=4, **options):
 
 
 def check_equal(found, expected):
-    """Results agree to rounding, NaN with NaN."""
+    """Results agree to rounding; NaN equals NaN."""
     per_class, expected_classes = found.pop("per_class"), expected.pop("per_class")
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert list(per_class) == list(expected_classes)
@@ -51,7 +51,7 @@ SCENES = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", list(SCENES))
-def test_boxes_as_pycocotools(pycocotools, name, seed):
+def test_boxes_match_pycocotools(pycocotools, name, seed):
     options = SCENES[name]
     scenes = [random_scene(100 * seed + i, **options) for i in range(12)]
     names = [str(k) for k in range(options.get("classes", CLASSES))]
@@ -62,7 +62,7 @@ def test_boxes_as_pycocotools(pycocotools, name, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_masks_as_pycocotools(pycocotools, seed):
+def test_masks_match_pycocotools(pycocotools, seed):
     scenes = [random_scene(100 * seed + i, masks=True, ties=seed % 2, crowds=seed > 1) for i in range(10)]
     result = scored(scenes, iou_type="segm").compute()
     assert 0.05 < result["AP"] < 0.95
@@ -70,15 +70,15 @@ def test_masks_as_pycocotools(pycocotools, seed):
 
 
 @pytest.mark.parametrize("limits", [(1, 3, 7), (5,), (1, 10, 300)])
-def test_other_limits_as_pycocotools(pycocotools, limits):
+def test_other_limits_match_pycocotools(pycocotools, limits):
     scenes = [random_scene(i, classes=1, count=150, ties=True) for i in range(6)]
     result = scored(scenes, class_names=["0"], max_detections=limits).compute()
     check_equal(result, pycocotools_result(scenes, limits=limits, classes=1))
 
 
 @pytest.mark.parametrize(("data", "split", "classes"), [("coco128", "train", 80), ("bccd", "test", 3)])
-def test_real_boxes_as_pycocotools(pycocotools, data, split, classes):
-    """Annotations of real images, crowds among them, with moved, dropped and added boxes as detections."""
+def test_real_boxes_match_pycocotools(pycocotools, data, split, classes):
+    """Annotations of real images, with crowds; detections are the annotations with moved, dropped and added boxes."""
     file = DATA / data / f"{split}.parquet"
     if not file.is_file():
         pytest.skip(f"{file.parent.name} is not in ../shared/data")
@@ -104,8 +104,8 @@ def test_real_boxes_as_pycocotools(pycocotools, data, split, classes):
     check_equal(result, pycocotools_result(scenes, classes=classes))
 
 
-def test_real_masks_as_pycocotools(pycocotools):
-    """Segments of real panoptic maps, with the map moved by some pixels as detections."""
+def test_real_masks_match_pycocotools(pycocotools):
+    """Segments of real panoptic maps; detections are the map moved by some pixels."""
     file = DATA / "coco128" / "train.parquet"
     if not file.is_file():
         pytest.skip("coco128 is not in ../shared/data")
@@ -136,7 +136,7 @@ def test_real_masks_as_pycocotools(pycocotools):
 
 
 def test_by_hand():
-    """Two of three cats are found, the second best detection is wrong; the dog is found half."""
+    """Two of three cats are found, the second-best detection is wrong; the dog is found with half of its area."""
     prediction = {
         "boxes": [[0, 0, 10, 10], [50, 50, 60, 60], [20, 0, 30, 10], [0, 40, 10, 48]],
         "scores": [0.9, 0.8, 0.7, 0.6],
@@ -150,9 +150,9 @@ def test_by_hand():
     result = CocoAP(class_names={0: "cat", 1: "dog", 2: "bird"}).compute(
         predictions=[prediction], references=[reference]
     )
-    # Cats: precision 1 to recall 1/3 (34 of the 101 points 0, 0.01, ...), 2/3 to recall 2/3 (33 more), then 0.
+    # Cats: precision 1 up to recall 1/3 (34 of the 101 points 0, 0.01, ...), 2/3 up to recall 2/3 (33 more), then 0.
     cat = (34 + 33 * 2 / 3) / 101
-    # The dog's IoU of 0.8 is enough for the 7 thresholds from 0.5 to 0.8.
+    # The dog's IoU of 0.8 passes the 7 thresholds from 0.5 to 0.8.
     assert result["per_class"]["cat"] == {"AP": pytest.approx(cat), "AP50": pytest.approx(cat)}
     assert result["per_class"]["dog"] == {"AP": pytest.approx(0.7), "AP50": 1.0}
     assert np.isnan(list(result["per_class"]["bird"].values())).all()
@@ -164,7 +164,7 @@ def test_by_hand():
     assert result["images"] == 1
 
 
-def test_a_crowd_takes_any_number_of_detections():
+def test_a_crowd_matches_any_number_of_detections():
     prediction = {"boxes": [[0, 0, 10, 10], [20, 20, 30, 30]], "scores": [0.9, 0.8], "labels": [0, 0]}
     crowd = {"image_id": 1, "boxes": [[0, 0, 50, 50], [60, 60, 70, 70]], "labels": [0, 0], "iscrowd": [True, False]}
     another = {"boxes": [[60, 60, 70, 70]], "scores": [0.1], "labels": [0]}
@@ -183,7 +183,7 @@ def as_tensors(record):
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_tensors_and_lists_are_taken_alike(iou_type):
+def test_tensors_and_lists_give_the_same_result(iou_type):
     scenes = [random_scene(i, masks=True, objects=3, count=5, size=(20, 30)) for i in range(10)]
     listed = [
         tuple({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in r.items()} for r in scene)
@@ -195,7 +195,7 @@ def test_tensors_and_lists_are_taken_alike(iou_type):
         check_equal(scored(same, iou_type=iou_type).compute(), {**expected, "per_class": {**expected["per_class"]}})
 
 
-def test_half_precision_is_taken():
+def test_half_precision_is_accepted():
     prediction = {
         "boxes": torch.tensor([[0, 0, 8, 8.0]], dtype=torch.bfloat16),
         "scores": torch.tensor([0.5], dtype=torch.bfloat16, requires_grad=True),
@@ -206,7 +206,7 @@ def test_half_precision_is_taken():
     assert result["AP"] == 1.0 and list(result["per_class"]) == ["2"]
 
 
-def test_the_output_of_the_image_processor():
+def test_image_processor_output_is_accepted():
     from transformers import DetrImageProcessor
     from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
@@ -223,8 +223,8 @@ def test_the_output_of_the_image_processor():
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_neither_order_nor_batches_nor_processes_matter(iou_type):
-    """Uneven shares, one of them empty, with repeated images: to the last bit what one metric gives."""
+def test_result_does_not_depend_on_order_batches_or_processes(iou_type):
+    """Unequal shares, one of them empty, with repeated images: bit-equal to a single metric."""
     scenes = [random_scene(i, masks=True, ties=True, objects=4, count=12, size=(40, 50)) for i in range(17)]
     whole = scored(scenes, iou_type=iou_type).compute()
     assert repr(scored(scenes[::-1], batch=3, iou_type=iou_type).compute()) == repr(whole)
@@ -249,13 +249,13 @@ def test_a_repeated_image_counts_once():
     assert repr(scored([*scenes, scenes[0], scenes[3]], batch=5).compute()) == repr(scored(scenes).compute())
 
 
-def test_an_id_of_two_images_is_refused():
+def test_one_id_for_two_images_is_refused():
     prediction, reference = random_scene(1)
     other = {**random_scene(4)[1], "image_id": 1}
     metric = CocoAP(class_names=NAMES)
     with pytest.raises(ValueError, match="image_id 1 belongs to two references with different objects"):
         metric.add_batch(predictions=[prediction] * 2, references=[reference, other])
-    assert not metric.images  # nothing of the batch was taken
+    assert not metric.images  # the batch was rejected as a whole
     metric.add(prediction=prediction, reference=reference)
     with pytest.raises(ValueError, match="image_id 1 belongs to two references"):
         metric.add(prediction=prediction, reference=other)
@@ -264,13 +264,13 @@ def test_an_id_of_two_images_is_refused():
 
 
 @pytest.mark.parametrize("options", [{"iou_type": "segm"}, {"max_detections": (1, 10)}, {"class_names": None}])
-def test_states_of_other_options_are_refused(options):
+def test_states_with_other_options_are_refused(options):
     metric = CocoAP(class_names=NAMES)
     with pytest.raises(ValueError, match="states must be of CocoAP with the same options"):
         metric.merge([CocoAP(**{"class_names": NAMES, **options}).state()])
 
 
-def test_what_is_kept_does_not_depend_on_the_size_of_masks():
+def test_state_size_does_not_depend_on_mask_size():
     def kept(size):
         boxes = np.array([[2.0, 2, 20, 20], [5, 5, 30, 30]])
         prediction = {"masks": ellipses(boxes, size), "labels": [0, 1], "scores": [0.5, 0.6]}
@@ -281,7 +281,7 @@ def test_what_is_kept_does_not_depend_on_the_size_of_masks():
     small, large = kept((40, 40)), kept((400, 400))
     assert all((small[name] == large[name]).all() for name in small)
     sizes = {table: sum(v.nbytes for k, v in small.items() if k.startswith(table)) for table in ("objects", "det")}
-    assert sizes == {"objects": 2 * 16, "det": 2 * 30}  # as the class says
+    assert sizes == {"objects": 2 * 16, "det": 2 * 30}  # as documented in the class
 
 
 def test_loaded_by_path():
@@ -289,7 +289,7 @@ def test_loaded_by_path():
     loaded = evaluate.load(path("coco_ap"), class_names=NAMES, max_detections=(1, 10))
     loaded.add(prediction=prediction, reference=reference)
     assert repr(loaded.compute()) == repr(scored([(prediction, reference)], max_detections=(1, 10)).compute())
-    with pytest.raises(ValueError, match="nothing was added"):  # it has started anew
+    with pytest.raises(ValueError, match="nothing was added"):  # the metric was reset
         loaded.compute()
 
 

@@ -1,4 +1,4 @@
-"""What the metrics of detection and panoptic segmentation refuse, and how they say so."""
+"""Invalid input and options of the detection and panoptic segmentation metrics, and their error messages."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ OBJECTS = {"image_id": 1, "boxes": [[0, 0, 5, 5]], "labels": [1]}
         ({}, {"area": [1.0, 2.0]}, r'references\[0\]\["area"\] must have shape \(1,\)'),
     ],
 )
-def test_bad_detections_are_refused(prediction, reference, message):
+def test_invalid_detections_are_refused(prediction, reference, message):
     metric = CocoAP(class_names=["a", "b", "c"])
     with pytest.raises(ValueError, match=message):
         metric.add(prediction={**DETECTIONS, **prediction}, reference={**OBJECTS, **reference})
@@ -53,7 +53,7 @@ def test_bad_detections_are_refused(prediction, reference, message):
         (None, 'needs "masks"'),
     ],
 )
-def test_bad_masks_are_refused(masks, message):
+def test_invalid_masks_are_refused(masks, message):
     reference = {"image_id": 1, "masks": np.ones((1, 4, 5), bool), "labels": [0]}
     with pytest.raises(ValueError, match=message):
         CocoAP(iou_type="segm").add(prediction={"masks": masks, "scores": [1], "labels": [0]}, reference=reference)
@@ -71,7 +71,7 @@ def test_bad_masks_are_refused(masks, message):
         ({"iou_type": "segm"}, r"iou_type: give options to CocoAP\(...\)"),
     ],
 )
-def test_bad_calls_are_refused(arguments, message):
+def test_invalid_calls_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CocoAP().compute(**arguments)
 
@@ -89,7 +89,7 @@ def test_bad_calls_are_refused(arguments, message):
         ({"num_process": 2, "experiment_id": "a"}, "num_process must be 1, got 2"),
     ],
 )
-def test_bad_options_of_coco_ap_are_refused(options, message):
+def test_invalid_options_of_coco_ap_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CocoAP(**options)
 
@@ -122,7 +122,7 @@ TRUTH = {"image_id": 1, "segmentation": [[4, 4], [4, 4]], "segments_info": [{"id
         ({}, {"image_id": None}, r'references\[0\] needs "image_id"'),
     ],
 )
-def test_bad_segments_are_refused(prediction, reference, message):
+def test_invalid_segments_are_refused(prediction, reference, message):
     metric = PanopticQuality(class_names=NAMES)
     with pytest.raises(ValueError, match=message):
         metric.add(prediction={**SEGMENTS, **prediction}, reference={**TRUTH, **reference})
@@ -137,6 +137,6 @@ def test_bad_segments_are_refused(prediction, reference, message):
         ({"things": [1]}, "things: not an option of PanopticQuality"),
     ],
 )
-def test_bad_options_of_panoptic_quality_are_refused(options, message):
+def test_invalid_options_of_panoptic_quality_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PanopticQuality(**{"class_names": NAMES, **options})

@@ -1,4 +1,4 @@
-"""GLUE's metrics: values by hand and by definition, labels that are hidden, several processes, use by path."""
+"""GLUE metrics: expected values, definitions, hidden labels, several processes, loading by path."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +10,7 @@ from hf_tfm.data.glue import TASKS
 from hf_tfm.metrics import Glue, path
 from hf_tfm.metrics.glue import macro_average, task_score
 
-# 3 of class 1 found, 1 missed, 2 wrongly found, 4 of class 0 found.
+# class 1: 3 true positives, 1 false negative, 2 false positives; 4 true negatives.
 PREDICTED = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
 LABELS = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
 
@@ -38,7 +38,7 @@ def test_correlations_by_definition():
     assert found["spearman"] > found["pearson"]
 
 
-def test_what_is_constant_is_not_correlated():
+def test_constant_values_have_no_correlation():
     assert values(["pearson", "spearman"], [2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
     assert values(["matthews"], [1] * 10) == {"matthews": 0.0}
     assert values(["f1"], [0] * 10) == {"f1": 0.0}
@@ -53,7 +53,7 @@ def test_official_metrics_of_each_task(task):
     assert all(value == pytest.approx(1.0, abs=0.05) for value in found.values())
 
 
-def test_hidden_labels_are_left_out():
+def test_hidden_labels_are_ignored():
     assert values(["accuracy"], [1, 0, 1], [1, -1, -100]) == {"accuracy": 1.0}
     found = values(["pearson"], [1.0, 2.0, 9.0, 7.0], [-1.0, -2.0, float("nan"), None])
     assert found == {"pearson": pytest.approx(-1.0)}
@@ -75,21 +75,21 @@ def test_hidden_labels_are_left_out():
         (lambda: values(["pearson"], [2.0], [1.0]), "needs at least 2 numbers, got 1"),
     ],
 )
-def test_what_is_refused(make, message):
+def test_invalid_input_and_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_macro_score():
-    """A task's metrics are averaged first, then the tasks."""
+    """Metrics of a task are averaged first, then the tasks."""
     scores = {"mrpc": task_score([0.8, 0.9]), "cola": task_score([0.5]), "mnli": task_score([0.7, 0.72])}
     assert macro_average(scores) == pytest.approx((0.85 + 0.5 + 0.71) / 3)
     with pytest.raises(ValueError, match="no tasks"):
         macro_average({})
 
 
-def test_processes_share_the_texts(tmp_path):
-    """Three shares of one run, the last one empty, as a small validation set leaves it."""
+def test_several_processes(tmp_path):
+    """Three shares of one run, the last one empty, as with a small validation set."""
 
     def share(rank: int) -> dict | None:
         metric = Glue("mrpc", num_process=3, process_id=rank, experiment_id="one", cache_dir=str(tmp_path))

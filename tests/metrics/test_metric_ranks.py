@@ -1,4 +1,4 @@
-"""Two processes that share the images of a data set score it as one does."""
+"""Two processes that share the images of a data set compute the same scores as one process."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from metric_ranks import METRICS, SHARES, score
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder that two gloo processes wrote to."""
+    """The output folder of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("metric_ranks.py")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Panoptic quality: against a slow computation on sets of pixels, by hand, in parts, bad input, use by path."""
+"""Panoptic quality: against a slow computation on pixel sets, by hand, in batches, invalid input, loading by path."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ NAMES = [f"class {k}" for k in range(CLASSES)]
 
 
 def random_segments(random, size, count, label_key, crowds):
-    """Rectangles and half planes over one another; about a fifth of the map stays void."""
+    """Overlapping rectangles and half-planes; about a fifth of the map stays void."""
     pixels = np.zeros(size, np.int64)
     info = []
     for number in random.permutation(1000)[:count] + 1:
@@ -32,10 +32,10 @@ def random_segments(random, size, count, label_key, crowds):
 
 
 def random_panoptic(seed, crowds=True, size=(24, 30), count=9):
-    """A reference, and a prediction that moves it, joins, drops and adds segments and mistakes classes."""
+    """A reference, and a prediction that moves it, merges, drops and adds segments, and confuses classes."""
     random = np.random.default_rng(seed)
     pixels, info = random_segments(random, size, 0 if seed % 11 == 5 else count, "category_id", crowds)
-    if seed % 7 == 3:  # nothing in common
+    if seed % 7 == 3:  # no common segment
         found, found_info = random_segments(random, size, 0 if seed % 2 else count, "label_id", False)
     else:
         found = np.roll(pixels, random.integers(-2, 3, 2), (0, 1))
@@ -55,7 +55,7 @@ def random_panoptic(seed, crowds=True, size=(24, 30), count=9):
 
 
 def pixel_sets(record, label_key, things):
-    """[class, crowd, pixels] of each segment; those of a stuff class are one (Kirillov et al. 2019, section 3)."""
+    """[class, crowd, pixels] of each segment; those of a stuff class are merged (Kirillov et al. 2019, section 3)."""
     pixels = {}
     for y, row in enumerate(np.asarray(record["segmentation"]).tolist()):
         for x, number in enumerate(row):
@@ -73,7 +73,7 @@ def pixel_sets(record, label_key, things):
 
 
 def slow_panoptic_quality(scenes, things):
-    """The paper's definition (sections 4.1 and 4.2), one pair of segments after the other."""
+    """The paper's definition (sections 4.1 and 4.2), one pair of segments at a time."""
     sums = {k: [0.0, 0, 0, 0] for k in range(CLASSES)}  # IoU, TP, FP, FN
     for prediction, reference in scenes:
         found, real = pixel_sets(prediction, "label_id", things), pixel_sets(reference, "category_id", things)
@@ -87,7 +87,7 @@ def slow_panoptic_quality(scenes, things):
             for g, (true_label, crowd, true_pixels) in enumerate(real):
                 iou = len(pixels & true_pixels) / len((pixels - void) | true_pixels)
                 if label == true_label and not crowd and iou > 0.5:
-                    assert not hit and g not in matched  # the theorem of section 4.1
+                    assert not hit and g not in matched  # theorem in section 4.1
                     hit = True
                     matched.add(g)
                     sums[label][0] += iou
@@ -124,7 +124,7 @@ def scored(scenes, batch=4, **options):
 
 
 def check_equal(found, expected):
-    """Results agree to rounding, NaN with NaN."""
+    """Results agree to rounding; NaN equals NaN."""
     per_class, expected_classes = found.pop("per_class"), expected.pop("per_class")
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
     assert list(per_class) == list(expected_classes)
@@ -134,15 +134,15 @@ def check_equal(found, expected):
 
 @pytest.mark.parametrize("things", [THINGS, None, range(CLASSES), ()])
 @pytest.mark.parametrize("seed", range(4))
-def test_as_the_definition(seed, things):
+def test_matches_the_definition(seed, things):
     scenes = [random_panoptic(100 * seed + i, crowds=seed % 2 == 1) for i in range(25)]
     result = scored(scenes, thing_ids=things).compute()
     assert 0.1 < result["PQ"] < 0.9
     check_equal(result, slow_panoptic_quality(scenes, things))
 
 
-def test_real_segments_as_the_definition():
-    """Panoptic maps of real images, every fourth pixel, against themselves moved."""
+def test_real_segments_match_the_definition():
+    """Panoptic maps of real images, every fourth pixel, against shifted copies."""
     file = DATA / "coco128" / "train.parquet"
     if not file.is_file():
         pytest.skip("coco128 is not in ../shared/data")
@@ -172,7 +172,7 @@ def test_real_segments_as_the_definition():
 
 
 def one_row(found, labels, real, true_labels, crowd=()):
-    """An image of one row of pixels."""
+    """An image with one row of pixels."""
     return {
         "predictions": [
             {"segmentation": [found], "segments_info": [{"id": i, "label_id": k} for i, k in labels.items()]}
@@ -190,7 +190,7 @@ def one_row(found, labels, real, true_labels, crowd=()):
 
 
 def test_by_hand():
-    """Thing 1 is found with IoU 3/4; thing 2 half, so it is missed and there is a false one; the stuff is exact."""
+    """Thing 1 has IoU 3/4; thing 2 has 1/2, so it is missed and gives a false positive; the stuff is exact."""
     image = one_row(
         [1, 1, 1, 0, 2, 2, 0, 0, 9, 9], {1: 0, 2: 0, 9: 1}, [1, 1, 1, 1, 2, 2, 2, 2, 9, 9], {1: 0, 2: 0, 9: 1}
     )
@@ -203,28 +203,28 @@ def test_by_hand():
     assert "PQ_th" not in PanopticQuality().compute(**image)
 
 
-def test_void_and_crowds_are_no_mistakes():
+def test_void_and_crowds_are_not_errors():
     truth = ([1, 1, 0, 0, 0, 3, 3, 3, 3, 3], {1: 0, 3: 0}, {3})
-    # Two of three pixels of 7 are void, and all of 8 are a crowd of its class; 1 takes in a void pixel.
+    # Of segment 7, two of three pixels are void; all of 8 is a crowd of its class; 1 includes a void pixel.
     image = one_row([1, 1, 1, 7, 7, 7, 8, 8, 0, 0], {1: 0, 7: 0, 8: 0}, *truth)
     assert PanopticQuality().compute(**image)["PQ"] == 1.0
-    # A crowd of another class excuses nothing; nor do two pixels of four.
+    # A crowd of another class does not count, and neither do two pixels of four.
     for labels, classes in (({1: 0, 8: 1}, (1.0, 0.0)), ({1: 0, 7: 1}, (1.0, 0.0))):
         found = [1, 1, 0, 7, 7, 7, 7, 0, 0, 0] if 7 in labels else [1, 1, 0, 0, 0, 0, 8, 8, 0, 0]
         result = PanopticQuality().compute(**one_row(found, labels, *truth))
         assert tuple(scores["RQ"] for scores in result["per_class"].values()) == classes
-    # A missed crowd is no miss.
+    # An undetected crowd is not a false negative.
     assert PanopticQuality().compute(**one_row([1, 1] + [0] * 8, {1: 0}, *truth))["PQ"] == 1.0
 
 
-def test_segments_of_a_stuff_class_are_one():
+def test_segments_of_a_stuff_class_are_merged():
     image = one_row([1, 1, 2, 2], {1: 0, 2: 0}, [5, 5, 5, 5], {5: 0})
     assert PanopticQuality(thing_ids=[]).compute(**image)["PQ"] == 1.0
     assert PanopticQuality(thing_ids=[0]).compute(**image)["PQ"] == 0.0
 
 
-def test_the_output_of_the_image_processor():
-    """Two queries of a stuff class, one of a thing; and an image where nothing is found."""
+def test_image_processor_output_is_accepted():
+    """Two queries of a stuff class, one of a thing; and an image without detections."""
     from transformers import DetrImageProcessor
     from transformers.models.detr.modeling_detr import DetrSegmentationOutput
 
@@ -250,8 +250,8 @@ def test_the_output_of_the_image_processor():
     assert results[0]["SQ"] == 1.0 and results[0]["RQ"] == pytest.approx(1 / 1.5)
 
 
-def test_neither_order_nor_batches_nor_processes_matter():
-    """Uneven shares, one of them empty, with repeated images: to the last bit what one metric gives."""
+def test_result_does_not_depend_on_order_batches_or_processes():
+    """Unequal shares, one of them empty, with repeated images: bit-equal to a single metric."""
     scenes = [random_panoptic(i) for i in range(17)]
     whole = scored(scenes).compute()
     assert repr(scored(scenes[::-1], batch=3).compute()) == repr(whole)
@@ -262,7 +262,7 @@ def test_neither_order_nor_batches_nor_processes_matter():
         assert repr(share.compute()) == repr(whole)
 
 
-def test_what_is_kept():
+def test_state_size():
     prediction, reference = random_panoptic(1)
     metric = scored([(prediction, reference)])
     large = [{**r, "segmentation": np.kron(r["segmentation"], np.ones((9, 9), int))} for r in (prediction, reference)]
@@ -271,10 +271,10 @@ def test_what_is_kept():
     classes = {s["label_id"] for s in prediction["segments_info"]} | {
         s["category_id"] for s in reference["segments_info"]
     }
-    assert sum(v.nbytes for k, v in kept.items() if k.startswith("classes.")) == 32 * len(classes)  # as the class says
+    assert sum(v.nbytes for k, v in kept.items() if k.startswith("classes.")) == 32 * len(classes)  # see the class
 
 
-def test_a_repeated_image_counts_once_and_an_id_of_two_is_refused():
+def test_repeated_image_counts_once_and_one_id_for_two_is_refused():
     scenes = [random_panoptic(i) for i in range(3)]
     assert repr(scored([*scenes, scenes[1]]).compute()) == repr(scored(scenes).compute())
     other = {**random_panoptic(9)[1], "image_id": 1}

@@ -1,4 +1,4 @@
-"""BLEU, chrF and exact match: their values, their input checks, and their use as evaluate modules."""
+"""BLEU, chrF and exact match: values, input checks, and use as evaluate modules."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_bleu_brevity_penalty_by_hand():
 
 
 def test_chrf_by_hand():
-    # Letters: 1 of 2; pairs: 0 of 1. chrF++ has the word too: 0 of 1.
+    # Characters: 1 of 2; bigrams: 0 of 1. chrF++ adds the word: 0 of 1.
     assert Chrf().compute(predictions=["ab"], references=["ac"])["chrf"] == pytest.approx(100 * (1 / 2 + 0) / 2)
     plus = Chrf(word_order=2).compute(predictions=["ab"], references=["ac"])["chrf"]
     assert plus == pytest.approx(100 * (1 / 2 + 0 + 0) / 3)
@@ -47,7 +47,7 @@ def test_chrf_by_hand():
 
 @pytest.mark.parametrize("options", [{}, {"lowercase": True}, {"tokenize": "intl"}, {"tokenize": "none"}])
 @pytest.mark.parametrize(("given", "streams"), [(FIRST, [FIRST]), (REFERENCES, STREAMS)])
-def test_bleu_is_sacrebleus(options, given, streams):
+def test_bleu_equals_sacrebleu(options, given, streams):
     expected = sacrebleu.BLEU(**options)
     score = expected.corpus_score(PREDICTIONS, streams)
     result = Bleu(**options).compute(predictions=PREDICTIONS, references=given)
@@ -63,14 +63,14 @@ def test_bleu_is_sacrebleus(options, given, streams):
 
 @pytest.mark.parametrize("options", [{}, {"word_order": 2}, {"lowercase": True}])
 @pytest.mark.parametrize(("given", "streams"), [(FIRST, [FIRST]), (REFERENCES, STREAMS)])
-def test_chrf_is_sacrebleus(options, given, streams):
+def test_chrf_equals_sacrebleu(options, given, streams):
     expected = sacrebleu.CHRF(**options)
     score = expected.corpus_score(PREDICTIONS, streams).score
     result = Chrf(**options).compute(predictions=PREDICTIONS, references=given)
     assert result == {"chrf": score, "signature": str(expected.get_signature())}
 
 
-def test_signatures_tell_how_a_score_was_made():
+def test_signatures_describe_the_options():
     version = f"version:{sacrebleu.__version__}"
     bleu = Bleu(lowercase=True, tokenize="intl").compute(predictions=PREDICTIONS, references=REFERENCES)
     assert bleu["signature"] == f"nrefs:2|case:lc|eff:no|tok:intl|smooth:exp|{version}"
@@ -92,17 +92,17 @@ def test_exact_match_by_hand(options, references, share):
 
 
 @pytest.mark.parametrize("metric", METRICS.values())
-def test_adding_in_parts_equals_all_at_once(metric):
+def test_adding_in_batches_equals_all_at_once(metric):
     whole = metric().compute(predictions=PREDICTIONS, references=REFERENCES)
     parts = metric()
     parts.add(prediction=PREDICTIONS[0], reference=REFERENCES[0])
     parts.add_batch(predictions=PREDICTIONS[1:2], references=REFERENCES[1:2])
     assert parts.compute(predictions=PREDICTIONS[2:], references=REFERENCES[2:]) == whole
-    # Everything was handed out: the next result is of new sentences alone.
+    # The state was reset: the next result covers the new sentences only.
     assert parts.compute(predictions=PREDICTIONS, references=REFERENCES) == whole
 
 
-def test_instances_share_nothing_and_leave_no_file(tmp_path):
+def test_instances_are_independent_and_leave_no_file(tmp_path):
     good, bad = (ExactMatch(cache_dir=str(tmp_path)) for _ in range(2))
     for text in ("a", "b"):
         good.add(prediction=text, reference=text)
@@ -133,7 +133,7 @@ def test_metrics_combine():
         ({"predictions": ["a"], "references": ["a"], "lowercase": True}, "lowercase: give options to"),
     ],
 )
-def test_bad_input_is_refused(metric, arguments, message):
+def test_invalid_input_is_refused(metric, arguments, message):
     with pytest.raises(ValueError, match=message):
         metric().compute(**arguments)
 
@@ -148,13 +148,13 @@ def test_bad_input_is_refused(metric, arguments, message):
         (lambda: path("rouge"), 'name must be one of bleu, chrf, exact_match, .*, got "rouge"'),
     ],
 )
-def test_bad_options_are_refused(make, message):
+def test_invalid_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_process_without_sentences_is_counted_too(tmp_path):
-    """Three shares of one run, the last one empty, as a small test set leaves it."""
+def test_process_without_sentences_is_counted(tmp_path):
+    """Three shares of one run, the last one empty, as with a small test set."""
 
     def share(rank: int) -> dict | None:
         metric = Bleu(num_process=3, process_id=rank, experiment_id="one", cache_dir=str(tmp_path))
@@ -187,7 +187,7 @@ print(json.dumps(results))
 
 
 def test_loaded_by_path_offline_in_two_processes(tmp_path):
-    """Fresh processes, a fresh cache, no network: the result is that of one process with all sentences."""
+    """Fresh processes with an empty cache and no network give the result of one process with all sentences."""
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path),

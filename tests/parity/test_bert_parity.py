@@ -1,4 +1,4 @@
-"""BERT against transformers' own: the same files, outputs and gradients, both ways."""
+"""BERT against transformers' BERT: the same files, outputs and gradients, in both directions."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ HEADS = {
 
 
 def inputs(head: str) -> dict[str, Tensor]:
-    """Three sequences, one of them padded, with two segments; for multiple choice three endings of one."""
+    """Three sequences, one of them padded, with two segments; for multiple choice, three choices for one prompt."""
     mask = torch.ones_like(IDS)
     mask[1, 7:] = 0
     segments = (torch.arange(11) > 4).long().expand(3, -1)
@@ -44,7 +44,7 @@ def inputs(head: str) -> dict[str, Tensor]:
 
 
 def difference(ours, theirs) -> float:
-    """The largest difference of any output."""
+    """The largest difference over all outputs."""
     pairs = [(ours[name], theirs[name]) for name in theirs if isinstance(theirs[name], Tensor)]
     assert pairs and set(ours) == set(theirs)
     return max((a - b).abs().max().item() for a, b in pairs)
@@ -78,7 +78,7 @@ def test_same_outputs_files_and_gradients(head, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
-def test_the_loss_of_labelled_tokens_alone(head):
+def test_loss_computed_for_labelled_tokens_only(head):
     torch.manual_seed(0)
     model = getattr(hf_tfm, f"TfmBert{head}")(hf_tfm.TfmBertConfig(**SHAPE))
     given = {**inputs(head), **HEADS[head]}

@@ -1,4 +1,4 @@
-"""With the same weights DETR computes what its authors' code computes, with losses, auxiliary ones too, and gradients.
+"""DETR with the authors' weights reproduces the predictions, losses and gradients of their code.
 
 Their code is not part of this package: DETR_AUTHORS_FOLDER names a checkout of github.com/facebookresearch/detr.
 """
@@ -32,7 +32,7 @@ SMALL = {
 
 @torch.no_grad()
 def drawn(model: nn.Module) -> nn.Module:
-    """``model`` in evaluation mode with every weight random, statistics of norms too."""
+    """``model`` in evaluation mode with all weights and norm statistics random."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
@@ -46,7 +46,7 @@ def authors_model(config: TfmDetrConfig, panoptic: bool, monkeypatch) -> tuple[n
     """Their model, with random weights, and their criterion."""
     monkeypatch.syspath_prepend(FOLDER)
     build = getattr(torchvision.models, config.backbone)
-    monkeypatch.setattr(  # they ask for pretrained weights
+    monkeypatch.setattr(  # they load pretrained weights
         torchvision.models, config.backbone, lambda pretrained, **options: build(weights=None, **options)
     )
     from models import build_model
@@ -91,7 +91,7 @@ def under_their_names(tensors: dict[str, Tensor], table: dict[str, str]) -> dict
 
 
 def batch(num_labels: int) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-    """Two images, the second padded, and what is on them."""
+    """Two images, the second padded, and their objects."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.ones(2, 128, 160, dtype=torch.int64)
     mask[1, 90:] = mask[1, :, 100:] = 0
@@ -106,7 +106,7 @@ def batch(num_labels: int) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
 
 @pytest.fixture
 def float64():
-    """Rounding moves values over ReLU's kinks, and so the gradients."""
+    """float32 rounding moves values across ReLU's kink, which changes the gradients."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -125,7 +125,7 @@ def float64():
     ids=["small", "pre-norm", "learned", "R50", "DC5", "panoptic"],
 )
 def test_predictions_losses_and_gradients_are_the_same(fields, panoptic, monkeypatch, float64):
-    config = TfmDetrConfig(**fields, num_labels=250 if panoptic else 91)  # theirs are fixed
+    config = TfmDetrConfig(**fields, num_labels=250 if panoptic else 91)  # their position embeddings are fixed
     ours = drawn((TfmDetrForPanopticSegmentation if panoptic else TfmDetrForObjectDetection)(config))
     theirs, criterion = authors_model(config, panoptic, monkeypatch)
     table = names(config, panoptic)

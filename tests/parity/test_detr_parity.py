@@ -1,7 +1,7 @@
-"""With the same weights DETR computes what transformers' DETR computes, and the two share their files.
+"""DETR with the same weights matches transformers' DETR, and both read each other's files.
 
 Auxiliary losses are off: with them transformers 5.23 feeds layer-normed states into the next decoder layer, which
-neither the paper nor the authors do. Their terms are tested against a slow reference in test_set_loss.py.
+neither the paper nor the authors do. These terms are tested against a slow reference in test_set_loss.py.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ TINY = {
     "backbone": "test_resnet",
     "num_queries": 7,
     "d_model": 32,
-    "encoder_layers": 11,  # layers 1 and 10 must not be taken for each other
+    "encoder_layers": 11,  # layers 1 and 10 must not be confused
     "decoder_layers": 2,
     "encoder_attention_heads": 8,
     "decoder_attention_heads": 4,
@@ -57,7 +57,7 @@ CASES = pytest.mark.parametrize(
 
 @torch.no_grad()
 def native_model(native_class: type, **fields) -> PreTrainedModel:
-    """A native model in evaluation mode whose every weight is random, statistics of norms too."""
+    """A native model in evaluation mode with all weights and norm statistics random."""
     torch.manual_seed(0)
     model = native_class(DetrConfig(**{**TINY, **fields})).eval()
     for module in model.modules():
@@ -77,7 +77,7 @@ def native_model(native_class: type, **fields) -> PreTrainedModel:
 
 
 def load(model_class: type, folder: Path) -> PreTrainedModel:
-    """The model in a folder; every weight must be found, and none left over."""
+    """Load a saved model, with no missing and no unexpected weights."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
@@ -107,7 +107,7 @@ OUTPUTS = ("logits", "pred_boxes", "pred_masks", "last_hidden_state", "encoder_l
 
 
 def assert_same(got, expected, exactly: bool = False) -> None:
-    """The fields that have a name in both, and all hidden states."""
+    """Compare all hidden states and the fields that both outputs have."""
     names = [name for name in OUTPUTS if expected.get(name) is not None]
     assert {"last_hidden_state", "encoder_last_hidden_state"} <= set(names)
     for name in names:
@@ -120,7 +120,7 @@ def assert_same(got, expected, exactly: bool = False) -> None:
 
 @torch.no_grad()
 @CASES
-def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path):
+def test_outputs_and_files_match_in_both_directions(native_class, fields, tmp_path):
     native = native_model(native_class, **fields)
     native.save_pretrained(tmp_path / "native")
     ours = load(PAIRS[native_class], tmp_path / "native")
@@ -138,7 +138,7 @@ def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path
 
 
 @torch.no_grad()
-def test_attention_maps_are_the_same(tmp_path):
+def test_attention_maps_match(tmp_path):
     native = native_model(DetrForObjectDetection)
     native.save_pretrained(tmp_path)
     native.set_attn_implementation("eager")
@@ -152,7 +152,7 @@ def test_attention_maps_are_the_same(tmp_path):
 
 @pytest.fixture
 def float64():
-    """Rounding moves values over ReLU's kinks. transformers' loss makes its class weights in the default dtype."""
+    """float32 rounding flips ReLUs. transformers' loss creates its class weights in the default dtype."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -168,8 +168,8 @@ def float64():
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
 )
-def test_losses_and_gradients_are_the_same(native_class, fields, tmp_path, float64):
-    """Compared by name, both under the native ones."""
+def test_losses_and_gradients_match(native_class, fields, tmp_path, float64):
+    """Gradients are compared by native parameter name."""
     found = []
     native = native_model(native_class, **fields)
     native.save_pretrained(tmp_path)
@@ -189,19 +189,19 @@ def test_losses_and_gradients_are_the_same(native_class, fields, tmp_path, float
     whole = torch.cat([value.flatten() for value in gradients.values()]).norm()
     compared = 0
     for name, value in own.items():
-        # transformers freezes no weight of a timm backbone; here the stem and the first stage are.
+        # transformers freezes no weight of a timm backbone; here the stem and the first stage are frozen.
         if "running" in name or "num_batches" in name or (".conv_encoder." in name and not value.any()):
             continue
         if ".conv_encoder." in name and gradients[name].ndim == 1:
-            continue  # scales and shifts of frozen norms, which no gradient changes on either side
+            continue  # scales and shifts of frozen norms, which are not trained in either model
         difference = (value - gradients[name]).norm()
         assert difference <= 1e-4 * gradients[name].norm() + 1e-7 * whole, name
         compared += value.any().item()
     assert compared > 60, "the comparison is of something"
 
 
-def test_heads_and_bases_read_each_others_files(tmp_path):
-    """A native detector's base into ours, ours into the native base, and a detector into either panoptic model."""
+def test_heads_and_base_models_read_each_others_files(tmp_path):
+    """A native detector's base into ours, ours into the native base, and a detector into both panoptic models."""
     native = native_model(DetrForObjectDetection, encoder_layers=1)
     native.save_pretrained(tmp_path / "native")
     inputs = inputs_of(native)

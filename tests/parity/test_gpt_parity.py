@@ -1,4 +1,4 @@
-"""GPT against transformers' GPT-2: the same files, outputs, gradients and generated tokens, both ways."""
+"""GPT against transformers' GPT-2: the same files, outputs, gradients and generated tokens, in both directions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""With the same weights the Vision Transformer computes what timm's computes."""
+"""The Vision Transformer with the same weights matches timm's."""
 
 import pytest
 import timm
@@ -9,7 +9,7 @@ from hf_tfm import TfmViTConfig, TfmViTForImageClassification
 
 D, LAYERS = 32, 3
 
-# (ours, timm's); "#" is the number of a block.
+# (our name, timm's name); "#" is the index of a block.
 TABLE = (
     ("vit.embeddings.cls_token", "cls_token"),
     ("vit.embeddings.position_embeddings", "pos_embed"),
@@ -26,7 +26,7 @@ TABLE = (
 
 
 def timm_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Our weights under timm's names; queries, keys and values of a block in one matrix."""
+    """Our weights under timm's names; queries, keys and values of a block are one matrix."""
     ours, renamed = model.state_dict(), {}
     for name, value in ours.items():
         for own, theirs in TABLE:
@@ -52,7 +52,7 @@ def timm_weights(model: nn.Module) -> dict[str, Tensor]:
     ],
     ids=str,
 )
-def test_logits_are_those_of_timm(fields, timm_fields, size):
+def test_logits_match_timm(fields, timm_fields, size):
     torch.manual_seed(0)
     config = TfmViTConfig(
         image_size=list(size),
@@ -80,7 +80,7 @@ def test_logits_are_those_of_timm(fields, timm_fields, size):
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "huge"])
-def test_sizes_are_those_of_timm(size):
+def test_sizes_match_timm(size):
     patch = 14 if size == "huge" else 16
     with torch.device("meta"):
         model = TfmViTForImageClassification(TfmViTConfig.of_size(size, num_labels=1000))

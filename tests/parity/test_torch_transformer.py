@@ -1,4 +1,4 @@
-"""With the same weights the models compute what `torch.nn.Transformer` computes."""
+"""The models with the same weights match `torch.nn.Transformer`."""
 
 import math
 
@@ -32,7 +32,7 @@ def torch_twin(model: TfmTransformerForConditionalGeneration) -> nn.Transformer:
     }
 
     def final_norm() -> nn.LayerNorm | None:
-        # nn.Transformer normalises once more at the end of either stack; after a post-norm layer the paper does not.
+        # nn.Transformer applies a final norm to both stacks; the paper does not after a post-norm layer.
         return nn.LayerNorm(D) if config.norm_first else None
 
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), LAYERS, final_norm(), False)
@@ -58,7 +58,7 @@ def torch_twin(model: TfmTransformerForConditionalGeneration) -> nn.Transformer:
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Section 3.4 and 3.5, written out with loops."""
+    """Sections 3.4 and 3.5, written out with loops."""
     length = ids.shape[1]
     positions = torch.empty(length, D)
     for position in range(length):
@@ -84,7 +84,7 @@ def test_equal_to_torch(norm_first, activation):
         dropout=0.0,
     )
     model = TfmTransformerForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # fresh biases are 0 and fresh norms 1, which would hide a swap
+    for parameter in model.parameters():  # biases of 0 and norms of 1 would hide swaps
         if parameter.dim() == 1:
             nn.init.normal_(parameter, std=0.3)
     twin = torch_twin(model)

@@ -1,4 +1,4 @@
-"""With the same weights the models compute what transformers' ViT and ViTMAE compute, and share their files."""
+"""The models with the same weights match transformers' ViT and ViTMAE, and read each other's files."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ VIT = {
     "patch_size": 4,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 11,  # layers 1 and 10 must not be taken for each other
+    "num_hidden_layers": 11,  # layers 1 and 10 must not be confused
     "num_attention_heads": 4,
     "num_labels": 5,
 }
@@ -45,9 +45,9 @@ PAIRS = {
 
 @torch.no_grad()
 def native_model(native_class: type, **fields) -> PreTrainedModel:
-    """A native model in evaluation mode whose every weight is random, position tables too.
+    """A native model in evaluation mode with all weights random, including position tables.
 
-    In float64: deep hidden states of such weights reach 50, and float32 rounds them apart by 1e-5 on some processors.
+    In float64: hidden states of such weights reach 50, and their float32 rounding errors 1e-5 on some CPUs.
     """
     config_class, defaults, _ = PAIRS[native_class]
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def native_model(native_class: type, **fields) -> PreTrainedModel:
 
 
 def load(model_class: type, folder: Path) -> PreTrainedModel:
-    """The model in a folder; every weight must be found, and none left over."""
+    """Load a saved model, with no missing and no unexpected weights."""
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
@@ -73,7 +73,7 @@ def inputs_of(model: PreTrainedModel, size: tuple[int, int] = (16, 16), channels
 
 
 def assert_same(got, expected, exactly: bool = False) -> None:
-    """Every field of two outputs."""
+    """Compare every field of two outputs."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         values, others = (x if isinstance(x, tuple) else (x,) for x in (value, got[name]))
@@ -95,7 +95,7 @@ def assert_same(got, expected, exactly: bool = False) -> None:
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path):
+def test_outputs_and_files_match_in_both_directions(native_class, fields, tmp_path):
     native = native_model(native_class, **fields)
     native.save_pretrained(tmp_path / "native")
     ours = load(PAIRS[native_class][2], tmp_path / "native")
@@ -113,8 +113,8 @@ def test_outputs_and_files_are_the_same_both_ways(native_class, fields, tmp_path
 
 
 @pytest.mark.parametrize("native_class", [ViTForImageClassification, ViTMAEForPreTraining])
-def test_gradients_are_the_same(native_class, tmp_path):
-    """Compared by name, both under the native ones."""
+def test_gradients_match(native_class, tmp_path):
+    """Gradients are compared by native parameter name."""
     found = []
     native = native_model(native_class)
     native.save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_gradients_are_the_same(native_class, tmp_path):
     (loss, expected), (got_loss, got) = found
     assert got_loss == pytest.approx(loss, abs=1e-6) and got.keys() == expected.keys()
     for name in expected:
-        # transformers has its fixed positions as parameters without a gradient, here they are buffers.
+        # transformers stores its fixed positions as parameters without a gradient; here they are buffers.
         if name.endswith("pos_embed") or (
             name.endswith("position_embeddings") and "mask_ratio" in vars(native.config)
         ):
@@ -144,7 +144,9 @@ def test_gradients_are_the_same(native_class, tmp_path):
 @pytest.mark.parametrize("native_class", [ViTForImageClassification, ViTMAEModel])
 @pytest.mark.parametrize("size", [(24, 24), (16, 32), (8, 12), (32, 8)], ids=str)
 def test_images_of_other_sizes(native_class, size, tmp_path):
-    """Of the MAE the encoder: transformers' decoder resizes its table as if all patches stood in one row.
+    """For the MAE the encoder only: transformers' decoder resizes its table as if all patches were in one row.
+
+    (32, 8) has as many patches as the model has positions, in another grid.
 
     (32, 8) has as many patches as the model has positions, in another grid.
     """
@@ -158,14 +160,14 @@ def test_images_of_other_sizes(native_class, size, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("native_class", [ViTForImageClassification, ViTMAEModel])
-def test_models_of_images_that_are_not_square(native_class, tmp_path):
+def test_models_of_non_square_images(native_class, tmp_path):
     native = native_model(native_class, image_size=[8, 32])
     native.save_pretrained(tmp_path)
     inputs = inputs_of(native, (8, 32))
     assert_same(load(PAIRS[native_class][2], tmp_path)(**inputs), native(**inputs))
 
 
-def test_heads_and_bases_read_each_others_files(tmp_path):
+def test_heads_and_base_models_read_each_others_files(tmp_path):
     """A native classifier's encoder into our base, ours into the native base."""
     native = native_model(ViTForImageClassification)
     native.save_pretrained(tmp_path / "native")

@@ -1,4 +1,4 @@
-"""An accelerator as of a new process."""
+"""Fixture: an accelerator as in a new process."""
 
 import pytest
 from accelerate import Accelerator

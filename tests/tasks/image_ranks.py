@@ -1,4 +1,4 @@
-"""What each of two processes does in test_image_ranks.py: python -m torch.distributed.run ... image_ranks.py FOLDER"""
+"""Worker for test_image_ranks.py: python -m torch.distributed.run ... image_ranks.py FOLDER"""
 
 import json
 import sys
@@ -18,10 +18,10 @@ BAD = (4, 9)
 
 
 def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[str, torch.Tensor]:
-    """The weights after an epoch of two steps."""
+    """Weights after an epoch of two steps."""
     make, build = CASES[name]
     task = make()
-    # A large epsilon keeps rounding noise of gradients that are truly 0 small.
+    # A large epsilon keeps the rounding noise of zero gradients small.
     args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     model = build()
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
@@ -33,7 +33,7 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
 
 
 def prediction(accelerator: Accelerator, count: int) -> list:
-    """What `predict` says of some images, as lists."""
+    """Results of `predict` for some images, as lists."""
     task = classification()
     task.accelerator = accelerator
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
             weights = train_steps(accelerator, name, micro)
             if accelerator.is_main_process:
                 save_file(weights, folder / f"{name}-{micro}.safetensors")
-    report = [prediction(accelerator, count) for count in (11, 1)]  # of one image, the second process has none
+    report = [prediction(accelerator, count) for count in (11, 1)]  # with one image, the second process has none
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""What the tests of image tasks share: a few images, some of them broken, tiny models and loaders."""
+"""Shared helpers of the image task tests: a few images, some of them broken, tiny models and loaders."""
 
 import io
 from typing import Any
@@ -36,8 +36,8 @@ AUGMENTATION = Augmentation(scale=(0.3, 1.0), rand_augment=1, erasing=0.3)
 MIXING = Mixing(mixup=0.8, cutmix=1.0, probability=0.9)
 
 
-def picture(index: int) -> bytes:
-    """A JPEG of soft blobs, 28 x 24."""
+def photo(index: int) -> bytes:
+    """A blurry JPEG of 28 x 24 pixels."""
     small = np.random.default_rng(index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(small).resize((28, 24), Image.Resampling.BICUBIC).save(file, "JPEG")
@@ -45,10 +45,10 @@ def picture(index: int) -> bytes:
 
 
 def examples(count: int = 12, bad: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    """Images with labels 0 to 4, stored as "a" to "e"; those of ``bad`` are cut off."""
+    """Images with labels 0 to 4, stored as "a" to "e"; the files of images in ``bad`` are truncated."""
     rows = []
     for index in range(count):
-        data = picture(index)
+        data = photo(index)
         data = data[:100] if index in bad else data
         rows.append({"image": {"bytes": data, "path": f"{index}.jpg"}, "label": "abcde"[index % CLASSES]})
     return rows
@@ -73,7 +73,7 @@ def mae_config(**fields) -> TfmMAEConfig:
 
 
 def scramble(model: torch.nn.Module) -> torch.nn.Module:
-    """Larger weights than fresh ones, which leave a model almost linear."""
+    """Draw larger weights than the default initialization, which leaves a model almost linear."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -97,7 +97,7 @@ CASES = {"classification": (classification, tiny_vit), "masked": (masked, tiny_m
 def training_loader(
     task, rows, batch_size=6, micro=None, rank=0, world_size=1, num_workers=0, **options
 ) -> StepLoader:
-    """Shuffled steps with augmentation, pairs kept together."""
+    """Shuffled steps with augmentation that keep pairs together."""
     sampler = BatchSampler(len(rows), batch_size, seed=1, unit=2, **options)
     return StepLoader(rows, sampler, task.collator(training=True), micro, rank, world_size, num_workers)
 
@@ -108,7 +108,7 @@ def evaluation_loader(task, rows, batch_size=4, rank=0, world_size=1) -> StepLoa
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two batches, or lists of them, are the same to the last bit."""
+    """Whether two batches, or lists of batches, are bit-equal."""
     if isinstance(first, Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):

@@ -1,4 +1,4 @@
-"""Two processes train on images, and classify them, as one does."""
+"""Two processes train on images and classify them with the same results as one process."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder that two gloo processes wrote to, and what they said."""
+    """The output folder of two gloo processes, and their standard error."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("image_ranks.py")
     done = subprocess.run(
@@ -46,6 +46,6 @@ def test_same_predictions_as_one_process(two, accelerator):
         assert found[0] == [i for i in range(count) if i not in BAD]
 
 
-def test_bad_images_are_told_by_the_process_that_met_them(two):
+def test_bad_images_are_reported_by_the_rank_that_read_them(two):
     for index in BAD:
         assert f"image {index} is left out: {index}.jpg: OSError" in two[1]

@@ -1,4 +1,4 @@
-"""Image tasks: one step is one batch however it is cut, samples look the same wherever they are made."""
+"""Image tasks: a step does not depend on micro-batching, and a sample does not depend on where it is loaded."""
 
 import io
 import pickle
@@ -16,7 +16,7 @@ from image_tasks import (
     examples,
     mae_config,
     masked,
-    picture,
+    photo,
     tiny_mae,
     tiny_vit,
     training_loader,
@@ -35,7 +35,7 @@ from hf_tfm.training import evaluate
 
 
 def gradients(task, model, micro_batches):
-    """The gradient of a step as `train_step` makes it: sums of losses over global counts. And the losses."""
+    """Gradient of a step computed as in `train_step`, from loss sums divided by global counts; and the losses."""
     model.zero_grad()
     counts, losses = {}, {}
     for batch in micro_batches:
@@ -60,14 +60,14 @@ def largest_difference(first, second):
 GIVEN = {"dataset_name": "digits", "output_dir": ".", "max_steps": 1, "learning_rate": 0.1}
 
 
-# --- one step is one batch
+# --- a step equals one batch
 
 
 @pytest.mark.parametrize("bad", [(), (1, 4, 5)])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", list(CASES))
 def test_micro_batches_and_ranks_equal_one_batch(name, ranks, bad):
-    """With augmentation, mixing, smoothing, masks, and images that cannot be read."""
+    """With augmentation, mixing, label smoothing, masks and unreadable images."""
     make, build = CASES[name]
     rows, model, task = examples(bad=bad), build().train(), make()
     whole = [gradients(task, model, step) for step in training_loader(task, rows).epoch(0)]
@@ -83,8 +83,8 @@ def test_micro_batches_and_ranks_equal_one_batch(name, ranks, bad):
         assert max(value.abs().max() for value in expected.values()) > 1e-3
 
 
-def test_averaging_micro_batch_means_would_differ():
-    """The usual accumulation is another gradient where a micro-batch has lost an image: the test above has power."""
+def test_averaging_micro_batch_means_gives_another_gradient():
+    """The usual accumulation differs where a micro-batch has lost an image, so the test above can fail."""
     rows, model, task = examples(bad=(1, 4, 5)), tiny_vit(), classification()
     (step, *_) = training_loader(task, rows, micro=2).epoch(0)
     right = gradients(task, model, step)[0]
@@ -95,7 +95,7 @@ def test_averaging_micro_batch_means_would_differ():
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_hidden_batch_counts_for_nothing(name):
+def test_dummy_batch_has_no_effect(name):
     make, build = CASES[name]
     task, model = make(), build()
     for collate in (task.collator(training=True), task.collator()):
@@ -112,7 +112,7 @@ def test_hidden_batch_counts_for_nothing(name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_workers_resume_and_neighbours_change_no_sample(name):
+def test_samples_do_not_depend_on_workers_resuming_or_neighbours(name):
     task, rows = CASES[name][0](), examples()
     first = list(training_loader(task, rows).epoch(3))
     torch.manual_seed(9), np.random.seed(9)
@@ -129,7 +129,7 @@ def test_workers_resume_and_neighbours_change_no_sample(name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_tasks_travel_to_workers_that_are_not_forked(name):
+def test_tasks_can_be_sent_to_spawned_workers(name):
     made = [CASES[name][0]().collator(training=True) for _ in range(2)]
     collate = pickle.loads(pickle.dumps(made[0]))
     assert equal(*(one(examples(2), [0, 1], 0) for one in (collate, made[1])))
@@ -149,14 +149,14 @@ def test_seed_epoch_and_copy_change_a_sample():
     assert len({value.numpy().tobytes() for value in of.values()}) == 4
 
 
-def test_repeated_augmentation_gives_different_pictures_of_an_image():
+def test_repeated_augmentation_gives_different_views_of_an_image():
     task, rows = classification(mixing=None), examples()
     for (batch,) in training_loader(task, rows, repeats=3).epoch(0):
-        pictures = {image.numpy().tobytes() for image in batch["pixel_values"]}
-        assert len(pictures) == 6 and len(set(batch["indices"].tolist())) == 2
+        photos = {image.numpy().tobytes() for image in batch["pixel_values"]}
+        assert len(photos) == 6 and len(set(batch["indices"].tolist())) == 2
 
 
-# --- the image processor is the one source of size, mean and deviation
+# --- the image processor is the only source of size, mean and standard deviation
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,10 @@ def test_repeated_augmentation_gives_different_pictures_of_an_image():
         ViTImageProcessor(size={"height": 16, "width": 16}, do_rescale=False, image_mean=[9.0] * 3),
     ],
 )
-def test_evaluation_is_the_processor_itself(processor, tmp_path):
+def test_evaluation_images_match_the_processor(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     pixels = Pixels(ViTImageProcessor.from_pretrained(tmp_path))
-    image = Image.open(io.BytesIO(picture(0)))
+    image = Image.open(io.BytesIO(photo(0)))
     expected = processor(image, return_tensors="pt")["pixel_values"]
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     found = pixels.scale(pixels.resize(tensor)[None])
@@ -181,7 +181,7 @@ def test_evaluation_is_the_processor_itself(processor, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_training_images_have_its_size_too():
+def test_training_images_have_the_processor_size():
     model = TfmMAEForPreTraining(mae_config(image_size=[12, 20]))
     task = MaskedImageTask.for_model(model, image_processor((12, 20)), augmentation=AUGMENTATION)
     assert task.collator(training=True)(examples(2), [0, 1], 0)["pixel_values"].shape == (2, 3, 12, 20)
@@ -213,11 +213,11 @@ def test_errors(make, message):
         make()
 
 
-# --- images that cannot be read
+# --- unreadable images
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_bad_image_is_left_out_and_the_others_stay(name):
+def test_bad_image_is_dropped_and_the_others_are_kept(name):
     task = CASES[name][0]()
     good = task.collator(training=True)(examples(6), list(range(6)), epoch=2)
     batch = task.collator(training=True)(examples(6, bad=(3,)), list(range(6)), epoch=2)
@@ -226,14 +226,14 @@ def test_a_bad_image_is_left_out_and_the_others_stay(name):
     assert batch["images"] == 5 and batch["indices"].tolist() == kept
     assert torch.equal(batch["pixel_values"], good["pixel_values"][kept])
     if name == "classification":
-        assert batch["partner"].tolist() == [1, 0, 2, 4, 3]  # the neighbour of the bad one stays as it is
+        assert batch["partner"].tolist() == [1, 0, 2, 4, 3]  # the neighbour of the bad image is unchanged
         assert torch.equal(batch["box"], good["box"][kept])
     else:
         assert torch.equal(batch["noise"], good["noise"][kept])
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_batch_of_bad_images_is_a_hidden_one(name):
+def test_batch_of_bad_images_becomes_a_dummy_batch(name):
     make, build = CASES[name]
     task = make()
     batch = task.collator(training=True)(examples(2, bad=(0, 1)), [0, 1], epoch=0)
@@ -245,8 +245,8 @@ def test_a_batch_of_bad_images_is_a_hidden_one(name):
 # --- classification
 
 
-def test_loss_is_that_of_mixed_targets():
-    """By hand: soft targets, smoothed, against the logits of mixed images."""
+def test_loss_of_mixed_targets():
+    """Expected loss: soft, smoothed targets against the logits of mixed images."""
     task, model = classification(), tiny_vit().train()
     batch = task.collator(training=True)(examples(6), list(range(6)), epoch=0)
     one_hot = torch.nn.functional.one_hot(batch["labels"], 5).float()
@@ -258,10 +258,10 @@ def test_loss_is_that_of_mixed_targets():
     expected = -(target * logits.log_softmax(dim=1)).sum()
     assert task.losses(model, batch)["label"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert ((batch["share"] > 0.05) & (batch["share"] < 0.95)).any()
-    assert (batch["box"][:, 1] > 0).any() and (batch["box"][:, 1] == 0).any()  # both CutMix and mixup
+    assert (batch["box"][:, 1] > 0).any() and (batch["box"][:, 1] == 0).any()  # both CutMix and mixup occur
 
 
-def test_evaluation_neither_smooths_nor_mixes():
+def test_evaluation_uses_no_smoothing_or_mixing():
     task, model = classification(), tiny_vit().eval()
     batch = task.collator()(examples(6), list(range(6)), epoch=0)
     assert batch.keys() == {"pixel_values", "images", "indices", "bad", "labels"}
@@ -271,7 +271,7 @@ def test_evaluation_neither_smooths_nor_mixes():
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(mixup=0.8)])
-def test_images_without_a_label_count_for_nothing(mixing):
+def test_images_without_a_label_are_not_counted(mixing):
     task, model, rows = classification(mixing=mixing), tiny_vit().train(), examples(4)
     rows[1]["label"], rows[2]["label"] = None, -1
     batch = task.collator(training=True)(rows, list(range(4)), epoch=0)
@@ -282,19 +282,19 @@ def test_images_without_a_label_count_for_nothing(mixing):
     assert task.losses(model, batch)["label"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_label_that_is_no_class_is_refused():
+def test_unknown_label_is_refused():
     rows = examples(3)
     rows[2]["label"] = "z"
     with pytest.raises(ValueError, match="label 'z' of image 7 is not a class of the model"):
         classification().collator()(rows, [5, 6, 7], epoch=0)
 
 
-def test_predictions_are_of_every_image_once(accelerator):
+def test_predictions_cover_every_image_once(accelerator):
     task, model, rows = classification(), tiny_vit().train(), examples(11, bad=(4,))
     rows[2]["label"] = None
     task.accelerator = accelerator
     result = task.predict(model, evaluation_loader(task, rows))
-    assert model.training  # as it was
+    assert model.training  # the mode is restored
     model.eval()
     expected = [i for i in range(11) if i != 4]
     assert result.indices.tolist() == expected
@@ -317,7 +317,7 @@ def test_nothing_to_predict(accelerator):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_loss_is_the_model_s_own_mean(norm_pix_loss):
+def test_loss_equals_the_model_loss(norm_pix_loss):
     task, model = masked(norm_pix_loss=norm_pix_loss), tiny_mae(norm_pix_loss=norm_pix_loss)
     batch = task.collator(training=True)(examples(6), list(range(6)), epoch=0)
     output = model(pixel_values=task.pixels.scale(batch["pixel_values"]), noise=batch["noise"])

@@ -1,4 +1,4 @@
-"""Language modelling: sequences, masks, counts and losses."""
+"""Language modeling tasks: sequences, masks, item counts and losses."""
 
 import datasets
 import numpy as np
@@ -40,11 +40,11 @@ def bert(tokenizer, kind=TfmBertForMaskedLM, **fields):
     return kind(TfmBertConfig.of_size("tiny", vocab_size=len(tokenizer), max_position_embeddings=64, **fields)).eval()
 
 
-def test_rows_of_white_space_are_left_out(rows):
+def test_blank_rows_are_dropped(rows):
     assert list(Texts(rows)) == TEXTS * 3
 
 
-def test_the_column_is_found_or_asked_for():
+def test_text_column_is_inferred_or_required():
     one = datasets.Dataset.from_dict({"label": [1], "sentence": ["a b"]})
     assert list(Texts(text_rows(one))) == ["a b"]
     two = datasets.Dataset.from_dict({"first": ["a"], "second": ["b"]})
@@ -55,7 +55,7 @@ def test_the_column_is_found_or_asked_for():
         text_rows(two, "third")
 
 
-def test_packed_blocks_hold_the_whole_text(rows, wordpiece):
+def test_packed_blocks_hold_all_tokens(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 16)
     plain = [i for text in Texts(rows) for i in [*wordpiece(text, add_special_tokens=False)["input_ids"], 3]]
     inner = [i for block in found["input_ids"] for i in block[1:-1]]
@@ -65,7 +65,7 @@ def test_packed_blocks_hold_the_whole_text(rows, wordpiece):
     assert (sequence_lengths(found)[:-1] == 16).all()
 
 
-def test_a_decoders_blocks_are_cut_right_through(rows, bytes_tokenizer):
+def test_decoder_blocks_are_cut_at_a_fixed_length(rows, bytes_tokenizer):
     found = token_sequences(rows, bytes_tokenizer, 20)
     stream = [i for block in found["input_ids"] for i in block]
     assert stream == [i for text in Texts(rows) for i in [*bytes_tokenizer(text)["input_ids"], 0]]
@@ -73,13 +73,13 @@ def test_a_decoders_blocks_are_cut_right_through(rows, bytes_tokenizer):
     assert bytes_tokenizer.eos_token_id not in [i for block in running["input_ids"] for i in block]
 
 
-def test_rows_are_cut_off(rows, wordpiece):
+def test_long_rows_are_truncated(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 6, "rows")
     assert len(found) == len(rows) and (sequence_lengths(found) == 6).all()
     assert {row[-1] for row in found["input_ids"]} == {wordpiece.sep_token_id}
 
 
-def test_pairs_follow_or_are_random(wordpiece):
+def test_sentence_pairs_are_consecutive_or_random(wordpiece):
     known = " ".join(TEXTS).split()
     words = " ".join(np.random.default_rng(0).choice(known, 2000))
     rows = text_rows(datasets.Dataset.from_dict({"text": [words, " ".join(known)]}))
@@ -101,7 +101,7 @@ def test_max_length_leaves_room(rows, wordpiece):
         token_sequences(rows, wordpiece, 3)
 
 
-def test_masks_are_a_function_of_the_sample(rows, wordpiece):
+def test_masks_depend_only_on_the_sample(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 40)
     task = LanguageModelingTask.for_model(None, wordpiece, seed=3)
     collate = task.collator()
@@ -119,7 +119,7 @@ def test_masks_are_a_function_of_the_sample(rows, wordpiece):
     assert task.count(dummy) == {"token": 0} and (dummy["labels"] == IGNORE_INDEX).all()
 
 
-def test_shares_of_masks(wordpiece):
+def test_masking_ratios(wordpiece):
     collate = MaskedLanguageCollator(wordpiece)
     ids = np.array(wordpiece(" ".join(TEXTS))["input_ids"])
     kept = masked = drawn = total = 0
@@ -134,8 +134,10 @@ def test_shares_of_masks(wordpiece):
     assert kept / total == pytest.approx(0.1, abs=0.02) and drawn / total == pytest.approx(0.1, abs=0.02)
 
 
-def test_whole_words_are_masked_whole():
-    tokenizer = train_wordpiece(["unbelievable players were playing unbelievably"], 40)  # letters alone: long words
+def test_whole_word_masking():
+    tokenizer = train_wordpiece(
+        ["unbelievable players were playing unbelievably"], 40
+    )  # letters only, so words are long
     ids = np.array(tokenizer("unbelievable players were playing unbelievably " * 6)["input_ids"])
     starts = np.flatnonzero([not t.startswith("##") for t in tokenizer.convert_ids_to_tokens(ids)])
     collate = MaskedLanguageCollator(tokenizer, whole_words=True)
@@ -147,7 +149,7 @@ def test_whole_words_are_masked_whole():
             assert word <= chosen or not word & chosen
 
 
-def test_losses_are_those_of_all_logits(rows, wordpiece):
+def test_masked_losses_equal_those_of_all_logits(rows, wordpiece):
     found = token_sequences(rows, wordpiece, 40, "rows")
     model = bert(wordpiece)
     task = LanguageModelingTask.for_model(model, wordpiece)
@@ -162,7 +164,7 @@ def test_losses_are_those_of_all_logits(rows, wordpiece):
     assert task.losses(model, dummy)["token"].item() == 0.0
 
 
-def test_pairs_have_a_loss_of_their_own(wordpiece):
+def test_next_sentence_loss(wordpiece):
     rows = text_rows(datasets.Dataset.from_dict({"text": [" ".join(TEXTS)] * 4}))
     found = token_sequences(rows, wordpiece, 23, "pairs")
     model = bert(wordpiece, TfmBertForPreTraining)
@@ -179,7 +181,7 @@ def test_pairs_have_a_loss_of_their_own(wordpiece):
     assert all(value.item() == 0.0 for value in task.losses(model, dummy).values())
 
 
-def test_causal_losses_are_those_of_all_logits(rows, bytes_tokenizer):
+def test_causal_losses_equal_those_of_all_logits(rows, bytes_tokenizer):
     found = token_sequences(rows, bytes_tokenizer, 30, "rows")
     torch.manual_seed(0)
     model = TfmGPTForCausalLM(TfmGPTConfig.of_size("tiny", vocab_size=len(bytes_tokenizer))).eval()
@@ -194,7 +196,7 @@ def test_causal_losses_are_those_of_all_logits(rows, bytes_tokenizer):
     assert task.count(collate([found[0]], [0], 0, is_dummy=True)) == {"token": 0}
 
 
-def test_tokenizers_that_cannot_mask_are_refused():
+def test_tokenizers_without_mask_token_are_refused():
     wordpiece = train_wordpiece(TEXTS, 60)
     wordpiece.mask_token = None
     with pytest.raises(ValueError, match="has no mask_token"):
@@ -203,7 +205,7 @@ def test_tokenizers_that_cannot_mask_are_refused():
         MaskedLanguageCollator(train_wordpiece(TEXTS, 60), mlm_probability=1.0)
 
 
-def test_a_corpus_is_loaded_by_its_split():
+def test_corpus_is_loaded_with_its_split():
     words = number_words()
     corpus = Corpus(dataset_name="number-words", text_column="translation.en", split="validation")
     assert list(Texts(corpus.rows())) == [row["en"] for row in words["validation"]["translation"]]

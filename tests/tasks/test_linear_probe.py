@@ -1,4 +1,4 @@
-"""Linear probing: statistics that do not depend on how steps are cut, a head that folds, an encoder that stays."""
+"""Linear probing: batch-norm statistics independent of micro-batching, folding of the head, a frozen encoder."""
 
 import copy
 
@@ -22,22 +22,22 @@ def head() -> ProbeHead:
     return ProbeHead(nn.Linear(6, 3), mean=torch.randn(6), variance=torch.rand(6) + 0.1)
 
 
-def test_folded_head_computes_the_same():
+def test_folded_head_gives_the_same_output():
     probe = head()
     features = 3.0 * torch.randn(50, 6) + 1.0
     folded = probe.fold()
     assert type(folded) is nn.Linear
     assert (folded(features) - probe(features)).abs().max() < 1e-5
-    assert (folded(features) - probe.linear(features)).abs().max() > 0.1  # the norm does something
+    assert (folded(features) - probe.linear(features)).abs().max() > 0.1  # the norm has an effect
 
 
-def test_head_is_batch_norm_with_those_statistics():
+def test_head_equals_batch_norm_with_fixed_statistics():
     probe, features = head(), torch.randn(50, 6)
     scaled = (features - probe.norm.running_mean) / (probe.norm.running_var + 1e-6).sqrt()
     assert torch.allclose(probe(features), probe.linear(scaled), atol=1e-5)
 
 
-def test_training_leaves_the_statistics_alone():
+def test_training_does_not_change_the_statistics():
     probe = head().train()
     before = copy.deepcopy(probe.norm.state_dict())
     whole = probe(features := torch.randn(8, 6))
@@ -45,13 +45,13 @@ def test_training_leaves_the_statistics_alone():
     assert probe.training and all(torch.equal(before[name], value) for name, value in probe.norm.state_dict().items())
 
 
-TOKENS = pytest.mark.parametrize("token", [False, True])  # whether there is a distillation token, with its own head
+TOKENS = pytest.mark.parametrize("token", [False, True])  # with a distillation token and its head
 
 
 @TOKENS
 @pytest.mark.parametrize("bad", [(), (4, 9)])
 def test_statistics_are_those_of_all_features(accelerator, bad, token):
-    """Of the images as training changes and mixes them, those that cannot be read left out."""
+    """Features of images as augmented and mixed in training; unreadable images are skipped."""
     task, model = classification(), tiny_vit(distillation_token=token).eval()
     task.accelerator = accelerator
     found = measure_features(task, model, loader_of(task, bad=bad), max_steps=2)
@@ -76,14 +76,14 @@ def test_statistics_do_not_depend_on_micro_batches(accelerator):
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
-def test_only_as_many_steps_as_asked_for(accelerator):
+def test_number_of_steps_is_respected(accelerator):
     task, model = classification(), tiny_vit().eval()
     task.accelerator = accelerator
     (first, _), (both, _) = (measure_features(task, model, loader_of(task), steps)["classifier"] for steps in (1, 2))
     assert (first - both).abs().max() > 1e-4
 
 
-def test_no_image_can_be_read(accelerator):
+def test_no_readable_image_is_an_error(accelerator):
     task = classification()
     task.accelerator = accelerator
     with pytest.raises(ValueError, match="no training image can be read"):
@@ -92,7 +92,7 @@ def test_no_image_can_be_read(accelerator):
 
 @TOKENS
 @pytest.mark.parametrize("micro", [None, 2])
-def test_only_the_linear_layers_learn(accelerator, micro, token):
+def test_only_the_linear_layers_are_trained(accelerator, micro, token):
     task, model = classification(), tiny_vit(distillation_token=token)
     task.accelerator = accelerator
     task.args.batch_size = 6

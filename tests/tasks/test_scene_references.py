@@ -1,4 +1,4 @@
-"""References of scenes stay what they are on their way from a worker."""
+"""References of scenes are unchanged by the transfer from a worker process."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from hf_tfm.data.shape_batches import ShapeSampler
 from hf_tfm.tasks.scenes import SceneCollator
 
 
-def test_references_of_workers_are_those_of_this_process():
-    """In images that keep their size, targets and references come from the same tensors."""
+def test_worker_references_equal_those_of_the_main_process():
+    """In images that keep their size, targets and references share their tensors."""
     rows, _ = scene_rows(digit_scenes(train=12, validation=0, test=0, size=64)["train"])
     collate = SceneCollator(PaddedPixels(scene_processor(64, 96)), range(10))
 

@@ -1,4 +1,4 @@
-"""Batches of scenes: as transformers' image processor makes them, the same however a step is cut."""
+"""Batches of scenes match transformers' image processor and do not depend on how a step is split."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from hf_tfm.tasks.scenes import SceneCollator
 COCO128 = Path(__file__).parents[3] / "shared" / "data" / "coco128"
 PROCESSOR = scene_processor(100, 170)
 AUGMENTATION = SceneAugmentation(scales=(60, 80, 100), max_size=170, color_jitter=0.3)
-SHIFT = [2, 0, 1, *range(3, 13)]  # classes of the model in another order than the data's
+SHIFT = [2, 0, 1, *range(3, 13)]  # the model's classes are in another order than the data's
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def source():
 
 
 def in_other_shapes(rows, column):
-    """Rows with images of other shapes: 128 high, or wide, and 128, 96 or 70 the other way; boxes as they were."""
+    """Rows with images of other shapes: 128 pixels high or wide, the other side 128, 96 or 70; boxes are kept."""
     changed = []
     for i, row in enumerate(rows):
         height, width = [(128, 128), (96, 128), (128, 70)][i % 3]
@@ -87,7 +87,7 @@ def training_loader(task, rows, micro=None, rank=0, world_size=1, num_workers=0,
 # --- as transformers' image processor
 
 
-def test_an_evaluation_batch_is_the_processor_s(objects):
+def test_evaluation_batch_matches_the_processor(objects):
     task = task_of(objects)
     batch = task.collate(objects, list(range(14)), epoch=0)
     annotations = [
@@ -105,8 +105,8 @@ def test_an_evaluation_batch_is_the_processor_s(objects):
     scaled = task.pixels.scale_padded(batch["pixel_values"], batch["pixel_mask"])
     assert (scaled - theirs["pixel_values"]).abs().max() < 1e-5
     assert batch["images"] == 14 and batch["indices"].tolist() == list(range(14))
-    # In a padded batch the processor measures boxes by the padded image, which its own post-processing does not take
-    # back; by each image alone, as the authors do, it gives what is right.
+    # In a padded batch the processor normalizes boxes by the padded size, which its own post-processing does not
+    # undo; called for each image alone, as in the authors' code, it is correct.
     for row, image, annotation, label in zip(objects, images, annotations, batch["labels"], strict=True):
         (expected,) = PROCESSOR([image], [annotation], return_tensors="pt")["labels"]
         assert label.keys() == expected.keys()
@@ -115,7 +115,7 @@ def test_an_evaluation_batch_is_the_processor_s(objects):
         assert len(label["boxes"]) == sum(not o["iscrowd"] for o in row["objects"])
 
 
-def test_boxes_and_masks_of_segments_are_the_processor_s(segments, tmp_path):
+def test_segment_boxes_and_masks_match_the_processor(segments, tmp_path):
     task = task_of(segments)
     batch = task.collate(segments, list(range(14)), epoch=0)
     for i, (row, label) in enumerate(zip(segments, batch["labels"], strict=True)):
@@ -134,7 +134,7 @@ def test_boxes_and_masks_of_segments_are_the_processor_s(segments, tmp_path):
         assert torch.equal(label["masks"][:, :height, :width], expected["masks"].bool())
         assert label["masks"].shape[1:] == batch["pixel_mask"][i].shape
         assert not label["masks"][:, ~batch["pixel_mask"][i]].any()
-        # Theirs end a pixel before the segment does.
+        # The processor's boxes end one pixel before the segment does.
         last = 0.5 / torch.tensor([row["width"], row["height"]])
         shifted = expected["boxes"] + torch.cat([last, 2 * last])
         torch.testing.assert_close(label["boxes"], shifted, rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_boxes_and_masks_of_segments_are_the_processor_s(segments, tmp_path):
 
 
 @pytest.mark.skipif(not COCO128.is_dir(), reason="needs shared/data/coco128")
-def test_photographs_in_the_paper_s_size():
+def test_photos_at_the_size_of_the_paper():
     rows, _ = scene_rows(load_splits(str(COCO128))["validation"].select(range(3)))
     processor = scene_processor()
     task = collators_of(processor, range(80))
@@ -155,7 +155,7 @@ def test_photographs_in_the_paper_s_size():
     assert (scaled - theirs["pixel_values"]).abs().max() < 1e-5
 
 
-def test_padding_is_0_for_the_model(objects):
+def test_padding_is_zero(objects):
     task = task_of(objects)
     batch = task.collate_training(objects[:4], list(range(4)), epoch=0)
     scaled = task.pixels.scale_padded(batch["pixel_values"], batch["pixel_mask"])
@@ -166,12 +166,12 @@ def test_padding_is_0_for_the_model(objects):
     assert (batch["pixel_values"].permute(0, 2, 3, 1)[outside] == 0).all()
 
 
-# --- a step is the same however it is cut
+# --- a step does not depend on its split
 
 
 @pytest.mark.parametrize("kind", ["objects", "segments"])
 @pytest.mark.parametrize(("micro", "ranks"), [(2, 1), (None, 2), (2, 3)])
-def test_ranks_and_micro_batches_only_cut(request, kind, micro, ranks):
+def test_ranks_and_micro_batches_only_split_the_step(request, kind, micro, ranks):
     rows = request.getfixturevalue(kind)
     task = task_of(rows)
     whole = [step for (step,) in training_loader(task, rows).epoch(1)]
@@ -186,7 +186,7 @@ def test_ranks_and_micro_batches_only_cut(request, kind, micro, ranks):
 
 
 @pytest.mark.parametrize("kind", ["objects", "segments"])
-def test_workers_and_resume_change_nothing(request, kind):
+def test_batches_do_not_depend_on_workers_or_resuming(request, kind):
     rows = request.getfixturevalue(kind)
     task = task_of(rows)
     first = list(training_loader(task, rows).epoch(2))
@@ -196,7 +196,7 @@ def test_workers_and_resume_change_nothing(request, kind):
     assert not equal(first, list(training_loader(task, rows).epoch(3)))
 
 
-def test_colours_are_a_function_of_seed_epoch_and_row(objects):
+def test_color_jitter_depends_on_seed_epoch_and_row(objects):
     colours = SceneAugmentation(scales=(100,), crop=0.0, flip=0.0, color_jitter=0.5)
     draws = [(seed, epoch, row) for seed in (3, 4) for epoch in (0, 1) for row in (0, 1)]
     made = [
@@ -219,15 +219,15 @@ def test_a_step_fills_its_canvas(objects):
                 assert mask[:height, :width].all() and mask.sum() == height * width
 
 
-def test_without_a_canvas_each_scene_has_a_scale(objects):
-    """The paper's own batches, in random order."""
+def test_without_a_canvas_each_scene_is_scaled_separately(objects):
+    """The original DETR batches, in random order."""
     task = task_of(objects)
     loader = StepLoader(objects, BatchSampler(14, 7, seed=1), task.collate_training)
     scales = [int(label["size"].min()) for (batch,) in loader.epoch(0) for label in batch["labels"]]
     assert len(set(scales)) > 1 and all(s in (60, 80, 100) or s < 100 for s in scales)
 
 
-def test_without_augmentation_training_is_evaluation(objects):
+def test_training_without_augmentation_equals_evaluation(objects):
     task = task_of(objects, augmentation=None)
     training = task.collate_training(objects, list(range(14)), epoch=5)
     evaluation = task.collate(objects, list(range(14)), epoch=0)
@@ -236,7 +236,7 @@ def test_without_augmentation_training_is_evaluation(objects):
 
 
 def test_training_targets_follow_the_augmentation(segments):
-    """Boxes hold their masks, classes are the model's."""
+    """Boxes enclose their masks, and classes are the model's."""
     task = task_of(segments)
     for (batch,) in training_loader(task, segments).epoch(0):
         for index, label in zip(batch["indices"].tolist(), batch["labels"], strict=True):
@@ -251,10 +251,10 @@ def test_training_targets_follow_the_augmentation(segments):
             assert (label["boxes"] >= 0).all() and (label["boxes"] <= 1).all()
 
 
-# --- crowds, bad images, hidden batches
+# --- crowds, unreadable images, dummy batches
 
 
-def test_crowds_are_references_and_no_targets(objects):
+def test_crowds_are_references_but_not_targets(objects):
     task = task_of(objects)
     batch = task.collate(objects, list(range(14)), epoch=0)
     crowds = 0
@@ -273,7 +273,7 @@ def test_crowds_are_references_and_no_targets(objects):
     assert "references" not in task.collate_training(objects, list(range(14)), epoch=0)
 
 
-def test_references_are_what_the_metrics_take(objects, segments):
+def test_references_suit_the_metrics(objects, segments):
     """Perfect predictions score 1."""
     references = task_of(objects).collate(objects, list(range(14)), epoch=0)["references"]
     ap = CocoAP()
@@ -291,7 +291,7 @@ def test_references_are_what_the_metrics_take(objects, segments):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_bad_image_is_left_out_and_the_others_stay(objects, training):
+def test_bad_image_is_dropped_and_the_others_are_kept(objects, training):
     task = task_of(objects)
     collate = task.collate_training if training else task.collate
     numbers = ShapeSampler(np.array([[100, 100]] * 14), 14, AUGMENTATION, 3).steps(0)[0] if training else range(14)
@@ -308,12 +308,12 @@ def test_a_bad_image_is_left_out_and_the_others_stay(objects, training):
     assert equal(batch["labels"], [good["labels"][i] for i in kept])
 
 
-def test_copies_are_refused(objects):
+def test_repeated_samples_are_refused(objects):
     with pytest.raises(ValueError, match="sample 3 is copy 2: scenes cannot be repeated in a step"):
         task_of(objects).collate_training(objects[3:4], [SampleRef(3, copy=2)], epoch=0)
 
 
-def test_bad_images_are_told_by_their_row(objects, caplog):
+def test_bad_images_are_reported_by_row(objects, caplog):
     task = task_of(objects)
     rows = [{**row, "image": b"no image"} if i == 6 else row for i, row in enumerate(objects)]
     loader = WatchedLoader(training_loader(task, rows), max_bad_images=1)
@@ -323,7 +323,7 @@ def test_bad_images_are_told_by_their_row(objects, caplog):
 
 @pytest.mark.parametrize("kind", ["objects", "segments"])
 @pytest.mark.parametrize("bad", [True, False])
-def test_an_empty_batch_counts_for_nothing(request, kind, bad):
+def test_empty_batch_has_no_effect(request, kind, bad):
     rows = request.getfixturevalue(kind)[:2]
     task = task_of(rows)
     rows = [{**row, "image": b"no image"} for row in rows] if bad else rows
@@ -331,13 +331,13 @@ def test_an_empty_batch_counts_for_nothing(request, kind, bad):
         batch = collate(rows, [0, 1], epoch=0, is_dummy=not bad)
         assert batch["images"] == 0 and len(batch["bad"]) == (2 if bad else 0)
         assert batch["pixel_values"].shape == (1, 3, 64, 64) and not batch["pixel_values"].any()
-        assert batch["pixel_mask"].all()  # attention over nothing would not be finite
+        assert batch["pixel_mask"].all()  # fully masked attention must stay finite
         (label,) = batch["labels"]
         assert label["boxes"].shape == (0, 4) and len(label["class_labels"]) == 0
         assert ("masks" in label) == (kind == "segments") and not batch.get("references")
 
 
-def test_a_batch_with_an_image_without_objects(objects):
+def test_batch_with_an_image_without_objects(objects):
     rows = [{**row, "objects": []} for row in objects[:2]] + objects[2:4]
     for collate in (task_of(rows).collate, task_of(rows).collate_training):
         labels = collate(rows, [0, 1, 2, 3], epoch=0)["labels"]
@@ -347,7 +347,7 @@ def test_a_batch_with_an_image_without_objects(objects):
 # --- classes and processors
 
 
-def test_classes_go_by_name(source):
+def test_classes_are_matched_by_name(source):
     rows, _ = scene_rows(source)
     names = [str(digit) for digit in range(9, -1, -1)]
     task = collators_of(PROCESSOR, category_ids(rows, names))
@@ -366,7 +366,7 @@ def test_masks_of_objects(source):
     assert all("masks" in label for label in task.collate_training([rows[0]], [0], epoch=0)["labels"])
 
 
-def test_a_processor_comes_back_from_its_folder(tmp_path):
+def test_processor_survives_saving(tmp_path):
     PROCESSOR.save_pretrained(tmp_path)
     again = task_of([{}], processor=DetrImageProcessor.from_pretrained(tmp_path)).pixels
     first = task_of([{}]).pixels

@@ -1,4 +1,4 @@
-"""Text classification: batches, counts and losses by hand, what each kind of model reads, and predictions."""
+"""Text classification: batches, counts, losses, the inputs of each model type, and predictions."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def batch_of(task, rows, hidden=False):
     return task.collator()(rows, list(range(len(rows))), 0, hidden)
 
 
-def test_a_batch_is_padded_to_its_longest():
+def test_batch_is_padded_to_its_longest_text():
     rows = examples(5)
     batch = batch_of(classification(), rows)
     lengths = [len(row["input_ids"]) for row in rows]
@@ -54,12 +54,12 @@ def test_a_batch_is_padded_to_its_longest():
     assert batch["indices"].tolist() == [0, 1, 2, 3, 4] and batch["texts"] == 5
 
 
-def test_equally_long_texts_need_no_mask():
+def test_equal_lengths_need_no_mask():
     assert "attention_mask" not in batch_of(classification(), examples(1) * 3)
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_losses_are_sums_and_counts_what_they_are_over(name):
+def test_loss_sums_and_counts(name):
     make, build = CASES[name]
     task, model = make(), build().eval()
     rows = examples(7, numbers=name == "numbers")
@@ -88,7 +88,7 @@ def test_losses_are_sums_and_counts_what_they_are_over(name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_hidden_batch_counts_for_nothing(name):
+def test_dummy_batch_has_no_effect(name):
     make, build = CASES[name]
     task, model = make(), build()
     batch = batch_of(task, examples(3, numbers=name == "numbers"), hidden=True)
@@ -100,12 +100,12 @@ def test_a_hidden_batch_counts_for_nothing(name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_micro_batches_are_one_batch(accelerator, name):
+def test_micro_batches_equal_one_batch(accelerator, name):
     whole, parts = train_steps(accelerator, name, None), train_steps(accelerator, name, 2)
     assert max((whole[key] - parts[key]).abs().max().item() for key in whole) < 1e-6
 
 
-def test_parts_that_distillation_uses():
+def test_methods_used_by_distillation():
     task, model = classification(), bert().eval()
     batch = batch_of(task, examples(6))
     assert set(task.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
@@ -114,7 +114,7 @@ def test_parts_that_distillation_uses():
     assert torch.equal(task.output_losses(output, output.logits, batch)["label"], task.losses(model, batch)["label"])
 
 
-def test_labels_that_are_no_class():
+def test_unknown_class_is_refused():
     with pytest.raises(ValueError, match="label 5 of text 1 is not a class of the model"):
         batch_of(classification(), [{**row, "label": 5 * i} for i, row in enumerate(examples(2))])
 
@@ -125,7 +125,7 @@ def test_hidden_labels():
     assert labels[0] == -1.5 and labels[1].isnan()
 
 
-def test_what_is_refused():
+def test_invalid_arguments_are_refused():
     bare = tokenizer()
     bare.pad_token = None
     with pytest.raises(ValueError, match="has no pad_token"):
@@ -158,8 +158,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_any_model_reads_what_it_knows(accelerator, name):
-    """Its predictions are those it makes of each text alone."""
+def test_models_receive_only_supported_inputs(accelerator, name):
+    """Batched predictions equal those of each text alone."""
     build, segments = MODELS[name]
     model = build().eval()
     names = input_names(model)
@@ -184,7 +184,7 @@ def test_predictions_are_in_order_and_scored(accelerator):
     assert found.loss == pytest.approx(-shifted[np.flatnonzero(known), np.array(labels)[known]].mean(), rel=1e-5)
 
 
-def test_numbers_are_scored(accelerator):
+def test_regression_is_scored(accelerator):
     make, build = CASES["numbers"]
     task = make()
     found = predict(accelerator, task, build(), loader(task, examples(12, numbers=True)))

@@ -1,4 +1,4 @@
-"""Two processes train on texts, and classify them, as one does."""
+"""Two processes train on texts and classify them with the same results as one process."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from text_tasks import CASES, prediction, train_steps
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder that two gloo processes wrote to."""
+    """The output folder of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("text_ranks.py")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What each of two processes does in test_text_ranks.py: python -m torch.distributed.run ... text_ranks.py FOLDER"""
+"""Worker for test_text_ranks.py: python -m torch.distributed.run ... text_ranks.py FOLDER"""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
             weights = train_steps(accelerator, name, micro)
             if accelerator.is_main_process:
                 save_file(weights, folder / f"{name}-{micro}.safetensors")
-    found = [prediction(accelerator, count) for count in (11, 1)]  # of one text, the second process has none
+    found = [prediction(accelerator, count) for count in (11, 1)]  # with one text, the second process has none
     report = [[part.labels.tolist(), part.logits.tolist(), part.loss] for part in found]
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()

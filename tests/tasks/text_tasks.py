@@ -1,4 +1,4 @@
-"""What the tests of text classification share: examples, tiny models of several kinds, and steps over them."""
+"""Shared helpers of the text classification tests: examples, tiny models of several types, and training steps."""
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def numbers() -> TextClassificationTask:
     return TextClassificationTask.for_model(bert(num_labels=1), tokenizer())
 
 
-# name -> the task, and its model
+# name -> task and model
 CASES = {
     "classes": (classification, bert),
     "numbers": (numbers, lambda: bert(num_labels=1)),
@@ -55,7 +55,7 @@ CASES = {
 
 
 def examples(count: int = 14, numbers: bool = False) -> list[dict]:
-    """Random tokens in two segments, 4 to 11 long; every fifth text has no label."""
+    """Random tokens in two segments, 4 to 11 tokens long; every fifth text has no label."""
     random = np.random.default_rng(0)
     rows = []
     for i, length in enumerate(random.integers(4, 12, count).tolist()):
@@ -66,16 +66,16 @@ def examples(count: int = 14, numbers: bool = False) -> list[dict]:
 
 
 def loader(task: TextClassificationTask, rows: list, micro: int | None = None, batch_size: int = 7, **place):
-    """Shuffled steps of like length."""
+    """Shuffled steps of texts of similar length."""
     sampler = LengthBatchSampler(np.array([len(row["input_ids"]) for row in rows]), batch_size, seed=1)
     return StepLoader(rows, sampler, task.collator(), micro, **place)
 
 
 def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[str, torch.Tensor]:
-    """The weights after an epoch of two steps."""
+    """Weights after an epoch of two steps."""
     make, build = CASES[name]
     task, model = make(), build()
-    # A large epsilon keeps rounding noise of gradients that are truly 0 small.
+    # A large epsilon keeps the rounding noise of zero gradients small.
     args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
@@ -86,7 +86,7 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
 
 
 def prediction(accelerator: Accelerator, count: int) -> Predictions:
-    """What `predict` says of some texts."""
+    """Results of `predict` for some texts."""
     task = classification()
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return predict(accelerator, task, bert(), loader(task, examples(count), batch_size=4, **place))

@@ -1,8 +1,6 @@
 """Worker for test_ranks.py: several runs, one after another.
 
 python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
-
-python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Types that users of the package see. mypy checks this file in `make lint`; it is never run."""
+"""Static types of the public API. mypy checks this file in `make lint`; it is never run."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ assert_type(load_model(hf_tfm.TfmViTForImageClassification, "folder"), PreTraine
 assert_type(load_tokenizer("folder"), PreTrainedTokenizerBase)
 assert_type(load_image_processor("folder"), BaseImageProcessor)
 
-# --- a task around a model, for a custom loop
+# --- a task for a model, for a custom training loop
 
 task = ImageClassificationTask.for_model(model, load_image_processor("folder"), label_smoothing=0.1)
 assert_type(task, ImageClassificationTask)
