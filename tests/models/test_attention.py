@@ -1,4 +1,4 @@
-"""Attention: backends, maps, masks and the additive score."""
+"""Attention: backends, attention maps, masks and the additive score."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def test_backends_agree(backend, decoding, batch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_maps_under_every_backend(backend, batch):
-    """Asked for maps, a model computes them, and the same logits, and goes on with its backend afterwards."""
+def test_maps_with_every_backend(backend, batch):
+    """With output_attentions a model returns maps and the same logits, and keeps its backend afterwards."""
     model = with_backend(backend)
     plain = with_backend("eager")(**batch)
     output = model(**batch, output_attentions=True)
@@ -58,14 +58,14 @@ def test_maps_under_every_backend(backend, batch):
     assert plain.cross_attentions is None
 
 
-def test_maps_by_configuration(batch):
+def test_maps_requested_by_the_configuration(batch):
     model = tiny_model(attn_implementation="eager")
     model.config.output_attentions = True
     assert len(model(**batch).cross_attentions) == 2
     assert model(**batch, output_attentions=False).cross_attentions is None
 
 
-def test_a_failing_call_leaves_the_backend_alone(batch):
+def test_failing_call_restores_the_backend(batch):
     model = with_backend("sdpa")
 
     def fail(*args):
@@ -79,8 +79,8 @@ def test_a_failing_call_leaves_the_backend_alone(batch):
     assert model(**batch).cross_attentions is None
 
 
-def test_maps_are_those_that_were_applied(batch):
-    """Values mixed by the returned maps give the sublayer's output."""
+def test_returned_maps_are_the_applied_ones(batch):
+    """Mixing the values by the returned maps gives the sublayer's output."""
     model = tiny_model()
     attention = model.get_decoder().layers[1].cross_attn
     seen = {}
@@ -96,8 +96,8 @@ def test_maps_are_those_that_were_applied(batch):
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
 
 
-def test_the_score_is_scaled():
-    """Equation 1 by hand; with width 8 a head, leaving out the scale changes the maps."""
+def test_scores_are_scaled():
+    """Equation 1 by hand; with head width 8, omitting the scale changes the maps."""
     torch.manual_seed(0)
     attention = MultiHeadAttention(tiny_config(attn_implementation="eager"))
     hidden = torch.randn(2, 5, 32)
@@ -133,7 +133,7 @@ def additive_by_loops(attention: MultiHeadAttention, hidden, memory, mask):
 
 
 @torch.no_grad()
-def test_additive_score_against_loops(batch):
+def test_additive_score_matches_loops(batch):
     model = tiny_model(attention_score="additive")
     attention = model.get_decoder().layers[0].cross_attn
     hidden, memory, mask = torch.randn(2, 3, 32), torch.randn(2, 4, 32), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -143,15 +143,15 @@ def test_additive_score_against_loops(batch):
 
 
 @pytest.mark.parametrize("backend", ["flex_attention", "flash_attention_2"])
-def test_additive_score_refuses_kernels_without_it(backend):
+def test_additive_score_refuses_fused_backends(backend):
     attention = MultiHeadAttention(tiny_config(attention_score="additive"))
     attention.config._attn_implementation = backend
     with pytest.raises(ValueError, match=rf'attention_score="additive" runs with .*"eager", got "{backend}"'):
         attention(torch.randn(1, 3, 32))
 
 
-def test_additive_parameters_are_initialised_also_where_a_checkpoint_has_none(tmp_path):
-    """A score vector of zeros looks at everything alike, for ever: its own gradient is all that can move it."""
+def test_missing_additive_parameters_are_initialized(tmp_path):
+    """A score vector of zeros would attend uniformly forever, because only its own gradient could move it."""
     model = tiny_model(attention_score="additive")
     vectors = [parameter for name, parameter in model.named_parameters() if name.endswith("score_vector")]
     assert len(vectors) == 6 and all(vector.abs().min() > 0 for vector in vectors)
@@ -166,7 +166,7 @@ def test_additive_parameters_are_initialised_also_where_a_checkpoint_has_none(tm
 
 
 @torch.no_grad()
-def test_rows_that_share_a_memory_equal_rows_with_their_own():
+def test_rows_sharing_a_memory_equal_rows_with_copies():
     model, batch = tiny_model(), tiny_batch(rows=2)
     memory = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     ids = torch.randint(5, 48, (6, 5))
@@ -188,7 +188,7 @@ def test_rows_that_share_a_memory_equal_rows_with_their_own():
         assert largest_difference(shared.cross_attentions[1], own.cross_attentions[1]) < 1e-5
 
 
-def test_dropout_of_probabilities_is_applied_in_training_only():
+def test_attention_dropout_applies_in_training_only():
     attention = MultiHeadAttention(tiny_config(attention_dropout=0.5, attn_implementation="eager"))
     hidden = torch.randn(1, 6, 32)
     assert largest_difference(attention.eval()(hidden)[0], attention(hidden)[0]) == 0

@@ -1,4 +1,4 @@
-"""Box algebra against torchvision, and where torchvision has no answer."""
+"""Box operations against torchvision, and cases in which torchvision has no result."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from hf_tfm.models.boxes import cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 
 
 def random_boxes(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Boxes (count, 4) xyxy in [0, 1], at least 0.01 on each side."""
+    """Boxes (count, 4) as xyxy in [0, 1], at least 0.01 on each side."""
     corners = torch.rand(count, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     first, last = corners.min(dim=1).values, corners.max(dim=1).values
     return torch.cat([first, last + 0.01], dim=1)
 
 
-def test_the_two_forms():
+def test_box_format_conversion():
     boxes = random_boxes(50, 0)
     centred = xyxy_to_cxcywh(boxes)
     assert largest_difference(centred, box_convert(boxes, "xyxy", "cxcywh")) < 1e-6
@@ -27,7 +27,7 @@ def test_the_two_forms():
     assert cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6])).tolist() == pytest.approx([0.4, 0.1, 0.6, 0.7])
 
 
-def test_generalized_iou_of_all_pairs():
+def test_pairwise_generalized_iou():
     boxes, others = random_boxes(40, 1), random_boxes(30, 2)
     found, expected = generalized_iou(boxes[:, None], others[None]), generalized_box_iou(boxes, others)
     assert found.shape == (40, 30) and largest_difference(found, expected) < 1e-5
@@ -39,8 +39,8 @@ def test_generalized_iou_of_all_pairs():
     ("box", "other", "expected"),
     [
         ([0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.5], 1.0),  # identical
-        ([0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.75, 0.75], 0.25),  # one inside the other: the plain overlap
-        ([0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0], 0.0),  # side by side, the hull is full
+        ([0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.75, 0.75], 0.25),  # one inside the other: plain IoU
+        ([0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0], 0.0),  # side by side: no empty space in the hull
         ([0.0, 0.0, 0.1, 0.1], [0.9, 0.9, 1.0, 1.0], -0.98),  # 0.02 of the hull is covered
         ([0.0, 0.0, 0.4, 0.4], [0.2, 0.2, 0.6, 0.6], 0.04 / 0.28 - 0.08 / 0.36),
     ],
@@ -51,7 +51,7 @@ def test_generalized_iou_by_hand(box, other, expected):
     assert generalized_iou(other, box).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_gradients():
+def test_generalized_iou_gradients():
     found = []
     for function in (
         lambda a, b: generalized_iou(a[:, None], b[None]),
@@ -68,11 +68,11 @@ def test_gradients():
 @pytest.mark.parametrize(
     ("box", "other", "expected"),
     [
-        ([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], 0.0),  # the same point; torchvision: NaN
+        ([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], 0.0),  # the same point; NaN in torchvision
         ([0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.8, 0.8], -1.0),  # two points
-        ([0.2, 0.5, 0.8, 0.5], [0.2, 0.5, 0.8, 0.5], 0.0),  # the same line; torchvision: NaN
-        ([0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.6, 0.6], 0.0),  # a point in a box
-        ([0.6, 0.6, 0.4, 0.4], [0.4, 0.4, 0.6, 0.6], None),  # corners the wrong way round; torchvision refuses
+        ([0.2, 0.5, 0.8, 0.5], [0.2, 0.5, 0.8, 0.5], 0.0),  # the same line; NaN in torchvision
+        ([0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.6, 0.6], 0.0),  # a point inside a box
+        ([0.6, 0.6, 0.4, 0.4], [0.4, 0.4, 0.6, 0.6], None),  # inverted corners; an error in torchvision
     ],
 )
 def test_boxes_without_area(box, other, expected):
@@ -83,8 +83,8 @@ def test_boxes_without_area(box, other, expected):
     assert -1.0 <= value <= 1.0 and (expected is None or value.item() == pytest.approx(expected, abs=1e-5))
 
 
-def test_the_range():
-    """Also of boxes almost without area, and with corners drawn at will."""
+def test_generalized_iou_range():
+    """Also for boxes with almost no area and with arbitrary corners."""
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(2, 2000, 4, generator=generator) * 10.0 ** -torch.randint(
         0, 6, (2, 2000, 1), generator=generator
@@ -105,7 +105,7 @@ def ordered(boxes: list[tuple]) -> Tensor:
 
 @settings(deadline=None)
 @given(box_lists)
-def test_transforms_undo_each_other(boxes):
+def test_conversions_are_inverse(boxes):
     boxes = ordered(boxes)
     assert largest_difference(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes) < 1e-12
     centred = xyxy_to_cxcywh(boxes)
@@ -114,13 +114,13 @@ def test_transforms_undo_each_other(boxes):
 
 @settings(deadline=None)
 @given(box_lists, st.floats(0.1, 10), st.tuples(shares, shares))
-def test_overlap_whatever_the_boxes(boxes, scale, shift):
-    """Finite, in [-1, 1], the same both ways, when both boxes move, and 1 of a box with area with itself."""
+def test_iou_properties_of_any_boxes(boxes, scale, shift):
+    """Finite, in [-1, 1], symmetric, translation-invariant, and 1 for a box with area and itself."""
     boxes = ordered(boxes)
     found = generalized_iou(boxes[:, None], boxes[None])
     assert found.isfinite().all() and (found >= -1 - 1e-9).all() and (found <= 1 + 1e-9).all()
     assert torch.equal(found, found.T)
-    large = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > 1e-3  # others meet the 1e-7 that is divided by at least
+    large = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > 1e-3  # smaller ones feel the epsilon of 1e-7
     moved = boxes[large] * scale + torch.tensor([*shift, *shift], dtype=torch.float64)
     pairs = generalized_iou(moved[:, None], moved[None])
     if len(moved):

@@ -27,9 +27,10 @@ def fresh_compiler():
     ids=str,
 )
 def test_forward_compiles_in_one_graph(fields, asked):
-    """The graph alone, run by torch as it is: what would break it does so here, in a second."""
+    """The graph alone, run eagerly by torch: graph breaks show up within a second."""
     model, batch = tiny_model(**fields), tiny_batch()
-    expected = model(**batch, **asked)  # first, as transformers installs its hooks for outputs in an uncompiled call
+    # The first, uncompiled call installs transformers\' output hooks.
+    expected = model(**batch, **asked)
     output = torch.compile(model, fullgraph=True, backend="eager")(**batch, **asked)
     assert largest_difference(output.logits, expected.logits) < 1e-6
     assert (output.cross_attentions is not None) == ("output_attentions" in asked)
@@ -52,7 +53,7 @@ def test_training_compiles_in_one_graph(decoding, return_logits):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_forward_compiled_for_real():
+def test_forward_compiled_with_the_default_backend():
     model, batch = tiny_model(), tiny_batch()
     assert largest_difference(torch.compile(model, fullgraph=True)(**batch).logits, model(**batch).logits) < 1e-5
 
@@ -60,7 +61,7 @@ def test_forward_compiled_for_real():
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_compiled_decoding_gives_the_same_tokens(beams):
-    """The decoding step as one graph, over a static cache; on a CPU transformers compiles only when told so."""
+    """The decoding step as one graph with a static cache; on a CPU transformers compiles only if requested."""
     model, batch = tiny_model(tie_word_embeddings=False), tiny_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     wished = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams}

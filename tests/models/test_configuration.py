@@ -27,7 +27,7 @@ def count(config: TfmTransformerConfig) -> int:
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 65), ("big", 213)])
 def test_published_parameter_counts(size, millions):
-    """Table 3, within 3 %: the paper says "about 37000 tokens"; a thousand more are 0.5 M (base) and 1 M (big)."""
+    """Table 3, within 3 %: for "about 37000 tokens"; a thousand tokens more are 0.5 M (base) and 1 M (big)."""
     config = TfmTransformerConfig.of_size(size, vocab_size=37_000)
     assert count(config) == closed_form(config)
     assert count(config) == pytest.approx(millions * 1e6, rel=0.03)
@@ -39,24 +39,24 @@ def test_tiny_parameter_count():
     assert count(config) == closed_form(config) == pytest.approx(2.6e6, rel=0.03)
 
 
-def test_parts_add_what_they_should():
+def test_parameters_of_options():
     D, H = 32, 4
     plain = count(tiny_config())
-    assert count(tiny_config(norm_first=True)) == plain + 2 * 2 * D  # one more norm a stack
-    assert count(tiny_config(position_embedding_type="learned")) == plain + 2 * 40 * D  # a table a stack
+    assert count(tiny_config(norm_first=True)) == plain + 2 * 2 * D  # one more norm per stack
+    assert count(tiny_config(position_embedding_type="learned")) == plain + 2 * 40 * D  # one table per stack
     assert count(tiny_config(tie_word_embeddings=False)) >= plain + 48 * D
-    assert count(tiny_config(attention_score="additive")) == plain + 6 * D  # a vector for each of 6 attentions
+    assert count(tiny_config(attention_score="additive")) == plain + 6 * D  # a vector per attention module
     assert count(tiny_config(decoding="mask_predict", max_length_offset=3)) == plain + (D + 1) * 7
     assert plain == count(tiny_config(num_attention_heads=H // 2))
 
 
-def test_sizes_take_other_fields():
+def test_size_can_be_combined_with_other_fields():
     config = TfmTransformerConfig.of_size("base", dropout=0.3, vocab_size=100)
     assert (config.hidden_size, config.dropout, config.vocab_size) == (512, 0.3, 100)
     assert TfmTransformerConfig.of_size("base").dropout == 0.1
 
 
-def test_an_unknown_size_names_those_there_are():
+def test_unknown_size_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match='size must be one of tiny, base, big, got "huge"'):
         TfmTransformerConfig.of_size("huge")
 

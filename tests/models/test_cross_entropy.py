@@ -1,4 +1,4 @@
-"""The two ways to the loss agree with torch, and the one for large vocabularies holds no logits."""
+"""Both ways to compute the loss agree with torch, and the one for large vocabularies keeps no logits."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ N, D, V = 50, 16, 97
 
 @pytest.fixture
 def problem(monkeypatch):
-    """Hidden states, weight, labels; 16 rows a chunk, and the chunk of rows 16 to 31 has no label at all."""
+    """Hidden states, weight, labels; 16 rows per chunk, and rows 16 to 31 have no labels."""
     monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", {"cpu": 16, "other": 16})
     torch.manual_seed(0)
     labels = torch.randint(0, V, (N,))
@@ -29,14 +29,14 @@ def gradients(loss, *inputs):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-def test_logits_path_equals_torch(smoothing, problem):
+def test_logits_path_matches_torch(smoothing, problem):
     hidden, weight, labels = problem
     loss = label_smoothed_cross_entropy(hidden @ weight.T, labels, smoothing)
     torch.testing.assert_close(loss, by_torch(hidden, weight, labels, smoothing))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_smoothing_by_its_definition(smoothing):
+def test_label_smoothing_definition(smoothing):
     """(1 - e) * -log p[label] + e * mean over the vocabulary of -log p (Szegedy et al. 2015, section 7)."""
     logits, label = torch.randn(1, 5), torch.tensor([2])
     log_p = logits.log_softmax(-1)[0]
@@ -46,7 +46,7 @@ def test_smoothing_by_its_definition(smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("scale", [1.0, 0.37], ids=["sum", "scaled"])
-def test_linear_path_equals_torch(smoothing, scale, problem):
+def test_linear_path_matches_torch(smoothing, scale, problem):
     hidden, weight, labels = problem
     expected = scale * by_torch(hidden, weight, labels, smoothing)
     got = scale * linear_cross_entropy(hidden, weight, labels, smoothing)
@@ -57,8 +57,8 @@ def test_linear_path_equals_torch(smoothing, scale, problem):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("hidden", "weight"), ("bias",)], ids=str)
-def test_a_bias_equals_torch(smoothing, frozen, problem):
-    """Loss and gradients with a bias, also where only some gradients are asked for."""
+def test_bias_matches_torch(smoothing, frozen, problem):
+    """Loss and gradients with a bias, also if only some gradients are requested."""
     hidden, weight, labels = problem
     inputs = {"hidden": hidden, "weight": weight, "bias": torch.randn(V, requires_grad=True)}
     inputs |= {name: inputs[name].detach() for name in frozen}
@@ -72,7 +72,7 @@ def test_a_bias_equals_torch(smoothing, frozen, problem):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_chunks_do_not_matter(problem, monkeypatch):
+def test_chunk_size_does_not_matter(problem, monkeypatch):
     in_chunks = gradients(linear_cross_entropy(*problem, 0.1), *problem[:2])
     monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", {"cpu": N, "other": N})
     at_once = gradients(linear_cross_entropy(*problem, 0.1), *problem[:2])
@@ -101,8 +101,8 @@ def test_large_logits_do_not_overflow(problem):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
-def test_no_logits_wait_for_backward(problem):
-    """What autograd keeps is of the size of the inputs; the plain way keeps N x V."""
+def test_no_logits_are_saved_for_backward(problem):
+    """autograd saves tensors of the size of the inputs; the plain loss saves N x V."""
     hidden, weight, labels = problem
 
     def kept(function) -> list[int]:
@@ -116,7 +116,7 @@ def test_no_logits_wait_for_backward(problem):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_only_the_gradient_that_is_asked_for(frozen, problem):
+def test_only_requested_gradients_are_computed(frozen, problem):
     inputs = {"hidden": problem[0], "weight": problem[1]}
     inputs[frozen] = inputs[frozen].detach()
     other = next(value for name, value in inputs.items() if name != frozen)
@@ -132,7 +132,7 @@ def test_without_gradients(problem):
 
 
 def test_bfloat16_autocast(problem):
-    """Matrix products in bfloat16, the rest in float32: as close as torch's own autocast gets."""
+    """Matrix products in bfloat16, the rest in float32: as accurate as torch's own autocast."""
     hidden, weight, labels = problem
     bias = torch.randn(V, requires_grad=True)
     exact = by_torch(hidden, weight, labels, 0.1, bias)
@@ -157,7 +157,7 @@ def test_bfloat16_weights(problem):
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients(loss, hidden, weight, bias))
 
 
-def test_lengths_are_compared(problem):
+def test_length_mismatch_is_refused(problem):
     hidden, weight, labels = problem
     with pytest.raises(ValueError, match="hidden has 50 rows but labels has 49"):
         linear_cross_entropy(hidden, weight, labels[:-1])

@@ -1,4 +1,4 @@
-"""What DETR promises: padding, attention maps, losses that add up, clear errors."""
+"""DETR: padding, attention maps, additive losses, and error messages."""
 
 import pytest
 import torch
@@ -22,8 +22,7 @@ SIZES = ((64, 96), (32, 64), (64, 32))  # of the three images in the padded batc
 
 
 class Cells(nn.Module):
-    """Feature maps of cells that do not overlap: what a convolution reads beyond an image's edge does not blur the
-    comparison of an image alone with the same image in padding."""
+    """Feature maps of non-overlapping cells, so that padding does not leak into an image through convolutions."""
 
     def __init__(self, channels: list[int]):
         super().__init__()
@@ -61,7 +60,7 @@ KINDS = pytest.mark.parametrize(
 @torch.no_grad()
 @KINDS
 def test_padding_does_not_change_predictions(fields):
-    """An image alone, and the same image padded in a batch, whatever the padding holds."""
+    """An image alone gives the same result as padded in a batch, whatever the padding contains."""
     model = with_cells(tiny_detr(**fields))
     images, mask = tiny_photos(), tiny_padding(SIZES)
     batch = model(images, mask)  # the padding is noise
@@ -76,7 +75,7 @@ def test_padding_does_not_change_predictions(fields):
 
 @torch.no_grad()
 def test_padding_does_not_change_attention_maps_of_boxes():
-    """The maps that the mask head reads; its convolutions then blur over the edge, as the authors' do."""
+    """The maps that the mask head reads; its convolutions then mix cells across the edge, as in the authors' code."""
     model = with_cells(tiny_panoptic())
     images, mask = tiny_photos(), tiny_padding(SIZES)
     found = []
@@ -103,12 +102,12 @@ def test_no_mask_means_no_padding(build):
         assert largest_difference(without.pred_masks, ones.pred_masks) < 1e-4
 
 
-def test_positions_of_padded_images_stretch_over_the_image():
+def test_positions_are_normalized_by_the_unpadded_size():
     mask = tiny_padding(((2, 3), (4, 6)), 4, 6).bool()
     positions = sine_2d(mask, 32).unflatten(1, (4, 6))
     alone = sine_2d(torch.ones(1, 2, 3, dtype=torch.bool), 32).unflatten(1, (2, 3))
     assert largest_difference(positions[0, :2, :3], alone[0]) < 1e-6
-    # The last cell stands at 2 pi in both, whatever the size.
+    # The last cell is at 2 pi in both, whatever the size.
     assert largest_difference(positions[0, 1, 2], positions[1, 3, 5]) < 1e-5
 
 
@@ -122,8 +121,8 @@ def test_outputs(fields):
     assert output.pred_boxes.min() > 0 and output.pred_boxes.max() < 1
     assert [tuple(each.shape) for each in output.encoder_hidden_states] == [(3, 6, 32)] * 3
     assert [tuple(each.shape) for each in output.decoder_hidden_states] == [(3, 7, 32)] * 4
-    assert output.decoder_hidden_states[0].eq(0).all(), "queries start at zero; what tells them apart is added later"
-    assert torch.equal(output.decoder_hidden_states[-1], output.last_hidden_state), "the last is the normed one"
+    assert output.decoder_hidden_states[0].eq(0).all(), "query states start at zero"
+    assert torch.equal(output.decoder_hidden_states[-1], output.last_hidden_state), "the last states are normed"
     assert torch.equal(output.encoder_hidden_states[-1], output.encoder_last_hidden_state)
     assert isinstance(model.model.encoder.layernorm, nn.LayerNorm) == bool(fields)
     plain = model(images, mask)
@@ -135,7 +134,7 @@ def test_outputs(fields):
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
-def test_attention_maps_under_every_backend(backend):
+def test_attention_maps_with_every_backend(backend):
     model = tiny_detr()
     model.set_attn_implementation(backend)
     images, mask = tiny_photos(), tiny_padding(SIZES)
@@ -159,14 +158,14 @@ def test_attention_maps_under_every_backend(backend):
 
 @torch.no_grad()
 def test_queries_and_positions_matter():
-    """Both are added inside every attention; without either the model could not tell objects, or places, apart."""
+    """Both are added in every attention; without either the model could not distinguish objects or positions."""
     model, images = with_cells(tiny_detr()), tiny_photos()
     before = model(images).logits
     assert (before[:, 0] - before[:, 1]).abs().max() > 1e-2, "queries differ"
-    # Cells in another order are another image...
+    # Permuted cells are another image...
     swapped = torch.cat([images[:, :, 32:], images[:, :, :32]], dim=2)
     assert largest_difference(model(swapped).logits, before) > 1e-2
-    # ...only because positions say where they are.
+    # ...but only because of the position embeddings.
     model.model.position_embedding = lambda mask: torch.zeros(1, mask.shape[1] * mask.shape[2], 32)
     model.config.position_embedding_type = "learned"
     assert largest_difference(model(swapped).logits, model(images).logits) < 1e-5
@@ -176,7 +175,7 @@ def test_queries_and_positions_matter():
 
 
 def micro_batches(model: nn.Module, labels: list, images: Tensor, mask: Tensor) -> tuple[float, Tensor]:
-    """Loss and gradient of a step cut into an image and the rest, each divided by the items of the whole."""
+    """Loss and gradient of a step in two micro-batches, each divided by the item counts of the whole batch."""
     model.zero_grad()
     items = normalizers([len(label["boxes"]) for label in labels], 7, model.config.eos_coefficient)
     total = 0.0
@@ -194,7 +193,7 @@ def gradient_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("counts", [(3, 0, 2), (0, 5, 1), (0, 0, 0), (9, 1, 1)], ids=str)
 @pytest.mark.parametrize("build", [tiny_detr, tiny_panoptic])
 def test_micro_batches_add_up_to_the_batch(build, counts):
-    """transformers' loss changes: every micro-batch divides by its own number of boxes there."""
+    """In transformers the loss changes, because every micro-batch is divided by its own number of boxes."""
     model = build(**PLAIN).train()
     images, mask = tiny_photos(), tiny_padding(SIZES)
     labels = tiny_labels(counts, size=(64, 96))
@@ -207,7 +206,7 @@ def test_micro_batches_add_up_to_the_batch(build, counts):
     assert expected.isfinite().all() and expected.norm() > 1e-3
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms():
+def test_loss_is_the_weighted_sum_of_its_terms():
     weights = {"loss_ce": 1, "loss_bbox": 3, "loss_giou": 4, "loss_mask": 6, "loss_dice": 7}
     model = tiny_panoptic(
         bbox_loss_coefficient=3, giou_loss_coefficient=4, mask_loss_coefficient=6, dice_loss_coefficient=7
@@ -235,8 +234,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
         assert term.item() == pytest.approx(terms[name].item(), rel=1e-6)
 
 
-def test_masks_are_computed_for_matched_queries_alone_in_training():
-    """The same loss as in evaluation, where all are."""
+def test_training_computes_masks_of_matched_queries_only():
+    """The loss equals that of evaluation, where all masks are computed."""
     model = tiny_panoptic(**PLAIN)
     images, mask, labels = tiny_photos(), tiny_padding(SIZES), tiny_labels((3, 0, 2), size=(64, 96))
     found = []
@@ -252,7 +251,7 @@ def test_masks_are_computed_for_matched_queries_alone_in_training():
     assert model(images, mask).pred_masks.shape == (3, 7, 16, 24), "without labels there are masks in training too"
 
 
-def test_every_weight_learns():
+def test_every_weight_gets_a_gradient():
     for model in (tiny_detr(**PLAIN, backbone_frozen_stages=0), tiny_panoptic(**PLAIN)):
         model.train()(tiny_photos(), tiny_padding(SIZES), tiny_labels(size=(64, 96))).loss.backward()
         for name, parameter in model.named_parameters():
@@ -260,13 +259,13 @@ def test_every_weight_learns():
                 continue
             assert parameter.grad is not None, name
             if "decoder.layers.0.self_attn." in name and "out_proj" not in name and "v_proj.bias" not in name:
-                continue  # the first layer's values are made of zeros and all alike: its attention has no say
-            # A bias of keys shifts all scores of a query, one before a norm all of its input: neither has a say.
+                continue  # the first layer's values are all equal, so its attention weights have no effect
+            # A key bias shifts all scores of a query, and a bias before a norm its whole input: neither has an effect.
             idle = name.endswith("bias") and ("k_proj" in name or "mask_head" in name)
             assert parameter.grad.abs().max() > (0 if idle else 1e-9), name
 
 
-def test_dropout_works_in_training_at_all_three_places():
+def test_all_three_dropout_rates_apply_in_training():
     images = tiny_photos()
     for name in PLAIN:
         model = tiny_detr(**{**PLAIN, name: 0.5})
@@ -298,7 +297,7 @@ def test_other_channels_and_small_images():
     assert output.pred_masks.shape == (2, 7, 9, 10) and output.loss.isfinite()
 
 
-def test_a_detector_becomes_a_panoptic_model(tmp_path):
+def test_detector_loads_as_a_panoptic_model(tmp_path):
     detector = tiny_detr(encoder_attention_heads=8)
     detector.save_pretrained(tmp_path)
     model, report = TfmDetrForPanopticSegmentation.from_pretrained(tmp_path, output_loading_info=True)

@@ -1,4 +1,4 @@
-"""The backbone: what is frozen, what is folded, and how large the published models are."""
+"""The backbone: frozen parameters, folded norms, and the sizes of the published models."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def note_gradient(kept: list[bool], module: nn.Module, args: tuple, output: Tens
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
 @pytest.mark.parametrize("dilation", [False, True])
 def test_stem_and_first_stage_are_frozen(backbone, dilation):
-    """And nothing else: the paper's part (appendix A.4), which transformers 5.23 does not freeze."""
+    """And nothing else: see appendix A.4 of the paper; transformers 5.23 does not freeze this part."""
     with torch.device("meta"):
         model = TfmDetrForObjectDetection(TfmDetrConfig(backbone=backbone, dilation=dilation))
     prefix = "model.backbone.body."
@@ -43,7 +43,7 @@ def test_stem_and_first_stage_are_frozen(backbone, dilation):
         if name.startswith((f"{prefix}conv1.", f"{prefix}bn1.", f"{prefix}layer1."))
     }
     assert frozen_names(model) == first and len(first) == 1 + 3 * 3 + 1
-    # 7 x 7 stem; three bottlenecks of 1 x 1, 3 x 3, 1 x 1, the first from 64 channels, with a projection.
+    # 7 x 7 stem; three bottlenecks of 1 x 1, 3 x 3, 1 x 1 convolutions, the first from 64 channels, with a projection.
     bottlenecks = (64 + 256 + 256) * 64 + 3 * 9 * 64 * 64 + 3 * 64 * 256 + 64 * 256
     parameters = dict(model.named_parameters())
     assert sum(parameters[name].numel() for name in first) == 7 * 7 * 3 * 64 + bottlenecks == 222_400
@@ -53,8 +53,8 @@ def test_stem_and_first_stage_are_frozen(backbone, dilation):
     )
 
 
-def test_no_gradient_reaches_what_is_frozen(tmp_path):
-    """Neither there nor after the model was loaded, which forgets in transformers 5.23 that parameters were frozen."""
+def test_frozen_parameters_get_no_gradient(tmp_path):
+    """Also after loading: from_pretrained of transformers 5.23 resets requires_grad."""
     model = tiny_detr(backbone="resnet18", **PLAIN).train()
     model.save_pretrained(tmp_path)
     loaded, report = TfmDetrForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
@@ -70,16 +70,16 @@ def test_no_gradient_reaches_what_is_frozen(tmp_path):
         kept = []
         each.model.backbone.body.layer1.register_forward_hook(partial(note_gradient, kept))
         each(tiny_photos(), labels=tiny_labels()).loss.backward()
-        assert kept == [False], "nothing is kept for a backward pass"
+        assert kept == [False], "no activations are saved for backward"
         for name, parameter in each.named_parameters():
             assert (parameter.grad is None) == (name in frozen), name
-            # The first query states are zero, so what the first layer's attention makes of them has no gradient, and
-            # a bias of keys shifts all scores of a query alike.
+            # The first query states are zero, so the output of the first layer's attention has no gradient, and
+            # a key bias shifts all scores of a query equally.
             if parameter.grad is not None and "decoder.layers.0.self_attn" not in name and "k_proj.bias" not in name:
                 assert parameter.grad.abs().max() > 0, name
 
 
-def test_how_much_is_frozen_is_the_users_choice():
+def test_number_of_frozen_stages_is_configurable():
     counts = []
     for stages in range(5):
         features = TimmFeatures("resnet18", 3, ALL, "frozen", stages)
@@ -105,19 +105,19 @@ def test_how_much_is_frozen_is_the_users_choice():
         ("test_efficientnet", "blocks.2"),
     ],
 )
-def test_the_first_stage_of_other_families(backbone, trained):
-    """Everything that makes the map at a quarter of the image's size, and nothing of the next stage."""
+def test_first_stage_of_other_architectures(backbone, trained):
+    """All parameters up to the map at a quarter of the image size, and none of the next stage."""
     body = TimmFeatures(backbone, 3, ALL, "frozen", 1).body
     names = [name for name, _ in body.named_parameters()]
     learned = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
     assert learned and learned == names[-len(learned) :] and len(learned) < len(names)
     assert any(name.startswith(trained) for name in learned)
     before = next(i for i, name in enumerate(names) if name.startswith(trained))
-    # Between the stages stand at most a few weights that lead to the next size.
+    # Between the stages there are at most a few weights that lead to the next size.
     assert len(names) - len(learned) >= before - 6 and frozen_names(body) == set(names[: -len(learned)])
 
 
-def test_a_frozen_norm_is_batch_norm_in_evaluation():
+def test_frozen_norm_equals_batch_norm_in_evaluation():
     norm, frozen = nn.BatchNorm2d(6, eps=1e-3), FrozenBatchNorm(6, eps=1e-3)
     scramble_detr(norm)
     report = frozen.load_state_dict(norm.state_dict(), strict=False)
@@ -130,10 +130,10 @@ def test_a_frozen_norm_is_batch_norm_in_evaluation():
 
 
 FAMILIES = {
-    # Of the norms of a family, those behind a convolution of their own.
+    # Norms of an architecture that follow a convolution of their own.
     "resnet18": (20, 20),
     "resnet10t": (14, 14),
-    "densenet121": (121, 59),  # the others read sums and concatenations
+    "densenet121": (121, 59),  # the others follow sums and concatenations
     "regnetx_002": (44, 44),
     "mobilenetv3_small_050": (34, 34),
     "convnext_atto": (0, 0),  # has layer norms
@@ -144,8 +144,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_folding_changes_nothing(name, monkeypatch):
-    """Maps and gradients of a model with random statistics, folded and not."""
+def test_folding_changes_no_output(name, monkeypatch):
+    """Maps and gradients of a model with random statistics, with and without folding."""
     torch.manual_seed(0)
     folded = scramble_detr(TimmFeatures(name, 3, ALL, "frozen", 1))
     monkeypatch.setattr(backbones, "fold_norms", lambda body: [])
@@ -158,7 +158,7 @@ def test_folding_changes_nothing(name, monkeypatch):
     images = tiny_photos(2, 64, 64)
     for one, other in zip(folded(images), plain(images), strict=True):
         assert other.std() > 1e-3 and relative_difference(one, other) < 1e-5
-    found = []  # gradients in float64: rounding moves values over the kinks of ReLU
+    found = []  # gradients in float64: rounding moves values across ReLU's kink
     for features in (folded.double(), plain.double()):
         sum(each.square().mean() for each in features(images.double())).backward()
         found.append({name: p.grad for name, p in features.named_parameters() if p.requires_grad})
@@ -168,7 +168,7 @@ def test_folding_changes_nothing(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_folding_a_model_of_several_resolutions():
+def test_folding_a_multi_resolution_model():
     torch.manual_seed(0)
     folded = scramble_detr(TimmFeatures("hrnet_w18_small", 3, ALL, "frozen"))
     plain = copy.deepcopy(folded)
@@ -181,8 +181,8 @@ def test_folding_a_model_of_several_resolutions():
         assert relative_difference(one, other) < 1e-5
 
 
-class Odd(nn.Module):
-    """Norms that must not be folded, and one that may."""
+class Unfoldable(nn.Module):
+    """Norms that must not be folded, and one that may be."""
 
     def __init__(self):
         super().__init__()
@@ -192,13 +192,13 @@ class Odd(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         one = self.first(self.shared(features)) + self.second(self.shared(features + 1))  # two norms, one convolution
         convolved = self.read_twice(features)
-        two = self.third(convolved) + convolved  # something else reads the convolution
-        three = self.fourth(self.twice(features)) + self.fourth(features)  # one norm at two places
+        two = self.third(convolved) + convolved  # the convolution has a second consumer
+        three = self.fourth(self.twice(features)) + self.fourth(features)  # one norm used twice
         return one + two + three + self.fifth(self.own(features))
 
 
-def test_what_must_not_be_folded():
-    model = scramble_detr(Odd())
+def test_unfoldable_norms_are_left_alone():
+    model = scramble_detr(Unfoldable())
     images = tiny_photos(2, 4, 4)
     expected = model(images)
     fold_norms(model)
@@ -208,7 +208,7 @@ def test_what_must_not_be_folded():
 
 
 class Adapter(nn.Module):
-    """A layer with a change added to its output, as LoRA does."""
+    """A layer with a low-rank term added to its output, as in LoRA."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
@@ -218,8 +218,8 @@ class Adapter(nn.Module):
         return self.layer(features) + self.change(features)
 
 
-def test_the_norm_also_scales_what_an_adapter_adds():
-    """A folded convolution would leave the adapter's part unscaled, and merging it would change the model."""
+def test_norm_scales_the_output_of_an_adapter():
+    """Folding would leave the adapter's term unscaled, and merging it would change the model."""
     features, images = tiny_detr(backbone="resnet18").model.backbone, tiny_photos(1)
     block = features.body.layer1[0]
     plain = features(images)
@@ -239,8 +239,8 @@ def test_the_norm_also_scales_what_an_adapter_adds():
 @pytest.mark.parametrize(
     ("name", "size"), [("swin_tiny_patch4_window7_224", 224), ("mambaout_femto", 64), ("test_resnet", 64)]
 )
-def test_maps_have_their_channels_first(name, size):
-    """Also those of backbones that give them last."""
+def test_feature_maps_are_channels_first(name, size):
+    """Also for backbones that return channels last."""
     features = TimmFeatures(name, 3, ALL).eval()
     with torch.no_grad():
         maps = features(tiny_photos(1, size, size))
@@ -249,7 +249,7 @@ def test_maps_have_their_channels_first(name, size):
     assert [tuple(each.shape[2:]) for each in maps] == [(side, side) for side in sides]
 
 
-def test_a_detector_on_a_backbone_with_channels_last():
+def test_detector_with_a_channels_last_backbone():
     model, images = tiny_detr(backbone="mambaout_femto", backbone_frozen_stages=0), tiny_photos(1, 64, 64)
     body = model.model.backbone
     assert body.channels_last and model(images).pred_boxes.shape == (1, 7, 4)
@@ -258,8 +258,8 @@ def test_a_detector_on_a_backbone_with_channels_last():
     assert all(p.grad is not None for p in body.parameters() if p.requires_grad)
 
 
-def test_a_model_that_hides_its_graph_is_left_alone():
-    class Hidden(nn.Module):
+def test_untraceable_model_is_left_alone():
+    class Untraceable(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.norm = nn.Conv2d(3, 3, 1), FrozenBatchNorm(3)
@@ -267,13 +267,13 @@ def test_a_model_that_hides_its_graph_is_left_alone():
         def forward(self, features):
             return self.norm(self.conv(features)) if features.mean() > 0 else features
 
-    model = Hidden()
+    model = Untraceable()
     fold_norms(model)
     assert not model.norm.folded and type(model.conv) is nn.Conv2d
 
 
 def test_copies_of_a_folded_model(tmp_path):
-    """A copy must read its own norms, not those of the original."""
+    """A copy must use its own norms, not those of the original."""
     features, images = tiny_detr(backbone="resnet18").model.backbone, tiny_photos(1)
     expected = [each.clone() for each in features(images)]
     keys = set(features.state_dict())
@@ -294,7 +294,7 @@ def test_copies_of_a_folded_model(tmp_path):
             assert torch.equal(one, before)
 
 
-def test_group_norm_and_batch_norm_learn():
+def test_group_norm_and_batch_norm_are_trained():
     for kind, norm_class in (("group", nn.GroupNorm), ("batch", nn.BatchNorm2d)):
         features = TimmFeatures("test_resnet", 3, ALL, kind)
         norms = [module for module in features.modules() if isinstance(module, norm_class)]
@@ -312,7 +312,7 @@ def test_group_norm_and_batch_norm_learn():
         assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
 
 
-def test_groups_have_sixteen_channels_and_batch_norm_its_momentum():
+def test_group_norm_and_batch_norm_settings():
     for name, widths in (("test_resnet", {32, 48, 96}), ("resnet18", {64, 512})):
         norms = [m for m in TimmFeatures(name, 3, ALL, "group").modules() if isinstance(m, nn.GroupNorm)]
         assert {norm.num_channels for norm in norms} >= widths
@@ -324,7 +324,7 @@ def test_groups_have_sixteen_channels_and_batch_norm_its_momentum():
 
 
 @pytest.mark.parametrize("stages", [0, 1, 4])
-def test_batch_norm_that_does_not_learn_keeps_its_statistics(stages):
+def test_fixed_batch_norm_keeps_its_statistics(stages):
     features = TimmFeatures("test_resnet", 3, ALL, "batch", stages)
     assert features.training
     before = copy.deepcopy(features.state_dict())
@@ -337,8 +337,8 @@ def test_batch_norm_that_does_not_learn_keeps_its_statistics(stages):
     assert not any(module.training for module in features.eval().modules())
 
 
-def test_group_norm_treats_each_image_alone():
-    """In training too, where batch norm mixes them."""
+def test_group_norm_treats_images_independently():
+    """Also in training, where batch norm mixes them."""
     images = tiny_photos()
     for kind, mixes in (("group", False), ("batch", True)):
         features = TimmFeatures("test_resnet", 3, ALL, kind).train()
@@ -346,9 +346,9 @@ def test_group_norm_treats_each_image_alone():
 
 
 @pytest.mark.parametrize(("backbone", "height", "width"), [("resnet18", 64, 96), ("resnet50", 65, 70)])
-def test_dilation_keeps_the_size_of_the_last_map(backbone, height, width):
+def test_dilation_keeps_the_resolution_of_the_last_map(backbone, height, width):
     plain, dilated = (TimmFeatures(backbone, 3, ALL, "frozen", 1, stride).eval() for stride in (None, 16))
-    dilated.load_state_dict(plain.state_dict())  # the same weights, further apart
+    dilated.load_state_dict(plain.state_dict())  # the same kernel, dilated
     maps, larger = plain(tiny_photos(1, height, width)), dilated(tiny_photos(1, height, width))
     assert [x.shape for x in maps[:3]] == [x.shape for x in larger[:3]] and (plain.stride, dilated.stride) == (32, 16)
     assert larger[3].shape[2:] == larger[2].shape[2:] == dilated.grid(height, width)
@@ -367,9 +367,9 @@ PUBLISHED = {  # table 1 of the paper: parameters in millions, GFLOPs
 def test_published_sizes(name):
     """Parameters and multiply-adds of table 1.
 
-    The paper averages over the first 100 validation images of COCO, which have 888,477 pixels at the size they are
-    resized to; one image of 800 x 1110 stands for them. Its tool also counts norms and the like, torch's counts
-    convolutions and matrix products alone: hence up to 4 % less here.
+    The paper averages over the first 100 validation images of COCO, which have 888,477 pixels on average after
+    resizing; one image of 800 x 1110 represents them. Its tool also counts norms and the like, torch's only
+    convolutions and matrix products: hence up to 4 % less here.
     """
     fields, millions, gflops = PUBLISHED[name]
     with torch.device("meta"):
@@ -383,6 +383,6 @@ def test_published_sizes(name):
     assert 0.96 * gflops < multiply_adds < gflops
 
 
-def test_a_backbone_that_timm_does_not_know():
+def test_unknown_timm_backbone_is_refused():
     with pytest.raises(ValueError, match=r'backbone must be the name of a timm model .* got "resnet_of_nobody"'):
         TfmDetrForObjectDetection(tiny_detr_config(backbone="resnet_of_nobody"))

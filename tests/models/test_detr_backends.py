@@ -1,4 +1,4 @@
-"""DETR under every attention backend, under checkpointing and in half precision."""
+"""DETR with every attention backend, gradient checkpointing and half precision."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_gradient_checkpointing(build, reentrant):
 @every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(build, dtype, tmp_path):
-    """Converted, and loaded in half precision; images may come in float32. The loss is in float32."""
+    """Models converted to half precision or loaded in it; images may be float32. The loss is float32."""
     model, inputs = build(), inputs_of(loss=True)
     expected = model(**inputs)
     model.save_pretrained(tmp_path)
@@ -84,4 +84,4 @@ def test_autocast(build):
         found.append((output.loss.item(), gradients(model)))
     (expected, exact), (got, rounded) = found
     assert got == pytest.approx(expected, rel=0.05) and exact.dtype == rounded.dtype == torch.float32
-    assert relative_difference(rounded, exact) < 0.3  # a match may fall otherwise where two cost the same
+    assert relative_difference(rounded, exact) < 0.3  # the matching may differ where two costs are nearly equal

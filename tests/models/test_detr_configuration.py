@@ -1,4 +1,4 @@
-"""DETR's configuration and first weights, and what is refused."""
+"""DETR's configuration, initial weights, and refused input."""
 
 import copy
 
@@ -11,7 +11,7 @@ from hf_tfm.models.positions import LearnedPositions2D
 
 
 def test_the_authors_defaults():
-    """In which transformers' own configuration differs: dropout 0 in attention and feed-forward, no auxiliary loss."""
+    """transformers' configuration differs: dropout 0 in attention and feed-forward, no auxiliary loss."""
     config = TfmDetrConfig()
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.1, 0.1, 0.1)
     assert config.auxiliary_loss and config.eos_coefficient == 0.1 and config.num_queries == 100
@@ -21,7 +21,7 @@ def test_the_authors_defaults():
     assert config.hidden_size == config.d_model == 256 and config.num_attention_heads == 8
 
 
-def test_initial_weights_repeat_with_a_seed():
+def test_initial_weights_depend_on_the_seed():
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def test_initial_weights():
     ],
     ids=["channels", "mask", "labels"],
 )
-def test_inputs_that_do_not_fit(inputs, message):
+def test_invalid_inputs_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         tiny_detr()(**inputs)
 
@@ -78,18 +78,18 @@ def test_inputs_that_do_not_fit(inputs, message):
     ],
     ids=str,
 )
-def test_configurations_that_cannot_be(fields, message):
+def test_invalid_configurations_are_refused(fields, message):
     with pytest.raises(Exception, match=message) as raised:
         tiny_detr_config(**fields)
     assert isinstance(raised.value, ValueError) or "Validation" in type(raised.value).__name__
 
 
-def test_a_mask_head_needs_a_width_it_can_halve():
+def test_mask_head_needs_a_divisible_width():
     with pytest.raises(ValueError, match="multiple of 16 and, with encoder_attention_heads added, of 8, got 32 and 4"):
         TfmDetrForPanopticSegmentation(tiny_detr_config())
 
 
-def test_a_feature_map_larger_than_learned_positions():
+def test_feature_map_larger_than_learned_positions_is_refused():
     model = tiny_detr(position_embedding_type="learned")
     model.model.position_embedding = LearnedPositions2D(32, length=2)
     with pytest.raises(ValueError, match="2 x 3 cells, but learned positions end at 2"):

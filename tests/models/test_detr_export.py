@@ -1,4 +1,4 @@
-"""DETR compiled in one graph, exported, and run by ONNX Runtime."""
+"""DETR compiled to one graph, exported, and run with ONNX Runtime."""
 
 import pytest
 import torch
@@ -45,11 +45,12 @@ MAPS = {"output_attentions": True, "output_hidden_states": True}
     ],
 )
 def test_forward_compiles_in_one_graph(build, masked, asked):
-    """The graph alone, run by torch as it is: what would break it does so here."""
+    """The graph alone, run eagerly by torch: graph breaks show up here."""
     model, inputs = build(), inputs_of()
     if not masked:
         del inputs["pixel_mask"]
-    expected = model(**inputs, **asked)  # first, as transformers installs its hooks for outputs in an uncompiled call
+    # The first, uncompiled call installs transformers\' output hooks.
+    expected = model(**inputs, **asked)
     output = torch.compile(model, fullgraph=True, backend="eager")(**inputs, **asked)
     assert_same(output, expected)
     assert (output.cross_attentions is not None) == bool(asked)
@@ -58,7 +59,7 @@ def test_forward_compiles_in_one_graph(build, masked, asked):
 @torch.no_grad()
 @BUILDS
 def test_export(build):
-    """One graph for any number of images, of any size that the backbone's stride divides."""
+    """One graph for any number of images, and any size that is a multiple of the backbone's stride."""
     model = build()
     B, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("B", "rows", "columns"))
     shapes = {
@@ -74,7 +75,7 @@ def test_export(build):
 @pytest.mark.parametrize("build", [tiny_detr, pytest.param(tiny_panoptic, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_onnx(build, tmp_path):
-    """What ONNX Runtime makes of other images than the export saw, of other number and size."""
+    """ONNX Runtime on images of another number and size than in the export."""
     pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
     model = build()
@@ -90,5 +91,5 @@ def test_onnx(build, tmp_path):
     for other in (inputs_of(), inputs_of(5), inputs_of(2, 128, 160)):
         expected = model(**other)
         found = session.run(None, {name: value.numpy() for name, value in other.items()})
-        names = [name for name in OUTPUTS if name in expected]  # outputs come in this order, hidden states last
+        names = [name for name in OUTPUTS if name in expected]  # outputs are in this order, hidden states last
         assert_same(dict(zip(names, map(torch.from_numpy, found), strict=False)), expected)

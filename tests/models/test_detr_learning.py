@@ -1,4 +1,4 @@
-"""From scratch on drawn rectangles: DETR learns classes, boxes and masks, and does not where a mistake is planted."""
+"""Trained from scratch on drawn rectangles, DETR learns classes, boxes and masks, but not with a planted bug."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ FIELDS = {
 
 
 def rectangles(count: int = 8) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images (count, 3, SIDE, SIDE) of one to three rectangles, the class their colour, and their labels."""
+    """Images (count, 3, SIDE, SIDE) of one to three rectangles, with the class encoded by color, and their labels."""
     generator = torch.Generator().manual_seed(0)
     images, labels = 0.1 * torch.randn(count, 3, SIDE, SIDE, generator=generator), []
     for image in images:
@@ -59,9 +59,8 @@ def fit(model: nn.Module, steps: int, lr: float = 2e-3) -> nn.Module:
 
 
 @torch.no_grad()
-def found_share(model: nn.Module) -> float:
-    """Share of objects that a query names rightly, above 0.5, with a box of GIoU above 0.6; queries that see
-    something where nothing is count against it."""
+def recall_without_false_positives(model: nn.Module) -> float:
+    """Share of objects found: right class above 0.5 and box with GIoU above 0.6; false positives count against it."""
     images, labels = rectangles()
     output = model(images)
     right = wrong = objects = 0
@@ -86,12 +85,12 @@ def detector() -> TfmDetrForObjectDetection:
     return trained_detector()
 
 
-def test_it_learns_eight_images_by_heart(detector):
-    assert found_share(detector) > 0.8
+def test_detr_overfits_eight_images(detector):
+    assert recall_without_false_positives(detector) > 0.8
 
 
-def other_queries(cost: Tensor, counts: list[int], *_) -> np.ndarray:
-    """An assignment that does not look at the cost."""
+def arbitrary_matching(cost: Tensor, counts: list[int], *_) -> np.ndarray:
+    """An assignment that ignores the cost."""
     L, B, Q, M = cost.shape
     queries = np.full((L, B, M), Q)
     for layer in range(L):
@@ -101,14 +100,14 @@ def other_queries(cost: Tensor, counts: list[int], *_) -> np.ndarray:
 
 
 def test_without_matching_it_learns_little(monkeypatch):
-    monkeypatch.setattr(set_loss, "assign", other_queries)
-    assert found_share(trained_detector()) < 0.3
+    monkeypatch.setattr(set_loss, "assign", arbitrary_matching)
+    assert recall_without_false_positives(trained_detector()) < 0.3
 
 
-def test_with_boxes_read_wrongly_it_learns_little(monkeypatch):
-    """Corners taken for centre and size, in the loss alone."""
+def test_with_wrong_box_format_it_learns_little(monkeypatch):
+    """Corners are read as center and size, in the loss only."""
     monkeypatch.setattr(set_loss, "box_losses", wrong_box_losses)
-    assert found_share(trained_detector()) < 0.3
+    assert recall_without_false_positives(trained_detector()) < 0.3
 
 
 def wrong_box_losses(boxes: Tensor, queries: Tensor, objects: set_loss.Objects) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ RIGHT_LOSSES = set_loss.box_losses
 
 
 def mask_overlap(model: TfmDetrForPanopticSegmentation) -> float:
-    """Mean intersection over union of the masks of matched queries."""
+    """Mean IoU of the masks of matched queries."""
     images, labels = rectangles()
     with torch.no_grad():
         output = model(images)
@@ -133,7 +132,7 @@ def mask_overlap(model: TfmDetrForPanopticSegmentation) -> float:
     return sum(shares) / len(shares)
 
 
-def test_a_frozen_detector_learns_masks_alone(detector, tmp_path):
+def test_mask_head_learns_on_a_frozen_detector(detector, tmp_path):
     detector.save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = TfmDetrForPanopticSegmentation.from_pretrained(tmp_path)
@@ -145,4 +144,4 @@ def test_a_frozen_detector_learns_masks_alone(detector, tmp_path):
     assert all(torch.equal(value, frozen[name]) for name, value in model.detr.state_dict().items())
     assert all(parameter.grad is None for parameter in model.detr.parameters())
     assert before < 0.3 and mask_overlap(model) > 0.7
-    assert found_share(model) == found_share(detector)
+    assert recall_without_false_positives(model) == recall_without_false_positives(detector)

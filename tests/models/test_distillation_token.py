@@ -1,4 +1,4 @@
-"""DeiT's distillation token: the same as transformers' model with two classifiers, saved, resized and trained."""
+"""DeiT's distillation token: equal to transformers' model with two classifiers; saving, resizing and training."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hf_tfm.conversion import convert
 from hf_tfm.hub.cost import measure_cost
 
 
-def test_it_computes_what_transformers_does_and_ships_as_its_class(tmp_path):
+def test_it_matches_transformers_and_converts_to_its_class(tmp_path):
     torch.manual_seed(0)
     theirs = scramble(DeiTForImageClassificationWithTeacher(DeiTConfig(num_labels=5, layer_norm_eps=1e-6, **TINY)))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -37,7 +37,7 @@ def test_it_computes_what_transformers_does_and_ships_as_its_class(tmp_path):
         convert(tmp_path / "plain", "deit", tmp_path / "refused")
 
 
-def test_it_adds_a_token_and_a_classifier():
+def test_it_adds_one_token_and_one_classifier():
     def count(**fields) -> int:
         return sum(p.numel() for p in tiny_vit(**fields).parameters())
 
@@ -45,14 +45,14 @@ def test_it_adds_a_token_and_a_classifier():
     assert "cls_logits" not in tiny_vit()(tiny_images())
 
 
-def test_it_begins_with_a_random_token_and_is_saved(tmp_path):
+def test_token_is_random_at_first_and_saved(tmp_path):
     torch.manual_seed(0)
     model = TfmViTForImageClassification(tiny_vit_config(num_labels=5, distillation_token=True)).eval()
     assert model.vit.distillation_token.std() > 0.01
     model.save_pretrained(tmp_path)
     again, images = AutoModelForImageClassification.from_pretrained(tmp_path).eval(), tiny_images()
     assert largest_difference(model(images).distillation_logits, again(images).distillation_logits) == 0.0
-    # One that was trained without it begins with a token of its own.
+    # A checkpoint without the token gets a randomly initialized one.
     tiny_vit().save_pretrained(tmp_path / "plain")
     fresh, report = TfmViTForImageClassification.from_pretrained(
         tmp_path / "plain", distillation_token=True, output_loading_info=True
@@ -65,13 +65,13 @@ def test_it_begins_with_a_random_token_and_is_saved(tmp_path):
     assert fresh.vit.distillation_token.std() > 0.01
 
 
-def test_its_operations_can_be_counted():
+def test_flops_can_be_counted():
     plain, token = (tiny_vit(distillation_token=given) for given in (False, True))
     costs = [measure_cost("", model, {"pixel_values": tiny_images(1)})["gflops"] for model in (plain, token)]
-    assert costs[0] < costs[1] < costs[0] * 18 / 17 * 1.05  # one token more of 17, and a classifier
+    assert costs[0] < costs[1] < costs[0] * 18 / 17 * 1.05  # one token more, of 17, and one classifier
 
 
-def test_images_of_another_size_and_maps():
+def test_other_image_sizes_and_attention_maps():
     model = tiny_vit(distillation_token=True)
     assert model(tiny_images(2, 24, 32)).logits.shape == (2, 5)
     model.vit.set_image_size((24, 32))
@@ -82,14 +82,14 @@ def test_images_of_another_size_and_maps():
     assert largest_difference(found, states[:, 2:].transpose(1, 2).unflatten(2, (4, 4))) < 1e-6
 
 
-def test_both_classifiers_and_the_token_learn():
+def test_both_classifiers_and_the_token_get_gradients():
     model = tiny_vit(distillation_token=True).train()
     model(tiny_images(), labels=torch.tensor([0, 1, 2])).loss.backward()
     for part in (model.classifier.weight, model.distillation_classifier.weight, model.vit.distillation_token):
         assert part.grad.abs().max() > 0
 
 
-def test_what_does_not_go_with_it_is_refused(tmp_path):
+def test_incompatible_options_are_refused(tmp_path):
     for fields in ({"pooling": "mean"}, {"representation_layer": True}):
         with pytest.raises(ValueError, match='distillation_token needs pooling "cls" and no representation_layer'):
             tiny_vit_config(distillation_token=True, **fields)
@@ -103,7 +103,7 @@ def test_what_does_not_go_with_it_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "fields", [{"position_embedding_type": "sincos_2d"}, {"image_size": (8, 32)}, {"num_labels": 1}], ids=str
 )
-def test_every_such_classifier_ships_as_deit(fields, tmp_path):
+def test_all_classifiers_with_the_token_convert_to_deit(fields, tmp_path):
     model = tiny_vit(distillation_token=True, **fields).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "ours")
     assert convert(tmp_path / "ours", "deit", tmp_path / "theirs")["max_abs_difference"] < 1e-5

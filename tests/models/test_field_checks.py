@@ -1,4 +1,4 @@
-"""Configurations of all families: fields out of range, misspelt, and what saving and loading keeps."""
+"""Configurations of all families: out-of-range and misspelt fields, and saving and loading."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from hf_tfm.families import FAMILIES
 from hf_tfm.models.checks import refuse_misspelt
 
 KINDS = [family.config for family in FAMILIES]
-# Fields of the same meaning; a configuration has one of each.
+# Field names with the same meaning; a configuration has one of each group.
 SCALES = ("initializer_range", "initializer_factor", "init_xavier_std")
 COUNTS = ("num_attention_heads", "encoder_attention_heads", "num_channels")
 WIDTHS = ("hidden_size", "d_model", "embed_dim")
@@ -37,14 +37,14 @@ def test_every_kind_is_checked():
 
 @every_kind
 @pytest.mark.parametrize("value", [-1e-5, 0.0, math.nan, math.inf])
-def test_epsilon(kind, value):
+def test_layer_norm_epsilon(kind, value):
     with pytest.raises(ValueError, match=rf"^layer_norm_eps must be a finite number above 0, got {value}$"):
         kind(layer_norm_eps=value)
 
 
 @every_kind
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-def test_initial_scale(kind, value):
+def test_initializer_range(kind, value):
     name = field_of(kind, SCALES)
     with pytest.raises(ValueError, match=f"^{name} must be a finite number .*{value}$"):
         kind(**{name: value})
@@ -68,7 +68,7 @@ def test_types(kind, value):
 
 @every_text_kind
 @pytest.mark.parametrize("value", [0, -5, 10**9])
-def test_vocabulary(kind, value):
+def test_vocabulary_size(kind, value):
     with pytest.raises(ValueError, match=rf"^vocab_size must be at (least 1|most 16777216), got {value}$"):
         kind(vocab_size=value)
 
@@ -82,7 +82,7 @@ def test_special_tokens(kind, name, value):
 
 
 @every_text_kind
-def test_a_small_vocabulary_needs_no_ids(kind):
+def test_small_vocabulary_needs_no_special_tokens(kind):
     assert kind(vocab_size=3).vocab_size == 3
     with pytest.raises(ValueError, match=r"eos_token_id must be in .* got 21"):
         kind(vocab_size=20, eos_token_id=[1, 21])
@@ -92,18 +92,18 @@ def test_a_small_vocabulary_needs_no_ids(kind):
 @pytest.mark.parametrize(
     ("field", "meant"), [("layernorm_eps", "layer_norm_eps"), ("num_label", "num_labels"), ("id2lable", "id2label")]
 )
-def test_misspelt(kind, field, meant):
+def test_misspelt_fields_are_refused(kind, field, meant):
     with pytest.raises(ValueError, match=f'"{field}" is not a field of {kind.__name__}: did you mean "{meant}"'):
         kind(**{field: None})
 
 
 @every_kind
-def test_fields_of_others_stay(kind):
-    """transformers keeps fields it does not know; files of other tools hold some."""
+def test_unrelated_fields_are_kept(kind):
+    """transformers keeps unknown fields; files written by other tools may contain some."""
     assert kind(my_own_note="kept", torch_dtype="float16").my_own_note == "kept"
 
 
-def test_similarity():
+def test_similar_field_names():
     refuse_misspelt("field", ["encoder_layerdrop", "_private"], {"encoder_layers"})
     with pytest.raises(ValueError, match='"dropuot" is not a field: did you mean "dropout"'):
         refuse_misspelt("field", ["dropuot"], {"dropout", "hidden_size"})
@@ -117,7 +117,7 @@ def test_number_of_labels(kind, value):
 
 
 @every_kind
-def test_labels_and_their_number(kind, tmp_path):
+def test_number_of_labels_must_match_the_labels(kind, tmp_path):
     with pytest.raises(ValueError, match="num_labels must be 2, the number of labels in id2label, got 3"):
         kind(num_labels=3, id2label={0: "a", 1: "b"})
     kind(num_labels=3).save_pretrained(tmp_path)
@@ -126,7 +126,7 @@ def test_labels_and_their_number(kind, tmp_path):
 
 
 def choices(kind) -> dict:
-    """Valid values of those fields that a configuration has."""
+    """Valid values for those of the fields that a configuration has."""
     shares, positive = st.floats(0, 0.99), st.floats(1e-12, 10)
     fields = {
         "layer_norm_eps": positive,
@@ -152,7 +152,7 @@ def choices(kind) -> dict:
 
 
 def plain(config) -> dict:
-    """The fields, tuples as the lists that JSON makes of them; without what saving adds."""
+    """The fields with tuples as lists, as in JSON, and without those added by saving."""
     added = ("architectures", "auto_map", "transformers_version")
     fields = {key: value for key, value in config.to_dict().items() if key not in added}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
@@ -161,7 +161,7 @@ def plain(config) -> dict:
 @every_kind
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_what_is_saved_is_loaded(kind, data, tmp_path_factory):
+def test_saved_configuration_is_loaded_unchanged(kind, data, tmp_path_factory):
     fields = data.draw(st.fixed_dictionaries({}, optional=choices(kind)))
     width = math.lcm(*range(1, 5)) * 16
     config = kind(**fields, **{field_of(kind, WIDTHS): width})
@@ -175,8 +175,8 @@ def test_what_is_saved_is_loaded(kind, data, tmp_path_factory):
         assert (list(found) == list(value)) if isinstance(value, tuple | list) else (found == value), name
 
 
-def test_a_file_may_hold_fields_of_other_versions(tmp_path):
-    """Only arguments are checked for misspelling; files of other versions and of conversions have more fields."""
+def test_file_may_have_fields_of_other_versions(tmp_path):
+    """Only arguments are checked for misspelling; files of other versions may have additional fields."""
     saved = hf_tfm.TfmDetrConfig.of_size("tiny").to_dict() | {"tfm_auxiliary_loss": True, "encoder_layer": 2}
     assert hf_tfm.TfmDetrConfig.from_dict(saved).tfm_auxiliary_loss is True
     (tmp_path / "config.json").write_text(json.dumps(saved))

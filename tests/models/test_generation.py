@@ -1,4 +1,4 @@
-"""Generation: caches, search, and the work that `hf_tfm.models.generation` leaves out."""
+"""Generation: caches, search, and the computation that `hf_tfm.models.generation` saves."""
 
 import copy
 
@@ -24,18 +24,18 @@ def source(rows: int = 5) -> dict:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def lively_model(**fields):
-    """A model whose sentences wander and end at different lengths; with tied weights it would repeat its input."""
+def varied_model(**fields):
+    """A model whose outputs vary and end at different lengths; with tied weights it would repeat its input."""
     model = tiny_model(tie_word_embeddings=False, **fields)
-    torch.manual_seed(3)  # of some seeds all sentences end alike
+    torch.manual_seed(3)  # with some seeds all sentences end at the same length
     torch.nn.init.normal_(model.lm_head.weight)
     model.generation_config.eos_token_id = list(range(5, 48, 4))
     model.generation_config.pad_token_id = 0
     return model
 
 
-def by_hand(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
-    """Greedy search in its shortest form: no cache, every sentence alone."""
+def reference_greedy(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
+    """Minimal greedy search: no cache, one sentence at a time."""
     results = []
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         ids, row = ids[None, : mask.sum()], torch.tensor([[1]])
@@ -50,7 +50,7 @@ def by_hand(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @torch.no_grad()
 def test_cached_equals_uncached(fields, static):
-    """Three tokens at once, then one by one; the positions must go on where the cache ends."""
+    """Three tokens at once, then single tokens; positions must continue after the cached ones."""
     model, batch = tiny_model(**fields), tiny_batch(target=8)
     del batch["decoder_attention_mask"]
     expected = model(**batch, use_cache=False).logits
@@ -59,7 +59,7 @@ def test_cached_equals_uncached(fields, static):
         return StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache()
 
     past, ids = EncoderDecoderCache(cache(), cache()), batch.pop("decoder_input_ids")
-    if static:  # the memory's slots are all in use, as generate() makes them
+    if static:  # the cross-attention cache has no unused slots, as in generate()
         past.cross_attention_cache = StaticCache(config=model.config, max_cache_len=7)
     got = []
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 8)):
@@ -70,7 +70,7 @@ def test_cached_equals_uncached(fields, static):
 
 
 @torch.no_grad()
-def test_the_memory_is_projected_once():
+def test_encoder_output_is_projected_once():
     model, batch = tiny_model(), tiny_batch()
     calls = []
     model.get_decoder().layers[0].cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -83,16 +83,16 @@ def test_the_memory_is_projected_once():
 
 
 @KINDS
-def test_greedy_equals_the_loop_by_hand(fields):
-    model, batch = lively_model(**fields), source(rows=12)
-    expected = by_hand(model, batch, 12)
+def test_greedy_matches_the_reference(fields):
+    model, batch = varied_model(**fields), source(rows=12)
+    expected = reference_greedy(model, batch, 12)
     assert len({int(row.count_nonzero()) for row in expected}) > 2, "the sentences must end at different places"
     assert torch.equal(model.generate(**batch, max_new_tokens=12), expected)
     assert torch.equal(model.generate(**batch, max_new_tokens=12, use_cache=False), expected)
 
 
-def test_greedy_leaves_finished_sentences_out(monkeypatch):
-    model, batch = lively_model(), source(rows=12)
+def test_greedy_drops_finished_sentences(monkeypatch):
+    model, batch = varied_model(), source(rows=12)
     rows = []
     model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -102,7 +102,7 @@ def test_greedy_leaves_finished_sentences_out(monkeypatch):
     rows.clear()
     monkeypatch.setattr(generation, "greedy_suits", lambda *_: False)
     assert torch.equal(model.generate(**batch, max_new_tokens=12), short)
-    assert set(rows) == {12}, "transformers' loop, to which the result was equal"
+    assert set(rows) == {12}, "transformers' loop computes all rows"
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_greedy_leaves_finished_sentences_out(monkeypatch):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_what_changes_the_scores_works_on_fewer_rows_too(asked, monkeypatch):
-    model, batch = lively_model(), source(rows=12)
+def test_logits_processors_work_with_fewer_rows(asked, monkeypatch):
+    model, batch = varied_model(), source(rows=12)
     plain = model.generate(**batch, max_new_tokens=12)
     if "bad_words_ids" in asked:
         asked = {"bad_words_ids": [[plain[0, 1].item()], plain[1, 1:3].tolist()]}
@@ -142,27 +142,27 @@ def test_what_changes_the_scores_works_on_fewer_rows_too(asked, monkeypatch):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_other_wishes_go_to_transformers_own_loop(asked, monkeypatch):
+def test_other_options_use_transformers_loop(asked, monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("this call asks for more than plain greedy search")
+        raise AssertionError("this call needs transformers' own loop")
 
     monkeypatch.setattr(generation, "greedy", refuse)
-    lively_model().generate(**source(), max_new_tokens=4, **asked)
+    varied_model().generate(**source(), max_new_tokens=4, **asked)
 
 
 def test_greedy_with_a_prefix_and_up_to_the_last_token():
-    model, batch = lively_model(), source(rows=3)
+    model, batch = varied_model(), source(rows=3)
     prefix = torch.tensor([[1, 9, 8]]).expand(3, 3)
     wished = {"decoder_input_ids": prefix, "max_new_tokens": 5}
     plain = model.generate(**batch, **wished, use_cache=False)
     assert torch.equal(model.generate(**batch, **wished), plain) and torch.equal(plain[:, :3], prefix)
-    model.generation_config.eos_token_id = 3  # hardly ever
+    model.generation_config.eos_token_id = 3  # practically never
     assert model.generate(**batch, max_new_tokens=5).shape == (3, 6)
     assert model.generate(**batch, max_length=5).shape == (3, 5)
 
 
-def all_own(model):
-    """The same weights with transformers' steps of generation: a row of memory for each hypothesis."""
+def repeated_memory(model):
+    """The same weights with transformers' generation methods: the encoder output is repeated for each beam."""
 
     class Stock(type(model)):
         def _expand_inputs_for_generation(self, **inputs):
@@ -179,10 +179,10 @@ def all_own(model):
 
 @KINDS
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_beams_share_their_memory(fields, length_penalty):
-    model, batch = lively_model(**fields), source(rows=6)
+def test_beams_share_the_encoder_output(fields, length_penalty):
+    model, batch = varied_model(**fields), source(rows=6)
     wished = {"num_beams": 4, "max_new_tokens": 10, "length_penalty": length_penalty, "num_return_sequences": 2}
-    expected = all_own(model).generate(**batch, **wished)
+    expected = repeated_memory(model).generate(**batch, **wished)
     memory_rows = set()
     model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: memory_rows.add(len(kwargs["encoder_hidden_states"])), with_kwargs=True
@@ -192,7 +192,7 @@ def test_beams_share_their_memory(fields, length_penalty):
 
 
 def test_beams_cached_equal_uncached_and_static():
-    model, batch = lively_model(), source(rows=4)
+    model, batch = varied_model(), source(rows=4)
     wished = {"num_beams": 3, "max_new_tokens": 8}
     expected = model.generate(**batch, **wished, use_cache=False)
     assert torch.equal(model.generate(**batch, **wished), expected)
@@ -200,7 +200,7 @@ def test_beams_cached_equal_uncached_and_static():
 
 
 def test_length_penalty_prefers_longer_sentences():
-    model, batch = lively_model(), source(rows=12)
+    model, batch = varied_model(), source(rows=12)
     lengths = [
         model.generate(**batch, num_beams=4, max_new_tokens=10, length_penalty=penalty).count_nonzero().item()
         for penalty in (-4.0, 4.0)
@@ -208,8 +208,8 @@ def test_length_penalty_prefers_longer_sentences():
     assert lengths[0] < lengths[1]
 
 
-def test_one_beam_is_greedy_and_more_beams_score_no_worse():
-    model, batch = lively_model(), source(rows=6)
+def test_one_beam_equals_greedy_and_more_beams_score_no_worse():
+    model, batch = varied_model(), source(rows=6)
     kept = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
     scores = model.generate(**batch, num_beams=8, **kept).sequences_scores
     greedy = model.generate(**batch, max_new_tokens=8)
@@ -219,12 +219,12 @@ def test_one_beam_is_greedy_and_more_beams_score_no_worse():
 
 
 def test_static_cache_gives_the_same_tokens():
-    model, batch = lively_model(), source()
+    model, batch = varied_model(), source()
     expected = model.generate(**batch, max_new_tokens=10)
     assert torch.equal(model.generate(**batch, max_new_tokens=10, cache_implementation="static"), expected)
 
 
-def test_static_cache_beyond_the_position_table():
+def test_static_cache_larger_than_the_position_table():
     model, batch = tiny_model(max_position_embeddings=4), source()
     wished = {"max_new_tokens": 9, "min_new_tokens": 9}
     assert torch.equal(
@@ -233,7 +233,7 @@ def test_static_cache_beyond_the_position_table():
 
 
 def test_sampling():
-    model, batch = lively_model(), source()
+    model, batch = varied_model(), source()
     wished = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 3, "top_k": 20}
     results = []
     for seed in (0, 0, 1):
@@ -243,11 +243,11 @@ def test_sampling():
     assert results[0].shape != results[2].shape or not torch.equal(results[0], results[2])
     assert not torch.equal(results[0][0], results[0][1]), "samples of a sentence differ"
     torch.manual_seed(0)
-    assert torch.equal(all_own(model).generate(**batch, **wished), results[0])
+    assert torch.equal(repeated_memory(model).generate(**batch, **wished), results[0])
 
 
-def test_a_returned_cache_has_a_row_for_each_hypothesis():
-    model, batch = lively_model(), source(rows=2)
+def test_returned_cache_has_a_row_per_beam():
+    model, batch = varied_model(), source(rows=2)
     output = model.generate(**batch, num_beams=3, max_new_tokens=4, return_dict_in_generate=True)
     cache = cache_of(output)
     own, cross = cache.self_attention_cache, cache.cross_attention_cache
@@ -255,7 +255,7 @@ def test_a_returned_cache_has_a_row_for_each_hypothesis():
 
 
 def test_generation_from_encoder_outputs():
-    model, batch = lively_model(), source()
+    model, batch = varied_model(), source()
     memory = model.get_encoder()(**batch)
     expected = model.generate(**batch, max_new_tokens=8)
     given = {"encoder_outputs": BaseModelOutput(memory.last_hidden_state), "attention_mask": batch["attention_mask"]}
@@ -263,7 +263,7 @@ def test_generation_from_encoder_outputs():
 
 
 def test_attention_maps_of_a_generation():
-    model, batch = lively_model(), source(rows=2)
+    model, batch = varied_model(), source(rows=2)
     output = model.generate(
         **batch, num_beams=3, max_new_tokens=4, return_dict_in_generate=True, output_attentions=True
     )
@@ -273,8 +273,8 @@ def test_attention_maps_of_a_generation():
 
 
 @torch.no_grad()
-def test_the_cache_has_two_names():
-    """transformers calls it ``cache`` since 5.24 and ``past_key_values`` before; a model takes either."""
+def test_both_cache_argument_names_are_accepted():
+    """transformers calls the cache ``cache`` since 5.24 and ``past_key_values`` before; a model accepts either."""
     model, batch = tiny_model(), tiny_batch()
     logits = []
     for name in CACHE_NAMES:

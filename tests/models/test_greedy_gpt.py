@@ -1,4 +1,4 @@
-"""Greedy decoding of a decoder alone: equal to transformers' loop, without the rows that have ended."""
+"""Greedy decoding of a decoder-only model equals transformers' loop, but skips finished rows."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from hf_tfm.models.cache_names import CACHE_NAME
 ENDS = list(range(5, 48, 4))
 
 
-def lively_model(**fields):
-    """A model whose texts wander and end at different lengths."""
+def varied_model(**fields):
+    """A model whose outputs vary and end at different lengths."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
     tokens = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(3)
@@ -23,7 +23,7 @@ def lively_model(**fields):
 
 
 def prompts(rows: int = 12, padded: bool = True) -> dict:
-    """Of different lengths, padded at the left."""
+    """Prompts of different lengths, left-padded."""
     ids = torch.randint(3, 48, (rows, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     for row in range(rows if padded else 0):
@@ -31,8 +31,8 @@ def prompts(rows: int = 12, padded: bool = True) -> dict:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def by_hand(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
-    """Greedy search in its shortest form: no cache, every text alone and without padding."""
+def reference_greedy(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
+    """Minimal greedy search: no cache, one text at a time, no padding."""
     results = []
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         row = ids[None, mask.bool()]
@@ -46,15 +46,15 @@ def by_hand(model, batch: dict, max_new_tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("fields", [{}, {"norm_first": False}], ids=["pre-norm", "post-norm"])
 @torch.no_grad()
-def test_it_equals_the_loop_by_hand(fields, padded):
-    model, batch = lively_model(**fields), prompts(padded=padded)
-    expected = by_hand(model, batch, 12)
+def test_greedy_matches_the_reference(fields, padded):
+    model, batch = varied_model(**fields), prompts(padded=padded)
+    expected = reference_greedy(model, batch, 12)
     assert len({int(row.count_nonzero()) for row in expected}) > 1, "the texts must end at different places"
     assert torch.equal(model.generate(**batch, max_new_tokens=12)[:, 9:], expected)
 
 
-def test_finished_texts_are_left_out(monkeypatch):
-    model, batch = lively_model(), prompts()
+def test_finished_texts_are_dropped(monkeypatch):
+    model, batch = varied_model(), prompts()
     rows = []
     model.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     short = model.generate(**batch, max_new_tokens=12)
@@ -62,7 +62,7 @@ def test_finished_texts_are_left_out(monkeypatch):
     rows.clear()
     monkeypatch.setattr(generation, "greedy_suits", lambda *_: False)
     assert torch.equal(model.generate(**batch, max_new_tokens=12), short)
-    assert set(rows) == {12}, "transformers' loop, to which the result was equal"
+    assert set(rows) == {12}, "transformers' loop computes all rows"
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_finished_texts_are_left_out(monkeypatch):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_wishes_it_can_fulfil(asked, monkeypatch):
-    model, batch = lively_model(), prompts()
+def test_supported_options(asked, monkeypatch):
+    model, batch = varied_model(), prompts()
     if "eos_token_id" in asked:
         model.generation_config.eos_token_id = model.config.eos_token_id = None
         asked = {}
@@ -100,16 +100,16 @@ def test_wishes_it_can_fulfil(asked, monkeypatch):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_other_wishes_go_to_transformers_own_loop(asked, monkeypatch):
+def test_other_options_use_transformers_loop(asked, monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("this call asks for more than plain greedy search")
+        raise AssertionError("this call needs transformers' own loop")
 
     monkeypatch.setattr(generation, "greedy", refuse)
-    lively_model().generate(**prompts(), max_new_tokens=4, **asked)
+    varied_model().generate(**prompts(), max_new_tokens=4, **asked)
 
 
-def test_a_cache_that_holds_a_text_is_gone_on_with():
-    model, batch = lively_model(), prompts(padded=False)
+def test_generation_continues_from_a_filled_cache():
+    model, batch = varied_model(), prompts(padded=False)
     whole = model.generate(**batch, max_new_tokens=6)
     cache = DynamicCache()
     with torch.no_grad():

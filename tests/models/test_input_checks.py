@@ -1,4 +1,4 @@
-"""Bad arguments of forward: one line that names the argument, the value and the limit."""
+"""Invalid arguments of forward give a one-line error that names the argument, the value and the limit."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ TEXT_CASES = [
 
 
 @pytest.mark.parametrize(("name", "given", "message"), TEXT_CASES)
-def test_texts(name, given, message):
+def test_invalid_text_inputs(name, given, message):
     with pytest.raises(ValueError, match=message):
         model(name)(**{"input_ids": IDS, **given})
 
@@ -120,33 +120,33 @@ def test_texts(name, given, message):
         (torch.tensor([0, 1, 2]), "labels must have 2 elements"),
     ],
 )
-def test_images(labels, message):
+def test_invalid_image_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         model("vit")(torch.rand(2, 3, 8, 8), labels=labels)
 
 
 @pytest.mark.parametrize("name", ["masked", "classifier", "tagger", "causal", "seq2seq"])
-def test_labels_that_are_no_tensor(name):
+def test_labels_must_be_tensors(name):
     with pytest.raises(TypeError, match="labels must be a tensor, got list"):
         model(name)(input_ids=IDS, labels=["a", "b"])
 
 
-def test_small_integers_are_classes():
-    """As a loader that reads uint8 labels gives them."""
+def test_small_integer_dtypes_are_accepted_as_classes():
+    """As from a loader that reads uint8 labels."""
     classifier = model("classifier").eval()
     expected = classifier(input_ids=IDS, labels=torch.tensor([0, 2])).loss
     for dtype in (torch.uint8, torch.int16, torch.int32):
         assert classifier(input_ids=IDS, labels=torch.tensor([0, 2], dtype=dtype)).loss == expected
 
 
-def test_cut_answers_are_ignored_and_positions_refused():
+def test_truncated_answers_are_ignored_and_bad_positions_refused():
     reader = model("reader").eval()
     given = {"input_ids": IDS, "start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([2, 99])}
     first = {name: values[:1] for name, values in given.items()}
     assert reader(**given).loss.item() == pytest.approx(reader(**first).loss.item(), rel=1e-5)
 
 
-def test_nothing_is_read_where_it_would_cost_or_fail():
+def test_values_are_not_read_where_that_is_slow_or_impossible():
     """On other devices, in graphs, and under torch's function transforms."""
     assert readable(IDS) and not readable(IDS.to("meta"))
     require_range("x", torch.full((2,), 9).to("meta"), 3, "limit")
@@ -164,7 +164,7 @@ def test_nothing_is_read_where_it_would_cost_or_fail():
     assert seen == [False] * 3
 
 
-def test_a_table_without_a_size_keeps_its_own_error():
+def test_embedding_without_a_size_raises_its_own_error():
     class Table(nn.Module):
         def forward(self, indices):
             raise IndexError("its own")
@@ -175,7 +175,7 @@ def test_a_table_without_a_size_keeps_its_own_error():
 
 @pytest.mark.parametrize("name", ["vit", "autoencoder", "detection", "panoptic"])
 def test_unknown_arguments_of_image_models(name):
-    """A misspelt argument is not lost; what transformers hands on passes, and what a backend of the user reads."""
+    """Misspelt arguments are refused; those of transformers and of custom attention backends are passed on."""
     case = CASES[name]
     image_model, batch = case.model().eval(), collate(case.rows()[:2])
     for wrong in ("lables", "pixel_value", "head_mask"):
@@ -183,21 +183,21 @@ def test_unknown_arguments_of_image_models(name):
             image_model(**batch, **{wrong: 1})
     image_model(**batch, output_hidden_states=True, output_attentions=True, return_dict=False)
     image_model.config._attn_implementation = "my_own"
-    with pytest.raises(KeyError, match="my_own"):  # looked up: the argument was let through
+    with pytest.raises(KeyError, match="my_own"):  # the lookup shows that the argument was passed on
         image_model(**batch, temperature=1)
 
 
 @pytest.mark.parametrize("name", ["detection", "panoptic"])
 def test_input_embeddings_of_a_detector(name):
-    """PEFT and gradient checkpointing ask for the layer that makes the first tokens."""
+    """PEFT and gradient checkpointing use the layer that embeds the input."""
     detector = CASES[name].model()
     assert isinstance(detector.get_input_embeddings(), nn.Conv2d)
     detector.enable_input_require_grads()
     assert detector(**collate(CASES[name].rows()[:2])).loss.requires_grad
 
 
-def test_detr_takes_the_inputs_that_programs_give_every_decoder():
-    """As transformers' DETR does; its common tests give them. A misspelt argument is still refused."""
+def test_detr_ignores_standard_decoder_inputs():
+    """Like transformers' DETR, whose common tests pass them. A misspelt argument is still refused."""
     model = tiny_detr()
     images = torch.zeros(1, 3, 64, 64)
     expected = model(images).logits

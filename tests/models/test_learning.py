@@ -1,4 +1,4 @@
-"""A model from scratch learns to reverse a word of digits; one with a planted mistake does not."""
+"""Trained from scratch, a model learns to reverse a sequence of digits, but not with a planted bug."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ PAD, EOS, FIRST_DIGIT, LONGEST = 0, 2, 5, 4
 
 
 def words(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random words of 2 to `LONGEST` digits, and as labels the same words backwards and EOS."""
+    """Random sequences of 2 to `LONGEST` digits, labelled with the reversed sequence and EOS."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, LONGEST + 1, (rows, 1), generator=generator)
     digits = torch.randint(FIRST_DIGIT, FIRST_DIGIT + 10, (rows, LONGEST), generator=generator)
@@ -40,7 +40,7 @@ def trained(steps: int, plant=lambda model: None, **fields) -> TfmTransformerFor
 
 
 def accuracy(model: TfmTransformerForConditionalGeneration) -> float:
-    """Share of right tokens, each in its place, on 200 words that training did not draw."""
+    """Token accuracy on 200 sequences not seen in training."""
     batch = words(200, seed=1)
     labels = batch.pop("labels")
     got = model.generate(**batch, max_length=LONGEST + 2)[:, 1:]
@@ -51,12 +51,12 @@ def accuracy(model: TfmTransformerForConditionalGeneration) -> float:
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize(("decoding", "steps"), [("autoregressive", 250), ("mask_predict", 330)])
-def test_a_model_learns(decoding, steps, norm_first):
+def test_model_learns(decoding, steps, norm_first):
     assert accuracy(trained(steps, decoding=decoding, norm_first=norm_first)) > 0.95
 
 
-def test_without_a_causal_mask_the_loss_is_low_and_nothing_is_learned():
-    """What the test above would see if the decoder looked ahead: it copies the answer, and cannot do without it."""
+def test_without_a_causal_mask_loss_is_low_but_nothing_is_learned():
+    """A decoder that sees the next token copies the answer and fails without it; the test above would detect this."""
 
     def look_ahead(model, sees_all: bool = True):
         for layer in model.get_decoder().layers:

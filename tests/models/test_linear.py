@@ -1,4 +1,4 @@
-"""Products by a linear layer: oneDNN's where a CPU generates, else torch's own."""
+"""Linear layers use oneDNN products during generation on a CPU, and torch's own otherwise."""
 
 import copy
 from threading import Thread
@@ -20,7 +20,7 @@ needs_both = pytest.mark.skipif(
 
 
 class Products(TorchDispatchMode):
-    """Counts oneDNN's products."""
+    """Counts oneDNN products."""
 
     found = 0
 
@@ -42,8 +42,8 @@ def plain(layer, x):
 @needs_both
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (3, 5, WIDTH), (2, 3, 4, WIDTH)], ids=str)
-def test_in_generation_it_gives_the_numbers_of_torch(layer, shape, mode):
-    x, every_other = torch.randn(shape), torch.randn(*shape, 2)[..., 0]  # the other is not contiguous
+def test_generation_gives_the_same_numbers_as_torch(layer, shape, mode):
+    x, every_other = torch.randn(shape), torch.randn(*shape, 2)[..., 0]  # the other one is not contiguous
     with mode(), generating(), Products() as products:
         for given in (x, every_other):
             torch.testing.assert_close(project(layer, given), plain(layer, given), rtol=1e-5, atol=1e-5)
@@ -51,10 +51,10 @@ def test_in_generation_it_gives_the_numbers_of_torch(layer, shape, mode):
 
 
 @torch.no_grad()
-def test_what_is_no_plain_float32_product_goes_torchs_way(layer):
+def test_only_plain_float32_products_use_onednn(layer):
     x = torch.randn(2, WIDTH)
     with Products() as products:
-        project(layer, x)  # nothing is generated
+        project(layer, x)  # not during generation
         with generating():
             with torch.enable_grad():
                 project(layer, x)
@@ -107,8 +107,8 @@ def parametrized(layer: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize("change", [doubled, hooked, replaced, subclassed, parametrized])
 @torch.no_grad()
-def test_what_is_no_plain_layer_is_called(layer, change):
-    """An adapter, a hook, a replaced forward: their part of the result must not be lost."""
+def test_modified_layers_are_called_as_modules(layer, change):
+    """The contributions of adapters, hooks and replaced forwards must not be lost."""
     x = torch.randn(2, WIDTH)
     assert is_plain(layer, nn.Linear)
     expected = 2 * plain(layer, x)
@@ -128,7 +128,7 @@ class Product(nn.Module):
 
 
 @torch.no_grad()
-def test_it_is_compiled_and_exported_as_torchs(layer):
+def test_it_compiles_and_exports_like_torch(layer):
     x, model = torch.randn(2, WIDTH), Product(layer)
     with generating():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -140,7 +140,7 @@ def test_it_is_compiled_and_exported_as_torchs(layer):
 
 @needs_both
 @torch.no_grad()
-def test_generation_in_one_thread_changes_nothing_in_another(layer):
+def test_generation_in_one_thread_does_not_affect_another(layer):
     found, x = [], torch.randn(2, WIDTH)
 
     def multiply():
@@ -159,7 +159,7 @@ def test_generation_in_one_thread_changes_nothing_in_another(layer):
 
 @needs_both
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_model_generates_with_it(beams):
+def test_model_uses_it_in_generation(beams):
     torch.manual_seed(0)
     config = TfmGPTConfig.of_size("tiny", vocab_size=LARGE // 64, pad_token_id=0, bos_token_id=1, eos_token_id=1)
     model, ids = TfmGPTForCausalLM(config).eval(), torch.tensor([[2, 3, 4]])

@@ -1,4 +1,4 @@
-"""What the masked autoencoder promises: who sees what, what the loss counts, and how its encoder is taken on."""
+"""The masked autoencoder: visibility, loss, and reuse of its encoder."""
 
 import copy
 import pickle
@@ -20,14 +20,14 @@ from hf_tfm.models.patches import patchify, unpatchify
     [(196, 0.75, 49), (196, 0.0, 196), (100, 0.9, 10), (16, 0.99, 1), (10, 0.7, 3), (7, 0.5, 3)],
 )
 def test_number_of_visible_patches(patches, ratio, visible):
-    """100 (1 - 0.9) is 9.99999999999999... in floating point, and 10 patches are meant."""
+    """100 (1 - 0.9) is 9.99999999999999... in floating point but must give 10 patches."""
     assert num_visible(patches, ratio) == visible
 
 
-def test_masking_by_given_noise():
+def test_masking_with_given_noise():
     noise = torch.tensor([[0.3, 0.1, 0.9, 0.2], [0.5, 0.6, 0.4, 0.7]])
     keep, mask, restore = random_masking(2, 4, 0.5, noise)
-    assert keep.tolist() == [[1, 3], [2, 0]], "the smallest scores stay"
+    assert keep.tolist() == [[1, 3], [2, 0]], "patches with the smallest noise stay"
     assert mask.tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
     patches = torch.arange(8.0).view(2, 4)
     shuffled = patches.gather(1, noise.argsort(dim=1))
@@ -35,7 +35,7 @@ def test_masking_by_given_noise():
     assert torch.equal(shuffled[:, :2], patches.gather(1, keep))
 
 
-def test_masking_is_random_uniform_and_repeatable():
+def test_masking_is_uniform_and_reproducible():
     torch.manual_seed(0)
     _, mask, _ = random_masking(4000, 8, 0.75)
     assert mask.sum(dim=1).eq(6).all()
@@ -57,7 +57,7 @@ def test_shapes():
 
 
 @pytest.mark.parametrize("filling", [float("nan"), 1e30])
-def test_hidden_patches_never_reach_the_encoder(filling):
+def test_masked_patches_never_reach_the_encoder(filling):
     model, images, noise = tiny_mae(), tiny_images(), tiny_noise()
     output = model(images, noise=noise)
     patches = patchify(images, 4)
@@ -68,26 +68,26 @@ def test_hidden_patches_never_reach_the_encoder(filling):
     assert largest_difference(model(changed, noise=noise).logits, output.logits) > 1e-3
 
 
-def test_a_ratio_of_zero_hides_nothing():
+def test_mask_ratio_zero_masks_nothing():
     model, images = tiny_mae(mask_ratio=0.0), tiny_images()
     output = model(images)
     assert output.mask.eq(0).all() and output.loss == 0
     assert model.vit(images).last_hidden_state.shape == (3, 17, 32)
 
 
-def test_the_order_of_visible_patches_does_not_matter():
+def test_order_of_visible_patches_does_not_matter():
     model, images, noise = tiny_mae(), tiny_images(), tiny_noise()
     output = model(images, noise=noise)
     order = noise.clone()
     visible = output.mask == 0
-    order[visible] = -order[visible]  # the visible in reverse order, still below the hidden
+    order[visible] = -order[visible]  # visible patches in reverse order, still below the masked ones
     again = model(images, noise=order)
     assert torch.equal(again.mask, output.mask) and not torch.equal(again.ids_restore, output.ids_restore)
     assert largest_difference(again.logits, output.logits) < 1e-5
 
 
 def test_masked_patches_of_a_fresh_model_get_different_predictions():
-    """Without positions in the decoder every hidden patch of an image would get the same one, and none would learn."""
+    """Without decoder positions all masked patches of an image get the same prediction and nothing is learned."""
     torch.manual_seed(0)
     model = TfmMAEForPreTraining(tiny_mae_config(decoder_hidden_size=32, hidden_size=64)).eval()
     output = model(tiny_images())
@@ -101,7 +101,7 @@ def test_masked_patches_of_a_fresh_model_get_different_predictions():
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_the_loss_is_the_mean_over_hidden_patches(normalised):
+def test_loss_is_the_mean_over_masked_patches(normalised):
     model, images, noise = tiny_mae(norm_pix_loss=normalised), tiny_images(), tiny_noise()
     output = model(images, noise=noise)
     total, count = 0.0, 0
@@ -118,14 +118,14 @@ def test_the_loss_is_the_mean_over_hidden_patches(normalised):
     assert count == 36 and output.loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_flat_patches_are_normalised_to_zero():
+def test_constant_patches_are_normalized_to_zero():
     patches, mean, deviation = normalize_patches(torch.full((1, 2, 12), 0.5))
     assert patches.abs().max() < 1e-3 and mean.eq(0.5).all() and deviation.isfinite().all()
 
 
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=str)
-def test_reconstruct_puts_visible_pixels_back_exactly(normalised, size):
+def test_reconstruct_keeps_visible_pixels_exactly(normalised, size):
     model, images = tiny_mae(norm_pix_loss=normalised), 3 + 2 * tiny_images(3, *size)
     output = model(images)
     pictures = model.reconstruct(images, output.logits, output.mask)
@@ -139,7 +139,7 @@ def test_reconstruct_puts_visible_pixels_back_exactly(normalised, size):
     assert largest_difference(perfect, images) < 1e-4, "a perfect prediction gives the image in its own scale"
 
 
-def test_images_that_are_not_square_or_of_another_size():
+def test_non_square_images_and_other_sizes():
     model = tiny_mae(image_size=[8, 32])
     assert model.vit.embeddings.grid == model.decoder.grid == (2, 8)
     for size in ((8, 32), (16, 16), (24, 8)):
@@ -154,8 +154,8 @@ def test_images_that_are_not_square_or_of_another_size():
         tiny_mae()(tiny_images(), noise=tiny_noise(3, 9))
 
 
-def test_another_size_once_and_for_all():
-    """Tables and configuration are those of a model made for that size, and what is learned stays."""
+def test_resizing_the_model():
+    """Tables and configuration equal those of a model created at that size, and trained weights are kept."""
     model, again = tiny_mae(), tiny_mae(image_size=[8, 24])
     model.set_image_size((8, 24))
     assert model.config.image_size == (8, 24) and model.vit.embeddings.grid == model.decoder.grid == (2, 6)
@@ -169,8 +169,8 @@ def test_another_size_once_and_for_all():
 
 
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_what_blocks_add_up_is_float32_under_autocast(autocast, dtype):
-    """In the encoder and in the decoder, as in transformers' ViTMAE; a model of half precision stays in that."""
+def test_residual_stream_is_float32_under_autocast(autocast, dtype):
+    """In encoder and decoder, as in transformers' ViTMAE; a half-precision model stays in its dtype."""
     model = tiny_mae() if autocast else tiny_mae().to(torch.bfloat16)
     seen = []
     for block in (*model.vit.layers, *model.decoder.decoder_layers):
@@ -181,8 +181,8 @@ def test_what_blocks_add_up_is_float32_under_autocast(autocast, dtype):
     assert seen == [dtype] * 2 * 5 and output.logits.dtype == torch.bfloat16
 
 
-def test_the_decoder_follows_the_configuration():
-    """Its blocks read a view: sizes of the decoder, and whatever is set later on the model's configuration."""
+def test_decoder_follows_the_configuration():
+    """Its blocks read a view with the decoder sizes and all later changes of the model's configuration."""
     model = tiny_mae(attn_implementation="eager", hidden_dropout_prob=0.25, drop_path_rate=0.3)
     attention = model.decoder.decoder_layers[0].self_attn
     assert (attention.config.hidden_size, attention.config.num_attention_heads) == (16, 2)
@@ -195,7 +195,7 @@ def test_the_decoder_follows_the_configuration():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies(copied):
+def test_deepcopy(copied):
     model, images, noise = tiny_mae(), tiny_images(), tiny_noise()
     twin = copied(model)
     assert torch.equal(twin(images, noise=noise).logits, model(images, noise=noise).logits)
@@ -206,7 +206,7 @@ def test_copies(copied):
     assert model.decoder.decoder_layers[0].self_attn.config._attn_implementation == "sdpa"
 
 
-def test_every_parameter_gets_a_gradient_and_positions_none():
+def test_every_parameter_gets_a_gradient_except_positions():
     model = tiny_mae()
     model(tiny_images(), noise=tiny_noise()).loss.backward()
     names = {name for name, _ in model.named_parameters()}
@@ -216,8 +216,8 @@ def test_every_parameter_gets_a_gradient_and_positions_none():
         assert parameter.grad.abs().max() > (0 if "k_proj.bias" in name else 1e-7), name
 
 
-def test_fresh_weights():
-    """Appendix A.1: Xavier uniform, the patch embedding seen as the matrix it is; N(0, 0.02) for tokens."""
+def test_initial_weights():
+    """Appendix A.1: Xavier uniform, with the patch embedding treated as a matrix; N(0, 0.02) for tokens."""
     torch.manual_seed(0)
     model = TfmMAEForPreTraining(tiny_mae_config(hidden_size=64, decoder_hidden_size=64))
     for name, module in model.named_modules():
@@ -232,8 +232,8 @@ def test_fresh_weights():
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_classifier_takes_the_encoder(pooling, tmp_path):
-    """And says which weights are new: the classifier, and the norm behind a mean; the decoder is left out."""
+def test_classifier_loads_the_encoder(pooling, tmp_path):
+    """New weights are reported: the classifier, and the norm after mean pooling; the decoder is dropped."""
     mae = tiny_mae()
     mae.save_pretrained(tmp_path)
     model, info = TfmViTForImageClassification.from_pretrained(
@@ -251,10 +251,10 @@ def test_a_classifier_takes_the_encoder(pooling, tmp_path):
     expected = seen.hidden_states[-1]  # before the norm
     got = model.eval()(images, output_hidden_states=True).hidden_states[-1]
     assert largest_difference(got, expected) < 1e-5
-    assert model.vit.embeddings.position_embeddings.requires_grad, "fine-tuning may move them"
+    assert model.vit.embeddings.position_embeddings.requires_grad, "fine-tuning may train them"
 
 
-def test_base_and_whole_load_each_others_files(tmp_path):
+def test_base_model_and_full_model_load_each_others_files(tmp_path):
     model, images, noise = tiny_mae(), tiny_images(), tiny_noise()
     model.save_pretrained(tmp_path / "whole")
     base = TfmMAEModel.from_pretrained(tmp_path / "whole").eval()
@@ -268,8 +268,8 @@ def test_base_and_whole_load_each_others_files(tmp_path):
     assert scramble(again)(images).loss.isfinite()
 
 
-def test_fixed_positions_are_computed_where_a_file_has_none(tmp_path):
-    """transformers builds the model without memory at first, and would leave what is not in the file undefined."""
+def test_fixed_positions_are_computed_if_missing_in_a_file(tmp_path):
+    """transformers first builds the model on the meta device and would leave missing values uninitialized."""
     model = tiny_mae()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -300,8 +300,8 @@ def test_errors_name_field_and_value(fields, message):
     assert isinstance(raised.value, ValueError | TypeError) or "Validation" in type(raised.value).__name__
 
 
-def test_defaults_are_the_papers():
-    """ViT-B/16, mask 0.75, and the default decoder of table 1: 8 blocks, 512 wide."""
+def test_defaults_match_the_paper():
+    """ViT-B/16, mask ratio 0.75, and the default decoder of table 1: 8 blocks, width 512."""
     with torch.device("meta"):
         model = TfmMAEForPreTraining(TfmMAEConfig())
     encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (model.vit, model.decoder))

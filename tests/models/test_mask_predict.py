@@ -1,4 +1,4 @@
-"""Masks to learn from, lengths, and parallel decoding."""
+"""Mask-predict: training masks, length prediction, and parallel decoding."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def source(rows: int = 4) -> dict:
 
 
 @pytest.mark.parametrize(("share", "counts"), [(0.0, [1, 1, 1]), (0.5, [4, 2, 1]), (0.999, [6, 3, 1])])
-def test_the_noise_decides_how_many_and_which(share, counts):
+def test_noise_determines_number_and_positions_of_masks(share, counts):
     noise = torch.rand(3, 7, generator=torch.Generator().manual_seed(0))
     noise[:, 0] = share
     inputs, labels, real = mask_targets(LABELS, tiny_config(decoding="mask_predict"), noise)
@@ -36,21 +36,21 @@ def test_the_noise_decides_how_many_and_which(share, counts):
     assert torch.equal(inputs, LABELS.masked_fill(LABELS == IGNORE_INDEX, PAD).masked_fill(masked, MASK))
 
 
-def test_the_number_of_masks_is_uniform():
+def test_number_of_masks_is_uniform():
     torch.manual_seed(0)
     inputs, _, _ = mask_targets(torch.full((6000, 6), 9), tiny_config(decoding="mask_predict"))
     counts = (inputs == MASK).sum(1).bincount(minlength=7)[1:].float() / 6000
     assert len(counts) == 6 and (counts - 1 / 6).abs().max() < 0.02
 
 
-def test_every_position_is_masked_as_often():
+def test_all_positions_are_masked_equally_often():
     torch.manual_seed(0)
     inputs, _, _ = mask_targets(torch.full((6000, 6), 9), tiny_config(decoding="mask_predict"))
     share = (inputs == MASK).float().mean(0)
     assert (share - 3.5 / 6).abs().max() < 0.03
 
 
-def test_a_seed_repeats_the_loss():
+def test_seed_reproduces_the_loss():
     model, batch = masked_model(), {**source(3), "labels": LABELS}
     losses = []
     for seed in (0, 0, 1):
@@ -83,7 +83,7 @@ def test_length_loss_is_the_cross_entropy_of_the_offset():
     means = torch.stack([memory[row, : source_lengths[row]].mean(0) for row in range(4)])
     torch.testing.assert_close(logits, head.output(means))
     log_p = logits.log_softmax(-1)
-    expected = -(log_p[0, 1] + log_p[1, 4] + log_p[2, 1])  # offsets -1, +2, -1; the sentence without a target is out
+    expected = -(log_p[0, 1] + log_p[1, 4] + log_p[2, 1])  # offsets -1, +2, -1; one sentence has no target
     torch.testing.assert_close(head.loss(memory, mask, torch.zeros(4, 5, 32), target).sum(), expected)
 
 
@@ -91,7 +91,7 @@ def test_length_candidates():
     head = LengthHead(tiny_config(decoding="mask_predict", max_length_offset=2))
     with torch.no_grad():
         head.output.weight.zero_()
-        head.output.bias.copy_(torch.tensor([0.0, 3.0, 9.0, 5.0, 7.0]))  # offsets -2 to 2; likeliest 0, 2, 1
+        head.output.bias.copy_(torch.tensor([0.0, 3.0, 9.0, 5.0, 7.0]))  # offsets -2 to 2; most likely 0, 2, 1
     memory, mask = torch.zeros(2, 4, 32), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     lengths, log_p = head.candidates(memory, mask, 3, 100)
     assert lengths.tolist() == [[4, 6, 5], [1, 3, 2]]
@@ -125,8 +125,8 @@ def test_decoding(iterations, candidates):
         assert torch.equal((call == MASK).sum(1), expected)
 
 
-def test_a_length_counts_by_its_probability():
-    """Sure of its length, a model ends there, whatever candidates are tried beside it; unsure, tokens decide."""
+def test_lengths_are_weighted_by_probability():
+    """If the length is certain, other candidates do not matter; if uncertain, the token probabilities decide."""
     model, batch = masked_model(), source()
     found = []
     for offset in range(1, 5):
@@ -141,8 +141,8 @@ def test_a_length_counts_by_its_probability():
 
 
 @torch.no_grad()
-def test_refinement_by_hand():
-    """Algorithm of section 3.3 for one sentence, in its shortest form."""
+def test_refinement_matches_the_reference():
+    """The algorithm of section 3.3 for one sentence, in minimal form."""
     model, batch = masked_model(), source(1)
     memory = model.get_encoder()(**batch).last_hidden_state
     T, iterations = 6, 3
@@ -162,7 +162,7 @@ def test_refinement_by_hand():
     assert torch.equal(got[0], tokens) and largest_difference(log_p[0], sure) < 1e-5
 
 
-def test_a_batch_decodes_as_its_sentences():
+def test_batch_decoding_equals_single_sentences():
     model, batch = masked_model(), source()
     together = model.generate(**batch, length_candidates=2)
     for row in range(4):
@@ -171,7 +171,7 @@ def test_a_batch_decodes_as_its_sentences():
         assert torch.equal(together[row, : len(alone)], alone) and together[row, len(alone) :].eq(PAD).all()
 
 
-def test_padding_is_found_without_a_mask():
+def test_padding_is_inferred_without_a_mask():
     model, batch = masked_model(), source()
     assert torch.equal(model.generate(batch["input_ids"]), model.generate(**batch))
 
@@ -199,12 +199,12 @@ def test_length_limits():
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_options_that_mean_nothing_are_refused(option):
+def test_unsupported_options_are_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}: not an option of decoding"):
         masked_model().generate(**source(), **option)
 
 
-def test_options_that_change_nothing_are_taken():
+def test_options_without_effect_are_accepted():
     model, batch = masked_model(), source()
     plain = model.generate(**batch)
     assert torch.equal(model.generate(**batch, num_beams=1, do_sample=False, use_cache=True, synced_gpus=None), plain)
@@ -218,12 +218,12 @@ def test_options_that_change_nothing_are_taken():
         ({"max_length": 1}, "max_length - 1.* must be at least 1, got 0"),
     ],
 )
-def test_numbers_are_checked(option, message):
+def test_numeric_options_are_checked(option, message):
     with pytest.raises(ValueError, match=message):
         masked_model().generate(**source(), **option)
 
 
-def test_a_source_is_needed():
+def test_source_is_required():
     with pytest.raises(ValueError, match="needs inputs or input_ids"):
         masked_model().generate()
 

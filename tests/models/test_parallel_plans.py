@@ -1,4 +1,4 @@
-"""Plans for tensor and FSDP parallelism name modules that exist, in every family and under every head."""
+"""Tensor-parallel and FSDP plans name existing modules, in every family and with every head."""
 
 import copy
 import subprocess
@@ -15,7 +15,7 @@ MODELS = ("masked", "causal", "vit", "autoencoder", "seq2seq", "detection", "pan
 
 
 def names(pattern: str, modules: set[str]) -> set[str]:
-    """The modules that a pattern stands for, a star for a number."""
+    """Modules that match a pattern, in which "*" stands for a number."""
     parts = pattern.split(".")
     return {
         name
@@ -26,7 +26,7 @@ def names(pattern: str, modules: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_pattern_is_a_module_and_every_block_is_planned(name):
+def test_every_pattern_matches_and_every_block_is_planned(name):
     model = CASES[name].model()
     modules = {path for path, _ in model.named_modules()}
     for plan in (model.tp_plan, model.fsdp_plan):
@@ -55,8 +55,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
-    """Tensor parallelism by transformers' own loading, over gloo."""
+def test_two_ranks_compute_the_same_as_one(tmp_path):
+    """Tensor parallelism with transformers' own loading, over gloo."""
     expected = {}
     for name in MODELS:
         model = CASES[name].model().eval()
@@ -71,13 +71,13 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits, rtol=1e-4, atol=1e-5)
 
 
-def learning(module: nn.Module) -> bool:
+def trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
-def test_the_backbone_is_frozen_and_learns_again(norm):
-    """As transformers' DetrModel has it."""
+def test_backbone_can_be_frozen_and_unfrozen(norm):
+    """As in transformers' DetrModel."""
     detector = hf_tfm.TfmDetrForObjectDetection(
         hf_tfm.TfmDetrConfig(**{**CASES["detection"].fields, "backbone_norm": norm})
     ).train()
@@ -85,7 +85,7 @@ def test_the_backbone_is_frozen_and_learns_again(norm):
     detector.model.freeze_backbone()
     before = copy.deepcopy(backbone.state_dict())
     detector.train()(**batch).loss.backward()
-    assert not learning(backbone) and learning(detector.model.input_projection)
+    assert not trainable(backbone) and trainable(detector.model.input_projection)
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
     assert detector.model.input_projection.weight.grad.abs().max() > 0
     detector.model.unfreeze_backbone()

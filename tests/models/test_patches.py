@@ -1,4 +1,4 @@
-"""Images to patches and back, the patch embedding, and positions of a grid."""
+"""Patchification and its inverse, the patch embedding, and position grids."""
 
 import math
 
@@ -16,8 +16,8 @@ SIZES = pytest.mark.parametrize(
 
 @SIZES
 @pytest.mark.parametrize("channels", [1, 3])
-def test_patches_written_out(size, patch, channels):
-    """Patch by patch, row by row; in it pixel by pixel, row by row, the channels of a pixel side by side."""
+def test_patch_order(size, patch, channels):
+    """Patches row by row; in a patch, pixels row by row, with the channels of a pixel adjacent."""
     images = torch.randn(2, channels, *size)
     height, width = sides(patch)
     expected = [
@@ -32,7 +32,7 @@ def test_patches_written_out(size, patch, channels):
 
 
 @SIZES
-def test_the_embedding_is_the_convolution(size, patch):
+def test_embedding_equals_a_convolution(size, patch):
     embedding, images = PatchEmbedding(3, patch, 16), torch.randn(2, 3, *size)
     expected = embedding.projection(images).flatten(2).transpose(1, 2)
     assert embedding.check(images) == patch_grid(*size, patch)
@@ -47,14 +47,14 @@ def test_the_embedding_is_the_convolution(size, patch):
     assert len(called) == 2
 
 
-def test_resizing_keeps_a_constant_and_a_slope():
+def test_resizing_keeps_constants_and_slopes():
     rows, columns = 4, 6
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     table = torch.stack([torch.full_like(y, 7.0), y / rows, x / columns], dim=-1).view(1, rows * columns, 3)
     assert resize_grid(table, (rows, columns), (rows, columns)) is table
     larger = resize_grid(table, (rows, columns), (12, 24)).view(12, 24, 3)
     assert largest_difference(larger[..., 0], torch.full((12, 24), 7.0)) < 1e-5
-    inner = larger[4:-4, 8:-8]  # the border has no neighbours to weigh
+    inner = larger[4:-4, 8:-8]  # border weights are truncated
     expected_y = ((torch.arange(12) + 0.5) / 12)[4:-4, None].expand(inner.shape[:2])
     expected_x = ((torch.arange(24) + 0.5) / 24)[None, 8:-8].expand(inner.shape[:2])
     assert (
@@ -64,8 +64,8 @@ def test_resizing_keeps_a_constant_and_a_slope():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 5)])
-def test_two_dimensional_positions_written_out(rows, columns):
-    """The column in the first half of the features, the row in the second, each as sines and then cosines."""
+def test_2d_sine_cosine_positions(rows, columns):
+    """The column in the first half of the features, the row in the second, each as sines followed by cosines."""
     dim = 16
     table = sincos_2d(rows, columns, dim).view(rows, columns, dim)
     for y in range(rows):

@@ -1,4 +1,4 @@
-"""Positions: the paper's formula, any length or a clear refusal, and positions that follow a cache."""
+"""Positions: the paper's formula, unlimited or clearly limited lengths, and offsets from a cache."""
 
 import math
 
@@ -12,8 +12,8 @@ from hf_tfm.models.positions import LearnedPositions, SinusoidalPositions, posit
 
 
 @pytest.mark.parametrize("dim", [8, 10, 7])
-def test_the_papers_formula_up_to_the_order_of_features(dim):
-    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(...); ours has the sines first."""
+def test_formula_of_the_paper_up_to_feature_order(dim):
+    """PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos(...); ours has all sines first."""
     paper = torch.empty(50, dim, dtype=torch.float64)
     for position in range(50):
         for feature in range(dim):
@@ -23,13 +23,13 @@ def test_the_papers_formula_up_to_the_order_of_features(dim):
     torch.testing.assert_close(sinusoidal(torch.arange(50), dim).double(), paper[:, order], rtol=0, atol=1e-7)
 
 
-def test_late_positions_are_exact():
+def test_large_positions_are_exact():
     position = 20_000
     expected = [math.sin(position / 10000 ** (2 * i / 16)) for i in range(8)]
     assert sinusoidal(torch.tensor([position]), 16)[0, :8].tolist() == pytest.approx(expected, abs=1e-7)
 
 
-def test_sinusoidal_positions_go_beyond_their_table():
+def test_sinusoidal_positions_extend_beyond_their_table():
     short, long = SinusoidalPositions(10, 16), SinusoidalPositions(30, 16)
     positions = torch.arange(25)
     assert torch.equal(short(positions, 25), long(positions, 25))
@@ -37,19 +37,19 @@ def test_sinusoidal_positions_go_beyond_their_table():
     assert torch.equal(short(positions[:10], 10), short.table)
 
 
-def test_learned_positions_refuse_what_they_have_not_learned():
+def test_learned_positions_refuse_larger_ones():
     positions = LearnedPositions(10, 16)
     assert positions(torch.arange(10), 10).shape == (10, 16)
     with pytest.raises(ValueError, match=r"reaches position 10, .* max_position_embeddings - 1 = 9"):
         positions(torch.arange(11), 11)
 
 
-def test_an_unknown_kind():
+def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match='must be "sinusoidal" or "learned", got "rotary"'):
         positions_1d("rotary", 10, 16)
 
 
-def test_a_model_refuses_or_takes_long_input():
+def test_long_input_of_a_model():
     batch = tiny_batch(source=12)
     short = tiny_model(max_position_embeddings=5)
     assert largest_difference(short(**batch).logits, tiny_model(max_position_embeddings=50)(**batch).logits) == 0
@@ -58,7 +58,7 @@ def test_a_model_refuses_or_takes_long_input():
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_learned_positions_refuse_too_long_a_cache(static):
+def test_learned_positions_refuse_a_long_cache(static):
     model = tiny_model(position_embedding_type="learned", max_position_embeddings=7)
     source = tiny_batch()["input_ids"]
 
@@ -74,7 +74,7 @@ def test_learned_positions_refuse_too_long_a_cache(static):
 
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
-def test_position_matters_and_the_same_token_elsewhere_differs(kind):
+def test_output_depends_on_position(kind):
     model = tiny_model(position_embedding_type=kind)
     ids = torch.full((1, 6), 9)
     hidden = model.get_encoder()(input_ids=ids).last_hidden_state[0]
@@ -92,7 +92,7 @@ def test_both_stacks_start_at_position_0():
     )
 
 
-def test_tables_are_no_parameters_and_are_not_saved():
+def test_tables_are_not_parameters_and_not_saved():
     model = tiny_model()
     assert not any("positions" in name for name in model.state_dict())
     assert isinstance(tiny_model(position_embedding_type="learned").get_encoder().embedding.positions, nn.Embedding)

@@ -1,4 +1,4 @@
-"""Matching and the loss over matched pairs, against a slow reference in plain Python, one image and pair at a time."""
+"""Matching and loss against a slow reference in plain Python, one image and one pair at a time."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ COUNTS = pytest.mark.parametrize(
 
 
 def predictions(images: int = 3, layers: int = 2, queries: int = 7, classes: int = 5, seed: int = 1):
-    """Random logits (L, B, Q, C + 1) and boxes (L, B, Q, 4), both with gradients."""
+    """Random logits (L, B, Q, C + 1) and boxes (L, B, Q, 4), both with requires_grad."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(layers, images, queries, classes + 1, generator=generator)
     boxes = 0.1 + 0.6 * torch.rand(layers, images, queries, 4, generator=generator)
@@ -48,7 +48,7 @@ def predictions(images: int = 3, layers: int = 2, queries: int = 7, classes: int
 
 
 def plain_giou(one: list[float], other: list[float]) -> float:
-    """Of two boxes cxcywh with area."""
+    """GIoU of two boxes cxcywh with area."""
     sides = []
     for axis in (0, 1):
         (a, b), (c, d) = ((box[axis] - box[axis + 2] / 2, box[axis] + box[axis + 2] / 2) for box in (one, other))
@@ -59,7 +59,7 @@ def plain_giou(one: list[float], other: list[float]) -> float:
 
 
 def plain_cost(logits: Tensor, boxes: Tensor, label: dict[str, Tensor], config) -> np.ndarray:
-    """Of one image: (Q, n)."""
+    """Costs of one image: (Q, n)."""
     cost = np.zeros((len(logits), len(label["boxes"])))
     for query, (scores, box) in enumerate(zip(logits.tolist(), boxes.tolist(), strict=True)):
         total = sum(math.exp(score) for score in scores)
@@ -74,7 +74,7 @@ def plain_cost(logits: Tensor, boxes: Tensor, label: dict[str, Tensor], config) 
 
 
 def plain_losses(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config) -> dict[str, list[float]]:
-    """Sums of every term of every layer."""
+    """Sums of every term for every layer."""
     terms = {name: [] for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")}
     for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
         sums = dict.fromkeys(terms, 0.0)
@@ -116,8 +116,8 @@ def test_cost_and_assignment_of_every_layer_and_image(counts):
         assert (queries[layer, image] < 7).sum() == min(count, 7), "no object is left out while there are queries"
 
 
-def test_the_assignment_is_the_cheapest_there_is():
-    """All of them tried, so that the reference above does not lean on scipy alone."""
+def test_assignment_has_the_lowest_cost():
+    """Brute force, so that the reference above does not depend on scipy alone."""
     cost = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(0))
     queries = assign(cost, [4, 3])
     for layer, (image, count) in itertools.product(range(3), enumerate((4, 3))):
@@ -129,7 +129,7 @@ def test_the_assignment_is_the_cheapest_there_is():
 
 
 def test_ties():
-    """Each object gets a query of its own, and the cost of a match is as low as it can be."""
+    """Each object gets its own query, and the total cost is minimal."""
     queries = assign(torch.zeros(1, 2, 7, 4), [4, 2])
     assert len(set(queries[0, 0])) == 4 and len(set(queries[0, 1, :2])) == 2 and (queries[0, 1, 2:] == 7).all()
     alike = tiny_labels((1,))[0]
@@ -166,8 +166,8 @@ def test_gradients():
     assert torch.autograd.gradcheck(losses, (logits, boxes))
 
 
-def test_what_the_sums_are_divided_by():
-    """The class loss is the weighted mean that torch's cross-entropy gives, as in the authors' code."""
+def test_normalizers_of_the_sums():
+    """The class loss is torch's weighted mean cross-entropy, as in the authors' code."""
     (logits, boxes), labels = predictions(layers=1), tiny_labels((3, 0, 9))
     matching = hungarian_match(logits, boxes, labels, CONFIG)
     items = normalizers([3, 0, 9], 7, 0.2)
@@ -200,21 +200,21 @@ def test_names_and_weights():
         "loss_giou": 4,
         "loss_mask": 5,
         "loss_dice": 1,
-    }, "what is only looked at has no weight"
+    }, "metrics have no weight"
 
 
 def test_cardinality_error():
     logits = torch.full((1, 2, 4, 3), -5.0)
-    logits[..., 2] = 0.0  # nothing seen
-    logits[0, 0, :3, 1] = 5.0  # three objects
+    logits[..., 2] = 0.0  # no object predicted
+    logits[0, 0, :3, 1] = 5.0  # three objects predicted
     assert cardinality_error(logits, [1, 2]).tolist() == [2 + 2]
 
 
 @pytest.mark.parametrize(
     ("value", "where"), [(math.nan, "logits"), (math.inf, "logits"), (math.nan, "boxes"), (math.inf, "boxes")]
 )
-def test_predictions_that_are_no_numbers(value, where, caplog):
-    """They are reported with their count and matched last; all that they do not touch is as without them."""
+def test_nan_predictions(value, where, caplog):
+    """They are reported with their count and matched last; results that do not involve them are unchanged."""
     labels = tiny_labels((3, 0, 2))
     logits, boxes = (x.detach() for x in predictions())
     expected = plain_losses(logits, boxes, labels, CONFIG)
@@ -231,22 +231,22 @@ def test_predictions_that_are_no_numbers(value, where, caplog):
     assert terms["loss_ce"].isfinite().tolist() == [True, where == "boxes"]
 
 
-def test_no_report_where_no_object_is_concerned(caplog):
+def test_no_report_if_no_object_is_affected(caplog):
     logits, boxes = (x.detach() for x in predictions())
-    boxes[0, 1] = math.nan  # of an image without objects
+    boxes[0, 1] = math.nan  # in an image without objects
     hungarian_match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG)
     assert not caplog.records
 
 
-def test_when_nothing_is_a_number():
+def test_all_predictions_nan():
     logits, boxes = (torch.full_like(x, math.nan) for x in predictions())
     queries = hungarian_match(logits, boxes, tiny_labels((3, 0, 2)), CONFIG).on_host
     assert len(set(queries[0, 0])) == 3 and (queries[:, 1] == 7).all()
     assert predictions()[0].abs().max() < NEVER
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes a GPU wait: numbers read one by one, and tensors copied to the host."""
+class HostReads(TorchDispatchMode):
+    """Counts values read by the host, each of which makes it wait for the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(("images", "layers"), [(1, 1), (6, 6)])
 def test_one_copy_to_the_host(images, layers, monkeypatch):
-    """However many layers and images there are. On a CPU the range of the labels is read too."""
+    """For any number of layers and images. On a CPU the range of the labels is read as well."""
     copies = []
     for name in ("cpu", "numpy", "tolist", "item"):
         method = getattr(Tensor, name)
@@ -268,7 +268,7 @@ def test_one_copy_to_the_host(images, layers, monkeypatch):
         )
     logits, boxes = predictions(images, layers)
     labels = tiny_labels((3,) * images)
-    with Waits() as waits:
+    with HostReads() as waits:
         matching = hungarian_match(logits, boxes, labels, CONFIG)
         terms = set_losses(logits, boxes, matching, CONFIG)
         sum(values.sum() for values in terms.values()).backward()
@@ -276,11 +276,11 @@ def test_one_copy_to_the_host(images, layers, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_waits_of_a_gpu():
-    """At most 5 a step, where the authors' code makes 25."""
+def test_gpu_synchronizations():
+    """At most 5 per step; the authors' code has 25."""
     logits, boxes = (x.detach().cuda().requires_grad_() for x in predictions(6, 6))
     labels = [{name: value.cuda() for name, value in label.items()} for label in tiny_labels((3, 1, 0, 2, 5, 1))]
-    set_losses(logits, boxes, hungarian_match(logits, boxes, labels, CONFIG), CONFIG)  # what is set up once
+    set_losses(logits, boxes, hungarian_match(logits, boxes, labels, CONFIG), CONFIG)  # one-time setup
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as caught:
@@ -291,7 +291,7 @@ def test_waits_of_a_gpu():
     assert len(caught) <= 5
 
 
-def test_float32_inside_autocast():
+def test_float32_under_autocast():
     (logits, boxes), labels = predictions(), tiny_labels()
     halves = [x.detach().bfloat16() for x in (logits, boxes)]
     exact = [x.float() for x in halves]
@@ -307,7 +307,7 @@ def test_float32_inside_autocast():
 
 
 def test_labels_in_half_precision_and_small_integers():
-    """As a loader that casts whole batches, or reads uint8 classes, gives them."""
+    """As from a loader that casts whole batches or reads uint8 classes."""
     (logits, boxes), labels = predictions(), tiny_labels()
     small = [
         {"class_labels": label["class_labels"].to(torch.uint8), "boxes": label["boxes"].half()} for label in labels
@@ -347,14 +347,14 @@ def bad(labels: list[dict[str, Tensor]], **fields) -> list[dict[str, Tensor]]:
     ],
     ids=str,
 )
-def test_bad_labels(labels, message):
+def test_invalid_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         hungarian_match(*predictions(), labels, CONFIG)
 
 
 @pytest.mark.parametrize("values", [(31.0, 20.0, 9.0, 9.0), (math.nan,) * 4, (math.inf, 0.5, 0.1, 0.1)])
-def test_bad_boxes_on_a_gpu(values, monkeypatch):
-    """There labels are not read; the costs on the host tell."""
+def test_invalid_boxes_on_a_gpu(values, monkeypatch):
+    """Labels are not read on a GPU; the error comes from the costs on the host."""
     monkeypatch.setattr(set_loss, "readable", lambda values: False)
     labels = tiny_labels((3, 2, 1))
     labels[1]["boxes"][1] = torch.tensor(values)
@@ -363,7 +363,7 @@ def test_bad_boxes_on_a_gpu(values, monkeypatch):
 
 
 def plain_mask_losses(logits: Tensor, target: Tensor) -> tuple[float, float]:
-    """Focal (alpha 0.25, gamma 2) and Dice loss of one mask, both (pixels,)."""
+    """Focal (alpha 0.25, gamma 2) and Dice loss of one mask (pixels,)."""
     focal = found = both = 0.0
     for score, true in zip(logits.tolist(), target.tolist(), strict=True):
         p = 1 / (1 + math.exp(-score))
@@ -372,7 +372,7 @@ def plain_mask_losses(logits: Tensor, target: Tensor) -> tuple[float, float]:
     return focal / len(logits), 1 - (2 * both + 1) / (found + target.sum().item() + 1)
 
 
-def test_losses_of_masks():
+def test_mask_losses():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 30, generator=generator)
     targets = torch.rand(4, 30, generator=generator).round()
@@ -387,7 +387,7 @@ def test_losses_of_masks():
     assert dice_loss(-sure, targets).min() > 0.9
 
 
-def test_mask_logits_are_enlarged_to_their_targets():
+def test_mask_logits_are_upsampled_to_the_target_size():
     logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.rand(2, 16, 24).round()
     large = nn.functional.interpolate(logits[None], scale_factor=4, mode="bilinear")[0]
@@ -399,7 +399,7 @@ def test_mask_logits_are_enlarged_to_their_targets():
     assert logits.grad.eq(0).all(), "no object, no gradient, and no error"
 
 
-def test_masks_of_all_images_are_padded_below_and_to_the_right():
+def test_masks_are_padded_at_the_bottom_and_right():
     small, whole = torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(2, 5, 6)
     masks = target_masks([{"masks": small}, {"masks": whole[:0]}, {"masks": whole}], (5, 6), [1, 0, 2], small.device)
     assert masks.shape == (3, 5, 6) and masks.dtype == torch.float32
@@ -416,6 +416,6 @@ def test_masks_of_all_images_are_padded_below_and_to_the_right():
     ],
     ids=str,
 )
-def test_bad_masks(labels, message):
+def test_invalid_masks(labels, message):
     with pytest.raises(ValueError, match=message):
         target_masks(labels, (8, 8), [2], torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""BERT and GPT under every attention backend, checkpointing, half precision, compiled, exported, and resized."""
+"""BERT and GPT with every attention backend, checkpointing, half precision, compilation, export and resizing."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CompileConfig
 
 every_model = pytest.mark.parametrize("name", MODELS)
-# What shifts all numbers of a softmax alike, which a loss does not see: the scores of a query, of endings, of places.
+# Biases that shift all logits of a softmax equally have no effect on the loss: of keys, choices, answer positions.
 SHIFTS = {
     "chooser": ("k_proj.bias", "classifier.bias"),
     "reader": ("k_proj.bias", "qa_outputs.bias", "layers.1.feed_forward_residual.norm.bias"),
@@ -38,8 +38,8 @@ def test_backends_agree(name, backend):
 @torch.no_grad()
 @every_model
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])
-def test_maps_under_every_backend(name, backend):
-    """Flash attention itself needs a GPU, but asked for maps a model forms them."""
+def test_maps_with_every_backend(name, backend):
+    """Flash attention itself needs a GPU, but with output_attentions a model computes the maps eagerly."""
     model, inputs = tiny_text(name).base_model, text_batch("causal")
     model.set_attn_implementation("eager")
     expected = model(**inputs, output_attentions=True)
@@ -73,7 +73,7 @@ def test_gradient_checkpointing(name, reentrant):
 
 
 @every_model
-def test_every_weight_learns(name):
+def test_every_weight_gets_a_gradient(name):
     model = tiny_text(name)
     model(**text_batch(name, loss=True)).loss.backward()
     for weight, parameter in model.named_parameters():
@@ -115,9 +115,10 @@ def test_autocast(name):
 @every_model
 @pytest.mark.parametrize("asked", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=str)
 def test_forward_compiles_in_one_graph(name, asked):
-    """The graph alone, run by torch as it is: what would break it does so here."""
+    """The graph alone, run eagerly by torch: graph breaks show up here."""
     model, inputs = tiny_text(name), text_batch(name)
-    expected = model(**inputs, **asked)  # first, as transformers installs its hooks for outputs in an uncompiled call
+    # The first, uncompiled call installs transformers\' output hooks.
+    expected = model(**inputs, **asked)
     output = torch.compile(model, fullgraph=True, backend="eager")(**inputs, **asked)
     assert largest_difference(main_output(output), main_output(expected)) < 1e-6
     assert (output.attentions is not None) == bool(asked)
@@ -130,7 +131,7 @@ def test_forward_compiles_in_one_graph(name, asked):
 )
 def test_training_compiles_in_one_graph(name, options):
     model, inputs = tiny_text(name), text_batch(name, loss=True)
-    if name == "masked":  # where the labels stand is found outside the graph, as its shape depends on them
+    if name == "masked":  # label positions are computed outside the graph, because their number depends on the data
         options = {**options, "masked_positions": (inputs["labels"].flatten() >= 0).nonzero()[:, 0]}
     found = []
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
@@ -144,7 +145,7 @@ def test_training_compiles_in_one_graph(name, options):
 @pytest.mark.slow
 @torch.no_grad()
 @BASES
-def test_forward_compiled_for_real(name):
+def test_forward_compiled_with_the_default_backend(name):
     model, inputs = tiny_text(name), text_batch(name)
     compiled = torch.compile(model, fullgraph=True)
     assert largest_difference(main_output(compiled(**inputs)), main_output(model(**inputs))) < 1e-5
@@ -153,7 +154,7 @@ def test_forward_compiled_for_real(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_compiled_decoding_gives_the_same_tokens(beams):
-    """The decoding step as one graph, over a static cache; on a CPU transformers compiles only when told so."""
+    """The decoding step as one graph with a static cache; on a CPU transformers compiles only if requested."""
     model = tiny_text("causal")
     inputs = {"input_ids": text_batch("causal")["input_ids"][:1, :5].repeat(2, 1)}
     wished = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams, "do_sample": False}
@@ -168,7 +169,7 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
 @torch.no_grad()
 @every_model
 def test_export(name):
-    """One graph for any number of texts of any length; of endings to choose among, any number of them."""
+    """One graph for any number of texts of any length; for multiple choice, any number of choices."""
     model, inputs = tiny_text(name), text_batch(name)
     rows, length = torch.export.Dim("rows", min=2), torch.export.Dim("length", min=2, max=30)
     dims = {1: rows, 2: length} if name == "chooser" else {0: rows, 1: length}
@@ -185,7 +186,7 @@ def test_export(name):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("size", [41, 60])
 def test_resized_embeddings(name, tied, size, tmp_path):
-    """Words that stay keep their logits; the model saves, loads and learns at its new size."""
+    """Remaining tokens keep their logits; the model can be saved, loaded and trained at its new size."""
     model = tiny_text(name, tie_word_embeddings=tied)
     inputs = text_batch(name)
     inputs["input_ids"] = inputs["input_ids"].clamp_max(40)
@@ -203,8 +204,8 @@ def test_resized_embeddings(name, tied, size, tmp_path):
     assert torch.equal(main_output(again.eval()(**inputs)), got)
 
 
-def test_parallel_plans_name_real_parts():
-    """BERT's; GPT has none, see its configuration."""
+def test_parallel_plans_name_existing_modules():
+    """For BERT; GPT has no plan, see its configuration."""
     model = tiny_text("masked")
     modules = {name for name, _ in model.bert.named_modules()}
     for plan in (type(model.config).base_model_tp_plan, type(model.config).base_model_fsdp_plan):

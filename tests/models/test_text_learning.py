@@ -1,4 +1,4 @@
-"""From scratch, BERT learns to fill in words and GPT to go on; with a planted mistake they do not."""
+"""Trained from scratch, BERT learns to fill masks and GPT to continue texts, but not with a planted bug."""
 
 import math
 
@@ -39,8 +39,8 @@ def trained(name: str, steps: int, plant=lambda model: None, rate: float = 2e-3,
 
 
 @torch.no_grad()
-def filled_in(model) -> float:
-    """Share of hidden words found, in texts that training did not draw."""
+def mask_accuracy(model) -> float:
+    """Share of masked tokens predicted correctly, in texts not seen in training."""
     found = twice(200, HALF, seed=1)
     labels = found.pop("labels")
     hidden = labels != IGNORE_INDEX
@@ -48,8 +48,8 @@ def filled_in(model) -> float:
     return (got[hidden] == labels[hidden]).float().mean().item()
 
 
-def continued(model) -> float:
-    """Share of right words after the first three, in texts that training did not draw."""
+def continuation_accuracy(model) -> float:
+    """Share of correct tokens after the first three, in texts not seen in training."""
     texts = progressions(200, LENGTH, seed=1)
     options = {"max_new_tokens": LENGTH - 3, "min_new_tokens": LENGTH - 3, "do_sample": False}
     got = model.generate(texts[:, :3], attention_mask=torch.ones(200, 3, dtype=torch.long), **options)
@@ -57,31 +57,31 @@ def continued(model) -> float:
 
 
 @pytest.mark.parametrize("return_logits", [True, False])
-def test_bert_learns_to_fill_in(return_logits):
-    assert filled_in(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
+def test_bert_learns_to_fill_masks(return_logits):
+    assert mask_accuracy(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
 
 
-def test_without_positions_bert_learns_nothing():
-    """The hidden word is told by its place alone."""
+def test_bert_without_positions_learns_nothing():
+    """The masked token is determined only by its position."""
 
     def plant(model):
         table = model.bert.embeddings.position_embeddings.weight
         table.data.zero_()
         table.requires_grad_(False)
 
-    assert filled_in(trained("masked", 400, plant)[0]) < 0.5
+    assert mask_accuracy(trained("masked", 400, plant)[0]) < 0.5
 
 
 @pytest.mark.parametrize(("name", "options"), [("causal", {}), ("post-norm", {"return_logits": False})])
-def test_gpt_learns_to_go_on(name, options):
+def test_gpt_learns_to_continue(name, options):
     model, loss = trained(name, 250, rate=4e-3, **options)
-    assert continued(model) > 0.95
-    assert loss > math.log(4) / (LENGTH - 1) - 0.02, "the second word of a text, one of four, cannot be known"
+    assert continuation_accuracy(model) > 0.95
+    assert loss > math.log(4) / (LENGTH - 1) - 0.02, "the second token, one of four, is unpredictable"
 
 
-def test_a_gpt_that_sees_what_it_predicts_learns_nothing():
-    """Its loss is lower than the language allows, and it cannot go on by itself."""
+def test_gpt_that_sees_the_target_learns_nothing():
+    """Its loss is lower than the language allows, and it cannot generate on its own."""
 
     everything = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
     model, loss = trained("causal", 250, rate=4e-3, attention_mask=everything)
-    assert loss < 0.1 and continued(model) < 0.5
+    assert loss < 0.1 and continuation_accuracy(model) < 0.5

@@ -1,4 +1,4 @@
-"""What BERT's and GPT's own arguments and fields do, and what they refuse."""
+"""Arguments and fields specific to BERT and GPT, and refused input."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hf_tfm.models.cross_entropy import IGNORE_INDEX
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["causal", "post-norm"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_a_cache_changes_nothing(name, backend):
+def test_cache_does_not_change_the_output(name, backend):
     model, ids = tiny_text(name), text_batch(name)["input_ids"][:1].repeat(2, 1)
     model.set_attn_implementation(backend)
     expected = model(ids).logits
@@ -26,7 +26,7 @@ def test_a_cache_changes_nothing(name, backend):
 
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
-def test_padding_on_the_left_changes_nothing(beams):
+def test_left_padding_does_not_change_the_output(beams):
     model = tiny_text("causal")
     wished = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
     short, long = torch.tensor([[7, 8, 9]]), torch.tensor([[5, 6, 7, 8, 9]])
@@ -40,8 +40,8 @@ def test_padding_on_the_left_changes_nothing(beams):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["causal", "post-norm"])
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_several_texts_in_a_row(name, backend):
-    """Where positions start anew, no token sees what is before: each text has the logits it has alone."""
+def test_packed_texts(name, backend):
+    """Where positions restart, tokens do not attend to earlier ones: each text has the logits it has alone."""
     model = tiny_text(name)
     model.set_attn_implementation(backend)
     texts = [torch.randint(3, 48, (1, n), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 8)]
@@ -54,7 +54,7 @@ def test_several_texts_in_a_row(name, backend):
 
 
 @pytest.mark.parametrize("return_logits", [True, False])
-def test_labels_already_moved(return_logits):
+def test_shifted_labels(return_logits):
     model, inputs = tiny_text("causal"), text_batch("causal", loss=True)
     labels = inputs.pop("labels")
     expected = model(**inputs, labels=labels, return_logits=return_logits).loss
@@ -67,7 +67,7 @@ def test_labels_already_moved(return_logits):
 
 
 @torch.no_grad()
-def test_logits_of_the_last_tokens_alone():
+def test_logits_of_the_last_tokens_only():
     model, inputs = tiny_text("causal"), text_batch("causal")
     whole = model(**inputs).logits
     assert torch.allclose(model(**inputs, logits_to_keep=2).logits, whole[:, -2:], atol=1e-6)
@@ -76,13 +76,13 @@ def test_logits_of_the_last_tokens_alone():
 
 
 @torch.no_grad()
-def test_a_classifier_reads_the_last_token_however_padded():
+def test_classifier_reads_the_last_token_with_any_padding():
     model, ids = tiny_text("causal-classifier"), torch.randint(3, 48, (1, 6))
     expected = model(ids, attention_mask=torch.ones_like(ids)).logits
     nothing = torch.zeros(1, 3, dtype=torch.long)
     right, left = torch.cat([ids, nothing], dim=1), torch.cat([nothing, ids], dim=1)
     assert largest_difference(model(right, attention_mask=(right > 0).long()).logits, expected) < 1e-5
-    assert largest_difference(model(right).logits, expected) < 1e-5  # by pad_token_id
+    assert largest_difference(model(right).logits, expected) < 1e-5  # found by pad_token_id
     places = ((left > 0).cumsum(dim=1) - 1).clamp_min(0)
     found = model(left, attention_mask=(left > 0).long(), position_ids=places).logits
     assert largest_difference(found, expected) < 1e-5
@@ -95,7 +95,7 @@ def test_segments_and_positions(name):
     expected = main_output(model(**inputs))
     segments = inputs.pop("token_type_ids")
     felt = largest_difference(main_output(model(**inputs, token_type_ids=1 - segments)), expected)
-    assert (felt > 0.01) == (name == "pretraining"), "a model without segments takes no notice of them"
+    assert (felt > 0.01) == (name == "pretraining"), "a model without segments ignores them"
     given = {**inputs, "token_type_ids": segments}
     assert torch.equal(main_output(model(**given, position_ids=torch.arange(9)[None])), expected)
     moved = main_output(model(**given, position_ids=torch.arange(9)[None] + 3))
@@ -142,7 +142,7 @@ def test_errors_of_configurations_name_field_and_value(config_class, fields, mes
 
 
 @pytest.mark.parametrize("config_class", [hf_tfm.TfmBertConfig, hf_tfm.TfmGPTConfig])
-def test_sizes_that_are_not_known(config_class):
+def test_unknown_size(config_class):
     with pytest.raises(ValueError, match=r'size must be one of tiny, .*, got "giant"'):
         config_class.of_size("giant")
 
@@ -165,7 +165,7 @@ def test_sizes_that_are_not_known(config_class):
         ),
     ],
 )
-def test_inputs_that_are_refused(name, given, message):
+def test_invalid_inputs_are_refused(name, given, message):
     with pytest.raises(ValueError, match=message):
         tiny_text(name)(**given)
 
@@ -174,13 +174,13 @@ def test_inputs_that_are_refused(name, given, message):
     "model_class",
     [hf_tfm.TfmBertForPreTraining, hf_tfm.TfmBertForSequenceClassification, hf_tfm.TfmBertForMultipleChoice],
 )
-def test_heads_that_need_a_pooler_say_so(model_class):
+def test_heads_that_need_a_pooler_raise_without_one(model_class):
     with pytest.raises(ValueError, match="pooler"):
         model_class(hf_tfm.TfmBertConfig(**TINY, pooler="none"))
 
 
-def test_gpt_1_drops_before_its_classifier():
-    """Section 4.1 of Radford et al. 2018; and none of its 40,478 words ends a text."""
+def test_gpt1_has_dropout_before_its_classifier():
+    """Section 4.1 of Radford et al. 2018; and none of its 40,478 tokens ends a text."""
     config = hf_tfm.TfmGPTConfig.of_size("gpt1")
     assert config.classifier_dropout == 0.1 and hf_tfm.TfmGPTConfig().classifier_dropout == 0.0
     assert config.bos_token_id is None and config.eos_token_id is None
@@ -188,7 +188,7 @@ def test_gpt_1_drops_before_its_classifier():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf_tfm.TfmGPTConfig.of_size("gpt1", **still, **sizes)
     model = hf_tfm.TfmGPTForSequenceClassification(config).train()
-    ids = torch.arange(5, 13).repeat(50, 1)  # 800 features: that none drops has a chance of 1e-37
+    ids = torch.arange(5, 13).repeat(50, 1)  # 800 features: the chance that none is dropped is 1e-37
     first, second = (model(ids).logits for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)

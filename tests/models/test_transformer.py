@@ -1,4 +1,4 @@
-"""What the encoder-decoder promises, beyond what transformers' own suite looks at."""
+"""The encoder-decoder, beyond what transformers' common tests cover."""
 
 import copy
 
@@ -25,7 +25,7 @@ def with_labels(batch: dict, **more) -> dict:
 @pytest.mark.parametrize(
     "fields", [{}, {"attention_score": "additive"}, {"position_embedding_type": "learned"}], ids=str
 )
-def test_a_later_token_never_changes_an_earlier_output(norm_first, fields):
+def test_decoder_is_causal(norm_first, fields):
     model, batch = tiny_model(norm_first=norm_first, **fields), tiny_batch(target=8)
     del batch["decoder_attention_mask"]
     changed = copy.deepcopy(batch)
@@ -35,7 +35,7 @@ def test_a_later_token_never_changes_an_earlier_output(norm_first, fields):
     assert (before[:, 5:] - after[:, 5:]).abs().amax(dim=(1, 2)).min() > 1e-3, "later outputs must change"
 
 
-def test_mask_predict_sees_both_sides():
+def test_mask_predict_decoder_is_bidirectional():
     model, batch = tiny_model(decoding="mask_predict"), tiny_batch(target=8)
     changed = copy.deepcopy(batch)
     changed["decoder_input_ids"][0, 7] = 5
@@ -44,7 +44,7 @@ def test_mask_predict_sees_both_sides():
 
 @NORM_ORDERS
 @pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
-def test_padding_changes_nothing(norm_first, decoding):
+def test_padding_does_not_change_the_output(norm_first, decoding):
     model, batch = tiny_model(norm_first=norm_first, decoding=decoding), tiny_batch(rows=5, source=9, target=7)
     padded = model(**batch).logits
     for row in range(5):
@@ -55,7 +55,7 @@ def test_padding_changes_nothing(norm_first, decoding):
         assert largest_difference(padded[row, None, :T], alone) < 1e-5
 
 
-def test_what_stands_under_padding_does_not_matter():
+def test_padding_token_ids_do_not_matter():
     model, batch = tiny_model(), tiny_batch()
     other = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 33)}
     assert largest_difference(model(**batch).logits, model(**other).logits) < 1e-6
@@ -63,13 +63,13 @@ def test_what_stands_under_padding_does_not_matter():
 
 
 def test_embeddings_are_scaled():
-    """sqrt(32) times the token's row; it stands out against unscaled positions, and the switch turns it off."""
+    """The token's row times sqrt(32), which dominates unscaled positions; the option disables it."""
     ids = torch.tensor([[7, 8]])
     scaled, plain = tiny_model().get_encoder().embedding, tiny_model(scale_embedding=False).get_encoder().embedding
     torch.testing.assert_close(scaled(ids) - plain(ids), scaled.tokens(ids) * (32**0.5 - 1))
 
 
-def test_fresh_embeddings_have_variance_1_when_scaled():
+def test_scaled_initial_embeddings_have_variance_1():
     torch.manual_seed(0)
     model = TfmTransformerModel(tiny_config(vocab_size=2000))
     assert (model.shared.weight * 32**0.5).std().item() == pytest.approx(1.0, abs=0.02)
@@ -100,7 +100,7 @@ def test_weights_stay_tied(tmp_path):
     assert largest_difference(again.eval()(**batch).logits[..., :48], model(**batch).logits) < 1e-6
 
 
-def test_an_output_bias_starts_at_zero_and_learns(tmp_path):
+def test_output_bias_starts_at_zero_and_gets_a_gradient(tmp_path):
     torch.manual_seed(0)
     model = TfmTransformerForConditionalGeneration(tiny_config(output_bias=True, label_smoothing=0.0))
     assert model.lm_head.bias.eq(0).all() and tiny_model().lm_head.bias is None
@@ -117,8 +117,8 @@ def test_an_output_bias_starts_at_zero_and_learns(tmp_path):
 
 
 @pytest.mark.parametrize("decoding", ["autoregressive", "mask_predict"])
-def test_an_output_bias_is_in_everything(decoding):
-    """In logits, in the loss with and without them, and in what is generated: a large bias decides alone."""
+def test_output_bias_is_always_applied(decoding):
+    """In logits, in the loss with and without logits, and in generation: a large bias decides the output."""
     model, batch = tiny_model(output_bias=True, decoding=decoding), tiny_batch()
     labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
     if decoding == "mask_predict":
@@ -136,7 +136,7 @@ def test_an_output_bias_is_in_everything(decoding):
     assert generated[generated != model.config.pad_token_id].eq(11).all() and generated.eq(11).any(dim=1).all()
 
 
-def test_an_output_bias_is_resized_with_the_tied_embeddings(tmp_path):
+def test_output_bias_is_resized_with_tied_embeddings(tmp_path):
     model, batch = tiny_model(output_bias=True), tiny_batch()
     expected, bias = model(**batch).logits, model.lm_head.bias.detach().clone()
     for size in (60, 50):
@@ -161,14 +161,14 @@ def test_weights_can_be_untied(tmp_path):
     assert largest_difference(loaded(**tiny_batch()).logits, model(**tiny_batch()).logits) == 0
 
 
-def test_every_untied_weight_learns():
-    """One that never gets a gradient has no state to resume from, and other ranks wait for it."""
+def test_every_untied_weight_gets_a_gradient():
+    """A weight without gradients has no optimizer state to resume, and other ranks wait for its gradient."""
     model = tiny_model(tie_word_embeddings=False).train()
     model(**with_labels(tiny_batch())).loss.backward()
     assert not [name for name, weight in model.named_parameters() if weight.grad is None]
 
 
-def test_untied_embeddings_are_resized_and_keep_their_rows():
+def test_resized_untied_embeddings_keep_their_rows():
     model = tiny_model(tie_word_embeddings=False)
     tables = (model.get_encoder().embedding.tokens, model.get_decoder().embedding.tokens, model.lm_head)
     before = [table.weight.detach().clone() for table in tables]
@@ -180,7 +180,7 @@ def test_untied_embeddings_are_resized_and_keep_their_rows():
     assert model(**tiny_batch()).logits.shape[-1] == model.config.vocab_size == 60
 
 
-def test_base_and_head_load_each_others_checkpoints(tmp_path):
+def test_base_model_and_head_load_each_others_checkpoints(tmp_path):
     model, batch = tiny_model(), tiny_batch()
     model.save_pretrained(tmp_path / "head")
     base = TfmTransformerModel.from_pretrained(tmp_path / "head").eval()
@@ -204,7 +204,7 @@ def test_hidden_states(norm_first):
 
 
 @NORM_ORDERS
-def test_pre_norm_ends_with_a_norm_and_post_norm_already_did(norm_first):
+def test_final_norm_of_pre_norm_and_post_norm(norm_first):
     model = tiny_model(norm_first=norm_first)
     for stack in (model.get_encoder(), model.get_decoder()):
         assert isinstance(stack.norm, nn.LayerNorm if norm_first else nn.Identity)
@@ -241,7 +241,7 @@ def test_gradient_checkpointing(decoding, maps, reentrant):
 
 @pytest.mark.parametrize("return_logits", [True, False])
 def test_loss(return_logits):
-    """Label-smoothed cross-entropy of the labels, teacher forced, as torch computes it."""
+    """Teacher-forced, label-smoothed cross-entropy as torch computes it."""
     model, batch = tiny_model(label_smoothing=0.2), with_labels(tiny_batch())
     output = model(**batch, return_logits=return_logits)
     inputs = shift_right(batch["labels"], 0, 1)
@@ -256,8 +256,8 @@ def test_loss(return_logits):
     assert cache_of(output) is None
 
 
-def test_loss_of_a_batch_in_parts_adds_up():
-    """What Trainer does with ``num_items_in_batch`` under gradient accumulation."""
+def test_loss_of_micro_batches_adds_up():
+    """As Trainer does with ``num_items_in_batch`` under gradient accumulation."""
     for decoding in ("autoregressive", "mask_predict"):
         model = tiny_model(decoding=decoding)
         batch = tiny_batch()
@@ -278,7 +278,7 @@ def test_loss_of_a_batch_in_parts_adds_up():
         else:
             lengths = sum(part.length_loss for part in parts).item() / 4
             assert lengths == pytest.approx(whole.length_loss.item(), abs=1e-5)
-            # Sentences count by their tokens, in the whole batch too when it is told the number of items.
+            # Sentences are weighted by their tokens, also in the whole batch if it is given the number of items.
             expected = model(**batch, num_items_in_batch=items).loss.item()
             assert sum(part.loss for part in parts).item() == pytest.approx(expected, abs=1e-5)
             assert 0.5 < expected / whole.loss.item() < 1.5
@@ -314,7 +314,7 @@ def test_autocast(norm_first, decoding):
 
 
 def test_lengths_are_counted_exactly_in_bfloat16():
-    """bfloat16 ends counting at 256; a source of 300 tokens must still be 300 tokens long."""
+    """bfloat16 counts exactly only up to 256, but a source of 300 tokens must be counted as 300."""
     head = tiny_model(decoding="mask_predict").bfloat16().length_head
     _, lengths = head(torch.zeros(1, 300, 32, dtype=torch.bfloat16), None)
     assert lengths.tolist() == [300]
@@ -347,7 +347,7 @@ def test_embeddings_and_encoder_outputs_instead_of_ids():
         assert largest_difference(model(**rest, encoder_outputs=outputs).logits, expected) == 0
 
 
-def test_parallel_plans_name_real_parts():
+def test_parallel_plans_name_existing_modules():
     model = tiny_model()
     modules = {name for name, _ in model.model.named_modules()}
     for plan in (type(model.config).base_model_tp_plan, type(model.config).base_model_fsdp_plan):

@@ -1,4 +1,4 @@
-"""ViT and MAE under every attention backend, under checkpointing, in half precision, compiled and exported."""
+"""ViT and MAE with every attention backend, gradient checkpointing, half precision, compilation and export."""
 
 import copy
 
@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys(
 
 
 def inputs_of(model, rows: int = 3, loss: bool = False) -> dict[str, Tensor]:
-    """Images; the noise of a masked autoencoder; with ``loss`` also a classifier's labels."""
+    """Images; noise for a masked autoencoder; with ``loss`` also labels for a classifier."""
     inputs = {"pixel_values": tiny_images(rows)}
     if hasattr(model.config, "mask_ratio"):
         inputs["noise"] = tiny_noise(rows)
@@ -48,8 +48,8 @@ def test_backends_agree(build, backend):
 @torch.no_grad()
 @every_model
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])
-def test_maps_under_every_backend(build, backend):
-    """Of the encoder. Flash attention itself needs a GPU, but asked for maps a model forms them."""
+def test_maps_with_every_backend(build, backend):
+    """Encoder maps. Flash attention needs a GPU, but with output_attentions a model computes the maps eagerly."""
     model = build()
     inputs = inputs_of(model)
     model.set_attn_implementation("eager")
@@ -66,7 +66,7 @@ def test_maps_under_every_backend(build, backend):
     assert model.config._attn_implementation == backend
 
 
-def test_maps_by_configuration():
+def test_maps_requested_by_the_configuration():
     model = tiny_vit(attn_implementation="eager")
     model.config.output_attentions = True
     assert len(model(tiny_images()).attentions) == 3
@@ -91,7 +91,7 @@ def test_gradient_checkpointing(build, reentrant):
 @every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(build, dtype, tmp_path):
-    """Converted, and loaded in half precision, where a fixed table of positions may stay float32."""
+    """Models converted to half precision or loaded in it; fixed position tables may stay float32."""
     model = build()
     inputs = inputs_of(model, loss=True)
     expected = model(**inputs).loss.item()
@@ -133,10 +133,11 @@ def test_autocast(build):
     ids=str,
 )
 def test_forward_compiles_in_one_graph(name, asked):
-    """The graph alone, run by torch as it is: what would break it does so here."""
+    """The graph alone, run eagerly by torch: graph breaks show up here."""
     model = MODELS[name]()
     inputs = inputs_of(model)
-    expected = model(**inputs, **asked)  # first, as transformers installs its hooks for outputs in an uncompiled call
+    # The first, uncompiled call installs transformers\' output hooks.
+    expected = model(**inputs, **asked)
     output = torch.compile(model, fullgraph=True, backend="eager")(**inputs, **asked)
     assert largest_difference(output.logits, expected.logits) < 1e-6
     assert (output.attentions is not None) == bool(asked)
@@ -164,7 +165,7 @@ def test_drop_path_and_random_masks_compile_in_one_graph():
 
 
 @torch.no_grad()
-def test_a_backbone_compiles_in_one_graph():
+def test_backbone_compiles_in_one_graph():
     model, images = tiny_backbone(out_indices=[1, 3]), tiny_images()
     expected = model(images).feature_maps
     maps = torch.compile(model, fullgraph=True, backend="eager")(images).feature_maps
@@ -174,7 +175,7 @@ def test_a_backbone_compiles_in_one_graph():
 @pytest.mark.slow
 @torch.no_grad()
 @every_model
-def test_forward_compiled_for_real(build):
+def test_forward_compiled_with_the_default_backend(build):
     model = build()
     inputs = inputs_of(model)
     assert largest_difference(torch.compile(model, fullgraph=True)(**inputs).logits, model(**inputs).logits) < 1e-5
@@ -194,7 +195,7 @@ def test_export(build):
 
 
 @torch.no_grad()
-def test_export_of_any_size_of_image():
+def test_export_with_any_image_size():
     model = tiny_vit(position_embedding_type="sincos_2d")
     rows, columns = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("columns", min=2, max=64)
     shapes = {"pixel_values": {2: 4 * rows, 3: 4 * columns}}
@@ -206,7 +207,7 @@ def test_export_of_any_size_of_image():
 
 
 @torch.no_grad()
-def test_a_hybrid_exports_and_compiles():
+def test_hybrid_exports_and_compiles():
     model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)
     expected = model(images).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")

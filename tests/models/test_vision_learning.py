@@ -1,4 +1,4 @@
-"""From scratch on scikit-learn's handwritten digits: both models learn, and do not where a mistake is planted."""
+"""Trained from scratch on scikit-learn's handwritten digits, both models learn, but not with a planted bug."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTConfig, TfmViTForIm
 from hf_tfm.models.modeling_mae import normalize_patches
 from hf_tfm.models.patches import patchify
 
-TRAIN = 1500  # of 1797 images; those after it are for the test
+TRAIN = 1500  # of 1797 images; the rest is for testing
 SIZES = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
 ENCODER = {"num_hidden_layers": 2, "num_attention_heads": 4}
 MAE = {
@@ -60,17 +60,17 @@ def classifier_accuracy(steps: int, forget_positions: bool = False, **fields) ->
     [{"position_embedding_type": "learned"}, {"position_embedding_type": "learned_2d", "pooling": "mean"}],
     ids=str,
 )
-def test_a_classifier_learns_digits(fields):
+def test_classifier_learns_digits(fields):
     assert classifier_accuracy(450, **fields) > 0.75
 
 
 def test_without_positions_it_learns_little():
-    """A bag of patches of 2 x 2 pixels still tells some digits apart."""
+    """A bag of 2 x 2 patches still identifies some digits."""
     assert classifier_accuracy(450, forget_positions=True) < 0.6
 
 
 def masked_losses(steps: int, forget_positions: bool = False, **fields) -> tuple[float, float, float]:
-    """Loss on images that training did not see; the variance of its targets; the loss of the mean image there."""
+    """Loss on test images; the variance of their targets; the loss of predicting the mean image."""
     images, _ = digits()
     torch.manual_seed(0)
     model = TfmMAEForPreTraining(TfmMAEConfig(**{**SIZES, **MAE, **fields}))
@@ -87,21 +87,21 @@ def masked_losses(steps: int, forget_positions: bool = False, **fields) -> tuple
 
 
 @pytest.mark.parametrize(("normalised", "steps"), [(False, 700), (True, 400)])
-def test_a_masked_autoencoder_learns_digits(normalised, steps):
-    """It must do better than the mean image, which positions alone would give: it uses what it sees."""
+def test_masked_autoencoder_learns_digits(normalised, steps):
+    """It must beat the mean image, which positions alone would give, so it must use the visible patches."""
     loss, variance, mean_image = masked_losses(steps, norm_pix_loss=normalised)
     assert loss < 0.75 * variance and loss < 0.9 * mean_image
 
 
 @pytest.mark.parametrize(("normalised", "limit"), [(False, 0.6), (True, 0.85)])
-def test_it_learns_at_the_paper_s_ratio(normalised, limit):
-    """With 4 of 16 patches visible: measured 0.50 of the variance, and 0.76 of that of normalised patches."""
+def test_it_learns_at_the_mask_ratio_of_the_paper(normalised, limit):
+    """With 4 of 16 patches visible, the measured loss is 0.50 of the variance, and 0.76 with normalized patches."""
     loss, variance, _ = masked_losses(400, norm_pix_loss=normalised, mask_ratio=0.75)
     assert loss < limit * variance
 
 
-def test_without_positions_in_the_decoder_it_learns_nothing():
-    """All hidden patches of an image then get one prediction."""
+def test_without_decoder_positions_it_learns_nothing():
+    """All masked patches of an image then get the same prediction."""
     for ratio in (0.25, 0.75):
         loss, variance, mean_image = masked_losses(150, forget_positions=True, mask_ratio=ratio)
         assert loss > 0.8 * variance and loss > 1.5 * mean_image

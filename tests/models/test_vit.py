@@ -1,4 +1,4 @@
-"""What the Vision Transformer promises: sizes, positions, pooling, losses, and clear errors."""
+"""The Vision Transformer: sizes, positions, pooling, losses, and error messages."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_published_parameter_counts(size, millions):
     assert published is None or parameters == pytest.approx(published * 1e6, rel=0.01)
 
 
-def test_parts_add_what_they_should():
+def test_parameters_of_options():
     D, P = 32, 16
     plain = count(TfmViTForImageClassification, tiny_vit_config(num_labels=5))
 
@@ -53,7 +53,7 @@ def test_parts_add_what_they_should():
 
     assert more(position_embedding_type="sincos_2d") == -(1 + P) * D
     assert more(position_embedding_type="learned_2d") == 2 * 4 * D // 2 - (1 + P) * D
-    assert more(pooling="mean") == 0  # the norm moves behind the pooling
+    assert more(pooling="mean") == 0  # the norm is after the pooling
     assert more(representation_layer=True, pooler_output_size=24) == (D * 24 + 24) - (D - 24) * 5
     assert more(qkv_bias=False) == -3 * 3 * D
     assert more(image_size=[8, 32]) == 0 and more(patch_size=2) != 0
@@ -62,7 +62,7 @@ def test_parts_add_what_they_should():
 
 @KINDS
 def test_positions_matter_and_are_added_once(kind):
-    """Patches in another order are another image; with the positions taken away they would be the same one."""
+    """Permuted patches are another image; without positions they would give the same output."""
     model = tiny_vit(position_embedding_type=kind)
     images = tiny_images()
     swapped = torch.cat([images[..., 8:], images[..., :8]], dim=-1)
@@ -78,8 +78,8 @@ def test_positions_matter_and_are_added_once(kind):
 
 @KINDS
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_fresh_positions_tell_patches_apart(kind, pooling):
-    """Equal patches must leave the embeddings unequal, on a model straight from its configuration."""
+def test_initial_positions_distinguish_patches(kind, pooling):
+    """Equal patches must get different embeddings in a model created from its configuration."""
     torch.manual_seed(0)
     model = TfmViTModel(tiny_vit_config(position_embedding_type=kind, pooling=pooling))
     tokens = model.embeddings(torch.ones(1, 3, 16, 16))[0]
@@ -88,7 +88,7 @@ def test_fresh_positions_tell_patches_apart(kind, pooling):
     assert (model.embeddings.cls_token != 0).all()
 
 
-def test_learned_2d_positions_are_a_column_and_a_row_side_by_side():
+def test_learned_2d_positions_concatenate_column_and_row():
     model = tiny_encoder(position_embedding_type="learned_2d", image_size=[8, 16]).embeddings
     _, table = model.positions((2, 4))
     for row in range(2):
@@ -115,8 +115,8 @@ def test_images_of_other_sizes(kind, size):
 
 
 @pytest.mark.parametrize("patch", [4, 8, 14, 16, 32])
-def test_patches_of_every_published_size(patch):
-    """Of an image of 2 x 3 patches; the linear layer over each is the convolution that checkpoints have."""
+def test_published_patch_sizes(patch):
+    """For an image of 2 x 3 patches, the linear layer equals the convolution in published checkpoints."""
     model = tiny_vit(image_size=[2 * patch, 3 * patch], patch_size=patch)
     images, embeddings = tiny_images(2, 2 * patch, 3 * patch), model.vit.embeddings
     assert embeddings.grid == (2, 3) and model(images).logits.shape == (2, 5)
@@ -128,7 +128,7 @@ def test_patches_of_every_published_size(patch):
 
 
 @KINDS
-def test_images_and_patches_that_are_not_square(kind):
+def test_non_square_images_and_patches(kind):
     model = tiny_vit(image_size=[8, 24], patch_size=[4, 2], position_embedding_type=kind)
     images = tiny_images(2, 8, 24)
     assert model.vit.embeddings.grid == (2, 12)
@@ -186,7 +186,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert torch.equal(drop.eval()(batch), batch)
 
 
-def test_drop_path_changes_training_alone():
+def test_drop_path_applies_in_training_only():
     images = tiny_images()
     model, plain = tiny_vit(drop_path_rate=0.5), tiny_vit()
     assert torch.equal(model(images).logits, plain(images).logits)
@@ -215,8 +215,8 @@ def test_hidden_states():
         (None, 1, torch.randn(3)),
     ],
 )
-def test_losses_of_the_native_class(problem, classes, labels):
-    """Also what the first call writes into the configuration."""
+def test_losses_match_the_native_class(problem, classes, labels):
+    """Also the problem_type that the first call writes into the configuration."""
     model = tiny_vit(num_labels=classes, problem_type=problem)
     native = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, hidden_size=12, num_hidden_layers=1))
     native.config.num_labels, native.config.problem_type = classes, problem
@@ -225,7 +225,7 @@ def test_losses_of_the_native_class(problem, classes, labels):
     assert torch.equal(output.loss, expected) and model.config.problem_type == native.config.problem_type
 
 
-def test_loss_of_probabilities():
+def test_loss_with_soft_labels():
     model = tiny_vit(problem_type="single_label_classification")
     images, classes = tiny_images(), torch.tensor([0, 4, 2])
     hard = model(images, labels=classes).loss
@@ -243,7 +243,7 @@ def test_loss_of_probabilities():
     assert half(images.bfloat16(), labels=mixed).loss.item() == pytest.approx(expected.item(), rel=0.02)
 
 
-def test_no_classifier_for_no_labels():
+def test_zero_labels_give_no_classifier():
     model = tiny_vit(num_labels=0)
     assert model(tiny_images()).logits.shape == (3, 32)
 
@@ -254,12 +254,12 @@ def test_every_parameter_gets_a_gradient():
         model(tiny_images(), labels=torch.tensor([0, 1, 2])).loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
-            # A bias of the keys shifts all scores of a query alike, which softmax does not see.
+            # A key bias shifts all scores of a query equally, which does not change the softmax.
             assert parameter.grad.abs().max() > (0 if "k_proj.bias" in name else 1e-7), name
         assert gradients(model).isfinite().all()
 
 
-def test_parallel_plans_name_real_parts():
+def test_parallel_plans_name_existing_modules():
     model = tiny_vit()
     modules = {name for name, _ in model.vit.named_modules()}
     for plan in (type(model.config).base_model_tp_plan, type(model.config).base_model_fsdp_plan):
@@ -300,7 +300,7 @@ def test_errors_name_field_and_value(fields, message):
     assert isinstance(raised.value, ValueError | TypeError) or "Validation" in type(raised.value).__name__
 
 
-def test_bad_images_are_refused():
+def test_invalid_images_are_refused():
     model = tiny_vit()
     with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, H, W\), got \(2, 1, 16, 16\)"):
         model(tiny_images(2, channels=1))
@@ -310,14 +310,14 @@ def test_bad_images_are_refused():
         TfmViTConfig.of_size("giant")
 
 
-def test_the_hybrids_grid_is_that_of_the_feature_map():
+def test_hybrid_grid_is_that_of_the_feature_map():
     assert tiny_vit_config(**HYBRID).backbone == "resnet18"
     assert math.prod(tiny_encoder(**HYBRID).embeddings.grid) == 4
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned_2d", "sincos_2d"])
-def test_positions_resized_once_are_those_resized_in_every_forward(kind):
-    """Learned tables: the same function at the new size. Fixed ones are computed anew, as a model of that size has."""
+def test_resized_positions_equal_interpolation_in_forward(kind):
+    """Learned tables give the same function at the new size. Fixed tables equal those of a model of that size."""
     model = tiny_vit(position_embedding_type=kind)
     images = torch.randn(2, 3, 24, 48)
     expected = model(images).logits

@@ -1,4 +1,4 @@
-"""The hybrid's stem, and the Vision Transformer as a backbone."""
+"""The hybrid's convolutional stem, and the Vision Transformer as a backbone."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def stem_of(model: TfmViTForImageClassification) -> dict[str, Tensor]:
     return model.vit.embeddings.backbone.state_dict()
 
 
-def test_the_hybrid_reads_a_feature_map():
+def test_hybrid_reads_a_feature_map():
     model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)
     embeddings = model.vit.embeddings
     features = embeddings.backbone(images)[-1]
@@ -30,13 +30,13 @@ def test_the_hybrid_reads_a_feature_map():
 
 @pytest.mark.parametrize(("index", "channels", "stride"), [(-1, 512, 32), (-2, 256, 16)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 90)], ids=str)
-def test_the_grid_foretells_the_feature_map(index, channels, stride, size):
+def test_grid_is_computed_without_running_the_stem(index, channels, stride, size):
     features = TimmFeatures("resnet18", 1, (index,))
     assert (features.channels, features.stride) == ([channels], stride)
     assert features.eval()(tiny_images(1, *size, channels=1))[-1].shape == (1, channels, *features.grid(*size))
 
 
-def test_another_feature_map_with_larger_patches():
+def test_other_feature_maps_with_larger_patches():
     model = tiny_vit(backbone="resnet18", backbone_out_index=-2, image_size=64, patch_size=2, num_channels=1)
     assert model.vit.embeddings.grid == (2, 2)
     assert model(tiny_images(2, 64, 64, channels=1)).logits.shape == (2, 5)
@@ -46,7 +46,7 @@ def test_another_feature_map_with_larger_patches():
         tiny_vit(backbone="resnet18", backbone_out_index=-2, image_size=[64, 48], patch_size=2)
 
 
-def test_the_stem_is_saved_and_loaded(tmp_path):
+def test_stem_is_saved_and_loaded(tmp_path):
     model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)
     model.save_pretrained(tmp_path / "whole")
     loaded, info = TfmViTForImageClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
@@ -58,8 +58,8 @@ def test_the_stem_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(value, stem_of(model)[name]) for name, value in stem_of(loaded).items())
 
 
-def test_a_missing_stem_is_drawn_anew(tmp_path):
-    """By torch's own rules, as on a model straight from its configuration, and not left as memory happened to be."""
+def test_missing_stem_is_initialized(tmp_path):
+    """By torch's default initialization, as in a model created from its configuration, not left uninitialized."""
     tiny_vit(**HYBRID).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if ".backbone." not in k}, file, metadata={"format": "pt"})
@@ -77,7 +77,7 @@ def test_a_missing_stem_is_drawn_anew(tmp_path):
 
 
 def test_micro_batches_of_a_hybrid_equal_one_batch():
-    """Loss, gradients, and what is saved: none depends on which images share a batch, in training either."""
+    """Loss, gradients and saved statistics do not depend on which images share a batch, also in training."""
     images, labels, found = tiny_images(4, 64, 64), torch.tensor([0, 1, 2, 3]), []
     for size in (4, 2, 1):
         model = tiny_vit(**HYBRID).train()
@@ -95,13 +95,13 @@ def test_micro_batches_of_a_hybrid_equal_one_batch():
         assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
-def test_the_stem_trains():
+def test_stem_is_trained():
     model = tiny_vit(**HYBRID).train()
     model(tiny_images(4, 64, 64), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
     assert gradients(model.vit.embeddings.backbone).abs().max() > 1e-4
 
 
-def test_a_backbone_gives_feature_maps_of_chosen_blocks():
+def test_backbone_returns_feature_maps_of_chosen_blocks():
     model, images = tiny_backbone(out_indices=[0, 2, 3]), tiny_images(2, 24, 8)
     output = model(images)
     assert [tuple(features.shape) for features in output.feature_maps] == [(2, 32, 6, 2)] * 3
@@ -115,24 +115,24 @@ def test_a_backbone_gives_feature_maps_of_chosen_blocks():
     assert len(model(images, output_attentions=True).attentions) == 3
 
 
-def test_a_backbone_by_default_gives_the_last_block():
+def test_backbone_returns_the_last_block_by_default():
     model = tiny_backbone()
     assert model.out_features == ["stage3"] and len(model(tiny_images()).feature_maps) == 1
     names = tiny_backbone(out_features=["stage1", "stage3"])
     assert names.out_indices == [1, 3] and len(names(tiny_images()).feature_maps) == 2
 
 
-def test_a_backbone_of_a_model_that_pools_means_uses_its_norm():
+def test_backbone_of_a_mean_pooling_model_uses_its_norm():
     model = tiny_backbone(pooling="mean")
     features = model(tiny_images()).feature_maps[0]
     states = model(tiny_images(), output_hidden_states=True).hidden_states[-1]
     expected = model.vit.fc_norm(states)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     assert largest_difference(features, expected) < 1e-6
     features.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters()), "none is left over"
+    assert all(parameter.grad is not None for parameter in model.parameters()), "no unexpected weights"
 
 
-def test_a_hybrid_backbone():
+def test_hybrid_backbone():
     model = tiny_backbone(**HYBRID)
     assert model(tiny_images(2, 64, 96)).feature_maps[0].shape == (2, 32, 2, 3)
 
@@ -141,7 +141,7 @@ def test_auto_backbone(tmp_path):
     model = AutoBackbone.from_config(tiny_vit_config(out_indices=[1, 3]))
     assert isinstance(model, TfmViTBackbone) and model.out_indices == [1, 3]
     model.save_pretrained(tmp_path / "backbone")
-    again = TfmViTBackbone.from_pretrained(tmp_path / "backbone").eval()  # AutoBackbone reads repositories alone
+    again = TfmViTBackbone.from_pretrained(tmp_path / "backbone").eval()  # AutoBackbone loads only from repositories
     images = tiny_images()
     for one, other in zip(again(images).feature_maps, model.eval()(images).feature_maps, strict=True):
         assert torch.equal(one, other)
@@ -165,11 +165,11 @@ def test_auto_backbone(tmp_path):
     ],
     ids=str,
 )
-def test_stages_that_do_not_exist(fields, message):
+def test_unknown_stages_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_vit_config(**fields)
 
 
-def test_a_stem_that_timm_does_not_know():
+def test_unknown_timm_stem_is_refused():
     with pytest.raises(ValueError, match=r'backbone must be the name of a timm model .* got "resnet_of_nobody"'):
         tiny_vit(**{**HYBRID, "backbone": "resnet_of_nobody"})

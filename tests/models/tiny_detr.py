@@ -1,4 +1,4 @@
-"""Small random DETRs, images and labels that several tests share."""
+"""Small random DETR models, images and labels shared by several tests."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticS
 from hf_tfm.models.backbones import FrozenBatchNorm
 
 TINY = {
-    "backbone": "test_resnet",  # of timm: four stages, 0.4 M parameters, strides 4 to 32
+    "backbone": "test_resnet",  # timm test model: four stages, 0.4 M parameters, strides 4 to 32
     "num_queries": 7,
     "d_model": 32,
     "encoder_layers": 2,
@@ -19,7 +19,7 @@ TINY = {
     "num_labels": 5,
 }
 PLAIN = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}  # the same in training and evaluation
-# The mask head adds the encoder's heads to the width, and wants groups of eight.
+# The mask head adds the encoder heads to the width, and requires groups of eight channels.
 PANOPTIC = {"encoder_attention_heads": 8}
 
 
@@ -29,7 +29,7 @@ def tiny_detr_config(**fields) -> TfmDetrConfig:
 
 @torch.no_grad()
 def scramble_detr(model: nn.Module) -> nn.Module:
-    """Draw every weight anew, statistics of norms too, so that values keep their size from layer to layer."""
+    """Draw all weights and norm statistics such that values keep their scale from layer to layer."""
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm | nn.BatchNorm2d):
             module.running_mean.normal_(std=0.2)
@@ -47,7 +47,7 @@ def scramble_detr(model: nn.Module) -> nn.Module:
 
 
 def tiny_detr(seed: int = 0, **fields) -> TfmDetrForObjectDetection:
-    """A detector of 5 classes in evaluation mode whose every weight is random."""
+    """A detector of 5 classes in evaluation mode with all weights random."""
     torch.manual_seed(seed)
     return scramble_detr(TfmDetrForObjectDetection(tiny_detr_config(**fields)))
 
@@ -62,7 +62,7 @@ def tiny_photos(rows: int = 3, height: int = 64, width: int = 96, channels: int 
 
 
 def tiny_padding(sizes: tuple[tuple[int, int], ...], height: int = 64, width: int = 96) -> Tensor:
-    """A pixel mask (B, H, W) of images of these heights and widths."""
+    """A pixel mask (B, H, W) for images of the given heights and widths."""
     mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
     for row, (rows, columns) in zip(mask, sizes, strict=True):
         row[:rows, :columns] = 1
@@ -72,7 +72,7 @@ def tiny_padding(sizes: tuple[tuple[int, int], ...], height: int = 64, width: in
 def tiny_labels(
     counts: tuple[int, ...] = (3, 0, 2), classes: int = 5, size: tuple[int, int] | None = None, seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Random objects of each image, cxcywh within it; with ``size`` also their masks (n, H, W)."""
+    """Random objects for each image, boxes as cxcywh inside it; with ``size`` also their masks (n, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     labels = []
     for count in counts:
@@ -90,6 +90,6 @@ def tiny_labels(
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference, in shares of the length of ``expected``."""
+    """Norm of the difference relative to the norm of ``expected``."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()

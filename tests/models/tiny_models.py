@@ -1,4 +1,4 @@
-"""Small random models and batches that the model tests share."""
+"""Small random models and batches shared by the model tests."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def tiny_config(**fields) -> TfmTransformerConfig:
 
 
 def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneration:
-    """A model in evaluation mode whose every weight is random: fresh biases are 0 and would hide mistakes."""
+    """A model in evaluation mode with all weights random, because default biases of 0 would hide bugs."""
     torch.manual_seed(seed)
     model = TfmTransformerForConditionalGeneration(tiny_config(**fields)).eval()
     with torch.no_grad():
@@ -35,7 +35,7 @@ def tiny_model(seed: int = 0, **fields) -> TfmTransformerForConditionalGeneratio
 def tiny_batch(
     rows: int = 4, source: int = 7, target: int = 6, vocab_size: int = 48, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Ids (B, S) and (B, T) under masks of different lengths, the first row full; ids are 5 and more."""
+    """Ids (B, S) and (B, T) with masks of different lengths, the first row full; ids are 5 or larger."""
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for prefix, length in (("", source), ("decoder_", target)):
@@ -49,7 +49,7 @@ def tiny_batch(
 
 
 def mask_answers(batch: dict[str, Tensor], mask_token_id: int = 4) -> dict[str, Tensor]:
-    """The batch with every other target id masked, for a mask-predict model to predict."""
+    """The batch with every other target id masked, as input of a mask-predict model."""
     ids = batch["decoder_input_ids"]
     places = (torch.arange(ids.shape[1]) % 2 == 0) & (batch["decoder_attention_mask"] == 1)
     return {**batch, "decoder_input_ids": ids.masked_fill(places, mask_token_id)}

@@ -1,4 +1,4 @@
-"""Small random BERTs and GPTs, batches for every head, and toy languages, that the model tests share."""
+"""Small random BERT and GPT models, batches for every head, and toy languages, shared by the model tests."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ MODELS = {
 
 
 def tiny_text(name: str, seed: int = 0, **fields) -> PreTrainedModel:
-    """A model of `MODELS` in evaluation mode whose every weight is random: fresh biases are 0 and hide mistakes."""
+    """A model of `MODELS` in evaluation mode with all weights random, because default biases of 0 would hide bugs."""
     model_class, plain = MODELS[name]
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**{**plain, **fields})).eval()
@@ -45,7 +45,7 @@ def tiny_text(name: str, seed: int = 0, **fields) -> PreTrainedModel:
 
 
 def text_batch(name: str, rows: int = 3, length: int = 9, seed: int = 0, loss: bool = False) -> dict[str, Tensor]:
-    """Ids (B, T) under masks of different lengths, the first row full; with ``loss``, labels of every kind."""
+    """Ids (B, T) with masks of different lengths, the first row full; with ``loss``, labels of every kind."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 48, (rows, length), generator=generator)
     lengths = torch.randint(2, length + 1, (rows, 1), generator=generator)
@@ -78,14 +78,14 @@ def main_output(output) -> Tensor:
 
 
 def gradients(model: PreTrainedModel) -> Tensor:
-    """All of them in one vector; 0 for what the loss does not reach."""
+    """All gradients in one vector; 0 for parameters without a gradient."""
     return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in model.parameters()])
 
 
 def progressions(rows: int, length: int, seed: int, words: int = 11, first: int = 5) -> Tensor:
-    """A toy language (B, T): each word is the one before plus the text's own step, 1 to 4, modulo ``words``.
+    """A toy language (B, T): each token is the previous one plus the text's own step, 1 to 4, modulo ``words``.
 
-    Any two words of a text and their places tell all the others; one word alone tells none.
+    Any two tokens of a text and their positions determine the others; a single token determines none.
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(words, (rows, 1), generator=generator)
@@ -94,9 +94,9 @@ def progressions(rows: int, length: int, seed: int, words: int = 11, first: int 
 
 
 def twice(rows: int, half: int, seed: int, words: int = 11, first: int = 5, mask_id: int = 4) -> dict[str, Tensor]:
-    """A toy language whose texts (B, 2 half) say the same words twice, one word in four hidden, never in both places.
+    """A toy language whose texts (B, 2 half) repeat their first half, with a quarter of the tokens masked.
 
-    What is hidden stands ``half`` places away, and nowhere else.
+    A masked token is always visible ``half`` positions away, and nowhere else.
     """
     generator = torch.Generator().manual_seed(seed)
     said = torch.randint(first, first + words, (rows, half), generator=generator)

@@ -1,4 +1,4 @@
-"""Small random Vision Transformers and images that the model tests share."""
+"""Small random Vision Transformers and images shared by the model tests."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def tiny_mae_config(**fields) -> TfmMAEConfig:
 
 @torch.no_grad()
 def scramble(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw weights anew, larger than fresh ones, which leave a model almost linear; also biases and norms."""
+    """Draw larger weights, biases and norms than by default, which leaves a model almost linear."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -49,7 +49,7 @@ def scramble(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def tiny_vit(seed: int = 0, **fields) -> TfmViTForImageClassification:
-    """A classifier of 5 classes in evaluation mode whose every weight is random."""
+    """A classifier of 5 classes in evaluation mode with all weights random."""
     torch.manual_seed(seed)
     return scramble(TfmViTForImageClassification(tiny_vit_config(**{"num_labels": 5, **fields})))
 
@@ -74,12 +74,12 @@ def tiny_images(rows: int = 3, height: int = 16, width: int = 16, channels: int 
 
 
 def tiny_noise(rows: int = 3, patches: int = 16, seed: int = 0) -> Tensor:
-    """Scores that decide which patches a masked autoencoder hides."""
+    """Noise that determines which patches a masked autoencoder masks."""
     return torch.rand(rows, patches, generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: torch.nn.Module) -> Tensor:
-    """Every gradient, flat; a parameter without one counts as zero."""
+    """All gradients, flattened; a parameter without one counts as zero."""
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters() if p.requires_grad]
     )

@@ -1,4 +1,4 @@
-"""A saved model carries its code: it loads where this package is not installed, and can be saved on from there."""
+"""A saved model includes its code: it loads without this package, and can be saved again."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ from tiny_models import tiny_batch, tiny_model
 
 from hf_tfm import TfmTransformerForConditionalGeneration, TfmTransformerModel, carry_code
 
-# Runs in a process of its own: load, compare with what the sender computed, save again.
-RECEIVER = """
+# Runs in a separate process: load, compare with the saved outputs, save again.
+LOADER = """
 import sys
 sys.modules["hf_tfm"] = None  # importing it fails, as where it is not installed
 import torch
@@ -24,32 +24,32 @@ except ImportError:
     pass
 else:
     raise AssertionError("hf_tfm must not be importable here")
-sent = torch.load(source + "/sent.pt", weights_only=True)
+saved = torch.load(source + "/saved.pt", weights_only=True)
 config = AutoConfig.from_pretrained(source, trust_remote_code=True)
 assert type(config).__module__.startswith("transformers_modules."), type(config)
 for auto in (AutoModelForSeq2SeqLM, AutoModel):
     model = auto.from_pretrained(source, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     with torch.no_grad():
-        hidden = model(**sent["batch"])
+        hidden = model(**saved["batch"])
         if auto is AutoModel:
-            assert torch.equal(hidden.last_hidden_state, sent["hidden"])
+            assert torch.equal(hidden.last_hidden_state, saved["hidden"])
             continue
-    assert torch.equal(hidden.logits, sent["logits"])
-    inputs = {name: sent["batch"][name] for name in ("input_ids", "attention_mask")}
-    for options, expected in sent["generated"]:
+    assert torch.equal(hidden.logits, saved["logits"])
+    inputs = {name: saved["batch"][name] for name in ("input_ids", "attention_mask")}
+    for options, expected in saved["generated"]:
         assert torch.equal(model.generate(**inputs, **options), expected), options
     model.save_pretrained(target)
-print("received", sorted(config.auto_map))
+print("loaded", sorted(config.auto_map))
 """
 
 
-def receive(source: Path, target: Path, home: Path) -> str:
-    """Run `RECEIVER` with an empty cache, so that no module of an earlier test can serve; its output."""
+def load_and_save(source: Path, target: Path, home: Path) -> str:
+    """Run `LOADER` with an empty cache, so that no module of an earlier test is reused; returns its output."""
     done = subprocess.run(
-        [sys.executable, "-c", RECEIVER, str(source), str(target)],
+        [sys.executable, "-c", LOADER, str(source), str(target)],
         cwd=home,
-        # As many threads as here: with another number sums are formed in another order.
+        # The same number of threads as here, because it affects the order of summation.
         env={"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
@@ -60,46 +60,46 @@ def receive(source: Path, target: Path, home: Path) -> str:
 
 
 @torch.no_grad()
-def send(folder: Path, options: list[dict], **fields) -> None:
+def save(folder: Path, options: list[dict], **fields) -> None:
     model, batch = tiny_model(tie_word_embeddings=False, **fields), tiny_batch()
     model.save_pretrained(folder)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    sent = {
+    saved = {
         "batch": batch,
         "logits": model(**batch).logits,
         "hidden": model.model(**batch).last_hidden_state,
         "generated": [(wished, model.generate(**inputs, **wished)) for wished in options],
     }
-    torch.save(sent, folder / "sent.pt")
+    torch.save(saved, folder / "saved.pt")
 
 
-def test_send_receive_and_send_on(tmp_path):
+def test_save_load_and_save_again(tmp_path):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    send(first, [{"max_new_tokens": 6}, {"max_new_tokens": 6, "num_beams": 3}])
+    save(first, [{"max_new_tokens": 6}, {"max_new_tokens": 6, "num_beams": 3}])
     family = ["AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM"]
-    assert receive(first, second, tmp_path).strip() == f"received {family}"
-    (first / "sent.pt").rename(second / "sent.pt")
-    receive(second, third, tmp_path)
+    assert load_and_save(first, second, tmp_path).strip() == f"loaded {family}"
+    (first / "saved.pt").rename(second / "saved.pt")
+    load_and_save(second, third, tmp_path)
     files = {path.name: path.read_bytes() for path in first.glob("*.py")}
     assert {"attention.py", "modeling_transformer.py", "configuration_transformer.py"} <= files.keys()
-    assert {path.name: path.read_bytes() for path in third.glob("*.py")} == files, "the code arrives as it was"
+    assert {path.name: path.read_bytes() for path in third.glob("*.py")} == files, "the saved code is unchanged"
     assert json.loads((third / "config.json").read_text())["auto_map"].keys() == set(family)
 
 
-def test_every_option_of_a_model_travels(tmp_path):
+def test_every_option_works_with_remote_code(tmp_path):
     fields = {"decoding": "mask_predict", "norm_first": True, "attention_score": "additive"}
-    send(tmp_path / "first", [{"max_length": 9}], position_embedding_type="learned", **fields)
-    receive(tmp_path / "first", tmp_path / "second", tmp_path)
+    save(tmp_path / "first", [{"max_length": 9}], position_embedding_type="learned", **fields)
+    load_and_save(tmp_path / "first", tmp_path / "second", tmp_path)
 
 
-def test_the_base_model_travels_alone(tmp_path):
+def test_base_model_is_saved_with_its_code(tmp_path):
     tiny_model().model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_transformer.TfmTransformerModel" and len(auto_map) == 3
     assert (tmp_path / "blocks.py").exists()
 
 
-def test_carrying_code_can_be_turned_off(tmp_path):
+def test_saving_code_can_be_disabled(tmp_path):
     carry_code(False)
     try:
         tiny_model().save_pretrained(tmp_path)
