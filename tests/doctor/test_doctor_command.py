@@ -184,7 +184,7 @@ def test_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, monk
     main = runpy.run_path(str(ROOT / "recipes" / "detection_train.py"))["main"]
     with pytest.raises(ValueError, match=said):
         main([*given, "--output_dir", str(tmp_path / "run"), "--progress", "false"])
-    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no training step must run"
 
 
 def test_nonfinite_box_is_valid_json(tmp_path):

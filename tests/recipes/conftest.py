@@ -1,11 +1,11 @@
-"""What the tests of distilling texts share."""
+"""Fixtures of the text distillation tests."""
 
 import pytest
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Texts of two classes. Other tests have data of their own."""
+    """Texts of two classes. Tests that change the data create their own."""
     from distill_text_recipes import write_texts
 
     return write_texts(tmp_path_factory.mktemp("texts"))
@@ -13,15 +13,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    """Trained on them."""
-    from distill_text_recipes import teach_tokenizer
+    """A tokenizer trained on the texts."""
+    from distill_text_recipes import train_tokenizer
 
-    return teach_tokenizer(data)
+    return train_tokenizer(data)
 
 
 @pytest.fixture(scope="module")
 def classifier(tokenizer, tmp_path_factory):
-    """A teacher of the classes."""
+    """A teacher for text classification."""
     from distill_text_recipes import save_classifier
 
     return save_classifier(tmp_path_factory.mktemp("classifier"), tokenizer)
@@ -29,7 +29,7 @@ def classifier(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language_model(tokenizer, tmp_path_factory):
-    """A teacher of masked tokens."""
+    """A teacher for masked language modeling."""
     from distill_text_recipes import save_language_model
 
     return save_language_model(tmp_path_factory.mktemp("language"), tokenizer)

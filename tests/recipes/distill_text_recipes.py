@@ -1,4 +1,4 @@
-"""What the tests of distilling text models share: small data, teachers with random weights, short runs."""
+"""Shared helpers of the text distillation tests: small data, teachers with random weights, short runs."""
 
 import runpy
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(recipe: str, *argv: str) -> int:
     return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](list(argv))
 
 
-def words(data, output_dir, **options) -> list[str]:
+def command_line(data, output_dir, **options) -> list[str]:
     """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
@@ -37,7 +37,7 @@ def words(data, output_dir, **options) -> list[str]:
 
 
 def write_texts(folder: Path) -> Path:
-    """40 training and 12 validation texts of two classes as parquet."""
+    """Write 40 training and 12 validation texts of two classes as parquet."""
     torch.set_num_threads(1)
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["calm", "loud"])})
     for split, (start, end) in {"train": (0, 40), "validation": (40, 52)}.items():
@@ -49,7 +49,7 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
-def teach_tokenizer(data: Path):
+def train_tokenizer(data: Path):
     return train_wordpiece(Dataset.from_parquet(str(data / "train.parquet"))["sentence"], 90)
 
 
@@ -60,14 +60,14 @@ def save(folder, model, tokenizer):
 
 
 def save_classifier(folder: Path, tokenizer) -> Path:
-    """A teacher of 4 layers with random weights."""
+    """A classifier teacher with 4 layers and random weights."""
     torch.manual_seed(0)
     config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE, **NAMES)
     return save(folder, TfmBertForSequenceClassification(config), tokenizer)
 
 
 def save_language_model(folder: Path, tokenizer) -> Path:
-    """The same, of masked tokens."""
+    """A masked language model teacher with 4 layers and random weights."""
     torch.manual_seed(0)
     config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **WIDE)
     return save(folder, TfmBertForMaskedLM(config), tokenizer)

@@ -1,4 +1,4 @@
-"""What the recipes' tests share: small data on disk, a tiny model, and ways to start a recipe."""
+"""Shared helpers of the recipe tests: small data on disk, a tiny model, and ways to start a recipe."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TINY = "{hidden_size: 16, intermediate_size: 32, num_attention_heads: 2, num_enc
 
 
 def write_data(folder: Path, changes: dict[int, dict[str, str]] | None = None) -> Path:
-    """Number words as parquet: 90 training, 15 validation and 10 test rows; some may be changed by number."""
+    """Write number words as parquet: 90 training, 15 validation and 10 test rows; ``changes`` replaces rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [spell(37 * i + 1) for i in range(115)]
     for number, row in (changes or {}).items():
@@ -31,8 +31,8 @@ def write_data(folder: Path, changes: dict[int, dict[str, str]] | None = None) -
     return folder
 
 
-def words(data: Path, output_dir: Path, **options) -> list[str]:
-    """The command line of a short run."""
+def command_line(data: Path, output_dir: Path, **options) -> list[str]:
+    """Command-line arguments of a short run."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -51,7 +51,7 @@ def words(data: Path, output_dir: Path, **options) -> list[str]:
 
 
 def fresh_state() -> None:
-    """Forget what accelerate remembers of an earlier run in this process."""
+    """Reset accelerate's state of an earlier run in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -63,12 +63,12 @@ def run_recipe(*argv: str) -> int:
 
 
 def record(folder: Path) -> RunRecord:
-    """The checked content of results.json."""
+    """The validated content of results.json."""
     return RunRecord.load(folder)
 
 
 def arguments_of(recipe: Path) -> type[TrainingArguments]:
-    """The dataclass of a recipe's options, the one it defines."""
+    """The dataclass of a recipe's arguments."""
     module = runpy.run_path(str(recipe))
     if task_class := getattr(module["main"], "task_class", None):
         return task_class.Arguments
@@ -78,12 +78,12 @@ def arguments_of(recipe: Path) -> type[TrainingArguments]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For processes: one thread, no accelerator."""
+    """Environment of child processes: one thread, no accelerator."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **changes}
 
 
 def start_process(*command: str, **changes: str) -> subprocess.Popen:
-    """Start a Python command, "-m module ..." or "file ...", in the repository's folder; in another environment."""
+    """Start a Python command, "-m module ..." or "file ...", in the repository root."""
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -96,13 +96,13 @@ def start_process(*command: str, **changes: str) -> subprocess.Popen:
 
 
 def finish_process(process: subprocess.Popen, expected: int = 0) -> str:
-    """Wait for a process; returns what it said."""
+    """Wait for a process; returns its output."""
     said, _ = process.communicate(timeout=200)
     assert process.returncode == expected, said[-4000:]
     return said
 
 
 def history(folder: Path) -> list[dict]:
-    """The rows of history.jsonl, less what depends on the clock."""
+    """The rows of history.jsonl without timing values."""
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]

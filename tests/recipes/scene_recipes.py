@@ -1,4 +1,4 @@
-"""What the tests of the recipes on scenes share: digit scenes on disk in several layouts, and short runs."""
+"""Shared helpers of the scene recipe tests: digit scenes on disk in several layouts, and short runs."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from recipe_helpers import ROOT, fresh_state
 from hf_tfm.data.digit_scenes import STUFF, THINGS, digit_scenes
 
 SCENES = {"train": 14, "validation": 5, "test": 4}
-# Of random weights, so that nothing is downloaded; without dropout, which each process draws for itself, and without
-# batch norm, by which a step depends on how it is cut.
+# Random weights, so that nothing is downloaded; no dropout, because each process draws its own masks; and no batch
+# norm, because it makes a step depend on micro-batching.
 MODEL = (
     "backbone: test_resnet, backbone_norm: group, dilation: false, num_queries: 9, d_model: 32, encoder_layers: 1, "
     "decoder_layers: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32"
@@ -33,7 +33,7 @@ def png(value: dict | Image.Image) -> bytes:
 
 
 def write_hub(folder: Path, splits: DatasetDict) -> Path:
-    """Columns as data sets of the Hub have them, as parquet; with panoptic maps and their categories."""
+    """Write parquet with the columns of Hub data sets, including panoptic maps and their categories."""
     folder.mkdir(parents=True)
     for split, rows in splits.items():
         rows.to_parquet(str(folder / f"{split}.parquet"))
@@ -44,7 +44,7 @@ def write_hub(folder: Path, splits: DatasetDict) -> Path:
 
 
 def write_coco(folder: Path, splits: DatasetDict) -> Path:
-    """The layout of COCO; category ids have gaps."""
+    """Write COCO's layout; category ids have gaps."""
     for split, rows in splits.items():
         name = {"validation": "val"}.get(split, split) + "2017"
         (folder / name).mkdir(parents=True)
@@ -64,7 +64,7 @@ def write_coco(folder: Path, splits: DatasetDict) -> Path:
 
 
 def write_voc(folder: Path, splits: DatasetDict) -> Path:
-    """The layout of Pascal VOC: sides are counted from 1, the last pixel included."""
+    """Write Pascal VOC's layout: pixel coordinates start at 1 and include the last pixel."""
     for place in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / place).mkdir(parents=True)
     for split, rows in splits.items():
@@ -86,7 +86,7 @@ def write_voc(folder: Path, splits: DatasetDict) -> Path:
 LAYOUTS = {"hub": write_hub, "coco": write_coco, "voc": write_voc}
 
 
-def words(data: Path, output_dir: Path, **options) -> list[str]:
+def command_line(data: Path, output_dir: Path, **options) -> list[str]:
     """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
@@ -112,5 +112,7 @@ def words(data: Path, output_dir: Path, **options) -> list[str]:
 def train(data: Path, output_dir: Path, recipe: str = "detection_train", **options) -> Path:
     """Run a recipe in this process; returns its folder."""
     fresh_state()
-    assert runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](words(data, output_dir, **options)) == 0
+    assert (
+        runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](command_line(data, output_dir, **options)) == 0
+    )
     return output_dir

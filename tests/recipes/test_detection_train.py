@@ -1,4 +1,4 @@
-"""The recipe of detection, run as people run it, on small scenes in every layout that it reads."""
+"""The detection recipe, run from the command line on small scenes in every supported layout."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel
 from matplotlib.image import imread
 from recipe_helpers import ROOT, arguments_of, finish_process, history, record, start_process
-from scene_recipes import LAYOUTS, SCENES, scenes, train, words, write_coco, write_hub
+from scene_recipes import LAYOUTS, SCENES, command_line, scenes, train, write_coco, write_hub
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -48,11 +48,11 @@ def data(splits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """Six steps with two evaluations."""
+    """A run of six steps with two evaluations."""
     return train(data, tmp_path_factory.mktemp("trained") / "run", max_steps=6, eval_steps=3)
 
 
-# --- what a run leaves
+# --- outputs of a run
 
 
 def test_the_run(trained):
@@ -70,18 +70,18 @@ def test_the_run(trained):
     assert imread(trained / "training_curve.png").shape[:2] == (840, 960), "with a panel of scores"
 
 
-def test_pictures_of_every_evaluation(trained, data, tmp_path):
+def test_plots_of_every_evaluation(trained, data, tmp_path):
     files = sorted(path.name for path in (trained / "predictions").iterdir())
     assert files == ["step-00000003.png", "step-00000006.png"]
     assert imread(trained / "predictions" / files[0]).shape[1] > 400
-    assert "](predictions.png)" in (trained / "README.md").read_text(), "the card shows the last one"
+    assert "](predictions.png)" in (trained / "README.md").read_text(), "the model card shows the last plot"
     assert (trained / "predictions.png").read_bytes() == (trained / "predictions" / files[1]).read_bytes()
     other = train(data, tmp_path / "run", max_steps=6, eval_steps=3, num_pictures=0)
     assert not (other / "predictions").exists() and "predictions.png" not in (other / "README.md").read_text()
-    assert distance(trained, other) == 0.0, "they change nothing"
+    assert distance(trained, other) == 0.0, "plots must not affect training"
 
 
-def test_what_is_saved_loads_and_scores_the_same(trained, data):
+def test_saved_model_loads_and_has_the_same_scores(trained, data):
     model, processor = (
         AutoModelForObjectDetection.from_pretrained(trained),
         AutoImageProcessor.from_pretrained(trained),
@@ -97,7 +97,7 @@ def test_what_is_saved_loads_and_scores_the_same(trained, data):
             assert again[name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_the_pipeline_runs(trained, splits):
+def test_pipeline_runs(trained, splits):
     found = pipeline("object-detection", model=str(trained), threshold=0.0)(splits["test"][0]["image"])
     assert len(found) == 9
     assert all(box["label"] in "0123456789" and set(box["box"]) == {"xmin", "ymin", "xmax", "ymax"} for box in found)
@@ -108,23 +108,23 @@ def test_stored_arguments_are_a_config(trained, data, tmp_path):
     file = tmp_path / "arguments.yaml"
     file.write_text(json.dumps(record(trained).arguments))
     kind = arguments_of(RECIPE)
-    given = words(data, trained, max_steps=6, eval_steps=3)
-    # Of paths the record holds the last part alone.
+    given = command_line(data, trained, max_steps=6, eval_steps=3)
+    # The record holds only the last component of paths.
     first = replace(parse_arguments(kind, RECIPE, given), output_dir=trained.name, dataset_name=data.name)
     assert parse_arguments(kind, RECIPE, ["--config", str(file)]) == first
 
 
-# --- any source, any cut, any interruption
+# --- any data layout, micro-batch size and interruption
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc"])
-def test_the_layout_of_the_data_changes_nothing(layout, splits, data, tmp_path):
-    """The same scenes as files of COCO's or Pascal VOC's kind, and as columns of the Hub."""
+def test_data_layout_does_not_matter(layout, splits, data, tmp_path):
+    """The same scenes in COCO's and Pascal VOC's layouts, and as Hub columns."""
     folder = LAYOUTS[layout](tmp_path / layout, splits)
     one, other = train(data, tmp_path / "hub"), train(folder, tmp_path / "other")
     assert distance(one, other) == 0.0
     for split in ("validation", "test"):
-        # VOC knows no areas of objects, by which the other scores tell small from large.
+        # VOC has no object areas, by which the other scores distinguish small and large objects.
         assert all(scores(one, split)[name] == scores(other, split)[name] for name in ("AP", "AP50", "AP75", "AR100"))
 
 
@@ -137,7 +137,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("kind", "workers"), [("plain", 2), ("parts", 0), ("ema", 0)])
 def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
-    """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
+    """A killed run leaves only its last checkpoint; the number of workers does not matter."""
     overrides = {**OPTIONS[kind], "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
     whole = train(data, tmp_path / "whole", **overrides)
     part = train(data, tmp_path / "part", dataloader_num_workers=workers, **overrides)
@@ -150,12 +150,12 @@ def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     assert "resuming from" in capsys.readouterr().out
     assert distance(whole, part) == 0.0
     assert record(whole).metrics == record(part).metrics
-    pictures = [(folder / "predictions" / "step-00000005.png").read_bytes() for folder in (whole, part)]
-    assert pictures[0] == pictures[1]
+    plots = [(folder / "predictions" / "step-00000005.png").read_bytes() for folder in (whole, part)]
+    assert plots[0] == plots[1]
 
 
 def test_options_change_the_weights(data, trained, tmp_path):
-    """What the test above resumes does something: no two runs end with equal weights."""
+    """The options of the test above have an effect: no two runs end with equal weights."""
     runs = [
         train(data, tmp_path / kind, max_steps=6, eval_steps=6, **overrides) for kind, overrides in OPTIONS.items()
     ]
@@ -163,26 +163,26 @@ def test_options_change_the_weights(data, trained, tmp_path):
 
 
 def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
-    """By hf-tfm run in two processes (gloo), which share each step, and in one, a scene at a time."""
+    """Two processes of hf-tfm run (gloo) that share each step, and one process with micro-batches of one scene."""
     overrides = {"max_steps": 3, "adam_epsilon": 1e-4}
     alone = train(data, tmp_path / "alone", **overrides)
     single = train(data, tmp_path / "single", micro_batch_size=1, **overrides)
-    assert distance(alone, single) < 5e-6  # of rounding; the steps are 1e-3 long
+    assert distance(alone, single) < 5e-6  # from rounding; the steps are 1e-3 long
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "detection_train")
-    finish_process(start_process(*launcher, *words(data, tmp_path / "two", **overrides)))
+    finish_process(start_process(*launcher, *command_line(data, tmp_path / "two", **overrides)))
     assert distance(alone, tmp_path / "two") < 5e-6
     for mine, theirs in zip(record(alone).metrics, record(tmp_path / "two").metrics, strict=True):
         assert mine == {**theirs, "value": pytest.approx(theirs["value"], abs=1e-6)}
     assert record(tmp_path / "two").hardware["count"] == 2
-    pictures = [sorted(path.name for path in (tmp_path / name / "predictions").iterdir()) for name in ("alone", "two")]
-    assert pictures[0] == pictures[1] != []
+    plots = [sorted(path.name for path in (tmp_path / name / "predictions").iterdir()) for name in ("alone", "two")]
+    assert plots[0] == plots[1] != []
 
 
-# --- going on from another model
+# --- initialization from another model
 
 
 def renamed(splits, names):
-    """The scenes with other names of categories."""
+    """The scenes with other category names."""
 
     def change(rows):
         features = rows.features.copy()
@@ -194,7 +194,7 @@ def renamed(splits, names):
     return type(splits)({split: change(rows) for split, rows in splits.items()})
 
 
-def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_path, caplog):
+def test_initialization_with_the_same_classes_keeps_every_weight(trained, data, tmp_path, caplog):
     folder = train(data, tmp_path / "run", model_name_or_path=trained, learning_rate=1e-6, max_steps=3)
     assert 0 < distance(trained, folder) < 1e-5
     assert "initialised randomly" not in caplog.text
@@ -202,8 +202,8 @@ def test_going_on_with_the_same_classes_keeps_every_weight(trained, data, tmp_pa
     assert f"initialised from `{trained.name}` and trained" in (folder / "README.md").read_text()
 
 
-def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained, splits, tmp_path, caplog):
-    """As many of other names, more, and other queries; all else is kept."""
+def test_initialization_with_other_classes_resets_the_class_head_and_logs_it(trained, splits, tmp_path, caplog):
+    """The same number of other classes, more classes, and more queries; all other weights are kept."""
     cases = {
         "names": (splits, [f"digit {i}" for i in range(10)], None),
         "more": (splits, [str(i) for i in range(12)], None),
@@ -226,7 +226,7 @@ def test_going_on_with_other_classes_starts_their_head_anew_and_says_so(trained,
         assert [config.id2label[i] for i in range(len(names))] == names
 
 
-def test_fewer_queries_are_the_first_of_those_there_are(trained, data, tmp_path, caplog):
+def test_fewer_queries_keep_the_first_ones(trained, data, tmp_path, caplog):
     start = {"model_name_or_path": trained, "learning_rate": 1e-9, "max_steps": 1, "model": "{num_queries: 5}"}
     folder = train(data, tmp_path / "run", **start)
     name = "model.query_position_embeddings.weight"
@@ -235,8 +235,8 @@ def test_fewer_queries_are_the_first_of_those_there_are(trained, data, tmp_path,
     assert AutoModelForObjectDetection.from_pretrained(folder).config.num_queries == 5
 
 
-def test_all_decoder_layers_of_a_stock_model_learn(trained, data, tmp_path):
-    """transformers' configuration turns auxiliary losses off by default, and writes that into its files."""
+def test_auxiliary_losses_are_on_for_a_stock_model(trained, data, tmp_path):
+    """transformers' configuration disables auxiliary losses by default and writes that to its files."""
     stock = DetrForObjectDetection(
         DetrConfig(
             backbone_config=TimmBackboneConfig(backbone="test_resnet", out_indices=[-1]),
@@ -253,13 +253,13 @@ def test_all_decoder_layers_of_a_stock_model_learn(trained, data, tmp_path):
         assert AutoModelForObjectDetection.from_pretrained(folder).config.auxiliary_loss is expected
 
 
-def test_a_model_of_other_sizes_is_not_drawn_anew_in_silence(trained, data, tmp_path):
+def test_mismatched_weights_are_refused(trained, data, tmp_path):
     with pytest.raises(ValueError, match=r"weights of model_name_or_path .* do not fit it: .*encoder"):
         train(data, tmp_path / "run", model_name_or_path=trained, model="{encoder_ffn_dim: 48}")
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
-def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp_path):
+def test_missing_model_is_reported_before_anything_is_written(data, tmp_path):
     with pytest.raises(
         ValueError, match=r'model_name_or_path "runs/no-such-run" is neither a local folder nor found on the Hub'
     ):
@@ -267,13 +267,13 @@ def test_a_model_that_is_not_there_is_named_before_anything_is_written(data, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_categories_that_training_does_not_have_are_refused(splits, tmp_path):
+def test_categories_unknown_to_training_are_refused(splits, tmp_path):
     folder = write_coco(tmp_path / "data", splits)
     file = folder / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"name": "9"', '"name": "nine"'))
     with pytest.raises(ValueError, match='1 of 10 categories are not classes of the model, the first is "nine"'):
         train(folder, tmp_path / "run")
-    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no training step must run"
 
 
 # --- options
@@ -327,11 +327,11 @@ UNFIT_FOR_THE_DATA = {
 def test_options_that_do_not_fit_the_data_are_refused(overrides, message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         train(data, tmp_path / "run", **overrides)
-    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no training step must run"
 
 
 def test_boxes_in_another_format(splits, data, tmp_path):
-    """Corners in fractions of the image size, said to be so, are the same boxes."""
+    """Corner coordinates relative to the image size, declared as such, give the same boxes."""
 
     def corners(row):
         for found in row["objects"]:

@@ -1,4 +1,4 @@
-"""Distillation of DETR: terms, smaller students, transformers' own teacher, caches, and what is refused."""
+"""Distillation of DETR: terms, smaller students, native teachers, caches, and refused options."""
 
 import runpy
 
@@ -7,7 +7,7 @@ import torch
 import yaml
 from recipe_helpers import ROOT, fresh_state, history, record
 from safetensors.torch import load_file
-from scene_recipes import MODEL, scenes, train, words, write_hub
+from scene_recipes import MODEL, command_line, scenes, train, write_hub
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
-    """Four decoder layers, one step of training."""
+    """Four decoder layers, trained for one step."""
     model = MODEL.replace("decoder_layers: 2", "decoder_layers: 4")
     folder = tmp_path_factory.mktemp("teacher") / "run"
     return train(data, folder, model=f"{{{model}}}", max_steps=1, mean="[0.5, 0.4, 0.3]", std="[0.2, 0.2, 0.3]")
@@ -37,7 +37,7 @@ def distil(data, output_dir, recipe="distill_detection", **options):
     given = {"model": f"{{{SHALLOW}}}", "terms": QUERIES, "costs": "false", "num_pictures": 0, **options}
     fresh_state()
     script = str(ROOT / "recipes" / f"{recipe.split()[0]}.py")
-    assert runpy.run_path(script)["main"]([*recipe.split()[1:], *words(data, output_dir, **given)]) == 0
+    assert runpy.run_path(script)["main"]([*recipe.split()[1:], *command_line(data, output_dir, **given)]) == 0
     fresh_state()
     return output_dir
 
@@ -56,7 +56,7 @@ STUDENTS = {
 
 
 @pytest.mark.parametrize("name", list(STUDENTS))
-def test_a_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
+def test_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
     costs = "true" if name == "narrower" else "false"
     distil(data, tmp_path / "run", teacher=teacher, **STUDENTS[name], costs=costs, num_pictures=1)
     results = record(tmp_path / "run")
@@ -73,7 +73,7 @@ def test_a_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["[3]", "{decoder: [3], encoder: [0]}"])
-def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_path):
+def test_student_is_initialized_from_decoder_layers(layers, data, teacher, tmp_path):
     options = {"teacher": teacher, "student_layers": layers, "max_steps": 1, "learning_rate": 1e-9}
     student, source = weights(distil(data, tmp_path / "run", **options)), weights(teacher)
     assert any("decoder.layers.0." in name for name in student)
@@ -82,7 +82,7 @@ def test_a_student_begins_with_layers_of_the_decoder(layers, data, teacher, tmp_
         torch.testing.assert_close(value, source[origin], rtol=0, atol=1e-6)
 
 
-def test_transformers_own_teacher_says_the_same(data, teacher, tmp_path):
+def test_native_teacher_gives_the_same_losses(data, teacher, tmp_path):
     torch.manual_seed(0)
     fields = yaml.safe_load(f"{{{MODEL}}}") | {"backbone_norm": "frozen", "num_labels": 10}
     fields |= {"id2label": dict(enumerate(THINGS)), "label2id": {name: i for i, name in enumerate(THINGS)}}
@@ -97,7 +97,7 @@ def test_transformers_own_teacher_says_the_same(data, teacher, tmp_path):
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
 
 
-def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
+def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "dataloader_num_workers": 1}
     common["augmentation"] = "{scales: [64], max_size: 90, crop: 0.0, flip: 0.5}"
     distil(data, tmp_path / "online", **common)
@@ -109,12 +109,12 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
     one, other = weights(tmp_path / "online"), weights(tmp_path / "cached")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
-    # After the last of its epochs a cache begins anew, with the same steps: each leaves out scenes of its own.
+    # After its last epoch a cache starts over with the same steps, each of which drops its own scenes.
     distil(data, tmp_path / "longer", **{**cache, "num_train_epochs": 3})
     assert record(tmp_path / "longer").training["epochs"] == 3
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(data, teacher, tmp_path):
     options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
     distil(data, tmp_path / "whole", **options, max_steps=4)
     distil(data, tmp_path / "cut", **options, max_steps=2)
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys):
+def test_incompatible_options_are_refused(data, teacher, tmp_path, capsys):
     with pytest.raises(SystemExit):
         distil(data, tmp_path / "run", teacher=teacher, metric_for_best_model="accuracy")
     assert 'metric_for_best_model must be "loss", "AP" or "AP50"' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Distillation of image models: several kinds of teachers and terms for a few steps, caches, and what is refused."""
+"""Distillation of image models: teachers and terms for a few steps, caches, and refused options."""
 
 import runpy
 
@@ -29,7 +29,7 @@ def run(recipe: str, *argv: str) -> int:
     return runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))["main"](list(argv))
 
 
-def words(data, output_dir, **options) -> list[str]:
+def command_line(data, output_dir, **options) -> list[str]:
     """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
@@ -51,7 +51,7 @@ def words(data, output_dir, **options) -> list[str]:
 
 
 def distil(data, output_dir, **options):
-    assert run("distill_vision", *words(data, output_dir, **options)) == 0
+    assert run("distill_vision", *command_line(data, output_dir, **options)) == 0
     fresh_state()
     return output_dir
 
@@ -70,7 +70,7 @@ def save(folder, model, **fields):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """One of ours, of 4 layers with random weights."""
+    """One of our models with 4 layers and random weights."""
     torch.manual_seed(0)
     model = TfmViTForImageClassification(TfmViTConfig(num_hidden_layers=4, initializer_range=0.2, **WIDE, **NAMES))
     return save(tmp_path_factory.mktemp("teacher"), model)
@@ -84,7 +84,7 @@ TERMS = {
 
 
 @pytest.mark.parametrize("name", list(TERMS))
-def test_a_classifier_learns_from_its_teacher(name, data, teacher, tmp_path):
+def test_classifier_learns_from_its_teacher(name, data, teacher, tmp_path):
     distil(data, tmp_path / "run", teacher=teacher, terms=TERMS[name], test_splits="[test]")
     results = record(tmp_path / "run")
     assert [cost["model"] for cost in results.costs] == ["teacher", "student"]
@@ -99,7 +99,7 @@ def test_a_classifier_learns_from_its_teacher(name, data, teacher, tmp_path):
     assert "distillation" in history(tmp_path / "run")[-1]["evaluation"]
 
 
-def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
+def test_student_agrees_with_its_teacher(data, teacher, tmp_path):
     options = {"teacher": teacher, "terms": "[{kind: soft_target}]", "costs": "false", "eval_steps": 1}
     options |= {
         "max_steps": 30,
@@ -112,13 +112,13 @@ def test_a_student_comes_to_agree_with_its_teacher(data, teacher, tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
-def test_a_teacher_in_half_precision_is_scored_before_and_after(data, teacher, tmp_path):
+def test_half_precision_teacher_is_scored_before_and_after(data, teacher, tmp_path):
     distil(data, tmp_path / "run", teacher=teacher, teacher_dtype="bf16", expected_score=9.0, teacher_device="cpu")
     assert [cost["model"] for cost in record(tmp_path / "run").costs] == ["teacher", "student"]
 
 
-def test_the_two_heads_of_deit_learn_from_labels_and_teacher(data, teacher, tmp_path):
-    """Each by its own term: without the other one's, it stays as it was (Touvron et al. 2021, equation 3)."""
+def test_deit_heads_learn_from_labels_and_teacher(data, teacher, tmp_path):
+    """Each head has its own term and is unchanged without it (Touvron et al. 2021, equation 3)."""
     label, hard = "{kind: label, output: cls_logits, weight: 0.5}", "{kind: hard_target, output: distillation_logits}"
     soft = "{kind: soft_target, output: cls_logits}"
     model = {
@@ -141,8 +141,8 @@ def test_the_two_heads_of_deit_learn_from_labels_and_teacher(data, teacher, tmp_
         distil(data, tmp_path / "none", teacher=teacher, terms=f"[{hard}]", costs="false")
 
 
-def test_a_teacher_of_timm(data, tmp_path):
-    """Its scale is in timm's words, which the student's processor repeats."""
+def test_timm_teacher(data, tmp_path):
+    """The student's processor adopts the normalization of timm's configuration."""
     torch.manual_seed(0)
     config = TimmWrapperConfig(architecture="test_resnet", **NAMES)
     wrapped = TimmWrapperForImageClassification(config)
@@ -154,7 +154,7 @@ def test_a_teacher_of_timm(data, tmp_path):
     assert (list(saved.image_mean), saved.size.height) == ([0.1, 0.2, 0.3], 32)
 
 
-def test_a_student_begins_with_layers_of_transformers_own(data, tmp_path):
+def test_student_is_initialized_from_native_layers(data, tmp_path):
     torch.manual_seed(0)
     teacher = ViTForImageClassification(ViTConfig(num_hidden_layers=4, **WIDE, **NAMES)).eval()
     save(tmp_path / "teacher", teacher)
@@ -168,7 +168,7 @@ def test_a_student_begins_with_layers_of_transformers_own(data, tmp_path):
         torch.testing.assert_close(value, source[origin], rtol=0, atol=1e-6)
 
 
-def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
+def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     terms = "[{kind: hidden_state}, {kind: soft_target}, {kind: label}]"
     common = {
         "teacher": teacher,
@@ -179,22 +179,22 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
     }
     distil(data, tmp_path / "online", **common)
     cache = {**common, "cache": tmp_path / "cache"}
-    written = words(data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
+    written = command_line(data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
     assert run("distill_cache", "distill_vision", *written) == 0
     assert "48 samples" in capsys.readouterr().out
     assert not (tmp_path / "no").exists()
     distil(data, tmp_path / "cached", **cache)
     assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
     with pytest.raises(ValueError, match="is the cache of another run: preprocessing"):
-        run("distill_vision", *words(data, tmp_path / "other", **cache, seed=1))
+        run("distill_vision", *command_line(data, tmp_path / "other", **cache, seed=1))
 
 
-def test_a_stream_is_read_as_it_comes(data, teacher, tmp_path):
+def test_streaming(data, teacher, tmp_path):
     distil(data, tmp_path / "run", teacher=teacher, streaming="true", costs="false")
     assert record(tmp_path / "run").training["steps"] == 3
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(data, teacher, tmp_path):
     options = {"teacher": teacher, "terms": TERMS["inner_layers"], "lr_scheduler_type": "constant", "eval_steps": 2}
     options |= {"costs": "false", "mixing": "{mixup: 0.8}"}
     distil(data, tmp_path / "whole", **options, max_steps=4)
@@ -219,13 +219,13 @@ REFUSED = {
 def test_incompatible_options_are_refused_at_once(name, tmp_path, capsys):
     options, message = REFUSED[name]
     with pytest.raises(SystemExit):
-        run("distill_vision", *words(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **options))
+        run("distill_vision", *command_line(tmp_path / "nothing", tmp_path / "run", teacher="nowhere", **options))
     assert message in capsys.readouterr().err
 
 
-def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
+def test_options_incompatible_with_the_teacher_are_refused(data, teacher, tmp_path):
     def attempt(**options):
-        run("distill_vision", *words(data, tmp_path / "run", **{"teacher": teacher, **options}))
+        run("distill_vision", *command_line(data, tmp_path / "run", **{"teacher": teacher, **options}))
 
     with pytest.raises(ValueError, match="the same size in their image processors"):
         attempt(image_size=32)

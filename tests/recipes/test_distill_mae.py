@@ -1,4 +1,4 @@
-"""Distillation of masked autoencoders: our own and transformers' teachers, caches, resuming, and what is refused."""
+"""Distillation of masked autoencoders: our own and native teachers, caches, resuming, and refused options."""
 
 import json
 import runpy
@@ -7,7 +7,7 @@ import pytest
 import torch
 from recipe_helpers import ROOT, fresh_state, history, record
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
-from vision_recipes import MAE, classify, distance, run, weights, words, write_images
+from vision_recipes import MAE, classify, command_line, distance, run, weights, write_images
 
 from hf_tfm import TfmMAEConfig, TfmMAEForPreTraining, TfmViTForImageClassification
 from hf_tfm.data.pixels import image_processor
@@ -34,7 +34,7 @@ def save(folder, model):
 
 @pytest.fixture(scope="module", params=["ours", "transformers"])
 def teacher(request, tmp_path_factory):
-    """Random weights in 4 layers."""
+    """A model of 4 layers with random weights."""
     torch.manual_seed(0)
     if request.param == "ours":
         model = TfmMAEForPreTraining(TfmMAEConfig(**FIELDS))
@@ -47,7 +47,7 @@ def distil(data, output_dir, **options):
     return run("distill_mae", data, output_dir, **{"terms": TERMS, "costs": "false", **options})
 
 
-def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
+def test_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
     distil(data, tmp_path / "run", teacher=teacher, max_steps=20, eval_steps=5, costs="true", image_size=None)
     results = record(tmp_path / "run")
     assert [cost["model"] for cost in results.costs] == ["teacher", "student"]
@@ -64,8 +64,8 @@ def test_an_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
     assert not any("projections" in name for name in weights(tmp_path / "run"))
 
 
-def test_both_see_the_same_patches(data, teacher, tmp_path):
-    """A teacher that is the student has nothing to teach it."""
+def test_student_and_teacher_see_the_same_patches(data, teacher, tmp_path):
+    """A teacher with the student's weights gives a loss of zero."""
     same = {name: value for name, value in FIELDS.items() if name not in ("image_size", "initializer_range")}
     options = {"teacher": teacher, "student_layers": "[0, 1, 2, 3]", "model": json.dumps(same), "learning_rate": 1e-12}
     distil(data, tmp_path / "run", **options, terms="[{kind: hidden_state}]")
@@ -73,18 +73,18 @@ def test_both_see_the_same_patches(data, teacher, tmp_path):
     assert row["loss"] < 1e-9
 
 
-def test_the_student_is_a_start_for_a_classifier(data, teacher, tmp_path):
+def test_student_can_initialize_a_classifier(data, teacher, tmp_path):
     distil(data, tmp_path / "student", teacher=teacher)
     classify(data, tmp_path / "run", model_name_or_path=tmp_path / "student")
     model = TfmViTForImageClassification.from_pretrained(tmp_path / "run")
     assert model.config.num_hidden_layers == 2
 
 
-def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
+def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "terms": TERMS}
     distil(data, tmp_path / "online", **common)
     cache = {**common, "cache": tmp_path / "cache", "costs": "false"}
-    written = words("distill_mae", data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
+    written = command_line("distill_mae", data, tmp_path / "no", **cache, cache_dtype="fp32", cache_epochs=2)
     fresh_state()
     assert runpy.run_path(str(ROOT / "recipes" / "distill_cache.py"))["main"](["distill_mae", *written]) == 0
     assert "48 samples" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_cached_teacher_teaches_the_same(data, teacher, tmp_path, capsys):
     assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, teacher, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(data, teacher, tmp_path):
     options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
     distil(data, tmp_path / "whole", **options, max_steps=4)
     distil(data, tmp_path / "cut", **options, max_steps=2)
@@ -115,7 +115,7 @@ def test_incompatible_options_are_refused_at_once(options, message, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
-def test_what_does_not_fit_the_teacher_is_refused(data, teacher, tmp_path):
+def test_options_incompatible_with_the_teacher_are_refused(data, teacher, tmp_path):
     with pytest.raises(ValueError, match=r"model.mask_ratio must be the teacher's, 0.75, got 0.5"):
         distil(data, tmp_path / "run", teacher=teacher, model=MAE.replace("}", ", mask_ratio: 0.5}"))
     with pytest.raises(ValueError, match=r"model.patch_size must be the teacher's, 4, got 8"):

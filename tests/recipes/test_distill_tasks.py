@@ -1,4 +1,4 @@
-"""Several of GLUE's tasks distilled by one command, each from a teacher of its own."""
+"""Several GLUE tasks distilled by one command, each from its own teacher."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from distill_text_recipes import WIDE, run, save, teach_tokenizer, words, write_texts
+from distill_text_recipes import WIDE, command_line, run, save, train_tokenizer, write_texts
 from recipe_helpers import record
 
 from hf_tfm import TfmBertConfig, TfmBertForSequenceClassification
@@ -16,10 +16,10 @@ TASKS = {"mrpc": ClassLabel(names=["not_equivalent", "equivalent"]), "stsb": Val
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data and teachers of two tasks, one with classes and one with numbers."""
+    """Data and teachers of two tasks, one a classification and one a regression."""
     folder = tmp_path_factory.mktemp("tasks")
     torch.manual_seed(0)
-    tokenizer = teach_tokenizer(write_texts(folder / "texts"))
+    tokenizer = train_tokenizer(write_texts(folder / "texts"))
     for task, label in TASKS.items():
         sides = {
             f"sentence{i}": [f"the {animal} number {n}" for n in range(16)] for i, animal in ((1, "cat"), (2, "dog"))
@@ -31,16 +31,18 @@ def folder(tmp_path_factory):
         names = dict(enumerate(label.names)) if task == "mrpc" else {0: "LABEL_0"}
         config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, id2label=names, **WIDE)
         save(folder / f"teacher-{task}", TfmBertForSequenceClassification(config), tokenizer)
-    shutil.copytree(folder / "teacher-mrpc", folder / "teacher-rte")  # of a task whose data are missing
+    shutil.copytree(folder / "teacher-mrpc", folder / "teacher-rte")  # a task without data
     return folder
 
 
 def given(folder, output_dir, **options):
     data, teacher = (f"{folder}/{name}-{{task}}" for name in ("glue", "teacher"))
-    return words(data, output_dir, teacher=teacher, terms="[{kind: soft_target}]", tasks="mrpc,stsb,rte", **options)
+    return command_line(
+        data, output_dir, teacher=teacher, terms="[{kind: soft_target}]", tasks="mrpc,stsb,rte", **options
+    )
 
 
-def test_each_task_has_its_teacher_and_all_a_score(folder, tmp_path, capsys):
+def test_each_task_has_its_teacher_and_all_have_a_score(folder, tmp_path, capsys):
     assert run("distill_task", *given(folder, tmp_path / "run", costs="false")) == 0
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {(row["task"], row["name"]) for row in result["metrics"]} == {
@@ -61,7 +63,7 @@ def test_each_task_has_its_cache(folder, tmp_path):
     assert all(record(tmp_path / "run" / task).distillation["cached"] for task in TASKS)
 
 
-def test_tasks_decide_what_is_read(folder, tmp_path, capsys):
+def test_tasks_option_conflicts_with_task(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("distill_task", *given(folder, tmp_path / "run", task="mrpc"))
     assert "tasks determines task: set it to null, got mrpc" in capsys.readouterr().err

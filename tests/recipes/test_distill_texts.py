@@ -1,4 +1,4 @@
-"""Distillation of text models: every kind of term for a few steps, students, and what is refused at once."""
+"""Distillation of text models: every kind of term for a few steps, students, and refused options."""
 
 import inspect
 
@@ -9,9 +9,9 @@ from distill_text_recipes import (
     NAMES,
     SMALL,
     WIDE,
+    command_line,
     run,
     save,
-    words,
 )
 from recipe_helpers import ROOT, arguments_of, fresh_state, history, record
 from safetensors.torch import load_file
@@ -35,8 +35,8 @@ TERMS = {
 
 
 @pytest.mark.parametrize("name", list(TERMS))
-def test_a_classifier_learns_from_its_teacher(name, data, classifier, tmp_path):
-    argv = words(data, tmp_path / "run", teacher=classifier, terms=TERMS[name], batch_size=8)
+def test_classifier_learns_from_its_teacher(name, data, classifier, tmp_path):
+    argv = command_line(data, tmp_path / "run", teacher=classifier, terms=TERMS[name], batch_size=8)
     assert run("distill_task", *argv) == 0
     fresh_state()
     results = record(tmp_path / "run")
@@ -55,21 +55,23 @@ def test_a_classifier_learns_from_its_teacher(name, data, classifier, tmp_path):
     assert "distillation" in history(tmp_path / "run")[-1]["evaluation"]
 
 
-def test_a_teacher_of_transformers_own(data, tokenizer, tmp_path):
+def test_native_teacher(data, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **WIDE, **NAMES)
     teacher = save(tmp_path / "teacher", BertForSequenceClassification(config), tokenizer)
     terms = "[{kind: hidden_state}, {kind: attention_probability}, {kind: soft_target}]"
-    assert run("distill_task", *words(data, tmp_path / "run", teacher=teacher, terms=terms, costs="false")) == 0
+    assert run("distill_task", *command_line(data, tmp_path / "run", teacher=teacher, terms=terms, costs="false")) == 0
     fresh_state()
     assert record(tmp_path / "run").costs is None
 
 
-def test_inner_layers_leave_the_classifier_alone(data, classifier, tmp_path):
-    argv = words(data, tmp_path / "run", teacher=classifier, terms=INNER, final_weights="last", learning_rate=0.01)
+def test_inner_layer_terms_do_not_train_the_classifier(data, classifier, tmp_path):
+    argv = command_line(
+        data, tmp_path / "run", teacher=classifier, terms=INNER, final_weights="last", learning_rate=0.01
+    )
     assert run("distill_task", *argv) == 0
     fresh_state()
-    longer = words(data, tmp_path / "more", teacher=classifier, terms=INNER, final_weights="last", max_steps=6)
+    longer = command_line(data, tmp_path / "more", teacher=classifier, terms=INNER, final_weights="last", max_steps=6)
     assert run("distill_task", *longer) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "more"))
     assert torch.equal(one["classifier.weight"], other["classifier.weight"])
@@ -77,11 +79,11 @@ def test_inner_layers_leave_the_classifier_alone(data, classifier, tmp_path):
     assert not torch.equal(one[name], other[name])
 
 
-def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier, tmp_path, monkeypatch):
+def test_student_is_saved_if_measuring_costs_fails(data, classifier, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError("too large")
 
-    argv = words(data, tmp_path / "run", teacher=classifier, terms="[{kind: soft_target}]", batch_size=8)
+    argv = command_line(data, tmp_path / "run", teacher=classifier, terms="[{kind: soft_target}]", batch_size=8)
     with monkeypatch.context() as patch:
         patch.setattr("hf_tfm.tasks.distillation.measure_cost", fail)
         with pytest.raises(RuntimeError, match=r"too large.*the student is saved in .*--costs false"):
@@ -93,7 +95,7 @@ def test_costs_that_cannot_be_measured_do_not_lose_the_student(data, classifier,
     assert torch.equal(saved.classifier.weight, again.classifier.weight)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(data, classifier, tmp_path):
     overrides = {
         "teacher": classifier,
         "terms": TERMS["mapped"],
@@ -101,15 +103,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, classifier, tmp_path):
         "final_weights": "last",
     }
     overrides |= {"eval_steps": 2, "costs": "false"}
-    assert run("distill_task", *words(data, tmp_path / "whole", **overrides, max_steps=4)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **overrides, max_steps=2)) == 0
-    assert run("distill_task", *words(data, tmp_path / "cut", **overrides, max_steps=4)) == 0
+    assert run("distill_task", *command_line(data, tmp_path / "whole", **overrides, max_steps=4)) == 0
+    assert run("distill_task", *command_line(data, tmp_path / "cut", **overrides, max_steps=2)) == 0
+    assert run("distill_task", *command_line(data, tmp_path / "cut", **overrides, max_steps=4)) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def pair_rows(names: list[str]) -> Dataset:
-    """Pairs of like texts with labels by turns calm and loud, whichever number ``names`` give these."""
+    """Pairs of similar texts labelled calm and loud in turn; ``names`` gives the order of the classes."""
     rows = {side: [f"the {side} cat number {i}" for i in range(24)] for side in ("one", "two")}
     features = {"one": Value("string"), "two": Value("string"), "label": ClassLabel(names=names)}
     return Dataset.from_dict({**rows, "label": ["calm", "loud"] * 12}, features=Features(features))
@@ -123,7 +125,7 @@ def pair_data(tmp_path_factory):
     return folder
 
 
-def test_a_student_without_segments_leaves_the_teacher_its_own(pair_data, classifier, tmp_path, monkeypatch):
+def test_teacher_keeps_its_segments_if_the_student_has_none(pair_data, classifier, tmp_path, monkeypatch):
     given = []
     forward = TfmBertForSequenceClassification.forward
 
@@ -136,14 +138,14 @@ def test_a_student_without_segments_leaves_the_teacher_its_own(pair_data, classi
     monkeypatch.setattr(TfmBertForSequenceClassification, "forward", watched)
     model = SMALL.replace("{", "{type_vocab_size: 0, pooler: relu, ")
     overrides = {"teacher": classifier, "terms": "[{kind: soft_target}]", "model": model, "costs": "false"}
-    argv = words(pair_data, tmp_path / "run", **overrides, text_columns="[one,two]", batch_size=8)
+    argv = command_line(pair_data, tmp_path / "run", **overrides, text_columns="[one,two]", batch_size=8)
     assert run("distill_task", *argv) == 0
     assert given and all(segments is not None and segments.max() == 1 for segments in given)
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "run").model_input_names
 
 
-def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monkeypatch):
-    """Row i is of class i modulo 2 in both splits, though the validation split numbers the names the other way."""
+def test_labels_of_each_split_use_its_own_class_names(classifier, tmp_path, monkeypatch):
+    """Row i has class i modulo 2 in both splits, although the validation split orders the names the other way."""
     splits = {"train": pair_rows(["calm", "loud"]), "validation": pair_rows(["loud", "calm"])}
     monkeypatch.setattr("hf_tfm.tasks.text_classification.load_texts", lambda *where: DatasetDict(splits))
     found = []
@@ -161,13 +163,13 @@ def test_labels_of_a_split_are_read_by_its_own_names(classifier, tmp_path, monke
         "costs": "false",
         "text_columns": "[one,two]",
     }
-    assert run("distill_task", *words("nowhere", tmp_path / "run", **overrides, batch_size=8)) == 0
+    assert run("distill_task", *command_line("nowhere", tmp_path / "run", **overrides, batch_size=8)) == 0
     assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
 
 
 @pytest.mark.parametrize("preset", ["distilbert_second", "tinybert4_intermediate", "tinybert4_prediction"])
-def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
-    """STS-B, whose one output is compared by its squared error."""
+def test_paper_presets_support_regression(preset, tokenizer, tmp_path):
+    """STS-B: its single output is compared by squared error."""
     torch.manual_seed(0)
     rows = {
         "sentence1": [f"the cat number {i}" for i in range(16)],
@@ -181,7 +183,9 @@ def test_papers_presets_learn_numbers_too(preset, tokenizer, tmp_path):
     config = TfmBertConfig(vocab_size=len(tokenizer), num_hidden_layers=4, num_labels=1, **WIDE)
     teacher = save(tmp_path / "teacher", TfmBertForSequenceClassification(config), tokenizer)
     overrides = {"teacher": teacher, "costs": "false", "task": "stsb", "model": SMALL.replace("{", "{pooler: relu, ")}
-    argv = words(tmp_path / "glue-{task}", tmp_path / "run", **overrides, num_train_epochs="null", warmup_ratio="null")
+    argv = command_line(
+        tmp_path / "glue-{task}", tmp_path / "run", **overrides, num_train_epochs="null", warmup_ratio="null"
+    )
     assert run("distill_task", "--config", preset, *argv) == 0
     assert {row["name"] for row in record(tmp_path / "run").metrics} == {"pearson", "spearman"}
 
@@ -207,23 +211,23 @@ def test_incompatible_options_are_refused_at_once(name, tmp_path, capsys):
     recipe, overrides, message = REFUSED[name]
     given = {"teacher": "nowhere", "terms": "[{kind: soft_target}]", **overrides}
     with pytest.raises(SystemExit):
-        run(recipe, *words(tmp_path / "nothing", tmp_path / "run", **given))
+        run(recipe, *command_line(tmp_path / "nothing", tmp_path / "run", **given))
     assert message in capsys.readouterr().err
 
 
-def test_terms_that_do_not_fit_the_models_are_refused(data, classifier, language_model, tmp_path):
+def test_terms_incompatible_with_the_models_are_refused(data, classifier, language_model, tmp_path):
     heads = SMALL.replace("num_attention_heads: 2", "num_attention_heads: 4")
     with pytest.raises(ValueError, match="term attention_score: student and teacher must have"):
-        run("distill_task", *words(data, tmp_path / "run", teacher=classifier, terms=INNER, model=heads))
+        run("distill_task", *command_line(data, tmp_path / "run", teacher=classifier, terms=INNER, model=heads))
     with pytest.raises(ValueError, match=r"lacks the weights .*classifier\.bias"):
-        run("distill_task", *words(data, tmp_path / "run", teacher=language_model, terms=INNER))
+        run("distill_task", *command_line(data, tmp_path / "run", teacher=language_model, terms=INNER))
     with pytest.raises(ValueError, match=r"the teacher's accuracy is .* and should be 0.99"):
-        argv = words(data, tmp_path / "run", teacher=classifier, terms=INNER, expected_score=0.99)
+        argv = command_line(data, tmp_path / "run", teacher=classifier, terms=INNER, expected_score=0.99)
         run("distill_task", *argv)
     assert not (tmp_path / "run").exists()
 
 
-def test_terms_of_a_command_line_take_the_place_of_a_presets():
+def test_terms_on_the_command_line_replace_those_of_a_preset():
     recipe = ROOT / "recipes" / "distill_task.py"
     kind = arguments_of(recipe)
     preset = parse_arguments(kind, recipe, ["--config", "quickstart"])
@@ -243,7 +247,7 @@ def test_terms_of_a_command_line_take_the_place_of_a_presets():
         ("distill_detection", [], "fp32"),
     ],
 )
-def test_a_teacher_computes_in_the_students_precision(recipe, given, dtype):
-    """Other than a detector, whose boxes would be rounded."""
+def test_teacher_computes_in_the_student_precision(recipe, given, dtype):
+    """Except for a detector, whose boxes would be rounded."""
     path = ROOT / "recipes" / f"{recipe}.py"
     assert parse_arguments(arguments_of(path), path, ["--config", "quickstart", *given]).teacher_dtype == dtype

@@ -1,6 +1,6 @@
-"""Runs that an earlier version began, under option names that have changed since, are resumed and end as they did.
+"""Runs of an earlier version, with option names that have changed since, are resumed and give the same result.
 
-`tests/fixtures/earlier_runs` says how they were made.
+`tests/fixtures/earlier_runs` explains how they were made.
 """
 
 import json
@@ -49,7 +49,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys):
+def test_run_of_an_earlier_version_resumes(name, tmp_path, capsys):
     recipe, model, options = CASES[name]
     folder = tmp_path / "run"
     shutil.copytree(RUNS / name, folder, ignore=shutil.ignore_patterns("expected*"))
@@ -73,7 +73,7 @@ def test_a_run_of_an_earlier_version_goes_on(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_model_of_an_earlier_version_loads_and_is_scored(name, tmp_path):
+def test_model_of_an_earlier_version_loads_and_is_scored(name, tmp_path):
     shutil.copy(RUNS / name / "expected.safetensors", tmp_path / "model.safetensors")
     shutil.copy(RUNS / name / "config.json", tmp_path / "config.json")
     for folder in ("tokenizer", "processor"):

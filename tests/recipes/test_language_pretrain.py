@@ -1,4 +1,4 @@
-"""The recipe of language models: every kind of model and data for a few steps, resuming, and what it refuses."""
+"""The language modeling recipe: every kind of model and data for a few steps, resuming, and refused options."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def run_recipe(*argv: str) -> int:
     return runpy.run_path(str(RECIPE))["main"](list(argv))
 
 
-def words(data, output_dir, **options) -> list[str]:
+def command_line(data, output_dir, **options) -> list[str]:
     """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
@@ -40,7 +40,7 @@ def words(data, output_dir, **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Sentences, a few of them empty; and a second corpus with another column."""
+    """Sentences, a few of them empty; and a second corpus with another column name."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("texts")
     sentence = "the {} {} saw a {} near the {} and went home"
@@ -67,7 +67,7 @@ KINDS = {
 @pytest.mark.parametrize("name", list(KINDS))
 def test_a_few_steps(name, data, tmp_path):
     options, auto_class = KINDS[name]
-    assert run_recipe(*words(data[0], tmp_path / "run", test_splits="[test]", **options)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "run", test_splits="[test]", **options)) == 0
     results = record(tmp_path / "run")
     scores = {(row["split"], row["name"]): row["value"] for row in results.metrics}
     held_out = "holdout" if "holdout" in options else "validation"
@@ -86,20 +86,20 @@ def test_a_few_steps(name, data, tmp_path):
     assert "- perplexity" in card
 
 
-def test_it_learns_and_fills_masks(data, tmp_path):
-    """Where the text leaves no doubt, the pipeline knows the word."""
+def test_bert_learns_to_fill_masks(data, tmp_path):
+    """Where the text is unambiguous, the pipeline predicts the right word."""
     options = {"max_steps": 150, "learning_rate": 0.01, "sequences": "rows", "batch_tokens": 512, "eval_steps": 50}
-    assert run_recipe(*words(data[0], tmp_path / "run", **options)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "run", **options)) == 0
     fresh_state()
     scores = {row["name"]: row["value"] for row in record(tmp_path / "run").metrics}
-    assert scores["token_loss"] < 1.6  # a third of the words is drawn at random: of 3 or 4, at least 0.45
+    assert scores["token_loss"] < 1.6  # a third of the words is random, one of 3 or 4: at least 0.45
     fill = pipeline("fill-mask", str(tmp_path / "run"))
     assert fill("the big dog saw a cat near the hill and [MASK] home")[0]["token_str"] == "went"
 
 
-def test_gpt_learns_to_go_on(data, tmp_path):
+def test_gpt_learns_to_continue(data, tmp_path):
     options = {"max_steps": 150, "learning_rate": 0.01, "objective": "causal", "batch_tokens": 512, "eval_steps": 50}
-    assert run_recipe(*words(data[0], tmp_path / "run", sequences="rows", **options)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "run", sequences="rows", **options)) == 0
     fresh_state()
     write = pipeline("text-generation", str(tmp_path / "run"))
     (said,) = write(
@@ -108,9 +108,9 @@ def test_gpt_learns_to_go_on(data, tmp_path):
     assert said["generated_text"].endswith("and went home")
 
 
-def test_more_texts_are_learned_too(data, tmp_path):
+def test_more_texts_are_trained_on(data, tmp_path):
     more = json.dumps([{"dataset_name": str(data[1])}])
-    assert run_recipe(*words(data[0], tmp_path / "run", more_texts=more)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "run", more_texts=more)) == 0
     results = record(tmp_path / "run")
     assert results.data["rows"][f"{data[1].name}, train"] == 10
     assert results.arguments["more_texts"] == [
@@ -124,27 +124,27 @@ def test_more_texts_are_learned_too(data, tmp_path):
     ]
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(data, tmp_path):
     options = {"max_steps": 6, "eval_steps": 2, "lr_scheduler_type": "constant"}
-    assert run_recipe(*words(data[0], tmp_path / "whole", **options)) == 0
-    assert run_recipe(*words(data[0], tmp_path / "cut", **{**options, "max_steps": 4})) == 0
-    assert run_recipe(*words(data[0], tmp_path / "cut", **options)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "whole", **options)) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "cut", **{**options, "max_steps": 4})) == 0
+    assert run_recipe(*command_line(data[0], tmp_path / "cut", **options)) == 0
     cut, whole = ([row for row in history(tmp_path / name) if "evaluation" in row] for name in ("cut", "whole"))
     assert cut == whole and [row["step"] for row in cut] == [2, 4, 6]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_it_goes_on_from_a_model(data, tmp_path):
-    assert run_recipe(*words(data[0], tmp_path / "first")) == 0
-    again = words(data[0], tmp_path / "second", model_name_or_path=tmp_path / "first", max_steps=1)
+def test_initialization_from_a_saved_model(data, tmp_path):
+    assert run_recipe(*command_line(data[0], tmp_path / "first")) == 0
+    again = command_line(data[0], tmp_path / "second", model_name_or_path=tmp_path / "first", max_steps=1)
     assert run_recipe(*again) == 0
     assert record(tmp_path / "second").base_model == "first"
     with pytest.raises(
         ValueError, match="max_length must be at most the model's max_position_embeddings = 512, got 600"
     ):
         run_recipe(
-            *words(
+            *command_line(
                 data[0], tmp_path / "third", model_name_or_path=tmp_path / "first", max_length=600, batch_tokens=600
             )
         )
@@ -167,10 +167,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_does_not_fit_is_refused_at_once(name, tmp_path, capsys):
+def test_incompatible_options_are_refused_at_once(name, tmp_path, capsys):
     options, message = REFUSED[name]
     fresh_state()
     with pytest.raises(SystemExit):
-        run_recipe(*words(tmp_path / "nowhere", tmp_path / "run", **options))
+        run_recipe(*command_line(tmp_path / "nowhere", tmp_path / "run", **options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

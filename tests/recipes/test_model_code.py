@@ -1,10 +1,10 @@
-"""Recipes run the code of a model that they begin with if trust_remote_code says so, and only then."""
+"""Recipes run remote code of an initial model only if trust_remote_code is true."""
 
 import json
 
 import pytest
 from recipe_helpers import ROOT, arguments_of, record
-from text_recipes import run_recipe, words, write_pairs
+from text_recipes import command_line, run_recipe, write_pairs
 from transformers import BertConfig, BertForSequenceClassification
 from vision_recipes import classify, write_images
 
@@ -22,7 +22,7 @@ class OwnClassifier(BertForSequenceClassification):
     config_class = OwnConfig
 """
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
-# The first starts other recipes, the second trains no model and has the option too.
+# The first starts other recipes; the second trains no model and has the option too.
 RECIPES = sorted(
     path for path in (ROOT / "recipes").glob("*.py") if path.stem not in ("distill_cache", "augment_texts")
 )
@@ -30,7 +30,7 @@ RECIPES = sorted(
 
 @pytest.fixture
 def own(tmp_path):
-    """A classifier whose folder brings its code; where the code ran, there is a file RAN beside it."""
+    """A classifier with remote code; when the code runs, it creates a file RAN next to the folder."""
     folder = tmp_path / "own"
     tokenizer = train_wordpiece(["one hundred and two", "hundert zwei"], 90)
     BertForSequenceClassification(BertConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(folder)
@@ -42,8 +42,8 @@ def own(tmp_path):
     return folder
 
 
-def test_code_is_run_with_the_option_alone(own, tmp_path):
-    given = words(write_pairs(tmp_path / "data"), tmp_path / "run", model_name_or_path=own)
+def test_code_runs_only_with_the_option(own, tmp_path):
+    given = command_line(write_pairs(tmp_path / "data"), tmp_path / "run", model_name_or_path=own)
     with pytest.raises(
         ValueError, match=r'model_name_or_path ".*": it brings its own code.* trust_remote_code true'
     ) as error:
@@ -55,13 +55,13 @@ def test_code_is_run_with_the_option_alone(own, tmp_path):
     assert "trust_remote_code" not in (tmp_path / "run" / "run.json").read_text()
 
 
-def test_a_recipe_of_one_kind_of_model_runs_no_code(own, tmp_path):
+def test_recipe_for_another_task_runs_no_code(own, tmp_path):
     with pytest.raises(ValueError, match=r'model_name_or_path ".*": it brings its own code.* trust_remote_code true'):
         classify(write_images(tmp_path / "data"), tmp_path / "run", model_name_or_path=own)
     assert not (tmp_path / "RAN").exists() and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_of_a_model_has_the_option(recipe):
+def test_every_training_recipe_has_the_option(recipe):
     fields = arguments_of(recipe).__dataclass_fields__
     assert fields["trust_remote_code"].default is False

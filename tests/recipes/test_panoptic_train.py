@@ -1,4 +1,4 @@
-"""The panoptic recipe: boxes, then masks on the frozen detector, or both at once; what is saved loads and segments."""
+"""The panoptic recipe: boxes, then masks on the frozen detector, or both jointly; the saved model segments images."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_boxes_of_things_and_stuff(boxes):
     assert record(boxes).task == "object-detection"
 
 
-def test_masks_alone_learn_on_a_frozen_detector(boxes, data, tmp_path):
+def test_masks_train_on_a_frozen_detector(boxes, data, tmp_path):
     run = train(data, tmp_path / "masks", "panoptic_train", stage="masks", model_name_or_path=boxes)
     before, after = (load_file(folder / "model.safetensors") for folder in (boxes, run))
     assert all(torch.equal(value, after[f"detr.{name}"]) for name, value in before.items())
@@ -57,7 +57,7 @@ def test_masks_alone_learn_on_a_frozen_detector(boxes, data, tmp_path):
     assert "PQ" in names(run) and record(run).task == "image-segmentation"
 
 
-def test_both_at_once(joint, splits):
+def test_joint_training(joint, splits):
     assert {"AP", "PQ", "SQ", "RQ", "PQ_th", "PQ_st"} <= names(joint)
     model = AutoModelForUniversalSegmentation.from_pretrained(joint, trust_remote_code=True).eval()
     processor = AutoImageProcessor.from_pretrained(joint)
@@ -68,7 +68,7 @@ def test_both_at_once(joint, splits):
     )
     assert found["segmentation"].shape == (64, 64)
     assert output.pred_masks.shape == (1, 9, 16, 16)
-    # Semantic: each pixel has the class whose queries' masks, by their probability, are the strongest there.
+    # Semantic: each pixel gets the class with the largest sum of mask probabilities over its queries.
     (classes,) = processor.post_process_semantic_segmentation(output, target_sizes=[(64, 64)])
     votes = torch.einsum("qc,qhw->chw", output.logits[0].softmax(-1)[:, :-1], output.pred_masks[0].sigmoid())
     enlarged = torch.nn.functional.interpolate(votes[None], size=(64, 64), mode="bilinear", align_corners=False)
@@ -79,7 +79,7 @@ def test_both_at_once(joint, splits):
 
 
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
-def test_the_pipeline_runs(joint, splits, subtask, tmp_path):
+def test_pipeline_runs(joint, splits, subtask, tmp_path):
     (tmp_path / "scene.png").write_bytes(png(splits["test"][0]["image"]))
     segment = pipeline("image-segmentation", model=str(joint), trust_remote_code=True)
     found = segment(str(tmp_path / "scene.png"), subtask=subtask, threshold=0.0)
@@ -103,7 +103,7 @@ def test_incompatible_options_are_refused(options, message, data, tmp_path, caps
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 
-def test_data_without_panoptic_maps(splits, tmp_path):
+def test_data_without_panoptic_maps_is_refused(splits, tmp_path):
     plain = write_hub(tmp_path / "plain", type(splits)({k: v.remove_columns("panoptic") for k, v in splits.items()}))
     with pytest.raises(ValueError, match='panoptic_column "panoptic" is not a column of the data set; it has image'):
         train(plain, tmp_path / "run", "panoptic_train", model=MODEL)

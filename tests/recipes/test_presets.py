@@ -1,4 +1,4 @@
-"""Every preset and launch file is one that parses, and says where its numbers are from."""
+"""Every preset and launch file parses and states where its numbers come from."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ LAUNCH = sorted(RECIPES.glob("launch/*.yaml"))
 
 
 def test_every_recipe_has_presets():
-    tools = {"distill_cache", "augment_texts"}  # they train nothing of their own
+    tools = {"distill_cache", "augment_texts"}  # they train nothing themselves
     recipes = {path.stem for path in RECIPES.glob("*.py")} - tools
     assert {path.parent.name for path in PRESETS} == recipes
     assert all((RECIPES / "presets" / recipe / "quickstart.yaml").is_file() for recipe in recipes)
@@ -30,7 +30,7 @@ def test_every_recipe_has_presets():
 
 
 def assert_within(part, whole):
-    """Every value of a preset arrives as written; groups of options may have more."""
+    """Every value of a preset is parsed as written; groups of options may have more fields."""
     for key, value in part.items():
         if isinstance(value, dict) and key != "model":
             assert_within(value, whole[key])
@@ -53,11 +53,11 @@ def test_preset_parses(preset):
     written = dataclasses.asdict(by_name)
     assert_within(json.loads(json.dumps(content)), json.loads(json.dumps(written)))
     assert by_name.output_dir.startswith("runs/")
-    assert preset.read_text().startswith("# ")  # what it is, its cost, its expected number
+    assert preset.read_text().startswith("# ")  # description, cost and expected result
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("wmt14_base", 65e6), ("wmt14_big", 213e6)])
-def test_papers_presets_have_the_papers_sizes(name, parameters):
+def test_paper_presets_have_the_published_sizes(name, parameters):
     """Table 3 of Vaswani et al. 2017, in millions."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
@@ -73,7 +73,7 @@ def test_papers_presets_have_the_papers_sizes(name, parameters):
     assert content["learning_rate"] == pytest.approx(peak, rel=0.01)
 
 
-def test_choices_are_those_there_are():
+def test_sizes_are_the_known_ones():
     hints = get_type_hints(arguments_of(RECIPES / "translation_train.py"))
     (metric,) = get_args(hints["metrics"])
     assert set(get_args(metric)) == set(METRICS)
@@ -85,7 +85,7 @@ def test_choices_are_those_there_are():
 
 
 @pytest.mark.parametrize("file", LAUNCH, ids=lambda path: path.stem)
-def test_launch_file_is_accelerate_s(file):
+def test_launch_files_are_valid_for_accelerate(file):
     config = load_config_from_file(str(file))
     assert isinstance(config, ClusterConfig)
     content = yaml.safe_load(file.read_text())
@@ -93,6 +93,6 @@ def test_launch_file_is_accelerate_s(file):
     assert config.distributed_type.value == content["distributed_type"]
 
 
-def test_launch_files_name_their_command():
+def test_launch_files_state_their_command():
     for file in LAUNCH:
         assert file.read_text().startswith(f"# accelerate launch --config_file recipes/launch/{file.name} ")

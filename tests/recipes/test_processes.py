@@ -1,4 +1,4 @@
-"""The recipe as people start it: as a script, by hf-tfm run, accelerate and torchrun; killed, stopped, resumed."""
+"""The recipe as a script, by hf-tfm run, accelerate and torchrun: killed, stopped and resumed."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_helpers import ROOT, finish_process, history, record, run_recipe, start_process, words, write_data
+from recipe_helpers import ROOT, command_line, finish_process, history, record, run_recipe, start_process, write_data
 from safetensors.torch import load_file
 from server import TOKEN, HubServer
 
@@ -28,15 +28,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A run that was left alone, in this process."""
+    """An uninterrupted run in this process."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run_recipe(*words(data, folder, **OPTIONS))
+    run_recipe(*command_line(data, folder, **OPTIONS))
     return folder
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    """Until a run has saved a checkpoint of ``step`` or later."""
+    """Wait until a run has saved a checkpoint of ``step`` or later."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if any(int(path.name[5:]) >= step for path in (folder / "checkpoints").glob("step-*")):
@@ -45,8 +45,8 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise TimeoutError(f"no checkpoint of step {step} in {folder}")
 
 
-def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
-    argv = words(data, tmp_path / "run", **OPTIONS)
+def test_killed_stopped_and_resumed_with_three_launchers(data, whole, tmp_path):
+    argv = command_line(data, tmp_path / "run", **OPTIONS)
     script = str(ROOT / "recipes" / "translation_train.py")
 
     process = start_process(script, *argv)
@@ -73,14 +73,14 @@ def test_killed_stopped_and_started_by_three_launchers(data, whole, tmp_path):
 
 
 def test_two_processes(data, whole, tmp_path):
-    """They begin where one process stopped, make one folder, and translate the test set together."""
+    """They resume the run of one process, write one folder, and translate the test set together."""
     options = {**OPTIONS, "max_steps": 60, "adam_epsilon": 1e-4}
-    argv = words(data, tmp_path / "run", **options)
-    run_recipe(*words(data, tmp_path / "one", **options))
+    argv = command_line(data, tmp_path / "run", **options)
+    run_recipe(*command_line(data, tmp_path / "one", **options))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
     said = finish_process(start_process(*launcher, *argv))
     results, alone = record(tmp_path / "run"), record(tmp_path / "one")
-    assert said.count("  test   bleu ") == 1  # one process speaks
+    assert said.count("  test   bleu ") == 1  # only one process prints
     assert results.hardware["count"] == 2
     assert results.command.startswith("python -m torch.distributed.run --nproc_per_node 2 -m hf_tfm.cli run ")
     assert results.training["steps"] == 60 and results.training["epochs"] == alone.training["epochs"]
@@ -88,12 +88,12 @@ def test_two_processes(data, whole, tmp_path):
         [row["evaluation"]["loss"] for row in history(tmp_path / name) if "evaluation" in row]
         for name in ("run", "one")
     ]
-    # Dropout is drawn on each process for itself, so losses are alike and not equal.
+    # Each process draws its own dropout masks, so losses are similar but not equal.
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert [row["name"] for row in results.metrics] == [row["name"] for row in alone.metrics]
 
 
-# In a process of its own, as huggingface_hub reads its settings when it is imported.
+# In a separate process, because huggingface_hub reads its settings when it is imported.
 HUB_RUN = """
 import sys
 from huggingface_hub import HfApi
@@ -108,8 +108,8 @@ print(commit.oid)
 """
 
 
-def test_data_of_the_hub_has_its_commit_and_licence(data, tmp_path):
-    argv = [str(data), *words("user/numbers", tmp_path / "run")]
+def test_hub_data_has_its_commit_and_licence(data, tmp_path):
+    argv = [str(data), *command_line("user/numbers", tmp_path / "run")]
     with HubServer() as hub:
         place = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         process = start_process("-c", HUB_RUN, *argv, **place, HF_HUB_DISABLE_XET="1")

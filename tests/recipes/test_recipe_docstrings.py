@@ -1,4 +1,4 @@
-"""What a recipe's docstring tells to run is there."""
+"""Commands in the docstrings of recipes are valid."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ COMMAND = re.compile(
 
 
 def commands(recipe: Path) -> list[tuple[str, str]]:
-    """(recipe, preset) of every command in a docstring, of which any may be another recipe's."""
+    """(recipe, preset) of every command in a docstring; a command may be for another recipe."""
     return COMMAND.findall(ast.get_docstring(ast.parse(recipe.read_text())))
 
 
@@ -26,9 +26,9 @@ def test_every_indented_line_is_one_command(recipe):
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_that_a_docstring_names_is_a_preset(recipe):
+def test_every_preset_in_a_docstring_exists(recipe):
     words = ast.get_docstring(ast.parse(recipe.read_text())).split()
     found = commands(recipe)
-    assert len(found) >= words.count("--config")  # none that the pattern does not know
+    assert len(found) >= words.count("--config")  # the pattern must match all of them
     for name, preset in found:
         assert (RECIPES / "presets" / name / f"{preset}.yaml").is_file(), f"{name} has no preset {preset}"

@@ -1,4 +1,4 @@
-"""The text classification recipe: from scratch, from every kind of model, on GLUE's tasks, resumed, and refused."""
+"""The text classification recipe: from scratch, from every type of model, on GLUE, resumed, and refused options."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from datasets import ClassLabel, Value
 from recipe_helpers import finish_process, fresh_state, history, record, start_process
 from safetensors.torch import load_file
-from text_recipes import NAMES, RECIPE, TINY, pretrained, run_recipe, words, write_pairs
+from text_recipes import NAMES, RECIPE, TINY, command_line, pretrained, run_recipe, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_tfm.tasks.evaluation import evaluate
@@ -45,7 +45,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_two_steps_from_scratch(data, tmp_path, name):
-    assert run_recipe(*words(data, tmp_path / "run", **VARIANTS[name])) == 0
+    assert run_recipe(*command_line(data, tmp_path / "run", **VARIANTS[name])) == 0
     found = record(tmp_path / "run")
     assert found.task == "text-classification" and found.training["item"] == "texts"
     assert found.training["steps"] == (3 if name == "epochs" else 2)
@@ -62,8 +62,8 @@ def test_two_steps_from_scratch(data, tmp_path, name):
     assert "AutoModelForSequenceClassification.from_pretrained" in card and "logits.argmax(-1)" in card
 
 
-def test_it_learns_and_its_scores_are_those_of_the_saved_model(tmp_path):
-    """Even and odd numbers, from a seed's weights, in a few seconds."""
+def test_it_learns_and_the_saved_model_has_the_reported_score(tmp_path):
+    """Even and odd numbers, for one seed, in a few seconds."""
     argv = ["--config", "quickstart", "--output_dir", str(tmp_path / "run"), "--progress", "false"]
     run_recipe(*argv, "--num_train_epochs", "3", "--max_train_samples", "3000", "--mixed_precision", "no")
     found = values(tmp_path / "run")
@@ -77,13 +77,13 @@ def test_it_learns_and_its_scores_are_those_of_the_saved_model(tmp_path):
     assert [row["label"] for row in said] == ["odd", "even"]
 
 
-def test_numbers_are_learned_by_regression(tmp_path):
-    """The number of letters of an English text."""
+def test_regression(tmp_path):
+    """Predicts the number of letters of an English text."""
     data = write_pairs(tmp_path / "data", kind=Value("float32"), labels=lambda row: len(row["en"]) / 40)
     still = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = TINY[:-1] + "".join(f", {name}: {value}" for name, value in still.items()) + "}"
     overrides = {"max_steps": 100, "learning_rate": 1e-3, "lr_scheduler_type": "linear", "holdout": 20, "model": model}
-    run_recipe(*words(data, tmp_path / "run", **overrides))
+    run_recipe(*command_line(data, tmp_path / "run", **overrides))
     found = values(tmp_path / "run")
     assert found["holdout", "pearson"] > 0.5 and set(found) == {("holdout", "pearson"), ("holdout", "spearman")}
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
@@ -95,16 +95,16 @@ def test_numbers_are_learned_by_regression(tmp_path):
     assert {row["name"]: row["value"] for row in again["metrics"]}["pearson"] > 0.5
 
 
-# --- from another model
+# --- initialization from another model
 
 
 @pytest.mark.parametrize(
     "kind", ["tfm_bert", "tfm_bert_student", "tfm_gpt", "bert", "distilbert", "gpt2", "openai-gpt"]
 )
-def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
+def test_initialization_from_any_language_model(data, tmp_path, kind):
     start = pretrained(tmp_path / "start", kind)
     weight = {"language_weight": 0.5} if "gpt" in kind else {}
-    run_recipe(*words(data, tmp_path / "run", model_name_or_path=start, learning_rate=1e-9, **weight))
+    run_recipe(*command_line(data, tmp_path / "run", model_name_or_path=start, learning_rate=1e-9, **weight))
     assert record(tmp_path / "run").base_model == start.name
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
@@ -113,7 +113,7 @@ def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
     shared = [key for key in before if key in after and before[key].shape == after[key].shape]
     assert len(shared) > 10
     assert max((before[key] - after[key]).abs().max() for key in shared) < 1e-6
-    if "gpt" in kind:  # its tokenizer has learned where a text ends, and what padding is
+    if "gpt" in kind:  # its tokenizer has gained end-of-text and padding tokens
         ids = tokenizer("one", "two")["input_ids"]
         assert ids.count(tokenizer.eos_token_id) == 2 and ids[-1] == tokenizer.eos_token_id
         assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -126,19 +126,19 @@ def test_from_a_language_model_of_any_kind(data, tmp_path, kind):
     assert again["metrics"][0]["value"] == values(tmp_path / "run")["validation", "accuracy"]
 
 
-def test_a_classifier_is_kept_where_its_classes_are(data, tmp_path):
-    """A run from a run keeps its last layer; of other classes, as many, it starts anew."""
-    run_recipe(*words(data, tmp_path / "one"))
+def test_classifier_head_is_kept_for_the_same_classes(data, tmp_path):
+    """A run initialized from a run keeps the classifier; for as many other classes it is reset."""
+    run_recipe(*command_line(data, tmp_path / "one"))
     other = write_pairs(tmp_path / "data", kind=ClassLabel(names=["yes", "no"]))
     for name, where in (("kept", data), ("anew", other)):
-        run_recipe(*words(where, tmp_path / name, model_name_or_path=tmp_path / "one", learning_rate=1e-9))
+        run_recipe(*command_line(where, tmp_path / name, model_name_or_path=tmp_path / "one", learning_rate=1e-9))
     first, kept, anew = (
         load_file(tmp_path / name / "model.safetensors")["classifier.weight"] for name in ("one", "kept", "anew")
     )
     assert (first - kept).abs().max() < 1e-6 < (first - anew).abs().max()
 
 
-def test_a_classifier_without_bias_is_drawn_anew():
+def test_classifier_without_bias_is_reset():
     from hf_tfm import TfmGPTConfig, TfmGPTForSequenceClassification
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
@@ -148,7 +148,7 @@ def test_a_classifier_without_bias_is_drawn_anew():
     assert model.score.bias is None and not torch.equal(model.score.weight, before)
 
 
-def test_other_tokenizers_stay_as_they_are(tmp_path):
+def test_tokenizers_of_other_models_are_unchanged(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(pretrained(tmp_path / "bert", "bert"))
     before = tokenizer("one", "two")["input_ids"]
     assert complete(tokenizer)("one", "two")["input_ids"] == before
@@ -159,7 +159,7 @@ def test_other_tokenizers_stay_as_they_are(tmp_path):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Local folders of three tasks, with classes, numbers, and two validation splits."""
+    """Local folders of three tasks, with classification, regression, and two validation splits."""
     folder = tmp_path_factory.mktemp("glue")
     write_pairs(folder / "glue-mrpc", ("sentence1", "sentence2"), ClassLabel(names=["not_equivalent", "equivalent"]))
     write_pairs(folder / "glue-stsb", ("sentence1", "sentence2"), Value("float32"), lambda row: 5.0 * row["label"])
@@ -169,8 +169,8 @@ def tasks(tmp_path_factory):
     return f"{folder}/glue-{{task}}"
 
 
-def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
-    argv = words(tasks, tmp_path / "run", text_columns=None, tasks="glue", test_splits="[train]")
+def test_all_tasks_with_one_command(tasks, tmp_path, capsys):
+    argv = command_line(tasks, tmp_path / "run", text_columns=None, tasks="glue", test_splits="[train]")
     assert run_recipe(*argv) == 0
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     found = {(row["task"], row["split"], row["name"]): row["value"] for row in result["metrics"]}
@@ -187,7 +187,7 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
     assert set(result["missing"]) == {"cola", "sst2", "qqp", "qnli", "rte", "wnli"}
     said = capsys.readouterr().out
     assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset_name" in said
-    # Each task is a run of its own, and its command repeats it alone.
+    # Each task is a separate run, and its command repeats only that task.
     alone = record(tmp_path / "run" / "mnli")
     assert alone.command.endswith("--tasks null --task mnli --output_dir mnli")
     fresh_state()
@@ -197,24 +197,24 @@ def test_all_tasks_by_one_command(tasks, tmp_path, capsys):
 
 def test_no_task_has_data(tmp_path):
     with pytest.raises(ValueError, match=r"no task can be scored. sst2: dataset_name .*; rte: dataset_name"):
-        run_recipe(*words(f"{tmp_path}/none-{{task}}", tmp_path / "run", text_columns=None, tasks="sst2,rte"))
+        run_recipe(*command_line(f"{tmp_path}/none-{{task}}", tmp_path / "run", text_columns=None, tasks="sst2,rte"))
 
 
 def test_two_processes_train_several_tasks(tasks, tmp_path):
-    argv = words(tasks, tmp_path / "run", text_columns=None, tasks="mrpc,stsb")
+    argv = command_line(tasks, tmp_path / "run", text_columns=None, tasks="mrpc,stsb")
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", RECIPE.stem)
     said = finish_process(start_process(*launcher, *argv))
     assert said.count("macro average of 2") == 1
     assert record(tmp_path / "run" / "stsb").hardware["count"] == 2
 
 
-# --- stopping and going on
+# --- stopping and resuming
 
 
-def test_a_run_goes_on(data, tmp_path):
-    argv = words(data, tmp_path / "whole", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
+def test_stopped_run_resumes(data, tmp_path):
+    argv = command_line(data, tmp_path / "whole", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
     run_recipe(*argv)
-    part = words(data, tmp_path / "part", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
+    part = command_line(data, tmp_path / "part", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
     recipe = runpy.run_path(str(RECIPE))["main"]
 
     def stop(*_):
@@ -237,7 +237,7 @@ def test_a_run_goes_on(data, tmp_path):
         run_recipe(*part, "--seed", "1")
 
 
-# --- what is refused
+# --- refused options and data
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_run_goes_on(data, tmp_path):
 )
 def test_incompatible_options_are_refused(data, tmp_path, capsys, overrides, named):
     with pytest.raises(SystemExit) as ended:
-        run_recipe(*words(data, tmp_path / "run", **overrides))
+        run_recipe(*command_line(data, tmp_path / "run", **overrides))
     assert ended.value.code == 2
     assert named in capsys.readouterr().err.replace("\n", " ")
 
@@ -280,30 +280,30 @@ def test_incompatible_options_are_refused(data, tmp_path, capsys, overrides, nam
         ({"model": TINY[:-1] + ", pooler: none}"}, "this classifier reads the pooler"),
     ],
 )
-def test_data_that_does_not_fit(data, tmp_path, overrides, named):
+def test_incompatible_data_is_refused(data, tmp_path, overrides, named):
     with pytest.raises(ValueError) as caught:
-        run_recipe(*words(data, tmp_path / "run", **overrides))
+        run_recipe(*command_line(data, tmp_path / "run", **overrides))
     assert named in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_labels_that_do_not_fit(tmp_path):
+def test_incompatible_labels_are_refused(tmp_path):
     splits = {"train": (40, 0), "validation": (20, 40), "test": (10, 60)}
     kind = Value("int64")
     hidden = write_pairs(tmp_path / "a", kind=ClassLabel(names=NAMES), splits=splits)
     write_pairs(hidden, splits={"test": (10, 60)}, labels=lambda row: -1)
     with pytest.raises(ValueError, match='test_splits "test" has no labels, so it cannot be scored'):
-        run_recipe(*words(hidden, tmp_path / "run", test_splits="[test]"))
+        run_recipe(*command_line(hidden, tmp_path / "run", test_splits="[test]"))
     third = write_pairs(tmp_path / "b", kind=kind, splits=splits)
     write_pairs(third, kind=kind, splits={"validation": (20, 40)}, labels=lambda row: 7)
     with pytest.raises(ValueError, match='validation_split "validation": label "7" is not a class of the model'):
-        run_recipe(*words(third, tmp_path / "run2"))
+        run_recipe(*command_line(third, tmp_path / "run2"))
     one = write_pairs(tmp_path / "c", kind=kind, splits=splits, labels=lambda row: 1)
     with pytest.raises(ValueError, match="at least two classes of labels, got '1'"):
-        run_recipe(*words(one, tmp_path / "run3"))
+        run_recipe(*command_line(one, tmp_path / "run3"))
 
 
-def test_models_that_do_not_fit(data, tmp_path):
+def test_incompatible_models_are_refused(data, tmp_path):
     bert = pretrained(tmp_path / "bert", "bert")
     gpt = pretrained(tmp_path / "gpt2", "gpt2")
     for start, overrides, named in (
@@ -313,10 +313,10 @@ def test_models_that_do_not_fit(data, tmp_path):
         (bert, {"model": "{hidden_size: 32}"}, r"weights of model_name_or_path .* do not fit it: bert\.embeddings"),
     ):
         with pytest.raises(ValueError, match=named):
-            run_recipe(*words(data, tmp_path / f"run-{named[:5]}", model_name_or_path=start, **overrides))
+            run_recipe(*command_line(data, tmp_path / f"run-{named[:5]}", model_name_or_path=start, **overrides))
 
 
-def test_layers_that_cannot_be_told_apart(data, tmp_path, monkeypatch):
+def test_layer_wise_lr_decay_needs_known_layers(data, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_tfm.training.optim.layer_id", lambda name: math.inf)
     with pytest.raises(ValueError, match=r"layer_wise_lr_decay must be 1 for a tfm_bert model, got 0\.5"):
-        run_recipe(*words(data, tmp_path / "run", layer_wise_lr_decay=0.5))
+        run_recipe(*command_line(data, tmp_path / "run", layer_wise_lr_decay=0.5))

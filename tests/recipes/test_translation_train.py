@@ -1,11 +1,11 @@
-"""The translation recipe: every kind of model and data for two steps, its results, and what it refuses at once."""
+"""The translation recipe: every kind of model and data for two steps, its results, and refused options."""
 
 import json
 import shlex
 
 import pytest
 import torch
-from recipe_helpers import TINY, fresh_state, record, run_recipe, words, write_data
+from recipe_helpers import TINY, command_line, fresh_state, record, run_recipe, write_data
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_tfm import cli
@@ -25,7 +25,9 @@ def trained(data, tmp_path_factory):
     """A finished run of 30 steps, and its command line."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
-    argv = words(data, folder, max_steps=30, eval_steps=10, logging_steps=10, license="apache-2.0", learning_rate=0.01)
+    argv = command_line(
+        data, folder, max_steps=30, eval_steps=10, logging_steps=10, license="apache-2.0", learning_rate=0.01
+    )
     assert run_recipe(*argv) == 0
     return folder, argv
 
@@ -52,9 +54,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_two_steps(tmp_path, name):
-    # One test sentence is longer than learned positions reach.
+    # One test sentence is longer than the learned position table.
     data = write_data(tmp_path / "pairs", {105: LONG})
-    assert run_recipe(*words(data, tmp_path / "run", **VARIANTS[name])) == 0
+    assert run_recipe(*command_line(data, tmp_path / "run", **VARIANTS[name])) == 0
     results = record(tmp_path / "run")
     assert results.training["steps"] == 2
     assert [(row["split"], row["name"]) for row in results.metrics] == [
@@ -92,7 +94,7 @@ def test_results_are_complete(trained, data):
     assert results.command == portable_command(shlex.join(["hf-tfm", "run", "translation_train", *argv]))
     training = results.training
     assert training["steps"] == 30
-    # 90 rows make 4 or 5 steps of 400 tokens, so 30 steps are between 6 and 8 passes.
+    # 90 rows give 4 or 5 steps of 400 tokens, so 30 steps are 6 to 8 epochs.
     assert 6 < training["epochs"] < 8 and training["epochs"] != round(training["epochs"])
     assert training["item"] == "target tokens" and training["items_per_second"] > 0
     assert training["best"]["metric"] == "loss" and training["best"]["step"] in (10, 20, 30)
@@ -104,12 +106,12 @@ def test_results_are_complete(trained, data):
     assert losses[30] < losses[10]
 
 
-def test_its_own_command_repeats_a_run(trained, data, monkeypatch):
+def test_stored_command_repeats_the_run(trained, data, monkeypatch):
     folder, _ = trained
     before = record(folder)
     weights = (folder / "model.safetensors").read_bytes()
     fresh_state()
-    # Paths in it are relative to where the run was started, or the last part of others.
+    # The command has paths relative to the working directory, or only their last component.
     monkeypatch.chdir(folder.parent)
     program, *argv = [str(data) if word == data.name else word for word in shlex.split(before.command)]
     assert program == "hf-tfm"
@@ -131,19 +133,19 @@ def test_scores_are_those_of_the_saved_model(trained, data):
     assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(folder).metrics]
 
 
-def test_bf16_is_scored_as_saved_too(data, tmp_path):
-    """Autocast ends with training: whoever loads the model gets the figures of results.json."""
+def test_bf16_model_is_scored_as_saved(data, tmp_path):
+    """Autocast ends with training: the loaded model reproduces the scores in results.json."""
     from hf_tfm.tasks.evaluation import evaluate
 
-    run_recipe(*words(data, tmp_path / "run", mixed_precision="bf16", max_steps=20, learning_rate=0.01))
+    run_recipe(*command_line(data, tmp_path / "run", mixed_precision="bf16", max_steps=20, learning_rate=0.01))
     fresh_state()
     again = evaluate(str(tmp_path / "run"), dataset_name=str(data), split="test", progress=False)
     assert [row["value"] for row in again["metrics"]] == [row["value"] for row in record(tmp_path / "run").metrics]
 
 
-def test_going_on_from_a_saved_model(trained, data, tmp_path):
+def test_initialization_from_a_saved_model(trained, data, tmp_path):
     folder, _ = trained
-    run_recipe(*words(data, tmp_path / "run", model_name_or_path=folder, learning_rate=1e-9))
+    run_recipe(*command_line(data, tmp_path / "run", model_name_or_path=folder, learning_rate=1e-9))
     results = record(tmp_path / "run")
     assert results.base_model == folder.name
     models = [AutoModelForSeq2SeqLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "run")]
@@ -152,7 +154,7 @@ def test_going_on_from_a_saved_model(trained, data, tmp_path):
 
 
 def copy_of(folder, to, model=None, **config):
-    """A saved model, with another weight table or other fields in its config."""
+    """A copy of a saved model with a changed weight or configuration field."""
     model = model or AutoModelForSeq2SeqLM.from_pretrained(folder)
     for name, value in config.items():
         setattr(model.config, name, value)
@@ -161,7 +163,7 @@ def copy_of(folder, to, model=None, **config):
     return to
 
 
-def test_a_start_that_does_not_fit(trained, data, tmp_path):
+def test_incompatible_initial_model_is_refused(trained, data, tmp_path):
     from transformers import MarianConfig, MarianMTModel
 
     folder, _ = trained
@@ -177,30 +179,30 @@ def test_a_start_that_does_not_fit(trained, data, tmp_path):
     }
     for number, (message, start) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=message):
-            run_recipe(*words(data, tmp_path / f"run{number}", model_name_or_path=start))
+            run_recipe(*command_line(data, tmp_path / f"run{number}", model_name_or_path=start))
         assert not (tmp_path / f"run{number}" / "checkpoints").exists()
 
 
-def test_a_tokenizer_that_does_not_fit(trained, data, tmp_path):
+def test_incompatible_tokenizer_is_refused(trained, data, tmp_path):
     folder, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match="does not end a text with its eos_token"):
-        run_recipe(*words(data, tmp_path / "run", tokenizer=tmp_path / "endless"))
+        run_recipe(*command_line(data, tmp_path / "run", tokenizer=tmp_path / "endless"))
     tokenizer = AutoTokenizer.from_pretrained(folder, pad_token=None)
     tokenizer.save_pretrained(tmp_path / "unpadded")
     with pytest.raises(ValueError, match="has no pad_token"):
-        run_recipe(*words(data, tmp_path / "other", tokenizer=tmp_path / "unpadded"))
+        run_recipe(*command_line(data, tmp_path / "other", tokenizer=tmp_path / "unpadded"))
 
 
-def test_a_ready_tokenizer(trained, data, tmp_path):
+def test_existing_tokenizer(trained, data, tmp_path):
     folder, _ = trained
-    model = TINY[:-1] + ", vocab_size: 320}"  # room beyond the tokenizer's 300 is allowed
-    run_recipe(*words(data, tmp_path / "run", tokenizer=folder, model=model))
+    model = TINY[:-1] + ", vocab_size: 320}"  # more embeddings than the tokenizer's 300 tokens are allowed
+    run_recipe(*command_line(data, tmp_path / "run", tokenizer=folder, model=model))
     assert AutoConfig.from_pretrained(tmp_path / "run").vocab_size == 320
     with pytest.raises(ValueError, match="vocab_size must be at least the tokenizer's 300 tokens, got 100"):
-        run_recipe(*words(data, tmp_path / "less", tokenizer=folder, model=TINY[:-1] + ", vocab_size: 100}"))
+        run_recipe(*command_line(data, tmp_path / "less", tokenizer=folder, model=TINY[:-1] + ", vocab_size: 100}"))
 
 
 def test_changed_data_or_options_are_another_run(trained, data, tmp_path):
@@ -225,16 +227,16 @@ def test_changed_data_or_options_are_another_run(trained, data, tmp_path):
 
 
 def test_overwriting_another_run(data, tmp_path):
-    run_recipe(*words(data, tmp_path / "run"))
-    run_recipe(*words(data, tmp_path / "run", seed=1, overwrite_output_dir="true"))
+    run_recipe(*command_line(data, tmp_path / "run"))
+    run_recipe(*command_line(data, tmp_path / "run", seed=1, overwrite_output_dir="true"))
     assert record(tmp_path / "run").arguments["seed"] == 1
 
 
-# --- what is refused before anything is trained
+# --- refused before training
 
 
 def said(capsys, *argv):
-    """The message of a command line that is refused by the parser."""
+    """Error message for a command line that the parser rejects."""
     with pytest.raises(SystemExit) as ended:
         run_recipe(*argv)
     assert ended.value.code == 2
@@ -271,7 +273,7 @@ def said(capsys, *argv):
     ],
 )
 def test_incompatible_options_are_refused(tmp_path, capsys, data, options, named):
-    message = said(capsys, *words(data, tmp_path / "run", **options))
+    message = said(capsys, *command_line(data, tmp_path / "run", **options))
     assert named in message.replace("\n", " ")
     assert not (tmp_path / "run").exists()
 
@@ -293,21 +295,21 @@ def test_incompatible_options_are_refused(tmp_path, capsys, data, options, named
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
-def test_data_that_does_not_fit(tmp_path, data, options, named):
+def test_incompatible_data_is_refused(tmp_path, data, options, named):
     with pytest.raises(ValueError) as caught:
-        run_recipe(*words(data, tmp_path / "run", **options))
+        run_recipe(*command_line(data, tmp_path / "run", **options))
     assert named in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_bad_split_leaves_no_folder(tmp_path, data):
+def test_unknown_split_leaves_no_folder(tmp_path, data):
     with pytest.raises(ValueError, match="is not a split"):
-        run_recipe(*words(data, tmp_path / "run", test_splits="[tset]"))
+        run_recipe(*command_line(data, tmp_path / "run", test_splits="[tset]"))
     assert not (tmp_path / "run").exists()
 
 
 def test_printed_config_runs(tmp_path, data, capsys):
-    argv = words(data, tmp_path / "run", model=TINY)
+    argv = command_line(data, tmp_path / "run", model=TINY)
     with pytest.raises(SystemExit) as ended:
         run_recipe(*argv, "--print_config")
     assert ended.value.code == 0

@@ -102,24 +102,24 @@ UNFIT_FOR_THE_DATA = {
 def test_options_that_do_not_fit_the_data_are_refused(recipe, overrides, message, data, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(recipe, data, tmp_path / "run", **overrides)
-    assert not (tmp_path / "run" / "history.jsonl").exists(), "no step was made"
+    assert not (tmp_path / "run" / "history.jsonl").exists(), "no training step must run"
 
 
-def test_an_image_size_that_the_pretrained_patch_does_not_divide(data, tmp_path):
+def test_image_size_must_be_a_multiple_of_the_pretrained_patch(data, tmp_path):
     mae = pretrain(data, tmp_path / "mae", max_steps=1)
     with pytest.raises(ValueError, match="image_size"):
         classify(data, tmp_path / "run", model_name_or_path=mae, image_size=18, model="{}")
 
 
-def test_an_encoder_of_other_sizes_is_not_drawn_anew_in_silence(data, tmp_path):
+def test_mismatched_encoder_weights_are_refused(data, tmp_path):
     mae = pretrain(data, tmp_path / "mae", max_steps=1)
     with pytest.raises(ValueError, match=r"do not fit it: .*patch_embeddings.projection.weight"):
         classify(data, tmp_path / "run", model_name_or_path=mae, model="{patch_size: 8}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_small"])
-def test_presets_of_cifar10_fit_each_other(name):
-    """Fine-tuning and from scratch differ in where weights come from and how fast layers learn, in nothing else."""
+def test_cifar10_presets_fit_each_other(name):
+    """Fine-tuning and training from scratch differ only in initial weights and layer-wise learning rates."""
     scratch, tuned = (preset("image_classification_train", kind) for kind in (name, f"{name}_finetune"))
     other = {key for key in scratch.keys() | tuned.keys() if scratch.get(key) != tuned.get(key)}
     assert other == {"model_name_or_path", "layer_wise_lr_decay", "output_dir", "size", "model"}
@@ -134,8 +134,8 @@ def test_presets_of_cifar10_fit_each_other(name):
     assert all(getattr(mine, name) == value for name, value in tuned["model"].items())
 
 
-def test_the_probe_of_cifar10_small_fits_the_others():
-    """It goes on from the pretraining that fine-tuning does, and is scored on the same images."""
+def test_cifar10_small_probe_fits_the_others():
+    """It starts from the same pretraining as fine-tuning and is evaluated on the same images."""
     tuned, probe = (preset("image_classification_train", f"cifar10_small_{kind}") for kind in ("finetune", "probe"))
     assert probe["linear_probe"] and "layer_wise_lr_decay" not in probe
     shared = {
@@ -162,8 +162,8 @@ def test_the_probe_of_cifar10_small_fits_the_others():
 
 @pytest.mark.parametrize("name", ["mae_finetune", "mae_linear_probe"])
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
-def test_presets_of_imagenet_go_on_from_each_other(name, size):
-    """From the run of the command that their first lines give: 1600 epochs, of which their numbers are."""
+def test_imagenet_presets_build_on_each_other(name, size):
+    """They start from the run of the command in their headers, 1600 epochs, to which their numbers refer."""
     later, earlier = preset("image_classification_train", f"{name}_{size}"), preset("mae_pretrain", f"imagenet_{size}")
     folder = later["model_name_or_path"]
     command = f"mae_pretrain --config imagenet_{size} --num_train_epochs 1600 --output_dir {folder}"

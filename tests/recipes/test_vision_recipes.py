@@ -1,4 +1,4 @@
-"""The recipes on images, run as people run them: masked-autoencoder pretraining, classification, linear probe."""
+"""The image recipes, run from the command line: masked-autoencoder pretraining, classification, linear probing."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ from vision_recipes import (
     SPLITS,
     accuracy,
     classify,
+    command_line,
     distance,
     pretrain,
     run,
     scores,
     weights,
-    words,
     write_imagefolder,
     write_images,
 )
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scratch(data, tmp_path_factory):
-    """A classifier from scratch."""
+    """A classifier trained from scratch."""
     return classify(data, tmp_path_factory.mktemp("scratch") / "run", max_steps=12)
 
 
@@ -75,7 +75,7 @@ def test_classification_from_scratch(scratch, data):
     assert found.training["steps"] == 12 and found.training["item"] == "images"
     for split in ("validation", "test"):
         assert scores(scratch, split)["accuracy"] == pytest.approx(accuracy(scratch, data, split))
-    assert scores(scratch, "test")["accuracy"] > 0.6, "colours are easy to learn"
+    assert scores(scratch, "test")["accuracy"] > 0.6, "colors are easy to learn"
     assert all(f"| {row['split']} " in (scratch / "README.md").read_text() for row in found.metrics)
     assert AutoImageProcessor.from_pretrained(scratch).size == {"height": 16, "width": 16}
 
@@ -104,12 +104,12 @@ def test_fine_tuning_at_another_size(mae, data, tmp_path):
     assert record(folder).base_model == mae.name
     processor = AutoImageProcessor.from_pretrained(folder)
     assert processor.size == {"height": 24, "width": 24}
-    assert list(processor.image_mean) == [0.4, 0.5, 0.6], "the scale is the pretrained model's"
+    assert list(processor.image_mean) == [0.4, 0.5, 0.6], "normalization of the pretrained model"
     config = AutoModelForImageClassification.from_pretrained(folder).config
     assert (config.pooling, config.image_size, config.drop_path_rate) == ("mean", 24, 0.1)
     assert scores(folder, "test")["accuracy"] == pytest.approx(accuracy(folder, data, "test"))
     name = "vit.layers.0.feed_forward.up_proj.weight"
-    assert 0.0 < (trained[name] - old[name]).abs().max() < 0.05, "it went on from the pretrained weights"
+    assert 0.0 < (trained[name] - old[name]).abs().max() < 0.05, "training starts from the pretrained weights"
 
 
 def test_linear_probe(mae, data, tmp_path):
@@ -128,7 +128,7 @@ def test_linear_probe(mae, data, tmp_path):
 
 
 def classifier_of(names, folder, **fields):
-    """A classifier of these classes with its processor, random weights."""
+    """A classifier for these classes with its processor and random weights."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     sizes = {"patch_size": 4, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     torch.manual_seed(1)
@@ -147,8 +147,8 @@ SAME, OTHERS, MORE = CLASSES, ["cat", "bee", "ant"], [*CLASSES, "dog"]
 @pytest.mark.parametrize(
     ("names", "kept"), [(SAME, True), (OTHERS, False), (MORE, False)], ids=["same", "other", "more"]
 )
-def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, recipe, data, tmp_path):
-    """Both of a model with a distillation token; a stale one would say one class and mean another."""
+def test_heads_are_kept_only_for_the_same_classes(names, kept, token, recipe, data, tmp_path):
+    """Also both heads of a model with a distillation token; a stale head would predict wrong class names."""
     folder, earlier = classifier_of(names, tmp_path / "earlier", distillation_token=token)
     given = {"dataset_name": str(data), "output_dir": ".", "max_steps": 1, "learning_rate": 0.1}
     given |= {"model_name_or_path": str(folder), "image_size": 16}
@@ -169,10 +169,10 @@ def test_heads_go_on_only_with_the_classes_they_learned(names, kept, token, reci
     assert all(torch.equal(state[name], value) for name, value in earlier.vit.state_dict().items())
 
 
-def test_a_new_pooling_does_not_keep_a_stale_head(data, tmp_path):
+def test_new_pooling_resets_the_head(data, tmp_path):
     folder, earlier = classifier_of(OTHERS, tmp_path / "earlier")
     begun = classify(data, tmp_path / "run", model_name_or_path=folder, model="{pooling: mean}", learning_rate=1e-12)
-    assert "vit.fc_norm.weight" in weights(begun), "a weight that the earlier model has not"
+    assert "vit.fc_norm.weight" in weights(begun), "the earlier model has no such weight"
     assert not torch.allclose(weights(begun)["classifier.weight"], earlier.classifier.weight, atol=1e-4)
 
 
@@ -187,8 +187,8 @@ def test_linear_probe_of_a_model_with_a_distillation_token(data, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
-def test_the_size_of_images_is_that_of_init_from(recipe, mae, data, tmp_path):
-    """By its image processor; another size is the model's, the processor's and the configuration's."""
+def test_image_size_defaults_to_the_initial_model(recipe, mae, data, tmp_path):
+    """From its image processor; another size applies to the model, its processor and its configuration."""
     for size, expected in ((None, 16), (24, 24), ("[24, 16]", (24, 16))):
         folder = run(recipe, data, tmp_path / str(size), model_name_or_path=mae, image_size=size, max_steps=1)
         height, width = (expected, expected) if isinstance(expected, int) else expected
@@ -205,7 +205,7 @@ def test_the_size_of_images_is_that_of_init_from(recipe, mae, data, tmp_path):
             )
 
 
-def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
+def test_initial_model_without_a_processor_needs_a_size(data, tmp_path):
     folder, _ = classifier_of(SAME, tmp_path / "earlier")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no image processor: .*, or give image_size, mean and std"):
@@ -214,8 +214,8 @@ def test_a_model_without_a_processor_does_not_tell_its_size(data, tmp_path):
     classify(data, tmp_path / "other", model_name_or_path=folder, **scale, max_steps=1)
 
 
-def test_a_stream_is_shuffled_by_its_buffer(data):
-    """The images of a class stand together in the file; every epoch has each once, in an order of its own."""
+def test_stream_is_shuffled_by_its_buffer(data):
+    """The file is sorted by class; every epoch has each image once, in another order."""
     model = TfmMAEForPreTraining(TfmMAEConfig(image_size=16, patch_size=4))
     orders = []
     for buffer in (1, 24):
@@ -261,7 +261,7 @@ RESUMED = {
     ("recipe", "kind", "workers"), [(recipe, *case) for recipe, cases in RESUMED.items() for case in cases]
 )
 def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, capsys):
-    """A killed run leaves its last checkpoint and nothing that came after; how many workers it has changes nothing."""
+    """A killed run leaves only its last checkpoint; the number of workers does not matter."""
     start = {"model_name_or_path": mae} if kind == "probe" else {}
     overrides = {**OPTIONS[kind], **start, "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}
     whole = run(recipe, data, tmp_path / "whole", **overrides)
@@ -285,8 +285,8 @@ def test_mixing_repeats_and_averages_change_the_weights(data, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
-def test_the_format_of_the_data_changes_nothing(recipe, data, tmp_path):
-    """Parquet, a folder of images and its files by split: the same images in the same order."""
+def test_data_format_does_not_matter(recipe, data, tmp_path):
+    """Parquet, an image folder, and files per split give the same images in the same order."""
     folder = write_imagefolder(tmp_path / "files")
     one = run(recipe, data, tmp_path / "one")
     other = run(recipe, folder, tmp_path / "other")
@@ -303,7 +303,7 @@ def test_holdout_and_max_train_samples(data, tmp_path):
 
 
 def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
-    """Those that choose the fine-tuned model were never trained on, and the rest is no less than the whole."""
+    """Images used to select the fine-tuned model are not in the pretraining data, and all others are."""
 
     def read(labelled: bool) -> dict[str, set[bytes]]:
         overrides = {"max_steps": 1, "learning_rate": 0.1, "validation_split": None, "holdout": 6}
@@ -316,7 +316,7 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_images(data):
     assert not tuned["train"] & tuned["holdout"]
 
 
-def test_base_learning_rate_and_warm_up_are_told(data, tmp_path, capsys):
+def test_scaled_learning_rate_and_warmup_are_logged(data, tmp_path, capsys):
     overrides = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 2}
     folder = classify(data, tmp_path / "run", max_steps=8, **overrides)
     assert "learning rate 0.005 = 0.16 x 8 images / 256; warm-up 6 steps of 3 an epoch" in capsys.readouterr().out
@@ -334,12 +334,12 @@ def test_stored_arguments_are_a_config(recipe, data, tmp_path):
     script = ROOT / "recipes" / f"{recipe}.py"
     kind = arguments_of(script)
     again = parse_arguments(kind, script, ["--config", str(file)])
-    # Of paths the record holds the last part alone.
-    first = parse_arguments(kind, script, words(recipe, data, folder, **given))
+    # The record holds only the last component of paths.
+    first = parse_arguments(kind, script, command_line(recipe, data, folder, **given))
     assert again == replace(first, output_dir=folder.name, dataset_name=data.name)
 
 
-def test_bad_images_are_left_out_and_told(tmp_path, caplog):
+def test_bad_images_are_skipped_and_reported(tmp_path, caplog):
     broken = write_images(tmp_path / "data", bad=(3, 11))
     for recipe in ("mae_pretrain", "image_classification_train"):
         caplog.clear()
@@ -360,7 +360,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_path):
-    """As a script, by hf-tfm run, and as two processes (gloo), which share each step."""
+    """As a script, by hf-tfm run, and as two processes (gloo) that share each step."""
     recipe, overrides = CASES[case]
     if case == "probe":
         overrides = {**overrides, "model_name_or_path": mae, "model": None}
@@ -373,7 +373,7 @@ def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_
         "probe": {"two": (*two, script)},
     }[case]
     for name, launcher in launchers.items():
-        finish_process(start_process(*launcher, *words(recipe, data, tmp_path / name, **LAUNCHED, **overrides)))
+        finish_process(start_process(*launcher, *command_line(recipe, data, tmp_path / name, **LAUNCHED, **overrides)))
         assert distance(alone, tmp_path / name) < 1e-6
         for mine, theirs in zip(record(alone).metrics, record(tmp_path / name).metrics, strict=True):
             assert mine == {**theirs, "value": pytest.approx(theirs["value"], rel=1e-5)}

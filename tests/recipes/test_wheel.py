@@ -1,4 +1,4 @@
-"""An installed wheel carries the recipes, their presets and the card's template."""
+"""An installed wheel contains the recipes, their presets and the model card template."""
 
 import importlib.util
 import subprocess
@@ -10,7 +10,7 @@ from recipe_helpers import ROOT
 
 
 @pytest.mark.slow
-def test_wheel_carries_the_recipes(tmp_path):
+def test_wheel_contains_the_recipes(tmp_path):
     isolation = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", *isolation, "--wheel-dir", str(tmp_path)],

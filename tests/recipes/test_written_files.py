@@ -1,8 +1,8 @@
-"""Runs write the files that `hub.saved_files` lists and no others: overwriting and pushing know all of them."""
+"""Runs write only files listed in `hub.saved_files`, which overwriting and pushing rely on."""
 
 import pytest
+from recipe_helpers import command_line as translation_command_line
 from recipe_helpers import run_recipe, write_data
-from recipe_helpers import words as translation_words
 from scene_recipes import scenes, train, write_hub
 
 from hf_tfm.hub.push import files_to_push
@@ -14,7 +14,7 @@ RECORD = {CARD, RESULTS, HISTORY, CURVE, RUN, "config.json", "model.safetensors"
 
 
 def translation_run(folder):
-    run_recipe(*translation_words(write_data(folder / "data"), folder / "run", **OPTIONS))
+    run_recipe(*translation_command_line(write_data(folder / "data"), folder / "run", **OPTIONS))
     return RECORD | {"generation_config.json", "tokenizer.json", "tokenizer/tokenizer.json"}
 
 
@@ -24,7 +24,7 @@ def detection_run(folder):
 
 
 @pytest.mark.parametrize("start", [translation_run, detection_run])
-def test_a_run_writes_listed_files_alone(tmp_path, start):
+def test_runs_write_only_listed_files(tmp_path, start):
     expected = start(tmp_path)
     run = tmp_path / "run"
     found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
@@ -33,6 +33,6 @@ def test_a_run_writes_listed_files_alone(tmp_path, start):
     assert any("tfevents" in name for name in found)
     pushed, left_out = files_to_push(run)
     top = {path.name for path in run.iterdir() if path.is_file()}
-    assert top - set(pushed) == {RUN}, "of the files beside the model, run.json alone stays behind"
+    assert top - set(pushed) == {RUN}, "only run.json is not pushed"
     assert not [name for name in left_out if name.startswith(".eval_results")]
     assert delete_run(run) == [] and not list(run.iterdir())

@@ -1,4 +1,4 @@
-"""What the tests of the text classification recipe share: small data, tiny models of several kinds, short runs."""
+"""Shared helpers of the text classification recipe tests: small data, tiny models of several types, short runs."""
 
 import json
 import runpy
@@ -29,7 +29,7 @@ NAMES = ["other", "same"]
 
 
 def pairs(count: int, start: int, labels: list | None = None) -> list[dict]:
-    """English and German number words; label 1 where they say the same number."""
+    """English and German number words; label 1 if they are the same number."""
     rows = []
     for i in range(start, start + count):
         same = i % 2
@@ -40,7 +40,7 @@ def pairs(count: int, start: int, labels: list | None = None) -> list[dict]:
 def write_pairs(
     folder: Path, columns: tuple[str, str] = ("en", "de"), kind=None, labels=lambda row: row["label"], splits=None
 ) -> Path:
-    """90 training, 20 validation and 10 test rows as parquet."""
+    """Write 90 training, 20 validation and 10 test rows as parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = kind or ClassLabel(names=NAMES)
     features = Features({columns[0]: Value("string"), columns[1]: Value("string"), "label": kind})
@@ -50,13 +50,13 @@ def write_pairs(
         table["label"] = [labels(row) for row in rows]
         Dataset.from_dict(table, features).to_parquet(str(folder / f"{name}.parquet"))
     files = [{"split": path.stem, "path": path.name} for path in sorted(folder.glob("*.parquet"))]
-    configs = [{"config_name": "default", "data_files": files}]  # or "validation_matched" would be "validation"
+    configs = [{"config_name": "default", "data_files": files}]
     (folder / "README.md").write_text(f"---\nlicense: cc0-1.0\nconfigs: {json.dumps(configs)}\n---\n")
     return folder
 
 
-def words(data: Path | str, output_dir: Path, **options) -> list[str]:
-    """The command line of a short run."""
+def command_line(data: Path | str, output_dir: Path, **options) -> list[str]:
+    """Command-line arguments of a short run."""
     given = {
         "dataset_name": data,
         "output_dir": output_dir,
@@ -84,7 +84,7 @@ NATIVE = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 
 
 def bare_tokenizer():
-    """As that of GPT-2: no padding, and no end after a text."""
+    """Like GPT-2's: no padding token and no end-of-text after a text."""
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer._special_tokens_map["pad_token"] = None

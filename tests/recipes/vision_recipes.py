@@ -1,4 +1,4 @@
-"""What the tests of the recipes on images share: a few images on disk, short runs, and what a run left."""
+"""Shared helpers of the image recipe tests: a few images on disk, short runs, and access to their results."""
 
 import io
 import runpy
@@ -23,8 +23,8 @@ DECODER = (
 VIT, MAE = f"{{{ENCODER}, drop_path_rate: 0.0}}", f"{{{ENCODER}, {DECODER}}}"
 
 
-def picture(number: int) -> bytes:
-    """A PNG of 18 x 20 pixels; its class, number % 3, shows in its colour."""
+def image_file(number: int) -> bytes:
+    """A PNG of 18 x 20 pixels, whose color shows its class, number % 3."""
     noise = np.random.default_rng(number).integers(0, 160, (20, 18, 3))
     noise[..., number % 3] += 90
     file = io.BytesIO()
@@ -33,19 +33,19 @@ def picture(number: int) -> bytes:
 
 
 def numbers_of(split: str) -> list[int]:
-    """The images of a split, by class, as a folder of images has them."""
+    """Image numbers of a split grouped by class, as in an image folder."""
     start = {"train": 0, "validation": 24, "test": 33}[split]
     return sorted(range(start, start + SPLITS[split]), key=lambda number: (number % 3, number))
 
 
 def write_images(folder: Path, bad: tuple[int, ...] = ()) -> Path:
-    """Parquet of 24 training, 9 validation and 7 test images; the training images in the rows ``bad`` are cut off."""
+    """Write parquet with 24 training, 9 validation and 7 test images; training images in ``bad`` are truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASSES)})
     for split in SPLITS:
         rows = []
         for row, number in enumerate(numbers_of(split)):
-            data = picture(number)
+            data = image_file(number)
             data = data[:60] if split == "train" and row in bad else data
             rows.append({"image": {"bytes": data, "path": None}, "label": number % 3})
         Dataset.from_list(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
@@ -54,16 +54,16 @@ def write_images(folder: Path, bad: tuple[int, ...] = ()) -> Path:
 
 
 def write_imagefolder(folder: Path) -> Path:
-    """The same images as files."""
+    """Write the same images as files."""
     for split in SPLITS:
         for number in numbers_of(split):
             place = folder / split / CLASSES[number % 3]
             place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number:03}.png").write_bytes(picture(number))
+            (place / f"{number:03}.png").write_bytes(image_file(number))
     return folder
 
 
-def words(recipe: str, data: Path, output_dir: Path, **options) -> list[str]:
+def command_line(recipe: str, data: Path, output_dir: Path, **options) -> list[str]:
     """Command-line arguments of a short run; options that are None are omitted."""
     given = {
         "dataset_name": data,
@@ -92,7 +92,7 @@ def run(recipe: str, data: Path, output_dir: Path, **options) -> Path:
     """Run a recipe in this process; returns its folder."""
     fresh_state()
     script = str(ROOT / "recipes" / f"{recipe}.py")
-    assert runpy.run_path(script)["main"](words(recipe, data, output_dir, **options)) == 0
+    assert runpy.run_path(script)["main"](command_line(recipe, data, output_dir, **options)) == 0
     return output_dir
 
 
@@ -105,7 +105,7 @@ def pretrain(data: Path, output_dir: Path, **options) -> Path:
 
 
 def scores(folder: Path, split: str) -> dict[str, float]:
-    """What results.json says of a split."""
+    """Scores of a split in results.json."""
     return {row["name"]: row["value"] for row in record(folder).metrics if row["split"] == split}
 
 
@@ -114,14 +114,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: Path, other: Path) -> float:
-    """The largest difference of two models' weights."""
+    """The largest difference between two models' weights."""
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()
     return max((mine[name].float() - theirs[name].float()).abs().max().item() for name in mine)
 
 
 def accuracy(folder: Path, data: Path, split: str) -> float:
-    """Top-1 of a saved model and its saved processor, through transformers alone."""
+    """Top-1 accuracy of a saved model and processor, computed with transformers only."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     rows = load_dataset(str(data), split=split)

@@ -1,4 +1,4 @@
-"""Tiny random image models and a photo that the tests of pictures share."""
+"""Tiny random image models and a photo shared by the plot tests."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "patch_size": 4,
-    "initializer_range": 0.5,  # maps of a fresh model are all but even; these are not
+    "initializer_range": 0.5,  # the maps of a freshly initialized model are almost uniform; these are not
 }
 DECODER = {
     "decoder_hidden_size": 16,
@@ -38,7 +38,7 @@ def image_model(name: str, image_size=16, **fields):
 
 
 def image_processor(**fields) -> ViTImageProcessor:
-    """Leaves the size of images as it is."""
+    """A processor that does not resize."""
     return ViTImageProcessor(**{"do_resize": False, "image_mean": MEAN, "image_std": STD, **fields})
 
 

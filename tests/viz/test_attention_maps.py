@@ -1,4 +1,4 @@
-"""Attention maps: they are the model's own, whatever the model and backend."""
+"""Attention maps are the model's own, for any model and backend."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_shapes_and_sums(model, tokenizer, target):
 
 
 @pytest.mark.parametrize("kind", ["tfm", "marian"])
-def test_maps_are_those_of_the_model(kind, tokenizer):
+def test_maps_equal_the_model_output(kind, tokenizer):
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     maps = attention_maps(model, tokenizer, TEXT, TARGET)
@@ -108,7 +108,7 @@ def test_maps_are_those_of_the_model(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", ["tfm", "marian"])
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
-def test_every_backend_gives_the_same_maps_and_is_put_back(kind, backend, tokenizer):
+def test_every_backend_gives_the_same_maps_and_is_restored(kind, backend, tokenizer):
     torch.manual_seed(0)
     model = MODELS[kind]()
     model.set_attn_implementation("eager")
@@ -133,7 +133,7 @@ def test_without_a_target_the_model_translates(model, tokenizer):
     assert maps.translation == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_what_follows_the_end_token_is_left_out(tokenizer, monkeypatch):
+def test_tokens_after_the_end_are_dropped(tokenizer, monkeypatch):
     model = tfm()
     answer = torch.tensor([[1, 300, 301, 2, 0, 0]])
     monkeypatch.setattr(model, "generate", lambda **kwargs: answer)
@@ -142,7 +142,7 @@ def test_what_follows_the_end_token_is_left_out(tokenizer, monkeypatch):
     assert maps.read == token_labels(tokenizer, [1, 300, 301])
 
 
-def test_the_generation_config_may_set_the_length(tokenizer):
+def test_generation_config_sets_the_length(tokenizer):
     torch.manual_seed(0)
     model = tfm()
     model.generation_config.max_length = 6
@@ -156,7 +156,7 @@ def test_empty_text_is_refused(text, target, name, tokenizer):
         attention_maps(tfm(), tokenizer, text, target)
 
 
-def test_a_decoder_alone_is_refused(tokenizer):
+def test_decoder_only_model_is_refused(tokenizer):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="model must be an encoder-decoder, got GPT2LMHeadModel"):
         attention_maps(model, tokenizer, TEXT)
@@ -167,20 +167,20 @@ def test_byte_pieces_are_shown_as_characters(tokenizer):
     labels = token_labels(tokenizer, ids)
     assert labels[-1] == "</s>"
     assert "".join(labels[:-1]) == "·über·dogs\\n"
-    # A letter the tokenizer never met is two bytes, and no byte alone is a letter.
+    # A letter unknown to the tokenizer is two bytes, neither of which is a letter.
     assert token_labels(tokenizer, tokenizer("é")["input_ids"])[-3:] == ["\\xc3", "\\xa9", "</s>"]
     assert token_labels(tokenizer, [0, 4, 319]) == ["<pad>", "<mask>", "<319>"]
 
 
-def test_a_chain_of_decoders_is_seen_through(tokenizer):
+def test_nested_decoders_are_unwrapped(tokenizer):
     chained = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     chained.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     ids = tokenizer("über")["input_ids"][:-1]
     assert token_labels(chained, ids) == token_labels(tokenizer, ids)
 
 
-def test_sentencepiece_style_pieces_keep_their_letters():
-    # "é" is in the byte alphabet too; here it is itself.
+def test_sentencepiece_pieces_are_unchanged():
+    # "é" is also in the byte-level alphabet; here it is the letter.
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁cafés": 1, "▁a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()

@@ -1,4 +1,4 @@
-"""The confusion matrix: what stands in it, and that a picture of any number of classes can be drawn."""
+"""The confusion matrix: its values, and plots for any number of classes."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def test_rows_are_labels_and_add_up_to_100():
     assert "per cent" in bar.get_ylabel()
 
 
-def test_a_share_below_one_per_cent_is_not_written_as_none():
+def test_values_below_one_percent_are_not_shown_as_zero():
     matrix, _ = draw(np.array([[999, 1], [0, 10]]), ["a", "b"], [""]).axes
     assert [text.get_text() for text in matrix.texts] == ["100", "<1", "100"]
 
 
-def test_the_summary_names_the_most_frequent_errors():
+def test_summary_lists_the_most_frequent_errors():
     assert summary(COUNTS, NAMES) == ["201 of 204 images right", "most often wrong: $dog$ as cat (2); cat as cow (1)"]
     assert summary(np.eye(2, dtype=int), ["a", "b"]) == ["2 of 2 images right"]
 
@@ -45,10 +45,10 @@ def test_every_class_has_whole_pixels(classes):
     assert len(names) == (classes if classes <= NUMBERS + 1 else 59)
     figure.canvas.draw()
     heights = [tick.get_window_extent().height for tick in names]
-    assert max(heights) * len(names) <= 1.2 * box.height  # they do not lie on each other
+    assert max(heights) * len(names) <= 1.2 * box.height  # tick labels do not overlap
 
 
-def test_the_file(tmp_path):
+def test_saved_file(tmp_path):
     one = plot_confusion([0, 0, 2], [0, 1, 2], NAMES, tmp_path / "new" / "confusion.png", "a run")
     other = plot_confusion([0, 0, 2], [0, 2, 2], NAMES, tmp_path / "other.png", "a run")
     assert imread(one).shape == imread(other).shape

@@ -1,4 +1,4 @@
-"""Pictures of detections: what is drawn is what the model found, in its place, and legible."""
+"""Plots of detections show the model's boxes and masks at the right positions, and legibly."""
 
 import numpy as np
 import pytest
@@ -33,11 +33,11 @@ def models(tmp_path_factory):
 IMAGES = [NamedImage(f"photo {i}", photo) for i, photo in enumerate(photos())]
 
 
-# --- what is found
+# --- detections
 
 
 @pytest.mark.parametrize("kind", ["tfm", "detr", "yolos"])
-def test_boxes_are_those_of_the_model_called_by_hand(kind, models):
+def test_boxes_equal_the_model_called_directly(kind, models):
     """In pixels of images of several shapes, above the threshold."""
     expected, _ = found_by_hand(models[kind])
     model, processor = load_detector(models[kind])
@@ -53,7 +53,7 @@ def test_boxes_are_those_of_the_model_called_by_hand(kind, models):
         assert found.title == f"{image.name}: {good.sum()} object{'s' if good.sum() > 1 else ''}"
 
 
-def test_segments_are_those_of_the_model_called_by_hand(models):
+def test_segments_equal_the_model_called_directly(models):
     _, expected = found_by_hand(models["tfm_panoptic"])
     model, processor = load_detector(models["tfm_panoptic"])
     for image, one in zip(IMAGES, expected, strict=True):
@@ -65,7 +65,7 @@ def test_segments_are_those_of_the_model_called_by_hand(models):
         np.testing.assert_array_equal(found.segments, wanted)
 
 
-def test_the_threshold_and_what_is_said_of_none(models):
+def test_threshold_and_message_without_detections(models):
     model, processor = load_detector(models["tfm"])
     everything = detect(model, processor, IMAGES[0], 0.0)
     assert len(everything.objects.labels) == model.config.num_queries
@@ -77,7 +77,7 @@ def test_the_threshold_and_what_is_said_of_none(models):
         detect(model, processor, IMAGES[0], 70)
 
 
-def test_the_model_is_left_as_it_was(models):
+def test_model_state_is_restored(models):
     model, processor = load_detector(models["tfm"])
     expected = detect(model, processor, IMAGES[0]).objects
     found = detect(model.train(), processor, IMAGES[0]).objects
@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was(models):
     np.testing.assert_array_equal(found.boxes, expected.boxes)
 
 
-# --- what is drawn
+# --- drawing
 
 BOXES = np.array(
     [[-2.0, -3.0, 20.0, 12.0], [80.0, 10.0, 99.0, 30.0], [40.0, 45.0, 70.0, 60.0], [0.0, 0.0, 100.0, 60.0]]
@@ -107,7 +107,7 @@ def test_boxes_are_drawn_in_their_places():
     dashed = [p for p in patches if p.get_linestyle() != "solid" and p.get_linestyle() != "-"]
     assert [p.get_bbox().extents.tolist() for p in dashed] == [[10.0, 5.0, 30.0, 25.0]]
     solid = [p for p in patches if p not in dashed]
-    order = [3, 1, 0, 2]  # the best is on top
+    order = [3, 1, 0, 2]  # the best one is on top
     assert [p.get_bbox().extents.tolist() for p in solid] == BOXES[order].tolist()
     for patch, i in zip(solid, order, strict=True):
         np.testing.assert_allclose(to_rgb(patch.get_edgecolor()), class_colour(OBJECTS.labels[i]), atol=1e-6)
@@ -143,17 +143,17 @@ def test_segments_cover_the_image_and_are_named_inside_themselves():
     assert [text.get_text() for text in ax.texts] == ["sea cucumber 90%", "ox 60%"]
     middles = [tuple(round(v) for v in text.get_position()) for text in ax.texts]
     assert [ids[y, x] for x, y in middles] == [9, 4]
-    np.testing.assert_allclose(image, 0.4)  # the image itself is not drawn upon
+    np.testing.assert_allclose(image, 0.4)  # the input image is not modified
 
 
-def test_instances_of_a_class_and_neighbouring_classes_differ_in_colour():
+def test_instances_and_neighbouring_classes_differ_in_color():
     assert len({tuple(class_colour(3, i)) for i in range(3)}) == 3
     colours = np.array([class_colour(i) for i in range(12)])
     gaps = np.abs(colours[:, None] - colours).sum(axis=-1) + 9 * np.eye(12)
     assert gaps.min() > 0.15
 
 
-def test_a_gallery_keeps_shapes_and_order():
+def test_gallery_keeps_shapes_and_order():
     panels = [Panel(np.full((h, w, 3), 0.5), f"number {i}") for i, (h, w) in enumerate([(30, 60), (60, 30), (40, 40)])]
     figure = gallery(panels, 2, ["a title"], side=2.0)
     sizes = [ax.get_window_extent().bounds[2:] for ax in figure.axes]

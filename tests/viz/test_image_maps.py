@@ -1,4 +1,4 @@
-"""Maps over an image: they are the model's own, in the order of the image."""
+"""Attention maps over an image are the model's own, in the order of its patches."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ NAMES = ["vit", "mae", "native_vit", "native_mae"]
 
 
 def own_maps(name: str, model, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """Of every layer (1, H, 1 + N, 1 + N) in image order; those of a masked autoencoder put in order afterwards."""
+    """Maps of every layer (1, H, 1 + N, 1 + N) in patch order; a masked autoencoder's are reordered."""
     model.set_attn_implementation("eager")
     if not name.endswith("mae"):
         return list(model(pixel_values, output_attentions=True).attentions)
     model.config.mask_ratio = 0.0
-    outputs = model(pixel_values, output_attentions=True)  # any order of patches
+    outputs = model(pixel_values, output_attentions=True)  # any permutation of the patches
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + outputs.ids_restore[0]])
     assert not torch.equal(order, order.sort().values)
     return [maps[:, :, order][:, :, :, order] for maps in outputs.attentions]
@@ -29,7 +29,7 @@ def own_maps(name: str, model, pixel_values: torch.Tensor) -> list[torch.Tensor]
 @torch.no_grad()
 @pytest.mark.parametrize("query", ["class", "mean"])
 @pytest.mark.parametrize("name", NAMES)
-def test_maps_are_those_of_the_model(name, query):
+def test_maps_equal_the_model_output(name, query):
     model, image = image_model(name), photo()
     maps = image_attention_maps(model, image_processor(), image, query)
     pixel_values = image_processor()(image.image, return_tensors="pt")["pixel_values"]
@@ -47,7 +47,7 @@ def test_maps_are_those_of_the_model(name, query):
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_backend_gives_the_same_maps_and_is_put_back(name, backend):
+def test_every_backend_gives_the_same_maps_and_is_restored(name, backend):
     expected = image_attention_maps(image_model(name), image_processor(), photo())
     model = image_model(name)
     model.set_attn_implementation(backend)
@@ -60,20 +60,20 @@ def test_every_backend_gives_the_same_maps_and_is_put_back(name, backend):
 
 
 @pytest.mark.parametrize("name", ["vit", "mae", "native_vit"])
-def test_images_of_another_shape_keep_it(name):
+def test_non_square_images(name):
     maps = image_attention_maps(image_model(name), image_processor(), photo(12, 24))
     assert maps.image.shape == (12, 24, 3)
     assert (maps.heads.shape, maps.rollout.shape) == ((3, 2, 3, 6), (3, 6))
 
 
-def test_patches_of_a_hybrid_are_cells_of_its_feature_map():
+def test_hybrid_patches_are_cells_of_its_feature_map():
     model = image_model("vit", image_size=[64, 96], backbone="resnet10t", backbone_out_index=2)  # stride 8
     maps = image_attention_maps(model, image_processor(), photo(64, 90))
     assert maps.heads.shape == (3, 2, 2, 3)
     assert overlay(maps.image, maps.rollout).shape == (64, 90, 3)
 
 
-def test_the_query_is_what_the_model_pools():
+def test_query_is_the_pooled_token():
     assert image_attention_maps(image_model("vit"), image_processor(), photo()).query == "class"
     assert image_attention_maps(image_model("vit", pooling="mean"), image_processor(), photo()).query == "mean"
     with pytest.raises(ValueError, match='query must be class or mean, got "cls"'):
@@ -81,7 +81,7 @@ def test_the_query_is_what_the_model_pools():
 
 
 @torch.no_grad()
-def test_the_prediction_is_named_with_its_probability():
+def test_prediction_is_shown_with_its_probability():
     names = {0: "cat", 1: "dog", 2: "owl"}
     model, image = image_model("vit", num_labels=3, id2label=names), photo()
     maps = image_attention_maps(model, image_processor(), image)
@@ -91,7 +91,7 @@ def test_the_prediction_is_named_with_its_probability():
     assert image_attention_maps(model.vit, image_processor(), image).prediction is None
 
 
-def test_windows_are_no_map_of_the_image():
+def test_windowed_attention_is_refused():
     config = SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2)
     with pytest.raises(ValueError, match="SwinModel has no attention between all patches of an image"):
         image_attention_maps(SwinModel(config), image_processor(), photo())
@@ -108,14 +108,14 @@ def maps() -> ImageMaps:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Mosaic]:
-    """The pictures that are drawn, in order."""
+    """The plots that are drawn, in order."""
     found = []
     save = Mosaic.save
     monkeypatch.setattr(Mosaic, "save", lambda mosaic, path: found.append(mosaic) or save(mosaic, path))
     return found
 
 
-def test_pictures_show_each_head_and_rollout(maps, drawn, tmp_path):
+def test_plots_show_each_head_and_rollout(maps, drawn, tmp_path):
     files = plot_image_attention(maps, tmp_path / "new", layers=[-1, 0], heads=[1])
     assert files == [tmp_path / "new" / "heads.png", tmp_path / "new" / "rollout.png"]
     heads, rollout = drawn
@@ -133,11 +133,11 @@ def test_pictures_show_each_head_and_rollout(maps, drawn, tmp_path):
         assert mosaic.title[1] == "photo, predicted: cat (97%)"
 
 
-def test_colour_follows_the_map(maps):
+def test_color_follows_the_map(maps):
     weights = np.array([[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]])
     drawing = overlay(np.full((8, 12, 3), 0.5), weights)
     assert drawing.min() >= 0 and drawing.max() <= 1
-    assert np.ptp(drawing[0, 0]) < 1e-6  # no weight: grey as the image
+    assert np.ptp(drawing[0, 0]) < 1e-6  # zero weight: gray like the image
     assert 0.2 < np.ptp(drawing[0, 4]) < np.ptp(drawing[0, 11])
     np.testing.assert_array_equal(drawing[0, 8:], drawing[3, 8:])
 
@@ -149,7 +149,7 @@ def test_colour_follows_the_map(maps):
         ({"heads": []}, r"heads must be one or more of 0 to 1, got \[\]"),
     ],
 )
-def test_bad_arguments_are_refused(maps, tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(maps, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         plot_image_attention(maps, tmp_path, **arguments)
     assert not list(tmp_path.iterdir())

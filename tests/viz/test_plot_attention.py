@@ -1,4 +1,4 @@
-"""Pictures of attention maps."""
+"""Plots of attention maps."""
 
 import matplotlib._pylab_helpers
 import matplotlib.image
@@ -44,16 +44,16 @@ def pixels(path) -> np.ndarray:
     return matplotlib.image.imread(path)
 
 
-def test_a_folder_gets_a_picture_for_each_kind(maps, drawn, tmp_path):
+def test_folder_gets_a_plot_for_each_kind(maps, drawn, tmp_path):
     files = plot_attention(maps, tmp_path / "new" / "folder")
     assert files == [tmp_path / "new" / "folder" / f"{kind}.png" for kind in ("encoder", "decoder", "cross")]
     for file, grid in zip(files, drawn, strict=True):
         width, height = grid.draw().get_size_inches() * DPI
         assert pixels(file).shape == (int(height), int(width), 4)
-    assert not matplotlib._pylab_helpers.Gcf.figs  # nothing global is left behind
+    assert not matplotlib._pylab_helpers.Gcf.figs  # global state is unchanged
 
 
-def test_panels_stand_in_order_with_their_labels(maps, drawn, tmp_path):
+def test_panels_are_in_order_and_labelled(maps, drawn, tmp_path):
     (file,) = plot_attention(maps, tmp_path / "cross.png", which=["cross"])
     assert file == tmp_path / "cross.png"
     *panels, bar = drawn[0].draw().axes
@@ -73,7 +73,7 @@ def test_panels_stand_in_order_with_their_labels(maps, drawn, tmp_path):
     assert bar.get_ylim() == (0, 1)
 
 
-def test_the_title_names_model_and_sentences(maps, drawn, tmp_path):
+def test_title_has_model_and_sentences(maps, drawn, tmp_path):
     plot_attention(maps, tmp_path)
     titles = ["\n".join(grid.title) for grid in drawn]
     assert titles[0] == "tiny: encoder self-attention\ncosts $5 and $6"
@@ -82,22 +82,22 @@ def test_the_title_names_model_and_sentences(maps, drawn, tmp_path):
     assert texts and not any(text.get_parse_math() for text in texts)
 
 
-def test_a_full_map_is_dark_and_an_empty_one_light(tmp_path):
+def test_large_weights_are_dark_and_small_ones_light(tmp_path):
     full = np.ones((1, 1, 2, 2)), ["a", "b"], ["a", "b"], ["layer 0"], ["head 0"], "q", "k", ["t"]
-    pictures = [pixels(Grid(full[0] * value, *full[1:]).save(tmp_path / f"{value}.png")) for value in (0, 0.5, 1)]
+    plots = [pixels(Grid(full[0] * value, *full[1:]).save(tmp_path / f"{value}.png")) for value in (0, 0.5, 1)]
     figure = Grid(*full).draw()
     box = figure.axes[0].get_position()
-    height, width, _ = pictures[0].shape
+    height, width, _ = plots[0].shape
     rows = slice(int((1 - box.y1) * height) + 4, int((1 - box.y0) * height) - 4)
     columns = slice(int(box.x0 * width) + 4, int(box.x1 * width) - 4)
-    shades = [picture[rows, columns, :3].mean() for picture in pictures]
+    shades = [plot[rows, columns, :3].mean() for plot in plots]
     assert shades[0] > 0.95
     assert 0.3 < shades[1] < 0.8
     assert shades[2] < 0.3
-    assert all(picture[rows, columns, :3].std(axis=(0, 1)).max() < 0.01 for picture in pictures)
+    assert all(plot[rows, columns, :3].std(axis=(0, 1)).max() < 0.01 for plot in plots)
 
 
-def test_layers_and_heads_are_chosen(maps, drawn, tmp_path):
+def test_layers_and_heads_are_selected(maps, drawn, tmp_path):
     plot_attention(maps, tmp_path, which=["encoder"], layers=[-1, 0], heads=[1])
     assert drawn[0].rows == ["layer 2", "layer 0"]
     assert drawn[0].columns == ["head 1"]
@@ -119,16 +119,16 @@ def words(count: int, layers: int, heads: int) -> Grid:
     return Grid(np.zeros((layers, heads, count, count)), names, names, rows, columns, "q", "k", ["t"])
 
 
-def test_a_picture_grows_with_the_sentence_so_that_labels_do_not_meet():
+def test_plot_grows_with_the_sentence():
     for count in (2, 60):
         figure = words(count, 1, 1).draw()
         ax = figure.axes[0]
-        room = ax.get_position().height * figure.get_figheight() / count  # inches a label has
+        room = ax.get_position().height * figure.get_figheight() / count  # inches per label
         size = ax.get_yticklabels()[0].get_fontsize() / 72
         assert room > 1.2 * size
 
 
-def test_the_stated_limit_holds():
+def test_documented_limit_works():
     grid = words(60, 6, 16)
     assert 0.8 * MAX_PIXELS < grid.width * grid.height * DPI**2 <= MAX_PIXELS
     with pytest.raises(
@@ -147,12 +147,12 @@ def test_the_stated_limit_holds():
         ({"output": "maps.png"}, 'output must be a folder for 3 kinds of maps, got the file "maps.png"'),
     ],
 )
-def test_bad_arguments_are_refused(maps, tmp_path, arguments, message):
+def test_invalid_arguments_are_refused(maps, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         plot_attention(maps, **{"output": tmp_path, **arguments})
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_layer_is_refused(maps, tmp_path):
+def test_unknown_layer_is_refused(maps, tmp_path):
     with pytest.raises(ValueError, match=r"layer must be one or more of 0 to 1, got \[2\]"):
         plot_alignment(maps, tmp_path / "alignment.png", layer=2)

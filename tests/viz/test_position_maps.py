@@ -12,7 +12,7 @@ from hf_tfm.viz.positions import draw
 
 
 def cosines(table: torch.Tensor, rows: int, columns: int) -> np.ndarray:
-    """One pair of patches after the other."""
+    """One pair of patches at a time."""
     table = table.double().numpy()
     result = np.empty((rows, columns, rows, columns))
     for i, a in enumerate(table):
@@ -25,7 +25,7 @@ def cosines(table: torch.Tensor, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("name", ["vit", "native_vit"])
 def test_learned_positions(name):
     model = image_model(name, image_size=[8, 12])
-    table = model.vit.embeddings.position_embeddings[0, 1:]  # the [class] token's stands first
+    table = model.vit.embeddings.position_embeddings[0, 1:]  # the [class] token's position comes first
     similarity = position_similarity(model)
     assert similarity.shape == (2, 3, 2, 3) and similarity.dtype == np.float32
     np.testing.assert_allclose(similarity, cosines(table, 2, 3), atol=1e-6)
@@ -53,7 +53,7 @@ def test_fixed_positions(name, fields):
             assert np.unravel_index(map_.argmax(), map_.shape) == (row, column)
 
 
-def test_fixed_positions_of_transformers_class():
+def test_fixed_positions_of_the_native_class():
     native, ours = image_model("native_mae"), image_model("mae")
     native.vit.embeddings.position_embeddings.data.copy_(ours.vit.embeddings.position_embeddings)
     np.testing.assert_allclose(position_similarity(native), position_similarity(ours), atol=1e-6)
@@ -61,7 +61,7 @@ def test_fixed_positions_of_transformers_class():
     assert not position_similarity(native).any()
 
 
-def test_maps_stand_at_the_place_of_their_patches():
+def test_maps_are_placed_at_their_patches():
     similarity = np.random.RandomState(0).uniform(-1, 1, (2, 3, 2, 3)).astype(np.float32)
     figure = draw(similarity, ["tiny: similarity", "learned positions"])
     ax, bar = figure.axes
@@ -77,13 +77,13 @@ def test_maps_stand_at_the_place_of_their_patches():
     assert bar.get_ylim() == pytest.approx((similarity.min(), 1))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3"]
-    # One value of the array is one pixel of the picture.
+    # One value of the array is one pixel of the plot.
     box = ax.get_window_extent()
     assert (round(box.height), round(box.width)) == (height, width)
 
 
 @pytest.mark.parametrize("side", [1, 20])
-def test_any_grid_is_drawn(side, tmp_path):
+def test_any_grid_size(side, tmp_path):
     model = image_model("vit", image_size=4 * side)
     file = plot_positions(model, tmp_path / "new" / "positions.png")
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -91,7 +91,7 @@ def test_any_grid_is_drawn(side, tmp_path):
     assert 1 <= len(labels) <= 16
 
 
-def test_models_without_positions_of_patches_are_refused():
+def test_models_without_patch_positions_are_refused():
     swin = SwinModel(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[1], window_size=2))
     with pytest.raises(ValueError, match="SwinModel adds no table of position embeddings to its patches"):
         position_similarity(swin)

@@ -1,4 +1,4 @@
-"""Pictures of object queries: attention in its place over the image, boxes of every query over a data set."""
+"""Plots of object queries: attention over the image, and boxes of every query over a data set."""
 
 import datasets
 import numpy as np
@@ -38,7 +38,7 @@ def tensors() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["tfm", "detr", "tfm_panoptic", "detr_panoptic"])
-def test_maps_are_the_model_s_cross_attention_in_the_order_of_the_image(kind, models):
+def test_maps_equal_the_model_cross_attention_in_image_order(kind, models):
     model, processor = load_detector(models[kind])
     found = query_maps(model, processor, IMAGES[0], threshold=0.5)
     pixels = processor(images=photos()[0], return_tensors="pt")["pixel_values"]
@@ -61,7 +61,7 @@ def test_maps_are_the_model_s_cross_attention_in_the_order_of_the_image(kind, mo
     np.testing.assert_allclose(found.image, shown.clip(0, 1), atol=1e-5)
 
 
-def test_padding_is_left_out(models):
+def test_padding_is_removed(models):
     model, _ = load_detector(models["tfm"])
     padded = DetrImageProcessor(size=EDGES, pad_size={"height": 160, "width": 192})
     found = query_maps(model, padded, IMAGES[0], threshold=0.0)
@@ -80,7 +80,7 @@ def test_padding_is_left_out(models):
     )
 
 
-def test_the_backend_and_the_mode_are_put_back(models):
+def test_backend_and_mode_are_restored(models):
     model, processor = load_detector(models["tfm"])
     expected = query_maps(model, processor, IMAGES[1])
     model.set_attn_implementation("sdpa")
@@ -90,7 +90,7 @@ def test_the_backend_and_the_mode_are_put_back(models):
     assert not model.model.input_projection._forward_hooks
 
 
-def test_how_many_queries(models):
+def test_number_of_queries(models):
     model, processor = load_detector(models["tfm"])
     all_of_them = query_maps(model, processor, IMAGES[0], threshold=0.0)
     assert sorted(all_of_them.queries) == list(range(9))
@@ -99,11 +99,11 @@ def test_how_many_queries(models):
         == all_of_them.queries[:3].tolist()
     )
     none = query_maps(model, processor, IMAGES[0], threshold=1.0)
-    assert none.queries.tolist() == all_of_them.queries[:4].tolist(), "of none, the four best"
+    assert none.queries.tolist() == all_of_them.queries[:4].tolist(), "without detections, the four best queries"
 
 
-def test_scores_of_models_without_a_class_for_no_object():
-    """Deformable DETR and others score each class by itself."""
+def test_scores_of_models_without_a_no_object_class():
+    """Deformable DETR and others score each class separately."""
     logits = torch.tensor([[[2.0, -1.0, 0.0], [-3.0, -2.0, -4.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
     output = {"logits": logits, "pred_boxes": boxes}
@@ -127,12 +127,12 @@ def test_options_out_of_range(models, options, message):
         query_maps(*load_detector(models["tfm"]), IMAGES[0], **options)
 
 
-def test_a_model_without_such_attention_is_refused(models):
+def test_models_without_global_cross_attention_are_refused(models):
     with pytest.raises(ValueError, match="YolosForObjectDetection has no attention of its queries over one feature"):
         query_maps(*load_detector(models["yolos"]), IMAGES[0])
 
 
-def test_the_picture_has_a_panel_for_each_query(models, tmp_path, monkeypatch):
+def test_plot_has_a_panel_for_each_query(models, tmp_path, monkeypatch):
     found = query_maps(*load_detector(models["tfm"]), IMAGES[0], threshold=0.5)
     seen = []
     gallery = queries_module.gallery
@@ -149,11 +149,11 @@ def test_the_picture_has_a_panel_for_each_query(models, tmp_path, monkeypatch):
         shown = np.asarray(ax.images[0].get_array())
         row, column = np.unravel_index(found.maps[i].argmax(), found.maps[i].shape)
         cell = shown[row * 32 + 16, column * 32 + 16]
-        assert cell[0] > 0.85 and cell[2] < 0.2, "bright where it looked most"
+        assert cell[0] > 0.85 and cell[2] < 0.2, "bright where attention is largest"
     assert imread(path).shape[1] > 1000
 
 
-# --- over a data set
+# --- boxes over a data set
 
 
 @pytest.mark.parametrize("kind", ["tfm", "yolos"])
@@ -168,7 +168,7 @@ def test_boxes_of_every_query(kind, models):
         query_boxes(model, processor, [])
 
 
-def test_colours_tell_shapes():
+def test_color_shows_the_shape():
     boxes = np.array([[0.5, 0.5, w, h] for w, h in ((0.05, 0.05), (0.95, 0.1), (0.1, 0.95), (1.0, 1.0))])
     red, green, blue = shape_colours(boxes).T
     assert green.argmax() == 0 and red[1] > 0.9 > 0.2 > blue[1] and blue[2] > 0.9 > 0.2 > red[2]
@@ -189,7 +189,7 @@ def test_slots(tmp_path, monkeypatch):
     for (ax, _), query in zip(seen, (3, 17), strict=True):
         np.testing.assert_allclose(ax.collections[0].get_offsets(), boxes[:, query, :2])
         np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, :3], shape_colours(boxes[:, query]))
-        assert ax.get_ylim() == (1.0, 0.0), "down, as in images"
+        assert ax.get_ylim() == (1.0, 0.0), "y points down, as in images"
     seen.clear()
     assert imread(plot_query_slots(boxes, tmp_path / "slots.png")).shape[0] > 500
     assert [title for _, title in seen] == [f"query {i}" for i in range(20)]
@@ -197,7 +197,7 @@ def test_slots(tmp_path, monkeypatch):
         plot_query_slots(boxes, tmp_path / "slots.png", queries=[24])
 
 
-def test_images_that_cannot_be_read_are_left_out(caplog):
+def test_unreadable_images_are_skipped(caplog):
     rows = [{"image": encoded(photo)} for photo in photos()]
     rows[2] = {"image": {"bytes": b"none", "path": None}}
     assert [tuple(image.shape[1:]) for image in read_images(rows)] == [s for i, s in enumerate(SIZES) if i != 2]

@@ -1,4 +1,4 @@
-"""Reconstructions: what is hidden, what is shown, and in which scale."""
+"""Reconstructions: masked patches, predictions, and their scale."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def hidden_pixels(mask: np.ndarray, patch: int = 4) -> np.ndarray:
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_grey_and_pasted_exactly_where_hidden(name, norm_pix_loss):
+def test_masked_patches_are_gray_or_replaced_by_predictions(name, norm_pix_loss):
     model, images = image_model(name, norm_pix_loss=norm_pix_loss), [photo(seed=1), photo(seed=2)]
     found = reconstruct_images(model, image_processor(), images)
     assert [one.name for one in found] == ["photo 1", "photo 2"]
@@ -35,14 +35,14 @@ def test_grey_and_pasted_exactly_where_hidden(name, norm_pix_loss):
         np.testing.assert_array_equal(one.masked[~hidden], one.original[~hidden])
         np.testing.assert_allclose(one.pasted[~hidden], one.original[~hidden], atol=1e-6)
         np.testing.assert_allclose(one.pasted[hidden], one.reconstructed[hidden], atol=1e-6)
-        assert np.abs(one.reconstructed[~hidden] - one.original[~hidden]).max() > 0.1  # a prediction there too
+        assert np.abs(one.reconstructed[~hidden] - one.original[~hidden]).max() > 0.1
     assert not np.array_equal(found[0].mask, found[1].mask)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
-def test_predictions_come_back_in_the_scale_of_pixels(name, monkeypatch):
-    """A model that is right in its own scale shows the image; its normalised patches as they are would not."""
+def test_predictions_are_shown_in_pixel_scale(name, monkeypatch):
+    """A model that is right in normalized scale must show the original image; its raw output would not."""
     image = photo(seed=3)
     for norm_pix_loss in (False, True):
         model = image_model(name, norm_pix_loss=norm_pix_loss)
@@ -61,8 +61,8 @@ def test_predictions_come_back_in_the_scale_of_pixels(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_prediction_is_the_model_s(name):
-    """Pixel by pixel, for one hidden patch of an unnormalised model."""
+def test_prediction_equals_the_model_output(name):
+    """Pixel by pixel, for one masked patch of an unnormalized model."""
     model, image = image_model(name), photo()
     (one,) = reconstruct_images(model, image_processor(), [image], seed=5)
     noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(5))
@@ -90,28 +90,28 @@ def test_mask_ratio_and_seed():
     assert not np.array_equal(masks[0], masks[2])
 
 
-def test_images_of_any_shape_stand_in_one_picture(tmp_path):
+def test_images_of_different_shapes_share_a_plot(tmp_path):
     model = image_model("mae", norm_pix_loss=True)
     found = reconstruct_images(model, image_processor(), [photo(), photo(12, 24), photo(24, 8)])
     assert [one.mask.shape for one in found] == [(4, 4), (3, 6), (6, 2)]
     assert [one.original.shape for one in found] == [(16, 16, 3), (12, 24, 3), (24, 8, 3)]
-    file = plot_reconstructions(model, found, tmp_path / "new" / "picture.png")
-    assert file == tmp_path / "new" / "picture.png" and imread(file).ndim == 3
+    file = plot_reconstructions(model, found, tmp_path / "new" / "plot.png")
+    assert file == tmp_path / "new" / "plot.png" and imread(file).ndim == 3
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1])
-def test_a_mask_ratio_outside_its_range_is_refused(ratio):
+def test_mask_ratio_out_of_range(ratio):
     with pytest.raises(ValueError, match=rf"mask_ratio must be in \[0, 1\), got {ratio}"):
         reconstruct_images(image_model("mae"), image_processor(), [photo()], mask_ratio=ratio)
 
 
 @pytest.mark.parametrize("model", [lambda: image_model("vit"), lambda: image_model("mae").vit])
-def test_another_model_is_refused(model):
+def test_other_model_types_are_refused(model):
     with pytest.raises(ValueError, match="model must be a masked autoencoder with its decoder, got Tfm"):
         reconstruct_images(model(), image_processor(), [photo()])
 
 
-def test_panels_keep_the_shape_of_their_images():
+def test_panels_keep_the_aspect_ratio():
     images = [np.zeros((16, 16, 3)), np.zeros((8, 16, 3)), np.zeros((16, 4, 3))]
     mosaic = Mosaic([[image, image] for image in images], ["a", "b", "c" * 80], ["one", "two"], ["a title"])
     figure = mosaic.draw()
@@ -127,7 +127,7 @@ def test_panels_keep_the_shape_of_their_images():
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= 100 * width and box.y1 <= 100 * height for box in texts)
 
 
-def test_a_picture_of_too_many_images_is_refused():
+def test_plot_of_too_many_images_is_refused():
     images = [np.zeros((2, 2, 3))] * 60
     with pytest.raises(ValueError, match=r"a picture of 60 x 60 images has .* million pixels, the limit is 80"):
         Mosaic([images] * 60, [""] * 60, [""] * 60, ["t"])

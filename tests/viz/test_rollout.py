@@ -1,4 +1,4 @@
-"""Attention rollout, against the paper's sums written out."""
+"""Attention rollout against the paper's sums written out."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def maps(layers: int, heads: int, tokens: int, batch: int = 2) -> list[torch.Ten
 
 
 def written_out(attentions: list[torch.Tensor]) -> torch.Tensor:
-    """Sums and products one by one."""
+    """Sums and products one at a time."""
     B, H, T, _ = attentions[0].shape
     result = torch.zeros(B, T, T, dtype=torch.float64)
     for b in range(B):
@@ -34,12 +34,12 @@ def test_rollout_is_the_product_of_layers(shape):
     torch.testing.assert_close(rollout.sum(dim=-1), torch.ones(rollout.shape[:2]))
 
 
-def test_the_first_layer_stands_rightmost():
+def test_first_layer_is_the_rightmost_factor():
     a, b = maps(2, 1, 3)
     assert (attention_rollout([a, b]) - attention_rollout([b, a])).abs().max() > 0.01
 
 
-def test_tokens_that_look_at_themselves_stay_what_they_are():
+def test_identity_attention_gives_the_identity():
     torch.testing.assert_close(attention_rollout([torch.eye(4).expand(2, 3, 4, 4)] * 5), torch.eye(4).expand(2, 4, 4))
 
 
@@ -59,6 +59,6 @@ def test_half_precision_is_summed_in_float32():
         ([torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 4)], r"got \(1, 2, 4, 4\) in layer 1"),
     ],
 )
-def test_what_are_no_maps_is_refused(attentions, message):
+def test_invalid_maps_are_refused(attentions, message):
     with pytest.raises(ValueError, match=message):
         attention_rollout(attentions)

@@ -47,7 +47,7 @@ def test_maps_of_an_encoder(kind, config, tokenizer):
     assert model.training and model.config._attn_implementation == backend
 
 
-def test_a_decoder_looks_back_alone():
+def test_decoder_attends_only_backwards():
     tokenizer = train_bytes([TEXT] * 3, 300)
     torch.manual_seed(0)
     model = TfmGPTModel(TfmGPTConfig.of_size("tiny", vocab_size=len(tokenizer), num_hidden_layers=2))
@@ -56,7 +56,7 @@ def test_a_decoder_looks_back_alone():
     assert not np.triu(found.maps, 1).any()
 
 
-def test_picture(tokenizer, drawn, tmp_path):
+def test_plot(tokenizer, drawn, tmp_path):
     found = text_attention_maps(bert(tokenizer, 3), tokenizer, TEXT)
     path = plot_text_attention(found, tmp_path / "text.png", layers=[-1, 0], heads=[1])
     assert matplotlib.image.imread(path).ndim == 3
@@ -77,7 +77,7 @@ def test_teacher_and_student_side_by_side(tokenizer, drawn, tmp_path):
     np.testing.assert_array_equal(heads.panels, np.stack([teacher.maps[5, 0], student.maps[1, 0]])[None])
 
 
-def test_what_cannot_be_drawn_is_refused(tokenizer, tmp_path):
+def test_invalid_input_is_refused(tokenizer, tmp_path):
     model = bert(tokenizer, 1)
     with pytest.raises(ValueError, match="text must hold at least one word"):
         text_attention_maps(model, tokenizer, " ")

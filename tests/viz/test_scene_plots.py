@@ -1,4 +1,4 @@
-"""The picture of every evaluation: the same images, what the model finds in them, and what is there."""
+"""The plot of every evaluation: the same images, with detections and ground truth."""
 
 import copy
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
-    """A detector, its processor, rows with some of what it finds, and those objects."""
+    """A detector, its processor, rows with some of its detections as objects, and those objects."""
     folder = tmp_path_factory.mktemp("boxes")
     model = save_detector(folder / "model", "tfm")
     objects, references = objects_in(found_by_hand(model)[0])
@@ -63,7 +63,7 @@ def make(boxes, folder, accelerator=None, count=8, task_class=DetectionTask):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The panels of every picture."""
+    """The panels of every plot."""
     seen, gallery = [], predictions.gallery
 
     def record(panels, *args, **options):
@@ -78,7 +78,7 @@ def corners(patches) -> np.ndarray:
     return np.array([patch.get_bbox().extents for patch in patches]).reshape(-1, 4)
 
 
-def test_found_and_true_boxes_of_every_image(boxes, drawn, tmp_path):
+def test_detected_and_true_boxes_of_every_image(boxes, drawn, tmp_path):
     model, processor, _, references = boxes
     path = make(boxes, tmp_path)(model.train(), 12)
     assert path == tmp_path / "predictions" / "step-00000012.png" and imread(path).shape[1] > 1000
@@ -98,23 +98,23 @@ def test_found_and_true_boxes_of_every_image(boxes, drawn, tmp_path):
     assert titles[1].endswith(f"found, {len(references[0]['labels'])} true")
 
 
-def test_the_same_images_every_time_evenly_spread(boxes, drawn, tmp_path):
+def test_same_evenly_spread_images_at_every_step(boxes, drawn, tmp_path):
     model = copy.deepcopy(boxes[0])
-    pictures = make(boxes, tmp_path, count=3)
-    first, second = (pictures(model, step).read_bytes() for step in (5, 5))
+    draw = make(boxes, tmp_path, count=3)
+    first, second = (draw(model, step).read_bytes() for step in (5, 5))
     assert first == second
-    # Of six images the first, the last and the one between them, which cannot be read.
+    # Of six images the first, the last and the middle one, which is unreadable.
     shown = [tuple(np.asarray(ax.images[0].get_array()).shape[:2]) for ax in drawn[0].axes]
     assert shown == [SIZES[0], SIZES[5]]
     with torch.no_grad():
         for parameter in model.class_labels_classifier.parameters():
             parameter.mul_(0.0)
-    other = pictures(model, 6)
+    other = draw(model, 6)
     assert len(list(other.parent.iterdir())) == 2
     assert all(len(ax.patches) < len(old.patches) for ax, old in zip(drawn[2].axes, drawn[0].axes, strict=True))
 
 
-def test_segments_stand_below_the_true_ones(drawn, tmp_path):
+def test_segments_are_below_the_true_ones(drawn, tmp_path):
     folder = save_detector(tmp_path / "model", "tfm_panoptic")
     references = segments_in(found_by_hand(folder)[1])
     data = write_panoptic(tmp_path / "data", references)
@@ -135,7 +135,7 @@ def test_segments_stand_below_the_true_ones(drawn, tmp_path):
         plain = np.asarray(photos()[i]) / 255
         covered = (np.asarray(true.images[-1].get_array()) != plain).any(axis=-1)
         inside = np.isin(references[i]["segmentation"], [s["id"] for s in references[i]["segments_info"]])
-        assert covered[inside].mean() > 0.99  # an edge may be white upon white
+        assert covered[inside].mean() > 0.99  # an edge may be white on white
 
 
 def test_every_process_computes_and_one_draws(boxes, tmp_path):
@@ -148,7 +148,7 @@ def test_every_process_computes_and_one_draws(boxes, tmp_path):
     assert make(boxes, tmp_path, count=0)(model, 1) is None and not list(tmp_path.iterdir())
 
 
-def test_trackers_that_take_images(boxes, tmp_path):
+def test_trackers_that_accept_images(boxes, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
