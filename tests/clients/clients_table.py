@@ -1,4 +1,4 @@
-"""The table of clients by model family, from the outcomes of their tests."""
+"""Generate the table of clients by model family from the outcomes of their tests."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +18,7 @@ SHARED = ("torch", "transformers", "accelerate")
 
 
 def cell(outcomes: list[tuple[bool, str]], others: str) -> str:
-    """The failures of a cell's (failed, text) pairs; else "works", if anything passed; else the reasons given."""
+    """Content of a cell from its (failed, text) pairs: failures; else "works" if a test passed; else the reasons."""
     if not outcomes:
         return others
     failures = [text for failed, text in outcomes if failed]

@@ -1,4 +1,4 @@
-"""Collects outcomes by client and model family, and writes them as a table: `--clients-table FILE`.
+"""Collect outcomes by client and model family, and write them as a table: `--clients-table FILE`.
 
 A test names its client with ``@pytest.mark.client(NAME, PACKAGE)``. Its family is that of the parameter ``name`` or
 ``family``, or is given as ``family="gpt"``. ``others="reason"`` fills the cells of families without a test.
@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 
 def family_of(item: pytest.Item, marker: pytest.Mark) -> str:
-    """Model family a test is about."""
+    """Model family of a test."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     name = marker.kwargs.get("family") or parameters.get("family") or parameters.get("name")
     if name in CASES:
@@ -34,7 +34,7 @@ def family_of(item: pytest.Item, marker: pytest.Mark) -> str:
 
 
 def named(package: str) -> str:
-    """Package and version; without one where it is not installed, and its tests are skipped."""
+    """Package and version; only the package if it is not installed and its tests are skipped."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 
 def reason_of(report: pytest.TestReport) -> str:
-    """The reason of a skip or an expected failure, the last line of a failure."""
+    """Reason of a skip or an expected failure, or the last line of a failure."""
     if hasattr(report, "wasxfail"):
         return report.wasxfail.removeprefix("reason: ")
     if report.skipped:
@@ -65,7 +65,7 @@ def pytest_configure(config):
 
 
 class Collector:
-    """Keeps the outcomes of every report; with xdist, of those that the processes send."""
+    """Collects the outcomes of every report; with xdist, of the reports sent by the workers."""
 
     def __init__(self, config: pytest.Config):
         self.config = config

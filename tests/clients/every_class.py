@@ -1,6 +1,6 @@
-"""A tiny random model of every class of every family, with inputs: what tests of other libraries' clients share.
+"""A tiny random model of every class of every family, with inputs, for tests with other libraries.
 
-A new family needs one entry in `FIELDS`; all of its classes are then among `CLASSES`.
+A new family needs one entry in `FIELDS`; all of its classes are then in `CLASSES`.
 """
 
 import inspect
@@ -50,7 +50,7 @@ MAE = {
     "decoder_intermediate_size": 16,
 }
 DETR = {
-    "backbone": "test_resnet",  # of timm: four stages, 0.4 M parameters
+    "backbone": "test_resnet",  # timm test model: four stages, 0.4 M parameters
     "num_queries": 5,
     "d_model": 32,
     "encoder_layers": 1,
@@ -65,7 +65,7 @@ DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation",
 # Fields of a tiny configuration of each family, in the order of the table of clients.
 FIELDS = {"transformer": SEQ2SEQ, "bert": TEXT, "gpt": GPT, "vit": CLASSIFIER, "mae": MAE, "detr": DETR}
 FAMILIES = tuple(FIELDS)
-# name: (class, fields of its configuration). The one called like its family stands for it where one is enough.
+# name: (class, fields of its configuration). The entry named after its family represents it where one is enough.
 CLASSES = {
     "transformer": ("TfmTransformerForConditionalGeneration", SEQ2SEQ),
     "transformer-base": ("TfmTransformerModel", SEQ2SEQ),
@@ -99,7 +99,7 @@ CLASSES = {
 
 
 def add_classes() -> None:
-    """Add the classes of the table of families that are not in `CLASSES`: the first head, then NAME-AUTO_CLASS."""
+    """Add the classes of the family table that are not in `CLASSES`: NAME for the first head, then NAME-AUTO_CLASS."""
     for name in FAMILIES:
         for auto_class, path in families.family_of(name).auto_classes.items():
             kind = path.rpartition(".")[2]
@@ -118,7 +118,7 @@ def class_of(name: str) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def tiny(name: str, seed: int = 0, **fields) -> PreTrainedModel:
-    """A model of `CLASSES` in evaluation mode whose every weight is random: fresh biases are 0 and hide mistakes."""
+    """A model of `CLASSES` in evaluation mode with all weights random, because default biases of 0 would hide bugs."""
     torch.manual_seed(seed)
     model_class = class_of(name)
     model = model_class(model_class.config_class(**{**CLASSES[name][1], **fields})).eval()
@@ -133,7 +133,7 @@ def inputs_of(name: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
     kind, (_, fields) = class_of(name), CLASSES[name]
     takes = inspect.signature(kind.forward).parameters
     if kind.main_input_name == "pixel_values":
-        side = fields.get("image_size", 64)  # a detector reads images of any size
+        side = fields.get("image_size", 64)  # a detector accepts images of any size
         images = {"pixel_values": torch.randn(rows, 3, side, side, generator=generator)}
         patches = (side // fields.get("patch_size", side)) ** 2
         return {**images, "noise": torch.rand(rows, patches, generator=generator)} if "noise" in takes else images
@@ -146,7 +146,7 @@ def inputs_of(name: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
 
 
 def labels_of(auto_class: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Labels for the head of an Auto class, beside inputs as `inputs_of` gives them; none if its loss needs none."""
+    """Labels for the head of an Auto class with inputs of `inputs_of`; none if its loss needs none."""
     rows, ids = len(next(iter(inputs.values()))), inputs.get("input_ids")
     if auto_class in DETECTORS:
         size = inputs["pixel_values"].shape[2:]
@@ -173,6 +173,6 @@ def objects(count: int, size: tuple[int, int]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
-    """Every tensor that the model in evaluation mode returns, caches excepted."""
+    """Every tensor that the model returns in evaluation mode, except caches."""
     output = model.eval()(**inputs_of(name))
     return {key: value for key, value in output.items() if isinstance(value, Tensor)}

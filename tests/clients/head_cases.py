@@ -1,4 +1,4 @@
-"""A tiny model and eight samples for every head that computes a loss, ragged where a data set is."""
+"""A tiny model and eight samples for every head with a loss; samples have different lengths, as in a data set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ DETR = {
     "activation_dropout": 0.0,
 }
 ROWS = 8
-LISTS = ("detection", "panoptic")  # whose labels are lists of dictionaries
+LISTS = ("detection", "panoptic")  # labels are lists of dictionaries
 CONTINUOUS = {"problem_type": "regression", "num_labels": 1}
 MANY = {"problem_type": "multi_label_classification", "num_labels": 4}
 SOFT = {"problem_type": "single_label_classification", "num_labels": 3}
@@ -69,7 +69,7 @@ SOFT = {"problem_type": "single_label_classification", "num_labels": 3}
 
 @dataclass
 class Case:
-    """A model class, its configuration, and the columns of the samples; a column of lists is not stacked."""
+    """A model class, its configuration, and the columns of the samples; columns that are lists are not stacked."""
 
     model_class: type[PreTrainedModel]
     fields: dict[str, Any]
@@ -90,7 +90,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scenes(masks: bool) -> dict[str, Any]:
-    """Images of 0 to 3 objects."""
+    """Images with 0 to 3 objects."""
     generator = torch.Generator().manual_seed(3)
     labels = []
     for i in range(ROWS):
@@ -114,7 +114,7 @@ def make_cases() -> dict[str, Case]:
     many = (torch.rand(ROWS, 4, generator=generator) > 0.5).float()
     many[5, 1:] = -100
     starts, ends = torch.arange(ROWS) % 5, torch.arange(ROWS) % 3 + 3
-    starts[6] = ends[6] = 8  # cut off
+    starts[6] = ends[6] = 8  # truncated
     pairs = {"next_sentence_label": torch.arange(ROWS) % 2}
     spans = ("start_positions", "end_positions")
     noise = {"noise": torch.rand(ROWS, 4, generator=generator)}
@@ -173,7 +173,7 @@ def make_cases() -> dict[str, Case]:
 
 
 def more_cases(tested: set[type[PreTrainedModel]]) -> dict[str, Case]:
-    """A case of every other class with a head, as in `every_class`, without dropout; not of several choices."""
+    """A case without dropout for every other class with a head in `every_class`, except multiple choice."""
     found = {}
     for name, (_, fields) in CLASSES.items():
         kind = class_of(name)

@@ -1,4 +1,4 @@
-"""PEFT's adapters on every linear layer and convolution, and its prompts in generation."""
+"""PEFT adapters on every linear and convolutional layer, and prompt tuning in generation."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ import hf_tfm.models.generation as generation
 peft = pytest.importorskip("peft", reason="needs pip install hf-tfm[clients]")
 pytestmark = pytest.mark.clients
 
-# Untied: merging an adapter of an output layer into tied weights also changes the word embeddings.
+# Untied: merging an adapter of an output layer into tied weights would also change the word embeddings.
 NAMES = ["transformer-untied", "bert-untied", "gpt-untied", "vit", "mae", "detr", "detr-panoptic"]
 
 
 def with_adapters(model: nn.Module, kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d)) -> peft.PeftModel:
-    """LoRA with random weights on every layer of these kinds."""
+    """LoRA with random weights on every layer of these types."""
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     torch.manual_seed(1)
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)).eval()
@@ -41,7 +41,7 @@ def test_adapters_change_the_output_and_merge(name, kind):
 
 
 @pytest.mark.parametrize("name", ["transformer-untied", "bert-untied", "bert-pretraining", "gpt-untied", "gpt"])
-def test_a_loss_without_logits_uses_adapters(name):
+def test_loss_without_logits_uses_adapters(name):
     model = with_adapters(tiny(name), (nn.Linear,))
     batch = language_batch(name.split("-")[0] if "untied" not in name else name)
     found = {}
@@ -56,7 +56,7 @@ def test_a_loss_without_logits_uses_adapters(name):
 
 @pytest.mark.client("PEFT: prompt tuning in generation", "peft", others="does not generate text")
 @pytest.mark.parametrize(("name", "task"), [("gpt-untied", "CAUSAL_LM"), ("transformer-untied", "SEQ_2_SEQ_LM")])
-def test_prompts_are_seen_by_generation(name, task, monkeypatch):
+def test_prompts_affect_generation(name, task, monkeypatch):
     model, inputs = tiny(name, max_position_embeddings=40), inputs_of(name)
     inputs.pop("decoder_input_ids", None)
     nn.init.normal_(model.lm_head.weight)
@@ -75,8 +75,8 @@ def test_prompts_are_seen_by_generation(name, task, monkeypatch):
 @pytest.mark.client("PEFT: LoRA trained, saved and loaded", "peft")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", NAMES)
-def test_adapters_train_and_come_back(name, kind, tmp_path):
-    """Every adapter gets a gradient, and the weights of the model stay as they are."""
+def test_adapters_train_save_and_load(name, kind, tmp_path):
+    """Every adapter gets a gradient, and the model's own weights are unchanged."""
     model = tiny(name)
     layers = sum(isinstance(module, kind) for module in model.modules())
     if not layers:
@@ -129,9 +129,9 @@ def test_prefixes(make):
 @pytest.mark.client("PEFT: prefix tuning in generation", "peft", others="does not generate text")
 @pytest.mark.parametrize(("name", "task"), [("gpt", "CAUSAL_LM"), ("transformer", "SEQ_2_SEQ_LM")])
 def test_prefixes_in_generation(name, task):
-    """peft 0.21 adds its prefix by the cache's old name beside the new one, and transformers' classes lose it.
+    """peft 0.21 passes its prefix under the cache's old name beside the new one, and transformers' classes lose it.
 
-    Here two caches are refused, so that nobody takes texts without the prefix for texts with it.
+    Here two caches are refused, so that a missing prefix is not overlooked.
     """
     model = tiny(name, max_position_embeddings=40, **({"num_encoder_layers": 2} if "SEQ" in task else {}))
     inputs = {key: value for key, value in inputs_of(name).items() if key != "decoder_input_ids"}

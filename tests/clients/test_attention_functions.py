@@ -30,7 +30,7 @@ def calls():
 
 @pytest.mark.client("custom AttentionInterface", "transformers")
 @pytest.mark.parametrize("name", [*FAMILIES, "detr-panoptic", "vit-backbone"])
-def test_the_function_is_called_and_the_output_is_the_same(name, calls):
+def test_function_is_called_and_the_output_is_equal(name, calls):
     model = tiny(name)
     expected = outputs_of(model, name)
     model.set_attn_implementation(NAME)
@@ -42,7 +42,7 @@ def test_the_function_is_called_and_the_output_is_the_same(name, calls):
 
 @pytest.mark.client("custom AttentionInterface", "transformers")
 @pytest.mark.parametrize("name", ["transformer", "bert", "gpt"])
-def test_padding_reaches_the_function(name, calls):
+def test_padding_mask_reaches_the_function(name, calls):
     model, inputs = tiny(name), inputs_of(name)
     inputs["attention_mask"][1, 6:] = 0
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_padding_reaches_the_function(name, calls):
         found = model(**inputs).logits
     assert calls
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
-    seen = slice(0, 6) if name == "gpt" else slice(None)  # padding's own logits are of no use
+    seen = slice(0, 6) if name == "gpt" else slice(None)  # logits at padding do not matter
     torch.testing.assert_close(found[1][seen], expected[1][seen], rtol=0, atol=1e-5)
 
 
@@ -68,8 +68,8 @@ def test_generation_calls_the_function(name, calls):
 
 @pytest.mark.client("custom AttentionInterface", "transformers")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_another_function_gives_another_output(name, calls):
-    """It is not ignored: attention that mixes nothing changes the output."""
+def test_another_function_changes_the_output(name, calls):
+    """The function is not ignored: attention that does not mix values changes the output."""
     model = tiny(name)
     expected = outputs_of(model, name)
     AttentionInterface.register(

@@ -1,6 +1,6 @@
-"""Every layer is called as a module: hooks run on it, and it works while its weights are on another device or on disk.
+"""Every layer is called as a module: hooks run, and it works while its weights are on another device or on disk.
 
-Where a model reads a weight instead, to save time or memory, it must find out that the layer is not a plain one.
+Where a model reads a weight directly, to save time or memory, it must detect that the layer is not a plain one.
 """
 
 from functools import partial
@@ -24,12 +24,12 @@ VARIANTS = {
 EVERY = pytest.mark.parametrize(
     ("name", "fields"), [*((name, {}) for name in CLASSES), *VARIANTS.values()], ids=[*CLASSES, *VARIANTS]
 )
-# Not called without labels (the length head), or only the owner of a weight that other layers use (shared).
+# Not called without labels (the length head), or only the owner of a weight shared with other layers (shared).
 NOT_CALLED = {"shared", "model.shared", "length_head.output"}
 
 
 def own_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with parameters of their own, by name."""
+    """Modules with their own parameters, by name."""
     modules = model.named_modules()
     return {name: module for name, module in modules if next(module.parameters(recurse=False), None) is not None}
 
@@ -47,7 +47,7 @@ def note(called: set[str], name: str, *_) -> None:
 
 
 def watch(model: nn.Module, called: set[str]) -> set[str]:
-    """Note the names of modules with weights as they are called; their names."""
+    """Record the names of modules with weights as they are called."""
     modules = own_weights(model)
     for name, module in modules.items():
         module.register_forward_hook(partial(note, called, name))
@@ -85,7 +85,7 @@ LANGUAGE = ["transformer", "transformer-mask-predict", "bert-masked", "bert-pret
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_every_layer_is_called_for_a_loss_without_logits(name):
-    """And the gradients are the same."""
+    """The gradients are equal, too."""
     model, called, batch = tiny(name), set(), language_batch(name)
     found = []
     for watched in (False, True):
@@ -102,15 +102,15 @@ def test_every_layer_is_called_for_a_loss_without_logits(name):
 
 @pytest.mark.client("accelerate: cpu_offload, disk_offload", "accelerate")
 @EVERY
-@pytest.mark.parametrize("place", ["cpu", "disk", "disk-with-buffers"])
-def test_offloaded_layers(name, fields, place, tmp_path):
+@pytest.mark.parametrize("layer_name", ["cpu", "disk", "disk-with-buffers"])
+def test_offloaded_layers(name, fields, layer_name, tmp_path):
     """All weights are on the meta device except while their layer runs."""
     model = tiny(name, **fields)
     expected = outputs_of(model, name)
-    if place == "cpu":
+    if layer_name == "cpu":
         cpu_offload(model, execution_device="cpu")
     else:
-        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=place == "disk-with-buffers")
+        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=layer_name == "disk-with-buffers")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert_same(outputs_of(model, name), expected)
 
@@ -137,22 +137,22 @@ def test_offloaded_models_generate(name, tmp_path):
 
 
 def map_of(model: PreTrainedModel) -> dict[str, str]:
-    """The first block on disk, all else on the CPU."""
+    """The first block on disk, the rest on the CPU."""
     blocks = model._no_split_modules
-    places = {}
+    devices = {}
 
-    def place(module: nn.Module, prefix: str) -> None:
+    def assign(module: nn.Module, prefix: str) -> None:
         for key, child in module.named_children():
             name = f"{prefix}{key}"
             if type(child).__name__ in blocks or not list(child.children()):
-                first = type(child).__name__ in blocks and "disk" not in places.values()
-                places[name] = "disk" if first else "cpu"
+                first = type(child).__name__ in blocks and "disk" not in devices.values()
+                devices[name] = "disk" if first else "cpu"
             else:
-                place(child, f"{name}.")
-        places.update({f"{prefix}{key}": "cpu" for key, _ in module.named_parameters(recurse=False)})
+                assign(child, f"{name}.")
+        devices.update({f"{prefix}{key}": "cpu" for key, _ in module.named_parameters(recurse=False)})
 
-    place(model, "")
-    return places
+    assign(model, "")
+    return devices
 
 
 @pytest.mark.client("accelerate: device map with a block on disk", "accelerate")

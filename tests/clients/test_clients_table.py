@@ -1,4 +1,4 @@
-"""The table of clients tells failures, reasons and cells without a test apart."""
+"""The table of clients distinguishes failures, reasons and cells without a test."""
 
 from clients_table import table
 

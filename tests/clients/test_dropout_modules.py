@@ -1,4 +1,4 @@
-"""Dropout is found by tools that switch it off, as trl does to compare a policy with its reference."""
+"""Tools that disable dropout, as trl does to compare a policy with its reference, find all of it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ RATES = {
 
 @pytest.mark.parametrize("name", RATES)
 @torch.no_grad()
-def test_no_dropout_is_left_after_the_modules_are_switched_off(name):
+def test_disabling_dropout_modules_disables_all_dropout(name):
     model = tiny(name, **dict.fromkeys(RATES[name], 0.4))
     expected = model(**inputs_of(name)).logits
     model.train()
@@ -27,14 +27,14 @@ def test_no_dropout_is_left_after_the_modules_are_switched_off(name):
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_a_configuration_has_an_auto_map(name):
-    """trl reads it; {} where the model was not saved with its code."""
+def test_configuration_has_an_auto_map(name):
+    """trl reads it; {} if the model was not saved with its code."""
     assert tiny(name).config.auto_map == {}
     assert "auto_map" not in tiny(name).config.to_dict()
 
 
-def test_saving_one_family_leaves_the_map_of_another_empty(tmp_path):
-    """And of other configurations of the same family."""
+def test_saving_one_family_leaves_the_auto_map_of_others_empty(tmp_path):
+    """Also of other configurations of the same family."""
     saved = tiny("bert")
     saved.save_pretrained(tmp_path)
     assert saved.config.auto_map == saved.config.auto_classes

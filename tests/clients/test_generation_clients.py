@@ -1,4 +1,4 @@
-"""What other code does with `generate`: replaced steps, continuous batching, options out of range."""
+"""Uses of `generate` by other code: replaced methods, continuous batching, out-of-range options."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
 
 
 def lively(name: str, **fields):
-    """A model whose greedy texts do not repeat one token."""
+    """A model whose greedy output does not repeat one token."""
     model = tiny(name, tie_word_embeddings=False, **fields)
     nn.init.normal_(model.lm_head.weight)
     return model
@@ -25,7 +25,7 @@ def source(name: str, rows: int = 3) -> dict:
 
 
 def replace_ids(model, name):
-    """A `prepare_inputs_for_generation` that shows the model another last token."""
+    """A `prepare_inputs_for_generation` that replaces the last token."""
     own = model.prepare_inputs_for_generation
 
     def prepare(*args, **kwargs):
@@ -55,8 +55,8 @@ def in_a_subclass(model, name):
 @pytest.mark.parametrize("replace", [on_the_instance, in_a_subclass])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
-def test_a_replaced_step_is_used(name, beams, replace, monkeypatch):
-    """And gives what it gives in transformers' own loop, with a row of memory for each beam."""
+def test_replaced_method_is_used(name, beams, replace, monkeypatch):
+    """The output equals that of transformers' own loop, in which the encoder output is repeated for each beam."""
     model, asked = lively(name), {"max_new_tokens": 6, "num_beams": beams}
     plain = model.generate(**source(name), **asked)
     model = replace(model, name)
@@ -67,7 +67,7 @@ def test_a_replaced_step_is_used(name, beams, replace, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
-def test_arguments_may_be_given_by_place(name):
+def test_positional_arguments(name):
     """In the order of transformers' `generate`."""
     model, asked = lively(name), GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     given = source(name)
@@ -77,7 +77,7 @@ def test_arguments_may_be_given_by_place(name):
 
 
 @pytest.mark.parametrize("step", generation.STEPS)
-def test_every_replaced_step_ends_the_short_cut(step, monkeypatch):
+def test_replaced_methods_disable_the_fast_path(step, monkeypatch):
     model = lively("gpt")
     assert generation.keeps_steps(model)
     if not hasattr(model, step):
@@ -100,14 +100,14 @@ def test_continuous_batching(implementation):
     expected = [
         model.generate(torch.tensor([ids]), generation_config=asked)[0, len(ids) :].tolist() for ids in PROMPTS
     ]
-    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # by default it takes most of the memory
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # by default it allocates most of the memory
     output = model.generate_batch(inputs=PROMPTS, generation_config=asked, continuous_batching_config=small)
     assert [request.generated_tokens for request in output.values()] == expected
     assert len({tuple(text) for text in expected}) == 3
 
 
-def test_continuous_batching_keeps_to_the_positions():
-    """As `generate` does; the last token needs no position."""
+def test_continuous_batching_respects_the_position_limit():
+    """Like `generate`; the last token needs no position."""
     model = lively("gpt")
     most = model.config.max_position_embeddings
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
@@ -130,7 +130,7 @@ def test_continuous_batching_keeps_to_the_positions():
         model.generate_batch([[5]], asked, continuous_batching_config=small, max_new_tokens=0)
 
 
-def test_requests_of_a_manager_keep_to_the_positions():
+def test_manager_requests_respect_the_position_limit():
     model = lively("gpt")
     most = model.config.max_position_embeddings
     endless = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=None)
@@ -140,7 +140,7 @@ def test_requests_of_a_manager_keep_to_the_positions():
             manager.add_request([5] * 3, max_new_tokens=most)
         with pytest.raises(ValueError, match=f"max_position_embeddings is {most}"):
             manager.add_request([5] * 3, None, most)
-        manager.add_requests([[5] * (most - 3)])  # without a limit, as far as there are positions
+        manager.add_requests([[5] * (most - 3)])  # without a limit, generation stops at the last position
         found = manager.get_result(timeout=60)
     assert len(found.generated_tokens) == 4
 
@@ -161,14 +161,14 @@ def test_requests_of_a_manager_keep_to_the_positions():
     ],
 )
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
-def test_options_out_of_range(name, option, value):
+def test_out_of_range_options(name, option, value):
     with pytest.raises(ValueError, match=option):
         lively(name).generate(**source(name), **{option: value})
 
 
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_empty_batches(name, shape):
+def test_empty_batches_are_refused(name, shape):
     ids = torch.zeros(shape, dtype=torch.long)
     model = lively(name)
     for given in ({"input_ids": ids}, {"inputs": ids}):
@@ -177,8 +177,8 @@ def test_empty_batches(name, shape):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_text_longer_than_the_positions(beams):
-    """The last token is never read, so a text of one more than `max_position_embeddings` = 24 is possible."""
+def test_text_longer_than_the_positions_is_refused(beams):
+    """The last token is never read, so one token more than `max_position_embeddings` = 24 is possible."""
     model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
     model.generation_config.eos_token_id = None
     assert model.generate(ids, max_new_tokens=16, num_beams=beams).shape == (2, 25)
@@ -191,7 +191,7 @@ def test_a_text_longer_than_the_positions(beams):
         model.generate(torch.randint(5, 48, (1, 24)), num_beams=beams)
 
 
-def test_padding_at_the_left_has_no_positions():
+def test_left_padding_uses_no_positions():
     model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids)
@@ -203,7 +203,7 @@ def test_padding_at_the_left_has_no_positions():
 
 
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
-def test_a_translation_longer_than_the_positions(kind):
+def test_translation_longer_than_the_positions_is_refused(kind):
     model = lively("transformer", position_embedding_type=kind)
     model.generation_config.eos_token_id = None
     assert model.generate(**source("transformer"), max_new_tokens=24).shape == (3, 25)

@@ -1,4 +1,4 @@
-"""lm-eval's scores of a GPT equal those computed here, in batches too."""
+"""lm-eval's scores of a GPT equal those computed here, also in batches."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def wrapped(model, size: int) -> HFLM:
 
 @torch.no_grad()
 def score(model, context: str, answer: str) -> tuple[float, bool]:
-    """Log-probability of the answer's tokens, and whether each is the most likely one."""
+    """Log-probability of the continuation's tokens, and whether each is the most likely one."""
     start, ids = len(words()(context)["input_ids"]), words()(context + answer, return_tensors="pt")["input_ids"]
     logs = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
     wanted = ids[0, start:]
@@ -48,7 +48,7 @@ def score(model, context: str, answer: str) -> tuple[float, bool]:
 @pytest.mark.parametrize("size", [1, 3])
 def test_log_likelihoods(size):
     model = lively()
-    with torch.no_grad():  # an answer that is the most likely one
+    with torch.no_grad():  # the most likely continuation
         likely = model(words()("w1 w2", return_tensors="pt")["input_ids"]).logits[0, -1, 5:].argmax().item()
     pairs = [*PAIRS, ("w1 w2", f" w{likely}")]
     found = wrapped(model, size).loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
@@ -58,7 +58,7 @@ def test_log_likelihoods(size):
 
 
 def test_rolling_log_likelihoods():
-    """Of whole texts behind the token of the beginning."""
+    """Of whole texts after the beginning-of-text token."""
     model = lively()
     texts = ["w1 w2 w3 w4", " ".join(f"w{i}" for i in range(20))]
     arguments = [(text,) for text in texts]
@@ -78,8 +78,8 @@ def test_generation():
         assert answer.split() == expected.split("w39")[0].split()
 
 
-def test_a_folder(tmp_path):
-    """lm-eval loads the model by AutoModelForCausalLM."""
+def test_saved_folder(tmp_path):
+    """lm-eval loads the model with AutoModelForCausalLM."""
     lively().save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)
     found = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32")

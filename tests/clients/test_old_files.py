@@ -1,6 +1,6 @@
-"""Files that earlier versions wrote, under the names of transformers' own classes, load as they did.
+"""Files written by earlier versions, with the names of transformers' own classes, still load.
 
-`tests/fixtures/native_names` says how they were made.
+`tests/fixtures/native_names` explains how they were made.
 """
 
 import json
@@ -25,7 +25,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "native_names"
 
 @pytest.fixture(scope="module", params=(*WHOLE, *DRAWN))
 def old(request, tmp_path_factory):
-    """(name, folder) of a model as an earlier version saved it."""
+    """(name, folder) of a model saved by an earlier version."""
     name = request.param
     folder = tmp_path_factory.mktemp(name) / "old"
     shutil.copytree(FIXTURES / name, folder)
@@ -42,7 +42,7 @@ def assert_outputs(model, name, folder):
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
-def test_outputs_are_those_of_the_version_that_wrote_the_file(old, tmp_path):
+def test_outputs_equal_those_of_the_version_that_wrote_the_file(old, tmp_path):
     name, folder = old
     names = safetensors.torch.load_file(folder / "model.safetensors").keys()
     model, report = class_of(name).from_pretrained(folder, output_loading_info=True)
@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_version_that_wrote_the_file(old, tmp_path):
     assert_outputs(again, name, folder)
 
 
-# Classes that read the file of another of their family, and what they may draw anew.
+# Classes that load the file of another class of their family, and weights that may be newly initialized.
 READERS = {
     "transformer": {"TfmTransformerModel": ()},
     "bert": {"TfmBertModel": (), "TfmBertForTokenClassification": ()},
@@ -75,7 +75,7 @@ READERS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_classes_read_the_file(old):
+def test_other_classes_load_the_file(old):
     name, folder = old
     for reader, fresh in READERS[name].items():
         kind = getattr(hf_tfm, reader)
@@ -88,7 +88,7 @@ def test_other_classes_read_the_file(old):
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if not name.startswith("transformer")])
-def test_the_file_converts_to_the_class_whose_names_it_has(name, tmp_path):
+def test_file_converts_to_the_native_class(name, tmp_path):
     family = {"bert": "bert", "gpt": "gpt2", "vit": "vit", "mae": "vit_mae"}[name.split("-")[0]]
     certificate = convert(FIXTURES / name, family, tmp_path / "stock")
     assert certificate["max_abs_difference"] <= certificate["tolerance"]
@@ -97,7 +97,7 @@ def test_the_file_converts_to_the_class_whose_names_it_has(name, tmp_path):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_a_run_of_an_earlier_version_is_evaluated(tmp_path):
+def test_run_of_an_earlier_version_is_evaluated(tmp_path):
     expected = [
         (row["name"], row["value"])
         for row in json.loads((FIXTURES / "run" / "results.json").read_text())["metrics"]
@@ -108,8 +108,8 @@ def test_a_run_of_an_earlier_version_is_evaluated(tmp_path):
     assert expected and all(scores[name] == pytest.approx(value, abs=2e-3) for name, value in expected)
 
 
-def test_code_of_an_earlier_version_reads_its_own_files(tmp_path):
-    """The folder's code, not the installed one."""
+def test_remote_code_of_an_earlier_version_loads_its_files(tmp_path):
+    """The code in the folder, not the installed package."""
     program = (
         "import sys; sys.modules['hf_tfm'] = None; from transformers import AutoModelForSequenceClassification as A; "
         f"m, r = A.from_pretrained({str(FIXTURES / 'run')!r}, trust_remote_code=True, output_loading_info=True); "
@@ -122,7 +122,7 @@ def test_code_of_an_earlier_version_reads_its_own_files(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_code_of_the_old_run_is_the_old_code():
-    """Merging a renamed file could carry today's code into the folder, and its remote code would no longer be old."""
+def test_remote_code_of_the_old_run_is_unchanged():
+    """Merging a renamed file could put current code into the folder, which would then no longer be an old one."""
     folder = FIXTURES / "run"
     assert "save_original_format" not in "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))

@@ -1,4 +1,4 @@
-"""ONNX Runtime gives the outputs of the main class of every family, for other batch sizes and lengths too."""
+"""ONNX Runtime gives equal outputs for the main class of every family, also for other batch sizes and lengths."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_outputs_are_equal(name, tmp_path):
         others.append(shorter)
     for other in others:
         found = session.run(None, {each.name: other[each.name].numpy() for each in session.get_inputs()})
-        expected = tree_leaves(model(**other, **options))  # as the exported graph returns them
+        expected = tree_leaves(model(**other, **options))  # in the order of the exported graph
         assert len(found) == len(expected) >= 1
         for one, tensor in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(one), tensor, rtol=1e-4, atol=1e-4)

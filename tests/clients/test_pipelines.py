@@ -1,4 +1,4 @@
-"""transformers' pipelines know every class, and a batch gives what its members give alone."""
+"""transformers' pipelines support every class, and batching does not change results."""
 
 import json
 import logging
@@ -37,14 +37,14 @@ IDS = [f"{task}-{name}-{options.get('subtask', '')}" for task, name, _, options 
 
 
 def images() -> list[Image.Image]:
-    """Squares of 16 pixels in random colours."""
+    """Square images of 16 pixels in random colors."""
     generator = np.random.default_rng(0)
     colours = generator.integers(0, 255, (4, 4, 4, 3), dtype=np.uint8)
     return [Image.fromarray(each.repeat(16, axis=0).repeat(16, axis=1)) for each in colours]
 
 
 def plain(found):
-    """Results as nested lists of numbers and words."""
+    """Results as nested lists of numbers and strings."""
     if isinstance(found, Image.Image):
         return np.asarray(found).tolist()
     if isinstance(found, torch.Tensor | np.ndarray | np.generic):
@@ -58,7 +58,7 @@ def assert_close(found, expected, path="") -> None:
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), path
         for key in expected:
-            if key == "mask":  # a pixel on an edge may turn
+            if key == "mask":  # a pixel on an edge may differ
                 assert np.mean(np.asarray(found[key]) != np.asarray(expected[key])) < 0.01, path
             else:
                 assert_close(found[key], expected[key], f"{path}.{key}")
@@ -74,12 +74,12 @@ def assert_close(found, expected, path="") -> None:
 
 @pytest.mark.client("pipelines: batches", "transformers")
 @pytest.mark.parametrize(("task", "name", "texts", "options"), CASES, ids=IDS)
-def test_a_batch_gives_what_its_members_give(task, name, texts, options, caplog, monkeypatch):
+def test_batching_does_not_change_results(task, name, texts, options, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = tiny(name)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features in (3, 4, 48):
-            nn.init.normal_(module.weight)  # so that scores differ
+            nn.init.normal_(module.weight)  # makes scores distinct
     if name in ("vit", "vit-mean", "vit-base"):
         size = {"height": 16, "width": 16}
         kit = {"image_processor": ViTImageProcessor(size=size)}
@@ -91,7 +91,7 @@ def test_a_batch_gives_what_its_members_give(task, name, texts, options, caplog,
     given = images() if texts is None else texts
     alone = [plain(run(each, **options)) for each in given]
     found = [plain(each) for each in run(given, batch_size=2, **options)]
-    if task == "feature-extraction":  # the rows of padding come along
+    if task == "feature-extraction":  # padded rows are included
         found = [[each[0][: len(own[0])]] for each, own in zip(found, alone, strict=True)]
     assert_close(found, alone)
     assert name == "detr-panoptic" or json.dumps(alone[0]) != json.dumps(alone[1])
@@ -100,7 +100,7 @@ def test_a_batch_gives_what_its_members_give(task, name, texts, options, caplog,
 
 @pytest.mark.client("pipelines: batches", "transformers", family="mae")
 def test_features_of_a_masked_autoencoder():
-    """It masks at random, so that a batch is not compared with its members."""
+    """It masks at random, so a batch cannot be compared with its members."""
     kit = {"device": "cpu", "image_processor": ViTImageProcessor(size={"height": 16, "width": 16})}
     run = pipeline("image-feature-extraction", model=tiny("mae-base"), **kit)
     shapes = {np.asarray(found).shape for found in run(images(), batch_size=2)}
@@ -108,6 +108,6 @@ def test_features_of_a_masked_autoencoder():
 
 
 @pytest.mark.client("pipelines: batches", "transformers", family="transformer")
-def test_an_encoder_decoder_has_no_pipeline():
+def test_encoder_decoder_has_no_pipeline():
     assert not {"translation", "text2text-generation", "summarization"} & set(PIPELINE_REGISTRY.get_supported_tasks())
     pytest.skip("transformers 5 has no pipeline for text encoder-decoders")

@@ -1,4 +1,4 @@
-"""bitsandbytes, torchao and quanto quantise every linear layer they are meant to, as in transformers' own classes."""
+"""bitsandbytes, torchao and quanto quantize the same linear layers as in transformers' own classes."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def linear(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def assert_close(found: PreTrainedModel, model: PreTrainedModel, name: str, share: float) -> None:
-    """The outputs differ, by less than a share of their length."""
+    """The outputs differ, by less than a share of their norm."""
     found, expected = outputs_of(found.eval(), name), outputs_of(model, name)
     differences = []
     for key, value in expected.items():
@@ -50,7 +50,7 @@ def loaded(model: PreTrainedModel, folder, configuration) -> PreTrainedModel:
 
 
 def own_modules(model: PreTrainedModel) -> set[str]:
-    """Names of linear layers less those that transformers always leaves in full precision.
+    """Names of linear layers except those that transformers always keeps in full precision.
 
     These are the output layer of a language model, and the layer of the last parameter if that is a weight.
     """
@@ -81,8 +81,8 @@ STOCK = {
 
 @pytest.mark.client("bitsandbytes: 8 bit on a CPU", "bitsandbytes")
 @pytest.mark.parametrize("name", STOCK)
-def test_as_many_layers_as_of_the_stock_class(name, tmp_path):
-    """GPT-2's one matrix of queries, keys and values is three layers here."""
+def test_number_of_layers_equals_the_native_class(name, tmp_path):
+    """GPT-2's single matrix of queries, keys and values is three layers here."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=NEEDS)
     model_class, config_class, fields = STOCK[name]
     fields = fields or {key: value for key, value in CLASSES[name][1].items() if key != "num_labels"}

@@ -1,4 +1,4 @@
-"""torch.ao's `quantize_dynamic` replaces the very class `nn.Linear`: it must find every linear layer."""
+"""torch.ao's `quantize_dynamic` replaces exact instances of `nn.Linear`, and must find every linear layer."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_every_linear_layer_is_quantized(name):
 
 @pytest.mark.parametrize(
     ("name", "linear"),
-    # As many as transformers' own classes of these sizes have, whose GPT-2 has a Conv1D for queries, keys and values.
+    # As many as in transformers' own classes of these sizes; its GPT-2 has a Conv1D for queries, keys and values.
     [("bert-masked", 2 * 6 + 2), ("gpt", 2 * 6 + 1), ("vit", 2 * 6 + 1), ("transformer", 6 + 2 * 10 + 1)],
 )
 def test_number_of_linear_layers(name, linear):
@@ -38,8 +38,8 @@ def test_number_of_linear_layers(name, linear):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_linear_layers_take_at_most_three_dimensions(name):
-    """Those of bitsandbytes refuse more."""
+def test_linear_inputs_have_at_most_three_dimensions(name):
+    """bitsandbytes' layers refuse more."""
     model, dimensions = tiny(name), set()
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes holds the names of the modules, so that any program loads it."""
+"""`save_pretrained` writes the names of the modules, so any program can load the file."""
 
 import copy
 import re
@@ -25,13 +25,13 @@ import hf_tfm
 
 
 def assert_same(found: nn.Module, expected: nn.Module, loader: str = "") -> None:
-    """The same weights under the same names, bit for bit."""
+    """Bit-equal weights under equal names."""
     found, expected = found.state_dict(), expected.state_dict()
     assert found.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(found[name], expected[name])], loader
 
 
-def fresh(model: nn.Module) -> nn.Module:
+def reinitialized(model: nn.Module) -> nn.Module:
     """A model of the same class and configuration with other weights."""
     torch.manual_seed(99)
     return type(model)(copy.deepcopy(model.config))
@@ -44,7 +44,7 @@ def load_strict(model, folder):
 def load_assigned(model, folder):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     model.load_state_dict(weights, strict=True, assign=True)
-    with torch.no_grad():  # what is tied stays tied
+    with torch.no_grad():  # tied weights stay tied
         for target, source in model.all_tied_weights_keys.items():
             assert model.get_parameter(target) is model.get_parameter(source)
 
@@ -66,11 +66,11 @@ def test_every_program_loads_a_saved_file(name, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert weights.keys() == model.state_dict().keys() - model.all_tied_weights_keys.keys()
     for loader, load in LOADERS.items():
-        other = fresh(model)
+        other = reinitialized(model)
         load(other, tmp_path)
         assert_same(other, model, loader)
     with accelerate.init_empty_weights():
-        empty = fresh(model)
+        empty = reinitialized(model)
     empty.tie_weights()
     assert_same(accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"}), model)
     other, report = class_of(name).from_pretrained(tmp_path, output_loading_info=True)
@@ -79,7 +79,7 @@ def test_every_program_loads_a_saved_file(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_renaming_leaves_own_names_alone(name):
+def test_renaming_does_not_affect_own_names(name):
     model = tiny(name)
     for key in model.state_dict():
         for prefix in ("", "model.", "extra.0."):
@@ -88,36 +88,36 @@ def test_renaming_leaves_own_names_alone(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "vit", "mae", "detr"])
-def test_a_missing_weight_is_still_reported(name, tmp_path):
-    """Filling in the copies of a tied weight must not hide that the weight itself is missing."""
+def test_missing_weight_is_still_reported(name, tmp_path):
+    """Copying a tied weight must not hide that the weight itself is missing."""
     model = tiny(name)
     model.save_pretrained(tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     for key in list(weights)[:3]:
         rest = {other: weight for other, weight in weights.items() if other != key}
         with pytest.raises(RuntimeError, match=re.escape(key)):
-            fresh(model).load_state_dict(rest)
+            reinitialized(model).load_state_dict(rest)
     with pytest.raises(RuntimeError, match="unheard"):
-        fresh(model).load_state_dict({**weights, "unheard.of": torch.zeros(1)})
+        reinitialized(model).load_state_dict({**weights, "unheard.of": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "vit", "mae", "detr", "transformer"])
-def test_shards_and_given_state_dicts_hold_own_names(name, tmp_path):
+def test_shards_and_given_state_dicts_use_own_names(name, tmp_path):
     model = tiny(name)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    other = fresh(model)
+    other = reinitialized(model)
     accelerate.load_checkpoint_in_model(other, tmp_path / "shards")
     assert_same(other, model)
     assert_same(class_of(name).from_pretrained(tmp_path / "shards"), model)
-    fresh(model).save_pretrained(tmp_path / "given", state_dict=model.state_dict())
-    other = fresh(model)
+    reinitialized(model).save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    other = reinitialized(model)
     load_strict(other, tmp_path / "given")
     assert_same(other, model)
 
 
 class WithBranches(hf_tfm.TfmGPTForCausalLM):
-    """A user's class whose own modules are called like parts of GPT-2."""
+    """A user's class with modules named like parts of GPT-2."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -127,7 +127,7 @@ class WithBranches(hf_tfm.TfmGPTForCausalLM):
 
 
 class WithParts(hf_tfm.TfmBertForSequenceClassification):
-    """A user's class whose own modules are called like parts of BERT."""
+    """A user's class with modules named like parts of BERT."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -143,7 +143,7 @@ def test_subclasses_save_and_load_their_own_modules(model_class, name, tmp_path)
     other, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert_same(other, model)
-    other = fresh(model)
+    other = reinitialized(model)
     load_strict(other, tmp_path)
     assert_same(other, model)
 
@@ -163,26 +163,26 @@ STOCK = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", STOCK)
-def test_a_model_read_from_a_native_file_is_saved_under_own_names(name, tmp_path):
+def test_model_loaded_from_a_native_file_is_saved_under_own_names(name, tmp_path):
     stock_class, config_class, fields = STOCK[name]
     torch.manual_seed(0)
     stock_class(config_class(**fields)).save_pretrained(tmp_path / "native")
     names = safetensors.torch.load_file(tmp_path / "native" / "model.safetensors").keys()
-    if name == "bert":  # the first BERTs call the parameters of norms so; saving must not bring that back
+    if name == "bert":  # the original BERT release uses these parameter names for norms; saving must not restore them
         weights = safetensors.torch.load_file(tmp_path / "native" / "model.safetensors")
         weights = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): value for key, value in weights.items()}
         safetensors.torch.save_file(weights, tmp_path / "native" / "model.safetensors", {"format": "pt"})
     model, report = class_of(name).from_pretrained(tmp_path / "native", output_loading_info=True)
     assert not any(report.values()), report
     model.save_pretrained(tmp_path / "own")
-    other = fresh(model)
+    other = reinitialized(model)
     load_strict(other, tmp_path / "own")
     assert_same(other, model)
     model.save_pretrained(tmp_path / "again", save_original_format=True)
     assert safetensors.torch.load_file(tmp_path / "again" / "model.safetensors").keys() == names
 
 
-# (class saved, class that loads, names of weights that may be fresh, in full)
+# (class saved, class that loads, full names of weights that may be newly initialized)
 ACROSS = (
     ("bert-base", "bert", r"classifier\..*"),
     ("bert", "bert-base", ""),
@@ -210,7 +210,7 @@ ACROSS = (
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("saved", "loaded", "new"), ACROSS, ids=lambda value: value or "-")
-def test_weights_pass_between_the_classes_of_a_family(saved, loaded, new, tmp_path):
+def test_weights_are_exchanged_between_the_classes_of_a_family(saved, loaded, new, tmp_path):
     model = tiny(saved)
     model.save_pretrained(tmp_path)
     _, report = class_of(loaded).from_pretrained(tmp_path, output_loading_info=True)
@@ -227,7 +227,7 @@ def test_offloaded_models_are_saved_under_own_names(tmp_path):
         tmp_path / "first", device_map=device_map, offload_folder=tmp_path / "offload"
     )
     moved.save_pretrained(tmp_path / "second")
-    other = fresh(model)
+    other = reinitialized(model)
     load_strict(other, tmp_path / "second")
     assert_same(other, model)
 
@@ -238,7 +238,7 @@ def test_merged_adapters_are_saved_under_own_names(tmp_path):
         adapted = peft.get_peft_model(tiny(name), peft.LoraConfig(target_modules=target, init_lora_weights=False))
         merged = adapted.merge_and_unload()
         merged.save_pretrained(tmp_path / name)
-        other = fresh(merged)
+        other = reinitialized(merged)
         load_strict(other, tmp_path / name)
         assert_same(other, merged)
         expected = outputs_of(merged, name)

@@ -1,4 +1,4 @@
-"""sentence-transformers around a BERT: embeddings are the means of the last hidden states, also of a real model."""
+"""sentence-transformers with our BERT: embeddings are means of the last hidden states, also for a published model."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_embeddings(pooling, travels, tmp_path):
 
 @pytest.mark.client(CLIENT, "sentence-transformers", family="bert", others=OTHERS)
 def test_training(tmp_path):
-    """Pairs are drawn together."""
+    """Positive pairs get closer."""
     import datasets
 
     tiny("bert-base").save_pretrained(tmp_path / "bert")
@@ -77,7 +77,7 @@ def test_training(tmp_path):
 
 
 @pytest.mark.client(CLIENT, "sentence-transformers", family="bert", others=OTHERS)
-def test_a_real_model(tmp_path):
+def test_published_model(tmp_path):
     """all-MiniLM-L6-v2 after `hf-tfm convert --to tfm`."""
     if not (MINILM / "model.safetensors").exists():
         pytest.skip(f"{MINILM} is absent")

@@ -1,4 +1,4 @@
-"""Seq2SeqTrainer trains, accumulates, evaluates by generated texts, resumes, and takes back the best model."""
+"""Seq2SeqTrainer trains, accumulates gradients, evaluates generated texts, resumes, and loads the best model."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ END = 2
 
 
 def rows(count: int = 8) -> list[dict[str, torch.Tensor]]:
-    """A text of three tokens to copy, with the end of a sentence behind it."""
+    """A text of three tokens to copy, followed by the end-of-sentence token."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.cat([torch.randint(5, 9, (3,), generator=generator), torch.tensor([END])]) for _ in range(count)]
     return [{"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text} for text in texts]
@@ -63,7 +63,7 @@ def trainer(model, folder, **more) -> Seq2SeqTrainer:
     return made
 
 
-def test_metrics_are_of_generated_texts(name, tmp_path):
+def test_metrics_are_computed_on_generated_texts(name, tmp_path):
     made = trainer(model_of(name), tmp_path)
     found = made.evaluate()
     batch = collate(rows())
@@ -77,7 +77,7 @@ def test_metrics_are_of_generated_texts(name, tmp_path):
     assert made.predict(rows(3)).predictions.shape[0] == 3
 
 
-def test_training_shows_in_generated_texts(name, tmp_path):
+def test_training_improves_generated_texts(name, tmp_path):
     made = trainer(model_of(name), tmp_path, max_steps=30)
     before = made.predict(rows())
     made.train()
@@ -112,7 +112,7 @@ def test_accumulation(name, tmp_path):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
-def test_resuming_gives_the_uninterrupted_run(name, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(name, tmp_path):
     whole = trainer(model_of(name), tmp_path / "whole")
     whole.train()
     trainer(model_of(name), tmp_path / "cut", save_strategy="steps", save_steps=2).train()
@@ -125,7 +125,7 @@ def test_resuming_gives_the_uninterrupted_run(name, tmp_path):
         torch.testing.assert_close(again.model.state_dict()[key], value, msg=key)
 
 
-def test_the_best_model_by_generated_texts(name, tmp_path):
+def test_best_model_by_generated_texts(name, tmp_path):
     made = trainer(
         model_of(name),
         tmp_path,

@@ -1,4 +1,4 @@
-"""The gradient of a step does not depend on how it is cut into micro-batches, in a plain loop and under Trainer."""
+"""The gradient of a step does not depend on micro-batching, in a plain loop and under Trainer."""
 
 import copy
 
@@ -21,7 +21,7 @@ def gradient(model: PreTrainedModel) -> Tensor:
 
 
 def items_of(case: Case, model: PreTrainedModel, batch: dict):
-    """As Trainer counts them, or the model where Trainer cannot."""
+    """Item counts as computed by Trainer, or by the model where Trainer cannot."""
     if hasattr(model, "count_items"):
         return model.count_items(**batch)
     labels = batch["labels"]
@@ -29,7 +29,7 @@ def items_of(case: Case, model: PreTrainedModel, batch: dict):
 
 
 def losses(case: Case, extra: dict | None = None) -> tuple[list[float], list[Tensor]]:
-    """Loss and gradient of a step as the head's own mean, at once with its items, and in parts."""
+    """Loss and gradient of a step: the head's own mean, the whole batch with its item count, and micro-batches."""
     rows, model = case.rows(), case.model().train()
     items = items_of(case, model, collate(rows))
     values, gradients = [], []
@@ -48,7 +48,7 @@ def losses(case: Case, extra: dict | None = None) -> tuple[list[float], list[Ten
 
 
 @every_head
-def test_a_step_in_parts(name):
+def test_micro_batches(name):
     values, gradients = losses(CASES[name])
     assert values[1] == pytest.approx(values[0], rel=1e-5) and values[2] == pytest.approx(values[0], rel=1e-5)
     assert gradients[0].abs().max() > 1e-4
@@ -56,7 +56,7 @@ def test_a_step_in_parts(name):
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_in_parts_with_the_language_term():
+def test_micro_batches_with_the_language_term():
     case = CASES["gpt classes"]
     values, gradients = losses(case, {"language_weight": 0.5})
     assert values[0] > losses(case)[0][0] + 1
@@ -65,8 +65,8 @@ def test_a_step_in_parts_with_the_language_term():
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_the_language_term_is_a_mean_of_the_means_of_sequences():
-    """As in the 2018 authors' code: a long text counts as a short one."""
+def test_language_term_is_a_mean_over_sequences():
+    """As in the 2018 authors' code: long and short texts have equal weight."""
     model, ids = CASES["gpt classes"].model().eval(), CASES["gpt classes"].columns["input_ids"][:2]
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -80,8 +80,8 @@ def test_the_language_term_is_a_mean_of_the_means_of_sequences():
     assert term == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
-def test_pretraining_with_a_single_number():
-    """Trainer counts the tokens alone; each pair then counts by its share of them."""
+def test_pretraining_with_a_single_item_count():
+    """Trainer counts only the tokens; each pair is then weighted by its share of them."""
     rows, model = CASES["pretraining"].rows(), CASES["pretraining"].model().train()
     items = collate(rows)["labels"].ne(-100).sum()
     found = []
@@ -134,8 +134,8 @@ def test_under_trainer(name, tmp_path):
 
 @pytest.mark.client("StepItemsTrainer: accumulation", "transformers")
 @pytest.mark.parametrize("name", ["pretraining", "reader", "autoencoder", "detection", "panoptic", "classes"])
-def test_under_the_trainer_that_counts_items(name, tmp_path):
-    """With micro-batches of three, three and two rows, of different numbers of items."""
+def test_under_trainer_with_item_counts(name, tmp_path):
+    """Micro-batches of three, three and two rows with different numbers of items."""
     whole, parts = trained(StepItemsTrainer, name, 8, 1, tmp_path), trained(StepItemsTrainer, name, 3, 3, tmp_path)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_totals():
     }
 
 
-def test_detection_refuses_a_single_number():
+def test_detection_refuses_a_single_item_count():
     case = CASES["detection"]
     with pytest.raises(ValueError, match=r"num_items_in_batch must hold a number for each of loss_ce, .*got 7"):
         case.model()(**collate(case.rows()[:2]), num_items_in_batch=7)
@@ -156,8 +156,8 @@ def test_detection_refuses_a_single_number():
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in (*LISTS, "autoencoder")])
 @pytest.mark.parametrize("items", [None, "counted"])
-def test_nothing_labelled(name, items):
-    """A loss of 0 and gradients of 0, and no NaN."""
+def test_no_labels(name, items):
+    """Loss and gradients are 0, not NaN."""
     case, model = CASES[name], CASES[name].model().train()
     batch = collate(case.rows())
     for target in case.targets:
@@ -171,7 +171,7 @@ def test_nothing_labelled(name, items):
 
 @pytest.mark.parametrize("options", [{"return_logits": False}, {"return_logits": True}], ids=str)
 @pytest.mark.parametrize("name", ["masked", "causal", "seq2seq", "pretraining"])
-def test_no_token_labelled_without_logits(name, options):
+def test_no_token_labels_without_logits(name, options):
     case, model = CASES[name], CASES[name].model().train()
     batch = {**collate(case.rows()), "labels": torch.full((8, 8), -100)}
     batch.pop("next_sentence_label", None)
@@ -188,8 +188,8 @@ def test_no_objects():
         assert output.loss.isfinite() and output.loss_dict["loss_bbox"] == output.loss_dict["loss_giou"] == 0
 
 
-def test_mask_predict_of_a_collator():
-    """What transformers' collators make of labels hides what the decoder is to predict."""
+def test_mask_predict_with_a_standard_collator():
+    """transformers' collators derive decoder inputs from the labels, which reveals the tokens to predict."""
     config = hf_tfm.TfmTransformerConfig(**CASES["seq2seq"].fields, decoding="mask_predict")
     model = hf_tfm.TfmTransformerForConditionalGeneration(config).eval()
     batch = collate(CASES["seq2seq"].rows())

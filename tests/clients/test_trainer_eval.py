@@ -1,4 +1,4 @@
-"""Trainer evaluates every head: a loss, metrics, and the best model at the end."""
+"""Trainer evaluates every head: loss, metrics, and the best model at the end."""
 
 import math
 
@@ -40,8 +40,8 @@ def trainer(name: str, folder, rows: list | None = None, **options) -> Trainer:
 
 
 @every_head
-def test_the_labels_of_a_head(name):
-    """Trainer takes each parameter with "label" in its name for one that every batch has."""
+def test_label_names_of_a_head(name):
+    """Trainer treats each parameter with "label" in its name as a label that every batch has."""
     case = CASES[name]
     assert tuple(find_labels(case.model_class)) == case.targets
     assert can_return_loss(case.model_class) == (not case.targets)
@@ -54,7 +54,7 @@ def test_evaluation(name, tmp_path):
     found = made.evaluate()
     expected = made.model.eval()(**collate(CASES[name].rows())).loss.item()
     assert math.isfinite(found["eval_loss"]) and found["eval_seen"] == 1
-    # Trainer averages batches of three, three and two rows by their rows.
+    # Trainer averages batches of three, three and two rows weighted by their rows.
     assert found["eval_loss"] == pytest.approx(expected, rel=0.25)
     (prediction,) = made.seen
     if name not in LISTS and CASES[name].targets == ("labels",):
@@ -73,8 +73,8 @@ def test_the_best_model_at_the_end(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["masked", "causal", "seq2seq", "tagger"])
-def test_a_batch_without_labels_is_no_nan(name, tmp_path):
-    """One row in a batch, and it has no label."""
+def test_batch_without_labels_gives_no_nan(name, tmp_path):
+    """A batch of one row without a label."""
     rows = CASES[name].rows()
     rows[3] = {**rows[3], "labels": torch.full_like(rows[3]["labels"], -100)}
     made = trainer(name, tmp_path, rows)
@@ -82,8 +82,8 @@ def test_a_batch_without_labels_is_no_nan(name, tmp_path):
     assert math.isfinite(made.evaluate()["eval_loss"])
 
 
-def test_pretraining_on_words_alone(tmp_path):
-    """As transformers' BertForPreTraining, it has two kinds of labels; a data set of one kind says so."""
+def test_pretraining_with_token_labels_only(tmp_path):
+    """Like transformers' BertForPreTraining, it has two kinds of labels; the data set provides one."""
     rows = [{key: row[key] for key in ("input_ids", "labels")} for row in CASES["pretraining"].rows()]
     made = trainer("pretraining", tmp_path, rows, label_names=["labels"])
     found = made.evaluate()

@@ -1,4 +1,4 @@
-"""transformers' Trainer goes on from a checkpoint, and takes back the best one, with the weights that were saved."""
+"""transformers' Trainer resumes from a checkpoint and loads the best one with exactly the saved weights."""
 
 import pytest
 import torch
@@ -70,8 +70,8 @@ def assert_equal(found, expected):
     assert not [key for key in expected if not torch.equal(found[key], expected[key])]
 
 
-class Watch(TrainerCallback):
-    """Keeps the weights with which training begins."""
+class RecordInitialWeights(TrainerCallback):
+    """Records the weights at the start of training."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.begun = weights(model)
@@ -80,13 +80,13 @@ class Watch(TrainerCallback):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.client("Trainer: resume", "transformers")
 @pytest.mark.parametrize("name", NAMES)
-def test_resuming_begins_with_the_weights_saved(name, tmp_path):
+def test_resuming_starts_with_the_saved_weights(name, tmp_path):
     model = tiny(name)
     trainer(model, name, tmp_path, max_steps=2).train()
     saved = weights(model)
     other = class_of(name)(class_of(name).config_class(**CLASSES[name][1]))
     assert any(not torch.equal(value, saved[key]) for key, value in weights(other).items())
-    watch = Watch()
+    watch = RecordInitialWeights()
     again = trainer(other, name, tmp_path, max_steps=3, save_strategy="no")
     again.add_callback(watch)
     again.train(resume_from_checkpoint=True)
@@ -97,19 +97,19 @@ def test_resuming_begins_with_the_weights_saved(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.client("Trainer: best model at the end", "transformers")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_best_weights_come_back(name, tmp_path):
-    """The first checkpoint is made the best one, so that the last weights are wrong."""
+def test_best_weights_are_loaded(name, tmp_path):
+    """The first checkpoint is marked as the best one, so the last weights would be wrong."""
     model, seen = tiny(name), {}
 
-    class Judge(TrainerCallback):
+    class MarkBest(TrainerCallback):
         def on_save(self, args, state, control, model=None, **kwargs):
             seen[state.global_step] = weights(model)
             state.best_model_checkpoint, state.best_metric = str(tmp_path / "checkpoint-2"), 0.0
             state.best_global_step = 2
 
     run = trainer(model, name, tmp_path, max_steps=4)
-    run.args.load_best_model_at_end = True  # as an argument it needs an evaluation, by which to judge
-    run.add_callback(Judge())
+    run.args.load_best_model_at_end = True  # as an argument it requires an evaluation
+    run.add_callback(MarkBest())
     run.train()
     assert set(seen) == {2, 4} and any(not torch.equal(seen[2][key], seen[4][key]) for key in seen[2])
     assert_equal(weights(model), seen[2])

@@ -1,4 +1,4 @@
-"""trl's trainers on a GPT: a few steps each, and a policy that starts equal to its reference."""
+"""trl's trainers on a GPT: a few steps each, and a policy that initially equals its reference."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ RATES = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
 
 @pytest.fixture(autouse=True)
 def code(travels):
-    """The models are saved with their code, or without."""
+    """The models are saved with or without their code."""
     hf_tfm.carry_code(travels)
     yield
     hf_tfm.carry_code(True)
@@ -35,7 +35,7 @@ def words():
 
 
 def saved(folder, name: str = "gpt", **fields):
-    """A model with dropout that came from a folder, as trl expects of one whose reference it loads."""
+    """A model with dropout loaded from a folder, because trl loads the reference from there."""
     tiny(name, max_position_embeddings=64, **{**RATES, **fields}).save_pretrained(folder / "model")
     words().save_pretrained(folder / "model")
     return class_of(name).from_pretrained(folder / "model")
@@ -59,7 +59,7 @@ def options(folder, **more):
 
 
 def trained(made) -> list[dict]:
-    """The records of the steps of a run, which changed the weights."""
+    """Logged values of a run's steps; checks that the run changed the weights."""
     before = {key: value.clone() for key, value in made.model.state_dict().items()}
     made.train()
     after = made.model.state_dict()
@@ -97,7 +97,7 @@ def test_reward(tmp_path):
 
 @pytest.mark.client("trl: DPO", "trl", family="gpt", others=OTHERS)
 @pytest.mark.parametrize("reference", ["loaded by trl", "given"])
-def test_preferences_start_with_reward_0(reference, tmp_path):
+def test_preference_rewards_start_at_0(reference, tmp_path):
     rows = datasets.Dataset.from_dict(PAIRS)
     arguments = trl.DPOConfig(**options(tmp_path, max_length=16))
     model = saved(tmp_path)
@@ -137,7 +137,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_online_starts_with_divergence_0(method, tmp_path):
+def test_online_divergence_starts_at_0(method, tmp_path):
     rows = datasets.Dataset.from_dict({"prompt": PROMPTS})
     sizes = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1, "disable_dropout": True}
     arguments = getattr(trl, f"{method}Config")(**options(tmp_path, **sizes))

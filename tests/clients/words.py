@@ -10,7 +10,7 @@ ROLES = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", 
 
 
 def tokenizer(side: str = "right", **roles: str) -> PreTrainedTokenizerFast:
-    """Splits at spaces and adds nothing to a text; [PAD], [CLS] and [SEP] are 0, 1 and 2."""
+    """Splits at spaces and adds no special tokens; [PAD], [CLS] and [SEP] are 0, 1 and 2."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""What the tests of converted vision models share: small random models and their answers."""
+"""Shared helpers of the vision conversion tests: small random models and their outputs."""
 
 import json
 
@@ -38,7 +38,7 @@ def ours(model_class=TfmViTForImageClassification, **fields):
 
 
 def timm_vit(**arguments):
-    """A random small model of timm."""
+    """A small random timm model."""
     arguments = {"depth": 2, "img_size": 64, "num_classes": 7, **arguments}
     model = randomize(timm.create_model("vit_tiny_patch16_224", **arguments), std=0.2)
     model.arguments = {name: value for name, value in arguments.items() if name != "num_classes"}
@@ -46,12 +46,12 @@ def timm_vit(**arguments):
 
 
 def save_timm(model, folder):
-    """Save a model of `timm_vit` as timm does; its older releases want the arguments said again."""
+    """Save a `timm_vit` model as timm does; older timm versions require the arguments again."""
     timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=model.arguments)
 
 
 @torch.no_grad()
-def answers(model, size: tuple[int, ...], noise: bool = False) -> dict[str, torch.Tensor]:
+def outputs_of(model, size: tuple[int, ...], noise: bool = False) -> dict[str, torch.Tensor]:
     """Outputs on inputs that the conversion's own check does not use."""
     generator = torch.Generator().manual_seed(7)
     inputs = [torch.randn(2, *size, generator=generator)]
@@ -64,21 +64,21 @@ def answers(model, size: tuple[int, ...], noise: bool = False) -> dict[str, torc
     return {name: output[name] for name in names if output.get(name) is not None}
 
 
-def assert_equal_answers(found: dict, expected: dict):
-    """The same outputs, to 1e-5."""
+def assert_same_outputs(found: dict, expected: dict):
+    """Outputs agree within 1e-5."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert value.abs().max() > 0.5, f"{name} too small for the comparison to mean much"
+        assert value.abs().max() > 0.5, f"{name} too small for a meaningful comparison"
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-5)
 
 
 def config_of(folder) -> dict:
-    """What is in config.json."""
+    """The content of config.json."""
     return json.loads((folder / "config.json").read_text())
 
 
 def timm_reads(folder):
-    """The folder as timm itself reads it, without us; offline, by the tests' environment."""
+    """Load the folder with timm alone; the test environment is offline."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 

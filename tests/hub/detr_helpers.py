@@ -1,4 +1,4 @@
-"""What the tests of converted DETRs share: small random models and their answers."""
+"""Shared helpers of the DETR conversion tests: small random models and their outputs."""
 
 import torch
 from convert_helpers import LABELS
@@ -19,7 +19,7 @@ TINY = {
     "decoder_ffn_dim": 40,
     **LABELS,
 }
-# What the authors' program can build.
+# Configurations that the authors' program can build.
 AUTHORS = {**TINY, "backbone": "resnet18", "decoder_attention_heads": 8, "decoder_ffn_dim": 48}
 PANOPTIC = {**AUTHORS, "backbone": "resnet50", "d_model": 128, "encoder_layers": 1, "num_queries": 3}
 STOCK = {
@@ -32,7 +32,7 @@ OUTPUTS = ("logits", "pred_boxes", "pred_masks", "last_hidden_state")
 
 @torch.no_grad()
 def drawn(model: nn.Module) -> nn.Module:
-    """``model`` with every weight random, statistics of norms too, at a size that keeps values in range."""
+    """``model`` with all weights and norm statistics random, scaled to keep activations in range."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
@@ -49,7 +49,7 @@ def ours(model_class=TfmDetrForObjectDetection, fields=TINY, **more) -> nn.Modul
 
 
 @torch.no_grad()
-def answers(model: nn.Module, channels: int = 3) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, channels: int = 3) -> dict[str, Tensor]:
     """Outputs on inputs that the conversion's own check does not use."""
     images = torch.randn(2, channels, 96, 64, generator=torch.Generator().manual_seed(7))
     mask = torch.ones(2, 96, 64)
@@ -58,10 +58,10 @@ def answers(model: nn.Module, channels: int = 3) -> dict[str, Tensor]:
     return {name: output[name] for name in OUTPUTS if output.get(name) is not None}
 
 
-def assert_equal_answers(found: dict, expected: dict) -> None:
+def assert_same_outputs(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys() and len(expected) >= 1
     for name, value in expected.items():
-        assert value.std() > 0.01, f"{name} too much alike for the comparison to mean much"
+        assert value.std() > 0.01, f"{name} too similar for a meaningful comparison"
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-5, msg=name)
 
 

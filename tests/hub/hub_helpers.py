@@ -1,4 +1,4 @@
-"""What the Hub's tests share: tiny models, a tiny tokenizer, and processes that start from nothing."""
+"""Shared helpers of the Hub tests: tiny models, a tiny tokenizer, and fresh Python processes."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ TEXT = ["one two three four five", "eins zwei drei vier fünf", "twenty-one is e
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer of about 300 tokens that ends each text with </s>."""
+    """A byte-pair tokenizer with about 300 tokens that appends </s> to each text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel, seed: int = 0, std: float = 0.4) -> PreTrainedModel:
-    """Draw every trained weight anew, also biases and layer norms, so that no two parts are alike by default."""
+    """Draw every trained weight anew, also biases and layer norms, so that no two parameters are equal by default."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -51,13 +51,13 @@ def randomize(model: PreTrainedModel, seed: int = 0, std: float = 0.4) -> PreTra
 
 @torch.no_grad()
 def outputs(repo: str) -> dict:
-    """What the Auto classes make of a repository or folder, as JSON that keeps every bit of a number."""
+    """Outputs of the Auto classes for a repository or folder, as JSON that keeps the exact values."""
     config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
     base = AutoModel.from_pretrained(repo, trust_remote_code=True)
     model = AutoModelForSeq2SeqLM.from_pretrained(repo, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
     inputs = tokenizer(TEXT[:2], padding=True, return_tensors="pt", return_token_type_ids=False)
-    # With one thread sums are formed in one order.
+    # With one thread the order of summation is fixed.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,7 +95,7 @@ def run_python(code: str, folder: Path, environment: dict[str, str], without_pac
         without_package: let every import of hf_tfm fail.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    # The package that is tested here, should another one be installed.
+    # The tested checkout, even if another version is installed.
     package = Path(importlib.util.find_spec("hf_tfm").origin).parents[1]
     path = os.pathsep.join([str(Path(__file__).parent), str(package)])
     script = folder / ("clean.py" if without_package else "script.py")

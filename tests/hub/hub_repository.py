@@ -1,17 +1,17 @@
-"""The repositories of the tests' Hub: files, their names in git and LFS, and commits."""
+"""Repositories of the test Hub: files, their ids in git and LFS, and commits."""
 
 import hashlib
 from dataclasses import dataclass, field
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name of a file: sha1 of its content behind a header."""
+    """Git's id of a file: sha1 of its content behind a header."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a commit; ``lfs`` tells how it was uploaded."""
+    """A file of a commit; ``lfs`` says how it was uploaded."""
 
     content: bytes
     lfs: bool
@@ -22,7 +22,7 @@ class StoredFile:
 
     @property
     def pointer(self) -> bytes:
-        """What git itself holds in place of an LFS file."""
+        """Git's content for an LFS file."""
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         return text.encode()
 
@@ -31,7 +31,7 @@ class StoredFile:
         return blob_id(self.pointer if self.lfs else self.content)
 
     def describe(self, path: str) -> dict:
-        """As the tree endpoint lists it."""
+        """The file's entry in the response of the tree endpoint."""
         entry = {"type": "file", "path": path, "oid": self.oid, "size": len(self.content)}
         if self.lfs:
             entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.pointer)}
@@ -40,7 +40,7 @@ class StoredFile:
 
 @dataclass
 class Repository:
-    """The commits of a repository by their sha, the newest last; "main" is the newest."""
+    """Commits of a repository by sha, the newest last; "main" is the newest."""
 
     private: bool
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """A small Hugging Face Hub on localhost: the part of its HTTP protocol that pushing and loading use.
 
-    create -> preupload (regular or LFS?) -> LFS batch, PUT, verify -> commit (NDJSON) -> info, tree, resolve
+create -> preupload (regular or LFS?) -> LFS batch, PUT, verify -> commit (NDJSON) -> info, tree, resolve
 
-Everything is kept in memory. Uploaded LFS objects are checked against their sha256 and size, a commit may only name
-objects that were uploaded, and writing, or reading a private repository, needs the `TOKEN`. As on the real Hub, LFS
-objects lie with a storage service at another address, which must never be sent the token.
+Everything is kept in memory. The sha256 and size of uploaded LFS objects are verified, a commit may refer only to
+uploaded objects, and writing, or reading a private repository, requires the `TOKEN`. As on the real Hub, LFS
+objects are in a storage service at another address, which must never receive the token.
 """
 
 import base64
@@ -20,7 +20,7 @@ from hub_repository import Repository, StoredFile, blob_id
 
 TOKEN = "hf_local"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".gz", ".zip", ".npz", ".msgpack", ".h5", ".onnx")
-LFS_SIZE = 10_000_000  # bytes from which any file goes by LFS
+LFS_SIZE = 10_000_000  # size in bytes from which files are uploaded by LFS
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 API = rf"/api/(?P<kind>models|datasets)/{REPO}"
@@ -45,7 +45,7 @@ OPEN_POSTS = ("validate_yaml", "paths_info")
 
 
 class HubError(Exception):
-    """An answer other than success: HTTP status, the Hub's error code, and a message."""
+    """An error response: HTTP status, the Hub's error code, and a message."""
 
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message)
@@ -65,7 +65,7 @@ class HubServer:
             for handler in (Handler, StorageHandler)
         ]
         hub, storage = (server.server_port for server in self.servers)
-        # Another host too: huggingface_hub 1.33 keeps the token from another host, 2.x also from another port.
+        # Another host too: huggingface_hub 1.33 withholds the token from other hosts, 2.x also from other ports.
         self.url, self.storage_url = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: HubServer
 
     def log_message(self, *args) -> None:
-        """Be quiet; `HubServer.requests` has it all."""
+        """Print nothing; `HubServer.requests` has all requests."""
 
     def do_GET(self) -> None:
         self.answer("GET")
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer("PUT")
 
     def answer(self, method: str) -> None:
-        """Find the route, run it, and send what it returns."""
+        """Find the route, run its method, and send the result."""
         url = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         self.body = self.read_body()
@@ -289,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, [entry for entry in entries if entry["path"] in wanted], {}
 
     def folders(self, files: dict[str, StoredFile]) -> list[dict]:
-        """The folders that hold ``files``, as the tree endpoint lists them."""
+        """Folders that contain ``files``, as listed by the tree endpoint."""
         paths = {"/".join(path.split("/")[:n]) for path in files for n in range(1, path.count("/") + 1)}
         return [
             {"type": "directory", "path": path, "oid": blob_id(path.encode()), "size": 0} for path in sorted(paths)
@@ -308,7 +308,7 @@ class Handler(BaseHTTPRequestHandler):
         return 302, b"", {**headers, "Location": f"{self.hub.storage_url}/lfs/{file.sha256}"}
 
     def ranged(self, content: bytes, headers: dict):
-        """The content, or the part of it that a Range header asks for."""
+        """The content, or the part requested by a Range header."""
         headers["Content-Type"] = "application/octet-stream"
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not match:
@@ -318,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StorageHandler(Handler):
-    """The storage service: links to it are signed, so it asks for no token, and takes offence at one."""
+    """The storage service: its links are signed, so it needs no token, and rejects requests that send one."""
 
     routes = STORAGE_ROUTES
 

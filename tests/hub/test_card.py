@@ -1,4 +1,4 @@
-"""The card, the results file and the curve of a run; the card's text as a whole against card.golden.md."""
+"""Model card, results file and training curve of a run; the card's full text is compared with card.golden.md."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def write_history(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder: config.json with the code's map, and a history."""
+    """A run's folder: config.json with an auto_map, and a history."""
     folder = tmp_path / "tiny"
     config = TfmTransformerConfig(architectures=["TfmTransformerForConditionalGeneration"])
     config.save_pretrained(folder)
@@ -112,7 +112,7 @@ def test_eval_results(folder):
     assert (first.notes, second.notes) == (BLEU, None)
 
 
-def test_a_local_data_set_is_no_data_set_of_the_hub(folder):
+def test_local_data_set_has_no_hub_metadata(folder):
     local = with_changes(data__path="/home/someone/data/pairs", data__revision=None, data__fingerprint="0a1b")
     text = write_card(folder, RunRecord.from_dict(local)).read_text()
     assert not (folder / ".eval_results").exists()
@@ -124,7 +124,7 @@ def test_a_local_data_set_is_no_data_set_of_the_hub(folder):
     assert "| fingerprint | `0a1b` |" in text
 
 
-def test_what_is_unknown_is_said_to_be_unknown(folder):
+def test_missing_values_are_shown_as_unknown(folder):
     bare = with_changes(data={"path": "user/sentences"}, arguments={}, metrics=[])
     bare["training"] = {"steps": 0, "epochs": 0, "seconds": 0}
     (folder / "history.jsonl").unlink()
@@ -145,7 +145,7 @@ def test_what_is_unknown_is_said_to_be_unknown(folder):
     assert not (folder / "training_curve.png").exists()
 
 
-def test_usage_follows_the_saved_model(folder):
+def test_usage_matches_the_saved_model(folder):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("auto_map")
@@ -163,7 +163,7 @@ def test_usage_follows_the_saved_model(folder):
     assert "AutoModelForSeq2SeqLM.from_pretrained(model_id)\n" in text
 
 
-def test_curve_shows_both_losses_and_the_rate(folder):
+def test_curve_shows_losses_and_learning_rate(folder):
     losses, rates = plot_history(read_history(folder), "tiny").axes
     lines = {line.get_label(): line for line in losses.get_lines()}
     assert set(lines) == {"training", "evaluation"}
@@ -176,7 +176,7 @@ def test_curve_shows_both_losses_and_the_rate(folder):
     assert len({tuple(pixel) for pixel in image[::4, ::4, :3].reshape(-1, 3)}) > 10, "an empty picture"
 
 
-def test_history_keeps_the_last_of_two_rows_and_drops_half_a_line(tmp_path):
+def test_history_keeps_the_last_of_duplicate_rows_and_drops_a_partial_line(tmp_path):
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "evaluation": {"loss": 9.0}}]
     rows += [{"step": 2, "loss": 1.0}]
     lines = [json.dumps(row) for row in rows]
@@ -223,12 +223,12 @@ def test_record_round_trip(tmp_path):
         ({"colour": "red"}, "results has an unknown field colour"),
     ],
 )
-def test_record_names_what_is_wrong(changes, message):
+def test_invalid_record_fields_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         RunRecord.from_dict(with_changes(**changes))
 
 
-def test_a_wrong_file_is_named(tmp_path):
+def test_invalid_file_is_named(tmp_path):
     record = with_changes()
     record.pop("command")
     (tmp_path / "results.json").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""The model card of detectors: the whole text, the code in it runs, and scores are in the curve."""
+"""The model card of detectors: full text, runnable code, and scores in the training curve."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def write_history(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder, as far as its card is concerned."""
+    """The files of a run's folder that its card uses."""
     folder = tmp_path / "pets"
     TfmDetrConfig(architectures=["TfmDetrForObjectDetection"], **SIZES).save_pretrained(folder)
     write_history(folder, "AP", "AP50")
@@ -85,7 +85,7 @@ def test_card_text(folder):
     assert card.data.eval_results[0].metric_value == 0.41234
 
 
-def test_what_training_began_with(folder):
+def test_card_states_the_initial_weights(folder):
     said = {
         "trained from scratch except for timm's pretrained backbone `test_resnet`, for": {},
         "trained from scratch for object-detection": {"arguments": {"pretrained_backbone": False}},
@@ -112,7 +112,7 @@ def save_model(folder: Path, kind: str) -> None:
         owner = TfmDetrForPanopticSegmentation if kind == "panoptic" else TfmDetrForObjectDetection
         model = owner(TfmDetrConfig(**SIZES))
         head = model.detr.class_labels_classifier if kind == "panoptic" else model.class_labels_classifier
-    head.weight.zero_(), head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))  # sure of dogs
+    head.weight.zero_(), head.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))  # confident in class "dog"
     if kind == "panoptic":
         model.mask_head.last.weight.zero_(), model.mask_head.last.bias.fill_(5.0)  # everywhere
     model.save_pretrained(folder)
@@ -120,7 +120,7 @@ def save_model(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["detection", "panoptic", "native"])
-def test_the_code_in_the_card_runs(kind, folder, tmp_path, capsys, monkeypatch):
+def test_code_in_the_card_runs(kind, folder, tmp_path, capsys, monkeypatch):
     shutil.rmtree(folder)
     folder.mkdir()
     save_model(folder, kind)

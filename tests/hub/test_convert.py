@@ -1,4 +1,4 @@
-"""A model trained here ships as a stock class, and comes back unchanged."""
+"""A model trained here converts to a native class and back unchanged."""
 
 import dataclasses
 import hashlib
@@ -54,14 +54,14 @@ BOTH = pytest.mark.parametrize("to", STOCK)
 
 
 def own_fields(config_class) -> set[str]:
-    """The fields that a configuration class adds to `PreTrainedConfig`."""
+    """Fields that a configuration class adds to `PreTrainedConfig`."""
     return {field.name for field in dataclasses.fields(config_class)} - {
         field.name for field in dataclasses.fields(PreTrainedConfig)
     }
 
 
 def ours(to: str = "marian", **fields) -> TfmTransformerForConditionalGeneration:
-    """A random model with the order of norms that the class ``to`` has."""
+    """A random model with the norm order of class ``to``."""
     fields = {**TINY, "norm_first": to == "pegasus", **fields}
     return randomize(TfmTransformerForConditionalGeneration(TfmTransformerConfig(**fields)))
 
@@ -99,7 +99,7 @@ def logits(model, seed: int = 7) -> torch.Tensor:
 
 
 def assert_same_weights(first, second):
-    """Both folders hold the same tensors, bit for bit."""
+    """Both folders hold bit-equal tensors."""
     first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
@@ -107,7 +107,7 @@ def assert_same_weights(first, second):
 
 @BOTH
 @pytest.mark.parametrize("fields", SIZES)
-def test_the_name_table_leaves_no_key_over(fields, to):
+def test_name_table_covers_every_key(fields, to):
     conversion, _, model_class, _ = STOCK[to]
     config = TfmTransformerConfig(**fields, norm_first=to == "pegasus")
     table = conversion.names(config)
@@ -118,8 +118,8 @@ def test_the_name_table_leaves_no_key_over(fields, to):
 
 
 @BOTH
-def test_every_field_of_both_configurations_is_accounted_for(to):
-    """A field added to either class must be given a place in the tables, or be refused."""
+def test_every_field_of_both_configurations_is_covered(to):
+    """A field added to either class must be added to the tables or be refused."""
     _, side, _, config_class = STOCK[to]
     # The last two are set by the class and by the weights: see to_theirs and to_ours.
     settled = {*side.fields, *tables.OURS_FIXED, *tables.OURS_CARRIED, "norm_first", "output_bias"}
@@ -131,26 +131,26 @@ def test_every_field_of_both_configurations_is_accounted_for(to):
 
 @BOTH
 @pytest.mark.parametrize("fields", SIZES)
-def test_ours_to_stock_and_back(tmp_path, fields, to):
+def test_ours_to_native_and_back(tmp_path, fields, to):
     model = ours(to, **fields, label_smoothing=0.05, mask_token_id=3)
     model.generation_config.update(num_beams=2, length_penalty=0.6)
     model.save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", to, tmp_path / to)
     converted = STOCK[to][2].from_pretrained(tmp_path / to)
     expected = logits(model)
-    assert expected.abs().max() > 1, "logits too small for the comparison to mean much"
+    assert expected.abs().max() > 1, "logits too small for a meaningful comparison"
     torch.testing.assert_close(logits(converted), expected, rtol=0, atol=1e-5)
     assert certificate["max_abs_difference"] <= certificate["tolerance"]
     assert certificate["greedy_tokens_equal"] is True
     assert converted.generation_config.length_penalty == 0.6
-    # The classes' own defaults would force a token at the greatest length.
+    # The classes' own defaults would force a token at the maximum length.
     assert converted.config.forced_eos_token_id is converted.generation_config.forced_eos_token_id is None
 
     convert(tmp_path / to, "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     for name in ("config.json", "generation_config.json"):
         before, after = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ours", "back"))
-        after.pop("init_std", None)  # theirs, and without effect here
+        after.pop("init_std", None)  # native fields without effect here
         assert before == after
 
 
@@ -159,7 +159,7 @@ def test_ours_to_stock_and_back(tmp_path, fields, to):
     "fields",
     [{}, {"scale_embedding": True, "activation_function": "relu"}, {"eos_token_id": 5, "forced_eos_token_id": 5}],
 )
-def test_stock_to_ours_and_back(tmp_path, fields, to):
+def test_native_to_ours_and_back(tmp_path, fields, to):
     model = stock(to, **fields)
     model.save_pretrained(tmp_path / to)
     convert(str(tmp_path / to), "tfm", str(tmp_path / "ours"))
@@ -173,8 +173,8 @@ def test_stock_to_ours_and_back(tmp_path, fields, to):
 
 
 @BOTH
-def test_a_bias_on_the_logits_goes_along(tmp_path, to):
-    """OPUS-MT's models have one, and its settings: the padding token, which is the last one, starts the target."""
+def test_logits_bias_is_converted(tmp_path, to):
+    """OPUS-MT models have one, and special settings: the padding token, the last one, starts the target."""
     fields = {"activation_function": "swish", "scale_embedding": True, "static_position_embeddings": True}
     model = stock(to, **fields, max_position_embeddings=512, eos_token_id=0, forced_eos_token_id=0)
     model.generation_config.bad_words_ids = [[299]]
@@ -187,7 +187,7 @@ def test_a_bias_on_the_logits_goes_along(tmp_path, to):
     expected = logits(model)
     torch.testing.assert_close(logits(converted), expected, rtol=0, atol=1e-5)
     converted.lm_head.bias.data.zero_()
-    assert (logits(converted) - expected).abs().max() > 1, "the comparison above must feel the bias"
+    assert (logits(converted) - expected).abs().max() > 1, "the bias must affect the comparison above"
 
     convert(tmp_path / "ours", to, tmp_path / "back")
     assert_same_weights(tmp_path / to, tmp_path / "back")
@@ -198,7 +198,7 @@ def test_a_bias_on_the_logits_goes_along(tmp_path, to):
 
 
 @BOTH
-def test_half_precision_weights_keep_their_bits(tmp_path, to):
+def test_half_precision_weights_are_bit_equal(tmp_path, to):
     ours(to).to(torch.bfloat16).save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", to, tmp_path / to)
     assert certificate["inputs"]["dtype"] == "float32"
@@ -209,7 +209,7 @@ def test_half_precision_weights_keep_their_bits(tmp_path, to):
 
 @BOTH
 def test_position_tables_may_be_missing(tmp_path, to):
-    """Older files of Pegasus, and every one of Marian, leave them to the class."""
+    """Older files of Pegasus, and all of Marian, leave them to the class."""
     model = stock(to)
     model.save_pretrained(tmp_path / to)
     path = tmp_path / to / "model.safetensors"
@@ -221,7 +221,7 @@ def test_position_tables_may_be_missing(tmp_path, to):
 
 
 @BOTH
-def test_it_loads_as_a_stock_class_without_the_package(tmp_path, to):
+def test_it_loads_as_a_native_class_without_the_package(tmp_path, to):
     model, tokenizer = ours(to, output_bias=True), tiny_tokenizer()
     model.save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
@@ -278,10 +278,10 @@ def test_certificate(tmp_path, to):
     assert certificate["tokenizer_equal"] is None
     assert len(set(certificate["inputs"]["source_lengths"])) > 2, "several lengths, so padding is in the check"
     assert certificate["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert str(tmp_path) not in json.dumps(certificate), "a certificate travels: no paths of this machine"
+    assert str(tmp_path) not in json.dumps(certificate), "certificates must not contain local paths"
 
 
-def test_the_card_of_a_converted_model_is_true_for_it(tmp_path):
+def test_card_of_a_converted_model(tmp_path):
     ours().save_pretrained(tmp_path / "ours")
     RunRecord.from_dict(RECORD).save(tmp_path / "ours")
     write_history(tmp_path / "ours")

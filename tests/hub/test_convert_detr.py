@@ -1,4 +1,4 @@
-"""DETR ships as transformers' classes and under its authors' names, and comes back."""
+"""DETR converts to transformers' classes and to its authors' names, and back."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from convert_helpers import config_of
-from detr_helpers import AUTHORS, PANOPTIC, STOCK, TINY, answers, assert_equal_answers, authors_weights, drawn, ours
+from detr_helpers import AUTHORS, PANOPTIC, STOCK, TINY, assert_same_outputs, authors_weights, drawn, ours, outputs_of
 from hub_helpers import run_python
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,11 +24,11 @@ from hf_tfm.conversion import convert
         {"dropout": 0.3, "backbone_frozen_stages": 2},
         {"position_embedding_type": "learned", "activation_function": "gelu", "num_channels": 1},
         {"backbone": "resnet14t", "dilation": True, "auxiliary_loss": False, "bbox_cost": 4.0},
-        {"backbone": "convnext_atto"},  # four maps and no stem among them
+        {"backbone": "convnext_atto"},  # four feature maps without a stem
     ],
     ids=str,
 )
-def test_ours_to_stock_and_back(tmp_path, model_class, fields):
+def test_ours_to_native_and_back(tmp_path, model_class, fields):
     model = ours(model_class, **fields)
     model.save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", "detr", tmp_path / "detr")
@@ -36,8 +36,8 @@ def test_ours_to_stock_and_back(tmp_path, model_class, fields):
     stock = their_class.from_pretrained(tmp_path / "detr")
     assert config_of(tmp_path / "detr")["architectures"] == [their_class.__name__]
     assert "auto_map" not in config_of(tmp_path / "detr") and not list((tmp_path / "detr").glob("*.py"))
-    expected = answers(model, channels)
-    assert_equal_answers(answers(stock, channels), expected)
+    expected = outputs_of(model, channels)
+    assert_same_outputs(outputs_of(stock, channels), expected)
     assert certificate["differences"].keys() == expected.keys()
     assert certificate["max_abs_difference"] <= certificate["tolerance"]
     assert certificate["inputs"]["pixel_values"] == [3, channels, 160, 224]
@@ -47,13 +47,13 @@ def test_ours_to_stock_and_back(tmp_path, model_class, fields):
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     before, after = config_of(tmp_path / "ours"), config_of(tmp_path / "back")
     for field in ("encoder_layerdrop", "decoder_layerdrop", "init_std"):
-        after.pop(field)  # theirs, and without effect here
+        after.pop(field)  # native fields without effect here
     assert before == after
 
 
 @pytest.mark.parametrize("to", ["detr", "detr_authors"])
-def test_batch_norms_ship_as_frozen_ones(to, tmp_path):
-    """Which is what they compute in evaluation; on the way back they stay frozen."""
+def test_batch_norms_are_converted_to_frozen_ones(to, tmp_path):
+    """They are equal in evaluation mode; converted back they stay frozen."""
     model = ours(fields=AUTHORS, backbone_norm="batch")
     model.save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", to, tmp_path / to)
@@ -61,18 +61,18 @@ def test_batch_norms_ship_as_frozen_ones(to, tmp_path):
     convert(tmp_path / to, "tfm", tmp_path / "back")
     back = TfmDetrForObjectDetection.from_pretrained(tmp_path / "back")
     assert back.config.backbone_norm == "frozen"
-    assert_equal_answers(answers(back), answers(model))
+    assert_same_outputs(outputs_of(back), outputs_of(model))
 
 
 @pytest.mark.parametrize("model_class", STOCK, ids=lambda c: c.__name__)
-def test_stock_to_ours_and_back(tmp_path, model_class):
-    """A native model knows nothing of us: what we add trains as in the paper."""
+def test_native_to_ours_and_back(tmp_path, model_class):
+    """A native model has none of our fields: they get the paper's training settings."""
     their_class = STOCK[model_class]
     model = drawn(their_class(DetrConfig(**TINY, encoder_layerdrop=0.1)))
     model.save_pretrained(tmp_path / "detr")
     convert(tmp_path / "detr", "tfm", tmp_path / "ours")
     converted = model_class.from_pretrained(tmp_path / "ours")
-    assert_equal_answers(answers(converted), answers(model))
+    assert_same_outputs(outputs_of(converted), outputs_of(model))
     assert converted.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
     assert converted.config.auxiliary_loss and converted.config.attention_dropout == 0.0
     frozen = [name for name, parameter in converted.named_parameters() if not parameter.requires_grad]
@@ -88,8 +88,8 @@ def test_stock_to_ours_and_back(tmp_path, model_class):
         assert after[field] == before[field], field
 
 
-def test_a_stock_model_serves_the_pipelines_without_the_package(tmp_path):
-    """Both of transformers, with the image processor that was saved beside ours."""
+def test_native_model_works_in_pipelines_without_the_package(tmp_path):
+    """In both of transformers' pipelines, with the image processor saved by us."""
     for name, model_class in (("detector", TfmDetrForObjectDetection), ("panoptic", TfmDetrForPanopticSegmentation)):
         ours(model_class).save_pretrained(tmp_path / f"{name}-ours")
         DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path / f"{name}-ours")
@@ -114,7 +114,7 @@ print(json.dumps({"objects": found, "segments": [[s["label"], list(s["mask"].siz
     assert len(found["objects"]) == 7 and {each["label"] for each in found["objects"]} <= {"cat", "dog", "owl"}
     assert found["objects"][0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
     assert found["segments"] and all(size == [80, 60] for _, size in found["segments"])
-    # Ours, with the same processor, finds the same.
+    # Our model with the same processor gives the same detections.
     image = Image.radial_gradient("L").convert("RGB").resize((80, 60))
     own = pipeline("object-detection", str(tmp_path / "detector-ours"))(image, threshold=0.0)
     assert [(each["label"], each["box"]) for each in own] == [(e["label"], e["box"]) for e in found["objects"]]
@@ -140,7 +140,7 @@ def test_ours_to_the_authors_names_and_back(tmp_path, model_class, fields):
     convert(tmp_path / "theirs", "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "back")
-    # As a pickle beside the config.json that says the number of heads.
+    # As a pickle next to a config.json that gives the number of heads.
     torch.save({"model": found}, tmp_path / "theirs" / "checkpoint.pth")
     convert(tmp_path / "theirs" / "checkpoint.pth", "tfm", tmp_path / "again")
     assert_same_weights(tmp_path / "ours", tmp_path / "again")
@@ -151,7 +151,7 @@ def test_ours_to_the_authors_names_and_back(tmp_path, model_class, fields):
     [{"norm_first": True}, {"position_embedding_type": "learned"}, {"backbone": "resnet50", "dilation": True}],
     ids=str,
 )
-def test_what_only_their_program_builds(tmp_path, fields):
+def test_options_supported_only_by_the_authors(tmp_path, fields):
     model = ours(fields=AUTHORS, **fields)
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", "detr_authors", tmp_path / "theirs")
@@ -162,8 +162,8 @@ def test_what_only_their_program_builds(tmp_path, fields):
 
 @CASES
 @pytest.mark.parametrize("published", [True, False])
-def test_a_file_of_the_authors(tmp_path, model_class, fields, published):
-    """Published ones hold weights alone, those of a training also the command line."""
+def test_file_of_the_authors(tmp_path, model_class, fields, published):
+    """Published files hold only weights, those of a training run also the command-line arguments."""
     fields = {**fields, "d_model": 256, "encoder_layers": 1, "decoder_layers": 2, "dilation": fields is PANOPTIC}
     heads = 8 if published else 16
     model = ours(model_class, fields, encoder_attention_heads=heads, decoder_attention_heads=heads)
@@ -178,10 +178,10 @@ def test_a_file_of_the_authors(tmp_path, model_class, fields, published):
     converted = model_class.from_pretrained(tmp_path / "ours")
     assert converted.config.dilation is fields["dilation"] and converted.config.num_labels == 3
     assert converted.config.encoder_attention_heads == heads
-    assert_equal_answers(answers(converted), answers(model))
+    assert_same_outputs(outputs_of(converted), outputs_of(model))
 
 
-def test_certificates_say_what_was_run(tmp_path):
+def test_certificates_state_the_checks(tmp_path):
     ours().save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", "detr", tmp_path / "detr")
     certificate = json.loads((tmp_path / "detr" / "parity_certificate.json").read_text())

@@ -1,4 +1,4 @@
-"""DETRs that cannot be converted are refused by name and value, and nothing is left behind."""
+"""DETR models that cannot be converted are refused with field and value, and no output is left."""
 
 import argparse
 from dataclasses import replace
@@ -35,7 +35,7 @@ from hf_tfm.conversion.detr_authors import DETR_AUTHORS
     ],
     ids=str,
 )
-def test_what_they_cannot_express_is_refused(tmp_path, to, fields, message):
+def test_fields_without_a_native_equivalent_are_refused(tmp_path, to, fields, message):
     ours(fields=AUTHORS, **fields).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "ours", to, tmp_path / to)
@@ -50,13 +50,13 @@ def test_what_they_cannot_express_is_refused(tmp_path, to, fields, message):
     ],
     ids=str,
 )
-def test_masks_that_their_program_cannot_make_are_refused(tmp_path, fields, message):
+def test_mask_heads_that_the_authors_cannot_build_are_refused(tmp_path, fields, message):
     ours(TfmDetrForPanopticSegmentation, PANOPTIC, **fields).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "ours", "detr_authors", tmp_path / "theirs")
 
 
-def test_what_we_cannot_express_is_refused(tmp_path):
+def test_native_fields_without_an_equivalent_here_are_refused(tmp_path):
     drawn(DetrForObjectDetection(DetrConfig(**TINY, auxiliary_loss=True))).save_pretrained(tmp_path / "auxiliary")
     with pytest.raises(ValueError, match="auxiliary_loss=True feeds layer-normed states into the next decoder layer"):
         convert(tmp_path / "auxiliary", "tfm", tmp_path / "out")
@@ -76,13 +76,13 @@ def test_what_we_cannot_express_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["regnetx_002", "mobilenetv3_small_050", "nasnetalarge"])
-def test_a_backbone_with_other_norms_is_refused(backbone):
+def test_backbone_with_other_norms_is_refused(backbone):
     with pytest.raises(ValueError, match=f"cannot express backbone='{backbone}': when transformers freezes its norms"):
         to_detr(TfmDetrConfig(backbone=backbone))
 
 
-def test_a_difference_is_refused(tmp_path, monkeypatch):
-    """Queries and keys the wrong way round have the same shapes."""
+def test_different_outputs_are_refused(tmp_path, monkeypatch):
+    """Swapped queries and keys have the same shapes."""
 
     def wrong(config: TfmDetrConfig) -> dict[str, str]:
         table = DETR_AUTHORS.names(config)

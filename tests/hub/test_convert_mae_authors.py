@@ -1,4 +1,4 @@
-"""Files with the names of the masked autoencoder's authors."""
+"""Files with the names used by the authors of the masked autoencoder."""
 
 import argparse
 
@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 from convert_helpers import (
-    answers,
-    assert_equal_answers,
+    assert_same_outputs,
     authors_weights,
     config_of,
     ours,
+    outputs_of,
     timm_vit,
 )
 from safetensors.torch import load_file
@@ -23,13 +23,13 @@ from hf_tfm import (
 )
 from hf_tfm.conversion import convert
 
-# Of a width that they published, so that the number of heads is known; the decoder has always 16.
+# A width of a published model, so that the number of heads is known; the decoder always has 16.
 PUBLISHED = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 64}
 PUBLISHED_DECODER = {"decoder_num_attention_heads": 16, "decoder_hidden_size": 64, "decoder_intermediate_size": 32}
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_a_file_of_the_authors(tmp_path, norm_pix_loss):
+def test_file_of_the_authors(tmp_path, norm_pix_loss):
     model = ours(TfmMAEForPreTraining, **PUBLISHED, **PUBLISHED_DECODER, norm_pix_loss=norm_pix_loss)
     arguments = argparse.Namespace(norm_pix_loss=norm_pix_loss, blr=1.5e-4)
     torch.save({"model": authors_weights(model), "args": arguments, "epoch": 800}, tmp_path / "mae.pth")
@@ -40,7 +40,7 @@ def test_a_file_of_the_authors(tmp_path, norm_pix_loss):
     assert converted.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in converted.state_dict().items())
     assert converted.config.norm_pix_loss is norm_pix_loss
-    assert_equal_answers(answers(converted, (3, 32, 32), True), answers(model, (3, 32, 32), True))
+    assert_same_outputs(outputs_of(converted, (3, 32, 32), True), outputs_of(model, (3, 32, 32), True))
 
 
 def test_ours_to_the_authors_names_and_back(tmp_path):
@@ -58,14 +58,14 @@ def test_ours_to_the_authors_names_and_back(tmp_path):
     convert(tmp_path / "theirs", "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "back")
-    # As a pickle beside the config.json that says the number of heads.
+    # As a pickle next to a config.json that gives the number of heads.
     torch.save({"model": found}, tmp_path / "theirs" / "checkpoint.pth")
     convert(tmp_path / "theirs" / "checkpoint.pth", "tfm", tmp_path / "again")
     assert_same_weights(tmp_path / "ours", tmp_path / "again")
 
 
-def test_the_authors_encoder_is_timms(tmp_path):
-    """Their files open in timm: so the order of queries, keys and values is one that others agree on."""
+def test_the_authors_encoder_loads_in_timm(tmp_path):
+    """timm reads their files, which confirms the order of queries, keys and values independently."""
     model = ours(TfmMAEModel, mask_ratio=0.0)
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", "mae_authors", tmp_path / "theirs")
@@ -85,11 +85,11 @@ def test_the_authors_encoder_is_timms(tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_fine_tuned_file_of_the_authors_is_a_classifier(tmp_path, pooling):
+def test_fine_tuned_file_of_the_authors_is_a_classifier(tmp_path, pooling):
     arguments = {"embed_dim": 192, "num_heads": 3, "global_pool": "avg" if pooling == "mean" else "token"}
     model = timm_vit(**arguments)
     torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")
     convert(tmp_path / "tuned.pth", "tfm", tmp_path / "ours")
     converted = TfmViTForImageClassification.from_pretrained(tmp_path / "ours")
     assert converted.config.pooling == pooling
-    assert_equal_answers(answers(converted, (3, 64, 64)), answers(model, (3, 64, 64)))
+    assert_same_outputs(outputs_of(converted, (3, 64, 64)), outputs_of(model, (3, 64, 64)))

@@ -1,4 +1,4 @@
-"""What cannot be converted is refused with its reason, and nothing is left behind."""
+"""Models that cannot be converted are refused with the reason, and no output is left."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from hf_tfm.conversion.marian_pegasus import MARIAN
         ({"decoder_start_token_id": None}, "decoder_start_token_id=None"),
     ],
 )
-def test_what_they_cannot_express_is_refused(tmp_path, fields, message, to):
+def test_fields_without_a_native_equivalent_are_refused(tmp_path, fields, message, to):
     ours(to, **fields).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=f"{to} cannot express {message}"):
         convert(tmp_path / "ours", to, tmp_path / to)
@@ -31,7 +31,7 @@ def test_what_they_cannot_express_is_refused(tmp_path, fields, message, to):
 
 
 @pytest.mark.parametrize(("norm_first", "to", "other"), [(True, "marian", "pegasus"), (False, "pegasus", "marian")])
-def test_the_other_order_of_norms_is_refused_and_its_class_named(tmp_path, norm_first, to, other):
+def test_other_norm_order_is_refused_with_the_right_class(tmp_path, norm_first, to, other):
     ours(norm_first=norm_first).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=f"{to} cannot express norm_first={norm_first}: convert to {other}"):
         convert(tmp_path / "ours", to, tmp_path / "out")
@@ -53,16 +53,16 @@ def test_the_other_order_of_norms_is_refused_and_its_class_named(tmp_path, norm_
         ("marian", {"encoder_layerdrop": 0.1}, "encoder_layerdrop=0.1"),
     ],
 )
-def test_what_we_cannot_express_is_refused(tmp_path, to, fields, message):
+def test_native_fields_without_an_equivalent_here_are_refused(tmp_path, to, fields, message):
     stock(to, **fields).save_pretrained(tmp_path / to)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / to, "tfm", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == [to]
 
 
-def test_a_difference_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+def test_different_outputs_are_refused_and_no_output_is_left(tmp_path, monkeypatch):
     def swapped(config):
-        """Encoder queries as keys and keys as queries of the first layer: same shapes, another function."""
+        """Swap encoder queries and keys of the first layer, which have the same shapes."""
         table = MARIAN.names(config)
         query, key = (f"model.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qk")
         table[query], table[key] = table[key], table[query]
@@ -75,7 +75,7 @@ def test_a_difference_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path):
+def test_incomplete_checkpoint_is_refused(tmp_path):
     ours().save_pretrained(tmp_path / "ours")
     path = tmp_path / "ours" / "model.safetensors"
     weights = load_file(path)

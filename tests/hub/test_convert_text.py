@@ -1,4 +1,4 @@
-"""BERT and GPT ship as transformers' classes and under the names of TinyBERT's authors, and come back."""
+"""BERT and GPT convert to transformers' classes and to the names of TinyBERT's authors, and back."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from convert_helpers import config_of
 from hub_helpers import run_python
 from safetensors.torch import load_file, save_file
 from test_convert import assert_same_weights
-from text_helpers import BY_NAME, SHAPE, WORDS, answers, assert_equal_answers, ours, theirs, tokenizer
+from text_helpers import BY_NAME, SHAPE, WORDS, assert_same_outputs, ours, outputs_of, theirs, tokenizer
 from transformers import AutoTokenizer, BertModel, GPT2LMHeadModel, pipeline
 
 import hf_tfm
@@ -19,14 +19,14 @@ from hf_tfm import TfmBertForPreTraining, TfmBertForSequenceClassification, TfmB
 from hf_tfm.conversion import convert
 
 EVERY = pytest.mark.parametrize("name", BY_NAME)
-# Theirs, and without effect here.
+# Native fields without effect here.
 DISTILBERT_ONLY = ("seq_classif_dropout", "qa_dropout", "sinusoidal_pos_embds", "classifier_dropout")
 GPT2_ONLY = ("reorder_and_upcast_attn", "summary_")
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ours_to_theirs_and_back(tmp_path, name, dtype):
+def test_ours_to_native_and_back(tmp_path, name, dtype):
     conversion = BY_NAME[name]
     model = ours(conversion, hidden_dropout_prob=0.3, activation_dropout=0.2).to(dtype)
     model.save_pretrained(tmp_path / "ours")
@@ -38,8 +38,8 @@ def test_ours_to_theirs_and_back(tmp_path, name, dtype):
     assert {weight.dtype for weight in load_file(tmp_path / "theirs" / "model.safetensors").values()} == {dtype}
     assert config_of(tmp_path / "theirs")["architectures"] == [conversion.theirs.__name__]
     assert "auto_map" not in config_of(tmp_path / "theirs") and not list((tmp_path / "theirs").glob("*.py"))
-    expected = answers(model.float())
-    assert_equal_answers(answers(there), expected)
+    expected = outputs_of(model.float())
+    assert_same_outputs(outputs_of(there), expected)
     assert certificate["differences"].keys() == expected.keys()
     assert certificate["max_abs_difference"] <= certificate["tolerance"]
     assert certificate["inputs"]["lengths"] == [1, 7, 19, 32]
@@ -49,13 +49,13 @@ def test_ours_to_theirs_and_back(tmp_path, name, dtype):
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     before, after = config_of(tmp_path / "ours"), config_of(tmp_path / "back")
     added = [field for field in after.keys() - before.keys() if field.startswith((*DISTILBERT_ONLY, *GPT2_ONLY))]
-    for field in {*added, "classifier_dropout"}:  # None here and the same number written out there mean the same
+    for field in {*added, "classifier_dropout"}:  # None here and the resolved number there are equivalent
         after.pop(field, None), before.pop(field, None)
     assert before == after
 
 
 @EVERY
-def test_theirs_to_ours_and_back(tmp_path, name):
+def test_native_to_ours_and_back(tmp_path, name):
     conversion = BY_NAME[name]
     fields = {"gpt2": {"n_inner": 40, "layer_norm_epsilon": 1e-3}, "distilbert": {"activation": "relu"}}
     model = theirs(conversion, **fields.get(conversion.name, {"hidden_act": "relu"}))
@@ -63,18 +63,18 @@ def test_theirs_to_ours_and_back(tmp_path, name):
     convert(tmp_path / "theirs", "tfm", tmp_path / "ours")
     converted, report = conversion.ours.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_equal_answers(answers(converted), answers(model))
+    assert_same_outputs(outputs_of(converted), outputs_of(model))
     assert converted.config.id2label == model.config.id2label
     convert(tmp_path / "ours", conversion.name, tmp_path / "back")
     assert_same_weights(tmp_path / "theirs", tmp_path / "back")
     before, after = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
-    for field in ("activation_dropout", "pooler", "classifier_dropout"):  # ours, and without effect there
+    for field in ("activation_dropout", "pooler", "classifier_dropout"):  # our fields without effect there
         after.pop(field, None), before.pop(field, None)
     assert before == after
 
 
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name.startswith("distilbert")])
-def test_the_table_leaves_no_weight_over(name):
+def test_table_covers_every_weight(name):
     conversion = BY_NAME[name]
     model = ours(conversion)
     table = conversion.names(model.config)
@@ -82,7 +82,7 @@ def test_the_table_leaves_no_weight_over(name):
     assert set(table.values()) == theirs(conversion).state_dict().keys() and len(set(table.values())) == len(table)
 
 
-def test_without_a_pooler_or_without_tied_words(tmp_path):
+def test_without_pooler_or_with_untied_embeddings(tmp_path):
     conversion = BY_NAME["bert-TfmBertModel"]
     model = BertModel(theirs(conversion).config, add_pooling_layer=False)
     model.save_pretrained(tmp_path / "bert")
@@ -95,15 +95,15 @@ def test_without_a_pooler_or_without_tied_words(tmp_path):
     assert "lm_head.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
 
 
-def test_a_classifier_that_knows_no_padding(tmp_path):
-    """GPT-2 then reads the last token whatever the mask says, and takes one text at a time."""
+def test_classifier_without_padding_token(tmp_path):
+    """GPT-2 then reads the last token regardless of the mask, and accepts one text at a time."""
     conversion = BY_NAME["gpt2-TfmGPTForSequenceClassification"]
     ours(conversion, pad_token_id=None).save_pretrained(tmp_path / "ours")
     assert convert(tmp_path / "ours", "gpt2", tmp_path / "gpt2")["inputs"]["lengths"] == [32]
 
 
-def test_files_as_the_first_bert_was_published(tmp_path):
-    """A pickle whose class names one head of two, norms that say gamma and beta, a buffer, and just vocab.txt."""
+def test_files_of_the_original_bert_release(tmp_path):
+    """A pickle whose config names one of two heads, norms with gamma and beta, a buffer, and only vocab.txt."""
     model = theirs(BY_NAME["bert-TfmBertForPreTraining"])
     model.save_pretrained(tmp_path / "new")
     weights = load_file(tmp_path / "new" / "model.safetensors")
@@ -120,18 +120,18 @@ def test_files_as_the_first_bert_was_published(tmp_path):
     certificate = convert(tmp_path / "old", "tfm", tmp_path / "ours")
     assert certificate["target"]["class"] == "TfmBertForPreTraining"
     assert list(certificate["source"]["weights"]) == ["pytorch_model.bin"]
-    assert_equal_answers(answers(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), answers(model))
+    assert_same_outputs(outputs_of(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), outputs_of(model))
     words = AutoTokenizer.from_pretrained(tmp_path / "ours").tokenize("The one baed")
     assert words == ["the", "one", "[UNK]"]
-    # But for the names of norms, our classes read such files as they are.
+    # Except for the norm names, our classes read such files directly.
     weights["bert.embeddings.position_ids"] = renamed["bert.embeddings.position_ids"]
     save_file(weights, tmp_path / "new" / "model.safetensors", {"format": "pt"})
     direct, report = TfmBertForPreTraining.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert_equal_answers(answers(direct), answers(model))
+    assert_same_outputs(outputs_of(direct), outputs_of(model))
 
 
-def test_older_files_hold_weights_that_nothing_reads(tmp_path):
+def test_unused_weights_of_older_files_are_ignored(tmp_path):
     conversion = BY_NAME["bert-TfmBertForTokenClassification"]
     model = theirs(conversion)
     model.save_pretrained(tmp_path / "bert")
@@ -139,11 +139,13 @@ def test_older_files_hold_weights_that_nothing_reads(tmp_path):
     extra = {"bert.pooler.dense.weight": torch.ones(32, 32), "bert.pooler.dense.bias": torch.ones(32)}
     save_file({**load_file(path), **extra}, path, {"format": "pt"})
     convert(tmp_path / "bert", "tfm", tmp_path / "ours")
-    assert_equal_answers(answers(TfmBertForTokenClassification.from_pretrained(tmp_path / "ours")), answers(model))
+    assert_same_outputs(
+        outputs_of(TfmBertForTokenClassification.from_pretrained(tmp_path / "ours")), outputs_of(model)
+    )
 
 
-def test_files_as_gpt2_was_published(tmp_path):
-    """The decoder's names without the head's prefix, and with the causal masks."""
+def test_files_of_the_original_gpt2_release(tmp_path):
+    """The decoder's names without the head's prefix, and with causal mask buffers."""
     conversion = BY_NAME["gpt2-TfmGPTForCausalLM"]
     model = theirs(conversion)
     model.transformer.save_pretrained(tmp_path / "gpt2")
@@ -154,14 +156,14 @@ def test_files_as_gpt2_was_published(tmp_path):
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(told))
     convert(tmp_path / "gpt2", "tfm", tmp_path / "ours")
     converted = hf_tfm.TfmGPTForCausalLM.from_pretrained(tmp_path / "ours")
-    assert_equal_answers(answers(converted), answers(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")))
+    assert_same_outputs(outputs_of(converted), outputs_of(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")))
     direct, report = hf_tfm.TfmGPTForCausalLM.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
-    assert_equal_answers(answers(direct), answers(converted))
+    assert_same_outputs(outputs_of(direct), outputs_of(converted))
 
 
 def authors_folder(folder: Path, labels: int | None, fit_size: int = 48):
-    """A student as TinyBERT's authors' program saves it, and the logits of its classifier, written out by hand."""
+    """A student as saved by the TinyBERT authors' program, and its classifier's logits, written out by hand."""
     torch.manual_seed(3)
     name = "TfmBertForSequenceClassification" if labels else "TfmBertForPreTraining"
     kind = BY_NAME[f"bert-{name}"]
@@ -181,12 +183,12 @@ def authors_folder(folder: Path, labels: int | None, fit_size: int = 48):
 
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [1, 2, 5])
-def test_a_task_student_of_the_tinybert_authors(tmp_path, labels):
+def test_task_student_of_the_tinybert_authors(tmp_path, labels):
     model, weights = authors_folder(tmp_path / "authors", labels)
     ids = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(1))
     pooled = model.bert(ids).pooler_output
     expected = pooled.relu() @ weights["classifier.weight"].T + weights["classifier.bias"]
-    assert (model(ids).logits - expected).abs().max() > 0.1, "transformers' class computes something else"
+    assert (model(ids).logits - expected).abs().max() > 0.1, "transformers' class must differ"
     certificate = convert(tmp_path / "authors", "tfm", tmp_path / "ours")
     assert list(certificate["source"]["weights"]) == ["pytorch_model.bin"]
     converted = TfmBertForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
@@ -207,23 +209,23 @@ def test_a_task_student_of_the_tinybert_authors(tmp_path, labels):
         convert(tmp_path / "ours", "bert", tmp_path / "bert")
 
 
-def test_a_general_student_of_the_tinybert_authors(tmp_path):
+def test_general_student_of_the_tinybert_authors(tmp_path):
     model, weights = authors_folder(tmp_path / "authors", labels=None)
-    # As the Hub has it: with a model type, still without a class.
+    # As on the Hub: with a model type, but without a class.
     told = config_of(tmp_path / "authors") | {"model_type": "bert"}
     (tmp_path / "authors" / "config.json").write_text(json.dumps(told))
     convert(tmp_path / "authors", "tfm", tmp_path / "ours")
-    assert_equal_answers(answers(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), answers(model))
+    assert_same_outputs(outputs_of(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), outputs_of(model))
     convert(tmp_path / "ours", "tinybert", tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")
     tied = {"cls.predictions.decoder.weight"}
     assert found.keys() == weights.keys() - tied and all(torch.equal(found[name], weights[name]) for name in found)
-    convert(tmp_path / "ours", "bert", tmp_path / "bert")  # a BERT like any other
-    assert_equal_answers(answers(type(model).from_pretrained(tmp_path / "bert")), answers(model))
+    convert(tmp_path / "ours", "bert", tmp_path / "bert")  # an ordinary BERT
+    assert_same_outputs(outputs_of(type(model).from_pretrained(tmp_path / "bert")), outputs_of(model))
 
 
 @pytest.mark.parametrize("name", ["bert-TfmBertForSequenceClassification", "distilbert-TfmBertForMaskedLM"])
-def test_the_tokenizer_goes_along(tmp_path, name):
+def test_tokenizer_is_converted(tmp_path, name):
     conversion = BY_NAME[name]
     ours(conversion).save_pretrained(tmp_path / "ours")
     tokenizer().save_pretrained(tmp_path / "ours")
@@ -244,7 +246,7 @@ AUTO_CLASSES = {
 }
 
 
-def test_they_load_as_stock_classes_without_the_package(tmp_path):
+def test_they_load_as_native_classes_without_the_package(tmp_path):
     code = """
 import json
 import torch
@@ -293,8 +295,8 @@ print(json.dumps(found))
         ("gpt2-TfmGPTForCausalLM", "small"),
     ],
 )
-def test_sizes_that_people_use(tmp_path, name, size):
-    """Weights at the scale of trained ones, so that rounding is that of real models."""
+def test_realistic_sizes(tmp_path, name, size):
+    """Weights at the scale of trained ones, so that rounding errors are realistic."""
     conversion = BY_NAME[name]
     fields = {"pooler": "tanh_relu"} if conversion.name == "tinybert" else {}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""BERTs and GPTs that the other side cannot express are refused by name and value, and nothing is left behind."""
+"""BERT and GPT models that cannot be converted are refused with field and value, and no output is left."""
 
 import pytest
 from convert_helpers import config_of
@@ -30,7 +30,7 @@ from hf_tfm.conversion.gpt2 import THEIRS_FIXED
         ("gpt2-TfmGPTModel", {"norm_first": False}, "gpt2 cannot express norm_first=False: it needs True"),
     ],
 )
-def test_what_they_cannot_express_is_refused(tmp_path, name, fields, message):
+def test_fields_without_a_native_equivalent_are_refused(tmp_path, name, fields, message):
     ours(BY_NAME[name], **fields).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "ours", BY_NAME[name].name, tmp_path / "out")
@@ -49,7 +49,7 @@ def test_what_they_cannot_express_is_refused(tmp_path, name, fields, message):
         ),
     ],
 )
-def test_what_we_cannot_express_is_refused(tmp_path, name, fields, message):
+def test_native_fields_without_an_equivalent_here_are_refused(tmp_path, name, fields, message):
     theirs(BY_NAME[name], **fields).save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "theirs", "tfm", tmp_path / "out")
@@ -57,7 +57,7 @@ def test_what_we_cannot_express_is_refused(tmp_path, name, fields, message):
 
 
 @pytest.mark.parametrize("head", [BertForNextSentencePrediction, BertLMHeadModel])
-def test_heads_that_we_lack_are_refused(tmp_path, head):
+def test_unsupported_heads_are_refused(tmp_path, head):
     head(theirs(BY_NAME["bert-TfmBertModel"]).config).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=f'no conversion of a {head.__name__} to "tfm", only of BertModel, '):
         convert(tmp_path / "bert", "tfm", tmp_path / "out")
@@ -65,7 +65,7 @@ def test_heads_that_we_lack_are_refused(tmp_path, head):
         convert(tmp_path / "bert", "gpt2", tmp_path / "out")
 
 
-def test_heads_that_tinybert_lacks_are_refused(tmp_path):
+def test_heads_unsupported_by_tinybert_are_refused(tmp_path):
     ours(BY_NAME["bert-TfmBertForTokenClassification"]).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match='no conversion of a TfmBertForTokenClassification to "tinybert", only of'):
         convert(tmp_path / "ours", "tinybert", tmp_path / "out")
@@ -73,7 +73,7 @@ def test_heads_that_tinybert_lacks_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("back", [False, True])
-def test_an_incomplete_file_is_refused(tmp_path, name, back):
+def test_incomplete_file_is_refused(tmp_path, name, back):
     conversion = BY_NAME[name]
     model = theirs(conversion) if back else ours(conversion)
     model.save_pretrained(tmp_path / "model")
@@ -85,8 +85,8 @@ def test_an_incomplete_file_is_refused(tmp_path, name, back):
         convert(tmp_path / "model", "tfm" if back else conversion.name, tmp_path / "out")
 
 
-def test_a_difference_is_refused(tmp_path, monkeypatch):
-    """Queries and keys the wrong way round have the same shapes."""
+def test_different_outputs_are_refused(tmp_path, monkeypatch):
+    """Swapped queries and keys have the same shapes."""
     swapped = ((r"self_attn\.q_proj\.", "attention.k_lin."), (r"self_attn\.k_proj\.", "attention.q_lin."))
     monkeypatch.setattr(table, "RENAMES", (*swapped, *table.RENAMES))
     ours(BY_NAME["distilbert-TfmBertForMaskedLM"]).save_pretrained(tmp_path / "ours")
@@ -95,8 +95,8 @@ def test_a_difference_is_refused(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_other_segments_are_felt(tmp_path, monkeypatch):
-    """The check reads several segments and padded texts: what treats them otherwise does not pass."""
+def test_check_covers_token_types(tmp_path, monkeypatch):
+    """The check uses several segments and padded texts, so a model that treats them differently fails."""
     import hf_tfm.conversion as conversions
 
     name = "bert-TfmBertForSequenceClassification"

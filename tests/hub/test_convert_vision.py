@@ -1,4 +1,4 @@
-"""Vision models ship as transformers' classes and come back; what holds for every other library too."""
+"""Vision models convert to transformers' classes and back; also cases common to all other libraries."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ from convert_helpers import (
     LABELS,
     OTHER_SHAPE,
     TINY,
-    answers,
-    assert_equal_answers,
+    assert_same_outputs,
     config_of,
     ours,
+    outputs_of,
     timm_reads,
 )
 from hub_helpers import randomize, run_python
@@ -40,7 +40,7 @@ from hf_tfm.conversion import conversions, convert, parity
 from hf_tfm.hub.results import RunRecord
 from hf_tfm.models.positions import sincos_2d
 
-# Our class, theirs, its configuration, fields.
+# Our class, native class, its configuration, fields.
 STOCK = {
     "vit": (TfmViTForImageClassification, ViTForImageClassification, ViTConfig, {**TINY, **LABELS}),
     "vit base": (TfmViTModel, ViTModel, ViTConfig, {**TINY, "pooler_output_size": 24}),
@@ -51,7 +51,7 @@ PAIRS = pytest.mark.parametrize("pair", STOCK)
 
 
 @PAIRS
-def test_ours_to_stock_and_back(tmp_path, pair):
+def test_ours_to_native_and_back(tmp_path, pair):
     our_class, their_class, _, _ = STOCK[pair]
     to, mae = pair.split()[0], "mae" in pair
     model = ours(our_class, drop_path_rate=0.1, activation_dropout=0.2, hidden_dropout_prob=0.3)
@@ -60,8 +60,8 @@ def test_ours_to_stock_and_back(tmp_path, pair):
     stock = their_class.from_pretrained(tmp_path / to)
     assert config_of(tmp_path / to)["architectures"] == [their_class.__name__]
     assert "auto_map" not in config_of(tmp_path / to) and not list((tmp_path / to).glob("*.py"))
-    expected = answers(model, (3, 32, 32), mae)
-    assert_equal_answers(answers(stock, (3, 32, 32), mae), expected)
+    expected = outputs_of(model, (3, 32, 32), mae)
+    assert_same_outputs(outputs_of(stock, (3, 32, 32), mae), expected)
     assert certificate["max_abs_difference"] <= certificate["tolerance"]
     assert certificate["differences"].keys() == expected.keys()
     assert certificate["target"]["class"] == their_class.__name__
@@ -70,59 +70,59 @@ def test_ours_to_stock_and_back(tmp_path, pair):
     convert(tmp_path / to, "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
     before, after = config_of(tmp_path / "ours"), config_of(tmp_path / "back")
-    after.pop("encoder_stride", None)  # theirs, and without effect here
+    after.pop("encoder_stride", None)  # native fields without effect here
     assert before == after
 
 
 @PAIRS
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-5}])
-def test_stock_to_ours_and_back(tmp_path, pair, fields):
+def test_native_to_ours_and_back(tmp_path, pair, fields):
     our_class, their_class, config_class, plain = STOCK[pair]
     to, mae = pair.split()[0], "mae" in pair
     model = randomize(their_class(config_class(**plain, **fields)), std=0.3)
-    if pair == "vit_mae":  # left at zero by the class itself
+    if pair == "vit_mae":  # initialized with zeros by the class
         model.decoder.decoder_pos_embed.data[:, 1:] = sincos_2d(4, 4, 16)
     model.save_pretrained(tmp_path / to)
     convert(tmp_path / to, "tfm", tmp_path / "ours")
     converted = our_class.from_pretrained(tmp_path / "ours")
-    assert_equal_answers(answers(converted, (3, 32, 32), mae), answers(model, (3, 32, 32), mae))
+    assert_same_outputs(outputs_of(converted, (3, 32, 32), mae), outputs_of(model, (3, 32, 32), mae))
     assert converted.config.id2label == model.config.id2label
     convert(tmp_path / "ours", to, tmp_path / "back")
     assert_same_weights(tmp_path / to, tmp_path / "back")
     before, after = config_of(tmp_path / to), config_of(tmp_path / "back")
-    for field in ("drop_path_rate", "activation_dropout"):  # ours, and without effect there
+    for field in ("drop_path_rate", "activation_dropout"):  # our fields without effect there
         assert after.pop(field) == 0.0
     assert before == after
 
 
-def test_images_that_are_not_square(tmp_path):
+def test_non_square_images(tmp_path):
     model = ours(**OTHER_SHAPE)
     model.save_pretrained(tmp_path / "ours")
     for to in ("vit", "timm"):
         convert(tmp_path / "ours", to, tmp_path / to)
         convert(tmp_path / to, "tfm", tmp_path / f"{to}-back")
         assert_same_weights(tmp_path / "ours", tmp_path / f"{to}-back")
-    expected = answers(model, (1, 24, 40))
-    assert_equal_answers(answers(ViTForImageClassification.from_pretrained(tmp_path / "vit"), (1, 24, 40)), expected)
-    assert_equal_answers(answers(timm_reads(tmp_path / "timm"), (1, 24, 40)), expected)
+    expected = outputs_of(model, (1, 24, 40))
+    assert_same_outputs(outputs_of(ViTForImageClassification.from_pretrained(tmp_path / "vit"), (1, 24, 40)), expected)
+    assert_same_outputs(outputs_of(timm_reads(tmp_path / "timm"), (1, 24, 40)), expected)
 
 
 @pytest.mark.parametrize("kind", ["sincos_2d", "learned_2d"])
 @pytest.mark.parametrize("to", ["vit", "timm"])
-def test_positions_of_every_kind_become_a_learned_table(tmp_path, kind, to):
+def test_all_position_types_become_a_learned_table(tmp_path, kind, to):
     model = ours(position_embedding_type=kind, image_size=[24, 40])
-    expected = answers(model, (3, 24, 40))
+    expected = outputs_of(model, (3, 24, 40))
     model.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", to, tmp_path / to)
     convert(tmp_path / to, "tfm", tmp_path / "back")
     back = TfmViTForImageClassification.from_pretrained(tmp_path / "back")
     assert back.config.position_embedding_type == "learned"
-    assert_equal_answers(answers(back, (3, 24, 40)), expected)
+    assert_same_outputs(outputs_of(back, (3, 24, 40)), expected)
     back.vit.embeddings.position_embeddings.data.zero_()
-    assert (answers(back, (3, 24, 40))["logits"] - expected["logits"]).abs().max() > 0.01, "positions must be felt"
+    assert (outputs_of(back, (3, 24, 40))["logits"] - expected["logits"]).abs().max() > 0.01, "positions must matter"
 
 
-def test_no_pooler_and_no_classifier(tmp_path):
+def test_models_without_pooler_or_classifier(tmp_path):
     randomize(ViTModel(ViTConfig(**TINY), add_pooling_layer=False)).save_pretrained(tmp_path / "vit")
     convert(tmp_path / "vit", "tfm", tmp_path / "ours")
     convert(tmp_path / "ours", "vit", tmp_path / "back")
@@ -135,8 +135,8 @@ def test_no_pooler_and_no_classifier(tmp_path):
         assert_same_weights(tmp_path / "features", tmp_path / f"features-{to}-back")
 
 
-def test_names_of_older_files_of_vit_mae(tmp_path):
-    """The Hub's files name the decoder's blocks as the class does; transformers 5 writes them otherwise."""
+def test_names_in_older_vit_mae_files(tmp_path):
+    """Files on the Hub name the decoder's blocks as the class does; transformers 5 writes other names."""
     ours(TfmMAEForPreTraining).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", "vit_mae", tmp_path / "new")
     convert(tmp_path / "ours", "vit_mae", tmp_path / "old")
@@ -150,7 +150,7 @@ def test_names_of_older_files_of_vit_mae(tmp_path):
 
 
 @pytest.mark.parametrize("pair", ["vit", "vit_mae"])
-def test_it_loads_as_a_stock_class_without_the_package(tmp_path, pair):
+def test_it_loads_as_a_native_class_without_the_package(tmp_path, pair):
     our_class, their_class, _, _ = STOCK[pair]
     model, mae = ours(our_class), pair == "vit_mae"
     model.save_pretrained(tmp_path / "ours")
@@ -188,12 +188,12 @@ print(json.dumps({{
     assert found["model"] == f"transformers.models.{pair}.modeling_{pair}.{their_class.__name__}"
     assert found["labels"] == (None if mae else {"0": "cat", "1": "dog", "2": "owl"})
     assert list(found["mean"]) == [0.1, 0.2, 0.3]
-    expected = answers(model, (3, 32, 32), mae)["logits"]
+    expected = outputs_of(model, (3, 32, 32), mae)["logits"]
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_a_position_table_more_exact_than_the_weights_stays_so(tmp_path):
-    """As after training in bfloat16: from_pretrained leaves the fixed table in float32."""
+def test_float32_position_table_is_kept(tmp_path):
+    """As after training in bfloat16: from_pretrained keeps the fixed table in float32."""
     model = ours(TfmMAEForPreTraining).to(torch.bfloat16)
     tables = ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
     for name in tables:
@@ -216,7 +216,7 @@ def test_a_position_table_more_exact_than_the_weights_stays_so(tmp_path):
     ids=lambda c: f"{c.name}-{c.ours.__name__}",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dtype_and_bits_are_kept(tmp_path, conversion, dtype):
+def test_dtype_and_values_are_kept(tmp_path, conversion, dtype):
     ours(conversion.ours).to(dtype).save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", conversion.name, tmp_path / "theirs")
     assert certificate["inputs"]["dtype"] == "float32"
@@ -227,8 +227,8 @@ def test_dtype_and_bits_are_kept(tmp_path, conversion, dtype):
     assert str(tmp_path) not in json.dumps(certificate)
 
 
-def test_float64_decides_where_float32_is_in_doubt(tmp_path, monkeypatch):
-    """Rounding of a deep model can exceed the tolerance; a wrong weight does so in float64 too."""
+def test_check_falls_back_to_float64(tmp_path, monkeypatch):
+    """Rounding errors of a deep model can exceed the tolerance; a wrong weight fails in float64 too."""
     ours(hidden_size=128, intermediate_size=512, image_size=64, patch_size=16).save_pretrained(tmp_path / "ours")
     monkeypatch.setattr(parity, "TOLERANCE", 1e-12)
     certificate = convert(tmp_path / "ours", "timm", tmp_path / "timm")
@@ -241,8 +241,8 @@ def test_float64_decides_where_float32_is_in_doubt(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_mae", "timm", "mae_authors"))]
 )
-def test_sizes_that_people_use(tmp_path, name, monkeypatch):
-    """ViT-B/16 of 1000 classes, and the masked autoencoder of that size: float32 is exact enough, both ways."""
+def test_realistic_sizes(tmp_path, name, monkeypatch):
+    """ViT-B/16 with 1000 classes, and the masked autoencoder of that size: float32 is accurate enough both ways."""
     monkeypatch.setattr(parity, "IMAGES", 1)
     torch.manual_seed(0)
     our_class, fields = (
@@ -255,7 +255,7 @@ def test_sizes_that_people_use(tmp_path, name, monkeypatch):
         inputs = certificate["inputs"]
         assert inputs["dtype"] == "float32" and inputs["pixel_values"] == [1, 3, 224, 224]
         assert max(certificate["differences"].values()) < 1e-5
-        assert certificate["max_abs_output"] > 0.5, "too small for the comparison to mean much"
+        assert certificate["max_abs_output"] > 0.5, "too small for a meaningful comparison"
         shutil.rmtree(tmp_path / source)
     again = load_file(tmp_path / "back" / "model.safetensors")
     expected = dict(our_class.from_pretrained(tmp_path / "back").state_dict())
@@ -264,7 +264,7 @@ def test_sizes_that_people_use(tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize(("to", "carded"), [("vit", True), ("timm", False)])
-def test_the_record_of_the_run_goes_along(tmp_path, to, carded):
+def test_results_file_is_copied(tmp_path, to, carded):
     ours().save_pretrained(tmp_path / "ours")
     RunRecord.from_dict({**RECORD, "model_type": "tfm_vit"}).save(tmp_path / "ours")
     convert(tmp_path / "ours", to, tmp_path / to)

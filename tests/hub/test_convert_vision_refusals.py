@@ -1,4 +1,4 @@
-"""What cannot be converted is refused by name and value, and nothing is left behind."""
+"""Models that cannot be converted are refused with field and value, and no output is left."""
 
 import pytest
 import timm
@@ -35,7 +35,7 @@ from hf_tfm.conversion import convert
         ("mae_authors", {"decoder_intermediate_size": 32}, "cannot express decoder_intermediate_size=32: it needs 24"),
     ],
 )
-def test_what_they_cannot_express_is_refused(tmp_path, to, fields, message):
+def test_fields_without_a_native_equivalent_are_refused(tmp_path, to, fields, message):
     ours(TfmMAEForPreTraining if "mae" in to else TfmViTForImageClassification, **fields).save_pretrained(
         tmp_path / "ours"
     )
@@ -57,14 +57,14 @@ def test_what_they_cannot_express_is_refused(tmp_path, to, fields, message):
         ({"act_layer": "silu"}, "act_layer='SiLU'"),
     ],
 )
-def test_what_we_cannot_express_of_timm_is_refused(tmp_path, arguments, message):
+def test_timm_fields_without_an_equivalent_here_are_refused(tmp_path, arguments, message):
     save_timm(timm_vit(**arguments), tmp_path / "timm")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "timm", "tfm", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["timm"]
 
 
-def test_other_sources_are_refused(tmp_path):
+def test_unsupported_sources_are_refused(tmp_path):
     ours(TfmViTBackbone).save_pretrained(tmp_path / "backbone")
     with pytest.raises(ValueError, match='no conversion of a TfmViTBackbone to "vit", only of TfmViTForImageClass'):
         convert(tmp_path / "backbone", "vit", tmp_path / "out")
@@ -86,7 +86,7 @@ def test_other_sources_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["blocks.1.attn.qkv.weight", "head.bias"])
-def test_an_incomplete_folder_of_timm_is_refused(tmp_path, lost):
+def test_incomplete_timm_folder_is_refused(tmp_path, lost):
     save_timm(timm_vit(), tmp_path / "timm")
     path = tmp_path / "timm" / "model.safetensors"
     weights = load_file(path)
@@ -96,8 +96,8 @@ def test_an_incomplete_folder_of_timm_is_refused(tmp_path, lost):
         convert(tmp_path / "timm", "tfm", tmp_path / "out")
 
 
-def test_a_difference_is_refused(tmp_path, monkeypatch):
-    """Queries and keys the wrong way round have the same shapes."""
+def test_different_outputs_are_refused(tmp_path, monkeypatch):
+    """Swapped queries and keys have the same shapes."""
     import hf_tfm.conversion.timm_vit as table
 
     parts = {"self_attn.k_proj": "attn.qkv", "self_attn.q_proj": "attn.qkv", "self_attn.v_proj": "attn.qkv"}

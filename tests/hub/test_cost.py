@@ -1,4 +1,4 @@
-"""The table of what models cost."""
+"""The table of model costs."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ def bert(layers: int) -> TfmBertForMaskedLM:
     return TfmBertForMaskedLM(config)
 
 
-def test_operations_are_those_of_the_matrix_products():
+def test_flops_are_those_of_the_matrix_products():
     cost = measure_cost("student", bert(2), SAMPLE)
     D, F, V = 32, 64, 50
-    layer = 4 * D * D + 2 * D * F + 2 * T * D  # projections, feed-forward; scores and mixing
+    layer = 4 * D * D + 2 * D * F + 2 * T * D  # projections, feed-forward; scores and weighted values
     assert cost["gflops"] * 1e9 == pytest.approx(2 * T * (2 * layer + D * D + D * V))
 
 
@@ -37,13 +37,13 @@ def test_parameters_and_bytes_count_shared_weights_once():
     assert cost["threads"] == torch.get_num_threads()
 
 
-def test_it_leaves_the_model_as_it_was():
+def test_model_state_is_restored():
     model = bert(1).train()
     measure_cost("student", model, SAMPLE)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_share_of_the_teachers_score():
+def test_score_relative_to_the_teacher():
     teacher, student = measure_cost("t", bert(2), SAMPLE, 0.8), measure_cost("s", bert(1), SAMPLE, 0.6)
     rows = beside_teacher(teacher, student, measure_cost("unscored", bert(1), SAMPLE))
     assert rows[1]["kept"] == pytest.approx(0.75)
@@ -62,7 +62,7 @@ def test_any_module_has_a_cost():
     assert measure_cost("linear", Linear(), {"pixel_values": torch.zeros(1, 3)})["gflops"] == 2 * 3 * 5 / 1e9
 
 
-def test_the_card_shows_the_table(tmp_path):
+def test_card_shows_the_table(tmp_path):
     rows = beside_teacher(measure_cost("teacher", bert(2), SAMPLE, 0.8), measure_cost("student", bert(1), SAMPLE, 0.6))
     record = RunRecord.from_dict({**RECORD, "costs": rows})
     record.save(tmp_path)
@@ -74,7 +74,7 @@ def test_the_card_shows_the_table(tmp_path):
     assert f"Sample: input_ids of {T}." in card
 
 
-def test_the_card_of_a_student_names_its_teacher_and_terms(tmp_path):
+def test_student_card_names_teacher_and_terms(tmp_path):
     terms = [
         {"name": "label", "weight": 0.5, "temperature": 1.0, "tokens": "targets"}
         | {"pairs": [["logits", ""]], "projection": None},

@@ -1,4 +1,4 @@
-"""Push to a Hub over HTTP, then load in processes that know nothing: the model, its tokenizer, its code, its card."""
+"""Push to a Hub over HTTP, then load model, tokenizer, code and card in processes without the package."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from hf_tfm.hub.card import write_card
 from hf_tfm.hub.push import files_to_push, push, write_model_id
 from hf_tfm.hub.results import RunRecord
 
-# In a process of its own, as huggingface_hub reads HF_ENDPOINT when it is imported.
+# In a separate process, because huggingface_hub reads HF_ENDPOINT when it is imported.
 PUSH = """
 import json
 import torch
@@ -101,8 +101,8 @@ print(json.dumps({**found, "converted": converted, "no_code": no_code, "usage": 
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """One process pushes, another one that lacks the package loads; what both saw, and the server."""
+def results(tmp_path_factory):
+    """One process pushes, another one without the package loads; their results, and the server."""
     folder = tmp_path_factory.mktemp("hub")
     run = folder / "run"
     config = hf_tfm.TfmTransformerConfig.of_size(
@@ -114,7 +114,7 @@ def story(tmp_path_factory):
     write_history(run)
     record = RunRecord.from_dict(RECORD)
     record.save(run)
-    (run / "run.json").write_text("{}")  # what a run's folder has besides, and knows paths of its machine
+    (run / "run.json").write_text("{}")  # part of a run's folder that contains local paths
     write_card(run, record)
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"not to be pushed")
@@ -134,24 +134,24 @@ def story(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(story):
-    """The outputs of the model that was pushed, computed here."""
-    return outputs(str(story["run"]))
+def expected(results):
+    """Outputs of the pushed model, computed in this process."""
+    return outputs(str(results["run"]))
 
 
 @pytest.mark.parametrize("repo", ["user/run", "user/plain", "user/again"])
-def test_loads_bit_equal_without_the_package(story, expected, repo):
-    assert story["loaded"][repo] == expected
+def test_loads_bit_equal_without_the_package(results, expected, repo):
+    assert results["loaded"][repo] == expected
 
 
-def test_pushed_again_it_carries_its_own_code(story):
-    files = story["hub"].repositories["models/user/again"].files
+def test_code_is_included_when_pushed_again(results):
+    files = results["hub"].repositories["models/user/again"].files
     assert json.loads(files["config.json"].content)["auto_map"] == hf_tfm.TfmTransformerConfig.auto_classes
-    for path in story["run"].glob("*.py"):
+    for path in results["run"].glob("*.py"):
         assert files[path.name].content == path.read_bytes()
 
 
-def test_every_auto_class_gives_its_class(expected):
+def test_auto_classes_give_our_classes(expected):
     assert expected["classes"] == [
         "TfmTransformerConfig",
         "TfmTransformerModel",
@@ -160,20 +160,20 @@ def test_every_auto_class_gives_its_class(expected):
     assert expected["fast"]
 
 
-def test_weights_go_by_lfs_and_text_as_regular_files(story):
-    files = story["hub"].repositories["models/user/run"].files
+def test_weights_are_uploaded_by_lfs_and_text_as_regular_files(results):
+    files = results["hub"].repositories["models/user/run"].files
     by_lfs = {path for path, file in files.items() if file.lfs}
     assert by_lfs == {"model.safetensors", "training_curve.png"}
-    assert files["model.safetensors"].content == (story["run"] / "model.safetensors").read_bytes()
+    assert files["model.safetensors"].content == (results["run"] / "model.safetensors").read_bytes()
     sha256 = files["model.safetensors"].sha256
-    requests = story["hub"].requests
+    requests = results["hub"].requests
     assert ("PUT", f"/lfs/{sha256}") in requests
     assert ("POST", "/lfs/verify") in requests
-    assert ("GET", f"/lfs/{sha256}") in story["requests"], "the weights were downloaded from the LFS store"
+    assert ("GET", f"/lfs/{sha256}") in results["requests"], "the weights were downloaded from the LFS store"
 
 
-def test_push_takes_the_model_and_its_papers_alone(story):
-    repository = story["hub"].repositories["models/user/run"]
+def test_push_uploads_only_the_model_and_its_metadata(results):
+    repository = results["hub"].repositories["models/user/run"]
     assert repository.files.keys() == {
         ".gitattributes",
         "README.md",
@@ -186,46 +186,46 @@ def test_push_takes_the_model_and_its_papers_alone(story):
         "history.jsonl",
         "training_curve.png",
         ".eval_results/user--sentences.yaml",
-        *(path.name for path in story["run"].glob("*.py")),
+        *(path.name for path in results["run"].glob("*.py")),
     }
     assert "modeling_transformer.py" in repository.files
     assert repository.private
-    assert story["pushed"]["commit"] == story["pushed"]["again"] == repository.head, "nothing new, no commit"
+    assert results["pushed"]["commit"] == results["pushed"]["again"] == repository.head, "no commit if unchanged"
 
 
-def test_the_cards_example_names_the_repository_and_runs(story):
-    card = story["hub"].repositories["models/user/run"].files["README.md"].content.decode()
+def test_card_example_names_the_repository_and_runs(results):
+    card = results["hub"].repositories["models/user/run"].files["README.md"].content.decode()
     assert 'model_id = "user/run"' in card
-    assert story["loaded"]["usage"].startswith("[")
+    assert results["loaded"]["usage"].startswith("[")
 
 
-def test_converted_from_the_hub_it_ships_as_a_stock_class(story, expected):
-    assert story["pushed"]["certificate"]["model"] == "user/run"
-    assert story["pushed"]["certificate"]["revision"] == story["pushed"]["commit"]
-    assert not [path for path in story["hub"].repositories["models/user/stock"].files if path.endswith(".py")]
-    assert story["loaded"]["converted"] == ["MarianMTModel", expected["generated"]]
+def test_model_converted_from_the_hub_loads_as_a_native_class(results, expected):
+    assert results["pushed"]["certificate"]["model"] == "user/run"
+    assert results["pushed"]["certificate"]["revision"] == results["pushed"]["commit"]
+    assert not [path for path in results["hub"].repositories["models/user/stock"].files if path.endswith(".py")]
+    assert results["loaded"]["converted"] == ["MarianMTModel", expected["generated"]]
 
 
-def test_code_stays_at_home_when_told_so(story):
-    files = story["hub"].repositories["models/user/no-code"].files
+def test_code_is_not_pushed_if_disabled(results):
+    files = results["hub"].repositories["models/user/no-code"].files
     assert not [path for path in files if path.endswith(".py")]
     assert "auto_map" not in json.loads(files["config.json"].content)
-    assert "tfm_transformer" in story["loaded"]["no_code"], "an error that names the model type"
-    assert "auto_map" in json.loads(story["hub"].repositories["models/user/plain"].files["config.json"].content)
+    assert "tfm_transformer" in results["loaded"]["no_code"], "the error must name the model type"
+    assert "auto_map" in json.loads(results["hub"].repositories["models/user/plain"].files["config.json"].content)
 
 
-def test_a_wrong_token_is_refused(story):
-    assert story["pushed"]["denied"] == 401
-    assert "models/user/denied" not in story["hub"].repositories
+def test_invalid_token_is_refused(results):
+    assert results["pushed"]["denied"] == 401
+    assert "models/user/denied" not in results["hub"].repositories
 
 
-def test_data_sets_load_over_http(story):
-    assert story["pushed"]["splits"] == {"train": 20, "test": 5}
-    assert story["pushed"]["rows_equal"]
+def test_data_sets_load_over_http(results):
+    assert results["pushed"]["splits"] == {"train": 20, "test": 5}
+    assert results["pushed"]["rows_equal"]
 
 
-def test_the_server_checks_what_it_is_sent():
-    """The other tests prove something only because this server does not take just anything."""
+def test_server_validates_requests():
+    """The other tests rely on this server rejecting invalid requests."""
 
     def status(method: str, url: str, content: bytes = b"", token: str | None = None) -> int:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -249,7 +249,7 @@ def test_the_server_checks_what_it_is_sent():
         assert status("POST", create, new, TOKEN) == 409
         assert (status("GET", api), status("GET", api, token=TOKEN)) == (404, 200)
         assert status("POST", f"{api}/commit/main", commit, TOKEN) == 400, "the object was not uploaded"
-        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weights") == 403, "nor announced"
+        assert status("PUT", f"{hub.storage_url}/lfs/{good}", b"weights") == 403, "the upload was not announced"
         assert (
             status("POST", f"{hub.url}/user/name.git/info/lfs/objects/batch", json.dumps(batch).encode(), TOKEN) == 200
         )
@@ -261,14 +261,14 @@ def test_the_server_checks_what_it_is_sent():
 
 
 def saved_model(folder):
-    """A stock model's folder, with weights that hold nothing."""
+    """A native model's folder with dummy weights."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "vit"}')
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     return folder
 
 
-def test_what_is_pushed_is_chosen_by_name(tmp_path):
+def test_pushed_files_are_selected_by_name(tmp_path):
     folder = saved_model(tmp_path / "run")
     taken = ["config.json", "model.safetensors", "README.md", "vocab.txt", "parity_certificate.json"]
     left = [
@@ -281,7 +281,7 @@ def test_what_is_pushed_is_chosen_by_name(tmp_path):
         "run.json",
         "a.yaml",
     ]
-    taken.append("attention.png")  # the card shows it
+    taken.append("attention.png")  # shown in the card
     for name in (*taken[2:], *left):
         (folder / name).write_text("![maps](attention.png) ![](../my.png)")
     for name in ("checkpoints", ".eval_results", "predictions"):
@@ -297,7 +297,7 @@ def test_what_is_pushed_is_chosen_by_name(tmp_path):
     assert sorted(left_out) == sorted([*left, *folders, "tokenizer.json"])
 
 
-def test_code_of_our_own_goes_with_its_siblings_alone(tmp_path):
+def test_custom_code_is_pushed_with_its_siblings_only(tmp_path):
     folder = saved_model(tmp_path / "run")
     config = {"model_type": "tfm_vit", "auto_map": {"AutoModel": "modeling_vit.TfmViTModel", "AutoConfig": "../x.Y"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -311,7 +311,7 @@ def test_code_of_our_own_goes_with_its_siblings_alone(tmp_path):
         files_to_push(folder)
 
 
-def test_the_card_is_changed_in_one_place_and_never_cut(tmp_path, monkeypatch):
+def test_card_is_changed_in_one_place_and_never_truncated(tmp_path, monkeypatch):
     text = '---\r\n---\r\nmodel_id = "run"\nümlaut\n'.encode()
     card = tmp_path / "README.md"
     card.write_bytes(text)
@@ -328,12 +328,12 @@ def test_the_card_is_changed_in_one_place_and_never_cut(tmp_path, monkeypatch):
     assert card.read_bytes() == text.replace(b'"run"', b'"user/run"')
 
 
-def test_a_name_that_is_no_repository_is_refused(tmp_path):
+def test_invalid_repository_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match='repo_id must be the name of a repository, "user/name", got "a/b/c"'):
         push(saved_model(tmp_path / "run"), "a/b/c")
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
+def test_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         push(tmp_path / "missing", "user/name")
     with pytest.raises(ValueError, match=r"it has no config\.json"):

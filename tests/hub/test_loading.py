@@ -1,4 +1,4 @@
-"""Damaged and nonsensical model files: one line that names the argument and the cause, before memory is used."""
+"""Damaged or nonsensical model files give a one-line error with argument and cause, before memory is allocated."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "nu
 
 @pytest.fixture
 def vit(tmp_path):
-    """A folder of a tiny classifier."""
+    """The folder of a tiny classifier."""
     torch.manual_seed(0)
     folder = tmp_path / "vit"
     ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained(folder)
@@ -38,7 +38,7 @@ def change_config(folder, **fields) -> None:
 
 
 def change_weights(folder, **weights) -> None:
-    """Replace weights of a file; None takes one away."""
+    """Replace weights in a file; None removes one."""
     path = folder / "model.safetensors"
     found = load_file(path) | {name.replace("__", "."): value for name, value in weights.items()}
     save_file({name: value for name, value in found.items() if value is not None}, path, {"format": "pt"})
@@ -61,7 +61,7 @@ def converted(folder, tmp_path) -> str:
     return said
 
 
-def test_a_sound_model_loads(vit):
+def test_intact_model_loads(vit):
     model = load_model(AutoModelForImageClassification, str(vit))
     assert not model.training and model.dtype == torch.float32
 
@@ -76,7 +76,7 @@ def test_a_sound_model_loads(vit):
     ],
     ids=["empty", "pickle", "huge_header", "list"],
 )
-def test_damaged_weights_are_named(vit, content, said, tmp_path):
+def test_damaged_weights_are_reported(vit, content, said, tmp_path):
     (vit / "model.safetensors").write_bytes(content)
     for message in (refusal(vit), converted(vit, tmp_path)):
         assert said in message and "model.safetensors" in message
@@ -91,7 +91,7 @@ def test_damaged_weights_are_named(vit, content, said, tmp_path):
         (b"[" * 100_000, "is not a valid JSON file"),
     ],
 )
-def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
+def test_damaged_configuration_is_reported(vit, content, said, tmp_path):
     (vit / "config.json").write_bytes(content)
     for message in (refusal(vit), converted(vit, tmp_path)):
         assert said in message and "config.json" in message
@@ -106,20 +106,20 @@ def test_a_damaged_configuration_is_named(vit, content, said, tmp_path):
         ({"_attn_implementation": "user/kernel"}, 'refers to code of "user/kernel", which is not run'),
     ],
 )
-def test_a_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
+def test_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
     monkeypatch.setattr(memory, "usable_memory", lambda: 10**9)
     change_config(vit, **fields)
     assert said in refusal(vit)
 
 
-def test_weights_that_do_not_fit_are_named(vit, tmp_path):
+def test_mismatched_weights_are_reported(vit, tmp_path):
     change_config(vit, intermediate_size=16)
     for said in (refusal(vit), converted(vit, tmp_path)):
         assert "intermediate.dense.bias" in said or "mlp.fc1.bias" in said
         assert "(8,)" in said and "(16,)" in said
 
 
-def test_missing_and_infinite_weights_are_named(vit):
+def test_missing_and_nonfinite_weights_are_reported(vit):
     change_weights(vit, classifier__bias=torch.full((2,), torch.nan))
     assert "its weight classifier.bias holds values that are not finite" in refusal(vit)
     change_weights(vit, classifier__bias=None, classifier__weight=None)
@@ -127,7 +127,7 @@ def test_missing_and_infinite_weights_are_named(vit):
     assert load_model(AutoModelForImageClassification, str(vit), may_lack=lambda name: "classifier" in name)
 
 
-def test_an_index_names_files_of_the_folder_alone(vit):
+def test_index_may_refer_only_to_files_in_the_folder(vit):
     index = vit / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     assert "names '../model.safetensors', which is not a file of the folder" in refusal(vit)
@@ -140,7 +140,7 @@ class Evil:
         return print, ("ran",)
 
 
-def test_pickled_code_is_never_run(vit, tmp_path, capsys):
+def test_pickled_code_never_runs(vit, tmp_path, capsys):
     (vit / "model.safetensors").unlink()
     torch.save({"a": Evil()}, vit / "pytorch_model.bin")
     for said in (refusal(vit), converted(vit, tmp_path)):
@@ -149,12 +149,12 @@ def test_pickled_code_is_never_run(vit, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [[1, 2], "text", {"model": [torch.zeros(1)]}, {"model": {"a": 1}}])
-def test_a_file_that_holds_no_weights_is_refused(content, tmp_path):
+def test_file_without_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "authors.pth")
     assert "authors.pth must hold" in converted(tmp_path / "authors.pth", tmp_path)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+def test_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(LoadingError, match='tokenizer "'):
         load_tokenizer(str(tmp_path), "tokenizer")
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two"])}
@@ -162,13 +162,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         check_vocabulary("m", ViTConfig(vocab_size=5), BertTokenizer(words))
 
 
-def test_a_folder_without_a_configuration_is_refused(tmp_path):
+def test_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(LoadingError, match=r'model_name_or_path ".*config\.json'):
         load_config(str(tmp_path), "model_name_or_path")
 
 
-def test_the_table_of_transformers_is_left_out(tmp_path, monkeypatch):
-    """An encoder read from a classifier's folder: the loader has checked the weights itself."""
+def test_load_report_of_transformers_is_suppressed(tmp_path, monkeypatch):
+    """An encoder loaded from a classifier's folder: our loader has checked the weights itself."""
     config = hf_tfm.TfmBertConfig.of_size("tiny", vocab_size=64)
     hf_tfm.TfmBertForSequenceClassification(config).save_pretrained(tmp_path)
     seen = []

@@ -1,4 +1,4 @@
-"""Files beside the weights of a saved model: JSON mappings, and image processors by which pixels stay finite."""
+"""Files next to the weights of a saved model: valid JSON, and image processors that give finite pixels."""
 
 import json
 
@@ -27,26 +27,26 @@ def saved(folder, name, content):
         ("resample", 99),
     ],
 )
-def test_image_processors_that_spoil_every_image_are_refused_by_field(tmp_path, field, value):
+def test_image_processors_with_invalid_fields_are_refused(tmp_path, field, value):
     folder = saved(tmp_path, "preprocessor_config.json", {**GOOD, field: value})
     with pytest.raises(LoadingError, match=f"{field} of its preprocessor_config.json must be"):
         load_image_processor(folder)
 
 
-def test_an_image_processor_without_these_faults_is_loaded(tmp_path):
+def test_valid_image_processor_is_loaded(tmp_path):
     folder = saved(tmp_path, "preprocessor_config.json", {**GOOD, "crop_size": None, "resample": 3, "size": 16})
     assert load_image_processor(folder).size["height"] == 16
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "5"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_tokenizer_files_that_are_no_mappings_are_named(tmp_path, name, content):
+def test_invalid_tokenizer_files_are_named(tmp_path, name, content):
     with pytest.raises(LoadingError, match=f"{name} (must be a mapping|is not a valid JSON file)"):
         load_tokenizer(saved(tmp_path, name, content))
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_image_processor])
-def test_a_revision_of_a_local_folder_is_refused(tmp_path, load):
+def test_revision_of_a_local_folder_is_refused(tmp_path, load):
     with pytest.raises(LoadingError, match='revision "v1" applies only to a model on the Hub'):
         load(str(tmp_path), revision="v1")
 
@@ -58,7 +58,7 @@ ODD = {"id2label": {"1": "ant", "7": "bee"}, "label2id": {"ant": 1, "bee": 7}}
     ("model_type", "saved_as"),
     [("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("marian", "MarianMTModel")],
 )
-def test_odd_names_of_classes_do_not_matter_to_models_without_classes(tmp_path, model_type, saved_as):
+def test_models_without_classes_may_have_odd_id2label(tmp_path, model_type, saved_as):
     config = {"model_type": model_type, "architectures": [saved_as], **ODD}
     assert load_config(saved(tmp_path, "config.json", config)).id2label == {1: "ant", 7: "bee"}
 
@@ -67,14 +67,14 @@ def test_odd_names_of_classes_do_not_matter_to_models_without_classes(tmp_path, 
     ("model_type", "saved_as"),
     [("bert", "BertForSequenceClassification"), ("vit", "ViTForImageClassification"), ("detr", "DetrForSegmentation")],
 )
-def test_odd_names_of_classes_are_refused_where_they_are_read(tmp_path, model_type, saved_as):
+def test_odd_id2label_is_refused_where_it_is_used(tmp_path, model_type, saved_as):
     folder = saved(tmp_path, "config.json", {"model_type": model_type, "architectures": [saved_as], **ODD})
     with pytest.raises(LoadingError, match=r'id2label of its config\.json must number 2 names from 0 on, got "7"'):
         load_config(folder, "teacher")
-    assert load_config(folder, "model_name_or_path").num_labels == 2  # which gets the classes of the data
+    assert load_config(folder, "model_name_or_path").num_labels == 2  # which takes its classes from the data
 
 
-def test_a_teacher_without_classes_may_have_odd_names(tmp_path):
+def test_teacher_without_classes_may_have_odd_id2label(tmp_path):
     from transformers import GPT2Config
 
     from hf_tfm.distillation.model_spec import label_names
@@ -84,6 +84,6 @@ def test_a_teacher_without_classes_may_have_odd_names(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, {"model": 3}])
-def test_a_tokenizer_file_without_a_model_is_named(tmp_path, content):
+def test_tokenizer_file_without_a_model_is_named(tmp_path, content):
     with pytest.raises(LoadingError, match=r'its tokenizer\.json has no mapping "model", so it is not a saved'):
         load_tokenizer(saved(tmp_path, "tokenizer.json", content))

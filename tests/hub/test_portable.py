@@ -1,4 +1,4 @@
-"""Records and cards hold no paths of this machine, and no markup that others chose."""
+"""Results files and model cards contain no local paths, and no markup from user-provided names."""
 
 import pytest
 import yaml
@@ -34,7 +34,7 @@ def test_paths_are_shortened(value, expected, tmp_path, monkeypatch):
     assert portable(value) == expected
 
 
-def test_paths_below_the_working_directory_stay_whole(tmp_path, monkeypatch):
+def test_paths_below_the_working_directory_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert portable(str(tmp_path / "runs" / "mae")) == "runs/mae"
     assert portable(str(tmp_path)) == tmp_path.name
@@ -46,7 +46,7 @@ def test_commands(tmp_path, monkeypatch):
     assert portable_command(command) == "hf-tfm run x --config=a.yaml --output_dir 1 --seed 1"
 
 
-def test_results_and_card_hold_no_path_of_this_machine(tmp_path, monkeypatch):
+def test_results_and_card_have_no_local_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/jane")
     home = "/home/jane/work"
     term = {
@@ -80,8 +80,8 @@ def test_results_and_card_hold_no_path_of_this_machine(tmp_path, monkeypatch):
         assert "teacher" in text and "pairs" in text and "base" in text
 
 
-def test_names_that_others_chose_add_no_markup(tmp_path):
-    """Data sets, splits, metrics, columns and licences of others, in a card that stays the same outside of them."""
+def test_user_provided_names_add_no_markup(tmp_path):
+    """Names of data sets, splits, metrics, columns and licences; the rest of the card must not change."""
     changes = {"data__path": EVIL, "data__license": EVIL, "data__name": EVIL, "data__revision": EVIL, "task": EVIL}
     record = with_changes(**changes, model_type=EVIL, command=EVIL, base_model=EVIL)
     record["metrics"] = [{"name": EVIL, "value": 1.0, "split": EVIL, "signature": EVIL}]
@@ -103,7 +103,7 @@ def test_names_that_others_chose_add_no_markup(tmp_path):
             outside.append(line)
     assert not fenced, "every fence is closed"
     assert [line for line in outside if line.startswith("#")][1:] == HEADINGS
-    spans = ["".join(line.split("`")[::2]) for line in outside]  # without code spans, in which nothing is markup
+    spans = ["".join(line.split("`")[::2]) for line in outside]  # without code spans, which contain no markup
     assert not [line for line in spans if "<img" in line or "](http" in line.replace("\\](", "")]
     assert "\nimport os" not in path.read_text()
 

@@ -1,4 +1,4 @@
-"""Models to begin with are of a kind that suits the task, and bring every weight that the task does not replace."""
+"""Initial models must be of a type that is_supported the task, with all weights that the task does not replace."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from hf_tfm.hub.pretrained import check_kind, load_to_train
 from hf_tfm.tasks import detectors, image_classification, model_fields, text_model
 from hf_tfm.tasks.masked_image import load_autoencoder
 
-# Auto class of the models that a group of arguments takes to train them further, and what these read.
+# Auto class of the initial models that a group of arguments accepts, and their main input.
 GROUPS = {
     "TEXT_CLASSES": ("AutoModelForSequenceClassification", "input_ids"),
     "IMAGE_CLASSES": ("AutoModelForImageClassification", "pixel_values"),
@@ -33,8 +33,8 @@ GROUPS = {
 }
 
 
-def suits(group: str, name: str, argument: str = "model_name_or_path") -> bool:
-    """Whether a family has the head of a group; to train further, also whether one that has it reads its files."""
+def is_supported(group: str, name: str, argument: str = "model_name_or_path") -> bool:
+    """Whether a family has the group's head; for initial models, also whether such a family reads its files."""
     auto_class, main_input = GROUPS[group]
     having = [
         family
@@ -47,7 +47,7 @@ def suits(group: str, name: str, argument: str = "model_name_or_path") -> bool:
     return argument == "model_name_or_path" and any(model_type in family.reads for family in having)
 
 
-def test_the_families_of_each_group():
+def test_families_of_each_group():
     for group, known in {
         "TEXT_CLASSES": {"bert", "gpt"},
         "IMAGE_CLASSES": {"vit", "mae"},
@@ -60,8 +60,8 @@ def test_the_families_of_each_group():
         "NEXT_WORDS": {"gpt"},
     }.items():
         first_six = ("transformer", "vit", "mae", "detr", "bert", "gpt")
-        assert {name for name in first_six if suits(group, name)} == known
-    assert not suits("IMAGE_CLASSES", "mae", "teacher") and suits("IMAGE_CLASSES", "vit", "teacher")
+        assert {name for name in first_six if is_supported(group, name)} == known
+    assert not is_supported("IMAGE_CLASSES", "mae", "teacher") and is_supported("IMAGE_CLASSES", "vit", "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("group", GROUPS)
-def test_only_models_of_a_suitable_type_are_taken(group, family, saved):
+def test_only_models_of_a_supported_type_are_accepted(group, family, saved):
     suitable = getattr(pretrained, group)["model_name_or_path"]
-    if suits(group, family):
+    if is_supported(group, family):
         check_kind("model_name_or_path", str(saved[family]), suitable)
         return
     with pytest.raises(LoadingError) as caught:
@@ -113,11 +113,11 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_refuse_models_of_other_types_before_anything_else(recipe, saved, tmp_path, capsys):
+def test_recipes_refuse_models_of_other_types_first(recipe, saved, tmp_path, capsys):
     group, argument = RECIPES[recipe]
     data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset_name", str(tmp_path / "data")]
     for family in FAMILIES:
-        if suits(group, family, argument):
+        if is_supported(group, family, argument):
             continue
         words = ["run", recipe, "--config", "quickstart", f"--{argument}", str(saved[family]), "--model", "{}", *data]
         with pytest.raises(SystemExit) as ended:
@@ -136,7 +136,7 @@ STAGES = ("out_features", "out_indices", "stage_names")
 
 
 def loader(name):
-    """Function that loads a saved model as its task does, to train it further."""
+    """The function that loads an initial model for its task."""
     kind, auto_class = class_of(name), class_of(name)._auto_class
     if auto_class == "AutoModelForImageClassification":
         return lambda folder: image_classification.load_classifier(folder, ["a", "b", "c"], 16)
@@ -147,7 +147,7 @@ def loader(name):
 
 
 LOADERS = {name: loader(name) for name in (*FAMILIES, "bert-masked", "gpt-untied")}
-LOADERS["bert"] = LOADERS["bert-masked"]  # a classifier becomes a language model
+LOADERS["bert"] = LOADERS["bert-masked"]  # a classifier as an initial language model
 
 
 def language(folder, objective):
@@ -156,7 +156,7 @@ def language(folder, objective):
 
 
 def changed(folder, target, change):
-    """A copy of a saved model whose weights ``change`` gave other values or names."""
+    """A copy of a saved model with weights edited by ``change``."""
     shutil.copytree(folder, target)
     weights = safetensors.torch.load_file(target / "model.safetensors")
     safetensors.torch.save_file(change(weights), target / "model.safetensors", {"format": "pt"})
@@ -164,7 +164,7 @@ def changed(folder, target, change):
 
 
 @pytest.mark.parametrize("name", [name for name in LOADERS if name != "bert"])
-def test_a_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
+def test_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
     weights = safetensors.torch.load_file(saved[name] / "model.safetensors")
     LOADERS[name](str(saved[name]))
     parameters = dict(tiny(name).named_parameters())
@@ -174,7 +174,7 @@ def test_a_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
         def without(weights, key=key):
             return {other: weight for other, weight in weights.items() if other != key}
 
-        alone = key in ("lm_head.weight",)  # all of a head, which may be drawn anew
+        alone = key in ("lm_head.weight",)  # all weights of a head, which may be newly initialized
         folder = changed(saved[name], tmp_path / str(number), without)
         if alone:
             LOADERS[name](folder)
@@ -212,7 +212,7 @@ def test_damaged_weights_are_refused_in_one_line(name, saved, tmp_path):
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
+def test_checkpoint_with_more_layers_is_refused(saved, tmp_path):
     for name, field in (("vit", "num_hidden_layers"), ("gpt", "num_hidden_layers"), ("detr", "decoder_layers")):
         folder = tmp_path / name
         shutil.copytree(saved[name], folder)
@@ -222,12 +222,12 @@ def test_layers_that_the_configuration_leaves_out_are_refused(saved, tmp_path):
         )
         with pytest.raises(LoadingError, match="lacks the weights"):
             LOADERS[name](str(folder))
-    # Asked for, it is fine: fewer layers, and a new one.
+    # Allowed if requested: fewer layers, and a new one.
     image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, {"num_hidden_layers": 1})
     image_classification.load_classifier(str(saved["vit"]), ["a", "b", "c"], 16, {"num_hidden_layers": 3})
 
 
-def test_heads_may_be_new(saved):
+def test_heads_may_be_newly_initialized(saved):
     classes = ["a", "b", "c", "d", "e"]
     for name in ("vit", "vit-base", "mae"):
         assert image_classification.load_classifier(str(saved[name]), classes, 16).num_labels == 5
@@ -247,7 +247,7 @@ def test_heads_may_be_new(saved):
     assert {key.split(".")[0] for key in fresh} == {"class_labels_classifier", "bbox_predictor"}
 
 
-def test_teachers_bring_every_weight(saved, tmp_path):
+def test_teachers_need_every_weight(saved, tmp_path):
     kind = transformers.AutoModelForImageClassification
     load_teacher(str(saved["vit"]), kind)
     with pytest.raises(LoadingError, match="lacks the weights"):

@@ -1,4 +1,4 @@
-"""Code that a model brings never runs unless trust_remote_code says so, whatever stands on standard input."""
+"""Remote code of a model never runs without trust_remote_code, even if standard input would answer "yes"."""
 
 import ast
 import builtins
@@ -29,8 +29,8 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_auto_classes_are_always_told_whether_to_run_code(path):
-    """transformers asks on standard input where the argument is not given."""
+def test_auto_classes_always_get_trust_remote_code(path):
+    """Without the argument transformers asks on standard input."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -44,7 +44,7 @@ def test_auto_classes_are_always_told_whether_to_run_code(path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Stock models whose config.json, tokenizer or image processor names code in the folder, and a photo."""
+    """Native models whose config.json, tokenizer or image processor refers to code in the folder, and a photo."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("models")
@@ -71,13 +71,13 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def eager_user(monkeypatch):
-    """Whoever is asked says yes."""
+def confirm_every_prompt(monkeypatch):
+    """Answer "y" to every prompt."""
     monkeypatch.setattr(builtins, "input", lambda *prompt: "y")
 
 
 @pytest.mark.parametrize(
-    ("words", "recommended"),
+    ("command", "recommended"),
     [
         ("evaluate {0}/config --dataset_name digits", True),
         ("show positions {0}/config", True),
@@ -90,13 +90,10 @@ def eager_user(monkeypatch):
         ("convert {0}/processor --to tfm --output_dir {1}/out", None),
     ],
 )
-def test_commands_do_not_run_code(words, recommended, models, tmp_path, capsys):
-    """
-    Args:
-        recommended: whether the refusal names the option; None where the stock class may be used instead.
-    """
+def test_commands_do_not_run_code(command, recommended, models, tmp_path, capsys):
+    """``recommended``: whether the error names the option; None if the native class may be used instead."""
     try:
-        cli.main(words.format(models, tmp_path).split())
+        cli.main(command.format(models, tmp_path).split())
     except SystemExit as ended:
         assert ended.code == 1
     assert not (models / "RAN").exists()
@@ -105,14 +102,14 @@ def test_commands_do_not_run_code(words, recommended, models, tmp_path, capsys):
         assert ("trust_remote_code" in said.splitlines()[-1]) == recommended
 
 
-def test_the_code_of_this_test_leaves_a_trace_where_it_runs(models):
+def test_code_of_this_test_leaves_a_trace_when_it_runs(models):
     with pytest.raises(ImportError, match="ran"):
         AutoConfig.from_pretrained(models / "config", trust_remote_code=True)
     assert (models / "RAN").exists()
     (models / "RAN").unlink()
 
 
-def test_a_stock_folder_names_no_code(models, tmp_path):
+def test_converted_folder_refers_to_no_code(models, tmp_path):
     convert(models / "processor", "tfm", tmp_path / "ours")
     saved = json.loads((tmp_path / "ours" / "preprocessor_config.json").read_text())
     assert "auto_map" not in saved

@@ -1,4 +1,4 @@
-"""What the tests of converted BERTs and GPTs share: small random models and their answers."""
+"""Shared helpers of the BERT and GPT conversion tests: small random models and their outputs."""
 
 import torch
 from convert_helpers import LABELS
@@ -26,7 +26,7 @@ OUTPUTS = (
 
 
 def plain_fields(conversion: Conversion) -> dict:
-    """Fields of a configuration of ours that the other side of ``conversion`` can express."""
+    """Fields of our configuration that the other side of ``conversion`` can express."""
     labels = {} if conversion.ours.__name__.endswith("QuestionAnswering") else LABELS
     if conversion.name == "gpt2":
         return {**SHAPE, **LABELS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -57,7 +57,7 @@ def theirs(conversion: Conversion, **fields) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def answers(model: nn.Module) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module) -> dict[str, Tensor]:
     """Outputs on inputs that the conversion's own check does not use."""
     ids = torch.randint(1, 50, (2, 40), generator=torch.Generator().manual_seed(7))
     ids[1, 23:] = 0
@@ -70,14 +70,14 @@ def answers(model: nn.Module) -> dict[str, Tensor]:
     return {name: output[name] for name in OUTPUTS if output.get(name) is not None}
 
 
-def assert_equal_answers(found: dict, expected: dict) -> None:
-    """The same outputs, to 1e-5 of their size."""
+def assert_same_outputs(found: dict, expected: dict) -> None:
+    """Outputs agree within 1e-5 of their size."""
     assert found.keys() == expected.keys() and expected
     for name, value in expected.items():
-        assert value.std() > 0.02, f"{name} too much alike for the comparison to mean much"
+        assert value.std() > 0.02, f"{name} too similar for a meaningful comparison"
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-5, msg=name)
 
 
 def tokenizer() -> BertTokenizer:
-    """A tokenizer of a few words."""
+    """A tokenizer with a few words."""
     return BertTokenizer({word: index for index, word in enumerate(WORDS)})

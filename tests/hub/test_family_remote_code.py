@@ -1,7 +1,7 @@
-"""Models of every family carry their code: they load where the package is not installed, and are pushed on from there.
+"""Models of every family are saved with their code: they load without the package, and can be pushed again.
 
-One process pushes; another one that lacks the package loads, pushes on and loads again. Every class of the table of
-families is among the models, in the variants below or else as in `every_class`.
+One process pushes; another one without the package loads, pushes again and loads that. Every class of the family
+table is covered, by the variants below or by `every_class`.
 """
 
 import json
@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "panoptic": (hf_tfm.TfmDetrForPanopticSegmentation, DETR),
 }
 PIPELINES = {"masked": "fill-mask", "causal": "text-generation", "classifier": "text-classification"}
-# Files that come with a model, beside those of its configuration and its model.
+# Files saved with a model, besides its configuration and modeling files.
 NEEDED = {
     "tfm_vit": {"patches.py", "positions.py"},
     "tfm_mae": {"patches.py", "positions.py", "configuration_vit.py", "modeling_vit.py"},
@@ -76,15 +76,15 @@ NEEDED = {
 
 
 @dataclass
-class Traveller:
+class Case:
     """A model, and keyword arguments for each Auto class that loads it."""
 
     model: PreTrainedModel
     inputs: dict[str, dict[str, Any]]
 
 
-def traveller(name: str) -> Traveller:
-    """A model of `VARIANTS` or of `CLASSES`, with inputs, and with labels where its head has a loss."""
+def make_case(name: str) -> Case:
+    """A model of `VARIANTS` or `CLASSES` with inputs, and with labels if its head has a loss."""
     if name in VARIANTS:
         kind, fields = VARIANTS[name]
         change = randomize if name in ("vit", "hybrid", "mae") else drawn
@@ -101,11 +101,11 @@ def traveller(name: str) -> Traveller:
         for auto in heads
     }
     backbone = {"AutoBackbone": plain} if "AutoBackbone" in auto_classes else {}
-    return Traveller(model, {"AutoModel": plain, **given, **backbone})
+    return Case(model, {"AutoModel": plain, **given, **backbone})
 
 
 def variant_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of a model of `VARIANTS`: padded texts, padded images, or larger images than those of its size."""
+    """Inputs of a model of `VARIANTS`: padded texts, padded images, or images larger than its image_size."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "input_ids":
         ids = torch.randint(1, 50, (2, 11), generator=generator)
@@ -123,7 +123,7 @@ def variant_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def uncovered() -> list[str]:
-    """The first name in `CLASSES` of every class with a head that no variant has."""
+    """The first name in `CLASSES` of every class with a head that is not in `VARIANTS`."""
     names = {}
     for name, (class_name, _) in CLASSES.items():
         names.setdefault(class_name, name)
@@ -137,7 +137,7 @@ def uncovered() -> list[str]:
 
 NAMES = (*VARIANTS, *uncovered())
 
-# Runs here and there: what the Auto classes make of a repository or folder, in JSON that keeps every bit of a number.
+# Runs in both processes: outputs of the Auto classes for a repository or folder, as JSON with exact values.
 OUTPUTS = """
 import json
 import torch
@@ -202,11 +202,11 @@ print("{}")
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def results(tmp_path_factory):
     """Results of the processes, the folder of all models, the Hub, and the inputs by name."""
-    folder, given, heads = tmp_path_factory.mktemp("travel"), {}, {}
+    folder, given, heads = tmp_path_factory.mktemp("models"), {}, {}
     for name in NAMES:
-        one = traveller(name)
+        one = make_case(name)
         one.model.save_pretrained(folder / name)
         if name in PIPELINES:
             tokenizer().save_pretrained(folder / name)
@@ -223,7 +223,7 @@ def story(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in the other processes: with another number sums are formed in another order."""
+    """As in the other processes, because the number of threads affects the order of summation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -231,29 +231,29 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def expected(story):
-    """What this process, which has the package, finds, by name."""
+def expected(results):
+    """Outputs of this process, which has the package, by name."""
     namespace: dict[str, Any] = {}
     exec(OUTPUTS, namespace)
-    return {name: namespace["outputs"](str(story["folder"] / name), story["inputs"][name]) for name in NAMES}
+    return {name: namespace["outputs"](str(results["folder"] / name), results["inputs"][name]) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("place", ["user/{}", "user/{}-again", "{}-folder"])
-def test_loads_bit_equal_without_the_package(story, expected, name, place):
-    """Losses too, so that matching travels; and what is frozen stays so."""
-    found = story["found"][place.format(name)]
+@pytest.mark.parametrize("repo", ["user/{}", "user/{}-again", "{}-folder"])
+def test_loads_bit_equal_without_the_package(results, expected, name, repo):
+    """Including losses, so matching works without the package; frozen parameters stay frozen."""
+    found = results["found"][repo.format(name)]
     assert found.keys() == expected[name].keys() and len(found) >= 2
     for auto_class, value in expected[name].items():
         assert found[auto_class] == json.loads(json.dumps(value)) and value[2], auto_class
-        if "labels" in story["inputs"][name][auto_class]:
+        if "labels" in results["inputs"][name][auto_class]:
             assert value[2]["loss"] > 0
         if auto_class == "AutoModelForCausalLM":
             assert value[2]["generated"]
 
 
 @pytest.mark.parametrize("name", ["detector", "learned", "panoptic"])
-def test_detectors_keep_what_is_frozen(expected, name):
+def test_detectors_keep_frozen_parameters(expected, name):
     assert all(frozen > 0 for _, frozen, _ in expected[name].values())
     kinds = {"AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation"}
     kinds = kinds if name == "panoptic" else {"AutoModelForObjectDetection"}
@@ -264,39 +264,39 @@ def test_detectors_keep_what_is_frozen(expected, name):
 
 
 @torch.no_grad()
-def test_a_backbone_is_loaded_with_its_weights(story):
+def test_backbone_is_loaded_with_its_weights(results):
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model = hf_tfm.TfmViTBackbone.from_pretrained(story["folder"] / "vit").eval()
+    model = hf_tfm.TfmViTBackbone.from_pretrained(results["folder"] / "vit").eval()
     expected = model(images).feature_maps
-    assert story["found"]["backbone"] == [features.tolist() for features in expected] and len(expected) == 2
+    assert results["found"]["backbone"] == [features.tolist() for features in expected] and len(expected) == 2
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_answer_the_same_without_the_package(story, name):
+def test_pipelines_give_the_same_results_without_the_package(results, name):
     options = {"max_new_tokens": 5, "do_sample": False} if name == "causal" else {"top_k": 3}
-    expected = pipeline(PIPELINES[name], str(story["folder"] / name))("the [MASK] one", **options)
-    assert expected and json.loads(json.dumps(expected)) == story["found"]["pipelines"][name]
+    expected = pipeline(PIPELINES[name], str(results["folder"] / name))("the [MASK] one", **options)
+    assert expected and json.loads(json.dumps(expected)) == results["found"]["pipelines"][name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_code_arrives_as_it_was(story, name):
+def test_pushed_code_is_unchanged(results, name):
     first, again = (
         {
             path: file.content
-            for path, file in story["hub"].repositories[f"models/user/{name}{tail}"].files.items()
+            for path, file in results["hub"].repositories[f"models/user/{name}{tail}"].files.items()
             if path.endswith(".py")
         }
         for tail in ("", "-again")
     )
-    config = json.loads(story["hub"].repositories[f"models/user/{name}-again"].files["config.json"].content)
+    config = json.loads(results["hub"].repositories[f"models/user/{name}-again"].files["config.json"].content)
     own = {f"{path.partition('.')[0]}.py" for path in config["auto_map"].values()}
     assert first == again and own | NEEDED.get(config["model_type"], set()) <= first.keys()
     family = next(family for family in FAMILIES if family.config.model_type == config["model_type"])
     assert config["auto_map"] == family.auto_classes
 
 
-def test_every_head_travels():
-    """One model of each class of every family, but for those without a head, which come with the others."""
+def test_every_head_is_covered():
+    """One model for each class with a head; those without a head are loaded along with them."""
     tested = {(VARIANTS[name][0].__name__ if name in VARIANTS else CLASSES[name][0]) for name in NAMES}
     for family in FAMILIES:
         heads = {path.split(".")[1] for auto, path in family.auto_classes.items() if auto.startswith("AutoModelFor")}
