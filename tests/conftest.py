@@ -1,7 +1,7 @@
-"""Keeps the test suite out of the user's caches, in a temporary folder, and to one thread a process.
+"""Keep the test suite out of the user's caches, in a temporary folder, and limit it to one thread per process.
 
-The folder is chosen before anything else is imported, since the libraries read these variables once. Processes of
-pytest-xdist and processes that tests start inherit them; the process that chose the folder removes it.
+The folder is chosen before anything else is imported, because libraries read these variables once. pytest-xdist
+workers and child processes inherit them; the process that created the folder removes it.
 """
 
 import atexit
@@ -34,14 +34,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ or HOME not in os.environ:
     atexit.register(shutil.rmtree, os.environ[HOME], ignore_errors=True)
 for variable, place in VARIABLES.items():
     os.environ[variable] = str(Path(os.environ[HOME], place))
-# Tests compute with small models, in two processes: more threads would make each wait for the other.
+# Tests use small models in two processes: with more threads they would slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(variable, None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let processes that tests start import what tests do: the folders ``pythonpath`` of pyproject.toml."""
+    """Child processes can import the folders in ``pythonpath`` of pyproject.toml, as tests do."""
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*map(str, config.getini("pythonpath")), *given]))
 

@@ -1,4 +1,4 @@
-"""The benchmark page says what the results files say, and the benchmarks run."""
+"""The benchmark page matches the results files, and the benchmarks run."""
 
 import json
 import operator
@@ -21,19 +21,19 @@ from hf_tfm import (
 )
 
 
-def test_page_is_made_from_the_results():
+def test_page_is_generated_from_the_results():
     assert report.README.read_text() == report.text()
 
 
 @pytest.mark.parametrize("path", sorted(common.RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_results_say_how_they_were_made(path: Path):
+def test_results_contain_their_command(path: Path):
     results = json.loads(path.read_text())
     assert results["command"].startswith("python -m benchmarks ")
     assert {"torch", "transformers", "hf-tfm"} <= results["versions"].keys()
     assert results["hardware"]
 
 
-def test_contestants_take_turns():
+def test_variants_are_interleaved():
     order = []
 
     def work(name):
@@ -57,7 +57,7 @@ def test_flops_count_every_linear_layer():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_vision_flops_count_every_product(masked):
-    """Of a small model, by torch's own count of its forward; the patch embedding and the head are in it."""
+    """For a small model, torch's own count of its forward pass, including patch embedding and head."""
     shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     if masked:
         decoder = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24}
@@ -79,7 +79,7 @@ def tiny_setting(kind: str) -> vision_training.Setting:
 @pytest.mark.parametrize(
     ("kind", "names"), [("vit", ["ours", "transformers", "timm"]), ("mae", ["ours", "transformers"])]
 )
-def test_every_vision_contestant_learns(kind, names):
+def test_every_vision_variant_trains(kind, names):
     setting = tiny_setting(kind)
     assert list(setting.contestants()) == names
     for name in names:
@@ -93,15 +93,15 @@ def test_every_vision_contestant_learns(kind, names):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells how far a process grew")
-def test_memory_is_that_of_a_fresh_process_at_its_peak():
-    """In this process the bytes could find a place that is free already."""
+def test_memory_is_the_peak_growth_of_a_fresh_process():
+    """In this process the allocation could reuse freed memory."""
     size = 256 * 2**20
     grown = common.in_fresh_process(common.peak_growth, partial(operator.mul, b"x", size))
     assert grown == pytest.approx(size / 1e6, rel=0.02)
 
 
-def test_share_of_the_peak_rate(monkeypatch):
-    """4 images a second of 5 TFLOP each, on a device of 40 TFLOP/s."""
+def test_model_flops_utilization(monkeypatch):
+    """4 images per second with 5 TFLOP each on a device with 40 TFLOP/s."""
     rates = {f"train {who} {p}": [3.0, 4.0, 5.0] for p in ("fp32", "bf16") for who in ("ours", "timm")}
     monkeypatch.setattr(common, "matmul_rate", lambda *_: 80e12)
     found = vision_training.report(rates, ("no", "bf16"), flops=5e12, peak=40e12)
@@ -120,7 +120,7 @@ def test_peak_rate_of_a_device(name, peak, monkeypatch):
     assert vision_training.data_sheet_tflops() == peak
 
 
-def test_page_tells_memory_and_share_of_the_peak_rate():
+def test_page_shows_memory_and_model_flops_utilization():
     model = {"images_per_second": {"train ours bf16": 4.0}, "ratios": {}, "share_of_floor": {}}
     results = {"batch_size": 8, "image_size": 224, "compile": False, "models": {"vit base": model}, "threads": 1}
     results |= {

@@ -1,4 +1,4 @@
-"""The test suite reads and writes no cache of the user's."""
+"""The test suite neither reads nor writes the user's caches."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 PLACES = "import huggingface_hub.constants as hub; print(hub.HF_HOME, hub.HF_HUB_CACHE, hub.HF_TOKEN_PATH, sep='\\n')"
 
 
-def places():
+def cache_folders():
     """The cache folders of this process."""
     import datasets
     import evaluate
@@ -29,8 +29,8 @@ def places():
 
 
 @pytest.mark.parametrize("process", ["this", "started"])
-def test_caches_lie_in_the_suites_own_folder(process):
-    found = places()
+def test_caches_are_in_the_suite_folder(process):
+    found = cache_folders()
     if process == "started":
         started = subprocess.run([sys.executable, "-c", PLACES], capture_output=True, text=True, check=True)
         found = started.stdout.split("\n")[:-1]

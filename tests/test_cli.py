@@ -1,4 +1,4 @@
-"""The command line, as people call it: main(argv) in this process."""
+"""The command line, called as main(argv) in this process."""
 
 import json
 import re
@@ -31,7 +31,7 @@ ROWS = [spell(41 * i + 1) for i in range(30)]
 
 
 def hf_tfm(*argv: str):
-    """Run a command; what accelerate remembers of an earlier one is forgotten."""
+    """Run a command after resetting accelerate's state."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     cli.main([str(word) for word in argv])
@@ -39,7 +39,7 @@ def hf_tfm(*argv: str):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that fails, and returns the last line on standard error; what argparse says, whole."""
+    """A function that runs a failing command and returns the last line of standard error (all of it for argparse)."""
 
     def run(*argv: str, status: int = 1) -> str:
         capsys.readouterr()
@@ -90,7 +90,7 @@ def test_evaluate(model, data, tmp_path, capsys):
     hf_tfm("evaluate", model, "--dataset_name", data, "--split", "test", *options)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:2] for line in lines] == [["test", n] for n in ("bleu", "bleu_lowercase", "chrf", "exact_match")]
-    assert "version:" in lines[0][3]  # the signature
+    assert "version:" in lines[0][3]  # the metric's signature
     result = json.loads(file.read_text())
     assert [row["name"] for row in result["metrics"]] == [line[1] for line in lines]
     assert result["rows"] == len(result["predictions"]) == 7
@@ -114,7 +114,7 @@ def test_evaluate_options(model, data, tmp_path, capsys, options):
 
 
 def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
-    """A file by format, a mask-predict model with its own option, and transformers' Marian."""
+    """A file given by format, a mask-predict model with its own option, and transformers' Marian."""
     masked = save_model(tmp_path / "masked", decoding="mask_predict")
     files = json.dumps({"held_out": str(data / "test.parquet")})
     where = ("--dataset_name", "parquet", "--data_files", files, "--split", "held_out", "--progress", "false")
@@ -145,20 +145,20 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
     ],
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
-    monkeypatch.setattr("hf_tfm.tasks.translation.translate", None)  # it is never reached
+    monkeypatch.setattr("hf_tfm.tasks.translation.translate", None)  # the error comes first
     said = refused("evaluate", model, "--dataset_name", data, *options)
     assert said.startswith("hf-tfm evaluate: ")
     assert named in said
 
 
-def test_evaluate_a_model_that_is_not_there(data, refused):
+def test_evaluate_a_missing_model(data, refused):
     assert "nowhere" in refused("evaluate", "/nowhere", "--dataset_name", data)
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("evaluate", "m", "--spli", "test"), "spli"),  # no abbreviations
+        (("evaluate", "m", "--spli", "test"), "spli"),  # abbreviations are not accepted
         (("evaluate", "m"), "dataset_name"),
         (("evaluate", "m", "--dataset_name", "d", "--batch_tokens", "many"), "batch_tokens"),
         (("evaluate", "m", "--dataset_name", "d", "--metrics", "[bluster]"), "each one of bleu, bleu_lowercase, chrf"),
@@ -171,7 +171,7 @@ def test_evaluate_a_model_that_is_not_there(data, refused):
         ((), "a command must be given, one of run, evaluate, convert, push, show"),
     ],
 )
-def test_parser_errors_name_the_word(words, named, refused):
+def test_parser_errors_name_the_argument(words, named, refused):
     assert named in refused(*words, status=2)
 
 
@@ -206,8 +206,8 @@ def image_models(tmp_path_factory):
     return folder
 
 
-def pictures(capsys) -> list[tuple[int, ...]]:
-    """Shapes of the pictures a command has named, one a line."""
+def plots(capsys) -> list[tuple[int, ...]]:
+    """Shapes of the plots that a command has printed, one path per line."""
     return [imread(path).shape for path in capsys.readouterr().out.split()]
 
 
@@ -215,21 +215,21 @@ def pictures(capsys) -> list[tuple[int, ...]]:
 def test_show_attention_over_an_image(name, image_models, tmp_path, capsys):
     where = ("--output_dir", tmp_path / "maps")
     hf_tfm("show", "attention", image_models / name, image_models / "0.png", *where, "--layers", "[-1]")
-    short, _ = pictures(capsys)
+    short, _ = plots(capsys)
     hf_tfm("show", "attention", image_models / name, f"{image_models / 'rows'}:test:1", *where, "--query", "mean")
-    tall, _ = pictures(capsys)
+    tall, _ = plots(capsys)
     assert short[0] < tall[0]
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["heads.png", "rollout.png"]
 
 
 def test_show_reconstruction(image_models, tmp_path, capsys):
-    file = tmp_path / "new" / "picture.png"
+    file = tmp_path / "new" / "plot.png"
     images = (image_models / "0.png", f"{image_models / 'rows'}:test:1")
     heights = []
     for count in (1, 2):
         options = ("--mask_ratio", "0.5", "--seed", "3", "--output", file)
         hf_tfm("show", "reconstruction", image_models / "mae", *images[:count], *options)
-        ((height, *_),) = pictures(capsys)
+        ((height, *_),) = plots(capsys)
         heights.append(height)
     assert heights[1] > 1.5 * heights[0]
 
@@ -237,7 +237,7 @@ def test_show_reconstruction(image_models, tmp_path, capsys):
 def test_show_positions(image_models, tmp_path, capsys):
     for name in ("vit", "mae"):
         hf_tfm("show", "positions", image_models / name, "--output", tmp_path / f"{name}.png")
-    assert len(pictures(capsys)) == 2
+    assert len(plots(capsys)) == 2
 
 
 @pytest.mark.parametrize(
@@ -270,27 +270,27 @@ def test_show_errors(words, named, image_models, model, refused):
     assert named in said
 
 
-def test_show_attention_refuses_a_text_that_fills_more_than_a_picture(model, refused):
+def test_show_attention_refuses_a_text_too_long_for_a_plot(model, refused):
     said = refused("show", "attention", model, "--text", " ".join(["one"] * 3000))
     assert re.fullmatch(r"hf-tfm show attention: text must have at most 638 tokens, .*, got \d+", said)
     said = refused("show", "attention", model, "--text", "one", "--target", " ".join(["eins"] * 3000))
     assert said.startswith("hf-tfm show attention: target must have at most 638 tokens")
 
 
-def test_show_refuses_an_image_that_is_too_large(image_models, refused, tmp_path, monkeypatch):
+def test_show_refuses_a_too_large_image(image_models, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(image_data, "MAX_PIXELS", 399)
     said = refused("show", "attention", image_models / "vit", image_models / "0.png")
     assert said.endswith("pixels, more than the limit of 399")
 
 
-def test_show_needs_the_image_processor(image_models, tmp_path, refused):
+def test_show_requires_the_image_processor(image_models, tmp_path, refused):
     shutil.copytree(image_models / "vit", tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     assert "has no image processor" in refused("show", "attention", tmp_path / "vit", image_models / "0.png")
 
 
 @pytest.mark.parametrize(("to", "norm_first"), [("marian", False), ("pegasus", True)])
-def test_convert_there_and_back(to, norm_first, tmp_path, capsys):
+def test_convert_and_back(to, norm_first, tmp_path, capsys):
     model = save_model(tmp_path / "model", norm_first=norm_first)
     hf_tfm("convert", model, "--to", to, "--output_dir", tmp_path / to)
     assert "largest difference of logits" in capsys.readouterr().out
@@ -316,14 +316,14 @@ def test_run_lists_recipes(refused, capsys):
     assert 'there is no recipe "fly"; available: augment_texts, detection_train' in said
 
 
-def test_run_passes_words_on(capsys):
+def test_run_passes_arguments_on(capsys):
     with pytest.raises(SystemExit) as ended:
         hf_tfm("run", "translation_train", "--config", "quickstart", "--seed", "5", "--print_config")
     assert ended.value.code == 0
     assert "\nseed: 5\n" in capsys.readouterr().out
 
 
-def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch, refused):
+def test_debug_keeps_the_traceback_of_an_unexpected_error(model, data, monkeypatch, refused):
     def broken(*args, **kwargs):
         raise TypeError("a fault")
 
@@ -334,7 +334,7 @@ def test_an_unexpected_error_keeps_its_trace_with_debug(model, data, monkeypatch
 
 
 def test_quickstart(tmp_path, monkeypatch, capfd):
-    """All it does, with smaller models trained for a moment."""
+    """All its steps, with smaller models trained for two steps."""
     tiny = "{hidden_size: 16, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
     text = [
         "--warmup_steps",
@@ -356,18 +356,18 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 
     detection = ["--model", "{d_model: 16, encoder_layers: 1, decoder_layers: 1}", "--warmup_steps", "1"]
     short = ["--num_train_epochs", "null"]
-    brief_words = {
+    short_options = {
         "translation_train": text,
         "detection_train": detection,
         "text_classification_train": short,
         "distill_task": short,
     }
 
-    def brief(recipe, argv):
-        small = brief_words.get(recipe, images)
+    def short_run(recipe, argv):
+        small = short_options.get(recipe, images)
         cli.run(recipe, [*argv, *small, "--max_steps", "2", "--mixed_precision", "no", "--progress", "false"])
 
-    monkeypatch.setattr(quickstart, "run", brief)
+    monkeypatch.setattr(quickstart, "run", short_run)
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
     said = capfd.readouterr().out
     assert "loaded in a new process" in said
@@ -399,7 +399,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("show", "positions"), ("show", "detections")])
-def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, refused):
+def test_missing_model_is_named(command, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     more = {"evaluate": ["--dataset_name", "digits"], "detections": ["photo.png"]}.get(command[-1], [])
     assert f'model "{tmp_path}/none" is neither a local folder nor' in refused(*command, tmp_path / "none", *more)

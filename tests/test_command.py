@@ -1,4 +1,4 @@
-"""Errors of commands: one line on standard error, an exit status, and the trace on request."""
+"""Command errors: one line on standard error, an exit status, and a traceback on request."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def failed(capsys, error: BaseException, words=(), code_option: bool = False) ->
 
 
 def caught(function, *arguments) -> BaseException:
-    """The exception of a call, with its trace."""
+    """The exception of a call, with its traceback."""
     try:
         function(*arguments)
     except BaseException as error:
@@ -61,26 +61,26 @@ def caught(function, *arguments) -> BaseException:
         (SystemExit("a message"), "a message"),
     ],
 )
-def test_an_expected_error_is_one_line(error, said, capsys):
+def test_expected_error_is_one_line(error, said, capsys):
     assert failed(capsys, error) == (1, f"hf-tfm evaluate: {said}\n")
 
 
 @pytest.mark.parametrize("error", [TypeError("a fault"), KeyError("key"), RuntimeError("odd"), AttributeError("a\nb")])
-def test_an_unexpected_error_is_one_line_that_says_so(error, capsys):
+def test_unexpected_error_is_one_line_that_says_so(error, capsys):
     code, said = failed(capsys, error)
     assert code == 1
     assert said.startswith(f"hf-tfm evaluate: unexpected {type(error).__name__}: ")
     assert "--debug" in said and said.count("\n") == 1
 
 
-def test_interruption_and_other_statuses_pass(capsys):
+def test_interruption_and_exit_statuses(capsys):
     assert failed(capsys, KeyboardInterrupt()) == (130, "hf-tfm evaluate: interrupted\n")
     assert failed(capsys, SystemExit(2)) == (2, "")
     assert run_command("evaluate", lambda words: 3, []) == 3
     assert run_command("evaluate", lambda words: None, []) == 0
 
 
-def test_debug_lets_the_exception_pass_and_is_not_an_argument(monkeypatch):
+def test_debug_passes_the_exception_and_is_removed_from_the_arguments(monkeypatch):
     def broken(argv):
         raise ValueError(f"got {argv}")
 
@@ -94,7 +94,7 @@ def test_debug_lets_the_exception_pass_and_is_not_an_argument(monkeypatch):
         run_command("push", broken, ["a"])
 
 
-def test_every_process_but_the_first_names_its_rank(monkeypatch, capsys):
+def test_every_rank_but_the_first_names_itself(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert failed(capsys, ValueError("x"))[1] == "hf-tfm evaluate: x\n"
     monkeypatch.setenv("RANK", "3")
@@ -102,7 +102,7 @@ def test_every_process_but_the_first_names_its_rank(monkeypatch, capsys):
     assert failed(capsys, ValueError("x"))[1] == "hf-tfm evaluate (rank 3): x\n"
 
 
-def test_a_wrapper_gives_way_to_its_cause():
+def test_wrapped_error_shows_its_cause():
     from datasets.exceptions import DatasetGenerationError
 
     def generate():
@@ -111,7 +111,7 @@ def test_a_wrapper_gives_way_to_its_cause():
     assert describe(caught(generate)) == "row 3 is odd"
 
 
-def test_errors_that_name_no_file_get_its_name(tmp_path):
+def test_file_errors_get_the_file_name(tmp_path):
     from safetensors.torch import load_file
 
     damaged = tmp_path / "model.safetensors"
@@ -125,7 +125,7 @@ def test_errors_that_name_no_file_get_its_name(tmp_path):
     assert describe(caught(read, tmp_path / "scores.json")).startswith(f"{tmp_path}/scores.json: ")
 
 
-def test_the_argument_is_named_whose_value_the_message_has():
+def test_error_about_a_path_names_its_argument():
     error = ValueError("Repo id must be in the form 'repo_name' or 'namespace/repo_name': './no/where'. Use")
     expected = '"./no/where" is neither a local folder nor a repository name of the Hub'
     assert describe(error, ["--tokenizer", "./no/where", "--seed", "1"]) == f"tokenizer: {expected}"
@@ -133,7 +133,7 @@ def test_the_argument_is_named_whose_value_the_message_has():
     assert describe(error, ["--tokenizer", "./no/where", "--model_name_or_path", "./no/where"]) == expected
 
 
-def test_an_option_is_recommended_only_by_a_command_that_has_it():
+def test_option_is_recommended_only_by_commands_that_have_it():
     error = ValueError(
         "The repository x contains custom code which must be executed to correctly load the model.\n"
         "Please pass the argument `trust_remote_code=True` to allow custom code to be run."
@@ -157,10 +157,10 @@ def test_progress_bars_do_not_share_the_line(capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "hf-tfm evaluate: a reason"
 
 
-def test_a_closed_pipe_is_quiet():
+def test_closed_pipe_is_silent():
     """As in `hf-tfm show ... | head -1`."""
     code = "from command import run_command\nrun_command('show', lambda argv: print('x' * 10**6), [])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "hf_tfm")}  # the file alone imports in a moment
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "hf_tfm")}  # imports only this file, which is fast
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     ) as process:
@@ -199,21 +199,21 @@ def test_every_recipe_fails_in_one_line(recipe, monkeypatch, capsys):
         cli.main(["run", recipe, "--output_dir", "x", "--debug"])
 
 
-def test_control_characters_of_a_message_are_written_out(capsys):
+def test_control_characters_are_escaped(capsys):
     from hf_tfm.command import say
 
     say("no file \x1b[31m a\nb\0 é")
     assert capsys.readouterr().err == "no file \\x1b[31m a\\nb\\x00 é\n"
 
 
-def test_a_closed_standard_output_is_no_error_of_its_own(monkeypatch):
+def test_closed_standard_output_is_not_an_error(monkeypatch):
     from hf_tfm.command import run_command
 
     monkeypatch.setattr("sys.stdout", None)
     assert run_command("show", lambda words: None, []) == 0
 
 
-def test_words_that_are_no_text_are_refused(capsys):
+def test_invalid_utf8_arguments_are_refused(capsys):
     from hf_tfm.command import run_command
 
     with pytest.raises(SystemExit):
@@ -232,7 +232,7 @@ def test_words_that_are_no_text_are_refused(capsys):
         ({"ACCELERATE_USE_CPU": ""}, r'ACCELERATE_USE_CPU must be true or false, got ""'),
     ],
 )
-def test_variables_of_no_launcher_are_refused_before_anything_else(monkeypatch, capsys, variables, told):
+def test_incomplete_launcher_variables_are_refused_first(monkeypatch, capsys, variables, told):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     ran = []
@@ -242,7 +242,7 @@ def test_variables_of_no_launcher_are_refused_before_anything_else(monkeypatch, 
     assert end.value.code == 1 and not ran and line.count("\n") == 1 and re.search(told, line), line
 
 
-def test_variables_of_a_launcher_are_taken(monkeypatch):
+def test_complete_launcher_variables_are_accepted(monkeypatch):
     for variables in ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}, {"MASTER_ADDR": "a", "WORLD_SIZE": "2"}):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -250,7 +250,7 @@ def test_variables_of_a_launcher_are_taken(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told_with_the_file(monkeypatch, capsys):
+def test_full_disk_error_names_the_file(monkeypatch, capsys):
     from hf_tfm.writing import write_json
 
     assert describe(caught(lambda: write_json({}, "/dev/full"))) == "/dev/full: No space left on device"

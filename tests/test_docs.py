@@ -1,7 +1,7 @@
-"""Commands and examples of README.md and docs/ are valid: options, presets, make targets, code and data formats.
+"""Commands and examples in README.md and docs/ are valid: options, presets, make targets, code and data formats.
 
-Commands are parsed with the parsers of the programs that they start, not executed, except those that only print.
-The commands of docs/add_a_family.md and docs/add_a_task.md are executed by test_extension.py.
+Commands are parsed by the programs' own parsers but not executed, except those that only print. The commands in
+docs/add_a_family.md and docs/add_a_task.md are executed by test_extension.py.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from hf_tfm.tasks.registry import evaluated_tasks
 ROOT = Path(__file__).parents[1]
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
-EXECUTED = ("add_a_family", "add_a_task")  # by test_extension.py
+EXECUTED = ("add_a_family", "add_a_task")  # run by test_extension.py
 FENCE = re.compile(r'^(<!-- test: run -->\n)?```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PRINTING = ("--help", "-h", "--print_config")
 EXTRAS = re.findall(r'^(\w+) = \["', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -165,13 +165,13 @@ def check(words: list[str]) -> None:
         raise AssertionError(f"{program} is not known to this test")
 
 
-def test_pages_are_read():
+def test_pages_contain_blocks():
     assert len(COMMANDS) > 100 and len(PYTHON) > 10
     assert {block.page for block in BLOCKS} > {ROOT / "README.md", ROOT / "docs" / "tasks" / "translation.md"}
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_valid(words):
+def test_command_is_valid(words):
     printed = io.StringIO()
     if not set(words) & set(PRINTING):
         if "--batch_tokens 0" in " ".join(words):  # an example of an error
@@ -188,7 +188,7 @@ def test_a_command_is_valid(words):
 @pytest.mark.parametrize(
     "words", [["hf-tfm", "run", "mae_pretrain", "--masks", "2"], ["make", "coffee"], ["hf-tfm", "x"]]
 )
-def test_a_wrong_command_is_found(words):
+def test_wrong_command_is_detected(words):
     with pytest.raises((SystemExit, AssertionError)):
         check(words)
 
@@ -218,7 +218,7 @@ def test_data_is_valid(block):
 
 
 def written(page: str) -> Path:
-    """Write the titled blocks of a page; return the folder of the data set."""
+    """Write the titled blocks of a page; returns the folder of the data set."""
     for block in BLOCKS:
         if block.page == ROOT / "docs" / "tasks" / page and block.title:
             file = Path(block.title)
@@ -229,7 +229,7 @@ def written(page: str) -> Path:
 
 
 @pytest.mark.parametrize("page", ["translation.md", "language_modeling.md", "text_classification.md"])
-def test_the_doctor_accepts_the_example(page, capsys):
+def test_doctor_accepts_the_example(page, capsys):
     folder = written(page)
     text = (ROOT / "docs" / "tasks" / page).read_text(encoding="utf-8")
     (command,) = re.findall(rf"^hf-tfm (doctor data {folder}.*)$", text, re.MULTILINE)
@@ -240,7 +240,7 @@ def test_the_doctor_accepts_the_example(page, capsys):
     assert "failed: nothing" in output, output
 
 
-def test_the_coco_example_loads():
+def test_coco_example_loads():
     folder = written("object_detection.md")
     (folder / "train").mkdir()
     Image.new("RGB", (64, 48)).save(folder / "train" / "a.jpg")
@@ -248,7 +248,7 @@ def test_the_coco_example_loads():
     assert row["objects"][0]["bbox"] == [8, 6, 20, 16]
 
 
-def test_the_panoptic_example_loads():
+def test_panoptic_example_loads():
     folder = written("panoptic_segmentation.md")
     assert [category.name for category in panoptic_categories(str(folder))] == ["car", "road"]
 
@@ -266,7 +266,7 @@ def test_every_preset_has_a_description():
 
 
 def test_numbers_have_a_source():
-    """Measured numbers stand in generated parts, which come from results files and headers of presets."""
+    """Measured numbers may only be in generated parts, which come from results files and headers of presets."""
     for page in ROOT.glob("docs/**/*.md"):
         text = FENCE.sub("", GENERATE["PART"].sub("", page.read_text(encoding="utf-8")))
         found = re.findall(
@@ -275,12 +275,12 @@ def test_numbers_have_a_source():
         assert not found, f"{page.name}: {found}"
 
 
-def test_pictures_are_small():
-    for picture in ROOT.glob("docs/images/*.png"):
-        assert picture.stat().st_size <= 200 * 1024, picture
+def test_images_in_docs_are_small():
+    for image in ROOT.glob("docs/images/*.png"):
+        assert image.stat().st_size <= 200 * 1024, image
 
 
-def test_the_site_lists_every_page():
+def test_site_lists_every_page():
     listed = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} - {"index.md"} <= set(
         listed
@@ -291,7 +291,7 @@ def test_the_site_lists_every_page():
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")),
     reason="needs the packages of the extra docs",
 )
-def test_the_site_builds_without_warnings(tmp_path):
+def test_site_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

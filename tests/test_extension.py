@@ -1,7 +1,7 @@
-"""Other packages add a model family and a task: docs/add_a_family.md and docs/add_a_task.md, run as they are.
+"""Other packages add a model family and a task, as in docs/add_a_family.md and docs/add_a_task.md.
 
-The code blocks of a page become modules of a package with an entry point. The first command, which trains, is killed
-and repeated; then all commands run, one after the other.
+The code blocks of a page become modules of a package with an entry point. The first command, which trains, is
+killed and repeated; then all commands run in order.
 """
 
 import json
@@ -81,7 +81,7 @@ class Page:
         assert process.returncode == -signal.SIGKILL, output
 
     def output(self, *commands: list[str]) -> str:
-        """Execute commands; return what they print."""
+        """Execute commands; returns their output."""
         output, _ = (process := self.start(*commands)).communicate()
         assert process.returncode == 0, output
         return output
@@ -99,7 +99,7 @@ def moved(command: list[str], folder: str) -> list[str]:
     return [*command[:place], folder, *command[place + 1 :]]
 
 
-def test_a_family_of_another_package(tmp_path):
+def test_family_of_another_package(tmp_path):
     page = Page("add_a_family", tmp_path)
     train, evaluate, distill, convert = page.commands
     page.killed(train)
@@ -115,7 +115,7 @@ def test_a_family_of_another_package(tmp_path):
     assert certificate["differences"]["logits"] < 1e-5
 
 
-def test_a_task_of_another_package(tmp_path):
+def test_task_of_another_package(tmp_path):
     page = Page("add_a_task", tmp_path)
     (tmp_path / "data").mkdir()
     for split, count in (("train", 256), ("validation", 64)):

@@ -1,4 +1,4 @@
-"""The table of model families: what is derived from it, and families of other packages."""
+"""The table of model families: values derived from it, and families of other packages."""
 
 import sys
 from dataclasses import replace
@@ -15,13 +15,13 @@ from hf_tfm.conversion import conversions
 from hf_tfm.families import FAMILIES, Family, family_of, register_family
 
 
-def test_the_stub_lists_what_the_package_exports():
+def test_stub_lists_the_exports_of_the_package():
     assert (Path(hf_tfm.__file__).parent / "__init__.pyi").read_text() == families.stub()
     assert all(hasattr(hf_tfm, name) for name in hf_tfm.__all__)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_auto_classes_know_every_family(family):
+def test_auto_classes_support_every_family(family):
     assert family_of(family.name) is family
     for auto_class, kind in family.classes().items():
         auto = getattr(transformers, auto_class)
@@ -36,7 +36,7 @@ def test_every_conversion_starts_from_a_class_of_its_family():
 
 
 def test_common_tests_have_a_tiny_model_of_every_family():
-    """One entry of fields is all that a new family needs."""
+    """A new family needs only one entry of fields."""
     assert {*every_class.FIELDS} == {family.name for family in FAMILIES}
     classes = {path.rpartition(".")[2] for family in FAMILIES for path in family.auto_classes.values()}
     assert classes - {family.config.__name__ for family in FAMILIES} == {
@@ -45,7 +45,7 @@ def test_common_tests_have_a_tiny_model_of_every_family():
     assert {*every_class.FAMILIES} <= every_class.CLASSES.keys()
 
 
-def test_a_second_family_of_the_same_name_or_type_is_refused():
+def test_duplicate_family_name_or_type_is_refused():
     register_family(FAMILIES[0])
     for changed in (replace(FAMILIES[0], name="other"), replace(FAMILIES[0], config=FAMILIES[1].config)):
         with pytest.raises(ValueError, match="already"):

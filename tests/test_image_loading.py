@@ -1,4 +1,4 @@
-"""The contestants of the loader benchmark do the same work."""
+"""The image-loading benchmark compares equivalent pipelines."""
 
 import pytest
 from datasets import Dataset, Image
@@ -15,7 +15,7 @@ def rows():
     return image_rows(Dataset.from_dict(columns).cast_column("image", Image()))
 
 
-def test_photos_are_photo_like(rows):
+def test_photos_have_a_natural_spectrum(rows):
     image = decode(rows[0]["image"]).float()
     assert image.shape == (3, *image_loading.PHOTO)
     assert image.std() > 30
@@ -25,8 +25,8 @@ def test_photos_are_photo_like(rows):
     assert image_loading.photo(0) != image_loading.photo(1)
 
 
-def test_contestants_give_the_same_batches_but_for_chance(rows, monkeypatch):
-    """Without random crops the batches have the same images, up to the decoders' and resizers' rounding."""
+def test_pipelines_give_equal_batches_without_random_crops(rows, monkeypatch):
+    """Batches have the same images, up to the rounding of decoders and resizers."""
     monkeypatch.setattr(transforms, "RandomHorizontalFlip", lambda: lambda image: image)
     resize = transforms.Resize((32, 32), transforms.InterpolationMode.BICUBIC)
     augmentation = Augmentation(crop="none", flip=0.0)

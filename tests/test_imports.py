@@ -1,6 +1,6 @@
-"""Dependencies between folders of the package point one way, and modules import each other in no circle.
+"""Dependencies between folders of the package point one way, and modules have no import cycles.
 
-The exceptions below are what remains of the earlier layout; the lists may only become shorter.
+The exceptions below remain from the earlier layout; the lists may only become shorter.
 """
 
 import ast
@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_tfm"
 
 # Pairs of folders that import each other.
 MUTUAL: set[tuple[str, str]] = set()
-# Modules that are part of a circle of imports, function-level imports included.
+# Modules in an import cycle, function-level imports included.
 CIRCULAR: set[str] = set()
 
 
@@ -43,13 +43,13 @@ GRAPH = {name: imports_of(name) for name in FILES}
 
 
 def folder(name: str) -> str:
-    """The folder of a module; a module at the top of the package stands for itself."""
+    """The folder of a module; a top-level module counts as its own folder."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 def components() -> list[set[str]]:
-    """Sets of modules that reach each other (Tarjan 1972)."""
+    """Strongly connected sets of modules (Tarjan 1972)."""
     index, low, stack, on_stack, found = {}, {}, [], set(), []
 
     def visit(name: str) -> None:
@@ -83,7 +83,7 @@ def test_no_two_folders_import_each_other():
     assert mutual == MUTUAL
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_modules_have_no_import_cycles():
     assert {name for component in components() if len(component) > 1 for name in component} == CIRCULAR
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks of language models run on small ones, and every contestant does its work."""
+"""The language model benchmarks run with small models, and every variant trains or generates."""
 
 import json
 
@@ -10,13 +10,13 @@ from benchmarks import common, language_generation, language_training
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Reads what a benchmark wrote."""
+    """Reads the results that a benchmark wrote."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield lambda name: json.loads((tmp_path / f"{name}.json").read_text())
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_both_generate_the_same_texts(results):
+def test_both_models_generate_the_same_texts(results):
     options = {"vocab_size": 128, "prompt_length": 6, "new_tokens": 4, "rounds": 1}
     language_generation.main(sizes=("tiny",), batch_sizes=(1, 3), beams=(1, 2), **options)
     found = results("language_generation")["results"]
@@ -26,7 +26,7 @@ def test_both_generate_the_same_texts(results):
         assert all(speed > 0 for speed in result["tokens_per_second"].values())
 
 
-def test_every_contestant_trains(results, tmp_path):
+def test_every_variant_trains(results, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     lines = [json.dumps({"text": f"a film of {i} parts and {i * 7} words"}) for i in range(200)]

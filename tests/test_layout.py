@@ -1,4 +1,4 @@
-"""Files that travel to the Hub import only siblings, the standard library, and what transformers and timm bring."""
+"""Files saved with a model import only siblings, the standard library, and dependencies of transformers and timm."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def test_models_is_flat():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_travelling_file_imports_only_what_travels(path):
+def test_model_files_import_only_available_modules(path):
     text = path.read_text()
     siblings = {file.stem for file in FILES}
     found = set()
@@ -28,21 +28,21 @@ def test_a_travelling_file_imports_only_what_travels(path):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert node.module.split(".")[0] in ALLOWED, node.module
         elif isinstance(node, ast.ImportFrom):
-            # `from . import x` is not seen by the scanner that copies files, and `from ..x import y` crashes it.
+            # The scanner that copies files misses `from . import x`, and `from ..x import y` crashes it.
             assert node.level == 1 and node.module in siblings, ast.unparse(node)
             found.add(node.module)
-    # The scanner is a regular expression over the text: it must find these imports and no others, as in a docstring.
+    # The scanner is a regular expression over the whole text: it must find exactly these imports, none in docstrings.
     assert set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)) == found
     assert not re.findall(r"^\s*import\s+\.(\S+)\s*$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_travelling_file_never_names_the_package(path):
+def test_model_files_never_name_the_package(path):
     assert "hf_tfm" not in path.read_text()
 
 
-def test_every_file_is_reached_from_the_modeling_files():
-    """What no modeling file imports would not be copied."""
+def test_every_file_is_imported_by_a_modeling_file():
+    """Files that no modeling file imports would not be copied."""
     reached, todo = set(), [path.stem for path in FILES if path.stem.startswith(("modeling_", "configuration_"))]
     while todo:
         stem = todo.pop()

@@ -1,4 +1,4 @@
-"""One estimate of memory for new and saved models, on every system."""
+"""One estimate of memory for new and saved models, on every operating system."""
 
 import importlib
 import sys
@@ -25,7 +25,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_blocks_are_counted_as_if_all_were_built(name, monkeypatch):
+def test_repeated_blocks_are_counted_without_building_all(name, monkeypatch):
     kind, config = MODELS[name]
     model = kind(config)
     expected = tuple(sum(t.numel() for t in tensors) for tensors in (model.parameters(), model.buffers()))
@@ -34,7 +34,7 @@ def test_equal_blocks_are_counted_as_if_all_were_built(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_saved_and_new_models_are_measured_alike(name, monkeypatch):
+def test_saved_and_new_models_have_the_same_estimate(name, monkeypatch):
     kind, config = MODELS[name]
     needed = memory.WEIGHT * sum(memory.count_values(kind, config))
     monkeypatch.setattr(memory, "TRAINING", memory.WEIGHT)
@@ -48,14 +48,14 @@ def test_saved_and_new_models_are_measured_alike(name, monkeypatch):
                     check(kind, config)
 
 
-def test_a_model_that_cannot_be_built_without_memory_is_not_checked():
+def test_model_that_cannot_be_built_on_the_meta_device_is_not_checked():
     def build(config):
         raise NotImplementedError
 
     memory.check_saved_size(build, MODELS["bert"][1])
 
 
-def test_a_limit_of_the_process_counts(monkeypatch):
+def test_process_memory_limit_is_respected(monkeypatch):
     if memory.resource is None:
         pytest.skip("the system has no such limits")
     for limit, expected in ((10**6, 10**6), (memory.resource.RLIM_INFINITY, psutil.virtual_memory().total)):

@@ -1,4 +1,4 @@
-"""Tables in README.md and docs/ agree with the code and the results files."""
+"""Tables in README.md and docs/ match the code and the results files."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 PLACES = re.findall(r"\| `([\w/.]+)`: `(\w+)` \|", WHERE)
 
 
-def test_the_table_is_read():
+def test_code_table_is_found():
     assert len(PLACES) > 20
 
 
 @pytest.mark.parametrize(("file", "symbol"), PLACES)
-def test_where_is(file: str, symbol: str):
+def test_code_table_entries_exist(file: str, symbol: str):
     source = (ROOT / file).read_text(encoding="utf-8")
     assert re.search(rf"^(class|def|async def) {symbol}\b|^{symbol}\b.*=", source, re.MULTILINE), (
         f"{symbol} is not in {file}"
@@ -26,7 +26,7 @@ def test_where_is(file: str, symbol: str):
 
 def test_presets_are_listed():
     for recipe in (ROOT / "recipes").glob("*.py"):
-        if recipe.stem in ("distill_cache", "augment_texts"):  # they train nothing of their own
+        if recipe.stem in ("distill_cache", "augment_texts"):  # they train nothing themselves
             continue
         row = re.search(rf"\| `{recipe.stem}` \| (.*) \|", RECIPES)
         presets = sorted(p.stem for p in (ROOT / "recipes/presets" / recipe.stem).glob("*.yaml"))
@@ -34,7 +34,7 @@ def test_presets_are_listed():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path):
+def test_links_are_valid(page: Path):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -1,6 +1,6 @@
-"""A family that is a line of the table, and nothing else, is trained, trained further, scored and distilled.
+"""A family added only to the table can be trained, fine-tuned, evaluated and distilled.
 
-One toy family for each head, see `toy_families`; no task knows any of them.
+One toy family for each head, see `toy_families`; no task refers to any of them.
 """
 
 import json
@@ -123,7 +123,7 @@ def record(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_task_takes_it(name, tmp_path, monkeypatch):
+def test_family_works_in_its_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split, rows in digit_scenes(train=6, validation=2, test=0, size=64).items():
         rows.to_parquet(f"scenes/{split}.parquet")
@@ -131,7 +131,7 @@ def test_every_task_takes_it(name, tmp_path, monkeypatch):
     steps = [*STEPS, "--dataset_name", case.data[0]]
     start = ["run", case.recipe, "--config", "quickstart", *steps, *case.options]
     run(*start, "--architecture", name, "--output_dir", new)
-    # Neither recipe is told the family: it is that of the saved model.
+    # Neither recipe is given the family: it is that of the saved model.
     run(*start, *case.again, "--model_name_or_path", new, "--output_dir", again)
     assert record(new)["model_type"] == record(again)["model_type"] == name
     run("evaluate", again, "--dataset_name", *case.data, "--max_samples", "8", "--output", tmp_path / "scores.json")
@@ -148,7 +148,7 @@ def test_every_task_takes_it(name, tmp_path, monkeypatch):
     ("name", "recipe"),
     [("toy_roberta", "text_classification_train"), ("toy_gpt2", "text_classification_train")],
 )
-def test_a_text_family_classifies(name, recipe, tmp_path):
+def test_text_family_classifies(name, recipe, tmp_path):
     options = ["--model", "{}", "--vocab_size", "300", "--batch_size", "8", "--warmup_steps", "null"]
     weight = ["--language_weight", "0.5"] if name == "toy_gpt2" else []
     words = ["run", recipe, "--config", "quickstart", *STEPS, *options, "--test_splits", "[]"]
@@ -159,7 +159,7 @@ def test_a_text_family_classifies(name, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_unknown_family_is_answered_with_those_of_the_head(name, tmp_path, capsys):
+def test_unknown_family_is_answered_with_the_known_ones(name, tmp_path, capsys):
     words = [
         "run",
         CASES[name].recipe,

@@ -1,4 +1,4 @@
-"""Values are checked against annotations: types, finite numbers, choices, lengths, in Python as in YAML."""
+"""Values are validated against annotations: types, finite numbers, choices, lengths, in Python as in YAML."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (object, Any, object),
     ],
 )
-def test_values_that_fit(value, hint, found):
+def test_valid_values(value, hint, found):
     given = conform("x", value, hint)
     assert given == found and type(given) is type(found)
 
@@ -84,7 +84,7 @@ def test_values_that_fit(value, hint, found):
         (5, Augmentation, "x must be a mapping of names to values, got 5"),
     ],
 )
-def test_values_that_do_not_fit(value, hint, message):
+def test_invalid_values(value, hint, message):
     with pytest.raises(ValueError) as caught:
         conform("x", value, hint)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
@@ -127,7 +127,7 @@ NEEDED = {Corpus: {"dataset_name": "d"}, Term: {"kind": "soft_target"}}
     ("kind", "name", "value"),
     [(kind, name, value) for kind, table in GROUPS.items() for name, values in table.items() for value in values],
 )
-def test_groups_of_options_refuse(kind, name, value):
+def test_invalid_option_groups(kind, name, value):
     with pytest.raises(ValueError, match=name):
         kind(**{**NEEDED.get(kind, {}), name: value})
 
@@ -169,14 +169,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_arguments_in_python_refuse_as_on_the_command_line(name, value):
+def test_python_arguments_are_validated_like_the_command_line(name, value):
     steps = {} if name == "num_train_epochs" else {"max_steps": 10}
     with pytest.raises(ValueError, match=name) as caught:
         TrainingArguments(**{"output_dir": "o", **steps, name: value})
     assert "\n" not in str(caught.value)
 
 
-def test_every_option_has_a_wrong_value_in_the_table():
+def test_every_option_has_an_invalid_value_in_the_table():
     untested = {"gradient_checkpointing", "average_checkpoints", "metric_for_best_model", "max_nonfinite_steps"}
     assert {one.name for one in dataclasses.fields(TrainingArguments)} == WRONG.keys() | untested
 
@@ -206,12 +206,12 @@ def test_values_near_the_limits_are_accepted():
         ({"weight_decay": 100, "learning_rate": 0.1}, "weight_decay times learning_rate must be below 1"),
     ],
 )
-def test_options_that_contradict_each_other(options, message):
+def test_contradictory_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ImageBatchArguments(**{"output_dir": "o", "max_steps": 10, "learning_rate": 0.1, **options})
 
 
-def test_options_of_tokens():
+def test_token_batch_options():
     for name, value in {"batch_tokens": 0, "micro_batch_tokens": 1.5}.items():
         with pytest.raises(ValueError, match=name):
             TokenBatchArguments(output_dir="o", max_steps=1, **{name: value})
@@ -226,7 +226,7 @@ class Group:
         conform_fields(self)
 
 
-def test_fields_become_what_their_annotations_say():
+def test_fields_are_converted_to_their_annotations():
     group = Group(items=[1, 2], corpora=[{"dataset_name": "d"}])
     assert group.items == (1, 2) and group.corpora == [Corpus(dataset_name="d")]
     with pytest.raises(ValueError, match=r"corpora\[0\].splitt is not an option; did you mean split?"):
@@ -235,13 +235,13 @@ def test_fields_become_what_their_annotations_say():
 
 @checked(tokens=(1, None), share=(0, 1))
 def scored(model: str, tokens: int = 8, share: float | None = None, **others: int) -> tuple:
-    """A function that scores."""
+    """An evaluation function."""
     return model, tokens, share, others
 
 
-def test_arguments_of_a_function():
+def test_function_arguments_are_validated():
     assert scored(Path("m"), share=1, more=2) == ("m", 8, 1, {"more": 2})
-    assert scored.__doc__ == "A function that scores."
+    assert scored.__doc__ == "An evaluation function."
     for options, message in (
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"tokens": 1.5}, "tokens must be an integer, got 1.5"),
@@ -255,7 +255,7 @@ def test_arguments_of_a_function():
 
 
 def bomb() -> str:
-    """A list of lists whose aliases stand for ten billion values."""
+    """Nested lists whose aliases expand to ten billion values."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     return "\n".join(lines + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)])
 
@@ -275,13 +275,13 @@ def bomb() -> str:
         ("a: \x01", "f"),
     ],
 )
-def test_yaml_that_is_refused(text, message):
+def test_invalid_yaml_is_refused(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_yaml(text, "f")
     assert "\n" not in str(caught.value)
 
 
-def test_yaml_reads_numbers_as_the_command_line_does():
+def test_yaml_numbers_are_read_as_on_the_command_line():
     text = "a: 1e-3\nb: .5\nc: 1_000\nd: 2020-01-01\ne: null\nf: .inf\nbase: &base {x: 1}\nother: {<<: *base}"
     found = load_yaml(text, "f")
     assert found == {
@@ -290,7 +290,7 @@ def test_yaml_reads_numbers_as_the_command_line_does():
     }
 
 
-def test_home_directories_are_expanded_in_paths_alone(monkeypatch):
+def test_home_directories_are_expanded_only_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     for name in ("output_dir", "dataset_name", "model_name_or_path", "cache", "more_texts[0].dataset_name"):
         assert conform(name, "~/a", str | None) == "/home/someone/a"

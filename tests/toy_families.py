@@ -1,7 +1,7 @@
-"""Families as another package adds them: thin subclasses of transformers' classes, and a detector of our own.
+"""Families as added by another package: thin subclasses of transformers' classes, and a custom detector.
 
-They follow docs/add_a_family.md alone: `of_size`, ``auto_classes``, and the members that a head needs.
-Their forward passes have none of the extra arguments of this package's language models.
+They follow only docs/add_a_family.md: `of_size`, ``auto_classes``, and the members that a head needs. Their forward
+passes have none of the additional arguments of this package's language models.
 """
 
 from typing import ClassVar
@@ -33,7 +33,7 @@ MODULE = __name__.rpartition(".")[2]
 
 
 class Sized:
-    """A configuration with the one size "tiny"."""
+    """A configuration with a single size, "tiny"."""
 
     tiny: ClassVar[dict] = {}
 
@@ -137,7 +137,7 @@ class ToyBartForConditionalGeneration(BartForConditionalGeneration):
 
 
 class ToyDetectorConfig(Sized, PreTrainedConfig):
-    """A detector without a backbone of timm: patches, and slots that attend to them."""
+    """A detector without a timm backbone: patches, and slots that attend to them."""
 
     model_type = "toy_detector"
     auto_classes: ClassVar = {

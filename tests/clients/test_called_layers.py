@@ -102,15 +102,15 @@ def test_every_layer_is_called_for_a_loss_without_logits(name):
 
 @pytest.mark.client("accelerate: cpu_offload, disk_offload", "accelerate")
 @EVERY
-@pytest.mark.parametrize("layer_name", ["cpu", "disk", "disk-with-buffers"])
-def test_offloaded_layers(name, fields, layer_name, tmp_path):
+@pytest.mark.parametrize("target", ["cpu", "disk", "disk-with-buffers"])
+def test_offloaded_layers(name, fields, target, tmp_path):
     """All weights are on the meta device except while their layer runs."""
     model = tiny(name, **fields)
     expected = outputs_of(model, name)
-    if layer_name == "cpu":
+    if target == "cpu":
         cpu_offload(model, execution_device="cpu")
     else:
-        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=layer_name == "disk-with-buffers")
+        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=target == "disk-with-buffers")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert_same(outputs_of(model, name), expected)
 

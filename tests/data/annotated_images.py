@@ -1,4 +1,4 @@
-"""What the tests of annotated images share: small pictures, and the objects in them in one form."""
+"""Shared helpers of the annotation tests: small images and their objects in a common form."""
 
 import io
 from typing import Any
@@ -16,8 +16,8 @@ OBJECTS = [
 ]
 
 
-def picture(index: int, kind: str = "JPEG") -> bytes:
-    """An encoded image of soft blobs, of size SIZES[index]."""
+def jpeg(index: int, kind: str = "JPEG") -> bytes:
+    """An encoded image of blurry blobs, of size SIZES[index]."""
     small = np.random.default_rng(index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
     height, width = SIZES[index]
     file = io.BytesIO()
@@ -26,7 +26,7 @@ def picture(index: int, kind: str = "JPEG") -> bytes:
 
 
 def expected(index: int, crowd: bool = True) -> list[dict[str, Any]]:
-    """The objects of an image as rows have them; without the field of crowds where the source has none."""
+    """The objects of an image as in the rows; without iscrowd if the source has no such field."""
     return [
         {"bbox": [float(v) for v in (x, y, w, h)], "category": c, "area": area, "iscrowd": is_crowd and crowd}
         for x, y, w, h, c, area, is_crowd in OBJECTS[index]
@@ -34,7 +34,7 @@ def expected(index: int, crowd: bool = True) -> list[dict[str, Any]]:
 
 
 def segment_map(index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """(h, w) segment ids, all objects on a ground of category 7, and what segments they are; 0 on the left edge."""
+    """Segment ids (h, w), with all objects on a background of category 7, and the segments; 0 on the left edge."""
     ids = np.full(SIZES[index], 70_000 + index)
     segments = []
     for k, (x, y, w, h, category, _, is_crowd) in enumerate(OBJECTS[index]):

@@ -1,4 +1,4 @@
-"""COCO's, Roboflow's and Pascal VOC's folders are read as the same rows, and said to be wrong where they are."""
+"""COCO, Roboflow and Pascal VOC folders are read as the same rows; invalid files are reported with the place."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotated_images import CATEGORIES, NAMES, OBJECTS, SIZES, colours, expected, picture, segment_map
+from annotated_images import CATEGORIES, NAMES, OBJECTS, SIZES, colours, expected, jpeg, segment_map
 
 from hf_tfm.data import run_lengths
 from hf_tfm.data.coco import split_names
@@ -16,18 +16,18 @@ from hf_tfm.data.images import decode
 from hf_tfm.data.panoptic import decode_segments, panoptic_categories, panoptic_rows
 from hf_tfm.data.source import load_splits
 
-IDS = [1, 2, 4]  # of categories, with a gap as COCO's have
+IDS = [1, 2, 4]  # category ids, with a gap as in COCO
 IMAGE_IDS = [139, 25, 7]
 
 
-def pictures_in(folder):
+def images_of(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(3):
-        (folder / f"{i}.jpg").write_bytes(picture(i))
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
 
 
 def instances(**change):
-    """The content of an instances file."""
+    """Content of an instances file."""
     images = [
         {"id": IMAGE_IDS[i], "file_name": f"{i}.jpg", "height": SIZES[i][0], "width": SIZES[i][1]} for i in range(3)
     ]
@@ -54,21 +54,21 @@ def write(file, content):
 
 
 def coco(folder, place="train2017", **change):
-    pictures_in(folder / place)
+    images_of(folder / place)
     write(folder / "annotations" / "instances_train2017.json", instances(**change))
     return folder
 
 
 def roboflow(folder):
     for split in ("train", "valid"):
-        pictures_in(folder / split)
+        images_of(folder / split)
         write(folder / split / "_annotations.coco.json", instances())
     return folder
 
 
 def panoptic(folder, maps="annotations/panoptic_train2017", change=lambda content: content):
-    """Beside what is in the folder already; the image 25 has no map."""
-    pictures_in(folder / "train2017")
+    """Panoptic files, added to the folder's other content; image 25 has no map."""
+    images_of(folder / "train2017")
     (folder / maps).mkdir(parents=True)
     annotations = []
     for i in (0, 2):
@@ -91,7 +91,7 @@ def xml(index, one="<name>", size=True, sides=("xmin", "ymin", "xmax", "ymax")):
 
 
 def voc(folder, lists=True, **options):
-    pictures_in(folder / "JPEGImages")
+    images_of(folder / "JPEGImages")
     (folder / "Annotations").mkdir()
     for i in range(3):
         (folder / "Annotations" / f"{i}.xml").write_text(xml(i, **options))
@@ -102,7 +102,7 @@ def voc(folder, lists=True, **options):
     return folder
 
 
-# --- one form
+# --- a common form
 
 
 @pytest.mark.parametrize("place", ["train2017", "images/train2017", "images", "."])
@@ -118,11 +118,11 @@ def test_coco(tmp_path, place):
         assert objects == expected(i)
         for mask, (x, y, w, h, *_) in zip(masks, OBJECTS[i], strict=True):
             assert mask[y : y + h, x : x + w].all() and mask.sum() == w * h
-        np.testing.assert_array_equal(decode(row["image"]), decode(picture(i)))
+        np.testing.assert_array_equal(decode(row["image"]), decode(jpeg(i)))
     assert report.kept == 3
 
 
-def test_roboflow_splits_have_their_usual_names(tmp_path):
+def test_roboflow_splits_get_standard_names(tmp_path):
     splits = load_splits(str(roboflow(tmp_path)))
     assert sorted(splits) == ["train", "validation"]
     assert fingerprint(scene_rows(splits["train"])[0]) == fingerprint(scene_rows(splits["validation"])[0])
@@ -149,7 +149,7 @@ def test_voc_without_lists_or_sizes(tmp_path):
     assert [len(row["objects"]) for row in rows] == [2, 0, 1]
 
 
-def test_a_changed_file_is_read_again(tmp_path):
+def test_changed_file_is_read_again(tmp_path):
     folder = coco(tmp_path)
     before = load_splits(str(folder))["train"]
     assert before.cache_files[0]["filename"] == load_splits(str(folder))["train"].cache_files[0]["filename"]
@@ -157,7 +157,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     content["annotations"][0]["bbox"] = [1, 1, 5, 5]
     file = folder / "annotations" / "instances_train2017.json"
     write(file, content)
-    os.utime(file, ns=(1, 1))  # some file systems count whole seconds
+    os.utime(file, ns=(1, 1))  # some file systems store whole seconds only
     assert [1, 1, 5, 5] in [o["bbox"] for row in load_splits(str(folder))["train"] for o in row["objects"]]
     other = voc(tmp_path / "voc")
     first = fingerprint(scene_rows(load_splits(str(other))["train"])[0])
@@ -196,9 +196,9 @@ def test_panoptic(tmp_path, caplog, maps, with_instances):
         ]
 
 
-def test_panoptic_categories_beside_the_data(tmp_path):
+def test_panoptic_categories_file(tmp_path):
     write(tmp_path / "panoptic_categories.json", CATEGORIES[::-1])
-    assert [c.name for c in panoptic_categories(str(tmp_path))] == [*NAMES, "grass"]  # by their ids
+    assert [c.name for c in panoptic_categories(str(tmp_path))] == [*NAMES, "grass"]  # by id
     write(tmp_path / "panoptic_categories.json", [{"id": 1, "name": "a"}])
     with pytest.raises(ValueError, match=r'panoptic_categories.json, category 1 has no "isthing"'):
         panoptic_categories(str(tmp_path))
@@ -212,7 +212,7 @@ def test_panoptic_categories_beside_the_data(tmp_path):
         panoptic_categories("digits")
 
 
-def test_panoptic_rows_that_do_not_fit(tmp_path):
+def test_invalid_panoptic_rows(tmp_path):
     source = load_splits(str(panoptic(coco(tmp_path))))["train"]
     categories = panoptic_categories(str(tmp_path))
     with pytest.raises(ValueError, match="category_id 7 in segments_info is not one of the 3 categories"):
@@ -225,11 +225,11 @@ def test_panoptic_rows_that_do_not_fit(tmp_path):
         panoptic_rows(source.select([1]), categories)
 
 
-# --- files that do not fit
+# --- invalid files
 
 
 def of_the_first(part, **change):
-    """The instances with other fields in the first entry of a list."""
+    """The instances with changed fields in the first entry of a list."""
     content = instances()
     content[part][0].update(change)
     return content
@@ -283,28 +283,28 @@ def without(content, key, part="annotations"):
         ],
     ],
 )
-def test_coco_files_that_do_not_fit(tmp_path, content, message):
-    pictures_in(tmp_path / "train2017")
+def test_invalid_coco_files(tmp_path, content, message):
+    images_of(tmp_path / "train2017")
     write(tmp_path / "annotations" / "instances_train2017.json", content)
     with pytest.raises(ValueError, match=message):
         load_splits(str(tmp_path))
 
 
-def test_a_file_that_is_no_json(tmp_path):
+def test_invalid_json_file(tmp_path):
     folder = coco(tmp_path)
     (folder / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(ValueError, match=r"instances_train2017.json is not JSON"):
         load_splits(str(folder))
 
 
-def test_annotations_of_unknown_images_are_left_out_with_a_word(tmp_path, caplog):
+def test_annotations_of_unknown_images_are_skipped_with_a_warning(tmp_path, caplog):
     rows = load_splits(str(coco(tmp_path, images=instances()["images"][:1])))["train"]
     assert len(rows) == 1
     assert "1 annotations of images that it does not list are left out" in caplog.text
 
 
 def objects_of(folder, **options):
-    """The objects of the image 139, and of all images."""
+    """Objects of image 139, and of all images."""
     rows, _ = scene_rows(load_splits(str(folder))["train"], **options)
     every = {row["image_id"]: row["objects"] for row in rows}
     return every[139], [o for objects in every.values() for o in objects]
@@ -333,13 +333,13 @@ OUTLINES = {
 
 
 @pytest.mark.parametrize("kind", OUTLINES)
-def test_a_malformed_outline_is_missing_and_its_box_is_read(tmp_path, caplog, kind):
+def test_malformed_outline_is_dropped_but_its_box_is_read(tmp_path, caplog, kind):
     content = instances()
     content["annotations"] = sorted(content["annotations"], key=lambda a: a["id"])
     content["annotations"][0]["segmentation"] = OUTLINES[kind]
-    pictures_in(tmp_path / "train2017")
+    images_of(tmp_path / "train2017")
     write(tmp_path / "annotations" / "instances_train2017.json", content)
-    for _ in range(2):  # also where the rows come from the cache
+    for _ in range(2):  # also if the rows come from the cache
         caplog.clear()
         found, every = objects_of(tmp_path)
         assert len(every) == 3 and found[0]["bbox"] == [4, 6, 20, 10]
@@ -350,11 +350,11 @@ def test_a_malformed_outline_is_missing_and_its_box_is_read(tmp_path, caplog, ki
     assert "1 of 3 boxes left out: without an outline (first in image 139)" in caplog.text
 
 
-def test_outlines_of_images_without_a_stated_size_are_read(tmp_path):
+def test_outlines_of_images_without_a_stated_size(tmp_path):
     content = instances()
     for image in content["images"]:
         del image["width"]
-    pictures_in(tmp_path / "train2017")
+    images_of(tmp_path / "train2017")
     write(tmp_path / "annotations" / "instances_train2017.json", content)
     assert len(objects_of(tmp_path, masks=True)[1]) == 3
 
@@ -369,7 +369,7 @@ def test_outlines_of_images_without_a_stated_size_are_read(tmp_path):
         ("annotations", lambda a: a.update(iscrowd="yes" if a["iscrowd"] else "no", area=str(a["area"]))),
     ],
 )
-def test_ids_numbers_and_flags_may_be_text(tmp_path, part, change):
+def test_ids_numbers_and_flags_may_be_strings(tmp_path, part, change):
     expected_rows = objects_of(coco(tmp_path / "plain"))
     content = instances()
     for entry in content[part]:
@@ -378,7 +378,7 @@ def test_ids_numbers_and_flags_may_be_text(tmp_path, part, change):
 
 
 @pytest.mark.parametrize("large", [2**63, 10**30, "a"])
-def test_ids_that_are_no_integers_of_64_bits_become_numbers(tmp_path, large):
+def test_other_ids_are_replaced_by_row_indices(tmp_path, large):
     content = instances()
     content["images"][0]["id"] = large
     for annotation in content["annotations"]:
@@ -388,21 +388,21 @@ def test_ids_that_are_no_integers_of_64_bits_become_numbers(tmp_path, large):
     assert [len(objects) for objects in rows["objects"]] == [2, 0, 1]
 
 
-def test_an_image_that_is_missing_does_not_hide_the_others(tmp_path):
+def test_missing_image_does_not_affect_others(tmp_path):
     gone = {"id": 1, "file_name": "gone.jpg", "width": 9, "height": 9}
     rows = load_splits(str(coco(tmp_path, images=[gone, *instances()["images"]])))["train"]
     assert [decode(row["image"]).shape[1:] for row in rows.select([1, 2, 3])] == SIZES
 
 
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/passwd", "a/../../../secret.jpg", "..\\..\\secret.jpg"])
-def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
+def test_paths_outside_the_folder_are_refused(tmp_path, name):
     folder = tmp_path / "data"
-    (tmp_path / "secret.jpg").write_bytes(picture(1))
+    (tmp_path / "secret.jpg").write_bytes(jpeg(1))
     content = of_the_first("images", file_name=name)
     with pytest.raises(ValueError, match=r"image 139 names .* which is outside the data set's folder"):
         load_splits(str(coco(folder, **content)))
     with pytest.raises(ValueError, match=r"annotation of image 139 names .* which is outside the data set's folder"):
-        load_splits(str(panoptic(tmp_path / "maps", change=lambda c: of_a_map(c, file_name=name))))
+        load_splits(str(panoptic(tmp_path / "maps", change=lambda c: change_map(c, file_name=name))))
     spoilt = voc(tmp_path / "voc")
     annotation = spoilt / "Annotations" / "0.xml"
     annotation.write_text(annotation.read_text().replace("<size>", f"<filename>{name}</filename><size>"))
@@ -415,23 +415,23 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
         load_splits(str(spoilt))
 
 
-def test_paths_inside_the_folder_are_read_however_they_are_written(tmp_path):
+def test_equivalent_paths_inside_the_folder_are_read(tmp_path):
     plain = objects_of(coco(tmp_path / "plain"))
     for name in ("../train2017/./0.jpg", str(tmp_path / "data" / "train2017" / "0.jpg"), "sub\\0.jpg"):
         folder = coco(tmp_path / "data", **of_the_first("images", file_name=name))
         (folder / "train2017" / "sub").mkdir(exist_ok=True)
-        (folder / "train2017" / "sub" / "0.jpg").write_bytes(picture(0))
+        (folder / "train2017" / "sub" / "0.jpg").write_bytes(jpeg(0))
         rows = load_splits(str(folder))["train"]
         assert decode(rows[0]["image"]).shape == (3, 40, 60)
         assert objects_of(folder) == plain
 
 
-def of_a_map(content, **change):
+def change_map(content, **change):
     content["annotations"][0].update(change)
     return content
 
 
-def of_a_segment(content, **change):
+def change_segment(content, **change):
     content["annotations"][0]["segments_info"][0].update(change)
     return content
 
@@ -439,22 +439,22 @@ def of_a_segment(content, **change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: of_a_segment(c, id=-1), r'annotation of image 139, segment -1: "id" must be in \[1, 16777215\]'),
-        (lambda c: of_a_segment(c, id=2**25), r'"id" must be in \[1, 16777215\], got 33554432'),
-        (lambda c: of_a_segment(c, id=600), "annotation of image 139 has two segments with id 600"),
-        (lambda c: of_a_segment(c, category_id="red"), '"category_id" must be an integer of 64 bits, got .red.'),
-        (lambda c: of_a_segment(c, iscrowd="maybe"), '"iscrowd" must be true or false'),
-        (lambda c: of_a_map(c, image_id="7"), "has two annotations of image 7"),
-        (lambda c: of_a_map(c, segments_info={"id": 1}), '"segments_info" must be a list of objects'),
-        (lambda c: of_a_map(c, file_name=3), '"file_name" must be text'),
+        (lambda c: change_segment(c, id=-1), r'annotation of image 139, segment -1: "id" must be in \[1, 16777215\]'),
+        (lambda c: change_segment(c, id=2**25), r'"id" must be in \[1, 16777215\], got 33554432'),
+        (lambda c: change_segment(c, id=600), "annotation of image 139 has two segments with id 600"),
+        (lambda c: change_segment(c, category_id="red"), '"category_id" must be an integer of 64 bits, got .red.'),
+        (lambda c: change_segment(c, iscrowd="maybe"), '"iscrowd" must be true or false'),
+        (lambda c: change_map(c, image_id="7"), "has two annotations of image 7"),
+        (lambda c: change_map(c, segments_info={"id": 1}), '"segments_info" must be a list of objects'),
+        (lambda c: change_map(c, file_name=3), '"file_name" must be text'),
     ],
 )
-def test_panoptic_files_that_do_not_fit(tmp_path, change, message):
+def test_invalid_panoptic_files(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_splits(str(panoptic(tmp_path, change=change)))
 
 
-def test_segments_of_any_source_have_ids_of_their_own(tmp_path):
+def test_segments_of_any_source_have_distinct_ids(tmp_path):
     source = load_splits(str(panoptic(tmp_path)))["train"]
     categories = panoptic_categories(str(tmp_path))
     for place, value, message in (
@@ -472,20 +472,20 @@ def test_segments_of_any_source_have_ids_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("value", "expected_value"), [("no", False), ("yes", True), (0, False), (True, True), ("1", True)]
 )
-def test_flags_of_categories_are_read(tmp_path, value, expected_value):
+def test_category_flags_are_parsed(tmp_path, value, expected_value):
     write(tmp_path / "panoptic_categories.json", [{"id": "1", "name": "a", "isthing": value}])
     (category,) = panoptic_categories(str(tmp_path))
     assert (category.id, category.isthing) == (1, expected_value)
 
 
 @pytest.mark.parametrize("value", ["perhaps", 2, None, [], "thing"])
-def test_flags_that_are_neither_are_refused(tmp_path, value):
+def test_invalid_category_flags_are_refused(tmp_path, value):
     write(tmp_path / "panoptic_categories.json", [{"id": 1, "name": "a", "isthing": value}])
     with pytest.raises(ValueError, match=r'category 1.*"isthing"'):
         panoptic_categories(str(tmp_path))
 
 
-def test_json_nested_without_end_is_refused(tmp_path):
+def test_deeply_nested_json_is_refused(tmp_path):
     folder = coco(tmp_path)
     (folder / "annotations" / "instances_train2017.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"instances_train2017.json cannot be read as JSON"):
@@ -508,7 +508,7 @@ def test_files_that_are_not_regular_are_not_opened(tmp_path):
 @pytest.mark.parametrize(
     "lines", ["0\n1\n", "0 1\n1  -1\n", "0.jpg\n1.jpg", "0.xml\n\n1.JPG\n", "\ufeff0\r\n1\r\n", "  0\n1  0\n"]
 )
-def test_lists_of_every_form(tmp_path, lines):
+def test_voc_list_formats(tmp_path, lines):
     folder = voc(tmp_path)
     (folder / "ImageSets" / "Main" / "train.txt").write_bytes(lines.encode())
     assert [Path(row["image"]["path"]).name for row in load_splits(str(folder))["train"]] == ["0.jpg", "1.jpg"]
@@ -518,7 +518,7 @@ def test_names_with_spaces_in_lists(tmp_path):
     folder = voc(tmp_path)
     for name in ("my photo", "my photo 1", "v1.5"):
         (folder / "Annotations" / f"{name}.xml").write_text(xml(0))
-        (folder / "JPEGImages" / f"{name}.jpg").write_bytes(picture(0))
+        (folder / "JPEGImages" / f"{name}.jpg").write_bytes(jpeg(0))
     (folder / "ImageSets" / "Main" / "train.txt").write_text("my photo.jpg\nmy photo 1\nv1.5\n2 -1\n")
     found = [Path(row["image"]["path"]).stem for row in load_splits(str(folder))["train"]]
     assert found == ["my photo", "my photo 1", "v1.5", "2"]
@@ -538,12 +538,12 @@ def test_names_with_spaces_in_lists(tmp_path):
         ({"sides": ("xmin", "ymin", "xmax", "bottom")}, r"0.xml has no bndbox/ymax in <object>"),
     ],
 )
-def test_voc_files_that_do_not_fit(tmp_path, options, message):
+def test_invalid_voc_files(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         load_splits(str(voc(tmp_path, **options)))
 
 
-def test_a_list_that_names_a_missing_annotation(tmp_path):
+def test_list_with_a_missing_annotation(tmp_path):
     folder = voc(tmp_path)
     (folder / "ImageSets" / "Main" / "val.txt").write_text("5\n")
     with pytest.raises(ValueError, match=r"5.xml cannot be read: .*No such file"):
@@ -553,12 +553,12 @@ def test_a_list_that_names_a_missing_annotation(tmp_path):
         load_splits(str(folder))
 
 
-def test_such_folders_take_no_options_of_others(tmp_path):
+def test_annotation_folders_refuse_other_options(tmp_path):
     with pytest.raises(ValueError, match="is a folder of images with annotations: it takes no dataset_config"):
         load_splits(str(coco(tmp_path)), streaming=True)
 
 
-def test_images_of_one_file_are_counted(tmp_path, caplog):
+def test_images_with_the_same_file_name_are_counted(tmp_path, caplog):
     coco(tmp_path)
     file = next((tmp_path / "annotations").glob("instances_train*.json"))
     content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Augmentation: a function of (seed, epoch, index) alone, sizes and types kept, mixing by hand."""
+"""Augmentation depends only on (seed, epoch, index), keeps sizes and types; mixing against expected values."""
 
 import random
 
@@ -39,7 +39,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
-def test_a_picture_is_a_pure_function_of_its_key(options):
+def test_augmented_image_depends_only_on_its_key(options):
     change = transform(**options)
     first = [drawn(change, 1, epoch, index) for epoch in range(3) for index in range(5)]
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
@@ -51,13 +51,13 @@ def test_a_picture_is_a_pure_function_of_its_key(options):
     assert not torch.equal(drawn(change, 2, 0, 0), first[0]) or options == {"crop": "none"}
 
 
-def test_keys_are_hashed_alike_everywhere():
+def test_key_hashes_do_not_depend_on_the_platform():
     assert hash_key(0, 1, 2) == 8901564848246840783
     keys = [(seed, epoch, index) for seed in range(4) for epoch in range(4) for index in (0, 1, 2, 2**40, 2**40 + 1)]
     assert len({hash_key(*key) for key in keys}) == len(keys)
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_global_generator_is_not_used():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -65,7 +65,7 @@ def test_drawing_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_flip_and_pad_do_what_they_say():
+def test_flip_and_pad():
     flipped = drawn(transform(crop="none", flip=1.0), 0, 0, 0)
     assert torch.equal(flipped, fixed(IMAGE).flip(-1))
     still = IMAGE[:, :24, :32]
@@ -81,18 +81,18 @@ def test_flip_and_pad_do_what_they_say():
     assert len(places) == 9, "every place"
 
 
-def test_erasing_fills_a_rectangle_with_noise_of_the_model_s_scale():
+def test_erasing_fills_a_rectangle_with_noise_of_the_input_scale():
     change = transform(crop="none", flip=0.0, erasing=1.0)
     black = torch.zeros(3, 30, 50, dtype=torch.uint8)
-    pictures = [drawn(change, 0, 0, index, image=black) for index in range(200)]
-    for image in pictures:
+    images = [drawn(change, 0, 0, index, image=black) for index in range(200)]
+    for image in images:
         rows, columns = (image > 0).any(dim=0).nonzero(as_tuple=True)
         inside = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        assert (inside > 0).any(dim=0).float().mean() > 0.9  # all of it, but for a black pixel by chance
+        assert (inside > 0).any(dim=0).float().mean() > 0.9  # the whole image, except pixels that are black by chance
         assert inside[0].numel() < 0.4 * 24 * 32
-    noise = torch.cat([image[:, (image > 0).any(dim=0)] for image in pictures], dim=1).float()
+    noise = torch.cat([image[:, (image > 0).any(dim=0)] for image in images], dim=1).float()
     assert noise.mean(dim=1).tolist() == pytest.approx(MEAN, abs=3)
-    assert noise.std(dim=1).tolist() == pytest.approx(STD, abs=4)  # a little less: values end at 0 and 255
+    assert noise.std(dim=1).tolist() == pytest.approx(STD, abs=4)  # slightly less: values are clipped
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ def test_augmentation_errors(options, message):
 # --- mixing
 
 
-def test_partners_are_neighbours():
+def test_mixing_partners_are_neighbours():
     assert partners([0, 1, 2, 3]) == [1, 0, 3, 2]
-    assert partners([0, 1, 2]) == [1, 0, 2]  # the last of an odd step
-    assert partners([1, 2, 3]) == [0, 2, 1]  # the first could not be read
+    assert partners([0, 1, 2]) == [1, 0, 2]  # the last sample of an odd step
+    assert partners([1, 2, 3]) == [0, 2, 1]  # the first image is unreadable
 
 
-def test_mix_by_hand():
-    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4) * 10  # images of 0, 10 and 20
+def test_mixing_by_hand():
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4) * 10  # images with all pixels 0, 10 and 20
     box = torch.tensor([[0, 0, 0, 0], [1, 3, 0, 2], [0, 0, 0, 0]])
     mixed = mix(pixels, torch.tensor([1, 0, 2]), torch.tensor([0.25, 0.25, 0.5]), box)
     assert torch.equal(mixed[0], torch.full((1, 4, 4), 2.5))
@@ -130,7 +130,7 @@ def test_mix_by_hand():
     assert torch.equal(mixed[2], pixels[2])
 
 
-def test_share_of_a_box_is_its_area_and_draws_follow_their_key():
+def test_cutmix_lambda_is_the_box_area_and_depends_on_the_key():
     mixing = Mixing(mixup=0.8, cutmix=1.0)
     draws = [mixing.draw(SIZE, 0, 0, index) for index in range(400)]
     assert draws == [mixing.draw(SIZE, 0, 0, index) for index in range(400)]
@@ -143,7 +143,7 @@ def test_share_of_a_box_is_its_area_and_draws_follow_their_key():
     assert np.mean([share for share, _ in draws if share]) == pytest.approx(0.45, abs=0.1)
 
 
-def test_mixup_s_share_is_beta_distributed():
+def test_mixup_lambda_is_beta_distributed():
     shares = [Mixing(mixup=0.4).draw(SIZE, 0, 0, index)[0] for index in range(2000)]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
     assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)

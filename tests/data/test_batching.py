@@ -1,4 +1,4 @@
-"""Batches: within the budget, every sample once, the same whatever the number of ranks and workers."""
+"""Batches stay within the budget, use every sample once, and do not depend on the number of ranks and workers."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "padding_waste.
 
 
 def random_lengths(count=500, seed=0):
-    """Lengths of source and target that go together, as in real text."""
+    """Correlated source and target lengths, as in real text."""
     random = np.random.default_rng(seed)
     source = random.integers(2, 40, count)
     return np.stack([source, np.clip(source + random.integers(-5, 6, count), 1, None)], axis=1)
@@ -37,7 +37,7 @@ def examples(lengths):
 
 
 def collate(rows, indices, epoch, hidden):
-    """A batch that tells what it was made of."""
+    """A batch that records its content."""
     return {
         "sources": [row["source"][0] for row in rows],
         "longest": max(max(len(row["source"]), len(row["target"])) for row in rows),
@@ -56,7 +56,7 @@ def visible(micro_batches):
 
 
 @pytest.mark.parametrize("max_tokens", [45, 200, 5000])
-def test_budget_is_never_exceeded_and_every_sample_comes_once(max_tokens):
+def test_budget_is_respected_and_every_sample_used_once(max_tokens):
     lengths = random_lengths()
     for epoch in range(3):
         steps = TokenBudgetSampler(lengths, max_tokens).steps(epoch)
@@ -64,20 +64,20 @@ def test_budget_is_never_exceeded_and_every_sample_comes_once(max_tokens):
         assert sorted(itertools.chain(*steps)) == list(range(len(lengths)))
 
 
-def test_budget_is_used():
-    """No two neighbours in order of length would have fitted into one step."""
+def test_budget_is_filled():
+    """No two consecutive samples by length would have fit into the same step."""
     lengths = random_lengths()
     steps = TokenBudgetSampler(lengths, 200, shuffle=False).steps(0)
     for one, two in itertools.pairwise(steps):
         assert (len(one) + 1) * lengths[[*one, two[0]]].max() > 200
 
 
-def test_one_side_and_a_bound_on_samples():
+def test_one_sided_lengths_and_a_sample_limit():
     steps = TokenBudgetSampler(np.full(10, 3), 30, max_samples=4).steps(0)
     assert sorted(map(len, steps)) == [2, 4, 4]
 
 
-def test_order_is_a_pure_function_of_seed_and_epoch():
+def test_order_depends_only_on_seed_and_epoch():
     lengths = random_lengths()
     sampler = TokenBudgetSampler(lengths, 200, seed=1)
     first = sampler.steps(3)
@@ -90,8 +90,8 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert TokenBudgetSampler(lengths, 200, seed=2).steps(3) != first
 
 
-def test_epochs_differ_in_the_make_up_of_steps_too():
-    """Where many samples are of one size, as in a large data set, chance decides which meet in a step."""
+def test_epochs_group_samples_differently():
+    """If many samples have the same size, as in a large data set, steps combine them at random."""
     sampler = TokenBudgetSampler(random_lengths(2000) // 8 + 1, 60)
     sets = [{frozenset(step) for step in sampler.steps(epoch)} for epoch in (0, 1)]
     assert len(sets[0] & sets[1]) < len(sets[0]) / 10
@@ -121,13 +121,13 @@ def test_sampler_errors(lengths, message):
         TokenBudgetSampler(np.array(lengths), 10)
 
 
-def test_two_sided_order_runs_up_and_down():
+def test_two_sided_order_alternates_direction():
     lengths = np.array([[5, 3], [5, 5], [3, 5], [6, 6], [6, 4], [4, 6], [7, 5], [5, 7]])
     order = two_sided_order(lengths, np.random.default_rng(0).permutation(8))
     assert lengths[order].tolist() == [[3, 5], [5, 5], [5, 3], [6, 4], [6, 6], [4, 6], [5, 7], [7, 5]]
 
 
-def test_waste_by_hand():
+def test_padding_waste_by_hand():
     lengths = np.array([[2, 4], [4, 4], [1, 1]])
     assert padding_waste([[0, 1], [2]], lengths) == pytest.approx(1 - 16 / 18)
     assert padding_waste([[0], [1], [2]], lengths) == 0.0
@@ -143,7 +143,7 @@ def test_cut_keeps_order():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_parts_of_ranks_make_up_the_step(size):
+def test_rank_parts_make_up_the_step(size):
     step = list(range(100, 107))
     parts = [part_of_rank(step, rank, size) for rank in range(size)]
     assert list(itertools.chain(*parts)) == step
@@ -152,7 +152,7 @@ def test_parts_of_ranks_make_up_the_step(size):
 
 @pytest.mark.parametrize("micro", [None, 45, 90])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_step_has_the_same_samples_on_any_number_of_ranks(micro, ranks):
+def test_steps_do_not_depend_on_the_number_of_ranks(micro, ranks):
     lengths = random_lengths(120)
     sampler = TokenBudgetSampler(lengths, 130, seed=5)
     loaders = [StepLoader(examples(lengths), sampler, collate, micro, rank, ranks) for rank in range(ranks)]
@@ -161,14 +161,14 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(micro, ranks):
     for number, step in enumerate(sampler.steps(2)):
         shares = [per_rank[rank][number] for rank in range(ranks)]
         assert list(itertools.chain(*map(visible, shares))) == step
-        assert len({len(share) for share in shares}) == 1  # equally many micro-batches on every rank
+        assert len({len(share) for share in shares}) == 1  # the same number of micro-batches on every rank
         assert all(len(share) > 0 for share in shares)
         for batch in itertools.chain(*shares):
             assert batch["sources"] == batch["indices"]
             assert micro is None or batch["hidden"] or len(batch["indices"]) * batch["longest"] <= micro
 
 
-def test_ranks_without_samples_get_hidden_batches():
+def test_ranks_without_samples_get_dummy_batches():
     lengths = np.array([[5, 5], [9, 9]])
     sampler = TokenBudgetSampler(lengths, 9)
     batches = [list(StepLoader(examples(lengths), sampler, collate, None, r, 3).epoch(0)) for r in range(3)]
@@ -177,7 +177,7 @@ def test_ranks_without_samples_get_hidden_batches():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+def test_workers_do_not_change_batches(workers):
     lengths = random_lengths(80)
     sampler = TokenBudgetSampler(lengths, 90)
     alone = StepLoader(examples(lengths), sampler, collate, 50, 0, 2)
@@ -188,7 +188,7 @@ def test_workers_change_nothing(workers):
         assert list(alone.epoch(epoch, start)) == list(alone.epoch(epoch))[start:]
 
 
-def test_loading_leaves_the_random_state_alone():
+def test_loading_does_not_use_the_global_random_state():
     lengths = random_lengths(30)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -196,7 +196,7 @@ def test_loading_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_micro_batch_budget_below_a_sample():
+def test_micro_batch_budget_below_the_longest_sample():
     sampler = TokenBudgetSampler(np.array([[3, 4], [5, 20]]), 40)
     with pytest.raises(
         ValueError, match="micro_batch_tokens must be at least the length of the longest sample, got 10 for sample 1"
@@ -208,7 +208,7 @@ def test_micro_batch_budget_below_a_sample():
 
 
 class Stream(IterableDataset):
-    """A data set that can only be read from its start."""
+    """A data set that can only be read sequentially from its start."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -225,7 +225,7 @@ def stream_loader(rows, **placement):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_stream_gives_every_sample_once_and_starts_anywhere(workers):
+def test_stream_uses_every_sample_once_and_can_start_anywhere(workers):
     rows = examples(random_lengths(120))
     loader = stream_loader(rows, num_workers=workers)
     whole = list(loader.epoch(0))
@@ -238,7 +238,7 @@ def test_stream_gives_every_sample_once_and_starts_anywhere(workers):
     assert loader.steps_per_epoch() is None
 
 
-def test_stream_of_several_ranks():
+def test_stream_with_several_ranks():
     rows = examples(random_lengths(120))
     whole = [visible(step) for step in stream_loader(rows).epoch(1)]
     shares = [list(stream_loader(rows, rank=r, world_size=3, micro_batch_tokens=60).epoch(1)) for r in range(3)]
@@ -254,7 +254,7 @@ def test_stream_is_shuffled_within_pools_by_epoch_and_seed():
     assert seen[:50] != sorted(seen[:50])
 
 
-def test_a_stream_is_read_by_one_worker_at_most():
+def test_stream_is_read_by_at_most_one_worker():
     assert stream_loader([], num_workers=4).num_workers == 1
 
 
@@ -285,7 +285,7 @@ def test_waste_on_multi30k():
     assert waste["random"] > 0.4
 
 
-def test_published_waste():
+def test_published_padding_waste():
     """The results file of `python -m benchmarks padding_waste`, with byte-pair tokens."""
     waste = json.loads(RESULTS.read_text())["waste"]
     ours = [share for name, share in waste.items() if name.startswith("both sides")]

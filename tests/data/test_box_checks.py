@@ -1,4 +1,4 @@
-"""Boxes: mistaken formats are found and the remedy works, bad boxes are clipped or dropped and counted."""
+"""Boxes: wrong formats are detected and the suggested fix works; invalid boxes are clipped or dropped and counted."""
 
 import logging
 
@@ -11,7 +11,7 @@ ALL = [BoxFormat(corners, relative) for corners in FORMATS for relative in (Fals
 
 
 def boxes_and_sizes(count=60, seed=0, height=240, width=320):
-    """Boxes anywhere in their images: left, top, right, bottom, and (count, 2) sizes."""
+    """Boxes anywhere in their images: left, top, right, bottom, and sizes (count, 2)."""
     random = np.random.default_rng(seed)
     ends = np.sort(random.random((count, 2, 2)), axis=1)
     ends[:, 1] = np.maximum(ends[:, 1], ends[:, 0] + 0.02).clip(0, 1)
@@ -21,7 +21,7 @@ def boxes_and_sizes(count=60, seed=0, height=240, width=320):
 
 
 def stored(corners, sizes, kind):
-    """Corners in pixels as another format has them: the inverse of `BoxFormat.to_corners`."""
+    """Corners in pixels converted to another format: the inverse of `BoxFormat.to_corners`."""
     first, second = corners[:, :2], corners[:, 2:]
     if kind.corners == "cxcywh":
         first, second = (first + second) / 2, second - first
@@ -46,7 +46,7 @@ def test_every_format_is_read(kind):
 
 @pytest.mark.parametrize("stated", ALL, ids=str)
 @pytest.mark.parametrize("true", ALL, ids=str)
-def test_a_mistaken_format_is_found_and_named(true, stated):
+def test_wrong_format_is_detected_and_the_right_one_suggested(true, stated):
     corners, sizes = boxes_and_sizes()
     boxes = stored(corners, sizes, true)
     report = check(boxes, sizes, stated)[2]
@@ -55,13 +55,13 @@ def test_a_mistaken_format_is_found_and_named(true, stated):
         remedy = f'give box_format="{true.corners}" and relative_boxes={true.relative}'
         with pytest.raises(ValueError, match=f"read as {stated}, .*{remedy}"):
             report.require_format()
-        check(boxes, sizes, report.suspected)[2].require_format()  # the remedy
+        check(boxes, sizes, report.suspected)[2].require_format()  # the suggested fix
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("bad", [0, 3])
-def test_true_boxes_are_not_suspected(seed, bad):
-    """Nor where a few stick out or are empty, nor where all are small and near the middle or in the corner."""
+def test_valid_boxes_are_accepted(seed, bad):
+    """Also if a few are outside or empty, or if all are small and near the center or a corner."""
     corners, sizes = boxes_and_sizes(seed=seed)
     xywh = stored(corners, sizes, BoxFormat())
     xywh[:bad] += [200, 0, 100, 0]
@@ -70,15 +70,15 @@ def test_true_boxes_are_not_suspected(seed, bad):
         assert check(boxes, np.tile([240, 320], (len(boxes), 1)))[2].suspected is None
 
 
-def test_bad_boxes_are_clipped_or_dropped_and_counted(caplog):
+def test_invalid_boxes_are_clipped_or_dropped_and_counted(caplog):
     boxes = np.array(
         [
             [10, 10, 20, 20],
             [-5, 10, 20, 20],  # clipped on the left
-            [300, 230, 50, 50],  # clipped on the right and below
-            [0, 0, 320.4, 240.2],  # rounding, clipped without a word
-            [10, 10, 0, 20],  # no width
-            [10, 10, 20, -3],  # less than no height
+            [300, 230, 50, 50],  # clipped on the right and at the bottom
+            [0, 0, 320.4, 240.2],  # a rounding error, clipped silently
+            [10, 10, 0, 20],  # zero width
+            [10, 10, 20, -3],  # negative height
             [400, 10, 20, 20],  # outside
             [np.nan, 10, 20, 20],
             [10, np.inf, 20, 20],
@@ -99,13 +99,13 @@ def test_bad_boxes_are_clipped_or_dropped_and_counted(caplog):
     ]
 
 
-def test_unknown_sizes_and_no_boxes_at_all():
+def test_unknown_sizes_and_empty_boxes():
     xywh, keep, report = check(np.array([[5.0, 5, 1000, 10]]), np.zeros((1, 2), int))
     assert keep.all() and xywh.tolist() == [[5, 5, 1000, 10]] and not list(report.lines())
     xywh, keep, report = check(np.zeros((0, 4)), np.zeros((0, 2), int))
     assert xywh.shape == (0, 4) and report.kept == 0 and report.suspected is None
 
 
-def test_an_unknown_format_is_refused():
+def test_unknown_format_is_refused():
     with pytest.raises(ValueError, match='box_format must be one of xywh, xyxy, cxcywh, got "yxyx"'):
         BoxFormat("yxyx")

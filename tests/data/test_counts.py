@@ -1,4 +1,4 @@
-"""Samplers and metrics refuse numbers that are none, by name and place."""
+"""Samplers and metrics refuse non-numbers and name the argument and index."""
 
 import math
 
@@ -25,7 +25,7 @@ from hf_tfm.metrics.glue import Glue
         ([], "there are no samples to batch"),
     ],
 )
-def test_lengths(lengths, message):
+def test_invalid_lengths(lengths, message):
     with pytest.raises(ValueError, match=message):
         TokenBudgetSampler(np.array(lengths), 100)
 
@@ -39,12 +39,12 @@ def test_lengths(lengths, message):
         ([[4, math.nan]], r"sizes\[0\] must be .* got \[4.0, nan\]"),
     ],
 )
-def test_sizes(sizes, message):
+def test_invalid_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
         ShapeSampler(np.array(sizes), 1)
 
 
-def test_scores_of_no_numbers():
+def test_nonfinite_regression_values():
     for predictions, references, message in (
         ([1.0, math.nan], [1.0, 2.0], r"predictions\[1\] must be a finite number, got nan"),
         ([math.inf, 1.0], [1.0, 2.0], r"predictions\[0\] .* got inf"),
@@ -55,7 +55,7 @@ def test_scores_of_no_numbers():
     assert Glue("stsb").compute(predictions=[1.0, 2.0, math.nan], references=[1.0, 2.0, None])["pearson"] == 1
 
 
-def test_classes_beyond_any():
+def test_class_numbers_out_of_range():
     with pytest.raises(ValueError, match=r"predictions\[0\] must be below 2147483648, got 10{30}"):
         Accuracy().compute(predictions=[10**30], references=[1])
 
@@ -67,7 +67,7 @@ def test_classes_beyond_any():
     st.integers(0, 5),
     st.booleans(),
 )
-def test_every_sample_once_in_steps_within_the_budget(lengths, budget, epoch, shuffle):
+def test_every_sample_is_used_once_in_steps_within_the_budget(lengths, budget, epoch, shuffle):
     lengths = np.array(lengths)
     sampler = TokenBudgetSampler(lengths, budget, shuffle=shuffle)
     steps = sampler.steps(epoch)

@@ -1,4 +1,4 @@
-"""Objects in images from every source are the same rows; categories go by name."""
+"""Objects from every source have the same form; categories are matched by name."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from annotated_images import NAMES, OBJECTS, SIZES, expected, picture, segment_map
+from annotated_images import NAMES, OBJECTS, SIZES, expected, jpeg, segment_map
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Sequence, Value
 from PIL import Image as PILImage
 
@@ -23,7 +23,7 @@ BOX = List(Value("float32"), length=4)
 
 
 def columns(index, category="category", label=lambda c: c, extra=True):
-    """The objects of an image as the Hub has them."""
+    """The objects of an image as in Hub data sets."""
     rows = []
     for x, y, w, h, c, area, crowd in OBJECTS[index]:
         row = {"bbox": [x, y, w, h], category: label(c)}
@@ -32,7 +32,7 @@ def columns(index, category="category", label=lambda c: c, extra=True):
 
 
 def hub(category_feature=None, category="category", label=lambda c: c, extra=True, lists=False, **others):
-    """A data set in memory; ``lists`` makes it a struct of lists."""
+    """A data set in memory; ``lists`` stores objects as a struct of lists."""
     fields = {"bbox": BOX, category: category_feature or ClassLabel(names=NAMES)}
     fields |= {"area": Value("float32"), "iscrowd": Value("bool")} if extra else {}
     objects = [columns(i, category, label, extra) for i in range(3)]
@@ -42,31 +42,31 @@ def hub(category_feature=None, category="category", label=lambda c: c, extra=Tru
     else:
         kind = List(fields)
     features = Features({"image": Image(), "objects": kind} | {k: Value("int64") for k in others})
-    pictures = [{"bytes": picture(i), "path": None} for i in range(3)]
-    return Dataset.from_dict({"image": pictures, "objects": objects, **others}, features=features)
+    files = [{"bytes": jpeg(i), "path": None} for i in range(3)]
+    return Dataset.from_dict({"image": files, "objects": objects, **others}, features=features)
 
 
 def objects_of(rows):
     return [row["objects"] for row in rows]
 
 
-# --- one form
+# --- a common form
 
 
 @pytest.mark.parametrize("lists", [False, True], ids=["structs", "lists"])
-def test_structs_and_lists_are_the_same_objects(lists):
+def test_structs_of_lists_and_lists_of_structs_are_equal(lists):
     rows, report = scene_rows(hub(lists=lists))
     assert objects_of(rows) == [expected(i) for i in range(3)]
     assert class_names(rows) == NAMES
-    assert [(row["height"], row["width"]) for row in rows] == SIZES  # read from the headers
+    assert [(row["height"], row["width"]) for row in rows] == SIZES  # read from the image headers
     assert rows["image_id"][:] == [0, 1, 2]
-    assert rows[2]["image"]["bytes"] == picture(2)
+    assert rows[2]["image"]["bytes"] == jpeg(2)
     assert (report.images, report.boxes, report.kept) == (3, 3, 3)
 
 
-def test_only_boxes_and_categories_are_needed():
+def test_only_boxes_and_categories_are_required():
     rows, _ = scene_rows(hub(extra=False))
-    assert [o["area"] for o in rows[0]["objects"]] == [200.0, 375.0]  # of the box
+    assert [o["area"] for o in rows[0]["objects"]] == [200.0, 375.0]  # area of the box
     assert not any(o["iscrowd"] for o in rows[0]["objects"])
 
 
@@ -78,14 +78,14 @@ def test_only_boxes_and_categories_are_needed():
         (Value("int32"), "category_id", lambda c: [90, 3, 18][c], ["3", "18", "90"]),
     ],
 )
-def test_categories_of_every_kind_become_numbers_from_0(feature, field, label, names):
+def test_categories_of_every_kind_are_numbered_from_0(feature, field, label, names):
     rows, _ = scene_rows(hub(feature, field, label))
     assert class_names(rows) == names
     found = [[names[o["category"]] for o in row["objects"]] for row in rows]
     assert found == [[str(label(o[4])) for o in objects] for objects in OBJECTS]
 
 
-def test_ids_and_sizes_of_columns_are_taken():
+def test_id_and_size_columns_are_used():
     sizes = {"height": [40, 48, 50], "width": [60, 32, 50]}
     rows, _ = scene_rows(hub(image_id=[9, 25, 7], **sizes))
     assert rows["image_id"][:] == [9, 25, 7]
@@ -93,17 +93,17 @@ def test_ids_and_sizes_of_columns_are_taken():
     assert scene_rows(hub(image_id=[9, 9, 7]))[0]["image_id"][:] == [0, 1, 2]  # not distinct
 
 
-def test_chosen_and_reordered_rows_stay_together():
+def test_selected_and_reordered_rows_stay_consistent():
     rows, _ = scene_rows(hub(image_id=[9, 25, 7]).select([2, 0]))
     assert objects_of(rows) == [expected(2), expected(0)]
-    assert rows["image_id"][:] == [7, 9] and rows[0]["image"]["bytes"] == picture(2)
+    assert rows["image_id"][:] == [7, 9] and rows[0]["image"]["bytes"] == jpeg(2)
 
 
 def test_imagefolder_with_metadata(tmp_path):
     lines = []
     for i in range(3):
         (tmp_path / "train").mkdir(exist_ok=True)
-        (tmp_path / "train" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "train" / f"{i}.jpg").write_bytes(jpeg(i))
         found = columns(i, extra=False)
         objects = {"bbox": [o["bbox"] for o in found], "categories": [o["category"] for o in found]}
         lines.append(json.dumps({"file_name": f"{i}.jpg", "objects": objects}))
@@ -121,12 +121,12 @@ def test_imagefolder_with_metadata(tmp_path):
 def broken():
     rows = hub(Value("int64"), "category", lambda c: c if c else -1)
     boxes = rows["objects"][:]
-    boxes[0][0]["bbox"] = [50, 6, 20, 10]  # reaches out of an image of width 60
+    boxes[0][0]["bbox"] = [50, 6, 20, 10]  # extends beyond an image of width 60
     boxes[0][1]["bbox"] = [30, 20, 0, 15]
     return Dataset.from_dict({"image": rows["image"][:], "objects": boxes}, features=rows.features)
 
 
-def test_bad_boxes_and_objects_without_a_category_are_reported_once(caplog):
+def test_invalid_boxes_and_missing_categories_are_reported_once(caplog):
     with caplog.at_level(logging.WARNING):
         rows, report = scene_rows(broken())
     assert [[o["bbox"] for o in row["objects"]] for row in rows] == [[[50, 6, 10, 10]], [], []]
@@ -141,7 +141,7 @@ def test_bad_boxes_and_objects_without_a_category_are_reported_once(caplog):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs shared/data")
 @pytest.mark.parametrize("name", ["bccd", "coco128"])
 @pytest.mark.parametrize("corners", ["xyxy", "cxcywh"])
-def test_real_boxes_in_another_format_are_refused_with_the_remedy(name, corners):
+def test_real_boxes_in_another_format_are_refused_with_a_suggestion(name, corners):
     source = load_splits(str(SHARED / name))["train"].select_columns(
         ["image", "image_id", "width", "height", "objects"]
     )
@@ -177,15 +177,15 @@ def test_real_boxes_in_another_format_are_refused_with_the_remedy(name, corners)
         (lambda d: d.remove_columns("objects"), "objects_column must name a column, .* the data set has image"),
     ],
 )
-def test_rows_that_do_not_fit(change, message):
-    if message is None:  # the column with boxes is found whatever it is called
+def test_invalid_rows(change, message):
+    if message is None:  # the column with boxes is found under any name
         assert objects_of(scene_rows(change(hub()))[0]) == [expected(i) for i in range(3)]
         return
     with pytest.raises(ValueError, match=message):
         scene_rows(change(hub()))
 
 
-def test_fields_that_do_not_fit():
+def test_invalid_fields():
     with pytest.raises(ValueError, match='objects_column "annotations" is not a column of the data set; it has image'):
         scene_rows(hub(), objects_column="annotations")
     with pytest.raises(ValueError, match='objects_column "image" must hold lists of objects'):
@@ -194,15 +194,15 @@ def test_fields_that_do_not_fit():
         scene_rows(hub(category="kind"))
     with pytest.raises(ValueError, match="must hold integers or strings as category, got double"):
         scene_rows(hub(Value("float64"), "category", float))
-    three = Dataset.from_dict({"image": [picture(0)], "objects": [[{"bbox": [1.0, 2.0, 3.0], "category": 0}]]})
+    three = Dataset.from_dict({"image": [jpeg(0)], "objects": [[{"bbox": [1.0, 2.0, 3.0], "category": 0}]]})
     with pytest.raises(ValueError, match="must hold four numbers as bbox, got 3 in row 0"):
         scene_rows(three)
-    uneven = Dataset.from_dict({"image": [picture(0)], "objects": [{"bbox": [[1.0, 2, 3, 4]], "category": [0, 1]}]})
+    uneven = Dataset.from_dict({"image": [jpeg(0)], "objects": [{"bbox": [[1.0, 2, 3, 4]], "category": [0, 1]}]})
     with pytest.raises(
         ValueError, match='"objects" must have equal numbers of bbox and category in each row, got 1 and 2'
     ):
         scene_rows(uneven)
-    from_1 = hub(Value("int64"), label=lambda c: c + 1)  # as ids of a file that names three classes from 0 on
+    from_1 = hub(Value("int64"), label=lambda c: c + 1)  # but the file names three classes from 0
     named = Dataset(from_1.data, info=DatasetInfo(features=hub().features))
     with pytest.raises(ValueError, match='column "objects" has category 3, but there are names for only 3'):
         scene_rows(named)
@@ -218,7 +218,7 @@ def test_fields_that_do_not_fit():
         (None, "0 boxes in 3 images; check that image_id of the annotations matches id of the images"),
     ],
 )
-def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, message):
+def test_data_without_usable_objects_is_refused_with_counts(change, message):
     rows = hub()
     objects = rows["objects"][:]
     for found in objects:
@@ -229,7 +229,7 @@ def test_rows_without_an_object_to_find_are_refused_with_the_counts(change, mess
     rows = Dataset.from_dict({"image": rows["image"][:], "objects": objects}, features=rows.features)
     with pytest.raises(ValueError, match=f"there is no object to detect: .*{message}"):
         scene_rows(rows)
-    assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor tells more
+    assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor says more
 
 
 def test_splits_are_checked_before_a_run():
@@ -245,13 +245,13 @@ def test_splits_are_checked_before_a_run():
         require_scenes({"test": rows}, 1)
 
 
-def test_a_map_without_its_segments_is_unreadable():
+def test_map_with_missing_segments_is_unreadable():
     ids, segments = segment_map(0)
     grey = np.repeat(ids.astype(np.uint8)[:, :, None], 3, axis=2)
     file = io.BytesIO()
     PILImage.fromarray(grey).save(file, "PNG")
     known = [{"id": s["id"], "category": 0, "area": 1.0, "iscrowd": False} for s in segments]
-    row = {"image": picture(0), "height": 40, "width": 60, "panoptic": file.getvalue(), "segments_info": known}
+    row = {"image": jpeg(0), "height": 40, "width": 60, "panoptic": file.getvalue(), "segments_info": known}
     with pytest.raises(BadImage, match="none of its 3 segments is in its panoptic map"):
         read_scene(row)
 
@@ -266,7 +266,7 @@ def test_another_data_set_is_matched_by_name():
         category_ids(rows, ["zebra", "apple"])
 
 
-def test_fingerprint_is_of_the_content():
+def test_fingerprint_depends_on_the_content():
     rows, _ = scene_rows(hub())
     others = [scene_rows(hub(extra=False))[0], rows.select([0, 1]), scene_rows(hub(label=lambda c: 2 - c))[0]]
     again = scene_rows(hub(lists=True))[0]
@@ -277,7 +277,7 @@ def test_fingerprint_is_of_the_content():
 # --- outlines
 
 
-def test_outlines_of_every_form_are_the_same_mask():
+def test_outline_formats_give_the_same_mask():
     mask = np.zeros((20, 30), bool)
     mask[4:10, 6:17] = True
     packed = run_lengths.encode(mask)
@@ -304,15 +304,15 @@ def test_outlines_of_every_form_are_the_same_mask():
         ({"size": [20, 30], "counts": [599]}, "counts 599 pixels, but its image has 600"),
     ],
 )
-def test_outlines_that_do_not_fit(outline, message):
+def test_invalid_outlines(outline, message):
     with pytest.raises(ValueError, match=message):
         run_lengths.run_lengths(outline, 20, 30)
 
 
-def test_masks_are_kept_where_asked_for():
+def test_masks_are_loaded_on_request():
     polygon = [[4.0, 6.0, 24.0, 6.0, 24.0, 16.0, 4.0, 16.0]]
     objects = [{"bbox": [4, 6, 20, 10], "category": "a", "segmentation": o} for o in (polygon, [])]
-    source = Dataset.from_dict({"image": [picture(0)], "objects": [objects]})
+    source = Dataset.from_dict({"image": [jpeg(0)], "objects": [objects]})
     rows, report = scene_rows(source, masks=True)
     (found,) = rows[0]["objects"]
     assert run_lengths.decode([found["segmentation"]], *SIZES[0])[0, 6:16, 4:24].all()
@@ -322,8 +322,8 @@ def test_masks_are_kept_where_asked_for():
         scene_rows(hub(), masks=True)
 
 
-def test_an_image_that_cannot_be_read_has_no_size():
-    source = Dataset.from_dict({"image": [b"no image", picture(1)], "objects": [columns(0), columns(1)]})
+def test_unreadable_image_has_no_size():
+    source = Dataset.from_dict({"image": [b"no image", jpeg(1)], "objects": [columns(0), columns(1)]})
     rows, _ = scene_rows(source)
     assert [(row["height"], row["width"]) for row in rows] == [(0, 0), SIZES[1]]
     assert [len(row["objects"]) for row in rows] == [2, 0]

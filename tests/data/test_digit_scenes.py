@@ -1,4 +1,4 @@
-"""The embedded scenes: boxes, outlines and segments of the same digits, no digit in two splits."""
+"""The embedded scenes: consistent boxes, outlines and segments; no digit is in two splits."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_splits_and_categories(scenes):
     assert counts[0] == 0 and (counts[1:] > 0).all()
 
 
-def test_boxes_outlines_and_segments_are_of_the_same_pixels(scenes):
+def test_boxes_outlines_and_segments_are_consistent(scenes):
     objects, report = scene_rows(scenes["train"], masks=True)
     segments = panoptic_rows(scenes["train"], CATEGORIES)
     assert report.kept == report.boxes and not list(report.lines())
@@ -51,8 +51,8 @@ def test_boxes_outlines_and_segments_are_of_the_same_pixels(scenes):
         assert len({s["category"] for s in stuff}) == len(stuff) in (1, 2)
 
 
-def test_digits_are_seen(scenes):
-    """Bright on a dark ground; a second ground is no sliver."""
+def test_digits_are_visible(scenes):
+    """Bright on a dark background; a second background is not a sliver."""
     for row in scenes["train"]:
         image = np.array(row["image"]).astype(int)
         masks = run_lengths.decode([o["segmentation"] for o in row["objects"]], 128, 128)
@@ -62,7 +62,7 @@ def test_digits_are_seen(scenes):
         assert min(areas) > (LEAST_GROUND / 2) * 128**2
 
 
-def test_places_hardly_overlap():
+def test_digits_hardly_overlap():
     random, found = np.random.RandomState(0), []
     for _ in range(50):
         squares = layout(random, 128, 6)
@@ -77,7 +77,7 @@ def test_places_hardly_overlap():
     assert max(found) == 6
 
 
-def test_a_scene_is_a_function_of_seed_split_and_number():
+def test_scene_depends_only_on_seed_split_and_number():
     first, more, other = digit_scenes(3, 2, 1, 1), digit_scenes(3, 4, 2, 1), digit_scenes(4, 2, 1, 1)
     for name, rows in first.items():
         for row, same in zip(rows, more[name], strict=False):
@@ -88,7 +88,7 @@ def test_a_scene_is_a_function_of_seed_split_and_number():
     assert digit_scenes(train=1, validation=0, test=0, size=64)["train"][0]["image"].size == (64, 64)
 
 
-def test_a_split_has_the_digits_of_that_split_alone(monkeypatch):
+def test_splits_share_no_digit(monkeypatch):
     def one_class_a_split(seed, size):
         splits = digits(seed, size=size)
         marked = {
@@ -114,7 +114,7 @@ def test_errors(options, message):
         digit_scenes(**options)
 
 
-def test_more_scenes_of_the_same(monkeypatch):
+def test_larger_number_of_scenes_extends_the_smaller(monkeypatch):
     monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 2)
     monkeypatch.setitem(DIGIT_SCENES, "digit-scenes-large", 4)
     monkeypatch.setattr(module.digit_scenes, "__defaults__", (0, 2, 1, 1, 64))

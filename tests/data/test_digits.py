@@ -1,4 +1,4 @@
-"""The embedded images: scikit-learn's digits, every one in one split, the same for a seed."""
+"""The embedded images: scikit-learn's digits, each in one split, reproducible by seed."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hf_tfm.data.source import load_splits
 
 
 def greys(rows):
-    """(N, 64): each image as the 8 x 8 it was made from, 0 to 16."""
+    """(N, 64): the original 8 x 8 image, 0 to 16, of each image."""
     return np.stack([np.array(image.convert("L").resize((8, 8), 2)).reshape(64) for image in rows["image"]]) / 255 * 16
 
 
@@ -24,7 +24,7 @@ def test_splits_sizes_and_features():
         assert counts.min() > len(rows) / 20 and counts.max() < len(rows) / 5
 
 
-def test_every_digit_is_there_once_with_its_label():
+def test_every_digit_is_included_once_with_its_label():
     images, labels = load_digits(return_X_y=True)
     splits = digits(size=8)
     found = [
@@ -35,7 +35,7 @@ def test_every_digit_is_there_once_with_its_label():
     assert sorted(found) == sorted((tuple(row.astype(int)), label) for row, label in zip(images, labels, strict=True))
 
 
-def test_enlarged_digits_look_like_the_original():
+def test_upsampled_digits_match_the_original():
     small, large = (digits(validation=10, test=10, size=size)["test"] for size in (8, 32))
     assert small["label"] == large["label"]
     original, shrunk = greys(small), greys(large)
@@ -43,7 +43,7 @@ def test_enlarged_digits_look_like_the_original():
     assert np.corrcoef(original.ravel(), shrunk.ravel())[0, 1] > 0.97
 
 
-def test_a_seed_gives_the_same_splits():
+def test_seed_determines_the_splits():
     first, again, other = (digits(seed, validation=20, test=20)["test"] for seed in (3, 3, 4))
     assert first["label"] == again["label"] != other["label"]
     assert [image.tobytes() for image in first["image"]] == [image.tobytes() for image in again["image"]]
@@ -63,6 +63,6 @@ def test_errors(options, message):
         digits(**options)
 
 
-def test_it_takes_no_options_of_other_data_sets():
+def test_it_refuses_options_of_other_data_sets():
     with pytest.raises(ValueError, match='dataset_name "digits" is embedded'):
         load_splits("digits", streaming=True)

@@ -1,4 +1,4 @@
-"""Texts that are empty are counted and left out; a run that would have nothing to learn from is refused."""
+"""Empty texts are counted and skipped; a run without usable texts is refused."""
 
 import logging
 
@@ -15,7 +15,7 @@ def pairs(sources, targets):
     return Dataset.from_dict({"en": sources, "de": targets})
 
 
-def test_pairs_with_an_empty_side_are_left_out(caplog):
+def test_pairs_with_an_empty_side_are_skipped(caplog):
     found = text_pairs(pairs(["a", "", "c", "d"], ["A", "B", " ", "D"]), "en", "de")
     assert found.to_list() == [{"source": "a", "target": "A"}, {"source": "d", "target": "D"}]
     assert "2 of 4 pairs have an empty source or target and are left out" in caplog.text
@@ -27,7 +27,7 @@ def test_pairs_with_an_empty_side_are_left_out(caplog):
         text_pairs(pairs(["a"], ["b"]), "en", "en")
 
 
-def test_pairs_that_are_too_long(caplog):
+def test_too_long_pairs_are_skipped(caplog):
     rows = text_pairs(pairs(["a b c", "a " * 50], ["a", "b"]), "en", "de")
     tokenizer = train_tokenizer(["a b c"], 270)
     assert len(tokenize_pairs(rows, tokenizer, 10)) == 1
@@ -36,7 +36,7 @@ def test_pairs_that_are_too_long(caplog):
         tokenize_pairs(rows, tokenizer, 2)
 
 
-def test_running_text(caplog):
+def test_language_modeling_texts(caplog):
     with caplog.at_level(logging.INFO):
         rows = language.text_rows(Dataset.from_dict({"text": ["one two", " ", ""]}))
     assert rows["text"][:] == ["one two"] and "2 of 3 texts are empty and are left out" in caplog.text
@@ -48,7 +48,7 @@ def test_running_text(caplog):
         language.token_sequences(one, tokenizer, 16, "pairs")
 
 
-def test_numbers_of_a_csv_file_are_text(tmp_path):
+def test_numbers_in_a_csv_file_are_text(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("en,de\n1,eins\n2,zwei\n")
     rows = load_splits(str(file))["train"]

@@ -1,4 +1,4 @@
-"""Batches of equally many samples: every sample once, pairs and copies where they belong, any number of ranks."""
+"""Batches of equal sample counts: every sample once, pairs and copies kept together, any number of ranks."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def visible(micro_batches):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_sample_once_in_steps_of_equal_size(shuffle):
+def test_every_sample_is_used_once_in_steps_of_equal_size(shuffle):
     sampler = BatchSampler(23, 5, shuffle=shuffle)
     for epoch in range(3):
         steps = sampler.steps(epoch)
@@ -35,7 +35,7 @@ def test_every_sample_once_in_steps_of_equal_size(shuffle):
     assert list(map(len, BatchSampler(23, 5, drop_last=True).steps(0))) == [5, 5, 5, 5]
 
 
-def test_order_is_a_pure_function_of_seed_and_epoch():
+def test_order_depends_only_on_seed_and_epoch():
     sampler = BatchSampler(50, 8, seed=1)
     first = sampler.steps(3)
     np.random.seed(7)
@@ -47,8 +47,8 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
 @pytest.mark.parametrize("unit", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro", [None, 2, 4])
-def test_ranks_and_micro_batches_only_cut(world_size, micro, unit):
-    """Every sample once over all ranks, in the same order, as many micro-batches on each, pairs together."""
+def test_ranks_and_micro_batches_only_split_steps(world_size, micro, unit):
+    """Every sample once over all ranks, in the same order, with equal numbers of micro-batches and intact pairs."""
     whole = [visible(step) for step in steps_of(23, 6, unit=unit)]
     ranks = [steps_of(23, 6, micro, rank, world_size, unit=unit) for rank in range(world_size)]
     for number, expected in enumerate(whole):
@@ -61,7 +61,7 @@ def test_ranks_and_micro_batches_only_cut(world_size, micro, unit):
                 assert expected.index(batch["indices"][0]) % unit == 0
 
 
-def test_copies_are_the_same_rows_under_other_numbers():
+def test_copies_are_the_same_rows_with_other_keys():
     steps = steps_of(40, 8, repeats=3, unit=2)
     assert list(map(len, (visible(step) for step in steps))) == [8] * 5  # as many steps as without copies
     seen = []
@@ -70,7 +70,7 @@ def test_copies_are_the_same_rows_under_other_numbers():
         assert len(set(batch["indices"])) == 8
         rows = batch["rows"]
         assert sorted(rows.count(row) for row in set(rows)) == [2, 3, 3]
-        assert all(a != b for a, b in zip(rows[::2], rows[1::2], strict=True))  # no pair of copies
+        assert all(a != b for a, b in zip(rows[::2], rows[1::2], strict=True))  # no two copies in a pair
         seen += set(rows)
     assert len(seen) == len(set(seen)) == 15
 
@@ -90,7 +90,7 @@ def test_errors(options, message):
         BatchSampler(**{"count": 10, "batch_size": 4, **options})
 
 
-def test_a_micro_batch_must_not_part_a_pair():
+def test_micro_batch_must_not_split_a_pair():
     with pytest.raises(ValueError, match=r"micro_batch_size must be a multiple of 2, .*, got 3"):
         StepLoader(list(range(8)), BatchSampler(8, 4, unit=2), collate, micro_batch_tokens=3)
 
@@ -103,8 +103,8 @@ def stream_of(count, batch_size, epoch=0, start=0, **options):
     return list(EqualStreamLoader(range(count), batch_size, collate, **options).epoch(epoch, start))
 
 
-def test_a_stream_gives_every_sample_once_in_equal_steps():
-    first = stream_of(23, 4, pool_samples=6)  # pools of 8, the next multiple
+def test_stream_uses_every_sample_once_in_equal_steps():
+    first = stream_of(23, 4, pool_samples=6)  # pools of 8, rounded up to a multiple of the batch size
     assert [len(visible(step)) for step in first] == [4, 4, 4, 4, 4, 3]
     numbers = [visible(step) for step in first]
     assert sorted(itertools.chain(*numbers)) == list(range(23)) != list(itertools.chain(*numbers))
@@ -123,14 +123,14 @@ def test_ranks_of_a_stream_share_its_steps():
         assert list(itertools.chain(*(visible(steps[number]) for steps in ranks))) == expected
 
 
-def test_copies_in_a_stream_keep_numbers_of_their_own():
+def test_copies_in_a_stream_have_distinct_keys():
     for (batch,) in stream_of(16, 4, pool_samples=8, repeats=2):
         assert batch["rows"] == [sample_ref(i).index for i in batch["indices"]]
         assert len(set(batch["rows"])) == 2 and len(set(batch["indices"])) == 4
 
 
 def shuffled_steps(buffer, epoch=0, start=0, files=3, **options):
-    """A stream of 240 rows, sorted by class, of which there are 24; steps of 8 in pools of 16."""
+    """A stream of 240 rows sorted by class, 24 classes; steps of 8 from pools of 16."""
     rows = Dataset.from_dict({"row": list(range(240)), "label": [row // 10 for row in range(240)]})
     stream = ShuffledStream(rows.to_iterable_dataset(num_shards=files), seed=1, buffer_size=buffer)
     loader = EqualStreamLoader(stream, 8, collate, pool_samples=16, **options)
@@ -142,7 +142,7 @@ def rows_of(steps):
     return [[row["row"] for batch in step if not batch["hidden"] for row in batch["rows"]] for step in steps]
 
 
-def test_a_stream_sorted_by_class_is_shuffled():
+def test_stream_sorted_by_class_is_shuffled():
     def classes(steps):
         return np.mean([len({row // 10 for row in step}) for step in rows_of(steps)])
 
@@ -156,7 +156,7 @@ def test_a_stream_sorted_by_class_is_shuffled():
     assert len(files) > 1, "files come in another order"
 
 
-def test_the_order_of_a_shuffled_stream_is_a_pure_function_of_seed_and_epoch():
+def test_shuffled_stream_order_depends_only_on_seed_and_epoch():
     first = shuffled_steps(50)
     assert shuffled_steps(50) == first
     begun = [sorted(itertools.chain(*rows_of(shuffled_steps(50, epoch))[:2])) for epoch in (0, 1)]
@@ -170,7 +170,7 @@ def test_the_order_of_a_shuffled_stream_is_a_pure_function_of_seed_and_epoch():
         assert [one + other for one, other in zip(*ranks, strict=True)] == rows_of(whole)
 
 
-def test_epochs_of_one_loader_do_not_disturb_each_other():
+def test_concurrent_epochs_of_one_loader_are_independent():
     rows = Dataset.from_dict({"row": list(range(60))}).to_iterable_dataset(num_shards=3)
     loader = EqualStreamLoader(ShuffledStream(rows, 0, 20), 4, collate, pool_samples=8)
     expected = [list(loader.epoch(epoch)) for epoch in range(3)]

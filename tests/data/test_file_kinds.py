@@ -1,4 +1,4 @@
-"""Text files are read as they are written, or refused in one line that names the file and the place."""
+"""Text files are read as written, or refused in one line with file and position."""
 
 import csv
 import gzip
@@ -40,14 +40,14 @@ CONTENTS = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", CONTENTS)
-def test_every_kind_is_read_as_a_file_and_in_a_folder(tmp_path, suffix, streaming):
+def test_every_format_is_read_as_a_file_and_in_a_folder(tmp_path, suffix, streaming):
     file = write(tmp_path / "folder" / f"train.{suffix}", CONTENTS[suffix])
     write(tmp_path / "folder" / f"test.{suffix}", CONTENTS[suffix])
     assert rows(file, streaming=streaming) == ROWS
     assert rows(tmp_path / "folder", "test", streaming=streaming) == ROWS
 
 
-def test_plain_text_and_names_in_capitals_beside_others(tmp_path):
+def test_plain_text_and_upper_case_extensions(tmp_path):
     assert rows(write(tmp_path / "a.TXT", b"one\ntwo\n")) == [{"text": "one"}, {"text": "two"}]
     write(tmp_path / "folder" / "train.csv", CSV)
     write(tmp_path / "folder" / "test.CSV", CSV)
@@ -55,7 +55,7 @@ def test_plain_text_and_names_in_capitals_beside_others(tmp_path):
     assert rows("csv", data_files=write(tmp_path / "b.tsv", TSV)) == ROWS
 
 
-def test_only_an_empty_field_of_csv_is_missing(tmp_path):
+def test_only_empty_csv_fields_are_missing(tmp_path):
     words = [
         "NA",
         "None",
@@ -94,7 +94,7 @@ def test_only_an_empty_field_of_csv_is_missing(tmp_path):
         (["2020-01-01"], ["2020-01-01"]),
     ],
 )
-def test_numbers_are_numbers_where_that_loses_nothing(tmp_path, fields, values):
+def test_csv_numbers_are_parsed_only_if_lossless(tmp_path, fields, values):
     content = "label,text\n" + "".join(f"{field},x\n" for field in fields)
     found = [row["label"] for row in rows(write(tmp_path / "a.csv", content.encode()))]
     assert found == values and [type(value) for value in found] == [type(value) for value in values]
@@ -113,7 +113,7 @@ def test_numbers_are_numbers_where_that_loses_nothing(tmp_path, fields, values):
         (b",text\n0,a\n", [{"Unnamed: 0": 0, "text": "a"}]),
     ],
 )
-def test_forms_of_csv(tmp_path, content, found):
+def test_csv_dialects(tmp_path, content, found):
     assert rows(write(tmp_path / "a.csv", content)) == found
 
 
@@ -141,15 +141,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_files_that_cannot_be_read_are_named_with_the_place(tmp_path, name):
+def test_unreadable_files_are_reported_with_the_position(tmp_path, name):
     content, message = BAD[name]
-    for _ in range(2):  # nothing that was prepared in part is taken for the rows
+    for _ in range(2):  # a partially prepared cache must not be used
         with pytest.raises(ValueError) as error:
             load_splits(write(tmp_path / name, content))
         assert type(error.value) is ValueError and message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_without_data_is_told_what_is_read(tmp_path):
+def test_folder_without_data_lists_the_supported_formats(tmp_path):
     write(tmp_path / "folder" / "a.doc", b"x")
     with pytest.raises(ValueError, match=r"has no file of a supported kind \(.csv, .tsv.*: it has a.doc"):
         load_splits(str(tmp_path / "folder"))
@@ -171,7 +171,7 @@ def test_missing_files_and_formats_without_files(tmp_path):
             load_splits(dataset, data_files=data_files)
 
 
-def test_splits_may_lack_rows_and_columns_but_files_of_one_split_agree(tmp_path):
+def test_splits_may_differ_in_columns_but_files_of_a_split_must_not(tmp_path):
     write(tmp_path / "a" / "train.csv", CSV)
     write(tmp_path / "a" / "validation.csv", b"text,label\n")
     write(tmp_path / "a" / "test.csv", b"text\nq\n")
@@ -186,7 +186,7 @@ def test_splits_may_lack_rows_and_columns_but_files_of_one_split_agree(tmp_path)
         load_splits(str(tmp_path / "b"))
 
 
-def test_any_text_comes_back_from_csv(tmp_path):
+def test_any_text_survives_a_csv_round_trip(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     strategies = hypothesis.strategies
     numbers = strategies.one_of(strategies.integers(), strategies.floats()).map(str)
@@ -207,8 +207,8 @@ def test_any_text_comes_back_from_csv(tmp_path):
     round_trip()
 
 
-def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
-    """`datasets` reads the kind that most files of a split have."""
+def test_ignored_files_of_a_folder_are_reported(tmp_path, caplog):
+    """`datasets` reads the format that most files of a split have."""
     for name in ("train-1.csv", "train-2.csv"):
         (tmp_path / name).write_text("text,label\na,b\n")
     (tmp_path / "train-3.jsonl").write_text('{"text": "a", "label": "b"}\n')

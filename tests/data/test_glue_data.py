@@ -1,4 +1,4 @@
-"""Texts with labels from any data set, the table of GLUE's tasks, and batches of texts of like length."""
+"""Labelled texts from any data set, the table of GLUE tasks, and batches of texts of similar length."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def pairs(**features) -> Dataset:
 # --- rows
 
 
-def test_one_column_or_two():
+def test_one_or_two_text_columns():
     rows = texts.text_rows(pairs(), ["premise", "hypothesis"])
     assert rows[:]["text"] == PAIRS["premise"] and rows[:]["pair"] == PAIRS["hypothesis"]
     assert rows[:]["label"] == PAIRS["label"] and rows.features["label"].names == ["yes", "may", "no"]
@@ -40,11 +40,11 @@ def test_one_column_or_two():
     assert texts.text_rows(pairs(), ["hypothesis"], labelled=False).column_names == ["text"]
 
 
-def test_columns_are_found_where_one_stands_out():
+def test_text_columns_are_inferred_if_unambiguous():
     rows = Dataset.from_dict({"text": ["a", "b"], "kind": ["x", "y"], "n": [1, 2]})
     found = texts.text_rows(rows, label_column="kind")
     assert found[:] == {"text": ["a", "b"], "label": ["x", "y"]}
-    nested = Dataset.from_list([{"part": {"pair": "a"}, "text": "b", "label": 1}])  # names that are taken already
+    nested = Dataset.from_list([{"part": {"pair": "a"}, "text": "b", "label": 1}])  # existing column names
     assert texts.text_rows(nested, ["part.pair", "text"])[0] == {"text": "a", "pair": "b", "label": 1}
 
 
@@ -58,12 +58,12 @@ def test_columns_are_found_where_one_stands_out():
         ({"text_columns": ["premise"], "label_column": "score"}, 'label_column "score" is not a column'),
     ],
 )
-def test_columns_that_do_not_fit(options, message):
+def test_invalid_columns(options, message):
     with pytest.raises(ValueError, match=message):
         texts.text_rows(pairs(), **options)
 
 
-def test_no_rows():
+def test_empty_split():
     with pytest.raises(ValueError, match="has no rows"):
         texts.text_rows(pairs().select([]), ["premise"])
 
@@ -87,7 +87,7 @@ def test_classes(kind, labels, known, names, ids):
     assert texts.class_ids(rows, names) == ids
 
 
-def test_classes_that_do_not_fit():
+def test_invalid_classes():
     with pytest.raises(ValueError, match="at least two classes of labels, got '4'"):
         texts.class_names(Dataset.from_dict({"label": [4, 4]}))
     with pytest.raises(ValueError, match="no text has a label"):
@@ -97,7 +97,7 @@ def test_classes_that_do_not_fit():
         texts.class_ids(rows, ["negative", "positive"])
 
 
-def test_numbers_are_learned_by_regression():
+def test_regression_labels():
     assert texts.is_regression(Dataset.from_dict({"label": [0.5, 3.0]}))
     assert not texts.is_regression(Dataset.from_dict({"label": [0, 3]}))
     assert glue.hide(Dataset.from_dict({"label": [0.5, -1.0]}))["label"][:] == [0.5, None]
@@ -106,7 +106,7 @@ def test_numbers_are_learned_by_regression():
 # --- tokens and batches
 
 
-def test_tokens_are_cut_at_the_longer_text():
+def test_truncation_shortens_the_longer_text():
     tokenizer = train_wordpiece(["a b c d e f g"], 30)
     rows = Dataset.from_dict({"text": ["a b c d e f g", "a"], "pair": ["a b", "b"], "label": [0, 1]})
     tokens = texts.tokenize_texts(rows, tokenizer, 9)
@@ -117,7 +117,7 @@ def test_tokens_are_cut_at_the_longer_text():
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_batches_of_like_length(shuffle):
+def test_batches_of_similar_length(shuffle):
     lengths = np.random.default_rng(0).integers(3, 40, 103)
     sampler = texts.LengthBatchSampler(lengths, 8, seed=3, shuffle=shuffle)
     steps = sampler.steps(0)
@@ -136,8 +136,8 @@ def test_batch_size_is_checked():
 # --- GLUE
 
 
-def test_the_table_is_the_papers():
-    """Table 1: nine tasks, of which two are single sentences, one regression and one has three classes."""
+def test_glue_table_matches_the_paper():
+    """Table 1: nine tasks, of which two have single sentences, one is a regression and one has three classes."""
     assert list(glue.TASKS) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
     assert [t.name for t in glue.TASKS.values() if len(t.text_columns) == 1] == ["cola", "sst2"]
     assert [t.name for t in glue.TASKS.values() if t.regression] == ["stsb"]
@@ -145,7 +145,7 @@ def test_the_table_is_the_papers():
     assert [t.name for t in glue.TASKS.values() if len(t.validation) > 1] == ["mnli"]
 
 
-def test_tasks_by_name():
+def test_task_names():
     assert [task.name for task in glue.find_tasks("glue")] == list(glue.TASKS)
     assert [task.name for task in glue.find_tasks("sst2, cola")] == ["sst2", "cola"]
     with pytest.raises(ValueError, match=r'task must be one of cola, sst2, .*, got "sst3"'):
@@ -164,12 +164,12 @@ def test_tasks_by_name():
         ("nyu-mll/glue", "other", ("nyu-mll/glue", "other")),
     ],
 )
-def test_where_a_task_is(dataset, name, place):
+def test_task_data_locations(dataset, name, place):
     assert glue.place_of("rte", dataset, name) == place
 
 
-def test_a_folder_with_a_configuration_for_each_task(tmp_path):
-    """As the Hub's nyu-mll/glue is laid out."""
+def test_folder_with_a_configuration_per_task(tmp_path):
+    """In the layout of nyu-mll/glue on the Hub."""
     folder = tmp_path / "glue"
     configs = []
     for task in ("mnli", "rte"):
@@ -186,7 +186,7 @@ def test_a_folder_with_a_configuration_for_each_task(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "rte"])
-def test_local_copies_fit_the_table(name):
+def test_local_copies_match_the_table(name):
     if not (SHARED / f"glue-{name}").is_dir():
         pytest.skip("this machine has no copy of the task")
     task = glue.find_task(name)

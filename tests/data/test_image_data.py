@@ -1,4 +1,4 @@
-"""Images from any data set: columns, labels, decoding like PIL, and images that cannot be read."""
+"""Images from any data set: columns, labels, decoding as in PIL, and unreadable images."""
 
 import csv
 import io
@@ -36,10 +36,10 @@ from hf_tfm.data.source import load_splits
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
-def picture(seed=0, height=48, width=40):
-    """An image of large random squares, which JPEG keeps well."""
-    squares = np.random.default_rng(seed).integers(0, 256, (6, 5, 3))
-    big = np.kron(squares, np.ones((8, 8, 1))).astype(np.uint8)
+def squares(seed=0, height=48, width=40):
+    """An image of large random squares, which JPEG preserves well."""
+    colors = np.random.default_rng(seed).integers(0, 256, (6, 5, 3))
+    big = np.kron(colors, np.ones((8, 8, 1))).astype(np.uint8)
     return PILImage.fromarray(big).resize((width, height), PILImage.Resampling.NEAREST)
 
 
@@ -49,7 +49,7 @@ def encode(image, kind, **options):
     return file.getvalue()
 
 
-def turned(orientation=6):
+def rotated(orientation=6):
     exif = PILImage.Exif()
     exif[0x0112] = orientation
     return exif
@@ -62,21 +62,21 @@ def transparent(image):
 
 
 KINDS = {
-    "jpeg": encode(picture(), "JPEG"),
-    "progressive": encode(picture(), "JPEG", progressive=True),
-    "grey jpeg": encode(picture().convert("L"), "JPEG"),
-    "cmyk jpeg": encode(picture().convert("CMYK"), "JPEG"),
-    "turned jpeg": encode(picture(), "JPEG", exif=turned()),
-    "turned png": encode(picture(), "PNG", exif=turned()),
-    "png": encode(picture(), "PNG"),
-    "grey png": encode(picture().convert("L"), "PNG"),
-    "bilevel png": encode(picture().convert("1"), "PNG"),
-    "alpha png": encode(transparent(picture()), "PNG"),
-    "palette png": encode(picture().quantize(16), "PNG", transparency=3),
-    "webp": encode(picture(), "WEBP", lossless=True),
-    "animated gif": encode(picture().quantize(16), "GIF", save_all=True, append_images=[picture(1).quantize(16)]),
-    "bmp": encode(picture(), "BMP"),
-    "tiff": encode(picture(), "TIFF"),
+    "jpeg": encode(squares(), "JPEG"),
+    "progressive": encode(squares(), "JPEG", progressive=True),
+    "grey jpeg": encode(squares().convert("L"), "JPEG"),
+    "cmyk jpeg": encode(squares().convert("CMYK"), "JPEG"),
+    "rotated jpeg": encode(squares(), "JPEG", exif=rotated()),
+    "rotated png": encode(squares(), "PNG", exif=rotated()),
+    "png": encode(squares(), "PNG"),
+    "grey png": encode(squares().convert("L"), "PNG"),
+    "bilevel png": encode(squares().convert("1"), "PNG"),
+    "alpha png": encode(transparent(squares()), "PNG"),
+    "palette png": encode(squares().quantize(16), "PNG", transparency=3),
+    "webp": encode(squares(), "WEBP", lossless=True),
+    "animated gif": encode(squares().quantize(16), "GIF", save_all=True, append_images=[squares(1).quantize(16)]),
+    "bmp": encode(squares(), "BMP"),
+    "tiff": encode(squares(), "TIFF"),
 }
 
 
@@ -84,26 +84,26 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_format_and_mode_is_what_pil_makes_of_it(kind):
+def test_every_format_and_mode_is_decoded_as_by_pil(kind):
     image = decode(KINDS[kind])
     with PILImage.open(io.BytesIO(KINDS[kind])) as file:
         expected = np.array(PIL.ImageOps.exif_transpose(file).convert("RGB")).transpose(2, 0, 1)
-    assert image.dtype == torch.uint8 and image.shape == ((3, 40, 48) if "turned" in kind else (3, 48, 40))
+    assert image.dtype == torch.uint8 and image.shape == ((3, 40, 48) if "rotated" in kind else (3, 48, 40))
     np.testing.assert_array_equal(image.numpy(), expected)
 
 
-def test_sixteen_bits_of_grey_become_eight():
-    grey = np.array(picture().convert("L"))
+def test_16_bit_grayscale_becomes_8_bit():
+    grey = np.array(squares().convert("L"))
     image = decode(encode(PILImage.fromarray(grey.astype(np.uint16) * 257), "PNG"))
     np.testing.assert_array_equal(image.numpy(), np.stack([grey] * 3))
 
 
-def test_bytes_paths_dicts_and_pil_images_are_the_same_image(tmp_path):
+def test_bytes_paths_dicts_and_pil_images_are_equivalent(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(KINDS["png"])
     expected = decode(KINDS["png"])
     given = [str(path), path.as_uri(), {"bytes": None, "path": str(path)}, {"bytes": KINDS["png"], "path": "gone.png"}]
-    for value in [*given, picture()]:
+    for value in [*given, squares()]:
         assert torch.equal(decode(value), expected)
 
 
@@ -128,12 +128,12 @@ def test_damaged_images_are_refused(kind):
 
 
 @pytest.mark.parametrize("value", [None, 3, "no/such/file.png", {"bytes": None, "path": None}])
-def test_what_is_no_image_is_refused(value):
+def test_invalid_images_are_refused(value):
     with pytest.raises(BadImage):
         decode(value)
 
 
-def test_numbers_without_a_range_are_refused():
+def test_float_images_are_refused():
     with pytest.raises(BadImage, match='mode "F"'):
         decode(PILImage.fromarray(np.ones((4, 4), np.float32)))
 
@@ -162,27 +162,27 @@ def claims(kind, side):
 def test_images_that_claim_too_many_pixels_are_not_decoded(kind, monkeypatch):
     for name in ("decode_image", "from_pil"):
         monkeypatch.setattr(images, name, lambda *args, **options: pytest.fail("it was decoded"))
-    side = 13_000 if kind == "bmp" else 40_000  # PIL refuses a BMP of so many by itself
+    side = 13_000 if kind == "bmp" else 40_000  # PIL itself refuses a BMP of this size
     claimed = claims(kind, side)
     with pytest.raises(BadImage, match=rf"{side} x {side} pixels, more than the limit|DecompressionBombError"):
         decode(claimed)
     assert image_size(claimed) == (0, 0)
 
 
-def test_a_limit_is_that_of_the_image_and_not_of_the_file(monkeypatch):
+def test_pixel_limit_applies_to_the_image_not_the_file(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 48 * 40)
-    for kind in ("jpeg", "turned jpeg", "png", "webp", "tiff"):
+    for kind in ("jpeg", "rotated jpeg", "png", "webp", "tiff"):
         assert decode(KINDS[kind]).numel() == 3 * 48 * 40
     monkeypatch.setattr(images, "MAX_PIXELS", 48 * 40 - 1)
-    for kind in ("jpeg", "turned jpeg", "png", "webp", "tiff"):
+    for kind in ("jpeg", "rotated jpeg", "png", "webp", "tiff"):
         with pytest.raises(BadImage, match="more than the limit of 1,919"):
             decode(KINDS[kind])
     with pytest.raises(BadImage, match="more than the limit of 1,919"):
-        decode(picture())
+        decode(squares())
 
 
-def test_the_size_of_a_jpeg_is_in_its_frame_header():
-    for kind in ("jpeg", "progressive", "grey jpeg", "cmyk jpeg", "turned jpeg"):
+def test_jpeg_size_is_read_from_its_frame_header():
+    for kind in ("jpeg", "progressive", "grey jpeg", "cmyk jpeg", "rotated jpeg"):
         assert jpeg_size(KINDS[kind]) == (48, 40)
     for data in (b"", b"\xff\xd8", KINDS["jpeg"][:20], KINDS["png"], b"\xff\xd8\xff\x01" + KINDS["jpeg"][2:]):
         assert jpeg_size(data) is None
@@ -200,7 +200,7 @@ def test_only_regular_files_are_opened(tmp_path):
         decode(str(tmp_path / "gone.png"))
 
 
-def test_a_huge_file_is_not_read(tmp_path):
+def test_huge_file_is_not_read(tmp_path):
     sparse = tmp_path / "sparse.png"
     with sparse.open("wb") as file:
         file.truncate(2**40)
@@ -208,7 +208,7 @@ def test_a_huge_file_is_not_read(tmp_path):
         decode(str(sparse))
 
 
-def test_text_that_unpacks_without_end_is_refused():
+def test_decompression_bomb_in_text_is_refused():
     data = KINDS["png"]
     text = b"comment\0\0" + zlib.compress(b" " * 50_000_000, 9)
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
@@ -223,30 +223,30 @@ def test_text_that_unpacks_without_end_is_refused():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "its image format is not supported"),
     ],
 )
-def test_drawings_are_no_images(data, message):
+def test_svg_is_refused(data, message):
     with pytest.raises(BadImage, match=message):
         decode(data)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_sizes_are_those_of_the_decoded_image(kind, orientation, tmp_path):
-    data = encode(picture(), kind, exif=turned(orientation))
+def test_sizes_equal_those_of_the_decoded_image(kind, orientation, tmp_path):
+    data = encode(squares(), kind, exif=rotated(orientation))
     (tmp_path / "image").write_bytes(data)
     for value in (data, str(tmp_path / "image"), {"bytes": data, "path": None}, PILImage.open(io.BytesIO(data))):
         assert image_size(value) == tuple(decode(value).shape[1:])
 
 
-def test_a_jpeg_turned_in_xmp_alone_has_the_size_that_is_decoded():
+def test_jpeg_rotated_only_in_xmp_has_its_decoded_size():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    data = encode(picture(), "JPEG", xmp=xmp)
+    data = encode(squares(), "JPEG", xmp=xmp)
     assert image_size(data) == tuple(decode(data).shape[1:])
 
 
-def test_a_split_without_a_readable_image_is_refused_before_a_run():
+def test_split_without_readable_images_is_refused_before_a_run():
     good, bad = KINDS["png"], b"no image"
-    for pictures in ([bad] * 3, [bad] * 3 + [good]):
-        rows = Dataset.from_dict({"image": pictures})
+    for files in ([bad] * 3, [bad] * 3 + [good]):
+        rows = Dataset.from_dict({"image": files})
         with pytest.raises(
             ValueError, match=r"no image of train can be read: the first 3 of \d .* image 0: its image format is not"
         ):
@@ -254,13 +254,13 @@ def test_a_split_without_a_readable_image_is_refused_before_a_run():
     require_readable(Dataset.from_dict({"image": [bad, bad, good]}), 2, "train")
 
 
-def test_a_stream_without_a_readable_image_is_refused_before_a_run():
+def test_stream_without_readable_images_is_refused_before_a_run():
     good, bad = KINDS["png"], b"no image"
-    for pictures in ([bad] * 3, [bad] * 3 + [good]):
+    for files in ([bad] * 3, [bad] * 3 + [good]):
         with pytest.raises(
             ValueError, match=r"no image of train can be read: the first 3 of a stream .* image 0: its"
         ):
-            require_readable(Dataset.from_dict({"image": pictures}).to_iterable_dataset(), 2, "train")
+            require_readable(Dataset.from_dict({"image": files}).to_iterable_dataset(), 2, "train")
     require_readable(Dataset.from_dict({"image": [bad, bad, good]}).to_iterable_dataset(), 2, "train")
     with pytest.raises(ValueError, match="train has no rows"):
         require_readable(IterableDataset.from_generator(lambda: iter(())), 2, "train")
@@ -268,7 +268,7 @@ def test_a_stream_without_a_readable_image_is_refused_before_a_run():
 
 # --- columns and labels
 
-PICTURES = [picture(i) for i in range(6)]
+PICTURES = [squares(i) for i in range(6)]
 LABELS = [0, 1, 2, 0, 1, 2]
 NAMES = ["cat", "dog", "bird"]
 
@@ -286,7 +286,7 @@ def folder(tmp_path):
 
 
 def pixels(rows):
-    """The images of rows, in an order of their own."""
+    """The images of rows in a canonical order."""
     return sorted(decode(row["image"]).numpy().tobytes() for row in rows)
 
 
@@ -328,14 +328,14 @@ def table_of_paths(tmp_path, paths):
     return image_rows(rows, "path", "class", roots=data_roots(str(tmp_path / "list.csv")))
 
 
-def test_paths_of_a_table_are_relative_to_it_and_stay_in_its_folder(tmp_path, monkeypatch):
+def test_table_paths_are_relative_and_stay_in_the_folder(tmp_path, monkeypatch):
     folder(tmp_path)
     files = sorted((tmp_path / "folder").rglob("*.png"))
     expected = sorted(decode(str(file)).numpy().tobytes() for file in files)
     own = [str(file.relative_to(tmp_path)) for file in files]
     for paths in (own, [str(file) for file in files], [file.as_uri() for file in files]):
         assert pixels(table_of_paths(tmp_path, paths)) == expected
-    monkeypatch.chdir(tmp_path / "folder")  # relative to where the command runs, as long as they stay inside
+    monkeypatch.chdir(tmp_path / "folder")  # relative to the working directory of the command, if inside the folder
     assert pixels(table_of_paths(tmp_path, [str(file.relative_to(tmp_path / "folder")) for file in files])) == expected
     for path in ("/etc/passwd", "../secret.png", "folder/../../secret.png", "file:///etc/passwd"):
         with pytest.raises(ValueError, match=r'image_column "path", row 1 names .* outside the data set'):
@@ -350,15 +350,15 @@ def test_stored_images_without_bytes_stay_in_the_folder(tmp_path):
     rows = load_splits(str(tmp_path))["train"]
     with pytest.raises(ValueError, match=r'image_column "image", row 1 names "/etc/passwd", which is outside'):
         image_rows(rows, roots=data_roots(str(tmp_path)))
-    with pytest.raises(ValueError, match=r'names "/.*/a.png", which is outside'):  # of a data set of the Hub
+    with pytest.raises(ValueError, match=r'names "/.*/a.png", which is outside'):  # as in a data set of the Hub
         image_rows(rows, roots=data_roots("someone/images"))
     inside = [{"bytes": None, "path": paths[0]}, {"bytes": KINDS["png"], "path": "/gone/b.png"}]  # never opened
     image_rows(Dataset.from_dict(table | {"image": inside}, features=kind), roots=data_roots(str(tmp_path)))
 
 
-def test_labels_of_every_kind():
+def test_labels_of_every_type():
     numbers = image_rows(memory(label=[10, 20, 30, 10, 20, -1]))
-    assert label_names(numbers) == ["10", "20", "30"]  # -1 is no class
+    assert label_names(numbers) == ["10", "20", "30"]  # -1 is not a class
     assert label_ids(numbers, ["10", "20", "30"])[20] == 1
     strings = image_rows(memory(label=["b", "a", None, "b", "a", "b"]))
     assert label_names(strings) == ["a", "b"]
@@ -369,7 +369,7 @@ def test_labels_of_every_kind():
         label_ids(classes, ["dog", "bird"])
     with pytest.raises(ValueError, match="labels must be integers or strings"):
         label_names(image_rows(memory(label=[0.5, 1.0, 2.0, 1.0, 1.0, 1.0])))
-    floats = image_rows(memory(label=[1.0, 0.0, 2.0, None, float("nan"), 1.0]))  # as tables with an empty cell have
+    floats = image_rows(memory(label=[1.0, 0.0, 2.0, None, float("nan"), 1.0]))  # as in tables with an empty cell
     assert label_names(floats) == ["0", "1", "2"]
     assert [label_ids(floats, ["2", "1", "0"])[value] for value in (1.0, 0.0, 2.0)] == [1, 2, 0]
     assert label_names(image_rows(memory(label=["b", "", "a", " ", "b", "a"]))) == ["a", "b"]  # empty is no class
@@ -394,7 +394,7 @@ def test_labels_of_every_kind():
         label_names(image_rows(memory(label=LABELS).to_iterable_dataset()))
 
 
-def test_a_stream_that_does_not_tell_its_columns():
+def test_stream_without_known_columns():
     stream = IterableDataset.from_generator(lambda: ({"image": p, "label": i} for i, p in enumerate(PICTURES)))
     assert stream.features is None
     rows = list(image_rows(stream))
@@ -402,7 +402,7 @@ def test_a_stream_that_does_not_tell_its_columns():
     assert torch.equal(decode(rows[3]["image"]), decode(PICTURES[3]))
 
 
-def test_a_broken_first_image_breaks_nothing_else():
+def test_broken_first_image_affects_nothing_else():
     rows = Dataset.from_dict({"img": [b"no image", KINDS["png"]], "label": [0, 1]}).cast_column("img", Image())
     for source in (rows, rows.to_iterable_dataset()):
         broken, whole = image_rows(source)
@@ -411,7 +411,7 @@ def test_a_broken_first_image_breaks_nothing_else():
         assert torch.equal(decode(whole["image"]), decode(KINDS["png"]))
 
 
-def test_columns_are_found_or_named():
+def test_columns_are_inferred_or_named():
     rows = memory(fine=LABELS, coarse=LABELS)
     with pytest.raises(ValueError, match=r"label_column must name a column, .*; the data set has img, fine, coarse"):
         image_rows(rows)
@@ -425,7 +425,7 @@ def test_columns_are_found_or_named():
         image_rows(rows.select([]))
 
 
-def test_fingerprint_is_of_the_content(tmp_path):
+def test_fingerprint_depends_on_the_content(tmp_path):
     rows = image_rows(memory(label=LABELS))
     again = image_rows(memory(label=LABELS).cast_column("img", Image()))
     others = [
@@ -436,7 +436,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint(rows) == fingerprint(again)
     assert len({fingerprint(rows), *map(fingerprint, others)}) == 4
     gone = Dataset.from_dict({"image": [str(tmp_path / "gone.png")]}, features=Features(image=Value("string")))
-    assert fingerprint(image_rows(gone, labelled=False))  # an image that cannot be read is no error here
+    assert fingerprint(image_rows(gone, labelled=False))  # an unreadable image is not an error here
 
 
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason="needs shared/data/cifar10")
@@ -447,7 +447,7 @@ def test_cifar10():
     assert encoded(rows[0]["image"])[:2] == b"\xff\xd8"
 
 
-# --- images that cannot be read
+# --- unreadable images
 
 
 class Loader:
@@ -461,7 +461,7 @@ class Loader:
         return iter(steps[start:])
 
 
-def test_bad_images_are_told_once_and_taken_out_of_the_batch(caplog):
+def test_bad_images_are_reported_once_and_removed_from_the_batch(caplog):
     loader = WatchedLoader(Loader(), max_bad_images=2)
     with caplog.at_level(logging.WARNING):
         for epoch in range(3):
@@ -480,8 +480,8 @@ def test_too_many_bad_images_end_the_run():
         WatchedLoader(Loader(), -1)
 
 
-def test_words_for_missing_values_are_classes_in_metadata_of_images(tmp_path):
-    """pandas, which `datasets` reads metadata.csv with, would take "NA" and "None" for missing values."""
+def test_missing_value_markers_are_classes_in_image_metadata(tmp_path):
+    """pandas, with which `datasets` reads metadata.csv, would treat "NA" and "None" as missing values."""
     rows = ["file_name,label"]
     for number, label in enumerate(["NA", "None", "null", "cat", ""]):
         PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")

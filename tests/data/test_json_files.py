@@ -1,4 +1,4 @@
-"""Text in JSON files is text, whatever it looks like."""
+"""Text in JSON files stays text, whatever it looks like."""
 
 import gzip
 import json
@@ -41,13 +41,13 @@ FORMS = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", FORMS)
-def test_dates_are_the_text_of_the_file(tmp_path, name, streaming):
+def test_dates_stay_text(tmp_path, name, streaming):
     FORMS[name](tmp_path / name)
     rows = list(load_splits(str(tmp_path / name), streaming=streaming)["train"])
     assert rows == ROWS
 
 
-def test_dates_are_text_in_a_folder_and_in_pairs(tmp_path):
+def test_dates_stay_text_in_a_folder_and_in_pairs(tmp_path):
     as_lines(tmp_path / "train.jsonl")
     rows = load_splits(str(tmp_path))["train"]
     assert text_rows(rows)["text"][:] == DATES
@@ -55,8 +55,8 @@ def test_dates_are_text_in_a_folder_and_in_pairs(tmp_path):
     assert text_pairs(rows, "answer", "text")["target"][:] == DATES
 
 
-def test_later_text_that_is_no_date_fits(tmp_path, monkeypatch):
-    """`datasets` reads ten megabytes at once, and takes the types of the first."""
+def test_later_text_that_is_not_a_date_is_accepted(tmp_path, monkeypatch):
+    """`datasets` reads ten megabytes at a time and infers types from the first block."""
     rows = [{"text": date, "filler": "x" * 1000} for date in DATES * 3000] + [{"text": "no date", "filler": ""}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load_splits(str(tmp_path))["train"][-1]["text"] == "no date"
@@ -71,7 +71,7 @@ def test_captions_of_an_image_folder_are_text(tmp_path):
     assert sorted(load_splits(str(tmp_path))["train"]["label"][:]) == sorted(DATES)
 
 
-def test_other_readers_of_the_process_are_as_they_were(tmp_path):
+def test_global_json_readers_are_restored(tmp_path):
     as_lines(tmp_path / "train.jsonl")
     load_splits(str(tmp_path))
     rows = load_dataset("json", data_files=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))["train"]

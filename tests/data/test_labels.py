@@ -1,4 +1,4 @@
-"""Values of labels, not how they are stored, decide what is learned; no label and no row is lost without a word."""
+"""Labels are interpreted by value, not by storage type; missing labels and dropped rows are reported."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from hf_tfm.tasks.text_classification import TextClassificationArguments, TextCl
 
 
 def texts(labels, kind=None):
-    """Rows with these labels, of a type of `datasets`."""
+    """Rows with these labels, stored with a type of `datasets`."""
     rows = Dataset.from_dict({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
     return rows.cast_column("label", Value(kind)) if kind else rows
 
@@ -46,7 +46,7 @@ def test_whole_numbers_and_text_are_classes(labels, kind, settled, names):
 
 
 @pytest.mark.parametrize("labels", [[0.5, 1.0, 2.0], ["0.5", "1", "2"], ["3.800", "", "4.0"], [0, 0.5, None]])
-def test_numbers_are_learned_by_regression_where_one_is_not_whole(labels):
+def test_fractional_numbers_give_a_regression(labels):
     rows = text_rows(texts(labels))
     assert is_regression(rows)
     assert rows["label"][:] == [None if label in ("", None) else float(label) for label in labels]
@@ -61,20 +61,20 @@ def test_numbers_are_learned_by_regression_where_one_is_not_whole(labels):
         (Dataset.from_dict({"text": ["", " "], "label": [0, 1]}), 'all 2 texts of column "text" are empty'),
     ],
 )
-def test_labels_and_texts_that_are_none(rows, message):
+def test_invalid_labels_and_texts(rows, message):
     with pytest.raises(ValueError) as error:
         text_rows(rows)
     assert message in str(error.value)
 
 
-def test_labels_of_several_kinds_are_refused(tmp_path):
+def test_labels_of_mixed_types_are_refused(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, "x")))
     with pytest.raises(ValueError, match="all of one kind, got values of several kinds"):
         text_rows(load_splits(str(file))["train"])
 
 
-def test_a_column_is_given_once():
+def test_column_is_given_once():
     rows = texts(["a", "b"])
     with pytest.raises(ValueError, match='text_columns "label" is also given as label_column'):
         text_rows(rows, ["label"], "label")
@@ -82,7 +82,7 @@ def test_a_column_is_given_once():
         text_rows(rows, ["text", "text"])
 
 
-def test_numbers_in_a_csv_file_are_text_where_text_is_wanted(tmp_path):
+def test_csv_numbers_are_text_in_text_columns(tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("text,other,label\n12,0.5,a\n7,1.0,b\n")
     rows = text_rows(load_splits(str(file))["train"], ["text", "other"])
@@ -111,7 +111,7 @@ def run(tmp_path, files, **options):
     return load(folder, **options)
 
 
-def test_the_training_split_decides_for_all(tmp_path):
+def test_training_split_decides_the_problem_type(tmp_path):
     found = run(tmp_path, {"train": ["0.5", "1", "2"], "validation": ["1", "2"]})
     assert found.labels is None and found.splits["validation"].features["label"] == Value("float64")
     assert found.args.metrics == ["pearson", "spearman"]
@@ -121,7 +121,7 @@ def test_the_training_split_decides_for_all(tmp_path):
         run(tmp_path, {"train": ["0", "1"], "validation": ["0.5", "1"]})
 
 
-def test_problem_type_is_chosen(tmp_path):
+def test_problem_type_can_be_chosen(tmp_path):
     files = {"train": ["0", "1", "2"], "validation": ["1", "2"]}
     found = run(tmp_path, files, problem_type="regression")
     assert found.labels is None and found.splits["train"]["label"][:] == [0.0, 1.0, 2.0]
@@ -153,13 +153,13 @@ def test_problem_type_is_chosen(tmp_path):
         ({"train": ["a", "b"], "validation": []}, 'validation_split "validation" has no rows'),
     ],
 )
-def test_nothing_to_learn_or_to_score_is_found_before_training(tmp_path, files, message):
+def test_data_without_labels_is_refused_before_training(tmp_path, files, message):
     with pytest.raises(ValueError) as error:
         run(tmp_path, files)
     assert message in str(error.value)
 
 
-def test_one_class_of_several_named_is_refused(tmp_path):
+def test_single_class_in_the_data_is_refused(tmp_path):
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 1]})
     rows = rows.cast(Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])}))
     for split in ("train", "validation"):
@@ -168,7 +168,7 @@ def test_one_class_of_several_named_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):
+def test_missing_labels_and_similar_classes_are_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(tmp_path, {"train": ["Yes", "", "yes ", "no"], "validation": ["no"]})
     assert (
@@ -177,7 +177,7 @@ def test_missing_labels_and_classes_that_look_alike_are_told(tmp_path, caplog):
     assert "classes differ in case or white space alone: 'Yes', 'yes '" in caplog.text
 
 
-def test_classes_that_no_training_row_has_are_told(caplog):
+def test_classes_without_training_rows_are_reported(caplog):
     feature = Features({"label": ClassLabel(names=["ant", "bee", "cat"])})
     rows = {
         "train": Dataset.from_dict({"label": [0, 1]}, features=feature),
@@ -203,7 +203,7 @@ def test_classes_that_no_training_row_has_are_told(caplog):
         ([";"], ""),
     ],
 )
-def test_separators_in_names_of_columns(columns, told):
+def test_separators_in_column_names(columns, told):
     assert separator_hint(columns) == told
 
 

@@ -1,4 +1,4 @@
-"""Rows are those of the files given, whatever was prepared before from files of the same name or place."""
+"""Rows are those of the given files, whatever was cached for files of the same name or path."""
 
 import ast
 import gzip
@@ -27,7 +27,7 @@ README = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train
 
 
 def write_rows(file, texts):
-    """Rows of texts in the format of a file's suffix."""
+    """Write rows of texts in the format of a file's suffix."""
     kind = file.name.split(".", 1)[1]
     file.parent.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
@@ -40,7 +40,7 @@ def write_rows(file, texts):
 
 
 def folder(place, texts, kind="parquet", card=True):
-    """A data set with one file and, as data sets from the Hub have it, a card that names it."""
+    """A data set with one file and, as in Hub data sets, a card that names it."""
     write_rows(place / f"train.{kind}", texts)
     if card:
         (place / "README.md").write_text(README.format(kind))
@@ -51,13 +51,13 @@ def texts_of(dataset, **options):
     return [row["text"] for row in load_splits(dataset, **options)["train"]]
 
 
-OLD, NEW = ["old one", "old two"], ["new one", "new two"]  # as many bytes
+OLD, NEW = ["old one", "old two"], ["new one", "new two"]  # the same number of bytes
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("card", [True, False])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "txt", "jsonl.gz"])
-def test_folders_of_one_name_and_changed_files_give_their_own_rows(tmp_path, kind, card, streaming):
+def test_folders_of_the_same_name_and_changed_files_give_their_own_rows(tmp_path, kind, card, streaming):
     first = folder(tmp_path / "a" / "mydata", OLD, kind, card)
     second = folder(tmp_path / "b" / "mydata", NEW, kind, card)
     assert texts_of(first, streaming=streaming) == OLD
@@ -67,7 +67,7 @@ def test_folders_of_one_name_and_changed_files_give_their_own_rows(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_changed_file_is_read_again_whatever_its_size_and_times(tmp_path, kind):
+def test_changed_file_of_the_same_size_and_time_is_read_again(tmp_path, kind):
     file = tmp_path / f"train.{kind}"
     write_rows(file, OLD)
     assert texts_of(str(file)) == OLD
@@ -78,7 +78,7 @@ def test_a_changed_file_is_read_again_whatever_its_size_and_times(tmp_path, kind
 
 
 @pytest.mark.parametrize("form", ["name", "list", "glob", "splits"])
-def test_files_by_format_are_read_again_when_they_change(tmp_path, form, monkeypatch):
+def test_changed_files_given_by_format_are_read_again(tmp_path, form, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"name": "train.csv", "list": ["train.csv"], "glob": "*.csv", "splits": {"train": "tra*.csv"}}[form]
     write_rows(tmp_path / "train.csv", OLD)
@@ -87,7 +87,7 @@ def test_files_by_format_are_read_again_when_they_change(tmp_path, form, monkeyp
     assert texts_of("csv", data_files=given) == NEW
 
 
-def test_relative_names_are_told_apart_by_the_working_folder(tmp_path, monkeypatch):
+def test_relative_names_depend_on_the_working_directory(tmp_path, monkeypatch):
     for name, texts in {"a": OLD, "b": NEW}.items():
         folder(tmp_path / name / "mydata", texts)
         stamp = tmp_path / name / "mydata" / "train.parquet"
@@ -96,7 +96,7 @@ def test_relative_names_are_told_apart_by_the_working_folder(tmp_path, monkeypat
         assert texts_of("mydata") == texts
 
 
-def test_a_link_that_leads_elsewhere_gives_the_rows_there(tmp_path):
+def test_changed_link_gives_the_rows_of_its_target(tmp_path):
     for name, texts in {"a": OLD, "b": NEW}.items():
         folder(tmp_path / name, texts)
         (tmp_path / "link").unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def test_a_link_that_leads_elsewhere_gives_the_rows_there(tmp_path):
         assert texts_of(str(tmp_path / "link")) == texts
 
 
-def test_a_card_that_states_other_columns_or_counts_does_not_stop_a_changed_file(tmp_path):
+def test_outdated_card_does_not_affect_a_changed_file(tmp_path):
     place = tmp_path / "mydata"
     stated = README.format("parquet").replace("---\nconfigs", "---\ndataset_info:\n  splits:\n  - name: train\n"
         "    num_bytes: 4\n    num_examples: 90\nconfigs")  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_card_that_states_other_columns_or_counts_does_not_stop_a_changed_file
     assert texts_of(str(place)) == OLD
 
 
-def test_rows_that_datasets_prepared_itself_are_not_used(tmp_path, monkeypatch):
+def test_cache_of_datasets_itself_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", NEW)
     assert load_dataset(first)["train"]["text"][:] == OLD
@@ -122,8 +122,8 @@ def test_rows_that_datasets_prepared_itself_are_not_used(tmp_path, monkeypatch):
         load_splits("mydata")
 
 
-def test_what_is_made_of_rows_is_made_of_these(tmp_path):
-    """`datasets` finds results of `map` by a fingerprint; here two sources differ in the second of two parts alone."""
+def test_results_of_map_depend_on_the_rows(tmp_path):
+    """`datasets` caches results of `map` by a fingerprint; here two sources differ only in the second of two parts."""
     first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", OLD)
     for texts in (OLD, NEW):
         folder(tmp_path / "b" / "mydata", texts)
@@ -133,51 +133,51 @@ def test_what_is_made_of_rows_is_made_of_these(tmp_path):
         assert joined["upper"][:] == [text.upper() for text in OLD + texts]
 
 
-def test_more_texts_and_labelled_texts_are_read_again(tmp_path):
+def test_additional_texts_and_labelled_texts_are_read_again(tmp_path):
     for texts in (OLD, NEW):
         place = folder(tmp_path / "mydata", texts)
         assert Corpus(dataset_name=place).rows()["text"][:] == texts
         assert load_texts(place)["train"]["text"][:] == texts
 
 
-def picture(file, colour, size=(8, 6)):
+def jpeg(file, colour, size=(8, 6)):
     file.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", size, colour).save(file)
 
 
-def test_folders_of_images_are_read_again(tmp_path):
+def test_image_folders_are_read_again(tmp_path):
     for name, label in {"a": "cat", "b": "dog"}.items():
         for other in (label, "ape"):
-            picture(tmp_path / name / "pets" / "train" / other / "1.png", "red")
+            jpeg(tmp_path / name / "pets" / "train" / other / "1.png", "red")
         rows = load_splits(str(tmp_path / name / "pets"))["train"]
         assert rows.features["label"].names == ["ape", label]
-    picture(tmp_path / "a" / "pets" / "train" / "bird" / "1.png", "blue")
+    jpeg(tmp_path / "a" / "pets" / "train" / "bird" / "1.png", "blue")
     assert load_splits(str(tmp_path / "a" / "pets"))["train"].features["label"].names == ["ape", "bird", "cat"]
 
 
-def test_an_archive_is_extracted_again_when_it_changes(tmp_path):
+def test_changed_archive_is_extracted_again(tmp_path):
     archive = tmp_path / "pets.zip"
     for colour in ("red", "blue"):
-        picture(tmp_path / "1.png", colour)
+        jpeg(tmp_path / "1.png", colour)
         with zipfile.ZipFile(archive, "w") as file:
             file.write(tmp_path / "1.png", "train/cat/1.png")
         rows = load_splits("imagefolder", data_files=str(archive))["train"]
         assert rows[0]["image"].getpixel((0, 0)) == PIL.Image.new("RGB", (1, 1), colour).getpixel((0, 0))
 
 
-def test_sizes_of_images_are_those_of_the_files(tmp_path):
+def test_image_sizes_are_those_of_the_files(tmp_path):
     place = tmp_path / "pets"
     for size in ((8, 6), (4, 2)):
-        picture(place / "train" / "cat" / "1.png", "red", size)
-        picture(place / "train" / "dog" / "1.png", "red", (3, 3))
+        jpeg(place / "train" / "cat" / "1.png", "red", size)
+        jpeg(place / "train" / "dog" / "1.png", "red", (3, 3))
         rows = image_rows(load_splits(str(place))["train"])
         assert image_sizes(rows)[0].tolist() == [*size[::-1]]
-    picture(place / "train" / "cat" / "1.png", "red", (7, 5))
-    assert image_sizes(rows)[0].tolist() == [5, 7]  # of rows that were loaded before
+    jpeg(place / "train" / "cat" / "1.png", "red", (7, 5))
+    assert image_sizes(rows)[0].tolist() == [5, 7]  # rows loaded before the change
 
 
 def coco(place, name):
-    picture(place / "train" / "1.png", "red")
+    jpeg(place / "train" / "1.png", "red")
     annotations = place / "annotations"
     annotations.mkdir(parents=True, exist_ok=True)
     content = {
@@ -190,7 +190,7 @@ def coco(place, name):
 
 
 def voc(place, name):
-    picture(place / "JPEGImages" / "1.png", "red")
+    jpeg(place / "JPEGImages" / "1.png", "red")
     (place / "Annotations").mkdir(parents=True, exist_ok=True)
     box = "<xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax>"
     (place / "Annotations" / "1.xml").write_text(
@@ -215,22 +215,22 @@ def test_annotations_are_read_again(tmp_path, write, monkeypatch):
     assert category("pets") == ["cow"]
 
 
-def test_rows_are_prepared_once_while_files_stay_as_they_are(tmp_path):
+def test_unchanged_files_are_prepared_once(tmp_path):
     place = folder(tmp_path / "mydata", OLD)
     first, again = (load_splits(place)["train"] for _ in range(2))
     assert first.cache_files == again.cache_files and first._fingerprint == again._fingerprint
 
 
 @pytest.mark.slow
-def test_another_process_finds_the_rows_that_were_prepared(tmp_path):
+def test_prepared_rows_are_shared_between_processes(tmp_path):
     place = folder(tmp_path / "mydata", OLD)
     code = f"from hf_tfm.data.source import load_splits; print(load_splits({place!r})['train'].cache_files)"
     started = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in "12"]
     assert started[0].stdout == started[1].stdout == f"{load_splits(place)['train'].cache_files}\n"
 
 
-def test_all_rows_are_loaded_in_one_place():
-    """Elsewhere a loader of `datasets` would find rows by a folder's name."""
+def test_all_data_loading_is_in_one_module():
+    """Elsewhere `datasets` would find cached rows by a folder's name."""
     root = Path(__file__).parents[2]
     loaders = {"load_dataset", "load_dataset_builder", "load_from_disk"}
     loaders |= {f"from_{kind}" for kind in ("generator", "csv", "json", "parquet", "text", "file")}
@@ -244,7 +244,7 @@ def test_all_rows_are_loaded_in_one_place():
     assert found == {"hf_tfm/data/source.py", "hf_tfm/data/annotation_folders.py"}
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+def test_file_changed_during_reading_is_refused(tmp_path, monkeypatch):
     place = folder(tmp_path / "mydata", OLD)
     prepare = datasets.DatasetBuilder.download_and_prepare
 
@@ -259,24 +259,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert texts_of(place) == NEW
 
 
-def test_unused_entries_are_removed_and_used_ones_stay(tmp_path, monkeypatch):
+def test_unused_cache_entries_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     old, other = cache_entry("mine", "1" * 64), cache_entry("theirs", "2" * 64)
     for entry in (old, other):
         os.utime(entry / local_files.USED, (0, 0))
     cache_entry("mine", "3" * 64)
-    assert old.is_dir() and other.is_dir()  # this process reads them
+    assert old.is_dir() and other.is_dir()  # in use by this process
     for entry in (old, other):
         local_files._held.pop(entry).close()
     recent = cache_entry("mine", "4" * 64)
     assert not old.exists() and not other.exists()
     local_files._held.pop(recent).close()
-    assert cache_entry("mine", "5" * 64).is_dir() and recent.is_dir()  # it was used within the hour
+    assert cache_entry("mine", "5" * 64).is_dir() and recent.is_dir()  # used within the last hour
     shutil.rmtree(recent)
     assert cache_entry("mine", "4" * 64).is_dir()
 
 
-def test_splits_with_their_rows_are_printed(tmp_path, capsys, monkeypatch):
+def test_splits_and_row_counts_are_printed(tmp_path, capsys, monkeypatch):
     place = folder(tmp_path / "mydata", OLD)
     load_splits(place)
     assert f"data {place}, split train: 2 rows" in capsys.readouterr().err

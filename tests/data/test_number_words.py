@@ -10,7 +10,7 @@ from num2words import num2words
 
 from hf_tfm.data.number_words import LARGEST, draw_numbers, number_words, spell
 
-# Of seed 0 with 300, 20 and 30 rows.
+# For seed 0 with 300, 20 and 30 rows.
 CONTENT = "959750573226f47e4674cfa410bbd5c154b9530f7a2fb655e182465d68adf383"
 
 
@@ -49,14 +49,14 @@ def test_words(number, english, german):
     assert spell(number) == {"en": english, "de": german}
 
 
-def test_spelling_in_two_parts_is_that_of_num2words():
+def test_spelling_from_parts_matches_num2words():
     for number in random.Random(0).sample(range(1, LARGEST), 300) + list(range(1000, LARGEST, 7000)):
         german = num2words(number, lang="de").replace("einstausend", "eintausend")
         assert spell(number) == {"en": num2words(number, lang="en"), "de": german}
 
 
 @pytest.mark.parametrize("number", [0, LARGEST + 1])
-def test_a_number_out_of_range_is_refused(number):
+def test_number_out_of_range_is_refused(number):
     with pytest.raises(ValueError, match=rf"number must be in \[1, 999999\], got {number}"):
         spell(number)
 
@@ -71,13 +71,13 @@ def test_splits_share_no_number_and_rows_match_their_number():
     assert not sentences & {row["translation"]["de"] for row in splits["test"]}
 
 
-def test_the_seed_alone_decides_the_content():
+def test_content_depends_only_on_the_seed():
     first = number_words(seed=0, train=300, validation=20, test=30)
     again = number_words(seed=0, train=300, validation=20, test=30)
     other = number_words(seed=1, train=300, validation=20, test=30)
     assert content_hash(first) == content_hash(again) == CONTENT
     assert content_hash(other) != CONTENT
-    # The data set's own fingerprint, which a model card quotes, is a function of the content too.
+    # The data set's own fingerprint, which a model card states, also depends only on the content.
     assert first["train"]._fingerprint == again["train"]._fingerprint != other["train"]._fingerprint
 
 
@@ -87,7 +87,7 @@ def test_numbers_below_100_are_training_rows(seed):
     numbers = splits["train"]["number"][:]
     assert sum(number < 100 for number in numbers) > 85
     assert min(splits["validation"]["number"][:] + splits["test"]["number"][:]) >= 100
-    # The other rows are in no order, so every split has numbers of every size.
+    # The other rows are shuffled, so every split has numbers of every size.
     later = [math.log10(number) for number in numbers if number >= 100]
     assert abs(sum(later[:900]) - sum(later[-900:])) < 0.2 * 900
 
@@ -98,7 +98,7 @@ def test_every_order_of_magnitude_is_present():
     assert counts[:2] == [9, 90]
     assert counts[2] > 850
     assert min(counts[3:]) > 4000
-    # Not the k smallest: long numbers spread over their whole range.
+    # Not the k smallest ones: long numbers are spread over their whole range.
     assert numbers.max() > 990_000
 
 
@@ -116,6 +116,6 @@ def test_all_numbers_can_be_drawn():
         ({"seed": -1}, r"seed must be in \[0, 2\^32\), got -1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         number_words(**arguments)

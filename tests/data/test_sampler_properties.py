@@ -1,4 +1,4 @@
-"""Samplers and label maps for any sizes, seeds and names (hypothesis)."""
+"""Properties of samplers and label maps for arbitrary sizes, seeds and names (hypothesis)."""
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
@@ -14,7 +14,7 @@ counts = st.integers(1, 60)
 epochs, seeds = st.integers(0, 5), st.integers(0, 2**31)
 lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=60).map(np.array)
 few = settings(max_examples=60, deadline=None)
-# Numbers as text name the same class as the number, so they would be two names of one.
+# A number as text names the same class as the number, so it would be a duplicate.
 words = st.text(min_size=1, max_size=8).filter(lambda name: name.strip() and not name.lstrip("-").isdecimal())
 names = st.lists(words)
 
@@ -25,7 +25,7 @@ def flat(steps: list[list[int]]) -> list[int]:
 
 @few
 @given(lengths, seeds, epochs, st.booleans(), st.integers(0, 90), st.none() | st.integers(1, 9))
-def test_a_budget_holds_and_every_sample_comes_once(sizes, seed, epoch, shuffle, room, most):
+def test_budget_is_respected_and_every_sample_used_once(sizes, seed, epoch, shuffle, room, most):
     budget = int(sizes.max()) + room
     steps = TokenBudgetSampler(sizes, budget, seed, shuffle, most).steps(epoch)
     assert sorted(flat(steps)) == list(range(len(sizes)))
@@ -37,7 +37,7 @@ def test_a_budget_holds_and_every_sample_comes_once(sizes, seed, epoch, shuffle,
 
 @few
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60).map(np.array), st.integers(1, 20), seeds, epochs)
-def test_texts_of_like_length_fill_equal_steps(sizes, batch_size, seed, epoch):
+def test_texts_of_similar_length_fill_equal_steps(sizes, batch_size, seed, epoch):
     steps = LengthBatchSampler(sizes, batch_size, seed).steps(epoch)
     assert sorted(flat(steps)) == list(range(len(sizes)))
     assert sorted(map(len, steps))[1:] == [batch_size] * (len(steps) - 1), "only one step may have fewer"
@@ -45,7 +45,7 @@ def test_texts_of_like_length_fill_equal_steps(sizes, batch_size, seed, epoch):
 
 @few
 @given(counts, st.integers(1, 20), seeds, epochs, st.booleans())
-def test_equal_batches_leave_out_no_more_than_one_step(count, batch_size, seed, epoch, shuffle):
+def test_equal_batches_drop_less_than_one_step(count, batch_size, seed, epoch, shuffle):
     drop_last = count >= batch_size
     steps = BatchSampler(count, batch_size, seed, shuffle, drop_last).steps(epoch)
     seen = flat(steps)
@@ -59,7 +59,7 @@ def test_equal_batches_leave_out_no_more_than_one_step(count, batch_size, seed, 
 
 @few
 @given(st.integers(6, 60), st.integers(2, 3), seeds, epochs)
-def test_copies_of_a_sample_stand_in_one_step(count, repeats, seed, epoch):
+def test_copies_of_a_sample_are_in_one_step(count, repeats, seed, epoch):
     batch_size = 2 * repeats
     for step in BatchSampler(count, batch_size, seed, repeats=repeats, drop_last=True).steps(epoch):
         samples, copies = np.unique([sample_ref(sample).index for sample in step], return_counts=True)
@@ -68,7 +68,7 @@ def test_copies_of_a_sample_stand_in_one_step(count, repeats, seed, epoch):
 
 @few
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 4))
-def test_ranks_part_a_step_without_loss(size, world_size, unit):
+def test_ranks_partition_a_step(size, world_size, unit):
     step = list(range(size * unit))
     parts = [part_of_rank(step, rank, world_size, unit) for rank in range(world_size)]
     assert [index for part in parts for index in part] == step
@@ -78,7 +78,7 @@ def test_ranks_part_a_step_without_loss(size, world_size, unit):
 
 @few
 @given(lengths, seeds, st.integers(1, 3), st.integers(0, 6))
-def test_a_resumed_epoch_is_the_rest_of_the_whole_one(sizes, seed, world_size, start):
+def test_resumed_epoch_is_the_rest_of_the_full_one(sizes, seed, world_size, start):
     def collate(examples, indices, epoch, is_dummy=False):
         return [] if is_dummy else list(indices)
 
@@ -91,7 +91,7 @@ def test_a_resumed_epoch_is_the_rest_of_the_whole_one(sizes, seed, world_size, s
 
 @few
 @given(names.filter(lambda found: len(set(found)) > 1), st.data())
-def test_every_label_of_text_is_its_own_class(classes, data):
+def test_every_text_label_is_its_own_class(classes, data):
     values = data.draw(st.lists(st.sampled_from(classes), min_size=1))
     rows = Dataset.from_dict({"label": values + classes}, features=Features({"label": Value("string")}))
     found = label_names(rows)
@@ -102,8 +102,8 @@ def test_every_label_of_text_is_its_own_class(classes, data):
 
 @few
 @given(st.lists(st.integers(0, 2**40), min_size=2, unique=True), st.booleans())
-def test_every_whole_number_is_its_own_class(classes, missing):
-    """An empty cell makes floats of a table's integers."""
+def test_every_integer_label_is_its_own_class(classes, missing):
+    """An empty cell converts a table's integers to floats."""
     values = [float(value) for value in classes] + [None] if missing else classes
     rows = Dataset.from_dict({"label": values})
     found = label_names(rows)
@@ -114,7 +114,7 @@ def test_every_whole_number_is_its_own_class(classes, missing):
 
 @few
 @given(names.filter(lambda found: len(set(found)) == len(found) > 1), st.permutations(range(6)))
-def test_stated_classes_go_by_name_whatever_their_order(classes, order):
+def test_declared_classes_are_matched_by_name_in_any_order(classes, order):
     other = [classes[place] for place in order if place < len(classes)]
     classes = [name for name in classes if name in other]
     rows = Dataset.from_dict(

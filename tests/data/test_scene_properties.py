@@ -1,4 +1,4 @@
-"""Properties of boxes, masks, outlines and sizes that hold for all inputs, tried on many that are drawn."""
+"""Properties of boxes, masks, outlines and sizes for arbitrary inputs (hypothesis)."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ st = hypothesis.strategies
 
 
 def given(*drawn):
-    """`hypothesis.given`, the same inputs in every run, and without a limit of time."""
+    """`hypothesis.given` with the same inputs in every run, and without a deadline."""
     settings = hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=60)
     return lambda test: settings(hypothesis.given(*drawn)(test))
 
@@ -36,7 +36,7 @@ def masks(draw):
 
 @st.composite
 def scenes(draw):
-    """Rectangles with their masks, the same of each in image, box and mask."""
+    """Rectangles that are consistent in image, box and mask."""
     height, width = draw(SIDES), draw(SIDES)
     boxes = []
     for _ in range(draw(st.integers(0, 4))):
@@ -57,13 +57,13 @@ def scenes(draw):
 
 
 def around(mask):
-    """The box of a mask that is a rectangle."""
+    """The bounding box of a rectangular mask."""
     rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 @given(masks())
-def test_masks_survive_run_lengths(mask):
+def test_masks_survive_run_length_encoding(mask):
     packed = run_lengths.encode(mask)
     assert run_lengths.run_lengths(packed, *mask.shape) == packed
     np.testing.assert_array_equal(run_lengths.decode([packed], *mask.shape)[0], mask)
@@ -73,7 +73,7 @@ def test_masks_survive_run_lengths(mask):
 
 
 @given(st.one_of(st.text(), st.binary(max_size=50)), SIDES, SIDES)
-def test_any_text_as_counts_is_a_mask_or_an_error(counts, height, width):
+def test_any_counts_string_is_a_mask_or_an_error(counts, height, width):
     try:
         packed = run_lengths.run_lengths({"size": [height, width], "counts": counts}, height, width)
     except ValueError:
@@ -82,7 +82,7 @@ def test_any_text_as_counts_is_a_mask_or_an_error(counts, height, width):
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=6, max_size=16).filter(lambda p: len(p) % 2 == 0), SIDES, SIDES)
-def test_polygons_fill_pixels_of_their_box_alone(polygon, height, width):
+def test_polygons_fill_only_pixels_of_their_box(polygon, height, width):
     mask = run_lengths.decode([run_lengths.run_lengths([polygon], height, width)], height, width)[0]
     rows, columns = np.nonzero(mask)
     for places, corners in ((columns, polygon[::2]), (rows, polygon[1::2])):
@@ -100,7 +100,7 @@ def test_any_polygon_is_a_mask_or_an_error(polygon, height, width):
 
 
 @given(scenes(), st.booleans())
-def test_flipping_twice_changes_nothing(scene, vertical):
+def test_flipping_twice_is_the_identity(scene, vertical):
     once = scene.flip(vertical)
     assert [around(mask) for mask in once.object_masks()] == once.boxes.long().tolist()
     twice = once.flip(vertical)
@@ -109,7 +109,7 @@ def test_flipping_twice_changes_nothing(scene, vertical):
 
 
 @given(scenes(), st.data())
-def test_a_crop_keeps_boxes_masks_and_areas_together(scene, data):
+def test_crop_keeps_boxes_masks_and_areas_consistent(scene, data):
     height, width = scene.size
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     part = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
@@ -122,8 +122,8 @@ def test_a_crop_keeps_boxes_masks_and_areas_together(scene, data):
 
 
 @given(scenes(), st.integers(1, 4), st.integers(1, 4))
-def test_enlarging_by_whole_factors_and_back_changes_nothing(scene, down, right):
-    hypothesis.assume(scene.size != (1, 1))  # torch 2.14 cannot make a contiguous image into a single pixel
+def test_integer_upsampling_and_back_is_the_identity(scene, down, right):
+    hypothesis.assume(scene.size != (1, 1))  # torch 2.14 cannot resize a contiguous image to a single pixel
     height, width = scene.size
     large = scene.resize(height * down, width * right)
     assert [around(mask) for mask in large.object_masks()] == large.boxes.long().tolist()
@@ -134,10 +134,10 @@ def test_enlarging_by_whole_factors_and_back_changes_nothing(scene, down, right)
 
 
 @given(RARE, RARE, st.integers(1, 1333), st.integers(0, 2000))
-def test_sizes_are_never_below_one_pixel_or_above_the_limit(height, width, shortest, more):
+def test_sizes_are_between_one_pixel_and_the_limit(height, width, shortest, more):
     longest = shortest + more
     (found,) = scaled(np.array([[height, width]]), shortest, longest).tolist()
-    # What has the right shortest side keeps its longest, which a rounding of half a pixel may have cut to the limit.
+    # An image with the right shortest side is unchanged; rounding may have cut its longest side to the limit.
     assert min(found) >= 1 and (max(found) <= longest or max(found) * (min(found) - 0.5) <= longest * min(found))
     canvas = (shortest, longest)
     assert all(1 <= side <= limit for side, limit in zip(fitted((height, width), canvas), canvas, strict=True))
@@ -146,7 +146,7 @@ def test_sizes_are_never_below_one_pixel_or_above_the_limit(height, width, short
 @given(
     st.lists(st.lists(st.floats(width=32), min_size=4, max_size=4), min_size=1, max_size=6), SIDES, SIDES, st.data()
 )
-def test_checked_boxes_lie_in_their_image_or_are_left_out(boxes, height, width, data):
+def test_checked_boxes_are_in_their_image_or_dropped(boxes, height, width, data):
     stated = BoxFormat(data.draw(st.sampled_from(["xywh", "xyxy", "cxcywh"])), data.draw(st.booleans()))
     sizes = np.tile([[height, width]], (len(boxes), 1))
     with np.errstate(all="ignore"):
@@ -165,7 +165,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_any_value_of_a_field_is_converted_or_refused_by_name(value):
+def test_any_field_value_is_converted_or_refused_by_name(value):
     entry = Entry({"key": value}, "file.json", "entry 7")
     kinds = {"identity": str, "integer": int, "number": float, "text": str, "flag": bool, "box": (list, type(None))}
     for name, kind in kinds.items():
@@ -176,13 +176,13 @@ def test_any_value_of_a_field_is_converted_or_refused_by_name(value):
 
 
 @given(st.integers(-(2**63) + 1, 2**63 - 1))
-def test_ids_are_the_same_as_numbers_and_text(number):
+def test_ids_as_numbers_and_text_are_equal(number):
     assert identity(number) == identity(str(number)) == str(number) and as_int64(str(number)) == number
     assert flag(number) == {0: False, 1: True}.get(number)
 
 
 @given(st.lists(st.sampled_from(["..", ".", "a", "b.jpg", "", "~", "..\\..", "a\\b", "/etc", "C:"]), max_size=6))
-def test_no_name_leaves_the_folder(parts):
+def test_no_path_leaves_the_folder(parts):
     try:
         path = inside("/data/set", "/".join(parts), "file.json", "/data/set/train")
     except ValueError:

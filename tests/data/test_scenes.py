@@ -1,9 +1,9 @@
-"""Scenes: whatever is done to an image, boxes, masks, areas and labels stay with their objects."""
+"""Scenes: boxes, masks, areas and labels follow their objects through all image operations."""
 
 import numpy as np
 import pytest
 import torch
-from annotated_images import OBJECTS, SIZES, colours, picture, segment_map
+from annotated_images import OBJECTS, SIZES, colours, jpeg, segment_map
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.tv_tensors import Image as ImageTensor
@@ -29,12 +29,12 @@ NEAREST = InterpolationMode.NEAREST_EXACT
 
 
 def mask_boxes(masks):
-    """The boxes of masks, their last pixels in them."""
+    """The boxes of masks, including their last pixels."""
     return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def painted(seed=0, segments=False, count=6, size=(90, 120)) -> Scene:
-    """Rectangles in colours of their own, later ones in front, each with the box and mask of what is seen of it."""
+    """Rectangles of different colors, later ones in front, each with the box and mask of its visible part."""
     random = np.random.default_rng(seed)
     front = torch.zeros(size, dtype=torch.int32)
     for k in range(count):
@@ -48,7 +48,7 @@ def painted(seed=0, segments=False, count=6, size=(90, 120)) -> Scene:
     return Scene(
         ImageTensor(image),
         boxes_like(mask_boxes(masks), size),
-        ids.long(),  # the label is the colour
+        ids.long(),  # the label is the color
         masks.flatten(1).sum(dim=1).float(),
         ids % 3 == 0,
         Mask(front[None] if segments else masks),
@@ -56,14 +56,14 @@ def painted(seed=0, segments=False, count=6, size=(90, 120)) -> Scene:
     )
 
 
-def colour(scene):
-    """(h, w) the number of the rectangle that is seen in the image."""
+def visible_rectangles(scene):
+    """(h, w) index of the rectangle visible at each pixel."""
     return scene.image[0].int() // 20
 
 
 def check_objects(scene):
-    """Objects are where their colour is, nowhere else, and none is missing."""
-    seen = colour(scene)
+    """Check that objects are exactly where their color is, and that none is missing."""
+    seen = visible_rectangles(scene)
     assert scene.labels.tolist() == [k for k in seen.unique().tolist() if k]
     masks = scene.object_masks()
     assert masks.shape == (len(scene.labels), *scene.size)
@@ -71,7 +71,7 @@ def check_objects(scene):
         assert torch.equal(mask, seen == label)
         y, x = torch.nonzero(mask, as_tuple=True)
         tight = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1], dtype=torch.float32)
-        assert (box - tight).abs().max() <= 1.5  # a resized box is no whole number, and a cut one may be loose
+        assert (box - tight).abs().max() <= 1.5  # resized boxes are fractional, cropped ones loose
     assert scene.iscrowd.tolist() == (scene.labels % 3 == 0).tolist()
     assert tuple(scene.boxes.canvas_size) == scene.size
 
@@ -90,16 +90,16 @@ def test_objects_stay_on_their_pixels(seed, segments):
 
 @pytest.mark.parametrize("segments", [False, True], ids=["masks", "segments"])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_crop_keeps_what_is_in_it(seed, segments):
+def test_crop_keeps_objects_inside_it(seed, segments):
     random = np.random.default_rng(seed)
     scene = painted(seed, segments)
     top, left = int(random.integers(0, 50)), int(random.integers(0, 70))
     height, width = int(random.integers(20, 41)), int(random.integers(20, 51))
     part = scene.crop(top, left, height, width)
     assert torch.equal(part.image, scene.image[:, top : top + height, left : left + width])
-    assert part.labels.tolist() == [k for k in colour(part).unique().tolist() if k]
+    assert part.labels.tolist() == [k for k in visible_rectangles(part).unique().tolist() if k]
     for label, box, area, mask in zip(part.labels, part.boxes, part.area, part.object_masks(), strict=True):
-        assert torch.equal(mask, colour(part) == label)
+        assert torch.equal(mask, visible_rectangles(part) == label)
         whole = int((scene.labels == label).nonzero())
         old = scene.boxes[whole] - torch.tensor([left, top, left, top])
         expected = old.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
@@ -108,22 +108,22 @@ def test_a_crop_keeps_what_is_in_it(seed, segments):
         assert area == pytest.approx(float(scene.area[whole] * share), rel=1e-5)
 
 
-def test_a_crop_without_masks_goes_by_boxes():
+def test_crop_without_masks_uses_boxes():
     boxes = torch.tensor([[0.0, 0, 10, 10], [9.5, 0, 30, 30], [40, 40, 50, 50], [15.2, 15, 15.7, 18]])
     scene = Scene(
         empty_scene((60, 60)).image, boxes_like(boxes, (60, 60)), torch.arange(4), torch.ones(4), torch.zeros(4) > 0
     )
     part = scene.crop(0, 0, 20, 10)
-    assert part.labels.tolist() == [0] and part.boxes.tolist() == [[0, 0, 10, 10]]  # of 1 there is half a pixel left
-    assert scene.crop(10, 10, 20, 20).labels.tolist() == [1, 3]  # 3 was thinner than a pixel before
+    assert part.labels.tolist() == [0] and part.boxes.tolist() == [[0, 0, 10, 10]]  # half a pixel of box 1 is left
+    assert scene.crop(10, 10, 20, 20).labels.tolist() == [1, 3]  # box 3 was already thinner than a pixel
     assert len(scene.crop(52, 52, 5, 5).labels) == 0
     with pytest.raises(ValueError, match="read without masks"):
         part.object_masks()
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["masks", "segments"])
-def test_an_object_without_a_pixel_in_a_crop_goes(segments):
-    """Of a diagonal line, the box covers the corners and the line does not."""
+def test_object_without_a_pixel_in_the_crop_is_dropped(segments):
+    """For a diagonal line, the box covers the corners but the line does not."""
     line = torch.eye(40, dtype=torch.int32)
     ids = torch.tensor([1], dtype=torch.int32) if segments else None
     masks = Mask(line[None] if segments else line[None] > 0)
@@ -135,7 +135,7 @@ def test_an_object_without_a_pixel_in_a_crop_goes(segments):
     assert corner.labels.tolist() == [] and corner.object_masks().shape == (0, 20, 20)
 
 
-def test_areas_follow_the_scale():
+def test_areas_are_scaled():
     scene = painted()
     np.testing.assert_allclose(scene.resize(180, 240).area, 4 * scene.area)
     assert scene.resize(90, 120) is scene
@@ -146,7 +146,7 @@ def test_areas_follow_the_scale():
 
 def row(index, **fields):
     height, width = SIZES[index]
-    return {"image": picture(index, "PNG"), "image_id": index, "height": height, "width": width, **fields}
+    return {"image": jpeg(index, "PNG"), "image_id": index, "height": height, "width": width, **fields}
 
 
 def objects_row(index=0):
@@ -183,16 +183,16 @@ def test_segments_are_read_with_their_boxes():
     ids, segments = segment_map(0)
     assert scene.labels.tolist() == [s["category_id"] for s in segments]
     np.testing.assert_array_equal(scene.object_masks(), ids == np.array([s["id"] for s in segments])[:, None, None])
-    assert scene.boxes.tolist() == [[4, 6, 24, 16], [30, 20, 55, 35], [1, 0, 60, 40]]  # 0 on the edge is no segment
+    assert scene.boxes.tolist() == [[4, 6, 24, 16], [30, 20, 55, 35], [1, 0, 60, 40]]  # 0 on the edge is not a segment
     gone = segments_row()
     gone["segments_info"].append({"id": 99, "category": 0, "area": 1, "iscrowd": False})
     assert read_scene(gone).labels.tolist() == scene.labels.tolist()
 
 
-def test_images_that_do_not_fit_their_row():
+def test_images_that_contradict_their_row():
     with pytest.raises(BadImage, match="it has 40 x 60 pixels, but its row states 60 x 40"):
         read_scene({**objects_row(), "height": 60, "width": 40})
-    assert read_scene({**objects_row(), "height": 0, "width": 0}).size == SIZES[0]  # not known
+    assert read_scene({**objects_row(), "height": 0, "width": 0}).size == SIZES[0]  # unknown
     with pytest.raises(BadImage, match="its panoptic map has 48 x 32 pixels, the image 40 x 60"):
         read_scene({**segments_row(), "panoptic": colours(segment_map(1)[0])})
     with pytest.raises(BadImage):
@@ -203,14 +203,14 @@ def test_images_that_do_not_fit_their_row():
 
 
 def drawn(**certain):
-    """Chances of one scene, some of them set."""
+    """Random choices for one scene, some of them given."""
     values = chances(0, 0, 0)[0]
     for place, value in certain.items():
         values[{"flip": FLIP, "crop": CROP}[place]] = value
     return values
 
 
-def test_chances_of_a_row_depend_on_nothing_else():
+def test_random_choices_depend_only_on_the_row():
     whole = chances(3, 5, 0, 50)
     assert whole.shape == (50, CHANCES) and len(np.unique(whole)) == whole.size
     for i in (0, 1, 17, 49):
@@ -223,7 +223,7 @@ def test_chances_of_a_row_depend_on_nothing_else():
 @pytest.mark.parametrize("canvas", [None, (260, 300)])
 @pytest.mark.parametrize("segments", [False, True], ids=["masks", "segments"])
 def test_augmented_objects_stay_on_their_pixels(segments, canvas):
-    """Larger scales than the image, so that no pixel is lost to a resize."""
+    """At larger scales than the image, so that resizing loses no pixel."""
     augmentation = SceneAugmentation(scales=(130, 160, 190), max_size=300)
     sizes, flipped = set(), 0
     for i in range(30):
@@ -232,10 +232,10 @@ def test_augmented_objects_stay_on_their_pixels(segments, canvas):
         changed = augmentation(scene, fate, canvas, NEAREST)
         sizes.add(changed.size)
         flipped += fate[FLIP] < 0.5
-        if fate[CROP] >= 0.5:  # a cut box may be loose, see the test of crops
+        if fate[CROP] >= 0.5:  # a cropped box may be loose, see the test of crops
             check_objects(changed)
-        assert changed.labels.tolist() == [k for k in colour(changed).unique().tolist() if k]
-        assert torch.equal(changed.object_masks(), colour(changed) == changed.labels[:, None, None])
+        assert changed.labels.tolist() == [k for k in visible_rectangles(changed).unique().tolist() if k]
+        assert torch.equal(changed.object_masks(), visible_rectangles(changed) == changed.labels[:, None, None])
         if canvas is None:
             assert min(changed.size) in (130, 160, 190) or max(changed.size) == 300
         else:
@@ -243,8 +243,8 @@ def test_augmented_objects_stay_on_their_pixels(segments, canvas):
     assert len(sizes) > 5 and 5 < flipped < 25
 
 
-def test_crops_are_those_of_the_paper():
-    """Of an image resized to 400, 500 or 600, sides of 384 to 600 pixels anywhere in it."""
+def test_crops_match_the_paper():
+    """Of an image resized to 400, 500 or 600, sides of 384 to 600 pixels at any position."""
     sizes = np.tile([480, 640], (4000, 1))
     augmentation = SceneAugmentation()
     fate = chances(0, 0, 0, 4000)
@@ -260,15 +260,15 @@ def test_crops_are_those_of_the_paper():
     assert (top[~whole].max(), left[~whole].max()) > (50, 100)
 
 
-def test_no_chance_means_evaluation():
+def test_disabled_augmentation_equals_evaluation():
     still = SceneAugmentation(scales=(60,), max_size=100, crop=0.0, flip=0.0)
     scene = painted()
     changed = still(scene, drawn(flip=0.0, crop=0.0))
     assert changed.size == (60, 80) and torch.equal(changed.image, scene.resize(60, 80).image)
 
 
-def test_mirrored_both_ways_by_one_chance():
-    """A quarter of the scenes each, and the flip alone as it was without the other."""
+def test_horizontal_and_vertical_flip_share_one_draw():
+    """A quarter of the scenes for each combination; horizontal flips alone are as without vertical ones."""
     augmentation = SceneAugmentation(scales=(90,), crop=0.0, flip=0.5, vertical_flip=0.5)
     alone = SceneAugmentation(scales=(90,), crop=0.0, flip=0.5)
     scene, kinds = painted().resize(90, 120), []
@@ -282,7 +282,7 @@ def test_mirrored_both_ways_by_one_chance():
     assert all(30 < kinds.count(name) < 70 for name in ("both", "top", "left", "none"))
 
 
-def test_mirrored_top_and_bottom():
+def test_vertical_flip():
     scene = painted()
     still = SceneAugmentation(scales=(min(scene.size),), crop=0.0, flip=0.0)
     changed = SceneAugmentation(scales=(min(scene.size),), crop=0.0, flip=0.0, vertical_flip=1.0)(scene, drawn())
@@ -291,7 +291,7 @@ def test_mirrored_top_and_bottom():
     assert torch.equal(changed.boxes[:, [0, 2]], scene.boxes[:, [0, 2]])
 
 
-def test_colour_jitter_changes_colours_alone():
+def test_color_jitter_changes_only_colors():
     scene, fate = painted(), drawn()
     plain = SceneAugmentation(scales=(90,))(scene, fate)
     torch.manual_seed(0)

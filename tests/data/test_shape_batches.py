@@ -1,4 +1,4 @@
-"""Steps of scenes of one shape: little padding, every scene once, one canvas a step, any number of ranks."""
+"""Steps of scenes of similar shape: little padding, every scene once, one canvas per step, any number of ranks."""
 
 import itertools
 
@@ -15,7 +15,7 @@ PAPER = SceneAugmentation()
 
 
 def coco_sizes(count=1000, seed=0):
-    """Sizes like those of COCO: 640 on the longer side, most 4:3 or 3:2, a quarter of them upright."""
+    """Sizes similar to COCO's: 640 on the longer side, most 4:3 or 3:2, a quarter of them portrait."""
     random = np.random.default_rng(seed)
     short = random.choice([480, 426, 427, 425, 360, 500, 640], count, p=[0.35, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05])
     sizes = np.stack([short, np.full(count, 640)], axis=1)
@@ -34,7 +34,7 @@ def canvas_of(step):
 
 
 @pytest.mark.parametrize("batch_size", [2, 8, 16])
-def test_padding_is_little_where_random_batches_have_much(batch_size):
+def test_padding_is_far_below_that_of_random_batches(batch_size):
     sizes = coco_sizes()
     ours = ShapeSampler(sizes, batch_size, PAPER, seed=1)
     random = BatchSampler(len(sizes), batch_size, seed=1)
@@ -43,7 +43,7 @@ def test_padding_is_little_where_random_batches_have_much(batch_size):
 
 
 def test_padding_share_counts_pixels():
-    """Of two images with a scale each, and on a canvas, by hand."""
+    """Two images, scaled separately and on a common canvas, by hand."""
     augmentation = SceneAugmentation(scales=(100,), max_size=400, crop=0.0)
     sizes = np.array([[50, 100], [100, 50]])
     assert padding_share([[0, 1]], sizes, augmentation, 0, 0) == pytest.approx(1 - 2 * 100 * 200 / (2 * 200 * 200))
@@ -51,7 +51,7 @@ def test_padding_share_counts_pixels():
     assert padding_share([step], sizes, augmentation, 0, 0) == pytest.approx(1 - (100 * 200 + 100 * 50) / 40_000)
 
 
-def test_every_scene_once_in_steps_of_one_canvas():
+def test_every_scene_is_used_once_in_steps_with_one_canvas():
     sizes = coco_sizes(103)
     sampler = ShapeSampler(sizes, 8, PAPER)
     for epoch in range(3):
@@ -68,8 +68,8 @@ def test_every_scene_once_in_steps_of_one_canvas():
         assert len({canvas_of(step) for step in steps}) > 5
 
 
-def test_the_shortest_side_is_the_scale_of_the_step():
-    """All but where upright and wide scenes meet in a step, whose canvas some can fill more of."""
+def test_shortest_side_is_the_scale_of_the_step():
+    """Except in steps with both portrait and landscape scenes, where some can fill more of the canvas."""
     sizes = coco_sizes(800)
     shapes = PAPER.crops(sizes, chances(0, 0, 0, 800))[:, 2:]
     right, counts = 0, dict.fromkeys(PAPER.scales, 0)
@@ -82,7 +82,7 @@ def test_the_shortest_side_is_the_scale_of_the_step():
     assert min(counts.values()) > 30 and max(counts.values()) < 130  # 73 on average
 
 
-def test_order_is_a_pure_function_of_seed_and_epoch():
+def test_order_depends_only_on_seed_and_epoch():
     sizes = coco_sizes(50)
     first = ShapeSampler(sizes, 8, PAPER, seed=1)
     steps = first.steps(3)
@@ -92,7 +92,7 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert steps not in (first.steps(4), ShapeSampler(sizes, 8, PAPER, seed=2).steps(3))
 
 
-def test_what_does_not_fill_a_step_is_left_out_at_random():
+def test_incomplete_step_is_dropped_at_random():
     sizes = coco_sizes(30)
     gone = set()
     for epoch in range(40):
@@ -102,13 +102,13 @@ def test_what_does_not_fill_a_step_is_left_out_at_random():
     assert gone == set(range(30))
 
 
-def test_evaluation_goes_by_shape():
+def test_evaluation_is_sorted_by_shape():
     sizes = np.array([[480, 640], [640, 480], [500, 640], [0, 0], [640, 500]])
     steps = ShapeSampler(sizes, 2).steps(0)
     assert steps == [[1, 4], [3, 2], [0]] == ShapeSampler(sizes, 2, seed=5).steps(1)
 
 
-def test_ranks_and_micro_batches_only_cut():
+def test_ranks_and_micro_batches_only_split_steps():
     sizes, rows = coco_sizes(23), list(range(23))
     sampler = ShapeSampler(sizes, 6, PAPER)
 
@@ -124,8 +124,8 @@ def test_ranks_and_micro_batches_only_cut():
             assert list(itertools.chain(*(batch for part in parts for batch in part[number]))) == expected
 
 
-def test_keys_of_samples_are_distinct_and_as_in_earlier_caches():
-    """Random draws and caches of earlier versions depend on them."""
+def test_sample_keys_are_distinct_and_stable():
+    """Random draws and caches written by earlier versions depend on them."""
     assert key_of(7) == SampleRef(7).key == 7
     assert SampleRef(7, copy=2).key == 7 + 2 * 2**40
     assert SampleRef(2**40 - 1, canvas=(65535, 65535)).key == 2**40 * (65535 * 2**16 + 65535) + 2**40 - 1
@@ -133,7 +133,7 @@ def test_keys_of_samples_are_distinct_and_as_in_earlier_caches():
     assert rng(3, SampleRef(7, 2)).random() == rng(3, 7 + 2 * 2**40).random() != rng(3, 7).random()
 
 
-def test_sizes_are_those_of_transformers():
+def test_sizes_match_transformers():
     random = np.random.default_rng(0)
     sizes = random.integers(20, 1500, (3000, 2))
     sizes[:50] = 800

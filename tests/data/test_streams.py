@@ -1,4 +1,4 @@
-"""Streams are checked before a run as far as they are read then, and later fail in one line."""
+"""The beginning of a stream is checked before a run; later errors are reported in one line."""
 
 import pytest
 from datasets import Dataset, Features, Image, Value
@@ -18,7 +18,7 @@ BAD = {
 
 
 def damaged(path, kind):
-    """A file of 30,000 good rows and one bad, which a stream meets late."""
+    """A file with 30,000 valid rows and one invalid row at the end."""
     good, bad, _ = BAD[kind]
     head, row = good.rsplit("\n", 2)[0], good.splitlines()[-1]
     filler = "x" * 800 if kind != "a.csv" else ""
@@ -28,7 +28,7 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_row_late_in_a_stream_is_told_in_one_line(tmp_path, kind):
+def test_late_invalid_row_of_a_stream_gives_a_one_line_error(tmp_path, kind):
     path = tmp_path / kind
     damaged(path, kind)
     with pytest.raises(ValueError, match=BAD[kind][2]) as error:
@@ -38,7 +38,7 @@ def test_a_bad_row_late_in_a_stream_is_told_in_one_line(tmp_path, kind):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two images in a data set, one beside it."""
+    """Two images in a data set, and one outside."""
     (tmp_path / "data").mkdir()
     for name in ("data/a.png", "data/b.png", "secret.png"):
         PILImage.new("RGB", (4, 4)).save(tmp_path / name)
@@ -59,7 +59,7 @@ KINDS = pytest.mark.parametrize("kind", [Image(), Value("string")], ids=["images
 
 
 @KINDS
-def test_paths_of_a_stream_stay_in_the_data_set(folder, kind):
+def test_paths_of_a_stream_must_stay_in_the_data_set(folder, kind):
     roots = data_roots(str(folder))
     inside = [str(folder / "a.png"), str(folder / "b.png")]
     assert len(list(image_rows(streamed(folder, inside, kind), roots=roots))) == 2
@@ -69,7 +69,7 @@ def test_paths_of_a_stream_stay_in_the_data_set(folder, kind):
 
 
 @KINDS
-def test_later_paths_of_a_stream_are_checked_as_they_are_read(folder, kind, monkeypatch):
+def test_later_paths_of_a_stream_are_checked_when_read(folder, kind, monkeypatch):
     monkeypatch.setattr(images, "CHECKED_ROWS", 2)
     paths = [str(folder / "a.png"), str(folder / "b.png"), "/etc/passwd"]
     rows = image_rows(streamed(folder, paths, kind), roots=data_roots(str(folder)))
@@ -77,7 +77,7 @@ def test_later_paths_of_a_stream_are_checked_as_they_are_read(folder, kind, monk
         list(rows)
 
 
-def test_relative_paths_of_a_stream_are_those_of_the_data_set(folder):
+def test_relative_paths_of_a_stream_are_resolved_in_the_data_set(folder):
     rows = image_rows(streamed(folder, ["a.png", "b.png"], Value("string")), roots=data_roots(str(folder)))
     assert [row["image"] for row in rows] == [str(folder / "a.png"), str(folder / "b.png")]
 

@@ -1,4 +1,4 @@
-"""Text pairs from any data set that can be loaded, and the tokenizer trained on them."""
+"""Text pairs from any loadable data set, and the tokenizer trained on them."""
 
 import json
 import re
@@ -24,7 +24,7 @@ TEXTS = [
 
 
 def write(folder, kind, rows=ROWS):
-    """A data set as files of a kind; returns the path of the first."""
+    """Write a data set in some format; returns the path of the first file."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in {"train": rows[:20], "test": rows[20:]}.items():
         path = str(folder / f"{split}.{kind}")
@@ -49,7 +49,7 @@ def pairs(rows):
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "json"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_folders_and_formats_are_the_same_data(tmp_path, kind, streaming):
+def test_files_folders_and_formats_give_the_same_data(tmp_path, kind, streaming):
     file = write(tmp_path / "data", kind)
     files = {split: str(tmp_path / "data" / f"{split}.{kind}") for split in ("train", "test")}
     builder = "json" if kind == "jsonl" else kind
@@ -90,13 +90,13 @@ def test_loading_errors(arguments, message, monkeypatch):
         text.load_splits(*arguments)
 
 
-def test_a_file_takes_no_other_files(tmp_path):
+def test_file_with_data_files_is_refused(tmp_path):
     file = write(tmp_path, "csv")
     with pytest.raises(ValueError, match='is a file: to read several, give dataset_name "csv" and data_files'):
         text.load_splits(str(file), data_files={"test": "x.csv"})
 
 
-def test_missing_split_names_those_there_are():
+def test_missing_split_lists_the_existing_ones():
     with pytest.raises(
         ValueError, match='validation_split "valid" is not a split of the data set; it has train, test'
     ):
@@ -107,7 +107,7 @@ def test_missing_split_names_those_there_are():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_paths_and_languages(streaming):
+def test_column_paths_and_languages(streaming):
     features = Features({"translation": Translation(["en", "de"]), "id": Value("int64")})
     rows = Dataset.from_list([{"translation": {"en": "one", "de": "eins"}, "id": 1}], features=features)
     nested = Dataset.from_list([{"meta": {"text": {"src": "one"}, "n": 3}, "target.de": "eins"}])
@@ -122,7 +122,7 @@ def test_columns_paths_and_languages(streaming):
         assert list(found) == [{"source": "one", "target": "eins"}]
 
 
-def test_missing_column_names_those_there_are():
+def test_missing_column_lists_the_existing_ones():
     rows = Dataset.from_list([{"translation": {"en": "one", "de": "eins"}, "id": 1}])
     there = "is not a column of the data set; it has translation.en, translation.de, id"
     with pytest.raises(ValueError, match=re.escape(f'target_column "fr" {there}')):
@@ -131,7 +131,7 @@ def test_missing_column_names_those_there_are():
         text.text_pairs(rows, "translation.fr", "de")
 
 
-def test_a_value_that_is_no_text_names_its_row():
+def test_non_text_value_names_its_row():
     rows = [{"en": "one", "de": "eins"} for _ in range(2000)]
     rows[1500]["de"] = None
     with pytest.raises(ValueError, match='column "de" must hold text, got None in row 1500'):
@@ -140,12 +140,12 @@ def test_a_value_that_is_no_text_names_its_row():
         pairs(Dataset.from_list([{"en": "seven", "de": 7}]))
 
 
-def test_an_empty_split():
+def test_empty_split():
     with pytest.raises(ValueError, match="has no rows"):
         pairs(Dataset.from_dict({"en": [], "de": []}))
 
 
-def test_a_stream_is_gathered():
+def test_stream_is_gathered():
     rows = text.gather(pairs(Dataset.from_list(ROWS).to_iterable_dataset()))
     assert isinstance(rows, Dataset)
     assert rows[29] == {"source": "number 29", "target": "Nummer 29"}
@@ -156,7 +156,7 @@ def test_a_stream_is_gathered():
 # --- fingerprints
 
 
-def test_fingerprint_is_of_the_content_however_stored(tmp_path):
+def test_fingerprint_does_not_depend_on_storage(tmp_path):
     prints = set()
     for kind in ("parquet", "csv", "jsonl", "json"):
         write(tmp_path / kind, kind)
@@ -168,7 +168,7 @@ def test_fingerprint_is_of_the_content_however_stored(tmp_path):
     assert len(prints) == 1
 
 
-def test_fingerprint_tells_contents_apart():
+def test_fingerprint_depends_on_the_content():
     changed = [dict(ROWS[0], de="Nummer null"), *ROWS[1:]]
     moved = [ROWS[1], ROWS[0], *ROWS[2:]]
     swapped = [{"en": row["de"], "de": row["en"]} for row in ROWS]
@@ -197,8 +197,8 @@ def test_source_of_local_data(tmp_path):
         assert describe_source(dataset, "main") == unknown
 
 
-def test_source_of_the_hub_without_a_network(monkeypatch):
-    """The rows may be in a cache; what the Hub would say of them is not known."""
+def test_source_of_hub_data_without_network(monkeypatch):
+    """The rows may be cached; the Hub's metadata is unknown."""
     monkeypatch.setattr("hf_tfm.data.source.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9"))
     assert describe_source("user/pairs", "main") == {"revision": "main", "license": None, "on_hub": True}
 
@@ -215,7 +215,7 @@ def test_text_survives_the_round_trip(tokenizer):
     for original in TEXTS:
         ids = tokenizer(original)["input_ids"]
         assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(ids, skip_special_tokens=True) == original  # no leading space either
+        assert tokenizer.decode(ids, skip_special_tokens=True) == original  # no leading space
     assert tokenizer.unk_token_id not in tokenizer("Ünbekännt ☃ \x00")["input_ids"]
 
 
@@ -225,7 +225,7 @@ def test_special_tokens_have_the_first_ids(tokenizer):
     assert tokenizer.convert_ids_to_tokens(range(5)) == ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 
 
-def test_batches_pad_on_the_right_and_carry_no_type_ids(tokenizer):
+def test_batches_are_right_padded_without_type_ids(tokenizer):
     batch = tokenizer(["a", "The quick brown fox"], padding=True)
     assert list(batch) == ["input_ids", "attention_mask"]
     assert batch["input_ids"][0][-1] == 0
@@ -242,24 +242,24 @@ def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert (loaded.pad_token, loaded.eos_token, loaded.mask_token) == ("<pad>", "</s>", "<mask>")
 
 
-def test_lower_case():
+def test_lowercasing():
     tokenizer = text.train_tokenizer(TEXTS, 300, lowercase=True)
     assert tokenizer("ÄPFEL")["input_ids"] == tokenizer("äpfel")["input_ids"]
     assert tokenizer.decode(tokenizer("ÄPFEL")["input_ids"], skip_special_tokens=True) == "äpfel"
 
 
-def test_composed_and_decomposed_letters_are_one(tokenizer):
+def test_composed_and_decomposed_letters_are_equal(tokenizer):
     assert tokenizer("Größe")["input_ids"] == tokenizer("Gro\u0308ße")["input_ids"]
 
 
-def test_training_depends_on_the_texts_and_not_on_their_order():
+def test_training_does_not_depend_on_the_order_of_texts():
     texts = [f"{row['en']} {row['de']} {i % 7}" for i, row in enumerate(ROWS)]
     vocabularies = [text.train_tokenizer(order, 330).get_vocab() for order in (texts, texts[::-1], texts)]
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
     assert 261 < len(vocabularies[0]) <= 330
 
 
-def test_vocabulary_without_room_for_bytes():
+def test_vocabulary_too_small_for_bytes():
     assert len(text.train_tokenizer(["a"], 261)) == 261
     with pytest.raises(ValueError, match="vocab_size must be at least 261"):
         text.train_tokenizer(["a"], 260)
@@ -277,7 +277,7 @@ def test_tokenized_pairs(tokenizer, streaming):
     found = list(tokenized)
     assert found == [
         {"input_ids": tokenizer(row["source"])["input_ids"], "labels": tokenizer(row["target"])["input_ids"]}
-        for row in (rows[0], rows[2], rows[3])  # the longest pair is left out
+        for row in (rows[0], rows[2], rows[3])  # the longest pair is dropped
     ]
     assert text.pair_length(found[0]) == (2, len(tokenizer("fox")["input_ids"]))
     if not streaming:
@@ -285,6 +285,6 @@ def test_tokenized_pairs(tokenizer, streaming):
         assert fetch(tokenized, [2, 0]) == [found[2], found[0]]
 
 
-def test_a_data_set_saved_to_disk_loads_too(tmp_path):
+def test_data_set_saved_to_disk_can_be_loaded(tmp_path):
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
     assert list(text.load_splits(str(tmp_path / "saved"))["train"]) == ROWS
