@@ -1,1 +1,1 @@
-"""Speed and memory against the peers, side by side in one process: `make bench`, or `python -m benchmarks NAME`."""
+"""Speed and memory compared with other libraries, interleaved: `make bench`, or `python -m benchmarks NAME`."""

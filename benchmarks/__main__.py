@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME [options]]: one benchmark, or all with their defaults."""
+"""python -m benchmarks [NAME [options]]: run one benchmark, or all with their defaults."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, memory, the machine's matrix-product rate, and the results file."""
+"""Shared by all benchmarks: interleaved timing, memory, the machine's matrix-product rate, and the results file."""
 
 import json
 import multiprocessing
@@ -18,11 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(variants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Run every variant once a round, in turn, so that a drift of the machine meets all alike.
+    """Run every variant once per round, in turn, so that changes of the machine's speed affect all alike.
 
     Args:
-        variants: name -> function of the round's number; it returns how many items it worked through.
-        rounds: counted rounds; one more comes first, to warm up.
+        variants: name -> function of the round number that returns the number of items it processed.
+        rounds: timed rounds, after one warm-up round.
 
     Returns:
         Items per second of each round, by variant.
@@ -40,19 +40,19 @@ def interleaved(variants: dict[str, Callable[[int], float]], rounds: int) -> dic
 
 
 def ratio(rates: dict[str, list[float]], ours: str, peer: str) -> float:
-    """Median over the rounds of ours / peer, each pair measured one after the other."""
+    """Median of ours / peer over the rounds; both are measured in immediate succession."""
     return statistics.median(a / b for a, b in zip(rates[ours], rates[peer], strict=True))
 
 
 def in_fresh_process(work: Callable[..., Any], *args: Any) -> Any:
-    """What ``work`` returns in a process that has done nothing before; both go there by pickle."""
+    """Result of ``work`` in a newly spawned process; function and result must be picklable."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
 
 def peak_growth(work: Callable[[], Any]) -> float:
-    """By how many MB this process's memory grows, at most, while ``work`` runs; Linux alone tells."""
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
+    """Peak growth of this process's memory in MB while ``work`` runs; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
@@ -61,11 +61,11 @@ def peak_growth(work: Callable[[], Any]) -> float:
 def resident(field: str) -> float:
     """VmRSS (now) or VmHWM (highest) of this process, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6  # the system's "kB" are 1024 bytes
+    return int(line.split()[1]) * 1024 / 1e6  # a "kB" in /proc is 1024 bytes
 
 
 def matmul_rate(dtype: torch.dtype, rows: int = 1024, width: int = 1024, seconds: float = 1.0) -> float:
-    """FLOP/s of a square linear layer with all threads: what the floor is measured by."""
+    """FLOP/s of a square linear layer with all threads, to which efficiency is relative."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(rows, width, dtype=dtype, device=device)
     w = torch.randn(width, width, dtype=dtype, device=device)
@@ -82,7 +82,7 @@ def matmul_rate(dtype: torch.dtype, rows: int = 1024, width: int = 1024, seconds
 
 
 def write(name: str, results: dict) -> None:
-    """Write benchmarks/results/<name>.json with the command, the versions and the machine, and print it."""
+    """Write benchmarks/results/<name>.json with command, versions and machine, and print it."""
     RESULTS.mkdir(exist_ok=True)
     content = {
         "command": " ".join(["python -m benchmarks", name, *sys.argv[2:]]),

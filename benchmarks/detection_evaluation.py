@@ -1,18 +1,18 @@
 """Average precision of detections: time and memory against pycocotools and torchmetrics.
 
-python -m benchmarks detection_evaluation   (pip install .[bench]; who is not installed does not take part)
+python -m benchmarks detection_evaluation   (pip install .[bench]; missing packages are skipped)
 
   ours                           CocoAP, batch by batch
   pycocotools                    results collected as COCO's dictionaries, COCOeval at the end
   torchmetrics                   MeanAveragePrecision, batch by batch, with pycocotools, without scores per class
-  torchmetrics, faster backend   the same with faster-coco-eval, which ours uses too
+  torchmetrics, faster backend   the same with faster-coco-eval, which ours also uses
 
-torchmetrics is told COCO's thresholds: its own are in single precision, which moves AP where a recall or an IoU is
-exactly at one.
+torchmetrics is given COCO's thresholds: its own are in single precision, which changes AP where a recall or an IoU
+equals a threshold.
 
-Every contestant works in a process of its own, on the same boxes: tensors of random scenes, as many objects as images
-of COCO have and a fixed number of detections. Counted are the processor time of one thread from the first batch to the
-scores, and how far the process's memory grows above that of the inputs and libraries.
+Every implementation runs in a separate process, on the same boxes: tensors of random scenes, with as many objects as
+in COCO images and a fixed number of detections. Measured are the CPU time of one thread from the first batch to the
+scores, and the growth of the process's memory above inputs and libraries.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from hf_tfm.metrics.coco_matching import IOU_THRESHOLDS, RECALL_THRESHOLDS
 
 from . import common
 
-CLASSES, OBJECTS = 80, 7  # COCO has 7.3 objects an image (Lin et al. 2014, section 5)
+CLASSES, OBJECTS = 80, 7  # COCO has 7.3 objects per image (Lin et al. 2014, section 5)
 WIDTH, HEIGHT = 640, 480
 Scene = tuple[dict, dict]
 
 
 def scene(image: int, detections: int) -> Scene:
-    """A prediction and its reference: a third of the detections lie near an object and have its class."""
+    """A prediction and its reference: a third of the detections are near an object and have its class."""
     random = torch.Generator().manual_seed(image)
     size = torch.tensor([WIDTH, HEIGHT])
     extent = torch.rand(OBJECTS, 2, generator=random).square() * size * 0.8 + 4
@@ -55,7 +55,7 @@ def scene(image: int, detections: int) -> Scene:
 
 
 def batches(scenes: list[Scene], size: int = 8) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Predictions and references, some images at a time."""
+    """Predictions and references in batches of images."""
     for start in range(0, len(scenes), size):
         predictions, references = zip(*scenes[start : start + size], strict=True)
         yield list(predictions), list(references)
@@ -69,7 +69,7 @@ def ours(scenes: list[Scene]) -> float:
 
 
 def xywh(boxes: torch.Tensor) -> list[list[float]]:
-    """Boxes as COCO has them, in double precision as in the other contestants."""
+    """Boxes as in COCO, in double precision as in the other variants."""
     boxes = boxes.double()
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
 
@@ -117,7 +117,7 @@ def torchmetrics_faster(scenes: list[Scene]) -> float:
 
 
 LIBRARIES = ("pycocotools", "torchmetrics", "faster-coco-eval")
-CONTESTANTS: dict[str, Callable[[list[Scene]], float]] = {
+IMPLEMENTATIONS: dict[str, Callable[[list[Scene]], float]] = {
     "ours": ours,
     "pycocotools": pycocotools,
     "torchmetrics": torchmetrics,
@@ -126,9 +126,9 @@ CONTESTANTS: dict[str, Callable[[list[Scene]], float]] = {
 
 
 def measure(name: str, images: int, detections: int) -> tuple[float, float, float]:
-    """AP, seconds of processor time, and the growth of memory in MB, of one contestant in this process."""
+    """AP, CPU seconds, and the growth of memory in MB, of one variant in this process."""
     torch.set_num_threads(1)
-    score, found = CONTESTANTS[name], {}
+    score, found = IMPLEMENTATIONS[name], {}
     scenes = [scene(image, detections) for image in range(images)]
 
     def work() -> None:
@@ -137,7 +137,7 @@ def measure(name: str, images: int, detections: int) -> tuple[float, float, floa
         found["seconds"] = time.process_time() - start
 
     with contextlib.redirect_stdout(io.StringIO()):
-        score(scenes[:16])  # the libraries' own buffers are not counted
+        score(scenes[:16])  # buffers allocated on first use are not counted
         megabytes = common.peak_growth(work)
     return found["ap"], found["seconds"], megabytes
 
@@ -146,14 +146,14 @@ def main(images: int = 5000, detections: int = 100, rounds: int = 1) -> None:
     """Measure and write benchmarks/results/detection_evaluation.json.
 
     Args:
-        images: how many.
-        detections: predicted boxes an image.
-        rounds: runs of each contestant, in turn.
+        images: number of images.
+        detections: predicted boxes per image.
+        rounds: runs of each implementation, interleaved.
     """
     torch.set_num_threads(1)
     there = [name for name in LIBRARIES if find_spec(name.replace("-", "_"))]
     missing = set(LIBRARIES) - set(there)
-    names = [name for name in CONTESTANTS if not missing & set(name.split(", "))]
+    names = [name for name in IMPLEMENTATIONS if not missing & set(name.split(", "))]
     runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, found in runs.items():

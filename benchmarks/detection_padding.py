@@ -1,11 +1,11 @@
-"""How much of a batch of scenes is padding, by the way batches are made.
+"""Share of padding in batches of scenes, by batching method.
 
 python -m benchmarks detection_padding --dataset DATA
 
-The paper's augmentation (Carion et al. 2020, appendix A.4), an epoch of images with the sizes of a real data set:
-  random            batches in random order, a scale for each image, as the authors' code makes them
-  orientation       upright and wide images apart, as detectron2 and torchvision's reference do, and one scale a batch
-  ours              neighbours in shape after the crop, one scale and canvas a batch
+One epoch with the paper's augmentation (Carion et al. 2020, appendix A.4) and image sizes of a real data set:
+  random            batches in random order with a scale per image, as in the authors' code
+  orientation       portrait and landscape images separately, as in detectron2 and torchvision, one scale per batch
+  ours              images of similar shape after the crop, one scale and canvas per batch
 """
 
 import numpy as np
@@ -23,13 +23,13 @@ SEED = EPOCH = 0
 
 
 def image_sizes(dataset: str) -> np.ndarray:
-    """(N, 2) height and width of all images of a data set."""
+    """Height and width (N, 2) of all images of a data set."""
     splits = [scene_rows(rows)[0] for rows in load_splits(dataset).values()]
     return np.concatenate([np.stack([rows["height"], rows["width"]], axis=1) for rows in splits])
 
 
 def by_orientation(sizes: np.ndarray, batch_size: int, augmentation: SceneAugmentation) -> float:
-    """Padding of batches of images that are all upright or all wide before the crop, with one scale a batch."""
+    """Padding in batches of only portrait or only landscape images (before the crop), one scale per batch."""
     random = rng(SEED, EPOCH)
     order = random.permutation(len(sizes))
     upright = sizes[order, 0] > sizes[order, 1]
@@ -48,9 +48,9 @@ def main(dataset: str = "rishitdagli/cppe-5", images: int = 8192, batch_sizes: t
     """Measure and write benchmarks/results/detection_padding.json.
 
     Args:
-        dataset: with objects in images; a Hub id or a local folder.
-        images: of an epoch, their sizes drawn from those of the data set.
-        batch_sizes: images of a batch.
+        dataset: a detection data set; a Hub id or a local folder.
+        images: number of images in an epoch; their sizes are drawn from the data set.
+        batch_sizes: images per batch.
     """
     real = image_sizes(dataset)
     sizes = real[np.random.default_rng(SEED).integers(len(real), size=images)]

@@ -1,6 +1,6 @@
-"""The contestants of the detection benchmarks: DETR with a ResNet-50, ours, transformers' and the authors'.
+"""Implementations in the detection benchmarks: DETR with a ResNet-50, ours, transformers' and the authors'.
 
-A folder of the authors' code is a copy of facebookresearch/detr; its models get random weights, not downloaded ones.
+The authors' folder is a copy of facebookresearch/detr; its models get random weights instead of downloaded ones.
 """
 
 import sys
@@ -36,7 +36,7 @@ def scenes(batch_size: int, height: int, width: int, objects: int) -> tuple[Tens
 
 
 def ours() -> TfmDetrForObjectDetection:
-    """Our model, as the paper has it."""
+    """Our model with the paper's configuration."""
     torch.manual_seed(0)
     return TfmDetrForObjectDetection(TfmDetrConfig(num_labels=CLASSES))
 
@@ -54,7 +54,7 @@ def authors(folder: str, auxiliary: bool = True) -> tuple[nn.Module, nn.Module]:
         sys.path.insert(0, folder)
     from models import backbone, detr
 
-    backbone.is_main_process = lambda: False  # or it downloads weights
+    backbone.is_main_process = lambda: False  # otherwise it downloads weights
     args = Namespace(
         **{"dataset_file": "coco", "device": "cpu", "lr_backbone": 1e-5, "masks": False, "frozen_weights": None},
         **{"backbone": "resnet50", "dilation": False, "position_embedding": "sine", "hidden_dim": 256},
@@ -81,12 +81,12 @@ def weighted(criterion: nn.Module, losses: dict[str, Tensor]) -> Tensor:
 
 
 def renamed(labels: Labels) -> Labels:
-    """Labels as the authors call them."""
+    """Labels with the authors' key names."""
     return [{"labels": label["class_labels"], "boxes": label["boxes"]} for label in labels]
 
 
 def criteria(folder: str | None, labels: Labels) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Criteria of all contestants: (logits (L, B, Q, C + 1), boxes (L, B, Q, 4)) -> loss of the ``labels``."""
+    """Criteria of all variants: (logits (L, B, Q, C + 1), boxes (L, B, Q, 4)) -> loss for the ``labels``."""
     config: Any = TfmDetrConfig(num_labels=CLASSES)
 
     def our_loss(logits: Tensor, boxes: Tensor) -> Tensor:

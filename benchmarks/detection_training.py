@@ -2,9 +2,9 @@
 
 python -m benchmarks detection_training [--authors DIR]
 
-Training steps (forward, matching, losses, backward, clipping, AdamW) on random images, contestants in turn, fp32 and
-bf16 autocast. Ours is `train_step`; peers step as their users write it, clipped at 0.1. transformers' model has our
-weights; it freezes no part of a timm backbone (5.23), ours and the authors' freeze the stem and the first stage.
+Training steps (forward, matching, losses, backward, clipping, AdamW) on random images, interleaved, in fp32 and bf16
+autocast. Ours uses `train_step`; the peers use a plain loop with clipping at 0.1. transformers' model has our weights;
+it freezes no part of a timm backbone (5.23), ours and the authors' freeze the stem and the first stage.
 """
 
 import statistics
@@ -42,7 +42,7 @@ class Scenes:
 
 
 def trainer(model: nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Callable[[], None]:
-    """A function that makes one training step of a peer."""
+    """A function that performs one training step of another library's model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=1e-4)
 
     def step() -> None:
@@ -57,8 +57,8 @@ def trainer(model: nn.Module, loss: Callable[[], Tensor], precision: str, device
 
 
 def our_trainer(batch: dict[str, Any], precision: str, device: str) -> Callable[[], None]:
-    """A function that makes one training step of ours."""
-    AcceleratorState._reset_state()  # one process may else have one precision only
+    """A function that performs one training step of our model."""
+    AcceleratorState._reset_state()  # otherwise one process may have only one precision
     accelerator = Accelerator(mixed_precision=precision)
     model = ours().to(device).train()
     args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-5, weight_decay=1e-4)
@@ -66,10 +66,10 @@ def our_trainer(batch: dict[str, Any], precision: str, device: str) -> Callable[
     return lambda: train_step(accelerator, Scenes(), prepared, optimizer, [batch], max_grad_norm=0.1)
 
 
-def contestants(
+def implementations(
     pixels: Tensor, mask: Tensor, labels: Labels, folder: str | None, precision: str
 ) -> dict[str, Callable[[], Any]]:
-    """A training step of each."""
+    """A training step of each variant."""
     device = pixels.device.type
     theirs = native(ours()).to(device).train()
     found = {
@@ -97,10 +97,10 @@ def main(
 
     Args:
         precisions: no (float32) and bf16.
-        batch_size: images in a step.
+        batch_size: images per step.
         height, width: pixels.
-        objects: of each image.
-        rounds: timed rounds of one step; medians are reported.
+        objects: objects per image.
+        rounds: timed rounds of one step each; medians are reported.
         authors: folder of a copy of facebookresearch/detr.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +111,7 @@ def main(
     flops: dict[str, float] = {}
     for precision in precisions:
         label = "fp32" if precision == "no" else precision
-        for name, step in contestants(pixels, mask, labels, authors, precision).items():
+        for name, step in implementations(pixels, mask, labels, authors, precision).items():
             if precision == precisions[0]:
                 with FlopCounterMode(display=False) as counter:
                     step()
@@ -145,13 +145,13 @@ def main(
 
 
 def one(step: Callable[[], None], batch_size: int, number: int) -> int:
-    """A step; returns its images."""
+    """One step; returns its number of images."""
     step()
     return batch_size
 
 
 def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
-    """Ours to each peer at the same precision, and ours in bf16 to each peer in float32."""
+    """Ratio of ours to each peer at the same precision, and of ours in bf16 to each peer in float32."""
     found = {}
     for name in rates:
         who, precision = name.split()

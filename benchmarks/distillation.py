@@ -1,15 +1,16 @@
-"""Distillation speed: steps of DistilBERT and TinyBERT with the engine, against the plain way, and sizes of caches.
+"""Distillation speed: steps of DistilBERT and TinyBERT, ours against a plain implementation, and cache sizes.
 
 python -m benchmarks distillation --dataset nyu-mll/glue --dataset_name sst2
 
 DistilBERT's step (a BERT-base teacher, 6 layers, 8 sequences of 128 tokens):
   plain    both models' logits of all tokens, the teacher in memory, soft targets and cosine over all tokens
-  masked   our task: logits of masked tokens alone
+  masked   our task: logits of masked tokens only
   cached   the same with the teacher's signals read from a cache
-TinyBERT-4's step of inner layers:
-  plain    transformers' BERT twice, attention and states of all layers given back, the teacher in memory
-  online   our task; cached the same with the teacher's signals read from a cache
-A step makes its batch, and reads its part of the cache, itself.
+TinyBERT-4's step on inner layers:
+  plain    transformers' BERT for both, returning attention and states of all layers, the teacher in memory
+  online   our task
+  cached   the same with the teacher's signals read from a cache
+A step includes creating its batch and reading its part of the cache.
 """
 
 import statistics
@@ -64,9 +65,9 @@ def main(
     """Measure and write benchmarks/results/distillation.json.
 
     Args:
-        dataset, dataset_name, text_column: texts; one batch of them is trained on repeatedly.
-        batch_size: sequences; length: tokens of each.
-        vocab_size: of the models; tokens are those of a smaller vocabulary trained on the texts.
+        dataset, dataset_name, text_column: texts; one batch of them is used repeatedly.
+        batch_size: sequences per batch; length: tokens of each.
+        vocab_size: of the models; the texts use a smaller vocabulary trained on them.
         rounds: timed rounds; medians are reported.
         precisions: no (float32) and bf16: autocast of the students and of the plain teacher, ours has such weights.
     """
@@ -88,13 +89,13 @@ def main(
 
 
 def bert_base(vocab_size: int) -> BertForMaskedLM:
-    """The teacher, of random weights."""
+    """The teacher, with random weights."""
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(vocab_size=vocab_size)).eval()
 
 
 def measure(task: LanguageModelingTask, examples: list, vocab_size: int, precision: str, rounds: int) -> dict:
-    """Seconds of every step, their ratios, and what the caches take for a sequence, in kB."""
+    """Seconds of every step, their ratios, and cache size per sequence in kB."""
     caches = {}
     with tempfile.TemporaryDirectory() as folder:
         variants = {
@@ -124,7 +125,7 @@ def measure(task: LanguageModelingTask, examples: list, vocab_size: int, precisi
 def plain_distilbert(
     teacher: BertForMaskedLM, task: LanguageModelingTask, examples: list, precision: str
 ) -> Callable[[int], int]:
-    """DistilBERT's losses as its authors form them, over all tokens."""
+    """DistilBERT's losses as in the authors' code, over all tokens."""
     student = DistilBertForMaskedLM(DistilBertConfig(vocab_size=teacher.config.vocab_size))
 
     def loss(theirs, ours, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -144,7 +145,7 @@ def plain_distilbert(
 def plain_tinybert(
     teacher: BertForMaskedLM, task: LanguageModelingTask, examples: list, precision: str
 ) -> Callable[[int], int]:
-    """TinyBERT's losses on attention, states and embeddings of transformers' models, which give all layers' back."""
+    """TinyBERT's losses on attention, states and embeddings returned by all layers of transformers' models."""
     sizes = {name: getattr(TfmBertConfig.of_size("tinybert4"), name) for name in SIZES}
     student = BertModel(BertConfig(vocab_size=teacher.config.vocab_size, **sizes, attn_implementation="eager"))
     fit = torch.nn.Linear(student.config.hidden_size, teacher.config.hidden_size)
@@ -165,7 +166,7 @@ def plain_tinybert(
 def plain(
     teacher, student, weights, loss: Callable, task: LanguageModelingTask, examples: list, precision: str, **options
 ) -> Callable[[int], int]:
-    """A plain step: both models give everything, and ``loss(theirs, ours, batch)`` compares it."""
+    """A plain step: both models return everything, and ``loss(theirs, ours, batch)`` compares it."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     student, optimizer = accelerator.prepare(student.train(), AdamW(weights, lr=1e-4))
@@ -197,7 +198,7 @@ def steps(
     folder: Path,
     precision: str,
 ) -> tuple[float, dict[str, Callable[[int], int]]]:
-    """What the cache takes for a sequence, in kB, and steps with the teacher online and cached."""
+    """Cache size per sequence in kB, and steps with the teacher online and cached."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     teacher.model.to(accelerator.device)
@@ -224,12 +225,12 @@ def steps(
 
 
 def samples_of(task: LanguageModelingTask, examples: list) -> TrainingSamples:
-    """Examples as the teacher reads them."""
+    """Examples in the form a teacher reads."""
     return TrainingSamples(examples, task.collator(), task.inputs, task.target_positions, data="")
 
 
 def cache_bytes(teacher: BertForMaskedLM, task: LanguageModelingTask, rows, top_k: int) -> float:
-    """kB that a cache of the largest logits takes for a sequence of 64 tokens."""
+    """Cache size in kB of the largest logits for a sequence of 64 tokens."""
     examples = [{"input_ids": rows[i]["input_ids"][:64]} for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
         form = CacheFormat(top_k=top_k)
@@ -238,5 +239,5 @@ def cache_bytes(teacher: BertForMaskedLM, task: LanguageModelingTask, rows, top_
 
 
 def label(precision: str) -> str:
-    """The dtype that a precision computes in."""
+    """The dtype used for computation."""
     return {"no": "fp32", "bf16": "bf16"}[precision]

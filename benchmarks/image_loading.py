@@ -1,14 +1,14 @@
-"""How fast images are read, augmented and put into batches, against a PIL pipeline.
+"""Speed of loading, augmenting and batching images, against a PIL pipeline.
 
 python -m benchmarks image_loading --dataset DATA [--num_workers 8]
 
-  ours      torchvision's decoder, v2 transforms on uint8 tensors, every sample seeded; scaled as a batch
+  ours      torchvision's decoder, v2 transforms on uint8 tensors, seeded per sample; normalized per batch
   pil       PIL's decoder, torchvision's v1 transforms, ToTensor and Normalize per image, torch's DataLoader
 
-Both end in normalised float32 batches on the host; "ours, uint8" leaves the scaling to the device, as in training on
-a GPU. Two kinds of images: those of the data set, shifted by up to 4 pixels and flipped, the usual augmentation of
-CIFAR; and photo-like JPEGs made here, 500 x 375, of which a random part is resized to 224 x 224 and flipped, the usual
-one of ImageNet.
+Both give normalized float32 batches on the host; "ours, uint8" leaves normalization to the device, as when training on
+a GPU. There are two kinds of images: those of the data set, shifted by up to 4 pixels and flipped, as is usual for
+CIFAR; and synthetic photo-like JPEGs, 500 x 375, with a random crop resized to 224 x 224 and flipped, as is usual for
+ImageNet.
 """
 
 import io
@@ -34,7 +34,7 @@ from hf_tfm.tasks.image_classification import ImageClassificationTask
 
 from . import common
 
-PHOTO = (375, 500)  # height, width; near the mean of ImageNet's
+PHOTO = (375, 500)  # height, width; close to ImageNet's mean
 
 
 def photo(seed: int, quality: int = 90) -> bytes:
@@ -45,7 +45,7 @@ def photo(seed: int, quality: int = 90) -> bytes:
     frequency[0, 0] = 1.0
     spectrum = np.fft.rfft2(random.normal(size=(3, height, width))) / frequency
     pixels = np.fft.irfft2(spectrum, s=PHOTO)
-    pixels = pixels[:1] + 0.3 * pixels[1:].repeat(2, axis=0)[:3]  # mostly grey, as photographs are
+    pixels = pixels[:1] + 0.3 * pixels[1:].repeat(2, axis=0)[:3]  # mostly gray, like photos
     pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
     file = io.BytesIO()
     PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
@@ -66,10 +66,10 @@ class PilImages(torch.utils.data.Dataset):
             return self.transform(image.convert("RGB")), self.labels[index]
 
 
-def contestants(
+def implementations(
     rows: Dataset, size: int, augmentation: Augmentation, first: Callable, batch_size: int, num_workers: int
 ) -> dict[str, Callable[[int], Iterator[torch.Tensor]]]:
-    """The pipelines over the same images: number of an epoch -> its batches.
+    """The pipelines over the same images: epoch number -> its batches.
 
     Args:
         first: the peer's transform in place of the crop of ``augmentation``.
@@ -124,10 +124,10 @@ def main(
 
     Args:
         dataset: small square images with labels 0 to 9; a Hub id or a local folder.
-        batch_size: images in a batch.
-        small_images, photos: images of each kind an epoch; every one is a round.
-        num_workers: processes; 0 does the work in one thread of this process. Starting them counts.
-        rounds: counted rounds.
+        batch_size: images per batch.
+        small_images, photos: images of each kind per epoch; an epoch is a round.
+        num_workers: worker processes; 0 uses one thread of this process. Their start-up time is included.
+        rounds: timed rounds.
     """
     torch.set_num_threads(1)
     small = image_rows(load_splits(dataset)["test"]).select(range(small_images))
@@ -136,8 +136,10 @@ def main(
     columns = {"image": [files[i % len(files)] for i in range(photos)], "label": [i % 10 for i in range(photos)]}
     large = image_rows(Dataset.from_dict(columns).cast_column("image", Image()))
     bicubic = transforms.InterpolationMode.BICUBIC
-    shift = contestants(small, side, Augmentation(crop="pad"), transforms.RandomCrop(side, 4), batch_size, num_workers)
-    crop = contestants(
+    shift = implementations(
+        small, side, Augmentation(crop="pad"), transforms.RandomCrop(side, 4), batch_size, num_workers
+    )
+    crop = implementations(
         large,
         224,
         Augmentation(),

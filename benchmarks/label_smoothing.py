@@ -1,9 +1,9 @@
-"""Label-smoothed loss over a large vocabulary: time, extra memory and gradients against transformers' LabelSmoother.
+"""Label-smoothed loss over a large vocabulary: time, memory and gradients against transformers' LabelSmoother.
 
 python -m benchmarks label_smoothing
 
-Both start from hidden states and the output matrix and end with the gradients of both. Their floor is the three matrix
-products.
+Both start from hidden states and the output matrix, and end with the gradients of both. The lower bound of their time
+is that of the three matrix products.
 """
 
 import statistics
@@ -30,36 +30,36 @@ def ours(hidden, weight, labels):
 
 
 def label_smoother(hidden, weight, labels):
-    # The tokens stand in one row, as a batch of one sentence.
+    # The tokens are in one row, like a batch of one sentence.
     LabelSmoother(epsilon=0.1)({"logits": (hidden @ weight.t())[None]}, labels[None]).backward()
 
 
 @torch.no_grad()
 def matrix_products(hidden, weight, labels):
-    """The floor: the three products that every way has to compute."""
+    """Lower bound: the three products that every method must compute."""
     logits = hidden @ weight.t()
     logits @ weight
     logits.t() @ hidden
 
 
-CONTESTANTS = {"ours": ours, "label_smoother": label_smoother}
+IMPLEMENTATIONS = {"ours": ours, "label_smoother": label_smoother}
 
 
 def peak_megabytes(name: str, sizes: tuple[int, int, int]) -> float:
-    """How far the process's memory grows above the inputs and their gradients, in MB."""
+    """Growth of the process's memory above the inputs and their gradients, in MB."""
     torch.set_num_threads(1)
     hidden, weight, labels = inputs(*sizes)
     hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
     small = inputs(64, 1000, sizes[2])
-    CONTESTANTS[name](*small)  # the libraries' own buffers are not counted
-    return common.peak_growth(lambda: CONTESTANTS[name](hidden, weight, labels))
+    IMPLEMENTATIONS[name](*small)  # buffers allocated on first use are not counted
+    return common.peak_growth(lambda: IMPLEMENTATIONS[name](hidden, weight, labels))
 
 
 def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, rounds: int = 7) -> None:
     """Measure and write benchmarks/results/label_smoothing.json.
 
     Args:
-        tokens: N, target tokens of a step.
+        tokens: N, target tokens per step.
         vocab_size: V.
         hidden_size: D.
         rounds: timed rounds; medians are reported.
@@ -67,13 +67,13 @@ def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, r
     sizes = (tokens, vocab_size, hidden_size)
     hidden, weight, labels = inputs(*sizes)
     gradients = {}
-    for name, contestant in CONTESTANTS.items():
+    for name, implementation in IMPLEMENTATIONS.items():
         hidden.grad = weight.grad = None
-        contestant(hidden, weight, labels)
+        implementation(hidden, weight, labels)
         gradients[name] = hidden.grad, weight.grad
     difference = max(float((a - b).abs().max()) for a, b in zip(*gradients.values(), strict=True))
     largest = max(float(g.abs().max()) for g in gradients["label_smoother"])
-    memory = {name: round(common.in_fresh_process(peak_megabytes, name, sizes), 1) for name in CONTESTANTS}
+    memory = {name: round(common.in_fresh_process(peak_megabytes, name, sizes), 1) for name in IMPLEMENTATIONS}
     results = {
         "tokens": tokens,
         "vocab_size": vocab_size,
@@ -88,16 +88,16 @@ def main(tokens: int = 2048, vocab_size: int = 37_000, hidden_size: int = 512, r
 
 
 def speed(hidden, weight, labels, precision: str, rounds: int) -> dict:
-    """Medians of the contestants and of the matrix products alone; bf16 means autocast."""
+    """Medians of the variants and of the matrix products alone; bf16 means autocast."""
 
-    def work(contestant, number: int) -> int:
+    def work(implementation, number: int) -> int:
         hidden.grad = weight.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            contestant(hidden, weight, labels)
+            implementation(hidden, weight, labels)
         return len(labels)
 
-    contestants = {**CONTESTANTS, "matrix_products": matrix_products}
-    rates = common.interleaved({name: partial(work, c) for name, c in contestants.items()}, rounds)
+    implementations = {**IMPLEMENTATIONS, "matrix_products": matrix_products}
+    rates = common.interleaved({name: partial(work, c) for name, c in implementations.items()}, rounds)
     return {
         "milliseconds": {name: round(1e3 * len(labels) / statistics.median(r), 1) for name, r in rates.items()},
         "ratio": round(common.ratio(rates, "ours", "label_smoother"), 2),

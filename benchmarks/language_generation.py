@@ -2,8 +2,8 @@
 
 python -m benchmarks language_generation [--model RUN --dataset nyu-mll/glue --dataset_name sst2]
 
-Texts of equal lengths by models of random weights; with ``model``, of language_pretrain with objective causal, also
-texts that end by themselves.
+Texts of equal lengths by models with random weights; with ``model``, trained by language_pretrain with objective
+causal, also texts that end at different lengths.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from hf_tfm.data.source import load_splits
 
 from . import common, translation_generation
 
-BEGUN = 3  # tokens of a text that a trained model is given
+BEGUN = 3  # prompt tokens for a trained model
 
 
 def main(
@@ -42,20 +42,20 @@ def main(
     Args:
         sizes: of TfmGPTConfig, with random weights.
         precisions: fp32, bf16 (weights in that dtype).
-        batch_sizes: prompts at once; they are of different lengths, padded at the left.
-        beams: 1 is greedy.
-        vocab_size: of the models of random weights.
-        prompt_length: tokens of their longest prompt.
-        new_tokens: tokens that each prompt gets, of a trained model at most.
+        batch_sizes: prompts per batch; they have different lengths and are left-padded.
+        beams: numbers of beams; 1 is greedy search.
+        vocab_size: of the models with random weights.
+        prompt_length: tokens of the longest prompt.
+        new_tokens: generated tokens per text; the maximum for a trained model.
         rounds: timed rounds; medians are reported.
         model: folder of a trained TfmGPTForCausalLM with its tokenizer.
-        dataset, dataset_name, split, text_column: texts whose first tokens are its prompts.
+        dataset, dataset_name, split, text_column: texts whose first tokens are the prompts.
     """
     (stock,) = (conversion for conversion in GPT2 if conversion.ours is TfmGPTForCausalLM)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = list(text_rows(load_splits(dataset, dataset_name)[split], text_column)["text"]) if model else []
     results = {}
-    for name, ours, batch_of, least in contestants(sizes, vocab_size, prompt_length, new_tokens, model, texts):
+    for name, ours, batch_of, least in implementations(sizes, vocab_size, prompt_length, new_tokens, model, texts):
         for precision in precisions:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
             both = {"ours": ours, "peer": converted(stock, ours, stock.name)}
@@ -73,10 +73,10 @@ def main(
     common.write("language_generation", {"new_tokens": new_tokens, "rounds": rounds, "results": results})
 
 
-def contestants(
+def implementations(
     sizes: tuple[str, ...], vocab_size: int, prompt_length: int, new_tokens: int, model: str | None, texts: list[str]
 ) -> Iterator[tuple]:
-    """(name, our model, prompts by their number, fewest new tokens) of each, one after the other."""
+    """(name, our model, prompts by index, minimum new tokens) of each setting, one at a time."""
     for size in sizes:
         torch.manual_seed(0)
         config = TfmGPTConfig.of_size(size, vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=1)
@@ -87,14 +87,14 @@ def contestants(
 
 
 def prompts(length: int, vocab_size: int, size: int) -> list[dict]:
-    """One batch of random prompts of different lengths, padded at the left."""
+    """One batch of random prompts of different lengths, left-padded."""
     (batch,) = translation_generation.random_batches(length, vocab_size, size)
     longest = int(batch["attention_mask"].sum(1).max())
     return [{name: value[:, :longest].flip(1) for name, value in batch.items()}]
 
 
 def beginnings(tokenizer, texts: list[str], size: int) -> list[dict]:
-    """Four batches of the beginnings of texts."""
+    """Four batches of prompts from the beginnings of texts."""
     ids = [tokenizer(text)["input_ids"][:BEGUN] for text in texts[:: len(texts) // (8 * size)]]
     ids = torch.tensor([row for row in ids if len(row) == BEGUN][: 4 * size])
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
@@ -102,7 +102,7 @@ def beginnings(tokenizer, texts: list[str], size: int) -> list[dict]:
 
 @torch.inference_mode()
 def mean_length(model: TfmGPTForCausalLM, batches: list[dict], options: dict) -> float:
-    """New tokens of a text, its end included."""
+    """New tokens per text, end token included."""
     device = model.device
     lengths = []
     for batch in batches:

@@ -1,13 +1,13 @@
-"""Training speed of language models: real tokens per second of our models and loop, against their peers.
+"""Training speed of language models: real tokens per second of our models and loop against other libraries'.
 
 python -m benchmarks language_training --dataset nyu-mll/glue --dataset_name sst2 [--nanogpt DIR]
 
-Masked tokens, on single sentences, sizes of BERT:
+Masked language modeling on single sentences, with BERT sizes:
   bert   transformers' BertForMaskedLM, its DataCollatorForLanguageModeling, AdamW, random batches
-  ours   TfmBertForMaskedLM, `LanguageModelingTask`, `train_step`, as many sentences a batch, sorted by length
-Next tokens, on packed blocks, sizes of GPT-2:
+  ours   TfmBertForMaskedLM, `LanguageModelingTask`, `train_step`, the same batch size, sorted by length
+Causal language modeling on packed blocks, with GPT-2 sizes:
   gpt2      transformers' GPT2LMHeadModel with its own loss, AdamW
-  nanogpt   nanoGPT's GPT with its own optimizer, where its folder is given
+  nanogpt   nanoGPT's GPT with its own optimizer, if its folder is given
   ours      TfmGPTForCausalLM, `LanguageModelingTask`, `train_step`
 """
 
@@ -56,10 +56,10 @@ def main(
         bert_sizes: of TfmBertConfig.
         gpt_sizes: of TfmGPTConfig.
         precisions: no (float32) and bf16.
-        vocab_size: of the vocabularies that are trained on the texts; fewer come of little text.
-        batch_size: sentences in a batch of BERT.
-        block: tokens in a block of GPT; blocks: of them in a batch.
-        batches: batches in a round.
+        vocab_size: of the vocabularies trained on the texts; small corpora give fewer tokens.
+        batch_size: sentences per BERT batch.
+        block: tokens per GPT block; blocks: blocks per batch.
+        batches: batches per round.
         rounds: timed rounds; medians are reported.
         nanogpt: folder with nanoGPT's model.py.
     """
@@ -78,7 +78,7 @@ def main(
 
 
 def masked(rows, size: str, precisions, vocab_size: int, batch_size: int, batches: int) -> tuple[object, dict]:
-    """The contestants on masked tokens, by name and precision."""
+    """The variants for masked tokens, by name and precision."""
     tokenizer = train_wordpiece(Texts(rows), vocab_size)
     found = token_sequences(rows, tokenizer, 128, "rows")
     lengths = sequence_lengths(found)
@@ -108,7 +108,7 @@ def masked(rows, size: str, precisions, vocab_size: int, batch_size: int, batche
 def causal(
     rows, size: str, precisions, vocab_size: int, block: int, blocks: int, batches: int, nanogpt: str | None
 ) -> tuple[object, dict]:
-    """The contestants on next tokens, by name and precision."""
+    """The variants for next tokens, by name and precision."""
     tokenizer = train_bytes(Texts(rows), vocab_size)
     found = token_sequences(rows, tokenizer, block).filter(lambda row: len(row["input_ids"]) == block)
     config = TfmGPTConfig.of_size(size, vocab_size=vocab_size)
@@ -144,8 +144,8 @@ def causal(
 
 
 def plain(precision: str, model: torch.nn.Module, batches_of: Callable, optimizer) -> Work:
-    """A plain accelerate loop over batches of a model that computes its loss."""
-    AcceleratorState._reset_state()  # one process may else have one precision only; prepared models keep theirs
+    """A plain accelerate loop over batches, with a model that computes its loss."""
+    AcceleratorState._reset_state()  # otherwise one process may have only one precision; prepared models keep theirs
     accelerator = Accelerator(mixed_precision=precision)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
@@ -223,25 +223,25 @@ def label(precision: str) -> str:
 
 
 def block_products(config) -> int:
-    """Multiplications and additions of a token in the linear layers of the blocks."""
+    """Multiply-adds per token in the linear layers of the blocks."""
     D, F = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     return config.num_hidden_layers * (4 * D * D + 2 * D * F)
 
 
 def masked_flops(config: TfmBertConfig) -> float:
-    """Linear-layer FLOPs of a training step for each token, the head at 15 % of them; attention is left out."""
+    """Linear-layer FLOPs per token of a training step, with the head on 15 % of tokens; attention is excluded."""
     D, V = config.hidden_size, config.vocab_size
     return 3 * 2 * (block_products(config) + 0.15 * (D * D + D * V))
 
 
 def causal_flops(config: TfmGPTConfig, block: int) -> float:
-    """FLOPs of a training step for each token, with attention over the half of a block that it may see."""
+    """FLOPs per token of a training step, with attention over half of a block on average."""
     D, V = config.hidden_size, config.vocab_size
     return 3 * 2 * (block_products(config) + config.num_hidden_layers * 2 * D * block / 2 + D * V)
 
 
 def report(config, rates: dict[str, list[float]], precisions, flops: float) -> dict:
-    """Medians, the ratios of ours to each peer, and the share of the floor."""
+    """Medians, the ratios of ours to each peer, and efficiency."""
     rate_of = {precision: common.matmul_rate(peers.dtype_of(precision)) for precision in precisions}
     found: dict = {"tokens_per_second": {name: round(statistics.median(r)) for name, r in rates.items()}}
     found["ratios"], found["share_of_floor"] = {}, {}

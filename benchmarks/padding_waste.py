@@ -1,8 +1,8 @@
-"""How much of what a model computes is padding, by the way batches are made.
+"""Share of padding in batches of sentence pairs, by batching method.
 
 python -m benchmarks padding_waste --dataset DATA
 
-Padded to the longest source and the longest target of a batch, an epoch of training pairs:
+An epoch of training pairs, padded to the longest source and target of each batch:
   random               batches of 64 in random order
   length grouped       transformers' LengthGroupedSampler, by source length, batches of 64
   two sides            our order by both lengths, batches of 64
@@ -32,8 +32,8 @@ def main(
         dataset: training pairs; a Hub id or a local folder.
         source_column, target_column: its columns or languages.
         vocab_size: of the joint byte-pair encoding.
-        batch_size: sentences in a batch.
-        batch_tokens: padded tokens, on the longer side, in a batch of the token budget.
+        batch_size: sentences per batch.
+        batch_tokens: token budget per batch: padded tokens on the longer side.
     """
     rows, _ = peers.tokenized(dataset, vocab_size, source_column, target_column)
     lengths = pair_lengths(rows)

@@ -1,4 +1,4 @@
-"""The peer of the translation benchmarks: transformers' Marian of the same size, and data both are fed with."""
+"""The peer of the translation benchmarks, transformers' Marian of the same size, and their data."""
 
 import numpy as np
 import torch
@@ -34,33 +34,33 @@ def marian(config: TfmTransformerConfig) -> MarianMTModel:
 
 
 def tokenized(dataset: str, vocab_size: int, source_column: str, target_column: str):
-    """The training pairs of a data set as ids, with a tokenizer trained on them."""
+    """Training pairs of a data set as token ids, with a tokenizer trained on them."""
     rows = text.text_pairs(text.load_splits(dataset)["train"], source_column, target_column)
     tokenizer = text.train_tokenizer((t for row in rows for t in (row["source"], row["target"])), vocab_size)
     return text.tokenize_pairs(rows, tokenizer, 128), tokenizer
 
 
 def random_batches(count: int, size: int, seed: int) -> list[list[int]]:
-    """An epoch in batches of ``size`` sentences, as a shuffling data loader gives them."""
+    """An epoch in batches of ``size`` sentences, as from a shuffling data loader."""
     order = rng(seed).permutation(count)
     return [order[i : i + size].tolist() for i in range(0, count, size)]
 
 
 def sorted_batches(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """An epoch in our two-side-sorted batches of ``size`` sentences, shortest first."""
+    """An epoch in our batches of ``size`` sentences sorted by both lengths, shortest first."""
     return TokenBudgetSampler(lengths, int(lengths.max()) * size, shuffle=False, max_samples=size).steps(0)
 
 
 def spread(batches: list[list[int]], count: int, number: int) -> list[list[int]]:
-    """``count`` batches at even distances, so that every length is represented; others for another ``number``."""
+    """``count`` evenly spaced batches, so that all lengths are represented; a different set for each ``number``."""
     stride = len(batches) // count
     return batches[number % stride :: stride][:count]
 
 
 def training_flops(config: TfmTransformerConfig, source_tokens: int, target_tokens: int) -> float:
-    """Linear-layer FLOPs of a training step on real tokens alone: forward, and twice that backward.
+    """Linear-layer FLOPs of a training step on real tokens only: forward, and twice that for backward.
 
-    Attention products are left out (below 2 % at these lengths), so the floor is a little lower than the truth.
+    Attention products are excluded (below 2 % at these lengths), so the lower bound is slightly too low.
     """
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     source = config.num_encoder_layers * (4 * D * D + 2 * D * F) + config.num_decoder_layers * 2 * D * D
@@ -69,5 +69,5 @@ def training_flops(config: TfmTransformerConfig, source_tokens: int, target_toke
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype that matrix products run in."""
+    """The dtype of matrix products."""
     return {"no": torch.float32, "bf16": torch.bfloat16}[precision]

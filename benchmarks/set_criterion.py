@@ -1,9 +1,9 @@
-"""The DETR criterion alone, matching and losses of six layers: time, waits for the device, gradients.
+"""The DETR criterion, matching and losses of six layers: time, device synchronizations, gradients.
 
 python -m benchmarks set_criterion [--authors DIR]
 
-Forward and backward of random predictions of 100 queries, contestants in turn. A wait is a value that the host reads
-from the device: on a GPU each one lets it run dry.
+Forward and backward passes for random predictions of 100 queries, interleaved. Each value that the host reads from the
+device is a synchronization, which leaves a GPU idle.
 """
 
 import statistics
@@ -44,10 +44,10 @@ def main(
     """Measure and write benchmarks/results/set_criterion.json.
 
     Args:
-        batch_sizes: images of a batch.
-        objects: of each image.
-        layers: of the decoder.
-        queries: of each image.
+        batch_sizes: images per batch.
+        objects: objects per image.
+        layers: decoder layers.
+        queries: queries per image.
         rounds: timed rounds; medians are reported.
         authors: folder of a copy of facebookresearch/detr.
     """
@@ -59,10 +59,10 @@ def main(
         torch.manual_seed(0)
         logits = torch.randn(layers, batch_size, queries, CLASSES + 1, device=device)
         boxes = torch.rand(layers, batch_size, queries, 4, device=device) * 0.4 + 0.3
-        contestants = criteria(authors, labels)
-        gradients = {name: gradient(loss, logits, boxes) for name, loss in contestants.items()}
-        counted = {name: count(loss, logits, boxes) for name, loss in contestants.items()}
-        variants = {name: partial(once, loss, logits, boxes) for name, loss in contestants.items()}
+        implementations = criteria(authors, labels)
+        gradients = {name: gradient(loss, logits, boxes) for name, loss in implementations.items()}
+        counted = {name: count(loss, logits, boxes) for name, loss in implementations.items()}
+        variants = {name: partial(once, loss, logits, boxes) for name, loss in implementations.items()}
         rates = common.interleaved(variants, rounds)
         largest = max(part.abs().max() for part in gradients["ours"])
         results[f"batch {batch_size}"] = {
@@ -85,7 +85,7 @@ def main(
 
 
 def gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a loss for logits and boxes."""
+    """Gradients of a loss with respect to logits and boxes."""
     logits, boxes = logits.detach().requires_grad_(), boxes.detach().requires_grad_()
     loss(logits, boxes).backward()
     return logits.grad, boxes.grad
@@ -98,7 +98,7 @@ def once(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, boxes: Tensor
 
 
 def count(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, boxes: Tensor) -> Waits:
-    """What a forward and backward pass asks of the device."""
+    """Operations and host reads of a forward and backward pass."""
     with Waits() as waits:
         gradient(loss, logits, boxes)
     return waits

@@ -2,8 +2,8 @@
 
 python -m benchmarks translation_generation [--model DIR --dataset DATA]
 
-Random weights give every sentence of a batch equally many tokens. A trained ``model`` is timed on a test set besides:
-its sentences end one after the other, as in use.
+With random weights all sentences of a batch get the same number of tokens. A trained ``model`` is also timed on a test
+set, where sentences end at different lengths, as in practice.
 """
 
 import statistics
@@ -41,15 +41,15 @@ def main(
     Args:
         sizes: of TfmTransformerConfig, with random weights.
         precisions: fp32, bf16 (weights in that dtype).
-        batch_sizes: sentences at once.
-        beams: 1 is greedy.
+        batch_sizes: sentences per batch.
+        beams: numbers of beams; 1 is greedy search.
         vocab_size: of the models with random weights.
-        source_length: tokens of their longest source; others are shorter.
-        new_tokens: tokens that each of their translations gets.
+        source_length: tokens of the longest source; others are shorter.
+        new_tokens: generated tokens per translation.
         rounds: timed rounds; medians are reported.
         model: folder or Hub id of a trained model, timed on real sentences too.
-        dataset, split, source_column, target_column: where those come from.
-        batches: of them, at even distances in length.
+        dataset, split, source_column, target_column: source of the real sentences.
+        batches: number of batches of real sentences, evenly spaced by length.
     """
     results: dict = {}
 
@@ -79,7 +79,7 @@ def main(
 
 
 def twins(ours: PreTrainedModel, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Our model and the stock class with its weights, in eval mode on the device to measure."""
+    """Our model and the native class with its weights, in eval mode on the benchmark device."""
     conversion = PEGASUS if ours.config.norm_first else MARIAN
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"ours": ours, "peer": converted(conversion, ours, conversion.name)}
@@ -103,7 +103,7 @@ def real_batches(sources: list[str], tokenizer, count: int, size: int) -> list[d
 
 
 def compare(models: dict[str, PreTrainedModel], batches: list[dict], options: dict, rounds: int) -> dict:
-    """Sentences per second of both, their ratio, and whether the tokens are the same."""
+    """Sentences per second of both models, their ratio, and the share of identical outputs."""
     device = models["ours"].device
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 

@@ -1,10 +1,10 @@
-"""Training speed: real target tokens per second of our model and loop, against Marian in a plain accelerate loop.
+"""Training speed: real target tokens per second of our model and loop against Marian in a plain accelerate loop.
 
 python -m benchmarks translation_training --dataset DATA
 
-Three contestants of one size, in turn on the same machine, in float32 and bf16 autocast:
+Three implementations of one size, interleaved on the same machine, in float32 and bf16 autocast:
   marian_random   transformers' MarianMTModel, Trainer's LabelSmoother, AdamW, random batches of 64
-  marian_sorted   the same on our two-side-sorted batches of 64
+  marian_sorted   the same on our batches of 64 sorted by both lengths
   ours            our model, `train_step`, on those batches
 """
 
@@ -43,8 +43,8 @@ def main(
         sizes: of TfmTransformerConfig.
         precisions: no (float32) and bf16.
         vocab_size: of the joint byte-pair encoding.
-        batch_size: sentences in a batch.
-        batches: batches in a round.
+        batch_size: sentences per batch.
+        batches: batches per round.
         rounds: timed rounds; medians are reported.
     """
     rows, _ = peers.tokenized(dataset, vocab_size, source_column, target_column)
@@ -57,7 +57,7 @@ def main(
         task = TranslationTask.for_model(None)
         variants = {}
         for precision in precisions:
-            variants |= contestants(config, task, rows, random, ordered, precision, batches)
+            variants |= implementations(config, task, rows, random, ordered, precision, batches)
         rates = common.interleaved(variants, rounds)
         chosen = [i for number in range(rounds) for b in peers.spread(ordered, batches, number) for i in b]
         source, target = lengths[chosen].sum(axis=0)
@@ -67,9 +67,9 @@ def main(
     )
 
 
-def contestants(config, task, rows, random, ordered, precision: str, batches: int) -> dict:
-    """The three contestants at one precision, each a function that trains on one round's batches."""
-    AcceleratorState._reset_state()  # one process may else have one precision only; prepared models keep theirs
+def implementations(config, task, rows, random, ordered, precision: str, batches: int) -> dict:
+    """The three variants at one precision, each a function that trains on one round's batches."""
+    AcceleratorState._reset_state()  # otherwise one process may have only one precision; prepared models keep theirs
 
     def collated(plan, number: int):
         chosen = peers.spread(plan, batches, number)
@@ -118,7 +118,7 @@ def label(precision: str) -> str:
 
 
 def report(config, rates: dict[str, list[float]], precisions, source_per_target: float) -> dict:
-    """Medians, the ratios that matter, and the share of the floor."""
+    """Medians, the relevant ratios, and efficiency."""
     out: dict = {"target_tokens_per_second": {name: round(statistics.median(r)) for name, r in rates.items()}}
     out["ratios"] = {}
     out["share_of_floor"] = {}

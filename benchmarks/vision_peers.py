@@ -1,4 +1,4 @@
-"""The contestants of the vision benchmark, their task, and the FLOPs of a step."""
+"""The variants of the vision benchmark, their task, and the FLOPs of a step."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Images:
-    """The task of a batch {"x": pixels} for `train_step`: a loss that the model gives itself, or of random labels."""
+    """The task of a batch {"x": pixels} for `train_step`: the model's own loss, or the loss for random labels."""
 
     item = term = "image"
 
@@ -36,7 +36,7 @@ class Images:
 
 
 def native_mae(size: str, image_size: int) -> ViTMAEForPreTraining:
-    """transformers' masked autoencoder, its position tables filled (in 5.23 they start as zeros)."""
+    """transformers' masked autoencoder with position tables filled in (in 5.23 they are zeros)."""
     model = ViTMAEForPreTraining(ViTMAEConfig(**SIZES[size], image_size=image_size))
     side = image_size // model.config.patch_size
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
@@ -45,7 +45,7 @@ def native_mae(size: str, image_size: int) -> ViTMAEForPreTraining:
 
 
 def authors_mae(folder: str, size: str) -> nn.Module:
-    """The authors' model, from a copy of facebookresearch/mae made to run with today's timm and numpy."""
+    """The authors' model, from a copy of facebookresearch/mae patched for current timm and numpy."""
     sys.path.insert(0, folder)
     import models_mae
 
@@ -53,7 +53,7 @@ def authors_mae(folder: str, size: str) -> nn.Module:
 
 
 def classifiers(size: str, image_size: int) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
-    """Contestants in classification: how a model is made, and (model, pixels) -> logits."""
+    """Variants of classification: model builder, and (model, pixels) -> logits."""
     shape = {**SIZES[size], "image_size": image_size, "num_labels": CLASSES}
     timm_name = f"vit_{size}_patch{SIZES[size].get('patch_size', 16)}_224"
     return {
@@ -66,7 +66,7 @@ def classifiers(size: str, image_size: int) -> dict[str, tuple[Callable[[], nn.M
 def autoencoders(
     size: str, image_size: int, authors: str | None
 ) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
-    """Contestants in masked-autoencoder pretraining: how a model is made, and (model, pixels) -> mean loss."""
+    """Variants of masked-autoencoder pretraining: model builder, and (model, pixels) -> mean loss."""
     config = TfmMAEConfig.of_size(size, image_size=image_size)
     found = {
         "ours": (lambda: TfmMAEForPreTraining(config), lambda m, x: m(pixel_values=x).loss),
@@ -78,7 +78,7 @@ def autoencoders(
 
 
 def training_flops(config: TfmViTConfig | TfmMAEConfig, tokens: int, masked: bool) -> float:
-    """Linear-layer and attention FLOPs of a training step on one image: forward, and twice that backward."""
+    """Linear-layer and attention FLOPs of a training step on one image: forward, and twice that for backward."""
 
     def blocks(depth: int, width: int, inner: int, length: int) -> float:
         return depth * length * (4 * width * width + 2 * width * inner + 2 * length * width)

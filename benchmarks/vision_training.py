@@ -2,9 +2,9 @@
 
 python -m benchmarks vision_training [--mae_authors DIR]
 
-Training steps (forward, backward, AdamW) and inference on random images, contestants in turn, fp32 and bf16 autocast.
-Peers step as their users write it, `torch.optim.AdamW` with its defaults in a plain loop; ours is `train_step`. Memory
-is that of two training steps, each contestant in a process of its own.
+Training steps (forward, backward, AdamW) and inference on random images, interleaved, in fp32 and bf16 autocast.
+The peers use a plain loop and `torch.optim.AdamW` with its defaults; ours uses `train_step`. Memory is measured over
+two training steps, each implementation in a separate process.
 """
 
 import statistics
@@ -24,13 +24,13 @@ from hf_tfm.training.optim import build_optimizer
 from . import common, peers
 from .vision_peers import CLASSES, Forward, Images, autoencoders, classifiers, training_flops
 
-# Dense bf16 TFLOP/s by NVIDIA's data sheets, by a part of the device's name; the first that fits.
+# Dense bf16 TFLOP/s from NVIDIA's data sheets by part of the device name; the first match counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What contestants do: classification ("vit") or pretraining ("mae") at one size, on the same random images."""
+    """The task: classification ("vit") or pretraining ("mae") at one size, on the same random images."""
 
     kind: str
     size: str
@@ -39,7 +39,7 @@ class Setting:
     compile: bool
     mae_authors: str | None
 
-    def contestants(self) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
+    def implementations(self) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
         """See `classifiers` and `autoencoders`."""
         if self.kind == "vit":
             return classifiers(self.size, self.image_size)
@@ -53,8 +53,8 @@ class Setting:
         return {"x": images, "y": torch.randint(CLASSES, (self.batch_size,), device=device)}
 
     def prepare(self, name: str, batch: dict[str, Tensor], precision: str) -> tuple[nn.Module, Callable[[], None]]:
-        """The model of a contestant, and a function that makes one training step."""
-        make, forward = self.contestants()[name]
+        """The model of a variant, and a function that performs one training step."""
+        make, forward = self.implementations()[name]
         model = make().to(batch["x"].device).train()
         model = torch.compile(model) if self.compile else model
         return model, trainer(name, model, forward, batch, precision, self.kind == "vit")
@@ -68,9 +68,9 @@ class Setting:
 def trainer(
     name: str, model: nn.Module, forward: Forward, batch: dict[str, Tensor], precision: str, classes: bool
 ) -> Callable[[], None]:
-    """A function that makes one training step of a contestant."""
+    """A function that performs one training step of a variant."""
     if name == "ours":
-        AcceleratorState._reset_state()  # one process may else have one precision only
+        AcceleratorState._reset_state()  # otherwise one process may have only one precision
         accelerator = Accelerator(mixed_precision=precision)
         args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-4, weight_decay=0.05)
         prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
@@ -90,10 +90,10 @@ def trainer(
 
 
 def peak_megabytes(setting: Setting, name: str, precision: str) -> float:
-    """Memory of a contestant in training, in MB: weights, gradients, moments and activations.
+    """Training memory of a variant in MB: weights, gradients, moments and activations.
 
-    The first step makes the moments, the second has them from its start. On a GPU it is what torch allocates, on a CPU
-    how far this process grows.
+    The first step creates the moments; the second has them from its start. On a GPU this is torch's peak
+    allocation, on a CPU the growth of the process.
     """
 
     def work() -> None:
@@ -127,15 +127,15 @@ def main(
         vit: sizes of the Vision Transformer.
         mae: sizes of the masked autoencoder, 75 % masked.
         precisions: no (float32) and bf16.
-        batch_size: images in a step.
-        image_size: pixels.
-        steps: steps in a round.
+        batch_size: images per step.
+        image_size: side in pixels.
+        steps: steps per round.
         rounds: timed rounds; medians are reported.
-        inference: also time inference of the classifiers.
-        memory: also measure the memory of training.
-        compile: compile every contestant.
-        mae_authors: folder of a copy of facebookresearch/mae that runs with this torch and timm.
-        peak_tflops: dense bf16 rate of the GPU, which MFU is a share of; default, its data sheet's where known.
+        inference: also measure inference of the classifiers.
+        memory: also measure training memory.
+        compile: use torch.compile for every implementation.
+        mae_authors: folder of a copy of facebookresearch/mae that works with the installed torch and timm.
+        peak_tflops: dense bf16 rate of the GPU for MFU; default, the known data-sheet value.
     """
     peak = (peak_tflops or data_sheet_tflops()) * 1e12
     models = {}
@@ -152,7 +152,7 @@ def main(
 
 
 def data_sheet_tflops() -> float:
-    """Dense bf16 TFLOP/s of the GPU in use; 0 where there is none, or none that is known."""
+    """Dense bf16 TFLOP/s of the GPU in use; 0 without a known GPU."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
@@ -162,22 +162,22 @@ def label(precision: str) -> str:
 
 
 def measure_memory(setting: Setting, precisions: tuple[str, ...]) -> dict[str, int]:
-    """Peak memory of every contestant, each in a process of its own."""
+    """Peak memory of every variant, each in a separate process."""
     return {
         f"train {name} {label(precision)}": round(common.in_fresh_process(peak_megabytes, setting, name, precision))
         for precision in precisions
-        for name in setting.contestants()
+        for name in setting.implementations()
     }
 
 
 def measure_rates(
     setting: Setting, precisions: tuple[str, ...], steps: int, rounds: int, inference: bool
 ) -> dict[str, list[float]]:
-    """Images per second of every contestant in each round."""
+    """Images per second of every variant in each round."""
     variants: dict[str, Callable[[int], float]] = {}
     batch = setting.batch()
     for precision in precisions:
-        for name, (_, forward) in setting.contestants().items():
+        for name, (_, forward) in setting.implementations().items():
             model, step = setting.prepare(name, batch, precision)
             variants[f"train {name} {label(precision)}"] = partial(repeated, step, steps, setting.batch_size)
             if inference:
@@ -187,14 +187,14 @@ def measure_rates(
 
 
 def repeated(work: Callable[[], None], steps: int, batch_size: int, number: int) -> int:
-    """Do ``work`` several times; returns images worked through."""
+    """Call ``work`` several times; returns the number of images processed."""
     for _ in range(steps):
         work()
     return steps * batch_size
 
 
 def infer(model: nn.Module, forward: Callable, images: Tensor, bf16: bool) -> None:
-    """One forward in evaluation mode."""
+    """One forward pass in evaluation mode."""
     model.eval()
     with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         forward(model, images)
@@ -202,12 +202,11 @@ def infer(model: nn.Module, forward: Callable, images: Tensor, bf16: bool) -> No
 
 
 def report(rates: dict[str, list[float]], precisions: tuple[str, ...], flops: float, peak: float) -> dict:
-    """Medians, our ratios to each peer, and the share of the floor our training reaches.
+    """Medians, our ratios to each peer, and the efficiency of our training.
 
     Args:
-        flops: of a training step, by image.
-        peak: FLOP/s of the device in bf16, which ``mfu`` is a share of (Chowdhery et al. 2022, arXiv:2204.02311,
-            appendix B); 0 leaves that out.
+        flops: FLOPs of a training step per image.
+        peak: bf16 FLOP/s of the device for ``mfu`` (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); 0 omits it.
     """
     out: dict = {
         "images_per_second": {name: round(statistics.median(r), 2) for name, r in rates.items()},
@@ -227,7 +226,7 @@ def report(rates: dict[str, list[float]], precisions: tuple[str, ...], flops: fl
                 out["ratios"][f"{doing}: ours bf16 / {who} fp32"] = round(
                     common.ratio(rates, f"{doing} ours bf16", name), 2
                 )
-    side = 8192 if torch.cuda.is_available() else 1024  # a GPU is idle for most of a small product
+    side = 8192 if torch.cuda.is_available() else 1024  # a GPU is mostly idle during small products
     for precision in precisions:
         rate = common.matmul_rate(peers.dtype_of(precision), side, side)
         out["share_of_floor"][label(precision)] = {

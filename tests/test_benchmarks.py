@@ -81,7 +81,7 @@ def tiny_setting(kind: str) -> vision_training.Setting:
 )
 def test_every_vision_variant_trains(kind, names):
     setting = tiny_setting(kind)
-    assert list(setting.contestants()) == names
+    assert list(setting.implementations()) == names
     for name in names:
         model, step = setting.prepare(name, setting.batch(), "no")
         before = [parameter.clone() for parameter in model.parameters() if parameter.requires_grad]

@@ -30,7 +30,7 @@ def test_pipelines_give_equal_batches_without_random_crops(rows, monkeypatch):
     monkeypatch.setattr(transforms, "RandomHorizontalFlip", lambda: lambda image: image)
     resize = transforms.Resize((32, 32), transforms.InterpolationMode.BICUBIC)
     augmentation = Augmentation(crop="none", flip=0.0)
-    pipelines = image_loading.contestants(rows.select([0, 0, 0, 0]), 32, augmentation, resize, 2, 0)
+    pipelines = image_loading.implementations(rows.select([0, 0, 0, 0]), 32, augmentation, resize, 2, 0)
     batches = [list(pipeline(0)) for pipeline in pipelines.values()]
     assert list(map(len, batches)) == [2, 2, 2]
     ours, uint8, peer = (both[0] for both in batches)

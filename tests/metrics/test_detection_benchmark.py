@@ -9,11 +9,11 @@ from benchmarks import detection_evaluation, report
 
 
 def test_implementations_agree():
-    pytest.importorskip("pycocotools", reason="a contestant, pycocotools, is not installed")
-    pytest.importorskip("torchmetrics", reason="a contestant, torchmetrics, is not installed")
+    pytest.importorskip("pycocotools", reason="a implementation, pycocotools, is not installed")
+    pytest.importorskip("torchmetrics", reason="a implementation, torchmetrics, is not installed")
     scenes = [detection_evaluation.scene(image, 40) for image in range(24)]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = {name: contestant(scenes) for name, contestant in detection_evaluation.CONTESTANTS.items()}
+        found = {name: implementation(scenes) for name, implementation in detection_evaluation.IMPLEMENTATIONS.items()}
     assert 0.1 < found["ours"] < 0.9
     assert found["ours"] == pytest.approx(found["pycocotools"], abs=1e-12)
     # torchmetrics computes in single precision.
