@@ -32,8 +32,8 @@ VARIABLES = {
 if "PYTEST_XDIST_WORKER" not in os.environ or HOME not in os.environ:
     os.environ[HOME] = tempfile.mkdtemp(prefix="hf-tfm-tests-")
     atexit.register(shutil.rmtree, os.environ[HOME], ignore_errors=True)
-for variable, place in VARIABLES.items():
-    os.environ[variable] = str(Path(os.environ[HOME], place))
+for variable, folder in VARIABLES.items():
+    os.environ[variable] = str(Path(os.environ[HOME], folder))
 # Tests use small models in two processes: with more threads they would slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):

@@ -36,6 +36,6 @@ def test_caches_are_in_the_suite_folder(process):
         found = started.stdout.split("\n")[:-1]
         assert len(found) == 3
     home, own = Path.home().resolve(), Path(os.environ["HF_TFM_TESTS_HOME"]).resolve()
-    for place in found:
-        assert Path(place).resolve().is_relative_to(own), place
-        assert not Path(place).resolve().is_relative_to(home / ".cache"), place
+    for path in found:
+        assert Path(path).resolve().is_relative_to(own), path
+        assert not Path(path).resolve().is_relative_to(home / ".cache"), path

@@ -46,9 +46,9 @@ def refused(capsys):
         with pytest.raises(SystemExit) as ended:
             hf_tfm(*argv)
         assert ended.value.code == status
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return said.splitlines()[-1] if status == 1 else said
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message.splitlines()[-1] if status == 1 else message
 
     return run
 
@@ -146,9 +146,9 @@ def test_evaluate_other_models_and_files(model, data, tmp_path, capsys):
 )
 def test_evaluate_errors(model, data, options, named, monkeypatch, refused):
     monkeypatch.setattr("hf_tfm.tasks.translation.translate", None)  # the error comes first
-    said = refused("evaluate", model, "--dataset_name", data, *options)
-    assert said.startswith("hf-tfm evaluate: ")
-    assert named in said
+    message = refused("evaluate", model, "--dataset_name", data, *options)
+    assert message.startswith("hf-tfm evaluate: ")
+    assert named in message
 
 
 def test_evaluate_a_missing_model(data, refused):
@@ -265,22 +265,22 @@ def test_show_positions(image_models, tmp_path, capsys):
     ],
 )
 def test_show_errors(words, named, image_models, model, refused):
-    said = refused("show", *words.format(image_models, model).split())
-    assert said.startswith(f"hf-tfm show {words.split()[0]}: ")
-    assert named in said
+    message = refused("show", *words.format(image_models, model).split())
+    assert message.startswith(f"hf-tfm show {words.split()[0]}: ")
+    assert named in message
 
 
 def test_show_attention_refuses_a_text_too_long_for_a_plot(model, refused):
-    said = refused("show", "attention", model, "--text", " ".join(["one"] * 3000))
-    assert re.fullmatch(r"hf-tfm show attention: text must have at most 638 tokens, .*, got \d+", said)
-    said = refused("show", "attention", model, "--text", "one", "--target", " ".join(["eins"] * 3000))
-    assert said.startswith("hf-tfm show attention: target must have at most 638 tokens")
+    message = refused("show", "attention", model, "--text", " ".join(["one"] * 3000))
+    assert re.fullmatch(r"hf-tfm show attention: text must have at most 638 tokens, .*, got \d+", message)
+    message = refused("show", "attention", model, "--text", "one", "--target", " ".join(["eins"] * 3000))
+    assert message.startswith("hf-tfm show attention: target must have at most 638 tokens")
 
 
 def test_show_refuses_a_too_large_image(image_models, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(image_data, "MAX_PIXELS", 399)
-    said = refused("show", "attention", image_models / "vit", image_models / "0.png")
-    assert said.endswith("pixels, more than the limit of 399")
+    message = refused("show", "attention", image_models / "vit", image_models / "0.png")
+    assert message.endswith("pixels, more than the limit of 399")
 
 
 def test_show_requires_the_image_processor(image_models, tmp_path, refused):
@@ -312,8 +312,8 @@ def test_run_lists_recipes(refused, capsys):
         hf_tfm("run", "--help")
     assert ended.value.code == 0
     assert "translation_train" in capsys.readouterr().out
-    said = refused("run", "fly", status=2)
-    assert 'there is no recipe "fly"; available: augment_texts, detection_train' in said
+    message = refused("run", "fly", status=2)
+    assert 'there is no recipe "fly"; available: augment_texts, detection_train' in message
 
 
 def test_run_passes_arguments_on(capsys):
@@ -369,10 +369,10 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(quickstart, "run", short_run)
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
-    said = capfd.readouterr().out
-    assert "loaded in a new process" in said
+    printed = capfd.readouterr().out
+    assert "loaded in a new process" in printed
     for sentence in quickstart.SENTENCES:
-        assert f"  {sentence} -> " in said
+        assert f"  {sentence} -> " in printed
     for row in (
         "translation ",
         "masked autoencoder",
@@ -382,7 +382,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         "teacher",
         "its student",
     ):
-        assert f"  {row}" in said
+        assert f"  {row}" in printed
     folder = tmp_path / "quickstart"
     for file in ("cross_attention.png", "results.json", "README.md", "model.safetensors", "tokenizer.json"):
         assert (folder / file).is_file()

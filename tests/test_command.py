@@ -38,7 +38,7 @@ def caught(function, *arguments) -> BaseException:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (ValueError("batch_size must be at least 1, got 0"), "batch_size must be at least 1, got 0"),
         (ValueError("first line\n\nsecond line"), "first line"),
@@ -61,16 +61,16 @@ def caught(function, *arguments) -> BaseException:
         (SystemExit("a message"), "a message"),
     ],
 )
-def test_expected_error_is_one_line(error, said, capsys):
-    assert failed(capsys, error) == (1, f"hf-tfm evaluate: {said}\n")
+def test_expected_error_is_one_line(error, message, capsys):
+    assert failed(capsys, error) == (1, f"hf-tfm evaluate: {message}\n")
 
 
 @pytest.mark.parametrize("error", [TypeError("a fault"), KeyError("key"), RuntimeError("odd"), AttributeError("a\nb")])
 def test_unexpected_error_is_one_line_that_says_so(error, capsys):
-    code, said = failed(capsys, error)
+    code, message = failed(capsys, error)
     assert code == 1
-    assert said.startswith(f"hf-tfm evaluate: unexpected {type(error).__name__}: ")
-    assert "--debug" in said and said.count("\n") == 1
+    assert message.startswith(f"hf-tfm evaluate: unexpected {type(error).__name__}: ")
+    assert "--debug" in message and message.count("\n") == 1
 
 
 def test_interruption_and_exit_statuses(capsys):
@@ -165,8 +165,8 @@ def test_closed_pipe_is_silent():
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     ) as process:
         process.stdout.close()
-        said = process.stderr.read()
-    assert (process.returncode, said) == (1, "")
+        printed = process.stderr.read()
+    assert (process.returncode, printed) == (1, "")
 
 
 def test_nested_commands_print_once(capsys):
@@ -193,8 +193,8 @@ def test_every_recipe_fails_in_one_line(recipe, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", recipe, "--output_dir", "x"])
     assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"hf-tfm run {recipe}: unexpected TypeError: a fault") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"hf-tfm run {recipe}: unexpected TypeError: a fault") and printed.count("\n") == 1
     with pytest.raises(TypeError, match="a fault"):
         cli.main(["run", recipe, "--output_dir", "x", "--debug"])
 

@@ -48,9 +48,9 @@ class Block:
     """A fenced block of a page.
 
     Args:
-        page, line: where it stands.
+        page, line: position of the block.
         language, title, text: its content.
-        runs: it is to be executed.
+        runs: whether it is executed.
     """
 
     page: Path

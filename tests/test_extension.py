@@ -36,8 +36,8 @@ class Page:
     """A page as an installed package.
 
     Args:
-        name: of the page.
-        folder: where its modules and runs are.
+        name: name of the page.
+        folder: folder of its modules and runs.
     """
 
     def __init__(self, name: str, folder: Path):
@@ -95,8 +95,8 @@ class Page:
 
 def moved(command: list[str], folder: str) -> list[str]:
     """The same command with another output_dir."""
-    place = command.index("--output_dir") + 1
-    return [*command[:place], folder, *command[place + 1 :]]
+    index = command.index("--output_dir") + 1
+    return [*command[:index], folder, *command[index + 1 :]]
 
 
 def test_family_of_another_package(tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for place in ("", "docs/**/", "model_cards/", "benchmarks/") for path in ROOT.glob(f"{place}*.md"))
+FOLDERS = ("", "docs/**/", "model_cards/", "benchmarks/")
+PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 WHERE = (ROOT / "docs" / "where.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 PLACES = re.findall(r"\| `([\w/.]+)`: `(\w+)` \|", WHERE)

@@ -31,11 +31,11 @@ class Case:
     """The runs of a family.
 
     Args:
-        recipe, options: how it is trained.
+        recipe, options: recipe and options of training.
         data: the data set, and further options of ``hf-tfm evaluate``.
-        again: further options of training the saved model further.
-        score: a metric of the evaluation.
-        distil, own: recipe that distils it into itself, and its options; None if the task has none.
+        again: further options for continued training of the saved model.
+        score: name of a metric of the evaluation.
+        distil, own: recipe and options of self-distillation; None if the task has no such recipe.
     """
 
     recipe: str

@@ -25,7 +25,7 @@ def texts(folder: Path, rows: int = 12, **changes: Any) -> None:
     """CSV files of texts and labels: train, validation and test.
 
     Args:
-        changes: a split's rows, as lists of [text, label], or its bytes.
+        changes: rows of a split, as lists of [text, label], or the bytes of its file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(("train", "validation", "test")):
@@ -44,22 +44,22 @@ def images(folder: Path, classes: tuple[str, ...] = ("ant", "bee"), each: int = 
     """A folder of images: SPLIT/CLASS/NUMBER.png.
 
     Args:
-        changes: bytes of "SPLIT_CLASS_NUMBER".
+        changes: file contents by "SPLIT_CLASS_NUMBER".
     """
     for split in ("train", "validation", "test"):
         for kind in classes:
-            place = folder / split / kind
-            place.mkdir(parents=True, exist_ok=True)
+            class_folder = folder / split / kind
+            class_folder.mkdir(parents=True, exist_ok=True)
             for i in range(each):
                 content = changes.get(f"{split}_{kind}_{i}", changes.get(split, png(i)))
-                (place / f"{i}.png").write_bytes(content)
+                (class_folder / f"{i}.png").write_bytes(content)
 
 
 def coco(folder: Path, change: Callable[[dict], Any] | None = None, raw: bytes | None = None) -> None:
     """A folder in COCO's layout: 4 training and 4 validation images, a box in each.
 
     Args:
-        change: changes the training file's content in place, or returns another.
+        change: function that modifies the training file's content in place or returns a new one.
         raw: bytes of the training file instead.
     """
     (folder / "annotations").mkdir(parents=True)

@@ -634,12 +634,12 @@ def model_folder(**files: bytes | dict | None) -> Callable[[Path], None]:
     """A builder of {in}/m: files by name, with "__" for "."; a dict is written as JSON."""
 
     def build(folder: Path) -> None:
-        place = folder / "m"
-        place.mkdir()
+        model = folder / "m"
+        model.mkdir()
         for name, content in files.items():
             if content is not None:
                 data = json.dumps(content).encode() if isinstance(content, dict) else content
-                (place / name.replace("__", ".")).write_bytes(data)
+                (model / name.replace("__", ".")).write_bytes(data)
 
     return build
 

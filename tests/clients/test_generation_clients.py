@@ -11,7 +11,7 @@ import hf_tfm.models.generation as generation
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
 
 
-def lively(name: str, **fields):
+def varied_model(name: str, **fields):
     """A model whose greedy output does not repeat one token."""
     model = tiny(name, tie_word_embeddings=False, **fields)
     nn.init.normal_(model.lm_head.weight)
@@ -57,7 +57,7 @@ def in_a_subclass(model, name):
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
 def test_replaced_method_is_used(name, beams, replace, monkeypatch):
     """The output equals that of transformers' own loop, in which the encoder output is repeated for each beam."""
-    model, asked = lively(name), {"max_new_tokens": 6, "num_beams": beams}
+    model, asked = varied_model(name), {"max_new_tokens": 6, "num_beams": beams}
     plain = model.generate(**source(name), **asked)
     model = replace(model, name)
     found = model.generate(**source(name), **asked)
@@ -69,7 +69,7 @@ def test_replaced_method_is_used(name, beams, replace, monkeypatch):
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
 def test_positional_arguments(name):
     """In the order of transformers' `generate`."""
-    model, asked = lively(name), GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model, asked = varied_model(name), GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     given = source(name)
     ids = given.pop("input_ids")
     by_name = model.generate(input_ids=ids, generation_config=asked, **given)
@@ -78,7 +78,7 @@ def test_positional_arguments(name):
 
 @pytest.mark.parametrize("step", generation.STEPS)
 def test_replaced_methods_disable_the_fast_path(step, monkeypatch):
-    model = lively("gpt")
+    model = varied_model("gpt")
     assert generation.keeps_steps(model)
     if not hasattr(model, step):
         pytest.skip(f"the installed transformers has no {step}")
@@ -94,7 +94,7 @@ def test_replaced_methods_disable_the_fast_path(step, monkeypatch):
 )
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_continuous_batching(implementation):
-    model = lively("gpt")
+    model = varied_model("gpt")
     model.set_attn_implementation(implementation)
     asked = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
     expected = [
@@ -108,7 +108,7 @@ def test_continuous_batching(implementation):
 
 def test_continuous_batching_respects_the_position_limit():
     """Like `generate`; the last token needs no position."""
-    model = lively("gpt")
+    model = varied_model("gpt")
     most = model.config.max_position_embeddings
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
     asked = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
@@ -131,7 +131,7 @@ def test_continuous_batching_respects_the_position_limit():
 
 
 def test_manager_requests_respect_the_position_limit():
-    model = lively("gpt")
+    model = varied_model("gpt")
     most = model.config.max_position_embeddings
     endless = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=None)
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
@@ -163,14 +163,14 @@ def test_manager_requests_respect_the_position_limit():
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
 def test_out_of_range_options(name, option, value):
     with pytest.raises(ValueError, match=option):
-        lively(name).generate(**source(name), **{option: value})
+        varied_model(name).generate(**source(name), **{option: value})
 
 
 @pytest.mark.parametrize("name", ["gpt", "transformer"])
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_empty_batches_are_refused(name, shape):
     ids = torch.zeros(shape, dtype=torch.long)
-    model = lively(name)
+    model = varied_model(name)
     for given in ({"input_ids": ids}, {"inputs": ids}):
         with pytest.raises(ValueError, match=r"must not be empty, got shape \("):
             model.generate(**given, max_new_tokens=3)
@@ -179,7 +179,7 @@ def test_empty_batches_are_refused(name, shape):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_text_longer_than_the_positions_is_refused(beams):
     """The last token is never read, so one token more than `max_position_embeddings` = 24 is possible."""
-    model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
+    model, ids = varied_model("gpt"), torch.randint(5, 48, (2, 9))
     model.generation_config.eos_token_id = None
     assert model.generate(ids, max_new_tokens=16, num_beams=beams).shape == (2, 25)
     with pytest.raises(ValueError, match=r"max_new_tokens = 17 .* max_position_embeddings is 24"):
@@ -192,7 +192,7 @@ def test_text_longer_than_the_positions_is_refused(beams):
 
 
 def test_left_padding_uses_no_positions():
-    model, ids = lively("gpt"), torch.randint(5, 48, (2, 9))
+    model, ids = varied_model("gpt"), torch.randint(5, 48, (2, 9))
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
@@ -204,7 +204,7 @@ def test_left_padding_uses_no_positions():
 
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
 def test_translation_longer_than_the_positions_is_refused(kind):
-    model = lively("transformer", position_embedding_type=kind)
+    model = varied_model("transformer", position_embedding_type=kind)
     model.generation_config.eos_token_id = None
     assert model.generate(**source("transformer"), max_new_tokens=24).shape == (3, 25)
     if kind == "sinusoidal":

@@ -22,7 +22,7 @@ def words():
     return tokenizer(bos_token="[CLS]", eos_token="[SEP]")
 
 
-def lively():
+def varied_model():
     model = tiny("gpt-untied")
     nn.init.normal_(model.lm_head.weight)
     return model
@@ -47,7 +47,7 @@ def score(model, context: str, answer: str) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_log_likelihoods(size):
-    model = lively()
+    model = varied_model()
     with torch.no_grad():  # the most likely continuation
         likely = model(words()("w1 w2", return_tensors="pt")["input_ids"]).logits[0, -1, 5:].argmax().item()
     pairs = [*PAIRS, ("w1 w2", f" w{likely}")]
@@ -59,7 +59,7 @@ def test_log_likelihoods(size):
 
 def test_rolling_log_likelihoods():
     """Of whole texts after the beginning-of-text token."""
-    model = lively()
+    model = varied_model()
     texts = ["w1 w2 w3 w4", " ".join(f"w{i}" for i in range(20))]
     arguments = [(text,) for text in texts]
     found = wrapped(model, 2).loglikelihood_rolling(requests("loglikelihood_rolling", arguments), disable_tqdm=True)
@@ -67,7 +67,7 @@ def test_rolling_log_likelihoods():
 
 
 def test_generation():
-    model = lively()
+    model = varied_model()
     options = {"until": ["w39"], "max_gen_toks": 5, "do_sample": False}
     found = wrapped(model, 2).generate_until(
         requests("generate_until", [(text, options) for text, _ in PAIRS]), disable_tqdm=True
@@ -80,7 +80,7 @@ def test_generation():
 
 def test_saved_folder(tmp_path):
     """lm-eval loads the model with AutoModelForCausalLM."""
-    lively().save_pretrained(tmp_path)
+    varied_model().save_pretrained(tmp_path)
     words().save_pretrained(tmp_path)
     found = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32")
     assert type(found.model) is class_of("gpt") and found.max_length == 24

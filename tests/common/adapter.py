@@ -17,10 +17,10 @@ configurations = upstream("test_configuration_common")
 def enter(*config_classes: type) -> None:
     """Register classes in transformers' tables of classes that have a loss or take labels."""
     for config_class in config_classes:
-        for auto_class, place in config_class.auto_classes.items():
+        for auto_class, path in config_class.auto_classes.items():
             if auto_class != "AutoConfig":
                 names = getattr(transformers, auto_class)._model_mapping._model_mapping
-                names[config_class.model_type] = place.split(".")[-1]
+                names[config_class.model_type] = path.split(".")[-1]
 
 
 class Tester:

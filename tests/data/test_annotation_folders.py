@@ -53,8 +53,8 @@ def write(file, content):
     file.write_text(json.dumps(content))
 
 
-def coco(folder, place="train2017", **change):
-    images_of(folder / place)
+def coco(folder, image_folder="train2017", **change):
+    images_of(folder / image_folder)
     write(folder / "annotations" / "instances_train2017.json", instances(**change))
     return folder
 
@@ -105,9 +105,9 @@ def voc(folder, lists=True, **options):
 # --- a common form
 
 
-@pytest.mark.parametrize("place", ["train2017", "images/train2017", "images", "."])
-def test_coco(tmp_path, place):
-    splits = load_splits(str(coco(tmp_path, place)))
+@pytest.mark.parametrize("image_folder", ["train2017", "images/train2017", "images", "."])
+def test_coco(tmp_path, image_folder):
+    splits = load_splits(str(coco(tmp_path, image_folder)))
     assert list(splits) == ["train"]
     rows, report = scene_rows(splits["train"], masks=True)
     assert class_names(rows) == NAMES
@@ -457,12 +457,12 @@ def test_invalid_panoptic_files(tmp_path, change, message):
 def test_segments_of_any_source_have_distinct_ids(tmp_path):
     source = load_splits(str(panoptic(tmp_path)))["train"]
     categories = panoptic_categories(str(tmp_path))
-    for place, value, message in (
+    for index, value, message in (
         (1, 300, "has two segments with id 300 in image 139"),
         (0, -4, "got -4 in image 139"),
     ):
         segments = source["segments_info"][:]
-        segments[0][place]["id"] = value
+        segments[0][index]["id"] = value
         features = source.features
         rows = source.remove_columns("segments_info").add_column("segments_info", segments).cast(features)
         with pytest.raises(ValueError, match=message):

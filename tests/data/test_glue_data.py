@@ -155,7 +155,7 @@ def test_task_names():
 
 
 @pytest.mark.parametrize(
-    ("dataset", "name", "place"),
+    ("dataset", "name", "expected"),
     [
         ("nyu-mll/glue", None, ("nyu-mll/glue", "rte")),
         ("/data/glue", None, ("/data/glue", "rte")),
@@ -164,8 +164,8 @@ def test_task_names():
         ("nyu-mll/glue", "other", ("nyu-mll/glue", "other")),
     ],
 )
-def test_task_data_locations(dataset, name, place):
-    assert glue.place_of("rte", dataset, name) == place
+def test_task_data_locations(dataset, name, expected):
+    assert glue.place_of("rte", dataset, name) == expected
 
 
 def test_folder_with_a_configuration_per_task(tmp_path):

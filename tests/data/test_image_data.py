@@ -145,8 +145,8 @@ def claims(kind, side):
     """A small file whose header claims side x side pixels."""
     data = bytearray(KINDS[kind])
     if kind in ("jpeg", "progressive"):
-        place = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
-        data[place + 5 : place + 9] = struct.pack(">HH", side, side)
+        offset = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+        data[offset + 5 : offset + 9] = struct.pack(">HH", side, side)
     elif kind == "png":
         data[16:24] = struct.pack(">II", side, side)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -279,9 +279,9 @@ def memory(**columns):
 
 def folder(tmp_path):
     for index, (image, label) in enumerate(zip(PICTURES, LABELS, strict=True)):
-        place = tmp_path / "folder" / "train" / NAMES[label]
-        place.mkdir(parents=True, exist_ok=True)
-        image.save(place / f"{index}.png")
+        class_folder = tmp_path / "folder" / "train" / NAMES[label]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        image.save(class_folder / f"{index}.png")
     return str(tmp_path / "folder")
 
 

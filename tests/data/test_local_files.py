@@ -39,12 +39,12 @@ def write_rows(file, texts):
     file.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
 
 
-def folder(place, texts, kind="parquet", card=True):
+def folder(path, texts, kind="parquet", card=True):
     """A data set with one file and, as in Hub data sets, a card that names it."""
-    write_rows(place / f"train.{kind}", texts)
+    write_rows(path / f"train.{kind}", texts)
     if card:
-        (place / "README.md").write_text(README.format(kind))
-    return str(place)
+        (path / "README.md").write_text(README.format(kind))
+    return str(path)
 
 
 def texts_of(dataset, **options):
@@ -105,12 +105,12 @@ def test_changed_link_gives_the_rows_of_its_target(tmp_path):
 
 
 def test_outdated_card_does_not_affect_a_changed_file(tmp_path):
-    place = tmp_path / "mydata"
+    path = tmp_path / "mydata"
     stated = README.format("parquet").replace("---\nconfigs", "---\ndataset_info:\n  splits:\n  - name: train\n"
         "    num_bytes: 4\n    num_examples: 90\nconfigs")  # fmt: skip
-    folder(place, OLD)
-    (place / "README.md").write_text(stated)
-    assert texts_of(str(place)) == OLD
+    folder(path, OLD)
+    (path / "README.md").write_text(stated)
+    assert texts_of(str(path)) == OLD
 
 
 def test_cache_of_datasets_itself_is_not_used(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_results_of_map_depend_on_the_rows(tmp_path):
     first, second = folder(tmp_path / "a" / "mydata", OLD), folder(tmp_path / "b" / "mydata", OLD)
     for texts in (OLD, NEW):
         folder(tmp_path / "b" / "mydata", texts)
-        parts = [text_rows(load_splits(place)["train"], labelled=False) for place in (first, second)]
+        parts = [text_rows(load_splits(path)["train"], labelled=False) for path in (first, second)]
         assert datasets.concatenate_datasets(parts)["text"][:] == OLD + texts
         joined = datasets.concatenate_datasets(parts).map(lambda row: {"upper": row["text"].upper()})
         assert joined["upper"][:] == [text.upper() for text in OLD + texts]
@@ -135,9 +135,9 @@ def test_results_of_map_depend_on_the_rows(tmp_path):
 
 def test_additional_texts_and_labelled_texts_are_read_again(tmp_path):
     for texts in (OLD, NEW):
-        place = folder(tmp_path / "mydata", texts)
-        assert Corpus(dataset_name=place).rows()["text"][:] == texts
-        assert load_texts(place)["train"]["text"][:] == texts
+        path = folder(tmp_path / "mydata", texts)
+        assert Corpus(dataset_name=path).rows()["text"][:] == texts
+        assert load_texts(path)["train"]["text"][:] == texts
 
 
 def jpeg(file, colour, size=(8, 6)):
@@ -166,19 +166,19 @@ def test_changed_archive_is_extracted_again(tmp_path):
 
 
 def test_image_sizes_are_those_of_the_files(tmp_path):
-    place = tmp_path / "pets"
+    path = tmp_path / "pets"
     for size in ((8, 6), (4, 2)):
-        jpeg(place / "train" / "cat" / "1.png", "red", size)
-        jpeg(place / "train" / "dog" / "1.png", "red", (3, 3))
-        rows = image_rows(load_splits(str(place))["train"])
+        jpeg(path / "train" / "cat" / "1.png", "red", size)
+        jpeg(path / "train" / "dog" / "1.png", "red", (3, 3))
+        rows = image_rows(load_splits(str(path))["train"])
         assert image_sizes(rows)[0].tolist() == [*size[::-1]]
-    jpeg(place / "train" / "cat" / "1.png", "red", (7, 5))
+    jpeg(path / "train" / "cat" / "1.png", "red", (7, 5))
     assert image_sizes(rows)[0].tolist() == [5, 7]  # rows loaded before the change
 
 
-def coco(place, name):
-    jpeg(place / "train" / "1.png", "red")
-    annotations = place / "annotations"
+def coco(path, name):
+    jpeg(path / "train" / "1.png", "red")
+    annotations = path / "annotations"
     annotations.mkdir(parents=True, exist_ok=True)
     content = {
         "images": [{"id": 1, "file_name": "1.png", "width": 8, "height": 6}],
@@ -186,17 +186,17 @@ def coco(place, name):
         "categories": [{"id": 1, "name": name}],
     }
     (annotations / "instances_train.json").write_text(json.dumps(content))
-    return str(place)
+    return str(path)
 
 
-def voc(place, name):
-    jpeg(place / "JPEGImages" / "1.png", "red")
-    (place / "Annotations").mkdir(parents=True, exist_ok=True)
+def voc(path, name):
+    jpeg(path / "JPEGImages" / "1.png", "red")
+    (path / "Annotations").mkdir(parents=True, exist_ok=True)
     box = "<xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax>"
-    (place / "Annotations" / "1.xml").write_text(
+    (path / "Annotations" / "1.xml").write_text(
         f"<annotation><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>"
     )
-    return str(place)
+    return str(path)
 
 
 def category(dataset):
@@ -216,17 +216,17 @@ def test_annotations_are_read_again(tmp_path, write, monkeypatch):
 
 
 def test_unchanged_files_are_prepared_once(tmp_path):
-    place = folder(tmp_path / "mydata", OLD)
-    first, again = (load_splits(place)["train"] for _ in range(2))
+    path = folder(tmp_path / "mydata", OLD)
+    first, again = (load_splits(path)["train"] for _ in range(2))
     assert first.cache_files == again.cache_files and first._fingerprint == again._fingerprint
 
 
 @pytest.mark.slow
 def test_prepared_rows_are_shared_between_processes(tmp_path):
-    place = folder(tmp_path / "mydata", OLD)
-    code = f"from hf_tfm.data.source import load_splits; print(load_splits({place!r})['train'].cache_files)"
+    path = folder(tmp_path / "mydata", OLD)
+    code = f"from hf_tfm.data.source import load_splits; print(load_splits({path!r})['train'].cache_files)"
     started = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in "12"]
-    assert started[0].stdout == started[1].stdout == f"{load_splits(place)['train'].cache_files}\n"
+    assert started[0].stdout == started[1].stdout == f"{load_splits(path)['train'].cache_files}\n"
 
 
 def test_all_data_loading_is_in_one_module():
@@ -236,8 +236,8 @@ def test_all_data_loading_is_in_one_module():
     loaders |= {f"from_{kind}" for kind in ("generator", "csv", "json", "parquet", "text", "file")}
     found = {
         str(file.relative_to(root))
-        for place in ("hf_tfm", "recipes", "benchmarks")
-        for file in (root / place).rglob("*.py")
+        for path in ("hf_tfm", "recipes", "benchmarks")
+        for file in (root / path).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in loaders and "ataset" in ast.unparse(node.value)
     }
@@ -245,7 +245,7 @@ def test_all_data_loading_is_in_one_module():
 
 
 def test_file_changed_during_reading_is_refused(tmp_path, monkeypatch):
-    place = folder(tmp_path / "mydata", OLD)
+    path = folder(tmp_path / "mydata", OLD)
     prepare = datasets.DatasetBuilder.download_and_prepare
 
     def slow(self, *args, **options):
@@ -255,8 +255,8 @@ def test_file_changed_during_reading_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(datasets.DatasetBuilder, "download_and_prepare", slow)
         with pytest.raises(ValueError, match="changed while they were read"):
-            load_splits(place)
-    assert texts_of(place) == NEW
+            load_splits(path)
+    assert texts_of(path) == NEW
 
 
 def test_unused_cache_entries_are_removed(tmp_path, monkeypatch):
@@ -277,16 +277,16 @@ def test_unused_cache_entries_are_removed(tmp_path, monkeypatch):
 
 
 def test_splits_and_row_counts_are_printed(tmp_path, capsys, monkeypatch):
-    place = folder(tmp_path / "mydata", OLD)
-    load_splits(place)
-    assert f"data {place}, split train: 2 rows" in capsys.readouterr().err
+    path = folder(tmp_path / "mydata", OLD)
+    load_splits(path)
+    assert f"data {path}, split train: 2 rows" in capsys.readouterr().err
     write_rows(tmp_path / "train.csv", NEW)
     load_splits("csv", data_files={"train": [str(tmp_path / "train.csv")]})
     assert f"data csv {tmp_path / 'train.csv'}, split train: 2 rows" in capsys.readouterr().err
-    load_splits(place, streaming=True)
+    load_splits(path, streaming=True)
     assert "split train: a stream, rows not counted" in capsys.readouterr().err
     load_texts("number-parity")
     assert "data number-parity, split validation: 500 rows" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    load_splits(place)
+    load_splits(path)
     assert "split train" not in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_every_integer_label_is_its_own_class(classes, missing):
 @few
 @given(names.filter(lambda found: len(set(found)) == len(found) > 1), st.permutations(range(6)))
 def test_declared_classes_are_matched_by_name_in_any_order(classes, order):
-    other = [classes[place] for place in order if place < len(classes)]
+    other = [classes[index] for index in order if index < len(classes)]
     classes = [name for name in classes if name in other]
     rows = Dataset.from_dict(
         {"label": list(range(len(classes)))}, features=Features({"label": ClassLabel(names=classes)})

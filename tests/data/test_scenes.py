@@ -205,8 +205,8 @@ def test_images_that_contradict_their_row():
 def drawn(**certain):
     """Random choices for one scene, some of them given."""
     values = chances(0, 0, 0)[0]
-    for place, value in certain.items():
-        values[{"flip": FLIP, "crop": CROP}[place]] = value
+    for column, value in certain.items():
+        values[{"flip": FLIP, "crop": CROP}[column]] = value
     return values
 
 

@@ -39,8 +39,8 @@ def train_steps(
 ) -> dict[str, Any]:
     """Weights after an epoch of three steps; the last step has one sample, fewer than there are processes."""
     rows = sentences(9)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collator(), micro, **place)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = StepLoader(rows, BatchSampler(len(rows), 4, seed=1), task.collator(), micro, **ranks)
     freeze_unused(accelerator, task, model, task.collator()(rows[:1], [0], 0))
     args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))

@@ -33,8 +33,8 @@ def test_soft_target_gradient_scale_is_independent_of_temperature():
 
 
 def largest(teacher, k, temperature):
-    top, places = teacher.topk(k)
-    return top, places, (teacher / temperature).scatter(1, places, -math.inf).logsumexp(1)
+    top, indices = teacher.topk(k)
+    return top, indices, (teacher / temperature).scatter(1, indices, -math.inf).logsumexp(1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

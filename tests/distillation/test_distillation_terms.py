@@ -28,7 +28,7 @@ class RecipeArguments:
     """Arguments of a recipe.
 
     Args:
-        terms: of the loss.
+        terms: loss terms.
     """
 
     terms: list[Term] = field(default_factory=list)

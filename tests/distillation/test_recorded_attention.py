@@ -102,13 +102,13 @@ def test_gradients_flow_through_recorded_scores():
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_head_runs_only_on_rows_with_a_target(name):
     model = TEXT_MODELS[name]().eval()
-    places = torch.tensor([1, 3, 8])
+    positions = torch.tensor([1, 3, 8])
     seen = []
     handle = model.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
     with torch.no_grad():
-        found, output = collect(model, {"input_ids": IDS, "attention_mask": MASK}, ["logits"], places)
+        found, output = collect(model, {"input_ids": IDS, "attention_mask": MASK}, ["logits"], positions)
         handle.remove()
-        full = model(input_ids=IDS, attention_mask=MASK).logits.flatten(0, 1)[places]
+        full = model(input_ids=IDS, attention_mask=MASK).logits.flatten(0, 1)[positions]
     assert seen == [(3, 32)] and output.logits.shape == (3, 60)
     assert (found["logits"] - full).abs().max() < 1e-5
 

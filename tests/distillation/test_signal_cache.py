@@ -199,13 +199,13 @@ def write_until(folder, shard):
     """Write a cache in a process that is killed while it writes a given shard."""
     real = caches.save_shard
 
-    def deadly(path, tensors):
+    def killing_save(path, tensors):
         if path == shard_path(folder, shard):
             path.with_name(f".part-{path.name}").write_bytes(b"half of it")
             os.kill(os.getpid(), signal.SIGKILL)
         real(path, tensors)
 
-    caches.save_shard = deadly
+    caches.save_shard = killing_save
     torch.set_num_threads(1)  # as in the comparing process
     small_cache(folder)
 
@@ -291,8 +291,8 @@ def test_uncached_samples_are_refused(tmp_path):
         cached.collator()([other[0]], [0], 0)
 
 
-def replace_row(rows, place, row):
-    return [*rows[:place], row, *rows[place + 1 :]]
+def replace_row(rows, index, row):
+    return [*rows[:index], row, *rows[index + 1 :]]
 
 
 def test_scenes_are_cached_on_their_canvas(tmp_path):

@@ -49,8 +49,8 @@ def test_candidates_are_the_most_likely_words_at_the_mask(model, tokenizer):
     (words,) = Substituter(model, tokenizer, Substitution(candidates=3)).words(TEXTS[:1])
     masked = TEXTS[0].replace("barks", "[MASK]")
     inputs = tokenizer(masked, return_tensors="pt")
-    place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
-    scores = model(**inputs).logits[0, place]
+    position = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+    scores = model(**inputs).logits[0, position]
     names = tokenizer.convert_ids_to_tokens(scores.argsort(descending=True).tolist())
     expected = [n for n in names if n.isalpha() and n != "barks"][:3]
     assert words[2].others == expected

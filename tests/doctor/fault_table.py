@@ -29,12 +29,12 @@ OF_DATA = """
 
 def text() -> str:
     """The content of the page."""
-    data = [(name, check, level, said) for name, (_, check, level, _, said) in FAULTS.items()]
-    arguments = [(name, check, level, said) for name, (_, check, level, said) in ARGUMENT_FAULTS.items()]
-    rows = [f"| {name} | `{check}` | {level} | ... {said} ... |" for name, check, level, said in data + arguments]
+    data = [(name, check, level, message) for name, (_, check, level, _, message) in FAULTS.items()]
+    arguments = [(name, check, level, message) for name, (_, check, level, message) in ARGUMENT_FAULTS.items()]
+    rows = [f"| {name} | `{check}` | {level} | ... {text} ... |" for name, check, level, text in data + arguments]
     others = [
-        f"| {name} | {task.replace('_', ' ')} | `{check}` | {level} | ... {said} ... |"
-        for name, (task, _, _, check, level, _, said) in DATA_FAULTS.items()
+        f"| {name} | {task.replace('_', ' ')} | `{check}` | {level} | ... {message} ... |"
+        for name, (task, _, _, check, level, _, message) in DATA_FAULTS.items()
         if level != "ok"
     ]
     return HEAD + "\n".join(rows) + OF_DATA + "\n".join(others) + "\n"

@@ -50,8 +50,8 @@ def scene(split: str, number: int) -> dict[str, Any]:
     random = np.random.default_rng([len(split), number])
     pixels = random.integers(0, 60, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     boxes = []
-    for place, category in enumerate(random.permutation(3).tolist()):
-        left, top = 32 * place + int(random.integers(0, 5)), int(random.integers(0, 18))
+    for column, category in enumerate(random.permutation(3).tolist()):
+        left, top = 32 * column + int(random.integers(0, 5)), int(random.integers(0, 18))
         width, height = int(random.integers(22, 28)), int(random.integers(34, 46))
         pixels[top : top + height, left : left + width, category] += 180
         boxes.append({"bbox": [left, top, width, height], "category": category})

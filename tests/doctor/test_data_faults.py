@@ -291,13 +291,13 @@ def test_healthy_data_passes(task, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(name, tmp_path, tokenizer):
-    task, plant, options, check, level, row, said = FAULTS[name]
+    task, plant, options, check, level, row, message = FAULTS[name]
     splits = copy.deepcopy(HEALTHY[task])
     plant(splits)
     options = [tokenizer if option == "TOKENIZER" else option for option in options]
     status, report = doctor(write(tmp_path / "data", splits), *image_options(task), *OPTIONS.get(task, []), *options)
     own = [f for f in report["findings"] if f["check"] == check]
-    (found,) = [f for f in own if f["level"] == level and said in f["message"]]
+    (found,) = [f for f in own if f["level"] == level and message in f["message"]]
     assert status == (1 if report["failed"] else 0)
     if level == "failed":
         assert check in report["failed"] and status == 1

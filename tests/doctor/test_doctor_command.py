@@ -34,9 +34,9 @@ def doctor(*argv) -> int:
 def test_healthy_data_passes(tmp_path, capsys):
     file = tmp_path / "report.json"
     assert doctor(*command_line(data=write(tmp_path / "data")), "--quick", "--json", file) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "failed: nothing; warnings: 0"
-    assert re.search(r"^ok +box_format +train: 72 boxes, .*; validation", said, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "failed: nothing; warnings: 0"
+    assert re.search(r"^ok +box_format +train: 72 boxes, .*; validation", printed, re.MULTILINE)
     report = json.loads(file.read_text())
     assert report["failed"] == [] and report["examined"]["recipe"] == "detection_train"
     assert {row["level"] for row in report["findings"]} == {"ok"}
@@ -46,15 +46,15 @@ def test_failed_check_is_printed_with_sample_and_remedy(tmp_path, capsys):
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": [(1, "green"), (2, "red"), (3, "blue")]})
     file = tmp_path / "report.json"
     assert doctor(*command_line(data=data, max_grad_norm=0), "--quick", "--json", file) == 1
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "failed: class_names; warnings: 1"
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "failed: class_names; warnings: 1"
     margin = " " * 30
     assert re.search(
         rf"^failed +class_names +validation has .green. where .*\n({margin}.*\n)*{margin}sample: image 90\d of val",
-        said,
+        printed,
         re.M,
     )
-    assert f"\n{margin}remedy: write the same list of categories" in said
+    assert f"\n{margin}remedy: write the same list of categories" in printed
     report = json.loads(file.read_text())
     (row,) = [row for row in report["findings"] if row["level"] == "failed"]
     assert report["failed"] == ["class_names"] and row["sample"]["split"] == "validation" and row["remedy"]
@@ -72,7 +72,7 @@ def test_arguments_are_passed_to_the_recipe():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ([], "give --data, or a --config that names a dataset"),
         (["--data", "d", "--json", "/nowhere/report.json"], "there is no folder /nowhere"),
@@ -81,15 +81,15 @@ def test_arguments_are_passed_to_the_recipe():
         (["--data", "d", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
     ],
 )
-def test_invalid_arguments(given, said, capsys):
+def test_invalid_arguments(given, message, capsys):
     assert doctor(*given) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_lists_options(capsys):
     assert doctor("--help") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Other options are those of hf-tfm run detection_train" in said and "--quick" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Other options are those of hf-tfm run detection_train" in printed and "--quick" in printed
 
 
 # --- findings
@@ -120,8 +120,8 @@ def test_splits_without_findings_share_a_line():
         return Finding(level, "m", check="c", split=split)
 
     assert [f.message for f in condensed([of("ok", "train"), of("ok", "test")])] == ["m; test as well"]
-    told = [of("ok", "train"), of("failed", "test")]
-    assert list(condensed(told)) == told
+    mixed = [of("ok", "train"), of("failed", "test")]
+    assert list(condensed(mixed)) == mixed
     apart = [failed("a", "r"), warning("b", "r")]
     assert list(condensed(apart)) == apart
 
@@ -166,7 +166,7 @@ WRONG_ID_MAPS = {
 
 @pytest.mark.parametrize("name", WRONG_ID_MAPS)
 def test_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, monkeypatch, capsys):
-    categories, check, said = WRONG_ID_MAPS[name]
+    categories, check, message = WRONG_ID_MAPS[name]
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": categories})
     assert doctor(*command_line(data=data), "--quick") == 1
     assert f"failed: {check};" in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_run_with_a_wrong_id_map_is_refused_before_training(name, tmp_path, monk
         for word in command_line(data=data, num_train_epochs=1, warmup_steps=0)
     ]
     main = runpy.run_path(str(ROOT / "recipes" / "detection_train.py"))["main"]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         main([*given, "--output_dir", str(tmp_path / "run"), "--progress", "false"])
     assert not (tmp_path / "run" / "history.jsonl").exists(), "no training step must run"
 
@@ -199,8 +199,8 @@ def test_sample_files_are_named(tmp_path, capsys):
     rows = plant(lambda rows: rows["train"][3]["objects"][1].update(bbox=[200, 10, 20, 20]))
     data = write_coco(tmp_path / "coco", {"train": RIGHT, "validation": RIGHT}, rows)
     assert doctor(*command_line(data=data), "--quick") == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"sample: image 103 of train, box [200, 10, 20, 20], {data / 'train' / '103.png'}" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"sample: image 103 of train, box [200, 10, 20, 20], {data / 'train' / '103.png'}" in printed
 
 
 def test_missing_model_is_named(capsys):

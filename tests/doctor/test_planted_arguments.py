@@ -68,9 +68,9 @@ ARGUMENT_FAULTS = {
 
 @pytest.mark.parametrize("name", ARGUMENT_FAULTS)
 def test_planted_argument_is_found(name, monkeypatch):
-    options, check, level, said = ARGUMENT_FAULTS[name]
+    options, check, level, message = ARGUMENT_FAULTS[name]
     found = only(examine(monkeypatch, as_splits(healthy()), **options), check, level)
-    assert said in found.message
+    assert message in found.message
     assert found.remedy
 
 

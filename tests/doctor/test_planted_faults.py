@@ -45,11 +45,11 @@ def every_box(change):
     return planted
 
 
-def one_box(box, image=3, place=1):
+def one_box(box, image=3, index=1):
     """Change one box of a training image."""
 
     def planted(rows):
-        rows["train"][image]["objects"][place]["bbox"] = box
+        rows["train"][image]["objects"][index]["bbox"] = box
 
     return planted
 
@@ -264,10 +264,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(name, monkeypatch):
-    change, check, level, image_id, said = FAULTS[name]
+    change, check, level, image_id, message = FAULTS[name]
     found = only(examine(monkeypatch, as_splits(plant(change))), check, level)
     assert found.sample.image_id == image_id
-    assert said in found.message
+    assert message in found.message
     assert found.remedy
 
 
@@ -312,22 +312,22 @@ def test_sparse_ids_give_a_warning(monkeypatch):
                 found["category"] = [1, 18, 90][found["category"]]
 
     found = examine(monkeypatch, as_splits(plant(planted), category=Value("int64")))
-    told = [finding for finding in found if finding.check == "category_ids"]
-    assert [finding.level for finding in told] == ["warning", "warning"]
-    assert "ids 1 to 90 with 87 gaps are read as classes 0 to 2" in told[0].message
+    warnings = [finding for finding in found if finding.check == "category_ids"]
+    assert [finding.level for finding in warnings] == ["warning", "warning"]
+    assert "ids 1 to 90 with 87 gaps are read as classes 0 to 2" in warnings[0].message
     assert not [finding for finding in found if finding.level == "failed"]
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["green", "red", "blue"], 'validation has "green" where train has "red"'),
         (["red", "green", "bleu"], 'validation has 1 classes that train does not have, the first is "bleu"'),
     ],
 )
-def test_different_id_map_of_a_split_is_found(names, said, monkeypatch):
+def test_different_id_map_of_a_split_is_found(names, message, monkeypatch):
     found = only(examine(monkeypatch, as_splits(healthy(), names={"validation": names})), "class_names")
-    assert said in found.message
+    assert message in found.message
     assert found.sample.split == "validation" and found.sample.image_id >= 900
 
 

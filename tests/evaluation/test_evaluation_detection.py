@@ -80,9 +80,9 @@ def test_box_scores_equal_the_model_called_directly(kind, together, cases, tmp_p
     assert (result["images"], result["rows"], result["left_out"]) == (len(SIZES), len(SIZES), {"unreadable": 0})
     assert result["fingerprint"] == fingerprint(scene_rows(load_splits(case["data"])["test"])[0])
     assert set(result["throughput"]) == {"model", "whole"} and min(result["throughput"].values()) > 0
-    said = json.loads(file.read_text())
-    assert said["metrics"] == result["metrics"]
-    check_predictions(said["predictions"], case["boxes"])
+    saved = json.loads(file.read_text())
+    assert saved["metrics"] == result["metrics"]
+    check_predictions(saved["predictions"], case["boxes"])
 
 
 def check_predictions(predictions: list[dict], boxes: list[dict]) -> None:
@@ -228,17 +228,17 @@ def test_the_command_line(cases, tmp_path, capsys):
         "3",
     ]
     cli.main([*arguments, "--segments", "true", "--output", str(tmp_path / "scores.json")])
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "scores.json").read_text())
-    assert said == lines(result)
-    assert [line.split()[:2] for line in said[:2]] == [["test", "AP"], ["test", "AP50"]]
-    table = said[len(result["metrics"]) : -2]
+    assert printed == lines(result)
+    assert [line.split()[:2] for line in printed[:2]] == [["test", "AP"], ["test", "AP50"]]
+    table = printed[len(result["metrics"]) : -2]
     assert table[0].split() == ["class", "AP", "AP50", "PQ", "SQ", "RQ"]
     assert [line.split()[0] for line in table[1:]] == list(result["per_class"])
     for line, scores in zip(table[1:], result["per_class"].values(), strict=True):
         shown = [scores.get(name) for name in table[0].split()[1:]]
         assert line.split()[1:] == ["-" if value is None else f"{value:.3f}" for value in shown]
-    assert said[-2].startswith("6 images; left out: 0 unreadable") and said[-1].startswith("images/s: ")
+    assert printed[-2].startswith("6 images; left out: 0 unreadable") and printed[-1].startswith("images/s: ")
 
 
 @pytest.mark.parametrize(

@@ -54,14 +54,14 @@ def test_scores_equal_the_model_called_directly(name, models, data, tmp_path):
     top = ranked(models[name])
     file = tmp_path / "result.json"
     result = evaluate(models[name], dataset_name=data, output=str(file), **QUIET)
-    right = [place.tolist().index(label) for place, label in zip(top, LABELS, strict=True)]
+    right = [ranking.tolist().index(label) for ranking, label in zip(top, LABELS, strict=True)]
     assert len({*top[:, 0]}) > 1
     assert values(result) == {"accuracy": np.mean(np.equal(right, 0)), "top5_accuracy": np.mean(np.less(right, 5))}
     assert (result["images"], result["rows"], result["left_out"]) == (COUNT, COUNT, {"unreadable": 0, "unlabelled": 0})
     assert set(result["throughput"]) == {"model", "whole"} and min(result["throughput"].values()) > 0
-    said = json.loads(file.read_text())
-    assert said["metrics"] == result["metrics"]
-    assert said["predictions"] == [
+    saved = json.loads(file.read_text())
+    assert saved["metrics"] == result["metrics"]
+    assert saved["predictions"] == [
         {"index": i, "label": NAMES[label], "predicted": [NAMES[c] for c in top[i, :5]]}
         for i, label in enumerate(LABELS)
     ]
@@ -111,10 +111,10 @@ def test_scores_equal_those_of_the_training_run(tmp_path):
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "image_classification_train", *options, "--output_dir", str(folder)])
     assert ended.value.code == 0
-    told = json.loads((folder / "results.json").read_text())["metrics"]
+    reported = json.loads((folder / "results.json").read_text())["metrics"]
     for split in ("validation", "test"):
         result = evaluate(str(folder), dataset_name="digits", split=split, progress=False)
-        assert values(result) == {row["name"]: row["value"] for row in told if row["split"] == split}
+        assert values(result) == {row["name"]: row["value"] for row in reported if row["split"] == split}
 
 
 # --- labels and classes
@@ -128,9 +128,9 @@ def test_unlabelled_and_unreadable_images_are_skipped(models, tmp_path):
     result = evaluate(models["tfm"], dataset_name=rows, output=str(file), **QUIET)
     assert (result["images"], result["left_out"]) == (COUNT - 1, {"unreadable": 1, "unlabelled": 4})
     assert values(result)["accuracy"] == np.mean(ranked(models["tfm"])[4:-1, 0] == LABELS[4:-1])
-    said = json.loads(file.read_text())
-    assert list(said["unreadable"]) == [str(COUNT - 1)]
-    assert [row["label"] for row in said["predictions"][:5]] == [None] * 4 + [NAMES[LABELS[4]]]
+    saved = json.loads(file.read_text())
+    assert list(saved["unreadable"]) == [str(COUNT - 1)]
+    assert [row["label"] for row in saved["predictions"][:5]] == [None] * 4 + [NAMES[LABELS[4]]]
     with pytest.raises(ValueError, match="max_bad_images=0"):
         evaluate(models["tfm"], dataset_name=rows, max_bad_images=0, **QUIET)
     blank = save_rows(tmp_path / "blank", [-1] * COUNT, ClassLabel(names=NAMES))
@@ -299,11 +299,11 @@ def test_the_command(models, data, tmp_path, capsys):
     plot = tmp_path / "new" / "confusion.png"
     arguments = ["--dataset_name", data, "--confusion", str(plot), "--progress", "false"]
     cli.main(["evaluate", models["tfm"], *arguments])
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     accuracy = np.mean(ranked(models["tfm"])[:, 0] == LABELS)
-    assert said[0].split() == ["test", "accuracy", f"{accuracy:.3f}"]
-    assert said[2] == f"{COUNT} images; left out: 0 unreadable, 0 unlabelled"
-    assert "by the model alone" in said[3]
+    assert printed[0].split() == ["test", "accuracy", f"{accuracy:.3f}"]
+    assert printed[2] == f"{COUNT} images; left out: 0 unreadable, 0 unlabelled"
+    assert "by the model alone" in printed[3]
     assert imread(plot).shape[2] == 4
     cli.main(["evaluate", "--dataset_name", data, models["mae"], "--progress", "false"])  # options first
     assert capsys.readouterr().out.split()[:2] == ["test", "reconstruction_loss"]

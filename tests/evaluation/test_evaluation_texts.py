@@ -101,11 +101,11 @@ def test_command_line_and_predictions(model, data, tmp_path, capsys):
     file, plot = tmp_path / "out.json", tmp_path / "confusion.png"
     more = ["--progress", "false", "--output", str(file), "--confusion", str(plot)]
     cli.main(["evaluate", model, "--dataset_name", data, "--task", "sst2", "--split", "validation", *more])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     scores = logits(model)
     accuracy = np.mean(scores.argmax(axis=1) == LABELS)
-    assert f"validation  accuracy        {accuracy:8.3f}" in said and "f1" not in said  # SST-2's metric
-    assert f"{COUNT} texts, 0 of them without a label" in said
+    assert f"validation  accuracy        {accuracy:8.3f}" in printed and "f1" not in printed  # SST-2's metric
+    assert f"{COUNT} texts, 0 of them without a label" in printed
     rows = json.loads(file.read_text())["predictions"]
     assert [row["predicted"] for row in rows] == [NAMES[i] for i in scores.argmax(axis=1)]
     assert [row["label"] for row in rows] == [NAMES[i] for i in LABELS]
@@ -217,9 +217,9 @@ def test_tasks_and_macro_average(glue, tmp_path, capsys):
         written = json.loads((tmp_path / "out.json").read_text())
         assert len(written["details"][0]["predictions"]) == COUNT and "predictions" not in result["details"][0]
     cli.main(["evaluate", str(models), "--dataset_name", data, "--tasks", "sst2,rte", "--progress", "false"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith("macro average of 1 of GLUE's 9 tasks: 0.")
-    assert said[-1].startswith("rte: not scored, there is no model ")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].startswith("macro average of 1 of GLUE's 9 tasks: 0.")
+    assert printed[-1].startswith("rte: not scored, there is no model ")
 
 
 def test_single_model_for_one_task(glue):

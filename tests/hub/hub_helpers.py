@@ -91,8 +91,8 @@ def run_python(code: str, folder: Path, environment: dict[str, str], without_pac
     """Run ``code`` in a new process in ``folder``; it prints its result as JSON in the last line.
 
     Args:
-        environment: changes to this process's environment.
-        without_package: let every import of hf_tfm fail.
+        environment: variables that differ from this process's environment.
+        without_package: make every import of hf_tfm fail.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     # The tested checkout, even if another version is installed.

@@ -56,7 +56,7 @@ class HubServer:
     """``with HubServer() as hub:`` serves at ``hub.url``, and LFS objects at ``hub.storage_url``.
 
     ``hub.repositories`` maps "models/user/name" to its `Repository`, and ``hub.requests`` lists (method, path) of all
-    that was asked.
+    requests.
     """
 
     def __init__(self):

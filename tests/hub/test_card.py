@@ -67,10 +67,10 @@ def with_changes(**changes) -> dict:
     record = json.loads(json.dumps(RECORD))
     for name, value in changes.items():
         *parents, last = name.split("__")
-        place = record
+        part = record
         for parent in parents:
-            place = place[parent]
-        place[last] = value
+            part = part[parent]
+        part[last] = value
     return record
 
 

@@ -86,7 +86,7 @@ def test_card_text(folder):
 
 
 def test_card_states_the_initial_weights(folder):
-    said = {
+    sentences = {
         "trained from scratch except for timm's pretrained backbone `test_resnet`, for": {},
         "trained from scratch for object-detection": {"arguments": {"pretrained_backbone": False}},
         "initialised from `user/detr` and trained for": {
@@ -94,10 +94,10 @@ def test_card_states_the_initial_weights(folder):
             "arguments": {"pretrained_backbone": False},
         },
     }
-    for words, changes in said.items():
+    for words, changes in sentences.items():
         text = write_card(folder, record(**changes)).read_text()
         assert words in text
-        assert all(other == words or other not in text for other in said)
+        assert all(other == words or other not in text for other in sentences)
 
 
 @torch.no_grad()
@@ -131,11 +131,11 @@ def test_code_in_the_card_runs(kind, folder, tmp_path, capsys, monkeypatch):
     assert f"model = {auto}.from_pretrained(model_id{'' if kind == 'native' else ', trust_remote_code=True'})" in code
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     if kind == "panoptic":
-        assert said[-1].split()[1] == "dog"
+        assert printed[-1].split()[1] == "dog"
     else:
-        assert [line.split()[0] for line in said] == ["dog"] * 5
+        assert [line.split()[0] for line in printed] == ["dog"] * 5
 
 
 def test_scores_are_in_the_curve(folder):

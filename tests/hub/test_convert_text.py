@@ -114,8 +114,8 @@ def test_files_of_the_original_bert_release(tmp_path):
     renamed["cls.predictions.decoder.weight"] = renamed["bert.embeddings.word_embeddings.weight"]
     (tmp_path / "old").mkdir()
     torch.save(renamed, tmp_path / "old" / "pytorch_model.bin")
-    told = config_of(tmp_path / "new") | {"architectures": ["BertForMaskedLM"]}
-    (tmp_path / "old" / "config.json").write_text(json.dumps(told))
+    config = config_of(tmp_path / "new") | {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     (tmp_path / "old" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     certificate = convert(tmp_path / "old", "tfm", tmp_path / "ours")
     assert certificate["target"]["class"] == "TfmBertForPreTraining"
@@ -152,8 +152,8 @@ def test_files_of_the_original_gpt2_release(tmp_path):
     path = tmp_path / "gpt2" / "model.safetensors"
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 40, 40).tril() for i in range(2)}
     save_file({**load_file(path), **masks}, path, {"format": "pt"})
-    told = config_of(tmp_path / "gpt2") | {"architectures": ["GPT2LMHeadModel"]}
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(told))
+    config = config_of(tmp_path / "gpt2") | {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
     convert(tmp_path / "gpt2", "tfm", tmp_path / "ours")
     converted = hf_tfm.TfmGPTForCausalLM.from_pretrained(tmp_path / "ours")
     assert_same_outputs(outputs_of(converted), outputs_of(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")))
@@ -174,9 +174,9 @@ def authors_folder(folder: Path, labels: int | None, fit_size: int = 48):
     folder.mkdir()
     torch.save(weights, folder / "pytorch_model.bin")
     kept = (*SHAPE, "intermediate_size", "hidden_act", "type_vocab_size", "initializer_range")
-    told = {name: getattr(model.config, name) for name in kept}
-    told |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pre_trained": "", "training": ""}
-    (folder / "config.json").write_text(json.dumps(told))
+    config = {name: getattr(model.config, name) for name in kept}
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pre_trained": "", "training": ""}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return model, weights
 
@@ -212,8 +212,8 @@ def test_task_student_of_the_tinybert_authors(tmp_path, labels):
 def test_general_student_of_the_tinybert_authors(tmp_path):
     model, weights = authors_folder(tmp_path / "authors", labels=None)
     # As on the Hub: with a model type, but without a class.
-    told = config_of(tmp_path / "authors") | {"model_type": "bert"}
-    (tmp_path / "authors" / "config.json").write_text(json.dumps(told))
+    config = config_of(tmp_path / "authors") | {"model_type": "bert"}
+    (tmp_path / "authors" / "config.json").write_text(json.dumps(config))
     convert(tmp_path / "authors", "tfm", tmp_path / "ours")
     assert_same_outputs(outputs_of(TfmBertForPreTraining.from_pretrained(tmp_path / "ours")), outputs_of(model))
     convert(tmp_path / "ours", "tinybert", tmp_path / "back")
@@ -233,9 +233,7 @@ def test_tokenizer_is_converted(tmp_path, name):
     assert certificate["tokenizer_equal"] is True
     assert convert(tmp_path / "theirs", "tfm", tmp_path / "back")["tokenizer_equal"] is True
     texts = ["the one", "one the one"]
-    given, expected = (
-        AutoTokenizer.from_pretrained(tmp_path / place)(texts)["input_ids"] for place in ("back", "ours")
-    )
+    given, expected = (AutoTokenizer.from_pretrained(tmp_path / name)(texts)["input_ids"] for name in ("back", "ours"))
     assert given == expected
 
 

@@ -47,18 +47,18 @@ def change_weights(folder, **weights) -> None:
 def refusal(folder) -> str:
     with pytest.raises(LoadingError) as refused:
         load_model(AutoModelForImageClassification, str(folder), "teacher")
-    said = str(refused.value)
-    assert "\n" not in said and said.startswith(f'teacher "{folder}": ')
-    return said
+    message = str(refused.value)
+    assert "\n" not in message and message.startswith(f'teacher "{folder}": ')
+    return message
 
 
 def converted(folder, tmp_path) -> str:
     with pytest.raises(ValueError) as refused:
         convert(folder, "tfm", tmp_path / "converted")
-    said = str(refused.value)
-    assert "\n" not in said and "converting-" not in said
+    message = str(refused.value)
+    assert "\n" not in message and "converting-" not in message
     assert not (tmp_path / "converted").exists()
-    return said
+    return message
 
 
 def test_intact_model_loads(vit):
@@ -67,7 +67,7 @@ def test_intact_model_loads(vit):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"", "not a valid safetensors file"),
         (pickle.dumps({"a": 1}), "not a valid safetensors file"),
@@ -76,14 +76,14 @@ def test_intact_model_loads(vit):
     ],
     ids=["empty", "pickle", "huge_header", "list"],
 )
-def test_damaged_weights_are_reported(vit, content, said, tmp_path):
+def test_damaged_weights_are_reported(vit, content, expected, tmp_path):
     (vit / "model.safetensors").write_bytes(content)
     for message in (refusal(vit), converted(vit, tmp_path)):
-        assert said in message and "model.safetensors" in message
+        assert expected in message and "model.safetensors" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"[]", "must be a mapping, got list"),
         (b"\xff\xfe", "is not a valid JSON file"),
@@ -91,14 +91,14 @@ def test_damaged_weights_are_reported(vit, content, said, tmp_path):
         (b"[" * 100_000, "is not a valid JSON file"),
     ],
 )
-def test_damaged_configuration_is_reported(vit, content, said, tmp_path):
+def test_damaged_configuration_is_reported(vit, content, expected, tmp_path):
     (vit / "config.json").write_bytes(content)
     for message in (refusal(vit), converted(vit, tmp_path)):
-        assert said in message and "config.json" in message
+        assert expected in message and "config.json" in message
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "expected"),
     [
         ({"num_labels": 10**9}, "num_labels of its config.json must be at most 1,000,000, got 1,000,000,000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers of its config.json must be at most 10,000"),
@@ -106,17 +106,17 @@ def test_damaged_configuration_is_reported(vit, content, said, tmp_path):
         ({"_attn_implementation": "user/kernel"}, 'refers to code of "user/kernel", which is not run'),
     ],
 )
-def test_configuration_larger_than_memory_is_refused_at_once(vit, fields, said, monkeypatch):
+def test_configuration_larger_than_memory_is_refused_at_once(vit, fields, expected, monkeypatch):
     monkeypatch.setattr(memory, "usable_memory", lambda: 10**9)
     change_config(vit, **fields)
-    assert said in refusal(vit)
+    assert expected in refusal(vit)
 
 
 def test_mismatched_weights_are_reported(vit, tmp_path):
     change_config(vit, intermediate_size=16)
-    for said in (refusal(vit), converted(vit, tmp_path)):
-        assert "intermediate.dense.bias" in said or "mlp.fc1.bias" in said
-        assert "(8,)" in said and "(16,)" in said
+    for message in (refusal(vit), converted(vit, tmp_path)):
+        assert "intermediate.dense.bias" in message or "mlp.fc1.bias" in message
+        assert "(8,)" in message and "(16,)" in message
 
 
 def test_missing_and_nonfinite_weights_are_reported(vit):
@@ -143,8 +143,8 @@ class Evil:
 def test_pickled_code_never_runs(vit, tmp_path, capsys):
     (vit / "model.safetensors").unlink()
     torch.save({"a": Evil()}, vit / "pytorch_model.bin")
-    for said in (refusal(vit), converted(vit, tmp_path)):
-        assert "pickled" in said and "weights_only" not in said
+    for message in (refusal(vit), converted(vit, tmp_path)):
+        assert "pickled" in message and "weights_only" not in message
     assert "ran" not in capsys.readouterr().out
 
 

@@ -97,9 +97,9 @@ def test_commands_do_not_run_code(command, recommended, models, tmp_path, capsys
     except SystemExit as ended:
         assert ended.code == 1
     assert not (models / "RAN").exists()
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if recommended is not None:
-        assert ("trust_remote_code" in said.splitlines()[-1]) == recommended
+        assert ("trust_remote_code" in printed.splitlines()[-1]) == recommended
 
 
 def test_code_of_this_test_leaves_a_trace_when_it_runs(models):

@@ -153,9 +153,9 @@ def test_other_options_use_transformers_loop(asked, monkeypatch):
 def test_greedy_with_a_prefix_and_up_to_the_last_token():
     model, batch = varied_model(), source(rows=3)
     prefix = torch.tensor([[1, 9, 8]]).expand(3, 3)
-    wished = {"decoder_input_ids": prefix, "max_new_tokens": 5}
-    plain = model.generate(**batch, **wished, use_cache=False)
-    assert torch.equal(model.generate(**batch, **wished), plain) and torch.equal(plain[:, :3], prefix)
+    arguments = {"decoder_input_ids": prefix, "max_new_tokens": 5}
+    plain = model.generate(**batch, **arguments, use_cache=False)
+    assert torch.equal(model.generate(**batch, **arguments), plain) and torch.equal(plain[:, :3], prefix)
     model.generation_config.eos_token_id = 3  # practically never
     assert model.generate(**batch, max_new_tokens=5).shape == (3, 6)
     assert model.generate(**batch, max_length=5).shape == (3, 5)
@@ -181,22 +181,22 @@ def repeated_memory(model):
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
 def test_beams_share_the_encoder_output(fields, length_penalty):
     model, batch = varied_model(**fields), source(rows=6)
-    wished = {"num_beams": 4, "max_new_tokens": 10, "length_penalty": length_penalty, "num_return_sequences": 2}
-    expected = repeated_memory(model).generate(**batch, **wished)
+    arguments = {"num_beams": 4, "max_new_tokens": 10, "length_penalty": length_penalty, "num_return_sequences": 2}
+    expected = repeated_memory(model).generate(**batch, **arguments)
     memory_rows = set()
     model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: memory_rows.add(len(kwargs["encoder_hidden_states"])), with_kwargs=True
     )
-    assert torch.equal(model.generate(**batch, **wished), expected) and expected.shape[0] == 12
+    assert torch.equal(model.generate(**batch, **arguments), expected) and expected.shape[0] == 12
     assert memory_rows == {6}
 
 
 def test_beams_cached_equal_uncached_and_static():
     model, batch = varied_model(), source(rows=4)
-    wished = {"num_beams": 3, "max_new_tokens": 8}
-    expected = model.generate(**batch, **wished, use_cache=False)
-    assert torch.equal(model.generate(**batch, **wished), expected)
-    assert torch.equal(model.generate(**batch, **wished, cache_implementation="static"), expected)
+    arguments = {"num_beams": 3, "max_new_tokens": 8}
+    expected = model.generate(**batch, **arguments, use_cache=False)
+    assert torch.equal(model.generate(**batch, **arguments), expected)
+    assert torch.equal(model.generate(**batch, **arguments, cache_implementation="static"), expected)
 
 
 def test_length_penalty_prefers_longer_sentences():
@@ -226,24 +226,24 @@ def test_static_cache_gives_the_same_tokens():
 
 def test_static_cache_larger_than_the_position_table():
     model, batch = tiny_model(max_position_embeddings=4), source()
-    wished = {"max_new_tokens": 9, "min_new_tokens": 9}
+    arguments = {"max_new_tokens": 9, "min_new_tokens": 9}
     assert torch.equal(
-        model.generate(**batch, **wished, cache_implementation="static"), model.generate(**batch, **wished)
+        model.generate(**batch, **arguments, cache_implementation="static"), model.generate(**batch, **arguments)
     )
 
 
 def test_sampling():
     model, batch = varied_model(), source()
-    wished = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 3, "top_k": 20}
+    arguments = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 3, "top_k": 20}
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results.append(model.generate(**batch, **wished))
+        results.append(model.generate(**batch, **arguments))
     assert results[0].shape[0] == 15 and torch.equal(results[0], results[1])
     assert results[0].shape != results[2].shape or not torch.equal(results[0], results[2])
     assert not torch.equal(results[0][0], results[0][1]), "samples of a sentence differ"
     torch.manual_seed(0)
-    assert torch.equal(repeated_memory(model).generate(**batch, **wished), results[0])
+    assert torch.equal(repeated_memory(model).generate(**batch, **arguments), results[0])
 
 
 def test_returned_cache_has_a_row_per_beam():

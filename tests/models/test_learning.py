@@ -16,10 +16,10 @@ def words(rows: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, LONGEST + 1, (rows, 1), generator=generator)
     digits = torch.randint(FIRST_DIGIT, FIRST_DIGIT + 10, (rows, LONGEST), generator=generator)
-    place = torch.arange(LONGEST + 1)
-    backwards = digits.gather(1, (lengths - 1 - place).clamp_min(0).clamp_max(LONGEST - 1))
-    labels = backwards.masked_fill(place == lengths, EOS).masked_fill(place > lengths, IGNORE_INDEX)
-    mask = place[:-1] < lengths
+    positions = torch.arange(LONGEST + 1)
+    backwards = digits.gather(1, (lengths - 1 - positions).clamp_min(0).clamp_max(LONGEST - 1))
+    labels = backwards.masked_fill(positions == lengths, EOS).masked_fill(positions > lengths, IGNORE_INDEX)
+    mask = positions[:-1] < lengths
     return {"input_ids": digits.masked_fill(~mask, PAD), "attention_mask": mask.long(), "labels": labels}
 
 

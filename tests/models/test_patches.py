@@ -70,8 +70,10 @@ def test_2d_sine_cosine_positions(rows, columns):
     table = sincos_2d(rows, columns, dim).view(rows, columns, dim)
     for y in range(rows):
         for x in range(columns):
-            angles = {place: [place / 10000 ** (i / 4) for i in range(4)] for place in (x, y)}
-            expected = [f(angle) for place in (x, y) for f in (math.sin, math.cos) for angle in angles[place]]
+            angles = {coordinate: [coordinate / 10000 ** (i / 4) for i in range(4)] for coordinate in (x, y)}
+            expected = [
+                f(angle) for coordinate in (x, y) for f in (math.sin, math.cos) for angle in angles[coordinate]
+            ]
             assert table[y, x].tolist() == pytest.approx(expected, abs=1e-6)
 
 

@@ -68,7 +68,7 @@ def save(folder: Path, options: list[dict], **fields) -> None:
         "batch": batch,
         "logits": model(**batch).logits,
         "hidden": model.model(**batch).last_hidden_state,
-        "generated": [(wished, model.generate(**inputs, **wished)) for wished in options],
+        "generated": [(arguments, model.generate(**inputs, **arguments)) for arguments in options],
     }
     torch.save(saved, folder / "saved.pt")
 

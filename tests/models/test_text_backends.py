@@ -157,11 +157,11 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
     """The decoding step as one graph with a static cache; on a CPU transformers compiles only if requested."""
     model = tiny_text("causal")
     inputs = {"input_ids": text_batch("causal")["input_ids"][:1, :5].repeat(2, 1)}
-    wished = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams, "do_sample": False}
-    expected = model.generate(**inputs, **wished)
+    arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    expected = model.generate(**inputs, **arguments)
     config = CompileConfig(fullgraph=True)
     config._compile_all_devices = True
-    compiled = model.generate(**inputs, **wished, cache_implementation="static", compile_config=config)
+    compiled = model.generate(**inputs, **arguments, cache_implementation="static", compile_config=config)
     assert torch.equal(compiled, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 

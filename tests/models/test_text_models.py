@@ -28,12 +28,12 @@ def test_cache_does_not_change_the_output(name, backend):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_left_padding_does_not_change_the_output(beams):
     model = tiny_text("causal")
-    wished = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
     short, long = torch.tensor([[7, 8, 9]]), torch.tensor([[5, 6, 7, 8, 9]])
     padded = torch.tensor([[0, 0, 7, 8, 9], [5, 6, 7, 8, 9]])
-    both = model.generate(padded, attention_mask=(padded > 0).long(), **wished)
+    both = model.generate(padded, attention_mask=(padded > 0).long(), **arguments)
     for row, alone, start in ((0, short, 2), (1, long, 0)):
-        got = model.generate(alone, attention_mask=torch.ones_like(alone), **wished)[0]
+        got = model.generate(alone, attention_mask=torch.ones_like(alone), **arguments)[0]
         assert torch.equal(both[row, start : start + len(got)], got)
 
 

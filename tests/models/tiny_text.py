@@ -99,8 +99,8 @@ def twice(rows: int, half: int, seed: int, words: int = 11, first: int = 5, mask
     A masked token is always visible ``half`` positions away, and nowhere else.
     """
     generator = torch.Generator().manual_seed(seed)
-    said = torch.randint(first, first + words, (rows, half), generator=generator)
+    half_ids = torch.randint(first, first + words, (rows, half), generator=generator)
     chance = torch.rand(rows, half, generator=generator)
     hidden = torch.cat([chance < 0.25, chance > 0.75], dim=1)  # (B, 2 half)
-    ids = torch.cat([said, said], dim=1)
+    ids = torch.cat([half_ids, half_ids], dim=1)
     return {"input_ids": ids.masked_fill(hidden, mask_id), "labels": ids.masked_fill(~hidden, IGNORE_INDEX)}

@@ -83,10 +83,10 @@ def test_loss_computed_for_labelled_tokens_only(head):
     model = getattr(hf_tfm, f"TfmBert{head}")(hf_tfm.TfmBertConfig(**SHAPE))
     given = {**inputs(head), **HEADS[head]}
     whole, rows = model(**given), model(**given, return_logits=False)
-    places = (MASKED.flatten() != -100).nonzero()[:, 0]
-    told = model(**given, return_logits=False, masked_positions=places)
+    positions = (MASKED.flatten() != -100).nonzero()[:, 0]
+    compact = model(**given, return_logits=False, masked_positions=positions)
     assert rows.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
-    assert told.loss.item() == rows.loss.item()
+    assert compact.loss.item() == rows.loss.item()
     name = "logits" if head == "ForMaskedLM" else "prediction_logits"
     assert rows.get(name) is None and whole[name].shape == (3, 11, 50)
     gradients = [torch.autograd.grad(out.loss, model.parameters(), allow_unused=True) for out in (whole, rows)]

@@ -147,8 +147,6 @@ def test_images_of_other_sizes(native_class, size, tmp_path):
     """For the MAE the encoder only: transformers' decoder resizes its table as if all patches were in one row.
 
     (32, 8) has as many patches as the model has positions, in another grid.
-
-    (32, 8) has as many patches as the model has positions, in another grid.
     """
     native = native_model(native_class)
     native.save_pretrained(tmp_path)

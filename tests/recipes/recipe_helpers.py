@@ -97,9 +97,9 @@ def start_process(*command: str, **changes: str) -> subprocess.Popen:
 
 def finish_process(process: subprocess.Popen, expected: int = 0) -> str:
     """Wait for a process; returns its output."""
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == expected, said[-4000:]
-    return said
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == expected, printed[-4000:]
+    return printed
 
 
 def history(folder: Path) -> list[dict]:

@@ -65,8 +65,8 @@ def write_coco(folder: Path, splits: DatasetDict) -> Path:
 
 def write_voc(folder: Path, splits: DatasetDict) -> Path:
     """Write Pascal VOC's layout: pixel coordinates start at 1 and include the last pixel."""
-    for place in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / place).mkdir(parents=True)
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
     for split, rows in splits.items():
         stems = [f"{split}{number:03}" for number in range(len(rows))]
         (folder / "ImageSets" / "Main" / f"{split.removesuffix('idation')}.txt").write_text("\n".join(stems))

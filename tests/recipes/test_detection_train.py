@@ -220,8 +220,8 @@ def test_initialization_with_other_classes_resets_the_class_head_and_logs_it(tra
         }
         fresh = "query_position_embeddings.weight" if case == "queries" else "class_labels_classifier"
         assert moved and all(fresh in name for name in moved), case
-        (told,) = [r.getMessage() for r in caplog.records if "initialised randomly" in r.getMessage()]
-        assert fresh in told
+        (message,) = [r.getMessage() for r in caplog.records if "initialised randomly" in r.getMessage()]
+        assert fresh in message
         config = AutoModelForObjectDetection.from_pretrained(tmp_path / case).config
         assert [config.id2label[i] for i in range(len(names))] == names
 

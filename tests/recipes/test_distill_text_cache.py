@@ -119,7 +119,7 @@ def test_cached_language_teacher_reuses_the_masks_of_its_epochs(data, language_m
 
 def test_distill_cache_lists_its_recipes(capsys):
     assert run("distill_cache", "translation_train") == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert all(
-        recipe in said.split("available: ")[1] for recipe in ("distill_pretrain", "distill_task", "distill_vision")
+        recipe in printed.split("available: ")[1] for recipe in ("distill_pretrain", "distill_task", "distill_vision")
     )

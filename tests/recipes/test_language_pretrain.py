@@ -44,8 +44,8 @@ def data(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("texts")
     sentence = "the {} {} saw a {} near the {} and went home"
-    sizes, animals, places = ("big", "small", "old"), ("cat", "dog", "fox", "owl"), ("river", "house", "hill")
-    texts = [sentence.format(s, a, b, p) for s in sizes for a in animals for b in animals for p in places]
+    sizes, animals, landmarks = ("big", "small", "old"), ("cat", "dog", "fox", "owl"), ("river", "house", "hill")
+    texts = [sentence.format(s, a, b, p) for s in sizes for a in animals for b in animals for p in landmarks]
     for split, part in {"train": [*texts[::2], ""], "validation": texts[1:40:2], "test": texts[41:80:2]}.items():
         Dataset.from_dict({"text": part, "number": range(len(part))}).to_parquet(str(folder / f"{split}.parquet"))
     other = tmp_path_factory.mktemp("other")
@@ -102,10 +102,10 @@ def test_gpt_learns_to_continue(data, tmp_path):
     assert run_recipe(*command_line(data[0], tmp_path / "run", sequences="rows", **options)) == 0
     fresh_state()
     write = pipeline("text-generation", str(tmp_path / "run"))
-    (said,) = write(
+    (generated,) = write(
         "the big dog saw a cat near the hill and", max_new_tokens=2, do_sample=False, add_special_tokens=False
     )
-    assert said["generated_text"].endswith("and went home")
+    assert generated["generated_text"].endswith("and went home")
 
 
 def test_more_texts_are_trained_on(data, tmp_path):

@@ -35,8 +35,8 @@ def own(tmp_path):
     tokenizer = train_wordpiece(["one hundred and two", "hundert zwei"], 90)
     BertForSequenceClassification(BertConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    places = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnClassifier"}
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": places}
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnClassifier"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE.format(ran=str(tmp_path / "RAN")))
     return folder

@@ -58,9 +58,9 @@ def test_killed_stopped_and_resumed_with_three_launchers(data, whole, tmp_path):
     process = start_process("-m", "hf_tfm.cli", "run", "translation_train", *argv)
     wait_for_step(tmp_path / "run", 30)
     os.killpg(process.pid, signal.SIGTERM)
-    said = finish_process(process, expected=0)
-    assert "resuming from" in said
-    assert "asked to stop: state saved at step" in said and "run the same command to resume" in said
+    printed = finish_process(process, expected=0)
+    assert "resuming from" in printed
+    assert "asked to stop: state saved at step" in printed and "run the same command to resume" in printed
     assert not (tmp_path / "run" / "results.json").exists()
 
     config = str(ROOT / "recipes" / "launch" / "cpu.yaml")
@@ -78,9 +78,9 @@ def test_two_processes(data, whole, tmp_path):
     argv = command_line(data, tmp_path / "run", **options)
     run_recipe(*command_line(data, tmp_path / "one", **options))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
-    said = finish_process(start_process(*launcher, *argv))
+    printed = finish_process(start_process(*launcher, *argv))
     results, alone = record(tmp_path / "run"), record(tmp_path / "one")
-    assert said.count("  test   bleu ") == 1  # only one process prints
+    assert printed.count("  test   bleu ") == 1  # only one process prints
     assert results.hardware["count"] == 2
     assert results.command.startswith("python -m torch.distributed.run --nproc_per_node 2 -m hf_tfm.cli run ")
     assert results.training["steps"] == 60 and results.training["epochs"] == alone.training["epochs"]
@@ -111,8 +111,8 @@ print(commit.oid)
 def test_hub_data_has_its_commit_and_licence(data, tmp_path):
     argv = [str(data), *command_line("user/numbers", tmp_path / "run")]
     with HubServer() as hub:
-        place = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        process = start_process("-c", HUB_RUN, *argv, **place, HF_HUB_DISABLE_XET="1")
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        process = start_process("-c", HUB_RUN, *argv, **variables, HF_HUB_DISABLE_XET="1")
         commit = finish_process(process).splitlines()[-1]
     found = record(tmp_path / "run").data
     assert (found["path"], found["revision"], found["license"]) == ("user/numbers", commit, "cc0-1.0")

@@ -92,9 +92,9 @@ def test_run_that_failed_in_its_first_step_is_replaced(numbers, tmp_path, monkey
 @pytest.mark.parametrize("option", ["model_name_or_path", "tokenizer"])
 def test_inputs_of_a_run_are_not_overwritten(numbers, trained, option, overwrite):
     before = contents(trained)
-    place = {"model_name_or_path": trained, "tokenizer": trained / "tokenizer"}[option]
-    with pytest.raises(ValueError, match=f'output_dir .* is or holds {option} "{place}", which the run reads'):
-        run_recipe(*command_line(numbers, trained, **{option: place}, seed=4, overwrite_output_dir=overwrite))
+    path = {"model_name_or_path": trained, "tokenizer": trained / "tokenizer"}[option]
+    with pytest.raises(ValueError, match=f'output_dir .* is or holds {option} "{path}", which the run reads'):
+        run_recipe(*command_line(numbers, trained, **{option: path}, seed=4, overwrite_output_dir=overwrite))
     with pytest.raises(ValueError, match="is or holds dataset"):
         run_recipe(*command_line(numbers, numbers, overwrite_output_dir=overwrite))
     assert contents(trained) == before

@@ -71,10 +71,10 @@ def test_it_learns_and_the_saved_model_has_the_reported_score(tmp_path):
     fresh_state()
     again = evaluate(str(tmp_path / "run"), dataset_name="number-parity", split="test", progress=False)
     assert {row["name"]: row["value"] for row in again["metrics"]}["accuracy"] == found["test", "accuracy"]
-    said = pipeline("text-classification", model=str(tmp_path / "run"))(
+    predictions = pipeline("text-classification", model=str(tmp_path / "run"))(
         ["two hundred and six thousand and one", "one hundred and twenty-two"]
     )
-    assert [row["label"] for row in said] == ["odd", "even"]
+    assert [row["label"] for row in predictions] == ["odd", "even"]
 
 
 def test_regression(tmp_path):
@@ -185,8 +185,8 @@ def test_all_tasks_with_one_command(tasks, tmp_path, capsys):
     means = [sum(v for key, v in found.items() if key[0] == task) / 2 for task in ("mrpc", "stsb", "mnli")]
     assert result["macro_average"] == pytest.approx(sum(means) / 3)
     assert set(result["missing"]) == {"cola", "sst2", "qqp", "qnli", "rte", "wnli"}
-    said = capsys.readouterr().out
-    assert "macro average of 3 of GLUE's 9 tasks" in said and "cola: not scored, dataset_name" in said
+    printed = capsys.readouterr().out
+    assert "macro average of 3 of GLUE's 9 tasks" in printed and "cola: not scored, dataset_name" in printed
     # Each task is a separate run, and its command repeats only that task.
     alone = record(tmp_path / "run" / "mnli")
     assert alone.command.endswith("--tasks null --task mnli --output_dir mnli")
@@ -203,8 +203,8 @@ def test_no_task_has_data(tmp_path):
 def test_two_processes_train_several_tasks(tasks, tmp_path):
     argv = command_line(tasks, tmp_path / "run", text_columns=None, tasks="mrpc,stsb")
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", RECIPE.stem)
-    said = finish_process(start_process(*launcher, *argv))
-    assert said.count("macro average of 2") == 1
+    printed = finish_process(start_process(*launcher, *argv))
+    assert printed.count("macro average of 2") == 1
     assert record(tmp_path / "run" / "stsb").hardware["count"] == 2
 
 

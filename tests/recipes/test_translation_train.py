@@ -235,7 +235,7 @@ def test_overwriting_another_run(data, tmp_path):
 # --- refused before training
 
 
-def said(capsys, *argv):
+def parser_error(capsys, *argv):
     """Error message for a command line that the parser rejects."""
     with pytest.raises(SystemExit) as ended:
         run_recipe(*argv)
@@ -273,7 +273,7 @@ def said(capsys, *argv):
     ],
 )
 def test_incompatible_options_are_refused(tmp_path, capsys, data, options, named):
-    message = said(capsys, *command_line(data, tmp_path / "run", **options))
+    message = parser_error(capsys, *command_line(data, tmp_path / "run", **options))
     assert named in message.replace("\n", " ")
     assert not (tmp_path / "run").exists()
 

@@ -344,8 +344,8 @@ def test_bad_images_are_skipped_and_reported(tmp_path, caplog):
     for recipe in ("mae_pretrain", "image_classification_train"):
         caplog.clear()
         run(recipe, broken, tmp_path / recipe)
-        told = [line.getMessage() for line in caplog.records if "is left out" in line.getMessage()]
-        assert sorted(line.split()[1] for line in told) == ["11", "3"]
+        messages = [line.getMessage() for line in caplog.records if "is left out" in line.getMessage()]
+        assert sorted(line.split()[1] for line in messages) == ["11", "3"]
         with pytest.raises(ValueError, match="more images cannot be read than max_bad_images=1 allows: image"):
             run(recipe, broken, tmp_path / f"{recipe}-strict", max_bad_images=1)
 

@@ -57,9 +57,9 @@ def write_imagefolder(folder: Path) -> Path:
     """Write the same images as files."""
     for split in SPLITS:
         for number in numbers_of(split):
-            place = folder / split / CLASSES[number % 3]
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number:03}.png").write_bytes(image_file(number))
+            class_folder = folder / split / CLASSES[number % 3]
+            class_folder.mkdir(parents=True, exist_ok=True)
+            (class_folder / f"{number:03}.png").write_bytes(image_file(number))
     return folder
 
 

@@ -26,8 +26,8 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
     model = build()
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    for step in WatchedLoader(training_loader(task, examples(bad=BAD), micro=micro, **place)).epoch(0):
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    for step in WatchedLoader(training_loader(task, examples(bad=BAD), micro=micro, **ranks)).epoch(0):
         train_step(accelerator, task, prepared, optimizer, step)
     return full_weights(model)
 
@@ -36,8 +36,8 @@ def prediction(accelerator: Accelerator, count: int) -> list:
     """Results of `predict` for some images, as lists."""
     task = classification()
     task.accelerator = accelerator
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = WatchedLoader(evaluation_loader(task, examples(count, bad=BAD), **place))
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = WatchedLoader(evaluation_loader(task, examples(count, bad=BAD), **ranks))
     found = task.predict(tiny_vit(), loader)
     return [found.indices.tolist(), found.labels.tolist(), found.top.tolist(), found.loss]
 

@@ -60,8 +60,8 @@ def test_statistics_are_those_of_all_features(accelerator, bad, token):
         states = torch.cat([model.vit(**task.inputs(batch)).last_hidden_state for batch in batches]).double()
     assert len(states) == 12 - len(bad)
     assert list(found) == ["classifier", "distillation_classifier"][: 1 + token]
-    for place, (mean, variance) in enumerate(found.values()):
-        features = states[:, place]
+    for column, (mean, variance) in enumerate(found.values()):
+        features = states[:, column]
         assert torch.allclose(mean, features.mean(dim=0), atol=1e-6)
         assert torch.allclose(variance, features.var(dim=0, unbiased=False), atol=1e-6)
 

@@ -65,10 +65,10 @@ def examples(count: int = 14, numbers: bool = False) -> list[dict]:
     return rows
 
 
-def loader(task: TextClassificationTask, rows: list, micro: int | None = None, batch_size: int = 7, **place):
+def loader(task: TextClassificationTask, rows: list, micro: int | None = None, batch_size: int = 7, **ranks):
     """Shuffled steps of texts of similar length."""
     sampler = LengthBatchSampler(np.array([len(row["input_ids"]) for row in rows]), batch_size, seed=1)
-    return StepLoader(rows, sampler, task.collator(), micro, **place)
+    return StepLoader(rows, sampler, task.collator(), micro, **ranks)
 
 
 def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[str, torch.Tensor]:
@@ -79,8 +79,8 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
     args = TrainingArguments(output_dir=".", max_steps=2, adam_epsilon=1e-4, warmup_steps=0)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     prepared.train()
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    for step in loader(task, examples(numbers=name == "numbers"), micro, **place).epoch(0):
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    for step in loader(task, examples(numbers=name == "numbers"), micro, **ranks).epoch(0):
         train_step(accelerator, task, prepared, optimizer, step)
     return full_weights(model)
 
@@ -88,5 +88,5 @@ def train_steps(accelerator: Accelerator, name: str, micro: int | None) -> dict[
 def prediction(accelerator: Accelerator, count: int) -> Predictions:
     """Results of `predict` for some texts."""
     task = classification()
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    return predict(accelerator, task, bert(), loader(task, examples(count), batch_size=4, **place))
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    return predict(accelerator, task, bert(), loader(task, examples(count), batch_size=4, **ranks))

@@ -21,7 +21,7 @@ class RecipeArguments(TokenBatchArguments):
     """Arguments of a recipe.
 
     Args:
-        model: fields.
+        model: configuration fields.
     """
 
     model: dict[str, int | float | bool | str] | None = None
@@ -73,9 +73,9 @@ def test_null_overrides_a_config_value(tmp_path):
     ],
 )
 def test_errors_name_the_key(capsys, words, named):
-    said = refused(capsys, *words)
-    assert named in said and said.startswith("hf-tfm run translation_train: ")
-    assert len(said.splitlines()) == 1 and len(said) < 400
+    message = refused(capsys, *words)
+    assert named in message and message.startswith("hf-tfm run translation_train: ")
+    assert len(message.splitlines()) == 1 and len(message) < 400
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert "Train a Transformer to translate" in said
+    printed = capsys.readouterr().out
+    assert "Train a Transformer to translate" in printed
     for field in fields(TokenBatchArguments):
-        assert f"--{field.name}" in said
+        assert f"--{field.name}" in printed
 
 
 def test_options_that_may_change_on_resume_exist():

@@ -225,7 +225,7 @@ def test_parts_prepared_before_the_claim_are_moved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("path", "message"),
     [
         ("", "must name a folder"),
         ("  ", "must name a folder"),
@@ -240,7 +240,7 @@ def test_parts_prepared_before_the_claim_are_moved(tmp_path):
         ("link", "is the working directory"),
     ],
 )
-def test_invalid_output_folders_are_refused(tmp_path, monkeypatch, place, message):
+def test_invalid_output_folders_are_refused(tmp_path, monkeypatch, path, message):
     (tmp_path / "work" / "inner").mkdir(parents=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "file").write_text("precious")
@@ -249,7 +249,7 @@ def test_invalid_output_folders_are_refused(tmp_path, monkeypatch, place, messag
     (tmp_path / "link").symlink_to("work/inner")
     monkeypatch.chdir(tmp_path / "work" / "inner")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    given = place if place.strip() in ("", "/", ".") else str(tmp_path / {"~": "home"}.get(place, place))
+    given = path if path.strip() in ("", "/", ".") else str(tmp_path / {"~": "home"}.get(path, path))
     with pytest.raises(ValueError, match=f"output_dir .*({message})"):
         check_place(given)
     check_place(str(tmp_path / "work" / "run"))
@@ -271,17 +271,17 @@ class Inputs:
 @pytest.mark.parametrize(
     "name", ["model_name_or_path", "teacher", "tokenizer", "dataset_name", "cache", "data_files", "more_texts"]
 )
-@pytest.mark.parametrize("place", ["run", "run/part", "run/../run/part", "link", "alias/part", "snapshot"])
-def test_inputs_in_the_output_folder_are_refused(tmp_path, name, place):
+@pytest.mark.parametrize("path", ["run", "run/part", "run/../run/part", "link", "alias/part", "snapshot"])
+def test_inputs_in_the_output_folder_are_refused(tmp_path, name, path):
     (tmp_path / "run" / "part").mkdir(parents=True)
     (tmp_path / "run" / "part" / "weights").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "run" / "part")
     (tmp_path / "alias").symlink_to(tmp_path / "run")
     (tmp_path / "snapshot").mkdir()  # as the Hub's cache: a folder of links
     (tmp_path / "snapshot" / "weights").symlink_to(tmp_path / "run" / "part" / "weights")
-    value = str(tmp_path / place)
+    value = str(tmp_path / path)
     given = {"data_files": {"train": [value]}, "more_texts": [Inputs("", dataset_name=value)]}.get(name, value)
-    with pytest.raises(ValueError, match=rf'output_dir ".*run" is or holds {name}.* ".*{place}", which the run reads'):
+    with pytest.raises(ValueError, match=rf'output_dir ".*run" is or holds {name}.* ".*{path}", which the run reads'):
         check_inputs(Inputs(str(tmp_path / "run"), **{name: given}))
     check_inputs(Inputs(str(tmp_path / "other"), **{name: given}))
 
@@ -378,25 +378,25 @@ def test_without_record_locks_the_process_id_decides(tmp_path, monkeypatch):
 
 def test_model_is_moved_file_by_file(tmp_path):
     part, folder = tmp_path / "part", tmp_path / "folder"
-    for place, names in (
+    for target, names in (
         (part, ("config.json", "model.safetensors")),
         (folder, ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "mine.txt")),
     ):
-        place.mkdir()
+        target.mkdir()
         for name in names:
-            (place / name).write_text(place.name)
+            (target / name).write_text(target.name)
     run_folder.place_new(part, folder)
     assert contents(folder) == {"config.json": b"part", "model.safetensors": b"part", "mine.txt": b"folder"}
     assert not part.exists()
 
 
-@pytest.mark.parametrize("place", ["file/run", "/proc/hf-tfm/run"])
-def test_unwritable_folder(tmp_path, place):
+@pytest.mark.parametrize("target", ["file/run", "/proc/hf-tfm/run"])
+def test_unwritable_folder(tmp_path, target):
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(WriteError, match=r"could not write .*run .*MB are free"):
-        claim(tmp_path / place)
+        claim(tmp_path / target)
     with pytest.raises(WriteError, match="could not write"):
-        run_training(arguments(tmp_path / place))
+        run_training(arguments(tmp_path / target))
 
 
 def test_write_errors_are_explained_once(tmp_path):

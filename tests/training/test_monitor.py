@@ -106,21 +106,21 @@ def test_epoch_counts_passes_over_the_data(tmp_path):
 
 def test_without_progress_lines_replace_the_bar(tmp_path, capsys):
     run_training(arguments(tmp_path / "run"))
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert said.out.startswith("step 3 of 12: loss ")
-    assert "target tokens/s, 0:00:0" in said.out  # speed and remaining time
-    assert "step 5: loss 4.155 (best)" in said.out
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("step 3 of 12: loss ")
+    assert "target tokens/s, 0:00:0" in printed.out  # speed and remaining time
+    assert "step 5: loss 4.155 (best)" in printed.out
 
 
 def test_with_progress_the_bar_replaces_log_lines(tmp_path, capsys):
     args = arguments(tmp_path / "run")
     args.progress = True
     run_training(args)
-    said = capsys.readouterr()
-    assert "train: 100%" in said.err and "12/12" in said.err and "target tokens/s" in said.err
-    assert "of 12: loss" not in said.out
-    assert "step 5: loss 4.155 (best)" in said.out
+    printed = capsys.readouterr()
+    assert "train: 100%" in printed.err and "12/12" in printed.err and "target tokens/s" in printed.err
+    assert "of 12: loss" not in printed.out
+    assert "step 5: loss 4.155 (best)" in printed.out
 
 
 def test_resumed_progress_bar_starts_at_its_step(tmp_path, capsys):

@@ -7,12 +7,12 @@ from hf_tfm.training import run
 
 
 @pytest.mark.parametrize(
-    ("precision", "fast", "said"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
+    ("precision", "fast", "warns"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
 )
-def test_emulated_bf16_warns(precision, fast, said, monkeypatch, capsys):
+def test_emulated_bf16_warns(precision, fast, warns, monkeypatch, capsys):
     monkeypatch.setattr(run, "has_fast_bf16", lambda: fast)
     fresh_accelerator(arguments(".", mixed_precision=precision))
-    assert ('mixed_precision="bf16" is emulated on this CPU' in capsys.readouterr().out) is said
+    assert ('mixed_precision="bf16" is emulated on this CPU' in capsys.readouterr().out) is warns
 
 
 def test_bf16_support_is_read_from_the_cpu_flags(tmp_path, monkeypatch):

@@ -57,15 +57,15 @@ def test_killed_in_any_epoch(tmp_path, whole, workers, seed):
 
 
 @pytest.mark.parametrize(
-    ("deadly", "left"),
+    ("kill_at", "left"),
     [
         (("hf_tfm.training.checkpoint.sync", 9), ".part-step-00000010"),  # before the second checkpoint is renamed
         (("shutil.rmtree", 5), ".old-step-00000005"),  # while the first is deleted
     ],
 )
-def test_killed_while_a_checkpoint_is_written_or_deleted(tmp_path, whole, deadly, left):
+def test_killed_while_a_checkpoint_is_written_or_deleted(tmp_path, whole, kill_at, left):
     args = run_args(tmp_path / "run")
-    assert start(args, DROPOUT, deadly=deadly) == (-9, None)
+    assert start(args, DROPOUT, kill_at=kill_at) == (-9, None)
     assert (tmp_path / "run" / "checkpoints" / left).is_dir()
     code, report = start(args, DROPOUT)
     assert code == 0

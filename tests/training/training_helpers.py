@@ -58,14 +58,14 @@ def tiny_loader(rows: list, task: TranslationTask, args: TokenBatchArguments, ac
     """Shuffled steps of ``rows`` for this rank."""
     lengths = np.array([[len(row["input_ids"]), len(row["labels"])] for row in rows])
     sampler = TokenBudgetSampler(lengths, args.batch_tokens, args.seed)
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return StepLoader(
         rows,
         sampler,
         task.collator(),
         args.micro_batch_tokens,
         num_workers=args.dataloader_num_workers,
-        **place,
+        **ranks,
     )
 
 
@@ -179,12 +179,12 @@ def kill_at_call(path: str, number: int) -> None:
     owner = importlib.import_module(module)
     function, calls = getattr(owner, name), itertools.count(1)
 
-    def deadly(*args, **kwargs):
+    def killing(*args, **kwargs):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, killing)
 
 
 def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
@@ -192,8 +192,8 @@ def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], option
     os.setpgrp()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process started by hand
-    if deadly := options.pop("deadly", None):
-        kill_at_call(*deadly)
+    if kill_at := options.pop("kill_at", None):
+        kill_at_call(*kill_at)
     if limit := options.pop("file_limit", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     args = TokenBatchArguments(**overrides)
@@ -213,11 +213,11 @@ def start(
 
     Args:
         fields: configuration fields of the model.
-        options: see `run_training`; also ``deadly``, arguments of `kill_at_call`, and ``file_limit``, the largest size
-            of a file in bytes, which stands in for a full disk.
+        options: see `run_training`; also ``kill_at``, arguments of `kill_at_call`, and ``file_limit``, the maximum
+            file size in bytes, which simulates a full disk.
 
     Returns:
-        The exit code, negative for a signal, and what the run reports if it came to its end.
+        The exit code, negative for a signal, and the report of a run that finished.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

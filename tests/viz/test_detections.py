@@ -111,8 +111,8 @@ def test_boxes_are_drawn_in_their_places():
     assert [p.get_bbox().extents.tolist() for p in solid] == BOXES[order].tolist()
     for patch, i in zip(solid, order, strict=True):
         np.testing.assert_allclose(to_rgb(patch.get_edgecolor()), class_colour(OBJECTS.labels[i]), atol=1e-6)
-    said = [text.get_text() for text in ax.texts]
-    assert said == ["ox", "sea cucumber 70%", "sea cucumber 80%", "tortoise 90%", "ox 95%"]
+    labels = [text.get_text() for text in ax.texts]
+    assert labels == ["ox", "sea cucumber 70%", "sea cucumber 80%", "tortoise 90%", "ox 95%"]
     np.testing.assert_allclose(ax.get_xlim(), (-0.5, 99.5))
     np.testing.assert_allclose(ax.get_ylim(), (59.5, -0.5))
 

@@ -125,8 +125,8 @@ def test_plots_show_each_head_and_rollout(maps, drawn, tmp_path):
     image, _, weighted = rollout.panels[0]
     np.testing.assert_array_equal(image, maps.image)
     strongest = np.unravel_index(maps.rollout.argmax(), (2, 3))
-    place = np.s_[4 * strongest[0] : 4 * strongest[0] + 4, 4 * strongest[1] : 4 * strongest[1] + 4]
-    np.testing.assert_allclose(weighted[place], maps.image[place], rtol=1e-6)
+    patch = np.s_[4 * strongest[0] : 4 * strongest[0] + 4, 4 * strongest[1] : 4 * strongest[1] + 4]
+    np.testing.assert_allclose(weighted[patch], maps.image[patch], rtol=1e-6)
     assert (weighted <= maps.image + 1e-6).all() and weighted.sum() < maps.image.sum()
     for mosaic, file in zip(drawn, files, strict=True):
         assert imread(file).shape == (int(mosaic.height * 100), int(mosaic.width * 100), 4)
