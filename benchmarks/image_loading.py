@@ -72,7 +72,7 @@ def implementations(
     """The pipelines over the same images: epoch number -> its batches.
 
     Args:
-        first: the peer's transform in place of the crop of ``augmentation``.
+        first: the peer's transform that replaces the crop of ``augmentation``.
     """
     processor = image_processor(size)
     model = TfmViTForImageClassification(TfmViTConfig.of_size("tiny", image_size=size, num_labels=10))

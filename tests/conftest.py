@@ -47,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave everything that is imported by now out of garbage collection.
+    """Exclude all objects created by imports from garbage collection.
 
-    Otherwise every ``gc.collect()``, which accelerate calls whenever it loads or frees a model, walks through several
+    Otherwise every ``gc.collect()``, which accelerate calls whenever it loads or frees a model, traverses several
     million objects for half a second.
     """
     gc.collect()

@@ -1,4 +1,4 @@
-"""COCO, Roboflow and Pascal VOC folders are read as the same rows; invalid files are reported with the place."""
+"""COCO, Roboflow and Pascal VOC folders are read as the same rows; errors name file and entry."""
 
 import copy
 import json

@@ -229,7 +229,7 @@ def test_data_without_usable_objects_is_refused_with_counts(change, message):
     rows = Dataset.from_dict({"image": rows["image"][:], "objects": objects}, features=rows.features)
     with pytest.raises(ValueError, match=f"there is no object to detect: .*{message}"):
         scene_rows(rows)
-    assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor says more
+    assert scene_rows(rows, strict=False)[1].boxes == sum(map(len, objects))  # the doctor reports more
 
 
 def test_splits_are_checked_before_a_run():

@@ -326,7 +326,7 @@ def test_scaled_learning_rate_and_warmup_are_logged(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
 def test_stored_arguments_are_a_config(recipe, data, tmp_path):
-    """results.json and the model card hold the options as given, and so runs again."""
+    """results.json and the model card hold the options as given, so the run can be repeated."""
     given = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 1}
     folder = run(recipe, data, tmp_path / "run", **given)
     file = tmp_path / "arguments.yaml"
