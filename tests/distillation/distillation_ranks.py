@@ -1,6 +1,5 @@
-"""Worker for test_distillation_ranks.py: python -m torch.distributed.run ... FOLDER"""
+"""Code that test_distillation_ranks.py runs on every rank: `main`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,3 @@ def main(folder: Path) -> None:
             if accelerator.is_main_process:
                 save_file(weights, folder / f"{name}-{micro}.safetensors")
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

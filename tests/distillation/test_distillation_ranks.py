@@ -1,15 +1,12 @@
 """Two processes train a student and write a cache with the same results as one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import distillation_ranks
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from distillation_ranks import TERMS, build, cache, train_steps
+from processes import run_ranks
 from safetensors.torch import load_file
 
 
@@ -17,15 +14,7 @@ from safetensors.torch import load_file
 def two(tmp_path_factory):
     """The output folder of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("distillation_ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(distillation_ranks.main, folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Cached teacher signals equal online ones; incomplete caches and caches of another run are rejected."""
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -26,6 +25,7 @@ from distillation_helpers import (
     training_samples,
     vit,
 )
+from processes import start
 
 from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.data.batching import SampleRef, StepLoader, key_of, sample_ref
@@ -213,11 +213,7 @@ def write_until(folder, shard):
 def test_killed_writer_resumes(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     torch.set_num_threads(1)
-    # A fork would inherit torch's thread pool without its threads.
-    process = multiprocessing.get_context("spawn").Process(target=write_until, args=(killed, 2))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert start(write_until, killed, 2).wait(timeout=200) == -signal.SIGKILL
     assert shard_path(killed, 1).is_file() and not shard_path(killed, 2).is_file()
     with pytest.raises(ValueError, match="lacks 1 of 3 shards: run the command that wrote it again to resume"):
         CachedTeacher(killed)

@@ -1,10 +1,4 @@
-"""Worker for test_metric_ranks.py.
-
-python -m torch.distributed.run --nproc_per_node 2 metric_ranks.py FOLDER
-"""
-
-import sys
-from pathlib import Path
+"""Code that test_metric_ranks.py runs on every rank: `main`."""
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -47,7 +41,3 @@ def main(folder):
             result = score(name, seeds[rank], lambda state: gather_object([state]))
             (folder / f"{name}-{share}-{rank}.txt").write_text(result)
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,12 +1,13 @@
 """Tensor-parallel and FSDP plans name existing modules, in every family and with every head."""
 
 import copy
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from head_cases import CASES, collate
+from processes import run_ranks
 from torch import nn
 
 import hf_tfm
@@ -40,19 +41,16 @@ def test_every_pattern_matches_and_every_block_is_planned(name):
     assert sharded == {path.rsplit(".", 2)[0] for path in blocks}
 
 
-RANKS = """
-import sys
-import torch, torch.distributed as dist
-from head_cases import CASES, collate
-for name in sys.argv[2:]:
-    case = CASES[name]
-    model = case.model_class.from_pretrained(f"{sys.argv[1]}/{name}", tp_plan="auto").eval()
-    logits = model(**collate(case.rows())).logits
-    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-    if dist.get_rank() == 0:
-        torch.save(logits.detach(), f"{sys.argv[1]}/{name}.pt")
-dist.destroy_process_group()
-"""
+def save_logits(folder: Path) -> None:
+    """Code of every rank."""
+    for name in MODELS:
+        case = CASES[name]
+        model = case.model_class.from_pretrained(folder / name, tp_plan="auto").eval()
+        logits = model(**collate(case.rows())).logits
+        logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+        if dist.get_rank() == 0:
+            torch.save(logits.detach(), folder / f"{name}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_ranks_compute_the_same_as_one(tmp_path):
@@ -62,11 +60,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path):
         model = CASES[name].model().eval()
         model.save_pretrained(tmp_path / name)
         expected[name] = model(**collate(CASES[name].rows())).logits
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path]
-    result = subprocess.run([sys.executable, *map(str, command), *MODELS], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(save_logits, tmp_path)
     for name, logits in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits, rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,6 @@
-"""Worker for test_image_ranks.py: python -m torch.distributed.run ... image_ranks.py FOLDER"""
+"""Code that test_image_ranks.py runs on every rank: `main`."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +53,3 @@ def main(folder: Path) -> None:
     report = [prediction(accelerator, count) for count in (11, 1)]  # with one image, the second process has none
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,14 +1,12 @@
 """Two processes train on images and classify them with the same results as one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import image_ranks
 import pytest
 from image_ranks import BAD, prediction, train_steps
 from image_tasks import CASES
+from processes import run_ranks
 from safetensors.torch import load_file
 
 
@@ -16,15 +14,7 @@ from safetensors.torch import load_file
 def two(tmp_path_factory):
     """The output folder of two gloo processes, and their standard error."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("image_ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_ranks(image_ranks.main, folder)
     return folder, done.stderr
 
 

@@ -1,13 +1,11 @@
 """Two processes train on texts and classify them with the same results as one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import text_ranks
+from processes import run_ranks
 from safetensors.torch import load_file
 from text_tasks import CASES, prediction, train_steps
 
@@ -16,15 +14,7 @@ from text_tasks import CASES, prediction, train_steps
 def two(tmp_path_factory):
     """The output folder of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("text_ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(text_ranks.main, folder)
     return folder
 
 

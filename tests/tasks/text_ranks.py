@@ -1,7 +1,6 @@
-"""Worker for test_text_ranks.py: python -m torch.distributed.run ... text_ranks.py FOLDER"""
+"""Code that test_text_ranks.py runs on every rank: `main`."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +22,3 @@ def main(folder: Path) -> None:
     report = [[part.labels.tolist(), part.logits.tolist(), part.loss] for part in found]
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

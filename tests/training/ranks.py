@@ -1,10 +1,6 @@
-"""Worker for test_ranks.py: several runs, one after another.
-
-python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER
-"""
+"""Code that test_ranks.py runs on every rank: `main`, several runs one after another."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -66,7 +62,3 @@ def main(folder: Path) -> None:
     reports["statistics"] = [norm[0].running_mean.tolist(), norm[0].running_var.tolist()]
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(reports))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

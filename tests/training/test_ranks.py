@@ -1,12 +1,10 @@
 """Two processes train like one: same weights and counts, and each setup resumes the other's checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import ranks
+from processes import run_ranks
 from ranks import EQUAL
 from safetensors.torch import load_file
 from training_helpers import arguments, difference, history, run_training, tiny_model
@@ -23,15 +21,7 @@ def two(tmp_path_factory):
         run_training(arguments(folder / name), events={7: "SIGTERM"})
         for checkpoint in checkpoints(folder / name)[-damaged:]:
             (checkpoint / "model.safetensors").write_bytes(b"")
-    script = Path(__file__).with_name("ranks.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_ranks(ranks.main, folder)
     return folder, done
 
 

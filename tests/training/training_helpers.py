@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -189,9 +189,7 @@ def kill_at_call(path: str, number: int) -> None:
 
 def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], options: dict[str, Any]) -> None:
     """Entry point of the processes of `start`."""
-    os.setpgrp()
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process started by hand
     if kill_at := options.pop("kill_at", None):
         kill_at_call(*kill_at)
     if limit := options.pop("file_limit", None):
@@ -207,9 +205,9 @@ def child(report: str, overrides: dict[str, Any], fields: dict[str, Any], option
 
 
 def start(
-    args: TokenBatchArguments, fields: dict[str, Any] | None = None, timeout: float = 60, **options
+    args: TokenBatchArguments, fields: dict[str, Any] | None = None, timeout: float = 200, **options
 ) -> tuple[int, dict[str, Any] | None]:
-    """Train in a new process, forked from a server that has imported everything once.
+    """Train in a new process.
 
     Args:
         fields: configuration fields of the model.
@@ -219,14 +217,7 @@ def start(
     Returns:
         The exit code, negative for a signal, and the report of a run that finished.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     report = Path(args.output_dir).with_suffix(".json")
     report.unlink(missing_ok=True)
-    process = context.Process(target=child, args=(str(report), asdict(args), fields or {}, options))
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"the run did not end within {timeout} s")
-    return process.exitcode, json.loads(report.read_text()) if report.is_file() else None
+    process = processes.start(child, str(report), asdict(args), fields or {}, options)
+    return process.wait(timeout), json.loads(report.read_text()) if report.is_file() else None
