@@ -9,11 +9,10 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -58,17 +57,12 @@ class Page:
                     words = block.replace("\\\n", " ").replace("DATA", str(folder / "data")).splitlines()
                     self.commands += [shlex.split(line)[1:] for line in words]
 
-    def start(self, *commands: list[str]) -> subprocess.Popen:
+    def start(self, *commands: list[str]) -> processes.ForkedProcess:
         """Start a process that executes some commands."""
-        path = os.pathsep.join([str(self.folder), str(ROOT)])
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, json.dumps(commands)],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)])}
+        # hf_tfm reads the entry points while it is imported.
+        words = ("-c", DRIVER, json.dumps(commands))
+        return processes.start(*words, environment=environment, cwd=self.folder, server="libraries")
 
     def killed(self, command: list[str]) -> None:
         """Execute a training command, and kill it after its first checkpoint."""
@@ -76,15 +70,12 @@ class Page:
         checkpoints = self.folder / command[command.index("--output_dir") + 1] / "checkpoints"
         while process.poll() is None and not list(checkpoints.glob("step-*")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
+        process.kill()
+        processes.finish(process, expected=-signal.SIGKILL)
 
     def output(self, *commands: list[str]) -> str:
         """Execute commands; returns their output."""
-        output, _ = (process := self.start(*commands)).communicate()
-        assert process.returncode == 0, output
-        return output
+        return processes.finish(self.start(*commands), timeout=300)
 
     def results(self, run: str) -> dict:
         return json.loads((self.folder / "runs" / run / "results.json").read_text())

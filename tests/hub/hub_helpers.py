@@ -3,10 +3,9 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -97,16 +96,10 @@ def run_python(code: str, folder: Path, environment: dict[str, str], without_pac
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     # The tested checkout, even if another version is installed.
     package = Path(importlib.util.find_spec("hf_tfm").origin).parents[1]
-    path = os.pathsep.join([str(Path(__file__).parent), str(package)])
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(processes.__file__).parent), str(package)])
     script = folder / ("clean.py" if without_package else "script.py")
     script.write_text((BLOCK_PACKAGE if without_package else "") + code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    process = processes.start(str(script), environment=environment, cwd=folder, server="torch", merge=False)
+    processes.finish(process, timeout=300)
+    return json.loads(process.stdout.read_text().splitlines()[-1])

@@ -3,12 +3,11 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import evaluate
+import processes
 import pytest
 import sacrebleu
 
@@ -198,9 +197,12 @@ def test_loaded_by_path_offline_in_two_processes(tmp_path):
     ranks = []
     for rank, rows in enumerate([slice(0, 2), slice(2, 3)]):
         sentences = {"predictions": PREDICTIONS[rows], "references": REFERENCES[rows]}
-        command = [sys.executable, "-c", RANK, str(rank), json.dumps(sentences)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    results = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+        words = ("-c", RANK, rank, json.dumps(sentences))
+        ranks.append(processes.start(*words, environment=environment, server="torch", merge=False))
+    results = []
+    for rank in ranks:
+        processes.finish(rank)
+        results.append(json.loads(rank.stdout.read_text().splitlines()[-1]))
     alone = {
         name: metric(lowercase=True).compute(predictions=PREDICTIONS, references=REFERENCES)
         for name, metric in METRICS.items()

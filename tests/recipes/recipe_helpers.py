@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 
@@ -82,12 +83,22 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **changes}
 
 
-def start_process(*command: str, **changes: str) -> subprocess.Popen:
-    """Start a Python command, "-m module ..." or "file ...", in the repository root."""
+def start_process(*command: str, server: str = "package", **changes: str) -> processes.ForkedProcess:
+    """Start a Python command line, "-m module ..." or "file ...", in the repository root.
+
+    Args:
+        server: see `processes.start`.
+        changes: to the environment.
+    """
+    return processes.start(*command, environment=environment(**changes), cwd=ROOT, server=server)
+
+
+def start_launcher(*command: str) -> subprocess.Popen:
+    """Start a Python command line as a new process: a launcher, which starts others."""
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment(**changes),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -95,11 +106,11 @@ def start_process(*command: str, **changes: str) -> subprocess.Popen:
     )
 
 
-def finish_process(process: subprocess.Popen, expected: int = 0) -> str:
-    """Wait for a process; returns its output."""
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == expected, printed[-4000:]
-    return printed
+def finish_launcher(process: subprocess.Popen) -> str:
+    """Wait for the successful end of a launcher; returns its output."""
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-4000:]
+    return output
 
 
 def history(folder: Path) -> list[dict]:

@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel
 from matplotlib.image import imread
-from recipe_helpers import ROOT, arguments_of, finish_process, history, record, start_process
+from processes import run_ranks
+from recipe_helpers import ROOT, arguments_of, history, record
 from scene_recipes import LAYOUTS, SCENES, command_line, scenes, train, write_coco, write_hub
 from transformers import (
     AutoImageProcessor,
@@ -168,8 +169,8 @@ def test_micro_batches_and_two_processes_give_the_same_weights(data, tmp_path):
     alone = train(data, tmp_path / "alone", **overrides)
     single = train(data, tmp_path / "single", micro_batch_size=1, **overrides)
     assert distance(alone, single) < 5e-6  # from rounding; the steps are 1e-3 long
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "detection_train")
-    finish_process(start_process(*launcher, *command_line(data, tmp_path / "two", **overrides)))
+    command = ("-m", "hf_tfm.cli", "run", "detection_train")
+    run_ranks(*command, *command_line(data, tmp_path / "two", **overrides), cwd=ROOT)
     assert distance(alone, tmp_path / "two") < 5e-6
     for mine, theirs in zip(record(alone).metrics, record(tmp_path / "two").metrics, strict=True):
         assert mine == {**theirs, "value": pytest.approx(theirs["value"], abs=1e-6)}

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_helpers import ROOT, command_line, finish_process, history, record, run_recipe, start_process, write_data
+from processes import finish
+from recipe_helpers import (
+    ROOT,
+    command_line,
+    finish_launcher,
+    history,
+    record,
+    run_recipe,
+    start_launcher,
+    start_process,
+    write_data,
+)
 from safetensors.torch import load_file
 from server import TOKEN, HubServer
 
@@ -52,20 +63,20 @@ def test_killed_stopped_and_resumed_with_three_launchers(data, whole, tmp_path):
     process = start_process(script, *argv)
     wait_for_step(tmp_path / "run", 10)
     process.kill()
-    finish_process(process, expected=-signal.SIGKILL)
+    finish(process, expected=-signal.SIGKILL)
     assert not (tmp_path / "run" / "results.json").exists()
 
     process = start_process("-m", "hf_tfm.cli", "run", "translation_train", *argv)
     wait_for_step(tmp_path / "run", 30)
     os.killpg(process.pid, signal.SIGTERM)
-    printed = finish_process(process, expected=0)
+    printed = finish(process, expected=0)
     assert "resuming from" in printed
     assert "asked to stop: state saved at step" in printed and "run the same command to resume" in printed
     assert not (tmp_path / "run" / "results.json").exists()
 
     config = str(ROOT / "recipes" / "launch" / "cpu.yaml")
-    process = start_process("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
-    assert "resuming from" in finish_process(process)
+    process = start_launcher("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
+    assert "resuming from" in finish_launcher(process)
     assert history(tmp_path / "run") == history(whole)
     assert record(tmp_path / "run").metrics == record(whole).metrics
     one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))
@@ -78,7 +89,7 @@ def test_two_processes(data, whole, tmp_path):
     argv = command_line(data, tmp_path / "run", **options)
     run_recipe(*command_line(data, tmp_path / "one", **options))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
-    printed = finish_process(start_process(*launcher, *argv))
+    printed = finish_launcher(start_launcher(*launcher, *argv))
     results, alone = record(tmp_path / "run"), record(tmp_path / "one")
     assert printed.count("  test   bleu ") == 1  # only one process prints
     assert results.hardware["count"] == 2
@@ -112,8 +123,8 @@ def test_hub_data_has_its_commit_and_licence(data, tmp_path):
     argv = [str(data), *command_line("user/numbers", tmp_path / "run")]
     with HubServer() as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        process = start_process("-c", HUB_RUN, *argv, **variables, HF_HUB_DISABLE_XET="1")
-        commit = finish_process(process).splitlines()[-1]
+        process = start_process("-c", HUB_RUN, *argv, server="torch", **variables, HF_HUB_DISABLE_XET="1")
+        commit = finish(process).splitlines()[-1]
     found = record(tmp_path / "run").data
     assert (found["path"], found["revision"], found["license"]) == ("user/numbers", commit, "cc0-1.0")
     assert found["rows"]["train"] == 90

@@ -7,7 +7,8 @@ import runpy
 import pytest
 import torch
 from datasets import ClassLabel, Value
-from recipe_helpers import finish_process, fresh_state, history, record, start_process
+from processes import run_ranks
+from recipe_helpers import fresh_state, history, record
 from safetensors.torch import load_file
 from text_recipes import NAMES, RECIPE, TINY, command_line, pretrained, run_recipe, write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -202,9 +203,8 @@ def test_no_task_has_data(tmp_path):
 
 def test_two_processes_train_several_tasks(tasks, tmp_path):
     argv = command_line(tasks, tmp_path / "run", text_columns=None, tasks="mrpc,stsb")
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", RECIPE.stem)
-    printed = finish_process(start_process(*launcher, *argv))
-    assert printed.count("macro average of 2") == 1
+    done = run_ranks("-m", "hf_tfm.cli", "run", RECIPE.stem, *argv)
+    assert (done.stdout + done.stderr).count("macro average of 2") == 1
     assert record(tmp_path / "run" / "stsb").hardware["count"] == 2
 
 

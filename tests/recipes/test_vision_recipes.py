@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import load_dataset
-from recipe_helpers import ROOT, arguments_of, finish_process, fresh_state, history, record, start_process
+from processes import finish, run_ranks
+from recipe_helpers import ROOT, arguments_of, fresh_state, history, record, start_process
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForPreTraining
 from vision_recipes import (
@@ -366,14 +367,17 @@ def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_
         overrides = {**overrides, "model_name_or_path": mae, "model": None}
     alone = run(recipe, data, tmp_path / "alone", **LAUNCHED, **overrides)
     script = str(ROOT / "recipes" / f"{recipe}.py")
-    two = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
     launchers = {
-        "mae": {"script": (script,), "two": (*two, "-m", "hf_tfm.cli", "run", recipe)},
-        "mixed": {"command": ("-m", "hf_tfm.cli", "run", recipe), "two": (*two, script)},
-        "probe": {"two": (*two, script)},
+        "mae": {"script": (script,), "two": ("-m", "hf_tfm.cli", "run", recipe)},
+        "mixed": {"command": ("-m", "hf_tfm.cli", "run", recipe), "two": (script,)},
+        "probe": {"two": (script,)},
     }[case]
     for name, launcher in launchers.items():
-        finish_process(start_process(*launcher, *command_line(recipe, data, tmp_path / name, **LAUNCHED, **overrides)))
+        command = (*launcher, *command_line(recipe, data, tmp_path / name, **LAUNCHED, **overrides))
+        if name == "two":
+            run_ranks(*command, cwd=ROOT)
+        else:
+            finish(start_process(*command))
         assert distance(alone, tmp_path / name) < 1e-6
         for mine, theirs in zip(record(alone).metrics, record(tmp_path / name).metrics, strict=True):
             assert mine == {**theirs, "value": pytest.approx(theirs["value"], rel=1e-5)}
