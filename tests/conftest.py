@@ -40,6 +40,19 @@ for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH")
     os.environ.pop(variable, None)
 
 
+@pytest.fixture
+def empty_hub(monkeypatch: pytest.MonkeyPatch):
+    """A local Hub without repositories. Without a network, huggingface_hub would retry the real one for 23 s."""
+    from huggingface_hub import constants
+    from server import HubServer
+
+    with HubServer() as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        yield hub
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Child processes can import the folders in ``pythonpath`` of pyproject.toml, as tests do."""
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]

@@ -203,6 +203,7 @@ def test_sample_files_are_named(tmp_path, capsys):
     assert f"sample: image 103 of train, box [200, 10, 20, 20], {data / 'train' / '103.png'}" in printed
 
 
-def test_missing_model_is_named(capsys):
+def test_missing_model_is_named(empty_hub, capsys):
     assert detection.main(["--data", "d", "--model", "runs/no-such-run"]) == 2
     assert 'model_name_or_path "runs/no-such-run" is neither a local folder' in capsys.readouterr().err
+    assert any("runs/no-such-run" in path for _, path in empty_hub.requests)

@@ -260,11 +260,12 @@ def test_mismatched_weights_are_refused(trained, data, tmp_path):
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
-def test_missing_model_is_reported_before_anything_is_written(data, tmp_path):
+def test_missing_model_is_reported_before_anything_is_written(empty_hub, data, tmp_path):
     with pytest.raises(
         ValueError, match=r'model_name_or_path "runs/no-such-run" is neither a local folder nor found on the Hub'
     ):
         train(data, tmp_path / "run", model_name_or_path="runs/no-such-run")
+    assert any("runs/no-such-run" in path for _, path in empty_hub.requests)
     assert not (tmp_path / "run").exists()
 
 
