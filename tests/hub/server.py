@@ -76,7 +76,7 @@ class HubServer:
     def __enter__(self):
         for server in self.servers:
             server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()  # s until it sees the end
         return self
 
     def __exit__(self, *error):
@@ -102,6 +102,9 @@ class Handler(BaseHTTPRequestHandler):
     """One method for each of `ROUTES`; it returns (status, body, headers)."""
 
     protocol_version = "HTTP/1.1"
+    # A response is one packet: a body in a second one would wait 40 ms for the acknowledgement of the headers.
+    wbufsize = -1
+    disable_nagle_algorithm = True
     routes = ROUTES
     hub: HubServer
 
