@@ -8,6 +8,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,14 @@ for variable, folder in VARIABLES.items():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("TRANSFORMERS_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(variable, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    """End the servers of `processes` with the tests, before coverage collects what they measured."""
+    yield
+    if "processes" in sys.modules:
+        sys.modules["processes"].close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ process starts up to three servers, each when it is first needed and each a fork
 
 A fork is the leader of a session of its own, so signals can be sent to it and to its children. Its environment, its
 working directory, its import path and its standard streams are those a new process would have; variables that were
-read by an import cannot be changed, which `start` checks. The end of the test process ends servers and forks.
+read by an import cannot be changed, which `start` checks. The end of the tests, or of their process, ends all.
 """
 
 import atexit
@@ -31,7 +31,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,8 @@ def start(
                 )
     folder = Path(tempfile.mkdtemp(dir=server_of("torch").folder))
     stdout, stderr = folder / "stdout", folder / ("stdout" if merge else "stderr")
+    stdout.touch()
+    stderr.touch()
     request = {
         "work": pickle.dumps((work, args)),
         "environment": environment,
@@ -241,24 +243,27 @@ class Server:
             self.connection = base.send(request)
         else:
             self.log = log.open("w")
+            self.connection, other = Pipe()
             # Its standard input stays open as long as this process lives.
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(self.folder / "first")],
+                [sys.executable, __file__, str(other.fileno())],
                 env={key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"},
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=self.log,
                 stderr=self.log,
                 start_new_session=True,
+                pass_fds=[other.fileno()],
             )
-            atexit.register(self.close)
-            with Listener(str(self.folder / "first"), "AF_UNIX") as listener:
-                self.connection = listener.accept()
+            other.close()
             self.connection.send(request)
         try:
             self.connection.recv()  # all is imported
-        except EOFError:
-            raise RuntimeError(f"the server {name!r} did not start\n{log.read_text()[-4000:]}") from None
+        except (EOFError, ConnectionError):
+            printed = log.read_text()[-4000:]
+            if not base:
+                self.close()
+            raise RuntimeError(f"the server {name!r} did not start\n{printed}") from None
 
     def send(self, request: dict[str, Any]) -> Connection:
         connection = Client(self.address, "AF_UNIX")
@@ -272,9 +277,10 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-RUNNING: dict[str, Server] = {}  # servers of this process
+RUNNING: dict[str, Server] = {}  # servers of this process; those after the first end with it
 
 
 def server_of(name: str) -> Server:
@@ -283,6 +289,13 @@ def server_of(name: str) -> Server:
         before = list(SERVERS)[: list(SERVERS).index(name)]
         RUNNING[name] = Server(name, server_of(before[-1]) if before else None)
     return RUNNING[name]
+
+
+def close() -> None:
+    """End the servers and their forks."""
+    if "torch" in RUNNING:
+        RUNNING["torch"].close()
+    RUNNING.clear()
 
 
 # --- the servers
@@ -436,8 +449,8 @@ def execute(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    first = Client(sys.argv[1], "AF_UNIX")
+    first = Connection(int(sys.argv[1]))
     given: dict[str, Any] = first.recv()
     serve(given["serve"], given["modules"], first, sys.path[1:])
-    shutil.rmtree(Path(given["serve"]).parent, ignore_errors=True)
+    shutil.rmtree(Path(given["serve"]).parent, ignore_errors=True)  # should the test process have been killed
     os._exit(0)
