@@ -65,7 +65,7 @@ def test_time_limit_kills_a_process():
 
 
 def test_variables_read_by_imports_are_refused():
-    with pytest.raises(ValueError, match="server 'libraries' has read HF_ENDPOINT=.*, got 'http://nowhere'"):
+    with pytest.raises(ValueError, match=r"server 'libraries' has read HF_ENDPOINT=.*, got 'http://nowhere'"):
         start("-c", "", environment={**os.environ, "HF_ENDPOINT": "http://nowhere"}, server="libraries")
     assert finish(start("-c", "", environment={**os.environ, "HF_ENDPOINT": "http://nowhere"}, server="torch")) == ""
 
