@@ -164,6 +164,11 @@ def start(
     return ForkedProcess(server_of(server).send(request), stdout, stderr)
 
 
+def clean_environment(**changes: str) -> dict[str, str]:
+    """The environment of this process without the variables of the Hugging Face libraries, then changed."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("HF_")}, **changes}
+
+
 def finish(process: ForkedProcess, expected: int = 0, timeout: float = 200) -> str:
     """Wait for the end of a process and check its exit status; returns its output."""
     status = process.wait(timeout)

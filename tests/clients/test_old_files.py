@@ -5,8 +5,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import transformers
 from every_class import class_of, outputs_of
 from old_files import DRAWN, WHOLE, drawn
+from processes import clean_environment, finish, start
 
 import hf_tfm
 from hf_tfm.conversion import convert
@@ -115,11 +114,8 @@ def test_remote_code_of_an_earlier_version_loads_its_files(tmp_path):
         f"m, r = A.from_pretrained({str(FIXTURES / 'run')!r}, trust_remote_code=True, output_loading_info=True); "
         "assert type(m).__module__.startswith('transformers_modules') and not any(r.values()), r"
     )
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    environment = clean_environment(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    finish(start("-c", program, environment=environment, cwd=tmp_path, server="torch"))
 
 
 def test_remote_code_of_the_old_run_is_unchanged():

@@ -93,13 +93,12 @@ def run_python(code: str, folder: Path, environment: dict[str, str], without_pac
         environment: variables that differ from this process's environment.
         without_package: make every import of hf_tfm fail.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     # The tested checkout, even if another version is installed.
     package = Path(importlib.util.find_spec("hf_tfm").origin).parents[1]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(processes.__file__).parent), str(package)])
     script = folder / ("clean.py" if without_package else "script.py")
     script.write_text((BLOCK_PACKAGE if without_package else "") + code, encoding="utf-8")
-    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    environment = processes.clean_environment(**{"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment})
     process = processes.start(str(script), environment=environment, cwd=folder, server="torch", merge=False)
     processes.finish(process, timeout=300)
     return json.loads(process.stdout.read_text().splitlines()[-1])

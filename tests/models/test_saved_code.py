@@ -1,11 +1,10 @@
 """A saved model includes its code: it loads without this package, and can be saved again."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from processes import finish, start
+from processes import clean_environment, finish, start
 from tiny_models import tiny_batch, tiny_model
 
 from hf_tfm import TfmTransformerForConditionalGeneration, TfmTransformerModel, carry_code
@@ -46,11 +45,11 @@ print("loaded", sorted(config.auto_map))
 
 def load_and_save(source: Path, target: Path, home: Path) -> str:
     """Run `LOADER` with an empty cache, so that no module of an earlier test is reused; returns its output."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     # The same number of threads as here, because it affects the order of summation.
-    own = {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    threads = str(torch.get_num_threads())
+    environment = clean_environment(HF_HOME=str(home / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS=threads)
     words = ("-c", LOADER, source, target)
-    process = start(*words, environment={**inherited, **own}, cwd=home, server="torch", merge=False)
+    process = start(*words, environment=environment, cwd=home, server="torch", merge=False)
     finish(process)
     return process.stdout.read_text()
 
