@@ -86,19 +86,28 @@ sys.meta_path.insert(0, Blocked())
 '''
 
 
-def run_python(code: str, folder: Path, environment: dict[str, str], without_package: bool = False) -> dict:
+# HF_HUB_OFFLINE=1 for a process that has already imported huggingface_hub.
+OFFLINE = "import huggingface_hub.constants\nhuggingface_hub.constants.HF_HUB_OFFLINE = True\n"
+
+
+def run_python(
+    code: str, folder: Path, environment: dict[str, str] | None = None, without_package: bool = False
+) -> dict:
     """Run ``code`` in a new process in ``folder``; it prints its result as JSON in the last line.
 
     Args:
-        environment: variables that differ from this process's environment.
+        environment: variables that differ from this process's environment, among them those of the Hub; by default the
+            process is offline.
         without_package: make every import of hf_tfm fail.
     """
     # The tested checkout, even if another version is installed.
     package = Path(importlib.util.find_spec("hf_tfm").origin).parents[1]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(processes.__file__).parent), str(package)])
     script = folder / ("clean.py" if without_package else "script.py")
-    script.write_text((BLOCK_PACKAGE if without_package else "") + code, encoding="utf-8")
-    environment = processes.clean_environment(**{"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment})
-    process = processes.start(str(script), environment=environment, cwd=folder, server="torch", merge=False)
+    server, first = ("libraries", OFFLINE) if environment is None else ("torch", "")
+    script.write_text((BLOCK_PACKAGE if without_package else "") + first + code, encoding="utf-8")
+    inherited = os.environ if environment is None else processes.clean_environment()
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(environment or {})}
+    process = processes.start(str(script), environment=environment, cwd=folder, server=server, merge=False)
     processes.finish(process, timeout=300)
     return json.loads(process.stdout.read_text().splitlines()[-1])

@@ -252,9 +252,7 @@ print(json.dumps({{
     "generated": model.generate(**inputs, max_new_tokens=12).tolist(),
 }}))
 """
-    found = run_python(
-        code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}, without_package=True
-    )
+    found = run_python(code, tmp_path, without_package=True)
     assert found == {
         "model": f"transformers.models.{to}.modeling_{to}.{STOCK[to][2].__name__}",
         "tokenizer": type(AutoTokenizer.from_pretrained(tmp_path / "ours")).__name__,

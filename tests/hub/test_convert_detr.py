@@ -109,8 +109,7 @@ found = pipeline("object-detection", "detector")(image, threshold=0.0)
 segments = pipeline("image-segmentation", "panoptic")(image, subtask="semantic")
 print(json.dumps({"objects": found, "segments": [[s["label"], list(s["mask"].size)] for s in segments]}))
 """
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    found = run_python(code, tmp_path, environment, without_package=True)
+    found = run_python(code, tmp_path, without_package=True)
     assert len(found["objects"]) == 7 and {each["label"] for each in found["objects"]} <= {"cat", "dog", "owl"}
     assert found["objects"][0]["box"].keys() == {"xmin", "ymin", "xmax", "ymax"}
     assert found["segments"] and all(size == [80, 60] for _, size in found["segments"])

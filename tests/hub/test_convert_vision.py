@@ -182,9 +182,7 @@ print(json.dumps({{
     "logits": logits.tolist(),
 }}))
 """
-    found = run_python(
-        code, tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}, without_package=True
-    )
+    found = run_python(code, tmp_path, without_package=True)
     assert found["model"] == f"transformers.models.{pair}.modeling_{pair}.{their_class.__name__}"
     assert found["labels"] == (None if mae else {"0": "cat", "1": "dog", "2": "owl"})
     assert list(found["mean"]) == [0.1, 0.2, 0.3]
