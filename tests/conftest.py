@@ -76,3 +76,8 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter free everything as usual when it exits."""
+    gc.unfreeze()
