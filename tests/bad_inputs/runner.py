@@ -6,6 +6,7 @@ A fork takes milliseconds, while a new process takes ten seconds for its imports
 own work. Run as a program, this file is the server; `Server` is its client.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -123,6 +124,8 @@ def serve(home: Path, seconds: int) -> None:
 
     if fork_and_wait(build, home, home / "build.out", home / "build.err", CPU_SECONDS)[0]:
         raise SystemExit((home / "build.err").read_text())
+    gc.collect()
+    gc.freeze()  # a collection in a fork would otherwise copy the memory of everything imported
     print("ready", file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
         case = json.loads(line)
