@@ -25,6 +25,7 @@ from hf_tfm import (
 )
 from hf_tfm.data import images as image_data
 from hf_tfm.data import text
+from hf_tfm.data.embedded import DIGIT_SCENES
 from hf_tfm.data.number_words import spell
 
 ROWS = [spell(41 * i + 1) for i in range(30)]
@@ -368,6 +369,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         cli.run(recipe, [*argv, *small, "--max_steps", "2", "--mixed_precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", short_run)
+    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 32)  # all are drawn, although the detector trains on sixteen
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
     printed = capfd.readouterr().out
     assert "loaded in a new process" in printed
