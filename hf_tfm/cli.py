@@ -26,11 +26,8 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     Args:
         model: folder (also of TinyBERT's authors), Hub id, or .pth file of the authors of the masked autoencoder or of
             DETR.
-        to: a class that needs no remote code: transformers' marian (post-norm) or pegasus (pre-norm) for a translation
-            model, transformers' vit or timm for an image classifier, transformers' deit for one with a distillation
-            token, transformers' vit_mae or the authors' names (mae_authors) for a masked autoencoder, transformers'
-            detr or the authors' names (detr_authors) for a detector, transformers' bert or distilbert (without
-            segments) or the authors' names (tinybert) for a BERT, transformers' gpt2 for a GPT; or back: tfm.
+        to: a class of transformers, timm or torchvision, or the weight names of a paper's authors, for instance vit, bert,
+            timm or detr_authors (an unknown name is answered with the list of all); or back: tfm.
         output_dir: folder to create.
         revision: branch, tag or commit on the Hub.
     """
@@ -39,6 +36,8 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     certificate = convert_model(model, to, output_dir, revision)
     differences = ", ".join(f"{name} {value:.2g}" for name, value in certificate["differences"].items())
     print(f"{output_dir}: largest difference of {differences} (tolerance {certificate['tolerance']:.2g})")
+    for remark in certificate["remarks"]:
+        print(remark)
 
 
 @checked()

@@ -15,6 +15,7 @@ from .models.configuration_bert import TfmBertConfig
 from .models.configuration_detr import TfmDetrConfig
 from .models.configuration_gpt import TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig
+from .models.configuration_swin import TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig
 from .plugins import FAMILIES as PLUGINS
@@ -66,6 +67,7 @@ FAMILIES: list[Family] = [
     Family("transformer", TfmTransformerConfig, (".marian_pegasus",)),
     Family("vit", TfmViTConfig, (".vit", ".deit", ".timm_vit"), reads=("vit", "tfm_mae", "vit_mae")),
     Family("mae", TfmMAEConfig, (".mae", ".mae_authors"), reads=("vit_mae",)),
+    Family("swin", TfmSwinConfig, (".swin", ".timm_swin", ".torchvision_swin"), reads=("swin",)),
     Family("detr", TfmDetrConfig, (".detr", ".detr_authors"), reads=("detr",)),
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),

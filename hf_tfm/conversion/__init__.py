@@ -63,20 +63,17 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     Args:
         source: folder of a saved model (also one of TinyBERT's authors), a Hub id, or a ``*.pth`` file of the authors
             of the masked autoencoder or of DETR.
-        to: a class that loads without this package or remote code: "marian" for transformers' `MarianMTModel`
-            (post-norm), "pegasus" for `PegasusForConditionalGeneration` (pre-norm), "vit" for
-            `ViTForImageClassification` or `ViTModel`, "deit" for `DeiTForImageClassificationWithTeacher` (from a model
-            with a distillation token), "vit_mae" for `ViTMAEForPreTraining` or `ViTMAEModel`, "timm" for timm's
-            `VisionTransformer`, "detr" for transformers' `DetrForObjectDetection`, `DetrForSegmentation` or
-            `DetrModel`, "bert", "distilbert" (from a model without segments) and "gpt2" for the class of that family
-            with the same head; "mae_authors", "detr_authors" and "tinybert" for a file with the weight names of the
-            authors of the masked autoencoder, DETR and TinyBERT; "tfm" for this package's class.
+        to: name of a class that loads without this package or remote code, one of `targets`: "vit" for transformers'
+            `ViTForImageClassification` or `ViTModel`, "timm" for the class of that library, "detr_authors" for a file
+            with the weight names of DETR's authors, and so on; docs/conversion.md lists all. "tfm" for this package's
+            class.
         output_dir: folder to create; it may exist if it is empty.
         revision: branch, tag or commit of a model on the Hub.
 
     Returns:
         The certificate, as in ``parity_certificate.json``: ``source`` and ``target`` (class, and sha256 of each weight
-        file), the results of `compare`, ``tokenizer_equal`` (None without a tokenizer), ``versions``, ``date``.
+        file), the results of `compare`, ``tokenizer_equal`` (None without a tokenizer), ``remarks`` on differences
+        that the compared inputs do not show, ``versions``, ``date``.
 
     Raises:
         ValueError: ``to`` is unknown or already the class of the source; the target cannot express the source; or the
@@ -122,6 +119,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
             "target": {"class": type(target).__name__, "weights": weight_hashes(work)},
             **compare(origin, load(conversion, to == OURS, work), (target if to == OURS else origin).config),
             "tokenizer_equal": same_tokenizer(folder, work),
+            "remarks": conversion.remarks(origin.config) if conversion.remarks and to != OURS else [],
             **provenance(),
         }
         copy_record(folder, work, output_dir.absolute().name)
@@ -180,11 +178,15 @@ def find_conversion(folder: Path, to: str) -> Conversion:
     # A timm folder has no model type, only an architecture.
     model_type = config.get("model_type", "timm" if "architecture" in config else None)
     class_name = whole_head(folder, (config.get("architectures") or [None])[0])
-    fitting = {
-        source_class(conversion, to).__name__: conversion
+    found = [
+        conversion
         for conversion in conversions()
         if to in (conversion.name, OURS) and source_type(conversion, to) == model_type
-    }
+    ]
+    if to == OURS:
+        claiming = [conversion for conversion in found if conversion.claims and conversion.claims(config)]
+        found = claiming or [conversion for conversion in found if not conversion.claims]
+    fitting = {source_class(conversion, to).__name__: conversion for conversion in found}
     if not fitting:
         raise ValueError(f'no conversion of a model of type "{model_type}" to "{to}"')
     if class_name in fitting:

@@ -50,6 +50,10 @@ class Conversion:
             it is not a class of transformers.
         carry_processor: (source folder, target folder, to_ours) -> None, converts the preprocessing and keeps other
             data that only one side has; None if both sides read the same files.
+        claims: content of config.json -> True if it is of their class, for classes that share a model type, as those
+            of timm; None for the class that is tried for all others.
+        remarks: our configuration -> sentences for the certificate of a model of theirs, on differences that its
+            inputs do not show.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Conversion:
     read: Callable[[Path], nn.Module] | None = None
     write: Callable[[nn.Module, Path], None] | None = None
     carry_processor: Callable[[Path, Path, bool], None] | None = None
+    claims: Callable[[dict[str, Any]], bool] | None = None
+    remarks: Callable[[Any], list[str]] | None = None
 
     def table(self, config: PreTrainedConfig) -> dict[str, str]:
         """Return {our weight name: their weight name} of our configuration.

@@ -102,36 +102,59 @@ def to_timm(config: TfmViTConfig) -> dict[str, Any]:
     require_fixed("timm", config, fixed)
     if config.hidden_act not in ACTIVATIONS:
         refuse("timm", "hidden_act", config.hidden_act, ", ".join(ACTIVATIONS))
+    return file_config(
+        config,
+        architecture(config),
+        "head",
+        patch_size=list(sides(config.patch_size)),
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=mlp_ratio(config.intermediate_size, config.hidden_size),
+        qkv_bias=config.qkv_bias,
+        act_layer=ACTIVATIONS[config.hidden_act],
+        global_pool=POOLING[config.pooling],
+    )
+
+
+def file_config(config: Any, name: str, classifier: str, **arguments: Any) -> dict[str, Any]:
+    """Return the config.json of a timm model.
+
+    Args:
+        config: our configuration of an image classifier.
+        name: timm's name of the architecture.
+        classifier: name of the classifier's module.
+        arguments: of the model, besides those for the images.
+    """
     size = list(sides(config.image_size))
     labels = [config.id2label[label] for label in range(config.num_labels)]
     named = labels != [f"LABEL_{label}" for label in range(config.num_labels)]
     return {
-        "architecture": architecture(config),
+        "architecture": name,
         "num_classes": config.num_labels,
         "num_features": config.hidden_size,
-        "global_pool": POOLING[config.pooling],
+        "global_pool": arguments["global_pool"],
         **({"label_names": labels} if named else {}),
-        "model_args": {
-            "img_size": size,
-            "patch_size": list(sides(config.patch_size)),
-            "in_chans": config.num_channels,
-            "embed_dim": config.hidden_size,
-            "depth": config.num_hidden_layers,
-            "num_heads": config.num_attention_heads,
-            "mlp_ratio": mlp_ratio(config.intermediate_size, config.hidden_size),
-            "qkv_bias": config.qkv_bias,
-            "act_layer": ACTIVATIONS[config.hidden_act],
-            "global_pool": POOLING[config.pooling],
-        },
+        "model_args": {"img_size": size, "in_chans": config.num_channels, **arguments},
         "pretrained_cfg": {
             "num_classes": config.num_labels,
             "input_size": [config.num_channels, *size],
             "fixed_input_size": True,
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "classifier": classifier,
             "custom_load": False,
         },
     }
+
+
+def label_fields(model: nn.Module) -> dict[str, Any]:
+    """Return our configuration fields for the classes of a timm model."""
+    labels = model.pretrained_cfg.get("label_names")
+    named = labels if isinstance(labels, dict) else dict(enumerate(labels or ()))
+    if not named or len(named) != model.num_classes:
+        return {"num_labels": model.num_classes}
+    label_map = {int(label): name for label, name in named.items()}
+    return {"id2label": label_map, "label2id": {name: label for label, name in label_map.items()}}
 
 
 def from_timm(model: VisionTransformer) -> TfmViTConfig:
@@ -155,9 +178,7 @@ def from_timm(model: VisionTransformer) -> TfmViTConfig:
     activations = [name for name in ACTIVATIONS if torch.allclose(ACT2FN[name](probe), block.mlp.act(probe.clone()))]
     if not activations:
         refuse(ours, "act_layer", type(block.mlp.act).__name__, ", ".join(ACTIVATIONS.values()))
-    patch, labels = model.patch_embed, model.pretrained_cfg.get("label_names")
-    named = labels if isinstance(labels, dict) else dict(enumerate(labels or ()))
-    label_map = {int(label): name for label, name in named.items()} if len(named) == model.num_classes else {}
+    patch = model.patch_embed
     return TfmViTConfig(
         hidden_size=model.embed_dim,
         num_hidden_layers=len(model.blocks),
@@ -170,11 +191,7 @@ def from_timm(model: VisionTransformer) -> TfmViTConfig:
         num_channels=patch.proj.in_channels,
         qkv_bias=block.attn.qkv.bias is not None,
         pooling="mean" if mean else "cls",
-        **(
-            {"id2label": label_map, "label2id": {name: label for label, name in label_map.items()}}
-            if label_map
-            else {"num_labels": model.num_classes}
-        ),
+        **label_fields(model),
     )
 
 
@@ -183,7 +200,7 @@ def one_or_two(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 
-def build(config: dict[str, Any]) -> VisionTransformer:
+def build(config: dict[str, Any]) -> nn.Module:
     """Build a timm model from its config.json, and attach the latter for saving."""
     model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
     model.file_config = config
@@ -202,7 +219,7 @@ def read(folder: Path) -> nn.Module:
         raise ValueError(f'model "{folder}" is not a complete model of timm: {reworded(error)}') from error
 
 
-def write(model: VisionTransformer, folder: Path) -> None:
+def write(model: nn.Module, folder: Path) -> None:
     """Save a model created by `build`."""
     folder.mkdir(parents=True)
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}

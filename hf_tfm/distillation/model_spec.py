@@ -101,6 +101,8 @@ def stacks_of(model: PreTrainedModel) -> dict[str, StackSpec]:
     if width is None:
         return {}
     heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, (list, tuple)):  # a hierarchical model: stages of different widths are no stack
+        return {}
     if not getattr(config, "is_encoder_decoder", False):
         layers = getattr(config, "num_hidden_layers", None)
         return {} if layers is None else {"": StackSpec(layers, width, heads)}

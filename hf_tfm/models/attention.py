@@ -132,39 +132,29 @@ def placed(states: Tensor, positions: Tensor | None) -> Tensor:
     return states if positions is None else states + positions
 
 
-class MultiHeadAttention(nn.Module):
-    """Multi-head attention; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
+class AttentionLayer(nn.Module):
+    """Base class of attention layers: raw scores, dropout of the probabilities, choice of the attention function.
 
     Args:
-        config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``;
-            ``qkv_bias=False`` omits the biases of queries, keys and values.
-        is_causal: mask later keys, as in the decoder's self-attention.
-        layer_idx: index of the layer in its stack, used to index the cache.
+        config: provides the attention backend.
+        hidden_size: D.
+        num_heads: H.
+        dropout: dropout rate of the probabilities.
+        is_causal: mask later keys.
     """
 
-    def __init__(self, config: PreTrainedConfig, is_causal: bool = False, layer_idx: int | None = None):
+    def __init__(
+        self, config: PreTrainedConfig, hidden_size: int, num_heads: int, dropout: float, is_causal: bool = False
+    ):
         super().__init__()
         self.config = config
         self.is_causal = is_causal
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = hidden_size // num_heads
         self.scaling = self.head_dim**-0.5
-        self.additive = config.attention_score == "additive"
-        bias = getattr(config, "qkv_bias", True)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.attention_dropout)  # holds the rate; the attention function applies it
-        if self.additive:
-            # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
-            self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
+        self.dropout = Dropout(dropout)  # holds the rate; the attention function applies it
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Compute raw scores, before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
-        if self.additive:
-            joint = torch.tanh(query[:, :, :, None] + key[:, :, None])  # (B, H, Tq, Tk, Dh)
-            return torch.einsum("bhqkd,hd->bhqk", joint, self.score_vector)
         # Scaling the queries is cheaper than scaling the larger score table.
         return (query * scaling) @ key.transpose(2, 3)
 
@@ -175,10 +165,6 @@ class MultiHeadAttention(nn.Module):
     def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
         """Select the attention function for queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
         chosen = self.config._attn_implementation
-        if self.additive:
-            if chosen not in ("eager", "sdpa"):
-                raise ValueError(f'attention_score="additive" runs with attn_implementation="eager", got "{chosen}"')
-            return explicit_attention
         if output_attentions:
             return explicit_attention
         if chosen == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -188,6 +174,46 @@ class MultiHeadAttention(nn.Module):
             if drops or small:
                 return explicit_attention
         return ALL_ATTENTION_FUNCTIONS.get_interface(chosen, explicit_attention)
+
+
+class MultiHeadAttention(AttentionLayer):
+    """Multi-head attention; self-attention, or cross-attention when ``memory`` is given (section 3.2.2).
+
+    Args:
+        config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``;
+            ``qkv_bias=False`` omits the biases of queries, keys and values.
+        is_causal: mask later keys, as in the decoder's self-attention.
+        layer_idx: index of the layer in its stack, used to index the cache.
+    """
+
+    def __init__(self, config: PreTrainedConfig, is_causal: bool = False, layer_idx: int | None = None):
+        super().__init__(config, config.hidden_size, config.num_attention_heads, config.attention_dropout, is_causal)
+        self.layer_idx = layer_idx
+        self.additive = config.attention_score == "additive"
+        bias = getattr(config, "qkv_bias", True)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if self.additive:
+            # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
+            self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))
+
+    def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """Compute raw scores, before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
+        if self.additive:
+            joint = torch.tanh(query[:, :, :, None] + key[:, :, None])  # (B, H, Tq, Tk, Dh)
+            return torch.einsum("bhqkd,hd->bhqk", joint, self.score_vector)
+        return super().scores(query, key, scaling)
+
+    def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
+        """Select the attention function for queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
+        chosen = self.config._attn_implementation
+        if not self.additive:
+            return super().attention_function(query, key, output_attentions)
+        if chosen not in ("eager", "sdpa"):
+            raise ValueError(f'attention_score="additive" runs with attn_implementation="eager", got "{chosen}"')
+        return explicit_attention
 
     def forward(
         self,

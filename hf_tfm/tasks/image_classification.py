@@ -473,7 +473,8 @@ def load_classifier(
         source: folder or Hub id of a classifier, or of an encoder such as that of a masked autoencoder.
         names: of the classes.
         image_size: in pixels.
-        fields: configuration fields to change.
+        fields: configuration fields to change; the ones that the class has a method ``set_FIELD`` for, such as
+            `TfmSwinForImageClassification.set_window_size`, after loading.
         without_dropout: set all dropout rates to 0.
 
     Raises:
@@ -483,7 +484,11 @@ def load_classifier(
     kind = IMAGE_CLASSIFIER.model_class(earlier.model_type)
     check_fields(kind.config_class, dict(fields or {}), IMAGE_FIELDS)
     rates = dict.fromkeys(dropout_fields(kind.config_class), 0.0) if without_dropout else {}
-    model, fresh = load_to_train(kind, source, head_of, {**rates, **(fields or {})}, resized="", **labels)
+    changed = {**rates, **(fields or {})}
+    later = {name: changed.pop(name) for name in list(changed) if hasattr(kind, f"set_{name}")}
+    model, fresh = load_to_train(kind, source, head_of, changed, resized="", **labels)
+    for name, value in later.items():
+        getattr(model, f"set_{name}")(value)
     if earlier.id2label != labels["id2label"]:
         for name in heads_of(model):
             if f"{name}.weight" not in fresh:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ SCHEDULES = {  # names in transformers
     "linear": "linear",
     "constant": "constant_with_warmup",
 }
+# Stage and block of a hierarchical model, in the name of a parameter.
+NESTED = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.")
 
 
 def layer_id(name: str) -> float:
@@ -30,22 +33,37 @@ def layer_id(name: str) -> float:
     return 0 if re.search(r"embedding|distillation_token|(?:^|\.)(?:w[tp]e|shared)\.", name) else math.inf
 
 
+def layer_ids(names: Iterable[str]) -> dict[str, float]:
+    """Return {name: layer id} of all parameters of a model.
+
+    Blocks of a hierarchical model, such as ``layers.2.blocks.5`` of Swin, are numbered through all stages, and what
+    follows the blocks of a stage has the number of its last block; for other models see `layer_id`.
+    """
+    nested = {name: (int(found[1]), int(found[2])) for name in (names := list(names)) if (found := NESTED.search(name))}
+    numbers = {block: 1 + i for i, block in enumerate(sorted(set(nested.values())))}
+    last: dict[float, int] = {}  # by stage
+    for (stage, _), number in numbers.items():
+        last[1 + stage] = max(number, last.get(1 + stage, 0))
+    ids = {name: layer_id(name) for name in names}
+    return {name: numbers[nested[name]] if name in nested else last.get(ids[name], ids[name]) for name in names}
+
+
 def check_layers(args: TrainingArguments, model: PreTrainedModel) -> None:
-    """Refuse ``layer_wise_lr_decay`` for a model whose parameter names do not identify its layers, see `layer_id`.
+    """Refuse ``layer_wise_lr_decay`` for a model whose parameter names do not identify its layers, see `layer_ids`.
 
     Raises:
         ValueError: no parameter belongs to a block, or an embedding of tokens does not have layer id 0.
     """
     if args.layer_wise_lr_decay == 1.0:
         return
-    layer_ids = {name: layer_id(name) for name, _ in model.named_parameters()}
+    ids = layer_ids(name for name, _ in model.named_parameters())
     tokens = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None)
     }
-    blocks = any(0 < layer < math.inf for layer in layer_ids.values())
-    if not blocks or any(layer_ids.get(name, 0) for name in tokens):
+    blocks = any(0 < layer < math.inf for layer in ids.values())
+    if not blocks or any(ids.get(name, 0) for name in tokens):
         raise ValueError(
             f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model, got {args.layer_wise_lr_decay}"
         )
@@ -63,14 +81,14 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
         ValueError: a key of ``rate_factors`` occurs in no parameter name.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    layer_ids = {name: layer_id(name) for name, _ in named}
-    top = 1 + max((layer for layer in layer_ids.values() if layer < math.inf), default=0)
+    ids = layer_ids(name for name, _ in named)
+    top = 1 + max((layer for layer in ids.values() if layer < math.inf), default=0)
     groups: dict[tuple[float, float], list] = {}
-    if unknown := [part for part in args.rate_factors if not any(part in name for name in layer_ids)]:
+    if unknown := [part for part in args.rate_factors if not any(part in name for name in ids)]:
         raise ValueError(f"rate_factors: no trained weight has {unknown[0]} in its name")
     for name, parameter in named:
         decays = parameter.ndim >= 2 and name.endswith("weight")
-        scale = args.layer_wise_lr_decay ** (top - min(layer_ids[name], top))
+        scale = args.layer_wise_lr_decay ** (top - min(ids[name], top))
         scale *= math.prod(factor for part, factor in args.rate_factors.items() if part in name)
         groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)
     return [{"params": own, "weight_decay": decay, "lr": rate} for (decay, rate), own in groups.items()]

@@ -49,6 +49,15 @@ MAE = {
     "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 16,
 }
+SWIN = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 3,  # divides neither of the stages, of 8 x 8 and 4 x 4 tokens
+    "num_labels": 3,
+}
 DETR = {
     "backbone": "test_resnet",  # timm test model: four stages, 0.4 M parameters
     "num_queries": 5,
@@ -63,7 +72,7 @@ DETR = {
 }
 DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")
 # Fields of a tiny configuration of each family, in the order of the table of clients.
-FIELDS = {"transformer": SEQ2SEQ, "bert": TEXT, "gpt": GPT, "vit": CLASSIFIER, "mae": MAE, "detr": DETR}
+FIELDS = {"transformer": SEQ2SEQ, "bert": TEXT, "gpt": GPT, "vit": CLASSIFIER, "mae": MAE, "swin": SWIN, "detr": DETR}
 FAMILIES = tuple(FIELDS)
 # name: (class, fields of its configuration). The entry named after its family represents it where one is enough.
 CLASSES = {
