@@ -9,6 +9,7 @@ from jsonargparse import CLI
 NAMES = (
     *("padding_waste", "label_smoothing", "translation_training", "translation_generation", "image_loading"),
     "vision_training",
+    "swin_training",
     "language_training",
     "language_generation",
     "distillation",

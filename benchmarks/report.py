@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .common import RESULTS
@@ -131,7 +132,7 @@ def image_loading(results: dict) -> str:
     )
 
 
-def vision(results: dict) -> str:
+def vision(results: dict, title: str = "Vision", about: str = ", three quarters masked in pretraining") -> str:
     """Training and inference speed, and training memory, of image models."""
     models = results["models"].items()
 
@@ -144,9 +145,9 @@ def vision(results: dict) -> str:
         for precision, floor in r["share_of_floor"].items()
     ]
     parts = [
-        "## Vision: images per second",
-        f"Batches of {results['batch_size']} random images of {results['image_size']} pixels, three quarters masked "
-        f"in pretraining{', compiled' if results['compile'] else ''}.",
+        f"## {title}: images per second",
+        f"Batches of {results['batch_size']} random images of {results['image_size']} pixels"
+        f"{about}{', compiled' if results['compile'] else ''}.",
         machine(results),
         table(("model", "implementation", "images/s"), rows("images_per_second")),
         table(("model", "ratio", "speedup"), rows("ratios")),
@@ -322,6 +323,7 @@ SECTIONS = {
     "padding_waste": padding,
     "image_loading": image_loading,
     "vision_training": vision,
+    "swin_training": partial(vision, title="Swin Transformer", about=""),
     "detection_training": detection_training,
     "set_criterion": set_criterion,
     "detection_padding": detection_padding,

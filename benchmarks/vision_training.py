@@ -57,7 +57,7 @@ class Setting:
         make, forward = self.implementations()[name]
         model = make().to(batch["x"].device).train()
         model = torch.compile(model) if self.compile else model
-        return model, trainer(name, model, forward, batch, precision, self.kind == "vit")
+        return model, trainer(name, model, forward, batch, precision, self.kind != "mae")
 
     def flops(self) -> float:
         """See `training_flops`."""

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import SwinTransformer
 
 from ..hub.loading import read_json
-from ..models.configuration_swin import SIZES, TfmSwinConfig
+from ..models.configuration_swin import TfmSwinConfig
 from ..models.modeling_swin import TfmSwinForImageClassification
 from ..models.patches import sides
 from .conversion import Conversion, refuse, require_fixed
@@ -34,7 +34,9 @@ def names(config: TfmSwinConfig) -> dict[str, str]:
         ours = f"swin.encoder.layers.{stage}"
         for block in range(depth):
             mine, theirs = f"{ours}.blocks.{block}", f"features.{2 * stage + 1}.{block}"
-            modules |= {f"{mine}.{part}": f"{theirs}.{MLP_NAMES.get(part, name)}" for part, name in BLOCK_NAMES.items()}
+            modules |= {
+                f"{mine}.{part}": f"{theirs}.{MLP_NAMES.get(part, name)}" for part, name in BLOCK_NAMES.items()
+            }
             table[f"{mine}.attention.relative_position_bias.{TABLE}"] = f"{theirs}.attn.{TABLE}"
         if stage < len(config.depths) - 1:
             modules[f"{ours}.downsample.norm"] = f"features.{2 * stage + 2}.norm"
@@ -130,14 +132,18 @@ def read(folder: Path) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f'model "{folder}" is not a complete {type(model).__name__} of torchvision: {error}') from error
+        raise ValueError(
+            f'model "{folder}" is not a complete {type(model).__name__} of torchvision: {error}'
+        ) from error
     return model
 
 
 def write(model: SwinTransformer, folder: Path) -> None:
     """Save a model created by `build`, with the buffers that torchvision expects."""
     folder.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items()}
+    weights = {
+        name: value.contiguous() for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items()
+    }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.file_config, indent=2) + "\n", encoding="utf-8")
 

@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .attention import AttentionLayer, explicit_attention, wants_maps
+from .attention import AttentionLayer, wants_maps
 from .blocks import FUSED, DropPath
 from .configuration_swin import TfmSwinConfig
 from .dropout import Dropout
@@ -309,7 +309,9 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, config: TfmSwinConfig):
         super().__init__()
-        self.layers = nn.ModuleList(SwinStage(config, stage, rates) for stage, rates in enumerate(drop_path_rates(config)))
+        self.layers = nn.ModuleList(
+            SwinStage(config, stage, rates) for stage, rates in enumerate(drop_path_rates(config))
+        )
 
 
 class TfmSwinPreTrainedModel(OwnNamesPreTrainedModel):

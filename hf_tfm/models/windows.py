@@ -165,6 +165,7 @@ def shift_mask(windows: Windows, device: torch.device, dtype: torch.dtype) -> Te
     Along a shifted axis of n tokens the regions are [0, n - M), [n - M, n - shift) and [n - shift, n): the last one
     came from the other end.
     """
+
     def regions(n: int, M: int, shift: int) -> Tensor:
         place = torch.arange(n, device=device)
         return (place >= n - M).int() + (place >= n - shift).int() if shift else torch.zeros_like(place)
