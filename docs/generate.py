@@ -371,7 +371,7 @@ def conversions(page: Path) -> str:
         for name, found in pairs.items():
             library = found[0].theirs.__module__.partition(".")[0]
             ours, theirs = ("<br>".join(f"`{getattr(one, side).__name__}`" for one in found) for side in SIDES)
-            owner = library if library in ("transformers", "timm") else "the authors' format"
+            owner = "the authors' format" if library == "hf_tfm" else library
             rows.append([family.name, f"`--to {name}`", owner, ours, theirs])
     return table(("family", "option", "other side", "class of this package", "class of the other side"), rows)
 
@@ -385,6 +385,20 @@ def families(page: Path) -> str:
         heads = [name for name in family.classes() if name != "AutoConfig"]
         rows.append([family.name, f"`{family.config.__name__}`", ", ".join(f"`{name}`" for name in heads)])
     return table(("family", "configuration", "Auto classes"), rows)
+
+
+def configurations(page: Path) -> str:
+    """Return the reference of the configurations of all families, from their docstrings, base classes first."""
+    from hf_tfm.families import FAMILIES
+
+    found = dict.fromkeys(
+        f"{kind.__module__}.{kind.__name__}"
+        for family in FAMILIES
+        for kind in reversed(family.config.__mro__)
+        if kind.__module__.startswith("hf_tfm.models.configuration_")
+    )
+    options = "\n    options:\n      members: [of_size]\n      show_signature: false"
+    return "\n\n".join(f"::: {name}{options}" for name in found)
 
 
 def glue(page: Path) -> str:
@@ -422,7 +436,7 @@ PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(glue, checks),
+        *(configurations, glue, checks),
     )
 }
 

@@ -26,8 +26,8 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     Args:
         model: folder (also of TinyBERT's authors), Hub id, or .pth file of the authors of the masked autoencoder or of
             DETR.
-        to: a class of transformers, timm or torchvision, or the weight names of a paper's authors, for instance vit, bert,
-            timm or detr_authors (an unknown name is answered with the list of all); or back: tfm.
+        to: a class of transformers, timm or torchvision, or the weight names of a paper's authors, for instance vit,
+            bert, timm or detr_authors (an unknown name is answered with the list of all); or back: tfm.
         output_dir: folder to create.
         revision: branch, tag or commit on the Hub.
     """

@@ -50,6 +50,11 @@ def layout(config: TfmSwinConfig, fit: str) -> list[Windows]:
     return found
 
 
+def size_of(config: TfmSwinConfig) -> str:
+    """Return the size of images in words."""
+    return " x ".join(map(str, sides(config.image_size)))
+
+
 def require_fit(target: str, config: TfmSwinConfig, fit: str) -> None:
     """Refuse a model whose windows on images of its size differ from those of another library.
 
@@ -61,9 +66,8 @@ def require_fit(target: str, config: TfmSwinConfig, fit: str) -> None:
     """
     if layout(config, config.window_fit) != layout(config, fit):
         raise ValueError(
-            f"{target} cannot express window_fit={config.window_fit!r} for images of "
-            f"{' x '.join(map(str, sides(config.image_size)))} pixels, whose windows do not divide the feature maps or "
-            f"exceed them: it needs {fit!r}"
+            f"{target} cannot express window_fit={config.window_fit!r} for images of {size_of(config)} pixels, whose "
+            f"windows do not divide the feature maps or exceed them: it needs {fit!r}"
         )
 
 
@@ -72,9 +76,9 @@ def fit_remarks(config: TfmSwinConfig, fit: str) -> list[str]:
     if config.window_fit == fit:
         return []
     return [
-        f'window_fit was "{config.window_fit}" and is "{fit}" in the converted model: for images of '
-        f"{' x '.join(map(str, sides(config.image_size)))} pixels both are the same, for others, whose windows do not "
-        "divide the feature maps, the order of padding and shifting differs, and so do the outputs"
+        f'window_fit was "{config.window_fit}" and is "{fit}" in the converted model: for images of {size_of(config)} '
+        "pixels both are the same; for sizes whose feature maps windows do not divide or exceed, padding and shifting "
+        "differ, and so do the outputs"
     ]
 
 
@@ -88,7 +92,7 @@ def to_swin(config: TfmSwinConfig) -> SwinConfig:
     require_fit("swin", config, "transformers")
     if (small := min(min(grid) for grid in grids(config, "transformers"))) < config.window_size:
         raise ValueError(
-            f"swin cannot express window_size={config.window_size} for images of {config.image_size} pixels: "
+            f"swin cannot express window_size={config.window_size} for images of {size_of(config)} pixels: "
             f"transformers fails on feature maps smaller than a window, here {small}; use a smaller window_size or "
             "larger images, or convert to timm"
         )

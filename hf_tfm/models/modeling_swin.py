@@ -95,14 +95,13 @@ class TfmSwinEmbeddings(nn.Module):
         Raises:
             ValueError: the number of channels is wrong, or the images are smaller than a patch and would be cropped.
         """
-        over = [side % patch for side, patch in zip(pixel_values.shape[-2:], self.patch_embeddings.patch_size)]
-        if any(over) and pixel_values.ndim == 4:
-            height, width = pixel_values.shape[2:]
+        if pixel_values.ndim == 4:
+            (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_embeddings.patch_size
             if self.crops:
-                pixel_values = pixel_values[:, :, : height - over[0], : width - over[1]]
-            else:
-                missing = [-side % patch for side, patch in zip((height, width), self.patch_embeddings.patch_size)]
-                pixel_values = nn.functional.pad(pixel_values, (0, missing[1], 0, missing[0]))
+                kept = pixel_values[:, :, : height - height % patch_height, : width - width % patch_width]
+                pixel_values = kept.contiguous()
+            elif height % patch_height or width % patch_width:
+                pixel_values = nn.functional.pad(pixel_values, (0, -width % patch_width, 0, -height % patch_height))
         grid = self.patch_embeddings.check(pixel_values)
         if not all(grid):
             raise ValueError(

@@ -2,8 +2,8 @@
 
     tokens (B, h w, C) -> padded and shifted -> windows (B nW, T, C) -> attention in each -> tokens (B, h w, C)
 
-Shapes: B images; h, w rows and columns of tokens; M side of a window, Mh x Mw where it is smaller than M; nW windows of
-an image in row-major order; T = Mh Mw tokens of a window in row-major order; C hidden size.
+Shapes: B images; h, w rows and columns of tokens; M side of a window, Mh x Mw where it is smaller; nW windows of an
+image in row-major order; T = Mh Mw tokens of a window in row-major order; C hidden size.
 
 Masks and indices depend on sizes only. They are computed once and kept in a bounded cache, not in the modules, so that
 no image changes what a later image of another size gives.
@@ -109,6 +109,7 @@ def cached(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return keep(*args)
 
+    lookup.cache_clear = keep.cache_clear
     return lookup
 
 

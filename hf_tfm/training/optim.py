@@ -39,9 +39,8 @@ def layer_ids(names: Iterable[str]) -> dict[str, float]:
     Blocks of a hierarchical model, such as ``layers.2.blocks.5`` of Swin, are numbered through all stages, and what
     follows the blocks of a stage has the number of its last block; for other models see `layer_id`.
     """
-    nested = {
-        name: (int(found[1]), int(found[2])) for name in (names := list(names)) if (found := NESTED.search(name))
-    }
+    names = list(names)
+    nested = {name: (int(found[1]), int(found[2])) for name in names if (found := NESTED.search(name))}
     numbers = {block: 1 + i for i, block in enumerate(sorted(set(nested.values())))}
     last: dict[float, int] = {}  # by stage
     for (stage, _), number in numbers.items():

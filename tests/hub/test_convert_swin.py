@@ -1,4 +1,4 @@
-"""Swin classifiers become those of transformers, timm and torchvision, and come back; certificates tell differences."""
+"""Swin classifiers ship as those of transformers, timm and torchvision; certificates tell what may differ."""
 
 import json
 
