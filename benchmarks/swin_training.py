@@ -7,6 +7,7 @@ As vision_training, whose functions it uses: training steps and inference on ran
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torchvision
@@ -40,9 +41,8 @@ class SwinSetting(Setting):
             ),
             "timm": (lambda: timm.create_model(name, img_size=self.image_size, drop_path_rate=0.1), lambda m, x: m(x)),
         }
-        if self.size != "large":
-            build = getattr(torchvision.models, f"swin_{self.size[0]}")
-            found["torchvision"] = (lambda: build(stochastic_depth_prob=0.1), lambda m, x: m(x))
+        model = partial(torchvision.models.SwinTransformer, [4, 4], window_size=[7, 7], **SIZES[self.size])
+        found["torchvision"] = (lambda: model(stochastic_depth_prob=0.1), lambda m, x: m(x))
         return found
 
     def flops(self) -> float:

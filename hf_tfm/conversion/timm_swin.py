@@ -93,7 +93,7 @@ class TimmSwin(Conversion):
 
 
 def inside(table: Tensor, window_size: int, rows: int, columns: int) -> Tensor:
-    """Return the view of a table ((2 M - 1)^2, A) of the offsets in smaller windows: (2 rows - 1, 2 columns - 1, A)."""
+    """Return a view of a table ((2 M - 1)^2, A), the offsets in smaller windows: (2 rows - 1, 2 columns - 1, A)."""
     side = 2 * window_size - 1
     plane = table.view(side, side, -1)
     top, left = window_size - rows, window_size - columns

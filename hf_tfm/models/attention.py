@@ -48,8 +48,8 @@ def explicit_attention(
     Args:
         module: the calling `MultiHeadAttention`; its ``scores`` method computes the raw scores.
         query: (B, H, Tq, Dh); key, value: (B, H, Tk, Dh).
-        attention_mask: bool or additive, broadcastable to (B, H, Tq, Tk); None masks nothing, except that a causal
-            module applies a causal mask.
+        attention_mask: bool or additive, broadcastable to (B, H, Tq, Tk), or (n, ...) for B a multiple of n, whose
+            rows repeat; None masks nothing, except that a causal module applies a causal mask.
 
     Returns:
         mixed values (B, Tq, H, Dh) and probabilities (B, H, Tq, Tk).
@@ -64,7 +64,9 @@ def explicit_attention(
         # Adding the mask takes a quarter of the time of filling on a CPU, and none in the backward pass.
         shut = torch.finfo(scores.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(~attention_mask, shut)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape[0] not in (1, scores.shape[0]):
+        scores = (scores.unflatten(0, (-1, attention_mask.shape[0])) + attention_mask).flatten(0, 1)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     probabilities = scores.softmax(dim=-1)
     kept = drop(probabilities, dropout) if dropout and module.training else probabilities
