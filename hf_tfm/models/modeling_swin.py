@@ -75,6 +75,14 @@ def as_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
     return hidden_states.transpose(1, 2).unflatten(2, grid)
 
 
+def as_autocast(states: Tensor) -> Tensor:
+    """Convert states to the dtype of autocast, once instead of in each of several linear layers."""
+    kind = states.device.type
+    if is_traced() or not torch.is_autocast_enabled(kind) or states.dtype != torch.float32:
+        return states
+    return states.to(torch.get_autocast_dtype(kind))
+
+
 class TfmSwinEmbeddings(nn.Module):
     """Linear patch embeddings, normalised.
 
@@ -254,7 +262,7 @@ class SwinBlock(GradientCheckpointingLayer):
         """
         config = self.config
         windows = fit_windows(grid, config.window_size, self.shifted, config.window_fit, always_partition)
-        states = to_windows(self.layernorm_before(hidden_states), windows)  # (B nW, T, C)
+        states = to_windows(as_autocast(self.layernorm_before(hidden_states)), windows)  # (B nW, T, C)
         states, probabilities = self.attention(states, windows, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(from_windows(states, windows)))
         states = self.mlp(self.layernorm_after(hidden_states))
