@@ -6,6 +6,7 @@ from .models.configuration_bert import TfmBertConfig as TfmBertConfig
 from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
 from .models.configuration_gpt import TfmGPTConfig as TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
+from .models.configuration_swin import TfmSwinConfig as TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig as TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig as TfmViTConfig
 from .models.modeling_bert import TfmBertForMaskedLM as TfmBertForMaskedLM
@@ -23,6 +24,9 @@ from .models.modeling_gpt import TfmGPTForSequenceClassification as TfmGPTForSeq
 from .models.modeling_gpt import TfmGPTModel as TfmGPTModel
 from .models.modeling_mae import TfmMAEForPreTraining as TfmMAEForPreTraining
 from .models.modeling_mae import TfmMAEModel as TfmMAEModel
+from .models.modeling_swin import TfmSwinBackbone as TfmSwinBackbone
+from .models.modeling_swin import TfmSwinForImageClassification as TfmSwinForImageClassification
+from .models.modeling_swin import TfmSwinModel as TfmSwinModel
 from .models.modeling_transformer import TfmTransformerForConditionalGeneration as TfmTransformerForConditionalGeneration
 from .models.modeling_transformer import TfmTransformerModel as TfmTransformerModel
 from .models.modeling_vit import TfmViTBackbone as TfmViTBackbone

@@ -166,7 +166,7 @@ def from_timm(model: SwinTransformer) -> TfmSwinConfig:
         window_size=max(side for block in blocks for side in block.window_size),
         mlp_ratio=first.mlp.fc1.out_features / model.embed_dim,
         qkv_bias=first.attn.qkv.bias is not None,
-        drop_path_rate=getattr(blocks[-1].drop_path2, "drop_prob", 0.0),
+        drop_path_rate=round(getattr(blocks[-1].drop_path2, "drop_prob", 0.0), 6),  # from float32
         layer_norm_eps=model.norm.eps,
         window_fit=FIT,
         **label_fields(model),

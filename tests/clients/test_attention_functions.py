@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_tfm.models.attention import MultiHeadAttention
+from hf_tfm.models.attention import AttentionLayer
 
 NAME = "users_own"
 
@@ -35,7 +35,7 @@ def test_function_is_called_and_the_output_is_equal(name, calls):
     expected = outputs_of(model, name)
     model.set_attn_implementation(NAME)
     found = outputs_of(model, name)
-    layers = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    layers = [module for module in model.modules() if isinstance(module, AttentionLayer)]
     assert {id(module) for module in calls} == {id(module) for module in layers} and len(calls) == len(layers)
     assert_same(found, expected)
 

@@ -29,6 +29,8 @@ CASES = [
     ("image-classification", "vit", None, {}),
     ("image-classification", "vit-mean", None, {}),
     ("image-feature-extraction", "vit-base", None, {}),
+    ("image-classification", "swin", None, {}),
+    ("image-feature-extraction", "swin-AutoModel", None, {}),
     ("object-detection", "detr", None, {"threshold": 0.0}),
     ("image-segmentation", "detr-panoptic", None, {"subtask": "semantic"}),
     ("image-segmentation", "detr-panoptic", None, {"subtask": "panoptic", "threshold": 0.0}),
@@ -80,7 +82,7 @@ def test_batching_does_not_change_results(task, name, texts, options, caplog, mo
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features in (3, 4, 48):
             nn.init.normal_(module.weight)  # makes scores distinct
-    if name in ("vit", "vit-mean", "vit-base"):
+    if task in ("image-classification", "image-feature-extraction"):
         size = {"height": 16, "width": 16}
         kit = {"image_processor": ViTImageProcessor(size=size)}
     elif name.startswith("detr"):

@@ -18,7 +18,7 @@ class Rows(Dataset):
         for number, row in enumerate(self.rows):
             row.pop("decoder_input_ids", None)
             row.pop("noise", None)
-            if name in ("bert", "vit"):
+            if class_of(name)._auto_class in ("AutoModelForImageClassification", "AutoModelForSequenceClassification"):
                 row["labels"] = torch.tensor(number % 3)
             elif family in ("bert", "gpt", "transformer"):
                 row["labels"] = row["input_ids"]
