@@ -21,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention import AttentionLayer, explicit_attention, wants_maps
 from .blocks import FUSED, DropPath
@@ -250,23 +251,20 @@ class SwinBlock(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: Tensor, grid: tuple[int, int], always_partition: bool = False, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        """Apply the block to (B, h w, C).
+    ) -> Tensor:
+        """Apply the block: (B, h w, C) -> (B, h w, C).
 
         Args:
             grid: (h, w).
             always_partition: see `fit_windows`.
-
-        Returns:
-            (B, h w, C), and the attention probabilities if the backend computes them, see `WindowAttention.forward`.
         """
         config = self.config
         windows = fit_windows(grid, config.window_size, self.shifted, config.window_fit, always_partition)
         states = to_windows(as_autocast(self.layernorm_before(hidden_states)), windows)  # (B nW, T, C)
-        states, probabilities = self.attention(states, windows, **kwargs)
+        states, _ = self.attention(states, windows, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(from_windows(states, windows)))
         states = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.dropout(states)), probabilities
+        return hidden_states + self.drop_path(self.dropout(states))
 
 
 class PatchMerging(nn.Module):
@@ -306,21 +304,18 @@ class SwinStage(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, grid: tuple[int, int], **kwargs
-    ) -> tuple[Tensor, tuple[int, int], Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, tuple[int, int], Tensor]:
         """Apply the stage to (B, h w, C).
 
         Returns:
-            the input of the next stage and its grid, the output of the last block (B, h w, C), and the attention
-            probabilities of every block.
+            the input of the next stage and its grid, and the output of the last block (B, h w, C).
         """
-        attentions = []
         for block in self.blocks:
-            hidden_states, probabilities = block(hidden_states, grid, **kwargs)
-            attentions.append(probabilities)
+            hidden_states = block(hidden_states, grid, **kwargs)
         before = hidden_states
         if self.downsample is not None:
             hidden_states, grid = self.downsample(hidden_states, grid)
-        return hidden_states, grid, before, attentions
+        return hidden_states, grid, before
 
 
 class SwinEncoder(nn.Module):
@@ -345,6 +340,7 @@ class TfmSwinPreTrainedModel(OwnNamesPreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": WindowAttention}  # noqa: RUF012
     _input_embed_layer = "patch_embeddings"
     # Computed from the sizes; files of transformers before 5.24 and of the authors have it.
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index"]  # noqa: RUF012
@@ -405,12 +401,12 @@ class TfmSwinModel(TfmSwinPreTrainedModel):
         """Note the size of images in pixels; no parameter depends on it."""
         self.config.image_size = image_size
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         always_partition: bool = False,
         before_merging: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -419,7 +415,6 @@ class TfmSwinModel(TfmSwinPreTrainedModel):
 
         Args:
             output_hidden_states: return the patch embeddings and the output of every stage.
-            output_attentions: return the attention probabilities of every block.
             always_partition: see `fit_windows`.
             before_merging: let ``reshaped_hidden_states`` be the outputs of the last blocks, before patch merging.
 
@@ -429,16 +424,13 @@ class TfmSwinModel(TfmSwinPreTrainedModel):
             ``attentions``, of each block (B nW, A, T, T).
         """
         refuse_unknown(kwargs, self.config._attn_implementation)
-        kwargs["output_attentions"] = wants_maps(self.config, {"output_attentions": output_attentions})
+        kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states, grid = self.embeddings(pixel_values)
-        states, maps, attentions = [hidden_states], [as_map(hidden_states, grid)] if wanted else [], []
+        states, maps = [hidden_states], [as_map(hidden_states, grid)] if wanted else []
         for stage in self.encoder.layers:
             earlier = grid
-            hidden_states, grid, before, probabilities = stage(
-                hidden_states, grid, always_partition=always_partition, **kwargs
-            )
-            attentions += probabilities
+            hidden_states, grid, before = stage(hidden_states, grid, always_partition=always_partition, **kwargs)
             if wanted:
                 states.append(hidden_states)
                 maps.append(as_map(before, earlier) if before_merging else as_map(hidden_states, grid))
@@ -447,7 +439,6 @@ class TfmSwinModel(TfmSwinPreTrainedModel):
             last_hidden_state=last,
             pooler_output=last.mean(dim=1) if self.add_pooling_layer else None,
             hidden_states=tuple(states) if wanted else None,
-            attentions=tuple(attentions) if kwargs["output_attentions"] else None,
             reshaped_hidden_states=tuple(maps) if wanted else None,
         )
 

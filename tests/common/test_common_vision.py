@@ -1,4 +1,4 @@
-"""transformers' common model tests on our Vision Transformer, masked autoencoder and Swin, and on its own beside them."""
+"""transformers' common model tests on our Vision Transformer, masked autoencoder and Swin, and on its own."""
 
 import unittest
 from typing import ClassVar

@@ -27,7 +27,6 @@ LABELS = torch.tensor([0, 4, 2])
         ("base", 224, 88, 15.4),
         ("large", 224, 197, 34.5),
         ("base", 384, 88, 47.1),
-        ("large", 384, 197, 103.9),
     ],
 )
 def test_published_sizes(size, image_size, millions, gflops):
@@ -263,7 +262,7 @@ def test_auto_backbone_reads_a_classifier(tmp_path):
     images = tiny_images(2, 32, 32)
     states = classifier.swin.embeddings(images)[0]
     for block in classifier.swin.encoder.layers[0].blocks:
-        states, _ = block(states, (16, 16), always_partition=True)
+        states = block(states, (16, 16), always_partition=True)
     expected = nn.functional.layer_norm(states, (8,), eps=1e-5)
     assert largest_difference(chosen.eval()(images).feature_maps[0].flatten(2).transpose(1, 2), expected) < 1e-5
     base = TfmSwinModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
@@ -336,10 +335,10 @@ def test_gradient_checkpointing(reentrant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(32, 32), (13, 30)], ids=str)
-def test_forward_compiles_and_exports_in_one_graph(size):
+def test_forward_compiles_and_exports_in_one_graph():
+    """With padded and shifted windows."""
     torch.compiler.reset()
-    model, images = tiny_swin(), tiny_images(3, *size)
+    model, images = tiny_swin(depths=[2], num_heads=[2]), tiny_images(3, 13, 30)
     expected = model(images).logits
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert largest_difference(compiled(images).logits, expected) < 1e-5
@@ -348,7 +347,7 @@ def test_forward_compiles_and_exports_in_one_graph(size):
     shapes = {"pixel_values": {0: B}}
     shift_mask.cache_clear()
     program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
-    for other in (images, tiny_images(5, *size)):
+    for other in (images, tiny_images(5, 13, 30)):
         assert largest_difference(program.module()(pixel_values=other).logits, model(other).logits) < 1e-5
 
 
