@@ -61,6 +61,16 @@ def test_ours_to_theirs_and_back(tmp_path, to):
     assert_equal_answers(answers(back, (3, 32, 32)), expected)
 
 
+@pytest.mark.parametrize("to", READERS)
+def test_dtype_and_bits_are_kept(tmp_path, to):
+    ours().bfloat16().save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", to, tmp_path / to)["inputs"]["dtype"] == "float32"
+    weights = load_file(tmp_path / to / "model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.bfloat16}
+    convert(tmp_path / to, "tfm", tmp_path / "back")
+    assert_same_weights(tmp_path / "ours", tmp_path / "back")
+
+
 def test_base_models_of_transformers(tmp_path):
     native = randomize(SwinModel(SwinConfig(**SHAPE, qkv_bias=False, hidden_act="relu")), std=0.3)
     native.save_pretrained(tmp_path / "native")

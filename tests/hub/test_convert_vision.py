@@ -38,6 +38,7 @@ from hf_tfm import (
 )
 from hf_tfm.conversion import conversions, convert, parity
 from hf_tfm.hub.results import RunRecord
+from hf_tfm.models.configuration_vit import ImageEncoderConfig
 from hf_tfm.models.positions import sincos_2d
 
 # Our class, native class, its configuration, fields.
@@ -210,7 +211,7 @@ def test_float32_position_table_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     "conversion",
-    [c for c in conversions() if c.name in ("vit", "vit_mae", "timm", "mae_authors")],
+    [c for c in conversions() if issubclass(c.ours.config_class, ImageEncoderConfig) and c.name != "deit"],
     ids=lambda c: f"{c.name}-{c.ours.__name__}",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
