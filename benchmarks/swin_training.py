@@ -2,7 +2,7 @@
 
 python -m benchmarks swin_training
 
-As vision_training, whose functions it uses: training steps and inference on random images, contestants in turn.
+As vision_training, whose functions it uses: training steps and inference on random images, in turn.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from .vision_training import Setting, data_sheet_tflops, measure_memory, measure
 class SwinSetting(Setting):
     """Classification at one size of Swin."""
 
-    def contestants(self) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
+    def implementations(self) -> dict[str, tuple[Callable[[], nn.Module], Forward]]:
         """How a model is made, and (model, pixels) -> logits."""
         shape = {**SIZES[self.size], "image_size": self.image_size, "num_labels": CLASSES}
         name = f"swin_{self.size}_patch4_window7_224"
@@ -83,7 +83,7 @@ def main(
         steps: steps in a round.
         rounds: timed rounds; medians are reported.
         memory: also measure the memory of training.
-        compile: compile every contestant.
+        compile: compile every implementation.
         peak_tflops: dense bf16 rate of the GPU, which MFU is a share of; default, its data sheet's where known.
     """
     peak = (peak_tflops or data_sheet_tflops()) * 1e12

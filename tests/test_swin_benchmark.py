@@ -24,10 +24,10 @@ def test_flops_count_every_product():
     assert 3 * counter.get_total_flops() == swin_training.training_flops(config)
 
 
-def test_contestants_are_equal():
+def test_implementations_are_equal():
     """In their sizes and in the number of their outputs."""
     setting = swin_training.SwinSetting("swin", "tiny", 224, batch_size=1, compile=False, mae_authors=None)
     with torch.device("meta"):
-        models = {name: make() for name, (make, _) in setting.contestants().items()}
+        models = {name: make() for name, (make, _) in setting.implementations().items()}
     assert list(models) == ["ours", "transformers", "timm", "torchvision"]
     assert {sum(p.numel() for p in model.parameters()) for model in models.values()} == {28_288_354}

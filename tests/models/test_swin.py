@@ -11,7 +11,17 @@ from transformers import AutoBackbone, SwinConfig, SwinForImageClassification
 
 from hf_tfm import TfmSwinBackbone, TfmSwinConfig, TfmSwinForImageClassification, TfmSwinModel
 from hf_tfm.models.modeling_swin import RelativePositionBias, WindowAttention, drop_path_rates
-from hf_tfm.models.windows import FITS, MASKED, fit_windows, from_windows, relative_index, shift_mask, to_windows
+from hf_tfm.models.windows import (
+    FITS,
+    MASKED,
+    arrange,
+    arrange_back,
+    fit_windows,
+    from_windows,
+    relative_index,
+    shift_mask,
+    to_windows,
+)
 from hf_tfm.training import TrainingArguments
 from hf_tfm.training.optim import layer_ids, parameter_groups
 
@@ -72,6 +82,19 @@ def test_windows_hold_the_tokens_they_should(grid, fit, shifted):
     assert found.shape == (2 * windows.count, windows.tokens, 3)
     assert torch.equal(found[: windows.count, :, 0], expected) and torch.equal(found[windows.count :, :, 2], expected)
     assert torch.equal(from_windows(found, windows), tokens.view(1, -1, 1).expand(2, -1, 3))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_gradients_of_windows(fit):
+    """Of padded and shifted windows, also a second time; and what torch traces is the same function."""
+    windows = fit_windows((3, 5), 2, True, fit)
+    tokens = torch.randn(1, 15, 1, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(windows.count, 4, 1, dtype=torch.float64, requires_grad=True)
+    for function, traced, given in ((to_windows, arrange, tokens), (from_windows, arrange_back, states)):
+        assert torch.equal(function(given, windows), traced(given, windows))
+        assert torch.autograd.gradcheck(lambda x: function(x, windows) ** 2, given)  # noqa: B023
+        assert torch.autograd.gradgradcheck(lambda x: function(x, windows) ** 2, given)  # noqa: B023
+        assert torch.equal(torch.func.vmap(lambda x: function(x, windows))(given[None])[0], function(given, windows))  # noqa: B023
 
 
 @pytest.mark.parametrize(
