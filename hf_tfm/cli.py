@@ -24,8 +24,8 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     """Convert a model to another library's class, or back, with a parity certificate.
 
     Args:
-        model: folder (also of TinyBERT's authors), Hub id, or .pth file of the authors of the masked autoencoder or of
-            DETR.
+        model: folder (also of TinyBERT's authors), Hub id, or .pth file of the authors of the masked autoencoder, DETR
+            or Swin, or of torchvision's Swin.
         to: a class of transformers, timm or torchvision, or the weight names of a paper's authors, for instance vit,
             bert, timm or detr_authors (an unknown name is answered with the list of all); or back: tfm.
         output_dir: folder to create.

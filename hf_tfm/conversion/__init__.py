@@ -26,7 +26,7 @@ from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from .authors_files import unpack
 from .bert import whole_head
 from .carry import copy_files, copy_record, same_tokenizer
-from .conversion import Conversion
+from .conversion import Conversion, WeightsFile
 from .parity import compare, provenance, weight_hashes
 from .tinybert import is_authors_tinybert, unpack_tinybert
 from .weight_files import WEIGHTS, saved_dtype
@@ -48,6 +48,11 @@ def conversions() -> list[Conversion]:
     return [one for name in modules for one in importlib.import_module(name, __package__).CONVERSIONS]
 
 
+def weights_files() -> list[WeightsFile]:
+    """Return the kinds of weights files that `convert` reads."""
+    return [conversion.file for conversion in conversions() if conversion.file is not None]
+
+
 def targets() -> list[str]:
     """Return the names of the classes that `convert` can write."""
     return [*dict.fromkeys(conversion.name for conversion in conversions()), OURS]
@@ -61,8 +66,8 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
     rewritten.
 
     Args:
-        source: folder of a saved model (also one of TinyBERT's authors), a Hub id, or a ``*.pth`` file of the authors
-            of the masked autoencoder or of DETR.
+        source: folder of a saved model (also one of TinyBERT's authors), a Hub id, or a ``*.pth`` file of weights of
+            the authors of the masked autoencoder, DETR or Swin, or of torchvision's Swin.
         to: name of a class that loads without this package or remote code, one of `targets`: "vit" for transformers'
             `ViTForImageClassification` or `ViTModel`, "timm" for the class of that library, "detr_authors" for a file
             with the weight names of DETR's authors, and so on; docs/conversion.md lists all. "tfm" for this package's
@@ -96,7 +101,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         work = Path(temporary) / "model"
         check_revision(str(source), revision)
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
-        folder = unpack(files, Path(temporary) / "source") if files.is_file() else files
+        folder = unpack(files, Path(temporary) / "source", weights_files()) if files.is_file() else files
         if (folder / "config.json").is_file():
             check_config_file(folder / "config.json")
         if is_authors_tinybert(folder):

@@ -1,7 +1,8 @@
-"""Unpack files published by the papers' authors, pickles of ``{"model": weights}``, into folders for `convert`."""
+"""Unpack files of weights, pickles of ``{"model": weights}`` or of the weights, into folders for `convert`."""
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,19 +12,18 @@ from torch import Tensor
 
 from ..command import reworded
 from ..hub.loading import read_json
-from . import detr_authors, mae_authors
+from .conversion import WeightsFile
 from .weight_files import WEIGHTS
 
 
-def unpack(path: Path, folder: Path) -> Path:
-    """Write a file of the authors as a folder with a config.json.
-
-    A fine-tuned classifier of the masked autoencoder's authors uses timm's names and becomes a timm folder.
+def unpack(path: Path, folder: Path, kinds: Sequence[WeightsFile]) -> Path:
+    """Write a file of weights as a folder with a config.json.
 
     Args:
         path: the file. A config.json next to it, as written by `convert`, provides what the weights do not: the number
             of heads, ``norm_pix_loss``, ``dilation``.
         folder: folder to create.
+        kinds: of files that can be read.
 
     Raises:
         ValueError: the file has other content, or a value that the weights do not determine is unknown.
@@ -40,18 +40,13 @@ def unpack(path: Path, folder: Path) -> Path:
     weights, arguments = checkpoint.get("model", checkpoint), checkpoint.get("args")
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} must hold weights by name, got a {type(weights).__name__} with other values")
-    mae, detr = mae_authors.is_authors_mae(weights), detr_authors.is_authors_detr(weights)
-    if not mae and not detr:
-        raise ValueError(
-            f"{path} is not a file of the masked autoencoder's authors, nor of DETR's: it holds {list(weights)[:5]}"
-        )
+    kind = next((kind for kind in kinds if kind.matches(weights)), None)
+    if kind is None:
+        owners = ", ".join(dict.fromkeys(kind.owner for kind in kinds))
+        raise ValueError(f"{path} is not a weights file of {owners}: it holds {list(weights)[:5]}")
     told = path.parent / "config.json"
-    if told.is_file():
-        config = read_json(told)
-    elif detr:
-        config = detr_authors.guessed_config(weights, arguments, path)
-    else:
-        config = mae_authors.guessed_config(weights, getattr(arguments, "norm_pix_loss", False))
+    config = read_json(told) if told.is_file() else kind.guess(weights, arguments, path)
+    weights = kind.rename(weights) if kind.rename else weights
     folder.mkdir()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -28,6 +28,24 @@ def carried(config: PreTrainedConfig, fields: tuple[str, ...]) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """A pickled file of weights without a configuration, as authors and libraries publish them.
+
+    Args:
+        owner: whose files these are, in the words of an error message.
+        matches: weights by name -> True if the file is of this kind.
+        guess: (weights, training arguments or None, path) -> config.json of a folder that the conversion reads. A
+            config.json next to the file takes precedence.
+        rename: weights of the file -> weights of that folder; None if they are the same.
+    """
+
+    owner: str
+    matches: Callable[[dict[str, Tensor]], bool]
+    guess: Callable[[dict[str, Tensor], Any, Path], dict[str, Any]]
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Conversion:
     """Mapping of names and configurations between two classes that compute the same function.
 
@@ -52,6 +70,7 @@ class Conversion:
             data that only one side has; None if both sides read the same files.
         claims: content of config.json -> True if it is of their class, for classes that share a model type, as those
             of timm; None for the class that is tried for all others.
+        file: files of weights that `convert` also reads, as a folder of theirs.
         remarks: our configuration -> sentences for the certificate of a model of theirs, on differences that its
             inputs do not show.
     """
@@ -73,6 +92,7 @@ class Conversion:
     write: Callable[[nn.Module, Path], None] | None = None
     carry_processor: Callable[[Path, Path, bool], None] | None = None
     claims: Callable[[dict[str, Any]], bool] | None = None
+    file: WeightsFile | None = None
     remarks: Callable[[Any], list[str]] | None = None
 
     def table(self, config: PreTrainedConfig) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.configuration_detr import TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
-from .conversion import Conversion, refuse, require_fixed
+from .conversion import Conversion, WeightsFile, refuse, require_fixed
 from .detr import EPS, with_frozen_norms
 from .detr import FIELDS as SHARED_FIELDS
 from .detr_authors_model import AuthorsDetr, AuthorsDetrConfig, AuthorsDetrSegm
@@ -180,6 +180,7 @@ DETR_AUTHORS = Conversion(
     to_theirs=to_authors,
     to_ours=from_authors,
     prepare=with_frozen_norms,
+    file=WeightsFile("DETR's authors", is_authors_detr, guessed_config),
 )
 DETR_AUTHORS_PANOPTIC = replace(
     DETR_AUTHORS,

@@ -22,7 +22,7 @@ from ..models.configuration_mae import TfmMAEConfig
 from ..models.configuration_vit import SIZES, TfmViTConfig
 from ..models.modeling_mae import TfmMAEForPreTraining, TfmMAEModel, normalize_patches, random_masking
 from ..models.patches import patchify
-from .conversion import Conversion, refuse, require_fixed
+from .conversion import Conversion, WeightsFile, refuse, require_fixed
 from .mae import FIELDS, require_same_share, square
 from .timm_vit import EPS, block_names, encoder_names, mlp_ratio, to_timm
 from .vit import OURS_CARRIED, translated
@@ -208,6 +208,12 @@ AUTHORS = Conversion(
     names=names,
     to_theirs=to_authors,
     to_ours=from_authors,
+    # A fine-tuned classifier has timm's names and becomes a timm folder.
+    file=WeightsFile(
+        "the masked autoencoder's authors",
+        is_authors_mae,
+        lambda weights, arguments, _: guessed_config(weights, getattr(arguments, "norm_pix_loss", False)),
+    ),
 )
 AUTHORS_ENCODER = replace(AUTHORS, ours=TfmMAEModel, theirs=AuthorsMAEEncoder, names=encoder_table)
 CONVERSIONS = (AUTHORS, AUTHORS_ENCODER)

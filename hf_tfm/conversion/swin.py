@@ -4,15 +4,20 @@ Our classes read files of transformers' Swin, and ``save_original_format=True`` 
 release of it reads (`NATIVE_NAMES` in modeling_swin.py), so only the configuration is converted.
 """
 
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import SwinConfig, SwinForImageClassification, SwinModel
 
 from ..models.configuration_swin import TfmSwinConfig
 from ..models.modeling_swin import TfmSwinForImageClassification, TfmSwinModel
 from ..models.patches import sides
 from ..models.windows import Windows, fit_windows
-from .conversion import Conversion, require_fixed
+from .conversion import Conversion, WeightsFile, require_fixed
 from .vit import translated
 
 EPS = 1e-5  # of every layer norm; in the other libraries some norms do not have another one
@@ -109,6 +114,77 @@ def from_swin(model: SwinForImageClassification | SwinModel) -> TfmSwinConfig:
     return translated(model.config, TfmSwinConfig, FIELDS, THEIRS_CARRIED)
 
 
+# {part of the authors' names: part of transformers'}; queries, keys and values are apart there.
+AUTHORS_NAMES = {
+    "patch_embed.proj": "swin.embeddings.patch_embeddings.projection",
+    "patch_embed.norm": "swin.embeddings.norm",
+    "norm": "swin.layernorm",
+    "head": "classifier",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+TABLE = "attn.relative_position_bias_table"
+COMPUTED = ("relative_position_index", "attn_mask")
+
+
+def is_authors_swin(weights: dict[str, Tensor]) -> bool:
+    """Return True for a classifier with the names of the authors' code."""
+    return {f"layers.0.blocks.0.{TABLE}", "patch_embed.norm.weight", "head.weight"} <= weights.keys()
+
+
+def from_authors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the authors' weights to those of transformers' `SwinForImageClassification`."""
+    found = {}
+    for name, weight in weights.items():
+        stem, _, kind = name.rpartition(".")
+        if name.endswith(COMPUTED):
+            continue
+        if block := BLOCK.fullmatch(name):
+            start, part = f"swin.encoder.{name[: block.start(3)]}", block[3].rpartition(".")[0]
+            if block[3] == TABLE:
+                found[f"{start}attention.self.relative_position_bias_table"] = weight
+            elif part == "attn.qkv":
+                for target, third in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+                    found[f"{start}attention.self.{target}.{kind}"] = third.clone()
+            else:
+                found[f"{start}{AUTHORS_NAMES[part]}.{kind}"] = weight
+        else:
+            found[f"{AUTHORS_NAMES.get(stem, f'swin.encoder.{stem}')}.{kind}"] = weight
+    return found
+
+
+def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> dict[str, Any]:
+    """Infer transformers' config.json for the authors' weights, from shapes.
+
+    Args:
+        arguments, path: not needed.
+    """
+    blocks = sorted({(int(block[1]), int(block[2])) for name in weights if (block := BLOCK.fullmatch(name))})
+    stages = sorted({stage for stage, _ in blocks})
+    tables = [weights[f"layers.{stage}.blocks.0.{TABLE}"] for stage in stages]
+    embed_dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    window = (math.isqrt(tables[0].shape[0]) + 1) // 2
+    mask = weights.get("layers.0.blocks.1.attn_mask")  # of the windows of an image
+    config = SwinConfig(
+        image_size=patch * window * math.isqrt(mask.shape[0]) if mask is not None else 224,
+        patch_size=patch,
+        num_channels=channels,
+        embed_dim=embed_dim,
+        depths=[sum(found == stage for found, _ in blocks) for stage in stages],
+        num_heads=[table.shape[1] for table in tables],
+        window_size=window,
+        mlp_ratio=weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        qkv_bias="layers.0.blocks.0.attn.qkv.bias" in weights,
+        num_labels=weights["head.weight"].shape[0],
+        architectures=[SwinForImageClassification.__name__],
+    )
+    return config.to_dict()
+
+
 SWIN_MODEL = Conversion(
     name="swin",
     ours=TfmSwinModel,
@@ -117,5 +193,10 @@ SWIN_MODEL = Conversion(
     to_ours=from_swin,
     remarks=lambda config: fit_remarks(config, "transformers"),
 )
-SWIN = replace(SWIN_MODEL, ours=TfmSwinForImageClassification, theirs=SwinForImageClassification)
+SWIN = replace(
+    SWIN_MODEL,
+    ours=TfmSwinForImageClassification,
+    theirs=SwinForImageClassification,
+    file=WeightsFile("Swin's authors", is_authors_swin, guessed_config, from_authors),
+)
 CONVERSIONS = (SWIN, SWIN_MODEL)

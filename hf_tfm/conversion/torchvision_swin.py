@@ -5,18 +5,20 @@ which ``torchvision.models.SwinTransformer(**model_args).load_state_dict`` reads
 """
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 
 from ..hub.loading import read_json
 from ..models.configuration_swin import TfmSwinConfig
 from ..models.modeling_swin import TfmSwinForImageClassification
 from ..models.patches import sides
-from .conversion import Conversion, refuse, require_fixed
+from .conversion import Conversion, WeightsFile, refuse, require_fixed
 from .swin import EPS, WHOLE, fit_remarks, require_fit
 from .timm_swin import BLOCK_NAMES, TABLE
 from .weight_files import WEIGHTS
@@ -111,6 +113,37 @@ def from_torchvision(model: SwinTransformer) -> TfmSwinConfig:
     )
 
 
+def is_torchvision_swin(weights: dict[str, Tensor]) -> bool:
+    """Return True for weights with torchvision's names; its second version has other position biases."""
+    return {f"features.1.0.attn.{TABLE}", "features.0.0.weight", "head.weight"} <= weights.keys()
+
+
+def guessed_config(weights: dict[str, Tensor], arguments: Any, path: Path) -> dict[str, Any]:
+    """Infer config.json for torchvision's weights, from shapes.
+
+    Args:
+        arguments, path: not needed.
+    """
+    blocks = [re.fullmatch(rf"features\.(\d+)\.\d+\.attn\.{TABLE}", name) for name in weights]
+    stages = sorted({int(block[1]) for block in blocks if block})
+    tables = [weights[f"features.{stage}.0.attn.{TABLE}"] for stage in stages]
+    embed_dim, _, *patch = weights["features.0.0.weight"].shape
+    return {
+        "model_type": NAME,
+        "architectures": [SwinTransformer.__name__],
+        "model_args": {
+            "patch_size": patch,
+            "embed_dim": embed_dim,
+            "depths": [sum(block is not None and int(block[1]) == stage for block in blocks) for stage in stages],
+            "num_heads": [table.shape[1] for table in tables],
+            "window_size": [(math.isqrt(tables[0].shape[0]) + 1) // 2] * 2,
+            "mlp_ratio": weights["features.1.0.mlp.0.weight"].shape[0] / embed_dim,
+            "num_classes": weights["head.weight"].shape[0],
+        },
+        "image_size": 224,
+    }
+
+
 def build(config: dict[str, Any]) -> SwinTransformer:
     """Build a model from its config.json, and attach the latter for saving."""
     model = SwinTransformer(**config["model_args"])
@@ -158,6 +191,7 @@ TORCHVISION_SWIN = Conversion(
     build=build,
     read=read,
     write=write,
+    file=WeightsFile("torchvision's Swin", is_torchvision_swin, guessed_config),
     remarks=lambda config: fit_remarks(config, FIT),
 )
 CONVERSIONS = (TORCHVISION_SWIN,)

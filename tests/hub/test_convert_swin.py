@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 from convert_helpers import LABELS, answers, assert_equal_answers, config_of, save_timm, timm_reads
 from hub_helpers import randomize
 from safetensors.torch import load_file
@@ -69,6 +70,40 @@ def test_dtype_and_bits_are_kept(tmp_path, to):
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.bfloat16}
     convert(tmp_path / to, "tfm", tmp_path / "back")
     assert_same_weights(tmp_path / "ours", tmp_path / "back")
+
+
+def test_a_weights_file_of_torchvision(tmp_path):
+    """As its releases are: a pickle of the weights alone."""
+    model = randomize(torchvision.models.swin_t(num_classes=3), std=0.02)
+    torch.save(model.state_dict(), tmp_path / "swin_t.pth")
+    convert(tmp_path / "swin_t.pth", "tfm", tmp_path / "ours")
+    converted = TfmSwinForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    config = TfmSwinConfig.of_size("tiny", window_fit="torchvision").to_dict()
+    differing = {key for key, value in converted.config.to_dict().items() if config.get(key) != value}
+    assert not differing & {"embed_dim", "num_heads", "window_size", "mlp_ratio", "patch_size", "image_size"}
+    assert converted.config.depths == [2, 2, 6, 2] and converted.config.num_labels == 3
+    images = torch.randn(1, 3, 64, 64)  # smaller than its windows
+    with torch.no_grad():
+        torch.testing.assert_close(converted(images).logits, model.eval()(images), rtol=0, atol=1e-5)
+
+
+def test_a_weights_file_of_the_authors(tmp_path):
+    """Their names from timm's, which moves merging to the next stage."""
+    fields = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    model = randomize(timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **fields), std=0.3)
+    renames = (("layers.1.downsample", "layers.0.downsample"), ("head.fc", "head"))
+    weights = {}
+    for name, weight in model.state_dict().items():
+        for theirs, authors in renames:
+            name = name.replace(theirs, authors)
+        weights[name] = weight
+    weights["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    weights["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    torch.save({"model": weights}, tmp_path / "swin.pth")
+    convert(tmp_path / "swin.pth", "tfm", tmp_path / "ours")
+    converted = TfmSwinForImageClassification.from_pretrained(tmp_path / "ours")
+    assert converted.config.image_size == 32 and converted.config.window_fit == "transformers"
+    assert_equal_answers(answers(converted, (3, 32, 32)), answers(model, (3, 32, 32)))
 
 
 def test_base_models_of_transformers(tmp_path):

@@ -74,7 +74,7 @@ def test_unsupported_sources_are_refused(tmp_path):
         convert(tmp_path / "resnet", "tfm", tmp_path / "out")
     torch.save({"model": {"layer.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(
-        ValueError, match=r"is not a file of the masked autoencoder's authors, nor .* it holds \['layer"
+        ValueError, match=r"is not a weights file of the masked autoencoder's authors, .* it holds \['layer"
     ):
         convert(tmp_path / "other.pth", "tfm", tmp_path / "out")
     (tmp_path / "text.pth").write_text("no weights")
