@@ -46,7 +46,8 @@ def explicit_attention(
     transformers' "eager" or "sdpa" backend.
 
     Args:
-        module: the calling `MultiHeadAttention`; its ``scores`` method computes the raw scores.
+        module: the calling `AttentionLayer`; its methods ``scores`` and ``normalize`` compute the raw scores and the
+            probabilities.
         query: (B, H, Tq, Dh); key, value: (B, H, Tk, Dh).
         attention_mask: bool or additive, broadcastable to (B, H, Tq, Tk), or (n, ...) for B a multiple of n, whose
             rows repeat; None masks nothing, except that a causal module applies a causal mask.
@@ -69,7 +70,7 @@ def explicit_attention(
         scores = (scores.unflatten(0, (-1, rows)) + attention_mask).flatten(0, 1)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1)
+    probabilities = module.normalize(scores)
     kept = drop(probabilities, dropout) if dropout and module.training else probabilities
     return (kept @ value).transpose(1, 2), probabilities  # (B, Tq, H, Dh)
 
@@ -160,6 +161,10 @@ class AttentionLayer(nn.Module):
         """Compute raw scores, before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
         # Scaling the queries is cheaper than scaling the larger score table.
         return (query * scaling) @ key.transpose(2, 3)
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Compute probabilities from masked scores (B, H, Tq, Tk)."""
+        return scores.softmax(dim=-1)
 
     def dropout_rate(self) -> float:
         """Return the current dropout rate of the probabilities, 0 in evaluation."""

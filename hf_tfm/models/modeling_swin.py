@@ -178,6 +178,15 @@ class WindowAttention(AttentionLayer):
             return explicit_attention
         return super().attention_function(query, key, output_attentions)
 
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Compute probabilities from masked scores (B nW, A, T, T).
+
+        On a CPU the softmax of short rows in bf16 takes twice as long as in float32 (torch 2.14, Zen 4).
+        """
+        if scores.device.type == "cpu" and scores.dtype == torch.bfloat16:
+            return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        return super().normalize(scores)
+
     def mask(self, windows: Windows, states: Tensor) -> Tensor | None:
         """Return what is added to the scores: (1 or nW, 1 or A, T, T) in the dtype of ``states``, or None."""
         bias, mask = None, None
