@@ -150,11 +150,12 @@ def show_queries(
     output: str = "queries.png",
     trust_remote_code: bool = False,
 ) -> None:
-    """Plot the object queries of a DETR: their attention over an image, or their boxes in a data set.
+    """Plot the object queries of a detector: their attention over an image, or their boxes in a data set.
 
     Args:
-        model: folder or Hub id of a DETR, of this package or of transformers.
-        image: a file, or dataset:split:index: plots the cross-attention of each confident query over it.
+        model: folder or Hub id of a detector of this package, or of a DETR of transformers.
+        image: a file, or dataset:split:index: plots the cross-attention of each confident query over it: a map, or the
+            points that a Deformable DETR samples.
         dataset_name: data set, as for `evaluate`: plots the centres of each query's boxes in all images, coloured by
             shape.
         split: split of the data set.

@@ -193,7 +193,7 @@ class ToyForObjectDetection(PreTrainedModel):
 
     def count_items(self, labels):
         counts = [len(label["class_labels"]) for label in labels]
-        return normalizers(counts, self.config.num_queries, self.config.eos_coefficient)
+        return normalizers(counts, self.config)
 
     def forward(self, pixel_values: Tensor, labels: list | None = None, return_dict: bool = True) -> ModelOutput:
         states = self.slots(pixel_values)

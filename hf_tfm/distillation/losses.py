@@ -11,8 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    cross_entropy,
+    kl_div,
+    log_softmax,
+)
 
+from ..models.class_scoring import scoring_name
 from ..models.set_loss import Objects, assign, box_losses, hungarian_match, matching_cost, term_weights
 
 
@@ -141,6 +148,17 @@ def feature_map_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tenso
     return ((student - teacher).square().mean(1).flatten(1) * weights).sum()
 
 
+def soft_binary_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute ``T^2 KL`` of independent probabilities ``sigmoid(z / T)`` of logits (n, C), summed over rows and
+    classes: `soft_target_loss` for models that score each class on its own."""
+    student, teacher = require_shape(student, teacher)
+    theirs = teacher / temperature
+    target = theirs.sigmoid()
+    entropy = binary_cross_entropy_with_logits(theirs, target, reduction="sum")
+    cross = binary_cross_entropy_with_logits(student / temperature, target, reduction="sum")
+    return (cross - entropy) * temperature**2
+
+
 def query_loss(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor],
@@ -152,22 +170,22 @@ def query_loss(
 
     The teacher query matched to an object provides the target: its class probabilities and its box. Student queries
     are matched to these targets separately in every layer (DETRDistill, Chang et al. 2023, arXiv:2211.10156, section
-    3.2, positive targets). The result is the sum over objects of `soft_target_loss` of the classes (including "no
-    object") and of the L1 and GIoU box losses, with the weights of the model's own loss. Unmatched queries are left to
-    the labels.
+    3.2, positive targets). The result is the sum over objects of the class loss, see `SOFT_CLASS_LOSSES`, and of the
+    L1 and GIoU box losses, with the weights of the model's own loss. Unmatched queries are left to the labels.
 
     Args:
-        student: logits (L, B, Q, C + 1) and boxes (L, B, Q, 4) cxcywh of L layers.
-        teacher: logits (B, R, C + 1) and boxes (B, R, 4); R may differ from Q.
-        labels: see `match`.
-        config: provides ``num_labels`` and the weights of matching cost and loss.
+        student: logits (L, B, Q, outputs) and boxes (L, B, Q, 4) cxcywh of L layers; there are C + 1 or C outputs, see
+            `ClassScoring`.
+        teacher: logits (B, R, outputs) and boxes (B, R, 4); R may differ from Q.
+        labels: see `match_sets`.
+        config: provides ``num_labels``, the scoring of the classes and the weights of matching cost and loss.
     """
     (logits, boxes), (their_logits, their_boxes) = student, (part.float() for part in teacher)
     R, Q = their_boxes.shape[1], boxes.shape[2]
     (chosen,), objects = hungarian_match(their_logits[None], their_boxes[None], labels, config)[1::-1]  # (B, M)
     indices = chosen.clamp_max(R - 1)[..., None]
     targets = Objects(objects.classes, their_boxes.gather(1, indices.expand(-1, -1, 4)), objects.counts)
-    cost = matching_cost(logits, boxes, targets, config.class_cost, config.bbox_cost, config.giou_cost)
+    cost = matching_cost(logits, boxes, targets, config)
     queries = torch.from_numpy(assign(cost, objects.counts)).to(chosen)  # (L, B, M)
     queries = queries.where(chosen < R, Q)  # no student query for objects without a teacher query
     classes = their_logits.gather(1, indices.expand(-1, -1, their_logits.shape[-1])).expand(len(logits), -1, -1, -1)
@@ -176,4 +194,9 @@ def query_loss(
     distance, overlap = box_losses(boxes.float(), queries, targets)
     weight = term_weights(config)
     box = weight["loss_bbox"] * distance.sum() + weight["loss_giou"] * overlap.sum()
-    return soft_target_loss(own[matched], classes[matched], temperature) + box
+    class_loss = SOFT_CLASS_LOSSES[scoring_name(config, own.shape[-1])](own[matched], classes[matched], temperature)
+    return weight["loss_ce"] * class_loss + box
+
+
+# Losses of the classes of matched queries, by the scoring of the models; with "softmax" including "no object".
+SOFT_CLASS_LOSSES = {"softmax": soft_target_loss, "sigmoid": soft_binary_loss}

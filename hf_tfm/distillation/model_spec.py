@@ -6,10 +6,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.class_scoring import scoring_name
 from .signals import timm_blocks
 
 # Texts for comparing tokenizers: they cover case, accents, numbers, punctuation and unknown characters.
 PROBES = ("The café's  10,000 QUESTIONS — aren't they\tfunny?", "naïve don't\n日本語 🙂 x_1=3.14")
+
+CLASSIFIERS = ("class_labels_classifier", "class_embed")  # names of modules in detectors of transformers
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,11 @@ class ModelSpec:
     Args:
         kind: class name of the model.
         stacks: stacks of blocks by name; "" is the only stack of a single-stack model.
-        outputs: logits per row: vocabulary size, or classes (for a detector, including "no object"); None without a
-            head.
+        outputs: logits per row: vocabulary size, or classes (for a detector with "softmax" scoring, including "no
+            object"); None without a head.
         labels: class names; None if there are no classes or the names are placeholders.
         queries: object queries of a detector, or None.
+        scoring: how a detector scores classes, a name of `SCORINGS`; None for other models.
         widths: output channels of the modules that produce feature maps, by module name.
     """
 
@@ -40,6 +44,7 @@ class ModelSpec:
     outputs: int | None = None
     labels: tuple[str, ...] | None = None
     queries: int | None = None
+    scoring: str | None = None
     widths: dict[str, int] = field(default_factory=dict)
 
     def stack(self, name: str, side: str) -> StackSpec:
@@ -81,13 +86,16 @@ class ModelSpec:
 def spec_of(model: PreTrainedModel) -> ModelSpec:
     """Collect the properties of a model."""
     config = model.config
-    queries = getattr(config, "num_queries", None)
+    detects = "Detection" in type(model).__name__ or "Segmentation" in type(model).__name__
+    queries = getattr(config, "num_queries", None) if detects else None
+    outputs = count_outputs(model, queries)
     return ModelSpec(
         kind=type(model).__name__,
         stacks=stacks_of(model),
-        outputs=count_outputs(model, queries),
+        outputs=outputs,
         labels=label_names(config) if has_classes(model) else None,
-        queries=queries if "Detection" in type(model).__name__ or "Segmentation" in type(model).__name__ else None,
+        queries=queries,
+        scoring=None if queries is None or outputs is None else scoring_name(config, outputs),
         widths={name: width for name, module in model.named_modules() if (width := width_of(module))},
     )
 
@@ -125,8 +133,8 @@ def count_outputs(model: PreTrainedModel, queries: int | None) -> int | None:
         return head.weight.shape[0]
     if not has_classes(model):
         return None
-    names = {*getattr(model, "classifier_modules", ())}  # of a detector of this package
-    for name, module in model.named_modules():
+    names = {*getattr(model, "classifier_modules", CLASSIFIERS)}  # the attribute of a detector of this package
+    for name, module in model.named_modules() if queries else ():
         if isinstance(module, nn.Linear) and not names.isdisjoint(name.split(".")):
             return module.out_features
     return model.config.num_labels + (1 if queries else 0)

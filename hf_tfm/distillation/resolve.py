@@ -96,6 +96,8 @@ def check_outputs(term: Term, student: ModelSpec, teacher: ModelSpec) -> Resolve
     """Resolve a term on model outputs."""
     if term.kind == "label":
         return [(term.output, "")], None
+    if student.scoring and teacher.scoring and student.scoring != teacher.scoring:
+        raise ValueError(f"student and teacher must score classes alike, got {student.scoring} and {teacher.scoring}")
     if student.outputs != teacher.outputs:
         raise ValueError(
             f"student and teacher must have equal numbers of logits, got {student.outputs} and {teacher.outputs}: "

@@ -1,6 +1,7 @@
 """Checks of hyperparameters against the paper's: learning rates, schedule, clipping, losses.
 
-Paper: Carion et al. 2020, arXiv:2005.12872, section 4 and appendix A.4; gradient clipping as in the authors' code.
+Learning rates are those of the model's own paper, its class attribute ``published_rates``; gradient clipping as in the
+authors' code of DETR (Carion et al. 2020, arXiv:2005.12872) and Deformable DETR (Zhu et al. 2021, arXiv:2010.04159).
 """
 
 import math
@@ -10,15 +11,17 @@ from ..training.optim import parameter_groups
 from .findings import Finding, failed, graded, ok, warning
 from .splits import WIDTH, Case
 
-PAPER_RATE, PAPER_BACKBONE, PAPER_BATCH = 1e-4, 1e-5, 64
+DETR_RATES = (1e-4, 1e-5, 64)  # for a detector that does not tell: learning rates, of the backbone, images per step
 FACTOR = 10  # a learning rate this far from the paper's gets a warning, and this far again fails
 PAPER_NORM, LOOSE_NORM = 0.1, 1.0
 FEWEST_STEPS = 2000  # for a new model: preset digits trains a tiny one for 3,000, the paper for 277,000 (150 epochs)
 
 
 def learning_rate(case: Case) -> Iterator[Finding]:
-    """Learning rates and batch size fit the paper's: 1e-4 and, for the backbone, 1e-5 at 64 images per step."""
+    """Learning rates and batch size fit the paper's: for DETR 1e-4 and, for the backbone, 1e-5 at 64 images per step,
+    for Deformable DETR 2e-4 and 2e-5 at 32."""
     args = case.args
+    paper_rate, paper_backbone, paper_batch = getattr(case.model, "published_rates", DETR_RATES)
     resolved, _ = args.resolve(case.steps_per_epoch, 0)
     try:
         groups = parameter_groups(case.model, resolved)
@@ -30,22 +33,22 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     inside = {id(parameter) for parameter in of_backbone} & rate_of.keys()
     rate = max(rate_of[key] for key in rate_of.keys() - inside)
     backbone = max((rate_of[key] for key in inside), default=None)
-    linear = PAPER_RATE * args.batch_size / PAPER_BATCH
+    linear = paper_rate * args.batch_size / paper_batch
     narrow = max(1.0, WIDTH / case.width)  # a narrower model tolerates a higher rate
-    low, high = min(PAPER_RATE, linear) / FACTOR, max(PAPER_RATE, linear) * FACTOR * narrow
+    low, high = min(paper_rate, linear) / FACTOR, max(paper_rate, linear) * FACTOR * narrow
     used = f"{rate:.2g} for the Transformer, {'none' if backbone is None else f'{backbone:.2g}'} for the backbone, "
     used += f"{args.batch_size} images per step, {args.optimizer}"
-    rule = f"the paper's {PAPER_RATE:g} and {PAPER_BACKBONE:g} at {PAPER_BATCH} images correspond to {linear:.2g} and "
-    rule += f"{linear * PAPER_BACKBONE / PAPER_RATE:.2g} by linear scaling"
+    rule = f"the paper's {paper_rate:g} and {paper_backbone:g} at {paper_batch} images correspond to {linear:.2g} and "
+    rule += f"{linear * paper_backbone / paper_rate:.2g} by linear scaling"
     if args.optimizer == "sgd":
-        yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw; DETR trains poorly with sgd")
+        yield warning(f"{used}; {rule} for AdamW", "--optimizer adamw; detectors with queries train poorly with sgd")
     elif low <= rate < high:
         yield ok(f"{used}; {rule}")
     else:
         yield graded(
             not low / FACTOR <= rate <= high * FACTOR,
             f"{used}; {rule} (limits: {low:.2g} to {high:.2g})",
-            f"set a learning rate from {min(PAPER_RATE, linear):.2g} to {max(PAPER_RATE, linear):.2g}",
+            f"set a learning rate from {min(paper_rate, linear):.2g} to {max(paper_rate, linear):.2g}",
         )
     trained = bool(args.model_name_or_path or args.pretrained_backbone)
     if backbone is not None and trained and backbone > 0.5 * rate:
@@ -77,7 +80,7 @@ def schedule(case: Case) -> Finding:
 
 
 def gradient_clipping(case: Case) -> Finding:
-    """Gradients are clipped to a small norm; they are large in the first steps of a DETR."""
+    """Gradients are clipped to a small norm; they are large in the first steps of a detector."""
     norm = case.args.max_grad_norm
     if 0 < norm <= LOOSE_NORM:
         return ok(f"max_grad_norm {norm:g}; the authors' code uses {PAPER_NORM}")

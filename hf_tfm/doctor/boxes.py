@@ -113,7 +113,7 @@ def duplicate_boxes(split: Split, case: Case) -> Iterator[Finding]:
 
 
 def tiny_objects(split: Split, case: Case) -> Finding:
-    """Objects are at least as large as a cell of the last feature map at evaluation size."""
+    """Objects are at least as large as a cell of the largest feature map of the Transformer at evaluation size."""
     if split.report.suspected is not None:
         return MISREAD
     args = case.args

@@ -39,7 +39,10 @@ BACKBONE = "test_efficientnet"
 LEAST_QUERIES = 10  # minimum for a stand-in, else twice the objects of the fullest image: more queries train slower
 # Configuration that a stand-in shares with the run's model: everything that determines the losses, not the size, here
 # the endings of the names of fields.
-SHARED = ("_cost", "_coefficient", "auxiliary_loss", "position_embedding_type", "norm_first")
+SHARED = (
+    *("_cost", "_coefficient", "_alpha", "_gamma", "auxiliary_loss", "position_embedding_type", "norm_first"),
+    *("box_refine", "two_stage"),
+)
 
 
 def easiest(split: Split, most: int) -> list[int]:

@@ -186,8 +186,8 @@ class Case:
 
     @property
     def stride(self) -> int:
-        """Side of a cell of the last feature map, in pixels."""
-        return getattr(self.backbone, "stride", STRIDE)
+        """Side of a cell of the largest feature map that the Transformer reads, in pixels."""
+        return getattr(self.model.base_model, "stride", getattr(self.backbone, "stride", STRIDE))
 
     @property
     def width(self) -> int:

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..families import PANOPTIC_DETECTOR
+from ..models.class_scoring import SCORINGS, scoring_name
 from .loading import load_config, load_with_processor
 
 PANOPTIC_THRESHOLD = 0.85  # minimum score of a query in a panoptic map, as in the authors' code
@@ -65,6 +66,11 @@ def classes(config: PreTrainedConfig) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
+def class_scores(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """Return the probability of each class of a detector's queries: (..., outputs) -> (..., C)."""
+    return SCORINGS[scoring_name(config, logits.shape[-1])].scores(logits.float())
+
+
 def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> dict[str, Any]:
     """Preprocess images of any size into one batch.
 
@@ -107,7 +113,10 @@ def predict(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> Mo
 
 
 def detections(processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """Return the box and best class of every query, in pixels of the original images, as `CocoAP` takes them.
+    """Return boxes with their class and score, in pixels of the original images, as `CocoAP` takes them.
+
+    The processor of the model chooses them: DETR's returns the best class of every query, Deformable DETR's the 100
+    best pairs of a query and a class.
 
     Args:
         batch: its ``labels`` have the sizes of the images, as those of `processed` do.

@@ -20,6 +20,12 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(first + last) / 2, last - first], dim=-1)
 
 
+def inverse_sigmoid(values: Tensor, eps: float = 1e-5) -> Tensor:
+    """Compute the logits of values in [0, 1], with both the value and its complement at least ``eps``: any shape."""
+    values = values.clamp(0.0, 1.0)
+    return values.clamp_min(eps).log() - (1.0 - values).clamp_min(eps).log()
+
+
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Compute the generalised intersection over union (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1).
 

@@ -135,7 +135,9 @@ class TfmDetrConfig(TravellingConfig):
         "encoder.layers.*": "free_full_weight",
         "decoder.layers.*": "free_full_weight",
     }
-    attention_score: ClassVar = "dot_product"  # the same for every DETR; required by the blocks
+    # The same for every DETR; required by the blocks and the loss.
+    attention_score: ClassVar = "dot_product"
+    class_scoring: ClassVar = "softmax"
 
     backbone: str = "resnet50"
     backbone_norm: str = "frozen"

@@ -18,10 +18,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ConfigView, MultiHeadAttention, eager_view, padding_mask, wants_maps
-from .backbones import TimmFeatures, reset
+from .backbones import reset
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_detr import TfmDetrConfig
-from .native_names import OwnNamesPreTrainedModel
+from .detection import DetectorPreTrainedModel
 from .positions import LearnedPositions2D
 
 # Weight names of transformers' DETR and of earlier versions of this package: (name in the file, name in the model),
@@ -53,37 +53,20 @@ class ImageFeatures(NamedTuple):
     mask: Tensor | None
 
 
-class TfmDetrPreTrainedModel(OwnNamesPreTrainedModel):
-    """Base class of the DETR models: weight initialisation, loading and saving."""
+class TfmDetrPreTrainedModel(DetectorPreTrainedModel):
+    """Base class of the DETR models: weight initialisation."""
 
     config: TfmDetrConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
     _input_embed_layer = "input_projection"  # creates the input tokens, like the patch embedding of a ViT
-    supports_gradient_checkpointing = True
     _no_split_modules = ["TimmFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # Checkpoints of batch norms store a batch count, which frozen ones do not have.
-    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]  # noqa: RUF012
     # For training a saved model further: modules whose size is the number of classes, or of queries, and modules that
     # a file may lack as a whole.
     classifier_modules: ClassVar = ("class_labels_classifier",)
     query_modules: ClassVar = ("query_position_embeddings",)
     head_modules: ClassVar = (*classifier_modules, "bbox_predictor", "mask_head", "bbox_attention")
     image_processor_name: ClassVar = "DetrImageProcessor"  # in transformers
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load as in transformers, but keep the backbone's frozen stages frozen (transformers 5.23 unfreezes them)."""
-        found = super().from_pretrained(*args, **kwargs)
-        for module in (found[0] if isinstance(found, tuple) else found).modules():
-            if isinstance(module, TimmFeatures):
-                module.freeze()
-        return found
+    query_attention: ClassVar = "maps"  # of the decoder's cross-attention, for pictures
+    published_rates: ClassVar = (1e-4, 1e-5, 64)  # learning rate, of the backbone, images per step (section 4)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

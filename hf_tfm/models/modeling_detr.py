@@ -22,10 +22,11 @@ from transformers.models.detr.modeling_detr import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.utils.generic import can_return_tuple
 
 from .backbones import TimmFeatures
 from .configuration_detr import TfmDetrConfig
+from .detection import BoxHead, CountsItems, Labels, WithBackbone, auxiliary, cell_mask, shared_outputs
 from .detr_stacks import (
     NATIVE_NAMES,
     ImageFeatures,
@@ -34,21 +35,20 @@ from .detr_stacks import (
     TfmDetrPreTrainedModel,
 )
 from .input_checks import refuse_unknown
-from .linear import embedding_table, floating_dtype
+from .linear import embedding_table
 from .mask_head import BoxAttention, MaskHead
 from .native_names import register_native_names
 from .positions import LearnedPositions2D, sine_2d
 from .set_loss import (
+    Predictions,
+    detection_losses,
     hungarian_match,
     mask_losses,
     matched_pairs,
-    normalizers,
     set_losses,
     target_masks,
     total_loss,
 )
-
-Labels = list[dict[str, Tensor]]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class PartOfPanoptic:
         return found.get_submodule(cls.part)
 
 
-class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
+class TfmDetrModel(WithBackbone, PartOfPanoptic, TfmDetrPreTrainedModel):
     """DETR without heads: backbone, encoder and decoder."""
 
     _auto_class = "AutoModel"
@@ -114,35 +114,15 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         self.decoder = TfmDetrDecoder(config)
         self.post_init()
 
-    def freeze_backbone(self) -> None:
-        """Freeze the backbone, including the statistics of its batch norms."""
-        self.backbone.requires_grad_(False)
-        self.backbone.train(self.backbone.training)  # puts frozen batch norms in eval mode
-
-    def unfreeze_backbone(self) -> None:
-        """Unfreeze the whole backbone, including its frozen stages; frozen norms have no trainable parameters."""
-        self.backbone.requires_grad_(True)
-        self.backbone.train(self.backbone.training)
-
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
         """Compute the Transformer's inputs from images (B, C, H, W) and their mask (B, H, W).
 
         Raises:
-            ValueError: the images have a wrong number of channels, or the mask has another size than the images.
+            ValueError: see `feature_maps`.
         """
-        B, C, H, W = pixel_values.shape
-        if self.config.num_channels != C:
-            raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {C}")
-        if pixel_mask is not None and pixel_mask.shape != (B, H, W):
-            raise ValueError(f"pixel_mask must have shape {(B, H, W)}, got {tuple(pixel_mask.shape)}")
-        # Convolutions are fastest with channels-last input.
-        maps = self.backbone(pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        maps = self.feature_maps(pixel_values, pixel_mask)
         projected = self.input_projection(maps[-1])
-        size = maps[-1].shape[2:]
-        if pixel_mask is None:
-            mask = torch.ones(1, *size, dtype=torch.bool, device=pixel_values.device)
-        else:
-            mask = nn.functional.interpolate(pixel_mask[None].float(), size=size)[0].bool()  # (B, h, w)
+        mask = cell_mask(pixel_mask, maps[-1])
         if self.config.position_embedding_type == "learned":
             positions = self.position_embedding(mask)
         else:
@@ -196,24 +176,15 @@ class TfmDetrModel(PartOfPanoptic, TfmDetrPreTrainedModel):
         return self.transform(self.features(pixel_values, pixel_mask), **kwargs)
 
 
-class BoxPredictor(nn.Module):
-    """Box head: three linear layers with ReLU in between (section 3.2, "Prediction feed-forward networks")."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(hidden_size, width) for width in (hidden_size, hidden_size, 4))
+class BoxPredictor(BoxHead):
+    """Box head with sigmoid (section 3.2, "Prediction feed-forward networks")."""
 
     def forward(self, states: Tensor) -> Tensor:
         """Predict boxes from states: (..., D) -> (..., 4) cxcywh in (0, 1)."""
-        for layer in self.layers[:-1]:
-            states = layer(states).relu()
-        # Boxes need more precision than bf16, whose spacing just below 1 is 1/256: half a pixel of a 128-pixel image.
-        with maybe_autocast(states.device.type, enabled=False):
-            last = self.layers[-1]
-            return last(states.to(floating_dtype(last, states.dtype))).sigmoid()
+        return super().forward(states).sigmoid()
 
 
-class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
+class TfmDetrForObjectDetection(CountsItems, PartOfPanoptic, TfmDetrPreTrainedModel):
     """DETR for object detection: class and box heads shared by all decoder layers."""
 
     _auto_class = "AutoModelForObjectDetection"
@@ -263,24 +234,17 @@ class TfmDetrForObjectDetection(PartOfPanoptic, TfmDetrPreTrainedModel):
         logits, boxes = self.heads(outputs)
         losses = {}
         if labels is not None:
-            matching = hungarian_match(logits, boxes, labels, self.config)
-            terms = set_losses(logits, boxes, matching, self.config)
-            losses = total_loss(terms, matching, self.config, num_items_in_batch)
+            losses = detection_losses(Predictions(logits, boxes), labels, self.config, num_items_in_batch)
         return TfmDetrObjectDetectionOutput(
             **losses,
             logits=logits[-1],
             pred_boxes=boxes[-1],
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
-            **shared_outputs(outputs),
+            **shared_outputs(outputs, "intermediate_hidden_states"),
         )
 
-    def count_items(self, labels: Labels, **batch) -> dict[str, float]:
-        """Return the ``num_items_in_batch`` of a batch; counts of micro-batches add up to those of the step."""
-        counts = [len(label["class_labels"]) for label in labels]
-        return normalizers(counts, self.config.num_queries, self.config.eos_coefficient)
 
-
-class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
+class TfmDetrForPanopticSegmentation(CountsItems, TfmDetrPreTrainedModel):
     """DETR for panoptic segmentation: a mask for each query, for things and stuff alike (section 4.4).
 
     It loads checkpoints of `TfmDetrForObjectDetection`; call `freeze_detector` to train only the mask head, as in the
@@ -366,23 +330,8 @@ class TfmDetrForPanopticSegmentation(TfmDetrPreTrainedModel):
             pred_boxes=boxes[-1],
             pred_masks=pred_masks,
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
-            **shared_outputs(outputs),
+            **shared_outputs(outputs, "intermediate_hidden_states"),
         )
-
-    def count_items(self, labels: Labels, **batch) -> dict[str, float]:
-        """See `TfmDetrForObjectDetection.count_items`."""
-        return self.detr.count_items(labels)
-
-
-def auxiliary(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]] | None:
-    """Return the predictions of all decoder layers but the last, or None if there are none."""
-    pairs = zip(logits[:-1], boxes[:-1], strict=True)
-    return [{"logits": own, "pred_boxes": box} for own, box in pairs] or None
-
-
-def shared_outputs(outputs: DetrModelOutput) -> dict[str, Tensor]:
-    """Return the fields of the base model's output that the outputs of the heads repeat."""
-    return {name: outputs.get(name) for name in outputs if name != "intermediate_hidden_states"}
 
 
 register_native_names("TfmDetrModel", NATIVE_NAMES)

@@ -108,7 +108,7 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, dim=0)], dim=1)
 
 
-def sine_2d(mask: Tensor, dim: int) -> Tensor:
+def sine_2d(mask: Tensor, dim: int, shift: float = 0.0) -> Tensor:
     """Return fixed positions of the cells of padded images (Carion et al. 2020, arXiv:2005.12872, appendix A.4; Parmar
     et al. 2018, arXiv:1802.05751).
 
@@ -118,19 +118,29 @@ def sine_2d(mask: Tensor, dim: int) -> Tensor:
     Args:
         mask: (B, rows, columns) bool, True at image cells; padding is at the bottom and right.
         dim: D, a multiple of 4.
+        shift: added to the number of a cell, counted from 1: 0 in DETR, -0.5, its centre, in Deformable DETR.
 
     Returns:
         (B, rows * columns, D) float32, in row-major order.
     """
-    half = dim // 2
-    wavelengths = 10000.0 ** (torch.arange(0, half, 2, device=mask.device) / half)  # (D / 4,)
     parts = []
     for axis in (1, 2):
         counts = mask.cumsum(axis, dtype=torch.float32)  # 1, 2, ...
         extent = counts.narrow(axis, counts.shape[axis] - 1, 1)
-        angles = (counts / (extent + 1e-6) * (2 * math.pi))[..., None] / wavelengths
-        parts.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2))  # (B, rows, columns, D / 2)
+        parts.append(sine_of_shares((counts + shift) / (extent + 1e-6), dim // 2))  # (B, rows, columns, D / 2)
     return torch.cat(parts, dim=-1).flatten(1, 2)
+
+
+def sine_of_shares(shares: Tensor, dim: int) -> Tensor:
+    """Return sines and cosines, interleaved, of coordinates that are scaled to 2 pi: (...) -> (..., dim) float32.
+
+    Args:
+        shares: coordinates as shares of the image, in [0, 1].
+        dim: number of features, even.
+    """
+    wavelengths = 10000.0 ** (torch.arange(0, dim, 2, device=shares.device) / dim)  # (dim / 2,)
+    angles = (shares.float() * (2 * math.pi))[..., None] / wavelengths
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def join_axes(rows: Tensor, columns: Tensor) -> Tensor:

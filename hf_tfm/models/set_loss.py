@@ -4,11 +4,11 @@ arXiv:2005.12872, section 3.1, equations 1 and 2; masks: section 4.4).
     predictions of all layers and images, padded objects -> cost (L, B, Q, M) -> host -> query of each object (L, B, M)
     logits, boxes of all layers, labels -> assignment -> {term: sum over items of each layer}
 
-Every term is a sum, so that a training loop can divide by the items of a whole step: class terms by the total weight
-of the queries (`query_weight`), box and mask terms by the number of objects.
+Every term is a sum, so that a training loop can divide by the items of a whole step: class terms by the items of the
+model's scoring (see `ClassScoring`), box and mask terms by the number of objects.
 
 Shapes: L decoder layers; B images; Q object queries; M maximum number of objects per image, with padding; C classes;
-h, w size of mask logits.
+"outputs", the number of logits of a query; h, w size of mask logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_scipy_available, logging
 
 from .boxes import cxcywh_to_xyxy, generalized_iou
+from .class_scoring import ClassScoring, scoring_of
 from .input_checks import ROUNDING, readable, require_tensor
 from .losses import per_item
 
 logger = logging.get_logger(__name__)
 
+# Fields of configurations with the weights of the terms.
+COEFFICIENTS = {
+    "loss_ce": "class_loss_coefficient",
+    "loss_bbox": "bbox_loss_coefficient",
+    "loss_giou": "giou_loss_coefficient",
+    "loss_mask": "mask_loss_coefficient",
+    "loss_dice": "dice_loss_coefficient",
+}
 NEVER = 1e6  # replaces costs that are not finite; far above any other cost
 
 
@@ -104,30 +113,28 @@ def pad_objects(labels: list[dict[str, Tensor]], num_labels: int, device: torch.
 
 
 @torch.no_grad()
-def matching_cost(
-    logits: Tensor, boxes: Tensor, objects: Objects, class_cost: float, bbox_cost: float, giou_cost: float
-) -> Tensor:
-    """Compute the cost of matching each query to each object: ``-p(class) + L1 + (-GIoU)``, weighted (section 3.1).
+def matching_cost(logits: Tensor, boxes: Tensor, objects: Objects, config: Any) -> Tensor:
+    """Compute the cost of matching each query to each object: class + L1 + (-GIoU), weighted (section 3.1).
 
     Args:
-        logits: (L, B, Q, C + 1).
+        logits: (L, B, Q, outputs).
         boxes: (L, B, Q, 4) cxcywh.
-        class_cost, bbox_cost, giou_cost: weights of the terms.
+        config: has the scoring of the classes and the weights of the cost.
 
     Returns:
         (L, B, Q, M) float32; undefined for padding.
     """
-    classes = objects.classes[None, :, None].expand(*logits.shape[:3], -1)  # (L, B, Q, M)
-    cost = logits.float().softmax(-1).gather(-1, classes).mul_(-class_cost)
+    cost = scoring_of(config).cost(logits.float(), objects.classes).mul_(config.class_cost)  # (L, B, Q, M)
     ours, theirs = boxes.float()[:, :, :, None], objects.boxes[None, :, None]
-    cost += bbox_cost * (ours - theirs).abs().sum(-1)
-    cost -= giou_cost * generalized_iou(cxcywh_to_xyxy(ours), cxcywh_to_xyxy(theirs))
+    cost += config.bbox_cost * (ours - theirs).abs().sum(-1)
+    cost -= config.giou_cost * generalized_iou(cxcywh_to_xyxy(ours), cxcywh_to_xyxy(theirs))
     return cost
 
 
 def highest_cost(config: Any) -> float:
-    """Return an upper bound on the cost of boxes in [0, 1]: an L1 distance of 4, a GIoU of -1, a probability of 0."""
-    return 4.0 * config.bbox_cost + config.giou_cost + 1.0
+    """Return an upper bound on the cost of boxes in [0, 1]: an L1 distance of 4, a GIoU of -1, the worst class."""
+    worst = config.class_cost * scoring_of(config).highest_cost
+    return 4.0 * config.bbox_cost + config.giou_cost + worst + 1.0
 
 
 def require_costs(cost: np.ndarray, counts: list[int], limit: float) -> None:
@@ -155,7 +162,7 @@ def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray
     The costs are copied to the host once. Costs that are not finite are treated as very high and reported.
 
     Args:
-        cost: (L, B, Q, M).
+        cost: (L, B, Q, M), on any device.
         counts: number of objects of each image.
         limit: upper bound on the cost of boxes in [0, 1], see `highest_cost`.
 
@@ -174,7 +181,7 @@ def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray
         from scipy.optimize import linear_sum_assignment
 
     L, _, Q, M = cost.shape
-    host = cost.cpu().numpy()
+    host = (cost if cost.device.type == "cpu" else cost.cpu()).numpy()
     queries = np.full((L, len(counts), M), Q)
     if host.size and not host.max() < limit:  # also true for NaN
         require_costs(host, counts, limit)
@@ -188,6 +195,14 @@ def assign(cost: Tensor, counts: list[int], limit: float = np.inf) -> np.ndarray
             chosen, matched = linear_sum_assignment(host[layer, image, :, :count])
             queries[layer, image, matched] = chosen
     return queries
+
+
+def on_host(costs: list[Tensor]) -> list[Tensor]:
+    """Copy tensors to the host in a single transfer."""
+    if len(costs) == 1:
+        return [costs[0].cpu()]
+    parts = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+    return [part.view_as(cost) for part, cost in zip(parts, costs, strict=True)]
 
 
 class Matching(NamedTuple):
@@ -204,26 +219,79 @@ class Matching(NamedTuple):
     on_host: np.ndarray
 
 
+class Predictions(NamedTuple):
+    """Predictions that are matched to the objects of a batch.
+
+    Args:
+        logits: (L, B, Q, outputs).
+        boxes: (L, B, Q, 4) cxcywh.
+        one_class: match regardless of the class: all objects have class 0, as for the proposals of an encoder.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    one_class: bool = False
+
+
 def hungarian_match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
     """Match the predictions of all layers to the objects of a batch.
 
     Args:
-        logits: (L, B, Q, C + 1).
+        logits: (L, B, Q, outputs).
         boxes: (L, B, Q, 4) cxcywh.
+        labels, config: see `match_sets`.
+    """
+    return match_sets([Predictions(logits, boxes)], labels, config)[0]
+
+
+def match_sets(sets: Sequence[Predictions], labels: list[dict[str, Tensor]], config: Any) -> list[Matching]:
+    """Match several sets of predictions to the objects of a batch; the host waits for the device once.
+
+    Args:
         labels: one dict per image with ``class_labels`` (n,) int64 and ``boxes`` (n, 4) cxcywh in [0, 1].
-        config: has ``num_labels`` and the weights of the cost.
+        config: has ``num_labels``, the scoring of the classes and the weights of the cost. If
+            its ``finite_predictions`` is true, predictions that are infinite or NaN are refused.
 
     Raises:
-        ValueError: the number of labels differs from the number of images, or labels are invalid, see `pad_objects`.
+        ValueError: the number of labels differs from the number of images, labels are invalid, see `pad_objects`, or
+            see `require_predictions`.
     """
     if not isinstance(labels, Sequence):
         raise TypeError(f"labels must be a list of dictionaries, one for each image, got {type(labels).__name__}")
-    if len(labels) != logits.shape[1]:
-        raise ValueError(f"labels must have an entry for each of {logits.shape[1]} images, got {len(labels)}")
-    objects = pad_objects(labels, config.num_labels, logits.device)
-    cost = matching_cost(logits, boxes, objects, config.class_cost, config.bbox_cost, config.giou_cost)
-    queries = assign(cost, objects.counts, highest_cost(config))
-    return Matching(objects, torch.from_numpy(queries).to(logits.device, non_blocking=True), queries)
+    images, device = sets[0].logits.shape[1], sets[0].logits.device
+    if len(labels) != images:
+        raise ValueError(f"labels must have an entry for each of {images} images, got {len(labels)}")
+    known = pad_objects(labels, config.num_labels, device)
+    objects = [known._replace(classes=torch.zeros_like(known.classes)) if one.one_class else known for one in sets]
+    costs = on_host(
+        [matching_cost(one.logits, one.boxes, own, config) for one, own in zip(sets, objects, strict=True)]
+    )
+    found = []
+    for one, own, cost in zip(sets, objects, costs, strict=True):
+        if getattr(config, "finite_predictions", False) and not np.isfinite(cost.numpy()).all():
+            require_predictions(one, labels)
+        queries = assign(cost, own.counts, highest_cost(config))
+        found.append(Matching(own, torch.from_numpy(queries).to(device, non_blocking=True), queries))
+    return found
+
+
+def require_predictions(predictions: Predictions, labels: list[dict[str, Tensor]]) -> None:
+    """Raise if predictions are infinite or NaN, naming the image; reads them from the device.
+
+    Raises:
+        ValueError: with the first such image, by the ``image_id`` of its labels if they have one.
+    """
+    for name, values in (("boxes", predictions.boxes), ("class logits", predictions.logits)):
+        wrong = (~values.isfinite()).flatten(2).any(-1)  # (L, B)
+        if wrong.any():
+            image = int(wrong.any(0).nonzero()[0])
+            layer = "encoder" if predictions.one_class else f"decoder layer {int(wrong[:, image].nonzero()[0])}"
+            number = labels[image].get("image_id")
+            known = "" if number is None else f"image {int(number)}, "
+            raise ValueError(
+                f"the {name} predicted for {known}labels[{image}], are not finite ({layer}): training has diverged, "
+                "or the image has values that are not finite; lower learning_rate or max_grad_norm"
+            )
 
 
 def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,27 +310,6 @@ def matched_pairs(matching: Matching, num_queries: int) -> tuple[Tensor, Tensor,
     return pairs[0], pairs[1], pairs[2]
 
 
-def query_weight(counts: list[int], num_queries: int, eos_coefficient: float) -> float:
-    """Return the total weight of queries in the class loss: 1 if matched to an object, else ``eos_coefficient``."""
-    matched = sum(min(count, num_queries) for count in counts)
-    return matched + eos_coefficient * (num_queries * len(counts) - matched)
-
-
-def class_loss(logits: Tensor, queries: Tensor, objects: Objects, eos_coefficient: float) -> Tensor:
-    """Compute the weighted cross-entropy of the queries, summed per layer: (L,).
-
-    Args:
-        logits: (L, B, Q, C + 1), the last class being "no object".
-        queries: (L, B, M), see `assign`.
-    """
-    L, B, Q, classes = logits.shape
-    nothing = classes - 1
-    target = objects.classes.new_full((L, B, Q + 1), nothing)  # the last slot collects objects without a query
-    target = target.scatter(2, queries, objects.classes.expand(L, -1, -1))[:, :, :Q]
-    loss = nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(L, -1)
-    return (loss * torch.where(target == nothing, eos_coefficient, 1.0).view(L, -1)).sum(dim=1)
-
-
 def box_losses(boxes: Tensor, queries: Tensor, objects: Objects) -> tuple[Tensor, Tensor]:
     """Sum the L1 distance and 1 - GIoU over matched pairs: (L,) each.
 
@@ -279,9 +326,9 @@ def box_losses(boxes: Tensor, queries: Tensor, objects: Objects) -> tuple[Tensor
 
 
 @torch.no_grad()
-def cardinality_error(logits: Tensor, counts: list[int]) -> Tensor:
+def cardinality_error(logits: Tensor, counts: list[int], scoring: ClassScoring) -> Tensor:
     """Sum the absolute error of the number of predicted objects over images, for logging (no gradient): (L,)."""
-    seen = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # (L, B)
+    seen = scoring.detects(logits).sum(-1)  # (L, B)
     return (seen - torch.tensor(counts, device=seen.device)).abs().float().sum(1)
 
 
@@ -356,21 +403,21 @@ def set_losses(logits: Tensor, boxes: Tensor, matching: Matching, config: Any) -
     """Sum every loss term except the mask losses for each layer, in float32: {term: (L,)}.
 
     Args:
-        logits: (L, B, Q, C + 1).
+        logits: (L, B, Q, outputs).
         boxes: (L, B, Q, 4) cxcywh.
-        config: has ``eos_coefficient``.
+        config: has the scoring of the classes.
     """
-    logits, objects = logits.float(), matching.objects
+    logits, objects, scoring = logits.float(), matching.objects, scoring_of(config)
     distance, overlap = box_losses(boxes.float(), matching.queries, objects)
     return {
-        "loss_ce": class_loss(logits, matching.queries, objects, config.eos_coefficient),
+        "loss_ce": scoring.loss(logits, matching.queries, objects.classes),
         "loss_bbox": distance,
         "loss_giou": overlap,
-        "cardinality_error": cardinality_error(logits, objects.counts),
+        "cardinality_error": cardinality_error(logits, objects.counts, scoring),
     }
 
 
-def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> dict[str, float]:
+def normalizers(counts: list[int], config: Any) -> dict[str, float]:
     """Return the divisors of the sums of `set_losses` and `mask_losses` from the object counts: {term: items}.
 
     For boxes and masks it is the number of objects, which may be 0. Divisors of micro-batches add up to those of the
@@ -378,21 +425,16 @@ def normalizers(counts: list[int], num_queries: int, eos_coefficient: float) -> 
     """
     terms = dict.fromkeys(("loss_bbox", "loss_giou", "loss_mask", "loss_dice"), float(sum(counts)))
     return {
-        "loss_ce": query_weight(counts, num_queries, eos_coefficient),
+        "loss_ce": scoring_of(config).items(counts, config.num_queries),
         "cardinality_error": float(len(counts)),
         **terms,
     }
 
 
 def term_weights(config: Any) -> dict[str, float]:
-    """Return the weight of every loss term (equation 2)."""
-    return {
-        "loss_ce": 1.0,
-        "loss_bbox": config.bbox_loss_coefficient,
-        "loss_giou": config.giou_loss_coefficient,
-        "loss_mask": config.mask_loss_coefficient,
-        "loss_dice": config.dice_loss_coefficient,
-    }
+    """Return the weight of every loss term that the model has (equation 2); of the class loss 1 by default."""
+    given = {name: getattr(config, field) for name, field in COEFFICIENTS.items() if hasattr(config, field)}
+    return {"loss_ce": 1.0, **given}
 
 
 def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -404,30 +446,64 @@ def by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def detection_losses(
+    predictions: Predictions,
+    labels: list[dict[str, Tensor]],
+    config: Any,
+    items: Mapping[str, float | Tensor] | None,
+    proposals: Predictions | None = None,
+) -> dict[str, Any]:
+    """Match predictions to objects and compute all losses of a detector without masks.
+
+    Args:
+        predictions: of all decoder layers.
+        labels, config: see `match_sets`.
+        items: see `total_loss`.
+        proposals: of the encoder, for a detector in two stages; their losses add to the same terms.
+
+    Returns:
+        See `total_loss`.
+    """
+    sets = [predictions] if proposals is None else [predictions, proposals]
+    matchings = match_sets(sets, labels, config)
+    terms = [set_losses(one.logits, one.boxes, own, config) for one, own in zip(sets, matchings, strict=True)]
+    return total_loss(terms[0], matchings[0], config, items, *terms[1:])
+
+
 def total_loss(
-    terms: dict[str, Tensor], matching: Matching, config: Any, items: Mapping[str, float | Tensor] | None
+    terms: dict[str, Tensor],
+    matching: Matching,
+    config: Any,
+    items: Mapping[str, float | Tensor] | None,
+    of_encoder: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Weight and normalise the terms of `set_losses` and `mask_losses`.
 
     Args:
         items: divisor of each term; default: `normalizers` of this batch.
+        of_encoder: terms of the encoder's proposals, with the same weights and divisors.
 
     Returns:
         ``loss``, the weighted sum of all terms and layers, each divided by its items; ``loss_dict``, every term of
-        every layer, divided by its items and unweighted, see `by_layer`; ``loss_sums``, {term: weighted sum over its
-        items and all layers}, not divided, for a training loop that divides by the items of a whole step.
+        every layer, divided by its items and unweighted, see `by_layer`, those of the encoder with the suffix
+        "_enc"; ``loss_sums``, {term: weighted sum over its items and all layers}, not divided, for a training loop
+        that divides by the items of a whole step.
 
     Raises:
         ValueError: ``items`` lacks a term.
     """
-    here = normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
+    here = normalizers(matching.objects.counts, config)
     if items is not None and not (isinstance(items, Mapping) and terms.keys() <= items.keys()):
         given = ", ".join(items) if isinstance(items, Mapping) else items
         raise ValueError(f"num_items_in_batch must hold a number for each of {', '.join(terms)}, got {given}")
     items = here if items is None else items
-    sums = {name: weight * terms[name].sum() for name, weight in term_weights(config).items() if name in terms}
+    first = of_encoder or {}
+    totals = {name: values.sum() + first[name].sum() if first else values.sum() for name, values in terms.items()}
+    sums = {name: weight * totals[name] for name, weight in term_weights(config).items() if name in terms}
+    named = by_layer({name: per_item(values, items[name]) for name, values in terms.items()})
+    named |= {f"{name}_enc": per_item(values.sum(), items[name]) for name, values in first.items()}
     return {
         "loss": sum(per_item(value, items[name]) for name, value in sums.items()),
-        "loss_dict": by_layer({name: per_item(values, items[name]) for name, values in terms.items()}),
+        "loss_dict": named,
         "loss_sums": sums,
     }

@@ -40,6 +40,7 @@ from .base import Batch, Collator, Loader, Scores, Task, mean_losses
 Dtype = Literal["fp32", "bf16", "fp16"]
 OWN = "distillation"  # key of a batch under which this task stores its own values
 STRIDES = (4, 8, 14, 16, 32, 64)  # possible strides of the cells of a map, in pixels
+MOST_LEVELS = 5  # maximum number of maps with doubling strides that are read together
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
@@ -750,8 +751,9 @@ def token_weights(batch: Batch, name: str, states: Tensor) -> Tensor:
     if "pixel_mask" not in batch or stack in ("decoder", "cross"):
         return states.new_full((B, T), 1.0 / T, dtype=torch.float32)
     mask = batch["pixel_mask"]
-    grid = tuple(states.shape[2:]) if kind == MAP else grid_of(tuple(mask.shape[1:]), T)
-    cells = nn.functional.interpolate(mask[None].float(), size=grid)[0].flatten(1)  # as DETR resizes its mask
+    grids = [tuple(states.shape[2:])] if kind == MAP else grids_of(tuple(mask.shape[1:]), T)
+    parts_of = [nn.functional.interpolate(mask[None].float(), size=grid)[0].flatten(1) for grid in grids]
+    cells = torch.cat(parts_of, dim=1)  # as detectors resize their masks
     return cells / cells.sum(1, keepdim=True).clamp_min(1.0)
 
 
@@ -766,19 +768,23 @@ def chosen_tokens(weights: Tensor, positions: Tensor | None) -> Tensor:
     return chosen
 
 
-def grid_of(size: tuple[int, int], cells: int) -> tuple[int, int]:
-    """Return the rows and columns of a grid of cells over an image.
+def grids_of(size: tuple[int, int], cells: int) -> list[tuple[int, int]]:
+    """Return the rows and columns of the grids of cells over an image: one, or several whose strides double.
 
     Args:
         size: height and width of the image in pixels.
+        cells: number of cells of all grids.
 
     Raises:
-        ValueError: no usual stride gives this number of cells.
+        ValueError: no usual strides give this number of cells.
     """
-    for stride in STRIDES:
-        grid = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
-        if grid[0] * grid[1] == cells:
-            return grid
+    for levels in range(1, MOST_LEVELS + 1):
+        for first in STRIDES:
+            strides = [first * 2**level for level in range(levels)]
+            grids = [(math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
+            if sum(rows * columns for rows, columns in grids) == cells:
+                return grids
     raise ValueError(
-        f"{cells} cells of an image of {size[0]} x {size[1]} pixels do not form a grid of stride {STRIDES}"
+        f"{cells} cells of an image of {size[0]} x {size[1]} pixels do not form a grid of stride {STRIDES}, nor up to "
+        f"{MOST_LEVELS} grids from one of these strides on"
     )

@@ -1,5 +1,6 @@
 """Configuration of a new model from the arguments ``size`` and ``model``, and its classes."""
 
+import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -119,8 +120,7 @@ def head_of(model: PreTrainedModel, name: str) -> str:
 def fresh_head(model: PreTrainedModel, name: str) -> str:
     """Reinitialise a linear layer, for as many other classes; return ``name``."""
     parent, _, own = name.rpartition(".")
-    old = model.get_submodule(name)
-    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    new = copy.deepcopy(model.get_submodule(name))  # with the attributes that `_init_weights` reads
     model._init_weights(new)
     setattr(model.get_submodule(parent), own, new)
     return name

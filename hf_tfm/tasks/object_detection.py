@@ -1,4 +1,5 @@
-"""Object detection with DETR (Carion et al. 2020, arXiv:2005.12872), and the evaluation of any detector.
+"""Object detection with DETR (Carion et al. 2020, arXiv:2005.12872) and its successors, and the evaluation of any
+detector.
 
 rows -> images of one shape, padded, and their objects -> predictions of all decoder layers -> Hungarian matching
 -> sums of class, box and mask losses -> COCO average precision, and panoptic quality of models with masks
@@ -106,7 +107,7 @@ class DetectionArguments(BoxArguments, SceneArguments):
 
 @dataclass(kw_only=True)
 class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
-    """Distillation of a DETR.
+    """Distillation of a detector.
 
     A cache needs images that all have one size after augmentation, and the batch_size of the run.
 
@@ -306,7 +307,7 @@ class DetectionTask(Task):
         return TERMS | (MASK_TERMS if self.masks else {})
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Images, and the divisor of each term: the total weight of the queries, or the number of objects."""
+        """Images, and the divisor of each term: the number of objects or, for classes, the items of their scoring."""
         model: Any = self.model  # of a family, see `detectors`
         items = model.count_items(batch["labels"] if batch["images"] else [])
         return {"image": batch["images"], **{term: items[name] for term, name in self.terms.items()}}

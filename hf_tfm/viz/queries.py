@@ -1,16 +1,22 @@
-"""Object queries of a DETR (Carion et al. 2020, arXiv:2005.12872, figures 6 and 7).
+"""Object queries of a DETR (Carion et al. 2020, arXiv:2005.12872, figures 6 and 7) or Deformable DETR (Zhu et al.
+2021, arXiv:2010.04159, figure 6).
 
-    one image  -> cross-attention of the last decoder layer, mean over heads -> each confident query over the image
+    one image  -> cross-attention of the last decoder layer -> each confident query over the image: a map over all
+                  cells, mean over heads, or the points that it samples
     a data set -> every query's box in every image -> one plot per query: box centres, coloured by shape
 
-Shapes: Q queries; n of them selected; H heads; N = rows x columns cells of the feature map; I images.
+A detector says what its queries attend to in its class attribute ``query_attention``, a name of `KINDS`.
+
+Shapes: Q queries; n of them selected; H heads; N = rows x columns cells of the feature map; K sampled points of a
+query, of all heads and levels; I images.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -19,11 +25,11 @@ from accelerate.utils import send_to_device
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..data.images import IMAGE, BadImage, decode
-from ..hub.detectors import classes, predict, processed
+from ..hub.detectors import class_scores, classes, predict, processed
 from .attention import forming_maps
 from .detections import read_pixels
 from .grid import DPI, SMALL
@@ -38,9 +44,9 @@ AT_LEAST = 4  # number of queries to draw if none is confident
 SLOTS = 20  # queries to draw for a data set, as in the paper
 
 
-@dataclass(frozen=True)
-class QueryMaps:
-    """Attention maps of a detector's confident queries for one image.
+@dataclass(frozen=True, kw_only=True)
+class QueryAttention:
+    """Attention of a detector's confident queries in one image.
 
     Args:
         model: name of the model.
@@ -49,8 +55,9 @@ class QueryMaps:
         classes: class names of the model.
         queries: (n,) query indices, the most confident first.
         objects: objects that they detected, in pixels of ``image``.
-        maps: (n, rows, columns) float32, attention to each cell, without padding.
     """
+
+    about: ClassVar[str] = ""  # what is drawn
 
     model: str
     name: str
@@ -58,7 +65,63 @@ class QueryMaps:
     classes: list[str]
     queries: np.ndarray
     objects: Objects
+
+    def shown(self, i: int) -> np.ndarray:
+        """Return the image of the panel of the i-th selected query."""
+        return self.image
+
+    def draw(self, i: int, ax: Axes, font: float) -> None:
+        """Draw on the panel of the i-th selected query, below its box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryMaps(QueryAttention):
+    """Attention over all cells of a feature map.
+
+    Args:
+        maps: (n, rows, columns) float32, attention to each cell, without padding.
+    """
+
+    about: ClassVar[str] = "where queries look in the last decoder layer, mean over heads, largest at 1"
+
     maps: np.ndarray
+
+    def shown(self, i: int) -> np.ndarray:
+        """Return the image with the map over it."""
+        return overlay(self.image, scaled(self.maps[i]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryPoints(QueryAttention):
+    """Attention to sampled points.
+
+    Args:
+        points: (n, K, 2) float32, x and y in pixels of ``image``; some may be outside.
+        weights: (n, K) float32, attention to each point; those of a head sum to 1.
+    """
+
+    about: ClassVar[str] = (
+        "points that queries sample in the last decoder layer, all heads and levels; larger and lighter: more weight"
+    )
+
+    points: np.ndarray
+    weights: np.ndarray
+
+    def draw(self, i: int, ax: Axes, font: float) -> None:
+        """Draw the points, those with the largest weight on top, with area and colour by weight."""
+        order = np.argsort(self.weights[i])
+        points, share = self.points[i][order], self.weights[i][order] / max(self.weights[i].max(), 1e-12)
+        ax.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=(font / 2) ** 2 * (0.1 + share),
+            c=share,
+            cmap="plasma",
+            vmin=0,
+            vmax=1,
+            linewidths=0.2,
+            edgecolors="black",
+        )
 
 
 @torch.no_grad()
@@ -68,12 +131,13 @@ def query_maps(
     image: NamedImage,
     threshold: float = BOX_THRESHOLD,
     most: int = 15,
-) -> QueryMaps:
-    """Run a detector on one image and return the attention maps of its queries.
+) -> QueryMaps | QueryPoints:
+    """Run a detector on one image and return the attention of its queries.
 
     Args:
-        model: a DETR whose queries attend to one feature map: ours, `DetrForObjectDetection`, `DetrForSegmentation`
-            and the like. It runs without dropout, and its state is restored.
+        model: a detector whose queries attend to one feature map, such as our DETR or transformers'
+            `DetrForObjectDetection` and `DetrForSegmentation`, or of this package and with points. It runs without
+            dropout, and its state is restored.
         processor: processor of the model.
         image: result of `read_image`.
         threshold: minimum score of a query, in [0, 1]; if none reaches it, the four best are used.
@@ -87,28 +151,55 @@ def query_maps(
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
     batch = send_to_device(processed(processor, [read_pixels(image)]), model.device)
+    kind, attention_of = KINDS[getattr(model, "query_attention", "maps")]
     with forming_maps(model):
-        output, grid = with_grid(model, batch)
+        output, attention = attention_of(model, batch)
     height, width = batch["labels"][0]["size"].tolist()
-    rows, columns = (
-        -(-side * cells // whole)
-        for side, cells, whole in zip((height, width), grid, batch["pixel_values"].shape[2:], strict=True)
-    )
-    maps = output.cross_attentions[-1][0].mean(dim=0).unflatten(-1, grid)[:, :rows, :columns]  # (Q, rows, columns)
-    scores, labels, boxes = query_objects(output, len(model.config.id2label), (height, width))
+    scores, labels, boxes = query_objects(output, model.config, (height, width))
     order = scores.argsort(descending=True, stable=True)
-    count = min(max(int((scores >= threshold).sum()), 0) or AT_LEAST, most)
-    chosen = order[:count]
-    labels, scores, boxes, maps = (value[chosen].float().cpu().numpy() for value in (labels, scores, boxes, maps))
-    return QueryMaps(
+    chosen = order[: min(int((scores >= threshold).sum()) or AT_LEAST, most)]
+    labels, scores, boxes = (value[chosen].float().cpu().numpy() for value in (labels, scores, boxes))
+    return kind(
         model=name_of(model),
         name=image.name,
         image=visible(processor, batch["pixel_values"])[:height, :width],
         classes=classes(model.config),
         queries=chosen.cpu().numpy(),
         objects=Objects(labels.astype(np.int64), scores, boxes),
-        maps=maps,
+        **{name: values[chosen].float().cpu().numpy() for name, values in attention.items()},
     )
+
+
+Attention = tuple[ModelOutput, dict[str, Tensor]]
+
+
+def maps_of(model: PreTrainedModel, batch: dict[str, Any]) -> Attention:
+    """Run a DETR; return its output and the ``maps`` of all queries, (Q, rows, columns), see `QueryMaps`."""
+    output, grid = with_grid(model, batch)
+    rows, columns = (
+        -(-side * cells // whole)
+        for side, cells, whole in zip(
+            batch["labels"][0]["size"].tolist(), grid, batch["pixel_values"].shape[2:], strict=True
+        )
+    )
+    return output, {"maps": output.cross_attentions[-1][0].mean(dim=0).unflatten(-1, grid)[:, :rows, :columns]}
+
+
+def points_of(model: PreTrainedModel, batch: dict[str, Any]) -> Attention:
+    """Run a detector that samples points; return its output and ``points`` (Q, K, 2) and ``weights`` (Q, K) of all
+    queries, see `QueryPoints`."""
+    output = predict(model, batch, output_attentions=True, output_sampling_points=True)
+    height, width = batch["pixel_values"].shape[2:]
+    points = output.sampling_points[-1][0].flatten(1, -2)
+    weights = output.cross_attentions[-1][0].flatten(1)
+    return output, {"points": points * points.new_tensor([width, height]), "weights": weights}
+
+
+# By `query_attention`: class of the picture, and (model, batch) -> output and fields of that class for all queries.
+KINDS: dict[str, tuple[type[Any], Callable[[PreTrainedModel, dict[str, Any]], Attention]]] = {
+    "maps": (QueryMaps, maps_of),
+    "points": (QueryPoints, points_of),
+}
 
 
 def with_grid(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[ModelOutput, tuple[int, int]]:
@@ -130,43 +221,46 @@ def with_grid(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[ModelOutpu
     maps = output.get("cross_attentions")
     if len(sizes) != 1 or not maps or maps[-1].shape[-1] != sizes[0][0] * sizes[0][1]:
         raise ValueError(
-            f"{type(model).__name__} has no attention of its queries over one feature map: these pictures are for DETR"
+            f"{type(model).__name__} has no attention of its queries over one feature map: these pictures are for "
+            "DETR, and for detectors of this package"
         )
     return output, sizes[0]
 
 
-def query_objects(output: ModelOutput, num_labels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def query_objects(
+    output: ModelOutput, config: PreTrainedConfig, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return score (Q,), class (Q,) and box (Q, 4) in pixels of all queries, in their order.
 
     The post-processing of some models reorders queries, so it is not used.
     """
-    logits = output.logits[0].float()
-    # DETR has a "no object" class; later models without one score each class independently.
-    shares = logits.softmax(dim=-1)[:, :-1] if logits.shape[-1] == num_labels + 1 else logits.sigmoid()
+    shares = class_scores(config, output.logits[0])
     scores, labels = shares.max(dim=-1)
     x, y, w, h = output.pred_boxes[0].float().unbind(dim=-1)
     corners = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
     return scores, labels, corners * corners.new_tensor([size[1], size[0]] * 2)
 
 
-def plot_queries(maps: QueryMaps, output: str | Path) -> Path:
+def plot_queries(found: QueryMaps | QueryPoints, output: str | Path) -> Path:
     """Plot the attention of each query over the image with its box; the first panel shows all boxes.
 
     Args:
-        maps: result of `query_maps`.
+        found: result of `query_maps`.
         output: a ".png" file.
     """
 
-    def box_of(which: Sequence[int]):
-        own = Objects(maps.objects.labels[which], maps.objects.scores[which], maps.objects.boxes[which])
-        return lambda ax, font: draw_boxes(ax, own, maps.classes, font)
+    def boxes_of(which: Sequence[int], ax: Axes, font: float) -> None:
+        own = Objects(found.objects.labels[which], found.objects.scores[which], found.objects.boxes[which])
+        draw_boxes(ax, own, found.classes, font)
 
-    every = list(range(len(maps.queries)))
-    panels = [Panel(maps.image, "all of these", box_of(every))]
-    for i, (query, weights) in enumerate(zip(maps.queries.tolist(), maps.maps, strict=True)):
-        panels.append(Panel(overlay(maps.image, scaled(weights)), f"query {query}", box_of([i])))
-    title = [f"{maps.model}, {maps.name}: where queries look in the last decoder layer, mean over heads, largest at 1"]
-    return save(gallery(panels, columns=4, title=title), output)
+    def draw(i: int, ax: Axes, font: float) -> None:
+        found.draw(i, ax, font)
+        boxes_of([i], ax, font)
+
+    every = list(range(len(found.queries)))
+    panels = [Panel(found.image, "all of these", partial(boxes_of, every))]
+    panels += [Panel(found.shown(i), f"query {query}", partial(draw, i)) for i, query in enumerate(found.queries)]
+    return save(gallery(panels, columns=4, title=[f"{found.model}, {found.name}: {found.about}"]), output)
 
 
 def read_images(rows: datasets.Dataset) -> Iterable[Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_class import CLASSES, FAMILIES, class_of, inputs_of, tiny
+from every_class import CLASSES, DETECTORS, FAMILIES, class_of, inputs_of, tiny
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,7 +22,7 @@ class Rows(Dataset):
                 row["labels"] = torch.tensor(number % 3)
             elif family in ("bert", "gpt", "transformer"):
                 row["labels"] = row["input_ids"]
-            elif family == "detr":
+            elif class_of(name)._auto_class in DETECTORS:
                 row["labels"] = {
                     "class_labels": torch.tensor([number % 3]),
                     "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]]),

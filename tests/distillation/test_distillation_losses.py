@@ -218,6 +218,30 @@ def test_query_loss_with_too_many_or_no_objects():
     assert nothing.item() == 0.0 and (logits.grad == 0).all()
 
 
+class SigmoidCosts(Costs):
+    """Of a detector without a class for "no object"."""
+
+    class_scoring = "sigmoid"
+    class_loss_coefficient = 2
+    focal_alpha, focal_gamma = 0.25, 2.0
+
+
+def test_independent_classes_of_queries():
+    """The Kullback-Leibler divergence of every class of every object, on its own, times the square of T."""
+    logits, boxes = detections(2, 6, seed=0)
+    (their_logits,), (their_boxes,) = detections(1, 8, seed=1)
+    labels = objects(2, 1)
+    found = losses.query_loss((logits, boxes), (their_logits, their_boxes), labels, SigmoidCosts, 3.0)
+    still = losses.query_loss((logits, boxes), (their_logits, their_boxes), labels, SigmoidCosts, 1e6)
+    teacher, student = random(4, 5), random(4, 5, seed=1)
+    pairs = (torch.distributions.Bernoulli(logits=each / 3.0) for each in (teacher, student))
+    expected = 9 * torch.distributions.kl_divergence(*pairs).sum()
+    assert losses.soft_binary_loss(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found.item() != pytest.approx(still.item(), rel=1e-3), "the temperature matters"
+    same = losses.query_loss((logits[:1], boxes[:1]), (logits[0], boxes[0]), labels, SigmoidCosts)
+    assert same.item() == pytest.approx(0.0, abs=1e-4)
+
+
 def test_shape_mismatch_is_refused():
     with pytest.raises(ValueError, match=r"equal shapes, got \(2, 3\) and \(2, 4\)"):
         losses.soft_target_loss(random(2, 3), random(2, 4))

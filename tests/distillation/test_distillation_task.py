@@ -34,7 +34,7 @@ from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
 from hf_tfm.data.augment import Augmentation, Mixing
 from hf_tfm.distillation.signals import collect
 from hf_tfm.distillation.teacher import Teacher
-from hf_tfm.tasks.distillation import grid_of, token_weights
+from hf_tfm.tasks.distillation import grids_of, token_weights
 from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.tasks.text_classification import TextClassificationTask
 from hf_tfm.training import evaluate
@@ -336,9 +336,10 @@ def test_image_tokens_have_total_weight_one_without_padding():
     assert torch.allclose(found, torch.tensor([[1 / 6] * 6, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 0]]))
     assert torch.allclose(token_weights(batch, "map/x", torch.zeros(2, 8, 2, 3)), found)
     assert torch.allclose(token_weights(batch, "decoder/hidden/1", states), torch.full((2, 6), 1 / 6))
-    assert grid_of((100, 130), 4 * 5) == (4, 5)
+    assert grids_of((100, 130), 4 * 5) == [(4, 5)]
+    assert grids_of((100, 130), 13 * 17 + 7 * 9 + 4 * 5) == [(13, 17), (7, 9), (4, 5)]
     with pytest.raises(ValueError, match="7 cells of an image of 64 x 96 pixels"):
-        grid_of((64, 96), 7)
+        grids_of((64, 96), 7)
     with pytest.raises(ValueError, match=r"tokens of input_ids \(2, 5\), got \(2, 6\)"):
         token_weights({"input_ids": torch.zeros(2, 5)}, "hidden/1", states)
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from distillation_helpers import bert, classifier, detr, tokenizer, vit
 from timm.data import ImageNetInfo
-from transformers import BertTokenizer, ViTImageProcessor
+from transformers import (
+    BertTokenizer,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    TimmBackboneConfig,
+    ViTImageProcessor,
+)
 
 from hf_tfm.distillation.model_spec import ModelSpec, check_processors, check_tokenizers, spec_of
 from hf_tfm.distillation.resolve import describe, layer_map, resolve_terms, signals_of
@@ -270,3 +278,16 @@ def test_different_image_processors_are_refused():
         other = ViTImageProcessor(**{"size": {"height": 16, "width": 16}, name: value})
         with pytest.raises(ValueError, match=f"same {name} in their image processors"):
             check_processors(ours, other)
+
+
+def test_scoring_of_detectors_of_transformers():
+    """Known from the number of their logits; one with a class for no object does not teach one without."""
+    backbone = TimmBackboneConfig(backbone="test_resnet", out_indices=[-1])
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    fields = {**sizes, "backbone_config": backbone, "num_labels": 4}
+    deformable = spec_of(DeformableDetrForObjectDetection(DeformableDetrConfig(**fields, num_feature_levels=1)))
+    softmax = spec_of(DetrForObjectDetection(DetrConfig(**fields)))
+    assert (deformable.scoring, deformable.outputs) == ("sigmoid", 4) and deformable.queries
+    assert (softmax.scoring, softmax.outputs) == ("softmax", 5)
+    with pytest.raises(ValueError, match="must score classes alike, got softmax and sigmoid"):
+        resolve(softmax, deformable, {"kind": "query"})

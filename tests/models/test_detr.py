@@ -177,7 +177,7 @@ def test_queries_and_positions_matter():
 def micro_batches(model: nn.Module, labels: list, images: Tensor, mask: Tensor) -> tuple[float, Tensor]:
     """Loss and gradient of a step in two micro-batches, each divided by the item counts of the whole batch."""
     model.zero_grad()
-    items = normalizers([len(label["boxes"]) for label in labels], 7, model.config.eos_coefficient)
+    items = normalizers([len(label["boxes"]) for label in labels], model.config)
     total = 0.0
     for part in (slice(0, 1), slice(1, None)):
         loss = model(images[part], mask[part], labels[part], num_items_in_batch=items).loss

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import hf_tfm.models.set_loss as set_loss
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
+from hf_tfm.hub.detectors import class_scores
 from hf_tfm.models.boxes import cxcywh_to_xyxy, generalized_iou
 
 SIDE, CLASSES = 64, 3
@@ -65,7 +66,7 @@ def recall_without_false_positives(model: nn.Module) -> float:
     output = model(images)
     right = wrong = objects = 0
     for logits, boxes, label in zip(output.logits, output.pred_boxes, labels, strict=True):
-        scores, names = logits.softmax(-1)[:, :-1].max(-1)
+        scores, names = class_scores(model.config, logits).max(-1)
         sure = scores > 0.5
         overlap = generalized_iou(cxcywh_to_xyxy(boxes[sure, None]), cxcywh_to_xyxy(label["boxes"][None]))
         hits = (overlap > 0.6) & (names[sure, None] == label["class_labels"])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_tfm.models import set_loss
+from hf_tfm.models.class_scoring import scoring_of
 from hf_tfm.models.set_loss import (
     NEVER,
     assign,
     box_losses,
     by_layer,
     cardinality_error,
-    class_loss,
     dice_loss,
     focal_loss,
     hungarian_match,
@@ -27,7 +27,6 @@ from hf_tfm.models.set_loss import (
     matching_cost,
     normalizers,
     pad_objects,
-    query_weight,
     set_losses,
     target_masks,
     term_weights,
@@ -101,7 +100,7 @@ def test_cost_and_assignment_of_every_layer_and_image(counts):
     (logits, boxes), labels = predictions(), tiny_labels(counts)
     objects = pad_objects(labels, 5, logits.device)
     assert objects.counts == list(counts) and objects.boxes.shape == (3, max(counts), 4)
-    cost = matching_cost(logits, boxes, objects, CONFIG.class_cost, CONFIG.bbox_cost, CONFIG.giou_cost)
+    cost = matching_cost(logits, boxes, objects, CONFIG)
     assert cost.shape == (2, 3, 7, max(counts)) and cost.dtype == torch.float32 and not cost.requires_grad
     queries = assign(cost, objects.counts)
     assert queries.shape == (2, 3, max(counts)) and queries.dtype == np.int64
@@ -161,7 +160,8 @@ def test_gradients():
     objects = matching.objects._replace(boxes=matching.objects.boxes.double())
 
     def losses(logits, boxes):
-        return class_loss(logits, matching.queries, objects, 0.2), *box_losses(boxes, matching.queries, objects)
+        own = scoring_of(CONFIG).loss(logits, matching.queries, objects.classes)
+        return own, *box_losses(boxes, matching.queries, objects)
 
     assert torch.autograd.gradcheck(losses, (logits, boxes))
 
@@ -170,10 +170,10 @@ def test_normalizers_of_the_sums():
     """The class loss is torch's weighted mean cross-entropy, as in the authors' code."""
     (logits, boxes), labels = predictions(layers=1), tiny_labels((3, 0, 9))
     matching = hungarian_match(logits, boxes, labels, CONFIG)
-    items = normalizers([3, 0, 9], 7, 0.2)
-    assert items["loss_ce"] == query_weight([3, 0, 9], 7, 0.2) == pytest.approx(10 + 0.2 * 11)
+    items = normalizers([3, 0, 9], CONFIG)
+    assert items["loss_ce"] == scoring_of(CONFIG).items([3, 0, 9], 7) == pytest.approx(10 + 0.2 * 11)
     assert items["cardinality_error"] == 3 and items["loss_bbox"] == items["loss_mask"] == 12
-    assert normalizers([0, 0], 7, 0.2)["loss_giou"] == 0
+    assert normalizers([0, 0], CONFIG)["loss_giou"] == 0
     target = torch.full((3, 7), 5)
     for image, label in enumerate(labels):
         for query, name in zip(matching.on_host[0, image], label["class_labels"], strict=False):
@@ -207,7 +207,7 @@ def test_cardinality_error():
     logits = torch.full((1, 2, 4, 3), -5.0)
     logits[..., 2] = 0.0  # no object predicted
     logits[0, 0, :3, 1] = 5.0  # three objects predicted
-    assert cardinality_error(logits, [1, 2]).tolist() == [2 + 2]
+    assert cardinality_error(logits, [1, 2], scoring_of(CONFIG)).tolist() == [2 + 2]
 
 
 @pytest.mark.parametrize(
