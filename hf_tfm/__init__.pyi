@@ -3,6 +3,7 @@
 from .families import carry_code as carry_code
 from .families import register as register
 from .models.configuration_bert import TfmBertConfig as TfmBertConfig
+from .models.configuration_deformable_detr import TfmDeformableDetrConfig as TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
 from .models.configuration_gpt import TfmGPTConfig as TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
@@ -16,6 +17,8 @@ from .models.modeling_bert import TfmBertForQuestionAnswering as TfmBertForQuest
 from .models.modeling_bert import TfmBertForSequenceClassification as TfmBertForSequenceClassification
 from .models.modeling_bert import TfmBertForTokenClassification as TfmBertForTokenClassification
 from .models.modeling_bert import TfmBertModel as TfmBertModel
+from .models.modeling_deformable_detr import TfmDeformableDetrForObjectDetection as TfmDeformableDetrForObjectDetection
+from .models.modeling_deformable_detr import TfmDeformableDetrModel as TfmDeformableDetrModel
 from .models.modeling_detr import TfmDetrForObjectDetection as TfmDetrForObjectDetection
 from .models.modeling_detr import TfmDetrForPanopticSegmentation as TfmDetrForPanopticSegmentation
 from .models.modeling_detr import TfmDetrModel as TfmDetrModel

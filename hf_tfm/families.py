@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from .models.configuration_bert import TfmBertConfig
+from .models.configuration_deformable_detr import TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig
 from .models.configuration_gpt import TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig
@@ -69,6 +70,7 @@ FAMILIES: list[Family] = [
     Family("mae", TfmMAEConfig, (".mae", ".mae_authors"), reads=("vit_mae",)),
     Family("swin", TfmSwinConfig, (".swin", ".timm_swin", ".torchvision_swin"), reads=("swin",)),
     Family("detr", TfmDetrConfig, (".detr", ".detr_authors"), reads=("detr",)),
+    Family("deformable_detr", TfmDeformableDetrConfig, (".deformable_detr",), reads=("deformable_detr",)),
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
 ]

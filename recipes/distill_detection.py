@@ -1,10 +1,11 @@
-"""Distil a DETR into a smaller one: fewer decoder layers, fewer queries, narrower.
+"""Distil a DETR or Deformable DETR into a smaller one: fewer decoder layers, fewer queries, narrower.
 
     hf-tfm run detection_train --config quickstart                                the teacher, a minute or two
     hf-tfm run distill_detection --config quickstart                              about a minute on 2 CPU cores
     hf-tfm run distill_detection --config digits --teacher TEACHER --output_dir runs/small-detr
 
-The teacher is a DETR of this package or of transformers. The student learns from the teacher's best queries (kind
+The teacher is a DETR or Deformable DETR of this package or of transformers, and the student of the same kind
+(--architecture). The student learns from the teacher's best queries (kind
 "query"), annotated objects (kind "label") and hidden states. --cache DIR --write_cache true writes the teacher's
 activations and exits; --cache DIR alone reads them, without the teacher in memory. Presets with their cost and
 expected results: recipes/presets/distill_detection/.

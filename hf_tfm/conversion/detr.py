@@ -50,24 +50,40 @@ CARRIED_AUXILIARY = "tfm_auxiliary_loss"
 EPS = 1e-5  # of all norms in transformers, whatever the timm model uses
 
 
-def to_detr(config: TfmDetrConfig) -> DetrConfig:
-    """Convert our configuration to transformers'.
+def integer_weights(target: str, config: Any, names: tuple[str, ...]) -> dict[str, int]:
+    """Return weights of costs and losses as integers, which they are in transformers.
 
     Raises:
-        ValueError: a field has a value that `DetrForObjectDetection` cannot express.
+        ValueError: a weight is no integer.
     """
-    require_fixed("detr", config, {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS})
-    # Loss weights are integers in transformers.
-    weights = {name: int(getattr(config, name)) for name in WEIGHTS}
+    weights = {name: int(getattr(config, name)) for name in names}
     for name, value in weights.items():
         if value != getattr(config, name):
-            refuse("detr", name, getattr(config, name), value)
+            refuse(target, name, getattr(config, name), value)
+    return weights
+
+
+def timm_features(config: Any, out_indices: tuple[int, ...]) -> TimmFeatures:
+    """Return the backbone of a configuration, with frozen norms and without weights."""
     with torch.device("meta"):
-        features = TimmFeatures(config.backbone, config.num_channels, (-4, -3, -2, -1), "frozen")
+        return TimmFeatures(config.backbone, config.num_channels, out_indices, "frozen")
+
+
+def timm_backbone(target: str, config: Any, out_indices: tuple[int, ...]) -> dict[str, Any]:
+    """Return the ``backbone_config`` of transformers for the backbone of our configuration.
+
+    Args:
+        target: name of their class, for errors.
+        out_indices: of the feature maps, see `TimmFeatures`.
+
+    Raises:
+        ValueError: the backbone has norms that transformers freezes in another way.
+    """
+    features = timm_features(config, out_indices)
     for norm in features.modules():
         if isinstance(norm, FrozenBatchNormAct) or (isinstance(norm, FrozenBatchNorm) and norm.eps != EPS):
             raise ValueError(
-                f"detr cannot express backbone={config.backbone!r}: when transformers freezes its norms, it drops "
+                f"{target} cannot express backbone={config.backbone!r}: when transformers freezes its norms, it drops "
                 f"what follows inside them and adds {EPS} to the variance"
             )
     backbone = {
@@ -78,16 +94,23 @@ def to_detr(config: TfmDetrConfig) -> DetrConfig:
         "use_pretrained_backbone": False,
         "out_indices": list(features.body.feature_info.out_indices),
     }
-    if config.dilation:
-        backbone["output_stride"] = 16
-    carried = {CARRIED_AUXILIARY: config.auxiliary_loss, "auxiliary_loss": False}
-    return translated(
-        config,
-        DetrConfig,
-        FIELDS,
-        (*OURS_CARRIED, *THEIRS_CARRIED),
-        **{**weights, **carried, "backbone_config": backbone},
-    )
+    return backbone | ({"output_stride": 16} if config.dilation else {})
+
+
+def to_detr(config: TfmDetrConfig) -> DetrConfig:
+    """Convert our configuration to transformers'.
+
+    Raises:
+        ValueError: a field has a value that `DetrForObjectDetection` cannot express.
+    """
+    require_fixed("detr", config, {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS})
+    changed = {
+        **integer_weights("detr", config, WEIGHTS),
+        CARRIED_AUXILIARY: config.auxiliary_loss,
+        "auxiliary_loss": False,
+        "backbone_config": timm_backbone("detr", config, (-4, -3, -2, -1)),
+    }
+    return translated(config, DetrConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED), **changed)
 
 
 def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -> TfmDetrConfig:

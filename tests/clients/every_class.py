@@ -70,9 +70,19 @@ DETR = {
     "decoder_ffn_dim": 32,
     "num_labels": 3,
 }
+DEFORMABLE_DETR = {**DETR, "num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}
 DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")
 # Fields of a tiny configuration of each family, in the order of the table of clients.
-FIELDS = {"transformer": SEQ2SEQ, "bert": TEXT, "gpt": GPT, "vit": CLASSIFIER, "mae": MAE, "swin": SWIN, "detr": DETR}
+FIELDS = {
+    "transformer": SEQ2SEQ,
+    "bert": TEXT,
+    "gpt": GPT,
+    "vit": CLASSIFIER,
+    "mae": MAE,
+    "swin": SWIN,
+    "detr": DETR,
+    "deformable_detr": DEFORMABLE_DETR,
+}
 FAMILIES = tuple(FIELDS)
 # name: (class, fields of its configuration). The entry named after its family represents it where one is enough.
 CLASSES = {

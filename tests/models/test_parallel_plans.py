@@ -12,7 +12,7 @@ from torch import nn
 
 import hf_tfm
 
-MODELS = ("masked", "causal", "vit", "autoencoder", "seq2seq", "detection", "panoptic")
+MODELS = ("masked", "causal", "vit", "autoencoder", "seq2seq", "detection", "panoptic", "deformable_detr")
 
 
 def names(pattern: str, modules: set[str]) -> set[str]:

@@ -1,18 +1,20 @@
 """Plots of object queries: attention over the image, and boxes of every query over a data set."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from detector_data import EDGES, SIZES, encoded, found_by_hand, photos, save_detector
+from detector_data import EDGES, LABELS, SIZES, encoded, found_by_hand, photos, save_detector
 from matplotlib.image import imread
-from transformers import DetrImageProcessor
+from transformers import DetrConfig, DetrImageProcessor
 
-from hf_tfm import cli
+from hf_tfm import TfmDeformableDetrConfig, TfmDeformableDetrForObjectDetection, cli
 from hf_tfm.hub.detectors import load_detector
 from hf_tfm.viz import NamedImage, plot_queries, plot_query_slots, query_boxes, query_maps
 from hf_tfm.viz import queries as queries_module
-from hf_tfm.viz.queries import query_objects, read_images, shape_colours, slot
+from hf_tfm.viz.queries import QueryPoints, query_objects, read_images, shape_colours, slot
 
 IMAGES = [NamedImage(f"photo {i}", photo) for i, photo in enumerate(photos())]
 
@@ -107,11 +109,11 @@ def test_scores_of_models_without_a_no_object_class():
     logits = torch.tensor([[[2.0, -1.0, 0.0], [-3.0, -2.0, -4.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
     output = {"logits": logits, "pred_boxes": boxes}
-    scores, labels, corners = query_objects(type("Output", (), output), 3, (50, 100))
+    scores, labels, corners = query_objects(type("Output", (), output), DetrConfig(num_labels=3), (50, 100))
     torch.testing.assert_close(scores, torch.tensor([2.0, -2.0]).sigmoid())
     assert labels.tolist() == [0, 1]
     torch.testing.assert_close(corners, torch.tensor([[40.0, 15.0, 60.0, 35.0], [0.0, 0.0, 50.0, 50.0]]))
-    scores, labels, _ = query_objects(type("Output", (), output), 2, (50, 100))
+    scores, labels, _ = query_objects(type("Output", (), output), DetrConfig(num_labels=2), (50, 100))
     torch.testing.assert_close(scores, logits[0].softmax(dim=-1)[:, :2].max(dim=-1).values)
 
 
@@ -227,3 +229,27 @@ def test_the_command_line(models, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="1"):
             cli.main(["show", "queries", models["detr"], *words])
         assert "give one of them" in capsys.readouterr().err
+
+
+def test_points_of_a_detector_that_samples(tmp_path):
+    """Points of a padded image in pixels, with their weights; larger points on top of smaller ones."""
+    config = TfmDeformableDetrConfig(backbone="test_resnet", d_model=32, num_queries=9, num_feature_levels=2, **LABELS)
+    torch.manual_seed(0)
+    model = TfmDeformableDetrForObjectDetection(config).train()
+    padded = DetrImageProcessor(size=EDGES, pad_size={"height": 160, "width": 192})
+    found = query_maps(model, padded, IMAGES[0], threshold=0.0, most=3)
+    assert model.training and isinstance(found, QueryPoints)
+    inputs = padded(images=photos()[0], return_tensors="pt")
+    with torch.no_grad():
+        output = model.eval()(**inputs, output_attentions=True, output_sampling_points=True)
+    shares = output.sampling_points[-1][0, found.queries].reshape(3, -1, 2)
+    np.testing.assert_allclose(found.points, shares * torch.tensor([192, 160]), atol=1e-3)
+    np.testing.assert_allclose(found.weights.sum(axis=1), 8.0, atol=1e-5)  # 1 per head
+    assert found.points.shape == (3, 8 * 2 * 4, 2) and found.image.shape == (96, 128, 3)
+    # A new model looks at squares of 1 to 4 cells around the references, in cells of both levels.
+    centre = output.intermediate_reference_points[0, -1, found.queries] * torch.tensor([128, 96])
+    offsets = np.abs(found.points - centre.numpy()[:, None]).max(axis=-1).reshape(3, 8, 2, 4)
+    np.testing.assert_allclose(offsets[:, :, 0], np.broadcast_to([16, 32, 48, 64], (3, 8, 4)), atol=0.1)
+    file = plot_queries(found, tmp_path / "points.png")
+    plain = plot_queries(replace(found, points=found.points + 1e6), tmp_path / "none.png")
+    assert (imread(file) != imread(plain)).any(axis=-1).sum() > 500
