@@ -85,7 +85,7 @@ def write(name: str, results: dict) -> None:
     """Write benchmarks/results/<name>.json with command, versions and machine, and print it."""
     RESULTS.mkdir(exist_ok=True)
     content = {
-        "command": " ".join(["python -m benchmarks", name, *sys.argv[2:]]),
+        "command": " ".join(["python -m benchmarks", *(sys.argv[1:] or [name])]),
         "threads": torch.get_num_threads(),
         **results,
         "versions": collect_versions(),

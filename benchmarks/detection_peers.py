@@ -1,20 +1,23 @@
-"""Implementations in the detection benchmarks: DETR with a ResNet-50, ours, transformers' and the authors'.
+"""Implementations in the detection benchmarks: a detector with a ResNet-50, ours, transformers' and the authors'.
 
 The authors' folder is a copy of facebookresearch/detr; its models get random weights instead of downloaded ones.
 """
 
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DetrForObjectDetection
+from transformers import PreTrainedModel
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection
-from hf_tfm.models.set_loss import hungarian_match, normalizers, set_losses, term_weights
+from hf_tfm.conversion import conversions, converted
+from hf_tfm.families import DETECTOR, family_of
+from hf_tfm.models.class_scoring import scoring_of
+from hf_tfm.models.set_loss import Predictions, detection_losses
 
 CLASSES = 91
 Labels = list[dict[str, Tensor]]
@@ -35,17 +38,24 @@ def scenes(batch_size: int, height: int, width: int, objects: int) -> tuple[Tens
     return pixels, mask, labels
 
 
-def ours() -> TfmDetrForObjectDetection:
+def config_of(architecture: str, **fields: Any) -> Any:
+    """The paper's configuration of our model."""
+    return family_of(architecture).config(num_labels=CLASSES, **fields)
+
+
+def ours(architecture: str = "detr") -> Any:
     """Our model with the paper's configuration."""
     torch.manual_seed(0)
-    return TfmDetrForObjectDetection(TfmDetrConfig(num_labels=CLASSES))
+    config = config_of(architecture)
+    return DETECTOR.model_class(config.model_type)(config)
 
 
-def native(model: TfmDetrForObjectDetection) -> DetrForObjectDetection:
-    """transformers' model with the weights of ours."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return DetrForObjectDetection.from_pretrained(folder)
+def native(model: PreTrainedModel) -> Any:
+    """transformers' model with the weights of ours, and the losses of all layers."""
+    conversion = next(one for one in conversions() if one.ours is type(model) and one.names is None)
+    theirs = converted(conversion, model, conversion.name)
+    theirs.config.auxiliary_loss = True
+    return theirs
 
 
 def authors(folder: str, auxiliary: bool = True) -> tuple[nn.Module, nn.Module]:
@@ -85,22 +95,30 @@ def renamed(labels: Labels) -> Labels:
     return [{"labels": label["class_labels"], "boxes": label["boxes"]} for label in labels]
 
 
-def criteria(folder: str | None, labels: Labels) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Criteria of all variants: (logits (L, B, Q, C + 1), boxes (L, B, Q, 4)) -> loss for the ``labels``."""
-    config: Any = TfmDetrConfig(num_labels=CLASSES)
+# Losses of transformers, by architecture.
+NATIVE_LOSSES = {"detr": ForObjectDetectionLoss, "deformable_detr": DeformableDetrForObjectDetectionLoss}
+
+
+def outputs_of(architecture: str) -> int:
+    """Number of logits of a query."""
+    return scoring_of(config_of(architecture)).outputs(CLASSES)
+
+
+def criteria(
+    folder: str | None, labels: Labels, architecture: str = "detr"
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Criteria of all variants: (logits (L, B, Q, outputs), boxes (L, B, Q, 4)) -> loss for the ``labels``."""
+    config: Any = config_of(architecture)
+    config.auxiliary_loss = True
+    if architecture != "detr":
+        config.class_loss_coefficient = 1  # transformers has no such weight
 
     def our_loss(logits: Tensor, boxes: Tensor) -> Tensor:
-        matching = hungarian_match(logits, boxes, labels, config)
-        items = normalizers(matching.objects.counts, config.num_queries, config.eos_coefficient)
-        weights = term_weights(config)
-        terms = set_losses(logits, boxes, matching, config)
-        return sum(weights[name] * terms[name].sum() / items[name] for name in terms if name in weights)
+        return detection_losses(Predictions(logits, boxes), labels, config, None)["loss"]
 
     def native_loss(logits: Tensor, boxes: Tensor) -> Tensor:
-        from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
-
-        config.auxiliary_loss = True
-        return ForObjectDetectionLoss(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)[0]
+        loss = NATIVE_LOSSES[architecture]
+        return loss(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)[0]
 
     found = {"ours": our_loss, "transformers": native_loss}
     if folder:

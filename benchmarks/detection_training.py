@@ -1,6 +1,6 @@
-"""DETR training speed: our model and step against transformers' and the authors', ResNet-50, auxiliary losses on.
+"""Detection training speed: our model and step against transformers' and the authors', ResNet-50, auxiliary losses on.
 
-python -m benchmarks detection_training [--authors DIR]
+python -m benchmarks detection_training [--authors DIR] [--architecture deformable_detr --height 256 --width 256]
 
 Training steps (forward, matching, losses, backward, clipping, AdamW) on random images, interleaved, in fp32 and bf16
 autocast. Ours uses `train_step`; the peers use a plain loop with clipping at 0.1. transformers' model has our weights;
@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_tfm.models.set_loss import normalizers
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.optim import build_optimizer
 
@@ -28,12 +27,19 @@ from .detection_peers import authors as authors_model
 
 
 class Scenes:
-    """The task of a batch {"x", "mask", "labels"} for `train_step`."""
+    """The task of a batch {"x", "mask", "labels"} for `train_step`.
+
+    Args:
+        model: counts the items of a batch.
+    """
 
     item = term = "image"
 
+    def __init__(self, model: Any):
+        self.model = model
+
     def count(self, batch: dict[str, Any]) -> dict[str, float]:
-        items = normalizers([len(label["boxes"]) for label in batch["labels"]], 100, 0.1)
+        items = self.model.count_items(batch["labels"])
         return {"image": len(batch["x"]), "class": items["loss_ce"], "box": items["loss_bbox"]}
 
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -56,24 +62,24 @@ def trainer(model: nn.Module, loss: Callable[[], Tensor], precision: str, device
     return step
 
 
-def our_trainer(batch: dict[str, Any], precision: str, device: str) -> Callable[[], None]:
+def our_trainer(architecture: str, batch: dict[str, Any], precision: str, device: str) -> Callable[[], None]:
     """A function that performs one training step of our model."""
     AcceleratorState._reset_state()  # otherwise one process may have only one precision
     accelerator = Accelerator(mixed_precision=precision)
-    model = ours().to(device).train()
+    model = ours(architecture).to(device).train()
     args = TrainingArguments(output_dir=".", max_steps=1, learning_rate=1e-5, weight_decay=1e-4)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
-    return lambda: train_step(accelerator, Scenes(), prepared, optimizer, [batch], max_grad_norm=0.1)
+    return lambda: train_step(accelerator, Scenes(model), prepared, optimizer, [batch], max_grad_norm=0.1)
 
 
 def implementations(
-    pixels: Tensor, mask: Tensor, labels: Labels, folder: str | None, precision: str
+    architecture: str, pixels: Tensor, mask: Tensor, labels: Labels, folder: str | None, precision: str
 ) -> dict[str, Callable[[], Any]]:
     """A training step of each variant."""
     device = pixels.device.type
-    theirs = native(ours()).to(device).train()
+    theirs = native(ours(architecture)).to(device).train()
     found = {
-        "ours": our_trainer({"x": pixels, "mask": mask, "labels": labels}, precision, device),
+        "ours": our_trainer(architecture, {"x": pixels, "mask": mask, "labels": labels}, precision, device),
         "transformers": trainer(theirs, lambda: theirs(pixels, mask, labels=labels).loss, precision, device),
     }
     if folder:
@@ -92,8 +98,9 @@ def main(
     objects: int = 20,
     rounds: int = 3,
     authors: str | None = None,
+    architecture: str = "detr",
 ) -> None:
-    """Measure and write benchmarks/results/detection_training.json.
+    """Measure and write benchmarks/results/detection_training.json, or ARCHITECTURE_training.json.
 
     Args:
         precisions: no (float32) and bf16.
@@ -102,6 +109,7 @@ def main(
         objects: objects per image.
         rounds: timed rounds of one step each; medians are reported.
         authors: folder of a copy of facebookresearch/detr.
+        architecture: detr or deformable_detr.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pixels, mask, labels = scenes(batch_size, height, width, objects)
@@ -111,7 +119,7 @@ def main(
     flops: dict[str, float] = {}
     for precision in precisions:
         label = "fp32" if precision == "no" else precision
-        for name, step in implementations(pixels, mask, labels, authors, precision).items():
+        for name, step in implementations(architecture, pixels, mask, labels, authors, precision).items():
             if precision == precisions[0]:
                 with FlopCounterMode(display=False) as counter:
                     step()
@@ -120,8 +128,9 @@ def main(
     rates = common.interleaved(variants, rounds)
     labels_of = {"no": "fp32", "bf16": "bf16"}
     common.write(
-        "detection_training",
+        "detection_training" if architecture == "detr" else f"{architecture}_training",
         {
+            "architecture": architecture,
             "batch_size": batch_size,
             "height": height,
             "width": width,

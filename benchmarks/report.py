@@ -207,13 +207,21 @@ def detection_padding(results: dict) -> str:
     )
 
 
+DETECTORS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
+
+
+def detector_of(results: dict) -> str:
+    """The name of the detector."""
+    return DETECTORS[results.get("architecture", "detr")]
+
+
 def detection_training(results: dict) -> str:
-    """Training speed of DETR."""
+    """Training speed of a detector."""
     rates = results["images_per_second"].items()
     floors = [(precision, f"{share:.0%}") for precision, share in results["share_of_floor"].items()]
     return "\n\n".join(
         [
-            "## DETR training: images per second",
+            f"## {detector_of(results)} training: images per second",
             f"ResNet-50, {results['batch_size']} images of {results['height']} x {results['width']} with "
             f"{results['objects']} objects each, auxiliary losses on, full steps. transformers' model has our "
             "weights and trains the whole backbone; ours and the authors' freeze its stem and first stage.",
@@ -228,7 +236,7 @@ def detection_training(results: dict) -> str:
 
 
 def set_criterion(results: dict) -> str:
-    """Matching and loss of DETR."""
+    """Matching and loss of a detector."""
     rows = [
         (size, name, r["milliseconds"][name], r["operations"][name], r["reads_by_the_host"][name])
         for size, r in results["batches"].items()
@@ -241,7 +249,7 @@ def set_criterion(results: dict) -> str:
     ]
     return "\n\n".join(
         [
-            "## DETR's criterion: matching and losses",
+            f"## {detector_of(results)}'s criterion: matching and losses",
             f"Predictions of {results['layers']} decoder layers with {results['queries']} queries, "
             f"{results['objects']} objects per image, forward and backward.",
             machine(results),
@@ -326,6 +334,8 @@ SECTIONS = {
     "swin_training": partial(vision, title="Swin Transformer", about=""),
     "detection_training": detection_training,
     "set_criterion": set_criterion,
+    "deformable_detr_training": detection_training,
+    "deformable_detr_criterion": set_criterion,
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
     "language_training": language_training,

@@ -1,8 +1,8 @@
-"""The DETR criterion, matching and losses of six layers: time, device synchronizations, gradients.
+"""The criterion of a detector, matching and losses of six layers: time, device synchronizations, gradients.
 
-python -m benchmarks set_criterion [--authors DIR]
+python -m benchmarks set_criterion [--authors DIR] [--architecture deformable_detr --queries 300]
 
-Forward and backward passes for random predictions of 100 queries, interleaved. Each value that the host reads from the
+Forward and backward passes for random predictions, interleaved. Each value that the host reads from the
 device is a synchronization, which leaves a GPU idle.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import common
-from .detection_peers import CLASSES, criteria, scenes
+from .detection_peers import criteria, outputs_of, scenes
 
 
 class Waits(TorchDispatchMode):
@@ -40,8 +40,9 @@ def main(
     queries: int = 100,
     rounds: int = 10,
     authors: str | None = None,
+    architecture: str = "detr",
 ) -> None:
-    """Measure and write benchmarks/results/set_criterion.json.
+    """Measure and write benchmarks/results/set_criterion.json, or ARCHITECTURE_criterion.json for another detector.
 
     Args:
         batch_sizes: images per batch.
@@ -50,6 +51,7 @@ def main(
         queries: queries per image.
         rounds: timed rounds; medians are reported.
         authors: folder of a copy of facebookresearch/detr.
+        architecture: detr or deformable_detr.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
@@ -57,9 +59,9 @@ def main(
         *_, labels = scenes(batch_size, 32, 32, objects)
         labels = [{name: value.to(device) for name, value in label.items()} for label in labels]
         torch.manual_seed(0)
-        logits = torch.randn(layers, batch_size, queries, CLASSES + 1, device=device)
+        logits = torch.randn(layers, batch_size, queries, outputs_of(architecture), device=device)
         boxes = torch.rand(layers, batch_size, queries, 4, device=device) * 0.4 + 0.3
-        implementations = criteria(authors, labels)
+        implementations = criteria(authors, labels, architecture)
         gradients = {name: gradient(loss, logits, boxes) for name, loss in implementations.items()}
         counted = {name: count(loss, logits, boxes) for name, loss in implementations.items()}
         variants = {name: partial(once, loss, logits, boxes) for name, loss in implementations.items()}
@@ -79,8 +81,15 @@ def main(
         }
         print(batch_size, results[f"batch {batch_size}"], flush=True)
     common.write(
-        "set_criterion",
-        {"objects": objects, "layers": layers, "queries": queries, "rounds": rounds, "batches": results},
+        "set_criterion" if architecture == "detr" else f"{architecture}_criterion",
+        {
+            "architecture": architecture,
+            "objects": objects,
+            "layers": layers,
+            "queries": queries,
+            "rounds": rounds,
+            "batches": results,
+        },
     )
 
 
