@@ -434,10 +434,8 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
     presets = recipe.parent / "presets" / recipe.stem
     known = f", or a preset: {', '.join(preset_names(presets))}" if presets.is_dir() else ""
     parser.add_argument("--config", action=ActionConfigFile, metavar="NAME", help=f"YAML file of options{known}")
-    for title, own in groups_of(kind).items():
-        others = {one.name for one in fields(kind)} - own
-        group = parser.add_argument_group(title)
-        group.add_class_arguments(kind, as_group=False, skip=others, fail_untyped=True, sub_configs=False)
+    parser.add_class_arguments(kind, as_group=False, fail_untyped=True, sub_configs=False)
+    group_actions(parser, kind)
     choices = kind.choices() if issubclass(kind, ModelArguments) else {}
     for action in parser._actions:
         if action.dest in choices:
@@ -459,6 +457,30 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
         return kind(**values.as_dict())
     except ValueError as error:
         parser.error(str(error))
+
+
+def group_actions(parser: OptionParser, kind: type) -> None:
+    """Group the options of an argument dataclass in the help, see `groups_of`.
+
+    jsonargparse has no such groups; adding its options group by group would read the whole class for each of them.
+    """
+    plain = parser._optionals
+    nested = parser._action_groups[2:]  # of options that are dataclasses themselves
+    for title, names in groups_of(kind).items():
+        parser._action_groups = [group for group in parser._action_groups if group not in nested]
+        group = parser.add_argument_group(title)
+        group._group_actions += [action for action in plain._group_actions if root(action) in names]
+        within = [one for one in nested if root(one._group_actions[-1]) in names]
+        parser._action_groups += within
+        nested = [one for one in nested if one not in within]
+        own = [action for action in parser._actions if root(action) in names]
+        parser._actions = [*(action for action in parser._actions if action not in own), *own]
+        plain._group_actions = [action for action in plain._group_actions if action not in own]
+
+
+def root(action: argparse.Action) -> str:
+    """Return the name of an option, or of the group that it belongs to."""
+    return action.dest.split(".")[0]
 
 
 def preset_path(name: str, presets: Path) -> str:
