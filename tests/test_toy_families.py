@@ -122,7 +122,10 @@ def record(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("toy_mae", "toy_bart") else ()) for name in CASES],
+)
 def test_family_works_in_its_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split, rows in digit_scenes(train=6, validation=2, test=0, size=64).items():

@@ -16,17 +16,26 @@ from transformers import DetrConfig, DetrImageProcessor, pipeline
 from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from hf_tfm.conversion import convert
 
+FIELDS = [
+    {"dropout": 0.3, "backbone_frozen_stages": 2},
+    {"position_embedding_type": "learned", "activation_function": "gelu", "num_channels": 1},
+    {"backbone": "resnet14t", "dilation": True, "auxiliary_loss": False, "bbox_cost": 4.0},
+    {"backbone": "convnext_atto"},  # four feature maps without a stem
+]
 
-@pytest.mark.parametrize("model_class", STOCK, ids=lambda c: c.__name__)
+
+# Every class and every configuration; all combinations are slow.
 @pytest.mark.parametrize(
-    "fields",
+    ("model_class", "fields"),
     [
-        {"dropout": 0.3, "backbone_frozen_stages": 2},
-        {"position_embedding_type": "learned", "activation_function": "gelu", "num_channels": 1},
-        {"backbone": "resnet14t", "dilation": True, "auxiliary_loss": False, "bbox_cost": 4.0},
-        {"backbone": "convnext_atto"},  # four feature maps without a stem
+        pytest.param(
+            *(model_class, fields),
+            id=f"{model_class.__name__}-{fields}",
+            marks=() if fields is FIELDS[0] or model_class is TfmDetrForObjectDetection else pytest.mark.slow,
+        )
+        for model_class in STOCK
+        for fields in FIELDS
     ],
-    ids=str,
 )
 def test_ours_to_native_and_back(tmp_path, model_class, fields):
     model = ours(model_class, **fields)
@@ -126,7 +135,14 @@ CASES = pytest.mark.parametrize(
 )
 
 
-@CASES
+@pytest.mark.parametrize(
+    ("model_class", "fields"),
+    [
+        (TfmDetrForObjectDetection, AUTHORS),
+        pytest.param(TfmDetrForPanopticSegmentation, PANOPTIC, marks=pytest.mark.slow),
+    ],
+    ids=["detection", "panoptic"],
+)
 def test_ours_to_the_authors_names_and_back(tmp_path, model_class, fields):
     model = ours(model_class, fields)
     model.save_pretrained(tmp_path / "ours")
@@ -147,7 +163,11 @@ def test_ours_to_the_authors_names_and_back(tmp_path, model_class, fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"norm_first": True}, {"position_embedding_type": "learned"}, {"backbone": "resnet50", "dilation": True}],
+    [
+        {"norm_first": True},
+        {"position_embedding_type": "learned"},
+        pytest.param({"backbone": "resnet50", "dilation": True}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_options_supported_only_by_the_authors(tmp_path, fields):

@@ -237,9 +237,8 @@ def test_check_falls_back_to_float64(tmp_path, monkeypatch):
     assert convert(tmp_path / "ours", "timm", tmp_path / "again")["inputs"]["dtype"] == "float32"
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit_mae", "timm", "mae_authors"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "vit_mae", "timm", "mae_authors"])
 def test_realistic_sizes(tmp_path, name, monkeypatch):
     """ViT-B/16 with 1000 classes, and the masked autoencoder of that size: float32 is accurate enough both ways."""
     monkeypatch.setattr(parity, "IMAGES", 1)

@@ -21,7 +21,7 @@ def fresh_compiler():
     [
         ({}, {}),
         ({}, {"output_attentions": True, "output_hidden_states": True}),
-        (LEARNED, {}),
+        pytest.param(LEARNED, {}, marks=pytest.mark.slow),
         ({"attention_score": "additive"}, {}),
     ],
     ids=str,
@@ -36,7 +36,10 @@ def test_forward_compiles_in_one_graph(fields, asked):
     assert (output.cross_attentions is not None) == ("output_attentions" in asked)
 
 
-@pytest.mark.parametrize(("decoding", "return_logits"), [("autoregressive", True), ("mask_predict", False)])
+@pytest.mark.parametrize(
+    ("decoding", "return_logits"),
+    [pytest.param("autoregressive", True, marks=pytest.mark.slow), ("mask_predict", False)],
+)
 def test_training_compiles_in_one_graph(decoding, return_logits):
     model, batch = tiny_model(decoding=decoding), tiny_batch()
     batch["labels"] = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)

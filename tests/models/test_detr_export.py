@@ -72,7 +72,8 @@ def test_export(build):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("build", [tiny_detr, pytest.param(tiny_panoptic, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/clients/test_onnx_runtime.py exports and runs smaller models
+@pytest.mark.parametrize("build", [tiny_detr, tiny_panoptic])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_onnx(build, tmp_path):
     """ONNX Runtime on images of another number and size than in the export."""

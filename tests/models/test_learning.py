@@ -49,8 +49,15 @@ def accuracy(model: TfmTransformerForConditionalGeneration) -> float:
     return (got[real] == labels[real]).float().mean().item()
 
 
-@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
-@pytest.mark.parametrize(("decoding", "steps"), [("autoregressive", 250), ("mask_predict", 330)])
+@pytest.mark.parametrize(
+    ("decoding", "steps", "norm_first"),
+    [
+        ("autoregressive", 250, False),
+        ("mask_predict", 330, True),
+        pytest.param("autoregressive", 250, True, marks=pytest.mark.slow),
+        pytest.param("mask_predict", 330, False, marks=pytest.mark.slow),
+    ],
+)
 def test_model_learns(decoding, steps, norm_first):
     assert accuracy(trained(steps, decoding=decoding, norm_first=norm_first)) > 0.95
 

@@ -113,7 +113,11 @@ def test_autocast(name):
 
 @torch.no_grad()
 @every_model
-@pytest.mark.parametrize("asked", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [{}, pytest.param({"output_attentions": True, "output_hidden_states": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_forward_compiles_in_one_graph(name, asked):
     """The graph alone, run eagerly by torch: graph breaks show up here."""
     model, inputs = tiny_text(name), text_batch(name)
@@ -126,7 +130,12 @@ def test_forward_compiles_in_one_graph(name, asked):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("pretraining", {}), ("masked", {"return_logits": False}), ("causal", {}), ("causal", {"return_logits": False})],
+    [
+        ("pretraining", {}),
+        ("masked", {"return_logits": False}),
+        pytest.param("causal", {}, marks=pytest.mark.slow),
+        ("causal", {"return_logits": False}),
+    ],
     ids=str,
 )
 def test_training_compiles_in_one_graph(name, options):

@@ -128,7 +128,7 @@ def test_autocast(build):
         ("mean-2d", {}),
         ("sincos", {}),
         ("mae", {}),
-        ("mae", {"output_attentions": True, "output_hidden_states": True}),
+        pytest.param("mae", {"output_attentions": True, "output_hidden_states": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

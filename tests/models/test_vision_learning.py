@@ -57,7 +57,10 @@ def classifier_accuracy(steps: int, forget_positions: bool = False, **fields) ->
 
 @pytest.mark.parametrize(
     "fields",
-    [{"position_embedding_type": "learned"}, {"position_embedding_type": "learned_2d", "pooling": "mean"}],
+    [
+        {"position_embedding_type": "learned"},
+        pytest.param({"position_embedding_type": "learned_2d", "pooling": "mean"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_classifier_learns_digits(fields):
@@ -86,14 +89,14 @@ def masked_losses(steps: int, forget_positions: bool = False, **fields) -> tuple
     return loss.item(), targets[TRAIN:].var().item(), mean_image.item()
 
 
-@pytest.mark.parametrize(("normalised", "steps"), [(False, 700), (True, 400)])
+@pytest.mark.parametrize(("normalised", "steps"), [pytest.param(False, 700, marks=pytest.mark.slow), (True, 400)])
 def test_masked_autoencoder_learns_digits(normalised, steps):
     """It must beat the mean image, which positions alone would give, so it must use the visible patches."""
     loss, variance, mean_image = masked_losses(steps, norm_pix_loss=normalised)
     assert loss < 0.75 * variance and loss < 0.9 * mean_image
 
 
-@pytest.mark.parametrize(("normalised", "limit"), [(False, 0.6), (True, 0.85)])
+@pytest.mark.parametrize(("normalised", "limit"), [(False, 0.6), pytest.param(True, 0.85, marks=pytest.mark.slow)])
 def test_it_learns_at_the_mask_ratio_of_the_paper(normalised, limit):
     """With 4 of 16 patches visible, the measured loss is 0.50 of the variance, and 0.76 with normalized patches."""
     loss, variance, _ = masked_losses(400, norm_pix_loss=normalised, mask_ratio=0.75)

@@ -136,7 +136,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("plain", 2), ("parts", 0), ("ema", 0)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("plain", 2), ("parts", 0), pytest.param("ema", 0, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     """A killed run leaves only its last checkpoint; the number of workers does not matter."""
     overrides = {**OPTIONS[kind], "max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 5}

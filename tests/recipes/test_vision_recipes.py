@@ -252,6 +252,9 @@ OPTIONS = {
     "stream": {"streaming": "true", "repeats": 2},
     "probe": {"linear_probe": "true", "optimizer": "sgd"},
 }
+# Options that the other recipe tests, too.
+SLOW = {("image_classification_train", "repeats"), ("image_classification_train", "stream"), ("mae_pretrain", "sgd")}
+SLOW |= {("mae_pretrain", "ema")}
 RESUMED = {
     "image_classification_train": [("mixing", 2), ("repeats", 0), ("ema", 0), ("sgd", 2), ("stream", 0), ("probe", 0)],
     "mae_pretrain": [("repeats", 2), ("ema", 0), ("sgd", 0), ("stream", 1)],
@@ -259,7 +262,12 @@ RESUMED = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "kind", "workers"), [(recipe, *case) for recipe, cases in RESUMED.items() for case in cases]
+    ("recipe", "kind", "workers"),
+    [
+        pytest.param(recipe, *case, marks=pytest.mark.slow if (recipe, case[0]) in SLOW else ())
+        for recipe, cases in RESUMED.items()
+        for case in cases
+    ],
 )
 def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, capsys):
     """A killed run leaves only its last checkpoint; the number of workers does not matter."""
