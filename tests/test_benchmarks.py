@@ -93,6 +93,7 @@ def test_every_vision_variant_trains(kind, names):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells how far a process grew")
+@pytest.mark.slow
 def test_memory_is_the_peak_growth_of_a_fresh_process():
     """In this process the allocation could reuse freed memory."""
     size = 256 * 2**20

@@ -124,7 +124,10 @@ def record(folder) -> dict:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in ("toy_mae", "toy_bart") else ()) for name in CASES],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("toy_mae", "toy_bart", "toy_gpt2") else ())
+        for name in CASES
+    ],
 )
 def test_family_works_in_its_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,25 @@ class Server:
         self.process.wait(timeout=30)
 
 
+def warm_up() -> None:
+    """Parse a few command lines, so that forks find what their libraries import and cache at first use."""
+    from hf_tfm.cli import main
+
+    recipes = Path(__file__).resolve().parents[2] / "recipes"
+    for argv in (
+        ["--help"],
+        *(["run", path.stem, "--help"] for path in sorted(recipes.glob("*.py"))),
+        ["evaluate", "no/where", "--dataset_name", "digits"],
+    ):
+        with (
+            open(os.devnull, "w") as nothing,
+            redirect_stdout(nothing),
+            redirect_stderr(nothing),
+            suppress(SystemExit),
+        ):
+            main(argv)
+
+
 def serve(home: Path, seconds: int) -> None:
     """Read cases from standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
@@ -124,6 +143,7 @@ def serve(home: Path, seconds: int) -> None:
 
     if fork_and_wait(build, home, home / "build.out", home / "build.err", CPU_SECONDS)[0]:
         raise SystemExit((home / "build.err").read_text())
+    warm_up()
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy the memory of everything imported
     print("ready", file=answers, flush=True)

@@ -105,6 +105,7 @@ def test_without_matching_it_learns_little(monkeypatch):
     assert recall_without_false_positives(trained_detector()) < 0.3
 
 
+@pytest.mark.slow
 def test_with_wrong_box_format_it_learns_little(monkeypatch):
     """Corners are read as center and size, in the loss only."""
     monkeypatch.setattr(set_loss, "box_losses", wrong_box_losses)

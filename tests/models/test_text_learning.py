@@ -61,6 +61,7 @@ def test_bert_learns_to_fill_masks(return_logits):
     assert mask_accuracy(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
 
 
+@pytest.mark.slow
 def test_bert_without_positions_learns_nothing():
     """The masked token is determined only by its position."""
 

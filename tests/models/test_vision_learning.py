@@ -67,6 +67,7 @@ def test_classifier_learns_digits(fields):
     assert classifier_accuracy(450, **fields) > 0.75
 
 
+@pytest.mark.slow
 def test_without_positions_it_learns_little():
     """A bag of 2 x 2 patches still identifies some digits."""
     assert classifier_accuracy(450, forget_positions=True) < 0.6
