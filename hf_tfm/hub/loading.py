@@ -51,7 +51,10 @@ IMAGE_FIELDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 HAS_CLASSES = re.compile("Classification|Detection|Segmentation|TimmWrapper")  # in names of classes of models
 MOST_CLASSES = 10**6
 MOST_LAYERS = 10**4
-REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")  # loggers of transformers
+# Loggers of transformers. The last one lists the layers that a plan of tensor parallelism leaves out, parallel or not.
+REPORTING = tuple(
+    f"transformers.{name}" for name in ("modeling_utils", "utils.loading_report", "distributed.tensor_parallel")
+)
 ATTENTION_FIELDS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 
 

@@ -1,6 +1,7 @@
 """Damaged or nonsensical model files give a one-line error with argument and cause, before memory is allocated."""
 
 import json
+import logging
 import pickle
 
 import pytest
@@ -64,6 +65,22 @@ def converted(folder, tmp_path) -> str:
 def test_intact_model_loads(vit):
     model = load_model(AutoModelForImageClassification, str(vit))
     assert not model.training and model.dtype == torch.float32
+
+
+def test_loading_logs_no_warning(tmp_path):
+    """Among others, transformers would list the layers that a plan of tensor parallelism leaves out."""
+    config = hf_tfm.TfmViTConfig(**SIZES, image_size=16, patch_size=8)
+    hf_tfm.TfmViTForImageClassification(config).save_pretrained(tmp_path)
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    root = logging.getLogger("transformers")
+    root.addHandler(handler)
+    try:
+        load_model(AutoModelForImageClassification, str(tmp_path))
+    finally:
+        root.removeHandler(handler)
+    assert not [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
