@@ -162,10 +162,10 @@ def used(split: Split) -> set[str]:
 
 
 def background_class(case: Case) -> Finding:
-    """No class means "background"; the model itself tells that there is no object."""
+    """No class means "background"; the model itself predicts that there is no object."""
     found = [name for name in case.train.names if name.strip().lower() in BACKGROUND]
     if not found:
         return ok("no class means background")
     return warning(
-        f'class "{found[0]}" seems to mean background', "remove it; the model itself tells that there is no object"
+        f'class "{found[0]}" seems to mean background', "remove it; the model itself predicts that there is no object"
     )

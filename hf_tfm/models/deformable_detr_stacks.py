@@ -124,8 +124,7 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         """
 
         def attend(states: Tensor) -> Tensor:
-            place = {"query_positions": positions, "key_positions": positions}
-            return self.self_attn(states, **place, **kwargs)[0]
+            return self.self_attn(states, query_positions=positions, key_positions=positions, **kwargs)[0]
 
         def sample(states: Tensor) -> Tensor:
             return self.cross_attn(states, memory, references, memory_mask, positions, output_points)[0]
@@ -300,13 +299,13 @@ class TfmDeformableDetrDecoder(TfmDeformableDetrPreTrainedModel):
         hidden_states, states, references, box_logits = inputs_embeds, [], [], []
         for i, layer in enumerate(self.layers):
             if reference.shape[-1] == 4:
-                place = reference_boxes(reference, ratios, sizes, self.config.decoder_n_points)
+                around = reference_boxes(reference, ratios, sizes, self.config.decoder_n_points)
             else:
-                place = reference_points(reference, ratios, sizes)
+                around = reference_points(reference, ratios, sizes)
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
-                place,
+                around,
                 encoder_attention_mask,
                 positions,
                 output_points=output_sampling_points,

@@ -166,10 +166,10 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         positions, points = [], []
         for level, mask in enumerate(masks):
             if self.config.position_embedding_type == "learned":
-                place = self.position_embedding(mask)
+                cell_positions = self.position_embedding(mask)
             else:
-                place = sine_2d(mask, self.config.d_model, CENTRES)
-            positions.append(place + self.level_embed[level])
+                cell_positions = sine_2d(mask, self.config.d_model, CENTRES)
+            positions.append(cell_positions + self.level_embed[level])
             points.append(cell_centres(mask) / ratios[:, None, level])
         cells = torch.cat([states.flatten(2).transpose(1, 2) for states in projected], dim=1)
         return ImageFeatures(
@@ -200,11 +200,11 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         count, (B, N, D) = self.config.num_queries, features.cells.shape
         if proposals is None:
             table = embedding_table(self.query_position_embeddings, count, features.cells.device)[None]
-            places, states = table.split(D, dim=2)  # (1, Q, D)
+            positions, states = table.split(D, dim=2)  # (1, Q, D)
             with maybe_autocast(table.device.type, enabled=False):
-                reference = precise(self.reference_points(places)).sigmoid()
-            states, places = states.to(features.cells.dtype), places.to(features.cells.dtype)
-            return tuple(part.expand(B, -1, -1) for part in (states, places, reference))
+                reference = precise(self.reference_points(positions)).sigmoid()
+            states, positions = states.to(features.cells.dtype), positions.to(features.cells.dtype)
+            return tuple(part.expand(B, -1, -1) for part in (states, positions, reference))
         if not torch.compiler.is_compiling() and count > N:
             raise ValueError(
                 f"num_queries must be at most {N}, the number of cells of images of this size, with two_stage, got "
@@ -213,8 +213,8 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         best = proposals.logits[..., 0].topk(count, dim=1).indices[..., None]  # (B, Q, 1)
         reference = proposals.box_logits.detach().gather(1, best.expand(-1, -1, 4)).sigmoid()
         embedded = sine_of_shares(reference, D // 2).flatten(2).to(features.cells.dtype)  # (B, Q, 2 D)
-        places, states = self.pos_trans_norm(self.pos_trans(embedded)).split(D, dim=2)
-        return states, places, reference
+        positions, states = self.pos_trans_norm(self.pos_trans(embedded)).split(D, dim=2)
+        return states, positions, reference
 
     @can_return_tuple
     def forward(
@@ -247,7 +247,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         encoded = self.encoder(features.cells, references, features.mask, features.positions, **kwargs)
         memory = encoded.last_hidden_state
         proposals = self.propose(memory, features) if self.config.two_stage else None
-        states, places, reference = self.queries(proposals, features)
+        states, positions, reference = self.queries(proposals, features)
         decoded = self.decoder(
             states,
             memory,
@@ -255,7 +255,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
             features.sizes,
             features.ratios,
             features.mask,
-            places,
+            positions,
             output_sampling_points=output_sampling_points,
             **kwargs,
         )

@@ -164,27 +164,27 @@ def arrange_back(states: Tensor, windows: Windows) -> Tensor:
     return features.flatten(1, 2)
 
 
-class Places(NamedTuple):
-    """Where a rearrangement of tokens takes them from.
+class TokenOrder(NamedTuple):
+    """Source of each token of a rearrangement.
 
     Args:
-        index: (S,) int64, for each place of the result.
-        blank: places of the result that are padding, int64; None if there are none.
+        index: (S,) int64, for each position of the result.
+        padding: positions of the result that are padding, int64; None if there are none.
     """
 
     index: Tensor
-    blank: Tensor | None
+    padding: Tensor | None
 
 
 @cached
-def places(windows: Windows, device: torch.device) -> tuple[Places, Places]:
+def token_orders(windows: Windows, device: torch.device) -> tuple[TokenOrder, TokenOrder]:
     """Return the rearrangements from tokens to windows and back."""
     tokens = windows.grid[0] * windows.grid[1]
     numbers = torch.arange(1, tokens + 1, device=device)
     arranged = arrange(numbers[None, :, None], windows).flatten()  # (nW T,), 0 is padding
-    blank = (arranged == 0).nonzero()[:, 0]
+    padding = (arranged == 0).nonzero()[:, 0]
     back = arrange_back(torch.arange(len(arranged), device=device).view(windows.count, -1, 1), windows).flatten()
-    return Places((arranged - 1).clamp_min(0), blank if len(blank) else None), Places(back, None)
+    return TokenOrder((arranged - 1).clamp_min(0), padding if len(padding) else None), TokenOrder(back, None)
 
 
 class Rearrange(torch.autograd.Function):
@@ -198,10 +198,10 @@ class Rearrange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        states: Tensor, index: Tensor, blank: Tensor | None, back: Tensor, back_blank: Tensor | None
+        states: Tensor, index: Tensor, padding: Tensor | None, back: Tensor, back_padding: Tensor | None
     ) -> Tensor:
         found = states.index_select(1, index)
-        return found if blank is None else found.index_fill_(1, blank, 0)
+        return found if padding is None else found.index_fill_(1, padding, 0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -209,15 +209,15 @@ class Rearrange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        index, blank, back, back_blank = ctx.saved_tensors
-        return Rearrange.apply(gradient, back, back_blank, index, blank), None, None, None, None
+        index, padding, back, back_padding = ctx.saved_tensors
+        return Rearrange.apply(gradient, back, back_padding, index, padding), None, None, None, None
 
 
 def to_windows(hidden_states: Tensor, windows: Windows) -> Tensor:
     """Pad, shift and split tokens: (B, h w, C) -> (B nW, T, C)."""
     if is_traced():
         return arrange(hidden_states, windows)
-    there, back = places(windows, hidden_states.device)
+    there, back = token_orders(windows, hidden_states.device)
     return Rearrange.apply(hidden_states, *there, *back).view(-1, windows.tokens, hidden_states.shape[-1])
 
 
@@ -225,7 +225,7 @@ def from_windows(states: Tensor, windows: Windows) -> Tensor:
     """Invert `to_windows`: (B nW, T, C) -> (B, h w, C)."""
     if is_traced():
         return arrange_back(states, windows)
-    there, back = places(windows, states.device)
+    there, back = token_orders(windows, states.device)
     return Rearrange.apply(states.view(-1, windows.count * windows.tokens, states.shape[-1]), *back, *there)
 
 
@@ -238,8 +238,8 @@ def shift_mask(windows: Windows, device: torch.device, dtype: torch.dtype) -> Te
     """
 
     def regions(n: int, M: int, shift: int) -> Tensor:
-        place = torch.arange(n, device=device)
-        return (place >= n - M).int() + (place >= n - shift).int() if shift else torch.zeros_like(place)
+        position = torch.arange(n, device=device)
+        return (position >= n - M).int() + (position >= n - shift).int() if shift else torch.zeros_like(position)
 
     rows, columns = map(regions, windows.padded, windows.size, windows.shift)
     areas = split_windows((3 * rows[:, None] + columns)[None, :, :, None], windows.size)  # (nW, T, 1)
@@ -255,7 +255,7 @@ def relative_index(size: tuple[int, int], window_size: int, device: torch.device
     in the middle, which the authors' code would have made its whole table.
     """
     M = window_size
-    place = torch.arange(size[0] * size[1], device=device)
-    y, x = place // size[1], place % size[1]  # (T,)
+    position = torch.arange(size[0] * size[1], device=device)
+    y, x = position // size[1], position % size[1]  # (T,)
     dy, dx = (axis[:, None] - axis[None, :] + M - 1 for axis in (y, x))  # (T, T)
     return dy * (2 * M - 1) + dx

@@ -105,7 +105,7 @@ class WindowTester(ImageTester):
 
 
 class WindowTests(ImageTests):
-    """What a model of windows answers for, as the native tests have it."""
+    """Common tests of a model with windows, with the exceptions of the native tests."""
 
     model_tester_class = WindowTester
     config_fields: ClassVar = {"embed_dim": 32, "depths": [1], "num_heads": [4]}

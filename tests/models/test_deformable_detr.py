@@ -1,4 +1,4 @@
-"""What Deformable DETR promises: sampling, padding, references, losses that add up, first weights, clear errors."""
+"""Deformable DETR: sampling, padding, references, equal losses under micro-batching, initialisation, errors."""
 
 import math
 
@@ -64,10 +64,10 @@ def attention_in(dtype: torch.dtype, autocast: bool) -> Tensor:
         for linear in (layer.sampling_offsets, layer.attention_weights):
             linear.weight.normal_(std=0.05)
     memory, queries = torch.randn(1, 100 * 100 + 50 * 50, 64), torch.randn(1, 300, 64)
-    places = reference_points(torch.rand(1, 300, 2), None, ((100, 100), (50, 50)))
+    references = reference_points(torch.rand(1, 300, 2), None, ((100, 100), (50, 50)))
     layer = layer.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return layer(queries.to(dtype), memory.to(dtype), places)[0].float()
+        return layer(queries.to(dtype), memory.to(dtype), references)[0].float()
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -59,7 +59,7 @@ def test_export(fields):
 @BUILDS
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_onnx(fields, tmp_path):
-    """What ONNX Runtime makes of other images than the export saw, of other number and size."""
+    """ONNX Runtime gives the same outputs for another number and size of images than the export used."""
     pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
     model = tiny_deformable(**fields)

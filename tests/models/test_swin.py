@@ -124,8 +124,10 @@ def test_the_mask_parts_what_the_shift_brought_together(grid, fit):
     if windows.padded != grid:
         pytest.skip("padded")
     mask = shift_mask(windows, CPU, torch.float32)
-    place = torch.arange(grid[0] * grid[1])
-    rows, columns = (to_windows(axis.view(1, -1, 1), windows)[..., 0] for axis in (place // grid[1], place % grid[1]))
+    position = torch.arange(grid[0] * grid[1])
+    rows, columns = (
+        to_windows(axis.view(1, -1, 1), windows)[..., 0] for axis in (position // grid[1], position % grid[1])
+    )
     near = ((rows[:, :, None] - rows[:, None]).abs() < 4) & ((columns[:, :, None] - columns[:, None]).abs() < 4)
     assert set(mask.unique().tolist()) == ({0.0, MASKED} if windows.is_shifted else {0.0})
     assert torch.equal(mask == 0, near)

@@ -54,11 +54,11 @@ def test_the_pipeline_returns_pairs_of_query_and_class(trained):
 
 
 def test_micro_batches_and_two_processes_give_the_same_weights(trained, data, tmp_path):
-    knobs = {**FAMILY, "max_steps": 2, "adam_epsilon": 1e-4, "rate_factors": RATES}
-    single = train(data, tmp_path / "single", micro_batch_size=1, **knobs)
+    options = {**FAMILY, "max_steps": 2, "adam_epsilon": 1e-4, "rate_factors": RATES}
+    single = train(data, tmp_path / "single", micro_batch_size=1, **options)
     assert distance(trained, single) < 5e-6  # of rounding; the steps are 1e-3 long
     command = ("-m", "hf_tfm.cli", "run", "detection_train")
-    run_ranks(*command, *command_line(data, tmp_path / "two", **knobs), cwd=ROOT)
+    run_ranks(*command, *command_line(data, tmp_path / "two", **options), cwd=ROOT)
     assert distance(trained, tmp_path / "two") < 5e-6
 
 
