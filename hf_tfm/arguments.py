@@ -162,7 +162,7 @@ class ModelArguments(Arguments):
 
     # Models that are valid for arguments, {argument: hub.pretrained.Suitable}. A subclass sets it, at least for
     # model_name_or_path, and a default architecture.
-    fitting: ClassVar[dict[str, Any]] = {}
+    accepted_models: ClassVar[dict[str, Any]] = {}
 
     model_name_or_path: str | None = None
     architecture: str | None = None
@@ -171,13 +171,15 @@ class ModelArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.fitting:
+        if self.accepted_models:
             _ = self.config_class
 
     @classmethod
     def choices(cls) -> dict[str, list[str]]:
         """Return the values of options that the table of families determines, for help and documentation."""
-        return {"architecture": list(cls.fitting["model_name_or_path"].head.families())} if cls.fitting else {}
+        if not cls.accepted_models:
+            return {}
+        return {"architecture": list(cls.accepted_models["model_name_or_path"].head.families())}
 
     def check_saved(self, config: PreTrainedConfig) -> None:
         """Check arguments that depend on the family of ``model_name_or_path``, before any data is read.
@@ -192,7 +194,7 @@ class ModelArguments(Arguments):
     @property
     def head(self) -> Head:
         """Head of the models to train."""
-        return self.fitting["model_name_or_path"].head
+        return self.accepted_models["model_name_or_path"].head
 
     @property
     def config_class(self) -> type[Any]:

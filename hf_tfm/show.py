@@ -154,16 +154,16 @@ def show_queries(
 
     Args:
         model: folder or Hub id of a detector of this package, or of a DETR of transformers.
-        image: a file, or dataset:split:index: plots the cross-attention of each confident query over it: a map, or the
-            points that a Deformable DETR samples.
+        image: a file, or dataset:split:index: plots the cross-attention of queries over it: a map each, or the points
+            that a Deformable DETR samples.
         dataset_name: data set, as for `evaluate`: plots the centres of each query's boxes in all images, coloured by
             shape.
         split: split of the data set.
         dataset_config: configuration of the data set.
         image_column: column of images, their bytes or paths; by default the only image column.
         max_samples: number of images to read, from the start of the data set.
-        threshold: minimum score of the queries plotted over an image.
-        queries: query indices to plot for a data set; by default the first 20.
+        threshold: minimum score of the queries plotted over an image, unless ``queries`` are given.
+        queries: query indices to plot; by default those above the threshold for an image, the first 20 for a data set.
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
@@ -184,7 +184,9 @@ def show_queries(
         read = read_image(image)
         print(
             pictures.plot_queries(
-                pictures.query_maps(*load_detector(model, trust_remote_code=trust_remote_code), read, threshold),
+                pictures.query_maps(
+                    *load_detector(model, trust_remote_code=trust_remote_code), read, threshold, which=queries
+                ),
                 output,
             )
         )

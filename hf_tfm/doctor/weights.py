@@ -24,7 +24,7 @@ def add_model(case: Case) -> None:
     """
     args, fields = case.args, label_fields(class_names(case.train.rows))
     if source := args.model_name_or_path:
-        args.check_saved(check_kind("model_name_or_path", source, args.fitting["model_name_or_path"]))
+        args.check_saved(check_kind("model_name_or_path", source, args.accepted_models["model_name_or_path"]))
         case.earlier, case.missing = load_to_train(args.head, source, head_of)
         set_seed(args.seed)
         case.model = load_detector_to_train(args, fields)

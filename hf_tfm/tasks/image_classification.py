@@ -74,7 +74,7 @@ class LabelledImageArguments(LabelArguments, ImageArguments):
             patch_size, pooling and drop_path_rate.
     """
 
-    fitting: ClassVar = IMAGE_CLASSES
+    accepted_models: ClassVar = IMAGE_CLASSES
 
     architecture: str = "vit"
     label_smoothing: float = 0.0

@@ -141,7 +141,7 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
                 )
 
     @property
-    def fitting(self) -> dict[str, Suitable]:  # type: ignore[override]  # an option chooses them
+    def accepted_models(self) -> dict[str, Suitable]:  # type: ignore[override]  # an option chooses them
         """Models that are valid for ``model_name_or_path`` and ``teacher``."""
         if self.objective == "causal":
             return NEXT_WORDS

@@ -36,7 +36,7 @@ class MaskedImageArguments(ImageArguments):
             norm_pix_loss and the decoder's sizes.
     """
 
-    fitting: ClassVar = IMAGE_PATCHES
+    accepted_models: ClassVar = IMAGE_PATCHES
 
     architecture: str = "mae"
 

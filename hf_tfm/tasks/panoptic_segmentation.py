@@ -26,7 +26,7 @@ class PanopticArguments(SegmentArguments, SceneArguments):
     stage: Literal["boxes", "masks", "joint"] = "joint"
 
     @property
-    def fitting(self) -> dict[str, Suitable]:
+    def accepted_models(self) -> dict[str, Suitable]:
         """See `SceneArguments`."""
         return OBJECTS if self.stage == "boxes" else SEGMENTS
 

@@ -52,7 +52,7 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
             `PredictionPictures`.
     """
 
-    fitting: ClassVar = OBJECTS
+    accepted_models: ClassVar = OBJECTS
     streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
 
     architecture: str = "detr"

@@ -164,7 +164,7 @@ class TextArguments(LabelledTextArguments, SplitArguments, ModelArguments, Train
             default, the first metric.
     """
 
-    fitting: ClassVar = TEXT_CLASSES
+    accepted_models: ClassVar = TEXT_CLASSES
     decided_by_tasks: ClassVar[tuple[str, ...]] = (
         *LabelledTextArguments.decided_by_tasks,
         *("problem_type", "validation_split", "holdout", "metrics"),

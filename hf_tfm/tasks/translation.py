@@ -98,7 +98,7 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
         metrics: metrics of the final translations.
     """
 
-    fitting: ClassVar = TRANSLATIONS
+    accepted_models: ClassVar = TRANSLATIONS
 
     streaming: bool = False
     max_length: int = 256

@@ -34,7 +34,7 @@ from .checkpoint import checkpoints
 from .folder import require_room
 from .loop import Task
 from .ranks import on_main
-from .run_folder import Lock, RunFolder, check_inputs, check_place, place_new
+from .run_folder import Lock, RunFolder, check_inputs, check_location, place_new
 from .session import TrainingResult, checkpoints_to_come, train
 from .sigterm import install_sigterm_handler
 from .threads import limit_threads, threads_restored
@@ -69,7 +69,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     for argument in ("model_name_or_path", "teacher"):
         if source := getattr(args, argument, None):
             require_model(argument, source)
-            suitable = getattr(args, "fitting", {}).get(argument)
+            suitable = getattr(args, "accepted_models", {}).get(argument)
             config = check_kind(argument, source, suitable, args.trust_remote_code)
             if argument == "model_name_or_path" and isinstance(args, ModelArguments):
                 args.check_saved(config)
@@ -114,13 +114,13 @@ class Run:
         self.command, self.started = repeat_command(accelerator.num_processes, recipe, argv), now()
         self.lock = Lock(Path(getattr(args, args.folder_argument)), args.folder_argument)
         self.folder: RunFolder | None = None  # only on the main process
-        self.task, self.data, self.again = "", {}, False
+        self.task, self.data, self.holds_run = "", {}, False
 
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
 
-    def open(self, args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> None:
+    def open(self, args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None) -> None:
         """Check that ``args.output_dir`` is free for this run or already holds it; nothing is written.
 
         A run that only writes a cache has no output folder to check.
@@ -129,7 +129,7 @@ class Run:
             args: arguments of the recipe, completed with values that depend on the data.
             task: pipeline tag of the Hub, for example "translation".
             data: see `hub.results.Data`; its ``fingerprint`` is part of the run's identity.
-            decisive: split whose scores select the best weights; it is part of the identity even if it is a test
+            selection_split: split whose scores select the best weights; it is part of the identity even if it is a test
                 split.
 
         Raises:
@@ -138,17 +138,17 @@ class Run:
         self.args, self.task, self.data = args, task, data
         if self.lock.argument == "cache":
             return
-        identity = identify(args, task, data, decisive)
+        identity = identify(args, task, data, selection_split)
 
         def look() -> bool:
             self.folder = RunFolder(self.output_dir, identity, args.overwrite_output_dir, FREE, default_values(args))
-            return self.folder.again
+            return self.folder.holds_run
 
         # Checks that the results file and the card make are done before training.
         record = self.record("model", 0, {"steps": 0, "epochs": 0.0, "seconds": 0.0}, [])
         metadata(record, self.output_dir.name)
-        self.again = on_main(self.accelerator, look)
-        if self.again and (saved := checkpoints(self.output_dir)):
+        self.holds_run = on_main(self.accelerator, look)
+        if self.holds_run and (saved := checkpoints(self.output_dir)):
             self.accelerator.print(f"resuming from {saved[-1]}")
 
     def load_or_create(self, name: str, make: Callable[[], Any], load: Callable[..., Any]) -> Any:
@@ -178,7 +178,7 @@ class Run:
         try:
             return load(folder, trust_remote_code=self.args.trust_remote_code)
         except (ValueError, OSError, KeyError, TypeError) as error:
-            if not self.again:
+            if not self.holds_run:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
@@ -230,7 +230,7 @@ class Run:
         """
 
         def check() -> None:
-            if self.again or not self.folder.run_file.is_file():  # `claim` deletes no other run to free space
+            if self.holds_run or not self.folder.run_file.is_file():  # `claim` deletes no other run to free space
                 to_come = checkpoints_to_come(resolved, max_steps, eval_steps)
                 require_room(self.output_dir, model, to_come, bool(resolved.ema_decay))
 
@@ -358,7 +358,7 @@ def check_folder(args: TrainingArguments, argv: Sequence[str]) -> None:
     Raises:
         ValueError: gives the reason.
     """
-    check_place(getattr(args, args.folder_argument), args.folder_argument)
+    check_location(getattr(args, args.folder_argument), args.folder_argument)
     check_inputs(args, argv, args.folder_argument)
 
 
@@ -380,14 +380,14 @@ def default_values(args: TrainingArguments) -> dict[str, Any]:
     return found
 
 
-def identify(args: TrainingArguments, task: str, data: dict[str, Any], decisive: str | None = None) -> dict[str, Any]:
+def identify(args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None) -> dict[str, Any]:
     """Return what determines the weights of a run: task, arguments, and the data for training and model selection.
 
     Args:
-        data, decisive: see `Run.open`.
+        data, selection_split: see `Run.open`.
     """
     options, fingerprint = identifying(args), data["fingerprint"]
-    scored = set(getattr(args, "test_splits", ())) - {getattr(args, "train_split", None), decisive}
+    scored = set(getattr(args, "test_splits", ())) - {getattr(args, "train_split", None), selection_split}
     if isinstance(fingerprint, dict):
         fingerprint = {split: value for split, value in fingerprint.items() if split not in scored}
     if isinstance(options.get("data_files"), dict):

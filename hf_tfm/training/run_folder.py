@@ -46,7 +46,7 @@ EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
 INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
 
 
-def check_place(folder: str, argument: str = "output_dir") -> None:
+def check_location(folder: str, argument: str = "output_dir") -> None:
     """Refuse a path that is not, and cannot become, a folder of the run alone; checks paths, not contents.
 
     Raises:
@@ -318,7 +318,7 @@ class RunFolder:
         defaults: values of arguments that an older run's version did not have.
 
     Attributes:
-        again: True if the folder already holds this run.
+        holds_run: True if the folder already holds this run.
 
     Raises:
         ValueError: the folder holds another run, or files but no run.
@@ -333,10 +333,10 @@ class RunFolder:
         defaults: Mapping[str, Any] | None = None,
     ):
         self.path, self.identity = path, json.loads(json.dumps(identity))
-        self.again = False
+        self.holds_run = False
         if self.run_file.is_file():
             changed = changes(self.run_file, self.identity, ignored, json.loads(json.dumps(defaults or {})))
-            self.again = not changed
+            self.holds_run = not changed
             if changed and not overwrite and saved_anything(path):
                 raise ValueError(
                     f"output_dir {path} holds another run ({'; '.join(changed[:5])}): choose another folder, or set "
@@ -357,7 +357,7 @@ class RunFolder:
 
     def part(self, name: str) -> Path:
         """Return the path of a part of the run: in the folder itself for a resumed run, otherwise in ``.new``."""
-        return kept if self.again and (kept := self.path / name).is_dir() else self.path / NEW / name
+        return kept if self.holds_run and (kept := self.path / name).is_dir() else self.path / NEW / name
 
     def claim(self) -> list[str]:
         """Claim the folder for this run.
@@ -371,7 +371,7 @@ class RunFolder:
         left = []
         with explain_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.again:
+            if not self.holds_run:
                 if self.run_file.is_file():
                     left = delete_run(self.path)
                 write_text(self.run_file, json.dumps({"identity": self.identity}, indent=2, ensure_ascii=False) + "\n")
@@ -383,7 +383,7 @@ class RunFolder:
                         part.rename(self.path / part.name)
                 new.rmdir()
             sync(self.path)
-        self.again = True
+        self.holds_run = True
         return left
 
     def give_up(self) -> None:

@@ -46,14 +46,14 @@ SLOTS = 20  # queries to draw for a data set, as in the paper
 
 @dataclass(frozen=True, kw_only=True)
 class QueryAttention:
-    """Attention of a detector's confident queries in one image.
+    """Attention of a detector's chosen or confident queries in one image.
 
     Args:
         model: name of the model.
         name: name of the image.
         image: (H, W, 3) float32 in [0, 1], as the model reads it, without padding.
         classes: class names of the model.
-        queries: (n,) query indices, the most confident first.
+        queries: (n,) query indices: as chosen, or the most confident first.
         objects: objects that they detected, in pixels of ``image``.
     """
 
@@ -131,6 +131,7 @@ def query_maps(
     image: NamedImage,
     threshold: float = BOX_THRESHOLD,
     most: int = 15,
+    which: Sequence[int] | None = None,
 ) -> QueryMaps | QueryPoints:
     """Run a detector on one image and return the attention of its queries.
 
@@ -141,7 +142,8 @@ def query_maps(
         processor: processor of the model.
         image: result of `read_image`.
         threshold: minimum score of a query, in [0, 1]; if none reaches it, the four best are used.
-        most: maximum number of queries.
+        most: maximum number of queries above the threshold.
+        which: query indices, in place of those above the threshold.
 
     Raises:
         ValueError: an option is out of range, or the model has no such attention.
@@ -156,8 +158,11 @@ def query_maps(
         output, attention = attention_of(model, batch)
     height, width = batch["labels"][0]["size"].tolist()
     scores, labels, boxes = query_objects(output, model.config, (height, width))
-    order = scores.argsort(descending=True, stable=True)
-    chosen = order[: min(int((scores >= threshold).sum()) or AT_LEAST, most)]
+    if which is None:
+        order = scores.argsort(descending=True, stable=True)
+        chosen = order[: min(int((scores >= threshold).sum()) or AT_LEAST, most)]
+    else:
+        chosen = torch.tensor(existing(which, len(scores)), device=scores.device)
     labels, scores, boxes = (value[chosen].float().cpu().numpy() for value in (labels, scores, boxes))
     return kind(
         model=name_of(model),
@@ -322,9 +327,7 @@ def plot_query_slots(
         ValueError: a query does not exist.
     """
     count = boxes.shape[1]
-    queries = list(range(min(SLOTS, count))) if queries is None else list(queries)
-    if not queries or any(not 0 <= query < count for query in queries):
-        raise ValueError(f"queries must be one or more of 0 to {count - 1}, got {queries}")
+    queries = list(range(min(SLOTS, count))) if queries is None else existing(queries, count)
     columns, side = min(5, len(queries)), 1.8
     lines = -(-len(queries) // columns)
     head = 0.55
@@ -338,6 +341,17 @@ def plot_query_slots(
         place = (x / figure.get_figwidth(), y / height, side / figure.get_figwidth(), side / height)
         slot(figure.add_axes(place), boxes[:, query], f"query {query}")
     return save(figure, output)
+
+
+def existing(queries: Sequence[int], count: int) -> list[int]:
+    """Return query indices as a list.
+
+    Raises:
+        ValueError: there are none, or one is not an index of ``count`` queries.
+    """
+    if not queries or any(not 0 <= query < count for query in queries):
+        raise ValueError(f"queries must be one or more of 0 to {count - 1}, got {list(queries)}")
+    return list(queries)
 
 
 def slot(ax: Axes, boxes: np.ndarray, title: str) -> None:

@@ -64,6 +64,8 @@ def test_run_of_an_earlier_version_resumes(name, tmp_path, capsys):
     )
     assert expected.keys() == found.keys()
     for key, value in expected.items():
+        if key.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding noise, which Adam amplifies
+            continue
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
     scores, earlier = (
         {(row["split"], row["name"]): row["value"] for row in json.loads(file.read_text())["metrics"]}

@@ -17,7 +17,7 @@ from hf_tfm.training import folder as folders
 from hf_tfm.training import run, run_folder
 from hf_tfm.training.checkpoint import checkpoints
 from hf_tfm.training.folder import History, require_room
-from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_place
+from hf_tfm.training.run_folder import InUse, Lock, RunFolder, check_inputs, check_location
 from hf_tfm.training.session import checkpoints_to_come
 from hf_tfm.writing import WriteError, explain_write_errors
 
@@ -35,8 +35,8 @@ def claim(folder, identity=RUN, overwrite=False):
     lock.take("a command")
     try:
         found = RunFolder(folder, identity, overwrite)
-        again = found.again
-        return again, found.claim()
+        holds_run = found.holds_run
+        return holds_run, found.claim()
     finally:
         lock.release()
 
@@ -89,7 +89,7 @@ def test_evaluation_data_is_not_part_of_the_identity(tmp_path):
     saved_run(tmp_path / "run")
     held = {"identity": {**RUN, "max_bad_images": 10, "data": {"train": "abc", "test": "xyz"}}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(held))
-    assert RunFolder(tmp_path / "run", RUN, ignored=["max_bad_images"]).again
+    assert RunFolder(tmp_path / "run", RUN, ignored=["max_bad_images"]).holds_run
     with pytest.raises(ValueError, match="max_bad_images: 10 there, None now"):
         RunFolder(tmp_path / "run", RUN)
 
@@ -175,7 +175,7 @@ def test_run_description_with_a_list(tmp_path):
 def test_folder_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r'output_dir ".*file/a/b" lies below ".*file", which is a file'):
-        check_place(str(tmp_path / "file" / "a" / "b"))
+        check_location(str(tmp_path / "file" / "a" / "b"))
 
 
 def test_unwritable_caches_are_reported_before_the_run(tmp_path, monkeypatch):
@@ -251,8 +251,8 @@ def test_invalid_output_folders_are_refused(tmp_path, monkeypatch, path, message
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     given = path if path.strip() in ("", "/", ".") else str(tmp_path / {"~": "home"}.get(path, path))
     with pytest.raises(ValueError, match=f"output_dir .*({message})"):
-        check_place(given)
-    check_place(str(tmp_path / "work" / "run"))
+        check_location(given)
+    check_location(str(tmp_path / "work" / "run"))
     assert (tmp_path / "file").read_text() == "precious"
 
 

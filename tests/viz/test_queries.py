@@ -100,6 +100,11 @@ def test_number_of_queries(models):
         query_maps(model, processor, IMAGES[0], threshold=0.0, most=3).queries.tolist()
         == all_of_them.queries[:3].tolist()
     )
+    chosen = query_maps(model, processor, IMAGES[0], threshold=1.0, which=[5, 0])
+    assert chosen.queries.tolist() == [5, 0]
+    row = all_of_them.queries.tolist().index(5)
+    np.testing.assert_array_equal(chosen.maps[0], all_of_them.maps[row])
+    np.testing.assert_array_equal(chosen.objects.boxes[0], all_of_them.objects.boxes[row])
     none = query_maps(model, processor, IMAGES[0], threshold=1.0)
     assert none.queries.tolist() == all_of_them.queries[:4].tolist(), "without detections, the four best queries"
 
@@ -122,6 +127,8 @@ def test_scores_of_models_without_a_no_object_class():
     [
         ({"threshold": -0.1}, r"threshold must be in \[0, 1\], got -0.1"),
         ({"most": 0}, "most must be at least 1, got 0"),
+        ({"which": [3, 9]}, r"queries must be one or more of 0 to 8, got \[3, 9\]"),
+        ({"which": []}, r"queries must be one or more of 0 to 8, got \[\]"),
     ],
 )
 def test_options_out_of_range(models, options, message):
@@ -209,7 +216,7 @@ def test_unreadable_images_are_skipped(caplog):
 def test_the_command_line(models, tmp_path, capsys, monkeypatch):
     photos()[0].save(tmp_path / "a.png")
     output = str(tmp_path / "queries.png")
-    cli.main(["show", "queries", models["detr"], str(tmp_path / "a.png"), "--threshold", "0.6", "--output", output])
+    cli.main(["show", "queries", models["detr"], str(tmp_path / "a.png"), "--queries", "[8,0]", "--output", output])
     over_image = imread(output)
     folder = tmp_path / "data"
     folder.mkdir()
