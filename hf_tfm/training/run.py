@@ -120,7 +120,9 @@ class Run:
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
 
-    def open(self, args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None) -> None:
+    def open(
+        self, args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None
+    ) -> None:
         """Check that ``args.output_dir`` is free for this run or already holds it; nothing is written.
 
         A run that only writes a cache has no output folder to check.
@@ -129,7 +131,7 @@ class Run:
             args: arguments of the recipe, completed with values that depend on the data.
             task: pipeline tag of the Hub, for example "translation".
             data: see `hub.results.Data`; its ``fingerprint`` is part of the run's identity.
-            selection_split: split whose scores select the best weights; it is part of the identity even if it is a test
+            selection_split: split whose scores select the best weights; part of the identity even if it is a test
                 split.
 
         Raises:
@@ -380,7 +382,9 @@ def default_values(args: TrainingArguments) -> dict[str, Any]:
     return found
 
 
-def identify(args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None) -> dict[str, Any]:
+def identify(
+    args: TrainingArguments, task: str, data: dict[str, Any], selection_split: str | None = None
+) -> dict[str, Any]:
     """Return what determines the weights of a run: task, arguments, and the data for training and model selection.
 
     Args:
