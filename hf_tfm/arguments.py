@@ -299,6 +299,26 @@ class ImageEvaluationArguments(ImageDataArguments, EvaluationArguments):
 
 
 @dataclass(kw_only=True)
+class ImageModelEvaluationArguments(ImageEvaluationArguments):
+    """Scoring an image model of any library.
+
+    Args:
+        model: folder or Hub id, with its image processor; or the name of a model of another library: timm:NAME,
+            timm:local-dir:FOLDER or torchvision:NAME.
+        weights: file or folder with weights of a model of timm or torchvision; default, the library downloads them.
+        random_weights: draw the weights of a model of timm or torchvision at random, to try it without its weights.
+    """
+
+    weights: str | None = None
+    random_weights: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights is not None and self.random_weights:
+            raise ValueError(f'give either weights or random_weights true, got both (weights "{self.weights}")')
+
+
+@dataclass(kw_only=True)
 class TrainingArguments(Arguments):
     """Training.
 

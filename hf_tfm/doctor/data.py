@@ -176,6 +176,7 @@ def doctor_data(
     train_split: str = "train",
     tokenizer: str | None = None,
     max_length: int | None = None,
+    model: str | None = None,
     json: str | None = None,
 ) -> int:
     """Check a data set before training: missing labels, empty texts, unreadable images, duplicates and more.
@@ -194,6 +195,8 @@ def doctor_data(
         train_split: training split.
         tokenizer: folder or Hub id of a tokenizer, to count unknown tokens and measure lengths in tokens.
         max_length: maximum number of tokens (words without a tokenizer) that the model reads of a text.
+        model: image classifier or detector to evaluate on the data, as for `hf-tfm evaluate`: check that its classes
+            are those of the data.
         json: file to write the report to.
 
     Returns:
@@ -214,6 +217,10 @@ def doctor_data(
     task = task or find_task(train.features, label_column)
     columns = find_columns(train, task, text_columns or [], label_column, image_column, source_column, target_column)
     reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False) if tokenizer else None
+    if model:
+        from .model_labels import ModelClasses, label_map  # slow to import
+
+        classes = ModelClasses.of(model, task)
     case = DataCase({name: DataSplit(name, splits[name], columns) for name in ordered}, reader, max_length)
     print(f"checking {dataset} for {task.replace('_', ' ')}")
 
@@ -228,6 +235,8 @@ def doctor_data(
         for split in case.splits.values():
             if (error := readable(split, task, source)) is not None:
                 yield replace(error, check="reading", split=split.name)
+            elif model:
+                yield from findings_of(label_map, split, classes, split=split.name)
         if task == "object_detection":
             yield from detection_findings(dataset, dataset_config, dataset_revision, ordered)
         else:

@@ -56,14 +56,12 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
     device, training = next(model.parameters()).device, model.training
     model.cpu().eval()
     sample = {key: value.cpu() for key, value in sample.items()}
-    # The FLOP counter does not see fused CPU attention kernels; the plain one has the same matrix products.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**sample)
+    flops = count_flops(model, sample)
     times = {count: milliseconds(model, repeated(sample, count)) for count in BATCHES}
     cost = Cost(
         model=name,
         parameters=sum(p.numel() for p in model.parameters()),
-        gflops=counter.get_total_flops() / 1e9,
+        gflops=flops / 1e9,
         milliseconds_1=times[1],
         milliseconds_32=times[32],
         samples_per_second=32_000 / times[32],
@@ -73,6 +71,14 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
     )
     model.to(device).train(training)
     return cost if score is None else Cost(**cost, score=score)
+
+
+def count_flops(model: nn.Module, sample: Mapping[str, Tensor]) -> int:
+    """Return the floating-point operations of a forward pass; a multiply-add counts as two."""
+    # The FLOP counter does not see fused CPU attention kernels; the plain one has the same matrix products.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**sample)
+    return counter.get_total_flops()
 
 
 def beside_teacher(teacher: Cost, *students: Cost) -> list[Cost]:

@@ -116,14 +116,14 @@ def detections(processor: BaseImageProcessor, output: ModelOutput, batch: dict[s
     """Return boxes with their class and score, in pixels of the original images, as `CocoAP` takes them.
 
     The processor of the model chooses them: DETR's returns the best class of every query, Deformable DETR's the 100
-    best pairs of a query and a class.
+    best pairs of a query and a class. Those of score 0 are left out.
 
     Args:
         batch: its ``labels`` have the sizes of the images, as those of `processed` do.
     """
     sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
     output = ModelOutput(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
-    return processor.post_process_object_detection(output, threshold=-1.0, target_sizes=sizes)
+    return processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
 
 
 def panoptic_maps(

@@ -46,3 +46,32 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     union = area(boxes[..., :2], boxes[..., 2:]) + area(others[..., :2], others[..., 2:]) - overlap
     union, hull = union.clamp_min(1e-7), hull.clamp_min(1e-7)
     return overlap / union - (hull - union) / hull
+
+
+def detections_as_queries(
+    found: list[dict[str, Tensor]], sizes: list[tuple[int, int]], num_labels: int
+) -> tuple[Tensor, Tensor]:
+    """Convert detections of torchvision to the output of a DETR, from which a softmax makes the same scores again.
+
+    Args:
+        found: for each image ``boxes`` (n, 4) xyxy in pixels, ``scores`` (n,) and ``labels`` (n,), counted from 1;
+            detections of label 0, "no object", are left out.
+        sizes: height and width of each image in pixels.
+        num_labels: C.
+
+    Returns:
+        Logits (B, Q, C + 1) and boxes (B, Q, 4) cxcywh in [0, 1], Q being the highest number of detections in an
+        image, but at least 1; other queries of an image have score 0.
+    """
+    kept = [one["labels"] > 0 for one in found]
+    counts = [int(mask.sum()) for mask in kept]
+    boxes = found[0]["boxes"].new_zeros(len(found), max(1, *counts), 4, dtype=torch.float32)
+    logits = boxes.new_full((*boxes.shape[:2], num_labels + 1), -torch.inf)
+    logits[..., -1] = 0.0
+    for i, (one, mask, n, (height, width)) in enumerate(zip(found, kept, counts, sizes, strict=True)):
+        sides = boxes.new_tensor([width, height, width, height])
+        boxes[i, :n] = xyxy_to_cxcywh(one["boxes"][mask].float()) / sides
+        scores = one["scores"][mask].float().clamp(0.0, 1.0)
+        logits[i, :n, -1] = torch.log1p(-scores)
+        logits[i, :n].scatter_(1, one["labels"][mask][:, None] - 1, scores.log()[:, None])
+    return logits, boxes

@@ -87,6 +87,7 @@ class Task(ABC):
     EvaluationArguments: ClassVar[type[EvaluationArguments]]
     DistillationArguments: ClassVar[type | None] = None  # default: `tasks.distillation.distill` combines the groups
     kind: ClassVar[str]  # the models that the task evaluates, a plural noun: "image classifiers"
+    reports_cost: ClassVar[bool] = False  # an evaluation reports parameters and FLOPs of the model
     sample: ClassVar[str] = "samples"  # plural name of the samples in the report of an evaluation
     term: ClassVar[str]  # the term of `count` that counts these
     processor_class: ClassVar[Any]  # Auto class that loads the processor

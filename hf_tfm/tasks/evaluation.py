@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import EvaluationArguments
+from ..hub.cost import count_flops
+from ..hub.external import external_model, folder_or_id, weights_file
 from ..hub.loading import load_config, require_model
 from ..hub.results import collect_versions
 from ..writing import require_writable, write_json
@@ -24,7 +26,8 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     """Score a saved model on a split of a data set.
 
     Args:
-        model: folder or Hub id, of this package or of transformers; its config.json decides the task.
+        model: folder or Hub id, of this package or of transformers; its config.json decides the task. Or a model of
+            another library, see `hub.external`.
         options: fields of the task's ``EvaluationArguments``.
 
     Returns:
@@ -36,12 +39,10 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     for option in ("dataset_name", "split"):
         if not options.get(option, option):
             raise ValueError(f"{option} must be a name, got {options[option]!r}")
-    classes = evaluated_tasks()
+    classes, model = evaluated_tasks(), folder_or_id(model)
     chosen = next((one for one in classes if one.evaluates_several(options)), None)
     if chosen is None:
-        revision, trust_remote_code = options.get("revision"), options.get("trust_remote_code", False)
-        require_model("model", model, revision)
-        chosen = task_of(load_config(model, revision=revision, trust_remote_code=trust_remote_code), model)
+        chosen = task_of(config_of(model, options), model)
     for option in options:
         if option not in options_of(chosen):
             others = " and ".join(one.kind for one in classes if option in options_of(one))
@@ -49,6 +50,27 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
             raise ValueError(f'{option} {reason}; "{model}" is one of the {chosen.kind}')
     args = chosen.EvaluationArguments(model=model, **options)
     return chosen.evaluate_all(args, partial(evaluate_task, chosen))
+
+
+def config_of(model: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Return the configuration of a model to evaluate.
+
+    Args:
+        options: of the evaluation.
+
+    Raises:
+        ValueError: there is no such model, or an option is for other models.
+    """
+    revision = options.get("revision")
+    if (external := external_model(model)) is not None:
+        if revision is not None:
+            raise ValueError(f'revision "{revision}" applies only to a model on the Hub, got model "{model}"')
+        return external.config
+    for option in ("weights", "random_weights"):
+        if options.get(option):
+            raise ValueError(f'{option} is for models timm:NAME and torchvision:NAME, got model "{model}"')
+    require_model("model", model, revision)
+    return load_config(model, revision=revision, trust_remote_code=options.get("trust_remote_code", False))
 
 
 def options_of(task_class: type[Task]) -> list[str]:
@@ -82,8 +104,9 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bo
 
     Returns:
         ``model``, ``dataset``, ``split``, ``fingerprint`` and number of ``rows``; ``metrics``, rows of name, value,
-        signature and split; ``versions``; ``mixed_precision``; the details of the task's `Scores`; and, if the task
-        counts its samples, their number and the ``throughput``, see `Stopwatch`.
+        signature and split; ``versions``; ``mixed_precision``; the details of the task's `Scores`; if the task counts
+        its samples, their number and the ``throughput``, see `Stopwatch`; if it `Task.reports_cost`, ``parameters``,
+        ``gflops`` and the ``gflops_input``; and for a model of another library, see `library_details`.
 
     Raises:
         ValueError: model, data and arguments do not fit each other.
@@ -101,6 +124,7 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bo
     ):
         scores = task.evaluate(task.model, args.split)
     rows = task.splits[args.split]
+    details = scores.details | (model_cost(task.model, watch.sample) if task.reports_cost else {})
     result = {
         "model": args.model,
         "dataset": args.dataset_name,
@@ -110,7 +134,8 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bo
         "metrics": scores.rows(args.split, task.reported_metrics),
         "versions": collect_versions(),
         **({} if scores.samples is None else {task.sample: scores.samples}),
-        **scores.details,
+        **details,
+        **library_details(args),
         "mixed_precision": args.mixed_precision,
         **({} if scores.samples is None else {"throughput": watch.throughput(scores.samples)}),
     }
@@ -118,6 +143,30 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bo
         write_json({**result, **scores.listing}, args.output)
     task.end_evaluation(scores)
     return {**result, **scores.listing} if listing else result
+
+
+def model_cost(model: PreTrainedModel, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of ``parameters``, and the ``gflops`` of a forward pass with ``gflops_input``.
+
+    Args:
+        sample: arguments of the forward pass for one sample.
+    """
+    images = sample["pixel_values"]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "gflops": count_flops(model, sample) / 1e9,
+        "gflops_input": " x ".join(map(str, images.shape[1:])),
+    }
+
+
+def library_details(args: Any) -> dict[str, Any]:
+    """Return for a model of another library its ``weights`` and the ``published`` scores of these, see `Published`."""
+    if (external := external_model(args.model)) is None:
+        return {}
+    if args.random_weights:
+        return {"weights": "random"}
+    file = weights_file(args.weights) if args.weights else None
+    return {"weights": str(file or "pretrained"), "published": external.published(file)}
 
 
 def one_process() -> Accelerator:
@@ -136,12 +185,24 @@ def lines(result: dict[str, Any]) -> list[str]:
     """Return the lines of a result for the terminal."""
     if "lines" in result:
         return result["lines"]
+    published = {
+        one["name"]: f"published: {one['value']:.3f} on {one['data']} ({one['source']})"
+        for one in result.get("published", ())
+    }
     found = [
-        f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  {row['signature'] or ''}".rstrip()
+        f"{row['split']}  {row['name']:<15} {row['value']:8.3f}  "
+        f"{row['signature'] or ''}{published.get(row['name'], '')}".rstrip()
         for row in result["metrics"]
     ]
+    if result.get("weights") == "random":
+        found.append("weights: random, so the scores only show that evaluation works")
     if "per_class" in result:
         found += class_lines(result["per_class"])
+    if "gflops" in result:
+        found.append(
+            f"parameters: {result['parameters'] / 1e6:.1f} M; {result['gflops']:.2f} GFLOPs for an input of "
+            f"{result['gflops_input']}"
+        )
     if "throughput" in result:
         speed, sample = result["throughput"], next(one.sample for one in evaluated_tasks() if one.sample in result)
         left_out = ", ".join(f"{count} {reason}" for reason, count in result.get("left_out", {}).items())

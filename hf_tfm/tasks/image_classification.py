@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
-from ..arguments import ImageDataArguments, ImageEvaluationArguments
+from ..arguments import ImageDataArguments, ImageModelEvaluationArguments
 from ..data import images
 from ..data.augment import Mixing, mix, partners
 from ..data.batching import Sample, sample_ref
@@ -129,7 +129,7 @@ class ImageDistillationArguments(DistillationArguments, LabelledImageArguments):
 
 
 @dataclass(kw_only=True)
-class ImageClassificationEvaluationArguments(LabelArguments, ImageEvaluationArguments):
+class ImageClassificationEvaluationArguments(LabelArguments, ImageModelEvaluationArguments):
     """Scoring an image classifier.
 
     Args:
@@ -223,7 +223,7 @@ class ImageClassificationTask(ImageTask):
     term = "label"
     described_columns = ("image_column", "label_column")
     auto_class = AutoModelForImageClassification
-    labelled = True
+    labelled = reports_cost = True
 
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:

@@ -28,6 +28,7 @@ from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
 from ..data.pixels import Pixels, as_read, image_processor, image_size_of, pixel_scale, suitable
 from ..distillation.model_spec import check_processors
+from ..hub.external import external_model
 from ..hub.loading import load_with_processor
 from ..limits import LARGEST_SIDE
 from ..memory import check_batch_memory
@@ -240,7 +241,11 @@ class ImageTask(Task):
         Raises:
             ValueError: weights or the processor are missing, images are not RGB or have no fixed size.
         """
-        model, processor = load_with_processor(self.auto_class, self.args.model, **self.args.pretrained)
+        external = external_model(self.args.model)
+        if external is None:
+            model, processor = load_with_processor(self.auto_class, self.args.model, **self.args.pretrained)
+        else:
+            model, processor = external.load(self.args.weights, self.args.random_weights)
         self.model, self.processor = model, suitable(processor)
 
     def augment(self) -> Callable[[Tensor], Tensor]:

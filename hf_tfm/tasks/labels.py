@@ -11,6 +11,8 @@ from ..data.detection import category_ids
 from ..data.detection import class_names as category_names
 from ..data.images import label_ids, label_names, stated_names
 
+SAME_NAMES = 0.9  # share of the names of ImageNet that a model must have to be taken for a classifier of ImageNet
+
 
 def class_names(config: PreTrainedConfig) -> list[str]:
     """Return the names of a model's classes, in order."""
@@ -42,6 +44,8 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
             )
         numbers = range(len(names))
         return "number", {number: number for number in numbers} | {str(number): number for number in numbers}
+    if not set(stored) <= set(names):
+        names = spelled_as(stored, names)
     if unknown := [name for name in stored if name not in set(names)]:
         rest = some([name for name in dict.fromkeys(names) if name not in set(stored)]) or "none"
         alike = some(sorted(name for name, count in Counter(names).items() if count > 1))
@@ -56,6 +60,49 @@ def match_classes(rows: datasets.Dataset, names: Sequence[str], match_labels: st
             "match_labels=number compares those"
         )
     return "name", label_ids(rows, names)
+
+
+def spelled_as(stored: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """Return the names of a classifier of ImageNet, those of ``stored`` spelled as there; see `imagenet_numbers`.
+
+    Other classes are then called "". If a name of ``stored`` has no class, the names are returned as they are.
+    """
+    numbers = imagenet_numbers(names)
+    if len({numbers[name] for name in stored if name in numbers}) < len(stored):
+        return names
+    spelled = [""] * len(names)
+    for name in stored:
+        spelled[numbers[name]] = name
+    return spelled
+
+
+def imagenet_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Map the synsets of ImageNet, their descriptions and the first words of these to the classes of a model.
+
+    "n02391049", "zebra" and "tench, Tinca tinca" or "tench" are names of classes of ImageNet; first words that several
+    classes share are left out.
+
+    Args:
+        names: of the model's classes.
+
+    Returns:
+        {name: class}; empty unless the model has ImageNet's classes in ImageNet's order.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # slow to import
+
+    if (subset := infer_imagenet_subset({"num_classes": len(names)})) is None:
+        return {}
+    info = ImageNetInfo(subset)
+    synsets, texts = info.label_names(), info.label_descriptions()
+    first = [text.partition(",")[0] for text in texts]
+    alike = sum(name.partition(",")[0] == word for name, word in zip(names, first, strict=True))
+    if alike < SAME_NAMES * len(names) and list(names) != synsets:
+        return {}
+    found: dict[str, int] = {}
+    for candidates in (first, [name.partition(",")[0] for name in names], texts, names, synsets):
+        counts = Counter(candidates)
+        found |= {name: number for number, name in enumerate(candidates) if counts[name] == 1}
+    return found
 
 
 def some(values: Sequence[Any], limit: int = 10) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.utils import ModelOutput
 
-from ..arguments import Arguments, ImageEvaluationArguments
+from ..arguments import Arguments, ImageModelEvaluationArguments
 from ..data.batching import Sample, StepLoader, sample_ref
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
@@ -34,7 +34,7 @@ from ..data.shape_batches import ShapeSampler
 from ..distillation.model_spec import check_processors
 from ..families import DETECTOR, PANOPTIC_DETECTOR, Head
 from ..hub.detectors import classes, detections, has_masks, is_detector, load_detector, panoptic_maps, takes_mask
-from ..hub.loading import load_config
+from ..hub.external import external_model, model_config
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from .base import Batch, Collator, Scores, Task, mean, widest_float
@@ -131,7 +131,7 @@ class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
 
 
 @dataclass(kw_only=True)
-class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageEvaluationArguments):
+class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageModelEvaluationArguments):
     """Scoring a detector, of this package or of another library.
 
     Args:
@@ -162,7 +162,7 @@ class DetectionTask(Task):
     EvaluationArguments = DetectionEvaluationArguments
     DistillationArguments = DetectionDistillationArguments
     kind, sample = "detectors", "images"
-    item, term = "images", "image"
+    item, term, reports_cost = "images", "image", True
     processor_class = AutoImageProcessor
     described_columns = ("image_column", "objects_column")
     cache_options = ("shortest_side", "longest_side", "mean", "std", "augmentation")
@@ -219,7 +219,7 @@ class DetectionTask(Task):
         """
         if not self.evaluating:
             return False
-        asked, config = self.args.segments, load_config(self.args.model, **self.args.pretrained)
+        asked, config = self.args.segments, model_config(self.args.model, **self.args.pretrained)
         if asked and is_detector(config) and not has_masks(config):
             saved = ", ".join(config.architectures or ())
             raise ValueError(f'segments needs a model with masks, and "{self.args.model}" is a {saved}')
@@ -266,7 +266,11 @@ class DetectionTask(Task):
 
     def load_pretrained(self) -> None:
         """See `Task`."""
-        self.model, self.processor = load_detector(self.args.model, **self.args.pretrained)
+        external = external_model(self.args.model)
+        if external is None:
+            self.model, self.processor = load_detector(self.args.model, **self.args.pretrained)
+        else:
+            self.model, self.processor = external.load(self.args.weights, self.args.random_weights)
 
     @cached_property
     def pixels(self) -> PaddedPixels:

@@ -15,10 +15,14 @@ class Stopwatch:
 
     Args:
         model: the batch size of a pass is that of its first tensor argument.
+
+    Attributes:
+        sample: keyword arguments of the first pass, for its first sample.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.passes = model, []
+        self.sample: dict[str, Any] = {}
 
     def __enter__(self) -> "Stopwatch":
         self.hooks = [
@@ -41,6 +45,8 @@ class Stopwatch:
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Start of a forward pass."""
+        if not self.passes:
+            self.sample = {name: value[:1] for name, value in kwargs.items() if isinstance(value, Tensor)}
         self.began = self.now()
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
