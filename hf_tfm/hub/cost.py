@@ -76,7 +76,8 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
 def count_flops(model: nn.Module, sample: Mapping[str, Tensor]) -> int:
     """Return the floating-point operations of a forward pass; a multiply-add counts as two."""
     # The FLOP counter does not see fused CPU attention kernels; the plain one has the same matrix products.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # It registers hooks on parameters that are arguments of modules, which inference mode does not allow.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**sample)
     return counter.get_total_flops()
 

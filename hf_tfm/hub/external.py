@@ -167,7 +167,7 @@ class ExternalModel(ABC):
         Raises:
             LoadingError: weights cannot be read, do not fit or are not finite.
         """
-        file = weights_file(weights) if weights else None
+        file = weights_file("weights", weights) if weights else None
         with explained("weights" if file else "model", str(file or self.full_name)):
             if not (file or random_weights or self.has_weights):
                 raise ValueError("there are no weights for this name: give weights FILE or random_weights true")
@@ -235,7 +235,7 @@ class TimmModel(ExternalModel):
         """See `ExternalModel`."""
         import timm
 
-        options = {"pretrained_cfg_overlay": {"file": str(file), "hf_hub_id": None, "source": ""}} if file else {}
+        options = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
         return timm.create_model(self.name, pretrained=not random, **options)
 
     def processor(self, network: nn.Module) -> TransformProcessor:
@@ -369,8 +369,11 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
     return load_config(model, "model", revision, trust_remote_code) if external is None else external.config
 
 
-def weights_file(path: str) -> Path:
+def weights_file(argument: str, path: str) -> Path:
     """Return the file with weights: the given one, or the one in the given folder.
+
+    Args:
+        argument: name of the argument with the path, for errors.
 
     Raises:
         FileNotFoundError: there is none.
@@ -378,7 +381,7 @@ def weights_file(path: str) -> Path:
     """
     place = Path(path)
     if not place.exists():
-        raise FileNotFoundError(f"weights {path} does not exist")
+        raise FileNotFoundError(f"{argument} {path} does not exist")
     if place.is_file():
         return place
     found = [place / name for name in WEIGHT_FILES if (place / name).is_file()]
@@ -387,7 +390,7 @@ def weights_file(path: str) -> Path:
     )
     if len(found) != 1:
         reason = f"has {len(found)} files of weights" if found else "has no file of weights"
-        raise ValueError(f"weights {path} {reason}: give the file")
+        raise ValueError(f"{argument} {path} {reason}: give the file")
     return found[0]
 
 

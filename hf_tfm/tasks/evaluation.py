@@ -118,13 +118,11 @@ def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bo
     task.splits = task.load_splits()
     task.load_pretrained()
     task.model = task.model.to(task.accelerator.device)
-    with (
-        Stopwatch(task.model) as watch,
-        torch.autocast(task.accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"),
-    ):
-        scores = task.evaluate(task.model, args.split)
+    with torch.autocast(task.accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+        with Stopwatch(task.model) as watch:
+            scores = task.evaluate(task.model, args.split)
+        details = scores.details | (model_cost(task.model, watch.sample) if task.reports_cost else {})
     rows = task.splits[args.split]
-    details = scores.details | (model_cost(task.model, watch.sample) if task.reports_cost else {})
     result = {
         "model": args.model,
         "dataset": args.dataset_name,
@@ -165,7 +163,7 @@ def library_details(args: Any) -> dict[str, Any]:
         return {}
     if args.random_weights:
         return {"weights": "random"}
-    file = weights_file(args.weights) if args.weights else None
+    file = weights_file("weights", args.weights) if args.weights else None
     return {"weights": str(file or "pretrained"), "published": external.published(file)}
 
 
@@ -198,11 +196,6 @@ def lines(result: dict[str, Any]) -> list[str]:
         found.append("weights: random, so the scores only show that evaluation works")
     if "per_class" in result:
         found += class_lines(result["per_class"])
-    if "gflops" in result:
-        found.append(
-            f"parameters: {result['parameters'] / 1e6:.1f} M; {result['gflops']:.2f} GFLOPs for an input of "
-            f"{result['gflops_input']}"
-        )
     if "throughput" in result:
         speed, sample = result["throughput"], next(one.sample for one in evaluated_tasks() if one.sample in result)
         left_out = ", ".join(f"{count} {reason}" for reason, count in result.get("left_out", {}).items())
@@ -210,6 +203,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         found.append(f"{result[sample]} {sample}{unlabelled}" + (f"; left out: {left_out}" if left_out else ""))
         found.append(
             f"{sample}/s: {speed['model']:.0f} by the model alone, {speed['whole']:.0f} with reading and preprocessing"
+        )
+    if "gflops" in result:
+        found.append(
+            f"parameters: {result['parameters'] / 1e6:.1f} M; {result['gflops']:.2f} GFLOPs for an input of "
+            f"{result['gflops_input']}"
         )
     return found
 

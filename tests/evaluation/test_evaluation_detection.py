@@ -232,13 +232,14 @@ def test_the_command_line(cases, tmp_path, capsys):
     result = json.loads((tmp_path / "scores.json").read_text())
     assert printed == lines(result)
     assert [line.split()[:2] for line in printed[:2]] == [["test", "AP"], ["test", "AP50"]]
-    table = printed[len(result["metrics"]) : -2]
+    table = printed[len(result["metrics"]) : -3]
     assert table[0].split() == ["class", "AP", "AP50", "PQ", "SQ", "RQ"]
     assert [line.split()[0] for line in table[1:]] == list(result["per_class"])
     for line, scores in zip(table[1:], result["per_class"].values(), strict=True):
         shown = [scores.get(name) for name in table[0].split()[1:]]
         assert line.split()[1:] == ["-" if value is None else f"{value:.3f}" for value in shown]
-    assert printed[-2].startswith("6 images; left out: 0 unreadable") and printed[-1].startswith("images/s: ")
+    assert printed[-3].startswith("6 images; left out: 0 unreadable") and printed[-2].startswith("images/s: ")
+    assert printed[-1].startswith("parameters: 0.")
 
 
 @pytest.mark.parametrize(
