@@ -76,11 +76,14 @@ class DeformableEncoderBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        references: References,
+        centre: Tensor,
+        scale: Tensor,
+        sizes: Sizes,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Apply the block: (B, N, D) -> (B, N, D); see `DeformableAttention.forward`."""
+        """Apply the block: (B, N, D) -> (B, N, D); see `References` and `DeformableAttention.forward`."""
+        references = References(centre, scale, sizes)
 
         def attend(states: Tensor) -> Tensor:
             return self.self_attn(states, states, references, attention_mask, positions)[0]
@@ -110,7 +113,9 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         memory: Tensor,
-        references: References,
+        centre: Tensor,
+        scale: Tensor,
+        sizes: Sizes,
         memory_mask: Tensor | None = None,
         positions: Tensor | None = None,
         output_points: bool = False,
@@ -119,9 +124,12 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         """Apply the block to queries (B, Q, D) and the encoder's output (B, N, D): -> (B, Q, D).
 
         Args:
+            centre, scale, sizes: see `References`; tensors of their own, because reentrant checkpointing finds
+                gradients only of arguments that are tensors.
             positions: (B, Q, D), added to the queries in both attentions, and to the keys of self-attention.
             output_points: see `DeformableAttention.forward`.
         """
+        references = References(centre, scale, sizes)
 
         def attend(states: Tensor) -> Tensor:
             return self.self_attn(states, query_positions=positions, key_positions=positions, **kwargs)[0]
@@ -230,7 +238,7 @@ class TfmDeformableDetrEncoder(TfmDeformableDetrPreTrainedModel):
         """Encode cells (B, N, D) with a mask (B, N); ``positions`` are added to the queries in every layer."""
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, references, attention_mask, positions)
+            hidden_states = layer(hidden_states, *references, attention_mask, positions)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -305,7 +313,7 @@ class TfmDeformableDetrDecoder(TfmDeformableDetrPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
-                around,
+                *around,
                 encoder_attention_mask,
                 positions,
                 output_points=output_sampling_points,

@@ -101,6 +101,14 @@ class Proposals(NamedTuple):
     box_logits: Tensor
 
 
+class LevelNorm(nn.GroupNorm):
+    """Group norm that also accepts one image whose map is a single cell, for which torch's raises an error."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, D, h, w)."""
+        return torch.group_norm(features, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
     """Deformable DETR without heads, except those that its own input depends on: backbone, encoder and decoder."""
 
@@ -123,7 +131,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         for level in range(maps, config.num_feature_levels):
             channels = inputs[-1] if level == maps else D
             layers.append(nn.Conv2d(channels, D, kernel_size=3, stride=2, padding=1))
-        self.input_proj = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(GROUPS, D)) for layer in layers)
+        self.input_proj = nn.ModuleList(nn.Sequential(layer, LevelNorm(GROUPS, D)) for layer in layers)
         self.level_embed = nn.Parameter(torch.zeros(config.num_feature_levels, D))
         if config.position_embedding_type == "learned":
             self.position_embedding = LearnedPositions2D(D)

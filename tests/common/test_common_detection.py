@@ -1,4 +1,5 @@
-"""transformers' common model tests on our DETR, and for comparison on its own DETR with the same timm backbone."""
+"""transformers' common model tests on our DETR and Deformable DETR, and for comparison on its own with the same timm
+backbone."""
 
 import unittest
 from typing import ClassVar
@@ -6,12 +7,28 @@ from typing import ClassVar
 import torch
 from adapter import ModelTests, Tester, enter
 from torch import Tensor
-from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrModel,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrForSegmentation,
+    DetrModel,
+)
 from transformers.testing_utils import torch_device
 
-from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
+from hf_tfm import (
+    TfmDeformableDetrConfig,
+    TfmDeformableDetrForObjectDetection,
+    TfmDeformableDetrModel,
+    TfmDetrConfig,
+    TfmDetrForObjectDetection,
+    TfmDetrForPanopticSegmentation,
+    TfmDetrModel,
+)
 
-enter(TfmDetrConfig)
+enter(TfmDetrConfig, TfmDeformableDetrConfig)
 
 
 class DetectionTester(Tester):
@@ -65,22 +82,32 @@ class DetectionTests(ModelTests):
 
     def test_attention_outputs(self):
         """The common test counts all outputs, and a head has more; here only its attention maps are counted."""
-        classes, tester = self.all_model_classes, self.model_tester
+        classes = self.all_model_classes
         self.all_model_classes = classes[:1]
         super().test_attention_outputs()
-        lengths = {
-            "encoder_attentions": (tester.encoder_seq_length, tester.encoder_seq_length),
-            "decoder_attentions": (tester.num_queries, tester.num_queries),
-            "cross_attentions": (tester.num_queries, tester.encoder_seq_length),
+        self.check_attentions(classes[1:])
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each attention output, without the batch."""
+        heads, cells, queries = (
+            getattr(self.model_tester, name) for name in ("num_attention_heads", "encoder_seq_length", "num_queries")
+        )
+        return {
+            "encoder_attentions": (heads, cells, cells),
+            "decoder_attentions": (heads, queries, queries),
+            "cross_attentions": (heads, queries, cells),
         }
-        config, inputs = tester.prepare_config_and_inputs_for_common()
-        for model_class in classes[1:]:
+
+    def check_attentions(self, classes: tuple[type, ...]) -> None:
+        shapes = self.attention_shapes()
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in classes:
             model = model_class._from_config(config, attn_implementation="eager").to(torch_device).eval()
             plain, outputs = model(**inputs), model(**inputs, output_attentions=True)
-            self.assertEqual(set(outputs) - set(plain), set(lengths))
-            for name, shape in lengths.items():
-                self.assertEqual(len(outputs[name]), tester.num_hidden_layers)
-                self.assertEqual(outputs[name][0].shape[1:], (tester.num_attention_heads, *shape))
+            self.assertEqual(set(outputs) - set(plain), set(shapes))
+            for name, shape in shapes.items():
+                self.assertEqual(len(outputs[name]), self.model_tester.num_hidden_layers)
+                self.assertEqual(outputs[name][0].shape[1:], shape)
 
     def test_retain_grad_hidden_states_attentions(self):
         """The common test also requires a gradient for the decoder's first states, which are zeros here."""
@@ -121,3 +148,37 @@ class NativeDetr(DetectionTests, unittest.TestCase):
     @unittest.skip("with a timm backbone, it leaves the buffers of its norms as they are")
     def test_init_weights_can_init_buffers(self):
         pass
+
+
+class DeformableTester(DetectionTester):
+    encoder_seq_length = 64 + 16 + 4 + 1  # cells of levels with strides 8, 16, 32 and 64
+
+
+class DeformableTests(DetectionTests):
+    """Tests and exceptions that apply to both models."""
+
+    model_tester_class = DeformableTester
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weights are those of four points on each of four levels."""
+        shapes, tester = super().attention_shapes(), self.model_tester
+        points = (tester.num_attention_heads, 4, 4)
+        return {
+            **shapes,
+            "encoder_attentions": (tester.encoder_seq_length, *points),
+            "cross_attentions": (tester.num_queries, *points),
+        }
+
+    def test_attention_outputs(self):
+        """The common test expects attention between all cells."""
+        self.check_attentions(self.all_model_classes)
+
+
+class OursDeformableDetr(DeformableTests, unittest.TestCase):
+    config_class = TfmDeformableDetrConfig
+    all_model_classes = (TfmDeformableDetrModel, TfmDeformableDetrForObjectDetection)
+
+
+class NativeDeformableDetr(DeformableTests, unittest.TestCase):
+    config_class = DeformableDetrConfig
+    all_model_classes = (DeformableDetrModel, DeformableDetrForObjectDetection)
