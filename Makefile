@@ -27,7 +27,7 @@ test-slow: $(VENV)/.installed  ## the longer proofs alone
 
 test-clients: $(VENV)/.installed  ## other libraries on models of every family; writes docs/clients.md
 	$(BIN)/python -m pip install --quiet --editable ".[test,clients]"
-	$(BIN)/python -m pytest -n 0 -m "clients or not clients" --clients-table docs/clients.md tests/clients
+	$(BIN)/python -m pytest -n 0 -m "clients or slow or not slow" --clients-table docs/clients.md tests/clients
 
 test-common: $(VENV)/.installed  ## transformers' own common model tests, on our models and on its own beside them
 	rm -rf $(SOURCES)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
+FAST = ("vit", "bert", "detr")  # an image, a text, and several outputs; `make test-slow` tries the other families
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
 
 
@@ -17,7 +18,9 @@ def shapes_of(inputs: dict[str, Tensor]) -> dict[str, dict[int, object]]:
 
 @pytest.mark.client("ONNX Runtime", "onnxruntime")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 @torch.no_grad()
 def test_outputs_are_equal(name, tmp_path):
     model = tiny(name)

@@ -76,8 +76,11 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
+SLOW = [pytest.param(fields, marks=pytest.mark.slow) for fields in (LEARNED, {"decoding": "mask_predict"})]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, LEARNED, {"decoding": "mask_predict"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, *SLOW], ids=str)
 def test_export(fields):
     """One graph for any number of sentences and any lengths."""
     model, batch = tiny_model(**fields), tiny_batch(rows=3, source=7, target=6)

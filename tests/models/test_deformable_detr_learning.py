@@ -1,6 +1,7 @@
 """From scratch on drawn rectangles: Deformable DETR learns classes and boxes, and does not where a mistake is
 planted."""
 
+import pytest
 import torch
 from test_detr_learning import FIELDS, arbitrary_matching, fit, recall_without_false_positives
 
@@ -20,10 +21,12 @@ def test_it_learns_eight_images_by_heart():
     assert recall_without_false_positives(trained()) > 0.8
 
 
+@pytest.mark.slow  # tests/models/test_deformable_detr.py checks the gradients of the proposals
 def test_it_learns_in_two_stages():
     assert recall_without_false_positives(trained(100, 4e-3, with_box_refine=True, two_stage=True)) > 0.8
 
 
+@pytest.mark.slow
 def test_without_matching_it_learns_little(monkeypatch):
     monkeypatch.setattr(set_loss, "assign", arbitrary_matching)
     assert recall_without_false_positives(trained()) < 0.3

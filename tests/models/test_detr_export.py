@@ -39,7 +39,7 @@ MAPS = {"output_attentions": True, "output_hidden_states": True}
     ("build", "masked", "asked"),
     [
         (tiny_panoptic, True, MAPS),
-        (tiny_detr, False, {}),
+        pytest.param(tiny_detr, False, {}, marks=pytest.mark.slow),
         pytest.param(tiny_detr, True, {}, marks=pytest.mark.slow),
         pytest.param(tiny_panoptic, False, {}, marks=pytest.mark.slow),
     ],

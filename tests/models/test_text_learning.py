@@ -56,7 +56,7 @@ def continuation_accuracy(model) -> float:
     return (got[:, 3:] == texts[:, 3:]).float().mean().item()
 
 
-@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("return_logits", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_bert_learns_to_fill_masks(return_logits):
     assert mask_accuracy(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
 

@@ -97,13 +97,15 @@ def test_masked_autoencoder_learns_digits(normalised, steps):
     assert loss < 0.75 * variance and loss < 0.9 * mean_image
 
 
-@pytest.mark.parametrize(("normalised", "limit"), [(False, 0.6), pytest.param(True, 0.85, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("normalised", "limit"), [(False, 0.6), (True, 0.85)])
 def test_it_learns_at_the_mask_ratio_of_the_paper(normalised, limit):
     """With 4 of 16 patches visible, the measured loss is 0.50 of the variance, and 0.76 with normalized patches."""
     loss, variance, _ = masked_losses(400, norm_pix_loss=normalised, mask_ratio=0.75)
     assert loss < limit * variance
 
 
+@pytest.mark.slow
 def test_without_decoder_positions_it_learns_nothing():
     """All masked patches of an image then get the same prediction."""
     for ratio in (0.25, 0.75):
