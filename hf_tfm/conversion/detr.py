@@ -12,7 +12,7 @@ import torch
 from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel, PreTrainedModel
 
 from ..models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
-from ..models.configuration_detr import WEIGHTS, TfmDetrConfig, dilated, timm_name
+from ..models.configuration_detr import WEIGHTS, TfmDetrConfig, dilated, finer_stride, timm_name
 from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
 from .conversion import Conversion, refuse, require_fixed
 from .vit import translated
@@ -94,7 +94,7 @@ def timm_backbone(target: str, config: Any, out_indices: tuple[int, ...]) -> dic
         "use_pretrained_backbone": False,
         "out_indices": list(features.body.feature_info.out_indices),
     }
-    return backbone | ({"output_stride": 16} if config.dilation else {})
+    return backbone | ({} if config.output_stride is None else {"output_stride": config.output_stride})
 
 
 def to_detr(config: TfmDetrConfig) -> DetrConfig:
@@ -103,7 +103,8 @@ def to_detr(config: TfmDetrConfig) -> DetrConfig:
     Raises:
         ValueError: a field has a value that `DetrForObjectDetection` cannot express.
     """
-    require_fixed("detr", config, {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS})
+    fixed = {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS, "encoder_attention": "full"}
+    require_fixed("detr", config, fixed)
     changed = {
         **integer_weights("detr", config, WEIGHTS),
         CARRIED_AUXILIARY: config.auxiliary_loss,
@@ -128,6 +129,7 @@ def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -
     fields: dict[str, Any] = {
         "backbone": timm_name(config.backbone_config),
         "dilation": config.dilation or dilated(config.backbone_config),
+        "backbone_output_stride": finer_stride(config.backbone_config),
         "auxiliary_loss": getattr(config, CARRIED_AUXILIARY, True),
     }
     return translated(config, TfmDetrConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED), **fields)

@@ -7,6 +7,7 @@ A mask is True (or 0.0) where a query may attend and False (or a large negative 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,13 @@ class AttentionLayer(nn.Module):
         num_heads: H.
         dropout: dropout rate of the probabilities.
         is_causal: mask later keys.
+
+    Attributes:
+        attention_method: computes attention instead of the attention backend; set in encoders, see
+            `set_encoder_attention`.
     """
+
+    attention_method: Callable | None = None
 
     def __init__(
         self, config: PreTrainedConfig, hidden_size: int, num_heads: int, dropout: float, is_causal: bool = False
@@ -173,6 +180,13 @@ class AttentionLayer(nn.Module):
     def attention_function(self, query: Tensor, key: Tensor, output_attentions: bool) -> Callable:
         """Select the attention function for queries (B, H, Tq, Dh) and keys (B, H, Tk, Dh)."""
         chosen = self.config._attn_implementation
+        if self.attention_method is not None:
+            if chosen not in ("eager", "sdpa"):
+                raise ValueError(
+                    'encoder_attention other than "full" has no attention scores to record and runs with '
+                    f'attn_implementation="sdpa", got "{chosen}"'
+                )
+            return partial(self.attention_method, output_attentions=output_attentions)
         if output_attentions:
             return explicit_attention
         if chosen == "sdpa" and query.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -181,6 +181,11 @@ class TfmDeformableDetrConfig(TravellingConfig):
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
+    @property
+    def output_stride(self) -> int | None:
+        """Stride of the last feature map of the backbone in pixels; None for its own."""
+        return 16 if self.dilation else None
+
     def __post_init__(self, **kwargs):
         if (native := kwargs.pop("backbone_config", None)) is not None:
             self.backbone, self.dilation = timm_name(native), dilated(native) or self.dilation

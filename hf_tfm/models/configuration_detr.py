@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .encoder_attention import method_of
 from .travel import TravellingConfig
 
 # "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen
@@ -79,11 +80,15 @@ class TfmDetrConfig(TravellingConfig):
         backbone_frozen_stages: number of frozen stages, in addition to the stem: 1 in the paper. 0 freezes nothing,
             for random weights.
         dilation: dilate the last stage instead of reducing its resolution (DC5).
+        backbone_output_stride: stride of the last feature map, 8 or 16 pixels, by dilating as many stages as that
+            takes; default, that of the backbone, or half of it with ``dilation``.
         num_channels: number of image channels.
         num_queries: number of object queries, the maximum number of objects detected in an image.
         d_model: hidden size, D; a multiple of 4 and of the numbers of heads.
         encoder_layers, decoder_layers: number of blocks.
         encoder_attention_heads, decoder_attention_heads: number of attention heads.
+        encoder_attention: self-attention of the encoder: "full" (exact) or "clustered", see `ClusteredAttention`.
+        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"rounds": 20, "width": 8.0}.
         encoder_ffn_dim, decoder_ffn_dim: hidden size of the feed-forward layers.
         activation_function: activation of the feed-forward layers.
         dropout: dropout rate of every sublayer's output.
@@ -144,11 +149,14 @@ class TfmDetrConfig(TravellingConfig):
     backbone_norm_momentum: float = 0.1
     backbone_frozen_stages: int = 1
     dilation: bool = False
+    backbone_output_stride: int | None = None
     num_channels: int = 3
     num_queries: int = 100
     d_model: int = 256
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
+    encoder_attention: str = "full"
+    encoder_attention_kwargs: dict[str, int | float] | None = None
     encoder_ffn_dim: int = 2048
     decoder_layers: int = 6
     decoder_attention_heads: int = 8
@@ -182,9 +190,15 @@ class TfmDetrConfig(TravellingConfig):
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
+    @property
+    def output_stride(self) -> int | None:
+        """Stride of the last feature map in pixels; None for that of the backbone."""
+        return self.backbone_output_stride or (16 if self.dilation else None)
+
     def __post_init__(self, **kwargs):
         if (native := kwargs.pop("backbone_config", None)) is not None:
             self.backbone, self.dilation = timm_name(native), dilated(native) or self.dilation
+            self.backbone_output_stride = finer_stride(native) or self.backbone_output_stride
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -193,6 +207,9 @@ class TfmDetrConfig(TravellingConfig):
         require_choice(self, "backbone_norm", NORMS)
         require_choice(self, "position_embedding_type", POSITIONS)
         require_choice(self, "activation_function", ACT2FN)
+        if self.backbone_output_stride not in (None, 8, 16):
+            raise ValueError(f"backbone_output_stride must be 8, 16 or null, got {self.backbone_output_stride}")
+        method_of(self)
         require_at_least(self, LEAST_1)
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             require_multiple(self, "d_model", getattr(self, name), name)
@@ -228,3 +245,9 @@ def dilated(backbone: Any) -> bool:
     """Return whether a ``backbone_config`` dilates the last stage."""
     fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
     return fields.get("output_stride") == 16
+
+
+def finer_stride(backbone: Any) -> int | None:
+    """Return the ``output_stride`` of a ``backbone_config`` if it is finer than that of ``dilation``."""
+    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
+    return stride if (stride := fields.get("output_stride")) == 8 else None

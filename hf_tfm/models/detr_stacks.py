@@ -22,6 +22,7 @@ from .backbones import reset
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_detr import TfmDetrConfig
 from .detection import DetectorPreTrainedModel
+from .encoder_attention import method_of
 from .positions import LearnedPositions2D
 
 # Weight names of transformers' DETR and of earlier versions of this package: (name in the file, name in the model),
@@ -97,6 +98,8 @@ class TfmDetrEncoder(TfmDetrPreTrainedModel):
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.encoder_layers))
+        for layer in self.layers:
+            layer.self_attn.attention_method = method_of(config)
         # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.post_init()

@@ -123,7 +123,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
             tuple(range(-maps, 0)),
             config.backbone_norm,
             config.backbone_frozen_stages,
-            16 if config.dilation else None,
+            config.output_stride,
             config.backbone_norm_momentum,
         )
         inputs, D = self.backbone.channels, config.d_model

@@ -103,7 +103,7 @@ class TfmDetrModel(WithBackbone, PartOfPanoptic, TfmDetrPreTrainedModel):
             (-4, -3, -2, -1),
             config.backbone_norm,
             config.backbone_frozen_stages,
-            16 if config.dilation else None,
+            config.output_stride,
             config.backbone_norm_momentum,
         )
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)

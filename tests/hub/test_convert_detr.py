@@ -17,7 +17,7 @@ from hf_tfm import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
 from hf_tfm.conversion import convert
 
 FIELDS = [
-    {"dropout": 0.3, "backbone_frozen_stages": 2},
+    {"dropout": 0.3, "backbone_frozen_stages": 2, "backbone_output_stride": 8},
     {"position_embedding_type": "learned", "activation_function": "gelu", "num_channels": 1},
     {"backbone": "resnet14t", "dilation": True, "auxiliary_loss": False, "bbox_cost": 4.0},
     {"backbone": "convnext_atto"},  # four feature maps without a stem

@@ -21,6 +21,8 @@ from hf_tfm.conversion.detr_authors import DETR_AUTHORS
         ("detr", {"norm_first": True}, "detr cannot express norm_first=True"),
         ("detr", {"backbone_norm": "group"}, "detr cannot express backbone_norm='group': it needs 'frozen'"),
         ("detr", {"layer_norm_eps": 1e-6}, "detr cannot express layer_norm_eps=1e-06"),
+        ("detr", {"encoder_attention": "clustered"}, "detr cannot express encoder_attention='clustered'"),
+        ("detr_authors", {"backbone_output_stride": 8}, "cannot express backbone_output_stride=8"),
         ("detr", {"class_cost": 1.5}, "detr cannot express class_cost=1.5: it needs 1"),
         (
             "detr_authors",

@@ -40,6 +40,7 @@ BERT = {**SHAPE, "intermediate_size": 48}
 DISTILBERT = {**BERT, "type_vocab_size": 0, "pooler": "relu"}
 GPT = {**SHAPE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 LEARNED = {"position_embedding_type": "learned", "norm_first": True, "backbone_norm": "group", "dilation": True}
+CLUSTERED = {"encoder_attention": "clustered", "encoder_attention_kwargs": {"rounds": 3, "width": 2.0}}
 # name: (class, fields of its configuration)
 VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "vit": (
@@ -61,7 +62,7 @@ VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "post-norm": (hf_tfm.TfmGPTForCausalLM, {**GPT, "norm_first": False, "hidden_act": "gelu"}),
     "causal-classifier": (hf_tfm.TfmGPTForSequenceClassification, {**GPT, "num_labels": 3}),
     "detector": (hf_tfm.TfmDetrForObjectDetection, DETR),
-    "learned": (hf_tfm.TfmDetrForObjectDetection, {**DETR, **LEARNED}),
+    "learned": (hf_tfm.TfmDetrForObjectDetection, {**DETR, **LEARNED, **CLUSTERED}),
     "panoptic": (hf_tfm.TfmDetrForPanopticSegmentation, DETR),
 }
 PIPELINES = {"masked": "fill-mask", "causal": "text-generation", "classifier": "text-classification"}
