@@ -71,7 +71,9 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if {"q_proj", "k_proj", "v_proj"} <= module._modules.keys() and "decoder" not in name and not module.is_causal
+        if {"q_proj", "k_proj", "v_proj"} <= module._modules.keys()
+        and "decoder" not in name
+        and not getattr(module, "is_causal", False)
     ]
 
 

@@ -6,7 +6,7 @@ rows -> images of one shape, padded, and their objects -> predictions of all dec
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from ..hub.detectors import classes, detections, has_masks, is_detector, load_de
 from ..hub.external import external_model, model_config
 from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
+from ..models.encoder_attention import make_method, set_encoder_attention
 from .base import Batch, Collator, Scores, Task, mean, widest_float
 from .detectors import build_detector, model_class, warn_of_batch_norm
 from .distillation import DistillationArguments, Dtype
@@ -140,11 +141,22 @@ class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageModelEva
         segments: score panoptic maps too. The data set then needs the columns panoptic and segments_info, and has to
             say which categories are things; boxes are those of all segments, as in training. Default: if the model has
             masks.
+        encoder_attention: self-attention of the encoder: full (exact) or clustered; default, that of the model.
+        encoder_attention_kwargs: options of encoder_attention, for instance {rounds: 20, width: 8.0}.
     """
 
     match_labels: Literal["name", "number"] = "name"
     segments: bool | None = None
     batch_size: int = 8
+    encoder_attention: str | None = None
+    encoder_attention_kwargs: dict[str, int | float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.encoder_attention is not None:
+            make_method(self.encoder_attention, self.encoder_attention_kwargs)
+        elif self.encoder_attention_kwargs:
+            raise ValueError("encoder_attention_kwargs needs encoder_attention, the method whose options they are")
 
 
 class DetectionTask(Task):
@@ -266,11 +278,14 @@ class DetectionTask(Task):
 
     def load_pretrained(self) -> None:
         """See `Task`."""
-        external = external_model(self.args.model)
+        args = self.args
+        external = external_model(args.model)
         if external is None:
-            self.model, self.processor = load_detector(self.args.model, **self.args.pretrained)
+            self.model, self.processor = load_detector(args.model, **args.pretrained)
         else:
-            self.model, self.processor = external.load(self.args.weights, self.args.random_weights)
+            self.model, self.processor = external.load(args.weights, args.random_weights)
+        if args.encoder_attention is not None:
+            set_encoder_attention(self.model, args.encoder_attention, **args.encoder_attention_kwargs)
 
     @cached_property
     def pixels(self) -> PaddedPixels:

@@ -368,6 +368,16 @@ OPTIONS: list[tuple[str, str, str]] = [
     ),
     ("evaluate {models}/gpt --dataset_name number-words", "--mlm_probability 2", got("mlm_probability", "1", "2")),
     ("evaluate {models}/txt --dataset_name number-parity", "--max_length 0", got("max_length", "1", "0")),
+    (
+        "evaluate {models}/det --dataset_name digit-scenes",
+        "--encoder_attention fast",
+        got("encoder_attention", "full, clustered", "fast"),
+    ),
+    (
+        "evaluate {models}/det --dataset_name digit-scenes --encoder_attention clustered",
+        "--encoder_attention_kwargs '{rounds: 0}'",
+        got("encoder_attention_kwargs: rounds", "1", "0"),
+    ),
     ("evaluate /no/where --dataset_name digits", "", got("model", "/no/where")),
     ("evaluate {models}/nothing --dataset_name digits", "", got("model", "nothing")),
     ("evaluate timm:unknown --dataset_name digits", "", r'timm has no model "unknown"'),

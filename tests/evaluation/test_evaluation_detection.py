@@ -242,9 +242,31 @@ def test_the_command_line(cases, tmp_path, capsys):
     assert printed[-1].startswith("parameters: 0.")
 
 
+@pytest.mark.parametrize("kind", ["tfm", "detr"])
+def test_another_attention_of_the_encoder(kind, cases, capsys):
+    """Clusters of a single query give the scores of the exact model, a single cluster gives others."""
+    case = cases[kind, False]
+
+    def scores(rounds: int, width: float) -> dict[str, float]:
+        options = {"encoder_attention": "clustered", "encoder_attention_kwargs": {"rounds": rounds, "width": width}}
+        return values(evaluate(case["model"], dataset_name=case["data"], **QUIET, **options))
+
+    exact = values(evaluate(case["model"], dataset_name=case["data"], **QUIET))
+    assert scores(64, 1e-3) == pytest.approx(exact, abs=1e-6)
+    coarse = scores(1, 1e6)
+    assert coarse["AP"] < exact["AP"] - 0.01
+    words = ["--progress", "false", "--encoder_attention", "clustered", "--encoder_attention_kwargs"]
+    cli.main(["evaluate", case["model"], "--dataset_name", case["data"], *words, "{rounds: 1, width: 1e6}"])
+    assert f"AP              {coarse['AP']:8.3f}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"encoder_attention_kwargs": {"rounds": 2}},
+            "encoder_attention_kwargs needs encoder_attention, the method whose options they are",
+        ),
         ({"segments": True}, "segments needs a model with masks, and"),
         ({"match_labels": "order"}, 'match_labels must be one of name, number, got "order"'),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
