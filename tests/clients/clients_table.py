@@ -9,7 +9,7 @@ Software that uses the models of this package, tested with tiny models of every 
 the client passed for all tested classes of the family; other cells state why a test failed or was not run. The tests
 are in `tests/clients/`; `make test-clients` writes this page with
 
-    python -m pytest -n 0 -m "clients or not clients" --clients-table docs/clients.md tests/clients
+    python -m pytest -n 0 -m "clients or slow or not slow" --clients-table docs/clients.md tests/clients
 
 Last run with {}.
 
