@@ -428,14 +428,20 @@ def announce(splits: Mapping[str, Any], dataset: str, data_files: DataFiles | No
 
 def embedded(dataset: str) -> datasets.DatasetDict:
     """Load one of the built-in data sets `EMBEDDED`; each needs its own library but no download."""
+    return datasets.DatasetDict(generated(dataset, DIGIT_SCENES.get(dataset)))
+
+
+@functools.lru_cache(maxsize=2)  # scenes take seconds, and one process may train, distil and evaluate on the same
+def generated(dataset: str, scenes: int | None) -> datasets.DatasetDict:
+    """Generate a data set for `embedded`, with this number of training scenes."""
     if dataset == "digits":
         from .digits import digits
 
         return digits()
-    if dataset in DIGIT_SCENES:
+    if scenes is not None:
         from .digit_scenes import digit_scenes
 
-        return digit_scenes(train=DIGIT_SCENES[dataset])
+        return digit_scenes(train=scenes)
     from .number_words import number_words
 
     return number_words()

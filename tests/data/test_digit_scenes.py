@@ -122,3 +122,12 @@ def test_larger_number_of_scenes_extends_the_smaller(monkeypatch):
     assert few["train"][:] == many["train"].select(range(2))[:] and len(many["train"]) == 4
     assert many["test"][:] == few["test"][:]
     assert panoptic_categories("digit-scenes-large") == CATEGORIES
+
+
+def test_they_are_generated_once_in_a_process(monkeypatch):
+    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 3)
+    monkeypatch.setattr(module.digit_scenes, "__defaults__", (0, 2, 1, 1, 64))
+    first, second = (load_splits("digit-scenes") for _ in range(2))
+    assert len(first["train"]) == 3 and first["train"] is second["train"]
+    del first["train"]
+    assert set(second) == set(load_splits("digit-scenes")) == {"train", "validation", "test"}
