@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrModel
 
 from ..models.configuration_deformable_detr import BACKBONE_LEVELS, TfmDeformableDetrConfig
-from ..models.configuration_detr import dilated, timm_name
 from ..models.modeling_deformable_detr import TfmDeformableDetrForObjectDetection, TfmDeformableDetrModel
 from .conversion import Conversion, require_fixed
-from .detr import EPS, integer_weights, timm_backbone, timm_features, with_frozen_norms
+from .detr import EPS, dilated, integer_weights, timm_backbone, timm_features, timm_name, with_frozen_norms
 from .vit import translated
 
 # Fields with the same name and meaning in both configurations.

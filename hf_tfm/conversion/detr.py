@@ -12,7 +12,7 @@ import torch
 from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, DetrModel, PreTrainedModel
 
 from ..models.backbones import FrozenBatchNorm, FrozenBatchNormAct, TimmFeatures
-from ..models.configuration_detr import WEIGHTS, TfmDetrConfig, dilated, finer_stride, timm_name
+from ..models.configuration_detr import WEIGHTS, TfmDetrConfig
 from ..models.modeling_detr import TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation, TfmDetrModel
 from .conversion import Conversion, refuse, require_fixed
 from .vit import translated
@@ -50,6 +50,27 @@ CARRIED_AUXILIARY = "tfm_auxiliary_loss"
 EPS = 1e-5  # of all norms in transformers, whatever the timm model uses
 
 
+def timm_name(backbone: Any) -> str:
+    """Return the name of the timm model given by the ``backbone_config`` of transformers' `DetrConfig`.
+
+    Raises:
+        ValueError: the backbone is not a timm model.
+    """
+    if backbone.model_type != "timm_backbone":
+        raise ValueError(f"backbone_config must be a timm_backbone, got {backbone.model_type}")
+    return backbone.backbone
+
+
+def dilated(backbone: Any) -> bool:
+    """Return whether a ``backbone_config`` dilates the last stage."""
+    return getattr(backbone, "output_stride", None) == 16
+
+
+def finer_stride(backbone: Any) -> int | None:
+    """Return the ``output_stride`` of a ``backbone_config`` if it is finer than that of ``dilation``."""
+    return 8 if getattr(backbone, "output_stride", None) == 8 else None
+
+
 def integer_weights(target: str, config: Any, names: tuple[str, ...]) -> dict[str, int]:
     """Return weights of costs and losses as integers, which they are in transformers.
 
@@ -77,8 +98,13 @@ def timm_backbone(target: str, config: Any, out_indices: tuple[int, ...]) -> dic
         out_indices: of the feature maps, see `TimmFeatures`.
 
     Raises:
-        ValueError: the backbone has norms that transformers freezes in another way.
+        ValueError: the backbone is not a timm model with its default arguments, or has norms that transformers freezes
+            in another way.
     """
+    if config.backbone_config is not None:
+        raise ValueError(f"{target} cannot express a backbone of type {config.backbone_config['model_type']}")
+    if config.backbone_kwargs:
+        raise ValueError(f"{target} cannot express backbone_kwargs={config.backbone_kwargs!r}")
     features = timm_features(config, out_indices)
     for norm in features.modules():
         if isinstance(norm, FrozenBatchNormAct) or (isinstance(norm, FrozenBatchNorm) and norm.eps != EPS):

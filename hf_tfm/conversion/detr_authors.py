@@ -100,7 +100,8 @@ def to_authors(config: TfmDetrConfig) -> AuthorsDetrConfig:
     }
     require_fixed("detr_authors", config, {**fixed, **alike})
     if config.backbone not in BACKBONES.values():
-        refuse("detr_authors", "backbone", config.backbone, ", ".join(BACKBONES.values()))
+        found = config.backbone or config.backbone_config["model_type"]
+        refuse("detr_authors", "backbone", found, ", ".join(BACKBONES.values()))
     if config.dilation and config.backbone in ("resnet18", "resnet34"):
         refuse("detr_authors", "dilation", True, False)
     return translated(config, AuthorsDetrConfig, FIELDS, ())

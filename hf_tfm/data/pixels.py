@@ -81,24 +81,29 @@ def scene_processor(
 
 
 def pixel_scale(
-    source: str | None, mean: Channels | None, std: Channels | None, trust_remote_code: bool = False
+    source: str | None,
+    mean: Channels | None,
+    std: Channels | None,
+    trust_remote_code: bool = False,
+    argument: str = "model_name_or_path",
 ) -> tuple[Channels, Channels]:
     """Return mean and standard deviation of the pixels of a new run.
 
     Args:
-        source: ``model_name_or_path``, whose values are the default; without one, those of ImageNet are.
+        source: pretrained model, whose values are the default; without one, those of ImageNet are.
         mean, std: of the arguments.
         trust_remote_code: run the code of the source's repository.
+        argument: that names the source, for errors.
 
     Raises:
         ValueError: the source has no image processor, and mean and std are not both given.
     """
     if source is None or (mean and std):
-        return mean or tuple(IMAGENET_DEFAULT_MEAN), std or tuple(IMAGENET_DEFAULT_STD)
+        return tuple(mean or IMAGENET_DEFAULT_MEAN), tuple(std or IMAGENET_DEFAULT_STD)
     try:
         earlier = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"model_name_or_path {source} has no image processor: give mean and std") from error
+        raise ValueError(f"{argument} {source} has no image processor: give mean and std") from error
     return mean or tuple(earlier.image_mean), std or tuple(earlier.image_std)
 
 

@@ -89,8 +89,8 @@ def copy_layers(
 
 
 def block_of(name: str, stack: str) -> re.Match | None:
-    """Find the block number in the name of a weight of a stack."""
-    return re.search(STACKS[stack], name)
+    """Find the block number in the name of a weight of a stack; a backbone belongs to none, whatever its names are."""
+    return None if ".backbone." in f".{name}" else re.search(STACKS[stack], name)
 
 
 def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:

@@ -42,7 +42,8 @@ def fresh_weights(case: Case) -> Finding:
         backbone = sum(parameter.numel() for parameter in of_backbone)
         if case.args.pretrained_backbone:
             return ok(
-                f"{millions}, {backbone / 1e6:.1f} million of them in timm's pretrained backbone, the rest random"
+                f"{millions}, {backbone / 1e6:.1f} million of them in {origin(case)} pretrained backbone, the rest "
+                "random"
             )
         message = f"all {millions} are randomly initialised, {backbone / 1e6:.1f} million of them in the backbone"
         if backbone <= LARGE_BACKBONE:
@@ -62,6 +63,11 @@ def fresh_weights(case: Case) -> Finding:
     return graded(share > MOSTLY, message, "start from a detector, with the fields of its configuration")
 
 
+def origin(case: Case) -> str:
+    """Return the source of a pretrained backbone, in the possessive."""
+    return f"{source}'s" if (source := case.args.backbone_source) else "timm's"
+
+
 def taken(old: Tensor, new: Tensor) -> bool:
     """Return True if a weight equals the saved one, or its first rows if there are fewer queries."""
     return torch.equal(old[: len(new)] if new.ndim else old, new)
@@ -78,7 +84,7 @@ def frozen_norms(case: Case) -> Finding:
     if not norms:
         return ok("no frozen norms")
     if case.args.pretrained_backbone:
-        return ok(f"{len(norms)} frozen norms, with timm's statistics")
+        return ok(f"{len(norms)} frozen norms, with {origin(case)} statistics")
     idle = [norm for norm in norms if is_identity(norm)]
     if len(idle) < len(norms):
         return ok(f"{len(norms)} frozen norms with statistics")

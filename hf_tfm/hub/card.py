@@ -161,8 +161,10 @@ def origin(record: RunRecord, config: dict[str, Any]) -> str:
     if record.base_model:
         return f"initialised from {code(record.base_model)} and trained"
     if record.arguments.get("pretrained_backbone"):
-        name = config.get("backbone") or config.get("backbone_config", {}).get("backbone")
-        return f"trained from scratch except for timm's pretrained backbone {code(name)},"
+        name = config.get("backbone") or (config.get("backbone_config") or {}).get("backbone")
+        source = record.arguments.get("backbone") or name
+        owner = "timm's pretrained" if source == name else "the pretrained"
+        return f"trained from scratch except for {owner} backbone {code(source)},"
     return "trained from scratch"
 
 

@@ -122,6 +122,7 @@ def load_to_train(
     fields: dict[str, Any] | None = None,
     argument: str = "model_name_or_path",
     resized: str | None = None,
+    unused: str | None = None,
     trust_remote_code: bool | None = None,
     **data: Any,
 ) -> tuple[Any, set[str]]:
@@ -136,6 +137,7 @@ def load_to_train(
             weights that they remove may be unused.
         argument: name of the caller's argument, for errors.
         resized: pattern of head weights whose shape depends on the data; they are random if their shape differs.
+        unused: pattern of saved weights that the model need not have.
         trust_remote_code: see `load_config`.
         data: configuration fields that depend on the data.
 
@@ -164,7 +166,8 @@ def load_to_train(
         saved = names_as_saved(model, source, data) if fields else None
         if odd := lost(model, missing, shapes, head_of, saved):
             raise ValueError(f"it has no weights for {', '.join(odd[:3])}{others(odd, 3)}: they would be random")
-        if odd := sorted(name for name in unread(model, report) if saved is None or name not in saved):
+        odd = sorted(name for name in unread(model, report) if saved is None or name not in saved)
+        if odd := [name for name in odd if unused is None or not re.search(unused, name)]:
             raise ValueError(no_place(odd))
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():

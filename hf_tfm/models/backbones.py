@@ -5,6 +5,7 @@ pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), where s is the stride 
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -184,7 +185,44 @@ def grouped(norm: nn.BatchNorm2d) -> nn.Module:
     return nn.Sequential(new, norm.drop, norm.act) if hasattr(norm, "act") else new
 
 
-class TimmFeatures(nn.Module):
+class Backbone(nn.Module):
+    """Feature maps of an image model: (B, C, H, W) -> one map (B, F, ceil(H / s), ceil(W / s)) per stride s.
+
+    Attributes:
+        body: the image model.
+        channels: number of channels F of each map, the largest map first.
+        strides: stride s of each map in pixels.
+        frozen_stages: number of frozen stages, in addition to the stem; 0 freezes nothing.
+    """
+
+    body: nn.Module
+    channels: list[int]
+    strides: list[int]
+    frozen_stages: int
+
+    @property
+    def stride(self) -> int:
+        """Stride of the last feature map."""
+        return self.strides[-1]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the last feature map for an image size."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def freeze(self) -> None:
+        """Disable gradients of the frozen stages."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set training mode as in torch, but keep the statistics of batch norms whose weights are frozen."""
+        super().train(mode)
+        for module in self.body.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+class TimmFeatures(Backbone):
     """Feature maps of a timm model with random weights; pretrained weights come from a checkpoint.
 
     Args:
@@ -196,6 +234,7 @@ class TimmFeatures(nn.Module):
             nothing. Each stage halves the feature map; the first stage of a ResNet has a quarter of the image's size.
         output_stride: maximum stride of the last feature map, enforced by dilation; default: that of the model.
         momentum: momentum of batch norm's running statistics.
+        arguments: further arguments of the timm model.
 
     Raises:
         ImportError: timm is not installed.
@@ -211,6 +250,7 @@ class TimmFeatures(nn.Module):
         frozen_stages: int = 0,
         output_stride: int | None = None,
         momentum: float = 0.1,
+        arguments: dict[str, Any] | None = None,
     ):
         super().__init__()
         if not is_timm_available():
@@ -221,7 +261,7 @@ class TimmFeatures(nn.Module):
             raise ValueError(f'norm must be one of {", ".join(NORMS)}, got "{norm}"')
         if not timm.is_model(name):
             raise ValueError(f'backbone must be the name of a timm model (see timm.list_models()), got "{name}"')
-        options = {} if output_stride is None else {"output_stride": output_stride}
+        options = {**(arguments or {}), **({} if output_stride is None else {"output_stride": output_stride})}
         self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
         self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
         convert_norms(self.body, norm, momentum)
@@ -230,7 +270,7 @@ class TimmFeatures(nn.Module):
         for module in self.body.modules():
             module.of_timm = True  # read by `reset`: transformers initialises modules one by one, without their names
         self.channels = self.body.feature_info.channels()
-        self.stride = self.body.feature_info.reduction()[-1]
+        self.strides = self.body.feature_info.reduction()
         self.frozen_stages = frozen_stages
         self.freeze()
 
@@ -253,32 +293,30 @@ class TimmFeatures(nn.Module):
             parameter.requires_grad_(False)
         self.train(self.training)  # puts the frozen batch norms in eval mode
 
-    def train(self, mode: bool = True) -> "TimmFeatures":
-        """Set training mode as in torch, but keep the statistics of batch norms whose weights are frozen."""
-        super().train(mode)
-        for module in self.body.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
-                module.eval()
-        return self
+    def load_pretrained(self, source: str | None = None) -> None:
+        """Load pretrained weights.
 
-    def load_pretrained(self) -> None:
-        """Load timm's pretrained weights, downloading them from the Hub if they are not cached."""
+        Args:
+            source: name of a timm model with a prefix, "local-dir:FOLDER" or "hf-hub:ID"; default, timm's weights of
+                this model, downloaded from the Hub if they are not cached.
+        """
         import timm
 
-        weights = timm.create_model(self.name, features_only=True, pretrained=True, **self.options).state_dict()
+        found = timm.create_model(source or self.name, features_only=True, pretrained=True, **self.options)
+        weights = found.state_dict()
         kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
         self.body.load_state_dict(kept)
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Compute one feature map (B, F, ceil(H / s), ceil(W / s)) per entry of ``out_indices`` from (B, C, H, W)."""
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> list[Tensor]:
+        """Compute one feature map (B, F, ceil(H / s), ceil(W / s)) per entry of ``out_indices`` from (B, C, H, W).
+
+        Args:
+            pixel_mask: (B, H, W), as other backbones take it; convolutions read padding like the border of an image.
+        """
         for fold in self.folds:
             fold.check()
         maps = self.body(pixel_values)
         return [states.permute(0, 3, 1, 2) for states in maps] if self.channels_last else maps
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width of the last feature map for an image size."""
-        return -(-height // self.stride), -(-width // self.stride)
 
 
 def reset(module: nn.Module) -> bool:

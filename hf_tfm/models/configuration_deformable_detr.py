@@ -3,10 +3,12 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
-from .configuration_detr import NORMS, POSITIONS, dilated, timm_name
+from .configuration_backbone import check_backbone, fields_without_dilation, resolve_backbone
+from .configuration_detr import NORMS, POSITIONS
 from .travel import TravellingConfig
 
 # "base" is the paper's model with four levels, without refinement. The others are ours, for small images and training
@@ -64,14 +66,18 @@ class TfmDeformableDetrConfig(TravellingConfig):
     classes in cost and loss.
 
     Args:
-        backbone: name of the timm model that computes the feature maps.
-        backbone_norm: how to convert its batch norms: "frozen" (fixed statistics and affine parameters, for pretrained
-            weights), "batch" (unchanged; uses the statistics of the micro-batch on each rank, so a step depends on how
-            it is split) or "group" (group norm, for training from scratch with few images per batch).
+        backbone: model that computes the feature maps: name of a timm model; or folder or Hub id of a timm model, or
+            of a ViT, masked autoencoder, Swin or any other model with an AutoBackbone class. A folder is replaced by
+            its configuration in ``backbone_config``, or by the name of the timm model; its weights are not loaded.
+        backbone_kwargs: arguments of the timm model.
+        backbone_config: configuration of a backbone that is no timm model, as a dict with its ``model_type``.
+        backbone_norm: how to convert its batch norms, if it has any: "frozen" (fixed statistics and affine parameters,
+            for pretrained weights), "batch" (unchanged; uses the statistics of the micro-batch on each rank, so a step
+            depends on how it is split) or "group" (group norm, for training from scratch with few images per batch).
         backbone_norm_momentum: momentum of the running statistics with "batch".
         backbone_frozen_stages: number of frozen stages, in addition to the stem: 1 in the paper. 0 freezes nothing,
-            for random weights.
-        dilation: dilate the last stage instead of reducing its resolution (DC5).
+            for random weights. A block of a plain ViT is a stage, and its embeddings are the stem.
+        dilation: dilate the last stage of a timm model instead of reducing its resolution (DC5).
         num_channels: number of image channels.
         num_feature_levels: number of feature maps that attention samples from: up to three are the last ones of the
             backbone, with strides 8, 16 and 32 for a ResNet; each further one is a convolution of stride 2 on top.
@@ -135,7 +141,9 @@ class TfmDeformableDetrConfig(TravellingConfig):
     class_scoring: ClassVar = "sigmoid"
     finite_predictions: ClassVar = True
 
-    backbone: str = "resnet50"
+    backbone: str | None = "resnet50"
+    backbone_kwargs: dict[str, Any] | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
     backbone_norm: str = "frozen"
     backbone_norm_momentum: float = 0.1
     backbone_frozen_stages: int = 1
@@ -179,7 +187,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
         Raises:
             ValueError: the size is unknown.
         """
-        return cls(**{**fields_of_size(SIZES, size), **fields})
+        return cls(**{**fields_without_dilation(fields_of_size(SIZES, size), fields), **fields})
 
     @property
     def output_stride(self) -> int | None:
@@ -187,8 +195,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
         return 16 if self.dilation else None
 
     def __post_init__(self, **kwargs):
-        if (native := kwargs.pop("backbone_config", None)) is not None:
-            self.backbone, self.dilation = timm_name(native), dilated(native) or self.dilation
+        resolve_backbone(self)
         proposals = kwargs.pop("two_stage_num_proposals", None)  # in transformers a field of its own
         if self.two_stage and proposals is not None:
             self.num_queries = proposals
@@ -197,6 +204,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
     def validate_architecture(self) -> None:
         """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
+        check_backbone(self)
         require_choice(self, "backbone_norm", NORMS)
         require_choice(self, "position_embedding_type", POSITIONS)
         require_choice(self, "activation_function", ACT2FN)

@@ -3,9 +3,11 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .configuration_backbone import check_backbone, fields_without_dilation, resolve_backbone
 from .encoder_attention import method_of
 from .travel import TravellingConfig
 
@@ -70,18 +72,22 @@ class TfmDetrConfig(TravellingConfig):
     feed-forward layers, and auxiliary losses are on by default, as in the paper and the authors' code.
 
     Args:
-        backbone: name of the timm model that computes the feature maps.
-        backbone_norm: how to convert its batch norms: "frozen" (fixed statistics and affine parameters, for pretrained
-            weights), "batch" (unchanged; uses the statistics of the micro-batch on each rank, so a step depends on how
-            it is split) or "group" (group norm, for training from scratch with few images per batch).
+        backbone: model that computes the feature maps: name of a timm model; or folder or Hub id of a timm model, or
+            of a ViT, masked autoencoder, Swin or any other model with an AutoBackbone class. A folder is replaced by
+            its configuration in ``backbone_config``, or by the name of the timm model; its weights are not loaded.
+        backbone_kwargs: arguments of the timm model.
+        backbone_config: configuration of a backbone that is no timm model, as a dict with its ``model_type``.
+        backbone_norm: how to convert its batch norms, if it has any: "frozen" (fixed statistics and affine parameters,
+            for pretrained weights), "batch" (unchanged; uses the statistics of the micro-batch on each rank, so a step
+            depends on how it is split) or "group" (group norm, for training from scratch with few images per batch).
         backbone_norm_momentum: momentum of the running statistics with "batch". Over many steps a value below torch's
             0.1 is more stable, since the last batches matter less; over a few hundred steps it lags behind
             the weights.
         backbone_frozen_stages: number of frozen stages, in addition to the stem: 1 in the paper. 0 freezes nothing,
-            for random weights.
-        dilation: dilate the last stage instead of reducing its resolution (DC5).
-        backbone_output_stride: stride of the last feature map, 8 or 16 pixels, by dilating as many stages as that
-            takes; default, that of the backbone, or half of it with ``dilation``.
+            for random weights. A block of a plain ViT is a stage, and its embeddings are the stem.
+        dilation: dilate the last stage of a timm model instead of reducing its resolution (DC5).
+        backbone_output_stride: stride of the last feature map of a timm model, 8 or 16 pixels, by dilating as many
+            stages as that takes; default, that of the backbone, or half of it with ``dilation``.
         num_channels: number of image channels.
         num_queries: number of object queries, the maximum number of objects detected in an image.
         d_model: hidden size, D; a multiple of 4 and of the numbers of heads.
@@ -144,7 +150,9 @@ class TfmDetrConfig(TravellingConfig):
     attention_score: ClassVar = "dot_product"
     class_scoring: ClassVar = "softmax"
 
-    backbone: str = "resnet50"
+    backbone: str | None = "resnet50"
+    backbone_kwargs: dict[str, Any] | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
     backbone_norm: str = "frozen"
     backbone_norm_momentum: float = 0.1
     backbone_frozen_stages: int = 1
@@ -188,7 +196,7 @@ class TfmDetrConfig(TravellingConfig):
         Raises:
             ValueError: the size is unknown.
         """
-        return cls(**{**fields_of_size(SIZES, size), **fields})
+        return cls(**{**fields_without_dilation(fields_of_size(SIZES, size), fields), **fields})
 
     @property
     def output_stride(self) -> int | None:
@@ -196,14 +204,13 @@ class TfmDetrConfig(TravellingConfig):
         return self.backbone_output_stride or (16 if self.dilation else None)
 
     def __post_init__(self, **kwargs):
-        if (native := kwargs.pop("backbone_config", None)) is not None:
-            self.backbone, self.dilation = timm_name(native), dilated(native) or self.dilation
-            self.backbone_output_stride = finer_stride(native) or self.backbone_output_stride
+        resolve_backbone(self)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
+        check_backbone(self)
         require_choice(self, "backbone_norm", NORMS)
         require_choice(self, "position_embedding_type", POSITIONS)
         require_choice(self, "activation_function", ACT2FN)
@@ -227,27 +234,3 @@ class TfmDetrConfig(TravellingConfig):
             raise ValueError(
                 "class_cost, bbox_cost and giou_cost must not all be 0: predictions could not be matched to objects"
             )
-
-
-def timm_name(backbone: Any) -> str:
-    """Return the name of the timm model given by the ``backbone_config`` of transformers' `DetrConfig`.
-
-    Raises:
-        ValueError: the backbone is not a timm model.
-    """
-    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
-    if fields.get("model_type") != "timm_backbone":
-        raise ValueError(f"backbone_config must be a timm_backbone, got {fields.get('model_type')}")
-    return fields["backbone"]
-
-
-def dilated(backbone: Any) -> bool:
-    """Return whether a ``backbone_config`` dilates the last stage."""
-    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
-    return fields.get("output_stride") == 16
-
-
-def finer_stride(backbone: Any) -> int | None:
-    """Return the ``output_stride`` of a ``backbone_config`` if it is finer than that of ``dilation``."""
-    fields = backbone if isinstance(backbone, dict) else backbone.to_dict()
-    return stride if (stride := fields.get("output_stride")) == 8 else None

@@ -147,7 +147,7 @@ class TfmDeformableDetrPreTrainedModel(DetectorPreTrainedModel):
 
     config: TfmDeformableDetrConfig
     _input_embed_layer = "input_proj"  # creates the input tokens, like the patch embedding of a ViT
-    _no_split_modules = ["TimmFeatures", "DeformableEncoderBlock", "DeformableDecoderBlock"]  # noqa: RUF012
+    _no_split_modules = ["TimmFeatures", "TransformersFeatures", "DeformableEncoderBlock", "DeformableDecoderBlock"]  # noqa: RUF012
     # For training a saved model further, see `TfmDetrPreTrainedModel`.
     classifier_modules: ClassVar = ("class_embed",)
     query_modules: ClassVar = ("query_position_embeddings",)
@@ -174,7 +174,8 @@ class TfmDeformableDetrPreTrainedModel(DetectorPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Conv2d):
             init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight)
         elif isinstance(module, LearnedPositions2D):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput, maybe_autocast
 
-from .backbones import TimmFeatures
+from .backbones import Backbone
+from .image_backbones import SimpleFeaturePyramid
 from .linear import floating_dtype
 from .native_names import OwnNamesPreTrainedModel
 from .set_loss import normalizers
@@ -40,7 +41,7 @@ class DetectorPreTrainedModel(OwnNamesPreTrainedModel):
         """Load as in transformers, but keep the backbone's frozen stages frozen (transformers 5.23 unfreezes them)."""
         found = super().from_pretrained(*args, **kwargs)
         for module in (found[0] if isinstance(found, tuple) else found).modules():
-            if isinstance(module, TimmFeatures):
+            if isinstance(module, Backbone):
                 module.freeze()
         return found
 
@@ -54,10 +55,11 @@ class DetectorPreTrainedModel(OwnNamesPreTrainedModel):
 
 
 class WithBackbone:
-    """Mixin for a base model with a ``backbone``."""
+    """Mixin for a base model with a ``backbone``, and a ``pyramid`` on top of it or None."""
 
     config: Any
-    backbone: TimmFeatures
+    backbone: Backbone
+    pyramid: SimpleFeaturePyramid | None
 
     @property
     def stride(self) -> int:
@@ -86,7 +88,9 @@ class WithBackbone:
         if pixel_mask is not None and pixel_mask.shape != (B, H, W):
             raise ValueError(f"pixel_mask must have shape {(B, H, W)}, got {tuple(pixel_mask.shape)}")
         # Convolutions are fastest with channels-last input.
-        return self.backbone(pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        pixel_values = pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        maps = self.backbone(pixel_values, pixel_mask)
+        return maps if self.pyramid is None else self.pyramid(maps[-1])
 
 
 class CountsItems:

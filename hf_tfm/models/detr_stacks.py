@@ -59,7 +59,7 @@ class TfmDetrPreTrainedModel(DetectorPreTrainedModel):
 
     config: TfmDetrConfig
     _input_embed_layer = "input_projection"  # creates the input tokens, like the patch embedding of a ViT
-    _no_split_modules = ["TimmFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
+    _no_split_modules = ["TimmFeatures", "TransformersFeatures", "EncoderBlock", "DecoderBlock"]  # noqa: RUF012
     # For training a saved model further: modules whose size is the number of classes, or of queries, and modules that
     # a file may lack as a whole.
     classifier_modules: ClassVar = ("class_labels_classifier",)

@@ -67,12 +67,14 @@ def method_of(config: PreTrainedConfig) -> Callable | None:
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the self-attention layers outside of decoders: those with projections of queries, keys and values."""
+    """Return the self-attention layers outside of decoders and backbones: those with projections of queries, keys and
+    values."""
     return [
         module
         for name, module in model.named_modules()
         if {"q_proj", "k_proj", "v_proj"} <= module._modules.keys()
         and "decoder" not in name
+        and ".backbone." not in f".{name}"
         and not getattr(module, "is_causal", False)
     ]
 

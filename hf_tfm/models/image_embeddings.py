@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backbones import TimmFeatures
 from .configuration_vit import ImageEncoderConfig
 from .dropout import Dropout
-from .patches import PatchEmbedding, Size, patch_grid, resize_grid, sides
+from .patches import PatchEmbedding, Size, patch_grid, resize_grid, resize_grids, sides
 from .positions import join_axes, sincos_2d
 
 
@@ -83,15 +83,27 @@ class TfmViTEmbeddings(nn.Module):
         else:
             self.position_embeddings = self.fixed_positions().to(self.position_embeddings)
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D)."""
+    def positions(self, grid: tuple[int, int], sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return positions of the [class] token (1, 1, D) and of the patches of a grid (1, N, D).
+
+        Args:
+            sizes: (B, 2) rows and columns that the images of a padded batch cover; the positions are then (B, N, D).
+        """
         if self.kind == "learned_2d":
             table = join_axes(self.row_embeddings, self.column_embeddings)
-            return torch.zeros_like(self.cls_token), resize_grid(table, self.grid, grid)
-        return self.position_embeddings[:, :1], resize_grid(self.position_embeddings[:, 1:], self.grid, grid)
+            first = torch.zeros_like(self.cls_token)
+        else:
+            first, table = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        if sizes is not None:
+            return first, resize_grids(table, self.grid, grid, sizes)
+        return first, resize_grid(table, self.grid, grid)
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, keep: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        keep: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """Embed images.
 
@@ -100,6 +112,8 @@ class TfmViTEmbeddings(nn.Module):
             interpolate_pos_encoding: False raises an error for images of another size than the configuration's; by
                 default the position embeddings are resized to them.
             keep: (B, K) int64, indices of the patches to embed, in this order; default: all, in image order.
+            sizes: (B, 2) int64, rows and columns of patches that each image covers, if some are padded; the position
+                embeddings are resized to these. Not with ``keep``.
 
         Returns:
             (B, 1 + K, D), K = N by default.
@@ -115,7 +129,7 @@ class TfmViTEmbeddings(nn.Module):
                 f"{self.grid[1]}: leave interpolate_pos_encoding unset to resize them"
             )
         # In a checkpoint loaded in half precision a fixed table stays float32.
-        first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid))
+        first, positions = (table.to(self.cls_token.dtype) for table in self.positions(grid, sizes))
         if keep is not None:
             positions = positions[0][keep]  # (B, K, D)
         tokens = self.patch_embeddings(features, keep) + positions

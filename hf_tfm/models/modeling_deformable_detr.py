@@ -22,7 +22,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
-from .backbones import TimmFeatures
 from .configuration_deformable_detr import BACKBONE_LEVELS, GROUPS, TfmDeformableDetrConfig
 from .deformable_attention import Sizes, precise, reference_points
 from .deformable_detr_stacks import (
@@ -35,6 +34,7 @@ from .deformable_detr_stacks import (
     refined,
 )
 from .detection import CountsItems, Labels, WithBackbone, auxiliary, cell_mask, shared_outputs
+from .image_backbones import build_backbone, build_pyramid
 from .input_checks import refuse_unknown
 from .linear import embedding_table
 from .native_names import register_native_names
@@ -117,16 +117,9 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
     def __init__(self, config: TfmDeformableDetrConfig):
         super().__init__(config)
         maps = min(config.num_feature_levels, BACKBONE_LEVELS)
-        self.backbone = TimmFeatures(
-            config.backbone,
-            config.num_channels,
-            tuple(range(-maps, 0)),
-            config.backbone_norm,
-            config.backbone_frozen_stages,
-            config.output_stride,
-            config.backbone_norm_momentum,
-        )
-        inputs, D = self.backbone.channels, config.d_model
+        self.backbone = build_backbone(config, maps, maps)
+        self.pyramid = build_pyramid(self.backbone, config.d_model, maps)
+        inputs, D = (self.pyramid or self.backbone).channels, config.d_model
         layers = [nn.Conv2d(channels, D, kernel_size=1) for channels in inputs]
         for level in range(maps, config.num_feature_levels):
             channels = inputs[-1] if level == maps else D
@@ -150,7 +143,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
     @property
     def stride(self) -> int:
         """See `WithBackbone`."""
-        return self.backbone.body.feature_info.reduction()[0]
+        return (self.pyramid or self.backbone).strides[0]
 
     def levels(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         """Compute the projected feature maps of all levels, the largest first: (B, D, h, w) each."""

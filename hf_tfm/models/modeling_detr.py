@@ -24,7 +24,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .backbones import TimmFeatures
 from .configuration_detr import TfmDetrConfig
 from .detection import BoxHead, CountsItems, Labels, WithBackbone, auxiliary, cell_mask, shared_outputs
 from .detr_stacks import (
@@ -34,6 +33,7 @@ from .detr_stacks import (
     TfmDetrEncoder,
     TfmDetrPreTrainedModel,
 )
+from .image_backbones import build_backbone
 from .input_checks import refuse_unknown
 from .linear import embedding_table
 from .mask_head import BoxAttention, MaskHead
@@ -97,15 +97,8 @@ class TfmDetrModel(WithBackbone, PartOfPanoptic, TfmDetrPreTrainedModel):
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
-        self.backbone = TimmFeatures(
-            config.backbone,
-            config.num_channels,
-            (-4, -3, -2, -1),
-            config.backbone_norm,
-            config.backbone_frozen_stages,
-            config.output_stride,
-            config.backbone_norm_momentum,
-        )
+        self.backbone = build_backbone(config, timm_maps=4, maps=1)  # the mask head reads four maps
+        self.pyramid = None
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)
         if config.position_embedding_type == "learned":
             self.position_embedding = LearnedPositions2D(config.d_model)
@@ -256,6 +249,11 @@ class TfmDetrForPanopticSegmentation(CountsItems, TfmDetrPreTrainedModel):
 
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
+        if config.backbone_config is not None:
+            raise ValueError(
+                "the mask head reads four feature maps, as timm models have: backbone must be the name of one, got a "
+                f"backbone of type {config.backbone_config['model_type']}"
+            )
         heads = config.encoder_attention_heads
         if config.d_model % 16 or (config.d_model + heads) % 8:
             raise ValueError(

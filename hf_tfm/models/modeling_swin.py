@@ -79,7 +79,7 @@ def as_map(hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
 def as_autocast(states: Tensor) -> Tensor:
     """Convert states to the dtype of autocast, once instead of in each of several linear layers."""
     kind = states.device.type
-    if is_traced() or not torch.is_autocast_enabled(kind) or states.dtype != torch.float32:
+    if is_traced() or states.is_meta or not torch.is_autocast_enabled(kind) or states.dtype != torch.float32:
         return states
     return states.to(torch.get_autocast_dtype(kind))
 

@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import MultiHeadAttention, wants_maps
+from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
 from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
@@ -31,7 +31,7 @@ from .image_embeddings import TfmViTEmbeddings
 from .input_checks import refuse_unknown
 from .losses import sequence_loss
 from .native_names import OwnNamesPreTrainedModel, register_native_names
-from .patches import Size, patch_grid
+from .patches import Size, patch_grid, patch_mask, unpadded_grid
 
 # Weight names of transformers' ViT and of earlier versions of this package: (name in the file, name in the model),
 # applied in this order on loading. Each pattern is anchored to a block, so that modules added by a subclass keep their
@@ -155,15 +155,31 @@ class TfmViTModel(TfmViTPreTrainedModel):
         features = hidden_states[:, 0] if self.fc_norm is None else self.fc_norm(hidden_states[:, 1:].mean(dim=1))
         return features if self.pooler is None else self.pooler(features)
 
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        """Return the number of rows and columns of patches in an image of this size in pixels.
+
+        Raises:
+            ValueError: the size is not divisible by the patch size.
+        """
+        if self.embeddings.backbone is not None:
+            height, width = self.embeddings.backbone.grid(height, width)
+        return patch_grid(height, width, self.config.patch_size)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        pixel_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images (B, C, H, W) of any height and width divisible by the patch size.
 
         Args:
             interpolate_pos_encoding: see `TfmViTEmbeddings.forward`.
+            pixel_mask: (B, H, W), 1 for image and 0 for padding at the bottom and on the right. Patches of nothing but
+                padding are not attended to, and positions are those of the image without padding.
 
         Returns:
             ``last_hidden_state`` (B, S + N, D), ``pooler_output`` (B, D or pooler_output_size); on request
@@ -171,14 +187,22 @@ class TfmViTModel(TfmViTPreTrainedModel):
         """
         refuse_unknown(kwargs, self.config._attn_implementation)
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)  # (B, 1 + N, D)
+        sizes = mask = None
+        if pixel_mask is not None:
+            grid = self.patches(*pixel_values.shape[2:])
+            sizes = unpadded_grid(pixel_mask, grid)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, sizes=sizes)  # (B, 1 + N, D)
         if self.distillation_token is not None:
             # Copy instead of expand: in inference mode a view of a parameter still requires grad, and operation
             # counters fail on it.
             token = self.embeddings.dropout(self.distillation_token.repeat(len(hidden_states), 1, 1))
             hidden_states = torch.cat([hidden_states[:, :1], token, hidden_states[:, 1:]], dim=1)  # (B, 2 + N, D)
+        if sizes is not None:
+            tokens = nn.functional.pad(patch_mask(sizes, grid), (self.num_prefix_tokens, 0), value=True)
+            config = eager_view(self.config) if kwargs["output_attentions"] else self.config
+            mask = padding_mask(config, hidden_states, tokens)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, None, **kwargs)
+            hidden_states = layer(hidden_states, mask, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.pool(hidden_states))
 
@@ -263,17 +287,18 @@ class TfmViTBackbone(BackboneMixin, TfmViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BackboneOutput:
         """Return the feature maps of the stages in ``config.out_features``, each (B, D, H / P, W / P), after the final
         norm.
+
+        Args:
+            pixel_mask: see `TfmViTModel.forward`.
         """
         kwargs["output_hidden_states"] = True
-        outputs = self.vit(pixel_values, **kwargs)
-        embeddings = self.vit.embeddings
-        height, width = pixel_values.shape[2:]
-        if embeddings.backbone is not None:
-            height, width = embeddings.backbone.grid(height, width)
-        grid = patch_grid(height, width, self.config.patch_size)
+        outputs = self.vit(pixel_values, pixel_mask=pixel_mask, **kwargs)
+        grid = self.vit.patches(*pixel_values.shape[2:])
         norm = self.vit.layernorm if self.vit.fc_norm is None else self.vit.fc_norm
         maps = [
             norm(states)[:, self.vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)

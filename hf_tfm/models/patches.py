@@ -8,6 +8,7 @@ row-major order; D hidden size.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .linear import floating_dtype, is_plain
@@ -86,6 +87,56 @@ def resize_grid(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int])
     plane = table.view(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     plane = nn.functional.interpolate(plane.float(), size=new_grid, mode="bicubic", align_corners=False)
     return plane.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def resize_grids(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], sizes: Tensor) -> Tensor:
+    """Resize a table like `resize_grid`, for each image of a padded batch to the grid that the image alone has.
+
+    Args:
+        table: (1, rows * columns, D), in row-major order.
+        grid: (rows, columns) of the table.
+        new_grid: (rows, columns) of the padded images.
+        sizes: (B, 2) int64, rows and columns of each image without padding.
+
+    Returns:
+        (B, new rows * new columns, D); the table's border repeats in the padding.
+    """
+    plane = table.view(1, *grid, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+    # `grid_sample` counts from -1 to 1, from border to border of the table.
+    rows, columns = (
+        (2 * torch.arange(count, device=table.device) + 1) / sizes[:, axis, None] - 1
+        for axis, count in enumerate(new_grid)
+    )  # (B, new rows), (B, new columns)
+    points = torch.stack(
+        [columns[:, None].expand(-1, new_grid[0], -1), rows[:, :, None].expand(-1, -1, new_grid[1])], dim=-1
+    )  # (B, new rows, new columns, 2)
+    plane = plane.expand(len(sizes), -1, -1, -1)
+    plane = nn.functional.grid_sample(plane, points, mode="bicubic", padding_mode="border", align_corners=False)
+    return plane.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def unpadded_grid(pixel_mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the rows and columns of patches that images cover, at least in part.
+
+    Args:
+        pixel_mask: (B, H, W), 1 for image, at the top left, and 0 for padding.
+        grid: (rows, columns) of the padded images.
+
+    Returns:
+        (B, 2) int64, at least 1.
+    """
+    covered = pixel_mask.bool()
+    sizes = torch.stack([covered.any(2).sum(1), covered.any(1).sum(1)], dim=1)  # (B, 2)
+    cells, pixels = sizes.new_tensor(grid), sizes.new_tensor(pixel_mask.shape[1:])
+    return ((sizes * cells + pixels - 1) // pixels).clamp_min(1)
+
+
+def patch_mask(sizes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mask of the patches of padded images: (B, 2) rows and columns -> (B, rows * columns) bool."""
+    rows, columns = (
+        torch.arange(count, device=sizes.device) < sizes[:, axis, None] for axis, count in enumerate(grid)
+    )
+    return (rows[:, :, None] & columns[:, None]).flatten(1)
 
 
 def select(patches: Tensor, keep: Tensor | None) -> Tensor:

@@ -215,7 +215,7 @@ class Rearrange(torch.autograd.Function):
 
 def to_windows(hidden_states: Tensor, windows: Windows) -> Tensor:
     """Pad, shift and split tokens: (B, h w, C) -> (B nW, T, C)."""
-    if is_traced():
+    if is_traced() or hidden_states.is_meta:
         return arrange(hidden_states, windows)
     there, back = token_orders(windows, hidden_states.device)
     return Rearrange.apply(hidden_states, *there, *back).view(-1, windows.tokens, hidden_states.shape[-1])
@@ -223,7 +223,7 @@ def to_windows(hidden_states: Tensor, windows: Windows) -> Tensor:
 
 def from_windows(states: Tensor, windows: Windows) -> Tensor:
     """Invert `to_windows`: (B nW, T, C) -> (B, h w, C)."""
-    if is_traced():
+    if is_traced() or states.is_meta:
         return arrange_back(states, windows)
     there, back = token_orders(windows, states.device)
     return Rearrange.apply(states.view(-1, windows.count * windows.tokens, states.shape[-1]), *back, *there)

@@ -4,22 +4,29 @@ The class of a detector says what depends on the data: ``classifier_modules``, `
 names of modules, see `TfmDetrPreTrainedModel`; and ``image_processor_name``.
 """
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..hub.loading import load_config
+from ..data.pixels import Channels, pixel_scale
+from ..finite import first_not_finite
+from ..hub.loading import explained, load_config
 from ..hub.pretrained import load_to_train
-from ..models.backbones import TimmFeatures
+from ..models.backbones import Backbone, TimmFeatures
+from ..models.configuration_backbone import HUB, LOCAL, is_timm, read_source
 from .model_fields import build_new, fresh_head, new_config
 from .scenes import SceneArguments
 
 log = logging.getLogger(__name__)
 
 BATCH_COUNTS = "num_batches_tracked"
+HEAD_NORM = r"^(\w+\.)?(layernorm|layer_norm|norm)\."  # norm before a classifier; a backbone has one for each map
 
 
 def model_class(args: SceneArguments) -> type[Any]:
@@ -41,8 +48,71 @@ def build_detector(args: SceneArguments, fields: dict[str, Any]) -> PreTrainedMo
         return load_detector_to_train(args, fields)
     model = build_new(new_config(args.config_class, args, **fields), args.head)
     if args.pretrained_backbone:
-        next(module for module in model.modules() if isinstance(module, TimmFeatures)).load_pretrained()
+        backbone = next(module for module in model.modules() if isinstance(module, Backbone))
+        load_backbone(backbone, args.backbone_source)
     return model
+
+
+def load_backbone(backbone: Backbone, source: str | None) -> None:
+    """Load pretrained weights into the backbone of a new detector.
+
+    Args:
+        source: folder or Hub id; None for timm's weights.
+
+    Raises:
+        LoadingError: a folder has no weights in safetensors, or weights are missing, not finite or of another shape.
+    """
+    if source is None:
+        backbone.load_pretrained()
+    elif isinstance(backbone, TimmFeatures):
+        with explained("backbone", source, code_option=False):
+            load_timm_weights(backbone, source)
+    else:
+        config = copy.deepcopy(backbone.body.config)
+        loaded, _ = load_to_train(
+            type(backbone.body), source, norm_of, argument="backbone", unused=HEAD_NORM, config=config
+        )
+        own = backbone.body.state_dict()  # frozen norms count no batches
+        weights = loaded.state_dict()
+        kept = {name: value for name, value in weights.items() if name in own or BATCH_COUNTS not in name}
+        backbone.body.load_state_dict(kept)
+
+
+def scale_of_backbone(source: str, mean: Channels | None, std: Channels | None) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of the pixels that a pretrained backbone reads, see `pixel_scale`.
+
+    Args:
+        source: folder or Hub id.
+    """
+    fields = read_source(source)
+    if is_timm(fields):
+        found = fields.get("pretrained_cfg") or fields
+        mean, std = mean or found.get("mean"), std or found.get("std")
+    return pixel_scale(source, mean, std, argument="backbone")
+
+
+def load_timm_weights(backbone: TimmFeatures, source: str) -> None:
+    """Load the weights of a folder or Hub id of a timm model; see `load_backbone`.
+
+    Raises:
+        ValueError: it has no safetensors file, or a weight is not finite.
+        RuntimeError: weights are missing or of another shape.
+    """
+    is_folder = Path(source).is_dir()
+    if is_folder and not (Path(source) / SAFE_WEIGHTS_NAME).is_file():
+        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}; without weights, give pretrained_backbone false")
+    name = f"{LOCAL if is_folder else HUB}{source}"
+    import timm
+
+    timm.create_model(name, pretrained=True)  # checks names and shapes, which extracting features does not
+    backbone.load_pretrained(name)
+    if found := first_not_finite(backbone):
+        raise ValueError(f"its weight {found} holds values that are not finite")
+
+
+def norm_of(model: PreTrainedModel, name: str) -> str:
+    """Return the name of the norm of a feature map that a weight belongs to, or "": classifiers lack these norms."""
+    return name.rpartition(".")[0] if "hidden_states_norms." in name else ""
 
 
 def head_of(model: PreTrainedModel, name: str) -> str:

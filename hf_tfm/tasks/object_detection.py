@@ -39,7 +39,7 @@ from ..metrics import CocoAP, PanopticQuality
 from ..metrics.streaming import StreamingMetric
 from ..models.encoder_attention import make_method, set_encoder_attention
 from .base import Batch, Collator, Scores, Task, mean, widest_float
-from .detectors import build_detector, model_class, warn_of_batch_norm
+from .detectors import build_detector, model_class, scale_of_backbone, warn_of_batch_norm
 from .distillation import DistillationArguments, Dtype
 from .labels import match_categories
 from .loaders import placement
@@ -252,8 +252,10 @@ class DetectionTask(Task):
         return fingerprint(rows)
 
     def build_processor(self) -> BaseImageProcessor:
-        """See `Task`."""
+        """See `Task`; the default scale of pixels is that of the pretrained model or backbone."""
         args = self.args
+        if args.pretrained_backbone and args.backbone_source:
+            return self.processor_of_size(*scale_of_backbone(args.backbone_source, args.mean, args.std))
         scale = pixel_scale(args.model_name_or_path, args.mean, args.std, args.trust_remote_code)
         return self.processor_of_size(*scale)
 

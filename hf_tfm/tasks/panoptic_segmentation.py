@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..families import DETECTOR
 from ..hub.pretrained import OBJECTS, SEGMENTS, Suitable
+from .model_fields import new_config
 from .object_detection import DetectionTask, SegmentArguments
 from .scenes import SceneArguments
 
@@ -37,6 +38,11 @@ class PanopticArguments(SegmentArguments, SceneArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.model_name_or_path and new_config(self.config_class, self).backbone_config is not None:
+            raise ValueError(
+                f"backbone must be a timm model, whose four feature maps the mask head reads, got "
+                f'"{self.model["backbone"]}"'
+            )
         scores = ("loss", "AP", "AP50") if self.stage == "boxes" else ("loss", "AP", "AP50", "PQ")
         if self.metric_for_best_model not in scores:
             raise ValueError(

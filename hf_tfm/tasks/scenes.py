@@ -7,12 +7,14 @@ In the evaluation of a run, a batch equals the output of transformers' `DetrImag
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from ..arguments import (
     DatasetArguments,
@@ -27,9 +29,12 @@ from ..data.images import IMAGE, BadImage, describe
 from ..data.pixels import PaddedPixels
 from ..data.scenes import Scene, SceneAugmentation, chances, empty_scene, read_scene
 from ..hub.detectors import processed
+from ..hub.loading import check_config_file, explained
 from ..hub.pretrained import OBJECTS
 from ..limits import LARGEST_SIDE
 from ..models.boxes import xyxy_to_cxcywh
+from ..models.configuration_backbone import source_of
+from ..models.image_backbones import may_have_batch_norms
 from .base import Batch
 from .model_fields import check_fields, new_config
 
@@ -41,13 +46,17 @@ PLACEHOLDER = (64, 64)  # height and width of the image of a dummy batch
 class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
     """Training a detector on images of any size.
 
-    Fields of ``model`` are, among others, backbone, num_queries and encoder_layers.
+    Fields of ``model`` are, among others, num_queries and encoder_layers.
 
     Args:
+        backbone: backbone of a new model: name of a timm model; or folder or Hub id of a timm model, or of a ViT,
+            masked autoencoder, Swin or other model with feature maps, for instance a run of mae_pretrain. Default:
+            model.backbone, or that of the size.
         shortest_side: shortest side of the images in evaluation, in pixels.
         longest_side: limit of the longest side in evaluation.
         augmentation: random changes of training images.
-        pretrained_backbone: load timm's weights into the backbone of a new model.
+        pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model; default, if
+            backbone is a folder or Hub id.
         num_pictures: number of validation images drawn with their predictions at every evaluation, see
             `PredictionPictures`.
     """
@@ -59,7 +68,8 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     shortest_side: int = 800
     longest_side: int = 1333
     augmentation: SceneAugmentation = field(default_factory=SceneAugmentation)
-    pretrained_backbone: bool = False
+    backbone: str | None = None
+    pretrained_backbone: bool | None = None
     num_pictures: int = 8
 
     def __post_init__(self):
@@ -74,13 +84,36 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
         if self.model_name_or_path:
-            if self.pretrained_backbone:
-                raise ValueError("model_name_or_path has its own backbone: do not give pretrained_backbone with it")
+            for name in ("pretrained_backbone", "backbone"):
+                if getattr(self, name):
+                    raise ValueError(f"model_name_or_path has its own backbone: do not give {name} with it")
             return
+        if self.backbone is not None:
+            self.model = {**self.model, "backbone": self.backbone}
         check_fields(self.config_class, self.model, SCENE_FIELDS)
-        norm = getattr(new_config(self.config_class, self), "backbone_norm", None)
+        if (source := self.backbone_source) and (path := Path(source) / CONFIG_NAME).is_file():
+            with explained("backbone", source, code_option=False):
+                check_config_file(path, named=False)
+        if self.pretrained_backbone is None:
+            self.pretrained_backbone = self.backbone_source is not None
+        self.check_norm(new_config(self.config_class, self))
+
+    @property
+    def backbone_source(self) -> str | None:
+        """Folder or Hub id that the backbone of a new model is read from; None for the name of a timm model."""
+        return source_of(self.model.get("backbone"))
+
+    def check_norm(self, config: PreTrainedConfig) -> None:
+        """Refuse norms that do not fit the weights of the backbone of a new model.
+
+        Raises:
+            ValueError: with the norm.
+        """
+        norm = getattr(config, "backbone_norm", None)
         if norm is None and self.pretrained_backbone:
             raise ValueError(f"pretrained_backbone is for families with a timm backbone, not {self.architecture}")
+        if norm is None or not may_have_batch_norms(config):
+            return
         if norm == "frozen" and not self.pretrained_backbone:
             raise ValueError(
                 'model.backbone_norm "frozen" is for pretrained weights: give pretrained_backbone, '
@@ -94,6 +127,8 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     def check_saved(self, config: PreTrainedConfig) -> None:
         """See `ModelArguments`."""
         check_fields(self.head.model_class(config.model_type).config_class, self.model, SCENE_FIELDS)
+        if "backbone" in self.model and getattr(config, "backbone_config", None) is not None:
+            raise ValueError("model_name_or_path has its own backbone: do not give model.backbone with it")
 
     @property
     def divides_steps(self) -> bool:

@@ -23,6 +23,9 @@ SCHEDULES = {  # names in transformers
 }
 # Stage and block of a hierarchical model, in the name of a parameter.
 NESTED = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.")
+# Backbone of a detector, and blocks whose numbers start again in every stage.
+IN_BACKBONE = re.compile(r"(?:^|\.)backbone\.body\.")
+STAGED = re.compile(r"(?:^|\.)stages\.\d+\.(?:\w+\.)*layers?\.\d+\.")
 
 
 def layer_id(name: str) -> float:
@@ -38,8 +41,14 @@ def layer_ids(names: Iterable[str]) -> dict[str, float]:
 
     Blocks of a hierarchical model, such as ``layers.2.blocks.5`` of Swin, are numbered through all stages, and what
     follows the blocks of a stage has the number of its last block; for other models see `layer_id`.
+
+    If the backbone of a detector has blocks, they are the layers, and all that is outside of the backbone is above
+    them, as in ViTDet (Li et al. 2022, arXiv:2203.16527, appendix A.2).
     """
     names = list(names)
+    inside = [name for name in names if IN_BACKBONE.search(name)]
+    if any(0 < layer_id(name) < math.inf for name in inside) and len(inside) < len(names):
+        return {**dict.fromkeys(names, math.inf), **layer_ids(inside)}
     nested = {name: (int(found[1]), int(found[2])) for name in names if (found := NESTED.search(name))}
     numbers = {block: 1 + i for i, block in enumerate(sorted(set(nested.values())))}
     last: dict[float, int] = {}  # by stage
@@ -57,16 +66,20 @@ def check_layers(args: TrainingArguments, model: PreTrainedModel) -> None:
     """
     if args.layer_wise_lr_decay == 1.0:
         return
-    ids = layer_ids(name for name, _ in model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
+    ids = layer_ids(names)
     tokens = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None)
     }
     blocks = any(0 < layer < math.inf for layer in ids.values())
-    if not blocks or any(ids.get(name, 0) for name in tokens):
+    if not blocks or any(ids.get(name, 0) for name in tokens) or any(STAGED.search(name) for name in names):
+        found = getattr(model.config, "backbone_config", None)
+        backbone = f" with a {found['model_type']} backbone" if found else ""
         raise ValueError(
-            f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model, got {args.layer_wise_lr_decay}"
+            f"layer_wise_lr_decay must be 1 for a {model.config.model_type} model{backbone}, got "
+            f"{args.layer_wise_lr_decay}"
         )
 
 

@@ -49,6 +49,17 @@ def got(option: str, *parts: str) -> str:
     return rf"(?<!\w){re.escape(option)}(?!\w).*" + ".*".join(re.escape(part) for part in parts)
 
 
+def backbone(content: dict | None) -> Callable[[Path], None]:
+    """Write scenes, with a config.json in the folder of the training images that makes it a backbone."""
+
+    def write(folder: Path) -> None:
+        inputs.coco(folder)
+        if content is not None:
+            (folder / "train" / "config.json").write_text(json.dumps(content))
+
+    return write
+
+
 SHORT = "--config quickstart --output_dir {out} --progress false"
 ONE = f"{SHORT} --max_steps 1 --eval_steps 1"
 NO_EPOCHS = "--num_train_epochs null --warmup_epochs null"
@@ -797,6 +808,60 @@ FILES = [
     Row(
         "unknown_backbone", f"{DETECTION_ONE} --model.backbone resnet9000", got("backbone", "resnet9000"), inputs.coco
     ),
+    Row("backbone_folder", f"{DETECTION_ONE} --backbone {{models}}/mae", None, inputs.coco),
+    Row(
+        "backbone_of_texts",
+        f"{DETECTION_ONE} --backbone {{models}}/bert",
+        got("backbone", "bert", "maps"),
+        inputs.coco,
+    ),
+    Row(
+        "backbone_that_does_not_exist",
+        f"{DETECTION_ONE} --backbone {{in}}/resnet",
+        got("backbone", "resnet", "neither a local folder"),
+        inputs.coco,
+    ),
+    *(
+        Row(
+            f"backbone_{name}",
+            f"{DETECTION_ONE} --backbone {{in}}/train",
+            got("backbone", "train", *told),
+            backbone(content),
+        )
+        for name, content, told in (
+            ("without_config", None, ("config.json",)),
+            ("unknown", {"model_type": "vtt"}, ("model_type", "vtt")),
+            ("unknown_to_timm", {"architecture": "resnet9000"}, ("resnet9000",)),
+            ("with_code", {"model_type": "own", "auto_map": {"AutoModel": "code.Own"}}, ("code",)),
+            ("of_one_channel", {"model_type": "vit", "num_channels": 1}, ("num_channels", "3", "1")),
+            (
+                "without_weights",
+                {"model_type": "tfm_vit", "num_hidden_layers": 1, **inputs.SIZES},
+                ("model.safetensors",),
+            ),
+            ("of_timm_without_weights", {"architecture": "test_resnet"}, ("model.safetensors",)),
+            ("too_large", {"model_type": "vit", "num_hidden_layers": 10**9}, ("num_hidden_layers", "1,000,000,000")),
+        )
+    ),
+    Row(
+        "backbone_frozen_stages",
+        f"{DETECTION_ONE} --backbone {{models}}/mae --model.backbone_frozen_stages 2",
+        got("backbone_frozen_stages", "1", "2"),
+        inputs.coco,
+    ),
+    Row(
+        "backbone_dilation",
+        f"{DETECTION_ONE} --backbone {{models}}/mae --model.dilation true",
+        got("dilation", "tfm_vit"),
+        inputs.coco,
+    ),
+    Row(
+        "backbone_of_a_trained_detector",
+        f"{DETECTION_ONE} --backbone {{models}}/mae --model_name_or_path {{models}}/det",
+        got("model_name_or_path", "backbone"),
+        inputs.coco,
+    ),
+    Row("backbone_of_masks", f"{PANOPTIC} --backbone {{models}}/mae", got("backbone", "mae"), None),
     Row(
         "distill_detection_from_a_classifier",
         f"run distill_detection {ONE} {SCENE} --mixed_precision no --dataset_name {{in}} --teacher {{models}}/vit",

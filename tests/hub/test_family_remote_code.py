@@ -64,6 +64,10 @@ VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "detector": (hf_tfm.TfmDetrForObjectDetection, DETR),
     "learned": (hf_tfm.TfmDetrForObjectDetection, {**DETR, **LEARNED, **CLUSTERED}),
     "panoptic": (hf_tfm.TfmDetrForPanopticSegmentation, DETR),
+    "detector-vit": (
+        hf_tfm.TfmDetrForObjectDetection,
+        {**DETR, "backbone_config": {**IMAGE, "model_type": "tfm_vit"}, "backbone_norm": "batch"},
+    ),
 }
 PIPELINES = {"masked": "fill-mask", "causal": "text-generation", "classifier": "text-classification"}
 # Files saved with a model, besides its configuration and modeling files.
@@ -72,7 +76,7 @@ NEEDED = {
     "tfm_mae": {"patches.py", "positions.py", "configuration_vit.py", "modeling_vit.py"},
     "tfm_bert": {"attention.py", "blocks.py", "cross_entropy.py", "bert_parts.py"},
     "tfm_gpt": {"attention.py", "blocks.py", "cross_entropy.py"},
-    "tfm_detr": {"detr_stacks.py", "mask_head.py", "set_loss.py", "boxes.py"},
+    "tfm_detr": {"detr_stacks.py", "mask_head.py", "set_loss.py", "boxes.py", "modeling_vit.py", "modeling_swin.py"},
 }
 
 

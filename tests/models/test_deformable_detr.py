@@ -407,7 +407,7 @@ def test_the_authors_defaults():
         ({"two_stage": True}, "two_stage needs with_box_refine=True, got False"),
         ({"focal_alpha": 0.0}, r"focal_alpha must be in \(0, 1\], got 0.0"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "must not all be 0"),
-        ({"backbone_config": {"model_type": "resnet"}}, "backbone_config must be a timm_backbone, got resnet"),
+        ({"backbone_config": {"model_type": "bert"}}, "backbone_config: a bert model has no feature maps"),
     ],
     ids=str,
 )

@@ -74,7 +74,7 @@ def test_invalid_inputs_are_refused(inputs, message):
         ({"eos_coefficient": 0.0}, r"eos_coefficient must be in \(0, 1\], got 0.0"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "must not all be 0"),
         ({"bbox_cost": -1}, "bbox_cost must be at least 0, got -1"),
-        ({"backbone_config": {"model_type": "resnet"}}, "backbone_config must be a timm_backbone, got resnet"),
+        ({"backbone_config": {"model_type": "bert"}}, "backbone_config: a bert model has no feature maps"),
     ],
     ids=str,
 )
