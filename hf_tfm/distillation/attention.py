@@ -157,7 +157,10 @@ def record_attention(
 
 
 def stack_of(name: str) -> str:
-    """Return the stack of an attention module, from its name: "encoder", "decoder" or "cross"."""
+    """Return the stack of an attention module, from its name: "encoder", "decoder", "cross" or, of the backbone of a
+    detector, "backbone"."""
+    if ".backbone." in f".{name}":
+        return "backbone"
     above, _, leaf = f".{name}".rpartition(".")
     if ".decoder." not in f"{above}.":
         return "encoder"

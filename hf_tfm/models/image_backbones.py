@@ -322,5 +322,5 @@ def may_have_batch_norms(config: Any) -> bool:
     Raises:
         ValueError: see `layout_of`.
     """
-    fields = config.backbone_config
+    fields = getattr(config, "backbone_config", None)  # other packages' detectors may have timm models only
     return fields is None or layout_of(json.dumps(fields, sort_keys=True)).batch_norms

@@ -38,9 +38,10 @@ class PanopticArguments(SegmentArguments, SceneArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.model_name_or_path and new_config(self.config_class, self).backbone_config is not None:
+        config = None if self.model_name_or_path else new_config(self.config_class, self)
+        if getattr(config, "backbone_config", None) is not None:
             raise ValueError(
-                f"backbone must be a timm model, whose four feature maps the mask head reads, got "
+                "backbone must be a timm model, whose four feature maps the mask head reads, got "
                 f'"{self.model["backbone"]}"'
             )
         scores = ("loss", "AP", "AP50") if self.stage == "boxes" else ("loss", "AP", "AP50", "PQ")

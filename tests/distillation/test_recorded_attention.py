@@ -9,6 +9,7 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM, GPT2Config, GP
 from hf_tfm import TfmGPTConfig, TfmGPTForCausalLM
 from hf_tfm.distillation.attention import record_attention
 from hf_tfm.distillation.signals import collect
+from hf_tfm.distillation.student import student_of
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
@@ -147,6 +148,22 @@ def test_detector_has_encoder_and_decoder_stacks():
     assert shapes["map/model.input_projection"] == (2, 32, 2, 3)
     assert torch.equal(found["set_boxes"][-1], found["boxes"])
     assert not torch.equal(found["decoder/score/3"], found["cross/score/3"])
+
+
+def test_blocks_of_a_backbone_belong_to_no_stack():
+    """Not to the encoder of the detector, whose blocks are named like those of a Vision Transformer."""
+    vit = {"model_type": "tfm_vit", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    fields = {"backbone_config": {**vit, "num_hidden_layers": 3, "patch_size": 32, "image_size": 64}}
+    model = detr(2, **fields, backbone_frozen_stages=0).eval()
+    with torch.no_grad(), record_attention(model) as recorded:
+        model(torch.randn(2, 3, 64, 96))
+    assert {stack: len(names) for stack, names in recorded.layers.items()} == {
+        **{"backbone": 3, "encoder": model.config.encoder_layers},
+        **dict.fromkeys(("decoder", "cross"), 2),
+    }
+    student = student_of(model, {"decoder": [1]}).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(student.model.backbone(images)[-1], model.model.backbone(images)[-1])
 
 
 def test_missing_signal_is_named():

@@ -90,6 +90,13 @@ def test_large_random_backbone_gives_a_warning(monkeypatch):
     assert "with timm's statistics" in only(pretrained, "frozen_norms", "ok").message
 
 
+def test_source_of_a_pretrained_backbone(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
+    found = examine(monkeypatch, as_splits(healthy()), backbone=tmp_path, model=frozen())
+    assert f"in {tmp_path}'s pretrained backbone" in only(found, "fresh_weights", "ok").message
+    assert f"with {tmp_path}'s statistics" in only(found, "frozen_norms", "ok").message
+
+
 # --- a model to fine-tune
 
 

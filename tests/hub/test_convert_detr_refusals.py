@@ -14,6 +14,9 @@ from hf_tfm.conversion import convert
 from hf_tfm.conversion.detr import to_detr
 from hf_tfm.conversion.detr_authors import DETR_AUTHORS
 
+VIT = {"model_type": "tfm_vit", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+VIT |= {"num_attention_heads": 2, "image_size": 32}
+
 
 @pytest.mark.parametrize(
     ("to", "fields", "message"),
@@ -24,6 +27,9 @@ from hf_tfm.conversion.detr_authors import DETR_AUTHORS
         ("detr", {"encoder_attention": "clustered"}, "detr cannot express encoder_attention='clustered'"),
         ("detr_authors", {"backbone_output_stride": 8}, "cannot express backbone_output_stride=8"),
         ("detr", {"class_cost": 1.5}, "detr cannot express class_cost=1.5: it needs 1"),
+        ("detr", {"backbone_config": VIT}, "detr cannot express a backbone of type tfm_vit"),
+        ("detr", {"backbone_kwargs": {"act_layer": "silu"}}, "detr cannot express backbone_kwargs={'act_layer'"),
+        ("detr_authors", {"backbone_config": VIT}, "cannot express backbone='tfm_vit': it needs 'resnet18"),
         (
             "detr_authors",
             {"backbone": "resnet10t"},
