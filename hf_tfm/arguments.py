@@ -193,6 +193,13 @@ class ModelArguments(Arguments):
             ValueError: its family lacks a field of ``model``, or it cannot be chosen.
         """
 
+    def check_files(self) -> None:
+        """Check files that further arguments name, before any data is read.
+
+        Raises:
+            ValueError: a file is missing or does not fit.
+        """
+
     @property
     def head(self) -> Head:
         """Head of the models to train."""

@@ -23,6 +23,7 @@ def add_model(case: Case) -> None:
         ValueError, OSError: the arguments, or the weights of ``model_name_or_path``, do not fit.
     """
     args, fields = case.args, label_fields(class_names(case.train.rows))
+    args.check_files()
     if source := args.model_name_or_path:
         args.check_saved(check_kind("model_name_or_path", source, args.accepted_models["model_name_or_path"]))
         case.earlier, case.missing = load_to_train(args.head, source, head_of)

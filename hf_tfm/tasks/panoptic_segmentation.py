@@ -6,11 +6,10 @@ panoptic maps -> boxes and masks of things and stuff -> the task of `object_dete
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families import DETECTOR
 from ..hub.pretrained import OBJECTS, SEGMENTS, Suitable
-from .model_fields import new_config
 from .object_detection import DetectionTask, SegmentArguments
 from .scenes import SceneArguments
 
@@ -38,12 +37,6 @@ class PanopticArguments(SegmentArguments, SceneArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        config = None if self.model_name_or_path else new_config(self.config_class, self)
-        if getattr(config, "backbone_config", None) is not None:
-            raise ValueError(
-                "backbone must be a timm model, whose four feature maps the mask head reads, got "
-                f'"{self.model["backbone"]}"'
-            )
         scores = ("loss", "AP", "AP50") if self.stage == "boxes" else ("loss", "AP", "AP50", "PQ")
         if self.metric_for_best_model not in scores:
             raise ValueError(
@@ -52,6 +45,15 @@ class PanopticArguments(SegmentArguments, SceneArguments):
         if self.stage == "masks" and not self.model_name_or_path:
             raise ValueError(
                 'stage "masks" needs model_name_or_path, a detector trained with stage "boxes" or "joint"'
+            )
+
+    def check_backbone(self, config: PreTrainedConfig) -> None:
+        """See `SceneArguments`."""
+        super().check_backbone(config)
+        if getattr(config, "backbone_config", None) is not None:
+            raise ValueError(
+                "backbone must be a timm model, whose four feature maps the mask head reads, got "
+                f'"{self.model["backbone"]}"'
             )
 
 

@@ -91,23 +91,30 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         if self.backbone is not None:
             self.model = {**self.model, "backbone": self.backbone}
         check_fields(self.config_class, self.model, SCENE_FIELDS)
-        if (source := self.backbone_source) and (path := Path(source) / CONFIG_NAME).is_file():
-            with explained("backbone", source, code_option=False):
-                check_config_file(path, named=False)
         if self.pretrained_backbone is None:
             self.pretrained_backbone = self.backbone_source is not None
-        self.check_norm(new_config(self.config_class, self))
+        if self.backbone_source is None:
+            self.check_backbone(new_config(self.config_class, self))
+
+    def check_files(self) -> None:
+        """See `ModelArguments`; the backbone."""
+        if self.model_name_or_path or (source := self.backbone_source) is None:
+            return
+        if (path := Path(source) / CONFIG_NAME).is_file():
+            with explained("backbone", source, code_option=False):
+                check_config_file(path, named=False)
+        self.check_backbone(new_config(self.config_class, self))
 
     @property
     def backbone_source(self) -> str | None:
         """Folder or Hub id that the backbone of a new model is read from; None for the name of a timm model."""
         return source_of(self.model.get("backbone"))
 
-    def check_norm(self, config: PreTrainedConfig) -> None:
-        """Refuse norms that do not fit the weights of the backbone of a new model.
+    def check_backbone(self, config: PreTrainedConfig) -> None:
+        """Refuse a backbone of a new model that the task cannot train, or whose norms do not fit its weights.
 
         Raises:
-            ValueError: with the norm.
+            ValueError: gives the reason.
         """
         norm = getattr(config, "backbone_norm", None)
         if norm is None and self.pretrained_backbone:

@@ -73,6 +73,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             config = check_kind(argument, source, suitable, args.trust_remote_code)
             if argument == "model_name_or_path" and isinstance(args, ModelArguments):
                 args.check_saved(config)
+    if isinstance(args, ModelArguments):
+        args.check_files()
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     install_sigterm_handler()
