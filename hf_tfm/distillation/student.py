@@ -20,6 +20,9 @@ from .signals import MAP, SCORE, Signals, collect, parts
 # Position of the block number in a weight's name, by stack; "" is the only stack of a single-stack model.
 BLOCK = r"(?:layers|layer|h|blocks|block)\.(\d+)\."
 STACKS = {"": rf"(?:^|\.){BLOCK}", "encoder": rf"(?:^|\.)encoder\.{BLOCK}", "decoder": rf"(?:^|\.)decoder\.{BLOCK}"}
+# Position of the number in a weight's name, for detectors with a head of their own for each decoder layer, and in two
+# stages one more for the encoder.
+HEADS = r"(?:^|\.)(?:class_embed|bbox_embed)\.(\d+)\."
 DEPTHS = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
 
 
@@ -72,9 +75,10 @@ def copy_layers(
     ours = student.state_dict()
     for stack, blocks in chosen.items():
         check_depth(stack, blocks, ours, source)
+    depth = count(STACKS["decoder"], source) if count(HEADS, source) > 1 else None
     fresh, taken = [], {}
     for name, own in ours.items():
-        origin = origin_of(name, chosen)
+        origin = origin_of(name, chosen, depth)
         if origin not in source:
             fresh.append(name)
             continue
@@ -97,10 +101,7 @@ def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], t
     """Check the number of layers and their indices, see `copy_layers`."""
     if stack not in STACKS:
         raise ValueError(f'stack must be one of {", ".join(STACKS)}, got "{stack}"')
-    ours, theirs = (
-        1 + max((int(found[1]) for name in state if (found := block_of(name, stack))), default=-1)
-        for state in (student, teacher)
-    )
+    ours, theirs = (count(STACKS[stack], state) for state in (student, teacher))
     where = f" of the {stack}" if stack else ""
     if len(blocks) != ours:
         raise ValueError(f"layers{where} must be {ours}, one for each of the student's, got {len(blocks)}")
@@ -111,12 +112,30 @@ def check_depth(stack: str, blocks: Sequence[int], student: dict[str, Tensor], t
             )
 
 
-def origin_of(name: str, layers: dict[str, Sequence[int]]) -> str:
-    """Return the teacher's name for a student's weight."""
+def count(pattern: str, state: dict[str, Tensor]) -> int:
+    """Return how many numbered modules have weights whose name matches the pattern."""
+    return 1 + max((int(found[1]) for name in state if (found := re.search(pattern, name))), default=-1)
+
+
+def origin_of(name: str, layers: dict[str, Sequence[int]], depth: int | None = None) -> str:
+    """Return the teacher's name for a student's weight.
+
+    Args:
+        layers: see `student_of`.
+        depth: number of the teacher's decoder layers, if each has a head of its own, see `HEADS`.
+    """
     for stack, blocks in layers.items():
         if found := block_of(name, stack):
-            return f"{name[: found.start(1)]}{blocks[int(found[1])]}{name[found.end(1) :]}"
+            return renumbered(name, found, blocks[int(found[1])])
+    if depth is not None and "decoder" in layers and (found := re.search(HEADS, name)):
+        number, blocks = int(found[1]), layers["decoder"]
+        return renumbered(name, found, blocks[number] if number < len(blocks) else depth + number - len(blocks))
     return name
+
+
+def renumbered(name: str, found: re.Match, number: int) -> str:
+    """Return a name with another number at the group of a match."""
+    return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
 
 
 def fitted(name: str, given: Tensor, own: Tensor, truncate: bool) -> Tensor:

@@ -30,6 +30,8 @@ STAGED = re.compile(r"(?:^|\.)stages\.\d+\.(?:\w+\.)*layers?\.\d+\.")
 
 def layer_id(name: str) -> float:
     """Return the layer id of a parameter: 0 for embeddings; 1, 2, ... for blocks; infinity above the blocks."""
+    if "bbox_" in name:  # box heads number their own linear layers
+        return math.inf
     if block := re.search(r"(?:^|\.)(?:layers?|h)\.(\d+)\.", name):
         return 1 + int(block[1])
     # GPT names its embeddings wte and wpe, and encoder-decoder models the shared one of both sides "shared".

@@ -1,6 +1,7 @@
 """Deformable DETR: sampling, padding, references, equal losses under micro-batching, initialisation, errors."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import largest_difference
 from torch import Tensor, nn
 
 from hf_tfm import TfmDeformableDetrConfig, TfmDeformableDetrForObjectDetection, TfmDeformableDetrModel
+from hf_tfm.distillation.student import student_of
 from hf_tfm.models.deformable_attention import DeformableAttention, reference_points, sample_levels
 from hf_tfm.models.positions import sine_2d
 from hf_tfm.tasks.model_fields import fresh_head
@@ -383,6 +385,20 @@ def test_initial_weights_repeat_with_a_seed():
     matrices = {name for name, value in first.items() if value.ndim > 1 and not name.endswith(fixed)}
     biases = {name for name in first if "bbox_embed" in name and name.endswith(("0.bias", "1.bias"))}
     assert drawn == matrices | biases, "torch's defaults draw the biases of the heads too"
+
+
+@pytest.mark.parametrize("fields", [{}, REFINE, TWO_STAGE], ids=["shared-heads", "refinement", "two-stage"])
+def test_student_decoder_layers_keep_their_heads(fields):
+    """With refinement each decoder layer has its heads, and in two stages the proposals have the last ones."""
+    teacher = tiny_deformable(**fields)
+    student = student_of(teacher, {"decoder": [0, 2]})
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    pairs = {0: 0, 1: 2, 2: 3} if fields else {0: 0}
+    heads = [name for name in ours if "class_embed" in name or "bbox_embed" in name]
+    assert len(heads) > 0 and {int(re.search(r"_embed\.(\d)", name)[1]) for name in heads} <= set(pairs)
+    for name in heads:
+        number = int(re.search(r"_embed\.(\d)", name)[1])
+        assert torch.equal(ours[name], theirs[name.replace(f"_embed.{number}.", f"_embed.{pairs[number]}.")]), name
 
 
 # --- configuration

@@ -348,6 +348,8 @@ def test_compiled_model_gives_the_same_weights(tmp_path):
         ("vit.distillation_token", 0),
         ("classifier.weight", math.inf),
         ("backbone.layer1.0.conv1.weight", math.inf),
+        ("bbox_predictor.layers.0.weight", math.inf),
+        ("model.decoder.bbox_embed.1.layers.2.bias", math.inf),
     ],
 )
 def test_layer_ids_of_our_parameter_names_and_transformers_names(name, expected):
