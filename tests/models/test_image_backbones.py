@@ -38,9 +38,10 @@ from hf_tfm import (
     TfmDetrForPanopticSegmentation,
     TfmSwinBackbone,
 )
+from hf_tfm.arguments import TrainingArguments
 from hf_tfm.models.image_backbones import SimpleFeaturePyramid, TransformersFeatures
 from hf_tfm.tasks.detectors import load_backbone
-from hf_tfm.training.optim import layer_ids
+from hf_tfm.training.optim import check_layers, layer_ids
 
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
@@ -260,6 +261,30 @@ def test_layers_of_layer_wise_decay(folders):
     prefix = "model.backbone.body.vit."
     assert ids[f"{prefix}embeddings.cls_token"] == 0 and ids[f"{prefix}layers.2.feed_forward.up_proj.weight"] == 3
     assert ids["model.encoder.layers.0.feed_forward.up_proj.weight"] == ids[f"{prefix}layernorm.weight"] == torch.inf
+
+
+def test_layer_wise_decay_is_refused_for_blocks_in_stages(folders):
+    """Their numbers start again in every stage."""
+    model = TfmDetrForObjectDetection(tiny_detr_config(backbone=str(folders / "stock_convnext"), **FREE))
+    check_layers(TrainingArguments(output_dir="x", max_steps=1), model)
+    args = TrainingArguments(output_dir="x", max_steps=1, layer_wise_lr_decay=0.7)
+    with pytest.raises(ValueError, match="must be 1 for a tfm_detr model with a convnext backbone"):
+        check_layers(args, model)
+
+
+def test_detector_learns_through_the_pyramid(folders):
+    """It overfits an image."""
+    torch.manual_seed(0)
+    fields = {"num_feature_levels": 3, "encoder_layers": 1, "decoder_layers": 2, **FREE, **PLAIN}
+    config = tiny_deformable_config(backbone=str(folders / "mae"), **fields)
+    model = TfmDeformableDetrForObjectDetection(config).train()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(50):
+        losses.append(model(tiny_photos(1, 16, 24), labels=tiny_labels((2,))).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0], losses
 
 
 # --- sizes and padding of images
