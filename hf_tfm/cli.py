@@ -15,7 +15,7 @@ import docstring_parser
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .options import OptionParser
 from .recipe_files import recipe_names, run
-from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction
+from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction, show_scores
 from .values import PATHS, checked, expanded
 
 
@@ -133,6 +133,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
             "positions": (show_positions, "model"),
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
+            "scores": (show_scores, "runs"),
         },
         # "detection" is listed for --help and parses its own arguments
         "doctor": {"data": (doctor_data, "dataset"), "detection": (doctor_detection, "argv")},

@@ -4,6 +4,7 @@ Libraries are imported inside the functions, because matplotlib is slow to impor
 """
 
 from pathlib import Path
+from typing import Literal
 
 from .limits import LIMITS
 from .values import checked
@@ -216,3 +217,33 @@ def show_positions(model: str, output: str = "positions.png", trust_remote_code:
 
     check_png("output", output)
     print(plot_positions(load_encoder(model, trust_remote_code), output))
+
+
+@checked(**LIMITS)
+def show_scores(
+    runs: list[str], score: str = "loss", over: Literal["steps", "minutes"] = "steps", output: str = "scores.png"
+) -> None:
+    """Plot a score of several runs during training in one picture.
+
+    Args:
+        runs: folders of runs, which may still be running, or their results files.
+        score: score to plot, for instance AP or accuracy.
+        over: what the horizontal axis shows: steps, or minutes of training time.
+        output: PNG file.
+    """
+    from .hub.curve import plot_scores
+    from .hub.results import read_evaluations
+    from .writing import check_png
+
+    check_png("output", output)
+    if not runs:
+        raise ValueError("runs must be one or more folders of runs, got none")
+    found = {label: read_evaluations(name) for label, name in zip(labels(runs), runs, strict=True)}
+    plot_scores(found, score, over).savefig(output, dpi=120)
+    print(output)
+
+
+def labels(paths: list[str]) -> list[str]:
+    """Return short names of runs: the last part of each path, or the whole paths if these are not unique."""
+    names = [path.stem if path.suffix == ".json" else path.name for path in map(Path, paths)]
+    return names if len(set(names)) == len(names) else paths

@@ -1,7 +1,8 @@
 """Training curve of a run: losses and learning rate over steps, and scores if there are any."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +62,42 @@ def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
     return figure
 
 
-def draw(axes: Axes, points: list[tuple[int, float]], label: str, color: str) -> None:
+def plot_scores(
+    runs: dict[str, list[dict[str, int | float]]], score: str, over: Literal["steps", "minutes"] = "steps"
+) -> Figure:
+    """Plot a score of several runs during training.
+
+    Args:
+        runs: evaluations of each run, see `results.RunRecord`.
+        score: name of the score.
+        over: what the horizontal axis shows: steps, or minutes of training time.
+
+    Raises:
+        ValueError: a run has no such score, or no times; the message names it.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, (name, rows) in enumerate(runs.items()):
+        if not (points := series(rows, score)):
+            known = sorted({key for row in rows for key in row} - {"step", "epoch", "seconds"})
+            raise ValueError(f"score must be one of {', '.join(known) or 'none'} for {name}, got {score!r}")
+        if over == "minutes":
+            times = dict(series(rows, "seconds"))
+            if missing := next((step for step, _ in points if step not in times), None):
+                raise ValueError(f"over must be steps for {name}, whose step {missing} has no time, got {over!r}")
+            points = [(times[step] / 60, value) for step, value in points]
+        draw(axes, points, name, f"C{number}")
+    axes.set_xlabel("step" if over == "steps" else "minutes of training")
+    axes.set_ylabel(score)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw(axes: Axes, points: Sequence[tuple[float, float]], label: str, color: str) -> None:
     """Plot a line through points."""
     # A marker makes a single point visible, but hundreds of markers would hide the line.
     marker = "o" if len(points) <= 60 else None

@@ -4,6 +4,7 @@ In the folder of a run, results.json holds one `RunRecord`, and history.jsonl on
 """
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass, fields
@@ -136,6 +137,7 @@ class RunRecord:
         started, finished: ISO 8601 dates with time zone.
         costs: inference costs of the model and the models it is compared with, see `Cost`.
         distillation: see `Distillation`; None without a teacher.
+        evaluations: scores during training, each with its ``step``, ``epoch`` and ``seconds`` of training time.
 
     Raises:
         ValueError: a field has the wrong type or an impossible value; the message names it.
@@ -156,6 +158,7 @@ class RunRecord:
     base_model: str | None = None
     costs: list[Cost] | None = None
     distillation: Distillation | None = None
+    evaluations: list[dict[str, int | float]] | None = None
 
     def __post_init__(self):
         for name, kind in get_type_hints(RunRecord).items():
@@ -183,7 +186,7 @@ class RunRecord:
             ValueError: a field is missing, unknown or invalid.
         """
         known = {field.name for field in fields(cls)}
-        check_keys(content, known - {"base_model", "costs", "distillation"}, known, "results")
+        check_keys(content, known - {"base_model", "costs", "distillation", "evaluations"}, known, "results")
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:
@@ -202,7 +205,11 @@ class RunRecord:
             FileNotFoundError: there is none.
             ValueError: it is not a valid record.
         """
-        path = Path(folder) / RESULTS
+        return cls.from_file(Path(folder) / RESULTS)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "RunRecord":
+        """Read a results file, see `load`."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
@@ -272,6 +279,37 @@ def cpu_name() -> str | None:
     except OSError:
         pass
     return platform.processor() or platform.machine() or None
+
+
+def evaluations_of(rows: list[dict[str, Any]]) -> list[dict[str, int | float]]:
+    """Return the evaluations among the rows of `read_history`, as `RunRecord` holds them: finite numbers only."""
+    found = [
+        {**{name: row[name] for name in ("step", "epoch", "seconds") if name in row}, **row["evaluation"]}
+        for row in rows
+        if "evaluation" in row
+    ]
+    return [{name: value for name, value in row.items() if math.isfinite(value)} for row in found]
+
+
+def read_evaluations(run: str | Path) -> list[dict[str, int | float]]:
+    """Read the evaluations during training, see `RunRecord`, of a run that may still be running.
+
+    Args:
+        run: its folder, or its results file.
+
+    Raises:
+        ValueError: there are none, or a file is damaged.
+    """
+    path = Path(run)
+    if path.is_file():
+        found = RunRecord.from_file(path).evaluations
+    elif rows := read_history(path):
+        found = evaluations_of(rows)
+    else:
+        found = RunRecord.load(path).evaluations if (path / RESULTS).is_file() else None
+    if not found:
+        raise ValueError(f'runs must be folders or results files of runs with evaluations, got "{run}"')
+    return found
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -125,7 +125,8 @@ class Monitor:
             self.say(f"step {progress.step} of {self.max_steps}: {speed}, {timedelta(seconds=round(left))} left")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to history.jsonl and send it to the trackers."""
+        """Append a row, with the training time so far, to history.jsonl, and send it to the trackers."""
+        row = {**row, "seconds": round(self.progress.seconds, 2)}
         if self.history is not None:
             self.history.add(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}

@@ -27,7 +27,14 @@ from ..hub.card import metadata, write_card
 from ..hub.cost import Cost
 from ..hub.loading import require_model
 from ..hub.pretrained import check_kind
-from ..hub.results import Distillation, RunRecord, collect_versions, describe_hardware
+from ..hub.results import (
+    Distillation,
+    RunRecord,
+    collect_versions,
+    describe_hardware,
+    evaluations_of,
+    read_history,
+)
 from ..tasks.base import Loader
 from ..writing import explain_write_errors
 from .checkpoint import checkpoints
@@ -455,6 +462,7 @@ def finish(
     record = run.record(model.config.model_type, parameters, training, metrics, costs, distillation)
 
     def write() -> None:
+        record.evaluations = evaluations_of(read_history(run.output_dir)) or None
         with explain_write_errors(run.output_dir):
             record.save(run.output_dir)
             write_card(run.output_dir, record)

@@ -425,6 +425,7 @@ OPTIONS: list[tuple[str, str, str]] = [
         "--mask_ratio .nan --output {out}.png",
         got("mask_ratio", "nan"),
     ),
+    ("show scores {models}/det", "--output {out}.png", "runs must be folders or results files"),
     ("show reconstruction {models}/vit digits:train:0", "--output {out}.png", "vit"),
     ("show detecton", "x", r"did you mean detections\?"),
     ("doctor detection", "--quick", "--data|dataset"),

@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from matplotlib.image import imread
 
-from hf_tfm import TfmTransformerConfig
+from hf_tfm import TfmTransformerConfig, cli
 from hf_tfm.hub.card import write_card
-from hf_tfm.hub.curve import plot_history
-from hf_tfm.hub.results import RunRecord, collect_versions, describe_hardware, read_history
+from hf_tfm.hub.curve import plot_history, plot_scores
+from hf_tfm.hub.results import RunRecord, collect_versions, describe_hardware, read_evaluations, read_history
 
 GOLDEN = Path(__file__).with_name("card.golden.md")
+CARDS = Path(__file__).parents[2] / "model_cards"
 BLEU = "nrefs:1|case:lc|eff:no|tok:13a|smooth:exp|version:2.6.0"
 
 RECORD = {
@@ -81,7 +83,14 @@ def write_history(folder: Path) -> None:
         loss = 2.0 + 6.0 * 0.995**step
         rows.append({"step": step, "epoch": step // 250, "loss": loss, "learning_rate": rate, "items_per_second": 1e3})
         if step % 250 == 0:
-            rows.append({"step": step, "epoch": step // 250, "evaluation": {"loss": loss + 0.3, "bleu": step / 25}})
+            rows.append(
+                {
+                    "step": step,
+                    "epoch": step // 250,
+                    "seconds": step / 2,
+                    "evaluation": {"loss": loss + 0.3, "bleu": step / 25},
+                }
+            )
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -188,11 +197,48 @@ def test_history_keeps_the_last_of_duplicate_rows_and_drops_a_partial_line(tmp_p
         read_history(tmp_path)
 
 
+def test_evaluations_of_a_finished_and_a_running_run(folder, tmp_path):
+    """From the history, or from the results file where only that was kept; without values that are not finite."""
+    rows = read_evaluations(folder)
+    assert [row["step"] for row in rows] == [250, 500, 750, 1000]
+    assert rows[0] == {"step": 250, "epoch": 1, "seconds": 125.0, "bleu": 10.0, "loss": rows[0]["loss"]}
+    with open(folder / "history.jsonl", "a") as file:
+        file.write('{"step": 1250, "epoch": 5, "evaluation": {"loss": NaN, "bleu": 50.0}}\n')
+    rows = read_evaluations(folder)
+    assert rows[-1] == {"step": 1250, "epoch": 5, "bleu": 50.0}
+    RunRecord.from_dict(with_changes(evaluations=rows)).save(tmp_path)
+    assert read_evaluations(tmp_path) == read_evaluations(tmp_path / "results.json") == rows
+    with pytest.raises(ValueError, match="runs must be folders or results files of runs with evaluations, got"):
+        read_evaluations(tmp_path / "none")
+
+
+def test_scores_of_several_runs_in_one_picture(folder, tmp_path):
+    rows = read_evaluations(folder)
+    figure = plot_scores({"a": rows, "b": rows[:2]}, "bleu", "minutes")
+    first, second = figure.axes[0].get_lines()
+    assert (first.get_label(), second.get_label()) == ("a", "b")
+    np.testing.assert_allclose(first.get_xydata(), [[step / 120, step / 25] for step in (250, 500, 750, 1000)])
+    np.testing.assert_allclose(second.get_xydata(), first.get_xydata()[:2])
+    assert list(plot_scores({"a": rows}, "bleu").axes[0].get_lines()[0].get_xdata()) == [250, 500, 750, 1000]
+    with pytest.raises(ValueError, match="score must be one of bleu, loss for a, got 'AP'"):
+        plot_scores({"a": rows}, "AP")
+    del rows[1]["seconds"]
+    with pytest.raises(ValueError, match="over must be steps for a, whose step 500 has no time, got 'minutes'"):
+        plot_scores({"a": rows}, "bleu", "minutes")
+    card = CARDS / "detr_digits-seed0.json"  # written before results held evaluations
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["show", "scores", str(folder), str(card), "--output", str(tmp_path / "s.png")])
+    cli.main(
+        ["show", "scores", str(folder), "--score", "bleu", "--over", "minutes", "--output", str(tmp_path / "s.png")]
+    )
+    assert imread(tmp_path / "s.png").shape[:2] == (600, 960)
+
+
 def test_record_round_trip(tmp_path):
     record = RunRecord.from_dict(RECORD)
     assert record.save(tmp_path) == tmp_path / "results.json"
     assert RunRecord.load(tmp_path) == record
-    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, "costs": None, "distillation": None}
+    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, "costs": None, "distillation": None, "evaluations": None}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

@@ -116,4 +116,4 @@ def finish_launcher(process: subprocess.Popen) -> str:
 def history(folder: Path) -> list[dict]:
     """The rows of history.jsonl without timing values."""
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("items_per_second", "seconds")} for row in rows]

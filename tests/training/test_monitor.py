@@ -35,7 +35,7 @@ def test_row_holds_means_without_skipped_steps(tmp_path):
         it.add(dict(zip(("token", "length"), numbers(loss, loss / 2), strict=True)), *numbers(norm, items))
     it.log(0.5)
     (row,) = rows_of(tmp_path)
-    assert row.pop("items_per_second") > 0
+    assert row.pop("items_per_second") > 0 and row.pop("seconds") >= 0
     assert row == {
         "step": 3,
         "epoch": 0,
@@ -64,6 +64,7 @@ def test_speed_counts_training_time_only(tmp_path, monkeypatch):
     it.log(0.1)  # 53
     assert it.progress.seconds == 5.0
     assert rows_of(tmp_path)[0]["items_per_second"] == pytest.approx(20.0)
+    assert rows_of(tmp_path)[0]["seconds"] == 5.0
 
 
 def test_logging_window_is_restored_exactly(tmp_path):

@@ -164,7 +164,7 @@ def digest(weights: dict[str, Tensor]) -> str:
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows of history.jsonl without timing values."""
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "items_per_second"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("items_per_second", "seconds")} for row in rows]
 
 
 def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
