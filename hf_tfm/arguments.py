@@ -340,6 +340,8 @@ class TrainingArguments(Arguments):
         seed: seed of weights, data order, augmentation, dropout and masks.
         num_train_epochs: passes over the training data; or set max_steps.
         max_steps: optimizer steps; requires num_train_epochs to be null.
+        max_minutes: stop earlier, after this many minutes of training, set-up and evaluations not counted; the last
+            step is evaluated and the model saved as usual. The learning-rate schedule remains that of the whole run.
         dataloader_num_workers: worker processes per training process that prepare batches.
         optimizer: adamw (decoupled weight decay), adam (L2 weight decay) or sgd.
         learning_rate: peak learning rate.
@@ -385,6 +387,7 @@ class TrainingArguments(Arguments):
     seed: int = 0
     num_train_epochs: float | None = None
     max_steps: int | None = None
+    max_minutes: float | None = None
     dataloader_num_workers: int = 0
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-3
@@ -423,7 +426,7 @@ class TrainingArguments(Arguments):
             at_least_0="seed dataloader_num_workers warmup_steps weight_decay max_grad_norm average_checkpoints "
             "early_stopping_patience",
             at_least_1="max_steps eval_steps save_steps logging_steps save_total_limit max_nonfinite_steps",
-            above_0="num_train_epochs learning_rate adam_epsilon layer_wise_lr_decay",
+            above_0="num_train_epochs max_minutes learning_rate adam_epsilon layer_wise_lr_decay",
             at_most={
                 "seed": SEEDS - 1,
                 "max_steps": 1_000_000_000,

@@ -57,16 +57,17 @@ class StepResult:
 
 
 def global_counts(
-    accelerator: Accelerator, task: Task, micro_batches: Sequence[Any], flag: bool = False
+    accelerator: Accelerator, task: Task, micro_batches: Sequence[Any], flags: Sequence[bool] = ()
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Count the items of each term over all micro-batches and ranks, and the ranks on which ``flag`` is set."""
+    """Count the items of each term over all micro-batches and ranks, and the ranks on which each of ``flags`` is
+    set."""
     totals: dict[str, float] = {}
     for batch in micro_batches:
         for term, count in task.count(batch).items():
             totals[term] = totals.get(term, 0) + count
-    numbers = torch.tensor([*totals.values(), int(flag)]).to(accelerator.device, non_blocking=True)
+    numbers = torch.tensor([*totals.values(), *map(int, flags)]).to(accelerator.device, non_blocking=True)
     numbers = accelerator.reduce(numbers, "sum")
-    return dict(zip(totals, numbers[:-1], strict=True)), numbers[-1]
+    return dict(zip(totals, numbers[: len(totals)], strict=True)), numbers[len(totals) :]
 
 
 def train_step(

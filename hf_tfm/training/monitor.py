@@ -3,6 +3,7 @@
 result of a step -> sums on the device -> every logging_steps: means -> history.jsonl, trackers, terminal
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Monitor:
             disable=not (accelerator.is_main_process and args.progress),
             dynamic_ncols=True,
         )
+        self.limit = math.inf if args.max_minutes is None else 60.0 * args.max_minutes  # seconds of training
         self.clock = time.perf_counter()
 
     def tensor(self, value: float | Tensor) -> Tensor:
@@ -74,6 +76,11 @@ class Monitor:
         self.progress.items = int(self.items.item())
         self.progress.skipped = int(self.skipped.item())
         self.progress.streak = int(self.streak.item())
+
+    @property
+    def seconds(self) -> float:
+        """Training time until now."""
+        return self.progress.seconds + time.perf_counter() - self.clock
 
     def count_time(self) -> None:
         """Add the time since the last call to the training time."""
@@ -122,6 +129,7 @@ class Monitor:
         self.bar.set_postfix_str(speed)
         if self.bar.disable:  # without a bar, for example in a log file, print a line instead
             left = progress.seconds / progress.step * (self.max_steps - progress.step)
+            left = max(0.0, min(left, self.limit - progress.seconds))
             self.say(f"step {progress.step} of {self.max_steps}: {speed}, {timedelta(seconds=round(left))} left")
 
     def write(self, row: dict[str, Any]) -> None:

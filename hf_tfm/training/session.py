@@ -102,17 +102,19 @@ class Session:
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item)
         self.unseen = 0  # micro-batches since the last check
         self.stopped = False
+        self.expired = self.progress.seconds >= self.monitor.limit
 
     @property
     def finished(self) -> bool:
-        """True if all steps are done and evaluated, or early stopping applies."""
-        done = self.progress.step >= self.max_steps and not self.progress.pending
+        """True if all steps are done, or the time is up, and the last one is evaluated, or early stopping applies."""
+        done = (self.progress.step >= self.max_steps or self.expired) and not self.progress.pending
         return done or 0 < self.args.early_stopping_patience <= self.progress.waited
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Run one training step; ``stop`` is True if this rank was asked to stop."""
         states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
-        counts, stops = global_counts(self.accelerator, self.task, micro_batches, stop)
+        flags = (stop, self.monitor.seconds >= self.monitor.limit)
+        counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
             self.accelerator, self.task, self.model, self.optimizer, micro_batches, self.args.max_grad_norm, counts
         )
@@ -127,9 +129,9 @@ class Session:
         if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.max_steps:
             self.unseen = 0
             self.check_finite()
-            self.stopped = bool(stops.item())
+            self.stopped, self.expired = (count > 0 for count in ranks.tolist())
         if self.accelerator.num_processes == 1:
-            self.stopped = stop
+            self.stopped, self.expired = flags
 
     def check_finite(self) -> None:
         """Raise FloatingPointError after too many consecutive non-finite gradients."""
@@ -145,7 +147,7 @@ class Session:
     def end_of_step(self, request: StopRequest) -> None:
         """Log, evaluate and save if they are due."""
         step = self.progress.step
-        last = step == self.max_steps
+        last = step == self.max_steps or self.expired
         if step % self.args.logging_steps == 0 or last:
             self.monitor.log(float(max(self.schedule.get_last_lr())))
         self.progress.pending = step % self.eval_steps == 0 or last
@@ -236,7 +238,8 @@ def train(
     score: Score,
     show: Show | None = None,
 ) -> TrainingResult:
-    """Train until ``max_steps``, early stopping or SIGTERM; resume from the last checkpoint in ``args.output_dir``.
+    """Train until ``max_steps``, ``args.max_minutes``, early stopping or SIGTERM; resume from the last checkpoint in
+    ``args.output_dir``.
 
     SIGTERM ends the run after the current step. On a single process it also aborts an evaluation, which the resumed
     run repeats; several processes finish the evaluation. At the end the model holds the weights selected by
