@@ -5,6 +5,7 @@ from .families import register as register
 from .models.configuration_bert import TfmBertConfig as TfmBertConfig
 from .models.configuration_deformable_detr import TfmDeformableDetrConfig as TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
+from .models.configuration_faster_rcnn import TfmFasterRCNNConfig as TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig as TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
 from .models.configuration_swin import TfmSwinConfig as TfmSwinConfig
@@ -22,6 +23,8 @@ from .models.modeling_deformable_detr import TfmDeformableDetrModel as TfmDeform
 from .models.modeling_detr import TfmDetrForObjectDetection as TfmDetrForObjectDetection
 from .models.modeling_detr import TfmDetrForPanopticSegmentation as TfmDetrForPanopticSegmentation
 from .models.modeling_detr import TfmDetrModel as TfmDetrModel
+from .models.modeling_faster_rcnn import TfmFasterRCNNForObjectDetection as TfmFasterRCNNForObjectDetection
+from .models.modeling_faster_rcnn import TfmFasterRCNNModel as TfmFasterRCNNModel
 from .models.modeling_gpt import TfmGPTForCausalLM as TfmGPTForCausalLM
 from .models.modeling_gpt import TfmGPTForSequenceClassification as TfmGPTForSequenceClassification
 from .models.modeling_gpt import TfmGPTModel as TfmGPTModel

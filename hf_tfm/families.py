@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .models.configuration_bert import TfmBertConfig
 from .models.configuration_deformable_detr import TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig
+from .models.configuration_faster_rcnn import TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig
 from .models.configuration_swin import TfmSwinConfig
@@ -71,6 +72,7 @@ FAMILIES: list[Family] = [
     Family("swin", TfmSwinConfig, (".swin", ".timm_swin", ".torchvision_swin"), reads=("swin",)),
     Family("detr", TfmDetrConfig, (".detr", ".detr_authors"), reads=("detr",)),
     Family("deformable_detr", TfmDeformableDetrConfig, (".deformable_detr",), reads=("deformable_detr",)),
+    Family("faster_rcnn", TfmFasterRCNNConfig),
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
 ]

@@ -9,7 +9,9 @@ import pytest
 
 MODELS = Path(__file__).parents[1] / "hf_tfm" / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.name != "__init__.py")
-ALLOWED = {"torch", "transformers", "huggingface_hub", "timm", "numpy", "scipy"} | set(sys.stdlib_module_names)
+ALLOWED = {"torch", "transformers", "huggingface_hub", "timm", "torchvision", "numpy", "scipy"} | set(
+    sys.stdlib_module_names
+)
 
 
 def test_models_is_flat():

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 
 from ..training.optim import parameter_groups
-from .findings import Finding, failed, graded, ok, warning
+from .findings import Finding, failed, graded, ok, skipped, warning
 from .splits import WIDTH, Case
 
 DETR_RATES = (1e-4, 1e-5, 64)  # for a detector that does not tell: learning rates, of the backbone, images per step
@@ -21,7 +21,10 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     """Learning rates and batch size fit the paper's: for DETR 1e-4 and, for the backbone, 1e-5 at 64 images per step,
     for Deformable DETR 2e-4 and 2e-5 at 32."""
     args = case.args
-    paper_rate, paper_backbone, paper_batch = getattr(case.model, "published_rates", DETR_RATES)
+    if (rates := getattr(case.model, "published_rates", DETR_RATES)) is None:
+        yield skipped("no learning rate of AdamW was published for this model")
+        return
+    paper_rate, paper_backbone, paper_batch = rates
     resolved, _ = args.resolve(case.steps_per_epoch, 0)
     try:
         groups = parameter_groups(case.model, resolved)

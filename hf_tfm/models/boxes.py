@@ -7,6 +7,8 @@ size. Shapes: ... any leading dimensions; N, M boxes.
 import torch
 from torch import Tensor
 
+NO_LOGIT = -1e4  # the softmax of such a logit beside 0 is exactly 0
+
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert cxcywh boxes to xyxy: (..., 4) -> (..., 4)."""
@@ -66,12 +68,12 @@ def detections_as_queries(
     kept = [one["labels"] > 0 for one in found]
     counts = [int(mask.sum()) for mask in kept]
     boxes = found[0]["boxes"].new_zeros(len(found), max(1, *counts), 4, dtype=torch.float32)
-    logits = boxes.new_full((*boxes.shape[:2], num_labels + 1), -torch.inf)
+    logits = boxes.new_full((*boxes.shape[:2], num_labels + 1), NO_LOGIT)
     logits[..., -1] = 0.0
     for i, (one, mask, n, (height, width)) in enumerate(zip(found, kept, counts, sizes, strict=True)):
         sides = boxes.new_tensor([width, height, width, height])
         boxes[i, :n] = xyxy_to_cxcywh(one["boxes"][mask].float()) / sides
         scores = one["scores"][mask].float().clamp(0.0, 1.0)
-        logits[i, :n, -1] = torch.log1p(-scores)
-        logits[i, :n].scatter_(1, one["labels"][mask][:, None] - 1, scores.log()[:, None])
+        logits[i, :n, -1] = torch.log1p(-scores).clamp_min(NO_LOGIT)
+        logits[i, :n].scatter_(1, one["labels"][mask][:, None] - 1, scores.log().clamp_min(NO_LOGIT)[:, None])
     return logits, boxes

@@ -47,7 +47,7 @@ from .model_fields import label_fields
 from .scenes import ProcessorCollator, SceneArguments, SceneCollator
 from .splits import load_rows
 
-# Names of the loss terms, and those that the model gives them.
+# Names of the loss terms, and those that a model gives them unless its class has ``loss_terms``.
 TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
 MASK_TERMS = {"mask": "loss_mask", "dice": "loss_dice"}
 AP_SCORES = (
@@ -325,7 +325,7 @@ class DetectionTask(Task):
     @property
     def terms(self) -> dict[str, str]:
         """Names of the loss terms, and those that the model gives them."""
-        return TERMS | (MASK_TERMS if self.masks else {})
+        return getattr(self.model, "loss_terms", TERMS) | (MASK_TERMS if self.masks else {})
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Images, and the divisor of each term: the number of objects or, for classes, the items of their scoring."""

@@ -71,6 +71,13 @@ DETR = {
     "num_labels": 3,
 }
 DEFORMABLE_DETR = {**DETR, "num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}
+FASTER_RCNN = {
+    "backbone": "test_resnet",
+    "d_model": 16,
+    "representation_size": 32,
+    "anchor_size": 8,
+    "num_labels": 3,
+}
 DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")
 # Fields of a tiny configuration of each family, in the order of the table of clients.
 FIELDS = {
@@ -82,6 +89,7 @@ FIELDS = {
     "swin": SWIN,
     "detr": DETR,
     "deformable_detr": DEFORMABLE_DETR,
+    "faster_rcnn": FASTER_RCNN,
 }
 FAMILIES = tuple(FIELDS)
 # name: (class, fields of its configuration). The entry named after its family represents it where one is enough.

@@ -93,6 +93,8 @@ def test_small_vocabulary_needs_no_special_tokens(kind):
     ("field", "meant"), [("layernorm_eps", "layer_norm_eps"), ("num_label", "num_labels"), ("id2lable", "id2label")]
 )
 def test_misspelt_fields_are_refused(kind, field, meant):
+    if meant == "layer_norm_eps" and meant not in kind.__dataclass_fields__:
+        pytest.skip("it has no layer norms")
     with pytest.raises(ValueError, match=f'"{field}" is not a field of {kind.__name__}: did you mean "{meant}"'):
         kind(**{field: None})
 
