@@ -432,11 +432,63 @@ def checks(page: Path, module: str) -> str:
     return table(("check", "what it looks at"), rows)
 
 
+def published(page: Path, *columns: str) -> str:
+    """Return the table of published scores of some columns of published.json, "_" in a name standing for a space."""
+    from hf_tfm.hub.external import published_table
+
+    found = published_table()
+    wanted = [column.replace("_", " ") for column in columns]
+    entries = [entry for column in wanted for entry in found["models"] if entry["column"] == column]
+    names = list(dict.fromkeys((score["data"], score["name"]) for entry in entries for score in entry["scores"]))
+    costs = [name for name in COSTS if any(name in entry for entry in entries)]
+    several = len({data for data, _ in names}) > 1
+    head = [f"{data}, {NAMES.get(name, name)}" if several else NAMES.get(name, name) for data, name in names]
+    rows = []
+    for entry in entries:
+        scores = {(score["data"], score["name"]): score for score in entry["scores"]}
+        sources = dict.fromkeys(score["source"] for score in entry["scores"])
+        rows.append(
+            [
+                entry["column"],
+                f"`{entry['model']}`" if "evaluate" in entry else entry["model"],
+                *(COSTS[name][1](entry[name]) if name in entry else "" for name in costs),
+                *(as_percentage(scores[key]["value"]) if key in scores else "" for key in names),
+                ", ".join(f"[{found['sources'][one]['title']}]({found['sources'][one]['url']})" for one in sources),
+                status(page, entry),
+            ]
+        )
+    return table(("model", "variant", *(COSTS[name][0] for name in costs), *head, "source", "here"), rows)
+
+
+def as_percentage(value: float) -> str:
+    """Return a score in percent with one or two decimals."""
+    return f"{100 * value:.2f}".removesuffix("0")
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # fields of published.json: heading, and how they are shown
+    "parameters": ("parameters", lambda value: f"{value / 1e6:.0f} M"),
+    "gflops": ("GFLOPs", lambda value: f"{value:.0f}"),
+    "image_size": ("pixels", str),
+    "tpu_core_days": ("TPUv3-core-days", lambda value: f"{value:,}"),
+}
+
+
+def status(page: Path, entry: dict) -> str:
+    """Return what there is here of a published model: a run, a preset that was not run, or how to evaluate it."""
+    if (name := entry.get("preset")) is not None:
+        (file,) = PRESETS.glob(f"*_train/{name}.yaml")
+        cards = sorted(card for card in CARDS.glob("*.json") if (read(card).get("command") or "").endswith(f" {name}"))
+        if cards:
+            return f"[run here]({link(page, cards[0].with_suffix('.md'))})"
+        return f"preset [`{name}`]({link(page, file)}), not run"
+    return f"`hf-tfm evaluate {entry['evaluate']}`" if "evaluate" in entry else ""
+
+
 PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(configurations, glue, checks),
+        *(configurations, glue, checks, published),
     )
 }
 

@@ -296,3 +296,10 @@ def test_site_builds_without_warnings(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "tasks" / "translation" / "index.html").is_file()
+
+
+def test_tables_of_published_scores_have_a_source_in_every_row():
+    text = (ROOT / "docs" / "comparisons.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| ViT", "| BiT", "| Noisy", "| DETR", "| Faster"))]
+    assert len(rows) > 30 and all("](https://" in row for row in rows)
+    assert "| 87.54 |" in text and "| 42.0 |" in text

@@ -20,6 +20,7 @@ SIZES = {
         "d_model": 64,
         "representation_size": 256,
         "anchor_size": 8,
+        "num_proposals": 256,
         "box_batch_size_per_image": 64,
     },
     "small": {
@@ -28,12 +29,21 @@ SIZES = {
         "backbone_frozen_stages": 0,
         "d_model": 128,
         "representation_size": 512,
+        "num_proposals": 1000,
         "box_batch_size_per_image": 128,
     },
     "base": {},
 }
 NORMS = ("frozen", "batch", "group")
-LEAST_1 = ("num_channels", "num_queries", "d_model", "representation_size", "anchor_size", "box_batch_size_per_image")
+LEAST_1 = (
+    "num_channels",
+    "num_queries",
+    "d_model",
+    "representation_size",
+    "anchor_size",
+    "num_proposals",
+    "box_batch_size_per_image",
+)
 
 
 @strict
@@ -56,6 +66,8 @@ class TfmFasterRCNNConfig(TravellingConfig):
         d_model: channels of the feature pyramid.
         representation_size: hidden size of the box head.
         anchor_size: side of the anchors of the finest level, in pixels; that of the next is twice as large.
+        num_proposals: number of proposals of an image in training, before (on each level) and after non-maximum
+            suppression; half as many in evaluation.
         box_batch_size_per_image: number of proposals that the loss samples from an image.
         initializer_range: standard deviation of the initial weights of the proposal network.
         score_threshold: minimum score of a detection.
@@ -87,6 +99,7 @@ class TfmFasterRCNNConfig(TravellingConfig):
     d_model: int = 256
     representation_size: int = 1024
     anchor_size: int = 32
+    num_proposals: int = 2000
     box_batch_size_per_image: int = 512
     initializer_range: float = 0.01
     score_threshold: float = 0.05

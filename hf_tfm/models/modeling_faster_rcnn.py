@@ -33,7 +33,7 @@ from .backbones import reset
 from .boxes import cxcywh_to_xyxy, detections_as_queries
 from .configuration_faster_rcnn import TfmFasterRCNNConfig
 from .detection import DetectorPreTrainedModel, Labels, WithBackbone
-from .image_backbones import build_backbone, build_pyramid
+from .image_backbones import PYRAMID_LEVELS, build_backbone, build_pyramid
 from .input_checks import refuse_unknown
 
 MAPS = 4  # of the backbone that are read, if it has as many
@@ -101,7 +101,7 @@ class TfmFasterRCNNModel(WithBackbone, TfmFasterRCNNPreTrainedModel):
     def __init__(self, config: TfmFasterRCNNConfig):
         super().__init__(config)
         self.backbone = build_backbone(config, MAPS, MAPS)
-        self.pyramid = build_pyramid(self.backbone, config.d_model, MAPS)
+        self.pyramid = build_pyramid(self.backbone, config.d_model, PYRAMID_LEVELS)
         channels = (self.pyramid or self.backbone).channels
         self.levels = tuple(map(str, range(len(channels))))  # torchvision's names of the maps
         self.fpn = FeaturePyramidNetwork(channels, config.d_model, LastLevelMaxPool())
@@ -145,6 +145,10 @@ class TfmFasterRCNNForObjectDetection(TfmFasterRCNNPreTrainedModel):
             box_roi_pool=MultiScaleRoIAlign(self.model.levels, POOLED, sampling_ratio=2),
             box_head=TwoMLPHead(config.d_model * POOLED**2, config.representation_size),
             box_predictor=FastRCNNPredictor(config.representation_size, config.num_labels + 1),
+            rpn_pre_nms_top_n_train=config.num_proposals,
+            rpn_post_nms_top_n_train=config.num_proposals,
+            rpn_pre_nms_top_n_test=(config.num_proposals + 1) // 2,
+            rpn_post_nms_top_n_test=(config.num_proposals + 1) // 2,
             box_batch_size_per_image=config.box_batch_size_per_image,
             box_score_thresh=config.score_threshold,
             box_nms_thresh=config.nms_threshold,

@@ -76,6 +76,7 @@ FASTER_RCNN = {
     "d_model": 16,
     "representation_size": 32,
     "anchor_size": 8,
+    "num_proposals": 50,
     "num_labels": 3,
 }
 DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")

@@ -81,7 +81,7 @@ def save_with_classes(source, folder, names) -> str:
 def test_backbone_starts_from_a_folder(data, tmp_path):
     torch.manual_seed(3)
     network = timm.create_model("test_resnet", pretrained=False)
-    timm.models.save_for_hf(network, tmp_path / "backbone", model_config={"pretrained_cfg": network.pretrained_cfg})
+    timm.models.save_for_hf(network, tmp_path / "backbone", safe_serialization=True)
     model = MODEL.replace("backbone: test_resnet, ", "").replace("norm: group", "norm: frozen")
     options = {"architecture": "faster_rcnn", "model": f"{{{model}}}", "backbone": tmp_path / "backbone"}
     run = train(data, tmp_path / "run", **options, max_steps=1, learning_rate=1e-9)
