@@ -75,10 +75,17 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
 
 def count_flops(model: nn.Module, sample: Mapping[str, Tensor]) -> int:
     """Return the floating-point operations of a forward pass; a multiply-add counts as two."""
-    # The FLOP counter does not see fused CPU attention kernels; the plain one has the same matrix products.
-    # It registers hooks on parameters that are arguments of modules, which inference mode does not allow.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**sample)
+    # The counter registers hooks on arguments of modules that require a gradient, which fails without autograd.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        # It does not see fused CPU attention kernels either; the plain one has the same matrix products.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**sample)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 

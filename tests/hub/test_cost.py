@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_tfm import TfmBertConfig, TfmBertForMaskedLM
 from hf_tfm.hub.card import write_card
-from hf_tfm.hub.cost import beside_teacher, measure_cost
+from hf_tfm.hub.cost import beside_teacher, count_flops, measure_cost
 from hf_tfm.hub.results import RunRecord
 
 T = 16
@@ -94,3 +94,20 @@ def test_student_card_names_teacher_and_terms(tmp_path):
     assert "| hidden_state | 1 | 1 | all | hidden/1 from hidden/2, hidden/2 from hidden/4, 16 to 32 features |" in card
     with pytest.raises(ValueError, match="distillation has no terms"):
         RunRecord.from_dict({**RECORD, "distillation": {k: v for k, v in distillation.items() if k != "terms"}})
+
+
+def test_operations_are_counted_of_a_module_that_takes_a_parameter_as_argument():
+    """As in inference mode, where an argument that requires a gradient has no history."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.inner = nn.Parameter(torch.ones(2, 3)), nn.Linear(3, 4, bias=False)
+
+        def forward(self, pixel_values):
+            return self.inner(self.rows * 1.0) + self.inner(self.rows)
+
+    model = Outer()
+    with torch.inference_mode():
+        assert count_flops(model, {"pixel_values": torch.zeros(1)}) == 2 * (2 * 2 * 3 * 4)
+    assert model.rows.requires_grad
