@@ -154,6 +154,7 @@ def average_precision(model, images, labels) -> float:
     return metric.compute()["AP50"]
 
 
+@pytest.mark.slow  # the steps of its recipe are tested without it
 def test_faster_rcnn_overfits_four_images():
     torch.manual_seed(0)
     model, (images, labels) = TfmFasterRCNNForObjectDetection(TfmFasterRCNNConfig(**TINY)), rectangles(4)
