@@ -12,7 +12,7 @@ from .configuration_detr import NORMS, POSITIONS
 from .travel import TravellingConfig
 
 # "base" is the paper's model with four levels, without refinement. The others are ours, for small images and training
-# from scratch: batch norm, nothing frozen.
+# from scratch: box refinement, batch norm, nothing frozen.
 SIZES = {
     "tiny": {
         "backbone": "test_resnet",  # the smallest in timm
@@ -20,6 +20,7 @@ SIZES = {
         "backbone_frozen_stages": 0,
         "num_feature_levels": 2,
         "num_queries": 50,
+        "with_box_refine": True,
         "d_model": 128,
         "encoder_layers": 3,
         "encoder_ffn_dim": 512,
@@ -35,6 +36,7 @@ SIZES = {
         "backbone_frozen_stages": 0,
         "num_feature_levels": 3,
         "num_queries": 100,
+        "with_box_refine": True,
         "d_model": 192,
         "encoder_layers": 3,
         "encoder_ffn_dim": 768,

@@ -55,8 +55,8 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         shortest_side: shortest side of the images in evaluation, in pixels.
         longest_side: limit of the longest side in evaluation.
         augmentation: random changes of training images.
-        pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model; default, if
-            backbone is a folder or Hub id.
+        pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model, and by default
+            freeze its batch norms; default, if backbone is a folder or Hub id. No effect with model_name_or_path.
         num_pictures: number of validation images drawn with their predictions at every evaluation, see
             `PredictionPictures`.
     """
@@ -84,15 +84,17 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
         if self.model_name_or_path:
-            for name in ("pretrained_backbone", "backbone"):
-                if getattr(self, name):
-                    raise ValueError(f"model_name_or_path has its own backbone: do not give {name} with it")
+            if self.backbone:
+                raise ValueError("model_name_or_path has its own backbone: do not give backbone with it")
+            self.pretrained_backbone = False
             return
         if self.backbone is not None:
             self.model = {**self.model, "backbone": self.backbone}
         check_fields(self.config_class, self.model, SCENE_FIELDS)
         if self.pretrained_backbone is None:
             self.pretrained_backbone = self.backbone_source is not None
+        if self.pretrained_backbone and "backbone_norm" in self.config_class.__dataclass_fields__:
+            self.model = {"backbone_norm": "frozen", **self.model}
         if self.backbone_source is None:
             self.check_backbone(new_config(self.config_class, self))
 

@@ -298,8 +298,8 @@ MISFITS = {
     ),
     "norm": ({"pretrained_backbone": "true"}, 'model.backbone_norm must be "frozen" or "batch", got "group"'),
     "both": (
-        {"model_name_or_path": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
-        "model_name_or_path has its own backbone: do not give pretrained_backbone with it",
+        {"model_name_or_path": "x", "backbone": "resnet18", "model": None, "size": "base"},
+        "model_name_or_path has its own backbone: do not give backbone with it",
     ),
     "pictures": ({"num_pictures": -1}, "num_pictures must be at least 0, got -1"),
     "splits": ({"holdout": 3}, "exactly one of validation_split and holdout, got validation and 3"),
