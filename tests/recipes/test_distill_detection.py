@@ -82,6 +82,23 @@ def test_student_is_initialized_from_decoder_layers(layers, data, teacher, tmp_p
         torch.testing.assert_close(value, source[origin], rtol=0, atol=1e-6)
 
 
+def test_student_is_its_teacher_with_clustered_attention(data, teacher, tmp_path):
+    """It starts with the teacher's weights, and what it learns from is the difference that its clusters make."""
+    losses = []
+    for number, width in enumerate((1e-3, 1e6)):  # clusters of one cell, and one cluster
+        attention = f"encoder_attention: clustered, encoder_attention_kwargs: {{rounds: 64, width: {width}}}"
+        options = {"model": f"{{{attention}}}", "model_name_or_path": teacher, "teacher": teacher, "max_steps": 1}
+        options |= {"terms": "[{kind: hidden_state, stack: encoder, layers: final}]", "learning_rate": 1e-9}
+        folder = distil(data, tmp_path / str(number), **options)
+        losses.append(history(folder)[-1]["evaluation"]["distillation"])
+    assert 0 <= losses[0] < 1e-6 < 1e-4 < losses[1]
+    student = TfmDetrForObjectDetection.from_pretrained(folder)
+    assert student.config.encoder_attention == "clustered"
+    assert student.config.encoder_attention_kwargs == {"rounds": 64, "width": 1e6}
+    for name, value in weights(teacher).items():
+        torch.testing.assert_close(weights(folder)[name], value, rtol=0, atol=1e-6)
+
+
 def test_native_teacher_gives_the_same_losses(data, teacher, tmp_path):
     torch.manual_seed(0)
     fields = yaml.safe_load(f"{{{MODEL}}}") | {"backbone_norm": "frozen", "num_labels": 10}
