@@ -17,6 +17,7 @@ NAMES = (
     "detection_training",
     "detection_padding",
     "detection_evaluation",
+    "clustered_attention",
     "report",
 )
 

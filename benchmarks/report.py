@@ -301,6 +301,50 @@ def language_generation(results: dict) -> str:
     )
 
 
+def clustered_attention(results: dict) -> str:
+    """Time and average precision of clustered attention."""
+    speeds = [
+        (
+            cells,
+            name,
+            milliseconds,
+            r["speedup"].get(name, ""),
+            ", ".join(map(str, r["clusters_per_layer"].get(name, []))),
+            r["largest"].get(name, ""),
+        )
+        for cells, r in results["speed"].items()
+        for name, milliseconds in r["milliseconds"].items()
+    ]
+    scores = [
+        (
+            size,
+            name,
+            *(f"{r[score]:.2f}" for score in ("AP", "AP_small")),
+            f"{r['AP'] - rows['exact']['AP']:+.2f}",
+            ", ".join(map(str, r.get("clusters", []))),
+            r["milliseconds"],
+        )
+        for size, rows in results["accuracy"].items()
+        for name, r in rows.items()
+    ]
+    parts = [
+        "## Clustered attention in the encoder of a DETR",
+        f"The encoder of a detector of digit scenes with {results['layers']} layers of {results['heads']} heads of "
+        f"{results['head_dim']}, stride 8; one image. Time is that of self-attention without projections, in all "
+        f"layers; L random projections, buckets of width {results['width']:g}. Clusters: mean of a head, by layer; "
+        "all heads of a layer take as long as the one with the most.",
+        machine(results),
+        table(("cells", "attention", "ms", "speedup", "clusters", "most"), speeds),
+    ]
+    if scores:
+        parts += [
+            f"Average precision on the {results['split']} split without any training after the change; k-means has as "
+            "many clusters in each head as the hashes.",
+            table(("images", "attention", "AP", "AP small", "change of AP", "clusters", "ms per image"), scores),
+        ]
+    return "\n\n".join(parts)
+
+
 def distillation(results: dict) -> str:
     """Distillation steps and cache sizes."""
     found = results["precisions"].items()
@@ -338,6 +382,7 @@ SECTIONS = {
     "deformable_detr_criterion": set_criterion,
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
+    "clustered_attention": clustered_attention,
     "language_training": language_training,
     "language_generation": language_generation,
     "distillation": distillation,
