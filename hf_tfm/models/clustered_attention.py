@@ -9,6 +9,7 @@ C = the largest number of clusters of a head in the batch.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class ClusteredAttention:
         ValueError: an option is out of range.
     """
 
-    rounds: int = 20
+    rounds: int = 32
     width: float = 8.0
     seed: int = 0
 
@@ -134,13 +135,19 @@ class ClusteredAttention:
 def hash_family(rounds: int, dim: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return projections (L, Dh) from N(0, 1), offsets (L,) in buckets from U(0, 1), and odd factors (L,) int64.
 
-    The first rounds are the same for every number of rounds. NumPy guarantees this generator's stream.
+    The first rounds are the same for every number of rounds.
     """
-    random = [np.random.RandomState([seed, part]) for part in range(3)]
-    projections = random[0].standard_normal((rounds, dim)).astype(np.float32)
-    offsets = random[1].uniform(size=rounds).astype(np.float32)
-    factors = random[2].randint(0, 2**63, size=rounds, dtype=np.int64) | 1
-    return tuple(torch.from_numpy(part).to(device, non_blocking=True) for part in (projections, offsets, factors))
+    projections, offsets, factors = map(torch.from_numpy, random_numbers(rounds, dim, seed))
+    return tuple(part.to(device, non_blocking=True) for part in (projections, offsets, factors))
+
+
+@lru_cache(maxsize=64)
+def random_numbers(rounds: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the numbers of `hash_family`. NumPy guarantees the stream of this generator."""
+    normal, uniform, integer = (np.random.RandomState([seed, part]) for part in range(3))
+    projections = normal.standard_normal((rounds, dim)).astype(np.float32)
+    offsets = uniform.uniform(size=rounds).astype(np.float32)
+    return projections, offsets, integer.randint(0, 2**63, size=rounds, dtype=np.int64) | 1
 
 
 def cluster_means(query: Tensor, clusters: Tensor, count: int) -> Tensor:

@@ -94,7 +94,7 @@ class TfmDetrConfig(TravellingConfig):
         encoder_layers, decoder_layers: number of blocks.
         encoder_attention_heads, decoder_attention_heads: number of attention heads.
         encoder_attention: self-attention of the encoder: "full" (exact) or "clustered", see `ClusteredAttention`.
-        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"rounds": 20, "width": 8.0}.
+        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"rounds": 32, "width": 8.0}.
         encoder_ffn_dim, decoder_ffn_dim: hidden size of the feed-forward layers.
         activation_function: activation of the feed-forward layers.
         dropout: dropout rate of every sublayer's output.

@@ -142,7 +142,7 @@ class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageModelEva
             say which categories are things; boxes are those of all segments, as in training. Default: if the model has
             masks.
         encoder_attention: self-attention of the encoder: full (exact) or clustered; default, that of the model.
-        encoder_attention_kwargs: options of encoder_attention, for instance {rounds: 20, width: 8.0}.
+        encoder_attention_kwargs: options of encoder_attention, for instance {rounds: 32, width: 8.0}.
     """
 
     match_labels: Literal["name", "number"] = "name"
