@@ -55,8 +55,9 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         shortest_side: shortest side of the images in evaluation, in pixels.
         longest_side: limit of the longest side in evaluation.
         augmentation: random changes of training images.
-        pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model, and by default
-            freeze its batch norms; default, if backbone is a folder or Hub id. No effect with model_name_or_path.
+        pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model, and freeze
+            its batch norms unless ``model`` says otherwise; default, if backbone is a folder or Hub id. No effect with
+            model_name_or_path.
         num_pictures: number of validation images drawn with their predictions at every evaluation, see
             `PredictionPictures`.
     """
@@ -93,8 +94,9 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         check_fields(self.config_class, self.model, SCENE_FIELDS)
         if self.pretrained_backbone is None:
             self.pretrained_backbone = self.backbone_source is not None
-        if self.pretrained_backbone and "backbone_norm" in self.config_class.__dataclass_fields__:
-            self.model = {"backbone_norm": "frozen", **self.model}
+        if self.pretrained_backbone:
+            norm = getattr(self.config_class.of_size(self.size), "backbone_norm", "frozen")
+            self.model = {**({} if norm == "frozen" else {"backbone_norm": "frozen"}), **self.model}
         if self.backbone_source is None:
             self.check_backbone(new_config(self.config_class, self))
 
