@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -163,6 +163,8 @@ class ModelArguments(Arguments):
     # Models that are valid for arguments, {argument: hub.pretrained.Suitable}. A subclass sets it, at least for
     # model_name_or_path, and a default architecture.
     accepted_models: ClassVar[dict[str, Any]] = {}
+    # Options of a new model that contradict model_name_or_path.
+    new_model_options: ClassVar[tuple[str, ...]] = ()
 
     model_name_or_path: str | None = None
     architecture: str | None = None
@@ -182,6 +184,18 @@ class ModelArguments(Arguments):
         if not cls.accepted_models:
             return {}
         return {"architecture": list(cls.accepted_models["model_name_or_path"].head.families())}
+
+    @classmethod
+    def drop_new_model(cls, values: MutableMapping[str, Any], given: Collection[str]) -> None:
+        """Drop what a configuration file says about a new model, if the command line names a saved one.
+
+        Args:
+            values: all options; changed in place.
+            given: names of the options on the command line.
+        """
+        if "model_name_or_path" in given and values["model_name_or_path"]:
+            for option in set(cls.new_model_options) - set(given):
+                values[option] = None
 
     def check_saved(self, config: PreTrainedConfig) -> None:
         """Check arguments that depend on the family of ``model_name_or_path``, before any data is read.

@@ -414,7 +414,8 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
     """Parse command-line arguments and YAML to an argument dataclass.
 
     ``--config`` takes a file or the name of one of the recipe's presets; all other arguments override it, whatever
-    their order. ``--print_config`` prints the result instead of running it.
+    their order. With ``--model_name_or_path``, what it says about a new model does not apply, see
+    `ModelArguments.new_model_options`. ``--print_config`` prints the result instead of running it.
 
     Args:
         kind: argument dataclass of the recipe.
@@ -454,9 +455,16 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
         check_words(words, kind)
         values = parser.parse_args([*configs, *words])
         values.pop("config")
+        if issubclass(kind, ModelArguments):
+            kind.drop_new_model(values, {root_of(word) for word in words if word.startswith("--")})
         return kind(**values.as_dict())
     except ValueError as error:
         parser.error(str(error))
+
+
+def root_of(word: str) -> str:
+    """Return the option of a word of the command line, "--model.dropout=0.1": "model"."""
+    return re.split(r"[.=]", word.removeprefix("--"), maxsplit=1)[0]
 
 
 def group_actions(parser: OptionParser, kind: type) -> None:

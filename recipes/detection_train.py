@@ -6,6 +6,7 @@
     hf-tfm run detection_train --config digits_deformable                 the same with Deformable DETR
     hf-tfm run detection_train --config frcnn_digits                      the same with Faster R-CNN
     hf-tfm run detection_train --config bccd --dataset_name DATA               starts from the previous run
+    hf-tfm run detection_train --config finetune_small --dataset_name DATA     from a backbone of ImageNet
     hf-tfm run detection_train --config finetune_small --dataset_name DATA --model_name_or_path MODEL
     accelerate launch recipes/detection_train.py --config r50_300         as many GPUs as the launcher finds
 

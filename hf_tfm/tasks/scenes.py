@@ -63,6 +63,7 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     """
 
     accepted_models: ClassVar = OBJECTS
+    new_model_options: ClassVar = ("backbone", "pretrained_backbone")
     streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
 
     architecture: str = "detr"

@@ -25,6 +25,7 @@ from vision_recipes import distance, scores, weights
 
 from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.evaluation import evaluate
+from hf_tfm.tasks.object_detection import DetectionArguments
 
 RECIPE = ROOT / "recipes" / "detection_train.py"
 
@@ -281,6 +282,24 @@ def test_categories_unknown_to_training_are_refused(splits, tmp_path):
 
 
 # --- options
+
+
+def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
+    """What it says about the backbone of a new model is dropped, but not what the command line says."""
+
+    def parse(*words):
+        recipe = ROOT / "recipes" / "detection_train.py"
+        return parse_arguments(DetectionArguments, recipe, ["--config", "finetune_small", *words])
+
+    new, other, saved = parse(), parse("--backbone", "resnet18"), parse("--model_name_or_path", "x")
+    assert new.pretrained_backbone and new.model["backbone"] == "tf_efficientnet_lite0"
+    assert other.pretrained_backbone and other.model["backbone"] == "resnet18"
+    assert new.model["backbone_norm"] == "frozen" and saved.model == {"num_queries": 50}
+    assert (saved.model_name_or_path, saved.backbone, saved.pretrained_backbone) == ("x", None, False)
+    with pytest.raises(SystemExit):
+        parse("--model_name_or_path", "x", "--backbone", "resnet18")
+    assert "model_name_or_path has its own backbone: do not give backbone with it" in capsys.readouterr().err
+
 
 MISFITS = {
     "metric": (

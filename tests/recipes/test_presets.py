@@ -30,7 +30,8 @@ def test_every_recipe_has_presets():
 
 
 def assert_within(part, whole):
-    """Every value of a preset is parsed as written; groups of options may have more fields."""
+    """Every value of a preset is parsed as written; groups of options may have more fields, and the model those that a
+    pretrained backbone needs."""
     for key, value in part.items():
         if isinstance(value, dict) and key != "model":
             assert_within(value, whole[key])
@@ -39,6 +40,9 @@ def assert_within(part, whole):
                 assert_within(one, other)
         elif isinstance(value, str) and whole.get("task") and key in PER_TASK:
             assert whole[key] == value.replace("{task}", whole["task"])
+        elif key == "model":
+            more = {name: whole[key][name] for name in ("backbone", "backbone_norm") if name in whole[key]}
+            assert whole[key] == {**more, **value}
         else:
             assert whole[key] == value, key
 
