@@ -453,11 +453,11 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
                 configs += ["--config", preset_path(config, presets)]
                 check_config(Path(configs[-1]), kind)
         check_words(words, kind)
-        values = parser.parse_args([*configs, *words])
+        values = parser.parse_args([*configs, *words]).as_dict()
         values.pop("config")
         if issubclass(kind, ModelArguments):
             kind.drop_new_model(values, {root_of(word) for word in words if word.startswith("--")})
-        return kind(**values.as_dict())
+        return kind(**values)
     except ValueError as error:
         parser.error(str(error))
 
