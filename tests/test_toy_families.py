@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import toy_families
+from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoTokenizer
 
 from hf_tfm import families
@@ -106,6 +107,8 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)  # its precision is that of the test before
+    GradientState._reset_state()
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     for family in toy_families.FAMILIES:
         register_family(family)
