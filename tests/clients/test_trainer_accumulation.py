@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 import hf_tfm
 from hf_tfm.training.step_items import StepItemsTrainer, total
 
-every_head = pytest.mark.parametrize("name", CASES)
 PARTS = (slice(0, 3), slice(3, 4), slice(4, 8))
 
 
@@ -47,7 +46,8 @@ def losses(case: Case, extra: dict | None = None) -> tuple[list[float], list[Ten
     return values, gradients
 
 
-@every_head
+# Faster R-CNN samples proposals, which rounding may change; its recipe's tests compare its steps.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "faster_rcnn"])
 def test_micro_batches(name):
     values, gradients = losses(CASES[name])
     assert values[1] == pytest.approx(values[0], rel=1e-5) and values[2] == pytest.approx(values[0], rel=1e-5)
@@ -185,7 +185,8 @@ def test_no_objects():
         model, empty = CASES[name].model(), {"class_labels": torch.zeros(0).long(), "boxes": torch.zeros(0, 4)}
         labels = [{**empty, "masks": torch.zeros(0, 32, 32)}] * 2
         output = model(torch.rand(2, 3, 32, 32), labels=labels)
-        assert output.loss.isfinite() and output.loss_dict["loss_bbox"] == output.loss_dict["loss_giou"] == 0
+        boxes = [loss for term, loss in output.loss_dict.items() if "box" in term or "giou" in term]
+        assert output.loss.isfinite() and len(boxes) >= 2 and not any(boxes), name
 
 
 def test_mask_predict_with_a_standard_collator():

@@ -330,6 +330,7 @@ def test_help_groups_options_by_model_kind(capsys):
     assert groups["image classifiers"] == ["real_labels"]
     assert set(groups["image classifiers and text classifiers"]) == {"confusion", "label_column"}
     boxes = {"objects_column", "box_format", "relative_boxes"}
-    assert set(groups["detectors"]) == {*boxes, "segments", "panoptic_column", "segments_column"}
+    attention = {"encoder_attention", "encoder_attention_kwargs"}
+    assert set(groups["detectors"]) == {*boxes, *attention, "segments", "panoptic_column", "segments_column"}
     assert groups["masked autoencoders and language models"] == ["seed"]
     assert {"mlm_probability", "text_column"} < set(groups["language models"])

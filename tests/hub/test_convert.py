@@ -290,4 +290,9 @@ def test_card_of_a_converted_model(tmp_path):
     assert "trust_remote_code" not in card and "hf_tfm" not in card
     assert "| test | bleu_lowercase | 41.02 |" in card
     assert (tmp_path / "shipped" / "training_curve.png").is_file()
-    assert RunRecord.load(tmp_path / "shipped").to_dict() == {**RECORD, "costs": None, "distillation": None}
+    assert RunRecord.load(tmp_path / "shipped").to_dict() == {
+        **RECORD,
+        "costs": None,
+        "distillation": None,
+        "evaluations": None,
+    }
