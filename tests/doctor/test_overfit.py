@@ -23,6 +23,7 @@ def test_healthy_images_are_memorized(monkeypatch, few_steps):
     assert "on 8 training images after 120 steps, 64 pixels, the run's own model" in found.message
 
 
+@pytest.mark.slow
 def test_one_image_with_different_targets_is_not_memorized(monkeypatch, few_steps):
     def planted(rows):
         for row in rows["train"]:

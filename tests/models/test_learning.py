@@ -62,6 +62,7 @@ def test_model_learns(decoding, steps, norm_first):
     assert accuracy(trained(steps, decoding=decoding, norm_first=norm_first)) > 0.95
 
 
+@pytest.mark.slow
 def test_without_a_causal_mask_loss_is_low_but_nothing_is_learned():
     """A decoder that sees the next token copies the answer and fails without it; the test above would detect this."""
 

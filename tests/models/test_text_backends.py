@@ -15,6 +15,11 @@ SHIFTS = {
     "chooser": ("k_proj.bias", "classifier.bias"),
     "reader": ("k_proj.bias", "qa_outputs.bias", "layers.1.feed_forward_residual.norm.bias"),
 }
+# The other heads are a linear layer or two on one of the first models.
+every_base = pytest.mark.parametrize(
+    "name",
+    [name if name in ("pretraining", "causal") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 BASES = pytest.mark.parametrize("name", ["pretraining", "causal"])
 
 
@@ -112,7 +117,7 @@ def test_autocast(name):
 
 
 @torch.no_grad()
-@every_model
+@every_base
 @pytest.mark.parametrize(
     "asked",
     [{}, pytest.param({"output_attentions": True, "output_hidden_states": True}, marks=pytest.mark.slow)],
@@ -132,7 +137,7 @@ def test_forward_compiles_in_one_graph(name, asked):
     ("name", "options"),
     [
         ("pretraining", {}),
-        ("masked", {"return_logits": False}),
+        pytest.param("masked", {"return_logits": False}, marks=pytest.mark.slow),
         pytest.param("causal", {}, marks=pytest.mark.slow),
         ("causal", {"return_logits": False}),
     ],
@@ -176,7 +181,7 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
 
 
 @torch.no_grad()
-@every_model
+@every_base
 def test_export(name):
     """One graph for any number of texts of any length; for multiple choice, any number of choices."""
     model, inputs = tiny_text(name), text_batch(name)

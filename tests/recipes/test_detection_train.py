@@ -138,7 +138,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers"), [("plain", 2), ("parts", 0), pytest.param("ema", 0, marks=pytest.mark.slow)]
+    ("kind", "workers"), [("plain", 2), *(pytest.param(kind, 0, marks=pytest.mark.slow) for kind in ("parts", "ema"))]
 )
 def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     """A killed run leaves only its last checkpoint; the number of workers does not matter."""

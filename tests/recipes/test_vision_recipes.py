@@ -254,7 +254,7 @@ OPTIONS = {
 }
 # Options that the other recipe tests, too.
 SLOW = {("image_classification_train", "repeats"), ("image_classification_train", "stream"), ("mae_pretrain", "sgd")}
-SLOW |= {("mae_pretrain", "ema")}
+SLOW |= {("mae_pretrain", "ema"), ("image_classification_train", "sgd")}
 RESUMED = {
     "image_classification_train": [("mixing", 2), ("repeats", 0), ("ema", 0), ("sgd", 2), ("stream", 0), ("probe", 0)],
     "mae_pretrain": [("repeats", 2), ("ema", 0), ("sgd", 0), ("stream", 1)],
