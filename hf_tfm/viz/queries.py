@@ -227,7 +227,7 @@ def with_grid(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[ModelOutpu
     if len(sizes) != 1 or not maps or maps[-1].shape[-1] != sizes[0][0] * sizes[0][1]:
         raise ValueError(
             f"{type(model).__name__} has no attention of its queries over one feature map: these pictures are for "
-            "DETR, and for detectors of this package"
+            "DETR, and for detectors of this package that have queries"
         )
     return output, sizes[0]
 
