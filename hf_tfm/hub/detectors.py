@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from ..families import PANOPTIC_DETECTOR
 from ..models.class_scoring import SCORINGS, scoring_name
+from ..models.patches import unpadded_sizes
 from .loading import load_config, load_with_processor
 
 PANOPTIC_THRESHOLD = 0.85  # minimum score of a query in a panoptic map, as in the authors' code
@@ -89,7 +90,7 @@ def processed(processor: BaseImageProcessor, images: Sequence[Tensor]) -> dict[s
         mask = None
         sizes = torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)
     else:
-        sizes = torch.stack([mask.any(dim=2).sum(dim=1), mask.any(dim=1).sum(dim=1)], dim=1)
+        sizes = unpadded_sizes(mask)
     labels = [
         {"orig_size": torch.tensor(image.shape[1:]), "size": size} for image, size in zip(images, sizes, strict=True)
     ]

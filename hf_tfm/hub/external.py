@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from ..command import cause
 from ..finite import check_finite
 from ..models.boxes import detections_as_queries
+from ..models.patches import unpadded_sizes
 from ..values import closest
 from .loading import explained, load_config, read_json
 
@@ -81,8 +82,8 @@ class ExternalForObjectDetection(PreTrainedModel):
         """(B, 3, H, W) and the mask of padding (B, H, W) -> logits (B, Q, C + 1), boxes (B, Q, 4)."""
         images = list(pixel_values)
         if pixel_mask is not None:
-            heights, widths = pixel_mask.any(dim=2).sum(dim=1).tolist(), pixel_mask.any(dim=1).sum(dim=1).tolist()
-            images = [image[:, :h, :w] for image, h, w in zip(images, heights, widths, strict=True)]
+            sizes = unpadded_sizes(pixel_mask).tolist()
+            images = [image[:, :h, :w] for image, (h, w) in zip(images, sizes, strict=True)]
         found = self.network(images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         logits, boxes = detections_as_queries(found, sizes, self.config.num_labels)
@@ -385,9 +386,7 @@ def weights_file(argument: str, path: str) -> Path:
     if place.is_file():
         return place
     found = [place / name for name in WEIGHT_FILES if (place / name).is_file()]
-    found = found[:1] or sorted(
-        one for one in place.iterdir() if one.suffix in (".safetensors", ".pth", ".bin", ".npz")
-    )
+    found = found[:1] or sorted(one for one in place.iterdir() if one.suffix in SUFFIXES)
     if len(found) != 1:
         reason = f"has {len(found)} files of weights" if found else "has no file of weights"
         raise ValueError(f"{argument} {path} {reason}: give the file")

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common
 from .configuration_backbone import check_backbone, resolve_backbone
+from .configuration_detr import NORMS
 from .travel import TravellingConfig
 
 # "base" is torchvision's model with a ResNet-50. The others are ours, for small images and training from scratch, with
@@ -34,7 +35,6 @@ SIZES = {
     },
     "base": {},
 }
-NORMS = ("frozen", "batch", "group")
 LEAST_1 = (
     "num_channels",
     "num_queries",

@@ -35,6 +35,7 @@ from .configuration_faster_rcnn import TfmFasterRCNNConfig
 from .detection import DetectorPreTrainedModel, Labels, WithBackbone
 from .image_backbones import PYRAMID_LEVELS, build_backbone, build_pyramid
 from .input_checks import refuse_unknown
+from .patches import unpadded_sizes
 
 MAPS = 4  # of the backbone that are read, if it has as many
 POOL = "pool"  # torchvision's name of a last map, for proposals only
@@ -186,8 +187,7 @@ class TfmFasterRCNNForObjectDetection(TfmFasterRCNNPreTrainedModel):
         B, _, H, W = pixel_values.shape
         sizes = [(H, W)] * B
         if pixel_mask is not None:
-            heights, widths = pixel_mask.bool().any(dim=2).sum(dim=1), pixel_mask.bool().any(dim=1).sum(dim=1)
-            sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
+            sizes = [(height, width) for height, width in unpadded_sizes(pixel_mask).tolist()]
         found = self.model(pixel_values, pixel_mask, **kwargs).hidden_states
         # torchvision decodes boxes in the precision of the maps; the spacing of bf16 at 128 pixels is one pixel.
         maps = {name: values.float() for name, values in zip((*self.model.levels, POOL), found, strict=True)}

@@ -115,6 +115,12 @@ def resize_grids(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
     return plane.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 
+def unpadded_sizes(pixel_mask: Tensor) -> Tensor:
+    """Return the height and width of images without padding: mask (B, H, W), 0 for padding -> (B, 2) int64."""
+    covered = pixel_mask.bool()
+    return torch.stack([covered.any(dim=2).sum(dim=1), covered.any(dim=1).sum(dim=1)], dim=1)
+
+
 def unpadded_grid(pixel_mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the rows and columns of patches that images cover, at least in part.
 
@@ -125,8 +131,7 @@ def unpadded_grid(pixel_mask: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, 2) int64, at least 1.
     """
-    covered = pixel_mask.bool()
-    sizes = torch.stack([covered.any(2).sum(1), covered.any(1).sum(1)], dim=1)  # (B, 2)
+    sizes = unpadded_sizes(pixel_mask)
     cells, pixels = sizes.new_tensor(grid), sizes.new_tensor(pixel_mask.shape[1:])
     return ((sizes * cells + pixels - 1) // pixels).clamp_min(1)
 

@@ -56,8 +56,7 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         longest_side: limit of the longest side in evaluation.
         augmentation: random changes of training images.
         pretrained_backbone: load timm's weights, or those of the folder, into the backbone of a new model, and freeze
-            its batch norms unless ``model`` says otherwise; default, if backbone is a folder or Hub id. No effect with
-            model_name_or_path.
+            its batch norms unless ``model`` says otherwise; default, if backbone is a folder or Hub id.
         num_pictures: number of validation images drawn with their predictions at every evaluation, see
             `PredictionPictures`.
     """
@@ -86,8 +85,9 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
                 f"shortest_side must be at most longest_side = {self.longest_side}, got {self.shortest_side}"
             )
         if self.model_name_or_path:
-            if self.backbone:
-                raise ValueError("model_name_or_path has its own backbone: do not give backbone with it")
+            for name in ("pretrained_backbone", "backbone"):
+                if getattr(self, name):
+                    raise ValueError(f"model_name_or_path has its own backbone: do not give {name} with it")
             self.pretrained_backbone = False
             return
         if self.backbone is not None:

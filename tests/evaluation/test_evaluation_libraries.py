@@ -307,7 +307,7 @@ def test_missing_download_names_the_options(monkeypatch, data):
 
 
 def label_map(capsys, data: str, model: str) -> str:
-    """What the doctor says of the labels, in one line."""
+    """Level and message of the doctor's finding on the labels."""
     options = ["--train_split", "test", "--model", model]
     with contextlib.suppress(SystemExit):  # other checks fail on so little data
         cli.main(["doctor", "data", data, *options])

@@ -285,7 +285,7 @@ def test_categories_unknown_to_training_are_refused(splits, tmp_path):
 
 
 def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
-    """What it says about the backbone of a new model is dropped, but not what the command line says."""
+    """--model_name_or_path replaces the preset's backbone, but contradicts one on the command line."""
 
     def parse(*words):
         recipe = ROOT / "recipes" / "detection_train.py"
@@ -317,6 +317,10 @@ MISFITS = {
     ),
     "norm": ({"pretrained_backbone": "true"}, 'model.backbone_norm must be "frozen" or "batch", got "group"'),
     "both": (
+        {"model_name_or_path": "x", "pretrained_backbone": "true", "model": None, "size": "base"},
+        "model_name_or_path has its own backbone: do not give pretrained_backbone with it",
+    ),
+    "backbone": (
         {"model_name_or_path": "x", "backbone": "resnet18", "model": None, "size": "base"},
         "model_name_or_path has its own backbone: do not give backbone with it",
     ),
