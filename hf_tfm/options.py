@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
@@ -425,22 +426,8 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
     Raises:
         SystemExit: an option is unknown or has an invalid value; the message names it.
     """
-    name = f"hf-tfm {command or f'run {recipe.stem}'}"
-    parser = OptionParser(
-        prog=name,
-        usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
-        description=recipe_summary(recipe),
-        epilog=DEBUG_HELP,
-    )
+    parser = option_parser(kind, recipe, command or f"run {recipe.stem}")
     presets = recipe.parent / "presets" / recipe.stem
-    known = f", or a preset: {', '.join(preset_names(presets))}" if presets.is_dir() else ""
-    parser.add_argument("--config", action=ActionConfigFile, metavar="NAME", help=f"YAML file of options{known}")
-    parser.add_class_arguments(kind, as_group=False, fail_untyped=True, sub_configs=False)
-    group_actions(parser, kind)
-    choices = kind.choices() if issubclass(kind, ModelArguments) else {}
-    for action in parser._actions:
-        if action.dest in choices:
-            action.metavar = choice_name(choices[action.dest])
     configs, words = [], []
     rest = iter(argv)
     try:
@@ -460,6 +447,28 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
         return kind(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+@cache
+def option_parser(kind: type, recipe: Path, command: str) -> OptionParser:
+    """Return the parser of a recipe's options; building it takes as long as parsing a command line."""
+    name = f"hf-tfm {command}"
+    parser = OptionParser(
+        prog=name,
+        usage=f"{name} [--config PRESET or FILE] [--OPTION VALUE ...]",
+        description=recipe_summary(recipe),
+        epilog=DEBUG_HELP,
+    )
+    presets = recipe.parent / "presets" / recipe.stem
+    known = f", or a preset: {', '.join(preset_names(presets))}" if presets.is_dir() else ""
+    parser.add_argument("--config", action=ActionConfigFile, metavar="NAME", help=f"YAML file of options{known}")
+    parser.add_class_arguments(kind, as_group=False, fail_untyped=True, sub_configs=False)
+    group_actions(parser, kind)
+    choices = kind.choices() if issubclass(kind, ModelArguments) else {}
+    for action in parser._actions:
+        if action.dest in choices:
+            action.metavar = choice_name(choices[action.dest])
+    return parser
 
 
 def root_of(word: str) -> str:

@@ -33,7 +33,8 @@ def plot_history(rows: list[dict[str, Any]], title: str) -> Figure | None:
     if not training and not evaluation:
         return None
     heights = [4, 3, 1] if scores else [4, 1]
-    figure = Figure(figsize=(8, 7 if scores else 5), layout="constrained")
+    figure = Figure(figsize=(8, 7 if scores else 5))  # fixed margins: the layouts of matplotlib draw all of it twice
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.08 if scores else 0.11, top=0.94, hspace=0.12)
     FigureCanvasAgg(figure)
     losses, *middle, rates = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     losses.set_title(title)
