@@ -1,25 +1,33 @@
 """Run command lines of hf-tfm, within resource limits, in forks of one process that has imported everything.
 
-line of JSON {argv, folder} on standard input -> fork, limits, `hf_tfm.cli.main` -> line of JSON {status, seconds, ...}
+line of JSON {argv, folder, stdout, stderr} on standard input -> limits, `hf_tfm.cli.main` -> line of JSON {status,
+seconds}
 
-A fork takes milliseconds, while a new process takes ten seconds for its imports, so a case costs little more than its
-own work. Run as a program, this file is the server; `Server` is its client.
+A fork takes some 0.1 s with the pages it copies, and a new process takes ten seconds for its imports. A fork whose
+command was refused and left no state behind (see `state`) runs the next command too, so a case costs little more than
+its own work. Run as a program, this file is the server; `Server` is its client.
 """
 
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 MEMORY = 4 * 2**30  # limit of a case's data segment in bytes, imports included
+CASES = 50  # limit of one fork
+DONE = 77  # exit status of a fork that has answered all cases it has read
 CPU_SECONDS, WALL_SECONDS = 60, 240  # wall-clock limit of a case; on a busy machine it runs out before the CPU limit
 
 
@@ -98,13 +106,14 @@ class Server:
     def run(self, argv: list[str], folder: Path) -> Result:
         """Run a command line in a folder."""
         before = tree(folder)
-        self.process.stdin.write(json.dumps({"argv": argv, "folder": str(folder)}) + "\n")
+        outputs = {name: str(self.home / f"case.{name}") for name in ("stdout", "stderr")}
+        self.process.stdin.write(json.dumps({"argv": argv, "folder": str(folder), **outputs}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
         after = tree(folder)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        out, err = (Path(answer[name]).read_text(errors="replace") for name in ("stdout", "stderr"))
-        return Result(answer["status"], out, err, changed, answer["seconds"])
+        texts = {name: Path(path).read_text(errors="replace") for name, path in outputs.items()}
+        return Result(**answer, **texts, changed=changed)
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -132,34 +141,104 @@ def warm_up() -> None:
 
 def serve(home: Path, seconds: int) -> None:
     """Read cases from standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
+    cases, answers = os.dup(0), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    gc.disable()  # until all that a collection would look at is frozen
     prepare()
     import inputs
 
     def build() -> int:
+        os.chdir(home)
         inputs.save_models(home / "models")
-        return 0
+        return DONE
 
-    if fork_and_wait(build, home, home / "build.out", home / "build.err", CPU_SECONDS)[0]:
-        raise SystemExit((home / "build.err").read_text())
+    if fork_and_wait(build)[0] != DONE:
+        raise SystemExit("the models could not be saved")
     warm_up()
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy the memory of everything imported
+    gc.enable()
     print("ready", file=answers, flush=True)
-    for number, line in enumerate(sys.stdin):
-        case = json.loads(line)
-        out, err = (home / f"case-{number}.{name}" for name in ("out", "err"))
+    while case := read(cases):
+        status, used = fork_and_wait(lambda case=case: run_cases(case, cases, answers, seconds))
+        if status != DONE:
+            print(json.dumps({"status": status, "seconds": used}), file=answers, flush=True)
 
-        def work(argv=case["argv"]) -> int:
-            from hf_tfm.cli import main
 
-            main(argv)
-            return 0
+def read(file: int) -> dict | None:
+    """The next line of JSON, read without a buffer because forks read on where others stopped; None at the end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (part := os.read(file, 2**16)):
+            return None
+        line += part
+    return json.loads(line)
 
-        status, used = fork_and_wait(work, Path(case["folder"]), out, err, seconds)
-        answer = {"status": status, "seconds": used, "stdout": str(out), "stderr": str(err)}
+
+def run_cases(case: dict, cases: int, answers, seconds: int) -> int:
+    """Run a case, and those that follow as long as they leave no state behind; in a fork.
+
+    Args:
+        case: the first.
+        cases, answers: file descriptor of the others, and file of the answers.
+        seconds: limit of CPU time per case.
+
+    Returns:
+        `DONE`, if it is not killed in a case.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww"))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    first = state()
+    for number in range(CASES):
+        os.chdir(case["folder"])
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(case[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, stream)
+            os.close(file)
+        signal.alarm(WALL_SECONDS)
+        before = time.process_time()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(before) + seconds, hard))
+        status = run_case(case["argv"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.alarm(0)
+        answer = {"status": status, "seconds": time.process_time() - before}
         print(json.dumps(answer), file=answers, flush=True)
+        if status == 0 or state() != first or number == CASES - 1 or (case := read(cases)) is None:
+            break
+    return DONE
+
+
+def run_case(argv: list[str]) -> int:
+    """Exit status of a command line."""
+    from hf_tfm.cli import main
+
+    try:
+        main(argv)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def state() -> tuple:
+    """State of this process that one command could leave to the next."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from torch import are_deterministic_algorithms_enabled, get_default_dtype
+
+    return (
+        dict(os.environ),
+        [bool(kind._shared_state) for kind in (AcceleratorState, GradientState, PartialState)],
+        (threading.active_count(), bool(multiprocessing.active_children())),
+        (get_default_dtype(), are_deterministic_algorithms_enabled()),
+    )
 
 
 def prepare() -> None:
@@ -175,44 +254,19 @@ def prepare() -> None:
         importlib.import_module(name)
 
 
-def fork_and_wait(work, folder: Path, out: Path, err: Path, seconds: int) -> tuple[int, float]:
-    """Run a function in a fork within the limits; returns its exit status, or its negative signal, and CPU seconds."""
+def fork_and_wait(work: Callable[[], int]) -> tuple[int, float]:
+    """Run a function in a fork; returns its exit status, or its negative signal, and CPU seconds."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.setsid()
-            os.chdir(folder)
-            for path, number in ((out, 1), (err, 2)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             status = work()
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
-    deadline = time.monotonic() + WALL_SECONDS
-    while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            _, status, usage = os.wait4(pid, 0)
-            break
-        time.sleep(0.005)
+    _, status, usage = os.wait4(pid, 0)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)  # data loader workers left behind by the case
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
