@@ -141,9 +141,8 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
     }
     description = f"{' '.join(__doc__.split())} {DEBUG_HELP}."
     parser = OptionParser(prog="hf-tfm", description=description)
-    functions = add_commands(
-        parser, commands, kinds={evaluate: {one.kind: one.EvaluationArguments for one in evaluated_tasks()}}
-    )
+    kinds = {evaluate: {one.kind: one.EvaluationArguments for one in evaluated_tasks()}}
+    functions = add_commands(parser, commands, argv, kinds=kinds)
     values = parser.parse_args(argv, defaults=False)  # functions have their own defaults
     path = [values.command]
     chosen = values[values.command]
@@ -187,6 +186,7 @@ def with_homes(name: str, value: Any) -> Any:
 def add_commands(
     parser: OptionParser,
     commands: dict,
+    argv: Sequence[str],
     path: tuple[str, ...] = (),
     kinds: Mapping[Callable, Mapping[str, Callable]] | None = None,
 ) -> dict[tuple[str, ...], Callable]:
@@ -194,6 +194,7 @@ def add_commands(
 
     Args:
         commands: name -> (function, its positional arguments ...), or another such dict.
+        argv: arguments to parse; commands that do not occur there get no options, because adding them takes 0.2 s.
         path: parent commands.
         kinds: for a function that dispatches to one of several functions, these by name; their options are added.
 
@@ -206,7 +207,7 @@ def add_commands(
         if isinstance(entry, dict):
             sub = OptionParser(description=f"{name}: {', '.join(entry)}")
             group.add_subcommand(name, sub, help=sub.description)
-            functions |= add_commands(sub, entry, (*path, name), kinds)
+            functions |= add_commands(sub, entry, argv, (*path, name), kinds)
         else:
             function, *positional = entry
             document = docstring_parser.parse(function.__doc__)
@@ -220,9 +221,9 @@ def add_commands(
                 sub.add_argument(argument, type=str, help=about[argument], **how)
                 usage.append(f"[{argument.upper()}]" if optional else argument.upper() + " ..." * is_list)
             sub.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
-            if function in (kinds or {}):
+            if name in argv and function in (kinds or {}):
                 add_options_of_kinds(sub, kinds[function], set(positional))
-            else:
+            elif name in argv:
                 add_options(sub, function, set(positional))
             group.add_subcommand(name, sub, help=sub.description)
             functions[(*path, name)] = function
