@@ -4,12 +4,18 @@ Our classes read files of transformers' Deformable DETR, and ``save_original_for
 in deformable_detr_stacks.py), so the configuration is converted, and the heads that one file stores once.
 """
 
+import copy
 import re
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, DeformableDetrModel
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrModel,
+    PreTrainedModel,
+)
 
 from ..models.configuration_deformable_detr import BACKBONE_LEVELS, TfmDeformableDetrConfig
 from ..models.modeling_deformable_detr import TfmDeformableDetrForObjectDetection, TfmDeformableDetrModel
@@ -132,6 +138,19 @@ def with_every_class_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights | repeated
 
 
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same outputs in evaluation mode with frozen norms and the first group of queries alone."""
+    model = with_frozen_norms(model)
+    if model.config.query_groups == 1:
+        return model
+    config = copy.deepcopy(model.config)
+    config.query_groups = 1
+    alone = type(model)(config)
+    weights = model.state_dict()
+    alone.load_state_dict({name: weights[name] for name in alone.state_dict()})
+    return alone.eval()
+
+
 DEFORMABLE_DETR = Conversion(
     name="deformable_detr",
     ours=TfmDeformableDetrForObjectDetection,
@@ -139,7 +158,7 @@ DEFORMABLE_DETR = Conversion(
     to_theirs=to_deformable_detr,
     to_ours=from_deformable_detr,
     file_to_ours=with_every_class_head,
-    prepare=with_frozen_norms,
+    prepare=prepared,
     remarks=lambda config: [LOSSES],
 )
 DEFORMABLE_DETR_MODEL = replace(

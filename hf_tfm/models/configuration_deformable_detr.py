@@ -48,7 +48,7 @@ SIZES = {
 BACKBONE_LEVELS = 3  # maximum number of levels that are feature maps of the backbone (C3 to C5 of a ResNet)
 GROUPS = 32  # of the group norm of every level
 LEAST_1 = (
-    *("num_channels", "num_queries", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim"),
+    *("num_channels", "num_queries", "query_groups", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim"),
     *("decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
     *("num_feature_levels", "encoder_n_points", "decoder_n_points"),
 )
@@ -84,6 +84,9 @@ class TfmDeformableDetrConfig(TravellingConfig):
         num_feature_levels: number of feature maps that attention samples from: up to three are the last ones of the
             backbone, with strides 8, 16 and 32 for a ResNet; each further one is a convolution of stride 2 on top.
         num_queries: number of object queries; with ``two_stage`` the number of proposals that become queries.
+        query_groups: number of sets of ``num_queries`` queries in training (Group DETR, Chen et al. 2023,
+            arXiv:2207.13085). Each attends to itself alone and is matched to the objects on its own; the loss is the
+            mean over the sets. After training only the first is used. Must be 1 with ``two_stage``.
         d_model: hidden size, D; a multiple of 32 and of the numbers of heads.
         encoder_layers, decoder_layers: number of blocks.
         encoder_attention_heads, decoder_attention_heads: number of attention heads.
@@ -153,6 +156,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
     num_channels: int = 3
     num_feature_levels: int = 4
     num_queries: int = 300
+    query_groups: int = 1
     d_model: int = 256
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
@@ -221,6 +225,8 @@ class TfmDeformableDetrConfig(TravellingConfig):
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.two_stage and not self.with_box_refine:
             raise ValueError("two_stage needs with_box_refine=True, got False")
+        if self.two_stage and self.query_groups > 1:
+            raise ValueError(f"query_groups must be 1 with two_stage, got {self.query_groups}")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError(
                 "class_cost, bbox_cost and giou_cost must not all be 0: predictions could not be matched to objects"

@@ -100,6 +100,7 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         view = ConfigView(
             config, num_attention_heads=config.decoder_attention_heads, intermediate_size=config.decoder_ffn_dim
         )
+        self.config = config
         self.self_attn = MultiHeadAttention(view, layer_idx=layer_idx)
         self.self_attn_residual = Residual(view)
         self.cross_attn = DeformableAttention(
@@ -123,6 +124,8 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """Apply the block to queries (B, Q, D) and the encoder's output (B, N, D): -> (B, Q, D).
 
+        With groups of queries, (B, G Q, D), self-attention sees one group at a time.
+
         Args:
             centre, scale, sizes: see `References`; tensors of their own, because reentrant checkpointing finds
                 gradients only of arguments that are tensors.
@@ -132,7 +135,8 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         references = References(centre, scale, sizes)
 
         def attend(states: Tensor) -> Tensor:
-            return self.self_attn(states, query_positions=positions, key_positions=positions, **kwargs)[0]
+            own, places = (by_group(part, self.config.num_queries) for part in (states, positions))
+            return self.self_attn(own, query_positions=places, key_positions=places, **kwargs)[0].view_as(states)
 
         def sample(states: Tensor) -> Tensor:
             return self.cross_attn(states, memory, references, memory_mask, positions, output_points)[0]
@@ -140,6 +144,13 @@ class DeformableDecoderBlock(GradientCheckpointingLayer):
         hidden_states = self.self_attn_residual(hidden_states, attend)
         hidden_states = self.cross_attn_residual(hidden_states, sample)
         return self.feed_forward_residual(hidden_states, lambda states: self.feed_forward(states))
+
+
+def by_group(states: Tensor | None, num_queries: int) -> Tensor | None:
+    """Turn groups of queries into rows of a batch: (B, G Q, D) -> (B G, Q, D); None and a single group stay."""
+    if states is None or states.shape[1] == num_queries:
+        return states
+    return states.unflatten(1, (-1, num_queries)).flatten(0, 1)
 
 
 class TfmDeformableDetrPreTrainedModel(DetectorPreTrainedModel):
@@ -150,7 +161,7 @@ class TfmDeformableDetrPreTrainedModel(DetectorPreTrainedModel):
     _no_split_modules = ["TimmFeatures", "TransformersFeatures", "DeformableEncoderBlock", "DeformableDecoderBlock"]  # noqa: RUF012
     # For training a saved model further, see `TfmDetrPreTrainedModel`.
     classifier_modules: ClassVar = ("class_embed",)
-    query_modules: ClassVar = ("query_position_embeddings",)
+    query_modules: ClassVar = ("query_position_embeddings", "group_query_embeddings")
     head_modules: ClassVar = (*classifier_modules, "bbox_embed")
     image_processor_name: ClassVar = "DeformableDetrImageProcessor"  # in transformers
     query_attention: ClassVar = "points"  # the decoder samples points; it has no maps over the image

@@ -5,7 +5,8 @@
     -> class logits (B, Q, C) without a class for "no object", boxes (B, Q, 4)
 
 Shapes: B images; H, W pixels; h, w cells of a feature map; N cells of all S = config.num_feature_levels maps, one map
-after the other; D = config.d_model; Q = config.num_queries; L = config.decoder_layers; C = config.num_labels. Boxes
+after the other; D = config.d_model; Q = config.num_queries; G = config.query_groups, and Q stands for G Q in the
+outputs of the base model in training; L = config.decoder_layers; C = config.num_labels. Boxes
 are cxcywh, as shares of the unpadded image size. A pixel mask is 1 for image and 0 for padding.
 """
 
@@ -137,6 +138,8 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
             self.pos_trans_norm = nn.LayerNorm(2 * D, config.layer_norm_eps)
         else:
             self.query_position_embeddings = nn.Embedding(config.num_queries, 2 * D)
+            if config.query_groups > 1:
+                self.group_query_embeddings = nn.Embedding((config.query_groups - 1) * config.num_queries, 2 * D)
             self.reference_points = nn.Linear(D, 2)
         self.post_init()
 
@@ -192,6 +195,14 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         states = self.enc_output_norm(self.enc_output(memory.masked_fill(~good, 0.0)))
         return Proposals(self.decoder.class_embed[-1](states), precise(self.decoder.bbox_embed[-1](states)) + base)
 
+    def query_table(self, device: torch.device) -> Tensor:
+        """Return the embeddings of the queries, (Q, 2 D), in training of all groups, (G Q, 2 D)."""
+        Q, groups = self.config.num_queries, self.config.query_groups
+        table = embedding_table(self.query_position_embeddings, Q, device)
+        if self.training and groups > 1:
+            return torch.cat([table, embedding_table(self.group_query_embeddings, (groups - 1) * Q, device)])
+        return table
+
     def queries(self, proposals: Proposals | None, features: ImageFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Return the decoder's inputs: states and position embeddings (B, Q, D), references (B, Q, 2 or 4).
 
@@ -200,7 +211,7 @@ class TfmDeformableDetrModel(WithBackbone, TfmDeformableDetrPreTrainedModel):
         """
         count, (B, N, D) = self.config.num_queries, features.cells.shape
         if proposals is None:
-            table = embedding_table(self.query_position_embeddings, count, features.cells.device)[None]
+            table = self.query_table(features.cells.device)[None]
             positions, states = table.split(D, dim=2)  # (1, Q, D)
             with maybe_autocast(table.device.type, enabled=False):
                 reference = precise(self.reference_points(positions)).sigmoid()
@@ -338,14 +349,16 @@ class TfmDeformableDetrForObjectDetection(CountsItems, TfmDeformableDetrPreTrain
             ValueError: a prediction is not finite, see `require_predictions`; labels do not fit.
         """
         outputs = self.model(pixel_values, pixel_mask, **kwargs)
-        logits, boxes = self.heads(outputs)
+        predictions = grouped(*self.heads(outputs), self.config.num_queries)
+        layers = len(predictions.logits) // predictions.groups
+        logits, boxes = predictions.logits[:layers], predictions.boxes[:layers]  # of the first group
         losses = {}
         if labels is not None:
             proposals = None
             if self.config.two_stage:
                 found = outputs.enc_outputs_class[None], outputs.enc_outputs_coord_logits[None].sigmoid()
                 proposals = Predictions(*found, one_class=True)
-            losses = detection_losses(Predictions(logits, boxes), labels, self.config, num_items_in_batch, proposals)
+            losses = detection_losses(predictions, labels, self.config, num_items_in_batch, proposals)
         return TfmDeformableDetrObjectDetectionOutput(
             **losses,
             logits=logits[-1],
@@ -353,6 +366,13 @@ class TfmDeformableDetrForObjectDetection(CountsItems, TfmDeformableDetrPreTrain
             auxiliary_outputs=auxiliary(logits, boxes) if labels is not None else None,
             **shared_outputs(outputs, "intermediate_box_logits"),
         )
+
+
+def grouped(logits: Tensor, boxes: Tensor, num_queries: int) -> Predictions:
+    """Split predictions (L, B, G Q, ...) of all groups of queries into layers of each group: (G L, B, Q, ...)."""
+    groups = boxes.shape[2] // num_queries
+    parts = (states.unflatten(2, (groups, num_queries)).movedim(2, 0).flatten(0, 1) for states in (logits, boxes))
+    return Predictions(*parts, groups=groups)
 
 
 def valid_ratios(mask: Tensor) -> Tensor:

@@ -223,14 +223,16 @@ class Predictions(NamedTuple):
     """Predictions that are matched to the objects of a batch.
 
     Args:
-        logits: (L, B, Q, outputs).
-        boxes: (L, B, Q, 4) cxcywh.
+        logits: (L, B, Q, outputs), with groups (G L, B, Q, outputs), all layers of the first group first.
+        boxes: the same, (L, B, Q, 4) cxcywh.
         one_class: match regardless of the class: all objects have class 0, as for the proposals of an encoder.
+        groups: number G of sets of queries, each matched on its own; their losses are averaged.
     """
 
     logits: Tensor
     boxes: Tensor
     one_class: bool = False
+    groups: int = 1
 
 
 def hungarian_match(logits: Tensor, boxes: Tensor, labels: list[dict[str, Tensor]], config: Any) -> Matching:
@@ -285,7 +287,8 @@ def require_predictions(predictions: Predictions, labels: list[dict[str, Tensor]
         wrong = (~values.isfinite()).flatten(2).any(-1)  # (L, B)
         if wrong.any():
             image = int(wrong.any(0).nonzero()[0])
-            layer = "encoder" if predictions.one_class else f"decoder layer {int(wrong[:, image].nonzero()[0])}"
+            index = int(wrong[:, image].nonzero()[0]) % (len(wrong) // predictions.groups)
+            layer = "encoder" if predictions.one_class else f"decoder layer {index}"
             number = labels[image].get("image_id")
             known = "" if number is None else f"image {int(number)}, "
             raise ValueError(
@@ -466,7 +469,13 @@ def detection_losses(
     """
     sets = [predictions] if proposals is None else [predictions, proposals]
     matchings = match_sets(sets, labels, config)
-    terms = [set_losses(one.logits, one.boxes, own, config) for one, own in zip(sets, matchings, strict=True)]
+    terms = [
+        {
+            name: values.unflatten(0, (one.groups, -1)).mean(0)
+            for name, values in set_losses(one.logits, one.boxes, own, config).items()
+        }
+        for one, own in zip(sets, matchings, strict=True)
+    ]
     return total_loss(terms[0], matchings[0], config, items, *terms[1:])
 
 

@@ -178,14 +178,15 @@ def resize_queries(model: PreTrainedModel, number: int) -> set[str]:
     changed = set()
     for name in layers_of(model, model.query_modules, nn.Embedding):
         old = model.get_submodule(name)
-        new = nn.Embedding(number, old.embedding_dim)
+        rows = number * old.num_embeddings // model.config.num_queries  # some hold several groups of queries
+        new = nn.Embedding(rows, old.embedding_dim)
         model._init_weights(new)
-        kept = min(number, old.num_embeddings)
+        kept = min(rows, old.num_embeddings)
         with torch.no_grad():
             new.weight[:kept] = old.weight[:kept]
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, new)
-        if number > kept:
+        if rows > kept:
             changed.add(f"{name}.weight")
     model.config.num_queries = number
     return changed

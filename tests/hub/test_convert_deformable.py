@@ -21,6 +21,7 @@ VARIANTS = {
     "batch norm": {"backbone_norm": "batch", "num_feature_levels": 2},
     "one layer": {"decoder_layers": 1, "num_feature_levels": 2},
     "refinement": {"with_box_refine": True},
+    "groups of queries": {"query_groups": 3, "num_feature_levels": 1},
     "two-stage": TWO_STAGE,
 }
 
@@ -45,9 +46,9 @@ def test_there_and_back(fields, tmp_path):
     back = convert(tmp_path / "theirs", "tfm", tmp_path / "back")
     assert back["target"]["class"] == "TfmDeformableDetrForObjectDetection"
     first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "back"))
-    for name in TfmDeformableDetrConfig.__dataclass_fields__.keys() & first.keys() - {"backbone_norm", "dtype"}:
-        if name not in ("transformers_version", "architectures"):
-            assert again.get(name) == first[name], name
+    changed = {"backbone_norm", "query_groups", "dtype", "transformers_version", "architectures"}
+    for name in (TfmDeformableDetrConfig.__dataclass_fields__.keys() & first.keys()) - changed:
+        assert again.get(name) == first[name], name
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
     assert all(torch.equal(one[name], other[name]) for name in other)
 

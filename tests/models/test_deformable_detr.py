@@ -15,6 +15,7 @@ from hf_tfm import TfmDeformableDetrConfig, TfmDeformableDetrForObjectDetection,
 from hf_tfm.distillation.student import student_of
 from hf_tfm.models.deformable_attention import DeformableAttention, reference_points, sample_levels
 from hf_tfm.models.positions import sine_2d
+from hf_tfm.tasks.detectors import resize_queries
 from hf_tfm.tasks.model_fields import fresh_head
 
 SIZES = ((64, 96), (32, 64), (64, 32))  # of the three images in the padded batch
@@ -190,7 +191,7 @@ def micro_batches(model: nn.Module, labels: list, images: Tensor, mask: Tensor) 
 
 
 @pytest.mark.parametrize("counts", [(3, 0, 2), (0, 5, 1), (9, 1, 1)], ids=str)
-@SOME
+@pytest.mark.parametrize("fields", [{}, TWO_STAGE, {"query_groups": 2}], ids=["one-stage", "two-stage", "groups"])
 def test_micro_batches_add_up_to_the_batch(fields, counts):
     """transformers' loss changes by half: every micro-batch divides by its own number of boxes there."""
     # In float64: rounding moves values over the kinks of ReLU and of bilinear samples.
@@ -231,6 +232,54 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(fields):
     alone = model(tiny_photos(), labels=labels)
     assert alone.auxiliary_outputs is None and not any(name[-1].isdigit() for name in alone.loss_dict)
     assert largest_difference(alone.logits, output.logits) < 1e-6, "auxiliary losses do not change predictions"
+
+
+def test_groups_of_queries_are_trained_one_by_one():
+    """Self-attention and matching see one group; the loss is the mean over groups."""
+    model = tiny_deformable(**PLAIN, **REFINE, query_groups=3).train()
+    model.model.group_query_embeddings.weight.data.normal_()
+    images, mask, labels = tiny_photos(), tiny_padding(SIZES), tiny_labels()
+    together = model(images, mask, labels)
+    together.loss.backward()
+    gradients = model.model.group_query_embeddings.weight.grad.unflatten(0, (2, 7)).abs().sum((1, 2))
+    assert (gradients > 0).all()
+    own = model.model.query_position_embeddings.weight.detach().clone()
+    tables = [own, *model.model.group_query_embeddings.weight.detach().split(7)]
+    single = tiny_deformable(**PLAIN, **REFINE).train()
+    found = []
+    for table in tables:
+        weights = {name: model.state_dict()[name] for name in single.state_dict()}
+        single.load_state_dict(weights | {"model.query_position_embeddings.weight": table})
+        found.append(single(images, mask, labels))
+    assert together.loss.item() == pytest.approx(sum(one.loss.item() for one in found) / 3, rel=1e-5)
+    for name in ("loss_ce", "loss_giou_0"):
+        mean = sum(one.loss_dict[name].item() for one in found) / 3
+        assert together.loss_dict[name].item() == pytest.approx(mean, rel=1e-5), name
+    assert len({round(one.loss.item(), 4) for one in found}) == 3
+    assert together.logits.shape == (3, 7, 5) and len(together.auxiliary_outputs) == 2
+    assert largest_difference(together.logits, found[0].logits) < 1e-5, "predictions are those of the first group"
+
+
+@torch.no_grad()
+def test_only_the_first_group_of_queries_predicts():
+    model = tiny_deformable(query_groups=3)
+    before = model(tiny_photos(), labels=tiny_labels())
+    model.model.group_query_embeddings.weight.fill_(torch.nan)
+    after = model(tiny_photos(), labels=tiny_labels())
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
+
+
+def test_groups_keep_their_number_when_the_queries_change():
+    model = tiny_deformable(query_groups=3)
+    first = model.model.query_position_embeddings.weight[:5].clone()
+    assert resize_queries(model, 5) == set()
+    assert torch.equal(model.model.query_position_embeddings.weight, first)
+    assert len(model.model.group_query_embeddings.weight) == 10
+    assert resize_queries(model, 6) == {
+        "model.query_position_embeddings.weight",
+        "model.group_query_embeddings.weight",
+    }
+    assert model.train()(tiny_photos(), labels=tiny_labels()).logits.shape == (3, 6, 5)
 
 
 def test_proposals_learn():
@@ -421,6 +470,8 @@ def test_the_authors_defaults():
         ({"d_model": 48}, "d_model must be a multiple of 32 for the group norm of the feature maps, got 48"),
         ({"num_feature_levels": 0}, "num_feature_levels must be at least 1, got 0"),
         ({"two_stage": True}, "two_stage needs with_box_refine=True, got False"),
+        ({**TWO_STAGE, "query_groups": 2}, "query_groups must be 1 with two_stage, got 2"),
+        ({"query_groups": 0}, "query_groups must be at least 1, got 0"),
         ({"focal_alpha": 0.0}, r"focal_alpha must be in \(0, 1\], got 0.0"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "must not all be 0"),
         ({"backbone_config": {"model_type": "bert"}}, "backbone_config: a bert model has no feature maps"),

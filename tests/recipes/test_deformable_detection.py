@@ -15,8 +15,8 @@ from hf_tfm import cli
 from hf_tfm.tasks.evaluation import evaluate
 
 MODEL = (
-    "backbone: test_resnet, backbone_norm: group, num_queries: 9, d_model: 32, encoder_layers: 1, decoder_layers: 2, "
-    "encoder_ffn_dim: 32, decoder_ffn_dim: 32, with_box_refine: true"
+    "backbone: test_resnet, backbone_norm: group, num_queries: 9, query_groups: 2, d_model: 32, encoder_layers: 1, "
+    "decoder_layers: 2, encoder_ffn_dim: 32, decoder_ffn_dim: 32, with_box_refine: true"
 )
 FAMILY = {"architecture": "deformable_detr", "model": f"{{{MODEL}}}"}
 RATES = "{backbone: 0.1, reference_points: 0.1, sampling_offsets: 0.1}"
