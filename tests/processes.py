@@ -317,10 +317,13 @@ def serve(address: str, modules: list[str], ready: Connection, site: list[str]) 
     import gc
 
     sys.path[:] = [str(ROOT), *site]
+    gc.disable()
     for name in modules:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # forks need not look at these objects again
+    gc.enable()
+    os.fsync = lambda file: None  # a file that a killed process has written is there for others without it
     listener = Listener(address, "AF_UNIX", backlog=64)
     ready.send(True)
     children: dict[int, Connection] = {}
