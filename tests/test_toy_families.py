@@ -155,7 +155,10 @@ def test_family_works_in_its_task(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("toy_roberta", "text_classification_train"), ("toy_gpt2", "text_classification_train")],
+    [
+        ("toy_roberta", "text_classification_train"),
+        pytest.param("toy_gpt2", "text_classification_train", marks=pytest.mark.slow),
+    ],
 )
 def test_text_family_classifies(name, recipe, tmp_path):
     options = ["--model", "{}", "--vocab_size", "300", "--batch_size", "8", "--warmup_steps", "null"]

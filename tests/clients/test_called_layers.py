@@ -4,6 +4,7 @@ Where a model reads a weight directly, to save time or memory, it must detect th
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,15 +103,25 @@ def test_every_layer_is_called_for_a_loss_without_logits(name):
 
 @pytest.mark.client("accelerate: cpu_offload, disk_offload", "accelerate")
 @EVERY
-@pytest.mark.parametrize("target", ["cpu", "disk", "disk-with-buffers"])
+@pytest.mark.parametrize(
+    "target", [*(pytest.param(target, marks=pytest.mark.slow) for target in ("cpu", "disk")), "disk-with-buffers"]
+)
 def test_offloaded_layers(name, fields, target, tmp_path):
     """All weights are on the meta device except while their layer runs."""
-    model = tiny(name, **fields)
+    check_offloaded(tiny(name, **fields), name, target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer", "vit"])
+def test_layers_offloaded_to_the_cpu(name, tmp_path):
+    check_offloaded(tiny(name), name, "cpu", tmp_path)
+
+
+def check_offloaded(model: PreTrainedModel, name: str, target: str, folder: Path) -> None:
     expected = outputs_of(model, name)
     if target == "cpu":
         cpu_offload(model, execution_device="cpu")
     else:
-        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=target == "disk-with-buffers")
+        disk_offload(model, folder, execution_device="cpu", offload_buffers=target == "disk-with-buffers")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert_same(outputs_of(model, name), expected)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
-FAST = ("vit", "bert", "detr")  # an image, a text, and several outputs; `make test-slow` tries the other families
+FAST = ("bert", "detr")  # a text, and images with several outputs; `make test-slow` tries the other families
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
 
 

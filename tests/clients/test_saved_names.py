@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import safetensors.torch
 import torch
-from every_class import CLASSES, class_of, inputs_of, outputs_of, tiny
+from every_class import CLASSES, FAMILIES, class_of, inputs_of, outputs_of, tiny
 from torch import nn
 from transformers import (
     BertConfig,
@@ -22,6 +22,12 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 import hf_tfm
+
+# The first class of every family, tied and untied weights, and a model in a model; the other classes are slow.
+KEPT = (*FAMILIES, "bert-pretraining", "gpt-untied", "vit-backbone", "detr-panoptic")
+EVERY = pytest.mark.parametrize(
+    "name", [name if name in KEPT else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+)
 
 
 def assert_same(found: nn.Module, expected: nn.Module, loader: str = "") -> None:
@@ -59,7 +65,7 @@ LOADERS = {
 
 @pytest.mark.client("safetensors: files read by module names", "safetensors")
 @pytest.mark.client("accelerate: load_checkpoint_in_model, load_checkpoint_and_dispatch", "accelerate")
-@pytest.mark.parametrize("name", CLASSES)
+@EVERY
 def test_every_program_loads_a_saved_file(name, tmp_path):
     model = tiny(name)
     model.save_pretrained(tmp_path)
@@ -78,7 +84,7 @@ def test_every_program_loads_a_saved_file(name, tmp_path):
     assert_same(other, model)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@EVERY
 def test_renaming_does_not_affect_own_names(name):
     model = tiny(name)
     for key in model.state_dict():

@@ -7,7 +7,9 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingA
 
 pytestmark = [
     pytest.mark.client("Seq2SeqTrainer: predict_with_generate", "transformers", others="not an encoder-decoder"),
-    pytest.mark.parametrize("name", ["transformer", "transformer-untied", "transformer-mask-predict"]),
+    pytest.mark.parametrize(
+        "name", ["transformer", pytest.param("transformer-untied", marks=pytest.mark.slow), "transformer-mask-predict"]
+    ),
     pytest.mark.filterwarnings("ignore"),
 ]
 END = 2

@@ -78,7 +78,7 @@ def run(folder, last=None, cache=None, **overrides):
     return model, score(model)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_resumed_run_equals_uninterrupted_run(tmp_path, cached):
     options = {"cache": tmp_path / "cache", "dataloader_num_workers": 1} if cached else {}
     whole, _ = run(tmp_path / "whole", **options)
@@ -89,7 +89,14 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, cached):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("overrides", [{"ema_decay": 0.5, "final_weights": "ema"}, {"final_weights": "best"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"ema_decay": 0.5, "final_weights": "ema"},
+        pytest.param({"final_weights": "best"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_only_the_student_is_saved(tmp_path, overrides):
     model, scores = run(tmp_path / "run", **overrides)
     model.student.save_pretrained(tmp_path / "student")

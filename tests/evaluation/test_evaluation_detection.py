@@ -242,7 +242,7 @@ def test_the_command_line(cases, tmp_path, capsys):
     assert printed[-1].startswith("parameters: 0.")
 
 
-@pytest.mark.parametrize("kind", ["tfm", "detr"])
+@pytest.mark.parametrize("kind", ["tfm", pytest.param("detr", marks=pytest.mark.slow)])
 def test_another_attention_of_the_encoder(kind, cases, capsys):
     """Clusters of a single query give the scores of the exact model, a single cluster gives others."""
     case = cases[kind, False]

@@ -183,7 +183,7 @@ def test_shifted_labels_of_a_detector_score_nothing(monkeypatch, scenes):
     assert values(result)["AP"] == 0.0
 
 
-@pytest.mark.parametrize("name", [DETECTOR, "ssdlite320_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", [DETECTOR, pytest.param("ssdlite320_mobilenet_v3_large", marks=pytest.mark.slow)])
 def test_random_detector_is_scored(name, scenes, capsys):
     options = ["--dataset_name", scenes[0], "--random_weights", "true", "--progress", "false"]
     cli.main(["evaluate", f"torchvision:{name}", *options])

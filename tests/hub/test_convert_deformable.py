@@ -36,7 +36,14 @@ def saved(folder, kind=TfmDeformableDetrForObjectDetection, **fields):
     return folder
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+# The two with the least in common; the others are slow.
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, id=name, marks=() if name in ("single-scale", "two-stage") else pytest.mark.slow)
+        for name, fields in VARIANTS.items()
+    ],
+)
 def test_there_and_back(fields, tmp_path):
     source = saved(tmp_path / "ours", class_loss_coefficient=3, **fields)
     certificate = convert(source, "deformable_detr", tmp_path / "theirs")

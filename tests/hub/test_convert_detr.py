@@ -24,14 +24,16 @@ FIELDS = [
 ]
 
 
-# Every class and every configuration; all combinations are slow.
+# Every class, and every configuration of a detector; all combinations are slow, and so is the largest backbone.
 @pytest.mark.parametrize(
     ("model_class", "fields"),
     [
         pytest.param(
             *(model_class, fields),
             id=f"{model_class.__name__}-{fields}",
-            marks=() if fields is FIELDS[0] or model_class is TfmDetrForObjectDetection else pytest.mark.slow,
+            marks=()
+            if fields is FIELDS[0] or (model_class is TfmDetrForObjectDetection and fields is not FIELDS[3])
+            else pytest.mark.slow,
         )
         for model_class in STOCK
         for fields in FIELDS
@@ -60,7 +62,7 @@ def test_ours_to_native_and_back(tmp_path, model_class, fields):
     assert before == after
 
 
-@pytest.mark.parametrize("to", ["detr", "detr_authors"])
+@pytest.mark.parametrize("to", ["detr", pytest.param("detr_authors", marks=pytest.mark.slow)])
 def test_batch_norms_are_converted_to_frozen_ones(to, tmp_path):
     """They are equal in evaluation mode; converted back they stay frozen."""
     model = ours(fields=AUTHORS, backbone_norm="batch")
@@ -73,7 +75,10 @@ def test_batch_norms_are_converted_to_frozen_ones(to, tmp_path):
     assert_same_outputs(outputs_of(back), outputs_of(model))
 
 
-@pytest.mark.parametrize("model_class", STOCK, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "model_class",
+    [pytest.param(c, marks=pytest.mark.slow if c is TfmDetrForObjectDetection else (), id=c.__name__) for c in STOCK],
+)
 def test_native_to_ours_and_back(tmp_path, model_class):
     """A native model has none of our fields: they get the paper's training settings."""
     their_class = STOCK[model_class]
@@ -128,13 +133,6 @@ print(json.dumps({"objects": found, "segments": [[s["label"], list(s["mask"].siz
     assert [(each["label"], each["box"]) for each in own] == [(e["label"], e["box"]) for e in found["objects"]]
 
 
-CASES = pytest.mark.parametrize(
-    ("model_class", "fields"),
-    [(TfmDetrForObjectDetection, AUTHORS), (TfmDetrForPanopticSegmentation, PANOPTIC)],
-    ids=["detection", "panoptic"],
-)
-
-
 @pytest.mark.parametrize(
     ("model_class", "fields"),
     [
@@ -165,7 +163,7 @@ def test_ours_to_the_authors_names_and_back(tmp_path, model_class, fields):
     "fields",
     [
         {"norm_first": True},
-        {"position_embedding_type": "learned"},
+        pytest.param({"position_embedding_type": "learned"}, marks=pytest.mark.slow),
         pytest.param({"backbone": "resnet50", "dilation": True}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -179,8 +177,15 @@ def test_options_supported_only_by_the_authors(tmp_path, fields):
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "back")
 
 
-@CASES
-@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize(
+    ("published", "model_class", "fields"),
+    [
+        pytest.param(True, TfmDetrForObjectDetection, AUTHORS, id="True-detection", marks=pytest.mark.slow),
+        pytest.param(True, TfmDetrForPanopticSegmentation, PANOPTIC, id="True-panoptic"),
+        pytest.param(False, TfmDetrForObjectDetection, AUTHORS, id="False-detection"),
+        pytest.param(False, TfmDetrForPanopticSegmentation, PANOPTIC, id="False-panoptic", marks=pytest.mark.slow),
+    ],
+)
 def test_file_of_the_authors(tmp_path, model_class, fields, published):
     """Published files hold only weights, those of a training run also the command-line arguments."""
     fields = {**fields, "d_model": 256, "encoder_layers": 1, "decoder_layers": 2, "dilation": fields is PANOPTIC}

@@ -24,8 +24,16 @@ DISTILBERT_ONLY = ("seq_classif_dropout", "qa_dropout", "sinusoidal_pos_embds", 
 GPT2_ONLY = ("reorder_and_upcast_attn", "summary_")
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# A class of each library is converted in bfloat16, too; the others are slow.
+HALF = ("bert-TfmBertForPreTraining", "distilbert-TfmBertForMaskedLM", "gpt2-TfmGPTForCausalLM")
+DTYPES = [
+    pytest.param(name, dtype, marks=pytest.mark.slow if dtype is torch.bfloat16 and name not in HALF else ())
+    for dtype in (torch.float32, torch.bfloat16)
+    for name in BY_NAME
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_ours_to_native_and_back(tmp_path, name, dtype):
     conversion = BY_NAME[name]
     model = ours(conversion, hidden_dropout_prob=0.3, activation_dropout=0.2).to(dtype)
@@ -182,7 +190,7 @@ def authors_folder(folder: Path, labels: int | None, fit_size: int = 48):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("labels", [1, 2, 5])
+@pytest.mark.parametrize("labels", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_task_student_of_the_tinybert_authors(tmp_path, labels):
     model, weights = authors_folder(tmp_path / "authors", labels)
     ids = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -214,7 +214,7 @@ def test_float32_position_table_is_kept(tmp_path):
     [c for c in conversions() if issubclass(c.ours.config_class, ImageEncoderConfig) and c.name != "deit"],
     ids=lambda c: f"{c.name}-{c.ours.__name__}",
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_dtype_and_values_are_kept(tmp_path, conversion, dtype):
     ours(conversion.ours).to(dtype).save_pretrained(tmp_path / "ours")
     certificate = convert(tmp_path / "ours", conversion.name, tmp_path / "theirs")
@@ -261,7 +261,7 @@ def test_realistic_sizes(tmp_path, name, monkeypatch):
     assert all(torch.equal(expected[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("to", "carded"), [("vit", True), ("timm", False)])
+@pytest.mark.parametrize(("to", "carded"), [pytest.param("vit", True, marks=pytest.mark.slow), ("timm", False)])
 def test_results_file_is_copied(tmp_path, to, carded):
     ours().save_pretrained(tmp_path / "ours")
     RunRecord.from_dict({**RECORD, "model_type": "tfm_vit"}).save(tmp_path / "ours")

@@ -112,7 +112,14 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# The recipes that distill read their teachers as one of them does.
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, marks=pytest.mark.slow if "distill" in recipe and recipe != "distill_detection" else ())
+        for recipe in RECIPES
+    ],
+)
 def test_recipes_refuse_models_of_other_types_first(recipe, saved, tmp_path, capsys):
     group, argument = RECIPES[recipe]
     data = [] if recipe not in ("detection_train", "panoptic_train") else ["--dataset_name", str(tmp_path / "data")]
@@ -163,7 +170,17 @@ def changed(folder, target, change):
     return str(target)
 
 
-@pytest.mark.parametrize("name", [name for name in LOADERS if name != "bert"])
+# The loaders of the other families are the same; the test below damages the weights of all.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("transformer", "bert-masked", "gpt", "vit", "mae") else pytest.mark.slow
+        )
+        for name in LOADERS
+        if name != "bert"
+    ],
+)
 def test_missing_weight_is_refused_wherever_it_is(name, saved, tmp_path):
     weights = safetensors.torch.load_file(saved[name] / "model.safetensors")
     LOADERS[name](str(saved[name]))

@@ -19,10 +19,10 @@ def fresh_compiler():
 @pytest.mark.parametrize(
     ("fields", "asked"),
     [
-        ({}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
         ({}, {"output_attentions": True, "output_hidden_states": True}),
         pytest.param(LEARNED, {}, marks=pytest.mark.slow),
-        ({"attention_score": "additive"}, {}),
+        pytest.param({"attention_score": "additive"}, {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

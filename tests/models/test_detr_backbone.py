@@ -363,7 +363,9 @@ PUBLISHED = {  # table 1 of the paper: parameters in millions, GFLOPs
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "101" in name else ()) for name in PUBLISHED]
+)
 def test_published_sizes(name):
     """Parameters and multiply-adds of table 1.
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 SIZES = ((64, 96), (32, 64), (64, 32), (64, 64), (32, 96))
 OUTPUTS = ("logits", "pred_boxes", "pred_masks")
-BUILDS = pytest.mark.parametrize("build", [pytest.param(tiny_detr, marks=pytest.mark.slow), tiny_panoptic])
 
 
 def inputs_of(rows: int = 3, height: int = 64, width: int = 96) -> dict[str, Tensor]:
@@ -57,7 +56,8 @@ def test_forward_compiles_in_one_graph(build, masked, asked):
 
 
 @torch.no_grad()
-@BUILDS
+@pytest.mark.slow  # tests/clients/test_onnx_runtime.py exports a smaller model
+@pytest.mark.parametrize("build", [tiny_detr, tiny_panoptic])
 def test_export(build):
     """One graph for any number of images, and any size that is a multiple of the backbone's stride."""
     model = build()

@@ -100,6 +100,7 @@ def arbitrary_matching(cost: Tensor, counts: list[int], *_) -> np.ndarray:
     return queries
 
 
+@pytest.mark.slow  # test_set_loss.py checks the matching
 def test_without_matching_it_learns_little(monkeypatch):
     monkeypatch.setattr(set_loss, "assign", arbitrary_matching)
     assert recall_without_false_positives(trained_detector()) < 0.3
@@ -134,6 +135,7 @@ def mask_overlap(model: TfmDetrForPanopticSegmentation) -> float:
     return sum(shares) / len(shares)
 
 
+@pytest.mark.slow  # tests/recipes/test_panoptic_train.py trains one
 def test_mask_head_learns_on_a_frozen_detector(detector, tmp_path):
     detector.save_pretrained(tmp_path)
     torch.manual_seed(0)

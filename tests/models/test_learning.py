@@ -53,7 +53,7 @@ def accuracy(model: TfmTransformerForConditionalGeneration) -> float:
     ("decoding", "steps", "norm_first"),
     [
         ("autoregressive", 250, False),
-        ("mask_predict", 330, True),
+        pytest.param("mask_predict", 330, True, marks=pytest.mark.slow),  # see tests/clients/test_seq2seq_trainer.py
         pytest.param("autoregressive", 250, True, marks=pytest.mark.slow),
         pytest.param("mask_predict", 330, False, marks=pytest.mark.slow),
     ],
@@ -77,6 +77,7 @@ def test_without_a_causal_mask_loss_is_low_but_nothing_is_learned():
     assert accuracy(model) < 0.5
 
 
+@pytest.mark.slow
 def test_without_positions_nothing_is_learned():
     def forget(model):
         for stack in (model.get_encoder(), model.get_decoder()):

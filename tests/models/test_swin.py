@@ -33,9 +33,9 @@ LABELS = torch.tensor([0, 4, 2])
     ("size", "image_size", "millions", "gflops"),
     [
         ("tiny", 224, 28, 4.5),
-        ("small", 224, 50, 8.7),
-        ("base", 224, 88, 15.4),
-        ("large", 224, 197, 34.5),
+        pytest.param("small", 224, 50, 8.7, marks=pytest.mark.slow),
+        pytest.param("base", 224, 88, 15.4, marks=pytest.mark.slow),
+        pytest.param("large", 224, 197, 34.5, marks=pytest.mark.slow),
         ("base", 384, 88, 47.1),
     ],
 )

@@ -139,7 +139,7 @@ def test_forward_compiles_in_one_graph(name, asked):
         ("pretraining", {}),
         pytest.param("masked", {"return_logits": False}, marks=pytest.mark.slow),
         pytest.param("causal", {}, marks=pytest.mark.slow),
-        ("causal", {"return_logits": False}),
+        pytest.param("causal", {"return_logits": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -1,4 +1,7 @@
-"""Trained from scratch, BERT learns to fill masks and GPT to continue texts, but not with a planted bug."""
+"""Trained from scratch, BERT learns to fill masks and GPT to continue texts, but not with a planted bug.
+
+All are slow, because those of tests/recipes/test_language_pretrain.py learn as much.
+"""
 
 import math
 
@@ -9,6 +12,7 @@ from torch import nn
 
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
 
+pytestmark = pytest.mark.slow
 HALF, LENGTH = 5, 10
 SMALL = {"vocab_size": 16, "hidden_size": 48, "intermediate_size": 96}
 
@@ -56,12 +60,11 @@ def continuation_accuracy(model) -> float:
     return (got[:, 3:] == texts[:, 3:]).float().mean().item()
 
 
-@pytest.mark.parametrize("return_logits", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("return_logits", [True, False])
 def test_bert_learns_to_fill_masks(return_logits):
     assert mask_accuracy(trained("masked", 400, return_logits=return_logits)[0]) > 0.95
 
 
-@pytest.mark.slow
 def test_bert_without_positions_learns_nothing():
     """The masked token is determined only by its position."""
 

@@ -125,8 +125,8 @@ def test_autocast(build):
     ("name", "asked"),
     [
         ("cls", {"output_attentions": True, "output_hidden_states": True}),
-        ("mean-2d", {}),
-        ("sincos", {}),
+        pytest.param("mean-2d", {}, marks=pytest.mark.slow),
+        pytest.param("sincos", {}, marks=pytest.mark.slow),
         ("mae", {}),
         pytest.param("mae", {"output_attentions": True, "output_hidden_states": True}, marks=pytest.mark.slow),
     ],
@@ -143,7 +143,7 @@ def test_forward_compiles_in_one_graph(name, asked):
     assert (output.attentions is not None) == bool(asked)
 
 
-@pytest.mark.parametrize("name", ["mean-2d", "mae"])
+@pytest.mark.parametrize("name", [pytest.param("mean-2d", marks=pytest.mark.slow), "mae"])
 def test_training_compiles_in_one_graph(name):
     model = MODELS[name]()
     inputs = inputs_of(model, loss=True)
@@ -156,12 +156,16 @@ def test_training_compiles_in_one_graph(name):
     assert largest_difference(*found) < 1e-5
 
 
-def test_drop_path_and_random_masks_compile_in_one_graph():
-    for model in (tiny_vit(drop_path_rate=0.5, hidden_dropout_prob=0.1), tiny_mae(drop_path_rate=0.5)):
-        model.train()
-        inputs = inputs_of(model, loss=True)
-        inputs.pop("noise", None)
-        assert torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss.isfinite()
+@pytest.mark.parametrize("kind", [pytest.param("vit", marks=pytest.mark.slow), "mae"])
+def test_drop_path_and_random_masks_compile_in_one_graph(kind):
+    build = {
+        "vit": lambda: tiny_vit(drop_path_rate=0.5, hidden_dropout_prob=0.1),
+        "mae": lambda: tiny_mae(drop_path_rate=0.5),
+    }
+    model = build[kind]().train()
+    inputs = inputs_of(model, loss=True)
+    inputs.pop("noise", None)
+    assert torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss.isfinite()
 
 
 @torch.no_grad()
@@ -182,7 +186,13 @@ def test_forward_compiled_with_the_default_backend(build):
 
 
 @torch.no_grad()
-@every_model
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(MODELS[name], id=name, marks=pytest.mark.slow if name in ("mean-2d", "sincos") else ())
+        for name in MODELS
+    ],
+)
 def test_export(build):
     """One graph for any number of images."""
     model = build()
@@ -206,6 +216,7 @@ def test_export_with_any_image_size():
         assert largest_difference(program.module()(pixel_values=other).logits, model(other).logits) < 1e-5
 
 
+@pytest.mark.slow  # test_onnx_runtime.py exports a model with a timm backbone
 @torch.no_grad()
 def test_hybrid_exports_and_compiles():
     model, images = tiny_vit(**HYBRID), tiny_images(2, 64, 64)

@@ -58,7 +58,8 @@ def classifier_accuracy(steps: int, forget_positions: bool = False, **fields) ->
 @pytest.mark.parametrize(
     "fields",
     [
-        {"position_embedding_type": "learned"},
+        # The classifiers of test_swin_learning.py and of tests/recipes/test_vision_recipes.py learn, too.
+        pytest.param({"position_embedding_type": "learned"}, marks=pytest.mark.slow),
         pytest.param({"position_embedding_type": "learned_2d", "pooling": "mean"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -48,7 +48,11 @@ CASES = {
     "refinement": (DeformableDetrForObjectDetection, REFINE),
     "two-stage": (DeformableDetrForObjectDetection, {**TWO_STAGE, "num_feature_levels": 5}),
 }
-EVERY = pytest.mark.parametrize(("native_class", "fields"), CASES.values(), ids=CASES)
+SLOW = ("DC5", "two levels", "learned", "single-scale")  # the others differ from them in more
+EVERY = pytest.mark.parametrize(
+    ("native_class", "fields"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
+)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ TINY = {
     "num_labels": 5,
 }
 R50 = {"backbone": "resnet50", "encoder_layers": 2}
+COSTS = {"class_cost": 2, "giou_cost": 1, "eos_coefficient": 0.3}
+MASKS = {"mask_loss_coefficient": 3, "dice_loss_coefficient": 2}
 PAIRS = {
     DetrModel: TfmDetrModel,
     DetrForObjectDetection: TfmDetrForObjectDetection,
@@ -43,13 +45,17 @@ CASES = pytest.mark.parametrize(
     [
         (DetrModel, {}),
         (DetrForObjectDetection, {}),
-        (DetrForObjectDetection, R50),
+        pytest.param(DetrForObjectDetection, R50, marks=pytest.mark.slow),
         (DetrForObjectDetection, {**R50, "dilation": True}),
         (DetrForObjectDetection, {"position_embedding_type": "learned", "activation_function": "gelu"}),
         (DetrForObjectDetection, {"num_channels": 1, "encoder_layers": 1, "decoder_layers": 3}),
         (DetrForSegmentation, {}),
         (DetrForSegmentation, R50),
-        (DetrForSegmentation, {"d_model": 64, "backbone": "resnet18", "encoder_attention_heads": 16}),
+        pytest.param(
+            DetrForSegmentation,
+            {"d_model": 64, "backbone": "resnet18", "encoder_attention_heads": 16},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
 )
@@ -161,10 +167,10 @@ def float64():
 @pytest.mark.parametrize(
     ("native_class", "fields"),
     [
-        (DetrForObjectDetection, {"encoder_layers": 2}),
-        (DetrForObjectDetection, {**R50, "class_cost": 2, "giou_cost": 1, "eos_coefficient": 0.3}),
-        (DetrForSegmentation, {"encoder_layers": 2}),
-        (DetrForSegmentation, {**R50, "mask_loss_coefficient": 3, "dice_loss_coefficient": 2}),
+        (DetrForObjectDetection, {"encoder_layers": 2, **COSTS}),
+        (DetrForSegmentation, {"encoder_layers": 2, **MASKS}),
+        pytest.param(DetrForObjectDetection, {**R50, **COSTS}, marks=pytest.mark.slow),
+        pytest.param(DetrForSegmentation, {**R50, **MASKS}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else " ".join(map(str, value.values())),
 )

@@ -118,7 +118,15 @@ def test_logits_are_those_of_torchvision(size):
     assert_same(model(images_of(size)).logits, twin(images_of(size)))
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "tiny",
+        pytest.param("small", marks=pytest.mark.slow),
+        pytest.param("base", marks=pytest.mark.slow),
+        pytest.param("large", marks=pytest.mark.slow),
+    ],
+)
 def test_sizes_are_those_of_all_three(size):
     with torch.device("meta"):
         config = TfmSwinConfig.of_size(size, num_labels=1000)

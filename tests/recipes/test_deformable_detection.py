@@ -53,6 +53,7 @@ def test_the_pipeline_returns_pairs_of_query_and_class(trained):
     assert len(found) == 9 * 10, "of 9 queries and 10 classes; at most 100"
 
 
+@pytest.mark.slow  # test_detection_train.py, with DETR
 def test_micro_batches_and_two_processes_give_the_same_weights(trained, data, tmp_path):
     options = {**FAMILY, "max_steps": 2, "adam_epsilon": 1e-4, "rate_factors": RATES}
     single = train(data, tmp_path / "single", micro_batch_size=1, **options)

@@ -55,7 +55,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(STUDENTS))
+@pytest.mark.parametrize("name", [pytest.param("fewer_layers", marks=pytest.mark.slow), "narrower", "inner_states"])
 def test_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
     costs = "true" if name == "narrower" else "false"
     distil(data, tmp_path / "run", teacher=teacher, **STUDENTS[name], costs=costs, num_pictures=1)
@@ -72,7 +72,7 @@ def test_detector_learns_from_its_teacher(name, data, teacher, tmp_path):
     assert not [key for key in weights(tmp_path / "run") if "projections" in key]
 
 
-@pytest.mark.parametrize("layers", ["[3]", "{decoder: [3], encoder: [0]}"])
+@pytest.mark.parametrize("layers", [pytest.param("[3]", marks=pytest.mark.slow), "{decoder: [3], encoder: [0]}"])
 def test_student_is_initialized_from_decoder_layers(layers, data, teacher, tmp_path):
     options = {"teacher": teacher, "student_layers": layers, "max_steps": 1, "learning_rate": 1e-9}
     student, source = weights(distil(data, tmp_path / "run", **options)), weights(teacher)
@@ -114,6 +114,7 @@ def test_native_teacher_gives_the_same_losses(data, teacher, tmp_path):
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # tests/distillation/test_signal_cache.py, with detection's task
 def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "dataloader_num_workers": 1}
     common["augmentation"] = "{scales: [64], max_size: 90, crop: 0.0, flip: 0.5}"
@@ -131,6 +132,7 @@ def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     assert record(tmp_path / "longer").training["epochs"] == 3
 
 
+@pytest.mark.slow  # tests/distillation/test_distillation_run.py
 def test_resumed_run_equals_uninterrupted_run(data, teacher, tmp_path):
     options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
     distil(data, tmp_path / "whole", **options, max_steps=4)

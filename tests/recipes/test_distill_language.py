@@ -47,7 +47,7 @@ def test_student_is_initialized_from_a_native_teacher(data, tokenizer, tmp_path)
         torch.testing.assert_close(own, given, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("layers", ["[]", "[1, 3]"])
+@pytest.mark.parametrize("layers", ["[]", pytest.param("[1, 3]", marks=pytest.mark.slow)])
 def test_teacher_may_have_more_embeddings_than_its_tokenizer(layers, data, tokenizer, tmp_path):
     config = TfmBertConfig(vocab_size=128, num_hidden_layers=4, **WIDE)
     teacher = save(tmp_path / "teacher", TfmBertForMaskedLM(config), tokenizer)
@@ -75,7 +75,14 @@ def test_causal_model_learns_from_its_teacher(data, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("options", [{"streaming": "true"}, {"terms": "[{kind: soft_target, tokens: all}]"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"streaming": "true"}, marks=pytest.mark.slow),
+        {"terms": "[{kind: soft_target, tokens: all}]"},
+    ],
+    ids=str,
+)
 def test_streaming_and_all_tokens(options, data, language_model, tmp_path):
     given = {**LANGUAGE, "teacher": language_model, "terms": "[{kind: soft_target}]", **options}
     assert run("distill_pretrain", *command_line(data, tmp_path / "run", **given)) == 0

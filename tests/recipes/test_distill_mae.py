@@ -32,7 +32,16 @@ def save(folder, model):
     return folder
 
 
-@pytest.fixture(scope="module", params=["ours", "transformers"])
+OURS = pytest.mark.parametrize(
+    "teacher", ["ours", pytest.param("transformers", marks=pytest.mark.slow)], indirect=True
+)
+NATIVE = pytest.mark.parametrize(
+    "teacher", [pytest.param("ours", marks=pytest.mark.slow), "transformers"], indirect=True
+)
+BOTH = pytest.mark.parametrize("teacher", ["ours", "transformers"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def teacher(request, tmp_path_factory):
     """A model of 4 layers with random weights."""
     torch.manual_seed(0)
@@ -47,6 +56,7 @@ def distil(data, output_dir, **options):
     return run("distill_mae", data, output_dir, **{"terms": TERMS, "costs": "false", **options})
 
 
+@NATIVE
 def test_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
     distil(data, tmp_path / "run", teacher=teacher, max_steps=20, eval_steps=5, costs="true", image_size=None)
     results = record(tmp_path / "run")
@@ -64,6 +74,7 @@ def test_autoencoder_learns_from_its_teacher(data, teacher, tmp_path):
     assert not any("projections" in name for name in weights(tmp_path / "run"))
 
 
+@BOTH
 def test_student_and_teacher_see_the_same_patches(data, teacher, tmp_path):
     """A teacher with the student's weights gives a loss of zero."""
     same = {name: value for name, value in FIELDS.items() if name not in ("image_size", "initializer_range")}
@@ -73,6 +84,7 @@ def test_student_and_teacher_see_the_same_patches(data, teacher, tmp_path):
     assert row["loss"] < 1e-9
 
 
+@OURS
 def test_student_can_initialize_a_classifier(data, teacher, tmp_path):
     distil(data, tmp_path / "student", teacher=teacher)
     classify(data, tmp_path / "run", model_name_or_path=tmp_path / "student")
@@ -80,6 +92,7 @@ def test_student_can_initialize_a_classifier(data, teacher, tmp_path):
     assert model.config.num_hidden_layers == 2
 
 
+@OURS
 def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     common = {"teacher": teacher, "max_steps": None, "num_train_epochs": 2, "terms": TERMS}
     distil(data, tmp_path / "online", **common)
@@ -92,6 +105,7 @@ def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
 
 
+@OURS
 def test_resumed_run_equals_uninterrupted_run(data, teacher, tmp_path):
     options = {"teacher": teacher, "lr_scheduler_type": "constant", "eval_steps": 2}
     distil(data, tmp_path / "whole", **options, max_steps=4)
@@ -115,6 +129,7 @@ def test_incompatible_options_are_refused_at_once(options, message, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+@OURS
 def test_options_incompatible_with_the_teacher_are_refused(data, teacher, tmp_path):
     with pytest.raises(ValueError, match=r"model.mask_ratio must be the teacher's, 0.75, got 0.5"):
         distil(data, tmp_path / "run", teacher=teacher, model=MAE.replace("}", ", mask_ratio: 0.5}"))

@@ -55,6 +55,7 @@ def test_each_task_has_its_teacher_and_all_have_a_score(folder, tmp_path, capsys
         assert f"--tasks null --task {task}" in alone.command
 
 
+@pytest.mark.slow  # test_distill_text_cache.py writes and reads one
 def test_each_task_has_its_cache(folder, tmp_path):
     cache = f"{tmp_path}/cache-{{task}}"
     assert run("distill_task", *given(folder, tmp_path / "none", cache=cache, write_cache="true")) == 0

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 CACHED = {"terms": "[{kind: soft_target}]", "batch_size": 8}
 
 
+@pytest.mark.slow  # as with the language model below, and in test_distill_images.py
 def test_cached_teacher_gives_the_same_weights(data, classifier, tmp_path, capsys):
     terms = "[{kind: hidden_state}, {kind: soft_target}, {kind: label}]"
     common = {
@@ -40,7 +41,7 @@ def own_teacher(folder, classifier):
     return shutil.copytree(classifier, folder)
 
 
-@pytest.mark.parametrize("measured", ["true", "false"])
+@pytest.mark.parametrize("measured", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_cached_run_needs_no_teacher_weights(measured, data, classifier, tmp_path):
     teacher = own_teacher(tmp_path / "teacher", classifier)
     options = {**CACHED, "teacher": teacher, "cache": tmp_path / "cache"}

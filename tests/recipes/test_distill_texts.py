@@ -34,7 +34,7 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("name", list(TERMS))
+@pytest.mark.parametrize("name", ["soft_and_label", "inner_layers", pytest.param("mapped", marks=pytest.mark.slow)])
 def test_classifier_learns_from_its_teacher(name, data, classifier, tmp_path):
     argv = command_line(data, tmp_path / "run", teacher=classifier, terms=TERMS[name], batch_size=8)
     assert run("distill_task", *argv) == 0
@@ -95,6 +95,7 @@ def test_student_is_saved_if_measuring_costs_fails(data, classifier, tmp_path, m
     assert torch.equal(saved.classifier.weight, again.classifier.weight)
 
 
+@pytest.mark.slow  # tests/distillation/test_distillation_run.py
 def test_resumed_run_equals_uninterrupted_run(data, classifier, tmp_path):
     overrides = {
         "teacher": classifier,
@@ -167,7 +168,14 @@ def test_labels_of_each_split_use_its_own_class_names(classifier, tmp_path, monk
     assert len(found) > 24 and [(i, label) for i, label in found if label != i % 2] == []
 
 
-@pytest.mark.parametrize("preset", ["distilbert_second", "tinybert4_intermediate", "tinybert4_prediction"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("distilbert_second", marks=pytest.mark.slow),
+        "tinybert4_intermediate",
+        pytest.param("tinybert4_prediction", marks=pytest.mark.slow),
+    ],
+)
 def test_paper_presets_support_regression(preset, tokenizer, tmp_path):
     """STS-B: its single output is compared by squared error."""
     torch.manual_seed(0)

@@ -50,6 +50,7 @@ def test_the_pipeline_returns_detections(trained):
     assert 0 < len(found) <= 100 and {"score", "label", "box"} == found[0].keys()
 
 
+@pytest.mark.slow  # tests/models/test_faster_rcnn.py and test_detection_train.py
 def test_micro_batches_give_the_same_loss(trained, data, tmp_path):
     """Up to rounding, which may change the proposals that are sampled; see tests/models/test_faster_rcnn.py."""
     single = train(data, tmp_path / "single", micro_batch_size=1, **OPTIONS)

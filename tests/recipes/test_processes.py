@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish
+from processes import finish, run_ranks
 from recipe_helpers import (
     ROOT,
     command_line,
@@ -83,13 +83,18 @@ def test_killed_stopped_and_resumed_with_three_launchers(data, whole, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_two_processes(data, tmp_path):
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes(data, tmp_path, launcher):
     """They train like one process, write one folder, and translate the test set together."""
     options = {**OPTIONS, "max_steps": 20, "eval_steps": 5, "adam_epsilon": 1e-4}
     argv = command_line(data, tmp_path / "run", **options)
     run_recipe(*command_line(data, tmp_path / "one", **options))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_tfm.cli", "run", "translation_train")
-    printed = finish_launcher(start_launcher(*launcher, *argv))
+    command = ("-m", "hf_tfm.cli", "run", "translation_train")
+    if launcher == "torchrun":  # a quarter of a minute of imports
+        words = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+        printed = finish_launcher(start_launcher(*words, *command, *argv))
+    else:
+        printed = run_ranks(*command, *argv).stdout
     results, alone = record(tmp_path / "run"), record(tmp_path / "one")
     assert printed.count("  test   bleu ") == 1  # only one process prints
     assert results.hardware["count"] == 2

@@ -205,7 +205,9 @@ def test_changed_test_data_is_the_same_run(tmp_path, monkeypatch):
         assert run_recipe(*command_line(data, tmp_path / "run", **more)) == 0
 
 
-@pytest.mark.parametrize("licence", ["{name: mit}", "[mit, 3]", "5", "true"])
+@pytest.mark.parametrize(
+    "licence", ["[mit, 3]", *(pytest.param(text, marks=pytest.mark.slow) for text in ("{name: mit}", "5", "true"))]
+)
 def test_invalid_licence_of_the_data_is_ignored(tmp_path, licence):
     data = write_data(tmp_path / "pairs")
     (data / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Number words\n")
@@ -231,7 +233,7 @@ def test_nonfinite_initial_weights_are_refused(numbers, trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run_without_a_finite_gradient_fails(numbers, tmp_path, monkeypatch, steps):
     losses = translation.TranslationTask.losses
 
@@ -247,7 +249,7 @@ def test_run_without_a_finite_gradient_fails(numbers, tmp_path, monkeypatch, ste
         assert not (tmp_path / "run" / name).exists()
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nonfinite_validation_loss_fails_the_run(numbers, tmp_path, monkeypatch, again):
     """Also if the same command is repeated, which does not evaluate again."""
     losses = translation.TranslationTask.losses

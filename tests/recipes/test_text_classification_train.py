@@ -44,7 +44,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("one_text", "epochs") else ()) for name in VARIANTS]
+)
 def test_two_steps_from_scratch(data, tmp_path, name):
     assert run_recipe(*command_line(data, tmp_path / "run", **VARIANTS[name])) == 0
     found = record(tmp_path / "run")
@@ -99,8 +101,13 @@ def test_regression(tmp_path):
 # --- initialization from another model
 
 
+# One of ours, an encoder and a decoder of transformers; the others are read by the same code.
 @pytest.mark.parametrize(
-    "kind", ["tfm_bert", "tfm_bert_student", "tfm_gpt", "bert", "distilbert", "gpt2", "openai-gpt"]
+    "kind",
+    [
+        *("tfm_bert_student", "bert", "gpt2"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tfm_bert", "tfm_gpt", "distilbert", "openai-gpt")),
+    ],
 )
 def test_initialization_from_any_language_model(data, tmp_path, kind):
     start = pretrained(tmp_path / "start", kind)
@@ -211,6 +218,7 @@ def test_two_processes_train_several_tasks(tasks, tmp_path):
 # --- stopping and resuming
 
 
+@pytest.mark.slow  # tests/training/test_resume.py and test_language_pretrain.py resume runs
 def test_stopped_run_resumes(data, tmp_path):
     argv = command_line(data, tmp_path / "whole", max_steps=8, save_steps=2, eval_steps=4, logging_steps=2)
     run_recipe(*argv)

@@ -42,6 +42,11 @@ from hf_tfm.tasks.image_classification import (
 from hf_tfm.tasks.masked_image import MaskedImageArguments, MaskedImageTask
 from hf_tfm.training import evaluate
 
+# For what both recipes do with the same code.
+ONE_RECIPE = pytest.mark.parametrize(
+    "recipe", [pytest.param("mae_pretrain", marks=pytest.mark.slow), "image_classification_train"]
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -187,7 +192,9 @@ def test_linear_probe_of_a_model_with_a_distillation_token(data, tmp_path):
     assert scores(trained, "test")["accuracy"] == pytest.approx(accuracy(trained, data, "test"))
 
 
-@pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
+@pytest.mark.parametrize(
+    "recipe", ["mae_pretrain", pytest.param("image_classification_train", marks=pytest.mark.slow)]
+)
 def test_image_size_defaults_to_the_initial_model(recipe, mae, data, tmp_path):
     """From its image processor; another size applies to the model, its processor and its configuration."""
     for size, expected in ((None, 16), (24, 24), ("[24, 16]", (24, 16))):
@@ -255,6 +262,8 @@ OPTIONS = {
 # Options that the other recipe tests, too.
 SLOW = {("image_classification_train", "repeats"), ("image_classification_train", "stream"), ("mae_pretrain", "sgd")}
 SLOW |= {("mae_pretrain", "ema"), ("image_classification_train", "sgd")}
+# The stream of mae_pretrain has repeats, too; other tests resume with averages and with trained heads.
+SLOW |= {("mae_pretrain", "repeats"), ("image_classification_train", "ema"), ("image_classification_train", "probe")}
 RESUMED = {
     "image_classification_train": [("mixing", 2), ("repeats", 0), ("ema", 0), ("sgd", 2), ("stream", 0), ("probe", 0)],
     "mae_pretrain": [("repeats", 2), ("ema", 0), ("sgd", 0), ("stream", 1)],
@@ -286,6 +295,7 @@ def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, 
     assert record(whole).metrics == record(part).metrics
 
 
+@pytest.mark.slow  # each option has a test of what it does
 def test_mixing_repeats_and_averages_change_the_weights(data, tmp_path):
     """Each of these options has an effect: no two of the runs end with equal weights."""
     runs = [classify(data, tmp_path / kind, **overrides) for kind, overrides in OPTIONS.items() if kind != "probe"]
@@ -293,7 +303,7 @@ def test_mixing_repeats_and_averages_change_the_weights(data, tmp_path):
     assert all(distance(one, other) > 1e-5 for i, one in enumerate(runs) for other in runs[:i])
 
 
-@pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
+@ONE_RECIPE
 def test_data_format_does_not_matter(recipe, data, tmp_path):
     """Parquet, an image folder, and files per split give the same images in the same order."""
     folder = write_imagefolder(tmp_path / "files")
@@ -333,7 +343,7 @@ def test_scaled_learning_rate_and_warmup_are_logged(data, tmp_path, capsys):
     assert rates and max(rates) <= 0.005
 
 
-@pytest.mark.parametrize("recipe", ["mae_pretrain", "image_classification_train"])
+@ONE_RECIPE
 def test_stored_arguments_are_a_config(recipe, data, tmp_path):
     """results.json and the model card hold the options as given, so the run can be repeated."""
     given = {"learning_rate": None, "base_learning_rate": 0.16, "warmup_steps": None, "warmup_epochs": 1}
@@ -348,15 +358,14 @@ def test_stored_arguments_are_a_config(recipe, data, tmp_path):
     assert again == replace(first, output_dir=folder.name, dataset_name=data.name)
 
 
-def test_bad_images_are_skipped_and_reported(tmp_path, caplog):
+@ONE_RECIPE
+def test_bad_images_are_skipped_and_reported(recipe, tmp_path, caplog):
     broken = write_images(tmp_path / "data", bad=(3, 11))
-    for recipe in ("mae_pretrain", "image_classification_train"):
-        caplog.clear()
-        run(recipe, broken, tmp_path / recipe)
-        messages = [line.getMessage() for line in caplog.records if "is left out" in line.getMessage()]
-        assert sorted(line.split()[1] for line in messages) == ["11", "3"]
-        with pytest.raises(ValueError, match="more images cannot be read than max_bad_images=1 allows: image"):
-            run(recipe, broken, tmp_path / f"{recipe}-strict", max_bad_images=1)
+    run(recipe, broken, tmp_path / "run")
+    messages = [line.getMessage() for line in caplog.records if "is left out" in line.getMessage()]
+    assert sorted(line.split()[1] for line in messages) == ["11", "3"]
+    with pytest.raises(ValueError, match="more images cannot be read than max_bad_images=1 allows: image"):
+        run(recipe, broken, tmp_path / "strict", max_bad_images=1)
 
 
 LAUNCHED = {"max_steps": 3, "adam_epsilon": 1e-4, "augmentation": "{rand_augment: 1}"}
@@ -367,7 +376,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", ["mae", "mixed", pytest.param("probe", marks=pytest.mark.slow)])
 def test_launchers_and_two_processes_give_the_same_weights(case, mae, data, tmp_path):
     """As a script, by hf-tfm run, and as two processes (gloo) that share each step."""
     recipe, overrides = CASES[case]

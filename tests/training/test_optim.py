@@ -143,7 +143,9 @@ def test_sgd_with_momentum_by_hand():
         assert weight.item() == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"layer_wise_lr_decay": 0.7}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"optimizer": "sgd"}, marks=pytest.mark.slow), {"layer_wise_lr_decay": 0.7}]
+)
 def test_resumed_optimizer_is_bit_equal(tmp_path, options):
     """The state of other optimizers and of many parameter groups is restored completely."""
     _, whole = run_training(arguments(tmp_path / "whole", save_steps=4, learning_rate=0.01, **options))
@@ -218,7 +220,7 @@ def test_averaged_weights(tmp_path):
     assert difference(shipped, mean) < 1e-6
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_ema_weights_are_saved_and_evaluated(tmp_path, precision):
     folder, options = tmp_path / "run", {"ema_decay": 0.9, "mixed_precision": precision}
     _, shipped = finished_run(folder, final_weights="ema", **options)

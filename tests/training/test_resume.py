@@ -45,7 +45,7 @@ def test_uninterrupted_run_evaluates_and_logs(whole):
     assert {row["epoch"] for row in whole[1]} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("workers", "seed"), [(0, 0), (0, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "seed"), [(0, 0), pytest.param(0, 1, marks=pytest.mark.slow), (2, 2)])
 def test_killed_in_any_epoch(tmp_path, whole, workers, seed):
     draw = random.Random(seed)
     args = run_args(tmp_path / "run", dataloader_num_workers=workers)
@@ -87,7 +87,7 @@ def test_half_written_files_are_not_picked_up(tmp_path, whole):
     assert_same(folder, report, whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_exits_with_status_0(tmp_path, whole, workers):
     args = run_args(tmp_path / "run", dataloader_num_workers=workers)
     code, report = start(args, DROPOUT, events={12: "SIGTERM"})
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_exits_with_status_0(tmp_path, whole, workers):
     assert_same(tmp_path / "run", report, whole)
 
 
-@pytest.mark.parametrize("evaluation", [2, 4])
+@pytest.mark.parametrize("evaluation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_sigterm_interrupts_an_evaluation(tmp_path, whole, evaluation):
     """The evaluation is repeated when the run resumes, also after the last step."""
     args = run_args(tmp_path / "run")
