@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import subprocess
+from functools import partial
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -25,6 +28,7 @@ from hf_tfm import (
 )
 from hf_tfm.data import images as image_data
 from hf_tfm.data import text
+from hf_tfm.data.digit_scenes import digit_scenes
 from hf_tfm.data.embedded import DIGIT_SCENES
 from hf_tfm.data.number_words import spell
 
@@ -334,6 +338,13 @@ def test_debug_keeps_the_traceback_of_an_unexpected_error(model, data, monkeypat
         hf_tfm("evaluate", model, "--dataset_name", data, "--debug")
 
 
+def run_in_fork(command, **_) -> subprocess.CompletedProcess:
+    """Like `subprocess.run`, but the process starts with transformers imported."""
+    process = processes.start(*command[1:], server="libraries", merge=False)
+    status = process.wait(200)
+    return subprocess.CompletedProcess(command, status, process.stdout.read_text(), process.stderr.read_text())
+
+
 def test_quickstart(tmp_path, monkeypatch, capfd):
     """All its steps, with smaller models trained for two steps."""
     tiny = "{hidden_size: 16, num_attention_heads: 2, num_encoder_layers: 1, num_decoder_layers: 1}"
@@ -349,16 +360,16 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         "--test_splits",
         "[validation]",
     ]
-    images = [
-        *("--num_train_epochs", "null", "--warmup_epochs", "null"),
-        "--model",
-        "{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}",
-    ]
-
+    schedule = ["--num_train_epochs", "null", "--warmup_epochs", "null"]
+    encoder = "patch_size: 8, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2"
+    decoder = "decoder_hidden_size: 16, decoder_intermediate_size: 32, decoder_num_hidden_layers: 1"
+    images = [*schedule, "--model", f"{{{encoder}}}"]
+    patches = [*schedule, "--model", f"{{{encoder}, {decoder}, decoder_num_attention_heads: 2}}"]
     detection = ["--model", "{d_model: 16, encoder_layers: 1, decoder_layers: 1}", "--warmup_steps", "1"]
     short = ["--num_train_epochs", "null"]
     short_options = {
         "translation_train": text,
+        "mae_pretrain": patches,
         "detection_train": detection,
         "text_classification_train": short,
         "distill_task": short,
@@ -369,7 +380,9 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
         cli.run(recipe, [*argv, *small, "--max_steps", "2", "--mixed_precision", "no", "--progress", "false"])
 
     monkeypatch.setattr(quickstart, "run", short_run)
-    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 32)  # all are drawn, although the detector trains on sixteen
+    # All scenes are drawn, although the detector trains on sixteen.
+    monkeypatch.setitem(DIGIT_SCENES, "digit-scenes", 32)
+    monkeypatch.setattr("hf_tfm.data.digit_scenes.digit_scenes", partial(digit_scenes, validation=2, test=2))
     hf_tfm("quickstart", "--output_dir", tmp_path / "quickstart")
     printed = capfd.readouterr().out
     assert "loaded in a new process" in printed
@@ -396,6 +409,7 @@ def test_quickstart(tmp_path, monkeypatch, capfd):
     assert names == {"exact_match", "chrf"}
     AutoTokenizer.from_pretrained(folder)
     (folder / "modeling_transformer.py").write_text("raise ImportError('broken')")
+    monkeypatch.setattr("hf_tfm.quickstart.subprocess.run", run_in_fork)
     with pytest.raises(RuntimeError, match="does not load in a fresh process"):
         quickstart.translate_in_fresh_process(folder, ["one"])
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from hf_tfm import families
 from hf_tfm.cli import main
 from hf_tfm.data.digit_scenes import digit_scenes
+from hf_tfm.data.number_words import number_words
 from hf_tfm.families import register_family
 
 STEPS = [
@@ -70,7 +71,7 @@ CASES = {
     "toy_roberta": Case(
         "language_pretrain",
         [*TEXTS, "--model", "{}"],
-        ["number-words", "--text_column", "translation.en"],
+        ["words", "--text_column", "translation.en"],
         [],
         "perplexity",
         "distill_pretrain",
@@ -79,7 +80,7 @@ CASES = {
     "toy_gpt2": Case(
         "language_pretrain",
         [*TEXTS, *CAUSAL, "--vocab_size", "300", "--model", "{}"],
-        ["number-words", "--text_column", "translation.en"],
+        ["words", "--text_column", "translation.en"],
         [],
         "perplexity",
         "distill_pretrain",
@@ -136,6 +137,8 @@ def test_family_works_in_its_task(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split, rows in digit_scenes(train=6, validation=2, test=0, size=64).items():
         rows.to_parquet(f"scenes/{split}.parquet")
+    for split, rows in number_words().items():
+        rows.select(range(500)).to_parquet(f"words/{split}.parquet")
     case, new, again, student = CASES[name], tmp_path / "new", tmp_path / "again", tmp_path / "student"
     steps = [*STEPS, "--dataset_name", case.data[0]]
     start = ["run", case.recipe, "--config", "quickstart", *steps, *case.options]

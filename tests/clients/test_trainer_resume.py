@@ -79,7 +79,10 @@ class RecordInitialWeights(TrainerCallback):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.client("Trainer: resume", "transformers")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "-" in name and name != "detr-panoptic" else ()) for name in NAMES],
+)
 def test_resuming_starts_with_the_saved_weights(name, tmp_path):
     model = tiny(name)
     trainer(model, name, tmp_path, max_steps=2).train()

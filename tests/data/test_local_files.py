@@ -54,8 +54,15 @@ def texts_of(dataset, **options):
 OLD, NEW = ["old one", "old two"], ["new one", "new two"]  # the same number of bytes
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("card", [True, False])
+@pytest.mark.parametrize(
+    ("card", "streaming"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "txt", "jsonl.gz"])
 def test_folders_of_the_same_name_and_changed_files_give_their_own_rows(tmp_path, kind, card, streaming):
     first = folder(tmp_path / "a" / "mydata", OLD, kind, card)

@@ -1,5 +1,7 @@
 """Shared helpers of the doctor tests: a small healthy data set to plant faults in, and ways to run the checks."""
 
+import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -58,9 +60,15 @@ def scene(split: str, number: int) -> dict[str, Any]:
     return {"image": png(pixels), "image_id": FIRST_ID[split] + number, "objects": boxes}
 
 
-def healthy() -> Rows:
+@functools.cache
+def scenes() -> Rows:
     """Rows of every split; images are bytes, categories indices into `NAMES`."""
     return {split: [scene(split, number) for number in range(count)] for split, count in COUNTS.items()}
+
+
+def healthy() -> Rows:
+    """Rows of every split, to be changed by the caller."""
+    return copy.deepcopy(scenes())
 
 
 def boxes_of(rows: Rows, split: str = "train") -> list[dict[str, Any]]:

@@ -66,7 +66,13 @@ ARGUMENT_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", ARGUMENT_FAULTS)
+# Further limits and levels of a check of which another fault is tested.
+SLOW = ("high learning rate", "very high base learning rate", "very low learning rate", "short run", "loose clipping")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ARGUMENT_FAULTS]
+)
 def test_planted_argument_is_found(name, monkeypatch):
     options, check, level, message = ARGUMENT_FAULTS[name]
     found = only(examine(monkeypatch, as_splits(healthy()), **options), check, level)

@@ -262,7 +262,17 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# Further values, limits and levels of a check of which another fault is tested.
+SLOW = (
+    *("no width", "not a number", "duplicate box of another class", "some tiny objects", "few images with objects"),
+    *("no category", "all unreadable", "many unreadable", "swapped size", "upside down", "thumbnail"),
+    *("class missing in validation", "all crowds"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAULTS]
+)
 def test_planted_fault_is_found(name, monkeypatch):
     change, check, level, image_id, message = FAULTS[name]
     found = only(examine(monkeypatch, as_splits(plant(change))), check, level)

@@ -71,7 +71,13 @@ def test_heads_unsupported_by_tinybert_are_refused(tmp_path):
         convert(tmp_path / "ours", "tinybert", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.endswith("SequenceClassification") else pytest.mark.slow)
+        for name in BY_NAME
+    ],
+)
 @pytest.mark.parametrize("back", [False, True])
 def test_incomplete_file_is_refused(tmp_path, name, back):
     conversion = BY_NAME[name]

@@ -76,7 +76,13 @@ def test_ours_to_native_and_back(tmp_path, pair):
 
 
 @PAIRS
-@pytest.mark.parametrize("fields", [{}, {"qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-5},
+    ],
+)
 def test_native_to_ours_and_back(tmp_path, pair, fields):
     our_class, their_class, config_class, plain = STOCK[pair]
     to, mae = pair.split()[0], "mae" in pair

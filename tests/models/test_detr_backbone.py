@@ -143,7 +143,15 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("resnet18", "densenet121", "convnext_atto", "repvgg_a0") else pytest.mark.slow
+        )
+        for name in FAMILIES
+    ],
+)
 def test_folding_changes_no_output(name, monkeypatch):
     """Maps and gradients of a model with random statistics, with and without folding."""
     torch.manual_seed(0)

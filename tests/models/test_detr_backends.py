@@ -56,7 +56,7 @@ def test_gradient_checkpointing(build, reentrant):
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(build, dtype, tmp_path):
     """Models converted to half precision or loaded in it; images may be float32. The loss is float32."""
     model, inputs = build(), inputs_of(loss=True)

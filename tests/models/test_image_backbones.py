@@ -113,7 +113,7 @@ def features_of(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 # --- the features of the model in the folder
 
 
-@pytest.mark.parametrize("name", ["vit", "mae", "stock_vit", "stock_mae"])
+@pytest.mark.parametrize("name", ["vit", "mae", pytest.param("stock_vit", marks=pytest.mark.slow), "stock_mae"])
 @torch.no_grad()
 def test_features_of_a_plain_model(name, folders):
     """The patches of the last layer, normalised, without the class token."""
@@ -133,7 +133,7 @@ def test_features_of_a_plain_model(name, folders):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("stock_resnet", ResNetBackbone),
+        pytest.param("stock_resnet", ResNetBackbone, marks=pytest.mark.slow),
         ("stock_convnext", ConvNextBackbone),
         ("swin", TfmSwinBackbone),
         ("stock_swin", TfmSwinBackbone),

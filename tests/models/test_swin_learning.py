@@ -38,7 +38,7 @@ def marks(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, (signs[:, 0] == signs[:, 1]).long()
 
 
-@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("shift", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_only_a_shift_relates_two_windows(shift):
     """Without it the logits are a sum over windows, which cannot tell whether two marks are equal."""
     torch.manual_seed(0)

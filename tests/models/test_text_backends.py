@@ -88,7 +88,7 @@ def test_every_weight_gets_a_gradient(name):
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(name, dtype, tmp_path):
     model, inputs = tiny_text(name), text_batch(name, loss=True)
     expected = model(**inputs).loss.item()
@@ -181,7 +181,9 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
 
 
 @torch.no_grad()
-@every_base
+@pytest.mark.parametrize(
+    "name", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "causal")]
+)
 def test_export(name):
     """One graph for any number of texts of any length; for multiple choice, any number of choices."""
     model, inputs = tiny_text(name), text_batch(name)

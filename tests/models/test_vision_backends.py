@@ -89,7 +89,7 @@ def test_gradient_checkpointing(build, reentrant):
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(build, dtype, tmp_path):
     """Models converted to half precision or loaded in it; fixed position tables may stay float32."""
     model = build()
@@ -127,7 +127,7 @@ def test_autocast(build):
         ("cls", {"output_attentions": True, "output_hidden_states": True}),
         pytest.param("mean-2d", {}, marks=pytest.mark.slow),
         pytest.param("sincos", {}, marks=pytest.mark.slow),
-        ("mae", {}),
+        pytest.param("mae", {}, marks=pytest.mark.slow),
         pytest.param("mae", {"output_attentions": True, "output_hidden_states": True}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -188,10 +188,7 @@ def test_forward_compiled_with_the_default_backend(build):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "build",
-    [
-        pytest.param(MODELS[name], id=name, marks=pytest.mark.slow if name in ("mean-2d", "sincos") else ())
-        for name in MODELS
-    ],
+    [pytest.param(MODELS[name], id=name, marks=pytest.mark.slow if name != "mae" else ()) for name in MODELS],
 )
 def test_export(build):
     """One graph for any number of images."""

@@ -46,7 +46,7 @@ CASES = pytest.mark.parametrize(
         (DetrModel, {}),
         (DetrForObjectDetection, {}),
         pytest.param(DetrForObjectDetection, R50, marks=pytest.mark.slow),
-        (DetrForObjectDetection, {**R50, "dilation": True}),
+        pytest.param(DetrForObjectDetection, {**R50, "dilation": True}, marks=pytest.mark.slow),
         (DetrForObjectDetection, {"position_embedding_type": "learned", "activation_function": "gelu"}),
         (DetrForObjectDetection, {"num_channels": 1, "encoder_layers": 1, "decoder_layers": 3}),
         (DetrForSegmentation, {}),

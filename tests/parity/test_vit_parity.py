@@ -85,12 +85,12 @@ def assert_same(got, expected, exactly: bool = False) -> None:
 @pytest.mark.parametrize(
     ("native_class", "fields"),
     [
-        (ViTModel, {}),
+        pytest.param(ViTModel, {}, marks=pytest.mark.slow),
         (ViTModel, {"pooler_output_size": 20, "pooler_act": "relu", "qkv_bias": False}),
-        (ViTForImageClassification, {}),
+        pytest.param(ViTForImageClassification, {}, marks=pytest.mark.slow),
         (ViTForImageClassification, {"num_channels": 1, "hidden_act": "relu", "layer_norm_eps": 1e-3}),
         (ViTMAEModel, {}),
-        (ViTMAEForPreTraining, {}),
+        pytest.param(ViTMAEForPreTraining, {}, marks=pytest.mark.slow),
         (ViTMAEForPreTraining, {"norm_pix_loss": True, "mask_ratio": 0.5, "qkv_bias": False}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),

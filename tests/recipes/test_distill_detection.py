@@ -82,6 +82,7 @@ def test_student_is_initialized_from_decoder_layers(layers, data, teacher, tmp_p
         torch.testing.assert_close(value, source[origin], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow  # tests/evaluation/test_evaluation_detection.py has the same two limits
 def test_student_is_its_teacher_with_clustered_attention(data, teacher, tmp_path):
     """It starts with the teacher's weights, and what it learns from is the difference that its clusters make."""
     losses = []

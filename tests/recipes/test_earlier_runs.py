@@ -48,7 +48,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+# A text, a classification and an image; the models of all are scored below.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("bert", "gpt", "mae") else ()) for name in CASES]
+)
 def test_run_of_an_earlier_version_resumes(name, tmp_path, capsys):
     recipe, model, options = CASES[name]
     folder = tmp_path / "run"

@@ -64,7 +64,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", list(KINDS))
+SLOW = ("rows_whole_words", "causal_rows", "holdout")  # tests of the data and of other recipes have these options
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS]
+)
 def test_a_few_steps(name, data, tmp_path):
     options, auto_class = KINDS[name]
     assert run_recipe(*command_line(data[0], tmp_path / "run", test_splits="[test]", **options)) == 0

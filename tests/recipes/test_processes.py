@@ -75,8 +75,8 @@ def test_killed_stopped_and_resumed_with_three_launchers(data, whole, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
     config = str(ROOT / "recipes" / "launch" / "cpu.yaml")
-    process = start_launcher("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
-    assert "resuming from" in finish_launcher(process)
+    process = start_process("-m", "accelerate.commands.launch", "--config_file", config, script, *argv)
+    assert "resuming from" in finish(process)
     assert history(tmp_path / "run") == history(whole)
     assert record(tmp_path / "run").metrics == record(whole).metrics
     one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,8 @@ def test_model_without_a_run_is_not_overwritten(numbers, trained, tmp_path):
     assert contents(folder) == before
 
 
-def test_overwriting_lists_kept_files(numbers, tmp_path, capsys):
-    run_recipe(*command_line(numbers, tmp_path / "run"))
+def test_overwriting_lists_kept_files(numbers, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     capsys.readouterr()
     run_recipe(*command_line(numbers, tmp_path / "run", seed=1, overwrite_output_dir="true"))

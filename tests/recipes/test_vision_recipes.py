@@ -265,7 +265,7 @@ SLOW |= {("mae_pretrain", "ema"), ("image_classification_train", "sgd")}
 # The stream of mae_pretrain has repeats, too; other tests resume with averages and with trained heads.
 SLOW |= {("mae_pretrain", "repeats"), ("image_classification_train", "ema"), ("image_classification_train", "probe")}
 RESUMED = {
-    "image_classification_train": [("mixing", 2), ("repeats", 0), ("ema", 0), ("sgd", 2), ("stream", 0), ("probe", 0)],
+    "image_classification_train": [("mixing", 1), ("repeats", 0), ("ema", 0), ("sgd", 2), ("stream", 0), ("probe", 0)],
     "mae_pretrain": [("repeats", 2), ("ema", 0), ("sgd", 0), ("stream", 1)],
 }
 

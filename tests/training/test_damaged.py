@@ -92,7 +92,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "damage"), CASES, ids=[f"{name}-{kind}" for name, kind, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "kind", "damage"),
+    [
+        pytest.param(
+            name, kind, damage, id=f"{name}-{kind}", marks=pytest.mark.slow if name[:3] in ("opt", "ema") else ()
+        )
+        for name, kind, damage in CASES
+    ],
+)
 def test_a_damaged_checkpoint_is_set_aside(run, name, kind, damage, caplog):
     damage(run / "checkpoints" / "step-00000013" / name)
     with caplog.at_level(logging.WARNING):

@@ -175,7 +175,7 @@ def test_files(models, tmp_path):
         plot_detections(found, tmp_path / "four.jpg")
 
 
-@pytest.mark.parametrize("kind", ["tfm", "tfm_panoptic"])
+@pytest.mark.parametrize("kind", [pytest.param("tfm", marks=pytest.mark.slow), "tfm_panoptic"])
 def test_the_command_line(kind, models, tmp_path, capsys):
     for i, image in enumerate(IMAGES[:2]):
         image.image.save(tmp_path / f"{i}.png")

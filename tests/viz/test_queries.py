@@ -39,7 +39,15 @@ def tensors() -> list[torch.Tensor]:
     return [torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos()]
 
 
-@pytest.mark.parametrize("kind", ["tfm", "detr", "tfm_panoptic", "detr_panoptic"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tfm",
+        pytest.param("detr", marks=pytest.mark.slow),
+        pytest.param("tfm_panoptic", marks=pytest.mark.slow),
+        "detr_panoptic",
+    ],
+)
 def test_maps_equal_the_model_cross_attention_in_image_order(kind, models):
     model, processor = load_detector(models[kind])
     found = query_maps(model, processor, IMAGES[0], threshold=0.5)
