@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -163,8 +163,9 @@ class ModelArguments(Arguments):
     # Models that are valid for arguments, {argument: hub.pretrained.Suitable}. A subclass sets it, at least for
     # model_name_or_path, and a default architecture.
     accepted_models: ClassVar[dict[str, Any]] = {}
-    # Options of a new model that contradict model_name_or_path.
+    # Options of a new model, which do not apply to a saved one, and fields of ``model`` that do: those of the data.
     new_model_options: ClassVar[tuple[str, ...]] = ()
+    data_fields: ClassVar[tuple[str, ...]] = ()
 
     model_name_or_path: str | None = None
     architecture: str | None = None
@@ -186,16 +187,16 @@ class ModelArguments(Arguments):
         return {"architecture": list(cls.accepted_models["model_name_or_path"].head.families())}
 
     @classmethod
-    def drop_new_model(cls, values: MutableMapping[str, Any], given: Collection[str]) -> None:
-        """Drop what a configuration file says about a new model, if the command line names a saved one.
+    def without_new_model(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a configuration file without what they say about a new model.
 
-        Args:
-            values: all options; changed in place.
-            given: names of the options on the command line.
+        A file with ``model_name_or_path`` says nothing about one.
         """
-        if "model_name_or_path" in given and values["model_name_or_path"]:
-            for option in set(cls.new_model_options) - set(given):
-                values[option] = None
+        if "model_name_or_path" in values:
+            return dict(values)
+        kept = {name: value for name, value in values.items() if name not in cls.new_model_options}
+        fields = {name: value for name, value in (values.get("model") or {}).items() if name in cls.data_fields}
+        return kept | ({"model": fields} if fields else {})
 
     def check_saved(self, config: PreTrainedConfig) -> None:
         """Check arguments that depend on the family of ``model_name_or_path``, before any data is read.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
@@ -437,13 +438,13 @@ def parse_arguments(kind: type, recipe: Path, argv: Sequence[str], command: str 
             if config is None:
                 words.append(word)
             else:
-                configs += ["--config", preset_path(config, presets)]
+                configs.append(preset_path(config, presets))
                 check_config(Path(configs[-1]), kind)
         check_words(words, kind)
-        values = parser.parse_args([*configs, *words]).as_dict()
+        if issubclass(kind, ModelArguments) and names_saved_model(words):
+            configs = [yaml.safe_dump(kind.without_new_model(read_yaml(Path(config)))) for config in configs]
+        values = parser.parse_args([*(f"--config={config}" for config in configs), *words]).as_dict()
         values.pop("config")
-        if issubclass(kind, ModelArguments):
-            kind.drop_new_model(values, {root_of(word) for word in words if word.startswith("--")})
         return kind(**values)
     except ValueError as error:
         parser.error(str(error))
@@ -471,9 +472,13 @@ def option_parser(kind: type, recipe: Path, command: str) -> OptionParser:
     return parser
 
 
-def root_of(word: str) -> str:
-    """Return the option of a word of the command line, "--model.dropout=0.1": "model"."""
-    return re.split(r"[.=]", word.removeprefix("--"), maxsplit=1)[0]
+def names_saved_model(words: Sequence[str]) -> bool:
+    """Return True if a command line has ``--model_name_or_path`` and a value that is not null."""
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name == "--model_name_or_path":
+            return load_yaml(value if equals else following, name) is not None
+    return False
 
 
 def group_actions(parser: OptionParser, kind: type) -> None:

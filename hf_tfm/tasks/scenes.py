@@ -62,7 +62,10 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     """
 
     accepted_models: ClassVar = OBJECTS
-    new_model_options: ClassVar = ("backbone", "pretrained_backbone")
+    new_model_options: ClassVar = (
+        *("architecture", "size", "model", "backbone", "pretrained_backbone", "rate_factors"),
+    )
+    data_fields: ClassVar = ("num_queries",)
     streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
 
     architecture: str = "detr"

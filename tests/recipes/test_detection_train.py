@@ -296,7 +296,7 @@ def test_categories_unknown_to_training_are_refused(splits, tmp_path):
 
 
 def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
-    """--model_name_or_path replaces the preset's backbone, but contradicts one on the command line."""
+    """--model_name_or_path replaces what the preset says about a new model, except for the number of queries."""
 
     def parse(*words):
         recipe = ROOT / "recipes" / "detection_train.py"
@@ -305,8 +305,13 @@ def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
     new, other, saved = parse(), parse("--backbone", "resnet18"), parse("--model_name_or_path", "x")
     assert new.pretrained_backbone and new.model["backbone"] == "tf_efficientnet_lite0"
     assert other.pretrained_backbone and other.model["backbone"] == "resnet18"
-    assert new.model["backbone_norm"] == "frozen" and saved.model == {"num_queries": 50}
+    assert new.model["backbone_norm"] == "frozen" and saved.model == {"num_queries": new.model["num_queries"]}
+    assert new.rate_factors["backbone"] == 0.1 and saved.rate_factors == {}, "DETR has no reference_points"
     assert (saved.model_name_or_path, saved.backbone, saved.pretrained_backbone) == ("x", None, False)
+    chosen = parse("--model_name_or_path", "x", "--model.dropout", "0.2", "--rate_factors", "{backbone: 0.5}")
+    assert chosen.model == {**saved.model, "dropout": 0.2} and chosen.rate_factors == {"backbone": 0.5}
+    assert chosen.augmentation == new.augmentation and chosen.num_train_epochs == new.num_train_epochs
+    assert parse("--model_name_or_path=null") == new
     with pytest.raises(SystemExit):
         parse("--model_name_or_path", "x", "--backbone", "resnet18")
     assert "model_name_or_path has its own backbone: do not give backbone with it" in capsys.readouterr().err
