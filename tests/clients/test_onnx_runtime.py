@@ -1,4 +1,4 @@
-"""ONNX Runtime gives equal outputs for the main class of every family, also for other batch sizes and lengths."""
+"""ONNX Runtime gives equal outputs for a class of every family that exports, also for other batches and lengths."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("onnxscript", reason="needs pip install hf-tfm[onnx]")
 FAST = ("bert", "detr")  # a text, and images with several outputs; `make test-slow` tries the other families
+# torch.export refuses a number of detections that depends on the image, as torchvision's suppression of boxes has.
+EXPORTED = [name for name in FAMILIES if name != "faster_rcnn"]
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install hf-tfm[onnx]")
 
 
@@ -19,7 +21,7 @@ def shapes_of(inputs: dict[str, Tensor]) -> dict[str, dict[int, object]]:
 @pytest.mark.client("ONNX Runtime", "onnxruntime")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EXPORTED]
 )
 @torch.no_grad()
 def test_outputs_are_equal(name, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from recipe_helpers import ROOT
+from recipe_helpers import ROOT, fresh_state
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -53,6 +53,7 @@ CASES = {
     "name", [pytest.param(name, marks=pytest.mark.slow if name in ("bert", "gpt", "mae") else ()) for name in CASES]
 )
 def test_run_of_an_earlier_version_resumes(name, tmp_path, capsys):
+    fresh_state()
     recipe, model, options = CASES[name]
     folder = tmp_path / "run"
     shutil.copytree(RUNS / name, folder, ignore=shutil.ignore_patterns("expected*"))
