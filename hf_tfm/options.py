@@ -473,12 +473,13 @@ def option_parser(kind: type, recipe: Path, command: str) -> OptionParser:
 
 
 def names_saved_model(words: Sequence[str]) -> bool:
-    """Return True if a command line has ``--model_name_or_path`` and a value that is not null."""
+    """Return True if a command line has ``--model_name_or_path`` and its last value is not null."""
+    values = ["null"]
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         if name == "--model_name_or_path":
-            return load_yaml(value if equals else following, name) is not None
-    return False
+            values.append(value if equals else following)
+    return values[-1] != "null"
 
 
 def group_actions(parser: OptionParser, kind: type) -> None:

@@ -4,7 +4,6 @@ Our classes read files of transformers' Deformable DETR, and ``save_original_for
 in deformable_detr_stacks.py), so the configuration is converted, and the heads that one file stores once.
 """
 
-import copy
 import re
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,16 @@ from transformers import (
 from ..models.configuration_deformable_detr import BACKBONE_LEVELS, TfmDeformableDetrConfig
 from ..models.modeling_deformable_detr import TfmDeformableDetrForObjectDetection, TfmDeformableDetrModel
 from .conversion import Conversion, require_fixed
-from .detr import EPS, dilated, integer_weights, timm_backbone, timm_features, timm_name, with_frozen_norms
+from .detr import (
+    EPS,
+    dilated,
+    integer_weights,
+    rebuilt,
+    timm_backbone,
+    timm_features,
+    timm_name,
+    with_frozen_norms,
+)
 from .vit import translated
 
 # Fields with the same name and meaning in both configurations.
@@ -141,14 +149,7 @@ def with_every_class_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same outputs in evaluation mode with frozen norms and the first group of queries alone."""
     model = with_frozen_norms(model)
-    if model.config.query_groups == 1:
-        return model
-    config = copy.deepcopy(model.config)
-    config.query_groups = 1
-    alone = type(model)(config)
-    weights = model.state_dict()
-    alone.load_state_dict({name: weights[name] for name in alone.state_dict()})
-    return alone.eval()
+    return model if model.config.query_groups == 1 else rebuilt(model, query_groups=1)
 
 
 DEFORMABLE_DETR = Conversion(

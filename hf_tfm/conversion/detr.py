@@ -161,17 +161,20 @@ def from_detr(model: DetrForObjectDetection | DetrForSegmentation | DetrModel) -
     return translated(config, TfmDetrConfig, FIELDS, (*OURS_CARRIED, *THEIRS_CARRIED), **fields)
 
 
-@torch.no_grad()
 def with_frozen_norms(model: PreTrainedModel) -> PreTrainedModel:
     """Freeze the statistics of the batch norms of ``model``, which does not change its output in evaluation mode."""
-    if model.config.backbone_norm != "batch":
-        return model
+    return rebuilt(model, backbone_norm="frozen") if model.config.backbone_norm == "batch" else model
+
+
+@torch.no_grad()
+def rebuilt(model: PreTrainedModel, **fields: Any) -> PreTrainedModel:
+    """Return a model in evaluation mode with other configuration fields, and the weights of ``model`` that it has."""
     config = copy.deepcopy(model.config)
-    config.backbone_norm = "frozen"
-    frozen = type(model)(config)
-    counts = {name for name in model.state_dict() if name.endswith(".num_batches_tracked")}
-    frozen.load_state_dict({name: value for name, value in model.state_dict().items() if name not in counts})
-    return frozen.eval()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    new, weights = type(model)(config), model.state_dict()
+    new.load_state_dict({name: weights[name] for name in new.state_dict()})
+    return new.eval()
 
 
 DETR = Conversion(

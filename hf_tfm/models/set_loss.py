@@ -469,13 +469,9 @@ def detection_losses(
     """
     sets = [predictions] if proposals is None else [predictions, proposals]
     matchings = match_sets(sets, labels, config)
-    terms = [
-        {
-            name: values.unflatten(0, (one.groups, -1)).mean(0)
-            for name, values in set_losses(one.logits, one.boxes, own, config).items()
-        }
-        for one, own in zip(sets, matchings, strict=True)
-    ]
+    terms = [set_losses(one.logits, one.boxes, own, config) for one, own in zip(sets, matchings, strict=True)]
+    if (groups := predictions.groups) > 1:
+        terms[0] = {name: values.unflatten(0, (groups, -1)).mean(0) for name, values in terms[0].items()}
     return total_loss(terms[0], matchings[0], config, items, *terms[1:])
 
 

@@ -495,7 +495,7 @@ YAML = [
     yaml_row("custom_tag", "seed: !env SEED\n", "a.yaml.*line 1.*tag"),
     yaml_row("alias_bomb", BOMB, "a.yaml.*10,000 values"),
     yaml_row("recursion", "model: &m {patch_size: *m}\n", "a.yaml.*deep|a.yaml.*model"),
-    yaml_row("deep", f"model: {'[' * 1000}{']' * 1000}\n", "a.yaml.*deep"),
+    yaml_row("deep", f"model: {'[' * 3000}{']' * 3000}\n", "a.yaml.*deep"),
     yaml_row("unknown_key", "learning_rat: 0.1\n", r"a.yaml.*learning_rat.*did you mean learning_rate\?"),
     yaml_row("unknown_nested_key", "augmentation: {flipp: 1}\n", r"a.yaml.*augmentation.flipp.*did you mean flip\?"),
     yaml_row("dotted_key", "model.patch_size: 4\n", "a.yaml.*model.patch_size.*without a dot"),

@@ -34,7 +34,6 @@ def test_one_image_with_different_targets_is_not_memorized(monkeypatch, few_step
     assert found.sample.split == "train" and 100 <= found.sample.image_id < 124
 
 
-@pytest.mark.slow  # the test of a large model finds that too few steps do not suffice
 def test_loss_without_box_terms_fails(monkeypatch, few_steps):
     model = MODEL + ", bbox_loss_coefficient: 0, giou_loss_coefficient: 0}"
     found = only(examine(monkeypatch, as_splits(healthy()), learn=True, model=model), "overfit")

@@ -338,8 +338,14 @@ def bad(labels: list[dict[str, Tensor]], **fields) -> list[dict[str, Tensor]]:
         ),
         (bad(tiny_labels((3, 2, 1)), boxes=torch.full((2, 4), math.nan)), r"labels\[1\].* got \(nan, nan"),
         (bad(tiny_labels((3, 2, 1)), boxes=torch.full((2, 4), -0.5)), r"labels\[1\].* got \(-0.5, -0.5"),
-        (bad(tiny_labels((3, 2, 1)), boxes=torch.rand(2, 5)), r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(2, 5\)"),
-        (bad(tiny_labels((3, 2, 1)), boxes=torch.rand(3, 4)), r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(3, 4\)"),
+        (
+            bad(tiny_labels((3, 2, 1)), boxes=torch.full((2, 5), 0.5)),
+            r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(2, 5\)",
+        ),
+        (
+            bad(tiny_labels((3, 2, 1)), boxes=torch.full((3, 4), 0.5)),
+            r"labels\[1\]\['boxes'\] .*\(2, 4\).* got \(3, 4\)",
+        ),
         (tiny_labels((3, 2)), "labels must have an entry for each of 3 images, got 2"),
         (tiny_labels((3,)), "labels must have an entry for each of 3 images, got 1"),
         (tiny_labels((3, 2, 1, 1)), "labels must have an entry for each of 3 images, got 4"),

@@ -165,7 +165,6 @@ def test_a_resumed_run_is_bit_equal(kind, workers, data, tmp_path, capsys):
     assert plots[0] == plots[1]
 
 
-@pytest.mark.slow  # each option has a test of what it does
 def test_options_change_the_weights(data, trained, tmp_path):
     """The options of the test above have an effect: no two runs end with equal weights."""
     runs = [
@@ -312,6 +311,7 @@ def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
     assert chosen.model == {**saved.model, "dropout": 0.2} and chosen.rate_factors == {"backbone": 0.5}
     assert chosen.augmentation == new.augmentation and chosen.num_train_epochs == new.num_train_epochs
     assert parse("--model_name_or_path=null") == new
+    assert parse("--model_name_or_path", "@x").model == saved.model, "a name need not be YAML"
     with pytest.raises(SystemExit):
         parse("--model_name_or_path", "x", "--backbone", "resnet18")
     assert "model_name_or_path has its own backbone: do not give backbone with it" in capsys.readouterr().err

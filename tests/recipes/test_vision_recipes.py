@@ -295,7 +295,6 @@ def test_a_resumed_run_is_bit_equal(recipe, kind, workers, mae, data, tmp_path, 
     assert record(whole).metrics == record(part).metrics
 
 
-@pytest.mark.slow  # each option has a test of what it does
 def test_mixing_repeats_and_averages_change_the_weights(data, tmp_path):
     """Each of these options has an effect: no two of the runs end with equal weights."""
     runs = [classify(data, tmp_path / kind, **overrides) for kind, overrides in OPTIONS.items() if kind != "probe"]
