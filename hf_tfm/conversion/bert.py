@@ -4,9 +4,11 @@ Our classes read files of transformers' BERT, and ``save_original_format=True`` 
 bert_parts.py), so only the configuration is converted.
 """
 
+import copy
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -30,6 +32,7 @@ from ..models.modeling_bert import (
     TfmBertForTokenClassification,
     TfmBertModel,
 )
+from ..models.sequence_positions import LearnedPositions
 from .conversion import Conversion, refuse, require_fixed
 from .vit import translated
 from .weight_files import weight_names
@@ -86,6 +89,28 @@ def require_head(target: str, config: TfmBertConfig | BertConfig, ours: type[Pre
         require_fixed(target, config, {"num_labels": 2})
 
 
+@torch.no_grad()
+def with_learned_positions(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace positions that are added to the embeddings with an equal learned table; leave other kinds."""
+    embeddings, config = model.base_model.embeddings, model.config
+    if config.position_embedding_type == "learned" or not embeddings.position_embeddings.only_embeds:
+        return model
+    model = copy.deepcopy(model)
+    embeddings, config = model.base_model.embeddings, model.config
+    length = config.max_position_embeddings
+    learned = LearnedPositions(config, config.num_hidden_layers).to(embeddings.word_embeddings.weight.dtype)
+    learned.weight.copy_(embeddings.position_embeddings(torch.arange(length), length))
+    embeddings.position_embeddings, config.position_embedding_type = learned, "learned"
+    return model
+
+
+def require_table(target: str, config: TfmBertConfig) -> None:
+    """Refuse positions that `with_learned_positions` cannot replace."""
+    if config.position_embedding_type != "learned":
+        needed = "positions that are only added to the embeddings"
+        refuse(target, "position_embedding_type", config.position_embedding_type, needed)
+
+
 def to_bert(
     config: TfmBertConfig, ours: type[PreTrainedModel], theirs: type[BertConfig] = BertConfig, pooler: str = "tanh"
 ) -> BertConfig:
@@ -98,6 +123,7 @@ def to_bert(
         ValueError: a field has a value that their model cannot express.
     """
     target = theirs.model_type
+    require_table(target, config)
     if not config.type_vocab_size:
         refuse(target, "type_vocab_size", 0, "segments; distilbert has none")
     if ours in POOLED:
@@ -147,6 +173,7 @@ BERT = tuple(
         theirs=theirs,
         to_theirs=partial(to_bert, ours=ours),
         to_ours=partial(from_bert, ours=ours),
+        prepare=with_learned_positions,
         unread_by_theirs=() if ours in (*POOLED, TfmBertModel) else POOLER_WEIGHTS,
         carry_processor=carry_vocabulary,
     )

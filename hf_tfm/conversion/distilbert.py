@@ -28,7 +28,7 @@ from ..models.modeling_bert import (
     TfmBertForTokenClassification,
     TfmBertModel,
 )
-from .bert import POOLED, carry_vocabulary
+from .bert import POOLED, carry_vocabulary, require_table, with_learned_positions
 from .conversion import Conversion, carried, refuse, require_fixed
 from .vit import LABELS
 
@@ -97,6 +97,7 @@ def to_distilbert(config: TfmBertConfig, ours: type[PreTrainedModel]) -> DistilB
     Raises:
         ValueError: a field has a value that transformers' class cannot express.
     """
+    require_table("distilbert", config)
     if config.type_vocab_size:
         refuse("distilbert", "type_vocab_size", config.type_vocab_size, "0; bert has segments")
     require_fixed("distilbert", config, {"layer_norm_eps": EPS})
@@ -131,6 +132,7 @@ DISTILBERT = tuple(
         to_theirs=partial(to_distilbert, ours=ours),
         to_ours=partial(from_distilbert, ours=ours),
         names=partial(names, ours=ours),
+        prepare=with_learned_positions,
         carry_processor=carry_vocabulary,
     )
     for ours, theirs in STOCK.items()

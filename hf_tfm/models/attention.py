@@ -21,6 +21,7 @@ from .dropout import Dropout
 from .dropout import dropout as drop
 from .input_checks import require_mask
 from .linear import project
+from .sequence_positions import Biases, Rotation
 
 # Before transformers 5.24 the attention function, not the model, updates the cache of continuous batching.
 PAGED_ELSEWHERE = CACHE_NAME != "cache"
@@ -246,6 +247,7 @@ class MultiHeadAttention(AttentionLayer):
         output_attentions: bool = False,
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
+        placement: Rotation | Biases | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute attention.
@@ -259,6 +261,7 @@ class MultiHeadAttention(AttentionLayer):
             output_attentions: compute the probabilities, whatever the backend.
             query_positions, key_positions: added to the input of the query and key projections but not to that of the
                 values, broadcastable to it (Carion et al. 2020, figure 10).
+            placement: applies the positions of a sequence to the projections, see `PositionKind`.
 
         Returns:
             (B, Tq, D), and the probabilities (B, H, Tq, Tk), or None if the backend does not compute them.
@@ -267,13 +270,16 @@ class MultiHeadAttention(AttentionLayer):
         if memory is not None or kwargs.get("is_causal") is None:  # continuous batching sets it for self-attention
             kwargs["is_causal"] = self.is_causal
         query = project(self.q_proj, placed(hidden_states, query_positions))  # (B, Tq, D)
+        query = query if placement is None else placement.query(query)
         shared = memory is not None and memory.shape[0] != B
         if shared:  # treat rows that share a memory as additional queries: from here B is B / n and Tq is n Tq
             query = query.reshape(memory.shape[0], -1, query.shape[-1])
         query = query.view(*query.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, Tq, Dh)
         if PAGED_ELSEWHERE and cache is not None and not isinstance(cache, Cache):
             kwargs["cache"], cache = cache, None
-        key, value = self.keys_and_values(hidden_states, memory, cache, key_positions, kwargs)  # (B, H, Tk, Dh)
+        key, value = self.keys_and_values(
+            hidden_states, memory, cache, key_positions, placement, kwargs
+        )  # (B, H, Tk, Dh)
         mixed, probabilities = self.attention_function(query, key, output_attentions)(
             self,
             query,
@@ -294,6 +300,7 @@ class MultiHeadAttention(AttentionLayer):
         memory: Tensor | None,
         past: Cache | None,
         positions: Tensor | None,
+        placement: Rotation | Biases | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, H, Tk, Dh), reading from and updating the cache if there is one.
@@ -309,8 +316,10 @@ class MultiHeadAttention(AttentionLayer):
                 return layer.keys, layer.values
         source = memory if crossing else hidden_states
         shape = (*source.shape[:2], -1, self.head_dim)
-        key = project(self.k_proj, placed(source, positions)).view(shape).transpose(1, 2)
-        value = project(self.v_proj, source).view(shape).transpose(1, 2)
+        key, value = project(self.k_proj, placed(source, positions)), project(self.v_proj, source)  # (B, Tk, D)
+        if placement is not None:
+            key, value = placement.key(key), placement.value(value)
+        key, value = (states.view(shape).transpose(1, 2) for states in (key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
             if crossing and isinstance(past, EncoderDecoderCache):

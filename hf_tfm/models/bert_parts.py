@@ -17,6 +17,7 @@ from .dropout import Dropout
 from .input_checks import embed, look_up
 from .losses import labelled, per_item, require_labels
 from .native_names import OwnNamesPreTrainedModel
+from .sequence_positions import WITH_TABLES, make_positions
 
 # Weight names of transformers' BERT and of earlier versions of this package: (name in the file, name in the model),
 # applied in this order on loading. Each pattern is anchored to a block, so that modules added by a subclass keep their
@@ -74,6 +75,16 @@ class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, WITH_TABLES):
+            module.reset_parameters()
+
+
+def positions_of(position_ids: Tensor | None, states: Tensor) -> tuple[Tensor, int | None]:
+    """Return the positions (T,), or (B, T) if given, of states (B, T, D), and their end if they are not given."""
+    if position_ids is not None:
+        return position_ids, None
+    length = states.shape[1]
+    return torch.arange(length, device=states.device), length
 
 
 class TfmBertEmbeddings(nn.Module):
@@ -83,7 +94,7 @@ class TfmBertEmbeddings(nn.Module):
         super().__init__()
         D, self.config = config.hidden_size, config
         self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.position_embeddings = make_positions(config, config.num_hidden_layers)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D) if config.type_vocab_size else None
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
@@ -108,15 +119,19 @@ class TfmBertEmbeddings(nn.Module):
         """
         words = embed(self.word_embeddings, input_ids, inputs_embeds)
         length, longest = words.shape[1], self.config.max_position_embeddings
-        if position_ids is None:
-            if length > longest:
-                raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
-            position_ids = torch.arange(length, device=words.device)[None]
+        learned = self.config.position_embedding_type == "learned"
+        if learned and position_ids is None and length > longest:
+            raise ValueError(f"the input has {length} tokens, but max_position_embeddings is {longest}")
+        positions, end = positions_of(position_ids, words)
         table = self.position_embeddings
-        states = words + look_up(table, position_ids, "position_ids", "max_position_embeddings")
+        if learned:
+            added = look_up(table, positions, "position_ids", "max_position_embeddings")
+        else:
+            added = table(positions, end)
+        states = words if added is None else words + added.to(words.dtype)
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
-                token_type_ids = position_ids.new_zeros(1, length)
+                token_type_ids = positions.new_zeros(1, length)
             table = self.token_type_embeddings
             states = states + look_up(table, token_type_ids, "token_type_ids", "type_vocab_size")
         return self.dropout(self.norm(states))

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import MultiHeadAttention
 from .dropout import Dropout
 from .linear import project
+from .sequence_positions import NOWHERE, BlockPlacement
 
 FUSED = {"gelu_new": "gelu_pytorch_tanh"}  # the same function as one operation instead of eight
 
@@ -109,14 +110,16 @@ class EncoderBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        placement: BlockPlacement = NOWHERE,
         **kwargs,
     ) -> Tensor:
         """Apply the block: (B, S, D) -> (B, S, D); the mask is in the form of the attention backend.
 
         Args:
             positions: added to queries and keys in this block, for stacks whose input does not include positions.
+            placement: see `PositionKind.placements`.
         """
-        place = {"query_positions": positions, "key_positions": positions}
+        place = {"query_positions": positions, "key_positions": positions, "placement": placement.own}
 
         def attend(states: Tensor) -> Tensor:
             return self.self_attn(states, attention_mask=attention_mask, **place, **kwargs)[0]
@@ -150,6 +153,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         memory_positions: Tensor | None = None,
+        placement: BlockPlacement = NOWHERE,
         **kwargs,
     ) -> Tensor:
         """Apply the block to (B, T, D) and the encoder's output (B, S, D): -> (B, T, D).
@@ -158,10 +162,15 @@ class DecoderBlock(GradientCheckpointingLayer):
             attention_mask, memory_mask: in the form of the attention backend.
             positions, memory_positions: added to queries and keys in this block, for stacks whose input does not
                 include positions.
+            placement: see `PositionKind.placements`.
         """
         kwargs["cache"] = cache
-        place = {"query_positions": positions, "key_positions": positions}
-        place_in_memory = {"query_positions": positions, "key_positions": memory_positions}
+        place = {"query_positions": positions, "key_positions": positions, "placement": placement.own}
+        place_in_memory = {
+            "query_positions": positions,
+            "key_positions": memory_positions,
+            "placement": placement.memory,
+        }
 
         def attend(states: Tensor) -> Tensor:
             return self.self_attn(states, attention_mask=attention_mask, **place, **kwargs)[0]

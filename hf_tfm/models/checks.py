@@ -8,7 +8,7 @@ from typing import Any
 
 # Far above the sizes of real models; beyond them torch aborts for lack of memory, or spends hours building layers.
 MOST = {"vocab_size": 2**24, "max_position_embeddings": 2**24, "num_queries": 2**16, "layers": 10_000, "": 2**20}
-POSITIVE = ("layer_norm_eps", "initializer_factor", "init_xavier_std")
+POSITIVE = ("layer_norm_eps", "initializer_factor", "init_xavier_std", "floater_step")
 NOT_NEGATIVE = ("initializer_range",)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "decoder_start_token_id")
 SIMILAR = 0.845  # minimum similarity of a misspelt field to the intended one

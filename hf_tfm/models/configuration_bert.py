@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .sequence_positions import check_positions
 from .travel import TravellingConfig
 
 # Base and large: Devlin et al. 2019, section 3. Tiny to medium: Turc et al. 2019 (arXiv:1908.08962), table 1.
@@ -44,7 +45,15 @@ class TfmBertConfig(TravellingConfig):
         attention_probs_dropout_prob: dropout rate of the attention probabilities.
         activation_dropout: dropout rate inside the feed-forward layers.
         classifier_dropout: dropout rate before a classifier; default: ``hidden_dropout_prob``.
-        max_position_embeddings: maximum input length in tokens.
+        position_embedding_type: "learned" (BERT), "sinusoidal", "rotary" (Su et al. 2021), "alibi" (Press et al. 2022,
+            with the distance |i - j|; sdpa and eager only) or "floater" (Liu et al. 2020). Sinusoids are scaled to
+            ``initializer_range``, the size of the other embeddings.
+        max_position_embeddings: maximum input length in tokens of "learned" positions; the others have no limit.
+        floater_scope: "all" adds the solution of FLOATER's ODE to queries, keys and values, "input" to the embeddings.
+        floater_step: time between two positions, the paper's Delta; an interval takes 5 Runge-Kutta steps.
+        floater_hidden_size: hidden size of the ODE's vector field; default, ``hidden_size``.
+        floater_adjoint: compute gradients of the ODE by the adjoint of its integrator instead of automatic
+            differentiation: the same gradients in less time and memory.
         type_vocab_size: number of segment types; 0 disables segment embeddings (DistilBERT).
         pooler: transform of the first token's state for a classifier: a linear layer with "tanh" (BERT), "relu"
             (DistilBERT's ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
@@ -91,7 +100,12 @@ class TfmBertConfig(TravellingConfig):
     attention_probs_dropout_prob: float | int = 0.1
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
+    position_embedding_type: str = "learned"
     max_position_embeddings: int = 512
+    floater_scope: str = "all"
+    floater_step: float | int = 0.1
+    floater_hidden_size: int | None = None
+    floater_adjoint: bool = True
     type_vocab_size: int = 2
     pooler: str = "tanh"
     initializer_range: float = 0.02
@@ -110,6 +124,11 @@ class TfmBertConfig(TravellingConfig):
         """
         return cls(**{**fields_of_size(SIZES, size), **fields})
 
+    @property
+    def position_scale(self) -> float:
+        """Factor of sinusoidal positions, whose standard deviation is 1 / sqrt(2)."""
+        return 2**0.5 * self.initializer_range
+
     def validate_architecture(self) -> None:
         """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
@@ -118,6 +137,7 @@ class TfmBertConfig(TravellingConfig):
         require_at_least(self, LEAST_1)
         require_at_least(self, ("type_vocab_size",), 0)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        check_positions(self)
         require_share(self, DROPOUT_RATES)
         if self.classifier_dropout is not None:
             require_share(self, ("classifier_dropout",))

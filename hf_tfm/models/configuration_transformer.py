@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .sequence_positions import check_positions
 from .travel import TravellingConfig
 
 # Table 3 of the paper ("base", "big"); "tiny" is the small-data size of Wu et al. 2021 (arXiv:2105.14462, sec. 4.2).
@@ -37,7 +38,6 @@ SIZES = {
 }
 
 CHOICES = {
-    "position_embedding_type": ("sinusoidal", "learned"),
     "attention_score": ("dot_product", "additive"),
     "decoding": ("autoregressive", "mask_predict"),
     "hidden_act": ACT2FN,
@@ -68,8 +68,15 @@ class TfmTransformerConfig(TravellingConfig):
         norm_first: apply layer norm before each sublayer (pre-norm) instead of after the residual sum (post-norm, the
             paper).
         layer_norm_eps: epsilon of the layer norms.
-        position_embedding_type: "sinusoidal" (any length) or "learned" (up to ``max_position_embeddings``).
-        max_position_embeddings: number of positions in the position embedding table.
+        position_embedding_type: "sinusoidal" (the paper), "learned" (up to ``max_position_embeddings``), "rotary" (Su
+            et al. 2021), "alibi" (Press et al. 2022; sdpa and eager only) or "floater" (Liu et al. 2020).
+        max_position_embeddings: number of positions in the table of "learned"; the others have no limit.
+        floater_scope: "all" adds the solution of FLOATER's ODE to queries, keys and values of every attention,
+            "input" to the embeddings.
+        floater_step: time between two positions, the paper's Delta; an interval takes 5 Runge-Kutta steps.
+        floater_hidden_size: hidden size of the ODE's vector field; default, ``hidden_size``.
+        floater_adjoint: compute gradients of the ODE by the adjoint of its integrator instead of automatic
+            differentiation: the same gradients in less time and memory.
         attention_score: "dot_product" (the paper) or "additive" (Bahdanau et al. 2015; eager only).
         decoding: "autoregressive" (left to right), or "mask_predict" (all tokens in parallel, then refined;
             Ghazvininejad et al. 2019, arXiv:1904.09324).
@@ -117,6 +124,7 @@ class TfmTransformerConfig(TravellingConfig):
             for projection in projections
         },
     }
+    position_scale: ClassVar = 1.0  # of sinusoidal positions
     base_model_fsdp_plan: ClassVar = {
         "encoder.layers.*": "free_full_weight",
         "decoder.layers.*": "free_full_weight",
@@ -133,6 +141,10 @@ class TfmTransformerConfig(TravellingConfig):
     layer_norm_eps: float = 1e-5
     position_embedding_type: str = "sinusoidal"
     max_position_embeddings: int = 1024
+    floater_scope: str = "all"
+    floater_step: float | int = 0.1
+    floater_hidden_size: int | None = None
+    floater_adjoint: bool = True
     attention_score: str = "dot_product"
     decoding: str = "autoregressive"
     max_length_offset: int = 64
@@ -169,6 +181,7 @@ class TfmTransformerConfig(TravellingConfig):
         require_at_least(self, LEAST_1)
         require_at_least(self, ("max_length_offset",), 0)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
+        check_positions(self)
         require_share(self, ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"))
         if self.decoding == "mask_predict":
             if self.mask_token_id is None:

@@ -33,12 +33,14 @@ from .bert_parts import (
     TfmBertEmbeddings,
     TfmBertPreTrainedModel,
     masked_lm_loss,
+    positions_of,
 )
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .dropout import Dropout
 from .losses import choice_loss, class_loss, labelled, sequence_loss, span_loss, token_loss, weights_of_rows
 from .native_names import register_native_names
+from .sequence_positions import NOWHERE
 
 # Entries of transformers' checkpoints that models with a language-modelling head do not use.
 UNREAD = [r"embeddings\.position_ids", r"cls\.predictions\.decoder\.bias"]
@@ -88,8 +90,11 @@ class TfmBertModel(TfmBertPreTrainedModel):
         kwargs["output_attentions"] = wants_maps(self.config, kwargs)
         config = eager_view(self.config) if kwargs["output_attentions"] else self.config
         mask = padding_mask(config, hidden_states, attention_mask)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, **kwargs)
+        kind, (positions, end) = self.embeddings.position_embeddings, positions_of(position_ids, hidden_states)
+        mask = kind.mask(mask, positions, positions, hidden_states.dtype)
+        placements = kind.placements(positions, end) or [NOWHERE] * len(self.layers)
+        for layer, placement in zip(self.layers, placements, strict=True):
+            hidden_states = layer(hidden_states, mask, placement=placement, **kwargs)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 

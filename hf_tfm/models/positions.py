@@ -1,12 +1,13 @@
-"""Position embeddings (Vaswani et al. 2017, section 3.5).
+"""Formulas and tables of positions in sequences (Vaswani et al. 2017, section 3.5) and in images.
 
-Shapes: T positions; D = hidden size.
+Shapes: B sequences; T positions; D = hidden size.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .linear import embedding_table
 
@@ -18,72 +19,48 @@ def sinusoidal(positions: Tensor, dim: int) -> Tensor:
     authors' tensor2tensor and in Marian. The two differ by a fixed permutation of features.
 
     Args:
-        positions: (T,), any numbers.
+        positions: (T,) or (B, T), any numbers.
         dim: D, number of features.
 
     Returns:
-        (T, D) float32.
+        (T, D) or (B, T, D) float32.
     """
     # float64 keeps large positions exact to float32: 10000 ** x of a float32 x is already off in the 7th digit.
     even = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
-    angles = positions.double()[:, None] / 10000.0 ** (even / dim)  # (T, ceil(D / 2))
-    return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], dim=1).float()
+    angles = positions.double()[..., None] / 10000.0 ** (even / dim)  # (..., T, ceil(D / 2))
+    return torch.cat([angles.sin(), angles.cos()[..., : dim // 2]], dim=-1).float()
 
 
-class SinusoidalPositions(nn.Module):
-    """Sinusoidal position table, computed once; positions beyond it are computed on the fly.
+class SinusoidTable(nn.Module):
+    """Table of sines and cosines, computed once; positions beyond it are computed on the fly.
 
     Args:
         length: number of positions in the table.
         dim: D, number of features.
+        scale: factor of the values.
     """
 
-    def __init__(self, length: int, dim: int):
+    def __init__(self, length: int, dim: int, scale: float = 1.0):
         super().__init__()
         self.length = length
         self.dim = dim
-        self.register_buffer("table", self.compute(), persistent=False)
+        self.scale = scale
+        self.register_buffer("table", self.compute(torch.arange(length)), persistent=False)
 
-    def compute(self) -> Tensor:
-        """Compute the table, (length, D)."""
-        return sinusoidal(torch.arange(self.length), self.dim)
+    def compute(self, positions: Tensor) -> Tensor:
+        """Compute rows of the table: (T,) or (B, T) -> (T, D) or (B, T, D)."""
+        rows = sinusoidal(positions, self.dim)
+        return rows if self.scale == 1.0 else rows * self.scale
 
-    def forward(self, positions: Tensor, length: int | None = None) -> Tensor:
-        """Embed ``positions`` (T,), all below ``length`` if that is known: (T, D)."""
-        if length is None or length > self.length:
-            return sinusoidal(positions, self.dim).to(self.table.dtype)
+    def reset_parameters(self) -> None:
+        """Fill the table."""
+        init.copy_(self.table, self.compute(torch.arange(self.length)))
+
+    def forward(self, positions: Tensor, end: int | None = None) -> Tensor:
+        """Return the rows of ``positions``, (T,) or (B, T), all below ``end`` if that is known: (..., D)."""
+        if end is None or end > self.length:
+            return self.compute(positions).to(self.table.dtype)
         return nn.functional.embedding(positions, self.table)
-
-
-class LearnedPositions(nn.Embedding):
-    """Learned position embeddings (section 3.5, the alternative of table 3 row E; BERT, GPT, ViT).
-
-    Args:
-        length: number of positions; a longer input raises an error.
-        dim: D, number of features.
-    """
-
-    def forward(self, positions: Tensor, length: int | None = None) -> Tensor:
-        """Embed ``positions`` (T,), all below ``length`` if that is known: (T, D).
-
-        Raises:
-            ValueError: ``length`` exceeds the table.
-        """
-        if length is not None and length > self.num_embeddings:
-            raise ValueError(
-                f"the input reaches position {length - 1}, but learned positions end at max_position_embeddings - 1 = "
-                f"{self.num_embeddings - 1}: shorten the input or train with a larger max_position_embeddings"
-            )
-        return super().forward(positions)
-
-
-def positions_1d(kind: str, length: int, dim: int) -> nn.Module:
-    """Create the position module of a kind, "sinusoidal" or "learned"."""
-    if kind == "sinusoidal":
-        return SinusoidalPositions(length, dim)
-    if kind == "learned":
-        return LearnedPositions(length, dim)
-    raise ValueError(f'position_embedding_type must be "sinusoidal" or "learned", got "{kind}"')
 
 
 def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:

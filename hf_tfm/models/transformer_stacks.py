@@ -5,7 +5,8 @@ are (B, S) or (B, T), 1 for tokens and 0 for padding.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .configuration_transformer import TfmTransformerConfig
 from .dropout import Dropout
 from .input_checks import embed
 from .native_names import OwnNamesPreTrainedModel
-from .positions import SinusoidalPositions, positions_1d
+from .sequence_positions import NOWHERE, WITH_TABLES, make_positions
 
 
 class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
@@ -53,21 +54,25 @@ class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, SinusoidalPositions):
-            init.copy_(module.table, module.compute())
+        elif isinstance(module, WITH_TABLES):
+            module.reset_parameters()
         elif isinstance(module, MultiHeadAttention) and module.additive:
             init.normal_(module.score_vector, std=factor * module.scaling)
+
+
+def positions_of(states: Tensor, offset: int | Tensor = 0) -> tuple[Tensor, int | None]:
+    """Return the positions (T,) of states (B, T, D) from ``offset`` on, and their end if that is a number."""
+    length = states.shape[1]
+    return torch.arange(length, device=states.device) + offset, offset + length if isinstance(offset, int) else None
 
 
 class Embedding(nn.Module):
     """Token embeddings times sqrt(D), plus positions, then dropout (sections 3.4, 3.5 and 5.4)."""
 
-    def __init__(self, config: TfmTransformerConfig):
+    def __init__(self, config: TfmTransformerConfig, num_layers: int, cross_attention: bool):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = positions_1d(
-            config.position_embedding_type, config.max_position_embeddings, config.hidden_size
-        )
+        self.positions = make_positions(config, num_layers, cross_attention)
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.dropout = Dropout(config.dropout)
 
@@ -85,19 +90,19 @@ class Embedding(nn.Module):
                 CPU, an id is not in the vocabulary.
         """
         inputs_embeds = embed(self.tokens, input_ids, inputs_embeds, prefix)
-        length = inputs_embeds.shape[1]
-        positions = torch.arange(length, device=inputs_embeds.device) + offset
-        end = offset + length if isinstance(offset, int) else None
-        return self.dropout(inputs_embeds * self.scale + self.positions(positions, end).to(inputs_embeds.dtype))
+        states, added = inputs_embeds * self.scale, self.positions(*positions_of(inputs_embeds, offset))
+        return self.dropout(states if added is None else states + added.to(states.dtype))
 
 
 class TfmTransformerStack(TfmTransformerPreTrainedModel):
     """Base class of encoder and decoder: an embedding, N blocks, and a final norm after pre-norm blocks."""
 
-    def __init__(self, config: TfmTransformerConfig, blocks: Iterable[nn.Module]):
+    def __init__(
+        self, config: TfmTransformerConfig, num_layers: int, block: Callable[[int], nn.Module], cross_attention: bool
+    ):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(blocks)
+        self.embedding = Embedding(config, num_layers, cross_attention)
+        self.layers = nn.ModuleList(block(i) for i in range(num_layers))
         # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
@@ -117,7 +122,7 @@ class TfmTransformerEncoder(TfmTransformerStack):
     _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
 
     def __init__(self, config: TfmTransformerConfig):
-        super().__init__(config, (EncoderBlock(config, i) for i in range(config.num_encoder_layers)))
+        super().__init__(config, config.num_encoder_layers, partial(EncoderBlock, config), cross_attention=False)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -135,13 +140,16 @@ class TfmTransformerEncoder(TfmTransformerStack):
             ``attentions``, N tensors (B, H, S, S).
         """
         hidden_states = self.embedding(input_ids, inputs_embeds)  # (B, S, D)
+        kind, (positions, end) = self.embedding.positions, positions_of(hidden_states)
         config = self.config
         kwargs["output_attentions"] = wants_maps(config, kwargs)
         if kwargs["output_attentions"]:
             config = eager_view(config)
         mask = padding_mask(config, hidden_states, attention_mask)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, **kwargs)
+        mask = kind.mask(mask, positions, positions, hidden_states.dtype)
+        placements = kind.placements(positions, end) or [NOWHERE] * len(self.layers)
+        for layer, placement in zip(self.layers, placements, strict=True):
+            hidden_states = layer(hidden_states, mask, placement=placement, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -156,7 +164,8 @@ class TfmTransformerDecoder(TfmTransformerStack):
 
     def __init__(self, config: TfmTransformerConfig):
         causal = config.decoding == "autoregressive"
-        super().__init__(config, (DecoderBlock(config, i, causal) for i in range(config.num_decoder_layers)))
+        block = partial(DecoderBlock, config, is_causal=causal)
+        super().__init__(config, config.num_decoder_layers, block, cross_attention=True)
         self.is_causal = causal
 
     @takes_cache
@@ -197,23 +206,32 @@ class TfmTransformerDecoder(TfmTransformerStack):
         if isinstance(seen, Tensor) and seen.device.type == "cpu" and not torch.compiler.is_compiling():
             seen = int(seen)  # a static cache keeps the count on its device: a free read on a CPU, a sync on a GPU
         hidden_states = self.embedding(input_ids, inputs_embeds, offset=seen, prefix="decoder_")  # (B, T, D)
+        kind, (positions, end) = self.embedding.positions, positions_of(hidden_states, seen)
         config = self.config
         kwargs["output_attentions"] = wants_maps(config, kwargs)
         if kwargs["output_attentions"]:
             config = eager_view(config)
         if self.is_causal:
             own = cache
+            # Other forms of the mask are not for adding to.
+            visible = eager_view(config) if kind.adds_to_scores else config
             if isinstance(own, EncoderDecoderCache):
                 own = own.self_attention_cache
-            mask = create_causal_mask(config, hidden_states, attention_mask, own)
+            mask = create_causal_mask(visible, hidden_states, attention_mask, own)
         else:
             mask = padding_mask(config, hidden_states, attention_mask)
+        if kind.adds_to_scores:
+            count = positions.shape[0] if mask is None else mask.shape[-1]
+            keys = torch.arange(count, device=positions.device)
+            mask = kind.mask(mask, positions, keys, hidden_states.dtype)
         memory_mask = padding_mask(config, hidden_states, encoder_attention_mask, encoder_hidden_states)
-        for layer in self.layers:
+        placements = kind.placements(positions, end, encoder_hidden_states.shape[1]) or [NOWHERE] * len(self.layers)
+        for layer, placement in zip(self.layers, placements, strict=True):
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
                 mask,
+                placement=placement,
                 memory_mask=memory_mask,
                 cache=cache,
                 use_cache=use_cache,

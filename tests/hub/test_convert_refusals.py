@@ -16,6 +16,7 @@ from hf_tfm.conversion.marian_pegasus import MARIAN
     ("fields", "message"),
     [
         ({"position_embedding_type": "learned"}, "position_embedding_type='learned'"),
+        ({"position_embedding_type": "floater", "floater_scope": "input"}, "position_embedding_type='floater'"),
         ({"attention_score": "additive"}, "attention_score='additive'"),
         ({"decoding": "mask_predict"}, "decoding='mask_predict'"),
         ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),

@@ -97,6 +97,24 @@ def test_table_covers_every_weight(name):
     assert set(table.values()) == theirs(conversion).state_dict().keys() and len(set(table.values())) == len(table)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("bert-TfmBertForMaskedLM", {"position_embedding_type": "floater", "floater_scope": "input"}),
+        ("distilbert-TfmBertForMaskedLM", {"position_embedding_type": "sinusoidal"}),
+    ],
+)
+def test_positions_that_are_added_to_embeddings_become_a_table(tmp_path, name, fields):
+    model = ours(BY_NAME[name], **fields)
+    model.save_pretrained(tmp_path / "ours")
+    certificate = convert(tmp_path / "ours", BY_NAME[name].name, tmp_path / "stock")
+    assert certificate["max_abs_difference"] < 1e-5
+    convert(tmp_path / "stock", "tfm", tmp_path / "back")
+    back = type(model).from_pretrained(tmp_path / "back")
+    assert back.config.position_embedding_type == "learned"
+    assert_same_outputs(outputs_of(model), outputs_of(back))
+
+
 def test_without_pooler_or_with_untied_embeddings(tmp_path):
     conversion = BY_NAME["bert-TfmBertModel"]
     model = BertModel(theirs(conversion).config, add_pooling_layer=False)

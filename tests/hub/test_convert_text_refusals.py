@@ -15,6 +15,14 @@ from hf_tfm.conversion.gpt2 import THEIRS_FIXED
     ("name", "fields", "message"),
     [
         ("bert-TfmBertModel", {"type_vocab_size": 0}, "type_vocab_size=0: it needs 'segments; distilbert has none'"),
+        *(
+            (
+                f"{name}-TfmBertModel",
+                {"position_embedding_type": kind},
+                f"{name} cannot express .*type='{kind}': it needs",
+            )
+            for name, kind in (("bert", "alibi"), ("bert", "floater"), ("distilbert", "rotary"))
+        ),
         ("bert-TfmBertModel", {"pooler": "relu"}, "bert cannot express pooler='relu': it needs 'tanh'"),
         ("bert-TfmBertForSequenceClassification", {"pooler": "relu"}, "bert cannot express pooler='relu'"),
         ("bert-TfmBertForMaskedLM", {"tie_word_embeddings": False}, "bert cannot express tie_word_embeddings=False"),

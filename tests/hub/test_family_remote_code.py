@@ -53,7 +53,10 @@ VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     ),
     "mae": (hf_tfm.TfmMAEForPreTraining, {**IMAGE, **DECODER}),
     "pretraining": (hf_tfm.TfmBertForPreTraining, BERT),
-    "masked": (hf_tfm.TfmBertForMaskedLM, {**BERT, "tie_word_embeddings": False}),
+    "masked": (
+        hf_tfm.TfmBertForMaskedLM,
+        {**BERT, "tie_word_embeddings": False, "position_embedding_type": "floater"},
+    ),
     "classifier": (hf_tfm.TfmBertForSequenceClassification, {**DISTILBERT, "num_labels": 3}),
     "tagger": (hf_tfm.TfmBertForTokenClassification, {**BERT, "pooler": "none", "num_labels": 3}),
     "chooser": (hf_tfm.TfmBertForMultipleChoice, {**BERT, "pooler": "tanh_relu"}),
@@ -74,7 +77,7 @@ PIPELINES = {"masked": "fill-mask", "causal": "text-generation", "classifier": "
 NEEDED = {
     "tfm_vit": {"patches.py", "positions.py"},
     "tfm_mae": {"patches.py", "positions.py", "configuration_vit.py", "modeling_vit.py"},
-    "tfm_bert": {"attention.py", "blocks.py", "cross_entropy.py", "bert_parts.py"},
+    "tfm_bert": {"attention.py", "blocks.py", "cross_entropy.py", "bert_parts.py", "sequence_positions.py", "ode.py"},
     "tfm_gpt": {"attention.py", "blocks.py", "cross_entropy.py"},
     "tfm_detr": {"detr_stacks.py", "mask_head.py", "set_loss.py", "boxes.py", "modeling_vit.py", "modeling_swin.py"},
 }

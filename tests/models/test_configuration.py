@@ -70,7 +70,7 @@ def test_unknown_size_is_answered_with_the_known_ones():
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\), got -0.1"),
         ({"attention_score": "cosine"}, 'attention_score must be one of dot_product, additive, got "cosine"'),
-        ({"position_embedding_type": "rotary"}, 'position_embedding_type must be one of .*, got "rotary"'),
+        ({"position_embedding_type": "relative"}, 'position_embedding_type must be one of .*, got "relative"'),
         ({"decoding": "diffusion"}, 'decoding must be one of .*, got "diffusion"'),
         ({"decoding": "mask_predict", "mask_token_id": None}, "needs mask_token_id, got None"),
         ({"hidden_act": "sine"}, 'hidden_act must be one of .*, got "sine"'),
@@ -83,6 +83,14 @@ def test_unknown_size_is_answered_with_the_known_ones():
         ),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
         ({"max_length_offset": -1}, "max_length_offset must be at least 0, got -1"),
+        ({"position_embedding_type": "floater", "floater_scope": "first"}, "floater_scope must be one of all, input"),
+        ({"position_embedding_type": "floater", "floater_step": 0.0}, "floater_step must be a finite number above 0"),
+        ({"position_embedding_type": "floater", "floater_hidden_size": 0}, "floater_hidden_size must be at least 1"),
+        ({"position_embedding_type": "rotary", "hidden_size": 36}, "an even hidden_size / num_attention_heads, got 9"),
+        (
+            {"position_embedding_type": "rotary", "attention_score": "additive"},
+            'rotary" needs attention_score="dot_product", got "additive"',
+        ),
     ],
 )
 def test_errors_name_field_and_value(fields, message):

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_models import largest_difference, tiny_batch, tiny_model
+from tiny_models import largest_difference, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from hf_tfm.models.positions import LearnedPositions, SinusoidalPositions, positions_1d, sinusoidal
+from hf_tfm.models.positions import SinusoidTable, sinusoidal
+from hf_tfm.models.sequence_positions import LearnedPositions
 
 
 @pytest.mark.parametrize("dim", [8, 10, 7])
@@ -30,7 +31,7 @@ def test_large_positions_are_exact():
 
 
 def test_sinusoidal_positions_extend_beyond_their_table():
-    short, long = SinusoidalPositions(10, 16), SinusoidalPositions(30, 16)
+    short, long = SinusoidTable(10, 16), SinusoidTable(30, 16)
     positions = torch.arange(25)
     assert torch.equal(short(positions, 25), long(positions, 25))
     assert torch.equal(short(positions), long(positions))
@@ -38,15 +39,10 @@ def test_sinusoidal_positions_extend_beyond_their_table():
 
 
 def test_learned_positions_refuse_larger_ones():
-    positions = LearnedPositions(10, 16)
-    assert positions(torch.arange(10), 10).shape == (10, 16)
+    positions = LearnedPositions(tiny_config(max_position_embeddings=10), 2)
+    assert positions(torch.arange(10), 10).shape == (10, 32)
     with pytest.raises(ValueError, match=r"reaches position 10, .* max_position_embeddings - 1 = 9"):
         positions(torch.arange(11), 11)
-
-
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match='must be "sinusoidal" or "learned", got "rotary"'):
-        positions_1d("rotary", 10, 16)
 
 
 def test_long_input_of_a_model():
