@@ -8,6 +8,7 @@ from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig as TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig as TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
+from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig as TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig as TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig as TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig as TfmViTConfig
@@ -30,6 +31,8 @@ from .models.modeling_gpt import TfmGPTForSequenceClassification as TfmGPTForSeq
 from .models.modeling_gpt import TfmGPTModel as TfmGPTModel
 from .models.modeling_mae import TfmMAEForPreTraining as TfmMAEForPreTraining
 from .models.modeling_mae import TfmMAEModel as TfmMAEModel
+from .models.modeling_rnn_seq2seq import TfmRNNSeq2SeqForConditionalGeneration as TfmRNNSeq2SeqForConditionalGeneration
+from .models.modeling_rnn_seq2seq import TfmRNNSeq2SeqModel as TfmRNNSeq2SeqModel
 from .models.modeling_swin import TfmSwinBackbone as TfmSwinBackbone
 from .models.modeling_swin import TfmSwinForImageClassification as TfmSwinForImageClassification
 from .models.modeling_swin import TfmSwinModel as TfmSwinModel

@@ -17,6 +17,7 @@ from .models.configuration_detr import TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig
 from .models.configuration_mae import TfmMAEConfig
+from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig
 from .models.configuration_vit import TfmViTConfig
@@ -75,6 +76,7 @@ FAMILIES: list[Family] = [
     Family("faster_rcnn", TfmFasterRCNNConfig),
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
+    Family("rnn_seq2seq", TfmRNNSeq2SeqConfig),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Train a Transformer to translate, from scratch or from a pretrained model.
+"""Train a Transformer, GRU or LSTM to translate, from scratch or from a pretrained model.
 
     hf-tfm run translation_train --config quickstart                    about a minute on 2 CPU cores
     hf-tfm run translation_train --config multi30k_tiny --dataset_name DATA --output_dir runs/multi30k

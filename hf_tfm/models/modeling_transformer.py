@@ -12,42 +12,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .cache_names import CACHE_NAME, cache_of, takes_cache
+from .cache_names import takes_cache
 from .configuration_transformer import TfmTransformerConfig
-from .cross_entropy import IGNORE_INDEX, head_cross_entropy, label_smoothed_cross_entropy
 from .generation import SharedMemoryGenerationMixin
 from .input_checks import require_tensor
 from .linear import project
-from .losses import labelled, per_item, require_labels, weights_of_rows
+from .losses import require_labels, weights_of_rows
 from .mask_predict import LengthHead, mask_predict, mask_targets, masked_labels
+from .seq2seq import EncoderDecoderMixin, TokenLossOutput, output_of, shift_right, target_loss
 from .transformer_stacks import TfmTransformerDecoder, TfmTransformerEncoder, TfmTransformerPreTrainedModel
 
 
-def shift_right(labels: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Return teacher-forcing decoder inputs: the start token, then all labels but the last; (B, T) -> (B, T)."""
-    start = labels.new_full((labels.shape[0], 1), decoder_start_token_id)
-    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, pad_token_id)], dim=1)
-
-
 @dataclass
-class TfmTransformerLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` with the components of the loss.
+class TfmTransformerLMOutput(TokenLossOutput):
+    """`TokenLossOutput` with the loss of the target length.
 
     Args:
-        token_loss: scalar cross-entropy of the target tokens; equal to ``loss`` for an autoregressive model.
         length_loss: scalar cross-entropy of the target length (``decoding="mask_predict"``).
     """
 
-    token_loss: Tensor | None = None
     length_loss: Tensor | None = None
 
 
-class TfmTransformerModel(TfmTransformerPreTrainedModel):
+class TfmTransformerModel(EncoderDecoderMixin, TfmTransformerPreTrainedModel):
     """Encoder and decoder without an output layer."""
 
     _auto_class = "AutoModel"
@@ -62,74 +54,6 @@ class TfmTransformerModel(TfmTransformerPreTrainedModel):
         self.encoder = TfmTransformerEncoder(config)
         self.decoder = TfmTransformerDecoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.encoder.get_input_embeddings() if self.shared is None else self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.encoder.set_input_embeddings(value)
-        if self.shared is not None:
-            self.shared = value
-            self.decoder.set_input_embeddings(value)
-        elif value.num_embeddings != self.decoder.get_input_embeddings().num_embeddings:
-            # Source and target share one vocabulary, so the separate decoder table is resized with the encoder's.
-            self.decoder.resize_token_embeddings(value.num_embeddings)
-
-    @takes_cache
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        """Run the encoder, then the decoder.
-
-        Args:
-            input_ids: (B, S), or ``inputs_embeds`` (B, S, D).
-            attention_mask: (B, S).
-            decoder_input_ids: (B, T), or ``decoder_inputs_embeds`` (B, T, D).
-            decoder_attention_mask: (B, cached + T).
-            encoder_outputs: output of an earlier encoder call, used instead of the source.
-            cache: see `TfmTransformerDecoder.forward`.
-
-        Returns:
-            ``last_hidden_state`` (B, T, D), ``encoder_last_hidden_state`` (B, S, D); on request hidden states,
-            attentions and cache.
-        """
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        decoded = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=attention_mask,
-            cache=cache,
-            inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
-            **{CACHE_NAME: cache_of(decoded)},
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
 
 
 class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, SharedMemoryGenerationMixin):
@@ -232,7 +156,8 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
         logits = project(self.lm_head, hidden) if return_logits else None  # (B, T, V)
         loss = token_loss = length_loss = None
         if labels is not None:
-            loss = token_loss = self.token_loss(hidden, logits, labels, num_items_in_batch)
+            smoothing = self.config.label_smoothing
+            loss = token_loss = target_loss(self.lm_head, hidden, logits, labels, smoothing, num_items_in_batch)
             if self.length_head is not None:
                 each = self.length_head.loss(
                     outputs.encoder_last_hidden_state, attention_mask, hidden, decoder_attention_mask
@@ -242,32 +167,14 @@ class TfmTransformerForConditionalGeneration(TfmTransformerPreTrainedModel, Shar
                     loss = token_loss + length_loss
                 else:  # weighted by each sentence's share of the tokens of the step, so that micro-batches add up
                     loss = token_loss + (each * weights_of_rows(targets, num_items_in_batch)).sum()
-        return TfmTransformerLMOutput(
+        return output_of(
+            outputs,
+            TfmTransformerLMOutput,
             loss=loss,
             logits=logits,
             token_loss=token_loss,
             length_loss=length_loss,
-            **{CACHE_NAME: cache_of(outputs)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
         )
-
-    def token_loss(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, items: int | Tensor | None) -> Tensor:
-        """Return the label-smoothed cross-entropy of labels (B, T), from logits (B, T, V) or, if None, from states
-        (B, T, D).
-        """
-        require_tensor("labels", labels, tuple(hidden.shape[:2]))
-        labels = labels.reshape(-1)
-        smoothing = self.config.label_smoothing
-        if logits is None:
-            total = head_cross_entropy(self.lm_head, hidden.flatten(0, 1), labels, smoothing)
-        else:
-            total = label_smoothed_cross_entropy(logits.flatten(0, 1), labels, smoothing)
-        return per_item(total, labelled(labels).sum(), items)
 
     def most_positions(self) -> int | None:
         """See `GreedyGenerationMixin.most_positions`."""

@@ -1,4 +1,4 @@
-"""Translation with an encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762).
+"""Translation with an encoder-decoder: a Transformer (Vaswani et al. 2017, arXiv:1706.03762), GRU or LSTM.
 
 {"source", "target"} texts -> {"input_ids", "labels"} lists -> padded batch -> sums of token losses -> BLEU, chrF
 
@@ -50,7 +50,7 @@ from ..metrics import Bleu, Chrf, ExactMatch
 from ..metrics.text import TextMetric
 from ..models.cross_entropy import IGNORE_INDEX
 from ..models.mask_predict import mask_targets
-from ..models.modeling_transformer import shift_right
+from ..models.seq2seq import shift_right
 from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
 from .loaders import check_stream, token_loader
@@ -178,7 +178,7 @@ class TranslationCollator:
     A dummy batch has no labels, so it counts for nothing.
 
     Args:
-        config: of the model, a `TfmTransformerConfig`.
+        config: of the model, such as a `TfmTransformerConfig`.
         seed: of the masks that a mask-predict model is trained on.
     """
 

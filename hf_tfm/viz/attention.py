@@ -37,8 +37,8 @@ class AttentionMaps:
         source: S source tokens in readable form (see `token_labels`).
         read: T input tokens of the decoder; for an autoregressive model the first is the start token.
         predicted: T tokens predicted at these positions: for an autoregressive model, the next ones.
-        encoder: (L, H, S, S) float32.
-        decoder: (L, H, T, T) float32.
+        encoder: (L, H, S, S) float32; L is 0 for a recurrent model.
+        decoder: (L, H, T, T) float32; L is 0 for a recurrent model.
         cross: (L, H, T, S) float32.
     """
 
@@ -72,7 +72,7 @@ def translate(model: PreTrainedModel, source: dict[str, Tensor]) -> list[int]:
     if model.generation_config.max_length is None and model.generation_config.max_new_tokens is None:
         # Vaswani et al. 2017, section 6.1, instead of transformers' default of 20 tokens.
         longest = source["input_ids"].shape[1] + EXTRA_LENGTH
-        limits["max_length"] = min(longest, model.config.max_position_embeddings)
+        limits["max_length"] = min(longest, getattr(model.config, "max_position_embeddings", longest))
     ids = model.generate(**source, **limits)[0, 1:].tolist()
     ends = model.config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -99,7 +99,8 @@ def attention_maps(
         device: device to move the model to; by default it is not moved.
 
     Raises:
-        ValueError: ``text`` or ``target`` is empty or too long, or the model is not an encoder-decoder.
+        ValueError: ``text`` or ``target`` is empty or too long, or the model is not an encoder-decoder or has no
+            attention.
     """
     for name, value in (("text", text), ("target", target)):
         if value is not None and not value.strip():
@@ -122,6 +123,8 @@ def attention_maps(
             read = [model.config.decoder_start_token_id, *predicted[:-1]]
         decoder_input_ids = torch.tensor([read], device=model.device)
         outputs = model(**source, decoder_input_ids=decoder_input_ids, output_attentions=True, use_cache=False)
+    if not outputs.cross_attentions:
+        raise ValueError(f"model must have attention over the source, got a {type(model).__name__} without")
     name = str(model.config._name_or_path or type(model).__name__)
     return AttentionMaps(
         model=Path(name).name if Path(name).exists() else name,
@@ -136,9 +139,9 @@ def attention_maps(
     )
 
 
-def stack(layers: Sequence[Tensor]) -> np.ndarray:
-    """Concatenate L maps of one sentence, (1, H, Q, K) each -> (L, H, Q, K) float32."""
-    return torch.cat(list(layers)).float().cpu().numpy()
+def stack(layers: Sequence[Tensor] | None) -> np.ndarray:
+    """Concatenate L maps of one sentence, (1, H, Q, K) each -> (L, H, Q, K) float32; L is 0 without attention."""
+    return torch.cat(list(layers)).float().cpu().numpy() if layers else np.zeros((0, 0, 0, 0), np.float32)
 
 
 def pick(numbers: Sequence[int] | None, count: int, argument: str) -> list[int]:
@@ -158,7 +161,7 @@ def plot_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Plot all maps: one image per kind, with a row per layer and a column per head.
+    """Plot all maps: one image per kind that the model has, with a row per layer and a column per head.
 
     All panels share one colour scale from 0 to 1. The image grows with the sentence to keep tokens legible, up to 80
     million pixels: 60 tokens per side with 6 layers of 16 heads.
@@ -186,6 +189,8 @@ def plot_attention(
     files = []
     for kind in which:
         panels = getattr(maps, kind)
+        if not len(panels) and len(which) > 1:
+            continue
         chosen_layers = pick(layers, panels.shape[0], "layers")
         chosen_heads = pick(heads, panels.shape[1], "heads")
         grid = Grid(

@@ -33,6 +33,14 @@ SEQ2SEQ = {
     "num_decoder_layers": 2,
     "max_position_embeddings": 24,
 }
+RNN = {
+    "vocab_size": 48,
+    "embedding_size": 16,
+    "encoder_hidden_size": 8,
+    "hidden_size": 16,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 2,
+}
 IMAGE = {
     "image_size": 16,
     "patch_size": 8,
@@ -83,6 +91,7 @@ DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation",
 # Fields of a tiny configuration of each family, in the order of the table of clients.
 FIELDS = {
     "transformer": SEQ2SEQ,
+    "rnn_seq2seq": RNN,
     "bert": TEXT,
     "gpt": GPT,
     "vit": CLASSIFIER,

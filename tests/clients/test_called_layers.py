@@ -17,6 +17,7 @@ from hf_tfm.models.cross_entropy import IGNORE_INDEX
 
 VARIANTS = {
     "additive": ("transformer", {"attention_score": "additive", "position_embedding_type": "learned"}),
+    "luong": ("rnn_seq2seq", {"attention_score": "concat", "cell": "lstm"}),
     "learned_2d": ("vit", {"position_embedding_type": "learned_2d"}),
     "hybrid": ("vit", {"backbone": "test_resnet", "patch_size": 1, "image_size": 64}),
     "detr-learned": ("detr", {"position_embedding_type": "learned"}),
@@ -81,7 +82,10 @@ def language_batch(name: str) -> dict[str, Tensor]:
     return {**inputs, "labels": labels, "return_logits": False}
 
 
-LANGUAGE = ["transformer", "transformer-mask-predict", "bert-masked", "bert-pretraining", "gpt", "gpt-classifier"]
+LANGUAGE = [
+    *("transformer", "transformer-mask-predict", "rnn_seq2seq"),
+    *("bert-masked", "bert-pretraining", "gpt", "gpt-classifier"),
+]
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -138,7 +142,7 @@ def test_offloaded_layers_give_a_loss_without_logits(name, tmp_path):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["transformer", "transformer-mask-predict", "gpt"])
+@pytest.mark.parametrize("name", ["transformer", "transformer-mask-predict", "rnn_seq2seq", "gpt"])
 def test_offloaded_models_generate(name, tmp_path):
     model, inputs = tiny(name), inputs_of(name)
     inputs.pop("decoder_input_ids", None)
@@ -167,7 +171,7 @@ def map_of(model: PreTrainedModel) -> dict[str, str]:
 
 
 @pytest.mark.client("accelerate: device map with a block on disk", "accelerate")
-@pytest.mark.parametrize("name", ["transformer", "bert", "gpt", "vit", "mae", "detr"])
+@pytest.mark.parametrize("name", ["transformer", "rnn_seq2seq", "bert", "gpt", "vit", "mae", "detr"])
 def test_a_block_on_disk(name, tmp_path):
     """`from_pretrained` with a device map."""
     model = tiny(name)

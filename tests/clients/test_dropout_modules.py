@@ -7,6 +7,7 @@ from torch import nn
 
 RATES = {
     "transformer": ("dropout", "attention_dropout", "activation_dropout"),
+    "rnn_seq2seq": ("dropout",),
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
     "gpt": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
     "vit": ("hidden_dropout_prob", "attention_probs_dropout_prob"),

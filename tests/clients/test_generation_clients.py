@@ -30,7 +30,7 @@ def replace_ids(model, name):
 
     def prepare(*args, **kwargs):
         inputs = own(*args, **kwargs)
-        key = "decoder_input_ids" if name == "transformer" else "input_ids"
+        key = "decoder_input_ids" if name in ("transformer", "rnn_seq2seq") else "input_ids"
         return {**inputs, key: torch.full_like(inputs[key], 7)}
 
     return prepare

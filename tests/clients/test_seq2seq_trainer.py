@@ -8,7 +8,11 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingA
 pytestmark = [
     pytest.mark.client("Seq2SeqTrainer: predict_with_generate", "transformers", others="not an encoder-decoder"),
     pytest.mark.parametrize(
-        "name", ["transformer", pytest.param("transformer-untied", marks=pytest.mark.slow), "transformer-mask-predict"]
+        "name",
+        [
+            *("transformer", "rnn_seq2seq", "transformer-mask-predict"),
+            pytest.param("transformer-untied", marks=pytest.mark.slow),
+        ],
     ),
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -20,7 +20,7 @@ class Rows(Dataset):
             row.pop("noise", None)
             if class_of(name)._auto_class in ("AutoModelForImageClassification", "AutoModelForSequenceClassification"):
                 row["labels"] = torch.tensor(number % 3)
-            elif family in ("bert", "gpt", "transformer"):
+            elif family in ("bert", "gpt", "transformer", "rnn_seq2seq"):
                 row["labels"] = row["input_ids"]
             elif class_of(name)._auto_class in DETECTORS:
                 row["labels"] = {

@@ -14,7 +14,7 @@ from hf_tfm.models.checks import refuse_misspelt
 KINDS = [family.config for family in FAMILIES]
 # Field names with the same meaning; a configuration has one of each group.
 SCALES = ("initializer_range", "initializer_factor", "init_xavier_std")
-COUNTS = ("num_attention_heads", "encoder_attention_heads", "num_channels")
+COUNTS = ("num_attention_heads", "encoder_attention_heads", "num_channels", "num_encoder_layers")
 WIDTHS = ("hidden_size", "d_model", "embed_dim")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 of_text = [kind for kind in KINDS if "vocab_size" in kind.__dataclass_fields__]

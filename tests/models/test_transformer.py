@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hf_tfm import TfmTransformerForConditionalGeneration, TfmTransformerModel
 from hf_tfm.models.cache_names import cache_of
 from hf_tfm.models.cross_entropy import IGNORE_INDEX
-from hf_tfm.models.modeling_transformer import shift_right
+from hf_tfm.models.seq2seq import shift_right
 
 NORM_ORDERS = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 

@@ -32,6 +32,7 @@ def trained(data, tmp_path_factory):
     return folder, argv
 
 
+RNN = "{embedding_size: 16, encoder_hidden_size: 8, hidden_size: 16}"
 VARIANTS = {
     "post_norm": {},
     "pre_norm_learned_gelu": {
@@ -40,6 +41,8 @@ VARIANTS = {
     },
     "additive": {"model": TINY[:-1] + ", attention_score: additive}", "dataloader_num_workers": 1},
     "mask_predict": {"model": TINY[:-1] + ", decoding: mask_predict}", "iterations": 2, "micro_batch_tokens": 200},
+    "rnn": {"architecture": "rnn_seq2seq", "model": RNN, "mixed_precision": "bf16", "micro_batch_tokens": 200},
+    "luong_lstm": {"architecture": "rnn_seq2seq", "model": RNN[:-1] + ", cell: lstm, attention_score: dot}"},
     "streaming": {"streaming": "true", "dataloader_num_workers": 1},
     "bf16": {"mixed_precision": "bf16", "metric_for_best_model": "chrf", "eval_steps": 1},
     "epochs": {
@@ -52,7 +55,12 @@ VARIANTS = {
 }
 
 
-SLOW = ("post_norm", "additive", "bf16")  # other tests of this file train such models, or one that differs more
+SLOW = (
+    "post_norm",
+    "additive",
+    "luong_lstm",
+    "bf16",
+)  # other tests of this file train such models, or one that differs more
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,8 @@ def test_two_steps(tmp_path, name):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").eval()
     assert model.generate(**tokenizer(["one"], return_tensors="pt")).shape[0] == 1
-    for file in ("README.md", "generation_config.json", "modeling_transformer.py", "training_curve.png"):
+    code = f"modeling_{model.config.model_type.removeprefix('tfm_')}.py"
+    for file in ("README.md", "generation_config.json", code, "training_curve.png"):
         assert (tmp_path / "run" / file).is_file()
 
 

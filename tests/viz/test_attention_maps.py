@@ -6,9 +6,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
-from hf_tfm import TfmTransformerConfig, TfmTransformerForConditionalGeneration
+from hf_tfm import (
+    TfmRNNSeq2SeqConfig,
+    TfmRNNSeq2SeqForConditionalGeneration,
+    TfmTransformerConfig,
+    TfmTransformerForConditionalGeneration,
+)
 from hf_tfm.data.text import train_tokenizer
 from hf_tfm.viz import attention_maps
+from hf_tfm.viz.attention import plot_alignment, plot_attention
 from hf_tfm.viz.tokens import token_labels
 
 TEXT = "two dogs run"
@@ -104,6 +110,22 @@ def test_maps_equal_the_model_output(kind, tokenizer):
         np.testing.assert_array_equal(mine, torch.cat(theirs).numpy())
     assert maps.read == token_labels(tokenizer, read[0].tolist())
     assert maps.predicted == token_labels(tokenizer, labels[0].tolist())
+
+
+def test_recurrent_model_has_an_alignment_only(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "embedding_size": 8, "encoder_hidden_size": 8, "hidden_size": 16}
+    model = TfmRNNSeq2SeqForConditionalGeneration(TfmRNNSeq2SeqConfig(**sizes))
+    maps = attention_maps(model, tokenizer, TEXT, TARGET)
+    S, T = len(maps.source), len(maps.read)
+    assert (len(maps.encoder), len(maps.decoder), maps.cross.shape) == (0, 0, (1, 1, T, S))
+    np.testing.assert_allclose(maps.cross.sum(axis=-1), 1, atol=1e-6)
+    assert len(attention_maps(model, tokenizer, TEXT).predicted) > 0
+    assert plot_attention(maps, tmp_path) == [tmp_path / "cross.png"]
+    assert plot_alignment(maps, tmp_path / "alignment.png").is_file()
+    without = TfmRNNSeq2SeqForConditionalGeneration(TfmRNNSeq2SeqConfig(**sizes, attention_score="none"))
+    with pytest.raises(ValueError, match="model must have attention over the source"):
+        attention_maps(without, tokenizer, TEXT, TARGET)
 
 
 @pytest.mark.parametrize("kind", ["tfm", "marian"])
