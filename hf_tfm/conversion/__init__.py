@@ -23,10 +23,11 @@ from ..command import cause, raised_by_us, reworded
 from ..families import FAMILIES
 from ..hub.loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
 from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
+from ..models.travel import TravellingConfig
 from .authors_files import unpack
 from .bert import whole_head
 from .carry import copy_files, copy_record, same_tokenizer
-from .conversion import Conversion, WeightsFile
+from .conversion import Conversion, WeightsFile, require_fixed
 from .parity import compare, provenance, weight_hashes
 from .tinybert import is_authors_tinybert, unpack_tinybert
 from .weight_files import WEIGHTS, saved_dtype
@@ -281,6 +282,8 @@ def converted(conversion: Conversion, origin: Any, to: str, dtype: torch.dtype |
     to_ours = to == OURS
     if conversion.prepare and not to_ours:
         origin = conversion.prepare(origin)
+    if isinstance(origin.config, TravellingConfig) and not to_ours:
+        require_fixed(conversion.name, origin.config, {"encoder_attention": "full", "decoder_attention": "full"})
     config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
     if conversion.names is None:
         target_class = conversion.ours if to_ours else conversion.theirs

@@ -129,7 +129,7 @@ def to_detr(config: TfmDetrConfig) -> DetrConfig:
     Raises:
         ValueError: a field has a value that `DetrForObjectDetection` cannot express.
     """
-    fixed = {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS, "encoder_attention": "full"}
+    fixed = {"norm_first": False, "backbone_norm": "frozen", "layer_norm_eps": EPS}
     require_fixed("detr", config, fixed)
     changed = {
         **integer_weights("detr", config, WEIGHTS),

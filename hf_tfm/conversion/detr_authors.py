@@ -96,7 +96,6 @@ def to_authors(config: TfmDetrConfig) -> AuthorsDetrConfig:
         "decoder_attention_heads": config.encoder_attention_heads,
         "decoder_ffn_dim": config.encoder_ffn_dim,
         "backbone_output_stride": None,
-        "encoder_attention": "full",
     }
     require_fixed("detr_authors", config, {**fixed, **alike})
     if config.backbone not in BACKBONES.values():

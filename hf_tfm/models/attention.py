@@ -16,6 +16,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_method import AttentionMethod
 from .cache_names import CACHE_NAME
 from .dropout import Dropout
 from .dropout import dropout as drop
@@ -149,11 +150,11 @@ class AttentionLayer(nn.Module):
         is_causal: mask later keys.
 
     Attributes:
-        attention_method: computes attention instead of the attention backend; set in encoders, see
-            `set_encoder_attention`.
+        attention_method: computes attention instead of the attention backend, see `encoder_attention.set_method`.
+        attention_weights: weights of this method.
     """
 
-    attention_method: Callable | None = None
+    attention_method: AttentionMethod | None = None
 
     def __init__(
         self, config: PreTrainedConfig, hidden_size: int, num_heads: int, dropout: float, is_causal: bool = False
@@ -164,6 +165,7 @@ class AttentionLayer(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = Dropout(dropout)  # holds the rate; the attention function applies it
+        self.attention_weights: nn.Module | None = None
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Compute raw scores, before mask and softmax: (B, H, Tq, Dh), (B, H, Tk, Dh) -> (B, H, Tq, Tk)."""
@@ -183,10 +185,8 @@ class AttentionLayer(nn.Module):
         chosen = self.config._attn_implementation
         if self.attention_method is not None:
             if chosen not in ("eager", "sdpa"):
-                raise ValueError(
-                    'encoder_attention other than "full" has no attention scores to record and runs with '
-                    f'attn_implementation="sdpa", got "{chosen}"'
-                )
+                name = "decoder_attention" if self.is_causal else "encoder_attention"
+                raise ValueError(f'{name} other than "full" runs with attn_implementation="sdpa", got "{chosen}"')
             return partial(self.attention_method, output_attentions=output_attentions)
         if output_attentions:
             return explicit_attention

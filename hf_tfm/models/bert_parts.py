@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention import MultiHeadAttention
+from .attention_method import AttentionWeights
 from .blocks import EncoderBlock
 from .configuration_bert import TfmBertConfig
 from .cross_entropy import head_cross_entropy, label_smoothed_cross_entropy
@@ -64,7 +65,9 @@ class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise matrices and embeddings from N(0, ``initializer_range``), as the authors do, biases to zero."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, AttentionWeights):
+            module.initialize()
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

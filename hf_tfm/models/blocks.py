@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention
 from .dropout import Dropout
+from .encoder_attention import method_of, set_method
 from .linear import project
 from .sequence_positions import NOWHERE, BlockPlacement
 
@@ -101,6 +102,7 @@ class EncoderBlock(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.self_attn = MultiHeadAttention(config, is_causal, layer_idx)
+        set_method(self.self_attn, method_of(config, is_causal), config)
         self.self_attn_residual = Residual(config, drop_path)
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config, drop_path)

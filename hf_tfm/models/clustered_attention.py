@@ -10,18 +10,20 @@ C = the largest number of clusters of a head in the batch.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils.generic import maybe_autocast
+
+from .attention_method import AttentionMethod, option
 
 PADDING = -(2**63)  # hash of padded tokens, which form a cluster of their own
 
 
 @dataclass(frozen=True)
-class ClusteredAttention:
+class ClusteredAttention(AttentionMethod):
     """Clustered attention, a method of `set_encoder_attention`.
 
     The authors hash queries that are already multiplied by the scaling of attention, so ``width`` is in those units
@@ -37,60 +39,26 @@ class ClusteredAttention:
         ValueError: an option is out of range.
     """
 
-    rounds: int = 32
-    width: float = 8.0
-    seed: int = 0
+    rounds: int = option(32, 1, 1024)
+    width: float = option(8.0)
+    seed: int = option(0, 0, 2**32 - 1)
 
-    def __post_init__(self):
-        for name, most in (("rounds", 1024), ("seed", 2**32 - 1)):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name} must be an integer in [{least}, {most}], got {value!r}")
-        if type(self.width) not in (int, float) or not 0 < self.width < float("inf"):
-            raise ValueError(f"width must be a finite number above 0, got {self.width!r}")
-
-    def __call__(
+    def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute self-attention; a transformers attention function.
-
-        Args:
-            module: the calling attention layer.
-            query, key, value: (B, H, T, Dh).
-            attention_mask: bool or additive, broadcastable to (B, 1, T, T), the same for all queries: the padding of a
-                bidirectional encoder.
-            scaling: factor of the scores; default, Dh^-0.5.
-            dropout: rate of the probabilities.
-            output_attentions: also return the probabilities of each query, those of its prototype.
-
-        Returns:
-            (B, T, H, Dh), and (B, H, T, T) or None.
-        """
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mask = None if attention_mask is None else attention_mask[:, :, :1]  # (B, 1, 1, T)
+        tokens: Tensor | None,
+        scaling: float,
+        dropout: float,
+        layer: nn.Module,
+    ) -> Tensor:
+        """See `AttentionMethod.attend`."""
+        mask = None if tokens is None else tokens[:, None, None]  # (B, 1, 1, T)
         clusters, count = self.clusters(query, scaling, mask)
         prototypes = cluster_means(query, clusters, count)  # (B, H, C, Dh)
-        probabilities = None
-        if output_attentions:
-            probabilities = softmax_scores(prototypes, key, mask, scaling)  # (B, H, C, T)
-            kept = nn.functional.dropout(probabilities, dropout) if dropout else probabilities
-            mixed = kept @ value  # (B, H, C, Dh)
-            probabilities = probabilities.gather(2, clusters[..., None].expand(*clusters.shape, key.shape[2]))
-        else:
-            mixed = nn.functional.scaled_dot_product_attention(
-                prototypes, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-            )
-        mixed = mixed.gather(2, clusters[..., None].expand(*clusters.shape, value.shape[-1]))  # (B, H, T, Dh)
-        return mixed.transpose(1, 2), probabilities
+        mixed = scaled_dot_product_attention(prototypes, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        return mixed.gather(2, clusters[..., None].expand(*clusters.shape, value.shape[-1]))  # (B, H, T, Dh)
 
     def clusters(self, query: Tensor, scaling: float, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Cluster the queries of each row and head; reading the number of clusters synchronises a GPU.
@@ -98,15 +66,14 @@ class ClusteredAttention:
         Args:
             query: (B, H, T, Dh).
             scaling: factor of the scores.
-            mask: (B, 1, 1, T), see `__call__`.
+            mask: (B, 1, 1, T) bool, False at padding.
 
         Returns:
             the cluster of each query, (B, H, T) int64, and C.
         """
         hashes = self.hashes(query.detach(), scaling)
         if mask is not None:
-            padding = ~mask if mask.dtype == torch.bool else mask < 0
-            hashes = hashes.masked_fill(padding[:, :, 0], PADDING)
+            hashes = hashes.masked_fill(~mask[:, :, 0], PADDING)
         found, order = hashes.sort(dim=-1)
         ranks = (found[..., 1:] != found[..., :-1]).cumsum(dim=-1)
         ranks = nn.functional.pad(ranks, (1, 0))  # (B, H, T), numbers the runs of equal hashes
@@ -157,13 +124,3 @@ def cluster_means(query: Tensor, clusters: Tensor, count: int) -> Tensor:
     sums = sums.scatter_add(2, clusters[..., None].expand_as(query), queries)
     sizes = sums.new_zeros(*clusters.shape[:2], count).scatter_add(2, clusters, sums.new_ones(clusters.shape))
     return (sums / sizes.clamp(min=1.0)[..., None]).to(query.dtype)
-
-
-def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return attention probabilities: (B, H, C, Dh), (B, H, T, Dh) -> (B, H, C, T)."""
-    scores = (query * scaling) @ key.transpose(2, 3)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(dim=-1)

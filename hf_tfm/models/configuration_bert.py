@@ -55,6 +55,8 @@ class TfmBertConfig(TravellingConfig):
         floater_adjoint: compute gradients of the ODE by the adjoint of its integrator instead of automatic
             differentiation: the same gradients in less time and memory.
         type_vocab_size: number of segment types; 0 disables segment embeddings (DistilBERT).
+        encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
+        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
         pooler: transform of the first token's state for a classifier: a linear layer with "tanh" (BERT), "relu"
             (DistilBERT's ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
         initializer_range: standard deviation of the initial weights.
@@ -107,6 +109,8 @@ class TfmBertConfig(TravellingConfig):
     floater_hidden_size: int | None = None
     floater_adjoint: bool = True
     type_vocab_size: int = 2
+    encoder_attention: str = "full"
+    encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     pooler: str = "tanh"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12

@@ -8,7 +8,6 @@ from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
 from .configuration_backbone import check_backbone, fields_without_dilation, resolve_backbone
-from .encoder_attention import method_of
 from .travel import TravellingConfig
 
 # "base" is the paper's. The others are ours, for small images and training from scratch: batch norm, nothing frozen
@@ -93,7 +92,7 @@ class TfmDetrConfig(TravellingConfig):
         d_model: hidden size, D; a multiple of 4 and of the numbers of heads.
         encoder_layers, decoder_layers: number of blocks.
         encoder_attention_heads, decoder_attention_heads: number of attention heads.
-        encoder_attention: self-attention of the encoder: "full" (exact) or "clustered", see `ClusteredAttention`.
+        encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
         encoder_attention_kwargs: options of ``encoder_attention``, for instance {"rounds": 32, "width": 8.0}.
         encoder_ffn_dim, decoder_ffn_dim: hidden size of the feed-forward layers.
         activation_function: activation of the feed-forward layers.
@@ -164,7 +163,7 @@ class TfmDetrConfig(TravellingConfig):
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
     encoder_attention: str = "full"
-    encoder_attention_kwargs: dict[str, int | float] | None = None
+    encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     encoder_ffn_dim: int = 2048
     decoder_layers: int = 6
     decoder_attention_heads: int = 8
@@ -216,7 +215,6 @@ class TfmDetrConfig(TravellingConfig):
         require_choice(self, "activation_function", ACT2FN)
         if self.backbone_output_stride not in (None, 8, 16):
             raise ValueError(f"backbone_output_stride must be 8, 16 or null, got {self.backbone_output_stride}")
-        method_of(self)
         require_at_least(self, LEAST_1)
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             require_multiple(self, "d_model", getattr(self, name), name)

@@ -60,6 +60,9 @@ class TfmGPTConfig(TravellingConfig):
         activation_dropout: dropout rate inside the feed-forward layers.
         classifier_dropout: dropout rate before a classifier (2018, section 4.1: 0.1); transformers' GPT-2 has none.
         max_position_embeddings: maximum input length in tokens.
+        decoder_attention: self-attention: "full" (exact), or a method that masks later tokens, such as "linear",
+            "performer" and "local"; see `encoder_attention.METHODS`.
+        decoder_attention_kwargs: options of ``decoder_attention``, for instance {"block_size": 64}.
         norm_first: use pre-norm blocks and a final norm (GPT-2) instead of post-norm blocks (GPT-1).
         initializer_range: standard deviation of the initial weights; in pre-norm models the last layer of each
             residual branch is scaled down by sqrt(2 L) (2019, section 2.3).
@@ -103,6 +106,8 @@ class TfmGPTConfig(TravellingConfig):
     activation_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
     max_position_embeddings: int = 1024
+    decoder_attention: str = "full"
+    decoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     norm_first: bool = True
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5

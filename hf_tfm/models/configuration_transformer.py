@@ -78,6 +78,8 @@ class TfmTransformerConfig(TravellingConfig):
         floater_adjoint: compute gradients of the ODE by the adjoint of its integrator instead of automatic
             differentiation: the same gradients in less time and memory.
         attention_score: "dot_product" (the paper) or "additive" (Bahdanau et al. 2015; eager only).
+        encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
+        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
         decoding: "autoregressive" (left to right), or "mask_predict" (all tokens in parallel, then refined;
             Ghazvininejad et al. 2019, arXiv:1904.09324).
         max_length_offset: maximum difference in tokens between the predicted target length and the source length;
@@ -146,6 +148,8 @@ class TfmTransformerConfig(TravellingConfig):
     floater_hidden_size: int | None = None
     floater_adjoint: bool = True
     attention_score: str = "dot_product"
+    encoder_attention: str = "full"
+    encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     decoding: str = "autoregressive"
     max_length_offset: int = 64
     dropout: float | int = 0.1

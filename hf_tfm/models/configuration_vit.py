@@ -132,6 +132,8 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
         backbone_out_index: index of the backbone's feature map to use.
         distillation_token: add a second token, between the class token and the patches, with its own classifier that
             is trained on a teacher's predictions (Touvron et al. 2021, arXiv:2012.12877, section 4).
+        encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
+        encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
 
     The other fields are those of `ImageEncoderConfig`; ``out_features`` and ``out_indices`` are for `TfmViTBackbone`.
 
@@ -155,6 +157,8 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
     backbone: str | None = None
     backbone_out_index: int = -1
     distillation_token: bool = False
+    encoder_attention: str = "full"
+    encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

@@ -18,11 +18,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import ConfigView, MultiHeadAttention, eager_view, padding_mask, wants_maps
+from .attention_method import AttentionWeights
 from .backbones import reset
 from .blocks import DecoderBlock, EncoderBlock
 from .configuration_detr import TfmDetrConfig
 from .detection import DetectorPreTrainedModel
-from .encoder_attention import method_of
 from .positions import LearnedPositions2D
 
 # Weight names of transformers' DETR and of earlier versions of this package: (name in the file, name in the model),
@@ -74,7 +74,9 @@ class TfmDetrPreTrainedModel(DetectorPreTrainedModel):
         """Initialise Transformer matrices by Xavier uniform, as the authors do, and object queries from N(0, 1)."""
         if reset(module):
             return
-        if isinstance(module, nn.Linear):
+        if isinstance(module, AttentionWeights):
+            module.initialize()
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight, gain=self.config.init_xavier_std)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
@@ -98,8 +100,6 @@ class TfmDetrEncoder(TfmDetrPreTrainedModel):
     def __init__(self, config: TfmDetrConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(EncoderBlock(config, i) for i in range(config.encoder_layers))
-        for layer in self.layers:
-            layer.self_attn.attention_method = method_of(config)
         # The output of pre-norm blocks is not normalised yet; that of post-norm blocks is.
         self.layernorm = nn.LayerNorm(config.d_model, config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.post_init()

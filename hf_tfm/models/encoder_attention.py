@@ -1,14 +1,12 @@
-"""Other attention methods for the self-attention of an encoder, chosen by name.
+"""Other attention methods for the self-attention of an encoder, or of a decoder-only model, chosen by name.
 
     "clustered" + options -> a method -> set on the attention layers of the encoder -> they call it instead of SDPA
 
-A method is a frozen dataclass of its options that is called like an attention function of transformers, with
-``output_attentions`` besides; `ClusteredAttention` is an example. A layer without one computes exact attention, and so
-does a decoder. transformers' models reach the methods of their layers through the attention implementation
-"per_module".
+A method is an `AttentionMethod`. A layer without one computes exact attention. transformers' models reach the methods
+of their layers through the attention implementation "per_module".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,19 +15,32 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_method import AttentionMethod
+from .block_attention import BigBirdAttention, LocalAttention, LongformerAttention, StridedAttention
 from .clustered_attention import ClusteredAttention
+from .kernel_attention import LinearAttention, PerformerAttention
+from .low_rank_attention import LinformerAttention, NystromAttention, SynthesizerAttention
+from .lsh_attention import ReformerAttention
 
 FULL = "full"  # exact attention, by the attention implementation of the model
 PER_MODULE = "per_module"
-METHODS: dict[str, type[Any]] = {"clustered": ClusteredAttention}
+METHODS: dict[str, type[AttentionMethod]] = {
+    "linear": LinearAttention,
+    "performer": PerformerAttention,
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+    "synthesizer": SynthesizerAttention,
+    "local": LocalAttention,
+    "strided": StridedAttention,
+    "longformer": LongformerAttention,
+    "bigbird": BigBirdAttention,
+    "reformer": ReformerAttention,
+    "clustered": ClusteredAttention,
+}
 
 
-def register_method(name: str, method: type[Any]) -> None:
+def register_method(name: str, method: type[AttentionMethod]) -> None:
     """Add a method for `set_encoder_attention` and the configuration field ``encoder_attention``.
-
-    Args:
-        name: its name there.
-        method: dataclass of its options, which validates them, with ``__call__`` as `ClusteredAttention.__call__`.
 
     Raises:
         ValueError: the name is taken.
@@ -39,31 +50,67 @@ def register_method(name: str, method: type[Any]) -> None:
     METHODS[name] = method
 
 
-def make_method(name: str, options: Mapping[str, Any] | None = None) -> Callable | None:
+def make_method(
+    name: str, options: Mapping[str, Any] | None = None, causal: bool = False, field: str = "encoder_attention"
+) -> AttentionMethod | None:
     """Return a method with its options, or None for exact attention.
+
+    Args:
+        causal: it must be able to mask later tokens.
+        field: configuration field that has the name, for errors.
 
     Raises:
         ValueError: there is no such method, or it has no such option, or an option is out of range.
     """
     options = options or {}
-    if name != FULL and name not in METHODS:
-        raise ValueError(f'encoder_attention must be one of {", ".join([FULL, *METHODS])}, got "{name}"')
+    usable = [FULL, *(known for known, method in METHODS.items() if method.causal or not causal)]
+    if name not in usable:
+        later = ", since later tokens are masked" * (name in METHODS)
+        raise ValueError(f'{field} must be one of {", ".join(usable)}{later}, got "{name}"')
     known = [] if name == FULL else [field.name for field in fields(METHODS[name])]
     for option in options:
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
-            raise ValueError(f'encoder_attention_kwargs: "{name}" {has}, got "{option}"')
+            raise ValueError(f'{field}_kwargs: "{name}" {has}, got "{option}"')
     if name == FULL:
         return None
     try:
         return METHODS[name](**options)
     except ValueError as error:
-        raise ValueError(f"encoder_attention_kwargs: {error}") from error
+        raise ValueError(f"{field}_kwargs: {error}") from error
 
 
-def method_of(config: PreTrainedConfig) -> Callable | None:
-    """Return the method of a configuration with the fields ``encoder_attention`` and ``encoder_attention_kwargs``."""
-    return make_method(config.encoder_attention, config.encoder_attention_kwargs)
+def method_of(config: PreTrainedConfig, causal: bool = False) -> AttentionMethod | None:
+    """Return the method of a configuration: ``encoder_attention`` with its options, if causal ``decoder_attention``.
+
+    Raises:
+        ValueError: see `make_method`.
+    """
+    field = "decoder_attention" if causal else "encoder_attention"
+    return make_method(getattr(config, field), getattr(config, f"{field}_kwargs"), causal, field)
+
+
+def set_method(layer: nn.Module, method: AttentionMethod | None, config: PreTrainedConfig) -> None:
+    """Set the method of an attention layer, with new weights if it has any; None restores exact attention.
+
+    Args:
+        layer: has projections q_proj, k_proj and v_proj, and ``head_dim``.
+        config: of the model.
+
+    Raises:
+        ValueError: the method has weights for each position, and the model has no maximum number of tokens.
+    """
+    earlier = getattr(layer, "attention_method", None)
+    for trained, unused in ((True, earlier), (False, method)):
+        for name in unused.unused if unused else ():
+            getattr(layer, name).requires_grad_(trained)
+    weights = None
+    if method is not None:
+        heads, length = layer.q_proj.out_features // layer.head_dim, getattr(config, "max_position_embeddings", None)
+        weights = method.weights(heads, layer.head_dim, length)
+    if weights is not None:
+        weights.to(layer.v_proj.weight)
+    layer.attention_method, layer.attention_weights = method, weights
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -80,7 +127,9 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def set_encoder_attention(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
-    """Choose how the encoder of a model computes self-attention, without changing any weight.
+    """Choose how the encoder of a model computes self-attention, without changing any weight it has.
+
+    Some methods have weights of their own, which are new: train the model further.
 
     A model of this package whose configuration has the field ``encoder_attention`` is saved with the choice. Other
     models, such as transformers' `DetrForObjectDetection`, have to be set again after loading.
@@ -103,7 +152,7 @@ def set_encoder_attention(model: PreTrainedModel, name: str, **options: Any) -> 
     if method is not None and any(getattr(layer, "additive", False) for layer in layers):
         raise ValueError(f'encoder_attention "{name}" needs attention_score="dot_product", got "additive"')
     for layer in layers:
-        layer.attention_method = method
+        set_method(layer, method, model.config)
     # Our layers have the attribute and call the method themselves, also those of a model's remote code.
     if not all(hasattr(type(layer), "attention_method") for layer in layers):
         # Of the model itself: a configuration of its backbone has attention of its own.

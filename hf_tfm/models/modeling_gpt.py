@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MultiHeadAttention, eager_view, wants_maps
+from .attention_method import AttentionWeights
 from .blocks import EncoderBlock
 from .cache_names import CACHE_NAME, CACHE_NAMES, cache_of, takes_cache
 from .configuration_gpt import TfmGPTConfig
@@ -91,7 +92,9 @@ class TfmGPTPreTrainedModel(OwnNamesPreTrainedModel):
         branch by sqrt(2 L).
         """
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, AttentionWeights):
+            module.initialize()
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

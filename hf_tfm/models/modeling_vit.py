@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
+from .attention_method import AttentionWeights
 from .backbones import reset
 from .blocks import EncoderBlock
 from .configuration_vit import TfmViTConfig
@@ -83,7 +84,9 @@ class TfmViTPreTrainedModel(OwnNamesPreTrainedModel):
         std = self.config.initializer_range
         if reset(module):
             return
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, AttentionWeights):
+            module.initialize()
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -18,6 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MultiHeadAttention, eager_view, padding_mask, wants_maps
+from .attention_method import AttentionWeights
 from .blocks import DecoderBlock, EncoderBlock
 from .cache_names import CACHE_NAME, CACHE_NAMES, takes_cache
 from .configuration_transformer import TfmTransformerConfig
@@ -45,7 +46,9 @@ class TfmTransformerPreTrainedModel(OwnNamesPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise matrices by Xavier uniform and embeddings from N(0, 1/D): scaled embeddings have variance 1."""
         factor = self.config.initializer_factor
-        if isinstance(module, nn.Linear):
+        if isinstance(module, AttentionWeights):
+            module.initialize()
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight, gain=factor)
             if module.bias is not None:
                 init.zeros_(module.bias)

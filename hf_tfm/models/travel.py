@@ -12,6 +12,7 @@ from typing import ClassVar
 from transformers import PreTrainedConfig
 
 from .checks import refuse_misspelt, require_label_count
+from .encoder_attention import method_of
 
 # Config files contain fields of other versions and of conversions, so only a caller's arguments are checked for typos.
 READING: ContextVar[bool] = ContextVar("reading", default=False)
@@ -25,6 +26,11 @@ class TravellingConfig(PreTrainedConfig):
 
     _auto_class = "AutoConfig"
     auto_classes: ClassVar[dict[str, str]] = {}
+    # Exact attention, unless a model family turns these into fields; see `encoder_attention`.
+    encoder_attention: ClassVar = "full"
+    encoder_attention_kwargs: ClassVar = None
+    decoder_attention: ClassVar = "full"
+    decoder_attention_kwargs: ClassVar = None
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -48,7 +54,13 @@ class TravellingConfig(PreTrainedConfig):
             # transformers 5.17 adds a rule for "embed_tokens" to the plan of every tied model, even without such a
             # module (5.24 does not). Keep the plan of the class.
             self.__dict__.pop("base_model_tp_plan", None)
+        self.validate_attention()
         self.validate_architecture()  # here its error is one line; strict validation raises a two-line error
+
+    def validate_attention(self) -> None:
+        """Validate the attention methods; called by the strict validation of transformers and huggingface_hub."""
+        method_of(self)
+        method_of(self, causal=True)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -105,7 +105,7 @@ def test_padding_changes_nothing(additive):
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     clean = attend(COARSE, query, key, value, mask=mask)
     assert clean.isfinite().all()
-    clusters, _ = COARSE.clusters(query, 8**-0.5, mask)
+    clusters, _ = COARSE.clusters(query, 8**-0.5, padding(40, 25))
     assert not set(clusters[1, 0, :25].tolist()) & set(clusters[1, 0, 25:].tolist())
     for tensor, noise in zip((query, key, value), heads(seed=1), strict=True):
         tensor[1, :, 25:] = noise[1, :, 25:]

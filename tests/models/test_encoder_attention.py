@@ -15,10 +15,12 @@ from tiny_detr import (
     tiny_photos,
 )
 from tiny_models import largest_difference, tiny_model
+from tiny_text import text_batch, tiny_text
 from transformers import DetrConfig, DetrForObjectDetection
 
 from hf_tfm import TfmDeformableDetrConfig, TfmDeformableDetrModel, TfmDetrConfig, TfmDetrForObjectDetection
 from hf_tfm.models import encoder_attention
+from hf_tfm.models.attention_method import AttentionMethod, option
 from hf_tfm.models.clustered_attention import ClusteredAttention
 from hf_tfm.models.encoder_attention import encoder_layers, make_method, register_method, set_encoder_attention
 
@@ -29,17 +31,15 @@ SIZES = ((64, 96), (32, 64), (64, 32))
 
 
 @dataclass(frozen=True)
-class MeanAttention:
-    """Every query gets the mean of all visible values."""
+class MeanAttention(AttentionMethod):
+    """Every token gets the mean of all values, to a power."""
 
-    power: float = 1.0
+    power: int = option(1, 1)
 
-    def __call__(self, module, query, key, value, attention_mask, output_attentions=False, **kwargs):
-        if output_attentions:
-            raise ValueError("mean attention has no attention maps")
-        seen = torch.ones(1, 1, 1, value.shape[2]) if attention_mask is None else attention_mask[:, :, :1].float()
-        mean = (seen @ value / seen.sum(dim=-1, keepdim=True)) ** self.power
-        return mean.expand_as(query).transpose(1, 2), None
+    def attend(self, query, key, value, tokens, scaling, dropout, layer):
+        seen = torch.ones(len(value), value.shape[2]) if tokens is None else tokens.float()
+        mean = (seen[:, None, None] @ value) / seen.sum(dim=1)[:, None, None, None]
+        return (mean**self.power).expand_as(query)
 
 
 def stock_detr() -> DetrForObjectDetection:
@@ -161,14 +161,50 @@ def test_onnx(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["masked", "causal"])
+def test_text_models_with_weights_of_a_method(name, tmp_path):
+    """Saved with the model; new for a model that is loaded with another method, which keeps all other weights."""
+    field = "decoder_attention" if name == "causal" else "encoder_attention"
+    method, options = ("linear", {}) if name == "causal" else ("linformer", {"rank": 6})
+    chosen = {field: method, f"{field}_kwargs": options}
+    model, batch = tiny_text(name, **chosen), text_batch(name)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    expected = model(**batch).logits
+    assert torch.equal(loaded(**batch).logits, expected)
+    plain = tiny_text(name)
+    plain.save_pretrained(tmp_path / "plain")
+    changed, report = type(model).from_pretrained(tmp_path / "plain", **chosen, output_loading_info=True)
+    new = {key for key in changed.state_dict() if "attention_weights" in key}
+    assert report["missing_keys"] == new and len(new) == (0 if name == "causal" else 2)
+    assert all(changed.state_dict()[key].std() > 0.1 for key in new)
+    assert largest_difference(changed(**batch).logits, plain(**batch).logits) > 1e-3
+    padding = batch["attention_mask"] == 0
+    noisy = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 7)}
+    assert torch.equal(model(**noisy).logits[~padding], expected[~padding])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["linear", pytest.param("performer", marks=pytest.mark.slow), "local"])
+def test_generation_with_a_cache_gives_the_same_tokens(method):
+    options = {"block_size": 4} if method == "local" else None
+    model = tiny_text("causal", decoder_attention=method, decoder_attention_kwargs=options)
+    prompts = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
+    given = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 12, "do_sample": False}
+    cached, plain = (model.generate(prompts, **given, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
+    scores = model.generate(prompts, **given, num_beams=3, return_dict_in_generate=True, output_scores=True)
+    again = model.generate(prompts, **given, num_beams=3, use_cache=False)
+    assert torch.equal(scores.sequences, again)
+
+
+@torch.no_grad()
 def test_method_of_a_user(monkeypatch):
     monkeypatch.setattr(encoder_attention, "METHODS", dict(encoder_attention.METHODS))
     register_method("mean", MeanAttention)
     images = tiny_photos()
     for model in (tiny_detr(**STRIDE_8, encoder_attention="mean"), set_encoder_attention(stock_detr(), "mean")):
         assert model(images).logits.isfinite().all()
-        with pytest.raises(ValueError, match="mean attention has no attention maps"):
-            model(images, output_attentions=True)
     with pytest.raises(ValueError, match=r'^encoder_attention_kwargs: "mean" has the options power, got "rounds"$'):
         TfmDetrConfig(**{**TINY, "encoder_attention": "mean", "encoder_attention_kwargs": {"rounds": 2}})
     with pytest.raises(ValueError, match=r'^encoder_attention "clustered" exists already$'):
@@ -178,7 +214,7 @@ def test_method_of_a_user(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"encoder_attention": "fast"}, '^encoder_attention must be one of full, clustered(, [a-z]+)*, got "fast"$'),
+        ({"encoder_attention": "fast"}, '^encoder_attention must be one of full, linear(, [a-z]+)*, got "fast"$'),
         (
             {"encoder_attention": "clustered", "encoder_attention_kwargs": {"width": 0}},
             "^encoder_attention_kwargs: width must be a finite number above 0, got 0$",
