@@ -84,10 +84,21 @@ def method_of(config: PreTrainedConfig, causal: bool = False) -> AttentionMethod
     """Return the method of a configuration: ``encoder_attention`` with its options, if causal ``decoder_attention``.
 
     Raises:
-        ValueError: see `make_method`.
+        ValueError: see `make_method` and `require_plain_scores`.
     """
     field = "decoder_attention" if causal else "encoder_attention"
+    require_plain_scores(config, getattr(config, field), field)
     return make_method(getattr(config, field), getattr(config, f"{field}_kwargs"), causal, field)
+
+
+def require_plain_scores(config: PreTrainedConfig, name: str, field: str = "encoder_attention") -> None:
+    """Check that a model adds no positions to its scores, which methods do not compute.
+
+    Raises:
+        ValueError: it does, and the method ``name`` is not exact attention.
+    """
+    if name != FULL and getattr(config, "position_embedding_type", None) == "alibi":
+        raise ValueError(f'{field} must be "{FULL}" with position_embedding_type="alibi", got "{name}"')
 
 
 def set_method(layer: nn.Module, method: AttentionMethod | None, config: PreTrainedConfig) -> None:
@@ -145,6 +156,7 @@ def set_encoder_attention(model: PreTrainedModel, name: str, **options: Any) -> 
     Raises:
         ValueError: the name or an option is invalid, or the model has no such encoder.
     """
+    require_plain_scores(model.config, name)
     method, layers = make_method(name, options), encoder_layers(model)
     kind = type(model).__name__
     if not layers:

@@ -238,6 +238,14 @@ def test_models_and_backends_without_the_method_are_refused():
         set_encoder_attention(deformable, "clustered")
     with pytest.raises(ValueError, match=r'^encoder_attention "clustered" needs attention_score="dot_product"'):
         set_encoder_attention(tiny_model(attention_score="additive"), "clustered")
+    for build in (
+        lambda: tiny_model(position_embedding_type="alibi", encoder_attention="linear"),
+        lambda: set_encoder_attention(tiny_model(position_embedding_type="alibi"), "linear"),
+    ):
+        with pytest.raises(
+            ValueError, match=r'^encoder_attention must be "full" with position_embedding_type="alibi"'
+        ):
+            build()
     layer = encoder_layers(tiny_detr(**FIELDS, attn_implementation="flex_attention"))[0]
     with pytest.raises(ValueError, match=r'runs with attn_implementation="sdpa", got "flex_attention"$'):
         layer(torch.zeros(1, 4, 32))
