@@ -198,6 +198,7 @@ def shown_scores(result: dict) -> str:
     """Return the main scores of a results file: of all splits of GLUE, else of test splits, if it has any."""
     wanted = METRICS.get(result["task"], ())
     found = [m for m in result["metrics"] if m["name"] in wanted] or result["metrics"]
+    found = [m for m in found if ", " not in m["split"]]  # scores of parts of a split
     tests = [m for m in found if m["split"] not in ("validation", "holdout")]
     if not tests or result["task"] == "text-classification":  # the labels of some test splits are not public
         tests = found

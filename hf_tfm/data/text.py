@@ -207,6 +207,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
     )
 
 
+def word_count(text: str) -> int:
+    """Return the number of words, separated by white space."""
+    return len(text.split())
+
+
+def pairs_of_length(rows, at_least: int | None, at_most: int | None, split: str):
+    """Return the rows of `text_pairs` whose longer side has a number of words in a range.
+
+    Args:
+        at_least, at_most: limits, None for none.
+        split: name of the rows, for the error.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if at_least is None and at_most is None:
+        return rows
+    low, high = at_least or 0, float("inf") if at_most is None else at_most
+
+    def fits(batch: dict) -> list[bool]:
+        pairs = zip(batch["source"], batch["target"], strict=True)
+        return [low <= max(word_count(source), word_count(target)) <= high for source, target in pairs]
+
+    show_progress_of(rows)
+    kept = rows.filter(fits, batched=True)
+    if isinstance(rows, datasets.IterableDataset):
+        return kept
+    if not len(kept):
+        limits = f"at least {at_least}" if at_most is None else f"at most {at_most}"
+        raise ValueError(f'"{split}" has no pair whose longer side has {limits} words')
+    return kept.flatten_indices()
+
+
 def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
     """Tokenize ``source`` and ``target`` texts to ``input_ids`` and ``labels``, each with its end token.
 

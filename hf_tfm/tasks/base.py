@@ -51,6 +51,7 @@ class Scores:
         samples: number of scored samples; makes ``hf-tfm evaluate`` report it and the throughput.
         details: further results for the report of ``hf-tfm evaluate``: JSON values.
         listing: further results for the file of ``--output`` alone, for example ``predictions``, one per sample.
+        parts: scores of parts of the split, by name of the part.
     """
 
     values: dict[str, float]
@@ -58,14 +59,16 @@ class Scores:
     samples: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     listing: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, "Scores"] = field(default_factory=dict)
 
     def rows(self, split: str, names: Collection[str]) -> list[dict[str, Any]]:
-        """Rows of name, value, signature and split, for results.json."""
-        return [
+        """Rows of name, value, signature and split, for results.json; the split of a part is "SPLIT, PART"."""
+        rows = [
             {"name": name, "value": self.values[name], "signature": self.signatures.get(name), "split": split}
             for name in names
             if name in self.values
         ]
+        return rows + [row for part, scores in self.parts.items() for row in scores.rows(f"{split}, {part}", names)]
 
 
 class Task(ABC):

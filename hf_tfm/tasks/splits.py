@@ -1,6 +1,6 @@
 """Rows of the splits of a run: to train on, to validate on, and to score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import datasets
@@ -31,20 +31,32 @@ class RowOptions(SplitOptions, Protocol):
     def streaming(self) -> bool: ...
 
 
-def load_rows(args: RowOptions | EvaluationArguments, read: Callable[[Any], Any]) -> dict[str, Any]:
+def load_rows(
+    args: RowOptions | EvaluationArguments,
+    read: Callable[[Any], Any],
+    select: Callable[[Any, str], Any] = lambda rows, split: rows,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Load the rows of a task whose training data may be streamed, by split.
 
     Args:
         args: of a run or of an evaluation.
         read: rows of a data set -> rows of the task.
+        select: (rows of the task, name of a split) -> the rows of that split.
+        sources: {name of a split that the data set lacks: split that `select` makes it of}.
+
+    Raises:
+        ValueError: the data set has a split with a name of ``sources``.
     """
     if isinstance(args, EvaluationArguments):
-        rows = read(take_split(load_splits(*args.source), args.split, "split"))
+        rows = select(read(take_split(load_splits(*args.source), args.split, "split")), args.split)
         return {args.split: first(rows, args.max_samples)}
-    splits = load_splits(*args.source, args.streaming)
+    splits, sources = load_splits(*args.source, args.streaming), sources or {}
+    if clash := [name for name in sources if name in splits]:
+        raise ValueError(f'test_splits "{clash[0]}" is ambiguous: the data set has a split of this name, too')
 
     def rows_of(name: str, argument: str) -> Any:
-        rows = read(take_split(splits, name, argument))
+        rows = select(read(take_split(splits, sources.get(name, name), argument)), name)
         return gather(rows) if args.streaming and argument != "train_split" else rows
 
     return split_rows(args, args.test_splits, rows_of)

@@ -5,8 +5,10 @@
 Shapes: B sentences; S source, T target positions.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import datasets
@@ -59,6 +61,7 @@ from .splits import load_rows
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase")
+LONG = "long"  # split of the training pairs that max_words excludes
 TRANSLATED_TOKENS = 4096  # padded source tokens times beams that are translated at once
 
 
@@ -83,10 +86,34 @@ class PairArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, ModelArguments, TokenBatchArguments):
+class LengthArguments(Arguments):
+    """Lengths in words, which white space separates.
+
+    Args:
+        length_bins: edges of bins of the source length: final translations are also scored by bin. [12, 15] makes the
+            bins of sources of up to 11, of 12 to 14, and of 15 and more words.
+    """
+
+    length_bins: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        edges = self.length_bins
+        if any(edge < 1 for edge in edges) or sorted(set(edges)) != edges:
+            raise ValueError(f"length_bins must be increasing numbers of words, at least 1, got {edges}")
+
+
+@dataclass(kw_only=True)
+class TranslationArguments(
+    LengthArguments, PairArguments, DatasetArguments, SplitArguments, ModelArguments, TokenBatchArguments
+):
     """Arguments of translation training.
 
     Args:
+        model: configuration fields that differ from those of the size, or of model_name_or_path, for instance
+            {position_embedding_type: floater}.
+        max_words: training and validation pairs with a side of more words are left out; those of the training split
+            are the split "long", which test_splits may name.
         streaming: stream the training split instead of downloading it; needs max_steps.
         max_length: training pairs with a side of more tokens are dropped; also the limit of translations.
         tokenizer: folder or Hub id of a tokenizer; default, a byte-pair encoding is trained on the training data.
@@ -99,7 +126,9 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
     """
 
     accepted_models: ClassVar = TRANSLATIONS
+    new_model_options: ClassVar = ("architecture", "size", "model", "tokenizer", "vocab_size", "lowercase")
 
+    max_words: int | None = None
     streaming: bool = False
     max_length: int = 256
     tokenizer: str | None = None
@@ -115,7 +144,7 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
     def __post_init__(self):
         super().__post_init__()
         self.check_range(
-            at_least_1="max_length vocab_size num_beams iterations",
+            at_least_1="max_words max_length vocab_size num_beams iterations",
             at_most={
                 "max_length": LONGEST,
                 "vocab_size": LARGEST_VOCABULARY,
@@ -134,19 +163,28 @@ class TranslationArguments(PairArguments, DatasetArguments, SplitArguments, Mode
             check_stream(self, self.train_split, self.max_length, (self.held_out, *self.test_splits))
             if self.holdout or self.max_train_samples:
                 raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
-        if self.model_name_or_path and (self.model or self.tokenizer):
-            raise ValueError("model_name_or_path has its own model and tokenizer: give neither model nor tokenizer")
+            if self.max_words is not None and LONG in self.test_splits:
+                raise ValueError(f'test_splits "{LONG}" is a part of train_split, which streaming reads only once')
+        if self.model_name_or_path and self.tokenizer:
+            raise ValueError("model_name_or_path has its own tokenizer: give no tokenizer")
         if self.lowercase and (self.model_name_or_path or self.tokenizer):
             raise ValueError("lowercase applies to a trained tokenizer: give neither tokenizer nor model_name_or_path")
         if not self.model_name_or_path:
             check_positions(build_config(self), self.max_length)
 
+    def check_saved(self, config: PreTrainedConfig) -> None:
+        """See `ModelArguments`."""
+        kind = self.head.model_class(config.model_type).config_class
+        check_fields(kind, self.model, ["vocab_size", *token_fields(kind)])
+
 
 @dataclass(kw_only=True)
-class TranslationEvaluationArguments(PairArguments, EvaluationArguments):
+class TranslationEvaluationArguments(LengthArguments, PairArguments, EvaluationArguments):
     """Scoring a translation model.
 
     Args:
+        min_words: score pairs whose longer side has at least so many words.
+        max_words: score pairs whose longer side has at most so many words.
         metrics: bleu, bleu_lowercase, chrf, chrf_lowercase, exact_match.
         num_beams: number of beams; default, as saved with the model.
         length_penalty: exponent of the length by which beam scores are divided; default, as saved with the model.
@@ -154,6 +192,8 @@ class TranslationEvaluationArguments(PairArguments, EvaluationArguments):
         batch_tokens: padded source tokens times beams in a batch.
     """
 
+    min_words: int | None = None
+    max_words: int | None = None
     metrics: list[Metric] = field(default_factory=lambda: list(DEFAULT_METRICS))
     num_beams: int | None = None
     length_penalty: float | None = None
@@ -165,7 +205,7 @@ class TranslationEvaluationArguments(PairArguments, EvaluationArguments):
         if not self.metrics:
             raise ValueError("metrics must contain at least one metric")
         self.check_range(
-            at_least_1="num_beams iterations batch_tokens",
+            at_least_1="min_words max_words num_beams iterations batch_tokens",
             at_most={"num_beams": MOST_BEAMS, "iterations": 1000, "batch_tokens": 2**24},
         )
         check_bounds("length_penalty", self.length_penalty, -100, 100)
@@ -215,7 +255,20 @@ class TranslationTask(Task):
     def load_splits(self) -> dict[str, Any]:
         """Rows of `text_pairs` by split."""
         args = self.args
-        return load_rows(args, lambda rows: text.text_pairs(rows, args.source_column, args.target_column))
+
+        def read(rows: Any) -> Any:
+            return text.text_pairs(rows, args.source_column, args.target_column)
+
+        def select(rows: Any, split: str) -> Any:
+            if self.evaluating:
+                return text.pairs_of_length(rows, args.min_words, args.max_words, split)
+            if split == LONG and args.max_words is not None:
+                return text.pairs_of_length(rows, args.max_words + 1, None, split)
+            short = split in (args.train_split, args.validation_split)
+            return text.pairs_of_length(rows, None, args.max_words if short else None, split)
+
+        excluded = not self.evaluating and args.max_words is not None and LONG in args.test_splits
+        return load_rows(args, read, select, {LONG: args.train_split} if excluded else None)
 
     def fingerprint(self, rows: datasets.Dataset) -> str:
         """See `Task`."""
@@ -235,7 +288,7 @@ class TranslationTask(Task):
         args, tokenizer = self.args, self.processor
         set_seed(args.seed)
         if args.model_name_or_path:
-            model = load_translator(args.model_name_or_path, tokenizer)
+            model = load_translator(args.model_name_or_path, tokenizer, args.model)
         else:
             model = build_new(build_config(args, tokenizer), args.head)
         check_positions(model.config, args.max_length)
@@ -301,8 +354,8 @@ class TranslationTask(Task):
 
     @property
     def reported_metrics(self) -> tuple[str, ...]:
-        """See `Task`."""
-        return tuple(self.args.metrics)
+        """See `Task`; with ``length_bins`` also the ratio of lengths and the number of sentences."""
+        return (*self.args.metrics, *(("length_ratio", "sentences") if self.args.length_bins else ()))
 
     def evaluate(self, model: Any, split: str, metrics: Collection[str] | None = None) -> Scores:
         """Mean losses, if asked for, and the metrics of translations.
@@ -329,16 +382,23 @@ class TranslationTask(Task):
             args.batch_tokens if self.evaluating else TRANSLATED_TOKENS,
             progress=args.progress and metrics is None,
         )
-        scored = score(translations, rows["target"], names)
+        scores, parts = score_texts(translations, rows["target"], names), {}
+        if args.length_bins and metrics is None:
+            scores.values.update(length_scores(translations, rows["target"]))
+            for part, indices in bins_of(rows["source"], args.length_bins).items():
+                ours, theirs = ([side[i] for i in indices] for side in (translations, rows["target"]))
+                parts[part] = score_texts(ours, theirs, names)
+                parts[part].values.update(length_scores(ours, theirs))
         predictions = [
             {"source": source, "target": target, "translation": translation}
             for source, target, translation in zip(rows["source"], rows["target"], translations, strict=True)
         ]
         return Scores(
-            values | {row["name"]: row["value"] for row in scored},
-            {row["name"]: row["signature"] for row in scored},
+            values | scores.values,
+            scores.signatures,
             details={"generation": options},
             listing={"predictions": predictions},
+            parts=parts,
         )
 
 
@@ -395,7 +455,7 @@ def build_config(args: TranslationArguments, tokenizer: Tokenizer | None = None)
         ValueError: a field is unknown or has no such value, or the tokenizer lacks a token.
     """
     kind, fields = args.config_class, args.model
-    check_fields(kind, fields, [name for name in kind.__dataclass_fields__ if "token_id" in name])
+    check_fields(kind, fields, token_fields(kind))
     given = {}
     if tokenizer is not None:
         check_tokenizer(tokenizer)
@@ -414,6 +474,11 @@ def build_config(args: TranslationArguments, tokenizer: Tokenizer | None = None)
     return config
 
 
+def token_fields(kind: type[Any]) -> list[str]:
+    """Return the names of the fields of a configuration class that are ids of special tokens."""
+    return [name for name in kind.__dataclass_fields__ if "token_id" in name]
+
+
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that cannot mark padding, or where a sentence ends.
 
@@ -427,8 +492,11 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         raise ValueError(f"{tokenizer_name(tokenizer)} does not end a text with its eos_token")
 
 
-def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:
+def load_translator(name: str, tokenizer: Tokenizer, fields: dict[str, Any] | None = None) -> PreTrainedModel:
     """A translation model to train further, of a folder or a Hub id.
+
+    Args:
+        fields: configuration fields to change; weights that exist only because of them are new.
 
     Raises:
         ValueError: it is of another kind, or the tokenizer does not belong to it.
@@ -440,7 +508,7 @@ def load_translator(name: str, tokenizer: Tokenizer) -> PreTrainedModel:
             "convert it first with hf-tfm convert --to tfm"
         )
     check_tokenizer(tokenizer)
-    model, _ = load_to_train(SEQ2SEQ, name, lambda model, weight: "")
+    model, _ = load_to_train(SEQ2SEQ, name, lambda model, weight: "", fields)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f'model_name_or_path "{name}" has {model.config.vocab_size} tokens, fewer than the '
@@ -542,6 +610,28 @@ METRICS: dict[str, Callable[[], TextMetric]] = {
     "chrf_lowercase": lambda: Chrf(lowercase=True),
     "exact_match": ExactMatch,
 }
+
+
+def score_texts(translations: Sequence[str], targets: Sequence[str], metrics: Sequence[str]) -> Scores:
+    """Return `score` as `Scores`."""
+    rows = score(translations, targets, metrics)
+    return Scores({row["name"]: row["value"] for row in rows}, {row["name"]: row["signature"] for row in rows})
+
+
+def length_scores(translations: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Return the number of words of the translations relative to that of the targets, and the number of pairs."""
+    words = [sum(map(text.word_count, texts)) for texts in (translations, targets)]
+    return {"length_ratio": words[0] / words[1], "sentences": len(targets)}
+
+
+def bins_of(sources: Sequence[str], edges: Sequence[int]) -> dict[str, list[int]]:
+    """Return the indices of the sources in each bin that is not empty, by its name; see ``length_bins``."""
+    found: dict[int, list[int]] = {}
+    for index, source in enumerate(sources):
+        found.setdefault(bisect_right(edges, text.word_count(source)), []).append(index)
+    first, last = f"up to {edges[0] - 1} words", f"{edges[-1]} words and more"
+    names = [first, *(f"{low} to {high - 1} words" for low, high in pairwise(edges)), last]
+    return {names[place]: found[place] for place in sorted(found)}
 
 
 def score(predictions: Sequence[str], references: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:

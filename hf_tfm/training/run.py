@@ -58,7 +58,16 @@ FREE = {
     ),
     *("max_bad_images", "trust_remote_code", "max_minutes"),
     *("eval_steps", "save_steps", "early_stopping_patience", "save_total_limit", "average_checkpoints"),
-    *("final_weights", "num_pictures", "test_splits", "metrics", "num_beams", "length_penalty", "iterations"),
+    *(
+        "final_weights",
+        "num_pictures",
+        "test_splits",
+        "metrics",
+        "num_beams",
+        "length_penalty",
+        "iterations",
+        "length_bins",
+    ),
     *("costs", "teacher_device", "expected_score"),
 }
 

@@ -167,6 +167,48 @@ def test_initialization_from_a_saved_model(trained, data, tmp_path):
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 
 
+def test_warm_start_of_floater_from_sinusoidal_positions(trained, data, tmp_path):
+    """The model is the same until it is trained, except for new weights, which are trained."""
+    folder, _ = trained
+    options = {"model": "{position_embedding_type: floater}", "rate_factors": "{flow: 3}", "learning_rate": 1e-9}
+    assert run_recipe(*command_line(data, tmp_path / "run", model_name_or_path=folder, **options)) == 0
+    first, model = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (folder, tmp_path / "run"))
+    assert model.config.position_embedding_type == "floater" and first.config.position_embedding_type == "sinusoidal"
+    weights, found = first.state_dict(), model.state_dict()
+    assert max((found[name] - weights[name]).abs().max() for name in weights) < 1e-6
+    new = found.keys() - weights.keys()
+    assert new and all("flow" in name for name in new)
+    assert all(found[name].any() for name in new if name.endswith(("start", "down_weight")))
+    fresh_state()
+    with pytest.raises(ValueError, match=r"model\.hidden is not a field of TfmTransformerConfig"):
+        run_recipe(*command_line(data, tmp_path / "other", model_name_or_path=folder, model="{hidden: 3}"))
+
+
+def test_short_training_pairs_and_scores_by_length(data, tmp_path):
+    """Pairs with more words are not trained on; they can be scored, in the run and later, by bins of length."""
+    from hf_tfm.tasks.evaluation import evaluate
+
+    options = {"max_words": 5, "validation_split": "null", "holdout": 10, "num_beams": 1}
+    scored = {"test_splits": "[test, long]", "length_bins": "[3, 5]", "metrics": "[bleu]"}
+    assert run_recipe(*command_line(data, tmp_path / "run", **options, **scored)) == 0
+    results = record(tmp_path / "run")
+    # 34 of the 90 training pairs have at most 5 words; the others have 6.
+    assert results.data["rows"] == {"train": 24, "holdout": 10, "test": 10, "long": 56}
+    scores = {(row["split"], row["name"]): row["value"] for row in results.metrics}
+    sentences = {split: value for (split, name), value in scores.items() if name == "sentences"}
+    parts = {"test, 3 to 4 words": 2, "test, 5 words and more": 8, "long, 5 words and more": 56}
+    assert sentences == {"test": 10, "long": 56, **parts}
+    assert all(scores[split, "length_ratio"] > 0 and (split, "bleu") in scores for split in sentences)
+    assert scores["long", "bleu"] == scores["long, 5 words and more", "bleu"]
+    assert "| long, 5 words and more | sentences | 56 |" in (tmp_path / "run" / "README.md").read_text()
+    fresh_state()
+    source = {"dataset_name": str(data), "split": "train", "length_bins": [3, 5], "metrics": ["bleu"]}
+    again = evaluate(str(tmp_path / "run"), **source, min_words=6, progress=False)
+    assert again["rows"] == 56
+    expected = [row["value"] for row in results.metrics if row["split"].startswith("long")]
+    assert [row["value"] for row in again["metrics"]] == expected
+
+
 def copy_of(folder, to, model=None, **config):
     """A copy of a saved model with a changed weight or configuration field."""
     model = model or AutoModelForSeq2SeqLM.from_pretrained(folder)
@@ -278,11 +320,17 @@ def parser_error(capsys, *argv):
         ({"metric_for_best_model": "bluster"}, "metric_for_best_model"),
         ({"num_train_epochs": 3}, "exactly one of num_train_epochs and max_steps"),
         ({"num_beams": 0}, "num_beams must be at least 1"),
+        ({"max_words": 0}, "max_words must be at least 1, got 0"),
+        ({"length_bins": "[15, 12]"}, "length_bins must be increasing numbers of words, at least 1, got [15, 12]"),
+        (
+            {"streaming": "true", "max_words": 5, "test_splits": "[long]"},
+            'test_splits "long" is a part of train_split, which streaming reads only once',
+        ),
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"streaming": "true", "max_steps": "null", "num_train_epochs": 1}, "streaming needs max_steps"),
         ({"streaming": "true", "validation_split": "train"}, 'train_split "train" cannot be scored too'),
         ({"streaming": "true", "batch_tokens": 50}, "max_length must be at most the 50 tokens of a batch, got 100"),
-        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path has its own model and tokenizer"),
+        ({"model_name_or_path": "x", "tokenizer": "y"}, "model_name_or_path has its own tokenizer: give no tokenizer"),
         ({"tokenizer": "y", "lowercase": "true"}, "lowercase applies to a trained tokenizer"),
     ],
 )
@@ -303,6 +351,8 @@ def test_incompatible_options_are_refused(tmp_path, capsys, data, options, named
         ({"source_column": "fr"}, 'source_column "fr" is not a column of the data set; it has en, de'),
         ({"dataset_name": "/nowhere/at/all"}, "cannot be loaded"),
         ({"vocab_size": 100}, "vocab_size must be at least 261"),
+        ({"max_words": 5}, '"validation" has no pair whose longer side has at most 5 words'),
+        ({"test_splits": "[long]"}, 'test_splits "long" is not a split of the data set'),
         ({"max_length": 3}, "all 90 pairs are longer than max_length = 3 tokens"),
         ({"batch_tokens": 20}, "batch_tokens must be at least the length of the longest sample, got 20"),
         ({"micro_batch_tokens": 20}, "micro_batch_tokens must be at least the length of the longest sample, got 20"),
