@@ -3,6 +3,7 @@
 from .families import carry_code as carry_code
 from .families import register as register
 from .models.configuration_bert import TfmBertConfig as TfmBertConfig
+from .models.configuration_convlstm import TfmConvLSTMConfig as TfmConvLSTMConfig
 from .models.configuration_deformable_detr import TfmDeformableDetrConfig as TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig as TfmFasterRCNNConfig
@@ -11,6 +12,7 @@ from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
 from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig as TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig as TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig as TfmTransformerConfig
+from .models.configuration_video_transformer import TfmVideoTransformerConfig as TfmVideoTransformerConfig
 from .models.configuration_vit import TfmViTConfig as TfmViTConfig
 from .models.modeling_bert import TfmBertForMaskedLM as TfmBertForMaskedLM
 from .models.modeling_bert import TfmBertForMultipleChoice as TfmBertForMultipleChoice
@@ -19,6 +21,8 @@ from .models.modeling_bert import TfmBertForQuestionAnswering as TfmBertForQuest
 from .models.modeling_bert import TfmBertForSequenceClassification as TfmBertForSequenceClassification
 from .models.modeling_bert import TfmBertForTokenClassification as TfmBertForTokenClassification
 from .models.modeling_bert import TfmBertModel as TfmBertModel
+from .models.modeling_convlstm import TfmConvLSTMForPrediction as TfmConvLSTMForPrediction
+from .models.modeling_convlstm import TfmConvLSTMModel as TfmConvLSTMModel
 from .models.modeling_deformable_detr import TfmDeformableDetrForObjectDetection as TfmDeformableDetrForObjectDetection
 from .models.modeling_deformable_detr import TfmDeformableDetrModel as TfmDeformableDetrModel
 from .models.modeling_detr import TfmDetrForObjectDetection as TfmDetrForObjectDetection
@@ -38,6 +42,8 @@ from .models.modeling_swin import TfmSwinForImageClassification as TfmSwinForIma
 from .models.modeling_swin import TfmSwinModel as TfmSwinModel
 from .models.modeling_transformer import TfmTransformerForConditionalGeneration as TfmTransformerForConditionalGeneration
 from .models.modeling_transformer import TfmTransformerModel as TfmTransformerModel
+from .models.modeling_video_transformer import TfmVideoTransformerForPrediction as TfmVideoTransformerForPrediction
+from .models.modeling_video_transformer import TfmVideoTransformerModel as TfmVideoTransformerModel
 from .models.modeling_vit import TfmViTBackbone as TfmViTBackbone
 from .models.modeling_vit import TfmViTForImageClassification as TfmViTForImageClassification
 from .models.modeling_vit import TfmViTModel as TfmViTModel

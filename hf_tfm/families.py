@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from .models.configuration_bert import TfmBertConfig
+from .models.configuration_convlstm import TfmConvLSTMConfig
 from .models.configuration_deformable_detr import TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig
@@ -20,6 +21,7 @@ from .models.configuration_mae import TfmMAEConfig
 from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig
 from .models.configuration_transformer import TfmTransformerConfig
+from .models.configuration_video_transformer import TfmVideoTransformerConfig
 from .models.configuration_vit import TfmViTConfig
 from .plugins import FAMILIES as PLUGINS
 from .plugins import load_plugins
@@ -77,6 +79,8 @@ FAMILIES: list[Family] = [
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
     Family("rnn_seq2seq", TfmRNNSeq2SeqConfig),
+    Family("convlstm", TfmConvLSTMConfig),
+    Family("video_transformer", TfmVideoTransformerConfig),
 ]
 
 
@@ -156,6 +160,7 @@ NEXT_SENTENCE_LM = Head("AutoModelForPreTraining", "input_ids")  # masked tokens
 CAUSAL_LM = Head("AutoModelForCausalLM")
 TEXT_CLASSIFIER = Head("AutoModelForSequenceClassification")
 SEQ2SEQ = Head("AutoModelForSeq2SeqLM")
+VIDEO_FORECASTER = Head("AutoModelForTimeSeriesPrediction", "pixel_values_videos")
 
 
 def register_family(family: Family) -> None:

@@ -6,6 +6,7 @@ LONGEST = 1_000_000  # tokens per text
 MOST_BEAMS = 1024
 LARGEST_BATCH = 10_000_000  # samples
 LARGEST_SIDE = 16_384  # pixels of an image
+MOST_FRAMES = 10_000  # of a video
 MOST_BLOCKS = 10_000  # layers of a model
 
 # Bounds of the options of hf-tfm show: (minimum, maximum).

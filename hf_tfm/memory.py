@@ -140,14 +140,15 @@ def check_saved_size(build: Callable[[Any], nn.Module], config: PreTrainedConfig
         )
 
 
-def check_batch_memory(args: ImageBatches, size: Iterable[int]) -> None:
+def check_batch_memory(args: ImageBatches, size: Iterable[int], frames: int = 1) -> None:
     """Refuse an image size at which the images processed at once do not fit in memory.
 
     Args:
         size: height and width in pixels.
+        frames: images of a sample.
     """
     height, width = size
-    images = min(args.micro_batch_size or args.batch_size, args.batch_size)
+    images = frames * min(args.micro_batch_size or args.batch_size, args.batch_size)
     needed = images * 3 * height * width * 4
     if needed > (most := usable_memory()):
         raise ValueError(

@@ -25,6 +25,7 @@ KINDS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
+ARRAY = ".npy"  # of video frames (T, N, H, W), as in the public test file of Moving MNIST
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXT_KINDS = ("csv", "json", "text")
 READ = f"{', '.join(KINDS)}, also compressed: {', '.join(COMPRESSED)}"

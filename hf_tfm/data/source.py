@@ -30,7 +30,7 @@ from ..command import raised_by_us
 from .annotation_readers import annotation_reader
 from .csv_files import CsvFiles
 from .embedded import DIGIT_SCENES, EMBEDDED
-from .file_kinds import KINDS, READ, first_line, kind_of, problem, usual_name
+from .file_kinds import ARRAY, KINDS, READ, first_line, kind_of, problem, usual_name
 from .json_files import JsonFiles, with_text
 from .local_files import cache_entry, package_key, state_key
 from .rebuilt import Rebuilt
@@ -88,6 +88,15 @@ def read_splits(
                 "streaming"
             )
         return embedded(dataset)
+    if Path(dataset).suffix == ARRAY:
+        if streaming or name or revision or data_files:
+            raise ValueError(
+                f'dataset_name "{dataset}" is a file of frames: it takes no dataset_config, dataset_revision, '
+                "data_files or streaming"
+            )
+        from .videos import array_rows  # imports torchvision, which the other data sets do not need
+
+        return array_rows(dataset)
     if reader := annotation_reader(Path(dataset)):
         if streaming or name or revision or data_files:
             raise ValueError(

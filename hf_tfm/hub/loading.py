@@ -21,7 +21,9 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     BaseImageProcessor,
+    BaseVideoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,7 +40,7 @@ UNCLEAR = (AttributeError, IndexError, KeyError, TypeError)
 UNREAD = re.compile(
     r"pooler|position_ids|num_batches_tracked|masked_bias|attn\.bias|inv_freq|vit\.(layernorm|fc_norm)\.|mask_token"
 )
-PROCESSOR = "preprocessor_config.json"
+PROCESSOR, VIDEO_PROCESSOR = "preprocessor_config.json", "video_preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Fields of an image processor: name -> description of valid values, and a check of a single number.
 IMAGE_FIELDS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -287,6 +289,27 @@ def load_image_processor(
         except OSError as error:
             raise LoadingError(
                 f'{argument} "{model}" has no image processor (preprocessor_config.json): save it there too'
+            ) from error
+
+
+def load_video_processor(
+    model: str, argument: str = "model", revision: str | None = None, trust_remote_code: bool | None = False
+) -> BaseVideoProcessor:
+    """Load the video processor of a folder or Hub id; arguments as in `load_config`.
+
+    Raises:
+        LoadingError: there is none, or it cannot be read.
+    """
+    with explained(argument, model, trust_remote_code is not None):
+        check_revision(model, revision)
+        check_json_files(model, VIDEO_PROCESSOR, "processor_config.json")
+        try:
+            return AutoVideoProcessor.from_pretrained(
+                model, revision=revision, trust_remote_code=bool(trust_remote_code)
+            )
+        except OSError as error:
+            raise LoadingError(
+                f'{argument} "{model}" has no video processor ({VIDEO_PROCESSOR}): save it there too'
             ) from error
 
 

@@ -23,6 +23,7 @@ from ..families import (
     PANOPTIC_DETECTOR,
     SEQ2SEQ,
     TEXT_CLASSIFIER,
+    VIDEO_FORECASTER,
     Head,
 )
 from .loading import LoadingError, check_index, explained, load_config, mismatch, no_place, others, unread
@@ -103,6 +104,7 @@ OBJECTS = {
 }
 SEGMENTS = {"model_name_or_path": Suitable("a detector", PANOPTIC_DETECTOR)}
 TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", SEQ2SEQ)}
+VIDEOS = {"model_name_or_path": Suitable("a video forecaster", VIDEO_FORECASTER)}
 MASKED_WORDS = {
     "model_name_or_path": Suitable("a masked language model", MASKED_LM),
     "teacher": Suitable("distilling a masked language model", MASKED_LM, True, MASKED_EXAMPLES),

@@ -10,6 +10,7 @@ from .object_detection import DetectionTask
 from .panoptic_segmentation import PanopticTask
 from .text_classification import TextClassificationTask
 from .translation import TranslationTask
+from .video_forecasting import VideoForecastingTask
 
 TASKS: dict[str, type[Task]] = {
     "translation": TranslationTask,
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task]] = {
     "masked_image": MaskedImageTask,
     "language_modeling": LanguageModelingTask,
     "text_classification": TextClassificationTask,
+    "video_forecasting": VideoForecastingTask,
 }
 
 

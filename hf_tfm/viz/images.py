@@ -43,7 +43,8 @@ class NamedImage:
 
 def reads_patches(config: PreTrainedConfig | type[PreTrainedConfig]) -> bool:
     """Return True if a model, or those of a configuration class, split images into patches."""
-    return None not in (getattr(config, "patch_size", None), getattr(config, "image_size", None))
+    of_frames = getattr(config, "prediction_length", None) is not None  # a video forecaster
+    return not of_frames and None not in (getattr(config, "patch_size", None), getattr(config, "image_size", None))
 
 
 def is_masked_autoencoder(config: PreTrainedConfig) -> bool:

@@ -87,6 +87,9 @@ FASTER_RCNN = {
     "num_proposals": 50,
     "num_labels": 3,
 }
+FRAMES = {"image_size": 16, "num_channels": 1, "context_length": 3, "prediction_length": 2}
+CONVLSTM = {**FRAMES, "patch_size": 4, "hidden_size": [8, 6], "num_hidden_layers": 2, "kernel_size": 3}
+VIDEO = {**FRAMES, **{name: value for name, value in IMAGE.items() if name != "image_size"}}
 DETECTORS = ("AutoModelForObjectDetection", "AutoModelForUniversalSegmentation", "AutoModelForImageSegmentation")
 # Fields of a tiny configuration of each family, in the order of the table of clients.
 FIELDS = {
@@ -100,6 +103,8 @@ FIELDS = {
     "detr": DETR,
     "deformable_detr": DEFORMABLE_DETR,
     "faster_rcnn": FASTER_RCNN,
+    "convlstm": CONVLSTM,
+    "video_transformer": VIDEO,
 }
 FAMILIES = tuple(FIELDS)
 # name: (class, fields of its configuration). The entry named after its family represents it where one is enough.
@@ -132,6 +137,10 @@ CLASSES = {
     "detr": ("TfmDetrForObjectDetection", DETR),
     "detr-base": ("TfmDetrModel", DETR),
     "detr-panoptic": ("TfmDetrForPanopticSegmentation", DETR),
+    "video_transformer-causal": (
+        "TfmVideoTransformerForPrediction",
+        {**VIDEO, "decoding": "autoregressive"},
+    ),
 }
 
 
@@ -169,6 +178,9 @@ def inputs_of(name: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     kind, (_, fields) = class_of(name), CLASSES[name]
     takes = inspect.signature(kind.forward).parameters
+    if kind.main_input_name == "pixel_values_videos":
+        shape = (rows, *(fields[name] for name in ("context_length", "num_channels", "image_size", "image_size")))
+        return {"pixel_values_videos": torch.rand(shape, generator=generator)}
     if kind.main_input_name == "pixel_values":
         side = fields.get("image_size", 64)  # a detector accepts images of any size
         images = {"pixel_values": torch.randn(rows, 3, side, side, generator=generator)}
@@ -188,6 +200,8 @@ def labels_of(auto_class: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
     if auto_class in DETECTORS:
         size = inputs["pixel_values"].shape[2:]
         return {"labels": [objects(1 + i % 2, size) for i in range(1, rows + 1)]}
+    if auto_class == "AutoModelForTimeSeriesPrediction":
+        return {"labels": inputs["pixel_values_videos"][:, :2].flip(1)}
     if auto_class in ("AutoModelForImageClassification", "AutoModelForSequenceClassification"):
         return {"labels": torch.arange(rows) % 3}
     if ids is None or not auto_class.startswith("AutoModelFor"):

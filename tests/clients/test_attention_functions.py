@@ -12,7 +12,7 @@ from hf_tfm.models.attention import AttentionLayer
 
 NAME = "users_own"
 # Those of rnn_seq2seq are attention scores of its own, between states of size 1 x D.
-WITH_ATTENTION = [name for name in FAMILIES if name not in ("faster_rcnn", "rnn_seq2seq")]
+WITH_ATTENTION = [name for name in FAMILIES if name not in ("faster_rcnn", "rnn_seq2seq", "convlstm")]
 
 
 @pytest.fixture

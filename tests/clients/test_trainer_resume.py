@@ -22,6 +22,8 @@ class Rows(Dataset):
                 row["labels"] = torch.tensor(number % 3)
             elif family in ("bert", "gpt", "transformer", "rnn_seq2seq"):
                 row["labels"] = row["input_ids"]
+            elif class_of(name)._auto_class == "AutoModelForTimeSeriesPrediction":
+                row["labels"] = row["pixel_values_videos"][:2]
             elif class_of(name)._auto_class in DETECTORS:
                 row["labels"] = {
                     "class_labels": torch.tensor([number % 3]),
