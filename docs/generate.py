@@ -34,6 +34,10 @@ NAMES = {
     "chrf": "chrF",
     "top5_accuracy": "top-5 accuracy",
     "reconstruction_loss": "reconstruction loss",
+    "mse": "MSE",
+    "ssim": "SSIM",
+    "copy_last_frame_mse": "MSE of copies",
+    "linear_motion_mse": "MSE of linear motion",
 }
 METRICS = {  # shown of a results file, by its task
     "translation": ("bleu", "chrf"),
@@ -43,6 +47,7 @@ METRICS = {  # shown of a results file, by its task
     "fill-mask": ("perplexity",),
     "text-classification": ("accuracy",),
     "image-feature-extraction": ("reconstruction_loss",),
+    "time-series-forecasting": ("mse", "ssim", "copy_last_frame_mse", "linear_motion_mse"),
 }
 
 

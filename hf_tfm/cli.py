@@ -15,7 +15,15 @@ import docstring_parser
 from .command import DEBUG_HELP, run_command, short_errors, without_debug
 from .options import OptionParser
 from .recipe_files import recipe_names, run
-from .show import show_attention, show_detections, show_positions, show_queries, show_reconstruction, show_scores
+from .show import (
+    show_attention,
+    show_detections,
+    show_forecast,
+    show_positions,
+    show_queries,
+    show_reconstruction,
+    show_scores,
+)
 from .values import PATHS, checked, expanded
 
 
@@ -130,6 +138,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "show": {
             "attention": (show_attention, "model", "image"),
             "detections": (show_detections, "model", "images"),
+            "forecast": (show_forecast, "model"),
             "positions": (show_positions, "model"),
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),

@@ -1,4 +1,4 @@
-"""Commands hf-tfm show: visualise attention, reconstructions, detections, queries and positions.
+"""Commands hf-tfm show: visualise attention, reconstructions, detections, queries, positions and forecasts.
 
 Libraries are imported inside the functions, because matplotlib is slow to import and other commands do not need it.
 """
@@ -200,6 +200,66 @@ def show_queries(
     )
     title = f"{Path(model).name}: {Path(dataset_name).name}, {split}"
     print(pictures.plot_query_slots(boxes, output, title, queries))
+
+
+@checked(**LIMITS)
+def show_forecast(
+    model: str,
+    dataset_name: str,
+    split: str = "test",
+    index: int = 0,
+    dataset_config: str | None = None,
+    image_column: str | None = None,
+    frame_step: int = 1,
+    moving_images: int | None = None,
+    moving_size: int | tuple[int, int] | None = None,
+    moving_speed: float = 0.1,
+    prediction_length: int | None = None,
+    output: str = "forecast.png",
+    trust_remote_code: bool = False,
+) -> None:
+    """Plot the frames that a video forecaster reads and predicts, the true ones, and those of baselines: as a picture,
+    and as an animated GIF next to it.
+
+    Args:
+        model: folder or Hub id of a video forecaster.
+        dataset_name: data set of videos, or of images from which they are generated, as for `evaluate`.
+        split: split of the data set.
+        index: row of the split.
+        dataset_config: configuration of the data set.
+        image_column: column of videos, or of the images that move; by default the only such column.
+        frame_step: read every frame_step-th frame of a video.
+        moving_images: number of images that move in a generated video; see `evaluate`.
+        moving_size: pixels of these images.
+        moving_speed: distance they move in a frame, as a fraction of the free range.
+        prediction_length: frames to predict; by default those of the model.
+        output: PNG file; the GIF has the same name.
+        trust_remote_code: run the model's own code; not needed for models of this package.
+    """
+    from .tasks.evaluation import one_process
+    from .tasks.video_forecasting import VideoEvaluationArguments, VideoForecastingTask
+    from .viz.forecast import Forecast, animate_forecast, plot_forecast
+    from .writing import check_png
+
+    check_png("output", output)
+    args = VideoEvaluationArguments(
+        model=model,
+        dataset_name=dataset_name,
+        split=split,
+        dataset_config=dataset_config,
+        image_column=image_column,
+        frame_step=frame_step,
+        moving_images=moving_images,
+        moving_size=moving_size,
+        moving_speed=moving_speed,
+        prediction_length=prediction_length,
+        trust_remote_code=trust_remote_code,
+    )
+    task = VideoForecastingTask(args, one_process())
+    inputs, truth, predictions = task.forecast_row(index)
+    forecast = Forecast(f"{Path(model).name}: {Path(dataset_name).name} {split} {index}", inputs, truth, predictions)
+    print(plot_forecast(forecast, output))
+    print(animate_forecast(forecast, Path(output).with_suffix(".gif")))
 
 
 @checked(**LIMITS)

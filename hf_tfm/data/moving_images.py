@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, resize, rgb_to_grayscale
 
 from .images import IMAGE, BadImage, decode, describe
 
+READ_AT_ONCE = 1000  # images
 # Name of a data set -> data set of the images that move.
 MOVING = {"moving-digits": "digits", "moving-mnist": "ylecun/mnist"}
 
@@ -108,18 +110,23 @@ def read_images(rows: Any, size: tuple[int, int], channels: int) -> np.ndarray:
         ValueError: an image cannot be read.
     """
     found = np.empty((len(rows), channels, *size), np.uint8)
-    for index, row in enumerate(rows):
-        try:
-            found[index] = fitted(decode(row[IMAGE])[None], size, channels)[0]
-        except BadImage as error:
-            raise ValueError(f"image {index} cannot be read: {describe(row[IMAGE], error)}") from error
+    for start in range(0, len(rows), READ_AT_ONCE):
+        decoded = []
+        for index, value in enumerate(rows[start : start + READ_AT_ONCE][IMAGE], start):
+            try:
+                decoded.append(decode(value))
+            except BadImage as error:
+                raise ValueError(f"image {index} cannot be read: {describe(value, error)}") from error
+        groups = [decoded] if len({image.shape for image in decoded}) == 1 else [[image] for image in decoded]
+        parts = [fitted(torch.stack(group), size, channels) for group in groups]
+        found[start : start + READ_AT_ONCE] = torch.cat(parts).numpy()
     return found
 
 
 def fitted(frames: Tensor, size: tuple[int, int], channels: int) -> Tensor:
-    """Convert RGB frames to grey if there is one channel, and resize them: uint8 (T, 3, h, w) -> (T, channels, H, W)."""
+    """Convert RGB frames to grey if there is one channel, and resize them: uint8 (T, 3, h, w) -> (T, channels, H,
+    W)."""
     frames = rgb_to_grayscale(frames) if channels == 1 else frames
     if tuple(frames.shape[2:]) == tuple(size):
         return frames
     return resize(frames, list(size), InterpolationMode.BICUBIC, antialias=True)
-

@@ -21,7 +21,7 @@ from torch import Tensor
 from .csv_files import separator_hint
 from .file_kinds import ARRAY
 from .files import anchored
-from .images import IMAGE, BadImage, decode, encoded, from_pil, open_image, opened, unknown_format
+from .images import IMAGE, BadImage, decode, encoded, from_pil, is_encoded, open_image, opened, unknown_format
 
 FINGERPRINT_VIDEOS = 100
 POSITION = "position"  # of a video in an array
@@ -63,38 +63,54 @@ def open_array(file: str) -> np.ndarray:
     return found
 
 
-def frames_of(feature: Any) -> bool:
-    """Return whether a feature is a list of images."""
-    return isinstance(feature, List) and isinstance(feature.feature, Image)
+def holds_videos(feature: Any) -> bool:
+    """Return whether a feature can hold videos: lists of images, images, which may be animated, or videos."""
+    if isinstance(feature, List):
+        one = feature.feature
+        return isinstance(one, Image) or (isinstance(one, Mapping) and is_encoded(one))
+    return isinstance(feature, (Image, Video))
+
+
+def video_column(features: Mapping[str, Any], column: str | None) -> str:
+    """Return the column of videos.
+
+    Args:
+        column: its name; default: the only one that `holds_videos`.
+
+    Raises:
+        ValueError: there is no such column; the message lists the columns.
+    """
+    known = [name for name, kind in features.items() if holds_videos(kind)]
+    columns = f"{', '.join(features)}{separator_hint(features)}"
+    if column is None:
+        if len(known) != 1:
+            raise ValueError(f"image_column must name a column of videos; the data set has {columns}")
+        return known[0]
+    if column not in features:
+        raise ValueError(f'image_column "{column}" is not a column of the data set; it has {columns}')
+    if column not in known:
+        raise ValueError(
+            f'image_column "{column}" must hold lists of images, animated images or videos, got {features[column]}'
+        )
+    return column
 
 
 def video_rows(rows: datasets.Dataset, column: str | None, roots: Sequence[str] | None = None) -> datasets.Dataset:
     """Return rows with a video in ``image``, not decoded.
 
     Args:
-        column: lists of images, animated images or `datasets.Video`; default: the only such column.
+        column: see `video_column`.
         roots: folders that paths must be in, see `data_roots`.
 
     Raises:
         ValueError: there is no such column, a package that reads its videos is missing, or a path is outside the
             folders.
     """
-    features = rows.features
-    known = [name for name, kind in features.items() if isinstance(kind, (Image, Video)) or frames_of(kind)]
-    columns = f"{', '.join(features)}{separator_hint(features)}"
-    if column is None and len(known) != 1:
-        raise ValueError(f"image_column must name a column of videos; the data set has {columns}")
-    column = column or known[0]
-    if column not in features:
-        raise ValueError(f'image_column "{column}" is not a column of the data set; it has {columns}')
-    kind = features[column]
-    if column not in known:
-        raise ValueError(
-            f'image_column "{column}" must hold lists of images, animated images or videos, got {kind}'
-        )
+    column = video_column(rows.features, column)
+    kind = rows.features[column]
     if isinstance(kind, Video) and importlib.util.find_spec("torchcodec") is None:
         raise ValueError(f'image_column "{column}" holds videos, which need the package torchcodec: install it')
-    plain = List(Image(decode=False)) if frames_of(kind) else type(kind)(decode=False)
+    plain = List(Image(decode=False)) if isinstance(kind, List) else type(kind)(decode=False)
     rows = rows.cast_column(column, plain).select_columns([column])
     if roots is not None:
         for chunk in rows.data.column(column).chunks:

@@ -14,9 +14,9 @@ import datasets
 from datasets import ClassLabel, Image, Value
 from transformers import AutoTokenizer
 
-from ..data import images, labelled_texts, language, panoptic, text
+from ..data import images, labelled_texts, language, panoptic, text, videos
 from ..data.labelled_texts import load_texts
-from . import image_checks, label_checks, text_checks
+from . import image_checks, label_checks, text_checks, video_checks
 from .data_case import Columns, DataCase, DataSplit
 from .findings import Finding, condensed, failed, findings_of, save
 
@@ -28,6 +28,7 @@ Task = Literal[
     "masked_image",
     "object_detection",
     "panoptic_segmentation",
+    "video_forecasting",
 ]
 TEXT_TASKS = ("translation", "language_modeling", "text_classification")
 # check(split, case), for each split
@@ -51,6 +52,7 @@ OF_IMAGES: tuple[Callable, ...] = (
     image_checks.small_images,
     image_checks.blank_images,
 )
+OF_VIDEOS: tuple[Callable, ...] = (video_checks.frames_of_videos,)
 # check(case), over all splits, if the task has these columns
 ACROSS: dict[str, Callable] = {
     "texts": text_checks.shared_texts,
@@ -69,6 +71,8 @@ def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:
         return "panoptic_segmentation"
     if "objects" in features:
         return "object_detection"
+    if any(videos.holds_videos(kind) and not isinstance(kind, Image) for kind in features.values()):
+        return "video_forecasting"
     labelled = label_column or any(isinstance(kind, ClassLabel) for kind in features.values()) or "label" in features
     if any(isinstance(kind, Image) for kind in features.values()):
         return "image_classification" if labelled else "masked_image"
@@ -108,6 +112,8 @@ def find_columns(
     label = None
     if task in ("text_classification", "image_classification"):
         label = images.find_column(features, label_column, "label_column", ClassLabel, images.LABEL)
+    if task == "video_forecasting":
+        return Columns({}, video=videos.video_column(features, image_column))
     if task not in TEXT_TASKS:
         return Columns({}, label, images.find_column(features, image_column, "image_column", Image, images.IMAGE))
     if task == "translation":
@@ -129,7 +135,11 @@ def examine(task: Task, case: DataCase) -> Iterator[Finding]:
     """Run all checks that apply to a task, and yield their findings as they are made."""
     columns = case.train.columns
     lists = [OF_TEXTS if columns.texts else (), OF_PAIRS if task == "translation" else ()]
-    lists += [OF_LABELS if columns.label else (), OF_IMAGES if columns.image else ()]
+    lists += [
+        OF_LABELS if columns.label else (),
+        OF_IMAGES if columns.image else (),
+        OF_VIDEOS if columns.video else (),
+    ]
     for check in (check for checks in lists for check in checks):
         for split in case.splits.values():
             yield from findings_of(check, split, case, split=split.name)
@@ -151,6 +161,8 @@ def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding
             rows = labelled_texts.text_rows(split.rows, paths, columns.label)
             if not labelled_texts.is_regression(rows):
                 labelled_texts.class_names(rows)
+        elif task == "video_forecasting":
+            videos.video_rows(split.rows, columns.video)
         elif task == "panoptic_segmentation":
             panoptic.panoptic_rows(split.rows, panoptic.panoptic_categories(**source), columns.image)
         else:
@@ -227,7 +239,7 @@ def doctor_data(
     def findings() -> Iterator[Finding]:
         source = {"dataset": dataset, "revision": dataset_revision}
         for split in case.splits.values():
-            missing = {path[0] for path in columns.texts.values()} | {columns.label, columns.image} - {None}
+            missing = {path[0] for path in columns.texts.values()} | {columns.label, columns.image, columns.video}
             if absent := sorted(missing - {None, *split.rows.column_names}):
                 message = f"column {absent[0]} is missing; the split has {', '.join(split.rows.column_names)}"
                 yield replace(failed(message, "give every split the same columns"), check="columns", split=split.name)

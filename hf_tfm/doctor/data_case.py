@@ -66,11 +66,13 @@ class Columns:
         texts: part ("text", "pair", "source", "target") -> keys that lead to its texts.
         label: label column; None without labels.
         image: image column; None without images.
+        video: column of videos; None without videos.
     """
 
     texts: dict[str, list[str]]
     label: str | None = None
     image: str | None = None
+    video: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

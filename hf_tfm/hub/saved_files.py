@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "target_vocab.json", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm"),
 )
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 WEIGHTS = (MODEL_FILE, "model-?????-of-?????.safetensors", INDEX)
 MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES, *PROCESSOR_FILES)
 CODE_FILES = tuple(sorted(path.name for path in Path(models.__file__).parent.glob("*.py")))  # saved as remote code

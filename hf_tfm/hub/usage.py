@@ -28,6 +28,11 @@ print(found["segmentation"])  # segment id of each pixel
 for segment in found["segments_info"]:
     print(segment["id"], model.config.id2label[segment["label_id"]], segment["score"])"""
 AFTER_LOADING = {
+    "AutoModelForTimeSeriesPrediction": """
+
+frames = ...  # uint8, (frames, channels, height, width)
+inputs = processor(videos=[frames], return_tensors="pt")
+predictions = model(**inputs).predictions  # (1, next frames, channels, height, width), pixels in [0, 1]""",
     "AutoModelForImageClassification": f"""{OPEN_IMAGE}
 logits = model(**inputs).logits
 print(model.config.id2label[logits.argmax(-1).item()])""",
@@ -97,6 +102,8 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     trust = ", trust_remote_code=True" if carried else ""
     of_images = "num_channels" in config
     name, processor = ("processor", "AutoImageProcessor") if of_images else ("tokenizer", "AutoTokenizer")
+    if auto_class == "AutoModelForTimeSeriesPrediction":
+        processor = "AutoVideoProcessor"
     first, second = sorted((auto_class, processor))
     ours = config["model_type"] in {family.config.model_type for family in FAMILIES}
     code = "\n".join(

@@ -3,6 +3,8 @@
 Shapes: B videos; F predicted frames; C channels; H, W pixels, with values in [0, 1].
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -12,7 +14,8 @@ K1, K2 = 0.01, 0.03  # its constants
 
 
 def structural_similarity(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the structural similarity of images (Wang et al. 2004, doi:10.1109/TIP.2003.819861): (n, C, H, W) -> (n,).
+    """Return the structural similarity of images (Wang et al. 2004, doi:10.1109/TIP.2003.819861): (n, C, H, W) ->
+    (n,).
 
     With uniform windows of 7 x 7 pixels, sample covariances and a range of 1, averaged over all windows inside of the
     image and over channels: scikit-image's defaults for ``data_range=1``.
@@ -35,8 +38,9 @@ def structural_similarity(predictions: Tensor, targets: Tensor) -> Tensor:
 class FrameErrors:
     """Sums of errors by frame of the forecast, over videos.
 
-    ``mse`` and ``mae`` of a frame are sums over its pixels and channels, as published for Moving MNIST; ``pixel_mse`` is
-    their mean; ``ssim`` is computed of predictions clipped to [0, 1] and is missing for frames smaller than its window.
+    ``mse`` and ``mae`` of a frame are sums over its pixels and channels, as published for Moving MNIST; ``pixel_mse``
+    is their mean; ``ssim`` is computed of predictions clipped to [0, 1] and is missing for frames smaller than its
+    window.
     """
 
     def __init__(self) -> None:
@@ -65,9 +69,9 @@ class FrameErrors:
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.videos += other.videos
 
-    def by_frame(self) -> dict[str, list[float]]:
-        """Return the mean over videos of each error, for each frame."""
-        return {name: (total / self.videos).tolist() for name, total in self.sums.items()}
+    def by_frame(self, names: Collection[str]) -> dict[str, list[float]]:
+        """Return the mean over videos of some errors, for each frame."""
+        return {name: (self.sums[name] / self.videos).tolist() for name in names if name in self.sums}
 
     def means(self) -> dict[str, float]:
         """Return the mean over videos and frames of each error."""

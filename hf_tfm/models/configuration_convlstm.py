@@ -25,14 +25,15 @@ class TfmConvLSTMConfig(TravellingConfig):
         hidden_size: channels of the states, a number or one for each layer.
         num_hidden_layers: layers of the encoder, and of the forecaster.
         kernel_size: side of the gates' convolutions, odd.
-        peephole: weights from the cell to the gates: "none", "channel" (a weight per channel, with which the parameters
-            of the paper's table 1 agree) or "position" (one per channel and cell of the map, for one image size).
+        peephole: weights from the cell to the gates: "none", "channel" (a weight per channel, with which the
+            parameters of the paper's table 1 agree) or "position" (one per channel and cell of the map, for one image
+            size).
         gate_norm_group_size: channels in a group of the group norm of the gates; None for no norm, as in the paper.
         layer_norm_eps: epsilon of the group norms.
-        strides: strides of the convolutions before the layers, 1 or 2: the layers then have maps of decreasing size, and
-            the forecaster goes from the smallest to the largest, with transposed convolutions between them. None: no
-            such convolutions; the forecaster has the encoder's order, and a 1x1 convolution reads the states of all its
-            layers (the paper).
+        strides: strides of the convolutions before the layers, 1 or 2: the layers then have maps of decreasing size,
+            and the forecaster goes from the smallest to the largest, with transposed convolutions between them. None:
+            no such convolutions; the forecaster has the encoder's order, and a 1x1 convolution reads the states of all
+            its layers (the paper).
         stem_size: output channels of the first of these convolutions, and input channels of the last.
         initializer_factor: factor of the Xavier-uniform initial weights.
         image_size: pixels of a frame, a number or (height, width); other sizes are read too unless ``peephole`` is

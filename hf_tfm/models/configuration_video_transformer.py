@@ -15,7 +15,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 6},
     "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-DECODINGS = ("parallel", "autoregressive")
 LEAST_1 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "drop_path_rate")
 
@@ -37,8 +36,8 @@ class TfmVideoTransformerConfig(TravellingConfig):
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: epsilon of the layer norms.
         qkv_bias: add a bias to queries, keys and values.
-        decoding: "parallel", all future frames at once, from a token that stands for an unknown patch; or
-            "autoregressive", one frame after another, with causal attention over time.
+        autoregressive: predict one frame after another, with causal attention over time; by default all future frames
+            at once, from a token that stands for an unknown patch.
         image_size: pixels of a frame, a number or (height, width); other sizes are read too.
         patch_size: patch size in pixels, a number or (height, width).
         num_channels: channels of a frame.
@@ -80,7 +79,7 @@ class TfmVideoTransformerConfig(TravellingConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
-    decoding: str = "parallel"
+    autoregressive: bool = False
     image_size: int | list[int] | tuple[int, int] = 64
     patch_size: int | list[int] | tuple[int, int] = 8
     num_channels: int = 1
@@ -101,7 +100,6 @@ class TfmVideoTransformerConfig(TravellingConfig):
         """Validate relations between fields; called by the strict validation of transformers and huggingface_hub."""
         require_common(self)
         require_choice(self, "hidden_act", ACT2FN)
-        require_choice(self, "decoding", DECODINGS)
         require_at_least(self, LEAST_1)
         require_share(self, RATES)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")

@@ -1,7 +1,8 @@
 """The recurrence of a convolutional LSTM as one differentiable operation.
 
-autograd would keep some twenty operations of every step, and compute the gradient of the weights in every step. Here the
-backward pass has eleven elementwise operations a step, without copies, and one gradient of the weights for all steps.
+autograd would keep some twenty operations of every step, and compute the gradient of the weights in every step. Here
+the backward pass has eleven elementwise operations a step, without copies, and one gradient of the weights for all
+steps.
 
 Shapes: T steps; B videos; D channels of the states; h, w cells of a map. Gates are in the order i, f, o, g.
 """
@@ -119,7 +120,12 @@ def sigmoid_backward(gradient: Tensor, value: Tensor) -> None:
 
 
 def scan(
-    driven: Tensor | None, weight: Tensor, bias: Tensor | None, peephole: Tensor | None, state: State | None, steps: int
+    driven: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    peephole: Tensor | None,
+    state: State | None,
+    steps: int,
 ) -> tuple[Tensor, State]:
     """Compute the hidden states (T, B, D, h, w) of all steps, and the last state.
 

@@ -50,7 +50,8 @@ SLOPE = 0.2  # of the leaky ReLUs between layers
 
 
 class ConvLSTMLayer(GradientCheckpointingLayer):
-    """A convolutional LSTM over a sequence of maps (equation 3); the channels of the gates are in the order i, f, o, g.
+    """A convolutional LSTM over a sequence of maps (equation 3); the channels of the gates are in the order i, f, o,
+    g.
 
     Args:
         in_channels: channels of the input; None for a layer without input (zeros in the paper's forecaster).
@@ -123,7 +124,8 @@ class ConvLSTMLayer(GradientCheckpointingLayer):
         return torch.stack(outputs, dim=1), (hidden, cell)
 
     def is_fused(self, driven: Tensor | None) -> bool:
-        """Return whether `scan` computes the same: without norms, autocast, traced graphs, and replaced convolutions."""
+        """Return whether `scan` computes the same: without norms, autocast, traced graphs, and replaced
+        convolutions."""
         weight = self.hidden_conv.weight
         return (
             self.gate_norm is None

@@ -4,8 +4,8 @@
     -> blocks: attention over the frames of a patch, attention over the patches of a frame, MLP
     -> the last F frames -> linear (B, F, N, P P C) -> (B, F, C, H, W)
 
-Divided space-time attention: Bertasius et al. 2021 (TimeSformer, arXiv:2102.05095, section 3), time before space; there
-it classifies. Frames of mask tokens to be predicted in parallel, and the causal variant, are ours.
+Divided space-time attention: Bertasius et al. 2021 (TimeSformer, arXiv:2102.05095, section 3), time before space;
+there it classifies. Frames of mask tokens to be predicted in parallel, and the causal variant, are ours.
 
 Shapes: B videos; T frames that are read, F that are predicted; C channels; H, W pixels; P patch side; N patches of a
 frame in row-major order; D = config.hidden_size; A heads.
@@ -52,7 +52,7 @@ class SpaceTimeBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: TfmVideoTransformerConfig, layer_idx: int, drop_path: float = 0.0):
         super().__init__()
-        self.time_attn = MultiHeadAttention(config, config.decoding == "autoregressive", layer_idx)
+        self.time_attn = MultiHeadAttention(config, config.autoregressive, layer_idx)
         self.time_attn_residual = Residual(config, drop_path)
         self.space_attn = MultiHeadAttention(config, layer_idx=layer_idx)
         self.space_attn_residual = Residual(config, drop_path)
@@ -144,8 +144,7 @@ class TfmVideoTransformerModel(TfmVideoTransformerPreTrainedModel):
         super().__init__(config)
         self.patch_embeddings = PatchEmbedding(config.num_channels, config.patch_size, config.hidden_size)
         self.positions = SpaceTimePositions(config)
-        parallel = config.decoding == "parallel"
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, config.hidden_size)) if parallel else None
+        self.mask_token = None if config.autoregressive else nn.Parameter(torch.zeros(1, 1, 1, config.hidden_size))
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(SpaceTimeBlock(config, i, r) for i, r in enumerate(drop_path_rates(config)))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -163,13 +162,13 @@ class TfmVideoTransformerModel(TfmVideoTransformerPreTrainedModel):
         """Encode videos (B, T, C, H, W) of any number of frames.
 
         Args:
-            prediction_length: number F of frames of mask tokens that follow, with ``decoding`` "parallel"; by default
-                that of the configuration.
+            prediction_length: number F of frames of mask tokens that follow if they are predicted at once; by
+                default that of the configuration.
 
         Returns:
-            ``last_hidden_state`` (B, (T + F) N, D), frame by frame, F = 0 with ``decoding`` "autoregressive"; on
-            request ``hidden_states`` and ``attentions``, for each block over time, (B N, A, T + F, T + F), and over
-            space, (B (T + F), A, N, N).
+            ``last_hidden_state`` (B, (T + F) N, D), frame by frame, F = 0 with ``autoregressive``; on request
+            ``hidden_states`` and ``attentions``, for each block over time, (B N, A, T + F, T + F), and over space, (B
+            (T + F), A, N, N).
         """
         grid = check_videos(self.config, pixel_values_videos)
         refuse_unknown(kwargs, self.config._attn_implementation)
@@ -219,7 +218,7 @@ class TfmVideoTransformerForPrediction(TfmVideoTransformerPreTrainedModel):
     ) -> VideoForecastOutput:
         """Predict the frames that follow videos (B, T, C, H, W) with pixels in [0, 1].
 
-        With ``decoding`` "autoregressive" each frame is predicted from the true ones before it if there are labels
+        With ``autoregressive``, each frame is predicted from the true ones before it if there are labels
         (teacher forcing), and from the predicted ones otherwise.
 
         Args:
@@ -230,11 +229,11 @@ class TfmVideoTransformerForPrediction(TfmVideoTransformerPreTrainedModel):
         videos = pixel_values_videos
         check_videos(self.config, videos)
         count = frames_to_predict(self.config, labels, prediction_length)
-        if self.config.decoding == "autoregressive" and labels is not None:
+        if self.config.autoregressive and labels is not None:
             check_videos(self.config, labels, "labels")
             videos = torch.cat([videos, without_ignored(labels[:, :-1]).to(videos)], dim=1)
         outputs = self.transformer(videos, prediction_length=count, **kwargs)
-        if self.config.decoding == "parallel" or labels is not None:
+        if not self.config.autoregressive or labels is not None:
             logits = self.pixels(outputs.last_hidden_state, videos, count)
         else:
             logits = self.pixels(outputs.last_hidden_state, videos, 1)

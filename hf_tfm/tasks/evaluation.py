@@ -195,7 +195,9 @@ def lines(result: dict[str, Any]) -> list[str]:
     if result.get("weights") == "random":
         found.append("weights: random, so the scores only show that evaluation works")
     if "per_class" in result:
-        found += class_lines(result["per_class"])
+        found += table_lines("class", result["per_class"])
+    if "by_frame" in result:
+        found += table_lines("frame", by_row(result["by_frame"]))
     if "throughput" in result:
         speed, sample = result["throughput"], next(one.sample for one in evaluated_tasks() if one.sample in result)
         left_out = ", ".join(f"{count} {reason}" for reason, count in result.get("left_out", {}).items())
@@ -212,12 +214,30 @@ def lines(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def class_lines(per_class: dict[str, dict[str, float]]) -> list[str]:
-    """Return the scores of each class as a table; "-" marks a missing score."""
-    names = list(dict.fromkeys(name for scores in per_class.values() for name in scores))
-    width = max(map(len, ("class", *per_class)))
-    rows = [("class", names), *((name, [cell(scores.get(n)) for n in names]) for name, scores in per_class.items())]
-    return [" ".join([f"{name:<{width}}", *(f"{value:>7}" for value in values)]) for name, values in rows]
+def by_row(columns: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Return scores of several predictions by row, counted from 1, instead of by prediction and score."""
+    lists = {
+        score if name == "model" else f"{name} {score}": values
+        for name, scores in columns.items()
+        for score, values in scores.items()
+    }
+    count = len(next(iter(lists.values())))
+    return {str(i + 1): {name: values[i] for name, values in lists.items()} for i in range(count)}
+
+
+def table_lines(head: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    """Return the scores of each class, or frame, as a table; "-" marks a missing score.
+
+    Args:
+        head: of the first column.
+    """
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    width, widths = max(map(len, (head, *rows))), [max(7, len(name)) for name in names]
+    table = [(head, names), *((name, [cell(scores.get(n)) for n in names]) for name, scores in rows.items())]
+    return [
+        " ".join([f"{name:<{width}}", *(f"{value:>{space}}" for value, space in zip(values, widths, strict=True))])
+        for name, values in table
+    ]
 
 
 def cell(value: float | None) -> str:

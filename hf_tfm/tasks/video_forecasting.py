@@ -26,7 +26,6 @@ from transformers.utils import ModelOutput
 
 from ..arguments import (
     DatasetArguments,
-    EvaluationArguments,
     ImageBatchArguments,
     ImageDataArguments,
     ImageEvaluationArguments,
@@ -55,11 +54,12 @@ FIELDS = ("image_size", "num_channels", "context_length", "prediction_length")  
 DEFAULTS: dict[str, Any] = {"image_size": 64, "num_channels": 1, "context_length": 10, "prediction_length": 10}
 BASELINES = ("copy_last_frame", "linear_motion")
 ERRORS = ("mse", "mae", "ssim", "pixel_mse")
+# Of pixels in [0, 1]; also a mean over videos.
 SIGNATURES = {
-    "mse": "squared error summed over the pixels of a frame, mean over frames and videos, pixels in [0, 1]",
-    "mae": "absolute error summed over the pixels of a frame, mean over frames and videos, pixels in [0, 1]",
-    "pixel_mse": "mean squared error of a pixel in [0, 1]",
-    "ssim": "windows of 7 x 7, range 1, mean over frames and videos",
+    "mse": "pixels:sum|frames:mean",
+    "mae": "pixels:sum|frames:mean",
+    "pixel_mse": "pixels:mean|frames:mean",
+    "ssim": "window:7|range:1|frames:mean",
 }
 
 
@@ -70,21 +70,22 @@ class VideoDataArguments(ImageDataArguments, DatasetArguments):
     Args:
         dataset_name: a data set of videos: what `datasets.load_dataset` takes, or a NumPy file of uint8 frames
             (frames, videos, height, width) such as the public test file of Moving MNIST. Or a data set of images, from
-            which videos are generated (moving_images); "moving-digits" are those of scikit-learn, and "moving-mnist" those
-            of MNIST.
-        image_column: videos: lists of images, animated images, or `datasets.Video`; or the images that move. Default, the
-            only such column.
+            which videos are generated (moving_images); "moving-digits" are those of scikit-learn, and "moving-mnist"
+            those of MNIST.
+        image_column: videos: lists of images, animated images, or `datasets.Video`; or the images that move. Default,
+            the only such column.
         max_bad_images: number of unreadable videos that are reported and left out; more end the run.
         frame_step: read every frame_step-th frame of a video.
-        moving_images: generate videos, each of this many images that move over an empty canvas and bounce off its walls;
-            default, 2 for "moving-digits" and "moving-mnist", otherwise the data set has videos.
-        moving_size: pixels of these images, one number or (height, width).
+        moving_images: generate videos, each of this many images that move over an empty canvas and bounce off its
+            walls; default, 2 for "moving-digits" and "moving-mnist", otherwise the data set has videos.
+        moving_size: pixels of these images, one number or (height, width); default, 7/16 of the shorter side of the
+            canvas, 28 of 64.
         moving_speed: distance they move in a frame, as a fraction of the free range.
     """
 
     frame_step: int = 1
     moving_images: int | None = None
-    moving_size: int | tuple[int, int] = 28
+    moving_size: int | tuple[int, int] | None = None
     moving_speed: float = 0.1
 
     def __post_init__(self):
@@ -109,14 +110,12 @@ class VideoDataArguments(ImageDataArguments, DatasetArguments):
 
 
 @dataclass(kw_only=True)
-class VideoForecastingArguments(
-    VideoDataArguments, SplitArguments, ModelArguments, ImageBatchArguments
-):
+class VideoForecastingArguments(VideoDataArguments, SplitArguments, ModelArguments, ImageBatchArguments):
     """Training of a video forecaster.
 
     Args:
-        model: configuration fields that differ from those of the size, for example patch_size, hidden_size, peephole and
-            loss.
+        model: configuration fields that differ from those of the size, for example patch_size, hidden_size, peephole
+            and loss.
         image_size: pixels of a frame, one number or (height, width), to which videos are resized, or of the canvas of
             generated ones; default, that of model_name_or_path, or 64.
         num_channels: 1 for grey frames, 3 for colours; default, that of model_name_or_path, or 1.
@@ -203,17 +202,20 @@ class VideoEvaluationArguments(VideoDataArguments, ImageEvaluationArguments):
         )
 
 
+def moving_size(args: VideoDataArguments, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of moving images, for a canvas of this size."""
+    return sides(args.moving_size or max(1, round(7 / 16 * min(size))))
+
+
 def check_moving_size(args: VideoDataArguments, size: tuple[int, int]) -> None:
     """Refuse moving images that are larger than the canvas.
 
     Raises:
         ValueError: with both sizes.
     """
-    height, width = sides(args.moving_size)
+    height, width = moving_size(args, size)
     if args.moving_images is not None and (height > size[0] or width > size[1]):
-        raise ValueError(
-            f"moving_size must be at most image_size = {size[0]} x {size[1]}, got {height} x {width}"
-        )
+        raise ValueError(f"moving_size must be at most image_size = {size[0]} x {size[1]}, got {height} x {width}")
 
 
 @dataclass
@@ -325,6 +327,7 @@ class VideoForecastingTask(ImageTask):
         args = self.args
         is_array = videos.is_array(args.dataset_name)
         roots = None if is_array else data_roots(args.source[0], args.data_files)
+
         def read(rows: Any) -> Any:
             if args.moving_images is not None:
                 return images.image_rows(rows, args.image_column, labelled=False, roots=roots)
@@ -392,7 +395,8 @@ class VideoForecastingTask(ImageTask):
         args = self.args
         if not generated(args) or split not in self.splits:
             return None
-        found = moving_images.read_images(self.splits[split], sides(args.moving_size), self.data_fields["num_channels"])
+        side = moving_size(args, self.size)
+        found = moving_images.read_images(self.splits[split], side, self.data_fields["num_channels"])
         return MovingImages(found, self.size, args.moving_images, args.moving_speed)
 
     def collator(self, split: str = "", training: bool = False) -> VideoCollator:
@@ -448,7 +452,8 @@ class VideoForecastingTask(ImageTask):
         return (*ERRORS, *(f"{baseline}_{error}" for baseline in BASELINES for error in ERRORS[:3]))
 
     def forecast(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Predict the next frames of a batch on the device, by the model and by the baselines: (B, F, C, H, W) each."""
+        """Predict the next frames of a batch on the device, by the model and by the baselines: (B, F, C, H, W)
+        each."""
         labels = self.targets(batch)["labels"]
         videos = self.inputs(batch)
         found = {
@@ -460,11 +465,34 @@ class VideoForecastingTask(ImageTask):
         return found
 
     @torch.inference_mode()
+    def forecast_row(self, index: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Load the model and forecast the video of a row of an evaluation.
+
+        Returns:
+            The frames that the model reads, (T, H, W, C), those that follow, (F, H, W, C), and `forecast`; pixels in
+            [0, 1].
+
+        Raises:
+            ValueError: the row does not exist, or its video cannot be read.
+        """
+        self.splits = self.load_splits()
+        rows = self.splits[self.args.split]
+        if not 0 <= index < len(rows):
+            raise ValueError(f'index must be from 0 to {len(rows) - 1} for split "{self.args.split}", got {index}')
+        self.load_pretrained()
+        batch = self.collator(self.args.split)([rows[index]], [index], 0)
+        if batch["bad"]:
+            raise ValueError(f"video {index} cannot be read: {batch['bad'][0][1]}")
+        shown = {**self.inputs(batch), **self.targets(batch), **self.forecast(self.model, batch)}
+        arrays = {name: frames[0].permute(0, 2, 3, 1).clamp(0, 1).numpy() for name, frames in shown.items()}
+        return arrays.pop("pixel_values_videos"), arrays.pop("labels"), arrays
+
+    @torch.inference_mode()
     def evaluate(self, model: nn.Module, split: str, metrics: Collection[str] | None = None) -> Scores:
         """Mean loss, and the errors `FrameErrors` of the model and of two baselines, by frame in the details.
 
-        The baselines are copies of the last frame, and, for generated videos, the true images moving on from their true
-        places with their true velocities in the last frame, as if there were no walls.
+        The baselines are copies of the last frame, and, for generated videos, the true images moving on from their
+        true places with their true velocities in the last frame, as if there were no walls.
 
         Raises:
             ValueError: no video can be read.
@@ -494,10 +522,9 @@ class VideoForecastingTask(ImageTask):
         details: dict[str, Any] = {
             "left_out": {"unreadable": len(loader.bad)},
             "seed": self.args.seed,
-            "by_frame": {name: one.by_frame() for name, one in errors.items()},
+            "by_frame": {name: one.by_frame(ERRORS[:3]) for name, one in errors.items()},
         }
-        signatures = {name: SIGNATURES[error] for error in ERRORS for name in values if name.endswith(error)}
-        signatures |= {name: SIGNATURES["pixel_mse"] for name in values if name.endswith("pixel_mse")}
+        signatures = {name: text for ending, text in SIGNATURES.items() for name in values if name.endswith(ending)}
         listing = {"unreadable": loader.bad}
         return Scores(values, signatures, samples=errors["model"].videos, details=details, listing=listing)
 

@@ -137,10 +137,8 @@ CLASSES = {
     "detr": ("TfmDetrForObjectDetection", DETR),
     "detr-base": ("TfmDetrModel", DETR),
     "detr-panoptic": ("TfmDetrForPanopticSegmentation", DETR),
-    "video_transformer-causal": (
-        "TfmVideoTransformerForPrediction",
-        {**VIDEO, "decoding": "autoregressive"},
-    ),
+    "video_transformer": ("TfmVideoTransformerForPrediction", VIDEO),
+    "video_transformer-causal": ("TfmVideoTransformerForPrediction", {**VIDEO, "autoregressive": True}),
 }
 
 

@@ -55,6 +55,10 @@ HEALTHY = {
     "translation": {"train": pairs(0, 40), "validation": pairs(100, 10)},
     "image_classification": {"train": image_rows(0, 40), "validation": image_rows(100, 10)},
 }
+HEALTHY["video_forecasting"] = {
+    "train": [{"frames": [png(10 * i + k) for k in range(4)]} for i in range(12)],
+    "validation": [{"frames": [png(1000 + 10 * i + k) for k in range(5)]} for i in range(3)],
+}
 OPTIONS = {"translation": ["--source_column", "en", "--target_column", "de"]}
 
 
@@ -70,6 +74,14 @@ def put(split: str, column: str, rows, value):
 
 # name: task, fault, further options, check, level, split and row of the sample (None: any), text
 FAULTS = {
+    "unreadable frame": (
+        *("video_forecasting", put("train", "frames", [5], [png(0), {"bytes": b"no image", "path": None}]), []),
+        *("frames_of_videos", "failed", 5, "12 of 12 videos decoded, 1 are unreadable"),
+    ),
+    "video of one frame": (
+        *("video_forecasting", put("validation", "frames", [2], [png(0)]), []),
+        *("frames_of_videos", "warning", 2, "videos have 1 to 5 frames"),
+    ),
     "missing text": (
         "text_classification",
         put("train", "text", [7], None),

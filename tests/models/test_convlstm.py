@@ -118,14 +118,17 @@ def test_one_cell_equals_torch_lstm():
     ("sizes", "parameters"), [([256], 13_524_496), ([128, 128], 10_042_896), ([128, 64, 64], 7_585_296)]
 )
 def test_parameters_are_those_of_the_paper(sizes, parameters):
-    """Shi et al. 2015, table 1; with a peephole weight per channel, and no input convolution where there is no input."""
+    """Shi et al. 2015, table 1; with a peephole weight per channel, and no input convolution where there is no
+    input."""
     with torch.device("meta"):
         model = TfmConvLSTMForPrediction(TfmConvLSTMConfig(hidden_size=sizes, num_hidden_layers=len(sizes)))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert TfmConvLSTMConfig().hidden_sizes == TfmConvLSTMConfig.of_size("base").hidden_sizes == [128, 64, 64]
 
 
-@pytest.mark.parametrize("fields", [{}, STACKED, {**STACKED, "gate_norm_group_size": 4}], ids=["paper", "stacked", "norm"])
+@pytest.mark.parametrize(
+    "fields", [{}, STACKED, {**STACKED, "gate_norm_group_size": 4}], ids=["paper", "stacked", "norm"]
+)
 def test_network_equals_a_plain_one(fields):
     """Encoder and forecaster, written step by step: whose states are copied where, and what the output reads."""
     model = tiny(**fields)
@@ -172,7 +175,9 @@ def test_frames_to_predict():
         model(videos(), labels=videos(2), prediction_length=3)
     with pytest.raises(ValueError, match="prediction_length must be at least 1, got 0"):
         model(videos(), prediction_length=0)
-    with pytest.raises(ValueError, match=r"pixel_values_videos must have shape \(B, T, 1, H, W\), got \(2, 3, 16, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values_videos must have shape \(B, T, 1, H, W\), got \(2, 3, 16, 8\)"
+    ):
         model(videos()[:, :, 0])
     with pytest.raises(ValueError, match=r"labels must have shape \(2, 2, 1, 16, 8\), got \(2, 2, 1, 8, 8\)"):
         model(videos(), labels=videos(2)[..., :8, :])
@@ -210,8 +215,14 @@ def test_other_sizes_are_read_unless_peepholes_have_positions():
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"peephole": "all"}, 'peephole must be one of none, channel, position, got "all"'),
         ({"strides": [1, 3]}, "strides must be 1 or 2, got 3"),
-        ({"strides": [2, 2], "patch_size": 8}, "strides must divide the maps of image_size / patch_size, got 2 for 2 x 1"),
-        ({"gate_norm_group_size": 5}, r"gate_norm_group_size must divide the gates of every layer, 4 \* 6 channels, got 5"),
+        (
+            {"strides": [2, 2], "patch_size": 8},
+            "strides must divide the maps of image_size / patch_size, got 2 for 2 x 1",
+        ),
+        (
+            {"gate_norm_group_size": 5},
+            r"gate_norm_group_size must divide the gates of every layer, 4 \* 6 channels, got 5",
+        ),
         ({"loss": "mae"}, 'loss must be one of bce, mse, got "mae"'),
         ({"patch_size": 3}, "image_size must be a multiple of the patch in height and width, got 16 x 8"),
     ],

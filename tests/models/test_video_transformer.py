@@ -34,17 +34,17 @@ def videos(frames: int = 3, seed: int = 0) -> Tensor:
     return torch.rand(2, frames, 1, 8, 16, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@pytest.mark.parametrize("decoding", ["parallel", "autoregressive"])
-def test_block_equals_full_attention_with_a_mask(decoding):
+@pytest.mark.parametrize("causal", [False, True])
+def test_block_equals_full_attention_with_a_mask(causal):
     """Attention over time is that over all tokens in which a token sees the same patch only, and over space the same
     frame only."""
     torch.manual_seed(0)
     T, N = 5, 8
-    block = SpaceTimeBlock(TfmVideoTransformerConfig(**TINY, decoding=decoding), 0).double().eval()
+    block = SpaceTimeBlock(TfmVideoTransformerConfig(**TINY, autoregressive=causal), 0).double().eval()
     states = torch.randn(2, T * N, 16).double()
     frame, patch = torch.arange(T * N) // N, torch.arange(T * N) % N
     same_patch, same_frame = patch[:, None] == patch, frame[:, None] == frame
-    if decoding == "autoregressive":
+    if causal:
         same_patch = same_patch & (frame[:, None] >= frame)
 
     def attend(layer, x, mask):
@@ -82,7 +82,7 @@ def test_future_frames_are_predicted_in_parallel():
 
 
 def test_autoregressive_decoding_reads_its_own_predictions():
-    model, x = tiny(decoding="autoregressive"), videos()
+    model, x = tiny(autoregressive=True), videos()
     free = model(x, prediction_length=3).predictions
     first = model(x, prediction_length=1).predictions
     second = model(torch.cat([x, first], dim=1), prediction_length=1).predictions
@@ -117,7 +117,6 @@ def test_attention_maps_are_of_time_and_space():
     ("fields", "message"),
     [
         ({"hidden_size": 18}, "hidden_size must be a multiple of 4 for 2-D sine-cosine positions, got 18"),
-        ({"decoding": "both"}, 'decoding must be one of parallel, autoregressive, got "both"'),
         ({"prediction_length": 0}, "prediction_length must be at least 1, got 0"),
     ],
 )
