@@ -30,7 +30,7 @@ from .losses import Items
 from .modeling_vit import drop_path_rates
 from .native_names import OwnNamesPreTrainedModel
 from .patches import PatchEmbedding, patch_grid, sides, unpatchify
-from .positions import SinusoidalPositions, sincos_2d
+from .positions import SinusoidTable, sincos_2d
 from .video import (
     VideoForecastOutput,
     check_videos,
@@ -87,7 +87,7 @@ class SpaceTimePositions(nn.Module):
         super().__init__()
         self.dim = config.hidden_size
         self.grid = patch_grid(*sides(config.image_size), config.patch_size, "image_size")
-        self.time = SinusoidalPositions(config.context_length + config.prediction_length, config.hidden_size)
+        self.time = SinusoidTable(config.context_length + config.prediction_length, config.hidden_size)
         self.register_buffer("space", sincos_2d(*self.grid, self.dim), persistent=False)
 
     def forward(self, frames: int, grid: tuple[int, int]) -> Tensor:
@@ -127,8 +127,8 @@ class TfmVideoTransformerPreTrainedModel(OwnNamesPreTrainedModel):
         elif isinstance(module, TfmVideoTransformerModel):
             if module.mask_token is not None:
                 init.trunc_normal_(module.mask_token, std=std)
-        elif isinstance(module, SinusoidalPositions):
-            init.copy_(module.table, module.compute())
+        elif isinstance(module, SinusoidTable):
+            module.reset_parameters()
         elif isinstance(module, SpaceTimePositions):
             init.copy_(module.space, sincos_2d(*module.grid, module.dim))
 
