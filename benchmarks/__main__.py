@@ -18,6 +18,7 @@ NAMES = (
     "detection_padding",
     "detection_evaluation",
     "clustered_attention",
+    "positions",
     "report",
 )
 

@@ -368,6 +368,20 @@ def distillation(results: dict) -> str:
     )
 
 
+def positions(results: dict) -> str:
+    """Cost of each kind of positions."""
+    return "\n\n".join(
+        [
+            "## Positions: sentences per second",
+            f"Transformer of size {results['size']}, sentences of {results['length']} tokens on both sides; training "
+            f"batches of {results['tokens']} tokens, greedy decoding of {results['sentences']} sentences at once.",
+            machine(results),
+            table(("", "sentences/s"), list(results["per_second"].items())),
+            table(("ratio", "speed"), list(results["ratios"].items())),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -383,6 +397,7 @@ SECTIONS = {
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
     "clustered_attention": clustered_attention,
+    "positions": positions,
     "language_training": language_training,
     "language_generation": language_generation,
     "distillation": distillation,

@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
             "attention": (show_attention, "model", "image"),
             "detections": (show_detections, "model", "images"),
             "forecast": (show_forecast, "model"),
-            "positions": (show_positions, "model"),
+            "positions": (show_positions, "models"),
             "queries": (show_queries, "model", "image"),
             "reconstruction": (show_reconstruction, "model", "images"),
             "scores": (show_scores, "runs"),

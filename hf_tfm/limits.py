@@ -10,4 +10,4 @@ MOST_FRAMES = 10_000  # of a video
 MOST_BLOCKS = 10_000  # layers of a model
 
 # Bounds of the options of hf-tfm show: (minimum, maximum).
-LIMITS = {"mask_ratio": (0, 1), "threshold": (0, 1), "queries": (0, None)}
+LIMITS = {"mask_ratio": (0, 1), "threshold": (0, 1), "queries": (0, None), "length": (2, 1024)}

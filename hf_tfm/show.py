@@ -263,20 +263,38 @@ def show_forecast(
 
 
 @checked(**LIMITS)
-def show_positions(model: str, output: str = "positions.png", trust_remote_code: bool = False) -> None:
-    """Plot the similarity of an image model's position embeddings between all pairs of patches.
+def show_positions(
+    models: list[str], length: int = 64, output: str = "positions.png", trust_remote_code: bool = False
+) -> None:
+    """Plot how close models see each pair of positions: of an image model's patches, or of several models' tokens.
 
     Args:
-        model: folder or Hub id.
+        models: folders or Hub ids: one image model, or one or more text models, which are compared in one picture.
+        length: number of positions of a text model.
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .viz.images import load_encoder
-    from .viz.positions import plot_positions
+    from .hub.loading import load_config
     from .writing import check_png
 
     check_png("output", output)
-    print(plot_positions(load_encoder(model, trust_remote_code), output))
+    if not models:
+        raise ValueError("models must be one or more folders or Hub ids, got none")
+    texts = [bool(getattr(load_config(name, trust_remote_code=trust_remote_code), "vocab_size", 0)) for name in models]
+    if not texts[0] and len(models) == 1:
+        from .viz.images import load_encoder
+        from .viz.positions import plot_positions
+
+        print(plot_positions(load_encoder(models[0], trust_remote_code), output))
+        return
+    if not all(texts):
+        raise ValueError(f'models must be one image model or several text models, got "{models[texts.index(False)]}"')
+    from .viz.sequence_positions import load_text_encoder, plot_sequence_positions
+
+    loaded = {
+        label: load_text_encoder(name, trust_remote_code) for label, name in zip(labels(models), models, strict=True)
+    }
+    print(plot_sequence_positions(loaded, output, length))
 
 
 @checked(**LIMITS)

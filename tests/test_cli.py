@@ -245,6 +245,16 @@ def test_show_positions(image_models, tmp_path, capsys):
     assert len(plots(capsys)) == 2
 
 
+def test_show_positions_of_texts(model, tmp_path, capsys):
+    other = save_model(tmp_path / "floater", position_embedding_type="floater")
+    heights = []
+    for models in ([model], [model, other]):
+        hf_tfm("show", "positions", *models, "--length", "9", "--output", tmp_path / "positions.png")
+        ((height, *_),) = plots(capsys)
+        heights.append(height)
+    assert heights[1] > 1.8 * heights[0]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -262,7 +272,8 @@ def test_show_positions(image_models, tmp_path, capsys):
         ("reconstruction {0}/mae {0}/0.png --mask_ratio 1", "mask_ratio must be in [0, 1), got 1"),
         ("reconstruction {0}/mae {0}/0.png --output {0}/picture.txt", 'output must be a ".png" file'),
         ("positions {0}/vit --output {0}/picture.txt", 'output must be a ".png" file'),
-        ("positions {1}", "is a tfm_transformer model: pictures of images are for models of image patches"),
+        ("positions {1} {0}/vit", "models must be one image model or several text models, got"),
+        ("positions {1} --length 1", "length must be at least 2, got 1"),
         ("positions {0}/vit --output {0}", 'output must be a ".png" file'),
         ("attention {0}/vit {0}/0.png --output_dir {0}/0.png", "is a file: give the name of a folder"),
         ("attention {0}/vit {0}/0.png --heads [-3]", "heads must be one or more of 0 to 1, got [-3]"),

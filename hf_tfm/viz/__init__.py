@@ -8,6 +8,7 @@ from .positions import plot_positions, position_similarity
 from .queries import QueryMaps, plot_queries, plot_query_slots, query_boxes, query_maps
 from .reconstruction import Reconstruction, plot_reconstructions, reconstruct_images
 from .rollout import attention_rollout
+from .sequence_positions import plot_sequence_positions, sequence_similarity
 from .text_attention import TextAttentionMaps, plot_beside, plot_text_attention, text_attention_maps
 
 __all__ = [
@@ -31,11 +32,13 @@ __all__ = [
     "plot_queries",
     "plot_query_slots",
     "plot_reconstructions",
+    "plot_sequence_positions",
     "plot_text_attention",
     "position_similarity",
     "query_boxes",
     "query_maps",
     "read_image",
     "reconstruct_images",
+    "sequence_similarity",
     "text_attention_maps",
 ]

@@ -432,7 +432,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("show detections {models}/det", "/no/where.png --output {out}.png", "/no/where.png"),
     ("show detections {models}/vit digits:train:0", "--output {out}.png", "vit"),
     ("show detections {models}/det digits:train:0", "--threshold 2 --output {out}.png", got("threshold", "1", "2")),
-    ("show positions {models}/tr", "--output {out}.png", "tr"),
+    ("show positions {models}/tr {models}/vit", "--output {out}.png", got("models", "vit")),
+    ("show positions {models}/tr", "--length 0 --output {out}.png", got("length", "2", "0")),
     ("show queries {models}/det", "--output {out}.png", "IMAGE|image"),
     (
         "show reconstruction {models}/mae digits:train:0",
