@@ -8,6 +8,7 @@ from .models.configuration_deformable_detr import TfmDeformableDetrConfig as Tfm
 from .models.configuration_detr import TfmDetrConfig as TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig as TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig as TfmGPTConfig
+from .models.configuration_long_range import TfmLongRangeConfig as TfmLongRangeConfig
 from .models.configuration_mae import TfmMAEConfig as TfmMAEConfig
 from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig as TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig as TfmSwinConfig
@@ -33,6 +34,8 @@ from .models.modeling_faster_rcnn import TfmFasterRCNNModel as TfmFasterRCNNMode
 from .models.modeling_gpt import TfmGPTForCausalLM as TfmGPTForCausalLM
 from .models.modeling_gpt import TfmGPTForSequenceClassification as TfmGPTForSequenceClassification
 from .models.modeling_gpt import TfmGPTModel as TfmGPTModel
+from .models.modeling_long_range import TfmLongRangeForSequenceClassification as TfmLongRangeForSequenceClassification
+from .models.modeling_long_range import TfmLongRangeModel as TfmLongRangeModel
 from .models.modeling_mae import TfmMAEForPreTraining as TfmMAEForPreTraining
 from .models.modeling_mae import TfmMAEModel as TfmMAEModel
 from .models.modeling_rnn_seq2seq import TfmRNNSeq2SeqForConditionalGeneration as TfmRNNSeq2SeqForConditionalGeneration

@@ -170,9 +170,9 @@ class ModelArguments(Arguments):
     model_name_or_path: str | None = None
     architecture: str | None = None
     size: str = "base"
-    model: dict[str, int | float | bool | str | tuple[int, int] | list[int] | dict[str, int | float] | None] = field(
-        default_factory=dict
-    )
+    model: dict[
+        str, int | float | bool | str | tuple[int, int] | list[int] | dict[str, int | float | bool | str] | None
+    ] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()

@@ -17,6 +17,7 @@ from .models.configuration_deformable_detr import TfmDeformableDetrConfig
 from .models.configuration_detr import TfmDetrConfig
 from .models.configuration_faster_rcnn import TfmFasterRCNNConfig
 from .models.configuration_gpt import TfmGPTConfig
+from .models.configuration_long_range import TfmLongRangeConfig
 from .models.configuration_mae import TfmMAEConfig
 from .models.configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig
 from .models.configuration_swin import TfmSwinConfig
@@ -77,6 +78,7 @@ FAMILIES: list[Family] = [
     Family("deformable_detr", TfmDeformableDetrConfig, (".deformable_detr",), reads=("deformable_detr",)),
     Family("faster_rcnn", TfmFasterRCNNConfig),
     Family("bert", TfmBertConfig, (".bert", ".distilbert", ".tinybert"), reads=("bert",)),
+    Family("long_range", TfmLongRangeConfig),
     Family("gpt", TfmGPTConfig, (".gpt2",), reads=("gpt2",)),
     Family("rnn_seq2seq", TfmRNNSeq2SeqConfig),
     Family("convlstm", TfmConvLSTMConfig),

@@ -30,6 +30,7 @@ from hf_tfm.data.panoptic import panoptic_categories
 from hf_tfm.data.source import load_splits
 from hf_tfm.distillation.terms import read_terms
 from hf_tfm.doctor import detection
+from hf_tfm.models import encoder_attention
 from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.registry import evaluated_tasks
 
@@ -194,7 +195,8 @@ def test_wrong_command_is_detected(words):
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_python(block):
+def test_python(block, monkeypatch):
+    monkeypatch.setattr(encoder_attention, "METHODS", dict(encoder_attention.METHODS))  # of `register_method`
     code = compile(block.text, str(block), "exec")
     if block.runs:
         AcceleratorState._reset_state(reset_partial_state=True)

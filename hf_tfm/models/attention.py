@@ -204,20 +204,21 @@ class MultiHeadAttention(AttentionLayer):
 
     Args:
         config: needs ``hidden_size``, ``num_attention_heads``, ``attention_dropout`` and ``attention_score``;
-            ``qkv_bias=False`` omits the biases of queries, keys and values.
+            ``qkv_bias=False`` omits the biases of queries, keys and values; ``qkv_size`` is their size, default D.
         is_causal: mask later keys, as in the decoder's self-attention.
         layer_idx: index of the layer in its stack, used to index the cache.
     """
 
     def __init__(self, config: PreTrainedConfig, is_causal: bool = False, layer_idx: int | None = None):
-        super().__init__(config, config.hidden_size, config.num_attention_heads, config.attention_dropout, is_causal)
+        width = config.qkv_size or config.hidden_size
+        super().__init__(config, width, config.num_attention_heads, config.attention_dropout, is_causal)
         self.layer_idx = layer_idx
         self.additive = config.attention_score == "additive"
         bias = getattr(config, "qkv_bias", True)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.out_proj = nn.Linear(width, config.hidden_size)
         if self.additive:
             # Bahdanau et al. 2015 (arXiv:1409.0473, appendix A.1.2): v . tanh(W q + U k). W and U are the projections.
             self.score_vector = nn.Parameter(torch.zeros(config.num_attention_heads, self.head_dim))

@@ -43,8 +43,10 @@ def register_method(name: str, method: type[AttentionMethod]) -> None:
     """Add a method for `set_encoder_attention` and the configuration field ``encoder_attention``.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the class is no `AttentionMethod`.
     """
+    if not issubclass(method, AttentionMethod):
+        raise ValueError(f'encoder_attention "{name}": {method.__name__} is not a subclass of AttentionMethod')
     if METHODS.get(name, method) is not method or name == FULL:
         raise ValueError(f'encoder_attention "{name}" exists already')
     METHODS[name] = method

@@ -31,6 +31,7 @@ class TravellingConfig(PreTrainedConfig):
     encoder_attention_kwargs: ClassVar = None
     decoder_attention: ClassVar = "full"
     decoder_attention_kwargs: ClassVar = None
+    qkv_size: ClassVar = None  # that of the hidden states
 
     @property
     def auto_map(self) -> dict[str, str]:

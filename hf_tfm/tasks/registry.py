@@ -5,6 +5,7 @@ from ..plugins import load_plugins
 from .base import Task
 from .image_classification import ImageClassificationTask
 from .language_modeling import LanguageModelingTask
+from .long_range_arena import LongRangeArenaTask
 from .masked_image import MaskedImageTask
 from .object_detection import DetectionTask
 from .panoptic_segmentation import PanopticTask
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "masked_image": MaskedImageTask,
     "language_modeling": LanguageModelingTask,
     "text_classification": TextClassificationTask,
+    "long_range_arena": LongRangeArenaTask,
     "video_forecasting": VideoForecastingTask,
 }
 

@@ -385,17 +385,31 @@ class TextClassificationTask(Task):
             ValueError: a split, column or label does not exist or does not fit.
         """
         args, task = self.args, self.args.glue_task
-        splits = glue.load_task(task, *args.source) if task else load_texts(*args.source)
+        splits = self.load_source()
         columns = args.text_columns or list(task.text_columns if task else ())
 
         def rows_of(name: str, argument: str) -> datasets.Dataset:
-            rows = text_rows(take_split(splits, name, argument), columns, args.label_column)
-            return glue.hide(rows) if task and task.regression else rows
+            return self.sample_rows(take_split(splits, name, argument), columns)
 
         if self.evaluating:
             return {args.split: self.rows_to_score(rows_of(args.split, "split"))}
         rows, self.validation = split_texts(args, rows_of)
         return self.resolve_labels(rows, columns)
+
+    def load_source(self) -> datasets.DatasetDict:
+        """The data set as stored, all its splits."""
+        args, task = self.args, self.args.glue_task
+        return glue.load_task(task, *args.source) if task else load_texts(*args.source)
+
+    def sample_rows(self, rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+        """Rows of `text_rows` from those of the data set."""
+        task = self.args.glue_task
+        rows = text_rows(rows, columns, self.args.label_column)
+        return glue.hide(rows) if task and task.regression else rows
+
+    def tokens(self, split: str) -> datasets.Dataset:
+        """Rows of `tokenize_texts` of a split."""
+        return tokenize_texts(self.splits[split], self.processor, self.args.max_length)
 
     def rows_to_score(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Rows of an evaluation; integers of a GLUE task get the names of its classes.
@@ -531,7 +545,7 @@ class TextClassificationTask(Task):
     def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> StepLoader:
         """See `Task`; the batches of an evaluation are sorted by length."""
         args = self.args
-        tokens = tokenize_texts(self.splits[split], self.processor, args.max_length)
+        tokens = self.tokens(split)
         if not (training or self.evaluating or collate):  # distillation makes a second loader, with its own collator
             tell_unknown(tokens, self.processor)
         lengths, collate = text_lengths(tokens), collate or self.collator(split, training)

@@ -41,6 +41,7 @@ RNN = {
     "num_encoder_layers": 1,
     "num_decoder_layers": 2,
 }
+LONG = {**TEXT, "position_embedding_type": "learned"}
 IMAGE = {
     "image_size": 16,
     "patch_size": 8,
@@ -96,6 +97,7 @@ FIELDS = {
     "transformer": SEQ2SEQ,
     "rnn_seq2seq": RNN,
     "bert": TEXT,
+    "long_range": LONG,
     "gpt": GPT,
     "vit": CLASSIFIER,
     "mae": MAE,

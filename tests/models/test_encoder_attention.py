@@ -209,6 +209,8 @@ def test_method_of_a_user(monkeypatch):
         TfmDetrConfig(**{**TINY, "encoder_attention": "mean", "encoder_attention_kwargs": {"rounds": 2}})
     with pytest.raises(ValueError, match=r'^encoder_attention "clustered" exists already$'):
         register_method("clustered", MeanAttention)
+    with pytest.raises(ValueError, match=r'^encoder_attention "other": dict is not a subclass of AttentionMethod$'):
+        register_method("other", dict)
 
 
 @pytest.mark.parametrize(
