@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 from torch.ao.quantization import quantize_dynamic
 
-TRANSFORMERS = [name for name in CLASSES if not name.startswith("faster_rcnn")]  # with linear layers in their blocks
+# With linear layers in their blocks.
+TRANSFORMERS = [name for name in CLASSES if not name.startswith(("faster_rcnn", "convlstm"))]
 
 
 def count(model: nn.Module, kind: type) -> int:
