@@ -103,8 +103,4 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    """Let the interpreter free everything as usual when it exits."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # after pytest's own collections at the end, which take seconds otherwise

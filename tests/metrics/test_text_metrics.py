@@ -185,6 +185,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow  # two new processes import evaluate and torch, 12 s
 def test_loaded_by_path_offline_in_two_processes(tmp_path):
     """Fresh processes with an empty cache and no network give the result of one process with all sentences."""
     environment = {

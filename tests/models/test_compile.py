@@ -36,10 +36,8 @@ def test_forward_compiles_in_one_graph(fields, asked):
     assert (output.cross_attentions is not None) == ("output_attentions" in asked)
 
 
-@pytest.mark.parametrize(
-    ("decoding", "return_logits"),
-    [pytest.param("autoregressive", True, marks=pytest.mark.slow), ("mask_predict", False)],
-)
+@pytest.mark.slow  # tests/models/test_text_backends.py compiles the training of the same blocks
+@pytest.mark.parametrize(("decoding", "return_logits"), [("autoregressive", True), ("mask_predict", False)])
 def test_training_compiles_in_one_graph(decoding, return_logits):
     model, batch = tiny_model(decoding=decoding), tiny_batch()
     batch["labels"] = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, IGNORE_INDEX)
@@ -79,6 +77,7 @@ def test_compiled_decoding_gives_the_same_tokens(beams):
 SLOW = [pytest.param(fields, marks=pytest.mark.slow) for fields in (LEARNED, {"decoding": "mask_predict"})]
 
 
+@pytest.mark.slow  # tests/models/test_swin.py and tests/clients/test_onnx_runtime.py export others
 @torch.no_grad()
 @pytest.mark.parametrize("fields", [{}, *SLOW], ids=str)
 def test_export(fields):

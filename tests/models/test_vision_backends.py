@@ -143,7 +143,8 @@ def test_forward_compiles_in_one_graph(name, asked):
     assert (output.attentions is not None) == bool(asked)
 
 
-@pytest.mark.parametrize("name", [pytest.param("mean-2d", marks=pytest.mark.slow), "mae"])
+@pytest.mark.slow  # tests/models/test_text_backends.py compiles the training of the same blocks
+@pytest.mark.parametrize("name", ["mean-2d", "mae"])
 def test_training_compiles_in_one_graph(name):
     model = MODELS[name]()
     inputs = inputs_of(model, loss=True)

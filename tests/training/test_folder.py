@@ -408,7 +408,7 @@ def test_write_errors_are_explained_once(tmp_path):
         raise ZeroDivisionError  # other errors are passed through
 
 
-@pytest.mark.parametrize("limit", [20_000, 45_000])
+@pytest.mark.parametrize("limit", [pytest.param(20_000, marks=pytest.mark.slow), 45_000])
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, limit):
     """A file-size limit below the size of the weights, or of the optimizer state, which is twice as large."""
     args = arguments(tmp_path / "run", max_steps=12, save_total_limit=1)
