@@ -1,4 +1,6 @@
-"""transformers' common model tests on our BERT, GPT and encoder-decoder Transformer, and on its own for comparison."""
+"""transformers' common model tests on our BERT, GPT, encoder-decoder Transformer and recurrent encoder-decoder, and on
+its own for comparison.
+"""
 
 import unittest
 import warnings
@@ -38,12 +40,15 @@ from hf_tfm import (
     TfmGPTForCausalLM,
     TfmGPTForSequenceClassification,
     TfmGPTModel,
+    TfmRNNSeq2SeqConfig,
+    TfmRNNSeq2SeqForConditionalGeneration,
+    TfmRNNSeq2SeqModel,
     TfmTransformerConfig,
     TfmTransformerForConditionalGeneration,
     TfmTransformerModel,
 )
 
-enter(TfmBertConfig, TfmGPTConfig, TfmTransformerConfig)
+enter(TfmBertConfig, TfmGPTConfig, TfmTransformerConfig, TfmRNNSeq2SeqConfig)
 
 
 class TextTester(Tester):
@@ -95,6 +100,21 @@ class TransformerTester(TextTester):
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
         return config, inputs | {f"decoder_{name}": values for name, values in inputs.items()}
+
+
+class RNNTester(TransformerTester):
+    """All states have the width that the tests expect of an encoder-decoder's."""
+
+    encoder_hidden_size = TextTester.hidden_size // 2
+    own_names = (
+        *("vocab_size", "pad_token_id", "hidden_size", "encoder_hidden_size", "label_smoothing"),
+        *TransformerTester.tokens,
+    )
+    other_names: ClassVar = {
+        "embedding_size": "hidden_size",
+        "num_encoder_layers": "num_hidden_layers",
+        "num_decoder_layers": "num_hidden_layers",
+    }
 
 
 class MarianTester(TransformerTester):
@@ -187,6 +207,19 @@ class OursTransformer(TransformerTests, unittest.TestCase):
     config_class = TfmTransformerConfig
     model_tester_class = TransformerTester
     all_model_classes = (TfmTransformerModel, TfmTransformerForConditionalGeneration)
+
+
+class OursRNNSeq2Seq(TransformerTests, unittest.TestCase):
+    """transformers has no recurrent encoder-decoder to compare with."""
+
+    config_class = TfmRNNSeq2SeqConfig
+    model_tester_class = RNNTester
+    all_model_classes = (TfmRNNSeq2SeqModel, TfmRNNSeq2SeqForConditionalGeneration)
+    config_fields: ClassVar = {
+        **CacheTests.config_fields,
+        "common_properties": ["hidden_size", "num_hidden_layers"],  # and no attention heads
+    }
+    has_attentions = False  # encoder and decoder have no self-attention, whose probabilities the tests compare
 
 
 class NativeTransformer(TransformerTests, unittest.TestCase):
