@@ -10,6 +10,7 @@ user are (B, S) or (B, T), 1 for tokens and 0 for padding.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from .attention import wants_maps
 from .cache_names import CACHE_NAME, CACHE_NAMES, takes_cache
 from .configuration_rnn_seq2seq import TfmRNNSeq2SeqConfig
 from .dropout import Dropout
-from .generation import SharedMemoryGenerationMixin
+from .generation import Rows, SharedMemoryGenerationMixin
 from .input_checks import embed, readable, require_mask
 from .linear import project
 from .losses import require_labels
@@ -168,6 +169,25 @@ def tokens_first(real: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(real, real.cumsum(dim=1) - 1, lengths[:, None] + (~real).cumsum(dim=1) - 1)
 
 
+class Source(NamedTuple):
+    """What the decoder reads of the sources.
+
+    Args:
+        memory: (B, S, 2E).
+        keys, values: see `TfmRNNSeq2SeqDecoder.of_memory`.
+        mask: (B, 1, S), added to attention scores, or None.
+    """
+
+    memory: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    def keep(self, rows: Tensor) -> "Source":
+        """Return some rows (R,)."""
+        return Source(*(None if part is None else part[rows] for part in self))
+
+
 class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
     """Recurrent decoder: target ids (B, T) and memory (B, S, 2E) -> readout (B, T, M).
 
@@ -233,39 +253,58 @@ class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
             states = self.initial_states(memory, real, inputs.shape[0])
         else:
             states = unpacked(cache.self_attention_cache.layers[0])
-        keys, values = self.of_memory(memory, real, cache)
-        mask = None  # (B, 1, S)
-        if real is not None and self.score is not None:
-            shut = torch.finfo(memory.dtype).min
-            mask = torch.zeros_like(real, dtype=memory.dtype).masked_fill_(real == 0, shut)[:, None]
-        outputs, maps = inputs, None
-        if self.score is None:
-            fixed = keys.repeat_interleave(len(inputs) // len(keys), dim=0).expand(*inputs.shape[:2], -1)
-            outputs = torch.cat([inputs, fixed], dim=-1)
-        hidden, last = [inputs], []
-        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-            outputs = self.dropout(outputs) if i else outputs
-            if isinstance(layer, AttentiveLayer):
-                outputs, state, maps = layer(outputs, state, self.score, keys, values, mask)
-            else:
-                outputs, state = layer(outputs, state)  # (n B, T, D)
-            hidden.append(outputs)
-            last.append(state)
+        source = Source(memory, *self.of_memory(memory, real, cache), self.score_mask(memory, real))
+        hidden, states, readout, maps = self.advance(inputs, states, source)
         if cache is not None:
-            cache.self_attention_cache.update(*packed(last), 0, new_tokens=inputs.shape[1])
-        if self.score is None:
-            context = fixed
-        else:
-            if maps is None:
-                maps = attend(self.score(outputs, keys), mask).view(*outputs.shape[:2], -1)
-            maps = maps[:, None]  # (n B, 1, T, S)
-            context = (maps.reshape(len(memory), -1, memory.shape[1]) @ memory).view(*inputs.shape[:2], -1)
+            cache.self_attention_cache.update(*packed(states), 0, new_tokens=inputs.shape[1])
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.read(outputs, context, inputs),
+            last_hidden_state=readout,
             **{CACHE_NAME: cache},
             hidden_states=tuple(hidden) if wants_states(self.config, kwargs) else None,
             cross_attentions=(maps,) if maps is not None and wants_maps(self.config, kwargs) else None,
         )
+
+    def advance(
+        self, inputs: Tensor, states: list[State], source: Source
+    ) -> tuple[list[Tensor], list[State], Tensor, Tensor | None]:
+        """Read further tokens.
+
+        Args:
+            inputs: (n B, T, M) embeddings.
+            states: of every layer.
+
+        Returns:
+            inputs and outputs (n B, T, D) of the layers; the new states; the readout (n B, T, M); attention
+            probabilities (n B, 1, T, S), or None without attention.
+        """
+        rows, length, _ = inputs.shape
+        outputs, maps = inputs, None
+        if self.score is None:
+            context = source.keys.repeat_interleave(rows // len(source.keys), dim=0).expand(rows, length, -1)
+            outputs = torch.cat([inputs, context], dim=-1)
+        hidden, new = [inputs], []
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            outputs = self.dropout(outputs) if i else outputs
+            if isinstance(layer, AttentiveLayer):
+                outputs, state, maps = layer(outputs, state, self.score, source.keys, source.values, source.mask)
+            else:
+                outputs, state = layer(outputs, state)  # (n B, T, D)
+            hidden.append(outputs)
+            new.append(state)
+        if self.score is not None:
+            if maps is None:
+                maps = attend(self.score(outputs, source.keys), source.mask).view(rows, length, -1)
+            maps = maps[:, None]  # (n B, 1, T, S)
+            memory = source.memory
+            context = (maps.reshape(len(memory), -1, memory.shape[1]) @ memory).view(rows, length, -1)
+        return hidden, new, self.read(outputs, context, inputs), maps
+
+    def score_mask(self, memory: Tensor, real: Tensor | None) -> Tensor | None:
+        """Return what is added to attention scores, (B, 1, S); None without padding or attention."""
+        if real is None or self.score is None:
+            return None
+        shut = torch.finfo(memory.dtype).min
+        return torch.zeros_like(real, dtype=memory.dtype).masked_fill_(real == 0, shut)[:, None]
 
     def initial_states(self, memory: Tensor, real: Tensor | None, rows: int) -> list[State]:
         """Return the state of every layer before the first token, for ``rows`` = n B rows."""
@@ -357,6 +396,38 @@ class TfmRNNSeq2SeqModel(EncoderDecoderMixin, TfmRNNSeq2SeqPreTrainedModel):
         self.post_init()
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether a module has hooks, or its ``forward`` was replaced: it must be called."""
+    return bool("forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks)
+
+
+class StateRows:
+    """`Rows` decoded by `TfmRNNSeq2SeqDecoder.advance` alone: a step of a recurrent decoder takes less time than what
+    a forward pass of the model does besides.
+
+    Args:
+        model: calls its layers, so that their hooks run.
+        memory: (R, S, 2E); real: (R, S), nonzero at tokens, or None.
+    """
+
+    def __init__(self, model: "TfmRNNSeq2SeqForConditionalGeneration", memory: Tensor, real: Tensor | None):
+        self.model, self.decoder = model, model.get_decoder()
+        self.states = self.decoder.initial_states(memory, real, len(memory))
+        self.source = Source(
+            memory, *self.decoder.of_memory(memory, real, None), self.decoder.score_mask(memory, real)
+        )
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """See `Rows`."""
+        _, self.states, readout, _ = self.decoder.advance(self.decoder.embedding(ids), self.states, self.source)
+        return project(self.model.lm_head, readout[:, -1])
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Rows`."""
+        self.states = [tuple(part[rows] for part in state) for state in self.states]
+        self.source = self.source.keep(rows)
+
+
 class TfmRNNSeq2SeqForConditionalGeneration(TfmRNNSeq2SeqPreTrainedModel, SharedMemoryGenerationMixin):
     """Recurrent encoder-decoder with a language-modelling head, for translation and other text-to-text tasks."""
 
@@ -441,6 +512,14 @@ class TfmRNNSeq2SeqForConditionalGeneration(TfmRNNSeq2SeqPreTrainedModel, Shared
             smoothing = self.config.label_smoothing
             loss = target_loss(self.lm_head, hidden, logits, labels, smoothing, num_items_in_batch)
         return output_of(outputs, loss=loss, logits=logits, token_loss=loss)
+
+    def rows_of(self, inputs: dict[str, Any]) -> Rows | None:
+        """See `GreedyGenerationMixin.rows_of`."""
+        rows = super().rows_of(inputs)
+        whole = (self, self.model, self.get_decoder())
+        if rows is None or not rows.use_cache or any(is_replaced(module) for module in whole):
+            return rows
+        return StateRows(self, rows.memory, rows.attention_mask)
 
     def most_positions(self) -> None:
         """See `GreedyGenerationMixin.most_positions`: there is no limit."""

@@ -52,20 +52,21 @@ def recurrent(cell: str, input_size: int, hidden_size: int) -> GRU | LSTM:
 def gru_step(gates: Tensor, recurrent_gates: Tensor, state: State) -> State:
     """Compute the next state of a GRU from its gates' inputs (B, 3 D), that of the input and that of the state."""
     size = state[0].shape[-1]
-    both = torch.sigmoid(gates[:, : 2 * size] + recurrent_gates[:, : 2 * size])
-    reset, update = both.chunk(2, dim=1)
-    new = torch.tanh(gates[:, 2 * size :] + reset * recurrent_gates[:, 2 * size :])
-    return (new + update * (state[0] - new),)
+    # Split, not sliced: the backward pass of a slice fills a tensor of the whole size.
+    gates, new = gates.split((2 * size, size), dim=1)
+    recurrent_gates, recurrent_new = recurrent_gates.split((2 * size, size), dim=1)
+    reset, update = torch.sigmoid(gates + recurrent_gates).chunk(2, dim=1)
+    new = torch.tanh(torch.addcmul(new, reset, recurrent_new))
+    return (torch.lerp(new, state[0].to(new.dtype), update),)
 
 
 def lstm_step(gates: Tensor, recurrent_gates: Tensor, state: State) -> State:
     """Compute the next state of an LSTM from its gates' inputs (B, 4 D), that of the input and that of the state."""
-    total = gates + recurrent_gates
     size = state[0].shape[-1]
-    both = torch.sigmoid(total[:, : 2 * size])
-    enter, forget = both.chunk(2, dim=1)
-    cell = forget * state[1] + enter * torch.tanh(total[:, 2 * size : 3 * size])
-    return torch.sigmoid(total[:, 3 * size :]) * torch.tanh(cell), cell
+    both, new, leave = (gates + recurrent_gates).split((2 * size, size, size), dim=1)
+    enter, forget = torch.sigmoid(both).chunk(2, dim=1)
+    cell = torch.addcmul(forget * state[1], enter, torch.tanh(new))
+    return torch.sigmoid(leave) * torch.tanh(cell), cell
 
 
 STEPS = {"gru": gru_step, "lstm": lstm_step}
@@ -184,12 +185,11 @@ class AttentiveLayer(nn.Module):
             states (n B, T, D), the last state, and attention probabilities (n B, T, S).
         """
         rows = inputs.shape[0]
-        gates = project(self.input_proj, inputs)  # (n B, T, G)
         outputs, maps = [], []
-        for t in range(inputs.shape[1]):
+        for gates in project(self.input_proj, inputs).unbind(1):  # (n B, G)
             probabilities = attend(score(state[0][:, None], keys), mask)  # (B, n, S)
             context = (probabilities @ values).view(rows, -1)  # (n B, G)
-            state = self.step(gates[:, t] + context, project(self.state_proj, state[0]), state)
+            state = self.step(gates + context, project(self.state_proj, state[0]), state)
             outputs.append(state[0])
             maps.append(probabilities.reshape(rows, 1, -1))
         return torch.stack(outputs, dim=1), state, torch.cat(maps, dim=1)
