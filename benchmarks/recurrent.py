@@ -2,9 +2,9 @@
 
 python -m benchmarks recurrent [--sizes '[tiny]']
 
-Two peers, as people write them: "tutorial" computes scores from [state; annotation] and the vocabulary layer at every
-step; "loop" computes keys and vocabulary layer once and runs `torch.nn.GRUCell` step by step. Both encode with a packed
-bidirectional `torch.nn.GRU`. Greedy decoding of the peers runs until all sentences have ended, on all rows.
+Two peers that run `torch.nn.GRUCell` step by step: "tutorial" computes scores from [state; annotation] and the
+vocabulary layer at every step, as tutorials do; "loop" computes keys and, in training, the vocabulary layer once. Both
+encode with a packed bidirectional `torch.nn.GRU`. Greedy decoding of the peers runs on all rows until all have ended.
 """
 
 import statistics
@@ -198,7 +198,8 @@ def greedy(ours, peers: dict[str, Peer], batch: dict[str, Tensor], new_tokens: i
         "ours": lambda _: len(ours.generate(**source, max_new_tokens=new_tokens, do_sample=False, num_beams=1))
     }
     for name, peer in peers.items():
-        variants[name] = lambda _, peer=peer.eval(): len(peer.generate(**source, max_new_tokens=new_tokens))
+        peer.eval()
+        variants[name] = lambda _, peer=peer: len(peer.generate(**source, max_new_tokens=new_tokens))
     rates = common.interleaved(variants, rounds)
     return {
         **{f"{name}_sentences_per_second": round(statistics.median(each), 1) for name, each in rates.items()},

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import torch
 from recipe_helpers import TINY, command_line, fresh_state, record, run_recipe, write_data
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_tfm import cli
@@ -82,6 +83,19 @@ def test_two_steps(tmp_path, name):
     code = f"modeling_{model.config.model_type.removeprefix('tfm_')}.py"
     for file in ("README.md", "generation_config.json", code, "training_curve.png"):
         assert (tmp_path / "run" / file).is_file()
+
+
+@pytest.mark.slow  # test_two_steps trains such a model, and other recipes resume
+def test_recurrent_run_resumes_bit_equal_and_is_trained_further(data, tmp_path):
+    options = {**VARIANTS["rnn"], "lr_scheduler_type": "constant", "eval_steps": 2, "metrics": "[chrf]"}
+    assert run_recipe(*command_line(data, tmp_path / "whole", **options, max_steps=4)) == 0
+    for steps in (2, 4):
+        assert run_recipe(*command_line(data, tmp_path / "cut", **options, max_steps=steps)) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    further = {"model_name_or_path": tmp_path / "whole", "metrics": "[chrf]"}
+    assert run_recipe(*command_line(data, tmp_path / "further", **further)) == 0
+    assert record(tmp_path / "further").model_type == "tfm_rnn_seq2seq"
 
 
 def test_results_are_complete(trained, data):
@@ -303,6 +317,18 @@ def parser_error(capsys, *argv):
     ("options", "named"),
     [
         ({"model": "{hidden: 3}"}, "model.hidden is not a field of TfmTransformerConfig"),
+        (
+            {"architecture": "rnn_seq2seq", "model": "{cell: rnn}"},
+            'model: cell must be one of gru, lstm, got "rnn"',
+        ),
+        (
+            {"architecture": "rnn_seq2seq", "model": "{attention_score: dot, hidden_size: 7}"},
+            "model: hidden_size must be 2 * encoder_hidden_size = 320 for attention_score",
+        ),
+        (
+            {"architecture": "rnn_seq2seq", "model": "{}", "size": "big"},
+            "size must be one of tiny, tutorial, base, got",
+        ),
         (
             {"model": "{pad_token_id: 3}"},
             "model.pad_token_id is not a field of TfmTransformerConfig that can be chosen",
