@@ -19,6 +19,7 @@ NAMES = (
     "detection_evaluation",
     "clustered_attention",
     "positions",
+    "recurrent",
     "report",
 )
 
