@@ -301,6 +301,27 @@ def language_generation(results: dict) -> str:
     )
 
 
+def recurrent(results: dict) -> str:
+    """Training step and greedy decoding of the recurrent encoder-decoder."""
+    rows = [
+        (size, work, name, value)
+        for size, of_size in results["sizes"].items()
+        for work, found in of_size.items()
+        for name, value in found.items()
+    ]
+    return "\n\n".join(
+        [
+            "## Recurrent encoder-decoder: GRU with additive attention",
+            f"Batches of {results['batch_size']} sentences of up to {results['length']} tokens, equal weights. "
+            "`tutorial` computes attention and vocabulary layer at every step from the concatenated state; `loop` "
+            "runs `torch.nn.GRUCell` over keys that are computed once, and the vocabulary layer once in training. "
+            "Random weights end no sentence early, so nothing is gained by dropping sentences that have ended.",
+            machine(results),
+            table(("size", "work", "measured", "value"), rows),
+        ]
+    )
+
+
 def clustered_attention(results: dict) -> str:
     """Time and average precision of clustered attention."""
     speeds = [
@@ -398,6 +419,7 @@ SECTIONS = {
     "detection_evaluation": detection_evaluation,
     "clustered_attention": clustered_attention,
     "positions": positions,
+    "recurrent": recurrent,
     "language_training": language_training,
     "language_generation": language_generation,
     "distillation": distillation,
