@@ -20,6 +20,7 @@ NAMES = (
     "clustered_attention",
     "positions",
     "recurrent",
+    "attention_methods",
     "report",
 )
 
