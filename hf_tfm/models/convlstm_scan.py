@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-State = tuple[Tensor, Tensor]  # hidden state and cell, (B, D, h, w) each
-
 
 def conv_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor, ...]:
     """Return the gradients of the input and the weight of a convolution of stride 1 that keeps the size.
@@ -124,16 +122,16 @@ def scan(
     weight: Tensor,
     bias: Tensor | None,
     peephole: Tensor | None,
-    state: State | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
     steps: int,
-) -> tuple[Tensor, State]:
-    """Compute the hidden states (T, B, D, h, w) of all steps, and the last state.
+) -> tuple[Tensor, Tensor]:
+    """Compute the hidden states (T, B, D, h, w) of all steps, and the last cell (B, D, h, w).
 
     Args:
         driven: (T, B, 4 D, h, w), the input's part of the gates; None if there is no input.
         weight, bias: of the convolution of the hidden state.
         peephole: (3, D, h or 1, w or 1) weights of the cell in i, f and o.
-        state: before the first step; None for zeros, if there is input.
+        hidden, cell: state before the first step, (B, D, h, w); None for zeros, if there is input.
     """
-    hiddens, cell = ConvLSTMScan.apply(driven, weight, bias, peephole, *(state or (None, None)), steps)
-    return hiddens, (hiddens[-1], cell)
+    return ConvLSTMScan.apply(driven, weight, bias, peephole, hidden, cell, steps)

@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_convlstm import TfmConvLSTMConfig
-from .convlstm_scan import State, scan
+from .convlstm_scan import scan
 from .input_checks import refuse_unknown
 from .linear import is_plain
 from .losses import Items
@@ -46,6 +46,7 @@ from .video import (
     unfold,
 )
 
+State = tuple[Tensor, Tensor]  # hidden state and cell, (B, D, h, w) each
 SLOPE = 0.2  # of the leaky ReLUs between layers
 
 
@@ -95,12 +96,14 @@ class ConvLSTMLayer(GradientCheckpointingLayer):
             cell = torch.addcmul(write * new.tanh(), keep, cell)
         return torch.addcmul(output, self.peephole[2], cell).sigmoid() * cell.tanh(), cell
 
-    def forward(self, inputs: Tensor | None, state: State | None, steps: int) -> tuple[Tensor, State]:
-        """Compute the hidden states (B, steps, D, h, w) of a sequence, and the last state.
+    def forward(
+        self, inputs: Tensor | None, hidden: Tensor | None, cell: Tensor | None, steps: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the hidden states (B, steps, D, h, w) of a sequence, and the last hidden state and cell.
 
         Args:
             inputs: (B, steps, in_channels, h, w), or None for a layer without input.
-            state: before the first step; None for zeros.
+            hidden, cell: state before the first step; None for zeros.
             steps: number of steps.
         """
         driven = None
@@ -108,10 +111,9 @@ class ConvLSTMLayer(GradientCheckpointingLayer):
             driven = over_frames(self.input_conv, inputs.transpose(0, 1))  # (steps, B, 4 D, h, w)
         if self.is_fused(driven):
             conv = self.hidden_conv
-            outputs, state = scan(driven, conv.weight, conv.bias, self.peephole, state, steps)
-            return outputs.transpose(0, 1), state
-        hidden, cell = (None, None) if state is None else state
-        outputs = []
+            outputs, cell = scan(driven, conv.weight, conv.bias, self.peephole, hidden, cell, steps)
+            return outputs.transpose(0, 1), outputs[-1], cell
+        found = []
         for drive in (None,) * steps if driven is None else driven.unbind():
             if hidden is None:
                 gates = drive
@@ -120,8 +122,8 @@ class ConvLSTMLayer(GradientCheckpointingLayer):
                 gates = gates if drive is None else gates + drive
             # Under autocast the cell remains in float32.
             hidden, cell = self.step(gates.to((inputs if cell is None else cell).dtype), cell)
-            outputs.append(hidden)
-        return torch.stack(outputs, dim=1), (hidden, cell)
+            found.append(hidden)
+        return torch.stack(found, dim=1), hidden, cell
 
     def is_fused(self, driven: Tensor | None) -> bool:
         """Return whether `scan` computes the same: without norms, autocast, traced graphs, and replaced
@@ -214,12 +216,14 @@ class TfmConvLSTMModel(TfmConvLSTMPreTrainedModel):
         refuse_unknown(kwargs, self.config._attn_implementation)
         videos = pixel_values_videos.to(self.layers[0].hidden_conv.weight.dtype)
         states = over_frames(lambda frames: fold(frames, self.config.patch_size), videos)  # (B, T, P P C, h, w)
+        if self.training and self.gradient_checkpointing:
+            states.requires_grad_()  # or reentrant checkpoints of the first layer would give no gradients
         last = []
         for i, layer in enumerate(self.layers):
             if self.stages is not None:
                 states = over_frames(self.stages[i], states)
-            states, state = layer(states, None, states.shape[1])
-            last.append(state)
+            states, *state = layer(states, None, None, states.shape[1])
+            last.append(tuple(state))
         return TfmConvLSTMModelOutput(last_hidden_state=states, states=tuple(last))
 
 
@@ -259,7 +263,7 @@ class ConvLSTMForecaster(nn.Module):
         outputs: list[Tensor] = []
         hidden = None
         for number, (layer, level) in enumerate(zip(self.layers, self.order, strict=True)):
-            hidden, _ = layer(hidden, states[level], steps)
+            hidden, *_ = layer(hidden, *states[level], steps)
             outputs.append(hidden)
             if self.stages is not None:
                 hidden = over_frames(self.stages[number], hidden)

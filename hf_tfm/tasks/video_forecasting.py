@@ -290,10 +290,9 @@ class VideoCollator:
         Raises:
             BadImage: it is too short.
         """
-        needed = (self.context + self.future - 1) * self.step + 1
-        if length < needed:
-            raise BadImage(f"it has {length} frames, fewer than the {needed} that are read")
-        first = int(random.integers(length - needed + 1)) if self.training else 0
+        needed = frames_read(self.context + self.future, self.step)
+        spare = require_frames(length, needed) - needed
+        first = int(random.integers(spare + 1)) if self.training else 0
         return range(first, first + needed, self.step)
 
 
@@ -344,8 +343,11 @@ class VideoForecastingTask(ImageTask):
         return splits
 
     def try_video(self, row: dict[str, Any]) -> None:
-        """Decode the first frame of a video."""
-        videos.read_video(row[IMAGE], lambda length: range(min(length, 1)), self.is_file)
+        """Decode the first frame of a video, which in a run must be long enough."""
+        args = self.args
+        fields = {} if self.evaluating else self.data_fields
+        needed = frames_read(fields["context_length"] + fields["prediction_length"], args.frame_step) if fields else 1
+        videos.read_video(row[IMAGE], lambda length: range(min(1, require_frames(length, needed))), self.is_file)
 
     def fingerprint(self, rows: datasets.Dataset) -> str:
         """See `Task`."""
@@ -527,6 +529,22 @@ class VideoForecastingTask(ImageTask):
         signatures = {name: text for ending, text in SIGNATURES.items() for name in values if name.endswith(ending)}
         listing = {"unreadable": loader.bad}
         return Scores(values, signatures, samples=errors["model"].videos, details=details, listing=listing)
+
+
+def frames_read(count: int, step: int) -> int:
+    """Return the number of frames of which ``count`` are read, every step-th."""
+    return (count - 1) * step + 1
+
+
+def require_frames(length: int, needed: int) -> int:
+    """Return the number of frames of a video.
+
+    Raises:
+        BadImage: it is below ``needed``.
+    """
+    if length < needed:
+        raise BadImage(f"it has {length} of the {needed} frames that are read")
+    return length
 
 
 def generated(args: Any) -> bool:

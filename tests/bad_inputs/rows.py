@@ -80,6 +80,7 @@ TEXT_ONE += " --model.hidden_size 16 --model.num_attention_heads 2"
 LANGUAGE = f"run language_pretrain {SHORT}"
 TRANSLATION = f"run translation_train {SHORT}"
 MAE = f"run mae_pretrain {SHORT}"
+VIDEO = f"run video_forecasting_train {SHORT}"
 DETECTION = f"run detection_train {SHORT}"
 SCENE = "--warmup_steps 0 --batch_size 2 --max_train_samples null --shortest_side 64 --longest_side 64"
 SCENE += ' --validation_split validation --augmentation \'{"scales": [64], "max_size": 64, "crop": 0.0, "flip": 0.0}\''
@@ -232,6 +233,27 @@ OPTIONS: list[tuple[str, str, str]] = [
     (MAE, "--metric_for_best_model accuracy", got("metric_for_best_model", "loss", "accuracy")),
     (MAE, "--model_name_or_path /no/where --model '{}'", got("model_name_or_path", "/no/where")),
     (MAE, "--shuffle_buffer 0", got("shuffle_buffer", "1", "0")),
+    # videos
+    (VIDEO, "--moving_images 0", got("moving_images", "1", "0")),
+    (VIDEO, "--moving_speed 1.5", got("moving_speed", "1", "1.5")),
+    (VIDEO, "--moving_size 17", got("moving_size", "image_size", "16 x 16", "17 x 17")),
+    (VIDEO, "--frame_step 2", got("frame_step", "2")),
+    (VIDEO, "--context_length 0", got("context_length", "1", "0")),
+    (VIDEO, "--prediction_length 100000", got("prediction_length", "10,000", "100000")),
+    (VIDEO, "--num_channels 2", got("num_channels", "1 or 3", "2")),
+    (VIDEO, "--image_size 17", got("image_size", "multiple", "17 x 17")),
+    (VIDEO, "--image_size 16384 --batch_size 1000000", got("image_size", "batch_size")),
+    (VIDEO, "--metric_for_best_model mse", got("metric_for_best_model", "ssim", "mse")),
+    (VIDEO, "--model.kernel_size 2", got("kernel_size", "odd", "2")),
+    (VIDEO, "--model.peephole all", got("peephole", "none, channel, position", "all")),
+    (VIDEO, "--model.prediction_length 3", got("model.prediction_length")),
+    (VIDEO, "--model.strides [1,4]", got("strides", "1 or 2", "4")),
+    (VIDEO, "--architecture vit", got("architecture", "convlstm, video_transformer", "vit")),
+    (
+        VIDEO,
+        "--moving_images null --dataset_name digits",
+        got("no image of validation can be read", "it has 1 of the 10 frames"),
+    ),
     # texts
     (TEXT, "--text_columns [text,text]", got("text_columns", '"text"', "twice")),
     (TEXT, "--text_columns [a,b,c]", got("text_columns", "two", "a, b, c")),

@@ -103,7 +103,7 @@ def test_videos_are_read(folder):
     rows = task.splits["train"]
     first = task.collator("validation")(rows[:4]["image"] and [rows[i] for i in range(4)], [0, 1, 2, 3], 0)
     assert first["videos"] == 3 and first["indices"].tolist() == [0, 1, 2] and "linear_motion" not in first
-    assert first["bad"] == [(3, "it has 4 frames, fewer than the 5 that are read")]
+    assert first["bad"] == [(3, "it has 4 of the 5 frames that are read")]
     assert first["pixel_values_videos"].shape == (3, 3, 1, 16, 16) and first["labels"].shape == (3, 2, 1, 16, 16)
     collate = task.collator("train", training=True)
     starts = {collate([rows[0]], [0], epoch)["labels"][0, 0].float().mean().item() for epoch in range(12)}
