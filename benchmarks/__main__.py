@@ -21,6 +21,7 @@ NAMES = (
     "positions",
     "recurrent",
     "attention_methods",
+    "convlstm_training",
     "report",
 )
 

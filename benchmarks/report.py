@@ -366,6 +366,23 @@ def clustered_attention(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def convlstm_training(results: dict) -> str:
+    """Section of the convolutional LSTM."""
+    names = ("hidden_size", "num_hidden_layers", "kernel_size", "image_size", "batch_size")
+    rows = [
+        (*(one[name] for name in names), *one["milliseconds"].values(), one["speedup"]) for one in results["settings"]
+    ]
+    return f"""## ConvLSTM: milliseconds of a training step
+
+Forward and backward pass, {results["frames"]} frames from {results["frames"]}, patches of 4 x 4 pixels. `cell_by_cell`
+computes one convolution of the concatenated input and hidden state at every step and layer. Both are bound by the
+convolutions, whose number of operations is nearly the same.
+
+{machine(results)}
+
+{table((*(name.replace("_", " ") for name in names), *results["settings"][0]["milliseconds"], "speedup"), rows)}"""
+
+
 def distillation(results: dict) -> str:
     """Distillation steps and cache sizes."""
     found = results["precisions"].items()
@@ -420,6 +437,7 @@ SECTIONS = {
     "clustered_attention": clustered_attention,
     "positions": positions,
     "recurrent": recurrent,
+    "convlstm_training": convlstm_training,
     "language_training": language_training,
     "language_generation": language_generation,
     "distillation": distillation,
