@@ -26,6 +26,7 @@ from ..limits import LARGEST_VOCABULARY
 from ..models.configuration_long_range import TfmLongRangeConfig
 from .base import Batch
 from .distillation import DistillationArguments
+from .model_fields import new_config
 from .text_classification import (
     TextArguments,
     TextClassificationEvaluationArguments,
@@ -65,6 +66,8 @@ class LongSequenceArguments(TextArguments):
         super().__post_init__()
         if not issubclass(self.config_class, TfmLongRangeConfig):
             raise ValueError(f'architecture must be "long_range", got "{self.architecture}"')
+        if not self.model_name_or_path:
+            check_length(self.max_length, new_config(self.config_class, self))
 
 
 @dataclass(kw_only=True)
@@ -102,6 +105,21 @@ class LongRangeEvaluationArguments(TextClassificationEvaluationArguments):
     tasks: ClassVar[None] = None  # type: ignore[misc]
 
     image_column: str | None = None
+
+
+def check_length(max_length: int, config: Any) -> int:
+    """Return the maximum number of tokens of a model, without its class token.
+
+    Raises:
+        ValueError: ``max_length`` is larger.
+    """
+    longest = config.max_position_embeddings - (config.pooling == "cls")
+    if max_length > longest:
+        raise ValueError(
+            f"max_length must be at most {longest}, that of the model without its class token, got {max_length}: see "
+            "model.max_position_embeddings"
+        )
+    return longest
 
 
 class PairCollator(TextCollator):
@@ -207,14 +225,7 @@ class LongRangeArenaTask(TextClassificationTask):
             ValueError: the model has no room for ``max_length`` tokens and its class token.
         """
         model = build_classifier(self.args, self.processor, self.labels)
-        config: Any = model.config
-        longest = config.max_position_embeddings - (config.pooling == "cls")
-        if self.args.max_length > longest:
-            raise ValueError(
-                f"max_length must be at most {longest}, that of the model without its class token, got "
-                f"{self.args.max_length}: see model.max_position_embeddings"
-            )
-        self.processor.model_max_length = longest
+        self.processor.model_max_length = check_length(self.args.max_length, model.config)
         return model
 
     def end_training(self) -> None:

@@ -88,6 +88,7 @@ DETECTION_ONE = f"run detection_train {ONE} {SCENE} --mixed_precision no --model
 SMALL_HEADS = "--model.d_model 16 --model.encoder_layers 1 --model.decoder_layers 1"
 SMALL_HEADS += " --model.encoder_attention_heads 2 --model.decoder_attention_heads 2"
 SMALL_DETECTOR = f"{SMALL_HEADS} --model.backbone test_resnet"
+LONG_RANGE = f"run long_range_arena_train {SHORT}"
 PANOPTIC = f"run panoptic_train {SHORT}"
 DISTIL = {
     name: f"run {name} {SHORT}"
@@ -173,6 +174,15 @@ OPTIONS: list[tuple[str, str, str]] = [
     (VISION, "--seed", r"--seed needs a value"),
     (VISION, "--config", r"--config needs a value"),
     (VISION, "--config quickstrat", r'--config "quickstrat" is neither .* did you mean quickstart\?'),
+    # long sequences
+    (LONG_RANGE, "--vocabulary letters", got("vocabulary", "bytes", '"letters"')),
+    (LONG_RANGE, "--max_length 33", got("max_length", "32", "33")),
+    (LONG_RANGE, "--model.encoder_attention fast", got("encoder_attention", "linear", '"fast"')),
+    (
+        LONG_RANGE,
+        "--model.encoder_attention linformer --model.encoder_attention_kwargs '{rank: 0}'",
+        got("encoder_attention_kwargs", "rank", "1", "0"),
+    ),
     # images
     (VISION, "--image_size 4000000", got("image_size", "16,384", "4000000")),
     (VISION, "--model.id2label '{0: a}'", r"a key of model\.id2label must be a string, got 0"),
