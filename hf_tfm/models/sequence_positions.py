@@ -233,8 +233,7 @@ class RotaryPositions(PositionKind):
 class AlibiPositions(PositionKind):
     """Scores of self-attention less the distance times a slope, one per head (Press et al. 2022, section 3).
 
-    In an encoder, which also attends to later tokens, the distance is |i - j|: it does not tell a sequence from one read
-    backwards.
+    In an encoder, which also attends to later tokens, the distance is |i - j|: a sequence read backwards looks alike.
     """
 
     adds_to_scores = True
