@@ -226,6 +226,35 @@ def shown_hardware(result: dict) -> str:
     )
 
 
+def leaderboard(page: Path) -> str:
+    """Return the table of attention methods on the Long Range Arena: accuracy on test splits, and speed, of all runs.
+
+    Runs with other seeds are in one cell.
+    """
+    found: dict[str, dict[str, list[dict]]] = {}
+    for file in sorted(CARDS.glob("*.json")):
+        result = read(file)
+        command = COMMAND.match(result.get("command") or "")
+        if command is None or command[1] != "long_range_arena_train":
+            continue
+        method = result["arguments"]["model"].get("encoder_attention", "full")
+        found.setdefault(method, {}).setdefault(command[2], []).append(result)
+    columns = sorted({preset for row in found.values() for preset in row})
+
+    def cell(results: list[dict]) -> str:
+        values = [
+            f"{100 * one['value']:.1f}"
+            for result in results
+            for one in result["metrics"]
+            if one["name"] == "accuracy" and one["split"] == "test"
+        ]
+        rates = [result["training"]["items_per_second"] for result in results]
+        return f"{' / '.join(values)} % ({sum(rates) / len(rates):.0f})" if values else ""
+
+    rows = [[f"`{method}`", *(cell(row.get(preset, [])) for preset in columns)] for method, row in found.items()]
+    return table(("method", *(f"`{preset}` (sequences/s)" for preset in columns)), rows)
+
+
 # --- presets
 
 
@@ -494,7 +523,7 @@ PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(configurations, glue, checks, published),
+        *(configurations, glue, checks, published, leaderboard),
     )
 }
 

@@ -40,6 +40,9 @@ from hf_tfm import (
     TfmGPTForCausalLM,
     TfmGPTForSequenceClassification,
     TfmGPTModel,
+    TfmLongRangeConfig,
+    TfmLongRangeForSequenceClassification,
+    TfmLongRangeModel,
     TfmRNNSeq2SeqConfig,
     TfmRNNSeq2SeqForConditionalGeneration,
     TfmRNNSeq2SeqModel,
@@ -48,7 +51,7 @@ from hf_tfm import (
     TfmTransformerModel,
 )
 
-enter(TfmBertConfig, TfmGPTConfig, TfmTransformerConfig, TfmRNNSeq2SeqConfig)
+enter(TfmBertConfig, TfmGPTConfig, TfmTransformerConfig, TfmRNNSeq2SeqConfig, TfmLongRangeConfig)
 
 
 class TextTester(Tester):
@@ -79,6 +82,13 @@ class BertTester(TextTester):
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
         return config, inputs | {"token_type_ids": torch.randint_like(inputs["input_ids"], 2)}
+
+
+class LongRangeTester(TextTester):
+    """Without a class token, which would be one state more."""
+
+    pooling = "mean"
+    own_names = (*BertTester.own_names, "pooling")
 
 
 class GPTTester(TextTester):
@@ -191,6 +201,14 @@ class NativeBert(BertTests, unittest.TestCase):
         BertForMultipleChoice,
         BertForQuestionAnswering,
     )
+
+
+class OursLongRange(ModelTests, unittest.TestCase):
+    """transformers has no encoder of the Long Range Arena to compare with."""
+
+    config_class = TfmLongRangeConfig
+    model_tester_class = LongRangeTester
+    all_model_classes = (TfmLongRangeModel, TfmLongRangeForSequenceClassification)
 
 
 class OursGPT(GPTTests, unittest.TestCase):
