@@ -274,12 +274,14 @@ def show_positions(
         output: PNG file.
         trust_remote_code: run the model's own code; not needed for models of this package.
     """
-    from .hub.loading import load_config
+    from .hub.loading import load_config, require_model
     from .writing import check_png
 
     check_png("output", output)
     if not models:
         raise ValueError("models must be one or more folders or Hub ids, got none")
+    for name in models:
+        require_model("model", name)
     texts = [bool(getattr(load_config(name, trust_remote_code=trust_remote_code), "vocab_size", 0)) for name in models]
     if not texts[0] and len(models) == 1:
         from .viz.images import load_encoder

@@ -282,7 +282,7 @@ def converted(conversion: Conversion, origin: Any, to: str, dtype: torch.dtype |
     to_ours = to == OURS
     if conversion.prepare and not to_ours:
         origin = conversion.prepare(origin)
-    if isinstance(origin.config, TravellingConfig) and not to_ours:
+    if not to_ours and isinstance(origin.config, TravellingConfig):
         require_fixed(conversion.name, origin.config, {"encoder_attention": "full", "decoder_attention": "full"})
     config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
     if conversion.names is None:

@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .images import BadImage, decode, image_rows
 from .progress import show_progress_of
+from .source import generated_splits
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
@@ -112,7 +113,7 @@ def listops(
     options = {"min_length": min_length, "max_length": max_length}
     options |= {"max_depth": max_depth, "max_arguments": max_arguments}
     counts = {"train": train, "validation": validation, "test": test}
-    return generated(listops_rows, LISTOPS, seed, counts, options)
+    return generated_splits(listops_rows, LISTOPS, seed, counts, options)
 
 
 def path_points(generator: np.random.RandomState, dashes: int, step: float) -> np.ndarray | None:
@@ -191,28 +192,7 @@ def pathfinder(
     """
     options = {"size": size, "dashes": dashes, "distractors": distractors}
     counts = {"train": train, "validation": validation, "test": test}
-    return generated(pathfinder_rows, PATHFINDER, seed, counts, options)
-
-
-def generated(
-    rows: Callable[..., Iterator[dict[str, Any]]],
-    features: Features,
-    seed: int,
-    counts: dict[str, int],
-    options: dict[str, int],
-) -> DatasetDict:
-    """Return the splits of a generator, which `datasets` caches on the disk.
-
-    Raises:
-        ValueError: the seed is out of range.
-    """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
-    splits = DatasetDict()
-    for number, (name, count) in enumerate(counts.items()):
-        given = {"seed": seed, "split": number, "count": count, **options}
-        splits[name] = Dataset.from_generator(rows, features=features, gen_kwargs=given, split=name)
-    return splits
+    return generated_splits(pathfinder_rows, PATHFINDER, seed, counts, options)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

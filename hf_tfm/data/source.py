@@ -422,6 +422,33 @@ def load_remote(
     return builder.as_dataset()
 
 
+def generated_splits(
+    rows: Callable[..., Iterator[dict[str, Any]]],
+    features: datasets.Features,
+    seed: int,
+    counts: Mapping[str, int],
+    options: Mapping[str, Any],
+) -> datasets.DatasetDict:
+    """Return the splits of a generated data set, which `datasets` caches on the disk by their generator and its
+    arguments.
+
+    Args:
+        rows: generator of the rows of a split, called with ``seed``, ``split`` (a number), ``count`` and ``options``.
+        features: of the rows.
+        counts: number of rows of each split.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    splits = datasets.DatasetDict()
+    for number, (name, count) in enumerate(counts.items()):
+        given = {"seed": seed, "split": number, "count": count, **options}
+        splits[name] = datasets.Dataset.from_generator(rows, features=features, gen_kwargs=given, split=name)
+    return splits
+
+
 def announce(splits: Mapping[str, Any], dataset: str, data_files: DataFiles | None = None) -> None:
     """Print the number of rows of each split to standard error, in the first process of a run only."""
     if os.environ.get("RANK", "0") != "0":

@@ -428,7 +428,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     (
         "evaluate {models}/det --dataset_name digit-scenes",
         "--encoder_attention fast",
-        got("encoder_attention", "full, clustered", "fast"),
+        got("encoder_attention", "full, ", "clustered", "fast"),
     ),
     (
         "evaluate {models}/det --dataset_name digit-scenes --encoder_attention clustered",

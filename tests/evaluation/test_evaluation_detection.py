@@ -274,9 +274,9 @@ def test_another_attention_of_the_encoder(kind, cases, capsys):
         ({"split": "dev"}, 'split "dev" is not a split of the data set'),
         (
             {"label_column": "label"},
-            "label_column is for image classifiers and text classifiers; .* of the detectors",
+            "label_column is for image classifiers and text classifiers.*; .* of the detectors",
         ),
-        ({"seed": 1}, "seed is for masked autoencoders and language models; .* is one of the detectors"),
+        ({"seed": 1}, "seed is for masked autoencoders and language models.*; .* is one of the detectors"),
         ({"confusion": "a.png"}, "confusion is for image classifiers"),
     ],
 )

@@ -324,13 +324,14 @@ def test_help_groups_options_by_model_kind(capsys):
             groups.setdefault(group, []).append(line.split()[0].removeprefix("--"))
     assert {"dataset_name", "max_samples", "mixed_precision", "output"} < set(groups["all models"])
     assert {"num_beams", "source_column"} < set(groups["translation models"])
-    assert {"dataloader_num_workers", "image_column"} < set(
-        groups["image classifiers, detectors and masked autoencoders"]
-    )
+    images = "image classifiers, detectors, masked autoencoders"
+    assert "dataloader_num_workers" in groups[f"{images} and video forecasters"]
+    assert "image_column" in groups[f"{images}, classifiers of long sequences and video forecasters"]
     assert groups["image classifiers"] == ["real_labels"]
-    assert set(groups["image classifiers and text classifiers"]) == {"confusion", "label_column"}
+    labelled = groups["image classifiers, text classifiers and classifiers of long sequences"]
+    assert set(labelled) == {"confusion", "label_column"}
     boxes = {"objects_column", "box_format", "relative_boxes"}
     attention = {"encoder_attention", "encoder_attention_kwargs"}
     assert set(groups["detectors"]) == {*boxes, *attention, "segments", "panoptic_column", "segments_column"}
-    assert groups["masked autoencoders and language models"] == ["seed"]
+    assert groups["masked autoencoders, language models and video forecasters"] == ["seed"]
     assert {"mlm_probability", "text_column"} < set(groups["language models"])
