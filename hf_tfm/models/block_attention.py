@@ -245,13 +245,10 @@ class BigBirdAttention(AttentionMethod):
         places = torch.arange(length, device=key.device)
         last = (tokens * places).amax(dim=1) // size  # (B,), the last block of each row
         chosen, there = self.blocks(last, -(-length // size))  # (B, n, K)
-        rows = torch.arange(batch, device=key.device)[:, None, None]
-        key_blocks, value_blocks = (
-            split(states, size).transpose(1, 2)[rows, chosen].transpose(2, 3).flatten(3, 4).transpose(1, 2)
-            for states in (key, value)
-        )  # (B, H, n, K c, Dh)
-        allowed = split(tokens[:, None, :, None], size)[:, 0, :, :, 0][rows, chosen] & there[..., None]
-        allowed = allowed.flatten(2)[:, None, :, None]  # (B, 1, n, 1, K c)
+        allowed = pick(tokens[:, None, :, None], chosen, size)[..., 0]  # (B, 1, n, K c)
+        allowed = allowed & there.repeat_interleave(size, dim=2)[:, None]
+        key_blocks, value_blocks = (pick(states, chosen, size) for states in (key, value))  # (B, H, n, K c, Dh)
+        allowed = allowed[..., None, :]  # (B, 1, n, 1, K c)
         mixed = softmax_attention(split(query, size), key_blocks, value_blocks, allowed, scaling, dropout)
         mixed = mixed.flatten(2, 3)[:, :, :length]
         ends = (last[:, None] * size + torch.arange(size, device=key.device)).clamp(max=length - 1)
@@ -288,7 +285,18 @@ class BigBirdAttention(AttentionMethod):
         counts = new.all(dim=-1) & (chosen >= 0) & (chosen <= last)
         drawn = counts[..., 5:].cumsum(dim=-1) <= self.num_random_blocks
         counts[..., 5:] &= drawn
-        return chosen.clamp(min=0, max=count - 1), counts
+        # At most 5 + num_random_blocks of them count.
+        first = counts.byte().argsort(dim=-1, descending=True, stable=True)[..., : self.num_random_blocks + 5]
+        return chosen.gather(2, first).clamp(min=0, max=count - 1), counts.gather(2, first)
+
+
+def pick(states: Tensor, chosen: Tensor, size: int) -> Tensor:
+    """Return the chosen blocks of states side by side: (B, H, T, D), numbers (B, n, K) -> (B, H, n, K size, D)."""
+    blocks = split(states, size).transpose(1, 2)  # (B, n, H, size, D)
+    batch, count = blocks.shape[:2]
+    numbers = chosen + count * torch.arange(batch, device=chosen.device)[:, None, None]
+    found = blocks.reshape(batch * count, *blocks.shape[2:]).index_select(0, numbers.flatten())
+    return found.unflatten(0, chosen.shape).permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
 
 @torch.compiler.assume_constant_result

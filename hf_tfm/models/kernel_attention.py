@@ -78,7 +78,7 @@ class PerformerAttention(AttentionMethod):
             for states in (query, key):
                 states = states.float() * scaling**0.5
                 norms = states.square().sum(dim=-1, keepdim=True) / 2
-                features.append(states @ directions.T - norms)  # (B, H, T, M), logarithms
+                features.append((states @ directions.T).sub_(norms))  # (B, H, T, M), logarithms
             query, key = features
             # Any factor per query, and any per head of the keys, cancels. A causal layer must not see later keys: the
             # largest value that any key can have takes the place of the largest one that occurs.
@@ -87,8 +87,8 @@ class PerformerAttention(AttentionMethod):
             else:
                 there = key if tokens is None else key.masked_fill(~tokens[:, None, :, None], -torch.inf)
                 highest = there.detach().amax(dim=(-2, -1), keepdim=True)
-            query = (query - query.detach().amax(dim=-1, keepdim=True)).exp()
-            return kernel_attention(query, (key - highest).exp(), value, tokens, layer.is_causal)
+            query = query.sub_(query.detach().amax(dim=-1, keepdim=True)).exp_()
+            return kernel_attention(query, key.sub_(highest).exp_(), value, tokens, layer.is_causal)
 
 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor | None, causal: bool) -> Tensor:
