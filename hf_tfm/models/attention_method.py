@@ -11,7 +11,7 @@ Shapes: B sequences; H heads; T tokens; Dh width of a head.
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,28 @@ class AttentionWeights(nn.Module):
             initializer(self.get_parameter(name))
 
 
+class AttentionInputs(NamedTuple):
+    """What a method computes attention from.
+
+    Args:
+        query: (B, H, Tq, Dh); of a causal layer with a cache, the last Tq tokens.
+        key: (B, H, T, Dh).
+        value: (B, H, T, Dv); Dv is Dh, or T for an attention map.
+        tokens: (B, T) bool, False at padding; None if there is none.
+        scaling: factor of the scores.
+        dropout: rate of the probabilities.
+        layer: with ``is_causal``, and ``attention_weights`` as returned by `AttentionMethod.weights`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tokens: Tensor | None
+    scaling: float
+    dropout: float
+    layer: nn.Module
+
+
 @dataclass(frozen=True)
 class AttentionMethod:
     """Base class of attention methods; a transformers attention function with ``output_attentions``.
@@ -83,28 +105,11 @@ class AttentionMethod:
         """
         return None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """Compute self-attention.
 
-        Args:
-            query: (B, H, Tq, Dh); of a causal layer with a cache, the last Tq tokens.
-            key, value: (B, H, T, Dh); the last size of the values may differ.
-            tokens: (B, T) bool, False at padding; None if there is none.
-            scaling: factor of the scores.
-            dropout: rate of the probabilities.
-            layer: with ``is_causal``, and ``attention_weights`` as returned by `weights`.
-
         Returns:
-            (B, H, Tq, Dh); no row depends on padding or on other rows of the batch.
+            (B, H, Tq, Dv); no row depends on padding or on other rows of the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attend")
 
@@ -142,11 +147,13 @@ class AttentionMethod:
                 used = int(tokens.any(dim=0).nonzero().max()) + 1
                 key, value, tokens = key[:, :, :used], value[:, :, :used], tokens[:, :used]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mixed = self.attend(query, key, value, tokens, scaling, dropout, module)
+        given = AttentionInputs(query, key, value, tokens, scaling, dropout, module)
+        mixed = self.attend(given)
         maps = None
         if output_attentions:  # the output is linear in the values
             unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device)
-            maps = self.attend(query, key, unit.expand(*value.shape[:2], -1, -1), tokens, scaling, 0.0, module)
+            unit = unit.expand(*value.shape[:2], -1, -1)
+            maps = self.attend(given._replace(value=unit, dropout=0.0))
             maps = nn.functional.pad(maps, (0, slots - key.shape[2]))
         return mixed.transpose(1, 2), maps
 

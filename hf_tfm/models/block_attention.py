@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import initialization as init
 
-from .attention_method import AttentionMethod, AttentionWeights, masked_scores, option
+from .attention_method import AttentionInputs, AttentionMethod, AttentionWeights, masked_scores, option
 
 
 def all_tokens(key: Tensor, tokens: Tensor | None) -> Tensor:
@@ -99,17 +99,10 @@ class LocalAttention(AttentionMethod):
     block_size: int = option(64, 1)
     neighbours: int = option(1, 0)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout, layer = given.tokens, given.scaling, given.dropout, given.layer
         size, beside = self.block_size, self.neighbours * self.block_size
         cached = key.shape[2] - query.shape[2]
         skipped = cached // size * size  # whole blocks without a query
@@ -138,17 +131,10 @@ class StridedAttention(AttentionMethod):
 
     stride: int = option(16, 1)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout = given.tokens, given.scaling, given.dropout
         length = key.shape[2]
         tokens = split(all_tokens(key, tokens)[:, None, :, None], self.stride)[:, 0, :, :, 0]  # (B, n, stride)
         mask = tokens.transpose(1, 2).flatten(0, 1)[:, None, None]  # (B stride, 1, 1, n)
@@ -188,17 +174,10 @@ class LongformerAttention(AttentionMethod):
         weight = unit.shape, lambda table: init.copy_(table, unit)
         return AttentionWeights(queries=weight, keys=weight)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout, layer = given.tokens, given.scaling, given.dropout, given.layer
         size, shared = self.window // 2, min(self.num_global_tokens, key.shape[2])
         tokens = all_tokens(key, tokens)
         distance = torch.arange(3 * size, device=key.device) - size - torch.arange(size, device=key.device)[:, None]
@@ -229,17 +208,10 @@ class BigBirdAttention(AttentionMethod):
     num_random_blocks: int = option(3, 0)
     seed: int = option(0, 0, 2**32 - 1)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout = given.tokens, given.scaling, given.dropout
         size, (batch, heads, length, _) = self.block_size, query.shape
         tokens = all_tokens(key, tokens)
         places = torch.arange(length, device=key.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils.generic import maybe_autocast
 
-from .attention_method import AttentionMethod, option
+from .attention_method import AttentionInputs, AttentionMethod, option
 
 PADDING = -(2**63)  # hash of padded tokens, which form a cluster of their own
 
@@ -43,17 +43,10 @@ class ClusteredAttention(AttentionMethod):
     width: float = option(8.0)
     seed: int = option(0, 0, 2**32 - 1)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout = given.tokens, given.scaling, given.dropout
         mask = None if tokens is None else tokens[:, None, None]  # (B, 1, 1, T)
         clusters, count = self.clusters(query, scaling, mask)
         prototypes = cluster_means(query, clusters, count)  # (B, H, C, Dh)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from .attention_method import AttentionMethod, option, without_padding
+from .attention_method import AttentionInputs, AttentionMethod, option, without_padding
 
 TINY = 1e-30  # smallest divisor: a smaller sum is that of a row without tokens
 CHUNK = 128  # tokens whose products are formed at once in causal attention
@@ -28,17 +28,10 @@ class LinearAttention(AttentionMethod):
 
     causal: ClassVar[bool] = True
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`; the features are neither scaled nor dropped, as in the paper."""
+        query, key, value = given.query, given.key, given.value
+        tokens, layer = given.tokens, given.layer
         with maybe_autocast(query.device.type, enabled=False):
             features = [nn.functional.elu(states.float()) + 1.0 for states in (query, key)]
             return kernel_attention(*features, value, tokens, layer.is_causal)
@@ -61,17 +54,10 @@ class PerformerAttention(AttentionMethod):
     num_features: int = option(256, 1, 2**16)
     seed: int = option(0, 0, 2**32 - 1)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`; nothing is dropped, as in the paper."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, layer = given.tokens, given.scaling, given.layer
         directions = random_directions(self.num_features, query.shape[-1], self.seed, query.device)
         with maybe_autocast(query.device.type, enabled=False):
             features = []

@@ -13,7 +13,14 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .attention_method import AttentionMethod, AttentionWeights, masked_scores, option, without_padding
+from .attention_method import (
+    AttentionInputs,
+    AttentionMethod,
+    AttentionWeights,
+    masked_scores,
+    option,
+    without_padding,
+)
 
 
 def require_length(method: str, option: int | None, length: int | None) -> int:
@@ -66,17 +73,10 @@ class LinformerAttention(AttentionMethod):
         weight = (self.rank, length), partial(init.normal_, std=length**-0.5)
         return AttentionWeights(keys=weight) if self.share else AttentionWeights(keys=weight, values=weight)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout, layer = given.tokens, given.scaling, given.dropout, given.layer
         weights = layer.attention_weights
         rows = first_positions(weights.keys, key.shape[2], 1)
         others = rows if self.share else first_positions(weights.values, key.shape[2], 1)
@@ -116,17 +116,10 @@ class SynthesizerAttention(AttentionMethod):
             else AttentionWeights(columns=table)
         )
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, dropout, layer = given.tokens, given.dropout, given.layer
         weights, length = layer.attention_weights, key.shape[2]
         mask = None if tokens is None else tokens[:, None, None]
         if self.kind == "random":
@@ -176,17 +169,10 @@ class NystromAttention(AttentionMethod):
             kernels=((num_heads, 1, self.kernel_size, 1), partial(init.normal_, std=(3 * self.kernel_size) ** -0.5))
         )
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`; nothing is dropped, as in the paper."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, layer = given.tokens, given.scaling, given.layer
         if tokens is None:
             tokens = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         with maybe_autocast(query.device.type, enabled=False):

@@ -10,11 +10,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import normalize, pad
 
-from .attention_method import AttentionMethod, option
+from .attention_method import AttentionInputs, AttentionMethod, option
 
 ITSELF = -5e4  # score of a token with itself: it attends to itself only if there is no other token
 
@@ -44,17 +44,10 @@ class ReformerAttention(AttentionMethod):
         if self.num_buckets % 2 and self.num_buckets > 1:
             raise ValueError(f"num_buckets must be even or 1, got {self.num_buckets}")
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tokens: Tensor | None,
-        scaling: float,
-        dropout: float,
-        layer: nn.Module,
-    ) -> Tensor:
+    def attend(self, given: AttentionInputs) -> Tensor:
         """See `AttentionMethod.attend`."""
+        query, key, value = given.query, given.key, given.value
+        tokens, scaling, dropout = given.tokens, given.scaling, given.dropout
         shared, size, length = (query + key) / 2, min(self.chunk_size, key.shape[2]), key.shape[2]
         order = self.hashes(shared, tokens).argsort(dim=-1, stable=True)  # (B, H, R, T)
         order = pad(order, (0, -length % size), value=length)  # of a last chunk that is not full

@@ -36,10 +36,11 @@ class MeanAttention(AttentionMethod):
 
     power: int = option(1, 1)
 
-    def attend(self, query, key, value, tokens, scaling, dropout, layer):
-        seen = torch.ones(len(value), value.shape[2]) if tokens is None else tokens.float()
+    def attend(self, given):
+        value = given.value
+        seen = torch.ones(len(value), value.shape[2]) if given.tokens is None else given.tokens.float()
         mean = (seen[:, None, None] @ value) / seen.sum(dim=1)[:, None, None, None]
-        return (mean**self.power).expand_as(query)
+        return (mean**self.power).expand(-1, -1, given.query.shape[2], -1)
 
 
 def stock_detr() -> DetrForObjectDetection:
