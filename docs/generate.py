@@ -251,6 +251,8 @@ def leaderboard(page: Path) -> str:
         rates = [result["training"]["items_per_second"] for result in results]
         return f"{' / '.join(values)} % ({sum(rates) / len(rates):.0f})" if values else ""
 
+    if not found:
+        return "No run is recorded yet."
     rows = [[f"`{method}`", *(cell(row.get(preset, [])) for preset in columns)] for method, row in found.items()]
     return table(("method", *(f"`{preset}` (sequences/s)" for preset in columns)), rows)
 
