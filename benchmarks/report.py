@@ -420,6 +420,24 @@ def positions(results: dict) -> str:
     )
 
 
+def attention_methods(results: dict) -> str:
+    """Time and memory of each attention method."""
+    rows = []
+    for tokens, row in results["results"].items():
+        for name, milliseconds in row["forward, ms"].items():
+            ratios = [row[f"{use}, speedup"].get(name, "") for use in ("forward", "forward and backward")]
+            rows.append((tokens.split()[0], name, milliseconds, ratios[0], ratios[1], row["memory, MB"][name]))
+    return "\n\n".join(
+        [
+            "## Attention methods beside SDPA",
+            f"Attention alone, one sequence, {results['num_heads']} heads of {results['head_dim']}, float32, every "
+            "method with its default options. Memory is that of a forward and backward pass.",
+            machine(results),
+            table(("tokens", "method", "forward, ms", "speedup", "speedup with backward", "memory, MB"), rows),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -437,6 +455,7 @@ SECTIONS = {
     "clustered_attention": clustered_attention,
     "positions": positions,
     "recurrent": recurrent,
+    "attention_methods": attention_methods,
     "convlstm_training": convlstm_training,
     "language_training": language_training,
     "language_generation": language_generation,
