@@ -278,18 +278,7 @@ def load_image_processor(
     Raises:
         LoadingError: there is none, or it cannot be read.
     """
-    with explained(argument, model, trust_remote_code is not None):
-        check_revision(model, revision)
-        check_json_files(model, PROCESSOR, "processor_config.json")
-        check_image_fields(model)
-        try:
-            return AutoImageProcessor.from_pretrained(
-                model, revision=revision, trust_remote_code=bool(trust_remote_code)
-            )
-        except OSError as error:
-            raise LoadingError(
-                f'{argument} "{model}" has no image processor (preprocessor_config.json): save it there too'
-            ) from error
+    return load_processor(AutoImageProcessor, "image", PROCESSOR, model, argument, revision, trust_remote_code)
 
 
 def load_video_processor(
@@ -300,17 +289,37 @@ def load_video_processor(
     Raises:
         LoadingError: there is none, or it cannot be read.
     """
+    return load_processor(AutoVideoProcessor, "video", VIDEO_PROCESSOR, model, argument, revision, trust_remote_code)
+
+
+def load_processor(
+    auto_class: Any,
+    kind: str,
+    file: str,
+    model: str,
+    argument: str,
+    revision: str | None,
+    trust_remote_code: bool | None,
+) -> Any:
+    """Load the processor of a folder or Hub id; other arguments as in `load_config`.
+
+    Args:
+        auto_class: its Auto class.
+        kind: "image" or "video".
+        file: its usual file.
+
+    Raises:
+        LoadingError: there is none, or it cannot be read.
+    """
     with explained(argument, model, trust_remote_code is not None):
         check_revision(model, revision)
-        check_json_files(model, VIDEO_PROCESSOR, "processor_config.json")
+        check_json_files(model, file, "processor_config.json")
+        if kind == "image":
+            check_image_fields(model)
         try:
-            return AutoVideoProcessor.from_pretrained(
-                model, revision=revision, trust_remote_code=bool(trust_remote_code)
-            )
+            return auto_class.from_pretrained(model, revision=revision, trust_remote_code=bool(trust_remote_code))
         except OSError as error:
-            raise LoadingError(
-                f'{argument} "{model}" has no video processor ({VIDEO_PROCESSOR}): save it there too'
-            ) from error
+            raise LoadingError(f'{argument} "{model}" has no {kind} processor ({file}): save it there too') from error
 
 
 def load_model(

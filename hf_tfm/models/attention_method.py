@@ -50,7 +50,7 @@ class AttentionWeights(nn.Module):
 
 
 class AttentionInputs(NamedTuple):
-    """What a method computes attention from.
+    """Inputs of an attention method.
 
     Args:
         query: (B, H, Tq, Dh); of a causal layer with a cache, the last Tq tokens.

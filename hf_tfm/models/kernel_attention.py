@@ -41,8 +41,8 @@ class LinearAttention(AttentionMethod):
 class PerformerAttention(AttentionMethod):
     """FAVOR+ (Choromanski et al. 2021, arXiv:2009.14794, section 2): positive orthogonal random features.
 
-    An unbiased estimate of softmax attention; its variance falls with the number of features. The features are drawn
-    once, the same in all layers and heads.
+    Numerator and denominator of softmax attention are estimated without bias; the error falls with the number of
+    features. The features are drawn once, the same in all layers and heads.
 
     Args:
         num_features: number of random features, M.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import normalize, pad
+from transformers.utils.generic import maybe_autocast
 
 from .attention_method import AttentionInputs, AttentionMethod, option
 
@@ -84,7 +85,8 @@ class ReformerAttention(AttentionMethod):
         """Return the hash of each token in each round (section 2.2): (B, H, T, Dh) -> (B, H, R, T), the highest for
         padding."""
         half = rotations(self.num_hashes, shared.shape[-1], max(self.num_buckets // 2, 1), self.seed, shared.device)
-        turned = torch.einsum("bhtd,rdk->bhrtk", shared.detach().float(), half)
+        with maybe_autocast(shared.device.type, enabled=False):  # bf16 would change the hashes
+            turned = torch.einsum("bhtd,rdk->bhrtk", shared.detach().float(), half)
         turned = torch.cat([turned, -turned], dim=-1) if self.num_buckets > 1 else turned
         found = turned.argmax(dim=-1)
         return found if tokens is None else found.masked_fill(~tokens[:, None, None], self.num_buckets)

@@ -170,7 +170,7 @@ def tokens_first(real: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Source(NamedTuple):
-    """What the decoder reads of the sources.
+    """Inputs of the decoder that depend on the sources alone.
 
     Args:
         memory: (B, S, 2E).

@@ -85,7 +85,7 @@ class Biases(NamedTuple):
 
 
 class BlockPlacement(NamedTuple):
-    """What a block applies to the projections of its attentions; None for nothing."""
+    """Changes of the projections in a block's self-attention and cross-attention; None leaves them unchanged."""
 
     own: Rotation | Biases | None = None
     memory: Rotation | Biases | None = None

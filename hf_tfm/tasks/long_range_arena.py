@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..data.batching import pad
-from ..data.labelled_texts import PAIR, TEXT
+from ..data.labelled_texts import PAIR, TEXT, text_lengths
 from ..data.long_range import GENERATED, byte_tokenizer, pixel_rows, word_tokenizer
 from ..data.progress import show_progress_of
 from ..data.source import announce
+from ..hub.loading import load_tokenizer
 from ..limits import LARGEST_VOCABULARY
 from ..models.configuration_long_range import TfmLongRangeConfig
 from .base import Batch
@@ -75,8 +76,8 @@ class LongRangeArenaArguments(LongSequenceArguments):
     """Arguments of training on the Long Range Arena.
 
     Args:
-        vocabulary: tokens of texts: bytes, or words between spaces (ListOps). Images have one token for each of 256
-            grey values.
+        vocabulary: tokens of texts of a new model: bytes, or words between spaces (ListOps). Images have one token
+            for each of 256 grey values.
         vocab_size: maximum number of words; the most frequent ones of the training data.
     """
 
@@ -144,12 +145,21 @@ class LongRangeArenaTask(TextClassificationTask):
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
         """See `Task`."""
-        return isinstance(config, TfmLongRangeConfig) and super().accepts(config)
+        return config.model_type == TfmLongRangeConfig.model_type and super().accepts(config)
 
     @classmethod
     def evaluates_several(cls, options: dict[str, Any]) -> bool:
         """See `Task`."""
         return False
+
+    def load_pretrained(self) -> None:
+        """See `TextClassificationTask`.
+
+        Raises:
+            ValueError: the model takes fewer than ``max_length`` tokens.
+        """
+        super().load_pretrained()
+        check_length(self.args.max_length, self.model.config)
 
     def load_source(self) -> datasets.DatasetDict:
         """See `TextClassificationTask`; also the generated data sets.
@@ -192,10 +202,10 @@ class LongRangeArenaTask(TextClassificationTask):
             expected = "pairs" if config.matching else "no pairs"
             raise ValueError(f'split "{split}" has {found}, but the model classifies {expected}: see model.matching')
         if TEXT not in rows.column_names:
-            most = max((len(ids) for ids in rows["input_ids"]), default=0)
-            if most > longest:
+            rows = rows.flatten_indices()
+            if (most := int(text_lengths(rows).max())) > longest:
                 raise ValueError(f"max_length must be at least {most}, the pixels of the largest image, got {longest}")
-            return rows.flatten_indices()
+            return rows
         if not config.matching:
             return super().tokens(split)
         tokenizer = self.processor
@@ -209,13 +219,19 @@ class LongRangeArenaTask(TextClassificationTask):
         return rows.map(tokenize, batched=True, remove_columns=[TEXT, PAIR])
 
     def build_processor(self) -> Tokenizer:
-        """The tokenizer of bytes, or of the words of the training data, or that of ``args.model_name_or_path``."""
+        """The tokenizer of bytes, or of the words of the training data, or that of ``args.model_name_or_path``.
+
+        Raises:
+            ValueError: images have no words.
+        """
         args = self.args
         if args.model_name_or_path:
-            return self.processor_class.from_pretrained(args.model_name_or_path)
-        rows = self.splits[args.train_split]
-        if args.vocabulary == "bytes" or TEXT not in rows.column_names:
+            return load_tokenizer(args.model_name_or_path, "model_name_or_path", None, args.trust_remote_code)
+        if args.vocabulary == "bytes":
             return byte_tokenizer()
+        rows = self.splits[args.train_split]
+        if TEXT not in rows.column_names:
+            raise ValueError('vocabulary must be "bytes" for images, whose pixels are the tokens, got "words"')
         return word_tokenizer(all_texts(rows), args.vocab_size)
 
     def build_model(self) -> PreTrainedModel:

@@ -183,8 +183,8 @@ class TranslationEvaluationArguments(LengthArguments, PairArguments, EvaluationA
     """Scoring a translation model.
 
     Args:
-        min_words: score pairs whose longer side has at least so many words.
-        max_words: score pairs whose longer side has at most so many words.
+        min_words: score only pairs whose longer side has at least this many words.
+        max_words: score only pairs whose longer side has at most this many words.
         metrics: bleu, bleu_lowercase, chrf, chrf_lowercase, exact_match.
         num_beams: number of beams; default, as saved with the model.
         length_penalty: exponent of the length by which beam scores are divided; default, as saved with the model.

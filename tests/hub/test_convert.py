@@ -124,13 +124,13 @@ def test_every_field_of_both_configurations_is_covered(to):
     """A field added to either class must be added to the tables or be refused."""
     _, side, _, config_class = STOCK[to]
     # The last two are set by the class and by the weights: see to_theirs and to_ours.
-    settled = {*side.fields, *tables.OURS_FIXED, *tables.OURS_CARRIED, "norm_first", "output_bias"}
+    handled = {*side.fields, *tables.OURS_FIXED, *tables.OURS_CARRIED, "norm_first", "output_bias"}
     own = {name for name in own_fields(TfmTransformerConfig) if not name.startswith("floater_")}  # of other positions
     # Every conversion refuses other attention methods.
-    assert own - settled == {"encoder_attention", "encoder_attention_kwargs"}
-    settled = {name for pair in side.fields.values() for name in pair}
-    settled |= {*side.fixed, *tables.THEIRS_CARRIED, "forced_eos_token_id"}  # the last: see to_theirs
-    assert own_fields(config_class) - settled == set()
+    assert own - handled == {"encoder_attention", "encoder_attention_kwargs"}
+    handled = {name for pair in side.fields.values() for name in pair}
+    handled |= {*side.fixed, *tables.THEIRS_CARRIED, "forced_eos_token_id"}  # the last: see to_theirs
+    assert own_fields(config_class) - handled == set()
 
 
 @pytest.mark.parametrize(

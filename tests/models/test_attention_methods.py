@@ -109,6 +109,21 @@ def test_gradients_reach_everything_that_is_used(name):
             assert gradient.isfinite().all() and gradient.abs().max() > 0, key
 
 
+@torch.no_grad()
+@METHOD
+def test_bf16_changes_little(name):
+    """Under autocast too, where projections are bf16; hashes are those of the same vectors in float32."""
+    method, rounded, mask = make_method(name, OPTIONS[name]), [part.bfloat16() for part in heads()], padding(45, 21, 3)
+    layer = layer_of(method)
+    expected = attend(method, *(part.float() for part in rounded), mask=mask, layer=layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(method, *rounded, mask=mask, layer=layer)
+    assert found.dtype == torch.bfloat16
+    there = mask.transpose(2, 3)
+    difference = (found.float() - expected).where(there, 0).square().mean().sqrt()
+    assert difference < 0.03 * expected.where(there, 0).square().mean().sqrt(), name
+
+
 # --- limits in which a method is exact
 
 

@@ -74,6 +74,19 @@ def test_attention_of_a_model_is_changed_and_restored(build):
 
 
 @torch.no_grad()
+def test_every_method_runs_in_a_stock_model():
+    """Each changes the predictions, and exact attention restores them."""
+    model, inputs = stock_detr(), {"pixel_values": tiny_photos(), "pixel_mask": tiny_padding(SIZES)}
+    exact = model(**inputs).logits
+    for name, method in encoder_attention.METHODS.items():
+        options = {"length": 96} if "length" in method.__dataclass_fields__ else {}
+        options |= {"block_size": 8} if name in ("local", "bigbird") else {}
+        changed = set_encoder_attention(model, name, **options)(**inputs).logits
+        assert changed.isfinite().all() and largest_difference(changed, exact) > 1e-4, name
+    assert torch.equal(set_encoder_attention(model, "full")(**inputs).logits, exact)
+
+
+@torch.no_grad()
 @BUILDS
 def test_padding_changes_nothing(build):
     encoder = set_encoder_attention(build(), "clustered", **COARSE).model.encoder

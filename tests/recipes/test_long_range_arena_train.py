@@ -81,6 +81,7 @@ def test_two_steps_and_evaluation(sets, tmp_path, name):
         ("pairs", {"text_columns": "[one, two]"}, "has pairs of texts, but the model classifies no pairs"),
         ("pixels", {"max_length": 19}, "max_length must be at least 20, the pixels of the largest image, got 19"),
         ("bytes", {"max_length": 1025}, "max_length must be at most 1024, that of the model without its class token"),
+        ("pixels", {"vocabulary": "words"}, 'vocabulary must be "bytes" for images'),
         ("pixels", {"text_columns": "[label]", "image_column": "image"}, "give text_columns or image_column"),
     ],
 )
