@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -101,6 +102,10 @@ class FaultyLoader:
                     subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
                 else:
                     os.kill(os.getpid(), getattr(signal, event))
+                if event == "SIGTERM":  # the kernel may give it to another thread, which is later than this step
+                    request = signal.getsignal(signal.SIGTERM).__self__
+                    while not request.set:
+                        time.sleep(0.001)
             yield step
 
 
