@@ -29,7 +29,7 @@ from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from ..command import raised_by_us
 from .annotation_readers import annotation_reader
 from .csv_files import CsvFiles
-from .embedded import DIGIT_SCENES, EMBEDDED
+from .embedded import DIGIT_SCENES, EMBEDDED, SPELLED_NUMBERS
 from .file_kinds import ARRAY, KINDS, READ, first_line, kind_of, problem, usual_name
 from .json_files import JsonFiles, with_text
 from .local_files import cache_entry, package_key, state_key
@@ -478,6 +478,10 @@ def generated(dataset: str, scenes: int | None) -> datasets.DatasetDict:
         from .digit_scenes import digit_scenes
 
         return digit_scenes(train=scenes)
+    if dataset in SPELLED_NUMBERS:
+        from . import spelled_numbers
+
+        return getattr(spelled_numbers, dataset.replace("-", "_"))()
     from .number_words import number_words
 
     return number_words()
