@@ -22,8 +22,8 @@ INDEX = "model.safetensors.index.json"
 
 CHECKPOINTS = "checkpoints"
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
-STATE_FILE = "state.json"
-CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE)
+TASK_FILE, STATE_FILE = "task.safetensors", "state.json"
+CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, TASK_FILE, STATE_FILE)
 CHECKPOINT_STATES = ("", ".part-", ".old-", "damaged-")  # prefixes of checkpoint folders: complete, and others
 
 TOKENIZER_FILES = (

@@ -199,6 +199,9 @@ class DecoderRows:
         self.cache.reorder_cache(rows)
 
 
+Choose = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # see `decode`
+
+
 def greedy(
     rows: Rows,
     ids: Tensor,
@@ -207,20 +210,41 @@ def greedy(
     pad_token_id: int,
     max_length: int,
 ) -> Tensor:
-    """Extend each row of ``ids`` by the most likely token until one of ``eos_token_id`` or ``max_length``.
+    """Extend each row of ``ids`` by the most likely token; other arguments as in `decode`.
+
+    Args:
+        processors: modify the scores of the next token, row by row.
+
+    Returns:
+        (B, T') ids, equal to transformers' greedy search.
+    """
+
+    def choose(scores: Tensor, output: Tensor, active: Tensor, step: int) -> Tensor:
+        if processors:
+            scores = processors(output[active, :step], scores.float())
+        return scores.argmax(dim=-1)
+
+    return decode(rows, ids, choose, eos_token_id, pad_token_id, max_length)
+
+
+def decode(
+    rows: Rows, ids: Tensor, choose: Choose, eos_token_id: Tensor | None, pad_token_id: int, max_length: int
+) -> Tensor:
+    """Extend each row of ``ids``, token by token, until one of ``eos_token_id`` or ``max_length``.
 
     Rows are independent, so dropping finished ones does not change the tokens of the others.
 
     Args:
         rows: computes the scores.
         ids: (B, T) start token, or a longer prefix.
-        processors: modify the scores of the next token, row by row.
+        choose: (scores (R, V), tokens so far (B, max_length), the R rows of these that are unfinished, their length)
+            -> next tokens (R,).
         eos_token_id: (n,) tokens that end a sentence, or None.
         pad_token_id: fills a row after its end.
         max_length: maximum length of the result.
 
     Returns:
-        (B, T') ids, equal to transformers' greedy search.
+        (B, T') ids.
     """
     B, start = ids.shape
     ends = ids.new_empty(0) if eos_token_id is None else eos_token_id
@@ -229,10 +253,7 @@ def greedy(
     active = torch.arange(B, device=ids.device)  # (R,) row indices in the output
     running = torch.ones(B, dtype=torch.bool, device=ids.device)  # (R,)
     for step in range(start, max_length):
-        scores = rows.scores(ids)  # (R, V)
-        if processors:
-            scores = processors(output[active, :step], scores.float())
-        token = scores.argmax(dim=-1).masked_fill(~running, pad_token_id)  # (R,)
+        token = choose(rows.scores(ids), output, active, step).masked_fill(~running, pad_token_id)  # (R,)
         output[active, step] = token
         ids = token[:, None]
         if eos_token_id is None:

@@ -100,6 +100,8 @@ class Task(ABC):
     # on validation data is that of all terms, because no term may reach the head of its own loss.
     cache_options: ClassVar[tuple[str, ...]] = ()
     head_is_optional: ClassVar[bool] = False
+    # Terms of `losses` that are logged but not trained on, such as a reward: their sums have no gradient.
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, args: Any, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
@@ -250,6 +252,25 @@ class Task(ABC):
             logits: its rows at `target_positions`; None if the model gives no logits.
         """
         raise NotImplementedError(f"{type(self).__name__} has no output_losses, so it cannot be distilled")
+
+    # --- state of training that batches depend on, beyond weights and the position in the data
+
+    @property
+    def out_of_budget(self) -> bool:
+        """True if training ends with the current step because a budget other than that of steps or time is used up."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """State that a checkpoint stores, the same on all ranks; for example completions that are still to be trained
+        on."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from the `state` in a checkpoint.
+
+        Raises:
+            ValueError: it is damaged.
+        """
 
     # --- scores
 

@@ -1,6 +1,7 @@
 """Checkpoints that resume a run exactly.
 
-    <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors  state.json
+    <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors
+                                                 task.safetensors   state.json
 
 A checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed again
 before it is deleted, so an incomplete checkpoint is never loaded. A checkpoint that is damaged nevertheless is set
@@ -12,6 +13,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +37,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from ..hub.saved_files import CHECKPOINT_FILES, CHECKPOINTS, EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE
+from ..hub.saved_files import (
+    CHECKPOINT_FILES,
+    CHECKPOINTS,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TASK_FILE,
+)
 from ..hub.schema import check_keys, check_type
 from ..writing import explain_write_errors, sync
 
@@ -134,8 +144,12 @@ def save_checkpoint(
     optimizer: Optimizer,
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
+    task_state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of this step; every process must call it.
+
+    Args:
+        task_state: see `tasks.base.Task.state`.
 
     Raises:
         WriteError: it could not be written; no partial checkpoint is left.
@@ -149,6 +163,8 @@ def save_checkpoint(
         files = {MODEL_FILE: weights, OPTIMIZER_FILE: flat_moments(optimizer_state["state"])}
         if averaged is not None:
             files[EMA_FILE] = averaged
+        if task_state:
+            files[TASK_FILE] = task_state
         state = {
             "progress": asdict(progress),
             "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
@@ -188,6 +204,7 @@ def resume(
     optimizer: Optimizer,
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
+    load_task: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> Progress:
     """Load the newest intact checkpoint, the same on all processes; without any checkpoint, start from step 0.
 
@@ -197,6 +214,7 @@ def resume(
     Args:
         max_steps: steps of the whole run; a checkpoint of a later step counts as damaged. None if the run may be
             shortened.
+        load_task: see `tasks.base.Task.load_state`.
 
     Raises:
         ValueError: no checkpoint is intact; the message lists them and their problems.
@@ -219,7 +237,7 @@ def resume(
     while sound:
         reason = None
         try:
-            progress = load_checkpoint(accelerator, sound[-1], model, optimizer, schedule, ema)
+            progress = load_checkpoint(accelerator, sound[-1], model, optimizer, schedule, ema, load_task)
         except UNREADABLE as error:
             reason = f"{sound[-1]} cannot be loaded ({error})"
         if not note(sound[-1].name, reason):
@@ -265,6 +283,8 @@ def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedM
         if ema is not None:
             check_weights(ema.module, folder / EMA_FILE)
         check_moments(model, folder / OPTIMIZER_FILE)
+        if (folder / TASK_FILE).exists():
+            shapes_in(folder / TASK_FILE)
     except UNREADABLE as error:
         return str(error)
     return None
@@ -306,6 +326,7 @@ def load_checkpoint(
     optimizer: Optimizer,
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
+    load_task: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> Progress:
     """Load a checkpoint into a prepared model and optimizer, on any number of processes.
 
@@ -327,6 +348,7 @@ def load_checkpoint(
     schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(inner(optimizer).param_groups)})
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
+    load_task(load_file(folder / TASK_FILE) if (folder / TASK_FILE).exists() else {})
     return progress
 
 

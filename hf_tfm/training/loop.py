@@ -41,6 +41,20 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]: ...
 
 
+class StatefulTask(Task, Protocol):
+    """Interface of a task for `session.train`; the parts are described in `tasks.base.Task`."""
+
+    @property
+    def statistics(self) -> tuple[str, ...]: ...
+
+    @property
+    def out_of_budget(self) -> bool: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
 @dataclass
 class StepResult:
     """Result of a step; all tensors are on the device.

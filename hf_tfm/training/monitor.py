@@ -5,7 +5,7 @@ result of a step -> sums on the device -> every logging_steps: means -> history.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +30,20 @@ class Monitor:
     Args:
         progress: state of the run; updated by `record` and when time is counted.
         item: name of the counted items, for example "target tokens".
+        statistics: terms of the loss that are not part of it, see `tasks.base.Task`.
     """
 
     def __init__(
-        self, accelerator: Accelerator, args: TrainingArguments, max_steps: int, progress: Progress, item: str
+        self,
+        accelerator: Accelerator,
+        args: TrainingArguments,
+        max_steps: int,
+        progress: Progress,
+        item: str,
+        statistics: Sequence[str] = (),
     ):
         self.accelerator, self.max_steps, self.progress, self.item = accelerator, max_steps, progress, item
+        self.statistics = statistics
         self.history = History(Path(args.output_dir), progress.step) if accelerator.is_main_process else None
         self.window = {name: self.tensor(value) for name, value in progress.window.items()}
         self.items = self.tensor(progress.items)
@@ -111,6 +119,8 @@ class Monitor:
         losses = {name: value.item() for name, value in self.mean_losses().items()}
         window = {name: value.item() for name, value in self.window.items()}
         steps = max(window["steps"], 1.0)
+        names = [name for name in self.statistics if f"loss/{name}" in losses]
+        statistics = {name: losses.pop(f"loss/{name}") / steps for name in names}
         seconds = max(progress.seconds - progress.logged_seconds, 1e-9)
         row = {
             "step": progress.step,
@@ -123,6 +133,7 @@ class Monitor:
         }
         if len(losses) > 1:
             row |= {name: value / steps for name, value in losses.items()}
+        row |= statistics
         self.window, progress.logged_seconds = {}, progress.seconds
         self.write(row)
         speed = f"loss {row['loss']:.3f}, {row['items_per_second']:.0f} {self.item}/s"

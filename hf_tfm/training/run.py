@@ -39,7 +39,7 @@ from ..tasks.base import Loader
 from ..writing import explain_write_errors
 from .checkpoint import checkpoints
 from .folder import require_room
-from .loop import Task
+from .loop import StatefulTask
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_location, place_new
 from .session import TrainingResult, checkpoints_to_come, train
@@ -53,6 +53,7 @@ FREE = {
         "dataloader_num_workers",
         "micro_batch_tokens",
         "micro_batch_size",
+        "generation_micro_batch_size",
         "gradient_checkpointing",
         "max_nonfinite_steps",
     ),
@@ -234,7 +235,7 @@ class Run:
 
     def train(
         self,
-        task: Task,
+        task: StatefulTask,
         model: nn.Module,
         loader: Loader,
         resolved: TrainingArguments,
@@ -438,7 +439,7 @@ def now() -> str:
 def finish(
     run: Run,
     model: nn.Module,
-    task: Task,
+    task: StatefulTask,
     result: TrainingResult,
     metrics: list[dict[str, Any]],
     costs: list[Cost] | None = None,

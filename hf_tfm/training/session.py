@@ -17,7 +17,7 @@ from ..hub.results import read_history
 from ..tasks.base import Loader
 from . import checkpoint as states
 from . import folder as folders
-from .loop import Task, global_counts, train_step
+from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
@@ -55,7 +55,7 @@ class Session:
     def __init__(
         self,
         accelerator: Accelerator,
-        task: Task,
+        task: StatefulTask,
         model: nn.Module,
         args: TrainingArguments,
         max_steps: int,
@@ -93,27 +93,34 @@ class Session:
             self.optimizer,
             self.schedule,
             self.ema,
+            task.load_state,
         )
         best = self.progress.best_step
         if best is not None and not states.checkpoint_path(self.output_dir, best).is_dir():
             accelerator.print(f"the best weights, of step {best}, are lost: the best weights are chosen from here on")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
-        self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item)
+        self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item, task.statistics)
         self.unseen = 0  # micro-batches since the last check
         self.stopped = False
-        self.expired = self.progress.seconds >= self.monitor.limit
+        self.expired = self.out_of_budget
+
+    @property
+    def out_of_budget(self) -> bool:
+        """True if the training time, or the task's own budget, is used up."""
+        return self.monitor.seconds >= self.monitor.limit or self.task.out_of_budget
 
     @property
     def finished(self) -> bool:
-        """True if all steps are done, or the time is up, and the last one is evaluated, or early stopping applies."""
+        """True if all steps are done, or the budget is used up, and the last one is evaluated, or early stopping
+        applies."""
         done = (self.progress.step >= self.max_steps or self.expired) and not self.progress.pending
         return done or 0 < self.args.early_stopping_patience <= self.progress.waited
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Run one training step; ``stop`` is True if this rank was asked to stop."""
         states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
-        flags = (stop, self.monitor.seconds >= self.monitor.limit)
+        flags = (stop, self.out_of_budget)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
             self.accelerator, self.task, self.model, self.optimizer, micro_batches, self.args.max_grad_norm, counts
@@ -207,7 +214,14 @@ class Session:
         states.share_statistics(self.accelerator, self.plain)
         with self.monitor.paused():
             states.save_checkpoint(
-                self.accelerator, self.output_dir, progress, self.model, self.optimizer, self.schedule, self.ema
+                self.accelerator,
+                self.output_dir,
+                progress,
+                self.model,
+                self.optimizer,
+                self.schedule,
+                self.ema,
+                self.task.state(),
             )
             if self.accelerator.is_main_process:
                 if before is not None and (old := states.checkpoint_path(self.output_dir, before)).is_dir():
@@ -229,7 +243,7 @@ def checkpoints_to_come(args: TrainingArguments, max_steps: int, eval_steps: int
 
 def train(
     accelerator: Accelerator,
-    task: Task,
+    task: StatefulTask,
     model: nn.Module,
     loader: Loader,
     args: TrainingArguments,

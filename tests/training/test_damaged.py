@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_helpers import arguments, fresh_accelerator, history, run_training, tiny_model
 
+from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training.checkpoint import checkpoints, resume
 from hf_tfm.training.folder import History
 from hf_tfm.training.optim import build_ema, build_optimizer, build_schedule
@@ -175,7 +176,8 @@ def test_missing_best_weights_are_reported(run, capsys):
     best = json.loads((run / "checkpoints" / "step-00000013" / "state.json").read_text())["progress"]["best_step"]
     truncate(run / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
     model = tiny_model()
-    session = Session(fresh_accelerator(args), type("Task", (), {"item": "x"}), model, args, STEPS, lambda _: {}, 5)
+    task = TranslationTask.for_model(model)
+    session = Session(fresh_accelerator(args), task, model, args, STEPS, lambda _: {}, 5)
     assert (session.progress.step, session.progress.best, session.progress.best_step) == (13, None, None)
     assert f"the best weights, of step {best}, are lost" in capsys.readouterr().out
 
