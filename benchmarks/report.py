@@ -262,6 +262,11 @@ def set_criterion(results: dict) -> str:
 def language_training(results: dict) -> str:
     """Training speed of BERT and GPT."""
     models = results["models"].items()
+    equal = [
+        f"Equal work: the same {results['batch_size']} sequences of {results['length']} tokens for both, training "
+        "through `labels=` in the same loop, inference of the encoder alone. `ours_labelled` has "
+        "`training_logits=False`, so that its output layer reads the labelled tokens only."
+    ] * ("length" in results)
     rates = [(model, name, rate) for model, r in models for name, rate in r["tokens_per_second"].items()]
     ratios = [(model, name, times) for model, r in models for name, times in r["ratios"].items()]
     floors = [
@@ -273,8 +278,9 @@ def language_training(results: dict) -> str:
         [
             "## Language models: training, real tokens per second",
             f"Masked tokens: {results['batch_size']} sentences per batch, transformers' BERT with its collator on "
-            "random batches, ours sorted by length. Next tokens, against transformers' GPT-2 and nanoGPT: "
-            f"{results['blocks']} packed blocks of {results['block']} tokens.",
+            "random batches, ours sorted by length: a comparison of pipelines. Next tokens, against transformers' "
+            f"GPT-2 and nanoGPT: {results['blocks']} packed blocks of {results['block']} tokens.",
+            *equal,
             machine(results),
             table(("model", "implementation", "tokens/s"), rates),
             table(("model", "ratio", "speedup"), ratios),

@@ -31,9 +31,12 @@ def test_every_variant_trains(results, tmp_path):
     texts.mkdir()
     lines = [json.dumps({"text": f"a film of {i} parts and {i * 7} words"}) for i in range(200)]
     (texts / "train.jsonl").write_text("\n".join(lines))
-    sizes = {"bert_sizes": ("tiny",), "gpt_sizes": ("tiny",), "precisions": ("no",), "vocab_size": 300}
+    sizes = {"bert_sizes": ("tiny",), "gpt_sizes": ("tiny",), "precisions": ("no",), "vocab_size": 300, "length": 8}
     language_training.main(str(texts), **sizes, batch_size=4, block=16, blocks=1, batches=1, rounds=1)
     models = results("language_training")["models"]
-    assert set(models) == {"bert, tiny", "gpt, tiny"}
+    equal = [f"bert, tiny, equal work, {kind}" for kind in ("training", "inference")]
+    assert set(models) == {"bert, tiny", "gpt, tiny", *equal}
+    assert set(models[equal[0]]["ratios"]) == {"ours_fp32 / bert_fp32", "ours_labelled_fp32 / bert_fp32"}
+    assert set(models[equal[1]]["tokens_per_second"]) == {"ours_fp32", "bert_fp32"}
     for model, peer in (("bert, tiny", "bert"), ("gpt, tiny", "gpt2")):
         assert set(models[model]["tokens_per_second"]) == {"ours_fp32", f"{peer}_fp32"}

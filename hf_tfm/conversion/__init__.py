@@ -26,7 +26,7 @@ from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from ..models.travel import TravellingConfig
 from .authors_files import unpack
 from .bert import whole_head
-from .carry import copy_files, copy_record, same_tokenizer
+from .carry import copy_files, copy_record, copy_sentence_modules, same_tokenizer
 from .conversion import Conversion, WeightsFile, require_fixed
 from .parity import compare, provenance, weight_hashes
 from .tinybert import is_authors_tinybert, unpack_tinybert
@@ -113,6 +113,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         target = converted(conversion, origin, to, saved_dtype(folder))
         save(conversion, target, work)
         copy_files(folder, work, TOKENIZER_FILES)
+        copy_sentence_modules(folder, work)
         carry_processor(conversion, folder, work, to == OURS)
         certificate = {
             "source": {

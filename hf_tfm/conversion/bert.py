@@ -71,7 +71,7 @@ FIELDS = (
     "tie_word_embeddings",
 )
 # Fields that do not affect the outputs are carried along; this includes the pooler if no head reads it.
-OURS_CARRIED = ("activation_dropout", "pooler")
+OURS_CARRIED = ("activation_dropout", "pooler", "training_logits")
 THEIRS_CARRIED = ("use_cache",)
 # Weights in files of older versions that a class without a pooler never reads.
 POOLER_WEIGHTS = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")

@@ -61,7 +61,7 @@ FIELDS = {
     **{field: field for field in LABELS},
 }
 # Fields that do not affect the outputs are carried along; this includes the pooler if no head reads it.
-OURS_CARRIED = ("activation_dropout", "classifier_dropout", "pooler")
+OURS_CARRIED = ("activation_dropout", "classifier_dropout", "pooler", "training_logits")
 THEIRS_CARRIED = ("sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout")  # the first affects only initialisation
 
 # (our name, their name), applied in order.

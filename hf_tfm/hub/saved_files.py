@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm"),
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# Of sentence-transformers: its list of modules, and their settings. Each module after the encoder has a folder.
+SENTENCE_MODULES = "modules.json"
+SENTENCE_FILES = (SENTENCE_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
 WEIGHTS = (MODEL_FILE, "model-?????-of-?????.safetensors", INDEX)
 MODEL_FILES = ("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER_FILES, *PROCESSOR_FILES)
 CODE_FILES = tuple(sorted(path.name for path in Path(models.__file__).parent.glob("*.py")))  # saved as remote code

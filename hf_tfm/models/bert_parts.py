@@ -61,6 +61,10 @@ class TfmBertPreTrainedModel(OwnNamesPreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": EncoderBlock, "attentions": MultiHeadAttention}  # noqa: RUF012
 
+    def returns_logits(self, labels: Tensor | None) -> bool:
+        """Return False in training with labels if the configuration has ``training_logits=False``."""
+        return self.config.training_logits or not self.training or labels is None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise matrices and embeddings from N(0, ``initializer_range``), as the authors do, biases to zero."""

@@ -11,6 +11,7 @@ from .travel import TravellingConfig
 
 # Base and large: Devlin et al. 2019, section 3. Tiny to medium: Turc et al. 2019 (arXiv:1908.08962), table 1.
 # DistilBERT: Sanh et al. 2019 (arXiv:1910.01108), section 3. TinyBERT: Jiao et al. 2020 (arXiv:1909.10351), 4.2.
+# MiniLM: Wang et al. 2020 (arXiv:2002.10957), the model of 6 layers of width 384.
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2},
     "mini": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -21,6 +22,7 @@ SIZES = {
     "distilbert": {"num_hidden_layers": 6, "type_vocab_size": 0, "pooler": "none"},
     "tinybert4": {"hidden_size": 312, "intermediate_size": 1200, "num_hidden_layers": 4, "num_attention_heads": 12},
     "tinybert6": {"num_hidden_layers": 6},
+    "minilm6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
 }
 POOLERS = ("tanh", "relu", "tanh_relu", "none")
 LEAST_1 = (
@@ -59,6 +61,9 @@ class TfmBertConfig(TravellingConfig):
         encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
         pooler: transform of the first token's state for a classifier: a linear layer with "tanh" (BERT), "relu"
             (DistilBERT's ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
+        training_logits: return the logits of the tokens in training too. If False, a model in training mode that is
+            given ``labels`` computes the loss of the labelled tokens only and returns no logits: with transformers'
+            Trainer, the output layer then reads 15 % of the tokens. Evaluation returns logits as always.
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: epsilon of the layer norms.
 
@@ -112,6 +117,7 @@ class TfmBertConfig(TravellingConfig):
     encoder_attention: str = "full"
     encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
     pooler: str = "tanh"
+    training_logits: bool = True
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0

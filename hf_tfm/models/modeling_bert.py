@@ -129,7 +129,7 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        return_logits: bool = True,
+        return_logits: bool | None = None,
         masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
@@ -138,7 +138,8 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         Args:
             labels: (B, T), `IGNORE_INDEX` at positions excluded from the loss.
             num_items_in_batch: divisor of the summed loss, see `losses`; default: the number of labels.
-            return_logits: if False, compute the loss of the labelled tokens only, without materialising the logits.
+            return_logits: if False, compute the loss of the labelled tokens only, without materialising the logits;
+                default: True, except in training where the configuration says ``training_logits=False``.
             masked_positions: (n,) int64 indices of the labelled tokens among the B T, for ``return_logits=False``;
                 avoids a GPU synchronisation to find them.
 
@@ -147,6 +148,8 @@ class TfmBertForMaskedLM(TfmBertPreTrainedModel):
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state
+        if return_logits is None:
+            return_logits = self.returns_logits(labels)
         loss, logits = masked_lm_loss(
             self.lm_head, self.config.vocab_size, states, labels, num_items_in_batch, return_logits, masked_positions
         )
@@ -189,7 +192,7 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         num_items_in_batch: int | Tensor | Mapping[str, int | Tensor] | None = None,
-        return_logits: bool = True,
+        return_logits: bool | None = None,
         masked_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BertForPreTrainingOutput:
@@ -215,6 +218,8 @@ class TfmBertForPreTraining(TfmBertPreTrainedModel):
         outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state
         counts = num_items_in_batch if isinstance(num_items_in_batch, Mapping) else {"labels": num_items_in_batch}
+        if return_logits is None:
+            return_logits = self.returns_logits(labels)
         loss, logits = masked_lm_loss(
             self.lm_head, self.config.vocab_size, states, labels, counts["labels"], return_logits, masked_positions
         )

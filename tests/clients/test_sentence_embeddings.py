@@ -1,15 +1,15 @@
 """sentence-transformers with our BERT: embeddings are means of the last hidden states, also for a published model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from every_class import tiny
+from transformers import BertConfig, BertModel
 from words import TEXTS, tokenizer
 
 import hf_tfm
+from hf_tfm.conversion import convert
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs pip install hf-tfm[clients]")
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
@@ -76,17 +76,45 @@ def test_training(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def with_pooling(source, folder) -> None:
+    """Save an encoder as a model of sentence-transformers: means of its states, projected and normalised."""
+    modules = sentence_transformers.sentence_transformer.modules
+    parts = [*wrapped(source)]
+    width = parts[0].get_embedding_dimension()
+    parts += [modules.Dense(width, 8), modules.Normalize()]
+    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save_pretrained(str(folder))
+
+
+def converted(source, folder):
+    """The model of sentence-transformers in a folder, before and after `hf-tfm convert --to tfm`."""
+    convert(source, "tfm", folder)
+    stock, ours = (sentence_transformers.SentenceTransformer(str(path), device="cpu") for path in (source, folder))
+    assert "TfmBert" in type(next(iter(ours)).auto_model).__name__
+    assert [type(module) for module in ours] == [type(module) for module in stock]
+    return stock, ours
+
+
+@pytest.mark.client(CLIENT, "sentence-transformers", family="bert", others=OTHERS)
+def test_conversion(tmp_path):
+    """The converted folder has the pooling and the modules after it."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer()), **fields)).save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    with_pooling(tmp_path / "bert", tmp_path / "stock")
+    stock, ours = converted(tmp_path / "stock", tmp_path / "ours")
+    found, expected = (model.encode(TEXTS, convert_to_tensor=True) for model in (ours, stock))
+    assert found.shape == (len(TEXTS), 8)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.client(CLIENT, "sentence-transformers", family="bert", others=OTHERS)
 def test_published_model(tmp_path):
     """all-MiniLM-L6-v2 after `hf-tfm convert --to tfm`."""
     if not (MINILM / "model.safetensors").exists():
         pytest.skip(f"{MINILM} is absent")
-    command = "from hf_tfm.cli import main; main()"
-    arguments = ["convert", str(MINILM), "--to", "tfm", "--output_dir", str(tmp_path / "ours")]
-    subprocess.run([sys.executable, "-c", command, *arguments], check=True, capture_output=True)
-    ours, stock = wrapped(tmp_path / "ours"), wrapped(MINILM)
-    assert "TfmBert" in type(next(iter(ours)).auto_model).__name__
+    with_pooling(MINILM, tmp_path / "stock")
+    stock, ours = converted(tmp_path / "stock", tmp_path / "ours")
     found, expected = (model.encode(SENTENCES, convert_to_tensor=True) for model in (ours, stock))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    nearest = ours.similarity(found, found).fill_diagonal_(-1).argmax(1)
-    assert nearest[:2].tolist() == [1, 0]
+    means = wrapped(tmp_path / "ours").encode(SENTENCES, convert_to_tensor=True)
+    assert ours.similarity(means, means).fill_diagonal_(-1).argmax(1)[:2].tolist() == [1, 0]

@@ -98,8 +98,8 @@ class Gradient(TrainerCallback):
         self.found = gradient(model).clone()
 
 
-def trained(trainer_class, name: str, batch: int, steps: int, folder) -> Tensor:
-    """The gradient of one step under a trainer."""
+def trained(trainer_class, name: str, batch: int, steps: int, folder, **fields) -> Tensor:
+    """The gradient of one step under a trainer, of a model whose configuration has these fields."""
     seen = Gradient()
     args = TrainingArguments(
         str(folder),
@@ -117,9 +117,10 @@ def trained(trainer_class, name: str, batch: int, steps: int, folder) -> Tensor:
         dataloader_drop_last=False,
     )
     case = CASES[name]
-    trainer_class(
-        copy.deepcopy(case.model()), args, train_dataset=case.rows(), data_collator=collate, callbacks=[seen]
-    ).train()
+    model = copy.deepcopy(case.model())
+    for field, value in fields.items():
+        setattr(model.config, field, value)
+    trainer_class(model, args, train_dataset=case.rows(), data_collator=collate, callbacks=[seen]).train()
     return seen.found
 
 
@@ -129,6 +130,15 @@ def trained(trainer_class, name: str, batch: int, steps: int, folder) -> Tensor:
 )
 def test_under_trainer(name, tmp_path):
     whole, parts = trained(Trainer, name, 8, 1, tmp_path), trained(Trainer, name, 2, 4, tmp_path)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["masked", "pretraining"])
+def test_under_trainer_without_logits(name, tmp_path, monkeypatch):
+    whole = trained(Trainer, name, 8, 1, tmp_path)
+    refuse = lambda *_: pytest.fail("computes the logits of all tokens")  # noqa: E731
+    monkeypatch.setattr(hf_tfm.models.bert_parts.MaskedLMHead, "forward", refuse)
+    parts = trained(Trainer, name, 2, 4, tmp_path, training_logits=False)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 

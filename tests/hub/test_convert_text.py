@@ -83,7 +83,7 @@ def test_native_to_ours_and_back(tmp_path, name):
     convert(tmp_path / "ours", conversion.name, tmp_path / "back")
     assert_same_weights(tmp_path / "theirs", tmp_path / "back")
     before, after = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
-    for field in ("activation_dropout", "pooler", "classifier_dropout"):  # our fields without effect there
+    for field in ("activation_dropout", "pooler", "classifier_dropout", "training_logits"):  # without effect there
         after.pop(field, None), before.pop(field, None)
     assert before == after
 
@@ -342,3 +342,20 @@ def test_realistic_sizes(tmp_path, name, size):
     again = type(model).from_pretrained(tmp_path / "back").state_dict()
     assert back.keys() and all(torch.equal(again[key], value) for key, value in model.state_dict().items())
     assert tied.isdisjoint(back)
+
+
+def test_pooling_of_sentence_transformers(tmp_path):
+    theirs(BY_NAME["bert-TfmBertModel"]).save_pretrained(tmp_path / "theirs")
+    files = {
+        "modules.json": [{"idx": 0, "path": "", "type": "Transformer"}, {"idx": 1, "path": "1_Pooling"}],
+        "1_Pooling/config.json": {"pooling_mode": "mean"},
+    }
+    (tmp_path / "theirs" / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (tmp_path / "theirs" / name).write_text(json.dumps(content))
+    convert(tmp_path / "theirs", "tfm", tmp_path / "ours")
+    for name, content in files.items():
+        assert json.loads((tmp_path / "ours" / name).read_text()) == content
+    (tmp_path / "theirs" / "modules.json").write_text(json.dumps([{"path": "../elsewhere"}]))
+    with pytest.raises(ValueError, match=r'names "../elsewhere", which is outside of the folder'):
+        convert(tmp_path / "theirs", "tfm", tmp_path / "again")

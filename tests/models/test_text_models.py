@@ -66,6 +66,20 @@ def test_shifted_labels(return_logits):
     assert halved.item() == pytest.approx(expected.item() / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["masked", "pretraining"])
+def test_logits_in_training(name):
+    """``training_logits=False`` leaves them out in training with labels, and nowhere else."""
+    model, inputs = tiny_text(name, training_logits=False), text_batch(name, loss=True)
+
+    def logits(**options):
+        output = model(**{**inputs, **options})
+        return output.prediction_logits if name == "pretraining" else output.logits
+
+    assert logits() is not None
+    model.train()
+    assert logits() is None and logits(return_logits=True) is not None and logits(labels=None) is not None
+
+
 @torch.no_grad()
 def test_logits_of_the_last_tokens_only():
     model, inputs = tiny_text("causal"), text_batch("causal")
