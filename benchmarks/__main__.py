@@ -17,6 +17,7 @@ NAMES = (
     "detection_training",
     "detection_padding",
     "detection_evaluation",
+    "depthwise_training",
     "clustered_attention",
     "positions",
     "recurrent",

@@ -389,6 +389,26 @@ convolutions, whose number of operations is nearly the same.
 {table((*(name.replace("_", " ") for name in names), *results["settings"][0]["milliseconds"], "speedup"), rows)}"""
 
 
+def depthwise_training(results: dict) -> str:
+    """Section of backbones with depthwise convolutions."""
+    rows = [
+        (name, *r["milliseconds"].values(), *r["speedup"].values(), r["speedup_over_default"])
+        for name, r in results["backbones"].items()
+    ]
+    forms = next(iter(results["backbones"].values()))
+    speedups = (*(f"bfloat16 / float32, {form}" for form in forms["speedup"]), "ours / float32 default")
+    batch, _, height, width = results["shape"]
+    return f"""## Depthwise backbones: milliseconds of a training step of DETR
+
+{batch} images of {height} x {width}, DETR of size `tiny`, forward and backward pass. Default: every convolution in the
+dtype of autocast, images in channels-first format. Ours: grouped convolutions in float32 under autocast too, images in
+channels-last format.
+
+{machine(results)}
+
+{table(("backbone", *forms["milliseconds"], *speedups), rows)}"""
+
+
 def distillation(results: dict) -> str:
     """Distillation steps and cache sizes."""
     found = results["precisions"].items()
@@ -458,6 +478,7 @@ SECTIONS = {
     "deformable_detr_criterion": set_criterion,
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
+    "depthwise_training": depthwise_training,
     "clustered_attention": clustered_attention,
     "positions": positions,
     "recurrent": recurrent,

@@ -5,6 +5,7 @@ pixels (B, C, H, W) -> feature maps (B, F, H / s, W / s), where s is the stride 
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,15 +70,66 @@ class FrozenBatchNormAct(FrozenBatchNorm):
         return self.act(self.drop(super().forward(features)))
 
 
-class FoldedConv2d(nn.Conv2d):
+class GroupedConv2d(nn.Conv2d):
+    """Convolution that runs in float32 under CPU autocast if it has groups; see `convert_grouped`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, F, h', w'), in autocast's dtype."""
+        if self.groups == 1 or features.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return self.convolve(features)
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return self.convolve(features.float()).to(dtype)
+
+    def convolve(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, F, h', w')."""
+        return super().forward(features)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy or pickle; the classes made by `grouped_kind` have no name to import them by."""
+        if type(self) in (GroupedConv2d, FoldedConv2d):
+            return super().__reduce_ex__(protocol)
+        return new_grouped, (type(self).__mro__[2],), self.__dict__
+
+
+@lru_cache
+def grouped_kind(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """Return `GroupedConv2d` with the forward pass of ``kind``."""
+    return GroupedConv2d if kind is nn.Conv2d else type(f"Grouped{kind.__name__}", (GroupedConv2d, kind), {})
+
+
+def new_grouped(kind: type[nn.Conv2d]) -> nn.Conv2d:
+    """Create a layer of `grouped_kind` without attributes."""
+    new = grouped_kind(kind)
+    return new.__new__(new)
+
+
+def convert_grouped(module: nn.Module) -> bool:
+    """Convert every convolution with groups below ``module`` to `GroupedConv2d` in place; weights stay unchanged.
+
+    The backward pass of a grouped convolution on a CPU is slower in bfloat16 than in float32, also with bfloat16
+    instructions (torch 2.14), so that models with depthwise convolutions trained more slowly with autocast than
+    without it.
+
+    Returns:
+        True if there is such a convolution.
+    """
+    found = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.groups > 1]
+    for layer in found:
+        if not isinstance(layer, GroupedConv2d):
+            layer.__class__ = grouped_kind(type(layer))
+    return bool(found)
+
+
+class FoldedConv2d(GroupedConv2d):
     """Convolution that also applies the following frozen norm while ``norm.folded``; its weights stay unchanged."""
 
     norm: FrozenBatchNorm | None = None  # None in a layer that an adapter creates from this class
 
-    def forward(self, features: Tensor) -> Tensor:
+    def convolve(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, F, h', w')."""
         if self.norm is None or not self.norm.folded:
-            return super().forward(features)
+            return super().convolve(features)
         scale, shift = self.norm.scale_and_shift()
         if self.bias is not None:
             shift = shift + self.bias * scale
@@ -193,12 +245,21 @@ class Backbone(nn.Module):
         channels: number of channels F of each map, the largest map first.
         strides: stride s of each map in pixels.
         frozen_stages: number of frozen stages, in addition to the stem; 0 freezes nothing.
+        depthwise: whether it has convolutions with groups.
     """
 
     body: nn.Module
     channels: list[int]
     strides: list[int]
     frozen_stages: int
+    depthwise: bool = False
+
+    def arrange(self, pixel_values: Tensor) -> Tensor:
+        """Return (B, C, H, W) in the memory format with which the model trains fastest: channels last for depthwise
+        convolutions on a CPU."""
+        if not (self.training and self.depthwise and pixel_values.device.type == "cpu"):
+            return pixel_values
+        return pixel_values.contiguous(memory_format=torch.channels_last)
 
     @property
     def stride(self) -> int:
@@ -266,6 +327,7 @@ class TimmFeatures(Backbone):
         self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
         convert_norms(self.body, norm, momentum)
         self.folds = fold_norms(self.body) if norm == "frozen" else []
+        self.depthwise = convert_grouped(self.body)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"  # Swin, MambaOut and others
         for module in self.body.modules():
             module.of_timm = True  # read by `reset`: transformers initialises modules one by one, without their names
@@ -315,7 +377,7 @@ class TimmFeatures(Backbone):
         """
         for fold in self.folds:
             fold.check()
-        maps = self.body(pixel_values)
+        maps = self.body(self.arrange(pixel_values))
         return [states.permute(0, 3, 1, 2) for states in maps] if self.channels_last else maps
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
 
-from .backbones import NORMS, Backbone, TimmFeatures, convert_norms
+from .backbones import NORMS, Backbone, TimmFeatures, convert_grouped, convert_norms
 from .configuration_backbone import OWN, parse_backbone
 from .configuration_swin import TfmSwinConfig
 from .modeling_swin import TfmSwinBackbone
@@ -212,6 +212,7 @@ class TransformersFeatures(Backbone):
         config.out_indices = [stage.index for stage in stages]
         self.body = new_body(config)
         convert_norms(self.body, norm, momentum)
+        self.depthwise = convert_grouped(self.body)
         self.channels = [stage.channels for stage in stages]
         self.strides = [stage.stride for stage in stages]
         self.multiple = self.stride if layout.pads else 1
@@ -238,7 +239,7 @@ class TransformersFeatures(Backbone):
         """
         height, width = pixel_values.shape[2:]
         margins = (0, -width % self.multiple, 0, -height % self.multiple)
-        pixel_values = nn.functional.pad(pixel_values, margins)
+        pixel_values = self.arrange(nn.functional.pad(pixel_values, margins))
         if pixel_mask is None or not self.takes_mask:
             return list(self.body(pixel_values).feature_maps)
         return list(self.body(pixel_values, pixel_mask=nn.functional.pad(pixel_mask, margins)).feature_maps)

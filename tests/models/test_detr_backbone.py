@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_tfm.models.backbones as backbones
 from hf_tfm import TfmDetrConfig, TfmDetrForObjectDetection, TfmDetrForPanopticSegmentation
-from hf_tfm.models.backbones import FoldedConv2d, FrozenBatchNorm, TimmFeatures, fold_norms
+from hf_tfm.models.backbones import FoldedConv2d, FrozenBatchNorm, GroupedConv2d, TimmFeatures, fold_norms
 
 ALL = (-4, -3, -2, -1)
 
@@ -300,6 +300,37 @@ def test_copies_of_a_folded_model(tmp_path):
         assert set(each.state_dict()) == keys
         for one, before in zip(each.eval()(images), expected, strict=True):
             assert torch.equal(one, before)
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_depthwise_convolutions_run_in_float32_under_autocast(norm):
+    """Also those with a norm folded in and those of timm's own classes; outside of autocast nothing changes."""
+    model = TimmFeatures("tf_efficientnet_lite0", out_indices=ALL, norm=norm).eval()
+    grouped = [layer for layer in model.body.modules() if isinstance(layer, nn.Conv2d) and layer.groups > 1]
+    assert len(grouped) == 16 and all(isinstance(layer, GroupedConv2d) for layer in grouped)
+    dtypes = {"inside": set(), "outputs": set()}
+
+    def convolve(self, features, _convolve=GroupedConv2d.convolve):
+        if self.groups > 1:
+            dtypes["inside"].add((features.dtype, torch.is_autocast_enabled("cpu")))
+        return _convolve(self, features)
+
+    for layer in grouped:
+        layer.register_forward_hook(lambda layer, args, output: dtypes["outputs"].add(output.dtype))
+    images = torch.randn(2, 3, 32, 40)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(TimmFeatures("tf_efficientnet_lite0", norm=norm)))]
+    assert all(type(x) is type(y) for new in copies for x, y in zip(model.modules(), new.modules(), strict=False))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(GroupedConv2d, "convolve", convolve)
+        exact = model(images)
+        assert dtypes == {"inside": {(torch.float32, False)}, "outputs": {torch.float32}}
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = model(images)
+        assert dtypes == {"inside": {(torch.float32, False)}, "outputs": {torch.float32, torch.bfloat16}}
+        model.train()
+        assert model.arrange(images).is_contiguous(memory_format=torch.channels_last)
+    for features, expected in zip(maps, exact, strict=True):
+        assert relative_difference(features.float(), expected) < 0.1
 
 
 def test_group_norm_and_batch_norm_are_trained():
