@@ -257,6 +257,64 @@ def leaderboard(page: Path) -> str:
     return table(("method", *(f"`{preset}` (sequences/s)" for preset in columns)), rows)
 
 
+def students(page: Path, teacher: str) -> str:
+    """Return the table of the students of classifiers of GLUE tasks: cost, score and share of the teacher's score.
+
+    The teacher of a task is ``runs/TEACHER_TASK``; the card of a student is NAME_TASK in model_cards/TEACHER, both
+    with a seed or without. Scores are means over seeds. Costs are those of the first task in the table.
+    """
+    from hf_tfm.data.glue import TASKS
+
+    found: dict[str, dict[str, list[tuple[Path, dict, dict]]]] = {}  # by student and task: card, costs of both
+    for file in sorted((CARDS / teacher).glob("*.json")):
+        result = read(file)
+        taught = re.fullmatch(
+            rf"runs/{teacher}_(\w+?)(-seed\d)?", (result.get("distillation") or {}).get("teacher", "")
+        )
+        costs = result.get("costs") or []
+        name = taught and re.fullmatch(rf"(\w+)_{taught[1]}(-seed\d)?", file.stem)
+        if name and len(costs) == 2:
+            found.setdefault(name[1], {}).setdefault(taught[1], []).append((file, *costs))
+    if not found:
+        return "No run is recorded yet."
+    tasks = [task for task in TASKS if any(task in row for row in found.values())]
+
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    def cost(costs: Sequence[dict]) -> list[str]:
+        both = [mean(one[name] for one in costs) for name in ("milliseconds_1", "milliseconds_32")]
+        return [f"{1000 * costs[0]['gflops']:.0f}", *(f"{ms:.1f}" for ms in both), f"{costs[0]['megabytes']:.0f}"]
+
+    def score(own: dict, task: str) -> str:
+        runs = own.get(task)
+        if not runs:
+            return ""
+        kept = mean(student["kept"] for _, _, student in runs)
+        return f"{100 * mean(student['score'] for _, _, student in runs):.1f} ({100 * kept:.0f} %)"
+
+    shown = {name: next(own[task] for task in tasks if task in own) for name, own in found.items()}
+    shown = dict(sorted(shown.items(), key=lambda item: -item[1][0][2]["gflops"]))
+    whole = next(iter(shown.values()))[0][1]
+    teachers = {task: next(own[task] for own in found.values() if task in own)[0][1] for task in tasks}
+    rows = [["teacher", *cost([whole]), "1", *(f"{100 * teachers[task]['score']:.1f}" for task in tasks)]]
+    for name, runs in shown.items():
+        card, _, student = runs[0]
+        fewer = f"{runs[0][1]['gflops'] / student['gflops']:.1f}"
+        label = f"[`{name}`]({link(page, card.with_suffix('.md'))})"
+        rows.append([label, *cost([one for _, _, one in runs]), fewer, *(score(found[name], task) for task in tasks)])
+    metrics = [f"{TASKS[task].title}, {teachers[task]['metric'].partition(',')[0]}" for task in tasks]
+    head = ("student", "MFLOPs", "ms, 1 text", "ms, 32 texts", "MB", "times fewer FLOPs", *metrics)
+    seeds = sorted({len(runs) for own in found.values() for runs in own.values()})
+    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    about = (
+        f"Validation splits; in parentheses the share of the teacher's score. Seeds per cell: {counted}. Costs: "
+        f"{whole['sample']}, float32, {whole['threads']} thread{'s' * (whole['threads'] != 1)}, measured by each run."
+    )
+    return f"{table(head, rows)}\n\n{about}"
+
+
 # --- presets
 
 
@@ -525,7 +583,7 @@ PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(configurations, glue, checks, published, leaderboard),
+        *(configurations, glue, checks, published, leaderboard, students),
     )
 }
 

@@ -260,6 +260,35 @@ def test_generated_parts_are_current(page):
     assert GENERATE["generated"](page) == page.read_text(encoding="utf-8"), "run python docs/generate.py"
 
 
+def test_table_of_students(tmp_path, monkeypatch):
+    """Scores and shares are means over the seeds of a cell; costs are those of the first task."""
+    (tmp_path / "minilm").mkdir()
+    for run, score, kept in (
+        ("small_sst2-seed0", 0.8, 0.9),
+        ("small_sst2-seed1", 0.9, 1.0),
+        ("small_rte-seed0", 0.6, 1),
+    ):
+        task = run.split("_")[1].split("-")[0]
+        common = {
+            "milliseconds_32": 9,
+            "megabytes": 4.4,
+            "threads": 1,
+            "sample": "ids",
+            "metric": "accuracy, validation",
+        }
+        teacher = {**common, "gflops": 0.4, "milliseconds_1": 3, "score": 0.9}
+        student = {**common, "gflops": 0.1, "milliseconds_1": 1, "score": score, "kept": kept}
+        content = {"distillation": {"teacher": f"runs/minilm_{task}-seed0"}, "costs": [teacher, student]}
+        (tmp_path / "minilm" / f"{run}.json").write_text(json.dumps(content))
+    monkeypatch.setitem(GENERATE["students"].__globals__, "CARDS", tmp_path)
+    found = GENERATE["students"](tmp_path / "page.md", "minilm")
+    assert "| teacher | 400 | 3.0 | 9.0 | 4 | 1 | 90.0 | 90.0 |" in found
+    assert (
+        "| [`small`](minilm/small_sst2-seed0.md) | 100 | 1.0 | 9.0 | 4 | 4.0 | 85.0 (95 %) | 60.0 (100 %) |" in found
+    )
+    assert "Seeds per cell: 1 to 2" in found
+
+
 def test_every_preset_has_a_description():
     for preset in ROOT.glob("recipes/presets/*/*.yaml"):
         about, cost, expected = GENERATE["header"](preset)
