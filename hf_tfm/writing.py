@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,38 @@ def require_writable(argument: str, file: str | Path) -> None:
         raise OSError(f"{argument} {file} cannot be written: {error.strerror}") from error
     if not existed:
         path.unlink()
+
+
+def check_new_folder(folder: Path, prefix: str) -> Path:
+    """Refuse a folder that cannot be created, or is not empty.
+
+    Args:
+        folder: value of the argument ``output_dir``.
+        prefix: of the name of a temporary folder.
+
+    Returns:
+        The nearest existing folder, which is on the same disk: a folder in it can be moved into place atomically.
+
+    Raises:
+        FileExistsError: it is a file or a non-empty folder.
+        OSError: it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir {folder} is not an empty folder: choose another one")
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest, prefix=prefix).cleanup()
+    except OSError as error:
+        raise OSError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+    return nearest
+
+
+def place_folder(made: Path, folder: Path) -> None:
+    """Move a finished folder into place; see `check_new_folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        folder.rmdir()
+    made.rename(folder)
 
 
 def check_png(argument: str, file: str | None) -> None:

@@ -24,6 +24,7 @@ from ..families import FAMILIES
 from ..hub.loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
 from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from ..models.travel import TravellingConfig
+from ..writing import check_new_folder, place_folder
 from .authors_files import unpack
 from .bert import whole_head
 from .carry import copy_files, copy_record, copy_sentence_modules, same_tokenizer
@@ -38,6 +39,12 @@ PROBLEMS = {
     "missing_keys": "it lacks the weight",
     "unexpected_keys": "the class has no weight",
     "mismatched_keys": "",  # see `mismatch`
+}
+# Fields of ours that other libraries cannot express, and their only value there. Feed-forward layers that keep equally
+# many neurons in all blocks are no such field, but a smaller intermediate_size.
+ONLY_OURS = {
+    **dict.fromkeys(("encoder_attention", "decoder_attention"), "full"),
+    **dict.fromkeys(("layer_num_attention_heads", "layer_intermediate_sizes", "low_rank", "int8")),
 }
 # Weights missing from a model without a pooler, which its configuration does not record.
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
@@ -87,14 +94,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         FileExistsError: ``output_dir`` is a file or a non-empty folder.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"output_dir {output_dir} is not an empty folder: choose another one")
-    # The nearest existing folder is on the same disk, so the finished model can be moved into place atomically.
-    nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-").cleanup()
-    except OSError as error:
-        raise OSError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
+    nearest = check_new_folder(output_dir, ".converting-")
     with (
         tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary,
         explained_source(source, Path(temporary), output_dir),
@@ -131,10 +131,7 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         }
         copy_record(folder, work, output_dir.absolute().name)
         (work / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        if output_dir.exists():
-            output_dir.rmdir()
-        work.rename(output_dir)
+        place_folder(work, output_dir)
     return certificate
 
 
@@ -284,7 +281,7 @@ def converted(conversion: Conversion, origin: Any, to: str, dtype: torch.dtype |
     if conversion.prepare and not to_ours:
         origin = conversion.prepare(origin)
     if not to_ours and isinstance(origin.config, TravellingConfig):
-        require_fixed(conversion.name, origin.config, {"encoder_attention": "full", "decoder_attention": "full"})
+        require_fixed(conversion.name, origin.config, ONLY_OURS)
     config = conversion.to_ours(origin) if to_ours else conversion.to_theirs(origin.config)
     if conversion.names is None:
         target_class = conversion.ours if to_ours else conversion.theirs

@@ -109,6 +109,8 @@ def stacks_of(model: PreTrainedModel) -> dict[str, StackSpec]:
     if width is None:
         return {}
     heads = getattr(config, "num_attention_heads", None)
+    if getattr(config, "layer_num_attention_heads", None):
+        heads = None  # they differ between blocks, so maps of attention cannot be compared
     if isinstance(heads, (list, tuple)):  # a hierarchical model: stages of different widths are no stack
         return {}
     if not getattr(config, "is_encoder_decoder", False):

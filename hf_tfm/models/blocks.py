@@ -10,13 +10,14 @@ Shapes: B sequences; T target, S source positions; D = config.hidden_size; F = c
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import MultiHeadAttention
+from .attention import ConfigView, MultiHeadAttention
 from .dropout import Dropout
 from .encoder_attention import method_of, set_method
 from .linear import project
@@ -85,6 +86,20 @@ class Residual(nn.Module):
         return self.norm(hidden_states + self.drop_path(self.dropout(sublayer(hidden_states))))
 
 
+def layer_view(config: PreTrainedConfig, layer_idx: int | None) -> Any:
+    """Return the configuration of a block, whose sizes differ from those of others in a pruned model."""
+    heads, sizes = config.layer_num_attention_heads, config.layer_intermediate_sizes
+    if layer_idx is None or (heads is None and sizes is None):
+        return config
+    count = config.num_attention_heads if heads is None else heads[layer_idx]
+    return ConfigView(
+        config,
+        num_attention_heads=count,
+        qkv_size=count * (config.hidden_size // config.num_attention_heads),
+        intermediate_size=config.intermediate_size if sizes is None else sizes[layer_idx],
+    )
+
+
 class EncoderBlock(GradientCheckpointingLayer):
     """Encoder block (figure 1, left); with ``is_causal``, a block of a decoder-only model (GPT).
 
@@ -101,6 +116,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         is_causal: bool = False,
     ):
         super().__init__()
+        config = layer_view(config, layer_idx)
         self.self_attn = MultiHeadAttention(config, is_causal, layer_idx)
         set_method(self.self_attn, method_of(config, is_causal), config)
         self.self_attn_residual = Residual(config, drop_path)

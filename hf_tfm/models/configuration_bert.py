@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .compressed import check_compressed
 from .sequence_positions import check_positions
 from .travel import TravellingConfig
 
@@ -59,6 +60,11 @@ class TfmBertConfig(TravellingConfig):
         type_vocab_size: number of segment types; 0 disables segment embeddings (DistilBERT).
         encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
         encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
+        layer_num_attention_heads: number of heads left in each block, each of hidden_size / num_attention_heads
+            features; default, num_attention_heads in all blocks.
+        layer_intermediate_sizes: hidden size of the feed-forward layer of each block; default, intermediate_size.
+        low_rank: {module of the base model: rank} of the layers that are products of two matrices.
+        int8: layers with int8 weights: "linear", or "all" with the embeddings; such a model cannot be trained.
         pooler: transform of the first token's state for a classifier: a linear layer with "tanh" (BERT), "relu"
             (DistilBERT's ``pre_classifier``) or both, "tanh_relu" (the TinyBERT authors' classifiers); or "none".
         training_logits: return the logits of the tokens in training too. If False, a model in training mode that is
@@ -116,6 +122,10 @@ class TfmBertConfig(TravellingConfig):
     type_vocab_size: int = 2
     encoder_attention: str = "full"
     encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
+    layer_num_attention_heads: list[int] | None = None
+    layer_intermediate_sizes: list[int] | None = None
+    low_rank: dict[str, int] | None = None
+    int8: str | None = None
     pooler: str = "tanh"
     training_logits: bool = True
     initializer_range: float = 0.02
@@ -148,6 +158,7 @@ class TfmBertConfig(TravellingConfig):
         require_at_least(self, ("type_vocab_size",), 0)
         require_multiple(self, "hidden_size", self.num_attention_heads, "num_attention_heads")
         check_positions(self)
+        check_compressed(self)
         require_share(self, DROPOUT_RATES)
         if self.classifier_dropout is not None:
             require_share(self, ("classifier_dropout",))

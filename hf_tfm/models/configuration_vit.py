@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .checks import fields_of_size, require_at_least, require_choice, require_common, require_multiple, require_share
+from .compressed import check_compressed
 from .patches import patch_grid, sides
 from .travel import TravellingConfig
 
@@ -134,6 +135,11 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
             is trained on a teacher's predictions (Touvron et al. 2021, arXiv:2012.12877, section 4).
         encoder_attention: self-attention of the encoder: "full" (exact) or a method, see `encoder_attention.METHODS`.
         encoder_attention_kwargs: options of ``encoder_attention``, for instance {"num_features": 64}.
+        layer_num_attention_heads: number of heads left in each block, each of hidden_size / num_attention_heads
+            features; default, num_attention_heads in all blocks.
+        layer_intermediate_sizes: hidden size of the feed-forward layer of each block; default, intermediate_size.
+        low_rank: {module of the base model: rank} of the layers that are products of two matrices.
+        int8: layers with int8 weights: "linear", or "all" with the embeddings; such a model cannot be trained.
 
     The other fields are those of `ImageEncoderConfig`; ``out_features`` and ``out_indices`` are for `TfmViTBackbone`.
 
@@ -159,6 +165,10 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
     distillation_token: bool = False
     encoder_attention: str = "full"
     encoder_attention_kwargs: dict[str, int | float | bool | str | None] | None = None
+    layer_num_attention_heads: list[int] | None = None
+    layer_intermediate_sizes: list[int] | None = None
+    low_rank: dict[str, int] | None = None
+    int8: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -181,3 +191,4 @@ class TfmViTConfig(BackboneConfigMixin, ImageEncoderConfig):
                 f'that token, got "{self.pooling}" and {self.representation_layer}'
             )
         super().validate_architecture()
+        check_compressed(self)

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 
+from .compressed import build_compressed
+
 
 class OwnNamesPreTrainedModel(PreTrainedModel):
     """Base class of all models; `save_pretrained` writes weights under the names of ``state_dict()``.
@@ -14,6 +16,11 @@ class OwnNamesPreTrainedModel(PreTrainedModel):
     transformers would write the names registered below, or those of the file that the model was loaded from, which
     only `from_pretrained` translates: `Trainer`, accelerate and safetensors call ``load_state_dict`` on the file.
     """
+
+    def post_init(self) -> None:
+        """Finish the construction: compress layers as the configuration says, then initialise the weights."""
+        build_compressed(self, is_base=self.base_model is self)
+        super().post_init()
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any

@@ -32,6 +32,11 @@ class TravellingConfig(PreTrainedConfig):
     decoder_attention: ClassVar = "full"
     decoder_attention_kwargs: ClassVar = None
     qkv_size: ClassVar = None  # that of the hidden states
+    # Not compressed, unless a model family turns these into fields; see `compressed`.
+    layer_num_attention_heads: ClassVar = None
+    layer_intermediate_sizes: ClassVar = None
+    low_rank: ClassVar = None
+    int8: ClassVar = None
 
     @property
     def auto_map(self) -> dict[str, str]:
