@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from .cost import Cost
 from .curve import write_curve
 from .portable import code, fenced, licence_id, plain
 from .results import RunRecord, read_history
@@ -24,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 UNKNOWN = "unknown"
 COST_COLUMNS = (
     *("model", "parameters", "GFLOPs per sample", "ms, 1 sample", "ms, 32 samples", "samples/s", "MB on disk"),
-    *("score", "fraction of the teacher's score"),
+    *("score", "fraction of the original's score"),
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -62,7 +63,9 @@ def write_card(output_dir: str | Path, record: RunRecord, model_id: str | None =
         scores=table(score_rows(record), ("split", "metric", "value", "signature")),
         teacher=code(record.distillation["teacher"]) if record.distillation else None,
         terms=table(term_rows(record), ("term", "weight", "temperature", "tokens", "student from teacher")),
-        costs=table(cost_rows(record), COST_COLUMNS),
+        original=code(record.compression["source"]) if record.compression else None,
+        compression=table(compression_rows(record), ("method", "options and result")),
+        costs=table(cost_rows(record.costs), cost_columns(record)),
         cost_note=cost_note(record),
         training=table(training_rows(record)),
         curve=CURVE if curve else None,
@@ -190,6 +193,19 @@ def term_rows(record: RunRecord) -> list[tuple[Any, ...]]:
     ]
 
 
+def compression_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """Return the rows of the table of compression methods."""
+    return [
+        (plain(one["name"]), plain(", ".join(f"{key} {value}" for key, value in one.items() if key != "name")))
+        for one in (record.compression["methods"] if record.compression else ())
+    ]
+
+
+def cost_columns(record: RunRecord) -> tuple[str, ...]:
+    """Return the columns of the cost table; the first model is the teacher or the original."""
+    return COST_COLUMNS if record.compression else (*COST_COLUMNS[:-1], "fraction of the teacher's score")
+
+
 def cost_note(record: RunRecord) -> str:
     """Describe the score and the sample that the cost table refers to."""
     costs = record.costs or [{}]
@@ -239,8 +255,8 @@ def score_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
-    """Return the rows of the table of inference costs of a distilled model and its teacher."""
+def cost_rows(costs: Iterable[Cost] | None) -> list[tuple[str, ...]]:
+    """Return the rows of the table of inference costs of a model and of those it is compared with."""
     fields = ("parameters", "gflops", "milliseconds_1", "milliseconds_32", "samples_per_second", "megabytes", "score")
     return [
         (
@@ -248,7 +264,7 @@ def cost_rows(record: RunRecord) -> list[tuple[str, ...]]:
             *("none" if cost.get(field) is None else number(cost[field]) for field in fields),
             f"{100 * cost['kept']:.1f} %" if "kept" in cost else "none",
         )
-        for cost in record.costs or ()
+        for cost in costs or ()
     ]
 
 

@@ -6,15 +6,14 @@ model, inputs of one sample -> parameters, operations, time, size on disk
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-BATCHES = (1, 32)
-REPEATS = 9
+BATCHES = {1: 25, 32: 9}  # batch size: number of timed passes
 
 
 class _Cost(TypedDict):
@@ -53,24 +52,65 @@ def measure_cost(name: str, model: nn.Module, sample: Mapping[str, Tensor], scor
         sample: keyword arguments of one sample, (1, ...) each.
         score: score of the model, for the same row.
     """
-    device, training = next(model.parameters()).device, model.training
-    model.cpu().eval()
-    sample = {key: value.cpu() for key, value in sample.items()}
-    flops = count_flops(model, sample)
-    times = {count: milliseconds(model, repeated(sample, count)) for count in BATCHES}
-    cost = Cost(
-        model=name,
-        parameters=sum(p.numel() for p in model.parameters()),
-        gflops=flops / 1e9,
-        milliseconds_1=times[1],
-        milliseconds_32=times[32],
-        samples_per_second=32_000 / times[32],
-        threads=torch.get_num_threads(),
-        megabytes=sum(t.numel() * t.element_size() for t in own_weights(model)) / 1e6,
-        sample=", ".join(f"{name} of {' x '.join(map(str, value.shape[1:]))}" for name, value in sample.items()),
-    )
-    model.to(device).train(training)
+    cost = measure_costs({name: model}, sample)[0]
     return cost if score is None else Cost(**cost, score=score)
+
+
+class Size(TypedDict):
+    """Size of a model that is no module of torch; units as in `Cost`."""
+
+    parameters: int
+    gflops: float
+    megabytes: float
+
+
+def measure_costs(
+    models: Mapping[str, nn.Module], sample: Mapping[str, Tensor], sizes: Mapping[str, Size] | None = None
+) -> list[Cost]:
+    """Measure the costs of a forward pass of several models in turn, so that all meet the same load of the machine.
+
+    Args:
+        models: by name; moved to the CPU during the measurement.
+        sample: keyword arguments of one sample, (1, ...) each.
+        sizes: known sizes of models by name, which are then only timed.
+    """
+    sizes, measured = dict(sizes or {}), {name: model for name, model in models.items() if name not in (sizes or {})}
+    before = {name: (next(model.parameters()).device, model.training) for name, model in measured.items()}
+    sample = {key: value.cpu() for key, value in sample.items()}
+    for name, model in measured.items():
+        sizes[name] = Size(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            gflops=count_flops(model.cpu().eval(), sample) / 1e9,
+            megabytes=sum(t.numel() * t.element_size() for t in own_weights(model)) / 1e6,
+        )
+    times = {count: interleaved(models, repeated(sample, count), repeats) for count, repeats in BATCHES.items()}
+    shape = ", ".join(f"{name} of {' x '.join(map(str, value.shape[1:]))}" for name, value in sample.items())
+    costs = [
+        Cost(
+            model=name,
+            **sizes[name],
+            milliseconds_1=times[1][name],
+            milliseconds_32=times[32][name],
+            samples_per_second=32_000 / times[32][name],
+            threads=torch.get_num_threads(),
+            sample=shape,
+        )
+        for name in models
+    ]
+    for name, (device, training) in before.items():
+        models[name].to(device).train(training)
+    return costs
+
+
+def quantized_flops() -> dict[Any, Any]:
+    """Return formulas for kernels of int8 layers, whose integer operations count like floating-point ones."""
+    if not hasattr(torch.ops.quantized, "linear_dynamic"):
+        return {}
+
+    def linear(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return 2 * x.numel() * out_shape[-1]
+
+    return {torch.ops.quantized.linear_dynamic: linear}
 
 
 def count_flops(model: nn.Module, sample: Mapping[str, Tensor]) -> int:
@@ -81,7 +121,8 @@ def count_flops(model: nn.Module, sample: Mapping[str, Tensor]) -> int:
         parameter.requires_grad_(False)
     try:
         # It does not see fused CPU attention kernels either; the plain one has the same matrix products.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counting = FlopCounterMode(display=False, custom_mapping=quantized_flops())
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting as counter:
             model(**sample)
     finally:
         for parameter in trained:
@@ -109,12 +150,16 @@ def own_weights(model: nn.Module) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def milliseconds(model: Callable, batch: Mapping[str, Tensor]) -> float:
-    """Return the median time of a forward pass after one warm-up pass."""
-    model(**batch)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        model(**batch)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+def interleaved(models: Mapping[str, Callable], batch: Mapping[str, Tensor], repeats: int) -> dict[str, float]:
+    """Return the median times of forward passes of several models, in milliseconds; each round runs all of them.
+
+    Args:
+        repeats: number of rounds after one to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(**batch)
+            times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(own[1:]) for name, own in times.items()}

@@ -118,6 +118,14 @@ class Distillation(TypedDict):
     terms: list[DistilledTerm]
 
 
+class Compression(TypedDict):
+    """Compression of a model: ``source``, folder or Hub id of the original; ``methods`` in order, with options and
+    results."""
+
+    source: str
+    methods: list[dict[str, Any]]
+
+
 @dataclass(kw_only=True)
 class RunRecord:
     """Record of a training run, stored in results.json.
@@ -137,6 +145,7 @@ class RunRecord:
         started, finished: ISO 8601 dates with time zone.
         costs: inference costs of the model and the models it is compared with, see `Cost`.
         distillation: see `Distillation`; None without a teacher.
+        compression: see `Compression`; None for a model that is not compressed.
         evaluations: scores during training, each with its ``step``, ``epoch`` and ``seconds`` of training time.
 
     Raises:
@@ -158,6 +167,7 @@ class RunRecord:
     base_model: str | None = None
     costs: list[Cost] | None = None
     distillation: Distillation | None = None
+    compression: Compression | None = None
     evaluations: list[dict[str, int | float]] | None = None
 
     def __post_init__(self):
@@ -186,7 +196,9 @@ class RunRecord:
             ValueError: a field is missing, unknown or invalid.
         """
         known = {field.name for field in fields(cls)}
-        check_keys(content, known - {"base_model", "costs", "distillation", "evaluations"}, known, "results")
+        check_keys(
+            content, known - {"base_model", "costs", "distillation", "compression", "evaluations"}, known, "results"
+        )
         return cls(**content)
 
     def save(self, folder: str | Path) -> Path:

@@ -276,8 +276,8 @@ class Task(ABC):
 
     @property
     def validation_split(self) -> str:
-        """The split whose scores decide which weights are best."""
-        return self.args.held_out
+        """The split whose scores decide which weights are best; the split of an evaluation."""
+        return self.args.split if self.evaluating else self.args.held_out
 
     @property
     def scored_splits(self) -> list[str]:
@@ -393,6 +393,10 @@ class Task(ABC):
     def trained_module(self) -> nn.Module:
         """The module whose parameters are optimized; the model, or a wrapper around it."""
         return self.model
+
+    def callback(self, max_steps: int) -> Any:
+        """A `training.session.StepCallback` for a run of ``max_steps``, or None."""
+        return None
 
     def show(self, module: nn.Module, step: int) -> None:
         """Called on all ranks at every evaluation, for instance to draw a picture.

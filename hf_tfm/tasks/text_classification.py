@@ -595,7 +595,7 @@ class TextClassificationTask(Task):
     @property
     def validation_split(self) -> str:
         """See `Task`."""
-        return self.validation[0]
+        return self.args.split if self.evaluating else self.validation[0]
 
     @property
     def scored_splits(self) -> list[str]:

@@ -103,7 +103,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
     if unknown := [part for part in args.rate_factors if not any(part in name for name in ids)]:
         raise ValueError(f"rate_factors: no trained weight has {unknown[0]} in its name")
     for name, parameter in named:
-        decays = parameter.ndim >= 2 and name.endswith("weight")
+        decays = parameter.ndim >= 2 and name.endswith(("weight", "weight.original"))  # the latter: being pruned
         scale = args.layer_wise_lr_decay ** (top - min(ids[name], top))
         scale *= math.prod(factor for part, factor in args.rate_factors.items() if part in name)
         groups.setdefault((args.weight_decay * decays, args.learning_rate * scale), []).append(parameter)

@@ -28,6 +28,7 @@ from ..hub.cost import Cost
 from ..hub.loading import require_model
 from ..hub.pretrained import check_kind
 from ..hub.results import (
+    Compression,
     Distillation,
     RunRecord,
     collect_versions,
@@ -88,6 +89,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
             require_model(argument, source)
             suitable = getattr(args, "accepted_models", {}).get(argument)
             config = check_kind(argument, source, suitable, args.trust_remote_code)
+            if argument == "model_name_or_path" and getattr(config, "int8", None) is not None:
+                raise ValueError(f'{argument} "{source}" has int8 weights, which cannot be trained: give the original')
             if argument == "model_name_or_path" and isinstance(args, ModelArguments):
                 args.check_saved(config)
     if isinstance(args, ModelArguments):
@@ -294,6 +297,7 @@ class Run:
         metrics: list[dict[str, Any]],
         costs: list[Cost] | None = None,
         distillation: Distillation | None = None,
+        compression: Compression | None = None,
     ) -> RunRecord:
         """Create the record of this run, finished now; see `RunRecord`."""
         return RunRecord(
@@ -310,6 +314,7 @@ class Run:
             hardware=describe_hardware(self.accelerator.device, self.accelerator.num_processes),
             costs=costs,
             distillation=distillation,
+            compression=compression,
             started=self.started,
             finished=now(),
         )
@@ -444,6 +449,7 @@ def finish(
     metrics: list[dict[str, Any]],
     costs: list[Cost] | None = None,
     distillation: Distillation | None = None,
+    compression: Compression | None = None,
 ) -> RunRecord:
     """Write results.json and the model card next to the model that `Run.save` saved; print the results.
 
@@ -451,6 +457,7 @@ def finish(
         metrics: rows of name, value, split and signature.
         costs: costs of the model and of the models it is compared with.
         distillation: what it was distilled from.
+        compression: how it was compressed.
 
     Raises:
         FloatingPointError: a loss among the final scores is not finite.
@@ -469,7 +476,7 @@ def finish(
     }
     metrics = finite_metrics(accelerator, metrics)
     parameters = sum(p.numel() for p in model.parameters())
-    record = run.record(model.config.model_type, parameters, training, metrics, costs, distillation)
+    record = run.record(model.config.model_type, parameters, training, metrics, costs, distillation, compression)
 
     def write() -> None:
         record.evaluations = evaluations_of(read_history(run.output_dir)) or None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -32,6 +32,19 @@ SCALE_SEARCH_STEPS = 16
 
 Score = Callable[[nn.Module], dict[str, float]]
 Show = Callable[[nn.Module, int], object]
+
+
+class StepCallback(Protocol):
+    """Work before training steps that is part of the training itself, such as gradual pruning.
+
+    ``before_step(step)`` is called before every optimizer step with the number of completed ones; its effects must be
+    part of the model's state, so that a resumed run is the same. ``may_select(step)`` is True if the weights after
+    ``step`` steps may be selected as the best ones.
+    """
+
+    def before_step(self, step: int) -> None: ...
+
+    def may_select(self, step: int) -> bool: ...
 
 
 @dataclass
@@ -62,7 +75,9 @@ class Session:
         score: Score,
         eval_steps: int,
         show: Show | None = None,
+        callback: StepCallback | None = None,
     ):
+        self.callback = callback
         self.accelerator, self.task, self.args, self.max_steps = accelerator, task, args, max_steps
         self.score, self.eval_steps, self.show = score, eval_steps, show
         self.output_dir = Path(args.output_dir)
@@ -120,6 +135,8 @@ class Session:
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Run one training step; ``stop`` is True if this rank was asked to stop."""
         states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
+        if self.callback is not None:
+            self.callback.before_step(self.progress.step)
         flags = (stop, self.out_of_budget)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
@@ -193,8 +210,11 @@ class Session:
         if name not in scores:
             raise ValueError(f'metric_for_best_model "{name}" is not evaluated; available: {", ".join(scores)}')
         value = scores[name]
-        better = math.isfinite(value) and (
-            progress.best is None or (value < progress.best if name == "loss" else value > progress.best)
+        eligible = self.callback is None or self.callback.may_select(progress.step)
+        better = (
+            eligible
+            and math.isfinite(value)
+            and (progress.best is None or (value < progress.best if name == "loss" else value > progress.best))
         )
         if better:
             progress.best, progress.best_step, progress.waited = value, progress.step, 0
@@ -251,6 +271,7 @@ def train(
     eval_steps: int,
     score: Score,
     show: Show | None = None,
+    callback: StepCallback | None = None,
 ) -> TrainingResult:
     """Train until ``max_steps``, ``args.max_minutes``, early stopping or SIGTERM; resume from the last checkpoint in
     ``args.output_dir``.
@@ -264,13 +285,14 @@ def train(
         eval_steps: steps between evaluations.
         score: model -> {metric: value}; must include ``args.metric_for_best_model``.
         show: called with the model and the step at every evaluation, on all processes, for example to plot images.
+        callback: see `StepCallback`.
 
     Raises:
         FloatingPointError: too many consecutive steps had a non-finite gradient, or nothing was learned.
         OSError: a checkpoint could not be written.
         ValueError: the checkpoint belongs to another model, or the loader yields no step.
     """
-    session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show)
+    session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show, callback)
     progress = session.progress
     session.model.train()
     with StopRequest() as request, session.monitor.bar as bar:

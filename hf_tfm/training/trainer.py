@@ -56,8 +56,9 @@ class Trainer:
         if line:
             run.accelerator.print(line)
         eval_steps = task.args.eval_steps or per_epoch or max_steps
+        hooks = {"show": task.show, "callback": task.callback(max_steps)}
         result = run.train(
-            task, task.trained_module(), loader, resolved, max_steps, eval_steps, self.validate, task.show
+            task, task.trained_module(), loader, resolved, max_steps, eval_steps, self.validate, **hooks
         )
         if result.stopped:
             run.stopped(result)
