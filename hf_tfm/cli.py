@@ -6,7 +6,7 @@ hf-tfm COMMAND --help lists the options of a command.
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
     Raises:
         SystemExit: the arguments are invalid; status 2.
     """
+    from .compress import LEFT_OUT, CompressArguments, ReportArguments, compress, kinds_of, show_compression
     from .doctor.data import doctor_data
     from .tasks.evaluation import evaluate
     from .tasks.registry import evaluated_tasks
@@ -134,9 +135,11 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "run": (run, "recipe"),  # listed for --help; `main` passes the arguments after the name to the recipe
         "evaluate": (evaluate, "model"),
         "convert": (convert, "model"),
+        "compress": (compress, "model"),
         "push": (push, "folder", "repo_id"),
         "show": {
             "attention": (show_attention, "model", "image"),
+            "compression": (show_compression, "models"),
             "detections": (show_detections, "model", "images"),
             "forecast": (show_forecast, "model"),
             "positions": (show_positions, "models"),
@@ -150,7 +153,11 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
     }
     description = f"{' '.join(__doc__.split())} {DEBUG_HELP}."
     parser = OptionParser(prog="hf-tfm", description=description)
-    kinds = {evaluate: {one.kind: one.EvaluationArguments for one in evaluated_tasks()}}
+    kinds = {
+        evaluate: ({one.kind: one.EvaluationArguments for one in evaluated_tasks()}, ()),
+        compress: (kinds_of(CompressArguments), LEFT_OUT),
+        show_compression: (kinds_of(ReportArguments), LEFT_OUT),
+    }
     functions = add_commands(parser, commands, argv, kinds=kinds)
     values = parser.parse_args(argv, defaults=False)  # functions have their own defaults
     path = [values.command]
@@ -163,10 +170,12 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
 
 def option_names(function: Callable) -> set[str]:
     """Return the names of the options of a command."""
+    from .compress import compress, show_compression
     from .tasks.evaluation import evaluate
     from .tasks.registry import evaluated_tasks
 
-    functions = [one.EvaluationArguments for one in evaluated_tasks()] if function is evaluate else [function]
+    takes_any = function in (evaluate, compress, show_compression)
+    functions = [one.EvaluationArguments for one in evaluated_tasks()] if takes_any else [function]
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
@@ -197,7 +206,7 @@ def add_commands(
     commands: dict,
     argv: Sequence[str],
     path: tuple[str, ...] = (),
-    kinds: Mapping[Callable, Mapping[str, Callable]] | None = None,
+    kinds: Mapping[Callable, tuple[Mapping[str, Callable], Collection[str]]] | None = None,
 ) -> dict[tuple[str, ...], Callable]:
     """Add a subcommand for each function, with options from its signature and docstring.
 
@@ -205,7 +214,8 @@ def add_commands(
         commands: name -> (function, its positional arguments ...), or another such dict.
         argv: arguments to parse; commands that do not occur there get no options, because adding them takes 0.2 s.
         path: parent commands.
-        kinds: for a function that dispatches to one of several functions, these by name; their options are added.
+        kinds: for a function that dispatches to one of several functions, these by name, and options of theirs that it
+            lacks; the others are added.
 
     Returns:
         The functions by command path.
@@ -231,7 +241,8 @@ def add_commands(
                 usage.append(f"[{argument.upper()}]" if optional else argument.upper() + " ..." * is_list)
             sub.usage = " ".join([*usage, "[--OPTION VALUE ...]"])
             if name in argv and function in (kinds or {}):
-                add_options_of_kinds(sub, kinds[function], set(positional))
+                versions, left_out = kinds[function]
+                add_options_of_kinds(sub, versions, {*left_out, *positional})
             elif name in argv:
                 add_options(sub, function, set(positional))
             group.add_subcommand(name, sub, help=sub.description)

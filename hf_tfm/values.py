@@ -23,7 +23,7 @@ LONGEST_SHOWN = 100  # characters of a value in an error message
 # Options that may name local files or folders, in which "~" is expanded to a home directory.
 PATHS = {
     *("output_dir", "dataset_name", "dataset", "model_name_or_path", "model", "teacher", "tokenizer", "data_files"),
-    *("cache", "output", "folder", "beside", "image", "images", "file", "weights"),
+    *("models", "cache", "output", "folder", "beside", "image", "images", "file", "weights"),
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])

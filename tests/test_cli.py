@@ -173,7 +173,7 @@ def test_evaluate_a_missing_model(data, refused):
             "--precision is now called --mixed_precision",
         ),
         (("fly",), "fly"),
-        ((), "a command must be given, one of run, evaluate, convert, push, show"),
+        ((), "a command must be given, one of run, evaluate, convert, compress, push"),
     ],
 )
 def test_parser_errors_name_the_argument(words, named, refused):
@@ -329,7 +329,10 @@ def test_run_lists_recipes(refused, capsys):
     assert ended.value.code == 0
     assert "translation_train" in capsys.readouterr().out
     message = refused("run", "fly", status=2)
-    assert 'there is no recipe "fly"; available: augment_texts, detection_train' in message
+    assert (
+        'there is no recipe "fly"; available: augment_texts, compress_distill, compress_train, detection_train'
+        in message
+    )
 
 
 def test_run_passes_arguments_on(capsys):

@@ -16,6 +16,7 @@ CARD = "README.md"
 CURVE = "training_curve.png"
 PREDICTIONS, PICTURE = "predictions/step-*.png", "predictions.png"  # of every evaluation; the last one, for the card
 EVAL_RESULTS = ".eval_results"
+COMPRESSION, COMPRESSION_TEXT, PARETO = "compression.json", "compression.md", "pareto.png"  # written by compress
 CERTIFICATE = "parity_certificate.json"  # written by conversions
 PROJECTION = "projection.safetensors"  # written by a conversion from TinyBERT
 INDEX = "model.safetensors.index.json"
@@ -49,7 +50,7 @@ WRITTEN = (
     *(f"{CHECKPOINTS}/{state}step-*/{name}" for state in CHECKPOINT_STATES for name in CHECKPOINT_FILES),
     *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # TensorBoard
 )
-UPLOADED = (*MODEL_FILES, *RECORD_FILES, CERTIFICATE, PROJECTION)
+UPLOADED = (*MODEL_FILES, *RECORD_FILES, COMPRESSION, COMPRESSION_TEXT, PARETO, CERTIFICATE, PROJECTION)
 
 # Fields of JSON files by which transformers finds code that a folder brings.
 CODE_FIELDS = ("auto_map", "custom_pipelines")
