@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batching import Sample, SampleRef, fetch, sample_ref
+from ..models.cross_entropy import IGNORE_INDEX
 from .signals import HIDDEN, LOGITS, PLACES, REST, SCORE, TOP, Signals, parts
 
 PROBES = 32  # samples whose inputs are hashed
@@ -97,12 +98,23 @@ def read_samples(batch: Mapping[str, Any], samples: Sequence[Sample]) -> list[Sa
     return [ref for ref in refs if ref.index in kept]
 
 
-def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return (B, T) bool of a batch of texts, True at tokens; None for images."""
+def token_mask(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
+    """Return (B, T) bool of a batch of texts, True at tokens; None for images.
+
+    Args:
+        stack: for an encoder-decoder model, "encoder" for the tokens of the source; any other for those of the target.
+    """
     if "input_ids" not in batch:
         return None
+    if "decoder_input_ids" in batch and stack != "encoder":
+        return batch["labels"] != IGNORE_INDEX
     ids = batch["input_ids"]
     return batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+
+
+def masks_of(batch: Mapping[str, Any], stack: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the `token_mask` of the queries, or states, of a stack and that of its keys."""
+    return token_mask(batch, stack), token_mask(batch, "encoder" if stack == "cross" else stack)
 
 
 def split(batch: Mapping[str, Any], signals: Signals, positions: Tensor | None) -> list[Signals]:
@@ -121,13 +133,14 @@ def split(batch: Mapping[str, Any], signals: Signals, positions: Tensor | None) 
     rows = None if positions is None else (positions // mask.shape[1]).bincount(minlength=size).tolist()
     found: list[Signals] = [{} for _ in range(size)]
     for name, value in signals.items():
-        _, kind, _ = parts(name)
+        stack, kind, _ = parts(name)
+        queries, keys = masks_of(batch, stack)
         per_row = rows is not None and name in (LOGITS, TOP, PLACES, REST)
         for i, part in enumerate(value.split(rows) if per_row else value):
-            if mask is not None and kind == HIDDEN:
-                part = part[mask[i]]  # (t, D)
-            elif mask is not None and kind == SCORE:
-                part = part[:, mask[i]][:, :, mask[i]]  # (H, t, t)
+            if queries is not None and kind == HIDDEN:
+                part = part[queries[i]]  # (t, D)
+            elif queries is not None and keys is not None and kind == SCORE:
+                part = part[:, queries[i]][:, :, keys[i]]  # (H, t, s)
             found[i][name] = part
     return found
 
@@ -138,16 +151,16 @@ def join(batch: Mapping[str, Any], samples: Sequence[Signals], positions: Tensor
     Raises:
         ValueError: the number of rows or tokens does not match the batch.
     """
-    mask = token_mask(batch)
     found: Signals = {}
     for name in samples[0]:
-        _, kind, _ = parts(name)
+        stack, kind, _ = parts(name)
+        queries, keys = masks_of(batch, stack)
         values = [sample[name] for sample in samples]
         if positions is not None and name in (LOGITS, TOP, PLACES, REST):
             found[name] = torch.cat(values)
             check_length(name, len(found[name]), len(positions), "rows")
-        elif mask is not None and kind in (HIDDEN, SCORE):
-            found[name] = padded(name, kind, values, mask)
+        elif queries is not None and keys is not None and kind in (HIDDEN, SCORE):
+            found[name] = padded(name, values, (queries,) if kind == HIDDEN else (queries, keys))
         else:
             found[name] = torch.stack(values)
     if PLACES in found:
@@ -155,26 +168,39 @@ def join(batch: Mapping[str, Any], samples: Sequence[Signals], positions: Tensor
     return found
 
 
-def padded(name: str, kind: str, values: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Pad states (t, D) of each sample to (B, T, D) with 0, or scores (H, t, t) to (B, H, T, T) with -inf."""
-    B, T = mask.shape
-    first = values[0]
-    shape = (B, T, first.shape[-1]) if kind == HIDDEN else (B, first.shape[0], T, T)
-    for value, length in zip(values, mask.sum(1).tolist(), strict=True):
-        check_length(name, value.shape[-2], length, "tokens")
-    if min(value.shape[-2] for value in values) == T:
+def padded(name: str, values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Pad states (t, D) of each sample to (B, T, D) with 0, or scores (H, t, s) to (B, H, T, S) with -inf.
+
+    Args:
+        masks: (B, T) of the states; or of the queries, and (B, S) of the keys.
+    """
+    wide = [mask.shape[1] for mask in masks]
+    sizes = [value.shape[-2:][: len(masks)] for value in values]
+    for size, *lengths in zip(sizes, *(mask.sum(1).tolist() for mask in masks), strict=True):
+        for cached, wanted in zip(size, lengths, strict=True):
+            check_length(name, cached, wanted, "tokens")
+    if all(list(size) == wide for size in sizes):
         return torch.stack(list(values))
-    found = first.new_full(shape, 0.0 if kind == HIDDEN else -torch.inf)
+    first = values[0]
+    shape = (*wide, first.shape[-1]) if len(masks) == 1 else (first.shape[0], *wide)
+    found = first.new_full((len(values), *shape), 0.0 if len(masks) == 1 else -torch.inf)
     for i, value in enumerate(values):
-        start, length = int(mask[i].int().argmax()), value.shape[-2]
-        here = slice(start, start + length)  # a slice is copied several times faster than single positions
-        if not mask[i, here].all():
-            here = mask[i].nonzero()[:, 0]
-        if kind == HIDDEN:
-            found[i, here] = value
+        rows, *columns = (tokens_of(mask[i]) for mask in masks)
+        if not columns:
+            found[i, rows] = value
+        elif isinstance(rows, slice) or isinstance(columns[0], slice):
+            found[i][:, rows, columns[0]] = value
         else:
-            found[i][:, here if isinstance(here, slice) else here[:, None], here] = value
+            found[i][:, rows[:, None], columns[0]] = value
     return found
+
+
+def tokens_of(mask: Tensor) -> slice | Tensor:
+    """Return the positions of the tokens of a sample, (T,): a slice, which is copied several times faster than single
+    positions, or indices if there are gaps."""
+    start, length = int(mask.int().argmax()), int(mask.sum())
+    here = slice(start, start + length)
+    return here if bool(mask[here].all()) else mask.nonzero()[:, 0]
 
 
 def check_length(name: str, cached: int, wanted: int, what: str) -> None:

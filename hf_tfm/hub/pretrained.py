@@ -103,7 +103,10 @@ OBJECTS = {
     "teacher": Suitable("distilling a detector", DETECTOR),
 }
 SEGMENTS = {"model_name_or_path": Suitable("a detector", PANOPTIC_DETECTOR)}
-TRANSLATIONS = {"model_name_or_path": Suitable("a translation model", SEQ2SEQ)}
+TRANSLATIONS = {
+    "model_name_or_path": Suitable("a translation model", SEQ2SEQ),
+    "teacher": Suitable("distilling a translation model", SEQ2SEQ, True, ("marian", "bart")),
+}
 VIDEOS = {"model_name_or_path": Suitable("a video forecaster", VIDEO_FORECASTER)}
 MASKED_WORDS = {
     "model_name_or_path": Suitable("a masked language model", MASKED_LM),

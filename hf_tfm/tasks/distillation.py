@@ -9,7 +9,7 @@ target.
 import inspect
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from ..values import check_bounds, shown
 from .base import Batch, Collator, Loader, Scores, Task, mean_losses
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+StudentLayers = list[int] | dict[Literal["encoder", "decoder"], list[int]] | None
 OWN = "distillation"  # key of a batch under which this task stores its own values
 STRIDES = (4, 8, 14, 16, 32, 64)  # possible strides of the cells of a map, in pixels
 MOST_LEVELS = 5  # maximum number of maps with doubling strides that are read together
@@ -97,7 +98,7 @@ class DistillationArguments(Arguments):
         self.terms = read_terms(self.terms)
         self.teacher_dtype = self.teacher_dtype or ("fp32" if run.mixed_precision == "no" else run.mixed_precision)
         self.check_range(at_least_1="cache_epochs cache_top_k", at_most={"cache_epochs": 100_000})
-        layers = self.student_layers if isinstance(self.student_layers, dict) else {"": self.student_layers}
+        layers = self.student_layers if isinstance(self.student_layers, dict) else {"": self.student_layers or []}
         for stack, numbers in layers.items():
             check_bounds(f"student_layers{f'.{stack}' if stack else ''}", numbers, 0)
         check_device("teacher_device", self.teacher_device)
@@ -119,6 +120,38 @@ class DistillationArguments(Arguments):
     def folder_argument(self) -> str:
         """See `TrainingArguments.folder_argument`."""
         return "cache" if self.write_cache else "output_dir"
+
+
+@dataclass(kw_only=True)
+class EncoderDecoderArguments(DistillationArguments):
+    """Distillation of a model with an encoder and a decoder.
+
+    Args:
+        student_layers: blocks of the teacher, counted from 0, whose weights initialise a new student: those of the
+            decoder, or {encoder: [...], decoder: [...]}; a stack that is not named takes the teacher's first blocks.
+    """
+
+    student_layers: StudentLayers = None  # type: ignore[assignment]  # wider than in DistillationArguments
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.student_layers, list):
+            self.student_layers = {"decoder": self.student_layers}
+
+
+def check_texts(args: Any) -> None:
+    """Refuse arguments of a task on texts that do not suit distillation.
+
+    Args:
+        args: with ``tokenizer`` and ``streaming``.
+
+    Raises:
+        ValueError: with the argument.
+    """
+    if args.tokenizer:
+        raise ValueError(f'the student has the teacher\'s tokenizer: give no tokenizer, got "{args.tokenizer}"')
+    if args.streaming and args.cache:
+        raise ValueError("cache needs the number of samples, which is not known with streaming")
 
 
 def check_device(name: str, device: str | None) -> None:
@@ -378,9 +411,8 @@ class DistillationTask(Task):
             return batch[OWN]["samples"] if positions is None else len(positions)
         if one.kind.items == OBJECTS:
             return sum(len(label["class_labels"]) for label in batch["labels"])
-        if not is_text(batch) or one.term.tokens == "first":
-            return batch[OWN]["samples"]
-        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+        mask = token_mask(batch, one.term.stack)
+        return batch[OWN]["samples"] if mask is None or one.term.tokens == "first" else int(mask.sum())
 
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Weighted sums of every term.
@@ -440,8 +472,9 @@ class DistillationTask(Task):
             if term.tokens == "first":
                 weights = chosen_tokens(weights, None)
             elif term.tokens == "targets":
-                if (positions := self.task.target_positions(batch)) is None:
-                    raise ValueError(f'tokens "targets" of {one.name}: the task has no tokens with a target')
+                positions = self.task.target_positions(batch)
+                if positions is None or (term.stack == "encoder" and "decoder_input_ids" in batch):
+                    raise ValueError(f'tokens "targets" of {one.name}: the task has no such tokens with a target')
                 weights = chosen_tokens(weights, positions)
             losses.append(loss(states, teacher[theirs], weights))
         return total(losses)
@@ -726,11 +759,6 @@ def total(values: Iterable[Tensor]) -> Tensor:
     return sum(others, start=first)
 
 
-def is_text(batch: Mapping[str, Any]) -> bool:
-    """Return True for a batch of texts, whose items are tokens; the items of a batch of images are images."""
-    return "input_ids" in batch
-
-
 def token_weights(batch: Batch, name: str, states: Tensor) -> Tensor:
     """Return the weight of every token of a signal, (B, T): 1 in texts, 0 for padding; 1 in total for an image.
 
@@ -743,11 +771,10 @@ def token_weights(batch: Batch, name: str, states: Tensor) -> Tensor:
     """
     stack, kind, _ = parts(name)
     B, T = states.shape[0], states.shape[2:].numel() if kind == MAP else states.shape[-2]
-    if is_text(batch):
-        shape = tuple(batch["input_ids"].shape)
-        if shape != (B, T):
-            raise ValueError(f'signal "{name}" must be of the tokens of input_ids {shape}, got {(B, T)}')
-        return batch["attention_mask"].float() if "attention_mask" in batch else states.new_ones(shape).float()
+    if (tokens := token_mask(batch, stack)) is not None:
+        if tuple(tokens.shape) != (B, T):
+            raise ValueError(f'signal "{name}" must be of the tokens of the text {tuple(tokens.shape)}, got {(B, T)}')
+        return tokens.float()
     if "pixel_mask" not in batch or stack in ("decoder", "cross"):
         return states.new_full((B, T), 1.0 / T, dtype=torch.float32)
     mask = batch["pixel_mask"]

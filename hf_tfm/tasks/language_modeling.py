@@ -50,7 +50,7 @@ from ..hub.pretrained import MASKED_WORDS, NEXT_WORDS, SENTENCE_PAIRS, Suitable,
 from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS
 from ..models.cross_entropy import IGNORE_INDEX
 from .base import Batch, Collator, Scores, Task
-from .distillation import DistillationArguments
+from .distillation import DistillationArguments, check_texts
 from .loaders import check_stream, token_loader
 from .model_fields import build_new, check_fields, head_of, new_config, sums_losses
 from .splits import load_rows
@@ -168,10 +168,7 @@ class LanguageDistillationArguments(DistillationArguments, LanguageModelingArgum
         super().__post_init__()
         if self.sequences == "pairs":
             raise ValueError('sequences must be "packed" or "rows": next sentences are not distilled, got "pairs"')
-        if self.tokenizer:
-            raise ValueError(f'the student has the teacher\'s tokenizer: give no tokenizer, got "{self.tokenizer}"')
-        if self.streaming and self.cache:
-            raise ValueError("cache needs the number of samples, which is not known with streaming")
+        check_texts(self)
 
 
 @dataclass(kw_only=True)

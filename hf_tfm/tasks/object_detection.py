@@ -40,7 +40,7 @@ from ..metrics.streaming import StreamingMetric
 from ..models.encoder_attention import make_method, set_encoder_attention
 from .base import Batch, Collator, Scores, Task, mean, widest_float
 from .detectors import build_detector, model_class, scale_of_backbone, warn_of_batch_norm
-from .distillation import DistillationArguments, Dtype
+from .distillation import Dtype, EncoderDecoderArguments
 from .labels import match_categories
 from .loaders import placement
 from .model_fields import label_fields
@@ -61,8 +61,6 @@ RUN_SCORES = (
     *("PQ", "SQ", "RQ", "PQ_th", "PQ_st"),
 )
 LOWEST_SCORE = 0.05  # of a detection in the file of predictions
-
-StudentLayers = list[int] | dict[Literal["encoder", "decoder"], list[int]] | None
 
 
 @dataclass(kw_only=True)
@@ -107,28 +105,20 @@ class DetectionArguments(BoxArguments, SceneArguments):
 
 
 @dataclass(kw_only=True)
-class DetectionDistillationArguments(DistillationArguments, DetectionArguments):
+class DetectionDistillationArguments(EncoderDecoderArguments, DetectionArguments):
     """Distillation of a detector.
 
     A cache needs images that all have one size after augmentation, and the batch_size of the run.
 
     Args:
         teacher_dtype: of the teacher's weights and computation; half precision rounds its boxes to 1/256.
-        student_layers: blocks of the teacher, counted from 0, whose weights initialise a new student: those of the
-            decoder, or {encoder: [...], decoder: [...]}; a stack that is not named takes the teacher's first blocks.
         mean: channel means, of pixels in [0, 1]; default, those of the teacher.
         std: channel standard deviations; same default.
     """
 
     teacher_dtype: Dtype = "fp32"
-    student_layers: StudentLayers = None  # type: ignore[assignment]  # wider than in DistillationArguments
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.student_layers, list):
-            self.student_layers = {"decoder": self.student_layers}
 
 
 @dataclass(kw_only=True)

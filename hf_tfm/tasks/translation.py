@@ -18,7 +18,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -30,6 +29,7 @@ from transformers import (
     set_seed,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import ModelOutput
 
 from ..arguments import (
     Arguments,
@@ -44,23 +44,27 @@ from ..data.batching import StepLoader, TokenBudgetSampler, pad, part_of_rank, r
 from ..data.stream import StreamLoader
 from ..data.text import EXTRA_LENGTH
 from ..data.vocabulary import tokenizer_name
+from ..distillation.model_spec import check_tokenizers
 from ..families import SEQ2SEQ
 from ..hub.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from ..hub.pretrained import TRANSLATIONS, load_to_train
 from ..limits import LARGEST_VOCABULARY, LONGEST, MOST_BEAMS
 from ..metrics import Bleu, Chrf, ExactMatch
 from ..metrics.text import TextMetric
-from ..models.cross_entropy import IGNORE_INDEX
+from ..models.cross_entropy import IGNORE_INDEX, label_smoothed_cross_entropy
 from ..models.mask_predict import mask_targets
 from ..models.seq2seq import shift_right
 from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
+from .distillation import EncoderDecoderArguments, check_texts
 from .loaders import check_stream, token_loader
 from .model_fields import build_new, check_fields, sums_losses
 from .splits import load_rows
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase")
+INPUTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+TYPICAL_LENGTH = 32  # tokens of both sides of the sentence for which costs are measured
 LONG = "long"  # split of the training pairs that max_words excludes
 TRANSLATED_TOKENS = 4096  # padded source tokens times beams that are translated at once
 
@@ -179,6 +183,17 @@ class TranslationArguments(
 
 
 @dataclass(kw_only=True)
+class TranslationDistillationArguments(EncoderDecoderArguments, TranslationArguments):
+    """Distillation of a translation model, whose tokenizer the student has."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_texts(self)
+        if self.lowercase:
+            raise ValueError("lowercase applies to a trained tokenizer, and the student has the teacher's tokenizer")
+
+
+@dataclass(kw_only=True)
 class TranslationEvaluationArguments(LengthArguments, PairArguments, EvaluationArguments):
     """Scoring a translation model.
 
@@ -247,8 +262,11 @@ class TranslationTask(Task):
 
     Arguments = TranslationArguments
     EvaluationArguments = TranslationEvaluationArguments
+    DistillationArguments = TranslationDistillationArguments
+    cache_options = ("max_length", "max_words")
     kind, hub_task = "translation models", "translation"
     item, term = "target tokens", "token"
+    auto_class = AutoModelForSeq2SeqLM
     processor_class, processor_folder = AutoTokenizer, "tokenizer"
     described_columns = ("source_column", "target_column")
 
@@ -283,14 +301,18 @@ class TranslationTask(Task):
             )
         return text.train_tokenizer(text.sentences(self.splits[args.train_split]), args.vocab_size, args.lowercase)
 
-    def build_model(self) -> PreTrainedModel:
-        """See `Task`; the model's generation config has the beams of the arguments."""
+    def build_model(self, vocab_size: int | None = None) -> PreTrainedModel:
+        """See `Task`; the model's generation config has the beams of the arguments.
+
+        Args:
+            vocab_size: of a new model, at least that of the tokenizer, which is the default.
+        """
         args, tokenizer = self.args, self.processor
         set_seed(args.seed)
         if args.model_name_or_path:
             model = load_translator(args.model_name_or_path, tokenizer, args.model)
         else:
-            model = build_new(build_config(args, tokenizer), args.head)
+            model = build_new(build_config(args, tokenizer, vocab_size), args.head)
         check_positions(model.config, args.max_length)
         if has_learned_positions(model.config):
             tokenizer.model_max_length = model.config.max_position_embeddings  # longer sources are truncated
@@ -328,13 +350,26 @@ class TranslationTask(Task):
         counts = {"token": int(real.sum())}
         return counts | ({"length": int(real.any(dim=1).sum())} if "decoder_attention_mask" in batch else {})
 
+    def inputs(self, batch: Batch) -> Batch:
+        """See `Task`."""
+        return {name: batch[name] for name in INPUTS if name in batch}
+
+    @staticmethod
+    def target_positions(batch: Batch) -> Tensor:
+        """(n,) flat positions of the target tokens among the B T of the decoder."""
+        return (batch["labels"] != IGNORE_INDEX).flatten().nonzero()[:, 0]
+
+    def output_losses(self, output: ModelOutput, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Token loss of the logits (n, V) at `target_positions`, with the label smoothing of the configuration."""
+        labels = batch["labels"].flatten()[self.target_positions(batch)]
+        smoothing = getattr(self.model.config, "label_smoothing", 0.0)
+        return {"token": label_smoothed_cross_entropy(logits, labels, smoothing)}
+
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """See `Task`."""
         if not sums_losses(model):
-            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-            targets = batch["labels"].flatten()
-            loss = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            return {"token": loss}
+            output = model(**self.inputs(batch))
+            return self.output_losses(output, output.logits.flatten(0, 1)[self.target_positions(batch)], batch)
         output = model(**batch, num_items_in_batch=1, return_logits=False)
         losses = {"token": output.token_loss}
         if "decoder_attention_mask" in batch:
@@ -401,6 +436,32 @@ class TranslationTask(Task):
             parts=parts,
         )
 
+    # --- hooks of distillation
+
+    def build_student_processor(self) -> Tokenizer:
+        """See `Task`."""
+        tokenizer = super().build_student_processor()
+        if self.args.model_name_or_path:
+            own = AutoTokenizer.from_pretrained(self.args.model_name_or_path, trust_remote_code=False)
+            check_tokenizers(own, tokenizer)
+        return tokenizer
+
+    def build_student(self, teacher: PreTrainedConfig) -> PreTrainedModel:
+        """See `Task`; the student has as many logits as the teacher, whose tokenizer may have fewer tokens."""
+        student = self.build_model(teacher.vocab_size)
+        for side, config in {"teacher": teacher, "student": student.config}.items():
+            if is_mask_predict(config):
+                raise ValueError(
+                    f"the {side} is a mask-predict model, which cannot be distilled token by token: train a student "
+                    "on the translations of its teacher"
+                )
+        return student
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """See `Task`."""
+        tokens = torch.ones(1, min(self.args.max_length, TYPICAL_LENGTH), dtype=torch.long)
+        return {"input_ids": tokens, "attention_mask": tokens, "decoder_input_ids": tokens}
+
 
 def load_seq2seq(
     model: str, revision: str | None = None, trust_remote_code: bool = False
@@ -445,11 +506,14 @@ def has_learned_positions(config: PreTrainedConfig) -> bool:
     return getattr(config, "position_embedding_type", None) == "learned"
 
 
-def build_config(args: TranslationArguments, tokenizer: Tokenizer | None = None) -> PreTrainedConfig:
+def build_config(
+    args: TranslationArguments, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+) -> PreTrainedConfig:
     """The configuration of a new translation model.
 
     Args:
         tokenizer: gives the vocabulary and its special tokens; None to check the rest before there is one.
+        vocab_size: default, the number of tokens of the tokenizer.
 
     Raises:
         ValueError: a field is unknown or has no such value, or the tokenizer lacks a token.
@@ -462,7 +526,7 @@ def build_config(args: TranslationArguments, tokenizer: Tokenizer | None = None)
         names = [f"{name}_token_id" for name in ("pad", "bos", "eos", "mask")]
         ids = {name: getattr(tokenizer, name) for name in names if name in kind.__dataclass_fields__}
         start = tokenizer.pad_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        given = {"vocab_size": len(tokenizer), **ids, "decoder_start_token_id": start}
+        given = {"vocab_size": vocab_size or len(tokenizer), **ids, "decoder_start_token_id": start}
     try:
         config = kind.of_size(args.size, **{**given, **fields})
     except (StrictDataclassError, ValueError) as error:

@@ -92,7 +92,14 @@ LONG_RANGE = f"run long_range_arena_train {SHORT}"
 PANOPTIC = f"run panoptic_train {SHORT}"
 DISTIL = {
     name: f"run {name} {SHORT}"
-    for name in ("distill_vision", "distill_mae", "distill_task", "distill_pretrain", "distill_detection")
+    for name in (
+        "distill_vision",
+        "distill_mae",
+        "distill_task",
+        "distill_pretrain",
+        "distill_detection",
+        "distill_translation",
+    )
 }
 
 # Options of every recipe: (command, arguments, pattern).
@@ -368,6 +375,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     (DISTIL["distill_pretrain"], "--sequences pairs", got("sequences", "rows", "pairs")),
     (DISTIL["distill_pretrain"], "--teacher {models}/gpt", got("teacher", "gpt")),
     (DISTIL["distill_detection"], "--student_layers '{middle: [0]}'", got("student_layers", "encoder", "middle")),
+    (DISTIL["distill_translation"], "--lowercase true", got("lowercase", "teacher")),
+    (DISTIL["distill_translation"], "--teacher {models}/vit", got("teacher", "vit")),
     ("run distill_cache distill_vision --config quickstart", "--output_dir {out}", got("write_cache", "cache")),
     ("run distill_cache distill_visions", "--output_dir {out}", "distill_visions"),
     # augmentation of texts

@@ -28,6 +28,8 @@ from hf_tfm import (
     TfmBertForSequenceClassification,
     TfmDetrConfig,
     TfmDetrForObjectDetection,
+    TfmTransformerConfig,
+    TfmTransformerForConditionalGeneration,
     TfmViTConfig,
     TfmViTForImageClassification,
 )
@@ -45,6 +47,7 @@ from hf_tfm.tasks.distillation import AllEpochs, DistillationCollator, Distillat
 from hf_tfm.tasks.image_classification import ImageClassificationTask
 from hf_tfm.tasks.language_modeling import LanguageModelingTask
 from hf_tfm.tasks.object_detection import DetectionTask
+from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import TrainingArguments, train_step
 from hf_tfm.training.checkpoint import full_weights
 from hf_tfm.training.optim import build_optimizer
@@ -105,6 +108,20 @@ def bert(layers: int = 4, width: int = 32, native: bool = False, seed: int = 0, 
     kind, config = (BertForMaskedLM, BertConfig) if native else (TfmBertForMaskedLM, TfmBertConfig)
     sizes = {**BERT, "hidden_size": width, "num_hidden_layers": layers, "vocab_size": 60, **fields}
     return randomize(kind(config(**sizes)), seed)
+
+
+def translator(layers: int = 4, width: int = 32, seed: int = 0, **fields) -> nn.Module:
+    """A translation model of 60 tokens with equally many layers in both stacks."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "intermediate_size": 48, "num_attention_heads": 4, "dropout": 0.0, "vocab_size": 60}
+    depth = {"num_encoder_layers": layers, "num_decoder_layers": layers, **fields}
+    return randomize(TfmTransformerForConditionalGeneration(TfmTransformerConfig(**sizes, **depth)), seed)
+
+
+def sentence_pairs(count: int = 10) -> list[dict[str, Any]]:
+    """Pairs of sequences of 5 to 14 tokens."""
+    sides = zip(sentences(count), sentences(count, seed=1), strict=True)
+    return [{"input_ids": source["input_ids"], "labels": target["input_ids"]} for source, target in sides]
 
 
 def classifier(layers: int = 4, width: int = 32, seed: int = 0, **fields) -> nn.Module:
@@ -201,6 +218,10 @@ def detection_task(model: TfmDetrForObjectDetection) -> Task:
 
 def language_task(seed: int = 0) -> LanguageModelingTask:
     return LanguageModelingTask.for_model(None, tokenizer(), mlm_probability=0.3, seed=seed)
+
+
+def translation_task() -> TranslationTask:
+    return TranslationTask.for_model(translator(1))
 
 
 def distillation(

@@ -22,9 +22,12 @@ from distillation_helpers import (
     language_task,
     losses,
     scenes,
+    sentence_pairs,
     sentences,
     tokenizer,
     trained,
+    translation_task,
+    translator,
     vit,
 )
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
@@ -88,6 +91,16 @@ def detection():
     return distillation(detection_task(student), detr(4), student, DETECTION)
 
 
+def translation():
+    terms = [
+        {"kind": "label"},
+        {"kind": "soft_target", "temperature": 2.0},
+        {"kind": "hidden_state", "stack": "encoder"},
+        {"kind": "attention_score", "stack": "cross", "layers": "final"},
+    ]
+    return distillation(translation_task(), translator(4), translator(2, 16, seed=1), terms)
+
+
 CASES = {
     "language": (language, sentences),
     "native language": (lambda: language(native=True), sentences),
@@ -102,6 +115,7 @@ CASES = {
         image_rows,
     ),
     "detection": (detection, scenes),
+    "translation": (translation, sentence_pairs),
 }
 CUTS = [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]]]
 

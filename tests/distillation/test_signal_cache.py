@@ -20,9 +20,12 @@ from distillation_helpers import (
     language_task,
     losses,
     scenes,
+    sentence_pairs,
     sentences,
     trained,
     training_samples,
+    translation_task,
+    translator,
     vit,
 )
 from processes import start
@@ -46,6 +49,14 @@ MLM = [
     {"kind": "attention_probability", "layers": "final"},
 ]
 CLASSES = [{"kind": "soft_target", "temperature": 2.0}, {"kind": "hard_target"}, {"kind": "logit"}]
+SEQ2SEQ = [
+    {"kind": "label"},
+    {"kind": "soft_target", "temperature": 2.0},
+    {"kind": "hidden_state", "stack": "encoder"},
+    {"kind": "cosine", "stack": "decoder", "projection": "linear", "tokens": "targets"},
+    {"kind": "attention_score", "stack": "decoder"},
+    {"kind": "attention_probability", "stack": "cross", "layers": "final"},
+]
 CASES = {
     "language": (language_task, lambda: bert(4), lambda: bert(2, 16, seed=1), MLM, sentences),
     "language, all tokens": (
@@ -56,6 +67,13 @@ CASES = {
         sentences,
     ),
     "texts": (TextTask, lambda: classifier(4), lambda: classifier(2, 16, seed=1), CLASSES, sentences),
+    "translation": (
+        translation_task,
+        lambda: translator(4),
+        lambda: translator(2, 16, seed=1),
+        SEQ2SEQ,
+        sentence_pairs,
+    ),
     "images": (
         lambda: image_task(augmentation=Augmentation()),
         lambda: vit(4),

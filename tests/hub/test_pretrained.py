@@ -111,6 +111,7 @@ RECIPES = {
     "distill_task": ("TEXT_CLASSES", "teacher"),
     "distill_pretrain": ("MASKED_WORDS", "teacher"),
     "distill_detection": ("OBJECTS", "teacher"),
+    "distill_translation": ("TRANSLATIONS", "teacher"),
 }
 
 
