@@ -387,6 +387,8 @@ class TrainingArguments(Arguments):
         save_total_limit: number of most recent checkpoints to keep, in addition to the best one.
         max_nonfinite_steps: stop after this many consecutive steps with a non-finite gradient; with fp16, 16 more are
             allowed while the loss scale is searched.
+        ddp_timeout: seconds that one process waits for another before the run fails; larger than what the main process
+            may need to prepare the data.
         report_to: experiment trackers: tensorboard, wandb, trackio.
         run_name: name of the run in the trackers; default, that of output_dir.
         license: licence of the trained model, for its card.
@@ -429,6 +431,7 @@ class TrainingArguments(Arguments):
     early_stopping_patience: int = 0
     save_total_limit: int = 2
     max_nonfinite_steps: int = 5
+    ddp_timeout: int = 1800
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     run_name: str | None = None
     license: str | None = None
@@ -440,11 +443,13 @@ class TrainingArguments(Arguments):
         self.check_range(
             at_least_0="seed dataloader_num_workers warmup_steps weight_decay max_grad_norm average_checkpoints "
             "early_stopping_patience",
-            at_least_1="max_steps eval_steps save_steps logging_steps save_total_limit max_nonfinite_steps",
+            at_least_1="max_steps eval_steps save_steps logging_steps save_total_limit max_nonfinite_steps "
+            "ddp_timeout",
             above_0="num_train_epochs max_minutes learning_rate adam_epsilon layer_wise_lr_decay",
             at_most={
                 "seed": SEEDS - 1,
                 "max_steps": 1_000_000_000,
+                "ddp_timeout": 10_000_000,
                 "num_train_epochs": 1_000_000,
                 "layer_wise_lr_decay": 1,
                 "learning_rate": 1000,

@@ -59,6 +59,14 @@ REWORDED: tuple[tuple[str, str], ...] = (
     (r"out of memory\. Tried to allocate ([\d.]+ \w+)", "out of memory on the device: {0} could not be allocated"),
     (r"std::bad_alloc", "out of memory"),
     (
+        r"gloo/[\s\S]*?Timed out waiting (\d+)ms|Watchdog caught collective operation timeout",
+        "another process has not answered within ddp_timeout: look for its error, or for a fault of the network",
+    ),
+    (
+        r"gloo/[\s\S]*?(?:Connection (?:closed|reset) by peer|Broken pipe)|remote process exited",
+        "another process has ended: look for its error; the same command resumes from the last checkpoint",
+    ),
+    (
         r"Dataset scripts are no longer supported, but found (\S+)",
         '"{0}" is a dataset script, which is not supported',
     ),
@@ -74,6 +82,7 @@ REMOTE_CODE_PLACE = re.compile(r"(?:repository|loading|model|from) `?([^\s`]+?)`
 RUNTIME_CAUSES = re.compile(
     r"allocat|out of memory|bad_alloc|ignore_mismatched_sizes|[Ww]eights.only|Dataset scripts|size mismatch"
     r"|device string|device type|CUDA|cuda|DataLoader worker|PytorchStreamReader|Error\(s\) in loading state_dict"
+    r"|gloo/|NCCL"
 )
 # Variable names under which library frames hold the model or file that they read.
 PLACES = ("pretrained_model_name_or_path", "checkpoint_file", "resolved_config_file", "path_or_repo_id", "filename")

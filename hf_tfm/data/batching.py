@@ -9,6 +9,8 @@ their number changes neither the samples of a step nor the order of steps.
 import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 Example = dict[str, Any]
 
+PARENT_SECONDS = 1.0  # between two looks of a worker process for its parent
 COPY, SIDE = 2**40, 2**16  # exclusive upper bounds of an index, and of the height and width of a canvas
 
 
@@ -235,6 +238,17 @@ def part_of_rank(step: Sequence[Any], rank: int, world_size: int, unit: int = 1)
     return step[bounds[0] : bounds[1]]
 
 
+class MicroBatches(list):
+    """This rank's micro-batches of a step.
+
+    Attributes:
+        first: number of micro-batches, dummy ones not counted, on the ranks before this one. Random numbers drawn for
+            a micro-batch depend on its position in the whole step, not on the rank.
+    """
+
+    first: int = 0
+
+
 class StepLoader:
     """Yields the steps of an epoch as lists of this rank's micro-batches.
 
@@ -283,7 +297,7 @@ class StepLoader:
         order = range(start, len(steps))
         return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
 
-    def micro_batches(self, step: Sequence[Sample], epoch: int) -> list[Any]:
+    def micro_batches(self, step: Sequence[Sample], epoch: int) -> MicroBatches:
         """Collate this rank's part of a step.
 
         Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
@@ -294,9 +308,10 @@ class StepLoader:
         ]
         mine = runs[self.rank]
         filling = [step[:1]] * (max(map(len, runs)) - len(mine))
-        return [self.batch(run, epoch, is_dummy=False) for run in mine] + [
-            self.batch(run, epoch, is_dummy=True) for run in filling
-        ]
+        batches = MicroBatches(self.batch(run, epoch, is_dummy=False) for run in mine)
+        batches.extend(self.batch(run, epoch, is_dummy=True) for run in filling)
+        batches.first = sum(map(len, runs[: self.rank]))
+        return batches
 
     def runs(self, part: Sequence[Sample]) -> Steps:
         """Split a rank's part of a step into micro-batches."""
@@ -349,3 +364,11 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # If the parent's tokenizer has used threads, a forked process would wait forever for threads it does not have.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    # torch's worker ends after its parent too, but not if it waits to deliver a batch to it.
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)

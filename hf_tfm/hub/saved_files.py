@@ -44,6 +44,7 @@ RECORD_FILES = (CARD, RESULTS, HISTORY, CURVE, PICTURE)
 WRITTEN = (
     *(*MODEL_FILES, *CODE_FILES, *RECORD_FILES),
     *(f"{name}.part" for name in (RESULTS, HISTORY, RUN)),
+    *(f"{CHECKPOINTS}/{state}step-*/{STATE_FILE}.part" for state in CHECKPOINT_STATES),
     *(PREDICTIONS, f"{EVAL_RESULTS}/*.yaml"),
     *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)),
     *(f".part-*/{name}" for name in (*MODEL_FILES, *CODE_FILES)),

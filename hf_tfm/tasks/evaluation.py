@@ -16,6 +16,7 @@ from ..hub.cost import count_flops
 from ..hub.external import external_model, folder_or_id, weights_file
 from ..hub.loading import load_config, require_model
 from ..hub.results import collect_versions
+from ..launcher import create_accelerator
 from ..writing import require_writable, write_json
 from .base import Task
 from .registry import evaluated_tasks
@@ -173,7 +174,7 @@ def one_process() -> Accelerator:
     Raises:
         ValueError: there are several processes.
     """
-    accelerator = Accelerator()
+    accelerator = create_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"evaluate runs in one process, got {accelerator.num_processes}")
     return accelerator

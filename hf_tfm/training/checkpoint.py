@@ -3,17 +3,23 @@
     <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors
                                                  task.safetensors   state.json
 
-A checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed again
-before it is deleted, so an incomplete checkpoint is never loaded. A checkpoint that is damaged nevertheless is set
-aside, see `resume`. Random states are not stored: those of a step are derived from (seed, step, rank), see
-`seed_step`.
+Writing: a checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed
+    again before it is deleted, so an incomplete checkpoint is never loaded. Only the main process writes.
+Checksums: state.json holds the size and the CRC-32 of every other file, and a checksum of itself. They are verified
+    when the files are read; a checkpoint that does not match is set aside, see `resume`.
+Reading: only the main process reads the folder. It chooses the checkpoint and sends its content to the others, so that
+    all processes resume from the same state, and the others need no access to the folder.
+Random states are not stored: those of a micro-batch are derived from (seed, step, its number in the step), see
+    `seed_micro_batch`.
 """
 
 import json
 import logging
 import random
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +28,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,7 +53,8 @@ from ..hub.saved_files import (
     TASK_FILE,
 )
 from ..hub.schema import check_keys, check_type
-from ..writing import explain_write_errors, sync
+from ..writing import explain_write_errors, sync, write_text
+from .ranks import on_main
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +62,8 @@ log = logging.getLogger(__name__)
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, SafetensorError)
 COUNTS = ("step", "epoch", "step_in_epoch", "items", "skipped", "streak", "waited", "seconds")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+CHECKSUM, FILES = "checksum", "files"  # fields of state.json; missing in those of earlier versions
+BLOCK = 2**22  # bytes that are read at once for a checksum
 
 
 @dataclass
@@ -68,9 +77,10 @@ class Progress:
         skipped: steps skipped because of a non-finite gradient; streak: consecutive ones up to now.
         best: best value of metric_for_best_model so far, at step best_step; waited: evaluations since then.
         window: sums since the last log line.
-        pending: the evaluation of this step is still due, because the run was stopped before or during it.
-        unplanned: step of the last checkpoint saved because of a stop. The next save deletes it, so the last N
-            checkpoints equal those of an uninterrupted run.
+        pending: the evaluation of this step is still due: its checkpoint is written before it.
+        unplanned: step of the last checkpoint that was saved because of a stop, or before an evaluation that did not
+            improve the best value, between two planned ones. The next save deletes it, so the last N checkpoints equal
+            those of an uninterrupted run.
         seconds: training time, without evaluation and set-up; logged_seconds: its value at the last log line.
     """
 
@@ -90,12 +100,17 @@ class Progress:
     logged_seconds: float = 0.0
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed all random generators for a step, independently of earlier steps.
+def seed_micro_batch(seed: int, step: int, number: int) -> None:
+    """Seed all random generators for a micro-batch, independently of everything drawn before.
 
-    A resumed run thus reproduces dropout and masks exactly, evaluations have no side effects, and ranks differ.
+    A resumed run thus reproduces dropout exactly, and evaluations have no side effects. Several ranks draw the same
+    numbers for a step as one does, if they cut it into the same micro-batches.
+
+    Args:
+        step: steps completed before this one.
+        number: position of the micro-batch in the whole step, over all ranks.
     """
-    value = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    value = int(np.random.SeedSequence((seed, step, number)).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
@@ -112,7 +127,9 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint, renaming it first."""
+    """Delete a checkpoint if it exists, renaming it first."""
+    if not folder.is_dir():
+        return
     old = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
@@ -171,29 +188,87 @@ def save_checkpoint(
             "optimizer": optimizer_state["param_groups"],
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
-        write_checkpoint(checkpoint_path(output_dir, progress.step), files, json.dumps(state))
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: write_checkpoint(checkpoint_path(output_dir, progress.step), files, state))
 
 
-def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: str) -> None:
-    """Write a checkpoint's files atomically."""
+def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write a checkpoint's files atomically.
+
+    Args:
+        files: tensors of each safetensors file.
+        state: content of state.json, without the checksums.
+    """
     part = folder.with_name(f".part-{folder.name}")
     with explain_write_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            for name, tensors in files.items():
-                save_file(tensors, part / name, metadata={"format": "pt"})
-            (part / STATE_FILE).write_text(state, encoding="utf-8")
-            for path in (*part.iterdir(), part):
-                sync(path)
-            if folder.exists():
-                discard(folder)
+            with ThreadPoolExecutor() as pool:  # a file is hashed while the disk stores it and the next one is written
+                sums = {}
+                for name, tensors in files.items():
+                    save_file(tensors, part / name, metadata={"format": "pt"})
+                    sums[name] = pool.submit(describe_file, part / name)
+                for name in files:
+                    sync(part / name)
+                described = {name: found.result() for name, found in sums.items()}
+            (part / STATE_FILE).write_text(sealed({**state, FILES: described}), encoding="utf-8")
+            sync(part / STATE_FILE)
+            sync(part)
+            discard(folder)
             part.rename(folder)
             sync(folder.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+
+def update_progress(folder: Path, progress: Progress) -> None:
+    """Replace the progress in the state.json of a checkpoint, atomically.
+
+    Raises:
+        ValueError: it is damaged.
+        WriteError: it could not be written; the old content is left.
+    """
+    state, _ = read_state(folder / STATE_FILE)
+    write_text(folder / STATE_FILE, sealed({**state, "progress": asdict(progress)}))
+
+
+def describe_file(path: Path) -> dict[str, int]:
+    """Return the size in bytes and the CRC-32 of a file.
+
+    CRC-32 detects every error within 32 bits, and all others but one in 4 billion; it is the fastest hash of the
+    standard library, which matters for checkpoints of many gigabytes.
+    """
+    value = size = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            value, size = zlib.crc32(block, value), size + len(block)
+    return {"bytes": size, "crc32": value}
+
+
+def checksum(state: dict[str, Any]) -> int:
+    """Return the CRC-32 of the content of state.json, without the field of the checksum."""
+    content = {name: value for name, value in state.items() if name != CHECKSUM}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def sealed(state: dict[str, Any]) -> str:
+    """Return the text of state.json with its checksum."""
+    state = json.loads(json.dumps(state))  # keys and tuples as they are when the text is read
+    return json.dumps({**state, CHECKSUM: checksum(state)})
+
+
+def check_files(folder: Path, state: dict[str, Any], names: Collection[str]) -> None:
+    """Compare files of a checkpoint with the checksums in its state.json; one of an earlier version has none.
+
+    Raises:
+        ValueError: names the file that differs.
+        OSError: a file cannot be read.
+    """
+    expected = state.get(FILES, {})
+    for name in expected.keys() & names:
+        if describe_file(folder / name) != expected[name]:
+            raise ValueError(f"{folder / name} is damaged: its content does not match the checksum in {STATE_FILE}")
 
 
 def resume(
@@ -206,10 +281,11 @@ def resume(
     ema: AveragedModel | None = None,
     load_task: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> Progress:
-    """Load the newest intact checkpoint, the same on all processes; without any checkpoint, start from step 0.
+    """Load the newest intact checkpoint on all processes; without any checkpoint, start from step 0.
 
-    Damaged checkpoints are renamed to damaged-step-*, with a warning, if an intact one is left. If none is left,
-    nothing is changed: starting over would silently discard the training so far.
+    The main process chooses and reads it, see the module. Damaged checkpoints are renamed to damaged-step-*, with a
+    warning, if an intact one is left. If none is left, nothing is changed: starting over would silently discard the
+    training so far.
 
     Args:
         max_steps: steps of the whole run; a checkpoint of a later step counts as damaged. None if the run may be
@@ -220,45 +296,93 @@ def resume(
         ValueError: no checkpoint is intact; the message lists them and their problems.
     """
     plain = accelerator.unwrap_model(model)
-    names = [[path.name for path in step_folders(output_dir)]]
-    broadcast_object_list(names)
     wrong: dict[str, str] = {}
+    sound: list[Path] = []
+    files = [MODEL_FILE, OPTIMIZER_FILE, *([EMA_FILE] if ema is not None else []), TASK_FILE]
 
-    def note(name: str, reason: str | None) -> bool:
-        """Record a problem of a checkpoint on any process; return True if there is one."""
-        reasons = [reason for reason in gather_object([reason]) if reason is not None]
-        if reasons:
-            wrong[name] = reasons[0]
-        return bool(reasons)
+    def look() -> bool:
+        for folder in step_folders(output_dir):
+            if reason := damage(folder, max_steps, plain, ema):
+                wrong[folder.name] = reason
+            else:
+                sound.append(folder)
+        return bool(sound or wrong)
 
-    folders = [output_dir / CHECKPOINTS / name for name in names[0]]
-    sound = [folder for folder in folders if not note(folder.name, damage(folder, max_steps, plain, ema))]
-    progress = Progress()
-    while sound:
-        reason = None
-        try:
-            progress = load_checkpoint(accelerator, sound[-1], model, optimizer, schedule, ema, load_task)
-        except UNREADABLE as error:
-            reason = f"{sound[-1]} cannot be loaded ({error})"
-        if not note(sound[-1].name, reason):
-            break
-        sound.pop()
-    if folders and not sound:
+    def read() -> tuple[str, dict[str, Any]]:
+        """Read the newest intact checkpoint; on the main process."""
+        while sound:
+            try:
+                state, _ = read_state(sound[-1] / STATE_FILE)
+                check_files(sound[-1], state, files)
+                present = [name for name in files if name != TASK_FILE or (sound[-1] / name).exists()]
+                content.update({name: load_file(sound[-1] / name) for name in present})
+                return sound[-1].name, state
+            except UNREADABLE as error:
+                wrong[sound.pop().name] = str(error)
         raise ValueError(
             f"output_dir {output_dir} has no intact checkpoint to resume from: {'; '.join(wrong.values())}. Restore "
             f"one, or delete {output_dir / CHECKPOINTS} to start from step 0"
         )
-    for name, reason in wrong.items():
-        aside = output_dir / CHECKPOINTS / f"damaged-{name}"
+
+    if not on_main(accelerator, look):
+        return Progress()
+    while True:
+        content: dict[str, dict[str, Tensor]] = {}
+        name, state = on_main(accelerator, read)
+        reason = None
+        try:
+            content = {file: share_tensors(accelerator, content.get(file)) for file in files}
+            progress = load_state(accelerator, state, content, model, optimizer, schedule, ema, load_task)
+        except UNREADABLE as error:
+            reason = f"{output_dir / CHECKPOINTS / name} cannot be loaded ({error})"
+        reasons = [reason for reason in gather_object([reason]) if reason is not None]
+        if not reasons:
+            break
         if accelerator.is_main_process:
+            wrong[sound.pop().name] = reasons[0]
+
+    def set_aside() -> None:
+        if unknown := sorted(state["progress"].keys() - asdict(progress).keys()):
+            file = output_dir / CHECKPOINTS / name / STATE_FILE
+            log.warning("%s: fields of a newer version are ignored: %s", file, ", ".join(unknown))
+        for damaged, reason in wrong.items():
+            aside = output_dir / CHECKPOINTS / f"damaged-{damaged}"
             log.warning(
                 "%s; it was renamed to %s, and the run resumes from step %d", reason, aside.name, progress.step
             )
             with explain_write_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
-                (output_dir / CHECKPOINTS / name).rename(aside)
-    accelerator.wait_for_everyone()
+                (output_dir / CHECKPOINTS / damaged).rename(aside)
+
+    on_main(accelerator, set_aside)
     return progress
+
+
+def shared_weights(accelerator: Accelerator, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return on all processes the tensors that ``read`` returns on the main process, or raise its error."""
+    own: dict[str, Tensor] = {}
+    on_main(accelerator, lambda: own.update(read()))
+    return share_tensors(accelerator, own)
+
+
+def share_tensors(accelerator: Accelerator, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Send tensors of the main process to all processes.
+
+    Args:
+        tensors: on the CPU, as those returned; not used on other processes.
+    """
+    if accelerator.num_processes == 1:
+        return tensors or {}
+    main = accelerator.is_main_process
+    given = tensors if main and tensors else {}
+    layout = [[(name, value.shape, value.dtype) for name, value in given.items()]]
+    broadcast_object_list(layout)
+    shared = {}
+    for name, shape, dtype in layout[0]:
+        value = given[name].contiguous() if main else torch.empty(shape, dtype=dtype)
+        data = broadcast(value.reshape(-1).view(torch.uint8).to(accelerator.device))  # bytes, for any dtype
+        shared[name] = value if main else data.cpu().view(dtype).reshape(shape)
+    return shared
 
 
 def step_folders(output_dir: Path) -> list[Path]:
@@ -307,48 +431,68 @@ def read_state(file: Path) -> tuple[dict[str, Any], Progress]:
         for name, kind in {**kinds, "scaler": dict[str, Any] | None}.items():
             check_type(state[name], kind, name)
         check_type(state["schedule"].get("last_epoch"), int, "schedule.last_epoch")
+        check_sums(state)
         fields = get_type_hints(Progress)
         check_keys(state["progress"], {"step", "epoch", "step_in_epoch"}, set(state["progress"]), "progress")
-        known = {name: value for name, value in state["progress"].items() if name in fields}
-        for name, value in known.items():
+        progress = known_progress(state)
+        for name, value in vars(progress).items():
             check_type(value, dict if name == "window" else fields[name], f"progress.{name}")
             if name in COUNTS and value < 0:
                 raise ValueError(f"progress.{name} must be at least 0, got {value}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    return state, Progress(**known)
+    return state, progress
 
 
-def load_checkpoint(
+def known_progress(state: dict[str, Any]) -> Progress:
+    """Return the progress in a state.json, without fields of a newer version."""
+    known = get_type_hints(Progress)
+    return Progress(**{name: value for name, value in state["progress"].items() if name in known})
+
+
+def check_sums(state: dict[str, Any]) -> None:
+    """Check the checksums in a state.json, which those of earlier versions lack, against its own content.
+
+    Raises:
+        ValueError: they are incomplete or wrong.
+    """
+    if FILES not in state and CHECKSUM not in state:
+        return
+    check_keys(state, {FILES, CHECKSUM}, set(state), "the content")
+    if state[CHECKSUM] != checksum(state):
+        raise ValueError("its content does not match its checksum")
+    check_type(state[FILES], dict[str, dict[str, int]], FILES)
+
+
+def load_state(
     accelerator: Accelerator,
-    folder: Path,
+    state: dict[str, Any],
+    files: dict[str, dict[str, Tensor]],
     model: nn.Module,
     optimizer: Optimizer,
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
     load_task: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> Progress:
-    """Load a checkpoint into a prepared model and optimizer, on any number of processes.
+    """Load the content of a checkpoint into a prepared model and optimizer, on any number of processes.
 
-    Raises:
-        ValueError: the checkpoint is damaged, or belongs to another model.
+    Args:
+        state: content of state.json; see `read_state`.
+        files: tensors of the other files; full ones, on every process.
     """
-    state, progress = read_state(folder / STATE_FILE)
-    if accelerator.is_main_process and (unknown := sorted(state["progress"].keys() - asdict(progress).keys())):
-        log.warning("%s: fields of a newer version are ignored: %s", folder / STATE_FILE, ", ".join(unknown))
     model = accelerator.unwrap_model(model)
-    load_weights(model, folder / MODEL_FILE)
+    set_weights(model, files[MODEL_FILE])
+    progress = known_progress(state)
     if ema is not None:
-        load_weights(ema.module, folder / EMA_FILE)
+        set_weights(ema.module, files[EMA_FILE])
         ema.n_averaged.fill_(progress.step)
-    moments = nested_moments(load_file(folder / OPTIMIZER_FILE))
-    optimizer_state = {"state": moments, "param_groups": state["optimizer"]}
+    optimizer_state = {"state": nested_moments(files[OPTIMIZER_FILE]), "param_groups": state["optimizer"]}
     set_optimizer_state_dict(model, inner(optimizer), optimizer_state, options=FULL)
     # LambdaLR keeps its own function where the state has None.
     schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(inner(optimizer).param_groups)})
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    load_task(load_file(folder / TASK_FILE) if (folder / TASK_FILE).exists() else {})
+    load_task(files[TASK_FILE])
     return progress
 
 
@@ -411,14 +555,20 @@ def check_moments(model: nn.Module, file: Path) -> None:
             raise ValueError(f"{file} does not match the model: {name} has the shape {list(shape)}")
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a weights file; tied weights are stored once.
+def read_weights(folder: Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read the weights in a checkpoint; tied ones are stored once.
+
+    Args:
+        model: refuse weights with other names or shapes.
 
     Raises:
-        ValueError: it is damaged, or names or shapes differ from the model's.
+        ValueError: a file is missing or damaged, or the weights do not match the model.
     """
-    check_weights(model, file)
-    set_weights(model, load_file(file))
+    state, _ = read_state(folder / STATE_FILE)
+    if model is not None:
+        check_weights(model, folder / MODEL_FILE)
+    check_files(folder, state, [MODEL_FILE])
+    return load_file(folder / MODEL_FILE)
 
 
 @torch.no_grad()

@@ -35,16 +35,20 @@ def require_room(output_dir: Path, model: nn.Module, checkpoints: int, ema: bool
 
 
 class History:
-    """Rows of history.jsonl; rows after ``step`` are dropped, as are damaged lines."""
+    """Rows of history.jsonl; rows after ``step`` are dropped, as are damaged lines.
 
-    def __init__(self, output_dir: Path, step: int = 0):
+    Args:
+        pending: the evaluation of ``step`` will be repeated, so its row is dropped too.
+    """
+
+    def __init__(self, output_dir: Path, step: int = 0, pending: bool = False):
         self.path = output_dir / HISTORY
         rows, damaged = [], []
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                if row["step"] <= step:
+                if row["step"] < step or (row["step"] == step and not (pending and "evaluation" in row)):
                     rows.append(row)
             except (ValueError, TypeError, KeyError):
                 damaged.append(number)

@@ -7,7 +7,7 @@ step are known before the first backward pass, and each sum of losses is divided
 to rounding, however it is divided into micro-batches and ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -92,6 +92,7 @@ def train_step(
     micro_batches: Sequence[Any],
     max_grad_norm: float = 0.0,
     counts: dict[str, Tensor] | None = None,
+    seed: Callable[[int], None] | None = None,
 ) -> StepResult:
     """Run one optimizer step over a list of micro-batches, equivalent to one large batch on any number of ranks.
 
@@ -103,6 +104,7 @@ def train_step(
         micro_batches: those of this rank, at least one; a rank without samples passes a batch with zero items.
         max_grad_norm: clips the gradient to this norm; 0 disables clipping.
         counts: result of `global_counts`, if already known.
+        seed: called with the index of each micro-batch before its forward pass, for instance to seed dropout.
 
     Raises:
         ValueError: the optimizer is not fused; only fused ones can skip a step on the device.
@@ -115,6 +117,8 @@ def train_step(
     for i, batch in enumerate(micro_batches):
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         last = i == len(micro_batches) - 1
+        if seed is not None:
+            seed(i)
         with nullcontext() if last else accelerator.no_sync(model):
             sums = task.losses(model, batch)
             # Data-parallel training averages gradients over ranks, but the sums have to be added up.

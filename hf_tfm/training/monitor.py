@@ -44,7 +44,9 @@ class Monitor:
     ):
         self.accelerator, self.max_steps, self.progress, self.item = accelerator, max_steps, progress, item
         self.statistics = statistics
-        self.history = History(Path(args.output_dir), progress.step) if accelerator.is_main_process else None
+        self.history = (
+            History(Path(args.output_dir), progress.step, progress.pending) if accelerator.is_main_process else None
+        )
         self.window = {name: self.tensor(value) for name, value in progress.window.items()}
         self.items = self.tensor(progress.items)
         self.skipped = self.tensor(progress.skipped)

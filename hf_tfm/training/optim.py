@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -14,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, get_scheduler
 
 from ..arguments import TrainingArguments
+from .checkpoint import read_weights
 
 SCHEDULES = {  # names in transformers
     "inverse_sqrt": "inverse_sqrt",
@@ -146,12 +146,12 @@ def average_weights(checkpoints: list[Path]) -> dict[str, Tensor]:
     """Average the weights of several checkpoints (Vaswani et al. 2017, section 6.1), accumulated in float64.
 
     Raises:
-        ValueError: there are no checkpoints.
+        ValueError: there are no checkpoints, or one is damaged.
     """
     if not checkpoints:
         raise ValueError("there are no checkpoints to average")
     total: dict[str, Tensor] = {}
     for folder in checkpoints:
-        for name, value in load_file(folder / "model.safetensors").items():
+        for name, value in read_weights(folder).items():
             total[name] = total[name].add_(value) if name in total else value.double()
     return {name: (value / len(checkpoints)).float() for name, value in total.items()}

@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from datasets.config import HF_DATASETS_CACHE
 from evaluate.config import HF_METRICS_CACHE
 from torch import nn
@@ -36,6 +36,7 @@ from ..hub.results import (
     evaluations_of,
     read_history,
 )
+from ..launcher import create_accelerator
 from ..tasks.base import Loader
 from ..writing import explain_write_errors
 from .checkpoint import checkpoints
@@ -44,7 +45,7 @@ from .loop import StatefulTask
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_location, place_new
 from .session import TrainingResult, checkpoints_to_come, train
-from .sigterm import install_sigterm_handler
+from .sigterm import Watchdog, install_sigterm_handler
 from .threads import limit_threads, threads_restored
 
 # Arguments that affect neither the weights of a given step nor the choice of the best: a resumed run may change them.
@@ -58,7 +59,7 @@ FREE = {
         "gradient_checkpointing",
         "max_nonfinite_steps",
     ),
-    *("max_bad_images", "trust_remote_code", "max_minutes"),
+    *("max_bad_images", "trust_remote_code", "max_minutes", "ddp_timeout"),
     *("eval_steps", "save_steps", "early_stopping_patience", "save_total_limit", "average_checkpoints"),
     *(
         "final_weights",
@@ -82,7 +83,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     From here on SIGTERM ends the process with exit status 0, see `sigterm.install_sigterm_handler`.
 
     Raises:
-        ValueError: the device does not support the precision, or a model to start from is missing or of another kind.
+        ValueError: the device does not support the precision, a model to start from is missing or of another kind, or
+            the processes that the launcher started are not connected.
     """
     for argument in ("model_name_or_path", "teacher"):
         if source := getattr(args, argument, None):
@@ -98,14 +100,20 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     if source := getattr(args, "tokenizer", None):
         require_model("tokenizer", source, files=(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME))
     install_sigterm_handler()
-    accelerator = Accelerator(
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))
+    accelerator = create_accelerator(
         mixed_precision=args.mixed_precision,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
         # Buffers are constant tables here; broadcasting them in every forward pass would be wasteful.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            timeout,
+        ],
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes > 1:
+        Watchdog.install(on_cpu=accelerator.device.type == "cpu")
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32
         raise ValueError('mixed_precision="fp16" needs an accelerator; on a CPU use "bf16" or "no"')
     if args.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not has_fast_bf16():
@@ -200,7 +208,8 @@ class Run:
 
         folder = on_main(self.accelerator, place)
         try:
-            return load(folder, trust_remote_code=self.args.trust_remote_code)
+            with same_on_all(self.accelerator, folder) as copy:
+                return load(copy, trust_remote_code=self.args.trust_remote_code)
         except (ValueError, OSError, KeyError, TypeError) as error:
             if not self.holds_run:
                 raise
@@ -333,6 +342,28 @@ class Run:
         if self.folder is not None:
             self.folder.give_up()
         self.lock.release()
+
+
+@contextmanager
+def same_on_all(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """Yield a folder with the files that ``folder`` has on the main process.
+
+    It is ``folder`` itself where a process sees these files there; otherwise, if the output folder is on a disk that
+    the machines do not share, a temporary copy.
+    """
+    if accelerator.num_processes == 1:
+        yield folder
+        return
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+    content = [files]
+    broadcast_object_list(content)
+    if content[0] == files:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name, data in content[0].items():
+            (Path(copy) / name).write_bytes(data)
+        yield Path(copy)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ Place: the folder must belong to the run alone. Refused are "", the root, the ho
     run created. It must neither be nor contain anything the run reads, nor lie inside its data set.
 Lock: the main process holds ``.lock`` from before it reads data until the run ends. The file names host, process id,
     start and command, which the error for a second run in the folder repeats. The lock belongs to the process (POSIX
-    record lock), so a killed run releases it. A lock held by another host is never taken over: only the user can know
-    whether that run is alive.
+    record lock), so a killed run releases it. The locks of a network file system may not reach other hosts, so the
+    holder also changes the time of the file every `BEAT` seconds: a run on another host takes the lock over when that
+    time has not changed for `SILENCE` seconds. A holder that finds its lock taken over (its machine was suspended, or
+    cut off from the disk) ends at once, because it no longer owns the folder.
 Claim: files created before training (tokenizer, image processor) are kept in ``.new``. run.json is written, and
     ``.new`` moved into place, right before training. A run that fails earlier leaves the folder as it was, or removes
     the folder it created.
@@ -20,9 +22,14 @@ Overwriting: deletes the files that a run writes (`hub.saved_files.WRITTEN`), an
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -42,7 +49,10 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+log = logging.getLogger(__name__)
+
 EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
+BEAT, SILENCE = 10.0, 60.0  # seconds, see Lock
 INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
 
 
@@ -199,12 +209,15 @@ class Lock:
         self.folder, self.argument, self.path = folder, argument, folder / LOCK
         self.handle: int | None = None
         self.made: list[Path] = []
+        self.released, self.beating = threading.Event(), threading.Lock()
 
     def take(self, command: str = "") -> None:
         """Lock the folder for this process.
 
+        Waits up to `SILENCE` seconds for a sign of life of a holder on another host.
+
         Raises:
-            InUse: another process holds the lock, or one on another host did not release it.
+            InUse: another process holds the lock.
             WriteError: the folder cannot be written.
         """
         self.key = os.path.realpath(self.path)
@@ -231,9 +244,27 @@ class Lock:
         self.handle, self.pid = handle, os.getpid()
         Lock.held.add(self.key)
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        holder = {"host": socket.gethostname(), "pid": self.pid, "started": started, "command": command}
+        self.holder = {"host": socket.gethostname(), "pid": self.pid, "started": started, "command": command}
         os.ftruncate(handle, 0)
-        os.pwrite(handle, (json.dumps(holder) + "\n").encode(), 0)
+        os.pwrite(handle, (json.dumps(self.holder) + "\n").encode(), 0)
+        threading.Thread(target=self.beat, args=(handle,), daemon=True).start()
+
+    def beat(self, handle: int) -> None:
+        """Show that the holder lives until it releases the lock, and end it if another process has taken the lock."""
+        while not self.released.wait(BEAT):
+            # Not by opening the file: closing it would release the record lock of this process.
+            with self.beating, suppress(OSError):
+                if self.released.is_set():
+                    return
+                os.utime(handle)
+                if (holder := read_holder(handle)) and holder != self.holder:
+                    print(
+                        f'{self.argument} "{self.folder}" was taken over by process {holder.get("pid")} on host '
+                        f"{holder.get('host')}, because this one gave no sign of life for {SILENCE:.0f} s: it ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)
 
     def check(self, handle: int) -> None:
         """Lock an open file, or refuse.
@@ -241,18 +272,54 @@ class Lock:
         Raises:
             InUse: see `take`.
         """
-        locks = fcntl is not None
-        if locks:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise self.refusal(read_holder(handle)) from None
-                locks = False  # a file system without lock support
+        locks = self.lock_file(handle)
         holder = read_holder(handle)
-        elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
-        if elsewhere or (not locks and alive(holder.get("pid"))):
+        if holder.get("host", socket.gethostname()) != socket.gethostname():
+            if not self.silent(handle, holder):
+                raise self.refusal(holder, certain=False)
+            self.lock_file(handle)
+        elif not locks and alive(holder.get("pid")):
             raise self.refusal(holder, certain=False)
+
+    def lock_file(self, handle: int) -> bool:
+        """Take the record lock of an open file; return False if the file system has none.
+
+        Raises:
+            InUse: another process holds it.
+        """
+        if fcntl is None:
+            return False
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise self.refusal(read_holder(handle)) from None
+            return False
+        return True
+
+    def silent(self, handle: int, holder: dict[str, Any]) -> bool:
+        """Return True if a holder on another host gives no sign of life for `SILENCE` seconds, on the disk's clock.
+
+        The record lock is released.
+        """
+        first, start = os.fstat(handle).st_mtime_ns, time.monotonic()
+        with tempfile.TemporaryFile(dir=self.folder) as now:
+            age = (os.fstat(now.fileno()).st_mtime_ns - first) / 1e9
+        if age < SILENCE:
+            log.warning(
+                "%s is held by a process on host %s: waiting up to %.0f s for a sign of life",
+                self.path,
+                holder["host"],
+                SILENCE - age,
+            )
+        while age + time.monotonic() - start < SILENCE:
+            time.sleep(SILENCE / 30)
+            again = os.open(self.path, os.O_RDONLY)  # on NFS, opening the file reads its time from the server
+            changed = os.fstat(again).st_mtime_ns != first
+            os.close(again)
+            if changed:
+                return False
+        return True
 
     def refusal(self, holder: dict[str, Any], certain: bool = True) -> InUse:
         """Create the error that names the holder."""
@@ -270,10 +337,12 @@ class Lock:
         """Release the lock; remove the folder if the lock created it and it is empty."""
         if self.handle is None or self.pid != os.getpid():
             return
-        with suppress(OSError):
-            self.path.unlink()
-        with suppress(OSError):
-            os.close(self.handle)
+        with self.beating:
+            self.released.set()
+            with suppress(OSError):
+                self.path.unlink()
+            with suppress(OSError):
+                os.close(self.handle)
         self.handle = None
         Lock.held.discard(self.key)
         self.remove_made()

@@ -1,18 +1,20 @@
 """Training loop, with logging, evaluation and checkpointing.
 
-latest checkpoint, if any -> step -> log? -> evaluate? -> save? -> step -> ... -> final weights
+latest checkpoint, if any -> step -> log? -> save? -> evaluate? -> step -> ... -> final weights
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import TrainingArguments
+from ..data.batching import MicroBatches
 from ..hub.results import read_history
 from ..tasks.base import Loader
 from . import checkpoint as states
@@ -21,7 +23,7 @@ from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
-from .sigterm import Interrupted, StopRequest
+from .sigterm import Interrupted, StopRequest, Watchdog
 
 # Reading a value back synchronises host and device. On an accelerator the loop therefore checks only once in this many
 # micro-batches whether gradients were finite and whether a rank was asked to stop.
@@ -91,11 +93,13 @@ class Session:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
         self.keep = max(args.save_total_limit, args.average_checkpoints)
-        if accelerator.is_main_process:
+
+        def prepare_folder() -> None:
             states.clean(self.output_dir)
             to_come = checkpoints_to_come(args, max_steps, eval_steps)
             folders.require_room(self.output_dir, model, to_come, self.ema is not None)
-        accelerator.wait_for_everyone()
+
+        on_main(accelerator, prepare_folder)
         shortened = args.lr_scheduler_type in (
             "inverse_sqrt",
             "constant",
@@ -111,7 +115,9 @@ class Session:
             task.load_state,
         )
         best = self.progress.best_step
-        if best is not None and not states.checkpoint_path(self.output_dir, best).is_dir():
+        if best is not None and not on_main(
+            accelerator, lambda: states.checkpoint_path(self.output_dir, best).is_dir()
+        ):
             accelerator.print(f"the best weights, of step {best}, are lost: the best weights are chosen from here on")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
@@ -134,13 +140,24 @@ class Session:
 
     def step(self, micro_batches: list[Any], stop: bool) -> None:
         """Run one training step; ``stop`` is True if this rank was asked to stop."""
-        states.seed_step(self.args.seed, self.progress.step, self.accelerator.process_index)
         if self.callback is not None:
             self.callback.before_step(self.progress.step)
+        first = (
+            micro_batches.first
+            if isinstance(micro_batches, MicroBatches)
+            else self.accelerator.process_index * len(micro_batches)
+        )
         flags = (stop, self.out_of_budget)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
-            self.accelerator, self.task, self.model, self.optimizer, micro_batches, self.args.max_grad_norm, counts
+            self.accelerator,
+            self.task,
+            self.model,
+            self.optimizer,
+            micro_batches,
+            self.args.max_grad_norm,
+            counts,
+            seed=lambda i: states.seed_micro_batch(self.args.seed, self.progress.step, first + i),
         )
         self.schedule.step()
         if self.ema is not None:
@@ -178,17 +195,26 @@ class Session:
         self.evaluate_and_save(request)
 
     def evaluate_and_save(self, request: StopRequest) -> None:
-        """Run a pending evaluation, then save if due; an evaluation that is interrupted is repeated by the next
-        run."""
+        """Run a pending evaluation, and save if due.
+
+        The checkpoint is written before the evaluation, and gets its result afterwards: whatever ends a run during an
+        evaluation loses no step, and the next run repeats the evaluation.
+        """
         better = False
         if self.progress.pending:
+            if self.saved_step != self.progress.step:
+                self.write()
+            if self.stopped:
+                return
             try:
                 better = self.evaluate(request)
             except Interrupted:
                 self.stopped = True
                 return
             self.progress.pending = False
-        if better or self.progress.step % (self.args.save_steps or self.eval_steps) == 0 or self.finished:
+            planned = better or self.progress.step % (self.args.save_steps or self.eval_steps) == 0 or self.finished
+            self.save(planned)
+        elif self.args.save_steps and self.progress.step % self.args.save_steps == 0:
             self.save()
 
     def evaluate(self, request: StopRequest) -> bool:
@@ -200,8 +226,7 @@ class Session:
         average = self.ema if self.args.final_weights == "ema" else None
         model = self.plain if average is None else average.module
         states.share_statistics(self.accelerator, model)
-        # With several processes an evaluation communicates: a process that left would block the others.
-        with self.monitor.paused(), request.at_once(self.accelerator.num_processes == 1):
+        with self.monitor.paused(), request.at_once():
             scores = self.score(model)
             if self.show is not None:
                 self.show(model, self.progress.step)
@@ -225,14 +250,34 @@ class Session:
         return better
 
     def save(self, planned: bool = True) -> None:
-        """Write a checkpoint unless this step has one; an unplanned one (on SIGTERM) is deleted by the next save."""
+        """Write a checkpoint of this step and delete those that are no longer needed.
+
+        Args:
+            planned: False for one that the next save deletes, see `Progress.unplanned`.
+        """
+        progress = self.progress
+        before, progress.unplanned = progress.unplanned, progress.unplanned if planned else progress.step
+        self.write()
+
+        def delete_old() -> None:
+            if before is not None and before != progress.step:
+                states.discard(states.checkpoint_path(self.output_dir, before))
+            if planned:
+                states.rotate(self.output_dir, self.keep, progress.best_step)
+
+        with Watchdog.paused():
+            on_main(self.accelerator, delete_old)
+
+    def write(self) -> None:
+        """Write a checkpoint of this step; only its progress if the rest is on disk already."""
         progress = self.progress
         if self.saved_step == progress.step:
+            folder = states.checkpoint_path(self.output_dir, progress.step)
+            on_main(self.accelerator, lambda: states.update_progress(folder, progress))
             return
-        before, progress.unplanned = progress.unplanned, progress.unplanned if planned else progress.step
         self.monitor.record()
         states.share_statistics(self.accelerator, self.plain)
-        with self.monitor.paused():
+        with self.monitor.paused(), Watchdog.paused():
             states.save_checkpoint(
                 self.accelerator,
                 self.output_dir,
@@ -243,22 +288,19 @@ class Session:
                 self.ema,
                 self.task.state(),
             )
-            if self.accelerator.is_main_process:
-                if before is not None and (old := states.checkpoint_path(self.output_dir, before)).is_dir():
-                    states.discard(old)
-                states.rotate(self.output_dir, self.keep, progress.best_step)
         self.saved_step = progress.step
 
 
 def checkpoints_to_come(args: TrainingArguments, max_steps: int, eval_steps: int) -> int:
-    """Count the checkpoints that a run writes before it deletes one: at most those kept, the best and the next.
+    """Count the checkpoints that a run writes before it deletes one: at most those kept, the best and the next, and
+    with ``save_steps`` one between planned ones.
 
     Args:
         max_steps, eval_steps: see `train`.
     """
     keep = max(args.save_total_limit, args.average_checkpoints)
     made = math.ceil(max_steps / eval_steps) + (math.ceil(max_steps / args.save_steps) if args.save_steps else 0)
-    return max(1, min(keep + 2, made) - len(states.checkpoints(Path(args.output_dir))))
+    return max(1, min(keep + 2 + bool(args.save_steps), made) - len(states.checkpoints(Path(args.output_dir))))
 
 
 def train(
@@ -276,9 +318,8 @@ def train(
     """Train until ``max_steps``, ``args.max_minutes``, early stopping or SIGTERM; resume from the last checkpoint in
     ``args.output_dir``.
 
-    SIGTERM ends the run after the current step. On a single process it also aborts an evaluation, which the resumed
-    run repeats; several processes finish the evaluation. At the end the model holds the weights selected by
-    ``args.final_weights`` and no longer runs under autocast.
+    SIGTERM ends the run after the current step. It also aborts an evaluation, which the resumed run repeats. At the
+    end the model holds the weights selected by ``args.final_weights`` and no longer runs under autocast.
 
     Args:
         max_steps: optimizer steps of the whole run, which is also the length of the schedule.
@@ -311,7 +352,8 @@ def train(
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     stopped = not session.finished
     if stopped:
-        session.save(planned=False)
+        if session.saved_step != progress.step:
+            session.save(planned=False)
     else:
         accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # removes autocast from the model's forward
         on_main(accelerator, lambda: check_learned(session))
@@ -342,15 +384,25 @@ def check_learned(session: Session) -> None:
 
 
 def take_final_weights(session: Session) -> None:
-    """Load the weights selected by ``final_weights`` into the model."""
+    """Load the weights selected by ``final_weights`` into the model.
+
+    Raises:
+        ValueError: a checkpoint with them is damaged.
+    """
     args, output_dir, best_step = session.args, session.output_dir, session.progress.best_step
     if args.final_weights == "best" and best_step is None:
         session.monitor.say(
             f"no evaluation gave a {args.metric_for_best_model} that is a number: the last weights are taken"
         )
     elif args.final_weights == "best" and best_step is not None:
-        states.load_weights(session.plain, states.checkpoint_path(output_dir, best_step) / states.MODEL_FILE)
+        best = states.checkpoint_path(output_dir, best_step)
+        read = partial(states.read_weights, best, session.plain)
+        states.set_weights(session.plain, states.shared_weights(session.accelerator, read))
     elif args.final_weights == "average":
-        states.set_weights(session.plain, average_weights(states.checkpoints(output_dir)[-args.average_checkpoints :]))
+
+        def average() -> dict[str, Tensor]:
+            return average_weights(states.checkpoints(output_dir)[-args.average_checkpoints :])
+
+        states.set_weights(session.plain, states.shared_weights(session.accelerator, average))
     elif args.final_weights == "ema" and session.ema is not None:
         states.set_weights(session.plain, states.full_weights(session.ema.module))

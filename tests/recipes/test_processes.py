@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from recipe_helpers import (
 )
 from safetensors.torch import load_file
 from server import TOKEN, HubServer
+
+from hf_tfm.cli import main
 
 OPTIONS = {
     "max_steps": 60,
@@ -107,6 +110,22 @@ def test_two_processes(data, tmp_path, launcher):
     # Each process draws its own dropout masks, so losses are similar but not equal.
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert [row["name"] for row in results.metrics] == [row["name"] for row in alone.metrics]
+
+
+def run_on_own_disk(folder: Path, argv: list[str]) -> None:
+    os.chdir(folder / f"host{os.environ['RANK']}")
+    sys.exit(main(["run", "translation_train", *argv]))
+
+
+def test_output_folder_of_the_main_process_alone(data, tmp_path):
+    """Two machines that share the data, but not the output folder."""
+    for rank in (0, 1):
+        (tmp_path / f"host{rank}").mkdir()
+    for steps in (6, 12):  # a new run, and a resumed one
+        options = {"warmup_steps": 2, "lr_scheduler_type": "constant", "max_steps": steps}
+        run_ranks(run_on_own_disk, tmp_path, command_line(data, "run", **options))
+    assert record(tmp_path / "host0" / "run").training["steps"] == 12
+    assert not list((tmp_path / "host1").iterdir())
 
 
 # In a separate process, because huggingface_hub reads its settings when it is imported.

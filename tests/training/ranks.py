@@ -5,10 +5,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from training_helpers import arguments, fresh_accelerator, run_training, tiny_model
+from training_helpers import arguments, fresh_accelerator, pairs, run_training, tiny_model
 
 from hf_tfm.training.checkpoint import full_weights, share_statistics
 from hf_tfm.training.ranks import on_main
+
+
+def equal_pairs() -> list:
+    return [{name: [*(ids[:-1] * 8)[:7], 2] for name, ids in row.items()} for row in pairs(28)]
+
 
 # name -> options and model fields; each run is compared with the same run on one process.
 EQUAL = {
@@ -17,6 +22,11 @@ EQUAL = {
     "one_sample_a_step": ({"batch_tokens": 13}, {}),  # fewer samples than processes
     "mask_predict": ({"micro_batch_tokens": 30}, {"decoding": "mask_predict"}),
     "ema": ({"ema_decay": 0.8, "final_weights": "ema", "max_grad_norm": 0.5}, {}),
+    # Every step has four samples of equal length, in two micro-batches: both on one rank, or one on each.
+    "dropout": (
+        {"batch_tokens": 32, "micro_batch_tokens": 16, "rows": equal_pairs(), "dataloader_num_workers": 1},
+        {"dropout": 0.3},
+    ),
     "checkpointing": ({"gradient_checkpointing": True}, {"norm_first": True}),
 }
 # Runs started by one process and resumed by two, and the reverse.
@@ -34,10 +44,10 @@ def main(folder: Path) -> None:
     reports = {}
 
     def run(name: str, fields: dict, **options) -> None:
-        stop = options.pop("events", {})
-        result, model = run_training(
-            arguments(folder / name, **options), tiny_model(**fields), stop, accelerator=accelerator
-        )
+        given = {key: options.pop(key) for key in ("events", "rows", "stop_evaluation") if key in options}
+        output_dir = options.pop("output_dir", folder / name)
+        args = arguments(output_dir, **options)
+        result, model = run_training(args, tiny_model(**fields), accelerator=accelerator, **given)
         weights = full_weights(model)
         if accelerator.is_main_process:
             save_file(weights, folder / f"{name}.safetensors")
@@ -49,6 +59,8 @@ def main(folder: Path) -> None:
     # Only the second process receives SIGTERM.
     run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
     run("damaged", {})
+    # Folders on disks of their own; the checkpoints of the second one are older.
+    run("local", {}, output_dir=folder / f"local{accelerator.process_index}")
     reports["errors"] = []
     for work in (lambda: run("lost", {}), lambda: on_main(accelerator, fail)):
         try:
@@ -60,5 +72,8 @@ def main(folder: Path) -> None:
     norm[0].running_var += 2 * accelerator.process_index
     share_statistics(accelerator, norm)
     reports["statistics"] = [norm[0].running_mean.tolist(), norm[0].running_var.tolist()]
+    # Only the second process receives SIGTERM, during its second evaluation, of step 10. After it, they cannot
+    # communicate.
+    run("evaluating", {}, **({"stop_evaluation": 2} if accelerator.process_index == 1 else {}))
     (folder / f"report{accelerator.process_index}.json").write_text(json.dumps(reports))
     accelerator.end_training()

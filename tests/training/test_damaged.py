@@ -9,9 +9,9 @@ import torch
 from training_helpers import arguments, fresh_accelerator, history, run_training, tiny_model
 
 from hf_tfm.tasks.translation import TranslationTask
-from hf_tfm.training.checkpoint import checkpoints, resume
+from hf_tfm.training.checkpoint import checkpoints, damage, resume, sealed
 from hf_tfm.training.folder import History
-from hf_tfm.training.optim import build_ema, build_optimizer, build_schedule
+from hf_tfm.training.optim import average_weights, build_ema, build_optimizer, build_schedule
 from hf_tfm.training.session import Session
 
 STEPS = 24
@@ -53,14 +53,22 @@ def change(file, **values):
         state["progress"][name] = value
         if value is None:
             del state["progress"][name]
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
 
 
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def flip(file):
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    file.write_bytes(content)
+
+
 STATES = {
+    "flipped bit": flip,
     "empty": lambda file: file.write_bytes(b""),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "cut": truncate,
@@ -169,6 +177,24 @@ def test_run_with_a_damaged_checkpoint_equals_uninterrupted_run(run, tmp_path):
     weights, others = model.state_dict(), expected.state_dict()
     assert all(torch.equal(weights[name], others[name]) for name in others)
     assert history(run) == history(tmp_path / "whole")
+
+
+def test_checkpoint_of_an_earlier_version_has_no_checksums(run):
+    for names, step in ((["files"], 10), (["files", "checksum"], 13)):
+        file = run / "checkpoints" / "step-00000013" / "state.json"
+        before = file.read_text()
+        file.write_text(json.dumps({name: value for name, value in json.loads(before).items() if name not in names}))
+        if step == 10:
+            assert "has no files" in damage(file.parent, STEPS, tiny_model(), None)
+            file.write_text(before)
+    assert resume_run(run).step == 13
+
+
+def test_damaged_weights_are_not_averaged_or_chosen(run):
+    folder = run / "checkpoints" / "step-00000010"
+    flip(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"step-00000010/model.safetensors is damaged: .* checksum in state.json"):
+        average_weights(checkpoints(run))
 
 
 def test_missing_best_weights_are_reported(run, capsys):

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -348,12 +350,45 @@ def test_lock_is_not_reentrant(tmp_path):
     claim(tmp_path)
 
 
-def test_lock_of_another_host_is_respected(tmp_path):
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_folder, "BEAT", 0.02)
+    monkeypatch.setattr(run_folder, "SILENCE", 0.6)
+
+
+def test_lock_of_another_host_is_respected_while_it_lives(tmp_path, impatient):
     (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "command": "hf-tfm run x"}))
+    holder = threading.Timer(0.1, (tmp_path / ".lock").touch)
+    holder.start()
     with pytest.raises(InUse, match=r"process 7 on host elsewhere .*if it no longer runs, delete .*\.lock"):
         claim(tmp_path)
-    (tmp_path / ".lock").unlink()
-    claim(tmp_path)
+    claim(tmp_path)  # it is silent now
+
+
+def lose(folder, taken) -> None:
+    """A holder whose lock is taken over by another host."""
+    Lock(folder).take()
+    taken.set()
+    time.sleep(60)
+
+
+def test_holder_of_a_lock_lives_and_ends_when_the_lock_is_taken_over(tmp_path, impatient, capfd):
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+    process = context.Process(target=lose, args=(tmp_path, taken))
+    process.start()
+    assert taken.wait(60)
+    path = tmp_path / ".lock"
+    before = path.stat().st_mtime_ns
+    deadline = time.monotonic() + 60
+    while path.stat().st_mtime_ns == before:
+        assert time.monotonic() < deadline
+    with pytest.raises(InUse):
+        claim(tmp_path)
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    process.join(60)
+    assert process.exitcode == 1
+    assert "was taken over by process 7 on host elsewhere" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "junk", "[1]", '{"pid": 1}'])

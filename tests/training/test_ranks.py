@@ -21,6 +21,8 @@ def two(tmp_path_factory):
         run_training(arguments(folder / name), events={7: "SIGTERM"})
         for checkpoint in checkpoints(folder / name)[-damaged:]:
             (checkpoint / "model.safetensors").write_bytes(b"")
+    run_training(arguments(folder / "local0"), events={7: "SIGTERM"})
+    run_training(arguments(folder / "local1", seed=1), events={5: "SIGTERM"})
     done = run_ranks(ranks.main, folder)
     return folder, done
 
@@ -33,8 +35,9 @@ def reports(folder):
 
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_same_weights_as_one_process(tmp_path, two, name):
-    options, fields = EQUAL[name]
-    result, model = run_training(arguments(tmp_path / "run", **options), tiny_model(**fields))
+    options, fields = dict(EQUAL[name][0]), EQUAL[name][1]
+    rows = options.pop("rows", None)
+    result, model = run_training(arguments(tmp_path / "run", **options), tiny_model(**fields), rows=rows)
     assert difference(load_file(two[0] / f"{name}.safetensors"), full_weights(model)) < 1e-6
     assert reports(two[0])[name] == [result.progress.step, False, result.progress.items]
     assert difference(full_weights(model), full_weights(tiny_model(**fields))) > 1e-3
@@ -78,12 +81,30 @@ def test_sigterm_on_one_rank_stops_all_and_one_process_resumes(tmp_path, two):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
+def test_sigterm_on_one_rank_ends_the_evaluation_of_all(tmp_path, two):
+    folder = two[0] / "evaluating"
+    assert reports(two[0])["evaluating"][:2] == [10, True]
+    assert checkpoints(folder)[-1].name == "step-00000010"
+    assert [row["step"] for row in history(folder) if "evaluation" in row] == [5]
+    run_training(arguments(folder))
+    assert [row["step"] for row in history(folder) if "evaluation" in row] == [5, 10, 12]
+
+
+def test_only_the_main_process_needs_the_folder(tmp_path, two):
+    """Its checkpoint is that of all; a stale one of another process is neither read nor changed."""
+    assert reports(two[0])["local"][:2] == [12, False]
+    _, model = run_training(arguments(tmp_path / "whole"))
+    assert difference(load_file(two[0] / "local.safetensors"), full_weights(model)) < 1e-6
+    assert [path.name for path in checkpoints(two[0] / "local1")] == ["step-00000005", "step-00000006"]
+    assert len(history(two[0] / "local1")) == 3
+
+
 def test_running_statistics_are_averaged(two):
     assert reports(two[0])["statistics"] == [[0.5, 0.5], [2.0, 2.0]]
 
 
 def test_only_the_main_process_prints(two):
     _, done = two
-    runs = len(EQUAL) + 3
-    assert done.stdout.count("step 12 of 12: loss") == runs - 1  # one run was stopped
+    # The runs that reach their end, in addition to those of `EQUAL`: from_one, damaged and local.
+    assert done.stdout.count("step 12 of 12: loss") == len(EQUAL) + 3
     assert "train:" not in done.stdout + done.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_helpers import arguments, digest, history, run_training, start, tiny_model
 
-from hf_tfm.training.checkpoint import checkpoints, full_weights, seed_step
+from hf_tfm.training.checkpoint import checkpoints, full_weights, seed_micro_batch
 
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.1}
 STEPS = 24  # two and a half epochs of 9 or 10 steps
@@ -111,6 +111,31 @@ def test_sigterm_interrupts_an_evaluation(tmp_path, whole, evaluation):
     assert_same(tmp_path / "run", report, whole)
 
 
+@pytest.mark.parametrize("evaluation", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_in_an_evaluation(tmp_path, whole, evaluation):
+    """No step is lost, because the checkpoint is written before the evaluation."""
+    args = run_args(tmp_path / "run")
+    assert start(args, DROPOUT, stop_evaluation=evaluation, stop_signal="SIGKILL") == (-9, None)
+    assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == 5 * evaluation
+    _, report = start(args, DROPOUT)
+    assert_same(tmp_path / "run", report, whole)
+
+
+def test_checkpoints_before_evaluations_do_not_stay(tmp_path):
+    """With save_steps, the checkpoint of an evaluation that is not the best yet is deleted by the next one."""
+    options = {"max_steps": 12, "save_steps": 4, "eval_steps": 3, "learning_rate": 1e-9, "warmup_steps": 0}
+    found = []
+    for name, kills in (("whole", []), ("killed", [2, 3])):
+        args = arguments(tmp_path / name, **options)
+        for number in kills:
+            start(args, stop_evaluation=number, stop_signal="SIGKILL")
+            assert checkpoints(tmp_path / name)[-1].name == f"step-{3 * sum(kills[: kills.index(number) + 1]):08d}"
+        start(args)
+        assert len(history(tmp_path / name)) == 8
+        found.append([path.name for path in (tmp_path / name / "checkpoints").iterdir()])
+    assert sorted(found[0]) == sorted(found[1])
+
+
 def test_averaged_weights_do_not_depend_on_stops(tmp_path):
     options = {"final_weights": "average", "average_checkpoints": 3, "save_steps": 2, "save_total_limit": 1}
     reports = []
@@ -185,9 +210,9 @@ def test_checkpoint_is_json_and_safetensors(tmp_path):
     assert json.loads((folder / "state.json").read_text())["progress"]["step"] == 5
 
 
-def test_random_numbers_depend_on_seed_step_and_rank_only():
+def test_random_numbers_depend_on_seed_step_and_position_only():
     def draw(*key):
-        seed_step(*key)
+        seed_micro_batch(*key)
         return (torch.rand(2).tolist(), np.random.rand(), random.random())
 
     first = draw(0, 5, 0)

@@ -133,11 +133,12 @@ def run_training(
     eval_steps: int = 5,
     accelerator: Accelerator | None = None,
     stop_evaluation: int | None = None,
+    stop_signal: str = "SIGTERM",
 ) -> tuple[Any, TfmTransformerForConditionalGeneration]:
     """Train a tiny model with the real `train`; returns its result and the model.
 
     Args:
-        stop_evaluation: send SIGTERM during this evaluation, counted from 1.
+        stop_evaluation: send ``stop_signal`` during this evaluation, counted from 1.
     """
     accelerator = accelerator or fresh_accelerator(args)
     model = model or tiny_model(args.seed)
@@ -151,7 +152,7 @@ def run_training(
 
     def score(trained) -> dict[str, float]:
         if next(evaluations) == stop_evaluation:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, stop_signal))
         return evaluate(accelerator, task, trained, held_out)
 
     loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {})
