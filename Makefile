@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SOURCES := $(VENV)/sources
 
-.PHONY: quickstart test test-cov test-slow test-clients test-common lint stubs bench docs docs-serve clean
+.PHONY: quickstart test test-cov test-slow soak test-clients test-common lint stubs bench docs docs-serve clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test-cov: $(VENV)/.installed  ## lines of hf_tfm that the test suite runs, in ht
 
 test-slow: $(VENV)/.installed  ## the longer proofs alone
 	$(BIN)/python -m pytest -m slow
+
+KILLS ?= 50
+soak: $(VENV)/.installed  ## translation, MAE and detection, each interrupted at random KILLS times, equal the undisturbed runs
+	HF_TFM_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -n 0 -m slow tests/recipes/test_soak.py
 
 test-clients: $(VENV)/.installed  ## other libraries on models of every family; writes docs/clients.md
 	$(BIN)/python -m pip install --quiet --editable ".[test,clients]"

@@ -139,6 +139,7 @@ WRONG = {
     "num_train_epochs": [0, NAN, INFINITE, 1e12, "3"],
     "max_steps": [2.5, 0, -1, 10**18, "3", 2**80],
     "max_minutes": [0, -1, NAN, INFINITE, "3"],
+    "ddp_timeout": [0, -1, 2.5, "3", 10**12],
     "dataloader_num_workers": [-1, 100_000, None],
     "optimizer": ["lamb", None],
     "learning_rate": [NAN, INFINITE, -1.0, 0, 1e9, "fast"],

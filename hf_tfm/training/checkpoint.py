@@ -113,7 +113,10 @@ def seed_micro_batch(seed: int, step: int, number: int) -> None:
     value = int(np.random.SeedSequence((seed, step, number)).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    if torch.accelerator.is_available():
+        torch.manual_seed(value)
+    else:  # the same, without a stack trace for each device that is missing: 0.2 ms
+        torch.default_generator.manual_seed(value)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
