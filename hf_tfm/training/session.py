@@ -124,7 +124,7 @@ class Session:
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item, task.statistics)
         self.unseen = 0  # micro-batches since the last check
         self.stopped = False
-        self.expired = self.out_of_budget
+        self.expired = self.progress.seconds >= self.monitor.limit or task.out_of_budget
 
     @property
     def out_of_budget(self) -> bool:

@@ -10,10 +10,14 @@ import resource
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import recipe_helpers
+import scene_recipes
+import vision_recipes
 from processes import ForkedProcess, finish
 from recipe_helpers import history, record, start_process
 
@@ -22,32 +26,31 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("HF_TFM_SOAK_KILLS", "2"))
 SEED = int(os.environ.get("HF_TFM_SOAK_SEED", "0"))
 KINDS = ("SIGKILL", "SIGTERM", "full disk", "killed loader worker", "truncated newest checkpoint")
-COMMON = {"dataloader_num_workers": 1, "eval_steps": 7, "save_steps": 3, "logging_steps": 4, "progress": "false"}
-SCENES = {
-    "shortest_side": 64,
-    "longest_side": 64,
-    "augmentation": "{scales: [64], max_size: 64, crop: 0.0, flip: 0.5}",
-}
+COMMON = {"max_steps": 30, "eval_steps": 7, "save_steps": 3, "logging_steps": 4, "dataloader_num_workers": 1}
+ENCODER = vision_recipes.ENCODER.replace("hidden_layers: 2", "hidden_layers: 1")
+# recipe -> writer of its data, its command line, and options
 RUNS = {
-    "translation_train": {
-        **{"max_steps": 30, "warmup_steps": 5, "batch_tokens": 256, "vocab_size": 300, "metrics": "[exact_match]"},
-        "model": "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, dropout: 0.1}",
-    },
-    "mae_pretrain": {
-        **{"max_steps": 30, "num_train_epochs": "null", "warmup_epochs": "null", "warmup_steps": 5, "batch_size": 16},
-        "model": "{num_hidden_layers: 1, decoder_num_hidden_layers: 1, hidden_dropout_prob: 0.1}",
-    },
-    "detection_train": {
-        **{"max_steps": 20, "warmup_steps": 5, "batch_size": 4, "max_train_samples": 8, "num_pictures": 1, **SCENES},
-        "model": "{encoder_layers: 1, decoder_layers: 1}",
-    },
+    "translation_train": (
+        recipe_helpers.write_data,
+        recipe_helpers.command_line,
+        {"batch_tokens": 256, "model": recipe_helpers.TINY.replace("}", ", dropout: 0.1}")},
+    ),
+    "mae_pretrain": (
+        vision_recipes.write_images,
+        partial(vision_recipes.command_line, "mae_pretrain"),
+        {"model": f"{{{ENCODER}, {vision_recipes.DECODER}, hidden_dropout_prob: 0.1}}"},
+    ),
+    "detection_train": (
+        lambda folder: scene_recipes.write_hub(folder, scene_recipes.scenes()),
+        scene_recipes.command_line,
+        {"max_steps": 20, "model": f"{{{scene_recipes.MODEL}, dropout: 0.1}}"},
+    ),
 }
 
 
-def start(recipe: str, folder: Path) -> ForkedProcess:
-    options = {**COMMON, **RUNS[recipe], "output_dir": folder}
-    argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return start_process("-m", "hf_tfm.cli", "run", recipe, "--config", "quickstart", *argv)
+def start(recipe: str, data: Path, folder: Path) -> ForkedProcess:
+    _, command_line, options = RUNS[recipe]
+    return start_process("-m", "hf_tfm.cli", "run", recipe, *command_line(data, folder, **{**COMMON, **options}))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -85,8 +88,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("recipe", list(RUNS))
 def test_interrupted_runs_equal_the_undisturbed_one(tmp_path, capsys, recipe):
     draw = random.Random(f"{recipe} {SEED}")
+    RUNS[recipe][0](data := tmp_path / "data")
+    finish(start_process("-c", ""))  # the server of the processes has imported all
     started = time.monotonic()
-    finish(start(recipe, tmp_path / "whole"), timeout=600)
+    finish(start(recipe, data, tmp_path / "whole"), timeout=600)
     duration = time.monotonic() - started
     counts: Counter[str] = Counter()
     steps: list[int] = []
@@ -95,10 +100,10 @@ def test_interrupted_runs_equal_the_undisturbed_one(tmp_path, capsys, recipe):
         folder = tmp_path / f"run{rounds}"
         rounds += 1
         while True:
-            process = start(recipe, folder)
+            process = start(recipe, data, folder)
             left = KILLS - sum(counts.values())
             kind = min(KINDS, key=lambda kind: (counts[kind], draw.random()))
-            end = time.monotonic() + draw.uniform(0, duration)
+            end = time.monotonic() + draw.uniform(0, 0.8 * duration)
             while left and time.monotonic() < end and process.poll() is None:
                 time.sleep(0.005)
             if left and process.poll() is None:

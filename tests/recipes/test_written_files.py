@@ -6,7 +6,7 @@ from recipe_helpers import run_recipe, write_data
 from scene_recipes import scenes, train, write_hub
 
 from hf_tfm.hub.push import files_to_push
-from hf_tfm.hub.saved_files import CARD, CHECKPOINT_FILES, CURVE, HISTORY, PICTURE, RESULTS, RUN
+from hf_tfm.hub.saved_files import CARD, CHECKPOINT_FILES, CURVE, HISTORY, PICTURE, RESULTS, RUN, TASK_FILE
 from hf_tfm.training.run_folder import delete_run
 
 OPTIONS = {"max_steps": 2, "eval_steps": 1, "ema_decay": 0.5, "report_to": "[tensorboard]"}
@@ -29,7 +29,7 @@ def test_runs_write_only_listed_files(tmp_path, start):
     run = tmp_path / "run"
     found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert found >= expected
-    assert {name.split("/")[-1] for name in found if name.startswith("checkpoints/")} == set(CHECKPOINT_FILES)
+    assert {name.split("/")[-1] for name in found if name.startswith("checkpoints/")} == {*CHECKPOINT_FILES} - {TASK_FILE}
     assert any("tfevents" in name for name in found)
     pushed, left_out = files_to_push(run)
     top = {path.name for path in run.iterdir() if path.is_file()}

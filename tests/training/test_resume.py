@@ -125,15 +125,15 @@ def test_checkpoints_before_evaluations_do_not_stay(tmp_path):
     """With save_steps, the checkpoint of an evaluation that is not the best yet is deleted by the next one."""
     options = {"max_steps": 12, "save_steps": 4, "eval_steps": 3, "learning_rate": 1e-9, "warmup_steps": 0}
     found = []
-    for name, kills in (("whole", []), ("killed", [2, 3])):
+    for name, killed in (("whole", []), ("killed", [6, 9])):
         args = arguments(tmp_path / name, **options)
-        for number in kills:
-            start(args, stop_evaluation=number, stop_signal="SIGKILL")
-            assert checkpoints(tmp_path / name)[-1].name == f"step-{3 * sum(kills[: kills.index(number) + 1]):08d}"
-        start(args)
-        assert len(history(tmp_path / name)) == 8
-        found.append([path.name for path in (tmp_path / name / "checkpoints").iterdir()])
-    assert sorted(found[0]) == sorted(found[1])
+        for step in killed:  # in the second evaluation of a process; the first is repeated
+            assert start(args, stop_evaluation=2, stop_signal="SIGKILL") == (-9, None)
+            assert checkpoints(tmp_path / name)[-1].name == f"step-{step:08d}"
+        assert start(args)[0] == 0
+        assert [row["step"] for row in history(tmp_path / name) if "evaluation" in row] == [3, 6, 9, 12]
+        found.append(sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()))
+    assert found[0] == found[1]
 
 
 def test_averaged_weights_do_not_depend_on_stops(tmp_path):
