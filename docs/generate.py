@@ -388,6 +388,7 @@ def task_class(recipe: str) -> type:
 
 def options(page: Path, recipe: str) -> str:
     """Return the table of options of a recipe that its task adds to the shared ones, or redefines."""
+    from hf_tfm.arguments import ModelArguments
     from hf_tfm.options import as_word, choice_name, hint_of, type_name
 
     kind = task_class(recipe).Arguments
@@ -400,7 +401,7 @@ def options(page: Path, recipe: str) -> str:
             about.setdefault(name, " ".join(text.split()))
         if base.__module__ != "hf_tfm.arguments":
             added |= {*described, *vars(base).get("__annotations__", ())}
-    rows, choices = [], kind.choices()
+    rows, choices = [], kind.choices() if issubclass(kind, ModelArguments) else {}
     for one in fields(kind):
         if one.name in added:
             default = one.default if one.default_factory is MISSING else one.default_factory()

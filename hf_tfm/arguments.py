@@ -365,6 +365,7 @@ class TrainingArguments(Arguments):
         lr_scheduler_type: inverse_sqrt (Vaswani et al. 2017, equation 3), cosine, linear, constant, or step (constant,
             then a tenth of it from lr_drop_ratio on), each after a linear warm-up.
         lr_drop_ratio: fraction of max_steps after which the step schedule drops.
+        min_lr_rate: fraction of the learning rate at which the cosine schedule ends.
         warmup_steps: steps of linear warm-up; default, the smaller of 1,000 and a tenth of the run.
         adam_betas: decay rates of Adam's two moments.
         adam_epsilon: term added to the denominator of Adam.
@@ -412,6 +413,7 @@ class TrainingArguments(Arguments):
     rate_factors: dict[str, float] = field(default_factory=dict)
     lr_scheduler_type: Literal["inverse_sqrt", "cosine", "linear", "constant", "step"] = "inverse_sqrt"
     lr_drop_ratio: float = 2 / 3
+    min_lr_rate: float = 0.0
     warmup_steps: int | None = None
     adam_betas: tuple[float, float] = (0.9, 0.98)
     adam_epsilon: float = 1e-9
@@ -472,10 +474,12 @@ class TrainingArguments(Arguments):
         for part, factor in self.rate_factors.items():
             if not 0.0 < factor <= 1000.0:
                 raise ValueError(f"rate_factors must be above 0 and at most 1000, got {factor} for {part}")
-        fractions = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "lr_drop_ratio")]
+        fractions = [(name, getattr(self, name)) for name in ("ema_decay", "momentum", "lr_drop_ratio", "min_lr_rate")]
         for name, value in (*fractions, *(("adam_betas", beta) for beta in self.adam_betas)):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.min_lr_rate and self.lr_scheduler_type != "cosine":
+            raise ValueError(f'min_lr_rate is for lr_scheduler_type "cosine", got "{self.lr_scheduler_type}"')
         if self.final_weights == "ema" and not self.ema_decay:
             raise ValueError('final_weights="ema" needs ema_decay above 0, got 0')
         if self.final_weights == "average" and self.average_checkpoints < 1:

@@ -24,6 +24,7 @@ LONGEST_SHOWN = 100  # characters of a value in an error message
 PATHS = {
     *("output_dir", "dataset_name", "dataset", "model_name_or_path", "model", "teacher", "tokenizer", "data_files"),
     *("models", "cache", "output", "folder", "beside", "image", "images", "file", "weights"),
+    *("reward_model", "reference_model"),
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])

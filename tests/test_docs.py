@@ -230,7 +230,9 @@ def written(page: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["translation.md", "language_modeling.md", "text_classification.md"])
+@pytest.mark.parametrize(
+    "page", ["translation.md", "language_modeling.md", "text_classification.md", "instruction_tuning.md"]
+)
 def test_doctor_accepts_the_example(page, capsys):
     folder = written(page)
     text = (ROOT / "docs" / "tasks" / page).read_text(encoding="utf-8")

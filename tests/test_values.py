@@ -147,6 +147,7 @@ WRONG = {
     "rate_factors": [{"backbone": INFINITE}, {"backbone": 0}, {"": 1.0}, 0.1],
     "lr_scheduler_type": ["nosuch", None],
     "lr_drop_ratio": [1.0, NAN],
+    "min_lr_rate": [1.0, -0.1, NAN],
     "warmup_steps": [-1, 11, 1.5, INFINITE],
     "adam_betas": [(0.9,), (0.9, 0.98, 0.99), (0.9, 1.0), (0.9, NAN), None, 0.9],
     "adam_epsilon": [0.0, INFINITE, 2.0],

@@ -14,7 +14,7 @@ import datasets
 from datasets import ClassLabel, Image, Value
 from transformers import AutoTokenizer
 
-from ..data import images, labelled_texts, language, panoptic, text, videos
+from ..data import images, instructions, labelled_texts, language, panoptic, text, videos
 from ..data.labelled_texts import load_texts
 from . import image_checks, label_checks, text_checks, video_checks
 from .data_case import Columns, DataCase, DataSplit
@@ -23,6 +23,8 @@ from .findings import Finding, condensed, failed, findings_of, save
 Task = Literal[
     "translation",
     "language_modeling",
+    "supervised_fine_tuning",
+    "preference_optimization",
     "text_classification",
     "image_classification",
     "masked_image",
@@ -31,6 +33,10 @@ Task = Literal[
     "video_forecasting",
 ]
 TEXT_TASKS = ("translation", "language_modeling", "text_classification")
+PROMPT_TASKS = {
+    "supervised_fine_tuning": instructions.demonstration_rows,
+    "preference_optimization": instructions.ranking_rows,
+}
 # check(split, case), for each split
 OF_TEXTS: tuple[Callable, ...] = (
     text_checks.text_kind,
@@ -41,6 +47,7 @@ OF_TEXTS: tuple[Callable, ...] = (
     text_checks.repeated_texts,
 )
 OF_PAIRS: tuple[Callable, ...] = (text_checks.equal_sides, text_checks.length_ratio)
+OF_PREFERENCES: tuple[Callable, ...] = (text_checks.equal_completions,)
 OF_LABELS: tuple[Callable, ...] = (
     label_checks.missing_labels,
     label_checks.label_kind,
@@ -78,6 +85,10 @@ def find_task(features: Mapping[str, Any], label_column: str | None) -> Task:
         return "image_classification" if labelled else "masked_image"
     if "translation" in features:
         return "translation"
+    if instructions.is_ranking(features):
+        return "preference_optimization"
+    if instructions.is_demonstration(features):
+        return "supervised_fine_tuning"
     strings = strings_of(features)
     if labelled and strings:
         return "text_classification"
@@ -112,6 +123,8 @@ def find_columns(
     label = None
     if task in ("text_classification", "image_classification"):
         label = images.find_column(features, label_column, "label_column", ClassLabel, images.LABEL)
+    if task in PROMPT_TASKS:
+        return Columns({name: [name] for name in instructions.text_columns(features)})
     if task == "video_forecasting":
         return Columns({}, video=videos.video_column(features, image_column))
     if task not in TEXT_TASKS:
@@ -136,6 +149,7 @@ def examine(task: Task, case: DataCase) -> Iterator[Finding]:
     columns = case.train.columns
     lists = [OF_TEXTS if columns.texts else (), OF_PAIRS if task == "translation" else ()]
     lists += [
+        OF_PREFERENCES if {"chosen", "rejected"} <= columns.texts.keys() else (),
         OF_LABELS if columns.label else (),
         OF_IMAGES if columns.image else (),
         OF_VIDEOS if columns.video else (),
@@ -155,6 +169,8 @@ def readable(split: DataSplit, task: Task, source: Mapping[str, Any]) -> Finding
     try:
         if task == "translation":
             text.text_pairs(split.rows, *paths)
+        elif task in PROMPT_TASKS:
+            instructions.check_rows(PROMPT_TASKS[task](split.rows))
         elif task == "language_modeling":
             language.text_rows(split.rows, paths[0])
         elif task == "text_classification":

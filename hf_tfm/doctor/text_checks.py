@@ -182,14 +182,24 @@ def shared_texts(case: DataCase) -> Iterator[Finding]:
 
 def equal_sides(split: DataSplit, case: DataCase) -> Finding:
     """Source and target differ."""
-    source, target = split.texts["source"], split.texts["target"]
-    equal = rows_where(a == b and isinstance(a, str) for a, b in zip(source, target, strict=True))
-    if len(equal) <= SOME * len(source):
-        return ok(f"{len(equal)} of {len(source)} pairs have equal sides")
+    return equal_parts(split, ("source", "target"), "delete untranslated pairs; check source_column and target_column")
+
+
+def equal_completions(split: DataSplit, case: DataCase) -> Finding:
+    """Chosen and rejected completions differ."""
+    return equal_parts(split, ("chosen", "rejected"), "delete pairs without a preference, which teach nothing")
+
+
+def equal_parts(split: DataSplit, parts: tuple[str, str], remedy: str) -> Finding:
+    """Two parts of a row differ."""
+    one, other = (split.texts[part] for part in parts)
+    equal = rows_where(a == b and isinstance(a, str) for a, b in zip(one, other, strict=True))
+    if len(equal) <= SOME * len(one):
+        return ok(f"{len(equal)} of {len(one)} pairs have equal sides")
     return graded(
-        len(equal) > MOSTLY * len(source),
-        f"{len(equal)} of {len(source)} pairs have equal sides (limit: {MOSTLY:.0%})",
-        "delete untranslated pairs; check source_column and target_column",
+        len(equal) > MOSTLY * len(one),
+        f"{len(equal)} of {len(one)} pairs have equal sides (limit: {MOSTLY:.0%})",
+        remedy,
         split.sample(equal[0]),
     )
 

@@ -221,7 +221,8 @@ def data_rows(record: RunRecord) -> list[tuple[str, str]]:
         fingerprint = ", ".join(f"{plain(split)} {code(known(value))}" for split, value in fingerprint.items())
     elif fingerprint:
         fingerprint = code(fingerprint)
-    sides = ("source", "target", "text", "image", "label", "objects", "panoptic")
+    sides = ("source", "target", "text", "image", "label", "objects", "panoptic", "prompt")
+    sides += ("completion", "chosen", "rejected")
     columns = [data[f"{side}_column"] for side in sides if data.get(f"{side}_column")]
     rows = ", ".join(
         f"{plain(split)} {'not counted' if count is None else f'{count:,}'}"

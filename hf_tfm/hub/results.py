@@ -60,6 +60,10 @@ class Data(_Data, total=False):
     label_column: str | None
     objects_column: str | None
     panoptic_column: str | None
+    prompt_column: str | None
+    completion_column: str | None
+    chosen_column: str | None
+    rejected_column: str | None
     rows: dict[str, int | None]
 
 

@@ -94,6 +94,8 @@ class Task(ABC):
     sample: ClassVar[str] = "samples"  # plural name of the samples in the report of an evaluation
     term: ClassVar[str]  # the term of `count` that counts these
     processor_class: ClassVar[Any]  # Auto class that loads the processor
+    # A task that evaluates the same models on other data, and which the options or the columns of the data decide on.
+    refines: ClassVar["type[Task] | None"] = None
     described_columns: ClassVar[tuple[str, ...]] = ()  # arguments with column names that the results file records
     processor_folder: ClassVar[str] = "processor"  # subfolder of the run's folder that holds it during training
     # Distillation: arguments that determine the model inputs, recorded in a cache; and whether the loss of a student
@@ -143,6 +145,11 @@ class Task(ABC):
     @classmethod
     def accepts(cls, config: PreTrainedConfig) -> bool:
         """True for a saved model that the task evaluates."""
+        return False
+
+    @classmethod
+    def reads(cls, columns: Collection[str]) -> bool:
+        """True for data with these columns, of a task that `refines` another one."""
         return False
 
     @property

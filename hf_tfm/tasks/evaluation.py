@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import EvaluationArguments
+from ..data.source import read_splits
 from ..hub.cost import count_flops
 from ..hub.external import external_model, folder_or_id, weights_file
 from ..hub.loading import load_config, require_model
@@ -43,7 +44,8 @@ def evaluate(model: str, **options: Any) -> dict[str, Any]:
     classes, model = evaluated_tasks(), folder_or_id(model)
     chosen = next((one for one in classes if one.evaluates_several(options)), None)
     if chosen is None:
-        chosen = task_of(config_of(model, options), model)
+        config = config_of(model, options)
+        chosen = refined(task_of(config, model), config, options)
     for option in options:
         if option not in options_of(chosen):
             others = " and ".join(one.kind for one in classes if option in options_of(one))
@@ -85,7 +87,7 @@ def task_of(config: PreTrainedConfig, model: str) -> type[Task]:
     Raises:
         ValueError: there is none.
     """
-    classes = evaluated_tasks()
+    classes = [one for one in evaluated_tasks() if one.refines is None]
     # Later tasks are more specific: the configurations of translation models are also those of other models.
     for task_class in reversed(classes):
         if task_class.accepts(config):
@@ -95,6 +97,24 @@ def task_of(config: PreTrainedConfig, model: str) -> type[Task]:
         f'"{model}" is a {config.model_type} model saved as {saved or "no class"}, but evaluate supports '
         f"{', '.join(one.kind for one in classes)}"
     )
+
+
+def refined(task_class: type[Task], config: PreTrainedConfig, options: dict[str, Any]) -> type[Task]:
+    """Return the task that scores a model on a data set: one of those that refine ``task_class``, or itself.
+
+    Options that only one of them has decide, else the columns of the data set.
+    """
+    others = [one for one in evaluated_tasks() if one.refines is task_class and one.accepts(config)]
+    own = set(options_of(task_class))
+    if special := options.keys() - own:
+        return next((one for one in others if special <= {*options_of(one)}), task_class)
+    if not others or any(options.keys() - {*options_of(one)} for one in others):
+        return task_class
+    name, split = options["dataset_name"], options.get("split", EvaluationArguments.split)
+    subset, revision, files = (options.get(one) for one in ("dataset_config", "dataset_revision", "data_files"))
+    splits = read_splits(name, subset, revision, files, False)
+    columns = splits[split].column_names if split in splits else ()
+    return next((one for one in others if one.reads(columns or ())), task_class)
 
 
 def evaluate_task(task_class: type[Task], args: EvaluationArguments, listing: bool = False) -> dict[str, Any]:

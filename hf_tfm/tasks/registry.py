@@ -9,6 +9,9 @@ from .long_range_arena import LongRangeArenaTask
 from .masked_image import MaskedImageTask
 from .object_detection import DetectionTask
 from .panoptic_segmentation import PanopticTask
+from .preference_optimization import PreferenceTask
+from .reward_modeling import RewardTask
+from .supervised_fine_tuning import FineTuningTask
 from .text_classification import TextClassificationTask
 from .translation import TranslationTask
 from .video_forecasting import VideoForecastingTask
@@ -23,6 +26,9 @@ TASKS: dict[str, type[Task]] = {
     "text_classification": TextClassificationTask,
     "long_range_arena": LongRangeArenaTask,
     "video_forecasting": VideoForecastingTask,
+    "supervised_fine_tuning": FineTuningTask,
+    "reward_modeling": RewardTask,
+    "preference_optimization": PreferenceTask,
 }
 
 

@@ -126,6 +126,9 @@ def build_schedule(optimizer: Optimizer, args: TrainingArguments, max_steps: int
         ValueError: ``args.warmup_steps`` is above ``max_steps``.
     """
     warmup = args.warmup(max_steps)
+    if args.min_lr_rate:
+        floor = {"min_lr_rate": args.min_lr_rate}
+        return get_scheduler("cosine_with_min_lr", optimizer, warmup, max_steps, scheduler_specific_kwargs=floor)
     if args.lr_scheduler_type != "step":
         return get_scheduler(SCHEDULES[args.lr_scheduler_type], optimizer, warmup, max_steps)
 

@@ -89,6 +89,9 @@ SMALL_HEADS = "--model.d_model 16 --model.encoder_layers 1 --model.decoder_layer
 SMALL_HEADS += " --model.encoder_attention_heads 2 --model.decoder_attention_heads 2"
 SMALL_DETECTOR = f"{SMALL_HEADS} --model.backbone test_resnet"
 LONG_RANGE = f"run long_range_arena_train {SHORT}"
+SFT = f"run sft_train {SHORT}"
+REWARD = f"run reward_train {SHORT} --model_name_or_path {{models}}/gpt"
+PREFERENCE = f"run preference_train {SHORT} --model_name_or_path {{models}}/gpt"
 PANOPTIC = f"run panoptic_train {SHORT}"
 DISTIL = {
     name: f"run {name} {SHORT}"
@@ -123,10 +126,27 @@ OPTIONS: list[tuple[str, str, str]] = [
     (TEXT, "--warmup_steps 5", got("warmup_steps", "warmup_ratio", "5")),
     (VISION, "--lr_scheduler_type cosin", got("lr_scheduler_type", "cosine", '"cosin"', "did you mean cosine")),
     (VISION, "--lr_drop_ratio 2", got("lr_drop_ratio", "1", "2")),
+    (SFT, "--min_lr_rate 1.5", got("min_lr_rate", "1", "1.5")),
+    (SFT, "--lr_scheduler_type linear", got("min_lr_rate", "cosine", "linear")),
     (VISION, "--eval_steps 0", got("eval_steps", "1", "0")),
     (VISION, "--save_steps -1", got("save_steps", "1", "-1")),
     (VISION, "--logging_steps 0", got("logging_steps", "1", "0")),
     (VISION, "--early_stopping_patience -1", got("early_stopping_patience", "0", "-1")),
+    # instructions and preferences
+    (SFT, "--prompt_loss_weight 2", got("prompt_loss_weight", "1", "2")),
+    (SFT, "--prompt_format alpacca", got("prompt_format", "plain", "alpacca", "did you mean alpaca")),
+    (SFT, "--max_length 129", got("max_length", "128", "129")),
+    (SFT, "--dataset_name number-words", got("prompt_column", "prompt", "number, translation")),
+    (SFT, "--completion_column answer", got("completion_column", "answer", "prompt, completion")),
+    (SFT, "--model_name_or_path {models}/vit --model {}", got("model_name_or_path", "tfm_vit", "fine-tuning", "gpt")),
+    (REWARD, "--model_name_or_path runs/none", got("model_name_or_path", "runs/none")),
+    (REWARD, "--dataset_name spelled-numbers", got("chosen_column", "chosen", "prompt, completion")),
+    (REWARD, "--center_rewards_coefficient -1", got("center_rewards_coefficient", "0", "-1")),
+    (REWARD, "--demonstrations '{dataset_name: none/none}'", got("demonstrations", "none/none")),
+    (PREFERENCE, "--beta 0", got("beta", "0")),
+    (PREFERENCE, "--label_smoothing 0.5", got("label_smoothing", "0.5")),
+    (PREFERENCE, "--loss_type ippo", got("loss_type", "ipo", "ippo")),
+    (PREFERENCE, "--reference_model runs/none", got("reference_model", "runs/none")),
     # optimizers
     (VISION, "--learning_rate .inf", got("learning_rate", "finite", "inf")),
     (VISION, "--learning_rate .nan", got("learning_rate", "finite", "nan")),

@@ -55,6 +55,17 @@ HEALTHY = {
     "translation": {"train": pairs(0, 40), "validation": pairs(100, 10)},
     "image_classification": {"train": image_rows(0, 40), "validation": image_rows(100, 10)},
 }
+
+
+def preferences(start: int, count: int) -> list[dict]:
+    return [{"prompt": sentence(start + i), "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count)]
+
+
+HEALTHY["supervised_fine_tuning"] = {
+    split: [{"instruction": row["en"], "output": row["de"]} for row in rows]
+    for split, rows in HEALTHY["translation"].items()
+}
+HEALTHY["preference_optimization"] = {"train": preferences(0, 40), "validation": preferences(100, 10)}
 HEALTHY["video_forecasting"] = {
     "train": [{"frames": [png(10 * i + k) for k in range(4)]} for i in range(12)],
     "validation": [{"frames": [png(1000 + 10 * i + k) for k in range(5)]} for i in range(3)],
@@ -74,6 +85,14 @@ def put(split: str, column: str, rows, value):
 
 # name: task, fault, further options, check, level, split and row of the sample (None: any), text
 FAULTS = {
+    "equal completions": (
+        *("preference_optimization", put("train", "rejected", range(9), lambda row: f"yes {row}"), []),
+        *("equal_completions", "warning", 0, "9 of 40 pairs have equal sides"),
+    ),
+    "no completion": (
+        *("supervised_fine_tuning", put("train", "output", [3], None), []),
+        *("reading", "failed", None, 'column "completion" must hold a text or a conversation, got None in row 3'),
+    ),
     "unreadable frame": (
         *("video_forecasting", put("train", "frames", [5], [png(0), {"bytes": b"no image", "path": None}]), []),
         *("frames_of_videos", "failed", 5, "12 of 12 videos decoded, 1 are unreadable"),
