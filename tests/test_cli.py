@@ -444,7 +444,7 @@ def test_help_of_a_recipe_groups_options_with_their_defaults(capsys):
     assert titles[0] == "options:" and titles[-1] == "Training:" and "The data set:" in titles
     text = " ".join(" ".join(lines).split())
     assert "--vocab_size INT vocabulary size of the trained tokenizer. (default: 30522)" in text
-    assert "a preset: glue_base, gpt1, quickstart, sst2_small" in text
+    assert "a preset: glue_base, glue_minilm, gpt1, quickstart, sst2_small" in text
     assert "--text_columns+" not in text and "null" not in text.replace("to be null", "")
     start = lines.index("The data set:")
     assert lines[start + 1].startswith("  --dataset_name STR")

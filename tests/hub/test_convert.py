@@ -310,5 +310,6 @@ def test_card_of_a_converted_model(tmp_path):
         **RECORD,
         "costs": None,
         "distillation": None,
+        "compression": None,
         "evaluations": None,
     }
