@@ -286,7 +286,7 @@ def test_unsupported_models_are_refused(data, tmp_path):
 
 def test_multiple_processes_are_refused(models, data, monkeypatch):
     """Each process would score everything and write the same files."""
-    monkeypatch.setattr("hf_tfm.tasks.evaluation.Accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("hf_tfm.tasks.evaluation.create_accelerator", lambda: SimpleNamespace(num_processes=2))
     for name in ("tfm", "mae"):
         with pytest.raises(ValueError, match="evaluate runs in one process, got 2"):
             evaluate(models[name], dataset_name=data, **QUIET)
