@@ -12,6 +12,7 @@ NAMES = (
     "swin_training",
     "language_training",
     "language_generation",
+    "rlhf",
     "distillation",
     "set_criterion",
     "detection_training",

@@ -307,6 +307,26 @@ def language_generation(results: dict) -> str:
     )
 
 
+def rlhf(results: dict) -> str:
+    """Reinforcement learning against trl."""
+    rows = [
+        (name, *found["tokens_per_second"].values(), *found["tokens_per_completion"].values(), found["time_ratio"])
+        for name, found in results["results"].items()
+    ]
+    head = ("algorithm", "ours", "trl", "tokens per completion, ours", "trl", "time, ours / trl")
+    return "\n\n".join(
+        [
+            "## Reinforcement learning: sampled tokens per second",
+            "Whole steps: sampling, rewards, log-probabilities of policy and reference, and training, of the same GPT "
+            f"on the same prompts; {results['batch_size']} completions of up to {results['max_new_tokens']} tokens a "
+            f"step, {results['num_generations']} a prompt, a KL penalty, and trl's `RLOOTrainer` and `GRPOTrainer`. "
+            "The time ratio is that for equally many tokens.",
+            machine(results),
+            table(head, rows),
+        ]
+    )
+
+
 def recurrent(results: dict) -> str:
     """Training step and greedy decoding of the recurrent encoder-decoder."""
     rows = [
@@ -486,6 +506,7 @@ SECTIONS = {
     "convlstm_training": convlstm_training,
     "language_training": language_training,
     "language_generation": language_generation,
+    "rlhf": rlhf,
     "distillation": distillation,
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from accelerate.state import AcceleratorState
 
-from benchmarks import common, language_generation, language_training
+from benchmarks import common, language_generation, language_training, rlhf
 
 
 @pytest.fixture
@@ -40,3 +40,12 @@ def test_every_variant_trains(results, tmp_path):
     assert set(models[equal[1]]["tokens_per_second"]) == {"ours_fp32", "bert_fp32"}
     for model, peer in (("bert, tiny", "bert"), ("gpt, tiny", "gpt2")):
         assert set(models[model]["tokens_per_second"]) == {"ours_fp32", f"{peer}_fp32"}
+
+
+def test_steps_of_reinforcement_learning_are_counted(results, tmp_path):
+    model = rlhf.new_model(tmp_path, layers=1, hidden_size=32, vocab_size=300)
+    options = {"max_new_tokens": 4, "batch_size": 4, "num_generations": 2, "learning_rate": 1e-4}
+    work = rlhf.ours("rloo", model, rlhf.prompts(tmp_path), str(tmp_path), 2, options)
+    for _ in range(2):
+        tokens, seconds = work()
+        assert 8 <= tokens <= 32 and seconds > 0

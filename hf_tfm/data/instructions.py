@@ -245,6 +245,13 @@ class Renderer:
             return ALPACA.format(ALPACA_CONTEXT if given else "", prompt, context)
         return prompt if further is None else f"{prompt}\n\n" + (f"{further}\n\n" if given else "")
 
+    def opening(self, prompt: Turn, further: str | None = None) -> tuple[str, bool]:
+        """Return a prompt as the text that a completion continues, and whether it is a conversation."""
+        messages = self.messages(prompt, "", further)
+        if messages is None:
+            return self.prompt(prompt, further), False
+        return self.chat(messages[:-1], add_generation_prompt=True), True
+
     def messages(self, prompt: Turn, completion: Turn, further: str | None = None) -> Messages | None:
         """Return a prompt and a completion as one conversation; None if they are texts and remain so."""
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -326,6 +333,41 @@ class Encoder:
     def completions(self, texts: Sequence[str], conversation: bool) -> list[list[int]]:
         """Encode completions."""
         return [ids if conversation else [*ids, self.end] for ids in self(texts)]
+
+
+def prompt_rows(rows: datasets.Dataset, prompt_column: str | None = None) -> datasets.Dataset:
+    """Return rows with their prompts in a column ``prompt``, and their other columns.
+
+    Args:
+        rows, prompt_column: see `demonstration_rows`.
+
+    Raises:
+        ValueError: there is no such column, or the first row is neither text nor a conversation.
+    """
+    columns = prompt_columns(rows, prompt_column)
+    others = {name: name for name in rows.column_names if name not in ("prompt", *columns.values())}
+    found = rows.select_columns([*columns.values(), *others])
+    found = found.rename_columns({old: new for new, old in columns.items() if old != new})
+    if len(found) and not is_turn(found[0]["prompt"]):
+        raise ValueError(
+            f'column "{columns["prompt"]}" must hold texts, or lists of messages with role and content, got '
+            f"{found[0]['prompt']!r:.60}"
+        )
+    return found
+
+
+def tokenize_prompts(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> list[np.ndarray]:
+    """Return the token ids of each prompt of `prompt_rows`, int64."""
+    render, encode = Renderer(tokenizer, prompt_format), Encoder(tokenizer)
+    names = ["prompt", *([INPUT] if INPUT in rows.column_names else [])]
+    opened = [render.opening(*row.values()) for row in rows.select_columns(names)]
+    tokens = encode([text for text, _ in opened])
+    return [
+        np.array(ids if conversation else [*encode.before, *ids], dtype=np.int64)
+        for ids, (_, conversation) in zip(tokens, opened, strict=True)
+    ]
 
 
 def tokenize_demonstrations(

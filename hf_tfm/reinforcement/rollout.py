@@ -53,7 +53,7 @@ def unpack(tensors: dict[str, Tensor]) -> list[Episode]:
 class EpisodeCollator:
     """Episodes -> a batch of right-padded tensors.
 
-    ``input_ids`` (B, T); ``attention_mask`` (B, T) if there is padding; ``starts`` (B,) lengths of prompts; ``mask``
+    ``input_ids`` (B, T); ``attention_mask`` (B, T) if there is padding; ``starts`` (B,), lengths of prompts; ``mask``
     (B, C), 1.0 for tokens of completions; token fields (B, C) and scalars (B,). A dummy batch has a mask of zeros and
     ``counts`` False.
 
@@ -70,7 +70,12 @@ class EpisodeCollator:
         ids, lengths = pad(rows, self.pad_token_id), torch.tensor([len(row) for row in rows])
         sizes = torch.tensor([len(episode["completion"]) for episode in examples])
         mask = (torch.arange(int(sizes.max())) < sizes[:, None]).float()  # (B, C)
-        batch: dict[str, Any] = {"input_ids": ids, "starts": lengths - sizes, "mask": mask, "counts": not is_dummy}
+        batch: dict[str, Any] = {
+            "input_ids": ids,
+            "starts": lengths - sizes,
+            "mask": torch.zeros_like(mask) if is_dummy else mask,
+            "counts": not is_dummy,
+        }
         if int(lengths.min()) < ids.shape[1]:
             batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         for name in examples[0].keys() - {"prompt", "completion"}:
@@ -79,8 +84,6 @@ class EpisodeCollator:
                 batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
             else:
                 batch[name] = torch.stack(values)[:, 0]
-        if is_dummy:
-            batch["mask"] = torch.zeros_like(mask)
         return batch
 
 

@@ -371,6 +371,16 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def completion_places(batch: Batch) -> Tensor:
+    """Return the positions (B, C) of the states from which the tokens of completions are predicted.
+
+    Args:
+        batch: see `completion_log_probs`.
+    """
+    steps = torch.arange(batch["mask"].shape[1], device=batch["mask"].device)
+    return (batch["starts"][:, None] - 1 + steps).clamp_max(batch["input_ids"].shape[1] - 2)
+
+
 def completion_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Return the log-probabilities of the tokens of completions, (B, C); 0 at padding.
 
@@ -382,9 +392,7 @@ def completion_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.
         temperature: divides the logits.
     """
     ids, mask = batch["input_ids"], batch["mask"]
-    # Positions (B, C) of the states from which the tokens are predicted.
-    places = batch["starts"][:, None] - 1 + torch.arange(mask.shape[1], device=ids.device)
-    places = places.clamp_max(ids.shape[1] - 2)
+    places = completion_places(batch)
     first = int(places[:, 0].min())
     kept = ids.shape[1] - first
     options = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}

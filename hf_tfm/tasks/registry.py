@@ -11,6 +11,7 @@ from .object_detection import DetectionTask
 from .panoptic_segmentation import PanopticTask
 from .preference_optimization import PreferenceTask
 from .reward_modeling import RewardTask
+from .rlhf import RLHFTask
 from .supervised_fine_tuning import FineTuningTask
 from .text_classification import TextClassificationTask
 from .translation import TranslationTask
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
     "supervised_fine_tuning": FineTuningTask,
     "reward_modeling": RewardTask,
     "preference_optimization": PreferenceTask,
+    "rlhf": RLHFTask,
 }
 
 

@@ -53,7 +53,10 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_SETS = (*EMBEDDED, "number-parity")  # data sets that are no folders
 BEAT, SILENCE = 10.0, 60.0  # seconds, see Lock
-INPUTS = ("model_name_or_path", "teacher", "tokenizer", "dataset_name", "data_files", "more_texts", "cache")
+INPUTS = (
+    *("model_name_or_path", "teacher", "tokenizer", "reward_model", "reference_model"),
+    *("dataset_name", "data_files", "more_texts", "pretraining_texts", "validation_texts", "cache"),
+)
 
 
 def check_location(folder: str, argument: str = "output_dir") -> None:

@@ -92,6 +92,7 @@ LONG_RANGE = f"run long_range_arena_train {SHORT}"
 SFT = f"run sft_train {SHORT}"
 REWARD = f"run reward_train {SHORT} --model_name_or_path {{models}}/gpt"
 PREFERENCE = f"run preference_train {SHORT} --model_name_or_path {{models}}/gpt"
+RLHF = f"run rlhf_train {SHORT} --model_name_or_path {{models}}/gpt --reward_model null --reward_functions [spelling]"
 PANOPTIC = f"run panoptic_train {SHORT}"
 DISTIL = {
     name: f"run {name} {SHORT}"
@@ -147,6 +148,15 @@ OPTIONS: list[tuple[str, str, str]] = [
     (PREFERENCE, "--label_smoothing 0.5", got("label_smoothing", "0.5")),
     (PREFERENCE, "--loss_type ippo", got("loss_type", "ipo", "ippo")),
     (PREFERENCE, "--reference_model runs/none", got("reference_model", "runs/none")),
+    (RLHF, "--reward_functions []", got("reward_model", "reward_functions")),
+    (RLHF, "--reward_functions [speling]", got("reward_functions", "exact_match", "did you mean spelling")),
+    (RLHF, "--reward_functions [nowhere:f]", got("reward_functions", "nowhere")),
+    (RLHF, "--reward_model runs/none", got("reward_model", "runs/none")),
+    (RLHF, "--algorithm grpo --num_generations 1", got("num_generations", "2", "1")),
+    (RLHF, "--batch_size 60", got("generation_batch_size", "60", "128")),
+    (RLHF, "--max_new_tokens 1000", got("max_new_tokens", "1000", "prompt")),
+    (RLHF, "--prompt_column question", got("prompt_column", "question", "prompt, completion")),
+    (RLHF, "--max_generated_tokens 0", got("max_generated_tokens", "1", "0")),
     # optimizers
     (VISION, "--learning_rate .inf", got("learning_rate", "finite", "inf")),
     (VISION, "--learning_rate .nan", got("learning_rate", "finite", "nan")),
@@ -452,6 +462,7 @@ OPTIONS: list[tuple[str, str, str]] = [
         "--batch_tokens 0",
         "batch_tokens",
     ),
+    ("evaluate {models}/gpt --dataset_name spelled-numbers", "--best_of 2", got("best_of", "2", "reward_model")),
     ("evaluate {models}/gpt --dataset_name number-words", "--mlm_probability 2", got("mlm_probability", "1", "2")),
     ("evaluate {models}/txt --dataset_name number-parity", "--max_length 0", got("max_length", "1", "0")),
     (
