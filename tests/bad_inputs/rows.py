@@ -105,6 +105,7 @@ DISTIL = {
         "distill_translation",
     )
 }
+COMPRESS = f"run compress_train {SHORT}"
 
 # Options of every recipe: (command, arguments, pattern).
 OPTIONS: list[tuple[str, str, str]] = [
@@ -409,6 +410,12 @@ OPTIONS: list[tuple[str, str, str]] = [
     (DISTIL["distill_translation"], "--teacher {models}/vit", got("teacher", "vit")),
     ("run distill_cache distill_vision --config quickstart", "--output_dir {out}", got("write_cache", "cache")),
     ("run distill_cache distill_visions", "--output_dir {out}", "distill_visions"),
+    # compression
+    (COMPRESS, "--sparsity 1.5", got("sparsity", "1", "1.5")),
+    (COMPRESS, "--method '[int8]'", got("method", "int8", "hf-tfm compress")),
+    (COMPRESS, "--method '[{name: heads, ratio: half}]'", got("ratio", "number", "half")),
+    (COMPRESS, "--model_name_or_path {models}/vit", got("model_name_or_path", "vit")),
+    (COMPRESS, "--model_name_or_path null", got("model_name_or_path")),
     # augmentation of texts
     ("run augment_texts --dataset_name number-parity --output_dir {out}", "", got("model")),
     (
@@ -488,6 +495,24 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert /no/where", "--to vit --output_dir {out}", "/no/where"),
     ("convert {models}/vit", "--to vit --output_dir {in}", "in"),
     ("convert {models}/vit", "--to vit --output_dir ''", got("output_dir", "empty")),
+    (
+        "compress {models}/txt",
+        "--method int9 --output_dir {out}",
+        got("method", '"int9"', "did you mean int8"),
+    ),
+    ("compress {models}/txt", "--method heads --output_dir {out}", got("method", "heads", "dataset_name")),
+    ("compress {models}/txt", "--method '{name: heads, ratio: 2}' --output_dir {out}", got("ratio", "1", "2")),
+    ("compress {models}/txt", "--method '[int8, layers]' --output_dir {out}", got("method", "layers", "int8")),
+    ("compress {models}/tr", "--method int8 --output_dir {out}", "int8.*tfm_transformer"),
+    ("compress {models}/txt", "--method int8", "output_dir"),
+    ("compress {models}/txt", "--method int8 --output_dir {in}", got("output_dir", "empty")),
+    ("compress /no/where", "--method int8 --output_dir {out}", "/no/where"),
+    ("show compression {models}/vit", "--dataset_name digits --output_dir {out}", got("models", "two")),
+    (
+        "show compression {models}/vit /no/where",
+        "--dataset_name digits --output_dir {out}",
+        got("models", "/no/where"),
+    ),
     ("push /no/where", "me/model", "/no/where"),
     ("push {in}", "me/model", "config.json"),
     ("push {models}/vit", "me", "me"),

@@ -40,6 +40,11 @@ BERT = {**SHAPE, "intermediate_size": 48}
 DISTILBERT = {**BERT, "type_vocab_size": 0, "pooler": "relu"}
 GPT = {**SHAPE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 LEARNED = {"position_embedding_type": "learned", "norm_first": True, "backbone_norm": "group", "dilation": True}
+COMPRESSED = {
+    "layer_num_attention_heads": [1, 2],
+    "layer_intermediate_sizes": [5, 48],
+    "low_rank": {"embeddings.word_embeddings": 4, "layers.0.self_attn.q_proj": 3},
+}
 CLUSTERED = {"encoder_attention": "clustered", "encoder_attention_kwargs": {"rounds": 3, "width": 2.0}}
 # name: (class, fields of its configuration)
 VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
@@ -58,6 +63,8 @@ VARIANTS: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
         {**BERT, "tie_word_embeddings": False, "position_embedding_type": "floater"},
     ),
     "classifier": (hf_tfm.TfmBertForSequenceClassification, {**DISTILBERT, "num_labels": 3}),
+    "compressed": (hf_tfm.TfmBertForSequenceClassification, {**DISTILBERT, **COMPRESSED, "num_labels": 3}),
+    "compressed-int8": (hf_tfm.TfmBertForSequenceClassification, {**DISTILBERT, "int8": "all", "num_labels": 3}),
     "tagger": (hf_tfm.TfmBertForTokenClassification, {**BERT, "pooler": "none", "num_labels": 3}),
     "chooser": (hf_tfm.TfmBertForMultipleChoice, {**BERT, "pooler": "tanh_relu"}),
     "reader": (hf_tfm.TfmBertForQuestionAnswering, BERT),
@@ -144,7 +151,10 @@ def uncovered() -> list[str]:
 
 
 NAMES = (*VARIANTS, *uncovered())
-SLOW = ("hybrid", "tagger", "chooser", "reader", "post-norm", "causal-classifier", "detector", "learned")
+SLOW = (
+    *("hybrid", "compressed-int8", "tagger", "chooser", "reader", "post-norm", "causal-classifier", "detector"),
+    "learned",
+)
 # Models that are also loaded from a folder, and after having been pushed by a process without the package.
 EVERYWHERE = ("vit", "causal", "panoptic", "transformer")
 EVERY = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES]
