@@ -23,7 +23,7 @@ ADDED = {  # pattern in the repository -> path in the site, or None for the same
     "benchmarks/README.md": None,
     "benchmarks/results/*.json": None,
     "recipes/presets/*/*.yaml": None,
-    "recipes/launch/*.yaml": None,
+    "recipes/launch/*": None,
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",  # of docs/

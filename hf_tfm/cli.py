@@ -77,6 +77,28 @@ def doctor_detection(argv: list[str]) -> int:
     return examine(argv)
 
 
+def doctor_launch(argv: list[str]) -> int:
+    """Check processes, network, data, disks and memory of a launch: hf-tfm doctor launch --help.
+
+    Args:
+        argv: arguments of the command.
+    """
+    from .doctor.launch import main as examine
+
+    return examine(argv)
+
+
+def launch(argv: list[str]) -> int:
+    """Start a recipe on this machine, or submit it to Slurm, Kubernetes or Hugging Face Jobs: hf-tfm launch --help.
+
+    Args:
+        argv: arguments of the command.
+    """
+    from .launch.main import main as start
+
+    return start(argv)
+
+
 @checked()
 def quickstart(output_dir: str = "runs/quickstart") -> None:
     """Train a model of every kind on data that needs no download, reload, compare and visualise them.
@@ -109,8 +131,12 @@ def main(argv: list[str] | None = None) -> None:
             print(usage, file=sys.stdout if argv[1:] else sys.stderr)
             raise SystemExit(0 if argv[1:] else 2)
         run(argv[1], argv[2:])
+    elif argv[:1] == ["launch"]:
+        raise SystemExit(run_command("launch", launch, argv[1:]))
     elif argv[:2] == ["doctor", "detection"]:
         raise SystemExit(run_command("doctor detection", doctor_detection, argv[2:]))
+    elif argv[:2] == ["doctor", "launch"]:
+        raise SystemExit(run_command("doctor launch", doctor_launch, argv[2:]))
     else:
         with short_errors("", argv):
             path, function, given = parse(without_debug(argv))
@@ -137,6 +163,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "convert": (convert, "model"),
         "compress": (compress, "model"),
         "push": (push, "folder", "repo_id"),
+        "launch": (launch, "argv"),  # listed for --help; parses its own arguments
         "show": {
             "attention": (show_attention, "model", "image"),
             "compression": (show_compression, "models"),
@@ -147,8 +174,12 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
             "reconstruction": (show_reconstruction, "model", "images"),
             "scores": (show_scores, "runs"),
         },
-        # "detection" is listed for --help and parses its own arguments
-        "doctor": {"data": (doctor_data, "dataset"), "detection": (doctor_detection, "argv")},
+        # "detection" and "launch" are listed for --help and parse their own arguments
+        "doctor": {
+            "data": (doctor_data, "dataset"),
+            "detection": (doctor_detection, "argv"),
+            "launch": (doctor_launch, "argv"),
+        },
         "quickstart": (quickstart,),
     }
     description = f"{' '.join(__doc__.split())} {DEBUG_HELP}."

@@ -48,6 +48,16 @@ def plugin_recipe(name: str) -> Callable[[list[str]], int]:
     return recipe(distill(task_class) if name.startswith(DISTILL) else task_class, file)
 
 
+def recipe_main(name: str) -> Callable[[list[str]], int]:
+    """Return the ``main`` of a recipe without running it.
+
+    Raises:
+        ValueError: it belongs to another package and cannot be imported.
+    """
+    file = recipes_folder() / f"{name}.py"
+    return runpy.run_path(str(file))["main"] if file.is_file() else plugin_recipe(name)
+
+
 def run(recipe: str, argv: list[str]) -> None:
     """Run a recipe by name, with its own options: hf-tfm run RECIPE --help.
 

@@ -30,6 +30,8 @@ from hf_tfm.data.panoptic import panoptic_categories
 from hf_tfm.data.source import load_splits
 from hf_tfm.distillation.terms import read_terms
 from hf_tfm.doctor import detection
+from hf_tfm.doctor import launch as doctor_launch
+from hf_tfm.launch import options as launch_options
 from hf_tfm.models import encoder_attention
 from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.registry import evaluated_tasks
@@ -109,8 +111,9 @@ def check_hf_tfm(words: list[str]) -> None:
     if words[0] == "run":
         check_recipe(words[1], words[2:])
         return
-    if words[:2] == ["doctor", "detection"]:
-        detection.parse(words[2:])
+    parsers = {"doctor detection": detection.parse, "doctor launch": doctor_launch.parse}
+    if parse := launch_options.parse if words[0] == "launch" else parsers.get(" ".join(words[:2])):
+        parse(words[1 if words[0] == "launch" else 2 :])
         return
     path, _, given = cli.parse(words)
     if path == ["evaluate"]:

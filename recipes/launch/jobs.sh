@@ -1,0 +1,2 @@
+# hf-tfm launch --on jobs --flavor a10g-largex4 --time 12h --image registry.example.com/hf-tfm:latest --volume hf://buckets/you/runs:/runs translation_train --config wmt14_base --output_dir /runs/wmt14_base
+hf jobs run --detach --flavor a10g-largex4 --name translation-train-wmt14-base --timeout 43200s --volume hf://buckets/you/runs:/runs registry.example.com/hf-tfm:latest python -m torch.distributed.run --standalone --nproc_per_node 4 -m hf_tfm.cli run translation_train --config wmt14_base --output_dir /runs/wmt14_base
