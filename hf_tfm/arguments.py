@@ -376,6 +376,8 @@ class TrainingArguments(Arguments):
         mixed_precision: no (float32), or bf16 or fp16 autocast.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         torch_compile: compile the model.
+        fsdp: shard weights, gradients and optimizer state over the processes (FSDP2), as a configuration of accelerate
+            with fsdp_version 2 does; evaluations gather the weights.
         ema_decay: decay of an exponential moving average of the weights; 0 disables it.
         average_checkpoints: number of most recent checkpoints averaged by final_weights "average".
         final_weights: weights of the saved model: last, best, average or ema.
@@ -423,6 +425,7 @@ class TrainingArguments(Arguments):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    fsdp: bool = False
     ema_decay: float = 0.0
     average_checkpoints: int = 0
     final_weights: Literal["last", "best", "average", "ema"] = "best"

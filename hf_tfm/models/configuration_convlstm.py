@@ -54,6 +54,7 @@ class TfmConvLSTMConfig(TravellingConfig):
         "AutoModel": "modeling_convlstm.TfmConvLSTMModel",
         "AutoModelForTimeSeriesPrediction": "modeling_convlstm.TfmConvLSTMForPrediction",
     }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
 
     hidden_size: int | list[int] | tuple[int, ...] = (128, 64, 64)
     num_hidden_layers: int = 3

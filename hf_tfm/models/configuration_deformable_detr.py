@@ -137,6 +137,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
         for projection in projections
     }
     base_model_fsdp_plan: ClassVar = {
+        "backbone": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
         "decoder.layers.*": "free_full_weight",
     }

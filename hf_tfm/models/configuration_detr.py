@@ -142,6 +142,7 @@ class TfmDetrConfig(TravellingConfig):
         for projection in projections
     }
     base_model_fsdp_plan: ClassVar = {
+        "backbone": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
         "decoder.layers.*": "free_full_weight",
     }

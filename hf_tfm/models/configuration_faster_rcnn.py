@@ -84,6 +84,7 @@ class TfmFasterRCNNConfig(TravellingConfig):
         "AutoModelForObjectDetection": "modeling_faster_rcnn.TfmFasterRCNNForObjectDetection",
     }
     attribute_map: ClassVar = {"hidden_size": "d_model"}
+    base_model_fsdp_plan: ClassVar = {"backbone": "free_full_weight", "fpn": "free_full_weight"}
     # Detections are returned as the probabilities of a softmax.
     class_scoring: ClassVar = "softmax"
     output_stride: ClassVar = None  # of the backbone: its own

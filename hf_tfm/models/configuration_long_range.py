@@ -72,6 +72,16 @@ class TfmLongRangeConfig(TravellingConfig):
     }
     attribute_map: ClassVar = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
     # The same for every model; required by the blocks. The authors' projections have no biases.
+    base_model_tp_plan: ClassVar = {
+        "word_embeddings": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar = {"layers.*": "free_full_weight"}
     norm_first: ClassVar = True
     attention_score: ClassVar = "dot_product"
     qkv_bias: ClassVar = False

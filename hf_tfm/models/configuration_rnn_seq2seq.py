@@ -66,6 +66,8 @@ class TfmRNNSeq2SeqConfig(TravellingConfig):
         "AutoModel": "modeling_rnn_seq2seq.TfmRNNSeq2SeqModel",
         "AutoModelForSeq2SeqLM": "modeling_rnn_seq2seq.TfmRNNSeq2SeqForConditionalGeneration",
     }
+    # Not the decoder: its attentive layer computes values of the source outside of its forward pass.
+    base_model_fsdp_plan: ClassVar = {"encoder.layers.*": "free_full_weight"}
 
     vocab_size: int = 30000
     embedding_size: int = 620

@@ -282,6 +282,7 @@ class TfmConvLSTMForPrediction(TfmConvLSTMPreTrainedModel):
     """Encoder and forecaster that predict the next frames of a video (section 3.2)."""
 
     _auto_class = "AutoModelForTimeSeriesPrediction"
+    _fsdp_plan = {"forecaster.layers.*": "free_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: TfmConvLSTMConfig):
         super().__init__(config)

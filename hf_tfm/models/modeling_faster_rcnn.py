@@ -135,6 +135,7 @@ class TfmFasterRCNNForObjectDetection(TfmFasterRCNNPreTrainedModel):
     """
 
     _auto_class = "AutoModelForObjectDetection"
+    _tp_plan = {"roi_heads.box_head.fc6": "colwise", "roi_heads.box_head.fc7": "rowwise"}  # noqa: RUF012
 
     def __init__(self, config: TfmFasterRCNNConfig):
         super().__init__(config)

@@ -120,6 +120,7 @@ class TfmRNNSeq2SeqEncoder(TfmRNNSeq2SeqStack):
             for i in range(config.num_encoder_layers)
         )
         self.post_init()
+        self._fsdp_plan = {}  # the plan in the config uses the module names of the whole model
 
     @can_return_tuple
     def forward(
@@ -212,6 +213,7 @@ class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
         self.bridge = nn.Linear(config.encoder_hidden_size, self.parts * config.num_decoder_layers * width)
         self.readout = nn.Linear(width + memory + size, size * (2 if config.readout == "maxout" else 1))
         self.post_init()
+        self._fsdp_plan = {}  # the plan in the config uses the module names of the whole model
 
     @takes_cache
     @merge_with_config_defaults

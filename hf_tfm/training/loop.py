@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ..tasks.base import mean
 from .checkpoint import inner
+from .sharding import full_tensor
 
 
 class Task(Protocol):
@@ -127,7 +128,7 @@ def train_step(
         for term, value in means.items():
             losses[term] = losses.get(term, 0) + value.detach()
     limit = max_grad_norm or torch.inf
-    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), limit))
     if accelerator.scaler is None:  # a gradient scaler does the same check itself
         inner(optimizer).found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -45,6 +45,7 @@ from .loop import StatefulTask
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_location, place_new
 from .session import TrainingResult, checkpoints_to_come, train
+from .sharding import check_sharding
 from .sigterm import Watchdog, install_sigterm_handler
 from .threads import limit_threads, threads_restored
 
@@ -57,6 +58,7 @@ FREE = {
         "micro_batch_size",
         "generation_micro_batch_size",
         "gradient_checkpointing",
+        "fsdp",
         "max_nonfinite_steps",
     ),
     *("max_bad_images", "trust_remote_code", "max_minutes", "ddp_timeout"),
@@ -112,6 +114,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         ],
         step_scheduler_with_optimizer=False,
     )
+    check_sharding(accelerator, args.fsdp)
     if accelerator.num_processes > 1:
         Watchdog.install(on_cpu=accelerator.device.type == "cpu")
     if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would silently use float32

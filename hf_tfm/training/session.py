@@ -23,6 +23,7 @@ from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
+from .sharding import prepare_sharded, shard, sharding_options, unshard, unsharded
 from .sigterm import Interrupted, StopRequest, Watchdog
 
 # Reading a value back synchronises host and device. On an accelerator the loop therefore checks only once in this many
@@ -88,10 +89,19 @@ class Session:
         if args.torch_compile:
             model.compile(dynamic=True)
         self.plain = model
-        optimizer = build_optimizer(model, args)
+        options = sharding_options(accelerator, args.fsdp)
+        if options is None:
+            optimizer = build_optimizer(model, args)
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
+        else:
+            self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
+            if self.ema is not None:
+                shard(self.ema.module, **options)
+            self.model = prepare_sharded(accelerator, model, options)
+            optimizer = build_optimizer(model, args)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.schedule = build_schedule(optimizer, args, max_steps)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
         self.keep = max(args.save_total_limit, args.average_checkpoints)
 
         def prepare_folder() -> None:
@@ -224,9 +234,9 @@ class Session:
             Interrupted: SIGTERM arrived.
         """
         average = self.ema if self.args.final_weights == "ema" else None
-        model = self.plain if average is None else average.module
-        states.share_statistics(self.accelerator, model)
-        with self.monitor.paused(), request.at_once():
+        source = self.plain if average is None else average.module
+        states.share_statistics(self.accelerator, source)
+        with self.monitor.paused(), unsharded(self.plain, source) as model, request.at_once():
             scores = self.score(model)
             if self.show is not None:
                 self.show(model, self.progress.step)
@@ -358,6 +368,7 @@ def train(
         accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # removes autocast from the model's forward
         on_main(accelerator, lambda: check_learned(session))
         take_final_weights(session)
+        unshard(session.plain)
     steps = loader.steps_per_epoch(progress.epoch)
     return TrainingResult(progress, progress.epoch + (progress.step_in_epoch / steps if steps else 0.0), stopped)
 
@@ -405,4 +416,4 @@ def take_final_weights(session: Session) -> None:
 
         states.set_weights(session.plain, states.shared_weights(session.accelerator, average))
     elif args.final_weights == "ema" and session.ema is not None:
-        states.set_weights(session.plain, states.full_weights(session.ema.module))
+        session.plain.load_state_dict(session.ema.module.state_dict())  # on every rank, sharded alike

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, tiny_model
 
@@ -27,6 +28,19 @@ EQUAL = {
         {"batch_tokens": 32, "micro_batch_tokens": 16, "rows": equal_pairs(), "dataloader_num_workers": 1},
         {"dropout": 0.3},
     ),
+    "fsdp": (
+        {"fsdp": True, "micro_batch_tokens": 20, "max_grad_norm": 0.5, "ema_decay": 0.8, "final_weights": "ema"},
+        {"norm_first": True},
+    ),
+    "fsdp_accelerate": (
+        {
+            "fsdp_accelerate": True,
+            "average_checkpoints": 2,
+            "final_weights": "average",
+            "gradient_checkpointing": True,
+        },
+        {},
+    ),
     "checkpointing": ({"gradient_checkpointing": True}, {"norm_first": True}),
 }
 # Runs started by one process and resumed by two, and the reverse.
@@ -46,8 +60,14 @@ def main(folder: Path) -> None:
     def run(name: str, fields: dict, **options) -> None:
         given = {key: options.pop(key) for key in ("events", "rows", "stop_evaluation") if key in options}
         output_dir = options.pop("output_dir", folder / name)
+        state, through_accelerate = accelerator.state, options.pop("fsdp_accelerate", False)
+        if through_accelerate:  # accelerate ignores its configuration of FSDP on a CPU
+            state.fsdp_plugin, before = FullyShardedDataParallelPlugin(fsdp_version=2), state.distributed_type
+            state.distributed_type = DistributedType.FSDP
         args = arguments(output_dir, **options)
         result, model = run_training(args, tiny_model(**fields), accelerator=accelerator, **given)
+        if through_accelerate:
+            state.fsdp_plugin, state.distributed_type = None, before
         weights = full_weights(model)
         if accelerator.is_main_process:
             save_file(weights, folder / f"{name}.safetensors")
@@ -57,8 +77,8 @@ def main(folder: Path) -> None:
         run(name, fields, **options)
     run("from_one", {"dropout": 0.2})
     # Only the second process receives SIGTERM.
-    run("from_two", {}, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
-    run("damaged", {})
+    run("from_two", {}, fsdp=True, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
+    run("damaged", {}, fsdp=True)
     # Folders on disks of their own; the checkpoints of the second one are older.
     run("local", {}, output_dir=folder / f"local{accelerator.process_index}")
     reports["errors"] = []
