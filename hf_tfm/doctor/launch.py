@@ -31,8 +31,8 @@ from datasets.config import HF_DATASETS_CACHE
 from ..arguments import Arguments, TrainingArguments
 from ..command import describe, say
 from ..hub.results import collect_versions
-from ..launcher import create_accelerator
 from ..launch.options import find_recipe, parse_own, parse_recipe, typed
+from ..launcher import create_accelerator
 from ..memory import TRAINING, machine_memory
 from ..tasks.base import Task
 from ..training.loop import train_step

@@ -337,21 +337,21 @@ def test_slurm_job_is_signalled_requeued_and_resumed(tmp_path):
         write_program(programs, name, text)
     write_program(programs, "python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     folder = tmp_path / "run"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "hf_tfm.cli", "launch", "--yes", "--on", "slurm", "--nodes", "2", "--gpus", "0"),
-            *("translation_train", *command_line(data, folder, **options)),
-        ],
-        env=environment(PATH=f"{programs}:{os.environ['PATH']}", CLUSTER=str(tmp_path), RUN=str(folder)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "start 1 status 0 requeued True" in done.stdout and "start 2 status 0 requeued False" in done.stdout
-    assert "asked to stop: state saved at step" in done.stdout and "resuming from" in done.stdout
+    words = ["launch", "--yes", "--on", "slurm", "--nodes", "2", "--gpus", "0", "translation_train"]
+    with (tmp_path / "log").open("w") as log:
+        status = subprocess.run(
+            [sys.executable, "-m", "hf_tfm.cli", *words, *command_line(data, folder, **options)],
+            env=environment(PATH=f"{programs}:{os.environ['PATH']}", CLUSTER=str(tmp_path), RUN=str(folder)),
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            timeout=900,
+            check=False,
+        ).returncode
+    printed = (tmp_path / "log").read_text()
+    assert status == 0, printed[-5000:]
+    assert "start 1 status 0 requeued True" in printed and "start 2 status 0 requeued False" in printed
+    assert "asked to stop: state saved at step" in printed and "resuming from" in printed
     assert record(folder).hardware["count"] == 2 and record(folder).training["steps"] == 60
     losses = [
         [row["evaluation"]["loss"] for row in history(one) if "evaluation" in row]
