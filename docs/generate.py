@@ -472,6 +472,16 @@ def conversions(page: Path) -> str:
     return table(("family", "option", "other side", "class of this package", "class of the other side"), rows)
 
 
+def exports(page: Path) -> str:
+    """Return the table of exports: a row for each family, a column for each format."""
+    from hf_tfm.export.formats import FORMATS
+    from hf_tfm.export.graphs import reason_against
+    from hf_tfm.families import FAMILIES
+
+    cells = [[reason_against(family.config.model_type, to) or "yes" for to in FORMATS] for family in FAMILIES]
+    return table(("family", *FORMATS), ([family.name, *row] for family, row in zip(FAMILIES, cells, strict=True)))
+
+
 def families(page: Path) -> str:
     """Return the table of model families and their Auto classes."""
     from hf_tfm.families import FAMILIES
@@ -584,7 +594,7 @@ PARTS: dict[str, Callable[..., str]] = {
     one.__name__: one
     for one in (
         *(results, runs, presets, preset_names, options, renamed, elsewhere, resumable, terms, conversions, families),
-        *(configurations, glue, checks, published, leaderboard, students),
+        *(configurations, exports, glue, checks, published, leaderboard, students),
     )
 }
 

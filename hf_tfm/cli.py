@@ -1,4 +1,4 @@
-"""Train, evaluate, convert, publish and visualise Transformers.
+"""Train, evaluate, convert, export, publish and visualise Transformers.
 
 hf-tfm COMMAND --help lists the options of a command.
 """
@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import docstring_parser
 
@@ -46,6 +46,37 @@ def convert(model: str, to: str, output_dir: str, revision: str | None = None) -
     print(f"{output_dir}: largest difference of {differences} (tolerance {certificate['tolerance']:.2g})")
     for remark in certificate["remarks"]:
         print(remark)
+
+
+@checked()
+def export(
+    model: str,
+    to: str,
+    output_dir: str | None = None,
+    quantize: Literal["dynamic", "static"] | None = None,
+    calibration_data: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Export a model to ONNX, OpenVINO or ExecuTorch, with a certificate that the outputs are the same.
+
+    Args:
+        model: folder or Hub id.
+        to: onnx, openvino or executorch; needs the extra of hf-tfm of that name.
+        output_dir: folder to create; default, the name of the model and the format, joined by "-".
+        quantize: 8-bit weights, with activations quantised while the model runs (dynamic) or with ranges from
+            ``calibration_data`` (static).
+        calibration_data: for static quantisation, a text file with an example a line, or a folder of images.
+        revision: branch, tag or commit on the Hub.
+    """
+    from .export import export as export_model
+
+    folder = output_dir or f"{Path(model).resolve().name if Path(model).exists() else Path(model).name}-{to}"
+    certificate = export_model(model, to, folder, quantize, calibration_data, revision)
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in certificate["differences"].items())
+    limit = "quantised" if certificate["tolerance"] is None else f"tolerance {certificate['tolerance']:.2g}"
+    print(f"{folder}: largest difference of {differences} ({limit})")
+    if "same_predictions" in certificate:
+        print(f"share of equal predictions: {certificate['same_predictions']:.4g}")
 
 
 @checked()
@@ -162,6 +193,7 @@ def parse(argv: list[str]) -> tuple[list[str], Callable, dict[str, Any]]:
         "evaluate": (evaluate, "model"),
         "convert": (convert, "model"),
         "compress": (compress, "model"),
+        "export": (export, "model"),
         "push": (push, "folder", "repo_id"),
         "launch": (launch, "argv"),  # listed for --help; parses its own arguments
         "show": {

@@ -25,6 +25,7 @@ PATHS = {
     *("output_dir", "dataset_name", "dataset", "model_name_or_path", "model", "teacher", "tokenizer", "data_files"),
     *("models", "cache", "output", "folder", "beside", "image", "images", "file", "weights"),
     *("reward_model", "reference_model"),
+    "calibration_data",
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])

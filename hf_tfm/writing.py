@@ -112,6 +112,23 @@ def place_folder(made: Path, folder: Path) -> None:
     made.rename(folder)
 
 
+@contextmanager
+def output_folder(folder: Path, prefix: str) -> Iterator[Path]:
+    """Yield a temporary folder, whose folder "model" takes its place at the end, unless there was an error.
+
+    Args:
+        folder: see `check_new_folder`.
+        prefix: of the name of the temporary folder.
+
+    Raises:
+        OSError: see `check_new_folder`.
+    """
+    nearest = check_new_folder(folder, prefix)
+    with tempfile.TemporaryDirectory(dir=nearest, prefix=prefix) as temporary:
+        yield Path(temporary)
+        place_folder(Path(temporary) / "model", folder)
+
+
 def check_png(argument: str, file: str | None) -> None:
     """Refuse a picture whose name does not end in ".png", or that cannot be written.
 

@@ -31,6 +31,7 @@ from hf_tfm.data.source import load_splits
 from hf_tfm.distillation.terms import read_terms
 from hf_tfm.doctor import detection
 from hf_tfm.doctor import launch as doctor_launch
+from hf_tfm.export.formats import FORMATS
 from hf_tfm.launch import options as launch_options
 from hf_tfm.models import encoder_attention
 from hf_tfm.options import parse_arguments
@@ -125,8 +126,8 @@ def check_hf_tfm(words: list[str]) -> None:
         ]
         assert fitting, f"no task has all of {', '.join(given)}"
         fitting[0](model="model", **given)
-    if path == ["convert"]:
-        assert given["to"] in targets()
+    if path in (["convert"], ["export"]):
+        assert given["to"] in (targets() if path == ["convert"] else FORMATS)
 
 
 def check_python(words: list[str]) -> None:

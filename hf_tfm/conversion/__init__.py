@@ -24,7 +24,7 @@ from ..families import FAMILIES
 from ..hub.loading import UNCLEAR, check_config_file, check_revision, check_size, mismatch, others, read_json
 from ..hub.saved_files import CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from ..models.travel import TravellingConfig
-from ..writing import check_new_folder, place_folder
+from ..writing import output_folder
 from .authors_files import unpack
 from .bert import whole_head
 from .carry import copy_files, copy_record, copy_sentence_modules, same_tokenizer
@@ -94,19 +94,15 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         FileExistsError: ``output_dir`` is a file or a non-empty folder.
     """
     output_dir = Path(output_dir)
-    nearest = check_new_folder(output_dir, ".converting-")
-    with (
-        tempfile.TemporaryDirectory(dir=nearest, prefix=".converting-") as temporary,
-        explained_source(source, Path(temporary), output_dir),
-    ):
-        work = Path(temporary) / "model"
+    with output_folder(output_dir, ".converting-") as temporary, explained_source(source, temporary, output_dir):
+        work = temporary / "model"
         check_revision(str(source), revision)
         files = Path(source) if Path(source).is_file() else local_folder(source, revision)
-        folder = unpack(files, Path(temporary) / "source", weights_files()) if files.is_file() else files
+        folder = unpack(files, temporary / "source", weights_files()) if files.is_file() else files
         if (folder / "config.json").is_file():
             check_config_file(folder / "config.json")
         if is_authors_tinybert(folder):
-            folder = unpack_tinybert(folder, Path(temporary) / "source")
+            folder = unpack_tinybert(folder, temporary / "source")
         conversion = find_conversion(folder, to)
         # Convert in float32 to avoid rounding, then store in the original dtype.
         origin = load(conversion, to != OURS, folder)
@@ -131,7 +127,6 @@ def convert(source: str | Path, to: str, output_dir: str | Path, revision: str |
         }
         copy_record(folder, work, output_dir.absolute().name)
         (work / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-        place_folder(work, output_dir)
     return certificate
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -71,25 +72,27 @@ def fixed_texts(config: PreTrainedConfig, choices: bool) -> dict[str, Tensor]:
     return {name: value[None] for name, value in inputs.items()} if choices else inputs
 
 
-def fixed_images(config: PreTrainedConfig) -> dict[str, Tensor]:
+def fixed_images(config: PreTrainedConfig, count: int = IMAGES, seed: int = SEED) -> dict[str, Tensor]:
     """Create the inputs for vision models: images (B, C, H, W) of the model's size, and masking noise if it masks."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     height, width = sides(config.image_size)
-    images = torch.randn(IMAGES, config.num_channels, height, width, generator=generator)
+    images = torch.randn(count, config.num_channels, height, width, generator=generator)
     if not hasattr(config, "mask_ratio"):
         return {"pixel_values": images}
     rows, columns = patch_grid(height, width, config.patch_size)
-    return {"pixel_values": images, "noise": torch.rand(IMAGES, rows * columns, generator=generator)}
+    return {"pixel_values": images, "noise": torch.rand(count, rows * columns, generator=generator)}
 
 
-def fixed_photos(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Create the inputs for detectors: padded images (B, C, H, W) of different sizes, and their pixel mask."""
-    generator = torch.Generator().manual_seed(SEED)
-    height, width = (max(sizes) for sizes in zip(*PHOTOS, strict=True))
-    mask = torch.zeros(len(PHOTOS), height, width, dtype=torch.int64)
-    for row, (rows, columns) in zip(mask, PHOTOS, strict=True):
+def fixed_photos(
+    config: PreTrainedConfig, sizes: Sequence[tuple[int, int]] = PHOTOS, seed: int = SEED
+) -> dict[str, Tensor]:
+    """Create the inputs for detectors: padded images (B, C, H, W) of ``sizes``, and their pixel mask."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
+    for row, (rows, columns) in zip(mask, sizes, strict=True):
         row[:rows, :columns] = 1
-    images = torch.randn(len(PHOTOS), config.num_channels, height, width, generator=generator)
+    images = torch.randn(len(sizes), config.num_channels, height, width, generator=generator)
     return {"pixel_values": images * mask[:, None], "pixel_mask": mask}
 
 
@@ -229,14 +232,16 @@ def weight_hashes(path: Path) -> dict[str, str]:
     """Return the sha256 hex digest of each weight file in the folder ``path``, or of that single file, by file
     name."""
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    hashes = {}
-    for weights in [path] if path.is_file() else files:
-        digest = hashlib.sha256()
-        with weights.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        hashes[weights.name] = digest.hexdigest()
-    return hashes
+    return {weights.name: file_hash(weights) for weights in ([path] if path.is_file() else files)}
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def provenance() -> dict:

@@ -282,7 +282,7 @@ class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
         rows, length, _ = inputs.shape
         outputs, maps = inputs, None
         if self.score is None:
-            context = source.keys.repeat_interleave(rows // len(source.keys), dim=0).expand(rows, length, -1)
+            context = source.keys.repeat_interleave(rows // source.keys.shape[0], dim=0).expand(rows, length, -1)
             outputs = torch.cat([inputs, context], dim=-1)
         hidden, new = [inputs], []
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
@@ -298,7 +298,7 @@ class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
                 maps = attend(self.score(outputs, source.keys), source.mask).view(rows, length, -1)
             maps = maps[:, None]  # (n B, 1, T, S)
             memory = source.memory
-            context = (maps.reshape(len(memory), -1, memory.shape[1]) @ memory).view(rows, length, -1)
+            context = (maps.reshape(memory.shape[0], -1, memory.shape[1]) @ memory).view(rows, length, -1)
         return hidden, new, self.read(outputs, context, inputs), maps
 
     def score_mask(self, memory: Tensor, real: Tensor | None) -> Tensor | None:
@@ -311,9 +311,9 @@ class TfmRNNSeq2SeqDecoder(TfmRNNSeq2SeqStack):
     def initial_states(self, memory: Tensor, real: Tensor | None, rows: int) -> list[State]:
         """Return the state of every layer before the first token, for ``rows`` = n B rows."""
         size, layers = self.config.hidden_size, self.config.num_decoder_layers
-        first = memory[:, 0] if real is None else memory[torch.arange(len(memory)), real.int().argmax(dim=1)]
+        first = memory[:, 0] if real is None else memory[torch.arange(memory.shape[0]), real.int().argmax(dim=1)]
         packed = torch.tanh(self.bridge(first[:, memory.shape[-1] // 2 :]))  # (B, layers parts D)
-        packed = packed.repeat_interleave(rows // len(memory), dim=0).view(rows, layers, self.parts, size)
+        packed = packed.repeat_interleave(rows // memory.shape[0], dim=0).view(rows, layers, self.parts, size)
         return [tuple(packed[:, layer, part] for part in range(self.parts)) for layer in range(layers)]
 
     def of_memory(
@@ -364,7 +364,7 @@ def last_states(memory: Tensor, real: Tensor | None) -> Tensor:
     forward, backward = memory.chunk(2, dim=-1)
     if real is None:
         return torch.cat([forward[:, -1], backward[:, 0]], dim=-1)
-    rows, real = torch.arange(len(memory), device=memory.device), real.int()
+    rows, real = torch.arange(memory.shape[0], device=memory.device), real.int()
     last = real.shape[1] - 1 - real.flip(1).argmax(dim=1)
     return torch.cat([forward[rows, last], backward[rows, real.argmax(dim=1)]], dim=-1)
 
@@ -414,7 +414,7 @@ class StateRows:
 
     def __init__(self, model: "TfmRNNSeq2SeqForConditionalGeneration", memory: Tensor, real: Tensor | None):
         self.model, self.decoder = model, model.get_decoder()
-        self.states = self.decoder.initial_states(memory, real, len(memory))
+        self.states = self.decoder.initial_states(memory, real, memory.shape[0])
         self.source = Source(
             memory, *self.decoder.of_memory(memory, real, None), self.decoder.score_mask(memory, real)
         )
