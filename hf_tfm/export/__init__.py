@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..conversion import explained_source, local_folder
 from ..conversion.carry import copy_files
 from ..conversion.parity import file_hash, provenance, weight_hashes
-from ..hub.loading import check_revision, load_config, load_model, read_json
+from ..hub.loading import check_revision, load_config, load_model, load_tokenizer, read_json
 from ..hub.saved_files import CARD, CERTIFICATE, PROCESSOR_FILES, TOKENIZER_FILES
 from ..hub.usage import loading_class
 from ..writing import output_folder
@@ -71,7 +71,7 @@ def export(
         check_revision(str(source), revision)
         folder = local_folder(source, revision)
         model = load(folder)
-        graphs = graphs_of(model, to)
+        graphs = graphs_of(model, to, has_segments(folder))
         if quantize == "static":
             quantizer = quantizer.with_calibration(calibration_inputs(model, graphs, folder, Path(calibration_data)))
         work = temporary / "model"
@@ -118,6 +118,13 @@ def load(folder: Path) -> PreTrainedModel:
         raise ValueError(f'model "{folder}" was saved as {name or "no class"}, which cannot be exported')
     model.requires_grad_(False)
     return model
+
+
+def has_segments(folder: Path) -> bool:
+    """Return False if the tokenizer in a folder gives no segments of a pair of texts."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return True
+    return "token_type_ids" in load_tokenizer(str(folder), trust_remote_code=None).model_input_names
 
 
 def write(form: Format, graphs: Sequence[Graph], work: Path, quantizer: Any) -> dict[str, Any]:

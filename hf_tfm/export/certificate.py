@@ -48,6 +48,7 @@ def check(
         for seed, lengths in enumerate(batches):
             if isinstance(graphs[0].module, Forward):
                 inputs = example(model, lengths, seed)
+                inputs = {name: inputs[name] for name in graphs[0].inputs}
                 expected = graphs[0].module(**inputs)
                 comparison.add(runners["model"](**inputs), expected)
             else:

@@ -250,11 +250,12 @@ def reason_against(model_type: str, to: str) -> str | None:
     return REFUSED.get((model_type, None), REFUSED.get((model_type, to)))
 
 
-def graphs_of(model: PreTrainedModel, to: str) -> list[Graph]:
+def graphs_of(model: PreTrainedModel, to: str, segments: bool = True) -> list[Graph]:
     """Return the graphs of a model in evaluation mode, in the order in which they run.
 
     Args:
         to: name of the format.
+        segments: False for a tokenizer without ``token_type_ids``, which are then no input.
 
     Raises:
         ValueError: models of this type cannot be exported to it.
@@ -264,6 +265,8 @@ def graphs_of(model: PreTrainedModel, to: str) -> list[Graph]:
         raise ValueError(f"{type(model).__name__} cannot be exported to {to}: {reason}")
     if not (model.can_generate() and model.main_input_name == "input_ids"):
         inputs = example(model)
+        if not segments:
+            inputs.pop("token_type_ids", None)
         return [Graph("model", Forward(model), inputs, axes_of(model, inputs), limits_of(config))]
     if not config.is_encoder_decoder:
         return [decoder_graph(model)]

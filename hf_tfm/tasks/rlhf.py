@@ -34,8 +34,8 @@ from ..data.embedded import SPELLED_NUMBERS
 from ..data.equal_batches import BatchSampler
 from ..data.instructions import prompt_rows, tokenize_prompts
 from ..data.language import Corpus, token_sequences
-from ..families import CAUSAL_LM
-from ..hub.loading import load_model, load_tokenizer, require_model
+from ..families import CAUSAL_LM, TEXT_CLASSIFIER
+from ..hub.loading import load_model, load_tokenizer
 from ..hub.pretrained import Suitable, load_to_train
 from ..limits import LARGEST_BATCH, SEEDS
 from ..reinforcement.objectives import (
@@ -120,9 +120,6 @@ class CompletionArguments(PromptArguments):
             raise ValueError(
                 f"reward_weights must be one for each of the {rewards} rewards, got {len(self.reward_weights)}"
             )
-        for argument in ("reward_model", "reference_model"):
-            if source := getattr(self, argument):
-                require_model(argument, source)
 
 
 @dataclass(kw_only=True)
@@ -164,7 +161,9 @@ class RLHFArguments(CompletionArguments, DatasetArguments, SplitArguments, Train
 
     streaming: ClassVar[bool] = False
     accepted_models: ClassVar[dict[str, Suitable]] = {
-        "model_name_or_path": Suitable("reinforcement learning", CAUSAL_LM, True, ("gpt2", "llama"))
+        "model_name_or_path": Suitable("reinforcement learning", CAUSAL_LM, True, ("gpt2", "llama")),
+        "reward_model": Suitable("a reward", TEXT_CLASSIFIER, True, ("gpt2", "llama")),
+        "reference_model": Suitable("a reference", CAUSAL_LM, True, ("gpt2", "llama")),
     }
 
     model_name_or_path: str

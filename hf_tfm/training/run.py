@@ -88,7 +88,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         ValueError: the device does not support the precision, a model to start from is missing or of another kind, or
             the processes that the launcher started are not connected.
     """
-    for argument in ("model_name_or_path", "teacher"):
+    for argument in ("model_name_or_path", "teacher", "reward_model", "reference_model"):
         if source := getattr(args, argument, None):
             require_model(argument, source)
             suitable = getattr(args, "accepted_models", {}).get(argument)
