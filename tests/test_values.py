@@ -156,6 +156,7 @@ WRONG = {
     "max_grad_norm": [INFINITE, -1],
     "mixed_precision": ["fp8", None],
     "torch_compile": [1, "yes"],
+    "fsdp": [1, "yes"],
     "ema_decay": [1.0, NAN],
     "final_weights": ["median"],
     "eval_steps": [0, 1.5],

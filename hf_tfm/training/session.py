@@ -4,6 +4,7 @@ latest checkpoint, if any -> step -> log? -> save? -> evaluate? -> step -> ... -
 """
 
 import math
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -346,7 +347,7 @@ def train(
     session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show, callback)
     progress = session.progress
     session.model.train()
-    with StopRequest() as request, session.monitor.bar as bar:
+    with StopRequest(on_main(accelerator, lambda: uuid.uuid4().hex)) as request, session.monitor.bar as bar:
         if progress.pending:
             session.evaluate_and_save(request)
         while not (session.finished or session.stopped):

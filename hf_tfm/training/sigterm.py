@@ -4,7 +4,6 @@ Main thread: Python's handler asks the run to end after this step, or leaves an 
 `Watchdog`: a thread that ends the process if its main thread is stuck, because it waits for another process.
 """
 
-import itertools
 import os
 import signal
 import sys
@@ -27,13 +26,16 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """``with StopRequest() as request:`` sets ``request.set`` on SIGTERM instead of ending the process."""
+    """``with StopRequest() as request:`` sets ``request.set`` on SIGTERM instead of ending the process.
 
-    numbers = itertools.count()
+    Args:
+        name: equal on all ranks, and different in every run and restart: torchrun keeps the store of the process group
+            when it restarts the processes.
+    """
 
-    def __init__(self):
+    def __init__(self, name: str = ""):
         self.set, self.leave = False, False
-        self.key = f"hf_tfm/stop/{next(StopRequest.numbers)}"  # equal on all ranks, in the store of the process group
+        self.key = f"hf_tfm/stop/{name}"  # in the store of the process group
 
     def __enter__(self) -> "StopRequest":
         self.main_thread = threading.current_thread() is threading.main_thread()
@@ -53,8 +55,9 @@ class StopRequest:
         self.leave = True
         ended = threading.Event()
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        listener = threading.Thread(target=self.listen, args=(ended,), daemon=True)
         if several:
-            threading.Thread(target=self.listen, args=(ended,), daemon=True).start()
+            listener.start()
         try:
             if self.set:
                 raise Interrupted
@@ -70,6 +73,8 @@ class StopRequest:
         finally:
             self.leave = False
             ended.set()
+            if several:  # the end of the interpreter would abort it inside the store
+                listener.join(STUCK_SECONDS)
 
     def stopped_elsewhere(self) -> bool:
         """Return True if a rank has left the work because of SIGTERM."""

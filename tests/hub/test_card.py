@@ -238,7 +238,8 @@ def test_record_round_trip(tmp_path):
     record = RunRecord.from_dict(RECORD)
     assert record.save(tmp_path) == tmp_path / "results.json"
     assert RunRecord.load(tmp_path) == record
-    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, "costs": None, "distillation": None, "evaluations": None}
+    optional = dict.fromkeys(("costs", "distillation", "compression", "evaluations"))
+    assert RunRecord.load(tmp_path).to_dict() == {**RECORD, **optional}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
