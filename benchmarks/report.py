@@ -263,7 +263,7 @@ def language_training(results: dict) -> str:
     """Training speed of BERT and GPT."""
     models = results["models"].items()
     equal = [
-        f"Equal work: the same {results['batch_size']} sequences of {results['length']} tokens for both, training "
+        f"Equal work: the same {results['batch_size']} sequences of {results.get('length')} tokens for both, training "
         "through `labels=` in the same loop, inference of the encoder alone. `ours_labelled` has "
         "`training_logits=False`, so that its output layer reads the labelled tokens only."
     ] * ("length" in results)

@@ -1,7 +1,7 @@
 """Train a language model from rewards with PPO, PPO-ptx, RLOO or GRPO.
 
     hf-tfm run rlhf_train --config quickstart           about 1 minute on a CPU core
-    hf-tfm run rlhf_train --config instruct_gpt --dataset_name PROMPTS --model_name_or_path SFT --reward_model RM \
+    hf-tfm run rlhf_train --config instructgpt --dataset_name PROMPTS --model_name_or_path SFT --reward_model RM \
         --pretraining_texts '[{dataset_name: TEXTS}]'   InstructGPT as published
 
 The policy is a causal language model, usually fine-tuned on demonstrations; the reward is a reward model, a built-in

@@ -173,7 +173,7 @@ def test_evaluate_a_missing_model(data, refused):
             "--precision is now called --mixed_precision",
         ),
         (("fly",), "fly"),
-        ((), "a command must be given, one of run, evaluate, convert, compress, export, push"),
+        ((), "a command must be given, one of run, evaluate, convert, compress, export"),
     ],
 )
 def test_parser_errors_name_the_argument(words, named, refused):

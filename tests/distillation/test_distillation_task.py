@@ -213,7 +213,9 @@ def test_language_model_terms_by_hand():
 
 def test_target_tokens_need_a_task_with_token_targets():
     terms = [{"kind": "hidden_state", "tokens": "targets"}]
-    with pytest.raises(ValueError, match='tokens "targets" of hidden_state: the task has no tokens with a target'):
+    with pytest.raises(
+        ValueError, match='tokens "targets" of hidden_state: the task has no such tokens with a target'
+    ):
         task, model = distillation(TextTask(), classifier(4), classifier(2, 16, seed=1), terms)
         losses(task, model, batches(task, sentences(), [[0, 1]])[0])
 
@@ -354,7 +356,7 @@ def test_image_tokens_have_total_weight_one_without_padding():
     assert grids_of((100, 130), 13 * 17 + 7 * 9 + 4 * 5) == [(13, 17), (7, 9), (4, 5)]
     with pytest.raises(ValueError, match="7 cells of an image of 64 x 96 pixels"):
         grids_of((64, 96), 7)
-    with pytest.raises(ValueError, match=r"tokens of input_ids \(2, 5\), got \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"tokens of the text \(2, 5\), got \(2, 6\)"):
         token_weights({"input_ids": torch.zeros(2, 5)}, "hidden/1", states)
 
 

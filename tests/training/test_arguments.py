@@ -9,6 +9,7 @@ import yaml
 from hf_tfm.options import parse_arguments
 from hf_tfm.tasks.distillation import DistillationArguments
 from hf_tfm.tasks.object_detection import DetectionTask
+from hf_tfm.tasks.rlhf import RLHFTask
 from hf_tfm.tasks.translation import TranslationTask
 from hf_tfm.training import ImageBatchArguments, TokenBatchArguments
 from hf_tfm.training.run import FREE, repeat_command
@@ -149,7 +150,7 @@ def test_help_lists_every_option(capsys):
 
 
 def test_options_that_may_change_on_resume_exist():
-    kinds = (TranslationTask.Arguments, DetectionTask.Arguments, DistillationArguments)
+    kinds = (TranslationTask.Arguments, DetectionTask.Arguments, RLHFTask.Arguments, DistillationArguments)
     assert {field.name for kind in kinds for field in fields(kind)} >= FREE
 
 
