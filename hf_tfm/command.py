@@ -51,6 +51,14 @@ REWORDED: tuple[tuple[str, str], ...] = (
         "not a file of plain tensors: it holds a pickled {0}, and pickled code is never run",
     ),
     (
+        r"gloo/[\s\S]*?Timed out waiting (\d+)ms|Watchdog caught collective operation timeout",
+        "another process has not answered within ddp_timeout: look for its error, or for a fault of the network",
+    ),
+    (
+        r"gloo/[\s\S]*?(?:Connection (?:closed|reset|refused)|Broken pipe)|remote process exited",
+        "another process has ended: look for its error; the same command resumes from the last checkpoint",
+    ),
+    (
         r"Name or service not known|failure in name resolution|Connection refused|ConnectError|ConnectTimeout",
         "the Hub cannot be reached: there is no connection",
     ),
@@ -58,14 +66,6 @@ REWORDED: tuple[tuple[str, str], ...] = (
     (r"you tried to allocate (\d+) bytes", "out of memory: {0} bytes could not be allocated"),
     (r"out of memory\. Tried to allocate ([\d.]+ \w+)", "out of memory on the device: {0} could not be allocated"),
     (r"std::bad_alloc", "out of memory"),
-    (
-        r"gloo/[\s\S]*?Timed out waiting (\d+)ms|Watchdog caught collective operation timeout",
-        "another process has not answered within ddp_timeout: look for its error, or for a fault of the network",
-    ),
-    (
-        r"gloo/[\s\S]*?(?:Connection (?:closed|reset) by peer|Broken pipe)|remote process exited",
-        "another process has ended: look for its error; the same command resumes from the last checkpoint",
-    ),
     (
         r"Dataset scripts are no longer supported, but found (\S+)",
         '"{0}" is a dataset script, which is not supported',
