@@ -83,6 +83,14 @@ TEXT_NUMBER = """
 inputs = tokenizer("...", "...", return_tensors="pt")
 print(model(**inputs).logits.item())"""
 
+# For reward models, whose only class has this name.
+REWARD = "reward"
+REWARD_OF_COMPLETION = """
+
+text = "..." + "..." + tokenizer.eos_token  # prompt and completion
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+print(model(**inputs).logits.item())"""
+
 # Model class of each model type of transformers, by Auto class.
 NATIVE_CLASSES = {
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -119,6 +127,8 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     example = AFTER_LOADING.get(auto_class, "")
     if auto_class == "AutoModelForPreTraining" and not of_images:
         example = PRETRAINED_TEXT
+    elif auto_class == "AutoModelForSequenceClassification" and config.get("id2label") == {"0": REWARD}:
+        example = REWARD_OF_COMPLETION
     elif auto_class == "AutoModelForSequenceClassification" and config.get("problem_type") == "regression":
         example = TEXT_NUMBER
     text = f"```python\n{code}{example}\n```"

@@ -24,6 +24,7 @@ from ..data.language import sequence_lengths
 from ..data.source import load_splits, take_split
 from ..families import TEXT_CLASSIFIER
 from ..hub.pretrained import Suitable
+from ..hub.usage import REWARD
 from ..values import conform_fields
 from .base import Batch, Scores
 from .completions import (
@@ -36,6 +37,7 @@ from .completions import (
     disable_dropout,
     load_prompt_model,
 )
+from .model_fields import label_fields
 from .text_classification import TextClassificationTask
 from .text_model import class_fields, head_of, load_text_classifier
 
@@ -148,6 +150,7 @@ class RewardTask(RankingTask):
             head_of,
             resized="",
             **class_fields(None),
+            **label_fields([REWARD]),
         )
         if self.args.disable_dropout:
             disable_dropout(model)

@@ -116,6 +116,7 @@ def test_reward_model(data, tuned, tmp_path):
     texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
     with torch.no_grad():
         rewards = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert "inputs = tokenizer(text, add_special_tokens=False" in (tmp_path / "run" / "README.md").read_text()
     assert sum(rewards) / len(rewards) == pytest.approx(0, abs=1e-3)
 
 
