@@ -333,5 +333,5 @@ def test_help_groups_options_by_model_kind(capsys):
     boxes = {"objects_column", "box_format", "relative_boxes"}
     attention = {"encoder_attention", "encoder_attention_kwargs"}
     assert set(groups["detectors"]) == {*boxes, *attention, "segments", "panoptic_column", "segments_column"}
-    assert groups["masked autoencoders, language models and video forecasters"] == ["seed"]
+    assert groups["masked autoencoders, language models, video forecasters and policies"] == ["seed"]
     assert {"mlm_probability", "text_column"} < set(groups["language models"])
