@@ -19,6 +19,7 @@ NAMES = (
     "detection_padding",
     "detection_evaluation",
     "depthwise_training",
+    "detection_step",
     "clustered_attention",
     "positions",
     "recurrent",

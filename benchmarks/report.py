@@ -429,6 +429,19 @@ channels-last format.
 {table(("backbone", *forms["milliseconds"], *speedups), rows)}"""
 
 
+def detection_step(results: dict) -> str:
+    """Section of the parts of a detector's training step."""
+    rows = [(name, f"{share:.1%}") for name, share in results["share"].items()]
+    return f"""## What a training step of the preset `finetune_small` is spent on
+
+A step of {results["steps"]} took {results["median_milliseconds"]} ms (median). Images are decoded and augmented in the
+training process. All that is not forward pass, backward pass or optimizer takes {results["share_not_model"]:.1%}.
+
+{machine(results)}
+
+{table(("part", "share"), rows)}"""
+
+
 def distillation(results: dict) -> str:
     """Distillation steps and cache sizes."""
     found = results["precisions"].items()
@@ -499,6 +512,7 @@ SECTIONS = {
     "detection_padding": detection_padding,
     "detection_evaluation": detection_evaluation,
     "depthwise_training": depthwise_training,
+    "detection_step": detection_step,
     "clustered_attention": clustered_attention,
     "positions": positions,
     "recurrent": recurrent,
