@@ -244,9 +244,32 @@ class MicroBatches(list):
     Attributes:
         first: number of micro-batches, dummy ones not counted, on the ranks before this one. Random numbers drawn for
             a micro-batch depend on its position in the whole step, not on the rank.
+        position: where a stream continues after this step, see `stream.StreamLoader`; None for other data.
     """
 
     first: int = 0
+    position: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """The samples of a step that this rank collates.
+
+    Args:
+        runs: (examples, samples, is_dummy) of each micro-batch.
+        first: see `MicroBatches`.
+        epoch: number of the epoch.
+    """
+
+    runs: list[tuple[list[Example], list[Sample], bool]]
+    first: int
+    epoch: int
+
+    def collate(self, collate: Callable[..., Any]) -> MicroBatches:
+        """Return the micro-batches; see `StepLoader` for ``collate``."""
+        batches = MicroBatches(collate(examples, samples, self.epoch, dummy) for examples, samples, dummy in self.runs)
+        batches.first = self.first
+        return batches
 
 
 class StepLoader:
@@ -298,7 +321,11 @@ class StepLoader:
         return iter(worker_loader(_StepDataset(self, steps, epoch), order, self.num_workers, self.pin_memory))
 
     def micro_batches(self, step: Sequence[Sample], epoch: int) -> MicroBatches:
-        """Collate this rank's part of a step.
+        """Collate this rank's part of a step, see `part`."""
+        return self.part(step, epoch).collate(self.collate)
+
+    def part(self, step: Sequence[Sample], epoch: int) -> StepPart:
+        """Fetch this rank's part of a step.
 
         Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
         batches fill the gaps.
@@ -308,10 +335,8 @@ class StepLoader:
         ]
         mine = runs[self.rank]
         filling = [step[:1]] * (max(map(len, runs)) - len(mine))
-        batches = MicroBatches(self.batch(run, epoch, is_dummy=False) for run in mine)
-        batches.extend(self.batch(run, epoch, is_dummy=True) for run in filling)
-        batches.first = sum(map(len, runs[: self.rank]))
-        return batches
+        fetched = [(*self.fetch(run), False) for run in mine] + [(*self.fetch(run), True) for run in filling]
+        return StepPart(fetched, sum(map(len, runs[: self.rank])), epoch)
 
     def runs(self, part: Sequence[Sample]) -> Steps:
         """Split a rank's part of a step into micro-batches."""
@@ -319,10 +344,10 @@ class StepLoader:
             return [list(part)] if len(part) else []
         return self.sampler.cut(part, self.micro_batch_tokens)
 
-    def batch(self, run: Sequence[Sample], epoch: int, is_dummy: bool) -> Any:
-        """Collate the examples of a run."""
+    def fetch(self, run: Sequence[Sample]) -> tuple[list[Example], list[Sample]]:
+        """Fetch the examples of a run; also return its samples, as ``collate`` receives them."""
         examples = fetch(self.examples, [sample_ref(sample).index for sample in run])
-        return self.collate(examples, [shifted(sample, self.first_index) for sample in run], epoch, is_dummy)
+        return examples, [shifted(sample, self.first_index) for sample in run]
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:
@@ -343,15 +368,24 @@ class _StepDataset(Dataset):
 
 
 def worker_loader(
-    steps: Dataset, order: Iterable[int] | None = None, num_workers: int = 0, pin_memory: bool = False
+    items: Dataset,
+    order: Iterable[Any] | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch: int | None = None,
 ) -> DataLoader:
-    """Return torch's loader over the finished steps of a data set, in ``order`` or as they are streamed."""
+    """Return torch's loader over the finished items of a data set, in ``order`` or as they are streamed.
+
+    Args:
+        prefetch: items that a worker prepares in advance; default: torch's.
+    """
     return DataLoader(
-        steps,
+        items,
         batch_size=None,
         sampler=order,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=_start_worker,
         # Own generator: a loader otherwise draws from torch's global one, so a resumed run would differ.
         generator=torch.Generator(),

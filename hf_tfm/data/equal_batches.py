@@ -1,6 +1,6 @@
 """Batches with an equal number of samples, in an order that depends only on (seed, epoch)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -9,8 +9,7 @@ import numpy as np
 from .batching import Example, Sample, SampleRef, Steps, rng
 from .stream import StreamLoader
 
-READ_ROWS = 100  # rows of a stream read at once
-FILES = 10  # files of a shuffled stream that are read in turn
+FILES = 10  # files of a stream that are read at the same time; each may hold a group of rows in memory
 
 
 class BatchSampler:
@@ -94,36 +93,11 @@ def one(example: Example) -> tuple[int]:
     return (1,)
 
 
-class ShuffledStream:
-    """The rows of a stream in an order that is a pure function of (seed, epoch), whichever process reads them.
-
-    The order of the files is shuffled for each epoch, `FILES` of them are read in turn, and their rows pass through a
-    shuffle buffer. Every rank reads the same rows, and resuming in the middle of an epoch reads from its beginning: a
-    position in the stream, as `datasets` stores it, does not include the contents of the buffer.
-
-    Args:
-        rows: a streamed `datasets` split.
-        seed: determines the order, together with `epoch`.
-        buffer_size: number of rows in the buffer.
-    """
-
-    def __init__(self, rows: datasets.IterableDataset, seed: int, buffer_size: int):
-        files = min(FILES, rows.num_shards)  # for a single file, `datasets` would start a thread and wait 5 s for it
-        self.rows = rows.shuffle(seed, buffer_size=buffer_size, max_buffer_input_shards=files)
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[Example]:
-        self.rows.set_epoch(self.epoch)
-        # Not `iter(rows)`, which draws another order inside a worker of torch's loader.
-        for batch in self.rows.iter(READ_ROWS):
-            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
-
-
 class EqualStreamLoader(StreamLoader):
     """Steps with an equal number of samples of a stream; only the last one may have fewer.
 
     Args:
-        stream: examples; iterated again in every epoch. The epoch of a `ShuffledStream` is set first.
+        stream: see `StreamLoader`. Every rank reads all rows, and collates its own.
         batch_size, seed, repeats, unit: see `BatchSampler`.
         pool_samples: samples held in memory and shuffled together; rounded up to whole steps.
         placement: see `StreamLoader`.
@@ -131,7 +105,7 @@ class EqualStreamLoader(StreamLoader):
 
     def __init__(
         self,
-        stream: Iterable[Example],
+        stream: datasets.IterableDataset,
         batch_size: int,
         collate: Callable[..., Any],
         seed: int = 0,
@@ -141,14 +115,9 @@ class EqualStreamLoader(StreamLoader):
         **placement: Any,
     ):
         pool_samples = -(-pool_samples // batch_size) * batch_size
-        super().__init__(stream, one, batch_size, collate, seed, pool_samples, **placement)
+        pools = {"pool_samples": pool_samples, "max_lanes": FILES}
+        super().__init__(stream, one, batch_size, collate, seed, **pools, **placement)
         self.options = {"repeats": repeats, "unit": unit}
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
-        """See `StreamLoader`."""
-        if isinstance(self.stream, ShuffledStream):
-            self.stream.epoch = epoch
-        yield from super().steps(epoch, start)
 
     def sampler(self, pool: list[Example], seed: int) -> BatchSampler:
         """See `StreamLoader`."""

@@ -443,7 +443,7 @@ class WatchedLoader:
         """See `StepLoader`."""
         return self.loader.steps_per_epoch(epoch)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[dict[str, Any]]]:
+    def epoch(self, epoch: int, start: Any = 0) -> Iterator[list[dict[str, Any]]]:
         """See `StepLoader`.
 
         Raises:

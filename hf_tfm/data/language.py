@@ -4,7 +4,6 @@ load_dataset(...) -> {"text"} -> tokens -> {"input_ids"}: packed blocks, one row
 """
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from .csv_files import written
 from .progress import show_progress_of
 from .source import load_splits, take_split
 from .text import check_filled, column_path, texts_at
+from .tokens import tokenization_key, tokenized
 from .vocabulary import tokenizer_name
 
 log = logging.getLogger(__name__)
@@ -104,21 +104,12 @@ class Texts:
             yield from batch[TEXT]
 
 
-def token_sequences(
-    rows,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    sequences: Sequences = "packed",
-    documents: bool = True,
-    seed: int = 0,
-):
-    """Convert texts to sequences of at most ``max_length`` tokens, as ``input_ids``.
+class SequenceTokenization:
+    """Texts -> sequences of at most ``max_length`` tokens, as ``input_ids``; a `tokens.Tokenization`.
 
-    Texts are processed in batches of a thousand, so once per thousand rows a block may end early or a segment may be
-    left over.
+    Texts are processed in batches, so once per batch a block may end early or a segment may be left over.
 
     Args:
-        rows: rows of `text_rows`.
         tokenizer: its special tokens are put around each sequence as around a text, [CLS] ... [SEP]. If it adds none,
             as for a decoder, blocks are cut without any.
         sequences: "packed" concatenates texts and cuts them into full blocks, with an end token after each document
@@ -132,30 +123,56 @@ def token_sequences(
     Raises:
         ValueError: if the tokenizer has no end token, or ``max_length`` leaves no room for tokens.
     """
-    around = SpecialTokens(tokenizer)
-    room = max_length - len(around.before) - len(around.after) * (2 if sequences == "pairs" else 1)
-    if room < 2:
-        raise ValueError(f"max_length must leave room for tokens other than the special ones, got {max_length}")
-    columns = {"input_ids": datasets.Sequence(datasets.Value("int32"))}
-    if sequences == "pairs":
-        columns |= {"second": datasets.Value("int32"), "random": datasets.Value("bool")}
 
-    def make(batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
-        texts = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        sequences: Sequences = "packed",
+        documents: bool = True,
+        seed: int = 0,
+    ):
+        self.tokenizer, self.sequences, self.documents, self.seed = tokenizer, sequences, documents, seed
+        self.around = SpecialTokens(tokenizer)
+        ends = len(self.around.after) * (2 if sequences == "pairs" else 1)
+        self.room = max_length - len(self.around.before) - ends
+        if self.room < 2:
+            raise ValueError(f"max_length must leave room for tokens other than the special ones, got {max_length}")
+        columns = {"input_ids": datasets.Sequence(datasets.Value("int32"))}
+        if sequences == "pairs":
+            columns |= {"second": datasets.Value("int32"), "random": datasets.Value("bool")}
+        self.features = datasets.Features(columns)
+        options = (max_length, sequences, documents, seed if sequences == "pairs" else 0)
+        self.key = tokenization_key(tokenizer, "sequences", *options)
+
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        around, room = self.around, self.room
+        texts = self.tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids = [np.array(row, dtype=np.int32) for row in texts["input_ids"] if row]
-        if sequences == "rows":
+        if self.sequences == "rows":
             ends = ids if len(around.after) else [np.append(row, np.int32(around.end)) for row in ids]
             return {"input_ids": [around.wrap(row[:room]) for row in ends]}
-        if sequences == "pairs":
-            return segment_pairs(ids if documents else join(ids), around, room, rng(seed, indices[0]))
-        packed = blocks(ids, around.end if documents else None, room)
+        if self.sequences == "pairs":
+            return segment_pairs(ids if self.documents else join(ids), around, room, rng(self.seed, indices[0]))
+        packed = blocks(ids, around.end if self.documents else None, room)
         return {"input_ids": [around.wrap(block) for block in packed]}
 
-    show_progress_of(rows)
-    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    found = rows.map(make, batched=True, with_indices=True, remove_columns=[TEXT], features=datasets.Features(columns))
-    if isinstance(rows, datasets.Dataset) and not len(found):
+
+def token_sequences(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    sequences: Sequences = "packed",
+    documents: bool = True,
+    seed: int = 0,
+) -> datasets.Dataset:
+    """Return the sequences of `SequenceTokenization` of all rows of `text_rows`, cached by `datasets`.
+
+    Raises:
+        ValueError: there are none; or see `SequenceTokenization`.
+    """
+    found = tokenized(rows, SequenceTokenization(tokenizer, max_length, sequences, documents, seed))
+    if not len(found):
         raise ValueError(f"{len(rows)} texts give no sequence of up to max_length = {max_length} tokens")
     return found
 

@@ -5,7 +5,6 @@ load_dataset(...) -> {"source", "target"} strings -> byte-pair encoding -> {"inp
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from .source import describe_rows
 from .source import gather as gather  # re-exported for the recipes, like the next two
 from .source import load_splits as load_splits
 from .source import take_split as take_split
+from .tokens import tokenization_key, tokenized
 from .vocabulary import cut_words
 
 log = logging.getLogger(__name__)
@@ -240,31 +240,32 @@ def pairs_of_length(rows, at_least: int | None, at_most: int | None, split: str)
     return kept.flatten_indices()
 
 
-def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
-    """Tokenize ``source`` and ``target`` texts to ``input_ids`` and ``labels``, each with its end token.
+class PairTokenization:
+    """``source`` and ``target`` texts -> ``input_ids`` and ``labels``, each with its end token; a
+    `tokens.Tokenization`.
 
     Pairs with a side longer than ``max_length`` tokens are dropped.
-
-    Raises:
-        ValueError: if all pairs are longer.
     """
 
-    def tokenize(batch: dict) -> dict:
-        return {
-            "input_ids": tokenizer(batch["source"])["input_ids"],
-            "labels": tokenizer(batch["target"])["input_ids"],
-        }
+    features = datasets.Features(dict.fromkeys(("input_ids", "labels"), datasets.Sequence(datasets.Value("int32"))))
 
-    def short(batch: dict) -> list[bool]:
-        pairs = zip(batch["input_ids"], batch["labels"], strict=True)
-        return [max(len(source), len(target)) <= max_length for source, target in pairs]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.key = tokenization_key(tokenizer, "pairs", max_length)
 
-    show_progress_of(rows)
-    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    kept = rows.map(tokenize, batched=True, remove_columns=["source", "target"]).filter(short, batched=True)
-    if isinstance(rows, datasets.IterableDataset):
-        return kept
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        sides = [self.tokenizer(batch[side])["input_ids"] for side in ("source", "target")]
+        kept = [pair for pair in zip(*sides, strict=True) if max(map(len, pair)) <= self.max_length]
+        return {name: [pair[place] for pair in kept] for place, name in enumerate(self.features)}
+
+
+def tokenize_pairs(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Return the examples of `PairTokenization` of all pairs, cached by `datasets`.
+
+    Raises:
+        ValueError: if all pairs are longer than ``max_length``.
+    """
+    kept = tokenized(rows, PairTokenization(tokenizer, max_length))
     if not len(kept):
         raise ValueError(f"all {len(rows)} pairs are longer than max_length = {max_length} tokens")
     if len(kept) < len(rows):
@@ -274,7 +275,7 @@ def tokenize_pairs(rows, tokenizer: PreTrainedTokenizerBase, max_length: int):
             len(rows),
             max_length,
         )
-    return kept.flatten_indices()
+    return kept
 
 
 def pair_lengths(rows: datasets.Dataset) -> np.ndarray:

@@ -33,10 +33,11 @@ class Loader(Protocol):
     """The steps of an epoch.
 
     ``epoch(epoch, start)`` yields this rank's micro-batches of every optimizer step from step ``start`` on, equally
-    many on every rank; ``steps_per_epoch(epoch)`` is the number of steps, or None for a stream.
+    many on every rank; ``steps_per_epoch(epoch)`` is the number of steps, or None for a stream. The ``start`` of a
+    stream may also be a position of `data.stream.StreamLoader`.
     """
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]: ...
+    def epoch(self, epoch: int, start: Any = 0) -> Iterator[list[Any]]: ...
 
     def steps_per_epoch(self, epoch: int = 0) -> int | None: ...
 

@@ -748,7 +748,7 @@ class KnownEpochs:
         """See `Loader`."""
         return self.loader.steps_per_epoch(self.source.epoch(epoch))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+    def epoch(self, epoch: int, start: Any = 0) -> Iterator[list[Any]]:
         """See `Loader`."""
         return self.loader.epoch(self.source.epoch(epoch), start)
 

@@ -23,7 +23,7 @@ from ..arguments import (
 from ..data import images
 from ..data.augment import Augmentation, seeded
 from ..data.batching import Sample, StepLoader, sample_ref
-from ..data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
+from ..data.equal_batches import BatchSampler, EqualStreamLoader
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
 from ..data.pixels import Pixels, as_read, image_processor, image_size_of, pixel_scale, suitable
@@ -50,9 +50,9 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
 
     Args:
         streaming: stream the training split instead of downloading it; needs max_steps.
-        shuffle_buffer: number of images of a stream that are shuffled together, see `ShuffledStream`; 10,000 encoded
-            images of ImageNet take about 1 GB, and up to three times that while they are shuffled. A stream sorted by
-            class needs several classes in the buffer.
+        shuffle_buffer: number of images of a stream that are shuffled together, read from up to ten files in turn;
+            10,000 encoded images of ImageNet take about 1 GB, and up to three times that while the next ones are
+            read. A stream sorted by class needs several classes in the buffer.
         image_size: pixels of the model's images; default, those of model_name_or_path's image processor, or 224.
         resize: evaluation resizes the shorter edge to this and crops the centre; default, it resizes to image_size.
         augmentation: random changes of training images.
@@ -263,7 +263,7 @@ class ImageTask(Task):
         place["micro_batch_tokens"] = args.micro_batch_size
         options: dict[str, Any] = {"repeats": args.repeats, "unit": self.unit} if training else {"shuffle": False}
         if training and args.streaming:
-            rows = ShuffledStream(rows, args.seed, args.shuffle_buffer)
+            options["pool_samples"] = args.shuffle_buffer
             stream = EqualStreamLoader(rows, args.batch_size, collate, args.seed, **options, **place)
             return WatchedLoader(stream, args.max_bad_images)
         if training:

@@ -39,7 +39,15 @@ from ..arguments import (
     TokenBatchArguments,
 )
 from ..data.batching import StepLoader, TokenBudgetSampler, pad_tokens, rng
-from ..data.language import Corpus, Texts, sequence_length, sequence_lengths, text_rows, token_sequences
+from ..data.language import (
+    Corpus,
+    SequenceTokenization,
+    Texts,
+    sequence_length,
+    sequence_lengths,
+    text_rows,
+    token_sequences,
+)
 from ..data.stream import StreamLoader
 from ..data.text import fingerprint
 from ..data.vocabulary import require_tokens, tell_unknown, train_bytes, train_wordpiece, word_starts
@@ -51,7 +59,7 @@ from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS
 from ..models.cross_entropy import IGNORE_INDEX
 from .base import Batch, Collator, Scores, Task
 from .distillation import DistillationArguments, check_texts
-from .loaders import check_stream, token_loader
+from .loaders import check_stream, stream_loader, token_loader
 from .model_fields import build_new, check_fields, head_of, new_config, sums_losses
 from .splits import load_rows
 
@@ -442,12 +450,16 @@ class LanguageModelingTask(Task):
     ) -> StepLoader | StreamLoader:
         """See `Task`; training batches are of all training texts."""
         args, rows = self.args, self.training_rows if training else self.splits[split]
-        rows = token_sequences(rows, self.processor, args.max_length, args.sequences, args.documents, args.seed)
+        options = self.processor, args.max_length, args.sequences, args.documents, args.seed
         collate = collate or self.collator(split, training)
+        if isinstance(rows, datasets.IterableDataset):
+            tokenize = SequenceTokenization(*options)
+            return stream_loader(args, self.accelerator, collate, rows, tokenize, sequence_length)
+        rows = token_sequences(rows, *options)
         if self.evaluating:
             budget = max(args.batch_tokens, args.max_length)
             return StepLoader(rows, TokenBudgetSampler(sequence_lengths(rows), budget, shuffle=False), collate)
-        return token_loader(args, self.accelerator, collate, rows, sequence_lengths, sequence_length, training)
+        return token_loader(args, self.accelerator, collate, rows, sequence_lengths, training)
 
     def begin_training(self, loader: Any) -> None:
         """Tokenize the splits that are scored, so that errors in them are raised before training."""

@@ -6,10 +6,12 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..arguments import TokenBatchArguments, TrainingArguments
 from ..data.batching import StepLoader, TokenBudgetSampler
 from ..data.stream import StreamLoader
+from ..data.tokens import Tokenization, allow_forks
 
 
 def placement(args: TrainingArguments, accelerator: Accelerator, workers: bool = True) -> dict[str, Any]:
@@ -32,20 +34,36 @@ def token_loader(
     collate: Callable[..., Any],
     rows: Any,
     lengths: Callable[[datasets.Dataset], np.ndarray],
-    length: Callable[[dict], Sequence[int]],
     training: bool,
-) -> StepLoader | StreamLoader:
+) -> StepLoader:
     """Return batches of about equally many tokens of a split.
 
     Args:
-        rows: examples, or a stream of them.
-        lengths: all rows -> tokens of the sides of each; ``length``: one example -> tokens of its sides.
+        rows: examples.
+        lengths: all rows -> tokens of the sides of each.
     """
     options = {"micro_batch_tokens": args.micro_batch_tokens, **placement(args, accelerator, training)}
-    if isinstance(rows, datasets.IterableDataset):
-        return StreamLoader(rows, length, args.batch_tokens, collate, args.seed, **options)
     sampler = TokenBudgetSampler(lengths(rows), args.batch_tokens, args.seed, shuffle=training)
     return StepLoader(rows, sampler, collate, **options)
+
+
+def stream_loader(
+    args: TokenBatchArguments,
+    accelerator: Accelerator,
+    collate: Callable[..., Any],
+    rows: datasets.IterableDataset,
+    tokenize: Tokenization,
+    length: Callable[[dict], Sequence[int]],
+) -> StreamLoader:
+    """Return batches of about equally many tokens of a stream; its ranks share the tokenization.
+
+    Args:
+        length: one example -> tokens of its sides.
+    """
+    allow_forks()
+    exchange = gather_object if accelerator.num_processes > 1 else None
+    options = {"micro_batch_tokens": args.micro_batch_tokens, "exchange": exchange, **placement(args, accelerator)}
+    return StreamLoader(rows, length, args.batch_tokens, collate, args.seed, tokenize, **options)
 
 
 def check_stream(args: TokenBatchArguments, train_split: str, max_length: int, scored: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ from ..models.seq2seq import shift_right
 from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
 from .distillation import EncoderDecoderArguments, check_texts
-from .loaders import check_stream, token_loader
+from .loaders import check_stream, stream_loader, token_loader
 from .model_fields import build_new, check_fields, sums_losses
 from .splits import load_rows
 
@@ -339,10 +339,12 @@ class TranslationTask(Task):
         self, split: str, training: bool = False, collate: Collator | None = None
     ) -> StepLoader | StreamLoader:
         """See `Task`."""
-        rows = text.tokenize_pairs(self.splits[split], self.processor, self.args.max_length)
-        collate = collate or self.collator(split, training)
-        lengths = text.pair_lengths, text.pair_length
-        return token_loader(self.args, self.accelerator, collate, rows, *lengths, training)
+        args, rows, collate = self.args, self.splits[split], collate or self.collator(split, training)
+        if isinstance(rows, datasets.IterableDataset):
+            tokenize = text.PairTokenization(self.processor, args.max_length)
+            return stream_loader(args, self.accelerator, collate, rows, tokenize, text.pair_length)
+        tokens = text.tokenize_pairs(rows, self.processor, args.max_length)
+        return token_loader(args, self.accelerator, collate, tokens, text.pair_lengths, training)
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Target tokens, and for a mask-predict model sentences."""

@@ -73,6 +73,8 @@ class Progress:
     Args:
         step: completed optimizer steps.
         epoch, step_in_epoch: position of the next step.
+        stream: position of the next step in a stream, see `data.stream.StreamLoader`; None for other data, at the
+            start of an epoch, and in checkpoints of earlier versions.
         items: items of the task's main term trained on, for example target tokens.
         skipped: steps skipped because of a non-finite gradient; streak: consecutive ones up to now.
         best: best value of metric_for_best_model so far, at step best_step; waited: evaluations since then.
@@ -87,6 +89,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    stream: dict[str, Any] | None = None
     items: int = 0
     skipped: int = 0
     streak: int = 0

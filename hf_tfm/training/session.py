@@ -153,11 +153,9 @@ class Session:
         """Run one training step; ``stop`` is True if this rank was asked to stop."""
         if self.callback is not None:
             self.callback.before_step(self.progress.step)
-        first = (
-            micro_batches.first
-            if isinstance(micro_batches, MicroBatches)
-            else self.accelerator.process_index * len(micro_batches)
-        )
+        first, position = self.accelerator.process_index * len(micro_batches), None
+        if isinstance(micro_batches, MicroBatches):
+            first, position = micro_batches.first, micro_batches.position
         flags = (stop, self.out_of_budget)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
@@ -176,6 +174,7 @@ class Session:
         self.monitor.add(result.losses, result.gradient_norm, result.counts[self.task.term])
         self.progress.step += 1
         self.progress.step_in_epoch += 1
+        self.progress.stream = position
         self.unseen += len(micro_batches)
         on_host = self.accelerator.device.type == "cpu"
         if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.max_steps:
@@ -351,7 +350,7 @@ def train(
         if progress.pending:
             session.evaluate_and_save(request)
         while not (session.finished or session.stopped):
-            for micro_batches in loader.epoch(progress.epoch, progress.step_in_epoch):
+            for micro_batches in loader.epoch(progress.epoch, progress.stream or progress.step_in_epoch):
                 session.step(micro_batches, request.set)
                 session.end_of_step(request)
                 bar.update()
@@ -360,7 +359,7 @@ def train(
             else:
                 if progress.step_in_epoch == 0:
                     raise ValueError("the training data gave no step")
-                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+                progress.epoch, progress.step_in_epoch, progress.stream = progress.epoch + 1, 0, None
     stopped = not session.finished
     if stopped:
         if session.saved_step != progress.step:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 
 from hf_tfm.data import text
 from hf_tfm.data.batching import (
@@ -19,7 +18,6 @@ from hf_tfm.data.batching import (
     rng,
     two_sided_order,
 )
-from hf_tfm.data.stream import StreamLoader
 
 MULTI30K = Path(__file__).parents[3] / "shared" / "data" / "multi30k-en-de"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "padding_waste.json"
@@ -202,60 +200,6 @@ def test_micro_batch_budget_below_the_longest_sample():
         ValueError, match="micro_batch_tokens must be at least the length of the longest sample, got 10 for sample 1"
     ):
         StepLoader([], sampler, collate, micro_batch_tokens=10)
-
-
-# --- streams
-
-
-class Stream(IterableDataset):
-    """A data set that can only be read sequentially from its start."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
-
-
-def stream_loader(rows, **placement):
-    def measure(row):
-        return len(row["source"]), len(row["target"])
-
-    return StreamLoader(Stream(rows), measure, 130, collate, seed=1, pool_samples=50, **placement)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_stream_uses_every_sample_once_and_can_start_anywhere(workers):
-    rows = examples(random_lengths(120))
-    loader = stream_loader(rows, num_workers=workers)
-    whole = list(loader.epoch(0))
-    assert sorted(itertools.chain(*map(visible, whole))) == list(range(120))
-    assert all(len(b["indices"]) * b["longest"] <= 130 for step in whole for b in step)
-    assert all(b["sources"] == b["indices"] for step in whole for b in step)
-    for start in (1, len(whole) // 2, len(whole)):
-        assert list(loader.epoch(0, start)) == whole[start:]
-    assert list(stream_loader(rows).epoch(0)) == whole
-    assert loader.steps_per_epoch() is None
-
-
-def test_stream_with_several_ranks():
-    rows = examples(random_lengths(120))
-    whole = [visible(step) for step in stream_loader(rows).epoch(1)]
-    shares = [list(stream_loader(rows, rank=r, world_size=3, micro_batch_tokens=60).epoch(1)) for r in range(3)]
-    assert [list(itertools.chain(*map(visible, step))) for step in zip(*shares, strict=True)] == whole
-
-
-def test_stream_is_shuffled_within_pools_by_epoch_and_seed():
-    rows = examples(random_lengths(120))
-    first, second = ([visible(step) for step in stream_loader(rows).epoch(epoch)] for epoch in (0, 1))
-    assert first != second
-    seen = list(itertools.chain(*first))
-    assert sorted(seen[:50]) == list(range(50))
-    assert seen[:50] != sorted(seen[:50])
-
-
-def test_stream_is_read_by_at_most_one_worker():
-    assert stream_loader([], num_workers=4).num_workers == 1
 
 
 # --- real text

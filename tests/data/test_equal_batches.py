@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from hf_tfm.data.batching import StepLoader, sample_ref
-from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader, ShuffledStream
+from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader
 
 
 def collate(rows, indices, epoch, hidden):
@@ -100,7 +100,12 @@ def test_micro_batch_must_not_split_a_pair():
 
 def stream_of(count, batch_size, epoch=0, start=0, **options):
     """The micro-batches of a stream of the numbers below ``count``, by step."""
-    return list(EqualStreamLoader(range(count), batch_size, collate, **options).epoch(epoch, start))
+    rows = Dataset.from_dict({"row": list(range(count))}).to_iterable_dataset()
+    return list(EqualStreamLoader(rows, batch_size, collate, **options).epoch(epoch, start))
+
+
+def numbers_of(batch):
+    return [row["row"] for row in batch["rows"]]
 
 
 def test_stream_uses_every_sample_once_in_equal_steps():
@@ -110,7 +115,7 @@ def test_stream_uses_every_sample_once_in_equal_steps():
     assert sorted(itertools.chain(*numbers)) == list(range(23)) != list(itertools.chain(*numbers))
     for pool in (0, 1):  # two steps each
         assert sorted(numbers[2 * pool] + numbers[2 * pool + 1]) == list(range(8 * pool, 8 * pool + 8))
-    assert all(batch["rows"] == batch["indices"] for step in first for batch in step)
+    assert all(numbers_of(batch) == batch["indices"] for step in first for batch in step)
     assert stream_of(23, 4, pool_samples=6, start=2) == first[2:]
     assert stream_of(23, 4, pool_samples=6, num_workers=1) == first
     assert stream_of(23, 4, epoch=1, pool_samples=6) != first
@@ -125,15 +130,14 @@ def test_ranks_of_a_stream_share_its_steps():
 
 def test_copies_in_a_stream_have_distinct_keys():
     for (batch,) in stream_of(16, 4, pool_samples=8, repeats=2):
-        assert batch["rows"] == [sample_ref(i).index for i in batch["indices"]]
-        assert len(set(batch["rows"])) == 2 and len(set(batch["indices"])) == 4
+        assert numbers_of(batch) == [sample_ref(i).index for i in batch["indices"]]
+        assert len(set(numbers_of(batch))) == 2 and len(set(batch["indices"])) == 4
 
 
 def shuffled_steps(buffer, epoch=0, start=0, files=3, **options):
-    """A stream of 240 rows sorted by class, 24 classes; steps of 8 from pools of 16."""
+    """A stream of 240 rows sorted by class, 24 classes; steps of 8."""
     rows = Dataset.from_dict({"row": list(range(240)), "label": [row // 10 for row in range(240)]})
-    stream = ShuffledStream(rows.to_iterable_dataset(num_shards=files), seed=1, buffer_size=buffer)
-    loader = EqualStreamLoader(stream, 8, collate, pool_samples=16, **options)
+    loader = EqualStreamLoader(rows.to_iterable_dataset(num_shards=files), 8, collate, 1, buffer, **options)
     return list(loader.epoch(epoch, start))
 
 
@@ -146,20 +150,22 @@ def test_stream_sorted_by_class_is_shuffled():
     def classes(steps):
         return np.mean([len({row // 10 for row in step}) for step in rows_of(steps)])
 
-    assert classes(shuffled_steps(1, files=1)) < 3, "by pools alone a step has two classes or three"
-    for files, buffer in ((1, 1), (1, 120), (3, 1), (3, 120)):
+    assert classes(shuffled_steps(16, files=1)) < 3, "a step of a small buffer has two classes or three"
+    for files, buffer in ((1, 16), (1, 120), (3, 16), (3, 120)):
         steps = shuffled_steps(buffer, files=files)
         assert sorted(itertools.chain(*rows_of(steps))) == list(range(240)), "every row once"
         assert all(row["label"] == row["row"] // 10 for step in steps for batch in step for row in batch["rows"])
-        assert buffer == 1 or classes(steps) > 5
-    files = {tuple(row // 80 for row in rows_of(shuffled_steps(1, epoch))[0]) for epoch in range(5)}
-    assert len(files) > 1, "files come in another order"
+        assert buffer == 16 or classes(steps) > 5
+    first = itertools.chain(*rows_of(shuffled_steps(64))[:8])
+    assert {row // 80 for row in first} == {0, 1, 2}, "files are read in turn"
+    files = {tuple(row // 12 for row in rows_of(shuffled_steps(8, epoch, files=20))[0]) for epoch in range(5)}
+    assert len(files) == 5, "files come in another order"
 
 
 def test_shuffled_stream_order_depends_only_on_seed_and_epoch():
     first = shuffled_steps(50)
     assert shuffled_steps(50) == first
-    begun = [sorted(itertools.chain(*rows_of(shuffled_steps(50, epoch))[:2])) for epoch in (0, 1)]
+    begun = [sorted(itertools.chain(*rows_of(shuffled_steps(50, epoch, files=12))[:2])) for epoch in (0, 1)]
     assert begun[0] != begun[1], "another epoch begins with other rows"
     for epoch in (0, 1):
         whole = shuffled_steps(50, epoch)
@@ -172,7 +178,7 @@ def test_shuffled_stream_order_depends_only_on_seed_and_epoch():
 
 def test_concurrent_epochs_of_one_loader_are_independent():
     rows = Dataset.from_dict({"row": list(range(60))}).to_iterable_dataset(num_shards=3)
-    loader = EqualStreamLoader(ShuffledStream(rows, 0, 20), 4, collate, pool_samples=8)
+    loader = EqualStreamLoader(rows, 4, collate, pool_samples=8)
     expected = [list(loader.epoch(epoch)) for epoch in range(3)]
     next(loader.epoch(2))
     assert [list(loader.epoch(epoch)) for epoch in (1, 0, 2)] == [expected[1], expected[0], expected[2]]
