@@ -4,7 +4,8 @@
                                                  task.safetensors   state.json
 
 Writing: a checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed
-    again before it is deleted, so an incomplete checkpoint is never loaded. Only the main process writes.
+    again before it is deleted, so an incomplete checkpoint is never loaded. Only the main process writes, while
+    training goes on, see `checkpoint_writer`.
 Checksums: state.json holds the size and the CRC-32 of every other file, and a checksum of itself. They are verified
     when the files are read; a checkpoint that does not match is set aside, see `resume`.
 Reading: only the main process reads the folder. It chooses the checkpoint and sends its content to the others, so that
@@ -13,6 +14,7 @@ Random states are not stored: those of a micro-batch are derived from (seed, ste
     `seed_micro_batch`.
 """
 
+import copy
 import json
 import logging
 import random
@@ -55,6 +57,7 @@ from ..hub.saved_files import (
 from ..hub.schema import check_keys, check_type
 from ..writing import explain_write_errors, sync, write_text
 from .ranks import on_main
+from .sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -159,65 +162,93 @@ def rotate(output_dir: Path, keep: int, best_step: int | None) -> None:
             discard(folder)
 
 
-def save_checkpoint(
+@dataclass
+class Snapshot:
+    """Content of a checkpoint in host memory, independent of the training that goes on.
+
+    Args:
+        files: tensors of each safetensors file; empty on processes that write none.
+        state: content of state.json, without the checksums.
+    """
+
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def take_snapshot(
     accelerator: Accelerator,
-    output_dir: Path,
     progress: Progress,
     model: nn.Module,
     optimizer: Optimizer,
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
     task_state: dict[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint of this step; every process must call it.
+) -> Snapshot:
+    """Copy the state of a run; every process must call it.
 
     Args:
         task_state: see `tasks.base.Task.state`.
+    """
+    model = accelerator.unwrap_model(model)
+    options = FULL if is_sharded(model) else None  # gathering involves every process; the main one gets the tensors
+    weights = stored_weights(model, options)
+    averaged = None if ema is None else stored_weights(ema.module, options)
+    optimizer_state = get_optimizer_state_dict(model, inner(optimizer), options=options)
+    if not accelerator.is_main_process:
+        return Snapshot({}, {})
+    files = {MODEL_FILE: weights, OPTIMIZER_FILE: flat_moments(optimizer_state["state"])}
+    if averaged is not None:
+        files[EMA_FILE] = averaged
+    if task_state:
+        files[TASK_FILE] = task_state
+    state = {
+        "progress": asdict(progress),
+        "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+        "optimizer": optimizer_state["param_groups"],
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+    return Snapshot({name: host_copies(tensors) for name, tensors in files.items()}, copy.deepcopy(state))
+
+
+def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in host memory, contiguous as safetensors requires."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def part_folder(folder: Path) -> Path:
+    """Return the folder in which a checkpoint is written."""
+    return folder.with_name(f".part-{folder.name}")
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """Create the empty folder in which a checkpoint will be written.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    with explain_write_errors(folder):
+        shutil.rmtree(part_folder(folder), ignore_errors=True)
+        part_folder(folder).mkdir(parents=True)
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write the files of a checkpoint atomically, into the folder that `begin_checkpoint` created.
 
     Raises:
         WriteError: it could not be written; no partial checkpoint is left.
     """
-    model = accelerator.unwrap_model(model)
-    # Gathering involves every process, but only the main one receives the tensors.
-    weights = full_weights(model)
-    averaged = None if ema is None else full_weights(ema.module)
-    optimizer_state = get_optimizer_state_dict(model, inner(optimizer), options=FULL)
-    if accelerator.is_main_process:
-        files = {MODEL_FILE: weights, OPTIMIZER_FILE: flat_moments(optimizer_state["state"])}
-        if averaged is not None:
-            files[EMA_FILE] = averaged
-        if task_state:
-            files[TASK_FILE] = task_state
-        state = {
-            "progress": asdict(progress),
-            "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-            "optimizer": optimizer_state["param_groups"],
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        }
-    on_main(accelerator, lambda: write_checkpoint(checkpoint_path(output_dir, progress.step), files, state))
-
-
-def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write a checkpoint's files atomically.
-
-    Args:
-        files: tensors of each safetensors file.
-        state: content of state.json, without the checksums.
-    """
-    part = folder.with_name(f".part-{folder.name}")
+    part = part_folder(folder)
     with explain_write_errors(folder):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         try:
             with ThreadPoolExecutor() as pool:  # a file is hashed while the disk stores it and the next one is written
                 sums = {}
-                for name, tensors in files.items():
+                for name, tensors in snapshot.files.items():
                     save_file(tensors, part / name, metadata={"format": "pt"})
                     sums[name] = pool.submit(describe_file, part / name)
-                for name in files:
+                for name in snapshot.files:
                     sync(part / name)
                 described = {name: found.result() for name, found in sums.items()}
-            (part / STATE_FILE).write_text(sealed({**state, FILES: described}), encoding="utf-8")
+            (part / STATE_FILE).write_text(sealed({**snapshot.state, FILES: described}), encoding="utf-8")
             sync(part / STATE_FILE)
             sync(part)
             discard(folder)
@@ -598,11 +629,15 @@ def tied_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
+def stored_weights(model: nn.Module, options: StateDictOptions | None = None) -> dict[str, Tensor]:
+    """Return all weights and buffers of a model, tied ones once."""
+    ties = tied_names(model)
+    return {name: value for name, value in get_model_state_dict(model, options=options).items() if name not in ties}
+
+
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Gather all weights on the main process, tied ones once, contiguous as safetensors requires."""
-    ties = tied_names(model)
-    weights = get_model_state_dict(model, options=FULL)
-    return {name: value.contiguous() for name, value in weights.items() if name not in ties}
+    return {name: value.contiguous() for name, value in stored_weights(model, FULL).items()}
 
 
 def inner(optimizer: Optimizer) -> Optimizer:

@@ -20,12 +20,13 @@ from ..hub.results import read_history
 from ..tasks.base import Loader
 from . import checkpoint as states
 from . import folder as folders
+from .checkpoint_writer import CheckpointWriter
 from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
 from .sharding import prepare_sharded, shard, sharding_options, unshard, unsharded
-from .sigterm import Interrupted, StopRequest, Watchdog
+from .sigterm import Interrupted, StopRequest
 
 # Reading a value back synchronises host and device. On an accelerator the loop therefore checks only once in this many
 # micro-batches whether gradients were finite and whether a rank was asked to stop.
@@ -132,9 +133,10 @@ class Session:
             accelerator.print(f"the best weights, of step {best}, are lost: the best weights are chosen from here on")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
+        self.writer = CheckpointWriter(accelerator, self.output_dir)
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item, task.statistics)
         self.unseen = 0  # micro-batches since the last check
-        self.stopped = False
+        self.stopped = self.interrupted = False
         self.expired = self.progress.seconds >= self.monitor.limit or task.out_of_budget
 
     @property
@@ -156,7 +158,7 @@ class Session:
         first, position = self.accelerator.process_index * len(micro_batches), None
         if isinstance(micro_batches, MicroBatches):
             first, position = micro_batches.first, micro_batches.position
-        flags = (stop, self.out_of_budget)
+        flags = (stop, self.out_of_budget, self.writer.error is not None)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
             self.accelerator,
@@ -176,13 +178,15 @@ class Session:
         self.progress.step_in_epoch += 1
         self.progress.stream = position
         self.unseen += len(micro_batches)
-        on_host = self.accelerator.device.type == "cpu"
+        on_host, failed = self.accelerator.device.type == "cpu", False
         if on_host or self.unseen >= LOOK_MICRO_BATCHES or self.progress.step == self.max_steps:
             self.unseen = 0
             self.check_finite()
-            self.stopped, self.expired = (count > 0 for count in ranks.tolist())
+            self.stopped, self.expired, failed = (count > 0 for count in ranks.tolist())
         if self.accelerator.num_processes == 1:
-            self.stopped, self.expired = flags
+            self.stopped, self.expired, failed = flags
+        if failed:
+            self.writer.wait()  # raises the error on all processes
 
     def check_finite(self) -> None:
         """Raise FloatingPointError after too many consecutive non-finite gradients."""
@@ -207,8 +211,8 @@ class Session:
     def evaluate_and_save(self, request: StopRequest) -> None:
         """Run a pending evaluation, and save if due.
 
-        The checkpoint is written before the evaluation, and gets its result afterwards: whatever ends a run during an
-        evaluation loses no step, and the next run repeats the evaluation.
+        The checkpoint is written during the evaluation, and gets its result afterwards: SIGTERM during an evaluation
+        loses no step, a kill only while the checkpoint is being written, and the next run repeats the evaluation.
         """
         better = False
         if self.progress.pending:
@@ -219,7 +223,7 @@ class Session:
             try:
                 better = self.evaluate(request)
             except Interrupted:
-                self.stopped = True
+                self.stopped = self.interrupted = True
                 return
             self.progress.pending = False
             planned = better or self.progress.step % (self.args.save_steps or self.eval_steps) == 0 or self.finished
@@ -260,7 +264,7 @@ class Session:
         return better
 
     def save(self, planned: bool = True) -> None:
-        """Write a checkpoint of this step and delete those that are no longer needed.
+        """Write a checkpoint of this step, and then delete those that are no longer needed.
 
         Args:
             planned: False for one that the next save deletes, see `Progress.unplanned`.
@@ -268,36 +272,26 @@ class Session:
         progress = self.progress
         before, progress.unplanned = progress.unplanned, progress.unplanned if planned else progress.step
         self.write()
+        keep, best_step, step = self.keep, progress.best_step, progress.step
 
         def delete_old() -> None:
-            if before is not None and before != progress.step:
+            if before is not None and before != step:
                 states.discard(states.checkpoint_path(self.output_dir, before))
             if planned:
-                states.rotate(self.output_dir, self.keep, progress.best_step)
+                states.rotate(self.output_dir, keep, best_step)
 
-        with Watchdog.paused():
-            on_main(self.accelerator, delete_old)
+        self.writer.submit(delete_old)
 
     def write(self) -> None:
-        """Write a checkpoint of this step; only its progress if the rest is on disk already."""
+        """Begin to write a checkpoint of this step; only its progress if the rest is saved already."""
         progress = self.progress
         if self.saved_step == progress.step:
-            folder = states.checkpoint_path(self.output_dir, progress.step)
-            on_main(self.accelerator, lambda: states.update_progress(folder, progress))
+            self.writer.update(progress)
             return
         self.monitor.record()
         states.share_statistics(self.accelerator, self.plain)
-        with self.monitor.paused(), Watchdog.paused():
-            states.save_checkpoint(
-                self.accelerator,
-                self.output_dir,
-                progress,
-                self.model,
-                self.optimizer,
-                self.schedule,
-                self.ema,
-                self.task.state(),
-            )
+        with self.monitor.paused():
+            self.writer.save(progress, self.model, self.optimizer, self.schedule, self.ema, self.task.state())
         self.saved_step = progress.step
 
 
@@ -346,25 +340,26 @@ def train(
     session = Session(accelerator, task, model, args, max_steps, score, eval_steps, show, callback)
     progress = session.progress
     session.model.train()
-    with StopRequest(on_main(accelerator, lambda: uuid.uuid4().hex)) as request, session.monitor.bar as bar:
-        if progress.pending:
-            session.evaluate_and_save(request)
-        while not (session.finished or session.stopped):
-            for micro_batches in loader.epoch(progress.epoch, progress.stream or progress.step_in_epoch):
-                session.step(micro_batches, request.set)
-                session.end_of_step(request)
-                bar.update()
-                if session.finished or session.stopped:
-                    break
-            else:
-                if progress.step_in_epoch == 0:
-                    raise ValueError("the training data gave no step")
-                progress.epoch, progress.step_in_epoch, progress.stream = progress.epoch + 1, 0, None
-    stopped = not session.finished
-    if stopped:
-        if session.saved_step != progress.step:
+    with session.writer:
+        with StopRequest(on_main(accelerator, lambda: uuid.uuid4().hex)) as request, session.monitor.bar as bar:
+            if progress.pending:
+                session.evaluate_and_save(request)
+            while not (session.finished or session.stopped):
+                for micro_batches in loader.epoch(progress.epoch, progress.stream or progress.step_in_epoch):
+                    session.step(micro_batches, request.set)
+                    session.end_of_step(request)
+                    bar.update()
+                    if session.finished or session.stopped:
+                        break
+                else:
+                    if progress.step_in_epoch == 0:
+                        raise ValueError("the training data gave no step")
+                    progress.epoch, progress.step_in_epoch, progress.stream = progress.epoch + 1, 0, None
+        stopped = not session.finished
+        if stopped and session.saved_step != progress.step:
             session.save(planned=False)
-    else:
+        session.writer.wait(shared=not session.interrupted)  # ranks that left a collective cannot communicate
+    if not stopped:
         accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)  # removes autocast from the model's forward
         on_main(accelerator, lambda: check_learned(session))
         take_final_weights(session)

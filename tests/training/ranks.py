@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, tiny_model
 
+from hf_tfm.training import checkpoint
 from hf_tfm.training.checkpoint import full_weights, share_statistics
 from hf_tfm.training.ranks import on_main
 
@@ -51,6 +53,10 @@ def fail() -> None:
     raise ValueError("only the main process knows")
 
 
+def full(path: Path) -> None:
+    raise OSError("the disk of the main process is full")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = fresh_accelerator(arguments(folder))
@@ -86,6 +92,11 @@ def main(folder: Path) -> None:
         try:
             work()
         except ValueError as error:
+            reports["errors"].append(str(error))
+    with patch.object(checkpoint, "sync", full):  # only the main process writes
+        try:
+            run("full", {})
+        except OSError as error:
             reports["errors"].append(str(error))
     norm = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
     norm[0].running_mean += accelerator.process_index

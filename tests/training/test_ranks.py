@@ -55,9 +55,10 @@ def test_both_ranks_resume_from_the_same_intact_checkpoint(two):
 
 def test_error_on_one_rank_ends_all(two):
     """`reports` compares the errors of both ranks."""
-    lost, raised = reports(two[0])["errors"]
+    lost, raised, full = reports(two[0])["errors"]
     assert "has no intact checkpoint to resume from" in lost
     assert raised == "only the main process knows"
+    assert "step-00000005 (the disk of the main process is full)" in full
 
 
 def test_two_processes_resume_a_checkpoint_of_one(two):

@@ -113,7 +113,7 @@ def test_sigterm_interrupts_an_evaluation(tmp_path, whole, evaluation):
 
 @pytest.mark.parametrize("evaluation", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_in_an_evaluation(tmp_path, whole, evaluation):
-    """No step is lost, because the checkpoint is written before the evaluation."""
+    """No step is lost, because the checkpoint was written meanwhile."""
     args = run_args(tmp_path / "run")
     assert start(args, DROPOUT, stop_evaluation=evaluation, stop_signal="SIGKILL") == (-9, None)
     assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == 5 * evaluation

@@ -83,17 +83,25 @@ def arguments(folder: Path | str, **overrides) -> TokenBatchArguments:
     return TokenBatchArguments(output_dir=str(folder), progress=False, **{**OPTIONS, **overrides})
 
 
-class FaultyLoader:
-    """A loader that sends this process a signal before given steps: {step number: signal name}."""
+def await_checkpoints(folder: Path | str) -> None:
+    """Wait until the checkpoints that a run in this process has begun are in place."""
+    while any(Path(folder).glob("checkpoints/.part-*")):
+        time.sleep(0.001)
 
-    def __init__(self, loader: StepLoader, events: dict[int, str]):
-        self.loader, self.events = loader, events
+
+class FaultyLoader:
+    """A loader that sends this process a signal before given steps, after the checkpoints of earlier steps are in
+    place: {step number: signal name}."""
+
+    def __init__(self, loader: StepLoader, events: dict[int, str], folder: Path | str):
+        self.loader, self.events, self.folder = loader, events, folder
         self.steps_per_epoch = loader.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         first = sum(map(self.loader.steps_per_epoch, range(epoch))) + start
         for number, step in enumerate(self.loader.epoch(epoch, start), start=first):
             if event := self.events.get(number):
+                await_checkpoints(self.folder)
                 if event == "SIGINT":  # background jobs of a script ignore SIGINT
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 if event == "SIGTERM" and os.getpgrp() == os.getpid():
@@ -138,7 +146,7 @@ def run_training(
     """Train a tiny model with the real `train`; returns its result and the model.
 
     Args:
-        stop_evaluation: send ``stop_signal`` during this evaluation, counted from 1.
+        stop_evaluation: send ``stop_signal`` during this evaluation, counted from 1, after its checkpoint is in place.
     """
     accelerator = accelerator or fresh_accelerator(args)
     model = model or tiny_model(args.seed)
@@ -152,10 +160,11 @@ def run_training(
 
     def score(trained) -> dict[str, float]:
         if next(evaluations) == stop_evaluation:
+            await_checkpoints(args.output_dir)
             os.kill(os.getpid(), getattr(signal, stop_signal))
         return evaluate(accelerator, task, trained, held_out)
 
-    loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {})
+    loader = FaultyLoader(tiny_loader(rows, task, args, accelerator), events or {}, args.output_dir)
     return train(accelerator, task, model, loader, args, args.max_steps, args.eval_steps or eval_steps, score), model
 
 
