@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import gzip
 import hashlib
+import itertools
 import logging
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import pandas
+import PIL
 import pyarrow as pa
 import yaml
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
@@ -41,6 +45,9 @@ CARD = "README.md"
 CARDS = (CARD, ".huggingface.yaml", "dataset_infos.json")  # files in which a folder declares its splits and columns
 STREAM = "stream"  # instead of a fingerprint of rows that are not read beforehand
 FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"}
+RETRY_SECONDS = (1, 4, 16)  # pauses before a shard of a stream is read again after a failed connection
+CLIENTS = ("aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")  # whose errors may pass
+LASTING = (FileNotFoundError, IsADirectoryError, PermissionError, gzip.BadGzipFile, PIL.UnidentifiedImageError)
 OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
 
 
@@ -242,21 +249,55 @@ def stream_of(
 def read_explained(
     source: tuple[str, Sequence[str]], read: Callable[..., Iterator[Any]], /, *args: Any, **options: Any
 ) -> Iterator[Any]:
-    """Yield what a builder's method yields.
+    """Yield what a builder's method yields. If a connection fails, the method is called again, see `RETRY_SECONDS`.
 
     Args:
         source: the user's name for the data set, and its local files.
         read: method of the builder, called with the remaining arguments.
 
     Raises:
-        ValueError: if reading fails; see `reason_of`.
+        ValueError: if reading fails, with the name of the shard; see `reason_of`.
     """
-    try:
-        yield from read(*args, **options)
-    except FullReadDisallowed:  # the JSON builder handles this one itself
-        raise
-    except Exception as error:  # can be any type, often without the name of the file
-        raise ValueError(reason_of(error, *source)) from error
+    dataset, files = source
+    shard = shard_name(options)
+    given = 0
+    for attempt, pause in enumerate((*RETRY_SECONDS, None), start=1):
+        try:
+            for item in itertools.islice(read(*args, **options), given, None):
+                given += 1
+                yield item
+            return
+        except FullReadDisallowed:  # the JSON builder handles this one itself
+            raise
+        except Exception as error:  # can be any type, often without the name of the file
+            passing = may_pass(error)
+            if passing and pause is not None:
+                log.warning("%s cannot be read, next attempt in %d s: %s", shard or dataset, pause, cause(error))
+                time.sleep(pause)
+                continue
+            reason = reason_of(error, dataset, [shard] if shard and shard in files else files)
+            tried = f", in {attempt} attempts" if passing else ""
+            named = f" (shard {shard}{tried})" if shard and (tried or Path(shard).name not in reason) else ""
+            raise ValueError(reason + named) from error
+
+
+def shard_name(options: Mapping[str, Any]) -> str | None:
+    """Return the file or URL that the method of a builder is to read, None if unknown."""
+    for value in options.values():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+            return value[0]
+    return None
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is one of a connection or a disk, not of the content."""
+    while error is not None:
+        if isinstance(error, LASTING):
+            return False
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_regular(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """The beginning of a stream is checked before a run; later errors are reported in one line."""
 
+import itertools
+
 import pytest
 from datasets import Dataset, Features, Image, Value
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image as PILImage
 
-from hf_tfm.data import images
+from hf_tfm.data import images, source
 from hf_tfm.data.files import data_roots
 from hf_tfm.data.images import image_rows
 from hf_tfm.data.language import text_rows
@@ -34,6 +37,52 @@ def test_late_invalid_row_of_a_stream_gives_a_one_line_error(tmp_path, kind):
     with pytest.raises(ValueError, match=BAD[kind][2]) as error:
         list(text_rows(load_splits(str(path), streaming=True)["train"], "text"))
     assert "\n" not in str(error.value) and kind in str(error.value)
+
+
+def three_files(tmp_path, monkeypatch, fail):
+    """A stream of three files of 40 rows; ``fail`` is called before every group of 10 rows, with the file."""
+    for file in range(3):
+        rows = Dataset.from_dict({"text": [f"{file} {row}" for row in range(40)]})
+        rows.to_parquet(tmp_path / f"train-{file}.parquet", batch_size=10)
+    generate = Parquet._generate_tables
+
+    def failing(self, files, **options):
+        for item in generate(self, files, **options):
+            fail(files[0])
+            yield item
+
+    monkeypatch.setattr(Parquet, "_generate_tables", failing)
+    monkeypatch.setattr(source, "RETRY_SECONDS", (0, 0, 0))
+    return load_splits(str(tmp_path), streaming=True)["train"]
+
+
+def test_rows_of_a_stream_are_read_once_after_a_lost_connection(tmp_path, monkeypatch, caplog):
+    calls = itertools.count()
+
+    def fail(file):
+        if next(calls) in (2, 6, 7):
+            raise ConnectionResetError("connection reset")
+
+    rows = three_files(tmp_path, monkeypatch, fail)
+    assert [row["text"] for row in rows] == [f"{file} {row}" for file in range(3) for row in range(40)]
+    assert sum("cannot be read, next attempt in 0 s: connection reset" in text for text in caplog.messages) == 3
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(TimeoutError("timed out"), 4), (ValueError("bad row"), 1)])
+def test_an_unreadable_shard_is_named_in_one_line(tmp_path, monkeypatch, error, attempts):
+    calls = []
+
+    def fail(file):
+        if "train-1" in file:
+            calls.append(file)
+            raise error
+
+    with pytest.raises(
+        ValueError, match=r"^dataset_name .* cannot be loaded: .*\(shard \S+/train-1\.parquet"
+    ) as found:
+        list(three_files(tmp_path, monkeypatch, fail))
+    assert len(calls) == attempts and "\n" not in str(found.value)
+    assert ("in 4 attempts" in str(found.value)) == (attempts == 4)
 
 
 @pytest.fixture
