@@ -8,7 +8,6 @@ they are stored as strings, integers or floats.
 
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from .number_parity import number_parity
 from .progress import show_progress_of
 from .source import announce, load_splits
 from .text import check_filled, column_path, texts_at
+from .tokens import tokenization_key, tokenized
 
 log = logging.getLogger(__name__)
 
@@ -295,23 +295,29 @@ def class_ids(rows: datasets.Dataset, names: Sequence[str]) -> dict[int | str, i
     return label_ids(rows, names)
 
 
-def tokenize_texts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
-    """Tokenize ``text`` and ``pair`` to ``input_ids``, and ``token_type_ids`` if the tokenizer returns them.
+class TextTokenization:
+    """``text`` and ``pair`` -> ``input_ids``, and ``token_type_ids`` if the tokenizer returns them; a
+    `tokens.Tokenization`.
 
     Inputs longer than ``max_length`` tokens are truncated, the longer text of a pair first (Devlin et al. 2019, the
     authors' run_classifier.py).
     """
+
+    features = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool):
+        self.tokenizer, self.max_length, self.paired = tokenizer, max_length, paired
+        self.key = tokenization_key(tokenizer, "texts", max_length, paired)
+
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        texts = (batch[TEXT], batch[PAIR]) if self.paired else (batch[TEXT],)
+        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False))
+
+
+def tokenize_texts(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """Return rows with the tokens of `TextTokenization` instead of the texts, cached by `datasets`."""
     paired = PAIR in rows.column_names
-
-    def tokenize(batch: Mapping[str, list]) -> dict[str, list]:
-        texts = (batch[TEXT], batch[PAIR]) if paired else (batch[TEXT],)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
-        return dict(encoded)
-
-    show_progress_of(rows)
-    # If set explicitly, the tokenizers library does not warn when a data loader forks after it used threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    return rows.map(tokenize, batched=True, remove_columns=[TEXT, PAIR][: 1 + paired])
+    return tokenized(rows, TextTokenization(tokenizer, max_length, paired), [TEXT, PAIR][: 1 + paired])
 
 
 def text_lengths(rows: datasets.Dataset) -> np.ndarray:

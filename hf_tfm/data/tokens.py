@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import datasets
@@ -18,11 +18,15 @@ PASSING = ("truncation", "padding")  # parts of a fast tokenizer that its last c
 class Tokenization(Protocol):
     """(rows by column, their indices) -> examples by column, not necessarily as many.
 
-    ``features`` are those of the examples; ``key`` is equal for tokenizations with equal results, or None if unknown.
+    ``features`` are those of the examples, None to infer them; ``key`` is equal for tokenizations with equal results,
+    or None if unknown.
     """
 
-    features: datasets.Features
-    key: str | None
+    @property
+    def features(self) -> datasets.Features | None: ...
+
+    @property
+    def key(self) -> str | None: ...
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> Mapping[str, list]: ...
 
@@ -43,12 +47,18 @@ def tokenization_key(tokenizer: PreTrainedTokenizerBase, *options: Any) -> str |
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {name: part for name, part in state.items() if name not in PASSING}
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    about = [type(tokenizer).__name__, content, tokens, options]
+    sides = tokenizer.truncation_side, tokenizer.model_input_names
+    about = [type(tokenizer).__name__, content, tokens, sides, options]
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()
 
 
-def tokenized(rows: datasets.Dataset, tokenize: Tokenization) -> datasets.Dataset:
+def tokenized(
+    rows: datasets.Dataset, tokenize: Tokenization, columns: Sequence[str] | None = None
+) -> datasets.Dataset:
     """Return the examples of all rows, cached by `datasets` under the rows' fingerprint and ``tokenize.key``.
+
+    Args:
+        columns: columns of the rows that are dropped; default: all.
 
     Raises:
         ValueError: a row is invalid.
@@ -62,7 +72,7 @@ def tokenized(rows: datasets.Dataset, tokenize: Tokenization) -> datasets.Datase
         tokenize,
         batched=True,
         with_indices=True,
-        remove_columns=rows.column_names,
+        remove_columns=rows.column_names if columns is None else list(columns),
         features=tokenize.features,
         new_fingerprint=cached_as,
     )

@@ -16,6 +16,7 @@ from ..hub.results import RunRecord
 from ..options import parse_arguments
 from ..tasks.base import Task
 from .optim import check_layers
+from .ranks import main_first
 from .run import Run, begin_run, check_folder, finish
 
 
@@ -39,7 +40,8 @@ class Trainer:
             OSError: a file cannot be written.
         """
         task, run = self.task, self.run
-        task.splits = task.load_splits()
+        # Rows and tokens are prepared by one process; the others read its cache.
+        task.splits = main_first(run.accelerator, task.load_splits)
         run.open(task.args, task.hub_task, task.describe_data(), task.validation_split)
         task.processor = run.load_or_create(
             task.processor_folder, task.build_processor, task.processor_class.from_pretrained
@@ -48,7 +50,7 @@ class Trainer:
         check_layers(task.args, task.model)
         if not task.prepare():
             return None
-        loader = task.dataloader(task.args.train_split, training=True)
+        loader = main_first(run.accelerator, lambda: task.dataloader(task.args.train_split, training=True))
         task.begin_training(loader)
         per_epoch = loader.steps_per_epoch()
         max_steps = task.args.max_steps or math.ceil(task.args.num_train_epochs * per_epoch)

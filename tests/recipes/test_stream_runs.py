@@ -40,10 +40,10 @@ def test_resuming_with_another_number_of_processes_changes_nothing(tmp_path):
         return [row["loss"] for row in rows if "loss" in row]
 
     assert run_recipe(*words("whole", 9)) == 0
-    run_ranks("-m", "hf_tfm.cli", "run", "translation_train", *words("cut", 3), cwd=ROOT)
+    run_ranks("-m", "hf_tfm.cli", "run", "translation_train", *words("cut", 3, workers=2), cwd=ROOT)
     state = json.loads((tmp_path / "cut" / "checkpoints" / "step-00000003" / "state.json").read_text())
     assert state["progress"]["stream"]["step"] == 3 and state["progress"]["epoch"] == 0
-    assert run_recipe(*words("cut", 9, workers=2)) == 0  # until the second epoch
+    assert run_recipe(*words("cut", 9)) == 0  # until the second epoch
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-5
     assert torch.allclose(torch.tensor(losses("whole")), torch.tensor(losses("cut")), atol=1e-5)

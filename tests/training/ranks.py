@@ -1,17 +1,20 @@
 """Code that test_ranks.py runs on every rank: `main`, several runs one after another."""
 
 import json
+import os
+import time
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, tiny_model
 
 from hf_tfm.training import checkpoint
 from hf_tfm.training.checkpoint import full_weights, share_statistics
-from hf_tfm.training.ranks import on_main
+from hf_tfm.training.ranks import main_first, on_main
 
 
 def equal_pairs() -> list:
@@ -57,6 +60,20 @@ def full(path: Path) -> None:
     raise OSError("the disk of the main process is full")
 
 
+def prepare(file: Path) -> str:
+    """Write a cache, or read that of another process."""
+    if file.exists():
+        return file.read_text()
+    time.sleep(0.3)
+    file.write_text(f"made by {os.environ['RANK']}")
+    return "made"
+
+
+def fail_on(rank: str) -> None:
+    if os.environ["RANK"] == rank:
+        raise ValueError(f"rank {rank} failed")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     accelerator = fresh_accelerator(arguments(folder))
@@ -88,7 +105,13 @@ def main(folder: Path) -> None:
     # Folders on disks of their own; the checkpoints of the second one are older.
     run("local", {}, output_dir=folder / f"local{accelerator.process_index}")
     reports["errors"] = []
-    for work in (lambda: run("lost", {}), lambda: on_main(accelerator, fail)):
+    reports["prepared"] = gather_object([main_first(accelerator, lambda: prepare(folder / "prepared"))])
+    for work in (
+        lambda: run("lost", {}),
+        lambda: on_main(accelerator, fail),
+        lambda: main_first(accelerator, lambda: fail_on("0")),
+        lambda: main_first(accelerator, lambda: fail_on("1")),
+    ):
         try:
             work()
         except ValueError as error:

@@ -55,10 +55,15 @@ def test_both_ranks_resume_from_the_same_intact_checkpoint(two):
 
 def test_error_on_one_rank_ends_all(two):
     """`reports` compares the errors of both ranks."""
-    lost, raised, full = reports(two[0])["errors"]
+    lost, raised, *others, full = reports(two[0])["errors"]
+    assert others == ["rank 0 failed", "rank 1 failed"]
     assert "has no intact checkpoint to resume from" in lost
     assert raised == "only the main process knows"
     assert "step-00000005 (the disk of the main process is full)" in full
+
+
+def test_the_second_process_reads_what_the_main_process_has_prepared(two):
+    assert reports(two[0])["prepared"] == ["made", "made by 0"]
 
 
 def test_two_processes_resume_a_checkpoint_of_one(two):
