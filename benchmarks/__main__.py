@@ -25,6 +25,7 @@ NAMES = (
     "recurrent",
     "attention_methods",
     "convlstm_training",
+    "streams",
     "report",
 )
 

@@ -497,6 +497,21 @@ def attention_methods(results: dict) -> str:
     )
 
 
+def streams(results: dict) -> str:
+    """Resuming a stream."""
+    names = list(next(iter(results["results"].values())))
+    rows = [(kind, *row.values()) for kind, row in results["results"].items()]
+    return "\n\n".join(
+        [
+            "## Streams: time until the first batch",
+            f"{results['rows']:,} texts in {results['files']:,} files, tokenized by one process; an epoch in three "
+            'parts. "Resumed" is its last batch, from a position; "read from start" is the same without the position.',
+            machine(results),
+            table(("format", *names), rows),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -518,6 +533,7 @@ SECTIONS = {
     "recurrent": recurrent,
     "attention_methods": attention_methods,
     "convlstm_training": convlstm_training,
+    "streams": streams,
     "language_training": language_training,
     "language_generation": language_generation,
     "rlhf": rlhf,
