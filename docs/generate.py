@@ -95,6 +95,15 @@ ROWS = (
         ("cifar10_small", "from scratch"),
     ),
     Row(
+        "Image classification, CIFAR-10",
+        "Swin from scratch",
+        "cifar10_swin",
+        "test",
+        "accuracy",
+        True,
+        ("cifar10_small", "ViT from scratch"),
+    ),
+    Row(
         "Distillation, CIFAR-10",
         "ViT with half the layers",
         "cifar10_small_student",
