@@ -504,8 +504,9 @@ def streams(results: dict) -> str:
     return "\n\n".join(
         [
             "## Streams: time until the first batch",
-            f"{results['rows']:,} texts in {results['files']:,} files, tokenized by one process; an epoch in three "
-            'parts. "Resumed" is its last batch, from a position; "read from start" is the same without the position.',
+            f"{results['rows']:,} texts in {results['files']:,} files, tokenized by one process; CPU seconds until "
+            'the first batch of an epoch ("start"), and until that of its last pool of 20,000 texts, from a position '
+            'in a checkpoint ("resumed").',
             machine(results),
             table(("format", *names), rows),
         ]

@@ -240,7 +240,7 @@ def stream_of(
         dataset: the user's name for the data set.
         files: the local ones among its files.
     """
-    for name in ("_generate_tables", "_generate_examples"):
+    for name in ("_generate_tables", "_generate_examples", "_generate_more_gen_kwargs"):
         if read := getattr(type(builder), name, None):
             setattr(builder, name, functools.partial(read_explained, (dataset, files), read, builder))
     return builder.as_streaming_dataset()

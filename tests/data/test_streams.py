@@ -12,6 +12,7 @@ from hf_tfm.data.files import data_roots
 from hf_tfm.data.images import image_rows
 from hf_tfm.data.language import text_rows
 from hf_tfm.data.source import load_splits
+from hf_tfm.data.stream import Lane
 
 BAD = {
     "a.jsonl": ('{"text": "good"}\n', '{"text": "bad"\n', "line 30001 is not JSON"),
@@ -66,6 +67,22 @@ def test_rows_of_a_stream_are_read_once_after_a_lost_connection(tmp_path, monkey
     rows = three_files(tmp_path, monkeypatch, fail)
     assert [row["text"] for row in rows] == [f"{file} {row}" for file in range(3) for row in range(40)]
     assert sum("cannot be read, next attempt in 0 s: connection reset" in text for text in caplog.messages) == 3
+
+
+def test_a_connection_may_also_be_lost_when_a_file_is_divided(tmp_path, monkeypatch):
+    divide, calls = Parquet._generate_more_gen_kwargs, itertools.count()
+
+    def failing(self, **options):
+        for item in divide(self, **options):
+            if next(calls) == 1:
+                raise ConnectionResetError("connection reset")
+            yield item
+
+    monkeypatch.setattr(Parquet, "_generate_more_gen_kwargs", failing)
+    lane = Lane(three_files(tmp_path, monkeypatch, lambda file: None), [2, 0, 1], 7)
+    texts = [text for batch in iter(lane.read, {}) for text in batch["text"]]
+    assert texts == [f"{file} {row}" for file in (2, 0, 1) for row in range(40)]
+    assert next(calls) > 3
 
 
 @pytest.mark.parametrize(("error", "attempts"), [(TimeoutError("timed out"), 4), (ValueError("bad row"), 1)])
