@@ -25,6 +25,7 @@ CHECKPOINTS = "checkpoints"
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 TASK_FILE, STATE_FILE = "task.safetensors", "state.json"
 CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, TASK_FILE, STATE_FILE)
+SHARDS = "shard-*.safetensors"  # of the processes of a sharded run, in the place of the first three
 CHECKPOINT_STATES = ("", ".part-", ".old-", "damaged-")  # prefixes of checkpoint folders: complete, and others
 
 TOKENIZER_FILES = (
@@ -48,7 +49,7 @@ WRITTEN = (
     *(PREDICTIONS, f"{EVAL_RESULTS}/*.yaml"),
     *(f"{folder}/{name}" for folder in ("tokenizer", "processor") for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)),
     *(f".part-*/{name}" for name in (*MODEL_FILES, *CODE_FILES)),
-    *(f"{CHECKPOINTS}/{state}step-*/{name}" for state in CHECKPOINT_STATES for name in CHECKPOINT_FILES),
+    *(f"{CHECKPOINTS}/{state}step-*/{name}" for state in CHECKPOINT_STATES for name in (*CHECKPOINT_FILES, SHARDS)),
     *("hf-tfm/*tfevents*", "hf-tfm/*/hparams.yml", "hf-tfm/*/*tfevents*"),  # TensorBoard
 )
 UPLOADED = (*MODEL_FILES, *RECORD_FILES, COMPRESSION, COMPRESSION_TEXT, PARETO, CERTIFICATE, PROJECTION)

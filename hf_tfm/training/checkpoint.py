@@ -2,38 +2,47 @@
 
     <output_dir>/checkpoints/step-00001200/      model.safetensors  optimizer.safetensors  ema.safetensors
                                                  task.safetensors   state.json
+    of a sharded run                             shard-*.safetensors  task.safetensors  state.json
 
 Writing: a checkpoint is written under a temporary name and renamed once it is complete and synced to disk, and renamed
     again before it is deleted, so an incomplete checkpoint is never loaded. Only the main process writes, while
-    training goes on, see `checkpoint_writer`.
+    training goes on, see `checkpoint_writer`. With sharded weights, each process writes its own shards of all tensors
+    ("model.*", "optimizer.*" and "ema.*") by torch.distributed.checkpoint, if all see the folder.
 Checksums: state.json holds the size and the CRC-32 of every other file, and a checksum of itself. They are verified
     when the files are read; a checkpoint that does not match is set aside, see `resume`.
 Reading: only the main process reads the folder. It chooses the checkpoint and sends its content to the others, so that
-    all processes resume from the same state, and the others need no access to the folder.
+    all processes resume from the same state, and the others need no access to the folder. Shards are read by each
+    sharded process itself, its own part alone, if it sees them; the number of processes may have changed.
 Random states are not stored: those of a micro-batch are derived from (seed, step, its number in the step), see
     `seed_micro_batch`.
 """
 
 import copy
+import fnmatch
 import json
 import logging
 import random
 import shutil
+import warnings
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -51,6 +60,7 @@ from ..hub.saved_files import (
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
+    SHARDS,
     STATE_FILE,
     TASK_FILE,
 )
@@ -149,8 +159,9 @@ def clean(output_dir: Path) -> None:
     """Delete leftovers of checkpoints whose writing or deletion was interrupted; other files are kept."""
     for pattern in (".part-step-*", ".old-step-*"):
         for path in (output_dir / CHECKPOINTS).glob(pattern):
-            for name in CHECKPOINT_FILES:
-                (path / name).unlink(missing_ok=True)
+            for name in (*CHECKPOINT_FILES, SHARDS):
+                for file in path.glob(name):
+                    file.unlink()
             with suppress(OSError):  # it contains other files
                 path.rmdir()
 
@@ -167,12 +178,14 @@ class Snapshot:
     """Content of a checkpoint in host memory, independent of the training that goes on.
 
     Args:
-        files: tensors of each safetensors file; empty on processes that write none.
-        state: content of state.json, without the checksums.
+        files: tensors of each safetensors file that the main process writes; empty on other processes.
+        state: content of state.json, without the checksums; empty on other processes.
+        shards: tensors of which each process writes its own part, named "model.*", "optimizer.*" and "ema.*".
     """
 
     files: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    shards: dict[str, Tensor]
 
 
 def take_snapshot(
@@ -183,31 +196,39 @@ def take_snapshot(
     schedule: LRScheduler,
     ema: AveragedModel | None = None,
     task_state: dict[str, Tensor] | None = None,
+    shards: bool = False,
 ) -> Snapshot:
     """Copy the state of a run; every process must call it.
 
     Args:
         task_state: see `tasks.base.Task.state`.
+        shards: sharded tensors are not gathered.
     """
-    model = accelerator.unwrap_model(model)
-    options = FULL if is_sharded(model) else None  # gathering involves every process; the main one gets the tensors
-    weights = stored_weights(model, options)
-    averaged = None if ema is None else stored_weights(ema.module, options)
+    model, main = accelerator.unwrap_model(model), accelerator.is_main_process
+    # Gathering involves every process, but only the main one receives the tensors.
+    options = FULL if is_sharded(model) and not shards else None
     optimizer_state = get_optimizer_state_dict(model, inner(optimizer), options=options)
-    if not accelerator.is_main_process:
-        return Snapshot({}, {})
-    files = {MODEL_FILE: weights, OPTIMIZER_FILE: flat_moments(optimizer_state["state"])}
-    if averaged is not None:
-        files[EMA_FILE] = averaged
+    files = {MODEL_FILE: stored_weights(model, options), OPTIMIZER_FILE: flat_moments(optimizer_state["state"])}
+    if ema is not None:
+        files[EMA_FILE] = stored_weights(ema.module, options)
+    split = {}
+    if shards:
+        split, files = {stored_name(name, key): value for name in files for key, value in files[name].items()}, {}
     if task_state:
         files[TASK_FILE] = task_state
     state = {
         "progress": asdict(progress),
         "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-        "optimizer": optimizer_state["param_groups"],
+        "optimizer": optimizer_state.get("param_groups"),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
-    return Snapshot({name: host_copies(tensors) for name, tensors in files.items()}, copy.deepcopy(state))
+    own = {name: host_copies(tensors) for name, tensors in files.items()} if main else {}
+    return Snapshot(own, copy.deepcopy(state) if main else {}, host_copies(split))
+
+
+def stored_name(file: str, name: str) -> str:
+    """Return the name that a tensor of a checkpoint's file has in shards, for example "model.embedding.weight"."""
+    return f"{Path(file).stem}.{name}"
 
 
 def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,8 +252,11 @@ def begin_checkpoint(folder: Path) -> None:
         part_folder(folder).mkdir(parents=True)
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+def write_checkpoint(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> None:
     """Write the files of a checkpoint atomically, into the folder that `begin_checkpoint` created.
+
+    Args:
+        group: all processes, each of which calls this, to write shards; otherwise, only the main process does.
 
     Raises:
         WriteError: it could not be written; no partial checkpoint is left.
@@ -240,6 +264,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
     part = part_folder(folder)
     with explain_write_errors(folder):
         try:
+            described = {} if group is None else write_shards(part, snapshot.shards, group)
+            if not snapshot.state:  # not the main process
+                return
             with ThreadPoolExecutor() as pool:  # a file is hashed while the disk stores it and the next one is written
                 sums = {}
                 for name, tensors in snapshot.files.items():
@@ -247,7 +274,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
                     sums[name] = pool.submit(describe_file, part / name)
                 for name in snapshot.files:
                     sync(part / name)
-                described = {name: found.result() for name, found in sums.items()}
+                described |= {name: found.result() for name, found in sums.items()}
             (part / STATE_FILE).write_text(sealed({**snapshot.state, FILES: described}), encoding="utf-8")
             sync(part / STATE_FILE)
             sync(part)
@@ -255,7 +282,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
             part.rename(folder)
             sync(folder.parent)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            if snapshot.state:
+                shutil.rmtree(part, ignore_errors=True)
             raise
 
 
@@ -293,6 +321,15 @@ def sealed(state: dict[str, Any]) -> str:
     """Return the text of state.json with its checksum."""
     state = json.loads(json.dumps(state))  # keys and tuples as they are when the text is read
     return json.dumps({**state, CHECKSUM: checksum(state)})
+
+
+@contextmanager
+def sharding_errors() -> Iterator[None]:
+    """Raise the error of a process in the place of that of torch.distributed.checkpoint, which is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def check_files(folder: Path, state: dict[str, Any], names: Collection[str]) -> None:
@@ -345,15 +382,11 @@ def resume(
                 sound.append(folder)
         return bool(sound or wrong)
 
-    def read() -> tuple[str, dict[str, Any]]:
-        """Read the newest intact checkpoint; on the main process."""
+    def choose() -> tuple[str, dict[str, Any]]:
+        """Return name and state of the newest intact checkpoint."""
         while sound:
             try:
-                state, _ = read_state(sound[-1] / STATE_FILE)
-                check_files(sound[-1], state, files)
-                present = [name for name in files if name != TASK_FILE or (sound[-1] / name).exists()]
-                content.update({name: load_file(sound[-1] / name) for name in present})
-                return sound[-1].name, state
+                return sound[-1].name, read_state(sound[-1] / STATE_FILE)[0]
             except UNREADABLE as error:
                 wrong[sound.pop().name] = str(error)
         raise ValueError(
@@ -361,22 +394,46 @@ def resume(
             f"one, or delete {output_dir / CHECKPOINTS} to start from step 0"
         )
 
+    def read() -> None:
+        """Verify the files, shards on one process each, and read those that the main process sends to the others."""
+        shards = shard_names(state)
+        if split:
+            check_files(folder, state, shards[accelerator.process_index :: accelerator.num_processes])
+        if accelerator.is_main_process:
+            check_files(folder, state, names if split else [*names, *shards])
+            present = [name for name in names if name != TASK_FILE or (folder / name).exists()]
+            content.update({name: read_tensors(folder, name) for name in present})
+
+    def load() -> Progress:
+        shared = {name: share_tensors(accelerator, content.get(name)) for name in names}
+        if split:
+            load_shards(folder, plain, optimizer, ema, state["optimizer"])
+        return load_state(accelerator, state, shared, model, optimizer, schedule, ema, load_task)
+
     if not on_main(accelerator, look):
         return Progress()
     while True:
         content: dict[str, dict[str, Tensor]] = {}
-        name, state = on_main(accelerator, read)
+        name, state = on_main(accelerator, choose)
+        folder = output_dir / CHECKPOINTS / name
+        split = is_sharded(plain) and all(gather_object([bool(shard_names(state)) and is_same(folder, state)]))
+        names = [TASK_FILE] if split else files
         reason = None
         try:
-            content = {file: share_tensors(accelerator, content.get(file)) for file in files}
-            progress = load_state(accelerator, state, content, model, optimizer, schedule, ema, load_task)
+            read()
         except UNREADABLE as error:
-            reason = f"{output_dir / CHECKPOINTS / name} cannot be loaded ({error})"
-        reasons = [reason for reason in gather_object([reason]) if reason is not None]
-        if not reasons:
+            reason = str(error)
+        reasons = gather_object([reason])
+        if not any(reasons):
+            try:
+                progress = load()
+            except UNREADABLE as error:
+                reason = f"{folder} cannot be loaded ({error})"
+            reasons = gather_object([reason])
+        if not any(reasons):
             break
         if accelerator.is_main_process:
-            wrong[sound.pop().name] = reasons[0]
+            wrong[sound.pop().name] = next(filter(None, reasons))
 
     def set_aside() -> None:
         if unknown := sorted(state["progress"].keys() - asdict(progress).keys()):
@@ -435,15 +492,17 @@ def damage(folder: Path, max_steps: int | None, model: nn.Module, ema: AveragedM
         max_steps: see `resume`.
     """
     try:
-        progress = read_state(folder / STATE_FILE)[1]
+        state, progress = read_state(folder / STATE_FILE)
         if folder.name != checkpoint_path(folder, progress.step).name:
             raise ValueError(f"{folder / STATE_FILE} is damaged: its step is {progress.step}")
         if max_steps is not None and progress.step > max_steps:
             raise ValueError(f"{folder} is of step {progress.step}, but the run has only {max_steps}")
-        check_weights(model, folder / MODEL_FILE)
+        if lost := [name for name in shard_names(state) if not (folder / name).exists()]:
+            raise ValueError(f"{folder / lost[0]} is missing")
+        check_weights(model, folder, MODEL_FILE)
         if ema is not None:
-            check_weights(ema.module, folder / EMA_FILE)
-        check_moments(model, folder / OPTIMIZER_FILE)
+            check_weights(ema.module, folder, EMA_FILE)
+        check_moments(model, folder)
         if (folder / TASK_FILE).exists():
             shapes_in(folder / TASK_FILE)
     except UNREADABLE as error:
@@ -515,22 +574,105 @@ def load_state(
 
     Args:
         state: content of state.json; see `read_state`.
-        files: tensors of the other files; full ones, on every process.
+        files: tensors of the other files; full ones, on every process. Without those of the model, `load_shards` has
+            loaded model, optimizer and ``ema``.
     """
     model = accelerator.unwrap_model(model)
-    set_weights(model, files[MODEL_FILE])
     progress = known_progress(state)
+    if MODEL_FILE in files:
+        set_weights(model, files[MODEL_FILE])
+        if ema is not None:
+            set_weights(ema.module, files[EMA_FILE])
+        optimizer_state = {"state": nested_moments(files[OPTIMIZER_FILE]), "param_groups": state["optimizer"]}
+        set_optimizer_state_dict(model, inner(optimizer), optimizer_state, options=FULL)
     if ema is not None:
-        set_weights(ema.module, files[EMA_FILE])
         ema.n_averaged.fill_(progress.step)
-    optimizer_state = {"state": nested_moments(files[OPTIMIZER_FILE]), "param_groups": state["optimizer"]}
-    set_optimizer_state_dict(model, inner(optimizer), optimizer_state, options=FULL)
     # LambdaLR keeps its own function where the state has None.
     schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(inner(optimizer).param_groups)})
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     load_task(files[TASK_FILE])
     return progress
+
+
+@sharding_errors()
+def write_shards(part: Path, tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, dict[str, int]]:
+    """Write the shards of all processes, each its own, and return what `describe_file` says of all files.
+
+    They are safetensors files, whose headers hold the offsets of the shards.
+
+    Args:
+        tensors: see `Snapshot.shards`.
+        group: all processes; every one must call this.
+
+    Raises:
+        OSError: a process could not write its file; on all processes.
+    """
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), process_group=group)
+    own = {path.name: describe_file(path) for path in part.glob(f"shard-{distributed.get_rank() + 1:05d}-*")}
+    found: list[dict[str, dict[str, int]]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(found, own, group=group)
+    return {name: described for files in found for name, described in files.items()}
+
+
+def shard_names(state: dict[str, Any]) -> list[str]:
+    """Return the names of the shards of a checkpoint with this state.json."""
+    return fnmatch.filter(sorted(state.get(FILES, {})), SHARDS)
+
+
+def is_same(folder: Path, state: dict[str, Any]) -> bool:
+    """Return True if this process sees a checkpoint in ``folder`` that has this state.json."""
+    try:
+        return read_state(folder / STATE_FILE)[0] == state
+    except ValueError:
+        return False
+
+
+def stored_in_shards(folder: Path, name: str) -> dict[str, TensorStorageMetadata]:
+    """Return the tensors of a file of which shards take the place, by their names in that file."""
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    prefix = stored_name(name, "")
+    return {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+
+
+@sharding_errors()
+def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors from the shards of a checkpoint; of sharded ones, only the part of this process is read."""
+    with warnings.catch_warnings():  # that each process reads for itself
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Return all tensors in a file of a checkpoint, or in the shards that take its place."""
+    if name == TASK_FILE or not any(folder.glob(SHARDS)):
+        return load_file(folder / name)
+    stored = stored_in_shards(folder, name)
+    tensors = {key: torch.empty(value.size, dtype=value.properties.dtype) for key, value in stored.items()}
+    read_into(folder, {stored_name(name, key): value for key, value in tensors.items()})
+    return tensors
+
+
+def load_shards(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: AveragedModel | None,
+    param_groups: list[dict[str, Any]],
+) -> None:
+    """Load the shards of a checkpoint into a sharded model, its average and its optimizer.
+
+    Args:
+        param_groups: of the optimizer, from state.json.
+    """
+    state = get_optimizer_state_dict(model, inner(optimizer))
+    stored = stored_in_shards(folder, OPTIMIZER_FILE)
+    moments = {name: value for name, value in flat_moments(state["state"]).items() if name in stored}
+    files = {MODEL_FILE: stored_weights(model), OPTIMIZER_FILE: moments}
+    if ema is not None:
+        files[EMA_FILE] = stored_weights(ema.module)
+    read_into(folder, {stored_name(name, key): value for name in files for key, value in files[name].items()})
+    set_optimizer_state_dict(model, inner(optimizer), {"state": nested_moments(moments), "param_groups": param_groups})
 
 
 def flat_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -561,13 +703,29 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is {missing}") from error
 
 
-def check_weights(model: nn.Module, file: Path) -> None:
-    """Refuse a weights file that does not match the model; tied weights are stored once.
+def stored_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in a file of a checkpoint, or in the shards that take its place.
 
     Raises:
-        ValueError: it is damaged, or names or shapes differ.
+        ValueError: a file is missing or damaged.
     """
-    found = shapes_in(file)
+    if not (shards := sorted(folder.glob(SHARDS))):
+        return shapes_in(folder / name)
+    for file in shards:
+        shapes_in(file)
+    return {key: tuple(stored.size) for key, stored in stored_in_shards(folder, name).items()}
+
+
+def check_weights(model: nn.Module, folder: Path, name: str) -> None:
+    """Refuse weights in a checkpoint that do not match the model; tied weights are stored once.
+
+    Args:
+        name: file of the weights, or of which shards take the place.
+
+    Raises:
+        ValueError: the file is damaged, or names or shapes differ.
+    """
+    file, found = folder / name, stored_shapes(folder, name)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = sorted(shapes.keys() - tied_names(model) - found.keys())
     unexpected = sorted(found.keys() - shapes.keys())
@@ -579,14 +737,15 @@ def check_weights(model: nn.Module, file: Path) -> None:
         )
 
 
-def check_moments(model: nn.Module, file: Path) -> None:
-    """Refuse an optimizer state that does not match the model's parameters.
+def check_moments(model: nn.Module, folder: Path) -> None:
+    """Refuse an optimizer state in a checkpoint that does not match the model's parameters.
 
     Raises:
         ValueError: it is damaged, or belongs to other parameters.
     """
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    for name, shape in shapes_in(file).items():
+    file = folder / OPTIMIZER_FILE
+    for name, shape in stored_shapes(folder, OPTIMIZER_FILE).items():
         weight = name.rpartition(".")[0]
         if weight not in shapes or (shape and shape not in (shapes[weight], (1,))):
             raise ValueError(f"{file} does not match the model: {name} has the shape {list(shape)}")
@@ -603,9 +762,9 @@ def read_weights(folder: Path, model: nn.Module | None = None) -> dict[str, Tens
     """
     state, _ = read_state(folder / STATE_FILE)
     if model is not None:
-        check_weights(model, folder / MODEL_FILE)
-    check_files(folder, state, [MODEL_FILE])
-    return load_file(folder / MODEL_FILE)
+        check_weights(model, folder, MODEL_FILE)
+    check_files(folder, state, [MODEL_FILE, *shard_names(state)])
+    return read_tensors(folder, MODEL_FILE)
 
 
 @torch.no_grad()

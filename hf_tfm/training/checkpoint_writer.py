@@ -8,6 +8,7 @@ and at most one copy is held. An error of the thread is raised at the next step 
 ends the process in mid-write leaves the checkpoint before.
 """
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -16,7 +17,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import distributed
 
+from ..hub.saved_files import CHECKPOINTS
+from ..writing import explain_write_errors
 from .checkpoint import Progress, begin_checkpoint, checkpoint_path, take_snapshot, update_progress, write_checkpoint
 from .ranks import on_main
 from .sigterm import Watchdog
@@ -29,10 +33,13 @@ class CheckpointWriter:
 
     Args:
         output_dir: folder of the run.
+        shards: each process writes its own shards; all must see the folder.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, shards: bool = False):
         self.accelerator, self.output_dir = accelerator, output_dir
+        # Of their own, because the threads communicate while the main ones do.
+        self.group = distributed.new_group(backend="gloo") if shards else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.jobs: list[Future[None]] = []
         self.error: BaseException | None = None
@@ -56,18 +63,18 @@ class CheckpointWriter:
         self.wait()
         folder = checkpoint_path(self.output_dir, progress.step)
         with Watchdog.paused():
-            snapshot = take_snapshot(self.accelerator, progress, *state)
+            snapshot = take_snapshot(self.accelerator, progress, *state, shards=self.group is not None)
             on_main(self.accelerator, lambda: begin_checkpoint(folder))
-        self.submit(lambda: write_checkpoint(folder, snapshot))
+        self.submit(lambda: write_checkpoint(folder, snapshot, self.group), everywhere=self.group is not None)
 
     def update(self, progress: Progress) -> None:
         """Replace the progress in the checkpoint of this step, after it is written."""
         folder, content = checkpoint_path(self.output_dir, progress.step), deepcopy(progress)
         self.submit(lambda: update_progress(folder, content))
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run a job on the main process after those before it, unless one of them has failed."""
-        if self.accelerator.is_main_process:
+    def submit(self, job: Callable[[], None], everywhere: bool = False) -> None:
+        """Run a job after those before it, unless one of them has failed; on the main process or ``everywhere``."""
+        if everywhere or self.accelerator.is_main_process:
             self.jobs.append(self.thread.submit(self.run, job))
 
     def run(self, job: Callable[[], None]) -> None:
@@ -94,3 +101,17 @@ class CheckpointWriter:
         for error in errors:
             if error is not None:
                 raise error
+
+
+def is_shared(accelerator: Accelerator, output_dir: Path) -> bool:
+    """Return True if all processes see the output folder of the main process."""
+
+    def create() -> Path:
+        (output_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".part-step-", dir=output_dir / CHECKPOINTS))
+
+    with explain_write_errors(output_dir):
+        probe = on_main(accelerator, create)
+    shared = all(gather_object([probe.is_dir()]))
+    on_main(accelerator, probe.rmdir)
+    return shared

@@ -20,7 +20,7 @@ from ..hub.results import read_history
 from ..tasks.base import Loader
 from . import checkpoint as states
 from . import folder as folders
-from .checkpoint_writer import CheckpointWriter
+from .checkpoint_writer import CheckpointWriter, is_shared
 from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
@@ -133,7 +133,8 @@ class Session:
             accelerator.print(f"the best weights, of step {best}, are lost: the best weights are chosen from here on")
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
-        self.writer = CheckpointWriter(accelerator, self.output_dir)
+        shards = options is not None and is_shared(accelerator, self.output_dir)
+        self.writer = CheckpointWriter(accelerator, self.output_dir, shards)
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item, task.statistics)
         self.unseen = 0  # micro-batches since the last check
         self.stopped = self.interrupted = False

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -56,8 +57,21 @@ def fail() -> None:
     raise ValueError("only the main process knows")
 
 
-def full(path: Path) -> None:
-    raise OSError("the disk of the main process is full")
+def full(*args) -> None:
+    raise OSError("the disk of one process is full")
+
+
+def flip(file: Path) -> None:
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+def whole_only(accelerator, tensors) -> dict:
+    """Takes the place of `checkpoint.share_tensors` where no process needs tensors of another one."""
+    assert not tensors
+    return {}
 
 
 def prepare(file: Path) -> str:
@@ -102,6 +116,14 @@ def main(folder: Path) -> None:
     # Only the second process receives SIGTERM.
     run("from_two", {}, fsdp=True, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
     run("damaged", {}, fsdp=True)
+    options, fields = EQUAL["fsdp"]
+    run("fsdp_resumed", fields, **options, events={7: "SIGTERM"})
+    reports["shards"] = [path.name for path in sorted((folder / "fsdp_resumed/checkpoints").glob("*8/shard-*"))]
+    if accelerator.is_main_process:
+        flip(folder / "fsdp_resumed/checkpoints/step-00000008" / reports["shards"][-1])
+    accelerator.wait_for_everyone()
+    with patch.object(checkpoint, "share_tensors", whole_only):
+        run("fsdp_resumed", fields, **options)
     # Folders on disks of their own; the checkpoints of the second one are older.
     run("local", {}, output_dir=folder / f"local{accelerator.process_index}")
     reports["errors"] = []
@@ -119,6 +141,12 @@ def main(folder: Path) -> None:
     with patch.object(checkpoint, "sync", full):  # only the main process writes
         try:
             run("full", {})
+        except OSError as error:
+            reports["errors"].append(str(error))
+    second = accelerator.process_index == 1
+    with patch.object(checkpoint.HuggingFaceStorageWriter, "write_data", full) if second else nullcontext():
+        try:
+            run("full_shard", {}, fsdp=True)
         except OSError as error:
             reports["errors"].append(str(error))
     norm = torch.nn.Sequential(torch.nn.BatchNorm2d(2))

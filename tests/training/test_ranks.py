@@ -9,7 +9,7 @@ from ranks import EQUAL
 from safetensors.torch import load_file
 from training_helpers import arguments, difference, history, run_training, tiny_model
 
-from hf_tfm.training.checkpoint import checkpoints, full_weights
+from hf_tfm.training.checkpoint import checkpoints, full_weights, read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,30 @@ def test_both_ranks_resume_from_the_same_intact_checkpoint(two):
     assert "step-00000008/model.safetensors is damaged" in two[1].stderr
 
 
+def test_sharded_run_resumes_from_shards_and_verifies_them(two):
+    """Its newest checkpoint has a flipped bit in the shards of the second process."""
+    folder = two[0] / "fsdp_resumed"
+    assert reports(two[0])["shards"] == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    assert reports(two[0])["fsdp_resumed"][:2] == [12, False]
+    assert "step-00000008/shard-00002-model-00001-of-00001.safetensors is damaged" in two[1].stderr
+    weights = [load_file(two[0] / f"{name}.safetensors") for name in ("fsdp", "fsdp_resumed")]
+    assert difference(*weights) == 0
+    assert history(folder) == history(two[0] / "fsdp")
+    sizes = [path.stat().st_size for path in checkpoints(folder)[-1].glob("shard-*")]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
+    weights = read_tensors(checkpoints(folder)[-1], "ema.safetensors")  # the average is the final model
+    assert difference(weights, load_file(two[0] / "fsdp.safetensors")) == 0
+
+
 def test_error_on_one_rank_ends_all(two):
     """`reports` compares the errors of both ranks."""
-    lost, raised, *others, full = reports(two[0])["errors"]
-    assert others == ["rank 0 failed", "rank 1 failed"]
+    lost, raised, *others = reports(two[0])["errors"]
+    assert others[:2] == ["rank 0 failed", "rank 1 failed"]
+    full = others[2:]
     assert "has no intact checkpoint to resume from" in lost
     assert raised == "only the main process knows"
-    assert "step-00000005 (the disk of the main process is full)" in full
+    assert len(full) == 2  # the main process, and the second one, which writes its shards
+    assert all("step-00000005 (the disk of one process is full)" in error and "\n" not in error for error in full)
 
 
 def test_the_second_process_reads_what_the_main_process_has_prepared(two):
@@ -79,6 +96,7 @@ def test_sigterm_on_one_rank_stops_all_and_one_process_resumes(tmp_path, two):
     folder = two[0] / "from_two"
     assert reports(two[0])["from_two"][:2] == [8, True]  # between two logging steps
     assert checkpoints(folder)[-1].name == "step-00000008"
+    assert not (checkpoints(folder)[-1] / "model.safetensors").exists()  # shards
     result, model = run_training(arguments(folder))
     _, whole = run_training(arguments(tmp_path / "whole"))
     assert (result.progress.step, result.stopped) == (12, False)
@@ -112,6 +130,6 @@ def test_running_statistics_are_averaged(two):
 
 def test_only_the_main_process_prints(two):
     _, done = two
-    # The runs that reach their end, in addition to those of `EQUAL`: from_one, damaged and local.
-    assert done.stdout.count("step 12 of 12: loss") == len(EQUAL) + 3
+    # The runs that reach their end, in addition to those of `EQUAL`: from_one, damaged, local and fsdp_resumed.
+    assert done.stdout.count("step 12 of 12: loss") == len(EQUAL) + 4
     assert "train:" not in done.stdout + done.stderr
