@@ -20,6 +20,7 @@ NAMES = (
     "detection_evaluation",
     "depthwise_training",
     "detection_step",
+    "checkpoint_stall",
     "clustered_attention",
     "positions",
     "recurrent",

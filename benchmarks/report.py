@@ -513,6 +513,20 @@ def streams(results: dict) -> str:
     )
 
 
+def checkpoint_stall(results: dict) -> str:
+    """Section of the time that training stands still for a checkpoint."""
+    rows = [(name, value, f"{results['share_of_a_minute'][name]:.2%}") for name, value in results["seconds"].items()]
+    return f"""## What a checkpoint costs
+
+Weights and moments of {results["parameters"] / 1e6:.1f} million parameters, {results["megabytes"]} MB. At once:
+training waits until the files are complete and synced. With a thread: it waits for the copy in host memory. The delay
+also counts how much slower the steps beside the write are.
+
+{machine(results)}
+
+{table(("checkpoint", "seconds", "share of a minute"), rows)}"""
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -539,6 +553,7 @@ SECTIONS = {
     "language_generation": language_generation,
     "rlhf": rlhf,
     "distillation": distillation,
+    "checkpoint_stall": checkpoint_stall,
 }
 
 
