@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from recipe_helpers import fresh_state
 from scene_recipes import scenes, write_hub
 
 from benchmarks import common, detection_step, report
@@ -29,7 +30,9 @@ def test_benchmark_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     small = "--shortest_side 64 --longest_side 64 --augmentation.scales [64] --test_splits [] --num_pictures 0"
     data = write_hub(tmp_path / "hub", scenes())
+    fresh_state()
     detection_step.main(str(data), max_steps=3, warm_up=1, options=small)
+    fresh_state()
     found = report.load("detection_step")
     assert set(found["share"]) == {
         *("forward", "backward", "optimizer", "matching", "loss without matching", "average of weights"),

@@ -305,7 +305,7 @@ def test_a_preset_for_a_backbone_also_serves_a_saved_detector(capsys):
     assert new.pretrained_backbone and new.model["backbone"] == "tf_efficientnet_lite0"
     assert other.pretrained_backbone and other.model["backbone"] == "resnet18"
     assert new.model["backbone_norm"] == "frozen" and saved.model == {"num_queries": new.model["num_queries"]}
-    assert new.rate_factors["backbone"] == 0.1 and saved.rate_factors == {}, "DETR has no reference_points"
+    assert new.rate_factors["backbone"] == 0.4 and saved.rate_factors == {}, "DETR has no reference_points"
     assert (saved.model_name_or_path, saved.backbone, saved.pretrained_backbone) == ("x", None, False)
     chosen = parse("--model_name_or_path", "x", "--model.dropout", "0.2", "--rate_factors", "{backbone: 0.5}")
     assert chosen.model == {**saved.model, "dropout": 0.2} and chosen.rate_factors == {"backbone": 0.5}
