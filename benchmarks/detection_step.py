@@ -132,7 +132,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "steps": len(steps),
         "median_milliseconds": round(1e3 * statistics.median(sum(step.values()) for step in steps), 1),
-        "mixed_precision_gflops": round(common.matmul_rate(torch.bfloat16) / 1e9),
+        "bfloat16_matmul_gflops": round(common.matmul_rate(torch.bfloat16) / 1e9),
         "share": {name: round(total / whole, 4) for name, total in totals.items()},
         "share_not_model": round(sum(total for name, total in totals.items() if name not in MODEL) / whole, 4),
     }

@@ -299,7 +299,8 @@ class TimmFeatures(Backbone):
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm has no such model, ``norm`` is unknown, or the model cannot be frozen in stages.
+        ValueError: timm has no such model, its stride cannot be changed, ``norm`` is unknown, or the model cannot be
+            frozen in stages.
     """
 
     def __init__(
@@ -324,7 +325,15 @@ class TimmFeatures(Backbone):
             raise ValueError(f'backbone must be the name of a timm model (see timm.list_models()), got "{name}"')
         options = {**(arguments or {}), **({} if output_stride is None else {"output_stride": output_stride})}
         self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
-        self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
+        try:
+            self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
+        except TypeError as error:
+            if "output_stride" in str(error):
+                raise ValueError(
+                    f'backbone "{name}" has a fixed stride, so dilation must be false and backbone_output_stride '
+                    f"null, got a stride of {output_stride}"
+                ) from error
+            raise
         convert_norms(self.body, norm, momentum)
         self.folds = fold_norms(self.body) if norm == "frozen" else []
         self.depthwise = convert_grouped(self.body)

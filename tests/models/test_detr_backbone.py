@@ -424,6 +424,12 @@ def test_published_sizes(name):
     assert 0.96 * gflops < multiply_adds < gflops
 
 
+def test_fixed_stride_is_not_dilated():
+    config = TfmDetrConfig.of_size("tiny", backbone="mambaout_femto", dilation=True)
+    with pytest.raises(ValueError, match='"mambaout_femto" has a fixed stride, so dilation must be false'):
+        TfmDetrForObjectDetection(config)
+
+
 def test_unknown_timm_backbone_is_refused():
     with pytest.raises(ValueError, match=r'backbone must be the name of a timm model .* got "resnet_of_nobody"'):
         TfmDetrForObjectDetection(tiny_detr_config(backbone="resnet_of_nobody"))
