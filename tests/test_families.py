@@ -7,6 +7,7 @@ from pathlib import Path
 
 import every_class
 import pytest
+import torch
 import transformers
 
 import hf_tfm
@@ -87,3 +88,9 @@ def test_entry_points_add_families(tmp_path, monkeypatch, capsys):
     model = transformers.AutoModel.from_config(config)
     assert type(model) is toy.classes()["AutoModel"]
     assert not hasattr(hf_tfm, "ToyModel") and "toy_family" in sys.modules
+
+
+@pytest.mark.parametrize("name", every_class.CLASSES)
+def test_every_model_says_what_reads_its_input(name):
+    """Quantization libraries and PEFT ask for it."""
+    assert isinstance(every_class.tiny(name).get_input_embeddings(), torch.nn.Module)

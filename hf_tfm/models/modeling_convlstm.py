@@ -208,6 +208,10 @@ class TfmConvLSTMModel(TfmConvLSTMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return what reads the frames."""
+        return self.layers[0] if self.stages is None else self.stages[0]
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values_videos: Tensor, **kwargs: Unpack[TransformersKwargs]) -> TfmConvLSTMModelOutput:

