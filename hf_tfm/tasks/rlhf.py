@@ -214,6 +214,8 @@ class RLHFArguments(CompletionArguments, DatasetArguments, SplitArguments, Train
             at_most={"batch_size": LARGEST_BATCH, "generation_batch_size": LARGEST_BATCH, "ptx_per_episode": 1024},
         )
         self.check_range(at_least_0="discount gae_lambda", at_most={"discount": 1, "gae_lambda": 1})
+        if self.fsdp:
+            raise ValueError("fsdp must be false for reinforcement learning: a sharded policy cannot sample, got true")
         if self.reward_model is None and not self.reward_functions:
             raise ValueError("give reward_model or reward_functions: there is no reward to learn from")
         if self.algorithm != "ppo" and self.num_generations < 2:

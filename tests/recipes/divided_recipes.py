@@ -166,6 +166,7 @@ RUNS = {
         "--generation_batch_size 8 --max_new_tokens 8 --max_train_samples 32",
     ),
 }
+REFUSED = {("PPO", "FSDP2")}
 
 
 def folder_of(name: str) -> str:
