@@ -112,6 +112,15 @@ ROWS = (
         True,
         ("cifar10_small_student_alone", "without teacher"),
     ),
+    Row(
+        "Object detection, blood cells",
+        "Deformable DETR, ImageNet backbone",
+        "deformable_bccd",
+        "test",
+        "AP50",
+        False,
+        ("detr_bccd", "DETR from digits"),
+    ),
     Row("Object detection, digit scenes", "DETR from scratch", "detr_digits", "test", "AP"),
     Row("Panoptic segmentation, digit scenes", "DETR from scratch", "detr_panoptic_digits", "test", "PQ"),
     Row(
