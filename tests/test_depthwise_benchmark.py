@@ -10,7 +10,7 @@ def test_benchmark_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(depthwise_training, "BACKBONES", ("mobilenetv3_small_050",))
-    depthwise_training.main(batch_size=1, height=32, width=32, rounds=1)
+    depthwise_training.main(batch_size=2, height=64, width=64, rounds=1)
     results = report.load("depthwise_training")
     assert list(results["backbones"]["mobilenetv3_small_050"]["milliseconds"]) == [
         *("float32 ours", "float32 default", "bfloat16 ours", "bfloat16 default")
