@@ -1,4 +1,4 @@
-"""What the time of a training step of a detector is spent on, from files to weights.
+"""Time of the parts of a detector's training step, from image files to weights.
 
 python -m benchmarks detection_step --data DATA --backbone FOLDER
 

@@ -420,8 +420,8 @@ def depthwise_training(results: dict) -> str:
     batch, _, height, width = results["shape"]
     return f"""## Depthwise backbones: milliseconds of a training step of DETR
 
-{batch} images of {height} x {width}, DETR of size `tiny`, forward and backward pass. Default: every convolution in the
-dtype of autocast, images in channels-first format. Ours: grouped convolutions in float32 under autocast too, images in
+{batch} images of {height} x {width}, DETR of size `tiny` without dilation, forward and backward pass. Default: every
+convolution in the dtype of autocast, images in channels-first format. Ours: grouped convolutions in float32 under autocast too, images in
 channels-last format.
 
 {machine(results)}
@@ -432,7 +432,7 @@ channels-last format.
 def detection_step(results: dict) -> str:
     """Section of the parts of a detector's training step."""
     rows = [(name, f"{share:.1%}") for name, share in results["share"].items()]
-    return f"""## What a training step of the preset `finetune_small` is spent on
+    return f"""## Parts of a training step of the preset `finetune_small`
 
 A step of {results["steps"]} took {results["median_milliseconds"]} ms (median). Images are decoded and augmented in the
 training process. All that is not forward pass, backward pass or optimizer takes {results["share_not_model"]:.1%}.

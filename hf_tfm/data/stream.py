@@ -33,7 +33,7 @@ from .batching import (
     worker_loader,
 )
 
-PIECES = 64  # of a round, at most; so many processes, over all ranks, can prepare pieces at the same time
+PIECES = 64  # of a round, at most; also the number of processes, over all ranks, that can prepare them at once
 
 Position = dict[str, Any]
 Prepare = Callable[[Mapping[str, list], list[int]], Mapping[str, list]]
@@ -142,7 +142,7 @@ class StreamLoader:
         few = min(1, num_workers)
         self.readers, self.collators = (num_workers, few) if prepare else (few, num_workers)
         self.exchange: Exchange = list
-        # Who prepares the pieces of a round: this one of so many ranks.
+        # This rank and the number of ranks among which the pieces of a round are divided.
         self.share = 0, 1
         if prepare and world_size > 1:
             if exchange is None:

@@ -327,8 +327,8 @@ class TimmFeatures(Backbone):
         self.name, self.options = name, {"in_chans": num_channels, "out_indices": tuple(out_indices), **options}
         try:
             self.body = timm.create_model(name, features_only=True, pretrained=False, **self.options)
-        except TypeError as error:
-            if "output_stride" in str(error):
+        except (TypeError, AssertionError) as error:  # timm asserts that the stride is the only one
+            if output_stride is not None and (isinstance(error, AssertionError) or "output_stride" in str(error)):
                 raise ValueError(
                     f'backbone "{name}" has a fixed stride, so dilation must be false and backbone_output_stride '
                     f"null, got a stride of {output_stride}"

@@ -1,5 +1,5 @@
-# The runs behind these cards: the steps of InstructGPT and its alternatives on built-in instructions with a checkable
-# answer, for a small GPT pretrained on novels. Finished runs are skipped.
+# The steps of InstructGPT and its alternatives on built-in instructions with a checkable answer, for a small GPT
+# pretrained on novels. No run is recorded yet. Finished runs are skipped.
 # Usage: . runs.sh; base 0; policies 0; base 1; policies 1; scores 0; scores 1; cards model_cards/spelled_numbers
 # Needs, in the current folder: data/gutenberg-novels, a folder of novels with the splits train, validation and test;
 # empty folders logs and scores. $TFM is the command, for instance TFM="taskset -c 0 hf-tfm".

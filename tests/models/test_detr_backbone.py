@@ -424,9 +424,10 @@ def test_published_sizes(name):
     assert 0.96 * gflops < multiply_adds < gflops
 
 
-def test_fixed_stride_is_not_dilated():
-    config = TfmDetrConfig.of_size("tiny", backbone="mambaout_femto", dilation=True)
-    with pytest.raises(ValueError, match='"mambaout_femto" has a fixed stride, so dilation must be false'):
+@pytest.mark.parametrize("name", ["mambaout_femto", "ghostnet_050", "hrnet_w18_small"])
+def test_fixed_stride_is_not_dilated(name):
+    config = TfmDetrConfig.of_size("tiny", backbone=name, dilation=True)
+    with pytest.raises(ValueError, match=f'"{name}" has a fixed stride, so dilation must be false'):
         TfmDetrForObjectDetection(config)
 
 

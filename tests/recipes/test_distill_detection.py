@@ -107,7 +107,7 @@ def test_native_teacher_gives_the_same_losses(data, teacher, tmp_path):
     for name in ("ours", "native"):
         AutoImageProcessor.from_pretrained(teacher).save_pretrained(tmp_path / name)
         found.append(distil(data, tmp_path / f"of_{name}", teacher=tmp_path / name))
-    assert distance(*found) < 1e-5
+    assert distance(*found, key_biases=False) < 1e-5
 
 
 @pytest.mark.slow  # tests/distillation/test_signal_cache.py, with detection's task
@@ -120,7 +120,7 @@ def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     distil(data, tmp_path / "no", "distill_cache distill_detection", **cache, **written)
     assert "28 samples" in capsys.readouterr().out and not (tmp_path / "no").exists()
     distil(data, tmp_path / "cached", **cache)
-    assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
+    assert distance(tmp_path / "online", tmp_path / "cached", key_biases=False) < 1e-5
     # After its last epoch a cache starts over with the same steps, each of which drops its own scenes.
     distil(data, tmp_path / "longer", **{**cache, "num_train_epochs": 3})
     assert record(tmp_path / "longer").training["epochs"] == 3

@@ -102,7 +102,7 @@ def test_cached_teacher_gives_the_same_weights(data, teacher, tmp_path, capsys):
     assert runpy.run_path(str(ROOT / "recipes" / "distill_cache.py"))["main"](["distill_mae", *written]) == 0
     assert "48 samples" in capsys.readouterr().out
     distil(data, tmp_path / "cached", **cache)
-    assert distance(tmp_path / "online", tmp_path / "cached") < 1e-5
+    assert distance(tmp_path / "online", tmp_path / "cached", key_biases=False) < 1e-5
 
 
 @OURS

@@ -113,14 +113,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def distance(one: Path, other: Path) -> float:
+def distance(one: Path, other: Path, key_biases: bool = True) -> float:
     """The largest difference between two models' weights.
 
-    Biases of key projections do not count: their gradient is rounding alone, which Adam scales to full steps.
+    Args:
+        key_biases: False leaves out biases of key projections, whose gradient is rounding alone, which Adam scales to
+            full steps: runs that compute the same in another order differ in them.
     """
     mine, theirs = weights(one), weights(other)
     assert mine.keys() == theirs.keys()
-    names = [name for name in mine if not name.endswith("k_proj.bias")]
+    names = [name for name in mine if key_biases or not name.endswith("k_proj.bias")]
     return max((mine[name].float() - theirs[name].float()).abs().max().item() for name in names)
 
 
