@@ -421,8 +421,8 @@ def depthwise_training(results: dict) -> str:
     return f"""## Depthwise backbones: milliseconds of a training step of DETR
 
 {batch} images of {height} x {width}, DETR of size `tiny` without dilation, forward and backward pass. Default: every
-convolution in the dtype of autocast, images in channels-first format. Ours: grouped convolutions in float32 under autocast too, images in
-channels-last format.
+convolution in the dtype of autocast, images in channels-first format. Ours: grouped convolutions in float32 under
+autocast too, images in channels-last format.
 
 {machine(results)}
 
