@@ -11,10 +11,11 @@ size; H heads; L levels (feature maps); P points per head and level; h, w size o
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
@@ -78,6 +79,38 @@ def cell_sizes(sizes: Sizes, device: torch.device) -> Tensor:
     return torch.cat(sides).reciprocal().view(1, 1, -1, 2)
 
 
+class SumOfPoints(torch.autograd.Function):
+    """`sum_points` with its gradient, neither of which ever holds the products of all points.
+
+    On a CPU, writing and reading them takes as long as sampling.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, samples: Tensor, weights: Tensor) -> Tensor:
+        """See `sum_points`."""
+        ctx.save_for_backward(samples, weights)
+        return sum_points(samples, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(X, C, T) -> (X, C, P, T), (X, 1, P, T)."""
+        samples, weights = ctx.saved_tensors
+        for_samples, for_weights = torch.empty_like(samples), torch.empty_like(weights)
+        for point in range(samples.shape[2]):
+            torch.mul(gradient, weights[:, :, point], out=for_samples[:, :, point])
+            torch.sum(gradient * samples[:, :, point], 1, keepdim=True, out=for_weights[:, :, point])
+        return for_samples, for_weights
+
+
+def sum_points(samples: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum over points: (X, C, P, T), (X, 1, P, T) -> (X, C, T)."""
+    total = samples[:, :, 0] * weights[:, :, 0]
+    for point in range(1, samples.shape[2]):
+        total = torch.addcmul(total, samples[:, :, point], weights[:, :, point])
+    return total
+
+
 def sample_levels(value: Tensor, points: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
     """Return weighted sums of bilinear samples of feature maps; beyond their edges the maps are 0.
 
@@ -93,12 +126,14 @@ def sample_levels(value: Tensor, points: Tensor, weights: Tensor, sizes: Sizes) 
     B, T, H, L, P = weights.shape
     maps = precise(value).transpose(1, 2).reshape(B * H, -1, value.shape[1])  # (B H, D / H, N)
     # Queries last: the sum over points then adds whole rows, which a CPU does faster than sums of a few neighbours.
+    # A compiler joins the operations itself.
+    total = sum_points if torch.compiler.is_compiling() else SumOfPoints.apply
     grid = points.permute(3, 0, 2, 4, 1, 5).reshape(L, B * H, P, T, 2)
     share = weights.permute(3, 0, 2, 4, 1).reshape(L, B * H, 1, P, T)
     mixed = None
     for level, (part, (h, w)) in enumerate(zip(maps.split([h * w for h, w in sizes], dim=2), sizes, strict=True)):
         sampled = nn.functional.grid_sample(part.unflatten(2, (h, w)), grid[level], align_corners=False)
-        own = (sampled * share[level]).sum(2)  # (B H, D / H, T)
+        own = total(sampled, share[level])  # (B H, D / H, T)
         mixed = own if mixed is None else mixed + own
     return mixed.reshape(B, -1, T).transpose(1, 2).contiguous()
 

@@ -73,6 +73,17 @@ def attention_in(dtype: torch.dtype, autocast: bool) -> Tensor:
         return layer(queries.to(dtype), memory.to(dtype), references)[0].float()
 
 
+def test_gradient_of_sampling():
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, 4), (2, 2))
+    inputs = [
+        torch.randn(2, 16, 4, generator=generator, dtype=torch.float64, requires_grad=True),
+        (torch.rand(2, 3, 2, 2, 2, 2, generator=generator, dtype=torch.float64) * 2 - 1).requires_grad_(),
+        torch.rand(2, 3, 2, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True),
+    ]
+    assert torch.autograd.gradcheck(lambda *tensors: sample_levels(*tensors, sizes), inputs)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_sampling_in_bf16(autocast):
     """Coordinates in bf16 would be up to half a cell off on a map of 100 x 100 cells of noise."""
