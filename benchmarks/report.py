@@ -498,9 +498,13 @@ def attention_methods(results: dict) -> str:
 
 
 def streams(results: dict) -> str:
-    """Resuming a stream."""
+    """What streams cost."""
     names = list(next(iter(results["results"].values())))
     rows = [(kind, *row.values()) for kind, row in results["results"].items()]
+    images, dealing, memory = (results[part] for part in ("images", "dealing", "memory"))
+    rates = [
+        (name, rate, images["share of the limit"].get(name, "")) for name, rate in images["images per second"].items()
+    ]
     return "\n\n".join(
         [
             "## Streams: time until the first batch",
@@ -509,6 +513,17 @@ def streams(results: dict) -> str:
             'in a checkpoint ("resumed").',
             machine(results),
             table(("format", *names), rows),
+            "## Streams: images",
+            f"{images['count']:,} JPEGs of 500 x 375 pixels, read and decoded by one process; the limit is the "
+            "decoder alone, on the same files in memory.",
+            table(("files", "images per second", "share of the limit"), rates),
+            "## Streams: many ranks, and many rows",
+            "All rows of a stream with files of very different sizes, dealt to ranks that one process plays; no data "
+            "is read.",
+            table(("", ""), list(dealing.items())),
+            f"Growth of the peak memory of one process over {memory['rows']:,} short texts: "
+            + ", ".join(f"{value} MB while {part} of them are read" for part, value in memory["growth, MB"].items())
+            + ".",
         ]
     )
 

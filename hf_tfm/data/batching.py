@@ -48,6 +48,7 @@ class SampleRef:
 
 Sample = int | SampleRef
 Steps = Sequence[Sequence[Sample]]
+PlacedStep = list[list[tuple[Sequence[Sample], bool]]]  # see `place_step`
 
 
 def sample_ref(sample: Sample) -> SampleRef:
@@ -285,8 +286,6 @@ class StepLoader:
         rank, world_size: this process and the number of processes.
         num_workers: number of worker processes; it never changes a batch.
         pin_memory: pin memory for faster copies to a GPU.
-        first_index: index of the first example if the examples are a piece of a longer sequence; ``collate`` receives
-            samples of that sequence.
 
     Raises:
         ValueError: if ``micro_batch_tokens`` does not fit the samples.
@@ -302,11 +301,10 @@ class StepLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
-        first_index: int = 0,
     ):
         self.examples, self.sampler, self.collate = examples, sampler, collate
         self.micro_batch_tokens, self.rank, self.world_size = micro_batch_tokens, rank, world_size
-        self.num_workers, self.pin_memory, self.first_index = num_workers, pin_memory, first_index
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         if micro_batch_tokens is not None:
             sampler.check_budget("micro_batch_tokens", micro_batch_tokens)
 
@@ -325,29 +323,48 @@ class StepLoader:
         return self.part(step, epoch).collate(self.collate)
 
     def part(self, step: Sequence[Sample], epoch: int) -> StepPart:
-        """Fetch this rank's part of a step.
-
-        Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
-        batches fill the gaps.
-        """
-        runs = [
-            self.runs(part_of_rank(step, rank, self.world_size, self.sampler.unit)) for rank in range(self.world_size)
-        ]
-        mine = runs[self.rank]
-        filling = [step[:1]] * (max(map(len, runs)) - len(mine))
-        fetched = [(*self.fetch(run), False) for run in mine] + [(*self.fetch(run), True) for run in filling]
-        return StepPart(fetched, sum(map(len, runs[: self.rank])), epoch)
-
-    def runs(self, part: Sequence[Sample]) -> Steps:
-        """Split a rank's part of a step into micro-batches."""
-        if self.micro_batch_tokens is None:
-            return [list(part)] if len(part) else []
-        return self.sampler.cut(part, self.micro_batch_tokens)
+        """Fetch this rank's part of a step."""
+        placed = place_step(step, self.sampler, self.micro_batch_tokens, self.world_size)
+        return part_of_step(placed, self.rank, epoch, self.fetch)
 
     def fetch(self, run: Sequence[Sample]) -> tuple[list[Example], list[Sample]]:
-        """Fetch the examples of a run; also return its samples, as ``collate`` receives them."""
-        examples = fetch(self.examples, [sample_ref(sample).index for sample in run])
-        return examples, [shifted(sample, self.first_index) for sample in run]
+        """Fetch the examples of a run; also return its samples."""
+        return fetch(self.examples, [sample_ref(sample).index for sample in run]), list(run)
+
+
+def place_step(
+    step: Sequence[Sample], sampler: Sampler, micro_batch_tokens: int | None, world_size: int
+) -> PlacedStep:
+    """Divide a step: return for each rank its micro-batches, (samples, is_dummy).
+
+    Every rank gets the same number of micro-batches, because sharded models communicate in each of them; dummy
+    batches fill the gaps.
+    """
+
+    def runs(part: Sequence[Sample]) -> Steps:
+        if micro_batch_tokens is None:
+            return [list(part)] if len(part) else []
+        return sampler.cut(part, micro_batch_tokens)
+
+    found = [runs(part_of_rank(step, rank, world_size, sampler.unit)) for rank in range(world_size)]
+    most = max(map(len, found))
+    return [[(run, False) for run in own] + [(step[:1], True)] * (most - len(own)) for own in found]
+
+
+def part_of_step(
+    placed: PlacedStep,
+    rank: int,
+    epoch: int,
+    fetch: Callable[[Sequence[Sample]], tuple[list[Example], list[Sample]]],
+) -> StepPart:
+    """Return a rank's part of a step.
+
+    Args:
+        placed: see `place_step`.
+        fetch: samples -> their examples, and the samples as ``collate`` receives them.
+    """
+    first = sum(not is_dummy for own in placed[:rank] for _, is_dummy in own)
+    return StepPart([(*fetch(run), is_dummy) for run, is_dummy in placed[rank]], first, epoch)
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:

@@ -4,7 +4,7 @@ boxes as stored (M, 4) + image sizes -> the format in which they lie inside thei
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,10 +59,11 @@ class BoxFormat:
 
 @dataclass
 class Problem:
-    """Number of boxes with a problem, and the image id of the first one."""
+    """Number of boxes with a problem, the image id of the first one, and the path of that image if it has one."""
 
     count: int
     image_id: int
+    path: str | None = None
 
 
 @dataclass
@@ -91,11 +92,13 @@ class BoxReport:
         """Return the number of boxes that were not dropped."""
         return self.boxes - sum(problem.count for problem in self.dropped.values())
 
-    def lines(self) -> Iterator[str]:
-        """Yield one line per problem."""
+    def lines(self, known: Container[str] = ()) -> Iterator[str]:
+        """Yield one line per problem whose name is not ``known``."""
         for action, problems in (("clipped", self.clipped), ("left out", self.dropped)):
             for name, problem in problems.items():
-                yield f"{problem.count} of {self.boxes} boxes {action}: {name} (first in image {problem.image_id})"
+                if name not in known:
+                    image = f"{problem.image_id}{f', {problem.path}' if problem.path else ''}"
+                    yield f"{problem.count} of {self.boxes} boxes {action}: {name} (first in image {image})"
 
     def require_format(self) -> None:
         """Raise if the boxes seem to have another format than stated.
@@ -111,10 +114,16 @@ class BoxReport:
                 f"relative_boxes={self.suspected.relative}"
             )
 
-    def log(self) -> None:
-        """Log one warning per problem."""
-        for line in self.lines():
+    def log(self, told: set[str] | None = None) -> None:
+        """Log one warning per problem.
+
+        Args:
+            told: names of problems that are not logged; those that are logged are added.
+        """
+        for line in self.lines(told or ()):
             log.warning("%s", line)
+        if told is not None:
+            told |= {*self.clipped, *self.dropped}
 
 
 def inside(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:

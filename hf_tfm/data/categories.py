@@ -1,6 +1,10 @@
-"""Categories of panoptic data sets."""
+"""Names of the columns and fields of objects, and categories of panoptic data sets."""
 
 from dataclasses import dataclass
+
+OBJECTS = "objects"
+BOX_FIELDS = ("bbox", "bboxes", "boxes")
+CATEGORY_FIELDS = ("category", "categories", "category_id", "label", "labels")
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,15 @@ from datasets import ClassLabel, Features, List, Value
 from . import images
 from .arrow_lists import FlatList, nest, subfields, whole
 from .box_checks import BoxFormat, BoxReport, Problem, check_boxes
+from .categories import BOX_FIELDS, CATEGORY_FIELDS, OBJECTS
 from .image_sizes import image_sizes
-from .images import IMAGE, image_rows
+from .images import IMAGE, image_rows, path_of_image
 from .run_lengths import ARROW_TYPE, FEATURE, run_lengths
 
 log = logging.getLogger(__name__)
 
-OBJECTS, SEGMENTS = "objects", "segments_info"
-BOX_FIELDS = ("bbox", "bboxes", "boxes")
-CATEGORY_FIELDS = ("category", "categories", "category_id", "label", "labels")
+SEGMENTS = "segments_info"
+ENOUGH_BOXES = 100  # of a part of a split, to infer that all have another format than stated
 
 
 def scene_rows(
@@ -45,6 +45,7 @@ def scene_rows(
     box_format: BoxFormat | None = None,
     strict: bool = True,
     roots: Sequence[str] | None = None,
+    told: set[str] | None = None,
 ) -> tuple[datasets.Dataset, BoxReport]:
     """Return rows with ``objects``: boxes validated and categories numbered; images are not decoded.
 
@@ -58,6 +59,8 @@ def scene_rows(
         strict: raise if boxes have another format, a category has no name or there is no object to find, and log which
             boxes were clipped or dropped. If False, these findings are only in the report.
         roots: see `image_rows`.
+        told: if given, the rows are a part of a split: they need no object, a wrong format is only inferred from
+            `ENOUGH_BOXES`, and each kind of problem is logged once, see `BoxReport.log`.
 
     Returns:
         The rows, and the report on the boxes.
@@ -82,14 +85,18 @@ def scene_rows(
                 'column "%s" has malformed outlines, whose objects are left out, first in %s', found.column, odd
             )
         good = leave_out(report, "without an outline", good, np.array([o is None for o in outlines], bool), ids[place])
+    for problem in (*report.clipped.values(), *report.dropped.values()):
+        problem.path = path_of_image(pictures[int((ids == problem.image_id).argmax())][IMAGE])
     if strict:
         if (categories >= len(names)).any():
             raise ValueError(
                 f'column "{found.column}" has category {categories.max()}, but there are names for only {len(names)}'
             )
-        report.require_format()
-        report.log()
-        require_objects(report, good, crowd)
+        if told is None or report.boxes >= ENOUGH_BOXES:
+            report.require_format()
+        report.log(told)
+        if told is None:
+            require_objects(report, good, crowd)
     area = found.numbers("area", np.nan)
     area = np.where(np.isfinite(area) & (area > 0), area, xywh[:, 2] * xywh[:, 3])
     fields = {
@@ -147,10 +154,10 @@ def picture_rows(
     from the columns "height" and "width" if these are complete, otherwise from the image headers.
 
     Raises:
-        ValueError: if the rows are a stream, are empty or have no images.
+        ValueError: if the rows are a stream (see `scene_streams`), are empty or have no images.
     """
     if isinstance(rows, datasets.IterableDataset):
-        raise ValueError("objects in images cannot be streamed: batches by shape need the sizes of all images first")
+        raise ValueError("the rows are a stream: its objects are read in pieces, see scene_streams")
     pictures = image_rows(rows, image_column, labelled=False, roots=roots)
     ids = integers(rows, "image_id")
     if ids is None or len(np.unique(ids)) < len(ids):

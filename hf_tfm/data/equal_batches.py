@@ -1,15 +1,10 @@
 """Batches with an equal number of samples, in an order that depends only on (seed, epoch)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import datasets
 import numpy as np
 
-from .batching import Example, Sample, SampleRef, Steps, rng
-from .stream import StreamLoader
-
-FILES = 10  # files of a stream that are read at the same time; each may hold a group of rows in memory
+from .batching import Sample, SampleRef, Steps, rng
 
 
 class BatchSampler:
@@ -86,39 +81,3 @@ class BatchSampler:
                 rows = [SampleRef(rows[k % different], k // different) for k in range(size)]
             steps.append(rows)
         return steps
-
-
-def one(example: Example) -> tuple[int]:
-    """Return the cost of a sample when the budget counts samples."""
-    return (1,)
-
-
-class EqualStreamLoader(StreamLoader):
-    """Steps with an equal number of samples of a stream; only the last one may have fewer.
-
-    Args:
-        stream: see `StreamLoader`. Every rank reads all rows, and collates its own.
-        batch_size, seed, repeats, unit: see `BatchSampler`.
-        pool_samples: samples held in memory and shuffled together; rounded up to whole steps.
-        placement: see `StreamLoader`.
-    """
-
-    def __init__(
-        self,
-        stream: datasets.IterableDataset,
-        batch_size: int,
-        collate: Callable[..., Any],
-        seed: int = 0,
-        pool_samples: int = 2048,
-        repeats: int = 1,
-        unit: int = 1,
-        **placement: Any,
-    ):
-        pool_samples = -(-pool_samples // batch_size) * batch_size
-        pools = {"pool_samples": pool_samples, "max_lanes": FILES}
-        super().__init__(stream, one, batch_size, collate, seed, **pools, **placement)
-        self.options = {"repeats": repeats, "unit": unit}
-
-    def sampler(self, pool: list[Example], seed: int) -> BatchSampler:
-        """See `StreamLoader`."""
-        return BatchSampler(len(pool), self.max_tokens, seed, **self.options)

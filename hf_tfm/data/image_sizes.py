@@ -48,7 +48,10 @@ def upright_size(image: PIL.Image.Image) -> tuple[int, int] | None:
 
 
 def image_sizes(rows: datasets.Dataset) -> np.ndarray:
-    """Return (N, 2) int64 height and width of the images of `image_rows`, cached until a file changes."""
+    """Return (N, 2) int64 height and width of the images of `image_rows`, cached until a file changes unless the rows
+    are in memory."""
+    if not rows.cache_files:
+        return np.array([image_size(value) for value in rows[IMAGE]], np.int64).reshape(-1, 2)
     show_progress_of(rows)
 
     def read(batch: dict[str, list]) -> dict[str, list[int]]:

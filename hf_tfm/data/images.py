@@ -100,6 +100,34 @@ def image_rows(
     return rows.rename_columns({old: new for old, new in names.items() if old != new})
 
 
+def with_class_names(rows: Any, names: Sequence[str]) -> Any:
+    """Return rows of `image_rows` whose labels, numbers of these names or names, are a ClassLabel.
+
+    Raises:
+        ValueError: if the labels have other names, or a label is not among them; of a stream when it is read.
+    """
+    if (stated := stated_names(rows)) is not None and stated != list(names):
+        raise ValueError(
+            f"class_names is for labels without names, but those of the data set have {listed_names(stated)}"
+        )
+    if rows.features is None:
+        raise ValueError("class_names needs a stream whose columns have known types, for instance of Parquet files")
+    return with_feature(rows, LABEL, ClassLabel(names=list(names)))
+
+
+def with_feature(rows: Any, column: str, feature: Any) -> Any:
+    """Cast a column; the other columns of a data set stay where they are stored."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.cast_column(column, feature)
+    cast = rows.select_columns([column]).cast_column(column, feature)
+    return datasets.concatenate_datasets([rows.remove_columns([column]), cast], axis=1)
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return the first names on one line."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
 def with_paths_in(rows: Any, column: str, roots: Sequence[str], source: str) -> Any:
     """Return rows in which images stored as paths have absolute paths inside some folders.
 
@@ -208,7 +236,9 @@ def label_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     if names := stated_names(rows):
         return names
     if isinstance(rows, datasets.IterableDataset):
-        raise ValueError("the labels of a stream must be a ClassLabel: its values are not known before it is read")
+        raise ValueError(
+            "the labels of a stream must be a ClassLabel, whose values are known before it is read: give class_names"
+        )
     values = [value for value in rows.unique(LABEL) if is_label(value)]
     # Tables store integers as floats if a cell is empty.
     values = sorted({int(value) if isinstance(value, float) and value.is_integer() else value for value in values})
@@ -507,7 +537,12 @@ def require_readable(rows: Any, max_bad_images: int, split: str, read: Callable[
     )
 
 
+def path_of_image(image: Any) -> str | None:
+    """Return the path of an undecoded image, or the name that it has beside its bytes; None if it has none."""
+    return image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
+
+
 def describe(image: Any, error: BadImage) -> str:
     """Return why an image cannot be read, with its path if it has one."""
-    path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+    path = path_of_image(image)
     return f"{path}: {error}" if path and path not in str(error) else str(error)

@@ -98,6 +98,7 @@ def panoptic_rows(
     panoptic_column: str = PANOPTIC,
     segments_column: str = SEGMENTS,
     roots: Sequence[str] | None = None,
+    told: set[str] | None = None,
 ) -> datasets.Dataset:
     """Return rows with ``panoptic`` and ``segments_info``; images without a map are dropped and counted in the log.
 
@@ -105,6 +106,8 @@ def panoptic_rows(
         rows: a `datasets` split; the ``category_id`` of segments refers to the ids of ``categories``.
         categories: see `panoptic_categories`; their order becomes 0..N-1.
         roots: see `image_rows`.
+        told: if given, the rows are a part of a split: they need no map, and those without one are logged only if this
+            set is empty, which then is not.
 
     Raises:
         ValueError: if there are no rows or the rows are a stream, a column or field is missing, a category is unknown,
@@ -146,10 +149,12 @@ def panoptic_rows(
     }
     whole_rows = assemble([pictures, maps], ids, sizes, SEGMENTS, nest(fields, found.counts), kinds)
     there = np.flatnonzero((found.counts > 0) & whole(maps, PANOPTIC).is_valid().to_numpy(zero_copy_only=False))
-    if not len(there):
+    if not len(there) and told is None:
         raise ValueError(f"none of the {len(rows)} images has a panoptic map")
-    if len(there) < len(rows):
+    if len(there) < len(rows) and not told:
         log.warning("%d of %d images have no panoptic map and are left out", len(rows) - len(there), len(rows))
+        if told is not None:
+            told.add("no map")
     return whole_rows.select(there)
 
 

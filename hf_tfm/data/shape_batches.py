@@ -30,6 +30,7 @@ class ShapeSampler(BatchSampler):
             evaluation.
         seed: determines the order, together with the epoch; must equal the task's seed.
         drop_last: drop the randomly chosen scenes that do not fill a step.
+        first: number of the first scene in its stream, whose augmentations depend on it.
 
     Raises:
         ValueError: if there are no samples or an option is out of range.
@@ -42,23 +43,24 @@ class ShapeSampler(BatchSampler):
         augmentation: SceneAugmentation | None = None,
         seed: int = 0,
         drop_last: bool = False,
+        first: int = 0,
     ):
         sizes = checked_counts("sizes", sizes)
         if sizes.ndim != 2 or sizes.shape[1] != 2:
             raise ValueError(f"sizes must have shape (N, 2), height and width of each image, got {sizes.shape}")
         super().__init__(len(sizes), batch_size, seed, shuffle=augmentation is not None, drop_last=drop_last)
         self.sizes = np.maximum(sizes.astype(np.int64), 1)  # an unreadable image has size 0
-        self.augmentation = augmentation
+        self.augmentation, self.first = augmentation, first
 
     def make_steps(self, epoch: int) -> Steps:
         """See `steps`."""
         if self.augmentation is None:
             return self.cut(by_shape(self.sizes, np.arange(self.count)).tolist(), self.batch_size)
-        random = rng(self.seed, epoch)
+        random = rng(self.seed, epoch, self.first)  # a last number of 0 changes nothing
         order = random.permutation(self.count)
         if self.drop_last:
             order = order[: self.count - self.count % self.batch_size]
-        shapes = self.augmentation.crops(self.sizes, chances(self.seed, epoch, 0, self.count))[:, 2:]
+        shapes = self.augmentation.crops(self.sizes, chances(self.seed, epoch, self.first, self.count))[:, 2:]
         pool = POOL_STEPS * self.batch_size
         steps = []
         for start in range(0, len(order), pool):

@@ -48,7 +48,10 @@ FORMATS = {*KINDS.values(), "imagefolder", "webdataset", "xml", "hdf5", "pandas"
 RETRY_SECONDS = (1, 4, 16)  # pauses before a shard of a stream is read again after a failed connection
 CLIENTS = ("aiohttp", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")  # whose errors may pass
 LASTING = (FileNotFoundError, IsADirectoryError, PermissionError, gzip.BadGzipFile, PIL.UnidentifiedImageError)
-OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {Csv: CsvFiles, Json: JsonFiles}
+OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {
+    Csv: CsvFiles,
+    Json: JsonFiles,
+}
 
 
 Splits: TypeAlias = datasets.DatasetDict | datasets.IterableDatasetDict
@@ -543,8 +546,9 @@ def take_split(splits: dict, split: str, argument: str):
 
 
 def gather(rows: datasets.IterableDataset) -> datasets.Dataset:
-    """Read all rows of a stream into memory, with the features of the stream."""
-    return datasets.Dataset.from_list(list(rows), features=rows.features)
+    """Read all rows of a stream into memory, with the features of the stream; images stay encoded."""
+    stored = rows.decode(False) if rows.features else rows
+    return datasets.Dataset.from_list(list(stored), features=rows.features)
 
 
 def first(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:

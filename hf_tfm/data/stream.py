@@ -4,18 +4,19 @@
 
 The shards of a stream (files, see `datasets.IterableDataset.num_shards`) are shuffled by (seed, epoch) and dealt to
 *lanes*, which are read at the same time. A *round* takes a fixed number of *pieces*, a few rows each, from every lane.
-Each piece is prepared (tokenized) by one worker of one rank, and the ranks exchange the results; each lane is read
-only where a piece of it is prepared. The samples of successive rounds form *pools*, and each pool is batched like a
-small data set.
+Each piece is prepared by one worker of one rank, which keeps its samples and tells the other ranks their sizes; each
+lane is read only where a piece of it is prepared. The samples of successive rounds form *pools*. Every rank batches a
+pool by its sizes like a small data set, and then the samples are sent to the ranks that compute them.
 
 Neither the number of ranks nor that of workers changes the order: lanes, pieces and pools do not depend on them.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -24,20 +25,24 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from .batching import (
     Example,
     MicroBatches,
+    PlacedStep,
+    Sample,
     Sampler,
-    StepLoader,
     StepPart,
-    TokenBudgetSampler,
     part_of_rank,
+    part_of_step,
+    place_step,
     rng,
+    sample_ref,
+    shifted,
     worker_loader,
 )
+from .exchange import Alone, Exchange
 
-PIECES = 64  # of a round, at most; also the number of processes, over all ranks, that can prepare them at once
+PIECES = 64  # of a round, at least, if a lane has several; also the processes, over all ranks, that can share them
 
 Position = dict[str, Any]
 Prepare = Callable[[Mapping[str, list], list[int]], Mapping[str, list]]
-Exchange = Callable[[list[Any]], list[Any]]
 
 
 @dataclass
@@ -88,15 +93,27 @@ class Piece:
 
     Args:
         number: of the piece in its round.
-        samples: examples, in order.
+        rank: that has prepared it.
+        sizes: of its samples, see `StreamLoader`.
+        samples: examples, in order; None on the other ranks.
         lane: position of its lane after the round, with the last piece of the lane alone.
         problem: why the rows cannot be read; the other fields are then empty.
     """
 
     number: int
-    samples: list[Example]
+    rank: int
+    sizes: list[Sequence[int]]
+    samples: list[Example] | None
     lane: Position | None = None
     problem: str | None = None
+
+
+class Held(NamedTuple):
+    """A sample of a pool: its size, and the rank that holds its example; on other ranks, ``example`` is None."""
+
+    size: Sequence[int]
+    rank: int
+    example: Example | None
 
 
 class StreamLoader:
@@ -108,22 +125,25 @@ class StreamLoader:
 
     Args:
         stream: rows; read again in every epoch.
-        measure: example -> lengths of its sides.
+        sampler: (sizes (n, sides) of the samples of a pool, number of the first one in the epoch) -> sampler.
+        collate: see `StepLoader`.
+        size: example -> what its batching depends on: lengths of its sides, or height and width; default: nothing.
+        seed: determines the order of the shards, together with the epoch.
         prepare: (rows by column, their indices) -> examples by column, not necessarily as many; default: the rows are
-            the examples. The ranks share this work.
-        pool_samples: number of samples that are sorted and shuffled together.
-        max_lanes: number of shards that are read at the same time, at most `PIECES`.
-        exchange: list of this rank -> lists of all ranks, concatenated; needed for several ranks if there is
-            ``prepare``. Without ``prepare``, every rank reads all rows.
-        num_workers: number of worker processes that prepare rows, or without ``prepare``, that collate.
+            the examples.
+        pool_samples: number of samples that are batched together. Each rank holds its share of them in memory.
+        max_lanes: number of shards that are read at the same time, at most.
+        exchange: with the other ranks; needed if there are any.
+        num_workers: number of worker processes that collate.
+        num_readers: number of worker processes that read and prepare rows.
     """
 
     def __init__(
         self,
         stream: datasets.IterableDataset,
-        measure: Callable[[Example], Sequence[int]],
-        max_tokens: int,
+        sampler: Callable[[np.ndarray, int], Sampler],
         collate: Callable[..., Any],
+        size: Callable[[Example], Sequence[int]] | None = None,
         seed: int = 0,
         prepare: Prepare | None = None,
         pool_samples: int = 20_000,
@@ -133,23 +153,18 @@ class StreamLoader:
         world_size: int = 1,
         exchange: Exchange | None = None,
         num_workers: int = 0,
+        num_readers: int = 0,
         pin_memory: bool = False,
     ):
-        self.stream, self.measure, self.max_tokens, self.collate = stream, measure, max_tokens, collate
+        if exchange is None and world_size > 1:
+            raise ValueError(f"exchange is needed for {world_size} ranks that read a stream together")
+        self.stream, self.sampler, self.collate, self.size = stream, sampler, collate, size
         self.seed, self.prepare, self.pool_samples = seed, prepare, pool_samples
         self.micro_batch_tokens, self.rank, self.world_size = micro_batch_tokens, rank, world_size
-        self.pin_memory = pin_memory
-        few = min(1, num_workers)
-        self.readers, self.collators = (num_workers, few) if prepare else (few, num_workers)
-        self.exchange: Exchange = list
-        # This rank and the number of ranks among which the pieces of a round are divided.
-        self.share = 0, 1
-        if prepare and world_size > 1:
-            if exchange is None:
-                raise ValueError(f"exchange is needed for {world_size} ranks that prepare rows together")
-            self.exchange, self.share = exchange, (rank, world_size)
-        self.lanes = min(max_lanes, PIECES, stream.num_shards)
-        self.lane_pieces = PIECES // self.lanes
+        self.exchange: Exchange = exchange or Alone()
+        self.num_workers, self.num_readers, self.pin_memory = num_workers, num_readers, pin_memory
+        self.lanes = min(max_lanes, stream.num_shards)
+        self.lane_pieces = max(1, PIECES // self.lanes)
         self.pieces = self.lanes * self.lane_pieces
         self.piece_rows = -(-pool_samples // self.pieces)
 
@@ -164,7 +179,7 @@ class StreamLoader:
             start: number of the first step, up to which the stream is then read, or a position.
 
         Raises:
-            ValueError: the position is of a stream with another number of shards.
+            ValueError: the position is of a stream with another number of shards, or of another ``max_lanes``.
         """
         positions: deque[Position] = deque()  # of the steps that workers are collating
 
@@ -173,7 +188,7 @@ class StreamLoader:
                 positions.append(position)
                 yield part
 
-        loader = worker_loader(_Collated(self.collate), parts(), self.collators, self.pin_memory)
+        loader = worker_loader(_Collated(self.collate), parts(), self.num_workers, self.pin_memory)
         for micro_batches in loader:
             micro_batches.position = positions.popleft()
             yield micro_batches
@@ -185,28 +200,45 @@ class StreamLoader:
         first_step = position["step"] if position else start
         for pool, begin in self.pools(epoch, position):
             first = begin["sample"]
-            sampler = self.sampler(pool, int(rng(self.seed, first).integers(2**32)))
-            placement = self.micro_batch_tokens, self.rank, self.world_size
-            loader = StepLoader(pool, sampler, self.collate, *placement, first_index=first)
+            sampler = self.sampler(np.array([held.size for held in pool]), first)
+            if self.micro_batch_tokens is not None:
+                sampler.check_budget("micro_batch_tokens", self.micro_batch_tokens)
+            steps = sampler.steps(epoch)
             begin["pool_step"] = number
-            for step in sampler.steps(epoch):
-                number += 1
-                if number > first_step:
-                    yield loader.part(step, epoch), {**begin, "step": number}
+            done = min(max(0, first_step - number), len(steps))
+            placed = [place_step(step, sampler, self.micro_batch_tokens, self.world_size) for step in steps[done:]]
+            examples = self.delivered(pool, placed)
+            own = functools.partial(of_pool, examples, first)
+            for i, step in enumerate(placed, start=number + done + 1):
+                yield part_of_step(step, self.rank, epoch, own), {**begin, "step": i}
+            number += len(steps)
 
-    def sampler(self, pool: list[Example], seed: int) -> Sampler:
-        """Return the sampler that batches a pool."""
-        lengths = np.array([self.measure(example) for example in pool])
-        return TokenBudgetSampler(lengths, self.max_tokens, seed)
+    def delivered(self, pool: list[Held], steps: Sequence[PlacedStep]) -> dict[int, Any]:
+        """Send the samples of a pool to the ranks that compute them.
 
-    def pools(self, epoch: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
+        Args:
+            pool: is emptied.
+            steps: see `place_step`.
+
+        Returns:
+            Those of this rank, {place in the pool: example}.
+        """
+        wanted: list[set[int]] = [set() for _ in range(self.world_size)]
+        for step in steps:
+            for places, runs in zip(wanted, step, strict=True):
+                places.update(sample_ref(sample).index for run, _ in runs for sample in run)
+        own = [[(i, pool[i].example) for i in sorted(places) if pool[i].rank == self.rank] for places in wanted]
+        pool.clear()
+        return dict(self.exchange.deal(own))
+
+    def pools(self, epoch: int, position: Position | None = None) -> Iterator[tuple[list[Held], Position]]:
         """Yield the samples of each pool, and where it begins."""
         first = position["sample"] if position else 0
         skipped = position["skipped"] if position else 0  # samples of the first round that an earlier pool has
-        held: list[Example] = []
+        held: list[Held] = []
         rounds: list[tuple[int, Position]] = []  # place in ``held`` of the first sample of a round; its beginning
 
-        def take() -> tuple[list[Example], Position]:
+        def take() -> tuple[list[Held], Position]:
             nonlocal held, first, rounds
             while len(rounds) > 1 and rounds[1][0] <= 0:
                 rounds = rounds[1:]
@@ -225,7 +257,7 @@ class StreamLoader:
         if held:
             yield take()
 
-    def rounds(self, epoch: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
+    def rounds(self, epoch: int, position: Position | None = None) -> Iterator[tuple[list[Held], Position]]:
         """Yield the samples of each round, and where it begins."""
         shards = self.stream.num_shards
         if position and position["shards"] != shards:
@@ -233,22 +265,48 @@ class StreamLoader:
                 f"the stream has {shards} shards, but the run to be resumed was reading {position['shards']}: "
                 "the data set has changed"
             )
+        if position and len(position["lanes"]) != self.lanes:
+            raise ValueError(
+                f"stream_files must be {len(position['lanes'])}, as in the run to be resumed, got {self.lanes}"
+            )
         number = position["round"] if position else 0
         lanes = position["lanes"] if position else [{"shard": 0, "state": None}] * self.lanes
-        readers = max(1, self.readers)
-        items = -(-self.pieces // (self.share[1] * readers))  # of a reader in a round
-        reader = iter(worker_loader(_Reader(self, epoch, number, lanes), None, self.readers, prefetch=items))
+        readers = max(1, self.num_readers)
+        items = -(-self.pieces // (self.world_size * readers))  # of a reader in a round
         order = shard_order(self.seed, epoch, shards)
+        reader = iter(worker_loader(_Reader(self, order, number, lanes), None, self.num_readers, prefetch=items))
         while any(lane["shard"] < len(order[i :: self.lanes]) for i, lane in enumerate(lanes)):
             begin = {"shards": shards, "round": number, "lanes": lanes}
-            mine = [piece for piece in itertools.islice(reader, items * readers) if piece is not None]
-            pieces = sorted(self.exchange(mine), key=lambda piece: piece.number)  # lane by lane
+            mine = {piece.number: piece for piece in itertools.islice(reader, items * readers) if piece is not None}
+            pieces = self.exchange.gather([replace(piece, samples=None) for piece in mine.values()])
             if problem := next((piece.problem for piece in pieces if piece.problem), None):
                 raise ValueError(problem)
+            pieces = [mine.get(piece.number, piece) for piece in sorted(pieces, key=lambda piece: piece.number)]
             lanes = [piece.lane for piece in pieces if piece.lane is not None]
             turns = (pieces[k :: self.lane_pieces] for k in range(self.lane_pieces))  # of all lanes
-            yield [sample for turn in turns for piece in turn for sample in piece.samples], begin
+            yield [held for turn in turns for piece in turn for held in held_of(piece)], begin
             number += 1
+
+
+def of_pool(examples: Mapping[int, Example], first: int, run: Sequence[Sample]) -> tuple[list[Example], list[Sample]]:
+    """Return the examples of samples of a pool, and the samples as those of the epoch.
+
+    Args:
+        examples: by place in the pool.
+        first: number of the first sample of the pool in the epoch.
+    """
+    return [examples[sample_ref(sample).index] for sample in run], [shifted(sample, first) for sample in run]
+
+
+def held_of(piece: Piece) -> Iterator[Held]:
+    """Yield the samples of a piece."""
+    for i, size in enumerate(piece.sizes):
+        yield Held(size, piece.rank, piece.samples and piece.samples[i])
+
+
+def pool_seed(seed: int, first: int) -> int:
+    """Return the seed of the sampler of a pool; ``first`` is the number of its first sample."""
+    return int(rng(seed, first).integers(2**32))
 
 
 def shard_order(seed: int, epoch: int, shards: int) -> list[int]:
@@ -259,47 +317,51 @@ def shard_order(seed: int, epoch: int, shards: int) -> list[int]:
 class _Reader(IterableDataset):
     """The pieces of all rounds that this worker of this rank prepares; equally many items for each, some None."""
 
-    def __init__(self, loader: StreamLoader, epoch: int, first_round: int, lanes: Sequence[Position]):
-        self.loader, self.number, self.first_round, self.positions = loader, epoch, first_round, lanes
+    def __init__(self, loader: StreamLoader, order: Sequence[int], first_round: int, lanes: Sequence[Position]):
+        self.stream, self.prepare, self.size = loader.stream, loader.prepare, loader.size
+        self.rank, self.world_size = loader.rank, loader.world_size
+        self.lanes, self.lane_pieces, self.piece_rows = loader.lanes, loader.lane_pieces, loader.piece_rows
+        self.order, self.first_round, self.positions = order, first_round, lanes
 
     def __iter__(self) -> Iterator[Piece | None]:
-        loader, worker = self.loader, get_worker_info()
-        rank, ranks = loader.share
+        worker, pieces = get_worker_info(), self.lanes * self.lane_pieces
         reader, readers = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine = part_of_rank(range(loader.pieces), rank * readers + reader, ranks * readers)
-        order = shard_order(loader.seed, self.number, loader.stream.num_shards)
+        mine = part_of_rank(range(pieces), self.rank * readers + reader, self.world_size * readers)
         lanes = {
-            i: Lane(loader.stream, order[i :: loader.lanes], loader.piece_rows, **self.positions[i])
-            for i in dict.fromkeys(piece // loader.lane_pieces for piece in mine)
+            i: Lane(self.stream, self.order[i :: self.lanes], self.piece_rows, **self.positions[i])
+            for i in dict.fromkeys(piece // self.lane_pieces for piece in mine)
         }
-        empty = -(-loader.pieces // (ranks * readers)) - len(mine)
+        empty = -(-pieces // (self.world_size * readers)) - len(mine)
         for number in itertools.count(self.first_round):
             try:
-                yield from self.round(lanes, mine, number)
+                yield from self.round(lanes, mine, number * pieces)
             except ValueError as error:  # all ranks raise it, so that none waits for this one
-                yield Piece(0, [], problem=str(error))
+                yield Piece(-1, self.rank, [], [], problem=str(error))
                 return
             yield from [None] * empty
 
-    def round(self, lanes: dict[int, Lane], mine: Sequence[int], number: int) -> Iterator[Piece]:
-        """Yield the pieces ``mine`` of a round; the other pieces of the same lanes are read, too."""
-        loader = self.loader
+    def round(self, lanes: dict[int, Lane], mine: Sequence[int], first: int) -> Iterator[Piece]:
+        """Yield the pieces ``mine`` of a round; the other pieces of the same lanes are read, too.
+
+        Args:
+            first: number of pieces of earlier rounds.
+        """
         for i, lane in lanes.items():
-            for k in range(loader.lane_pieces):
-                batch, piece = lane.read(), i * loader.lane_pieces + k
+            for k in range(self.lane_pieces):
+                batch, piece = lane.read(), i * self.lane_pieces + k
                 if piece not in mine:
                     continue
-                last = k == loader.lane_pieces - 1
-                yield Piece(piece, self.prepared(batch, number, piece), lane.position() if last else None)
+                samples = self.prepared(batch, (first + piece) * self.piece_rows)
+                end = lane.position() if k == self.lane_pieces - 1 else None
+                sizes = [self.size(sample) if self.size else () for sample in samples]
+                yield Piece(piece, self.rank, sizes, samples, end)
 
-    def prepared(self, batch: Mapping[str, list], number: int, piece: int) -> list[Example]:
-        """Return the examples of the rows of a piece."""
+    def prepared(self, batch: Mapping[str, list], first: int) -> list[Example]:
+        """Return the examples of the rows of a piece; ``first`` is the index of its first row."""
         if not batch:
             return []
-        rows = len(next(iter(batch.values())))
-        if self.loader.prepare is not None:
-            first = (number * self.loader.pieces + piece) * self.loader.piece_rows
-            batch = self.loader.prepare(batch, list(range(first, first + rows)))
+        if self.prepare is not None:
+            batch = self.prepare(batch, list(range(first, first + len(next(iter(batch.values()))))))
         return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 

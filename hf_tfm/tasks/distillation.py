@@ -150,6 +150,15 @@ def check_texts(args: Any) -> None:
     """
     if args.tokenizer:
         raise ValueError(f'the student has the teacher\'s tokenizer: give no tokenizer, got "{args.tokenizer}"')
+    check_stream_cache(args)
+
+
+def check_stream_cache(args: Any) -> None:
+    """Refuse a cache of the teacher's signals for a stream.
+
+    Args:
+        args: with ``streaming`` and ``cache``.
+    """
     if args.streaming and args.cache:
         raise ValueError("cache needs the number of samples, which is not known with streaming")
 

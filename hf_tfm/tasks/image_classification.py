@@ -38,7 +38,7 @@ from .images import (
     ImageCollator,
     ImageTask,
 )
-from .labels import class_names, is_unnamed, match_classes
+from .labels import ClassNameArguments, class_names, is_unnamed, match_classes
 from .linear_probe import fold_probe, heads_of, prepare_probe
 from .model_fields import build_new, check_fields, dropout_fields, fresh_head, label_fields, new_config
 
@@ -48,7 +48,7 @@ TOP = 5  # classes that are kept of each prediction
 
 
 @dataclass(kw_only=True)
-class LabelArguments(ImageDataArguments):
+class LabelArguments(ClassNameArguments, ImageDataArguments):
     """How to read labelled images.
 
     Args:

@@ -9,24 +9,20 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 
-from ..arguments import (
-    DatasetArguments,
-    ImageBatchArguments,
-    ImageDataArguments,
-    ImageScaleArguments,
-    SplitArguments,
-)
+from ..arguments import DatasetArguments, ImageDataArguments, ImageScaleArguments
 from ..data import images
 from ..data.augment import Augmentation, seeded
 from ..data.batching import Sample, StepLoader, sample_ref
-from ..data.equal_batches import BatchSampler, EqualStreamLoader
+from ..data.equal_batches import BatchSampler
 from ..data.files import data_roots
 from ..data.images import IMAGE, BadImage, WatchedLoader, decode, describe
 from ..data.pixels import Pixels, as_read, image_processor, image_size_of, pixel_scale, suitable
+from ..data.stream import pool_seed
 from ..distillation.model_spec import check_processors
 from ..hub.external import external_model
 from ..hub.loading import load_with_processor
@@ -38,6 +34,7 @@ from .base import Batch, Collator, Task
 from .loaders import placement
 from .model_fields import check_fields
 from .splits import load_rows
+from .streams import ImageStreamArguments, image_stream_loader
 
 IMAGE_SIZE = 224  # default for a new model
 # Fields of a configuration that other arguments decide; images are read as RGB.
@@ -45,22 +42,16 @@ IMAGE_FIELDS = ("image_size", "num_channels")
 
 
 @dataclass(kw_only=True)
-class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
+class ImageArguments(DatasetArguments, ImageDataArguments, ImageScaleArguments, ImageStreamArguments):
     """Training on images of one size.
 
     Args:
-        streaming: stream the training split instead of downloading it; needs max_steps.
-        shuffle_buffer: number of images of a stream that are shuffled together, read from up to ten files in turn;
-            10,000 encoded images of ImageNet take about 1 GB, and up to three times that while the next ones are
-            read. A stream sorted by class needs several classes in the buffer.
         image_size: pixels of the model's images; default, those of model_name_or_path's image processor, or 224.
         resize: evaluation resizes the shorter edge to this and crops the centre; default, it resizes to image_size.
         augmentation: random changes of training images.
         repeats: copies of a sample in a step, each augmented differently.
     """
 
-    streaming: bool = False
-    shuffle_buffer: int = 10_000
     image_size: int | tuple[int, int] | None = None
     resize: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -69,22 +60,13 @@ class ImageArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
     def __post_init__(self):
         super().__post_init__()
         self.check_range(
-            at_least_1="repeats shuffle_buffer resize",
-            at_most={"repeats": self.batch_size, "shuffle_buffer": 10_000_000, "resize": LARGEST_SIDE},
+            at_least_1="repeats resize",
+            at_most={"repeats": self.batch_size, "resize": LARGEST_SIDE},
         )
         check_bounds("image_size", self.image_size, 1, LARGEST_SIDE)
         if self.resize is not None and self.image_size is not None and self.resize < max(sides(self.image_size)):
             raise ValueError(f"resize must be at least image_size = {self.image_size}, got {self.resize}")
         check_batch_memory(self, sides(self.image_size or IMAGE_SIZE))
-        if self.streaming:
-            if self.max_steps is None:
-                raise ValueError("streaming needs max_steps: the length of a stream is not known")
-            if self.holdout is not None or self.max_train_samples is not None:
-                raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
-            if self.warmup_epochs is not None:
-                raise ValueError(
-                    "streaming needs warmup_steps, not warmup_epochs: the length of a stream is not known"
-                )
 
     def check_saved(self, config: PreTrainedConfig) -> None:
         """See `ModelArguments`."""
@@ -189,10 +171,12 @@ class ImageTask(Task):
         """
         args = self.args
         roots = data_roots(args.dataset_name, args.data_files)
-        column = args.label_column if self.labelled else None
 
         def read(rows: Any) -> Any:
-            return images.image_rows(rows, args.image_column, column, self.labelled, roots)
+            if not self.labelled:
+                return images.image_rows(rows, args.image_column, labelled=False, roots=roots)
+            rows = images.image_rows(rows, args.image_column, args.label_column, roots=roots)
+            return images.with_class_names(rows, args.class_names) if args.class_names else rows
 
         splits = load_rows(args, read)
         for name, rows in splits.items():
@@ -263,8 +247,11 @@ class ImageTask(Task):
         place["micro_batch_tokens"] = args.micro_batch_size
         options: dict[str, Any] = {"repeats": args.repeats, "unit": self.unit} if training else {"shuffle": False}
         if training and args.streaming:
-            options["pool_samples"] = args.shuffle_buffer
-            stream = EqualStreamLoader(rows, args.batch_size, collate, args.seed, **options, **place)
+
+            def of_pool(sizes: np.ndarray, first: int) -> BatchSampler:
+                return BatchSampler(len(sizes), args.batch_size, pool_seed(args.seed, first), **options)
+
+            stream = image_stream_loader(args, self.accelerator, collate, rows, of_pool)
             return WatchedLoader(stream, args.max_bad_images)
         if training:
             options["drop_last"] = len(rows) > args.batch_size

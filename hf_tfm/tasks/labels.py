@@ -1,17 +1,35 @@
-"""Matching the labels of a data set to the classes of a saved model."""
+"""Names of the classes of a data set, and matching them to the classes of a saved model."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 from transformers import PreTrainedConfig
 
+from ..arguments import Arguments
 from ..data.detection import category_ids
 from ..data.detection import class_names as category_names
 from ..data.images import label_ids, label_names, stated_names
 
 SAME_NAMES = 0.9  # share of the names of ImageNet that a model must have to be taken for a classifier of ImageNet
+
+
+@dataclass(kw_only=True)
+class ClassNameArguments(Arguments):
+    """Names of classes.
+
+    Args:
+        class_names: of a data set whose labels are not a ClassLabel: what the numbers 0, 1, ... stand for, or all the
+            names. A stream of such labels needs them; default, the values that occur.
+    """
+
+    class_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_distinct("class_names")
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:

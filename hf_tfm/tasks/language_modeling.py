@@ -35,8 +35,6 @@ from ..arguments import (
     DatasetArguments,
     EvaluationArguments,
     ModelArguments,
-    SplitArguments,
-    TokenBatchArguments,
 )
 from ..data.batching import StepLoader, TokenBudgetSampler, pad_tokens, rng
 from ..data.language import (
@@ -59,9 +57,10 @@ from ..limits import LARGEST_VOCABULARY, LONGEST, SEEDS
 from ..models.cross_entropy import IGNORE_INDEX
 from .base import Batch, Collator, Scores, Task
 from .distillation import DistillationArguments, check_texts
-from .loaders import check_stream, stream_loader, token_loader
+from .loaders import token_loader
 from .model_fields import build_new, check_fields, head_of, new_config, sums_losses
 from .splits import load_rows
+from .streams import TokenStreamArguments, check_longest, stream_loader
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +93,10 @@ class TextArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments, ModelArguments, TokenBatchArguments):
+class LanguageModelingArguments(TextArguments, DatasetArguments, ModelArguments, TokenStreamArguments):
     """Arguments of language-model pretraining.
 
     Args:
-        streaming: stream the training split instead of downloading it; needs max_steps.
         more_texts: further training data, each {dataset_name, split, text_column, ...}.
         objective: masked tokens (BERT) or next tokens (GPT).
         sequences: packed blocks of running text, rows (one truncated text each), or pairs of segments, which adds next
@@ -112,7 +110,6 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         architecture: model family of a new model; default, bert for masked tokens and gpt for next tokens.
     """
 
-    streaming: bool = False
     more_texts: list[Corpus] = field(default_factory=list)
     objective: Literal["masked", "causal"] = "masked"
     sequences: Literal["packed", "rows", "pairs"] = "packed"
@@ -135,9 +132,9 @@ class LanguageModelingArguments(TextArguments, DatasetArguments, SplitArguments,
         if self.objective == "causal" and (self.sequences == "pairs" or self.whole_words):
             raise ValueError('sequences="pairs" and whole_words are for objective="masked"')
         if self.streaming:
-            check_stream(self, self.train_split, self.max_length, (self.held_out, *self.test_splits))
-            if self.more_texts or self.holdout or self.max_train_samples:
-                raise ValueError("streaming reads one split: give no more_texts, holdout and max_train_samples")
+            check_longest(self, self.max_length)
+            if self.more_texts:
+                raise ValueError("streaming reads one split: give no more_texts")
         if self.model_name_or_path and (self.model or self.tokenizer):
             raise ValueError("model_name_or_path has its own model and tokenizer: give neither model nor tokenizer")
         check_fields(self.config_class, self.model, TOKEN_FIELDS)

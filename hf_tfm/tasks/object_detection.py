@@ -24,12 +24,13 @@ from ..arguments import Arguments, ImageModelEvaluationArguments
 from ..data.batching import Sample, StepLoader, sample_ref
 from ..data.box_checks import BoxFormat
 from ..data.categories import Category
-from ..data.detection import category_ids, check_order, class_names, fingerprint, scene_rows
+from ..data.detection import category_ids, check_order, class_names, fingerprint
 from ..data.files import data_roots
-from ..data.images import IMAGE, BadImage, WatchedLoader, decode
-from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories, panoptic_rows
+from ..data.images import IMAGE, BadImage, WatchedLoader, decode, require_readable
+from ..data.panoptic import PANOPTIC, SEGMENTS, panoptic_categories
 from ..data.pixels import Channels, PaddedPixels, Scale, as_fractions, pixel_scale, scene_processor
-from ..data.scenes import require_scenes
+from ..data.scene_streams import ScenePieces, SceneReader
+from ..data.scenes import read_scene, require_scenes
 from ..data.shape_batches import ShapeSampler
 from ..distillation.model_spec import check_processors
 from ..families import DETECTOR, PANOPTIC_DETECTOR, Head
@@ -40,12 +41,13 @@ from ..metrics.streaming import StreamingMetric
 from ..models.encoder_attention import make_method, set_encoder_attention
 from .base import Batch, Collator, Scores, Task, mean, widest_float
 from .detectors import build_detector, model_class, scale_of_backbone, warn_of_batch_norm
-from .distillation import Dtype, EncoderDecoderArguments
-from .labels import match_categories
+from .distillation import Dtype, EncoderDecoderArguments, check_stream_cache
+from .labels import ClassNameArguments, match_categories
 from .loaders import placement
 from .model_fields import label_fields
 from .scenes import ProcessorCollator, SceneArguments, SceneCollator
 from .splits import load_rows
+from .streams import image_stream_loader
 
 # Names of the loss terms, and those that a model gives them unless its class has ``loss_terms``.
 TERMS = {"class": "loss_ce", "box": "loss_bbox", "giou": "loss_giou"}
@@ -64,7 +66,7 @@ LOWEST_SCORE = 0.05  # of a detection in the file of predictions
 
 
 @dataclass(kw_only=True)
-class BoxArguments(Arguments):
+class BoxArguments(ClassNameArguments):
     """Boxes of a data set.
 
     Args:
@@ -120,6 +122,10 @@ class DetectionDistillationArguments(EncoderDecoderArguments, DetectionArguments
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_stream_cache(self)
+
 
 @dataclass(kw_only=True)
 class DetectionEvaluationArguments(BoxArguments, SegmentArguments, ImageModelEvaluationArguments):
@@ -157,6 +163,8 @@ class DetectionTask(Task):
 
     Attributes:
         categories: of panoptic maps; None if the objects are boxes.
+        heads: first rows of splits that are streams, read like those of a data set.
+        pieces: readers of these splits, see `StreamLoader`.
         pictures: draws predictions during training; None before it does.
     """
 
@@ -172,6 +180,8 @@ class DetectionTask(Task):
     def __init__(self, args: Any, accelerator: Accelerator | None):
         super().__init__(args, accelerator)
         self.categories: Sequence[Category] | None = None
+        self.heads: dict[str, datasets.Dataset] = {}
+        self.pieces: dict[str, ScenePieces] = {}
         self.pictures: Callable[[nn.Module, int], Path | None] | None = None
 
     @property
@@ -196,8 +206,8 @@ class DetectionTask(Task):
 
     # --- data, processor and model
 
-    def load_splits(self) -> dict[str, datasets.Dataset]:
-        """Rows of `scene_rows`, or of `panoptic_rows`, by split.
+    def load_splits(self) -> dict[str, Any]:
+        """Rows of `scene_rows`, or of `panoptic_rows`, by split; a stream as stored.
 
         Raises:
             ValueError: the splits have other categories; or see `require_scenes`.
@@ -205,12 +215,25 @@ class DetectionTask(Task):
         args = self.args
         if self.reads_segments():
             self.categories = panoptic_categories(args.dataset_name, args.dataset_revision)
-        rows = load_rows(args, self.read_rows)
+        reader = self.reader()
+
+        def read(rows: Any) -> Any:
+            return reader.select(rows) if isinstance(rows, datasets.IterableDataset) else reader(rows)
+
+        rows = load_rows(args, read)
+        for name, part in rows.items() if not self.evaluating and args.streaming else ():
+            if name == args.train_split:
+                self.heads[name], self.pieces[name] = reader.head(part)
+            else:
+                rows[name] = reader(part)
+        known = {**rows, **self.heads}
         if not self.evaluating:
-            check_order(rows, args.train_split)
-            for part in rows.values():
-                category_ids(part, class_names(rows[args.train_split]))
-        require_scenes(rows, args.max_bad_images)
+            check_order(known, args.train_split)
+            for part in known.values():
+                category_ids(part, class_names(known[args.train_split]))
+        for name, part in self.heads.items():
+            require_readable(part, args.max_bad_images, name, read_scene)
+        require_scenes({name: part for name, part in rows.items() if name not in self.heads}, args.max_bad_images)
         return rows
 
     def reads_segments(self) -> bool:
@@ -227,15 +250,15 @@ class DetectionTask(Task):
             raise ValueError(f'segments needs a model with masks, and "{self.args.model}" is a {saved}')
         return has_masks(config) if asked is None else asked
 
-    def read_rows(self, rows: datasets.Dataset) -> datasets.Dataset:
-        """Rows of a data set -> rows of the task."""
+    def reader(self) -> SceneReader:
+        """Reader of the rows of a data set."""
         args = self.args
         roots = data_roots(args.dataset_name, args.data_files)
         if self.categories is not None:
-            columns = args.image_column, args.panoptic_column, args.segments_column
-            return panoptic_rows(rows, self.categories, *columns, roots)
+            maps = {"panoptic_column": args.panoptic_column, "segments_column": args.segments_column}
+            return SceneReader(args.image_column, categories=self.categories, **maps, roots=roots)
         boxes = BoxFormat(args.box_format, args.relative_boxes)
-        return scene_rows(rows, args.image_column, args.objects_column, box_format=boxes, roots=roots)[0]
+        return SceneReader(args.image_column, args.objects_column, boxes, roots=roots, class_names=args.class_names)
 
     def fingerprint(self, rows: datasets.Dataset) -> str:
         """See `Task`."""
@@ -266,7 +289,8 @@ class DetectionTask(Task):
 
     def data_fields(self) -> dict[str, Any]:
         """Fields of the model's configuration that the data decides."""
-        return label_fields(class_names(self.splits[self.args.train_split]))
+        split = self.args.train_split
+        return label_fields(class_names(self.heads.get(split, self.splits[split])))
 
     def load_pretrained(self) -> None:
         """See `Task`."""
@@ -290,7 +314,8 @@ class DetectionTask(Task):
         names = classes(self.model.config)
         if split not in self.splits:
             return "name", list(range(len(names)))
-        return match_categories(self.splits[split], names, self.args.match_labels if self.evaluating else "name")
+        rows = self.heads.get(split, self.splits[split])
+        return match_categories(rows, names, self.args.match_labels if self.evaluating else "name")
 
     def collator(self, split: str = "", training: bool = False) -> SceneCollator | ProcessorCollator:
         """See `Task`."""
@@ -301,12 +326,20 @@ class DetectionTask(Task):
 
     def dataloader(self, split: str, training: bool = False, collate: Collator | None = None) -> WatchedLoader:
         """See `Task`."""
-        args, rows = self.args, self.splits[split]
+        args, rows, collate = self.args, self.splits[split], collate or self.collator(split, training)
+        if split in self.pieces:
+
+            def of_pool(sizes: np.ndarray, first: int) -> ShapeSampler:
+                return ShapeSampler(sizes, args.batch_size, args.augmentation, args.seed, first=first)
+
+            sampled = of_pool, height_and_width, self.pieces[split]
+            return WatchedLoader(
+                image_stream_loader(args, self.accelerator, collate, rows, *sampled), args.max_bad_images
+            )
         sizes = np.stack([rows["height"], rows["width"]], axis=1)
         options = () if not training else (args.augmentation, args.seed, len(rows) > args.batch_size)
         sampler = ShapeSampler(sizes, args.batch_size, *options)
         micro_batch_size = None if self.evaluating else args.micro_batch_size
-        collate = collate or self.collator(split, training)
         loader = StepLoader(rows, sampler, collate, micro_batch_size, **placement(args, self.accelerator))
         return WatchedLoader(loader, args.max_bad_images, self.evaluating and args.progress)
 
@@ -502,6 +535,11 @@ class DetectionTask(Task):
     def sample_inputs(self) -> dict[str, Tensor]:
         """See `Task`."""
         return {"pixel_values": torch.zeros(1, 3, self.args.shortest_side, self.args.shortest_side)}
+
+
+def height_and_width(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the size of the image of a row of `scene_rows`, in pixels."""
+    return row["height"], row["width"]
 
 
 def cached_samples(sampler: ShapeSampler, epoch: int) -> list[Sample]:

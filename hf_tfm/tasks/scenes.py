@@ -16,13 +16,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from ..arguments import (
-    DatasetArguments,
-    ImageBatchArguments,
-    ImageDataArguments,
-    ImageScaleArguments,
-    SplitArguments,
-)
+from ..arguments import DatasetArguments, ImageDataArguments, ImageScaleArguments
 from ..data.augment import seeded
 from ..data.batching import Sample, sample_ref
 from ..data.images import IMAGE, BadImage, describe
@@ -37,13 +31,14 @@ from ..models.configuration_backbone import source_of
 from ..models.image_backbones import may_have_batch_norms
 from .base import Batch
 from .model_fields import check_fields, new_config
+from .streams import ImageStreamArguments
 
 SCENE_FIELDS = ("thing_ids", "num_channels")  # of a configuration: the data's
 PLACEHOLDER = (64, 64)  # height and width of the image of a dummy batch
 
 
 @dataclass(kw_only=True)
-class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, ImageScaleArguments, ImageBatchArguments):
+class SceneArguments(DatasetArguments, ImageDataArguments, ImageScaleArguments, ImageStreamArguments):
     """Training a detector on images of any size.
 
     Fields of ``model`` are, among others, num_queries and encoder_layers.
@@ -66,7 +61,6 @@ class SceneArguments(DatasetArguments, SplitArguments, ImageDataArguments, Image
         *("architecture", "size", "model", "backbone", "pretrained_backbone", "rate_factors"),
     )
     data_fields: ClassVar = ("num_queries",)
-    streaming: ClassVar[bool] = False  # batches by shape need the size of every image first
 
     architecture: str = "detr"
     shortest_side: int = 800

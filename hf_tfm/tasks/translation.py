@@ -36,8 +36,6 @@ from ..arguments import (
     DatasetArguments,
     EvaluationArguments,
     ModelArguments,
-    SplitArguments,
-    TokenBatchArguments,
 )
 from ..data import text
 from ..data.batching import StepLoader, TokenBudgetSampler, pad, part_of_rank, rng
@@ -57,9 +55,10 @@ from ..models.seq2seq import shift_right
 from ..values import check_bounds
 from .base import Batch, Collator, Scores, Task
 from .distillation import EncoderDecoderArguments, check_texts
-from .loaders import check_stream, stream_loader, token_loader
+from .loaders import token_loader
 from .model_fields import build_new, check_fields, sums_losses
 from .splits import load_rows
+from .streams import TokenStreamArguments, check_longest, stream_loader
 
 Metric = Literal["bleu", "bleu_lowercase", "chrf", "chrf_lowercase", "exact_match"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("bleu", "bleu_lowercase", "chrf", "chrf_lowercase")
@@ -108,9 +107,7 @@ class LengthArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class TranslationArguments(
-    LengthArguments, PairArguments, DatasetArguments, SplitArguments, ModelArguments, TokenBatchArguments
-):
+class TranslationArguments(LengthArguments, PairArguments, DatasetArguments, ModelArguments, TokenStreamArguments):
     """Arguments of translation training.
 
     Args:
@@ -118,7 +115,6 @@ class TranslationArguments(
             {position_embedding_type: floater}.
         max_words: training and validation pairs with a side of more words are left out; those of the training split
             are the split "long", which test_splits may name.
-        streaming: stream the training split instead of downloading it; needs max_steps.
         max_length: training pairs with a side of more tokens are dropped; also the limit of translations.
         tokenizer: folder or Hub id of a tokenizer; default, a byte-pair encoding is trained on the training data.
         vocab_size: vocabulary size of the trained tokenizer.
@@ -133,7 +129,6 @@ class TranslationArguments(
     new_model_options: ClassVar = ("architecture", "size", "model", "tokenizer", "vocab_size", "lowercase")
 
     max_words: int | None = None
-    streaming: bool = False
     max_length: int = 256
     tokenizer: str | None = None
     vocab_size: int = 10_000
@@ -164,9 +159,7 @@ class TranslationArguments(
                 f'"{self.metric_for_best_model}"'
             )
         if self.streaming:
-            check_stream(self, self.train_split, self.max_length, (self.held_out, *self.test_splits))
-            if self.holdout or self.max_train_samples:
-                raise ValueError("streaming reads the whole training split: give no holdout and no max_train_samples")
+            check_longest(self, self.max_length)
             if self.max_words is not None and LONG in self.test_splits:
                 raise ValueError(f'test_splits "{LONG}" is a part of train_split, which streaming reads only once')
         if self.model_name_or_path and self.tokenizer:

@@ -171,7 +171,7 @@ def test_real_boxes_in_another_format_are_refused_with_a_suggestion(name, corner
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.to_iterable_dataset(), "cannot be streamed"),
+        (lambda d: d.to_iterable_dataset(), "are a stream"),
         (lambda d: d.select([]), "the data set has no rows"),
         (lambda d: d.rename_column("objects", "things").add_column("n", [1, 2, 3]), None),
         (lambda d: d.remove_columns("objects"), "objects_column must name a column, .* the data set has image"),

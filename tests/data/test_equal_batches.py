@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 from datasets import Dataset
+from thread_ranks import run_on_ranks
 
 from hf_tfm.data.batching import StepLoader, sample_ref
-from hf_tfm.data.equal_batches import BatchSampler, EqualStreamLoader
+from hf_tfm.data.equal_batches import BatchSampler
+from hf_tfm.data.stream import StreamLoader, pool_seed
 
 
 def collate(rows, indices, epoch, hidden):
@@ -98,10 +100,18 @@ def test_micro_batch_must_not_split_a_pair():
 # --- streams
 
 
-def stream_of(count, batch_size, epoch=0, start=0, **options):
-    """The micro-batches of a stream of the numbers below ``count``, by step."""
+def loader_of(rows, batch_size, seed=0, repeats=1, unit=1, collate=collate, **options):
+    def sampler(sizes, first):
+        return BatchSampler(len(sizes), batch_size, pool_seed(seed, first), repeats=repeats, unit=unit)
+
+    return StreamLoader(rows, sampler, collate, seed=seed, **options)
+
+
+def stream_of(count, batch_size, epoch=0, start=0, world=1, **options):
+    """The micro-batches of a stream of the numbers below ``count``, by step; of several ranks, of each of them."""
     rows = Dataset.from_dict({"row": list(range(count))}).to_iterable_dataset()
-    return list(EqualStreamLoader(rows, batch_size, collate, **options).epoch(epoch, start))
+    ranks = run_on_ranks(world, loader_of, epoch, start, rows=rows, batch_size=batch_size, **options)
+    return ranks[0][0] if world == 1 else [steps for steps, _ in ranks]
 
 
 def numbers_of(batch):
@@ -109,21 +119,21 @@ def numbers_of(batch):
 
 
 def test_stream_uses_every_sample_once_in_equal_steps():
-    first = stream_of(23, 4, pool_samples=6)  # pools of 8, rounded up to a multiple of the batch size
+    first = stream_of(23, 4, pool_samples=8)
     assert [len(visible(step)) for step in first] == [4, 4, 4, 4, 4, 3]
     numbers = [visible(step) for step in first]
     assert sorted(itertools.chain(*numbers)) == list(range(23)) != list(itertools.chain(*numbers))
     for pool in (0, 1):  # two steps each
         assert sorted(numbers[2 * pool] + numbers[2 * pool + 1]) == list(range(8 * pool, 8 * pool + 8))
     assert all(numbers_of(batch) == batch["indices"] for step in first for batch in step)
-    assert stream_of(23, 4, pool_samples=6, start=2) == first[2:]
-    assert stream_of(23, 4, pool_samples=6, num_workers=1) == first
-    assert stream_of(23, 4, epoch=1, pool_samples=6) != first
+    assert stream_of(23, 4, pool_samples=8, start=2) == first[2:]
+    assert stream_of(23, 4, pool_samples=8, num_workers=1) == first
+    assert stream_of(23, 4, epoch=1, pool_samples=8) != first
 
 
 def test_ranks_of_a_stream_share_its_steps():
     whole = [visible(step) for step in stream_of(23, 6, unit=2)]
-    ranks = [stream_of(23, 6, unit=2, rank=rank, world_size=2, micro_batch_tokens=2) for rank in range(2)]
+    ranks = stream_of(23, 6, unit=2, world=2, micro_batch_tokens=2)
     for number, expected in enumerate(whole):
         assert list(itertools.chain(*(visible(steps[number]) for steps in ranks))) == expected
 
@@ -137,7 +147,7 @@ def test_copies_in_a_stream_have_distinct_keys():
 def shuffled_steps(buffer, epoch=0, start=0, files=3, **options):
     """A stream of 240 rows sorted by class, 24 classes; steps of 8."""
     rows = Dataset.from_dict({"row": list(range(240)), "label": [row // 10 for row in range(240)]})
-    loader = EqualStreamLoader(rows.to_iterable_dataset(num_shards=files), 8, collate, 1, buffer, **options)
+    loader = loader_of(rows.to_iterable_dataset(num_shards=files), 8, 1, pool_samples=-(-buffer // 8) * 8, **options)
     return list(loader.epoch(epoch, start))
 
 
@@ -172,13 +182,11 @@ def test_shuffled_stream_order_depends_only_on_seed_and_epoch():
         assert shuffled_steps(50, epoch, start=7) == whole[7:], "resuming"
         assert shuffled_steps(50, epoch, num_workers=1) == whole
         assert shuffled_steps(50, epoch, start=3, num_workers=2) == whole[3:]
-        ranks = [rows_of(shuffled_steps(50, epoch, rank=rank, world_size=2)) for rank in range(2)]
-        assert [one + other for one, other in zip(*ranks, strict=True)] == rows_of(whole)
 
 
 def test_concurrent_epochs_of_one_loader_are_independent():
     rows = Dataset.from_dict({"row": list(range(60))}).to_iterable_dataset(num_shards=3)
-    loader = EqualStreamLoader(rows, 4, collate, pool_samples=8)
+    loader = loader_of(rows, 4, pool_samples=8)
     expected = [list(loader.epoch(epoch)) for epoch in range(3)]
     next(loader.epoch(2))
     assert [list(loader.epoch(epoch)) for epoch in (1, 0, 2)] == [expected[1], expected[0], expected[2]]

@@ -1,19 +1,17 @@
 """A stream loses and repeats no row, in one order for any number of ranks and workers, and continues at any step."""
 
-import itertools
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import IterableDataset
 from datasets.packaged_modules.parquet.parquet import Parquet
+from thread_ranks import run_on_ranks
 
-from hf_tfm.data.batching import rng
+from hf_tfm.data.batching import TokenBudgetSampler, rng
 from hf_tfm.data.source import load_splits
-from hf_tfm.data.stream import StreamLoader
+from hf_tfm.data.stream import StreamLoader, pool_seed
 
 SHARDS = (7, 1, 0, 40, 13, 3, 25, 9, 31, 2, 11)  # rows
 ROWS = sum(SHARDS)
@@ -53,39 +51,20 @@ def stream(shards=ALL):
 
 def loader_of(rows=None, pool=POOL, **options):
     rows = stream() if rows is None else rows
-    return StreamLoader(rows, lambda row: [len(row["tokens"])], pool + 8, collate, 1, prepare, pool, **options)
+
+    def sampler(lengths, first):
+        return TokenBudgetSampler(lengths, pool + 8, pool_seed(1, first))
+
+    return StreamLoader(rows, sampler, collate, lambda row: [len(row["tokens"])], 1, prepare, pool, **options)
 
 
 def seen(steps):
     return [row[0] for step in steps for batch in step if not batch["dummy"] for row in batch["tokens"]]
 
 
-def on_ranks(world, epoch=0, start=0, count=None, rows=None, pool=POOL):
-    """The first ``count`` steps of each rank; ranks are threads that exchange their pieces."""
-    parts, barrier = [None] * world, threading.Barrier(world, timeout=60)
-
-    def exchange_of(rank):
-        def exchange(mine):
-            parts[rank] = mine
-            barrier.wait()
-            everything = list(itertools.chain(*parts))
-            barrier.wait()
-            return everything
-
-        return exchange
-
-    def run(rank):
-        placement = {"rank": rank, "world_size": world, "exchange": exchange_of(rank)}
-        try:
-            return list(itertools.islice(loader_of(rows, pool, **placement).epoch(epoch, start), count))
-        except ValueError:  # of the data: all ranks must raise it
-            raise
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world) as threads:
-        return list(threads.map(run, range(world)))
+def on_ranks(world, epoch=0, start=0, count=None, **options):
+    """The first ``count`` steps of each rank."""
+    return [steps for steps, _ in run_on_ranks(world, loader_of, epoch, start, count, **options)]
 
 
 @pytest.mark.parametrize("shards", [ALL, (3,)], ids=["uneven shards", "one shard"])
@@ -97,17 +76,20 @@ def test_no_row_is_lost_or_repeated_whatever_the_ranks_and_workers(shards):
     assert all(sum(map(len, batch["tokens"])) <= 40 for step in whole for batch in step)
     noise = [number for step in whole for batch in step for number in batch["noise"]]
     assert len(set(noise)) == len(noise), "each sample has its own random numbers"
-    for workers in (1, 2):
-        assert list(loader_of(stream(shards), num_workers=workers).epoch(1)) == whole
+    for readers in (1, 2):
+        assert list(loader_of(stream(shards), num_readers=readers, num_workers=1).epoch(1)) == whole
     for world in (2, 3):  # ranks with workers: tests/recipes/test_stream_runs.py
         ranks = on_ranks(world, epoch=1, rows=stream(shards))
         assert [seen(step) for step in zip(*ranks, strict=True)] == [seen([step]) for step in whole]
 
 
-def test_ranks_share_the_preparation():
+def test_ranks_share_the_preparation_and_hold_their_own_samples_alone():
     prepared.clear()
-    on_ranks(3)
+    ranks = run_on_ranks(3, loader_of)
     assert sorted(prepared) == list(range(ROWS))
+    for steps, dealt in ranks:
+        fillings = sum(batch["dummy"] for step in steps for batch in step)
+        assert len(seen(steps)) <= dealt <= len(seen(steps)) + fillings
 
 
 def test_epochs_differ_in_the_order_of_the_shards():
@@ -126,7 +108,7 @@ def test_resumes_at_every_step_with_any_number_of_ranks():
     middle = json.loads(json.dumps(whole[len(whole) // 2].position))
     rest = whole[middle["step"] :]
     assert list(loader_of().epoch(2, middle["step"])) == rest, "a checkpoint of an earlier version"
-    assert list(loader_of(num_workers=2).epoch(2, middle)) == rest
+    assert list(loader_of(num_readers=2).epoch(2, middle)) == rest
     for world in (2, 3):
         ranks = on_ranks(world, 2, middle)
         assert [seen(step) for step in zip(*ranks, strict=True)] == [seen([step]) for step in rest]
@@ -138,6 +120,8 @@ def test_changed_data_is_refused():
     position = next(loader_of().epoch(0)).position
     with pytest.raises(ValueError, match="the stream has 4 shards, but the run to be resumed was reading 11"):
         next(loader_of(stream(range(4))).epoch(0, position))
+    with pytest.raises(ValueError, match="stream_files must be 11, as in the run to be resumed, got 4"):
+        next(loader_of(max_lanes=4).epoch(0, position))
 
 
 @pytest.mark.parametrize("files", [40, 1])
@@ -177,7 +161,7 @@ def test_every_rank_raises_the_error_of_one():
     with pytest.raises(ValueError, match=r"^row 1 of shard 5 is damaged$"):
         on_ranks(3, rows=rows)
     with pytest.raises(ValueError, match=r"^row 1 of shard 5 is damaged$"):
-        list(loader_of(rows, num_workers=2).epoch(0))
+        list(loader_of(rows, num_readers=2).epoch(0))
 
 
 @pytest.mark.slow
@@ -192,7 +176,7 @@ def test_a_thousand_uneven_files_and_a_changing_number_of_ranks():
     rows = IterableDataset.from_generator(numbers, gen_kwargs={"files": list(range(1000))})
     found, position = [], 0
     for world, count in ((3, 100), (2, 60), (1, None)):
-        ranks = on_ranks(world, 0, position, count, rows, pool=2000)
+        ranks = on_ranks(world, 0, position, count, rows=rows, pool=2000)
         found += [row for steps in ranks for row in seen(steps)]
         position = json.loads(json.dumps(ranks[0][-1].position))
     assert sorted(found) == [row for row in range(sum(sizes)) for _ in range(1 + (row % 3 == 0))]

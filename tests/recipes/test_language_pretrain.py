@@ -161,7 +161,14 @@ REFUSED = {
     "field": ({"model": "{vocab_size: 7}"}, "model.vocab_size is not a field of TfmBertConfig that can be chosen"),
     "size": ({"size": "huge"}, "size must be one of tiny, mini, small"),
     "share": ({"mlm_probability": 1.5}, "mlm_probability must be in (0, 1), got 1.5"),
-    "stream_of_two": ({"streaming": "true", "holdout": 3, "validation_split": "null"}, "streaming reads one split"),
+    "part_of_stream": (
+        {"streaming": "true", "holdout": 3, "validation_split": "null"},
+        "streaming reads the whole training split",
+    ),
+    "stream_of_two": (
+        {"streaming": "true", "more_texts": '[{"dataset_name": "x"}]'},
+        "streaming reads one split: give no more_texts",
+    ),
     "stream_without_end": (
         {"streaming": "true", "max_steps": "null", "num_train_epochs": 1},
         "streaming needs max_steps",
