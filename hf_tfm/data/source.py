@@ -28,6 +28,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.json.json import FullReadDisallowed, Json
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 
 from ..command import raised_by_us
@@ -38,6 +39,7 @@ from .file_kinds import ARRAY, KINDS, READ, first_line, kind_of, problem, usual_
 from .json_files import JsonFiles, with_text
 from .local_files import cache_entry, package_key, state_key
 from .rebuilt import Rebuilt
+from .tar_files import TarFiles
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ LASTING = (FileNotFoundError, IsADirectoryError, PermissionError, gzip.BadGzipFi
 OWN_READERS: dict[type[datasets.DatasetBuilder], type[Rebuilt]] = {
     Csv: CsvFiles,
     Json: JsonFiles,
+    WebDataset: TarFiles,
 }
 
 
