@@ -51,6 +51,7 @@ from ..reinforcement.objectives import (
 from ..reinforcement.rewards import call_reward, reward_function
 from ..reinforcement.rollout import Episode, EpisodeCollator, RolloutLoader
 from ..reinforcement.sampling import sample
+from ..sharding import unsharded
 from .actor_critic import ActorCritic, TokenValues
 from .base import Batch, Collator, Loader, Scores, mean_losses
 from .completions import (
@@ -214,8 +215,6 @@ class RLHFArguments(CompletionArguments, DatasetArguments, SplitArguments, Train
             at_most={"batch_size": LARGEST_BATCH, "generation_batch_size": LARGEST_BATCH, "ptx_per_episode": 1024},
         )
         self.check_range(at_least_0="discount gae_lambda", at_most={"discount": 1, "gae_lambda": 1})
-        if self.fsdp:
-            raise ValueError("fsdp must be false for reinforcement learning: a sharded policy cannot sample, got true")
         if self.reward_model is None and not self.reward_functions:
             raise ValueError("give reward_model or reward_functions: there is no reward to learn from")
         if self.algorithm != "ppo" and self.num_generations < 2:
@@ -319,10 +318,10 @@ class RLHFTask(PromptTask):
         set_seed(args.seed)
         if self.accelerator.distributed_type not in (
             DistributedType.NO,
-            *(DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+            *(DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP),
         ):
             raise ValueError(
-                "rlhf_train samples from the whole policy on every process: use data parallelism instead of "
+                "rlhf_train samples from the whole policy on every process: use data parallelism or FSDP instead of "
                 f"{self.accelerator.distributed_type.value}"
             )
         model, _ = load_to_train(
@@ -501,7 +500,7 @@ class RLHFTask(PromptTask):
         """
         args = self.args
         mine = part_of_rank(rows, self.accelerator.process_index, self.accelerator.num_processes)
-        with evaluating(self.module), self.accelerator.autocast():
+        with unsharded(self.module), evaluating(self.module), self.accelerator.autocast():
             episodes = self.complete(self.model, args.train_split, mine, args.num_generations, epoch)
             self.score(args.train_split, mine, episodes)
             self.add_log_probs(episodes)

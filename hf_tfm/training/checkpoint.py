@@ -65,9 +65,9 @@ from ..hub.saved_files import (
     TASK_FILE,
 )
 from ..hub.schema import check_keys, check_type
+from ..sharding import is_sharded
 from ..writing import explain_write_errors, sync, write_text
 from .ranks import on_main
-from .sharding import is_sharded
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..sharding import full_tensor
 from ..tasks.base import mean
 from .checkpoint import inner
-from .sharding import full_tensor
 
 
 class Task(Protocol):

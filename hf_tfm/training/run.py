@@ -37,6 +37,7 @@ from ..hub.results import (
     read_history,
 )
 from ..launcher import create_accelerator
+from ..sharding import check_sharding
 from ..tasks.base import Loader
 from ..writing import explain_write_errors
 from .checkpoint import checkpoints
@@ -45,7 +46,6 @@ from .loop import StatefulTask
 from .ranks import on_main
 from .run_folder import Lock, RunFolder, check_inputs, check_location, place_new
 from .session import TrainingResult, checkpoints_to_come, train
-from .sharding import check_sharding
 from .sigterm import Watchdog, install_sigterm_handler
 from .threads import limit_threads, threads_restored
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..arguments import TrainingArguments
 from ..data.batching import MicroBatches
 from ..hub.results import read_history
+from ..sharding import prepare_sharded, shard, sharding_options, unshard, unsharded
 from ..tasks.base import Loader
 from . import checkpoint as states
 from . import folder as folders
@@ -25,7 +26,6 @@ from .loop import StatefulTask, global_counts, train_step
 from .monitor import Monitor
 from .optim import average_weights, build_ema, build_optimizer, build_schedule
 from .ranks import on_main
-from .sharding import prepare_sharded, shard, sharding_options, unshard, unsharded
 from .sigterm import Interrupted, StopRequest
 
 # Reading a value back synchronises host and device. On an accelerator the loop therefore checks only once in this many

@@ -158,7 +158,6 @@ OPTIONS: list[tuple[str, str, str]] = [
     (RLHF, "--max_new_tokens 1000", got("max_new_tokens", "1000", "prompt")),
     (RLHF, "--prompt_column question", got("prompt_column", "question", "prompt, completion")),
     (RLHF, "--max_generated_tokens 0", got("max_generated_tokens", "1", "0")),
-    (RLHF, "--fsdp true", got("fsdp", "false", "sample")),
     # optimizers
     (VISION, "--learning_rate .inf", got("learning_rate", "finite", "inf")),
     (VISION, "--learning_rate .nan", got("learning_rate", "finite", "nan")),

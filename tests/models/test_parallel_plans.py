@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import hf_tfm
-from hf_tfm.training.sharding import full_tensor, shard
+from hf_tfm.sharding import full_tensor, shard
 
 MORE = ("swin", "video_transformer", "long_range", "rnn_seq2seq", "faster_rcnn", "convlstm")
 MODELS = ("masked", "causal", "vit", "autoencoder", "seq2seq", "detection", "panoptic", "deformable_detr")

@@ -184,8 +184,9 @@ def test_micro_batches_do_not_change_a_step(models_and_data, tmp_path, algorithm
     assert whole == pytest.approx(parts, rel=1e-3, abs=1e-5)
 
 
-def test_two_processes_train_and_score_as_one(models_and_data, whole, tmp_path):
-    args = ppo(models_and_data, tmp_path / "run")
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_and_score_as_one(models_and_data, whole, tmp_path, fsdp):
+    args = ppo(models_and_data, tmp_path / "run", fsdp=fsdp)
     (tmp_path / "arguments.json").write_text(json.dumps(asdict(args)))
     run_ranks(rlhf_ranks.main, tmp_path)
     for one, two in zip(rows(whole), rows(tmp_path / "run"), strict=True):
