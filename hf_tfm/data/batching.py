@@ -243,13 +243,22 @@ class MicroBatches(list):
     """This rank's micro-batches of a step.
 
     Attributes:
-        first: number of micro-batches, dummy ones not counted, on the ranks before this one. Random numbers drawn for
-            a micro-batch depend on its position in the whole step, not on the rank.
+        numbers: position of each in the whole step, over all ranks, dummy ones not counted. Random numbers drawn for a
+            micro-batch depend on it, not on the rank.
+        total: number of micro-batches of the whole step, dummy ones not counted.
         position: where a stream continues after this step, see `stream.StreamLoader`; None for other data.
     """
 
-    first: int = 0
+    numbers: Sequence[int] = ()
+    total: int = 0
     position: dict[str, Any] | None = None
+
+    def followed_by(self, others: "MicroBatches") -> "MicroBatches":
+        """Return a step of these micro-batches and others, which come behind these of all ranks."""
+        joined = MicroBatches([*self, *others])
+        joined.numbers = [*self.numbers, *(self.total + number for number in others.numbers)]
+        joined.total = self.total + others.total
+        return joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,18 +267,21 @@ class StepPart:
 
     Args:
         runs: (examples, samples, is_dummy) of each micro-batch.
-        first: see `MicroBatches`.
+        first: number of micro-batches, dummy ones not counted, on the ranks before this one.
+        total: see `MicroBatches`.
         epoch: number of the epoch.
     """
 
     runs: list[tuple[list[Example], list[Sample], bool]]
     first: int
+    total: int
     epoch: int
 
     def collate(self, collate: Callable[..., Any]) -> MicroBatches:
         """Return the micro-batches; see `StepLoader` for ``collate``."""
         batches = MicroBatches(collate(examples, samples, self.epoch, dummy) for examples, samples, dummy in self.runs)
-        batches.first = self.first
+        batches.numbers = range(self.first, self.first + len(self.runs))
+        batches.total = self.total
         return batches
 
 
@@ -363,8 +375,9 @@ def part_of_step(
         placed: see `place_step`.
         fetch: samples -> their examples, and the samples as ``collate`` receives them.
     """
-    first = sum(not is_dummy for own in placed[:rank] for _, is_dummy in own)
-    return StepPart([(*fetch(run), is_dummy) for run, is_dummy in placed[rank]], first, epoch)
+    counts = [sum(not is_dummy for _, is_dummy in own) for own in placed]  # of each rank
+    runs = [(*fetch(run), is_dummy) for run, is_dummy in placed[rank]]
+    return StepPart(runs, sum(counts[:rank]), sum(counts), epoch)
 
 
 def fetch(examples: Dataset | Sequence[Example], indices: list[int]) -> list[Example]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batching import Sample, StepLoader, pad, rng
+from ..data.batching import MicroBatches, Sample, StepLoader, pad, rng
 from ..data.equal_batches import BatchSampler
 
 Episode = dict[str, np.ndarray]
@@ -117,7 +117,7 @@ class RolloutLoader:
         micro_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        extra: Callable[[int], list[Any]] = lambda step: [],
+        extra: Callable[[int], MicroBatches] = lambda step: MicroBatches(),
     ):
         self.sampler = BatchSampler(prompts, prompts_per_rollout, seed, drop_last=True)
         self.collect, self.steps, self.passes, self.seed, self.extra = collect, steps, passes, seed, extra
@@ -130,7 +130,7 @@ class RolloutLoader:
         """See `tasks.base.Loader`."""
         return len(self.sampler.steps(epoch)) * self.steps * self.passes
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[MicroBatches]:
         """See `tasks.base.Loader`; must not be read ahead of training.
 
         Raises:
@@ -159,7 +159,7 @@ class RolloutLoader:
                 # Neighbours of similar length, for less padding in a micro-batch.
                 episodes = sorted(order[i], key=lambda one: len(self.episodes[one]["completion"]))
                 step = epoch * self.steps_per_epoch(epoch) + number * per_rollout + i
-                yield self.extra(step) + loader.micro_batches(episodes, epoch)
+                yield self.extra(step).followed_by(loader.micro_batches(episodes, epoch))
 
     def order(self, epoch: int, number: int) -> list[list[int]]:
         """Return the episodes of each step on a rollout: every pass has them once, in random order."""

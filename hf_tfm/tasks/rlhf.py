@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..arguments import DatasetArguments, EvaluationArguments, SplitArguments, TrainingArguments
-from ..data.batching import SampleRef, StepLoader, part_of_rank, rng
+from ..data.batching import MicroBatches, SampleRef, StepLoader, part_of_rank, rng
 from ..data.embedded import SPELLED_NUMBERS
 from ..data.equal_batches import BatchSampler
 from ..data.instructions import prompt_rows, tokenize_prompts
@@ -483,10 +483,10 @@ class RLHFTask(PromptTask):
             size = max(1, 4096 // self.args.text_length)
             self.text_steps["validation"] = self.text_loader(self.args.validation_texts, size, training=False)
 
-    def text_batches(self, step: int) -> list[Batch]:
+    def text_batches(self, step: int) -> MicroBatches:
         """This rank's micro-batches of pretraining texts of an optimizer step."""
         if (loader := self.text_steps.get("train")) is None:
-            return []
+            return MicroBatches()
         epoch, number = divmod(step, loader.steps_per_epoch())
         return loader.micro_batches(loader.sampler.steps(epoch)[number], epoch)
 

@@ -5,7 +5,7 @@ latest checkpoint, if any -> step -> log? -> save? -> evaluate? -> step -> ... -
 
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,8 +157,9 @@ class Session:
         if self.callback is not None:
             self.callback.before_step(self.progress.step)
         first, position = self.accelerator.process_index * len(micro_batches), None
+        numbers: Sequence[int] = range(first, first + len(micro_batches))
         if isinstance(micro_batches, MicroBatches):
-            first, position = micro_batches.first, micro_batches.position
+            numbers, position = micro_batches.numbers, micro_batches.position
         flags = (stop, self.out_of_budget, self.writer.error is not None)
         counts, ranks = global_counts(self.accelerator, self.task, micro_batches, flags)
         result = train_step(
@@ -169,7 +170,7 @@ class Session:
             micro_batches,
             self.args.max_grad_norm,
             counts,
-            seed=lambda i: states.seed_micro_batch(self.args.seed, self.progress.step, first + i),
+            seed=lambda i: states.seed_micro_batch(self.args.seed, self.progress.step, numbers[i]),
         )
         self.schedule.step()
         if self.ema is not None:
