@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ class CheckpointWriter:
     Args:
         output_dir: folder of the run.
         shards: each process writes its own shards; all must see the folder.
+        timeout: seconds that one process waits for the shards of another.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, shards: bool = False):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, shards: bool = False, timeout: int = 1800):
         self.accelerator, self.output_dir = accelerator, output_dir
         # Of their own, because the threads communicate while the main ones do.
-        self.group = distributed.new_group(backend="gloo") if shards else None
+        limit = timedelta(seconds=timeout)
+        self.group = distributed.new_group(backend="gloo", timeout=limit) if shards else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.jobs: list[Future[None]] = []
         self.error: BaseException | None = None

@@ -134,7 +134,7 @@ class Session:
             self.progress.best = self.progress.best_step = None
         self.saved_step = self.progress.step
         shards = options is not None and is_shared(accelerator, self.output_dir)
-        self.writer = CheckpointWriter(accelerator, self.output_dir, shards)
+        self.writer = CheckpointWriter(accelerator, self.output_dir, shards, args.ddp_timeout)
         self.monitor = Monitor(accelerator, args, max_steps, self.progress, task.item, task.statistics)
         self.unseen = 0  # micro-batches since the last check
         self.stopped = self.interrupted = False

@@ -11,6 +11,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
+from torch import distributed
 from training_helpers import arguments, fresh_accelerator, pairs, run_training, tiny_model
 
 from hf_tfm.training import checkpoint
@@ -115,7 +116,9 @@ def main(folder: Path) -> None:
     run("from_one", {"dropout": 0.2})
     # Only the second process receives SIGTERM.
     run("from_two", {}, fsdp=True, events={7: "SIGTERM"} if accelerator.process_index == 1 else {})
-    run("damaged", {}, fsdp=True)
+    with patch.object(distributed, "new_group", wraps=distributed.new_group) as made:
+        run("damaged", {}, fsdp=True, ddp_timeout=77)
+    reports["timeout"] = made.call_args.kwargs["timeout"].total_seconds()  # of the processes that write shards
     options, fields = EQUAL["fsdp"]
     run("fsdp_resumed", fields, **options, events={7: "SIGTERM"})
     reports["shards"] = [path.name for path in sorted((folder / "fsdp_resumed/checkpoints").glob("*8/shard-*"))]

@@ -68,6 +68,10 @@ def test_sharded_run_resumes_from_shards_and_verifies_them(two):
     assert difference(weights, load_file(two[0] / "fsdp.safetensors")) == 0
 
 
+def test_shards_are_awaited_no_longer_than_ddp_timeout(two):
+    assert reports(two[0])["timeout"] == 77
+
+
 def test_error_on_one_rank_ends_all(two):
     """`reports` compares the errors of both ranks."""
     lost, raised, *others = reports(two[0])["errors"]
