@@ -33,11 +33,11 @@ from ..command import describe, say
 from ..hub.results import collect_versions
 from ..launch.options import find_recipe, parse_own, parse_recipe, typed
 from ..launcher import create_accelerator
-from ..memory import TRAINING, machine_memory
+from ..memory import TRAINING, WEIGHT, machine_memory
+from ..sharding import sharding_options
 from ..tasks.base import Task
 from ..training.loop import train_step
-from ..training.optim import build_optimizer
-from ..training.session import checkpoints_to_come
+from ..training.session import checkpoints_to_come, prepare
 from ..values import one_line
 from .findings import Finding, failed, findings_of, graded, ok, save, skipped, warning
 
@@ -46,6 +46,7 @@ ROUNDS = 5  # after one to warm up
 VISIBLE_SECONDS = 5.0  # in which a file of another machine must appear
 LEAST_FREE = 2**30  # bytes free on the disk of a cache
 SLOWEST = 2.0  # a process this much slower than the median delays all
+COPIED = 12  # bytes per parameter in host memory while a checkpoint is written: float32 weight and moments of Adam
 FULL = 0.9  # fraction of the memory in use above which a run may fail later
 
 
@@ -152,6 +153,7 @@ def examine_process(case: Case) -> None:
         arguments=hashlib.sha256(repr(case.args).encode()).hexdigest()[:12],
         cache_free=free_bytes(Path(HF_DATASETS_CACHE)),
         memory=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_memory(),
+        host_memory=machine_memory(),
     )
 
 
@@ -235,7 +237,8 @@ def examine_steps(case: Case, count: int) -> None:
         case.resolved, _ = task.args.resolve(case.steps_per_epoch, case.max_steps)
         module = task.trained_module()
         parameters = sum(one.numel() for one in module.parameters())
-        model, optimizer = accelerator.prepare(module, build_optimizer(module, case.resolved))
+        options = sharding_options(accelerator, task.args.fsdp)
+        model, optimizer = prepare(accelerator, module, case.resolved, options)
         model.train()
         for i, micro_batches in enumerate(loader.epoch(0)):
             if i == count:
@@ -396,21 +399,37 @@ def batch(case: Case) -> Iterator[Finding]:
 
 
 def memory(case: Case) -> Finding:
-    """Weights, gradients, optimizer states and activations fit in the memory of each device."""
+    """Weights, gradients, optimizer states and activations fit in the memory of each device, and in that of each host
+    also the copy that it holds while a checkpoint is written."""
     counted = max((report.get("parameters", 0) for report in case.ranks), default=0)
     if not counted:
         return skipped("correct the data first")
     local = max(len(ranks) for ranks in case.hosts.values())
     on_gpu = case.ranks[0]["gpu"] is not None
-    shards = case.world if case.accelerator.distributed_type.value == "FSDP" else 1
-    states = counted * TRAINING / shards
+    sharded = case.args.fsdp or case.accelerator.distributed_type.value == "FSDP"
+    shards = case.world if sharded else 1
+    average = WEIGHT if case.args.ema_decay else 0
+    states = counted * (TRAINING + average) / shards
     have = min(report["memory"] for report in case.ranks) / (1 if on_gpu else local)
     used = max(report["used"] for report in case.ranks)
     whose = "GPU" if on_gpu else "process"
+    copy = counted * (COPIED + average)
+    # Each process copies its shards if all can write them, else the main process copies everything.
+    spread = shards > 1 and all(report["output_seen"] for report in case.ranks)
+    needs = []
+    for ranks in case.hosts.values():
+        copies = copy * len(ranks) / case.world if spread else copy * (0 in ranks)
+        beside = 0 if on_gpu else len(ranks)
+        host = case.ranks[ranks[0]]["host_memory"]
+        needs.append((host, copies, copies + beside * states, copies + beside * max(states, used)))
+    host, copies, least, most = max(needs, key=lambda need: need[-1] / need[0])
     message = f"{counted / 1e6:.1f} M parameters: {amount(states)} of states for each process; {amount(used)} in "
-    message += f"use after the steps, {amount(have)} for each {whose}"
-    if max(states, used) > FULL * have:
-        return graded(states > have, message, "lower micro_batch_size or micro_batch_tokens, or use --strategy fsdp2")
+    message += f"use after the steps, {amount(have)} for each {whose}; {amount(copies)} more on a host of "
+    message += f"{amount(host)} for the copy while a checkpoint is written"
+    tight = max(states, used) > FULL * have
+    if tight or most > FULL * host:
+        remedy = "lower micro_batch_size or micro_batch_tokens, or use --strategy fsdp2"
+        return graded(states > have or least > host, message, remedy if tight else "use hosts with more memory")
     return ok(message)
 
 

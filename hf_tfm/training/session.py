@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..arguments import TrainingArguments
 from ..data.batching import MicroBatches
@@ -92,18 +93,14 @@ class Session:
             model.compile(dynamic=True)
         self.plain = model
         options = sharding_options(accelerator, args.fsdp)
-        if options is None:
-            optimizer = build_optimizer(model, args)
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
-            self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
-        else:
-            self.ema = build_ema(model, args.ema_decay) if args.ema_decay else None
-            if self.ema is not None:
-                shard(self.ema.module, **options)
-            self.model = prepare_sharded(accelerator, model, options)
-            optimizer = build_optimizer(model, args)
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.schedule = build_schedule(optimizer, args, max_steps)
+        self.ema = None
+        if args.ema_decay and options is not None:  # a sharded model cannot be copied
+            self.ema = build_ema(model, args.ema_decay)
+            shard(self.ema.module, **options)
+        self.model, self.optimizer = prepare(accelerator, model, args, options)
+        if args.ema_decay and options is None:  # on the device
+            self.ema = build_ema(model, args.ema_decay)
+        self.schedule = build_schedule(states.inner(self.optimizer), args, max_steps)
         self.keep = max(args.save_total_limit, args.average_checkpoints)
 
         def prepare_folder() -> None:
@@ -295,6 +292,20 @@ class Session:
         with self.monitor.paused():
             self.writer.save(progress, self.model, self.optimizer, self.schedule, self.ema, self.task.state())
         self.saved_step = progress.step
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, args: TrainingArguments, options: dict[str, Any] | None
+) -> tuple[nn.Module, Optimizer]:
+    """Return a model, in data parallel or sharded in place, and its optimizer, both prepared for `train_step`.
+
+    Args:
+        options: see `sharding.sharding_options`.
+    """
+    if options is None:
+        return accelerator.prepare(model, build_optimizer(model, args))
+    sharded = prepare_sharded(accelerator, model, options)
+    return sharded, accelerator.prepare_optimizer(build_optimizer(model, args))
 
 
 def checkpoints_to_come(args: TrainingArguments, max_steps: int, eval_steps: int) -> int:

@@ -16,6 +16,7 @@ HEALTHY = {
     **{"reduced": True, "reduce_seconds": 0.01, "output_seen": True, "output_error": None, "output_place": "/runs"},
     **{"output_free": 10**12, "cache_free": 10**12, "data_error": None, "data": "3d", "data_seconds": 1.0},
     **{"step_error": None, "step_seconds": 0.1, "parameters": 10**9, "used": 2 * 10**10, "memory": 10**11},
+    "host_memory": 10**12,
 }
 
 
@@ -23,7 +24,14 @@ def case(changes: dict, args: dict) -> launch.Case:
     """Three processes, of which the last has ``changes``."""
     ranks = [{**HEALTHY, "device": f"cuda:{i}"} for i in range(3)]
     ranks[2].update(changes)
-    options = {"lr_scheduler_type": "cosine", "batch_size": 6, "micro_batch_size": 1, **args}
+    options = {
+        "lr_scheduler_type": "cosine",
+        "batch_size": 6,
+        "micro_batch_size": 1,
+        "ema_decay": 0.0,
+        "fsdp": False,
+        **args,
+    }
     resolved = SimpleNamespace(learning_rate=0.1, warmup=lambda steps: 2)
     accelerator = SimpleNamespace(
         num_processes=3, state=SimpleNamespace(backend="nccl"), distributed_type=SimpleNamespace(value="MULTI_GPU")
@@ -62,6 +70,31 @@ def test_planted_fault_is_found(changes, args, check, level, message):
     assert message in (wrong[0].message if wrong else "")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "sharded", "shared", "ema_decay", "bytes_of_host", "level"),
+    [
+        (True, False, True, 0.0, 13.4e9, "ok"),  # 12 GB, the copy of one process
+        (True, False, True, 0.0, 13.2e9, "warning"),
+        (True, False, True, 0.0, 11.9e9, "failed"),
+        (True, False, True, 0.9, 13.4e9, "failed"),  # 16 GB with an average of the weights
+        (True, True, True, 0.0, 13.4e9, "ok"),  # three processes copy a third each
+        (True, True, False, 0.0, 11.9e9, "failed"),  # all are gathered on the main process
+        (False, False, True, 0.0, 80.1e9, "ok"),  # beside the 3 x 20 GB in use
+        (False, False, True, 0.0, 79.9e9, "warning"),
+        (False, False, True, 0.0, 59.9e9, "failed"),  # beside the 3 x 16 GB of states
+    ],
+)
+def test_host_holds_the_copy_of_a_checkpoint(gpus, sharded, shared, ema_decay, bytes_of_host, level):
+    made = case({}, {"ema_decay": ema_decay})
+    made.accelerator.distributed_type.value = "FSDP" if sharded else "MULTI_GPU"
+    for report in made.ranks:
+        report |= {"host_memory": bytes_of_host, "output_seen": shared}
+        if not gpus:
+            report |= {"gpu": None, "device": "cpu", "memory": bytes_of_host}
+    found = launch.memory(made)
+    assert found.level == level and "for the copy while a checkpoint is written" in found.message
+
+
 def test_sharding_that_accelerate_ignores_is_found(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "ACCELERATE_USE_FSDP is set, but accelerate trains with MULTI_GPU" in launch.strategy(case({}, {})).message
@@ -86,8 +119,9 @@ def test_one_process(tmp_path, capsys):
 
 
 @pytest.mark.slow  # starts two processes
-def test_two_processes(tmp_path):
-    words = command_line(write_data(tmp_path / "data"), tmp_path / "run", max_steps=20)
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_two_processes(tmp_path, fsdp):
+    words = command_line(write_data(tmp_path / "data"), tmp_path / "run", max_steps=20, fsdp=fsdp)
     own = ("--json", str(tmp_path / "report.json"))
     done = run_ranks("-m", "hf_tfm.cli", "doctor", "launch", *own, "translation_train", *words)
     check_report(tmp_path, done.stdout, 2)
