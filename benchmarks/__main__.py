@@ -21,6 +21,7 @@ NAMES = (
     "depthwise_training",
     "detection_step",
     "checkpoint_stall",
+    "engine_overhead",
     "clustered_attention",
     "positions",
     "recurrent",

@@ -542,6 +542,24 @@ also counts how much slower the steps beside the write are.
 {table(("checkpoint", "seconds", "share of a minute"), rows)}"""
 
 
+def engine_overhead(results: dict) -> str:
+    """What the engine adds to a step."""
+    rows = [
+        (size, f"{r['parameters'] / 1e6:.1f}", *r["seconds_per_step"].values(), f"{r['overhead']:.1%}")
+        for size, r in results["sizes"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## What the engine adds to a step",
+            f"The same batches of {results['batch_size']} pairs of {results['length']} tokens, loss, clipping, fused "
+            "Adam and schedule in a plain loop and in the engine, which also counts, seeds, checks and logs. On a "
+            "CPU, seconds of the process.",
+            machine(results),
+            table(("size", "million parameters", "plain loop, s", "engine, s", "overhead"), rows),
+        ]
+    )
+
+
 SECTIONS = {
     "translation_training": training,
     "translation_generation": generation,
@@ -569,6 +587,7 @@ SECTIONS = {
     "rlhf": rlhf,
     "distillation": distillation,
     "checkpoint_stall": checkpoint_stall,
+    "engine_overhead": engine_overhead,
 }
 
 
