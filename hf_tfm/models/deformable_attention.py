@@ -178,6 +178,16 @@ class DeformableAttention(nn.Module):
         distances = torch.arange(1.0, self.num_points + 1)[:, None]
         return (directions[:, None, None] * distances).expand(-1, self.num_levels, -1, -1)
 
+    def with_whole_gradient(self, value: Tensor) -> Tensor:
+        """Return a value that all heads read; with tensor parallelism, its gradient is summed over the processes."""
+        mesh = getattr(self.sampling_offsets.weight, "device_mesh", None)
+        if mesh is None or not value.requires_grad:
+            return value
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+        return whole.to_local(grad_placements=[Partial()])
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -210,7 +220,7 @@ class DeformableAttention(nn.Module):
             value = value.masked_fill(~memory_mask[..., None], 0.0)
         with maybe_autocast(value.device.type, enabled=False):
             weights = precise(scores).softmax(-1).unflatten(-1, (self.num_levels, -1))
-            centre, scale = (part[:, :, None, :, None] for part in references[:2])
+            centre, scale = (self.with_whole_gradient(part)[:, :, None, :, None] for part in references[:2])
             offsets = precise(offsets)
             points = torch.addcmul(centre.to(offsets.dtype), offsets, scale.to(offsets.dtype))  # (B, T, H, L, P, 2)
             mixed = sample_levels(value, points, weights, references.sizes).to(value.dtype)
