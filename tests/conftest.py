@@ -6,10 +6,12 @@ workers and child processes inherit them; the process that created the folder re
 
 import atexit
 import gc
+import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,28 @@ def empty_hub(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         yield hub
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--equality-table", metavar="FILE", help="add the differences of divided runs to a JSON file")
+
+
+@pytest.fixture
+def equality(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``equality(name, way, weights=..., losses=...)`` adds the largest differences of a run that is divided in some
+    way to the file of ``--equality-table``; one process of pytest must run the tests."""
+    file = request.config.getoption("--equality-table")
+
+    def add(name: str, way: str, **differences: float) -> None:
+        print(f"{name}, {way}: {', '.join(f'{key} {value:.1e}' for key, value in differences.items())}")
+        if file:
+            from hf_tfm.hub.results import collect_versions
+
+            found = json.loads(Path(file).read_text()) if Path(file).is_file() else {}
+            found.setdefault("ways", {}).setdefault(way, {})[name] = differences
+            Path(file).write_text(json.dumps({**found, "versions": collect_versions()}, indent=2) + "\n")
+
+    return add
 
 
 def pytest_configure(config: pytest.Config) -> None:

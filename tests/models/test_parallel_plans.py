@@ -63,15 +63,13 @@ def step(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **gradients}
 
 
-def save_logits(folder: Path) -> None:
+def save_steps(folder: Path) -> None:
     """Code of every rank."""
     for name in TENSOR_PARALLEL:
-        case = CASES[name]
-        model = case.model_class.from_pretrained(folder / name, tp_plan="auto").eval()
-        logits = model(**collate(case.rows())).logits
-        logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+        model = CASES[name].model_class.from_pretrained(folder / name, tp_plan="auto").eval()
+        result = step(name, model)
         if dist.get_rank() == 0:
-            torch.save(logits.detach(), folder / f"{name}.pt")
+            torch.save(result, folder / f"{name}.pt")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for name in CASES:
         model = CASES[name].model().train()
@@ -81,19 +79,72 @@ def save_logits(folder: Path) -> None:
 
 
 def test_two_ranks_compute_the_same_as_one(tmp_path):
-    """Tensor parallelism with transformers' own loading, and the loss and gradients of FSDP2, over gloo."""
+    """Loss and gradients with tensor parallelism by transformers' own loading, and with FSDP2, over gloo."""
     expected = {}
     for name in TENSOR_PARALLEL:
         model = CASES[name].model().eval()
         model.save_pretrained(tmp_path / name)
-        expected[name] = model(**collate(CASES[name].rows())).logits
-    run_ranks(save_logits, tmp_path)
+        expected[name] = step(name, model)
+    run_ranks(save_steps, tmp_path)
     for name in CASES:
         alone = step(name, CASES[name].model().train())
         for rank in (0, 1):
             torch.testing.assert_close(torch.load(tmp_path / f"fsdp{rank}_{name}.pt"), alone, rtol=1e-5, atol=1e-5)
-    for name, logits in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits, rtol=1e-4, atol=1e-5)
+    for name, alone in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), alone, rtol=1e-4, atol=1e-5)
+
+
+def train(name: str, model: nn.Module) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of three steps of Adam, and the weights after them."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, eps=1e-4, foreach=False)
+    losses = []
+    for number in range(3):
+        torch.manual_seed(number)  # anchors are sampled
+        loss = model(**collate(CASES[name].rows())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(full_tensor(loss.detach()).item())
+    return losses, {key: full_tensor(weight.detach()) for key, weight in model.state_dict().items()}
+
+
+def save_trained(folder: Path, names: list[str]) -> None:
+    """Code of every rank."""
+    for name in names:
+        model = CASES[name].model_class.from_pretrained(folder / name, tp_plan="auto").eval()
+        result = train(name, model)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(tmp_path_factory):
+    """{name: losses and weights} of one process and of two, for the models that have a plan."""
+    folder, alone = tmp_path_factory.mktemp("tensor_parallel"), {}
+    for name, case in CASES.items():
+        model = case.model().eval()
+        if model.tp_plan:
+            model.save_pretrained(folder / name)
+            alone[name] = train(name, model)
+    run_ranks(save_trained, folder, list(alone), timeout=900)
+    return alone, {name: torch.load(folder / f"{name}.pt") for name in alone}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_training_with_tensor_parallelism_equals_that_of_one_process(name, tensor_parallel, equality):
+    if name not in tensor_parallel[0]:
+        pytest.skip("the model has no plan")
+    (losses, weights), (split_losses, split_weights) = (runs[name] for runs in tensor_parallel)
+    assert weights.keys() == split_weights.keys()
+    kept = [key for key in weights if not key.endswith("k_proj.bias")]  # their gradient is rounding alone
+    largest = max((weights[key] - split_weights[key]).abs().max().item() for key in kept)
+    of_losses = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(losses, split_losses, strict=True))
+    equality(f"{CASES[name].model_class.__name__} ({name})", "TP", weights=largest, losses=of_losses)
+    assert losses[2] != losses[0]
+    assert largest < (1e-3 if name == "deformable_detr" else 1e-5)  # rounding, which Adam enlarges
+    assert of_losses < 1e-6
 
 
 def trainable(module: nn.Module) -> bool:
