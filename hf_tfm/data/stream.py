@@ -164,9 +164,6 @@ class StreamLoader:
         self.exchange: Exchange = exchange or Alone()
         self.num_workers, self.num_readers, self.pin_memory = num_workers, num_readers, pin_memory
         self.lanes = min(max_lanes, stream.num_shards)
-        self.lane_pieces = max(1, PIECES // self.lanes)
-        self.pieces = self.lanes * self.lane_pieces
-        self.piece_rows = -(-pool_samples // self.pieces)
 
     def steps_per_epoch(self, epoch: int = 0) -> None:
         """Return None: the length of a stream is unknown."""
@@ -179,7 +176,7 @@ class StreamLoader:
             start: number of the first step, up to which the stream is then read, or a position.
 
         Raises:
-            ValueError: the position is of a stream with another number of shards, or of another ``max_lanes``.
+            ValueError: the position is of a stream with another number of shards.
         """
         positions: deque[Position] = deque()  # of the steps that workers are collating
 
@@ -265,17 +262,15 @@ class StreamLoader:
                 f"the stream has {shards} shards, but the run to be resumed was reading {position['shards']}: "
                 "the data set has changed"
             )
-        if position and len(position["lanes"]) != self.lanes:
-            raise ValueError(
-                f"stream_files must be {len(position['lanes'])}, as in the run to be resumed, got {self.lanes}"
-            )
         number = position["round"] if position else 0
+        # An epoch keeps its number of lanes: earlier versions had another one for images.
         lanes = position["lanes"] if position else [{"shard": 0, "state": None}] * self.lanes
+        count, each = len(lanes), pieces_of_lane(len(lanes))
         readers = max(1, self.num_readers)
-        items = -(-self.pieces // (self.world_size * readers))  # of a reader in a round
+        items = -(-count * each // (self.world_size * readers))  # of a reader in a round
         order = shard_order(self.seed, epoch, shards)
         reader = iter(worker_loader(_Reader(self, order, number, lanes), None, self.num_readers, prefetch=items))
-        while any(lane["shard"] < len(order[i :: self.lanes]) for i, lane in enumerate(lanes)):
+        while any(lane["shard"] < len(order[i::count]) for i, lane in enumerate(lanes)):
             begin = {"shards": shards, "round": number, "lanes": lanes}
             mine = {piece.number: piece for piece in itertools.islice(reader, items * readers) if piece is not None}
             pieces = self.exchange.gather([replace(piece, samples=None) for piece in mine.values()])
@@ -283,7 +278,7 @@ class StreamLoader:
                 raise ValueError(problem)
             pieces = [mine.get(piece.number, piece) for piece in sorted(pieces, key=lambda piece: piece.number)]
             lanes = [piece.lane for piece in pieces if piece.lane is not None]
-            turns = (pieces[k :: self.lane_pieces] for k in range(self.lane_pieces))  # of all lanes
+            turns = (pieces[k::each] for k in range(each))  # of all lanes
             yield [held for turn in turns for piece in turn for held in held_of(piece)], begin
             number += 1
 
@@ -304,6 +299,11 @@ def held_of(piece: Piece) -> Iterator[Held]:
         yield Held(size, piece.rank, piece.samples and piece.samples[i])
 
 
+def pieces_of_lane(lanes: int) -> int:
+    """Return the number of pieces that a round takes from each lane."""
+    return max(1, PIECES // lanes)
+
+
 def pool_seed(seed: int, first: int) -> int:
     """Return the seed of the sampler of a pool; ``first`` is the number of its first sample."""
     return int(rng(seed, first).integers(2**32))
@@ -320,8 +320,9 @@ class _Reader(IterableDataset):
     def __init__(self, loader: StreamLoader, order: Sequence[int], first_round: int, lanes: Sequence[Position]):
         self.stream, self.prepare, self.size = loader.stream, loader.prepare, loader.size
         self.rank, self.world_size = loader.rank, loader.world_size
-        self.lanes, self.lane_pieces, self.piece_rows = loader.lanes, loader.lane_pieces, loader.piece_rows
         self.order, self.first_round, self.positions = order, first_round, lanes
+        self.lanes, self.lane_pieces = len(lanes), pieces_of_lane(len(lanes))
+        self.piece_rows = -(-loader.pool_samples // (self.lanes * self.lane_pieces))
 
     def __iter__(self) -> Iterator[Piece | None]:
         worker, pieces = get_worker_info(), self.lanes * self.lane_pieces
