@@ -1,5 +1,6 @@
 """Streams of training data: arguments, and loaders of texts and images; see `data.stream`."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,8 @@ from ..data.exchange import ProcessExchange
 from ..data.stream import Prepare, StreamLoader, pool_seed
 from ..data.tokens import Tokenization, allow_forks
 from .loaders import placement
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -85,7 +88,7 @@ def stream_loader(
         length: one example -> tokens of its sides.
     """
     allow_forks()
-    place = stream_placement(args, accelerator)
+    place = stream_placement(args, accelerator, rows)
     workers = place.pop("num_workers")
     return StreamLoader(
         rows,
@@ -114,7 +117,7 @@ def image_stream_loader(
     Args:
         sampler, size, prepare: see `StreamLoader`.
     """
-    place = stream_placement(args, accelerator)
+    place = stream_placement(args, accelerator, rows)
     return StreamLoader(
         rows,
         sampler,
@@ -128,9 +131,20 @@ def image_stream_loader(
     )
 
 
-def stream_placement(args: StreamArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the arguments of a `StreamLoader` that do not depend on the kind of its rows."""
-    several = accelerator.num_processes > 1
+def stream_placement(
+    args: StreamArguments, accelerator: Accelerator, rows: datasets.IterableDataset
+) -> dict[str, Any]:
+    """Return the arguments of a `StreamLoader` that do not depend on the kind of its rows.
+
+    Warns if several processes have to read the same file.
+    """
+    files, several = min(args.stream_files, rows.num_shards), accelerator.num_processes > 1
+    if accelerator.num_processes > files and accelerator.is_main_process:
+        log.warning(
+            "%d processes read %d files of the stream at a time, so several read the same one: give stream_files=%d, "
+            "and at least as many files",
+            *(accelerator.num_processes, files, accelerator.num_processes),
+        )
     exchange = ProcessExchange(timedelta(seconds=args.ddp_timeout)) if several else None
     return {"seed": args.seed, "max_lanes": args.stream_files, "exchange": exchange, **placement(args, accelerator)}
 

@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel
 from test_equal_batches import loader_of
 
-from hf_tfm.data import tar_files
+from hf_tfm.data import source, tar_files
 from hf_tfm.data.digit_scenes import png
 from hf_tfm.data.images import image_rows, label_names, with_class_names
 from hf_tfm.data.scene_streams import SceneReader
@@ -119,3 +119,22 @@ def test_cut_off_file_is_named(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"train-0\.tar"):
             list(load_splits(folder, streaming=True)["train"].reshard())
+
+
+def test_files_are_read_again_after_a_failed_disk(tmp_path, monkeypatch):
+    folder = written(tmp_path, classified)
+    monkeypatch.setattr(source, "RETRY_SECONDS", (0, 0))
+    read, failing = tar_files.TarPart.__iter__, ["train-0"] * 2
+
+    def broken(self):
+        for number, item in enumerate(read(self)):
+            if number == 150 and failing and failing[-1] in self.path:
+                raise OSError(failing.pop())
+            yield item
+
+    monkeypatch.setattr(tar_files.TarPart, "__iter__", broken)
+    rows = load_splits(folder, streaming=True)["train"].reshard().decode(False)
+    assert [row["png"]["path"] for row in rows] == [f"images/{i:05}.png" for i in range(sum(SHARDS))] and not failing
+    failing += ["train-2"] * 3
+    with pytest.raises(ValueError, match=r"train-2 \(shard \S+/train-2\.tar, in 3 attempts\)$"):
+        list(rows)
