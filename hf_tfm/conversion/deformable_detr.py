@@ -66,7 +66,9 @@ INTEGERS = tuple(name for name in FIELDS if name.endswith("_cost") or name.endsw
 
 # Fields that do not affect the outputs are carried along as extra fields of the other configuration, so that a round
 # trip is lossless.
-OURS_CARRIED = ("backbone_frozen_stages", "backbone_norm_momentum", "class_loss_coefficient", "focal_gamma")
+OURS_CARRIED = (
+    *("backbone_frozen_stages", "backbone_norm_momentum", "class_loss_coefficient", "focal_gamma", "nms_threshold"),
+)
 THEIRS_CARRIED = ("encoder_layerdrop", "max_position_embeddings", "init_std", "eos_coefficient")
 
 LOSSES = (

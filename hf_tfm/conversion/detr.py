@@ -41,7 +41,7 @@ FIELDS = (
 
 # Fields that do not affect the outputs are carried along as extra fields of the other configuration, so that a round
 # trip is lossless.
-OURS_CARRIED = ("backbone_frozen_stages", "backbone_norm_momentum")
+OURS_CARRIED = ("backbone_frozen_stages", "backbone_norm_momentum", "nms_threshold")
 THEIRS_CARRIED = ("encoder_layerdrop", "decoder_layerdrop", "init_std")
 
 # With auxiliary losses, transformers' DETR feeds layer-normed states into the next decoder layer (5.23) and so

@@ -24,7 +24,7 @@ from .vit import translated
 FIELDS = (
     *SHARED_FIELDS,
     *("backbone", "backbone_norm", "backbone_norm_momentum", "backbone_frozen_stages"),
-    *("norm_first", "layer_norm_eps", "auxiliary_loss"),
+    *("norm_first", "layer_norm_eps", "auxiliary_loss", "nms_threshold"),
 )
 # The authors' code supports only these: number of blocks in layer1 and layer3, and whether blocks are bottlenecks.
 BACKBONES = {

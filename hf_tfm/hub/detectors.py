@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms
 from torchvision.transforms.functional import resize
 from transformers import (
     AutoModelForObjectDetection,
@@ -113,18 +114,26 @@ def predict(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> Mo
     return model(pixel_values=batch["pixel_values"], **mask, **options)
 
 
-def detections(processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+def detections(
+    config: PreTrainedConfig, processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any]
+) -> list[dict[str, Tensor]]:
     """Return boxes with their class and score, in pixels of the original images, as `CocoAP` takes them.
 
     The processor of the model chooses them: DETR's returns the best class of every query, Deformable DETR's the 100
-    best pairs of a query and a class. Those of score 0 are left out.
+    best pairs of a query and a class. Those of score 0 are left out, and duplicates if the configuration has an
+    ``nms_threshold``.
 
     Args:
+        config: of the model.
         batch: its ``labels`` have the sizes of the images, as those of `processed` do.
     """
     sizes = torch.stack([label["orig_size"] for label in batch["labels"]])
     output = ModelOutput(logits=output.logits.float(), pred_boxes=output.pred_boxes.float())
-    return processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
+    found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
+    if (overlap := getattr(config, "nms_threshold", None)) is None:
+        return found
+    kept = [batched_nms(one["boxes"], one["scores"], one["labels"], overlap) for one in found]
+    return [{name: values[own] for name, values in one.items()} for one, own in zip(found, kept, strict=True)]
 
 
 def panoptic_maps(

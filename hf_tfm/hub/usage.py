@@ -9,6 +9,7 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from ..families import FAMILIES
+from ..models.configuration_faster_rcnn import TfmFasterRCNNConfig
 
 # Code that follows loading, by Auto class of the model.
 OPEN_IMAGE = """
@@ -69,6 +70,16 @@ outputs = model.generate(**inputs)
 print(tokenizer.batch_decode(outputs, skip_special_tokens=True))""",
 }
 
+# For detectors whose configuration has an ``nms_threshold`` that the model does not apply itself.
+OPEN_IMAGE_FOR_NMS = OPEN_IMAGE.replace("Image\n", "Image\nfrom torchvision.ops import batched_nms\n", 1)
+WITHOUT_DUPLICATES = f"""{OPEN_IMAGE_FOR_NMS}
+outputs = model(**inputs)
+sizes = [(image.height, image.width)]
+found = processor.post_process_object_detection(outputs, threshold=0.7, target_sizes=sizes)[0]
+kept = batched_nms(found["boxes"], found["scores"], found["labels"], model.config.nms_threshold)
+for score, label, box in zip(found["scores"][kept], found["labels"][kept], found["boxes"][kept]):
+    print(model.config.id2label[label.item()], score.item(), box.tolist())  # left, top, right, bottom in pixels"""
+
 # For a text model, the pretraining class predicts masked tokens and whether the second segment follows the first.
 PRETRAINED_TEXT = """
 
@@ -127,6 +138,8 @@ def usage(config: dict[str, Any], model_id: str) -> str:
     example = AFTER_LOADING.get(auto_class, "")
     if auto_class == "AutoModelForPreTraining" and not of_images:
         example = PRETRAINED_TEXT
+    elif auto_class == "AutoModelForObjectDetection" and leaves_duplicates(config):
+        example = WITHOUT_DUPLICATES
     elif auto_class == "AutoModelForSequenceClassification" and config.get("id2label") == {"0": REWARD}:
         example = REWARD_OF_COMPLETION
     elif auto_class == "AutoModelForSequenceClassification" and config.get("problem_type") == "regression":
@@ -145,6 +158,11 @@ def usage(config: dict[str, Any], model_id: str) -> str:
         f"```python\nimport hf_tfm\nfrom transformers import {auto_class}\n\n"
         f"model = {auto_class}.from_pretrained(model_id)\n```{names}"
     )
+
+
+def leaves_duplicates(config: dict[str, Any]) -> bool:
+    """Return whether a detector has an ``nms_threshold`` that it does not apply itself."""
+    return bool(config.get("nms_threshold")) and config["model_type"] != TfmFasterRCNNConfig.model_type
 
 
 def loading_class(config: dict[str, Any]) -> str:

@@ -107,6 +107,9 @@ class TfmDeformableDetrConfig(TravellingConfig):
         class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient: weights of the loss terms.
         focal_alpha, focal_gamma: weight of a positive in the focal loss, and its exponent (Lin et al. 2017,
             arXiv:1708.02002, equation 5).
+        nms_threshold: if not None, `hf-tfm evaluate` and `hf-tfm show` drop the lower of two detections of a class
+            whose overlap (IoU) is above it. The outputs of the model stay as they are. After a short training some
+            objects are still found twice.
 
     Raises:
         ValueError: a field has the wrong type or is out of range.
@@ -185,6 +188,7 @@ class TfmDeformableDetrConfig(TravellingConfig):
     giou_loss_coefficient: float | int = 2
     focal_alpha: float = 0.25
     focal_gamma: float | int = 2.0
+    nms_threshold: float | int | None = None
     is_encoder_decoder: bool = True
 
     @classmethod
@@ -221,9 +225,10 @@ class TfmDeformableDetrConfig(TravellingConfig):
         require_multiple(self, "d_model", GROUPS, "the group norm of the feature maps")
         require_share(self, ("dropout", "attention_dropout", "activation_dropout"))
         require_at_least(self, (*WEIGHTS, "backbone_frozen_stages", "focal_gamma"), 0)
-        for name in ("focal_alpha", "backbone_norm_momentum"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("focal_alpha", "backbone_norm_momentum", "nms_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
         if self.two_stage and not self.with_box_refine:
             raise ValueError("two_stage needs with_box_refine=True, got False")
         if self.two_stage and self.query_groups > 1:

@@ -110,6 +110,9 @@ class TfmDetrConfig(TravellingConfig):
         eos_coefficient: weight of queries without an object in the classification loss.
         thing_ids: ids of the classes with countable instances; the others are stuff, with at most one segment per
             image. By default all classes are things.
+        nms_threshold: if not None, `hf-tfm evaluate` and `hf-tfm show` drop the lower of two detections of a class
+            whose overlap (IoU) is above it. The outputs of the model stay as they are. After a short training some
+            objects are still found twice.
 
     Raises:
         ValueError: a field has the wrong type or is out of range.
@@ -186,6 +189,7 @@ class TfmDetrConfig(TravellingConfig):
     mask_loss_coefficient: float | int = 1
     dice_loss_coefficient: float | int = 1
     eos_coefficient: float = 0.1
+    nms_threshold: float | int | None = None
     thing_ids: list[int] | None = None
     is_encoder_decoder: bool = True
 
@@ -226,9 +230,10 @@ class TfmDetrConfig(TravellingConfig):
             raise ValueError(
                 f"thing_ids must be in [0, {self.num_labels}), the number of labels, got {self.thing_ids}"
             )
-        for name in ("eos_coefficient", "backbone_norm_momentum"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("eos_coefficient", "backbone_norm_momentum", "nms_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError(
                 "class_cost, bbox_cost and giou_cost must not all be 0: predictions could not be matched to objects"

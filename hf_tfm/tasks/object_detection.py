@@ -416,7 +416,7 @@ class DetectionTask(Task):
                         totals[term] = totals.get(term, 0) + pair
                 if not batch["images"]:
                     continue
-                found = detections(self.processor, output, batch)
+                found = detections(model.config, self.processor, output, batch)
                 scored[0].add_batch(predictions=found, references=references)
                 if self.masks:
                     maps = panoptic_maps(self.processor, output, batch)

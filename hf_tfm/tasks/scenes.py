@@ -60,7 +60,7 @@ class SceneArguments(DatasetArguments, ImageDataArguments, ImageScaleArguments, 
     new_model_options: ClassVar = (
         *("architecture", "size", "model", "backbone", "pretrained_backbone", "rate_factors"),
     )
-    data_fields: ClassVar = ("num_queries",)
+    data_fields: ClassVar = ("num_queries", "nms_threshold")
 
     architecture: str = "detr"
     shortest_side: int = 800

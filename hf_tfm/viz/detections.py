@@ -81,8 +81,8 @@ def detect(
     finally:
         model.train(training)
     names = classes(model.config)
-    (objects,) = found_objects(processor, output, batch, threshold)
-    (everything,) = detections(processor, output, batch)
+    (objects,) = found_objects(model.config, processor, output, batch, threshold)
+    (everything,) = detections(model.config, processor, output, batch)
     first = int(torch.argmax(everything["scores"]))
     best = f"{names[int(everything['labels'][first])]} {everything['scores'][first]:.0%}"
     shown = pixels.permute(1, 2, 0).numpy().astype(np.float32) / 255

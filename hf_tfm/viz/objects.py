@@ -16,7 +16,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.ndimage import distance_transform_edt
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from ..hub.detectors import PANOPTIC_THRESHOLD, detections, panoptic_maps
@@ -52,11 +52,16 @@ class Objects:
 
 
 def found_objects(
-    processor: BaseImageProcessor, output: ModelOutput, batch: dict[str, Any], threshold: float | None = None
+    config: PreTrainedConfig,
+    processor: BaseImageProcessor,
+    output: ModelOutput,
+    batch: dict[str, Any],
+    threshold: float | None = None,
 ) -> list[Objects]:
     """Return the objects detected in each image of a batch: segments if the model predicts masks, otherwise boxes.
 
     Args:
+        config: of the model.
         batch: from a task or from `processed`.
         threshold: minimum score in [0, 1]; by default 0.7 for boxes and 0.85 for segments, as in the authors' code.
 
@@ -70,7 +75,7 @@ def found_objects(
         return [numbered_segments(one["segmentation"].cpu().numpy(), one["segments_info"], "label_id") for one in maps]
     least = BOX_THRESHOLD if threshold is None else threshold
     found = []
-    for one in detections(processor, output, batch):
+    for one in detections(config, processor, output, batch):
         labels, scores, boxes = (one[name].float().cpu().numpy() for name in ("labels", "scores", "boxes"))
         good = scores >= least
         found.append(Objects(labels[good].astype(np.int64), scores[good], boxes[good]))

@@ -63,7 +63,7 @@ class PredictionPictures:
         for _, batch in self.images:
             # One by one: the masks of all queries of a few images take gigabytes.
             inputs = send_to_device({k: v for k, v in batch.items() if k != "references"}, self.accelerator.device)
-            found += found_objects(self.processor, self.predict(model, inputs), inputs, THRESHOLD)
+            found += found_objects(model.config, self.processor, self.predict(model, inputs), inputs, THRESHOLD)
         model.train(training)
         if not (self.images and self.accelerator.is_main_process):
             return None

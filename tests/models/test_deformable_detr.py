@@ -484,6 +484,7 @@ def test_the_authors_defaults():
         ({**TWO_STAGE, "query_groups": 2}, "query_groups must be 1 with two_stage, got 2"),
         ({"query_groups": 0}, "query_groups must be at least 1, got 0"),
         ({"focal_alpha": 0.0}, r"focal_alpha must be in \(0, 1\], got 0.0"),
+        ({"nms_threshold": 0.0}, r"nms_threshold must be in \(0, 1\], got 0.0"),
         ({"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}, "must not all be 0"),
         ({"backbone_config": {"model_type": "bert"}}, "backbone_config: a bert model has no feature maps"),
     ],
